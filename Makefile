@@ -1,0 +1,49 @@
+# Orkestr Console. `make run` starts everything; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help run down clean doctor test lint format lock bench
+
+BOOTSTRAP := orkestr_console/runner/bootstrap.sh
+PYTHON := .venv/bin/python
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -EH)
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+run: ## install what is missing, start everything, serve until Ctrl-C (PORT=8000)
+	@$(BOOTSTRAP) run
+	@$(AS_ROOT) $(PYTHON) manage.py up
+
+down: ## stop everything, sandboxes too; keep the data
+	@$(BOOTSTRAP) run
+	@$(AS_ROOT) $(PYTHON) manage.py down
+
+clean: ## down, and remove var/ with every template, sandbox and row
+	@$(BOOTSTRAP) run
+	@$(AS_ROOT) $(PYTHON) manage.py down --remove
+
+doctor: ## say in plain words what this machine lacks
+	@$(BOOTSTRAP) run
+	@$(AS_ROOT) $(PYTHON) manage.py doctor
+
+test: ## install what is missing, then lint, types, and every test on a real stack
+	@$(BOOTSTRAP) dev
+	@$(AS_ROOT) $(PYTHON) -m tests.verify
+
+lint: ## ruff and mypy alone
+	@$(BOOTSTRAP) dev
+	@$(PYTHON) -m tests.verify --only static
+
+format: ## rewrite the code the way `make lint` wants it
+	@$(BOOTSTRAP) dev
+	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix .
+
+bench: ## measure boot and create-to-exec times
+	@$(BOOTSTRAP) dev
+	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks
+
+lock: ## compile the requirement locks anew
+	@$(BOOTSTRAP) run
+	@for set in requirements requirements-dev; do .venv/bin/uv pip compile --quiet --universal \
+	    --python-version 3.12 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+	    --custom-compile-command 'make lock' $$set.in -o $$set.txt || exit 1; done

@@ -1,0 +1,1 @@
+"""Installs, starts, watches and stops a whole console on one machine (`make run`)."""

@@ -1,0 +1,229 @@
+#!/usr/bin/env bash
+# Prepare a bare Debian or Ubuntu machine: system packages, a Python, the virtual environment.
+#
+#   bootstrap.sh run    what `make run` needs
+#   bootstrap.sh dev    that, and what `make test` needs
+#
+# Does nothing, quickly, when everything is there. Asks for sudo only to install packages.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+venv=$repo/.venv
+profile=${1:-run}
+
+# One line per need; `a|b` is satisfied by either and installs the first that apt knows.
+# shellcheck disable=SC2034
+run_packages="
+ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
+mmdebstrap squid-openssl|squid nftables iproute2 util-linux procps tar xz-utils zstd
+postgresql
+"
+dev_packages="chromium|chromium-browser"
+
+say() { printf '  %s\n' "$*"; }
+fail() { printf '\n  orkestr: %s\n' "$*" >&2; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        fail "this needs root to run: $* — start again as root, or install sudo"
+    fi
+}
+
+check_machine() {
+    case $profile in run | dev) ;; *) fail "unknown profile '$profile': use run or dev" ;; esac
+    [ "$(uname -s)" = Linux ] || fail "Orkestr Console runs on Linux (this is $(uname -s))"
+    command -v apt-get >/dev/null || fail "this machine has no apt-get: Debian 12 or 13, or Ubuntu \
+24.04, is what the installer knows. Elsewhere install: $run_packages"
+}
+
+# --- system packages ---------------------------------------------------------------------------
+
+installed() {
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+missing_from() {
+    local need option
+    for need in "$@"; do
+        for option in ${need//|/ }; do installed "$option" && continue 2; done
+        printf '%s\n' "$need"
+    done
+}
+
+installable() {
+    local option
+    for option in ${1//|/ }; do
+        if [ -n "$(apt-cache policy "$option" 2>/dev/null | sed -n 's/^  Candidate: //p' | grep -v none)" ]; then
+            printf '%s\n' "$option"
+            return
+        fi
+    done
+    fail "apt knows no package called ${1//|/ or }: check the machine's apt sources"
+}
+
+# Debian makes and starts a main PostgreSQL cluster, and starts squid and lxc-net, as they are
+# installed. None of that is wanted: this project runs its own, privately.
+policy=/usr/sbin/policy-rc.d
+release_daemons() { as_root rm -f "$policy"; }
+hold_daemons() {
+    as_root install -d -m 755 /etc/postgresql-common/createcluster.d
+    if ! installed postgresql && [ ! -e /etc/postgresql-common/createcluster.d/orkestr.conf ]; then
+        printf 'create_main_cluster = false\n' |
+            as_root tee /etc/postgresql-common/createcluster.d/orkestr.conf >/dev/null
+    fi
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+        as_root chmod 755 "$policy"
+        trap release_daemons EXIT
+    fi
+}
+
+keep_off_at_boot() {
+    command -v systemctl >/dev/null || return 0
+    local package
+    for package in "$@"; do
+        case $package in
+            squid*) as_root systemctl disable squid.service >/dev/null 2>&1 || true ;;
+            lxc) as_root systemctl disable lxc-net.service lxc.service >/dev/null 2>&1 || true ;;
+        esac
+    done
+}
+
+install_packages() {
+    local missing need packages=()
+    missing=$(missing_from "$@")
+    [ -n "$missing" ] || return 0
+    say "system packages: installing" $missing
+    hold_daemons
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq update ||
+        fail "apt-get update failed (above): the machine needs a working apt mirror"
+    for need in $missing; do packages+=("$(installable "$need")"); done
+    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
+        apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" >/dev/null ||
+        fail "apt-get could not install ${packages[*]} (above)"
+    keep_off_at_boot "${packages[@]}"
+}
+
+# --- python ------------------------------------------------------------------------------------
+
+# Usable: 3.12 or 3.13, with venv, and with the headers that building the lxc binding needs.
+usable_python() {
+    "$1" - 2>/dev/null <<'PY'
+import ensurepip, pathlib, sys, sysconfig, venv
+header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+if not ((3, 12) <= sys.version_info[:2] <= (3, 13) and header.exists()):
+    sys.exit(1)
+print(sys.executable)
+PY
+}
+
+find_python() {
+    local candidate
+    for candidate in "${ORKESTR_PYTHON:-}" \
+        "${PYENV_ROOT:-${HOME:-/root}/.pyenv}"/versions/3.1[23]*/bin/python3 \
+        python3.12 python3.13 python3 \
+        "${HOME:-/root}"/.local/share/uv/python/cpython-3.1[23]*/bin/python3; do
+        [ -n "$candidate" ] && command -v "$candidate" >/dev/null && usable_python "$candidate" && return
+    done
+    return 1
+}
+
+install_python() {
+    local version
+    for version in 3.12 3.13; do
+        if apt-cache show "python$version-venv" >/dev/null 2>&1; then
+            install_packages "python$version" "python$version-venv" "python$version-dev"
+            return
+        fi
+    done
+    say "python: this Debian has none new enough; asking uv for 3.12"
+    install_packages python3 python3-venv
+    local tools
+    tools=$(mktemp -d)
+    python3 -m venv "$tools"
+    locked uv >"$tools/uv.txt"
+    "$tools/bin/pip" -qq install --require-hashes -r "$tools/uv.txt"
+    "$tools/bin/uv" python install 3.12 || fail "uv could not fetch a Python. Install Python 3.12 \
+or 3.13 with its headers yourself and start again with ORKESTR_PYTHON=/path/to/python3.12"
+    rm -rf "$tools"
+}
+
+ensure_python() {
+    python=$(find_python) && return
+    install_python
+    python=$(find_python) || fail "no usable Python 3.12 or 3.13 (with venv and Python.h) was found. \
+Install one and start again with ORKESTR_PYTHON=/path/to/python3.12"
+}
+
+# --- the virtual environment -------------------------------------------------------------------
+
+# The lock's entry for one package: its pinned version and hashes.
+locked() { sed -n "/^$1==/,/[^\\\\]\$/p" "$repo/requirements.txt"; }
+
+stamp_of() { sha256sum "$1" | cut -d' ' -f1; }
+
+up_to_date() {
+    [ -x "$venv/bin/python" ] && [ -f "$venv/.orkestr-$profile" ] &&
+        [ "$(cat "$venv/.orkestr-$profile")" = "$(stamp_of "$lock")" ] &&
+        "$venv/bin/python" -c '' 2>/dev/null
+}
+
+# uv does not read pip's configuration; a mirror that the machine gives pip is given to uv here.
+# (An address given by hand, UV_DEFAULT_INDEX and the like, stays in force.)
+pip_setting() {
+    printf '%s\n' "$pip_config" | sed -n "s/^\(:env:\|global\|install\)\.$1='\(.*\)'\$/\2/p" | head -n1
+}
+lend_pip_settings_to_uv() {
+    local pip_config value
+    pip_config=$("$venv/bin/python" -m pip config list 2>/dev/null || true)
+    value=$(pip_setting index-url) && [ -n "$value" ] && export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$value}"
+    value=$(pip_setting extra-index-url) && [ -n "$value" ] && export UV_INDEX="${UV_INDEX:-$value}"
+    value=$(pip_setting find-links) && [ -n "$value" ] && export UV_FIND_LINKS="${UV_FIND_LINKS:-${value// /,}}"
+    value=$(pip_setting cert) && [ -n "$value" ] && export SSL_CERT_FILE="${SSL_CERT_FILE:-$value}"
+    return 0
+}
+
+install_locked() {
+    local wanted
+    wanted=$(mktemp)
+    locked uv >"$wanted"
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
+    "$venv/bin/python" -m pip -qq --disable-pip-version-check install --require-hashes -r "$wanted"
+    rm -f "$wanted"
+    lend_pip_settings_to_uv
+    # Every file is checked against its locked hash, so it does not matter which index it is from.
+    "$venv/bin/uv" --quiet pip install --python "$venv/bin/python" --require-hashes --compile-bytecode \
+        --index-strategy unsafe-best-match -r "$lock" && return
+    say "python packages: uv could not install the lock (above); trying pip"
+    "$venv/bin/python" -m pip -qq --disable-pip-version-check install --require-hashes -r "$lock"
+}
+
+ensure_venv() {
+    lock=$repo/requirements.txt
+    [ "$profile" = dev ] && lock=$repo/requirements-dev.txt
+    up_to_date && return
+    if ! { [ -x "$venv/bin/python" ] && usable_python "$venv/bin/python" >/dev/null; }; then
+        ensure_python
+        say "python: $("$python" --version | cut -d' ' -f2) at $python"
+        rm -rf "$venv"
+        "$python" -m venv "$venv" || fail "could not make a virtual environment with $python"
+    fi
+    say "python packages: installing the locked set ($(basename "$lock"))"
+    install_locked || fail "the locked Python packages could not be installed (above)"
+    [ "$profile" = dev ] && stamp_of "$repo/requirements.txt" >"$venv/.orkestr-run"
+    stamp_of "$lock" >"$venv/.orkestr-$profile"
+}
+
+check_machine
+if [ "$profile" = dev ]; then
+    install_packages $run_packages $dev_packages
+else
+    install_packages $run_packages
+fi
+ensure_venv
+# The web process runs as a user who may not write here: compile for it beforehand.
+"$venv/bin/python" -m compileall -q "$repo"/{hostruntime,orkestr_console,templates_app,sandboxes_app} || true
