@@ -1,0 +1,186 @@
+"""What can go wrong on a host, and how it crosses the agent's socket.
+
+::
+
+    HostError                    code, detail, HTTP status
+     ├─ InvalidRequest           400 invalid_request     the caller asked for something malformed
+     │   └─ CwdNotFound          400 cwd_not_found       the working directory does not exist
+     ├─ NotFound                 404 not_found           no such sandbox, build, image or file
+     │   └─ ImageNotFound        404 image_not_found
+     ├─ Conflict                 409 conflict            it exists, but not in the right state
+     │   ├─ ContainerGone        409 container_gone      the container stopped under the caller
+     │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
+     ├─ FileTooLarge             413 file_too_large
+     ├─ ExecTimeout              408 exec_timeout        ran past its time and was killed
+     ├─ ExecKilled               409 exec_killed         killed by a signal (+ ``signal``)
+     ├─ BuildFailed              409 build_failed        (+ ``reason``, ``step``)
+     ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry
+     ├─ HostUnavailable          503 host_unavailable    the agent does not answer
+     └─ HostFault                500 internal            a defect or a broken machine
+
+A leaf module: it imports nothing of the project.  ``detail`` is always a sentence that says what
+was wrong and what to do about it.
+"""
+# ruff: noqa: N818 - the class names are the vocabulary of the contract, not "…Error"
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+
+class HostError(Exception):
+    """The root of everything this package raises on purpose.
+
+    ``code`` is the machine-readable name, ``status`` the HTTP status the agent answers with,
+    ``detail`` the sentence for a person, ``extra`` further JSON-safe fields of the answer.
+    """
+
+    code: ClassVar[str] = "host_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra: dict[str, Any] = extra
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON body the agent answers with: ``{"code", "detail", …extra}``."""
+        return {**self.extra, "code": self.code, "detail": self.detail}
+
+    @staticmethod
+    def from_wire(payload: Mapping[str, Any], status: int = 500) -> HostError:
+        """Rebuild the error a peer sent; an unknown code becomes the closest class by status.
+
+        ``message`` is accepted in place of ``detail``, as the exec stream's error frames use it.
+        """
+        code = str(payload.get("code", ""))
+        detail = str(payload.get("detail") or payload.get("message") or f"The host said {status}.")
+        extra = {k: v for k, v in payload.items() if k not in _OWN_FIELDS and isinstance(k, str)}
+        cls = _by_code().get(code)
+        if cls is None:
+            cls = _BY_STATUS.get(status, HostFault)
+            extra["host_code"] = code
+        return cls(detail, **extra)
+
+
+class InvalidRequest(HostError):
+    """The request itself is wrong; asking again unchanged cannot work."""
+
+    code = "invalid_request"
+    status = 400
+
+
+class CwdNotFound(InvalidRequest):
+    """The working directory of an exec is missing or is not a directory."""
+
+    code = "cwd_not_found"
+
+
+class NotFound(HostError):
+    """No such object on this host."""
+
+    code = "not_found"
+    status = 404
+
+
+class ImageNotFound(NotFound):
+    """No such image in the image store."""
+
+    code = "image_not_found"
+
+
+class Conflict(HostError):
+    """The object exists but is not in a state that allows this."""
+
+    code = "conflict"
+    status = 409
+
+
+class ContainerGone(Conflict):
+    """The container is not running (any more)."""
+
+    code = "container_gone"
+
+
+class FileConflict(Conflict):
+    """A file operation met the wrong kind of thing (a directory, a device, an existing name)."""
+
+    code = "file_conflict"
+
+
+class FileTooLarge(HostError):
+    """More bytes than the operation's cap."""
+
+    code = "file_too_large"
+    status = 413
+
+
+class ExecTimeout(HostError):
+    """A command ran past its time; its whole process tree was killed."""
+
+    code = "exec_timeout"
+    status = 408
+
+
+class ExecKilled(HostError):
+    """A command was killed by a signal; ``signal`` is its number."""
+
+    code = "exec_killed"
+    status = 409
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ended the command, if known."""
+        value = self.extra.get("signal")
+        return value if isinstance(value, int) else None
+
+
+class BuildFailed(HostError):
+    """A build ended without an image; ``reason`` is the build's own failure code."""
+
+    code = "build_failed"
+    status = 409
+
+
+class HostFull(HostError):
+    """The host cannot take one more container; nothing was created, so retrying is safe."""
+
+    code = "fleet_full_retry"
+    status = 503
+
+
+class HostUnavailable(HostError):
+    """The agent does not answer, or the machine lacks something the runtime needs."""
+
+    code = "host_unavailable"
+    status = 503
+
+
+class HostFault(HostError):
+    """A defect of ours or a broken machine; the agent's log has the whole story."""
+
+    code = "internal"
+    status = 500
+
+
+_OWN_FIELDS = frozenset({"code", "detail", "message"})
+_BY_STATUS: Mapping[int, type[HostError]] = {
+    400: InvalidRequest,
+    404: NotFound,
+    408: ExecTimeout,
+    409: Conflict,
+    413: FileTooLarge,
+    422: InvalidRequest,
+    503: HostUnavailable,
+}
+
+
+def _by_code() -> dict[str, type[HostError]]:
+    return {cls.code: cls for cls in _subclasses(HostError)}
+
+
+def _subclasses(cls: type[HostError]) -> Iterator[type[HostError]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)

@@ -1,0 +1,201 @@
+"""The system calls Python does not wrap: the new mount API, openat2, user namespaces.
+
+Numbers are those of the generic table that x86-64, arm64 and riscv share for everything added
+since Linux 5.0 (include/uapi/asm-generic/unistd.h).  Every function raises OSError with the
+kernel's errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_OPENAT2 = 437
+_SYS_MOUNT_SETATTR = 442
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_IDMAP = 0x0010_0000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x4_0000
+
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def _long(value: int) -> ctypes.c_long:
+    # libc.syscall is variadic: a plain int would be passed as a 32-bit C int.
+    return ctypes.c_long(value)
+
+
+def openat2(
+    path: str | Path, flags: int, *, dir_fd: int = AT_FDCWD, mode: int = 0, resolve: int = 0
+) -> int:
+    """Open ``path`` under the ``RESOLVE_*`` rules (openat2(2)); close-on-exec always."""
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    return _syscall(_SYS_OPENAT2, _long(dir_fd), os.fsencode(path), how, ctypes.c_size_t(len(how)))
+
+
+def open_tree(path: str | Path, *, recursive: bool = False) -> int:
+    """A descriptor of a detached copy of the mount at ``path`` (open_tree(2), OPEN_TREE_CLONE)."""
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    return _syscall(_SYS_OPEN_TREE, _long(AT_FDCWD), os.fsencode(path), _long(flags))
+
+
+def mount_setattr(tree_fd: int, *, set_flags: int, userns_fd: int = 0) -> None:
+    """Set ``MOUNT_ATTR_*`` flags on the mount ``tree_fd`` refers to (mount_setattr(2))."""
+    attributes = struct.pack("QQQQ", set_flags, 0, 0, userns_fd)
+    _syscall(
+        _SYS_MOUNT_SETATTR,
+        _long(tree_fd),
+        b"",
+        _long(AT_EMPTY_PATH),
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
+
+
+def move_mount(tree_fd: int, target: str | Path) -> None:
+    """Attach a detached mount at ``target`` (move_mount(2))."""
+    _syscall(
+        _SYS_MOVE_MOUNT,
+        _long(tree_fd),
+        b"",
+        _long(AT_FDCWD),
+        os.fsencode(target),
+        _long(MOVE_MOUNT_F_EMPTY_PATH),
+    )
+
+
+def bind_idmapped(
+    source: str | Path, target: str | Path, userns_fd: int, *, read_only: bool = False
+) -> None:
+    """Bind-mount ``source`` at ``target`` with ids shifted by the user namespace's mapping.
+
+    On-disk id 0 shows as the namespace's host id of 0 and so on.  The filesystem must allow
+    idmapped mounts (ext4, xfs, btrfs, tmpfs ≥ 6.3: mount_setattr(2)), else EINVAL.
+    """
+    tree_fd = open_tree(source)
+    try:
+        flags = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NODEV | (MOUNT_ATTR_RDONLY if read_only else 0)
+        mount_setattr(tree_fd, set_flags=flags, userns_fd=userns_fd)
+        move_mount(tree_fd, target)
+    finally:
+        os.close(tree_fd)
+
+
+def mount(
+    source: str, target: str | Path, fstype: str | None, flags: int = 0, data: str | None = None
+) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if fstype is None else fstype.encode(),
+        ctypes.c_ulong(flags),
+        None if data is None else os.fsencode(data),
+    )
+    if result != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), str(target))
+
+
+def umount(target: str | Path, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2); ``flags`` are ``MNT_DETACH`` and ``UMOUNT_NOFOLLOW``."""
+    if _libc.umount2(os.fsencode(target), flags) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), str(target))
+
+
+def mount_points(below: Path) -> list[Path]:
+    """Every mount point at or below ``below``, deepest (latest) first, from mountinfo (proc(5))."""
+    found: list[Path] = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        raw = line.split(b" ")[4]
+        point = Path(os.fsdecode(raw.decode("unicode_escape").encode("latin-1")))
+        if point == below or below in point.parents:
+            found.append(point)
+    return found[::-1]
+
+
+def user_namespace(extents: Sequence[tuple[int, int, int]]) -> int:
+    """A descriptor of a new user namespace with these (inside, outside, count) uid/gid extents.
+
+    It exists only to say how an idmapped mount shifts ids (user_namespaces(7)).  Forks: call it
+    from a single-threaded process only.
+    """
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        _namespace_child(ready[1], go[0])
+    try:
+        for descriptor in (ready[1], go[0]):
+            os.close(descriptor)
+        if os.read(ready[0], 1) != b"1":
+            raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
+        mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{child}/{name}").write_text(mapping)
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        for descriptor in (ready[0], go[1]):
+            os.close(descriptor)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _namespace_child(ready: int, go: int) -> None:
+    try:
+        os.unshare(os.CLONE_NEWUSER)
+        os.write(ready, b"1")
+        os.read(go, 1)
+    finally:
+        os._exit(0)
+
+
+def syncfs(path: Path) -> None:
+    """Flush the filesystem that holds ``path`` to disk (syncfs(2))."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(descriptor) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno), str(path))
+    finally:
+        os.close(descriptor)
