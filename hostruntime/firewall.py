@@ -1,0 +1,212 @@
+"""The nftables table of an instance (nft(8)): what slots may send, by the kind of their interface.
+
+Interfaces are named by mode (`ork0-r5` restricted, `ork0-o5` open), so the whole table is
+installed once, in one transaction, and no slot needs a rule of its own: an address is bound to
+its interface by the host's route to it, which is what `fib saddr . iif` checks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from pathlib import Path
+
+from hostruntime.policy import Network
+from hostruntime.run import run
+
+_TIMEOUT = 20.0
+_MARK_BASE = 0x6F726B00
+
+
+@dataclass(frozen=True)
+class FirewallPlan:
+    """The values an instance's table is made of."""
+
+    table: str
+    prefix: str
+    proxy: IPv4Address
+    proxy_port: int
+    restricted: IPv4Network
+    open: IPv4Network
+    resolvers: tuple[str, ...]
+    denied: tuple[Network, ...]
+    permitted: tuple[Network, ...]
+    mark: int
+
+
+def proxy_mark(instance_index: int) -> int:
+    """Return the packet mark that tells an instance's proxy connections from all others."""
+    return _MARK_BASE + instance_index
+
+
+def install(plan: FirewallPlan) -> None:
+    """Replace the instance's table in one transaction; raises CommandFailed."""
+    head = f"table inet {plan.table}\ndelete table inet {plan.table}\n"
+    run(["nft", "-f", "-"], input=(head + ruleset(plan)).encode(), timeout=_TIMEOUT)
+
+
+def remove(table: str) -> None:
+    """Delete the table if it is there; raises CommandFailed."""
+    text = f"table inet {table}\ndelete table inet {table}\n"
+    run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT)
+
+
+def ruleset(plan: FirewallPlan) -> str:
+    """Return the table as nft(8) reads it."""
+    return f"""table inet {plan.table} {{
+{_named_sets(plan)}
+{_antispoof(plan)}
+{_input(plan)}
+{_forward(plan)}
+{_proxy_output(plan)}
+{_masquerade(plan)}
+}}
+"""
+
+
+def _named_sets(plan: FirewallPlan) -> str:
+    v4, v6 = _by_family(plan.denied)
+    permit_v4, permit_v6 = _by_family(plan.permitted)
+    resolvers = [address for address in plan.resolvers if ":" not in address]
+    return "\n".join(
+        (
+            _set("denied4", "ipv4_addr", v4),
+            _set("denied6", "ipv6_addr", v6),
+            _set("permitted4", "ipv4_addr", permit_v4),
+            _set("permitted6", "ipv6_addr", permit_v6),
+            _set("resolvers", "ipv4_addr", resolvers),
+        )
+    )
+
+
+def _set(name: str, kind: str, elements: Iterable[str]) -> str:
+    listed = ", ".join(elements)
+    filled = f" elements = {{ {listed} }};" if listed else ""
+    return f"  set {name} {{ type {kind}; flags interval; auto-merge;{filled} }}"
+
+
+def _by_family(networks: Iterable[Network]) -> tuple[list[str], list[str]]:
+    listed = list(networks)
+    v4 = [str(net) for net in listed if isinstance(net, IPv4Network)]
+    v6 = [str(net) for net in listed if isinstance(net, IPv6Network)]
+    return v4, v6
+
+
+def _antispoof(plan: FirewallPlan) -> str:
+    return f"""  chain antispoof {{
+    type filter hook prerouting priority raw; policy accept;
+    iifname "{plan.prefix}*" meta nfproto ipv6 drop
+    iifname "{plan.prefix}*" fib saddr . iif oif missing drop
+  }}"""
+
+
+def _input(plan: FirewallPlan) -> str:
+    # The proxy's address is nobody's but the restricted slots': not the host's other users'
+    # networks, which would otherwise find a forward proxy there.
+    return f"""  chain input {{
+    type filter hook input priority filter - 5; policy accept;
+    iifname "{plan.prefix}r*" ip saddr {plan.restricted} ip daddr {plan.proxy} \
+tcp dport {plan.proxy_port} accept
+    iifname "{plan.prefix}*" reject with icmpx admin-prohibited
+    iifname != "lo" ip daddr {plan.proxy} drop
+  }}"""
+
+
+def _forward(plan: FirewallPlan) -> str:
+    return f"""  chain forward {{
+    type filter hook forward priority filter - 5; policy accept;
+    iifname "{plan.prefix}*" jump from_slot
+    oifname "{plan.prefix}*" jump to_slot
+  }}
+  chain from_slot {{
+    iifname != "{plan.prefix}o*" reject with icmpx admin-prohibited
+    ip saddr != {plan.open} drop
+    oifname "{plan.prefix}*" reject with icmpx admin-prohibited
+    tcp flags syn tcp option maxseg size set rt mtu
+    ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} reject with icmpx admin-prohibited
+    ip daddr @denied4 reject with icmpx admin-prohibited
+    accept
+  }}
+  chain to_slot {{
+    oifname "{plan.prefix}o*" ct direction reply ct state {{ established, related }} accept
+    drop
+  }}"""
+
+
+def _proxy_output(plan: FirewallPlan) -> str:
+    # The proxy refuses such addresses itself; this holds when a name changes between the check
+    # and the connection.
+    return f"""  chain output {{
+    type filter hook output priority filter; policy accept;
+    meta mark {plan.mark:#x} jump from_proxy
+  }}
+  chain from_proxy {{
+    ip daddr @permitted4 accept
+    ip6 daddr @permitted6 accept
+    ip daddr @denied4 reject with icmpx admin-prohibited
+    ip6 daddr @denied6 reject with icmpx admin-prohibited
+    fib daddr type local reject with icmpx admin-prohibited
+  }}"""
+
+
+def _masquerade(plan: FirewallPlan) -> str:
+    return f"""  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {plan.open} oifname != "{plan.prefix}*" masquerade
+  }}"""
+
+
+# What else on the host may be in the way ---------------------------------------------------
+
+
+def firewall_conflicts() -> list[str]:
+    """Return sentences about other firewall rules that would cut slots off; raises CommandFailed.
+
+    A packet passes only if every table's chain lets it, so a foreign chain whose policy is drop
+    has to let slots through on its own.
+    """
+    listing = run(["nft", "-j", "list", "chains"], timeout=_TIMEOUT).stdout or b"{}"
+    items = json.loads(listing).get("nftables", [])
+    chains = [item["chain"] for item in items if "chain" in item]
+    return [
+        *(text for chain in chains if (text := _conflict(chain)) is not None),
+        *_legacy_conflicts(),
+    ]
+
+
+def _conflict(chain: dict[str, object]) -> str | None:
+    hook, table = chain.get("hook"), str(chain.get("table"))
+    if chain.get("policy") != "drop" or table.startswith("orkestr_"):
+        return None
+    where = f"The firewall chain {chain.get('family')} {table} {chain.get('name')}"
+    return _consequence(where, str(hook))
+
+
+def _consequence(where: str, hook: str) -> str | None:
+    if hook == "forward":
+        return (
+            f"{where} drops forwarded packets by default: sandboxes with network open reach "
+            f'nothing. Let interfaces named "ork*-o*" through it, in both directions.'
+        )
+    if hook == "input":
+        return (
+            f"{where} drops incoming packets by default: sandboxes with network restricted do not "
+            f'reach the egress proxy. Accept TCP port 3128 from interfaces named "ork*-r*" in it.'
+        )
+    return None
+
+
+def _legacy_conflicts() -> list[str]:
+    tables = Path("/proc/net/ip_tables_names")
+    if not tables.exists() or "filter" not in tables.read_text().split():
+        return []
+    if shutil.which("iptables-legacy") is None:
+        return ["Legacy iptables rules are loaded, and without iptables-legacy they are unreadable"]
+    rules = run(["iptables-legacy", "-S"], timeout=_TIMEOUT).text.splitlines()
+    hooks = [name.lower() for name in ("FORWARD", "INPUT") if f"-P {name} DROP" in rules]
+    found = (_consequence(f"The legacy iptables chain {hook.upper()}", hook) for hook in hooks)
+    return [text for text in found if text is not None]
