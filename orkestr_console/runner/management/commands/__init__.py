@@ -1,0 +1,1 @@
+"""`manage.py up`, `down`, `doctor` and `selfcheck`."""

@@ -1,0 +1,138 @@
+"""Run a program as an unprivileged user who sees only what it needs of a private directory.
+
+A clone under ``/root`` or a ``0700`` home, or a Python kept there by pyenv or uv, cannot be
+reached by a system user. Rather than open those directories, or keep the program root, it gets a
+mount namespace of its own in which each closed directory is an empty one holding nothing but bind
+mounts of the paths it needs. Mounts made by others (sandboxes, builds) are detached in that
+namespace first, so that it never keeps one alive (mount_namespaces(7)).
+
+``python -m orkestr_console.runner.confine --user U [--need PATH]… -- argv…``, as root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+SYSTEM_DIRECTORIES = (
+    *("/", "/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr", "/usr/local"),
+    *("/run", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp"),
+)
+KERNEL_DIRECTORIES = ("/dev", "/proc", "/sys")
+
+
+def blocked_directory(user: str, path: Path) -> Path | None:
+    """The outermost directory on the way to ``path`` that ``user`` may not pass, if any."""
+    entry = pwd.getpwnam(user)
+    groups = set(os.getgrouplist(user, entry.pw_gid))
+    for directory in reversed(path.parents):
+        status = directory.stat()
+        if status.st_uid == entry.pw_uid:
+            allowed = status.st_mode & stat.S_IXUSR
+        elif status.st_gid in groups:
+            allowed = status.st_mode & stat.S_IXGRP
+        else:
+            allowed = status.st_mode & stat.S_IXOTH
+        if not allowed:
+            return directory
+    return None
+
+
+def outermost(paths: Iterable[Path]) -> list[Path]:
+    """The distinct paths that do not lie inside another of them, in a stable order."""
+    kept: list[Path] = []
+    for path in sorted(set(paths)):
+        if not any(path.is_relative_to(other) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def mount_points(mountinfo: str) -> list[Path]:
+    """Mount points, innermost last, from the text of ``/proc/self/mountinfo`` (proc(5))."""
+    fields = (line.split()[4] for line in mountinfo.splitlines() if line)
+    return [Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field)) for field in fields]
+
+
+def unneeded_mounts(mounts: Iterable[Path], needs: Sequence[Path]) -> list[Path]:
+    """The mounts that lead neither to a need nor to the system's own directories."""
+    wanted = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
+    return [
+        mount
+        for mount in outermost(m for m in mounts if not leads_to(m, wanted))
+        if not any(mount.is_relative_to(kernel) for kernel in KERNEL_DIRECTORIES)
+    ]
+
+
+def leads_to(mount: Path, wanted: Iterable[Path]) -> bool:
+    """Whether one of ``wanted`` is the mount point or lies below it."""
+    return any(path.is_relative_to(mount) for path in wanted)
+
+
+def enter_private_view(user: str, needs: Sequence[Path]) -> None:
+    """Move this process into a mount namespace in which ``user`` reaches ``needs``.
+
+    Raises ``OSError`` or ``subprocess.CalledProcessError`` where the machine refuses; nothing
+    outside this process is changed either way.
+    """
+    closed = outermost(d for need in needs if (d := blocked_directory(user, need)) is not None)
+    if not closed:
+        return
+    os.unshare(os.CLONE_NEWNS)
+    _run("mount", "--make-rprivate", "/")
+    doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
+    if doomed:
+        _run("umount", "--lazy", "--recursive", *map(str, doomed))
+    handles = {need: os.open(need, os.O_PATH) for need in outermost(needs)}
+    for directory in closed:
+        _run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "orkestr-view", str(directory))
+    for need, handle in handles.items():
+        if any(need.is_relative_to(directory) for directory in closed):
+            need.mkdir(parents=True, exist_ok=True)
+            # --no-canonicalize: the descriptor's link must reach mount(2) as it is, since the
+            # path it reads as is now hidden.
+            _run("mount", "--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{handle}", need)
+        os.close(handle)
+
+
+def _run(*argv: str | Path) -> None:
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+
+
+def dropping(user: str, *, stop_signal: str = "TERM") -> list[str]:
+    """The setpriv(1) command that becomes ``user`` for good and dies with its parent."""
+    entry = pwd.getpwnam(user)
+    return [
+        *("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--init-groups"),
+        *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"),
+        *(f"--pdeathsig={stop_signal}", "--"),
+    ]
+
+
+def environment_of(user: str) -> dict[str, str]:
+    """This process's environment with the names that say who one is put right."""
+    entry = pwd.getpwnam(user)
+    return {**os.environ, "HOME": entry.pw_dir, "USER": user, "LOGNAME": user}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Become the confined program."""
+    parser = argparse.ArgumentParser(prog="confine")
+    parser.add_argument("--user", required=True)
+    parser.add_argument("--need", type=Path, action="append", default=[])
+    parser.add_argument("--stop-signal", default="TERM")
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args(argv)
+    enter_private_view(options.user, [need.resolve() for need in options.need])
+    command = [*dropping(options.user, stop_signal=options.stop_signal), *options.command]
+    os.execvpe(command[0], command, environment_of(options.user))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,92 @@
+"""What the operator sees while the console starts: one line a step, and one that moves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TextIO
+
+LABEL_WIDTH = 16
+DETAIL_WIDTH = 46
+CLEAR_LINE = "\r\x1b[2K"
+
+
+@dataclass
+class Step:
+    """One step under way; what it writes in ``detail`` is printed when it is done."""
+
+    label: str
+    detail: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+
+class Display:
+    """Prints steps from several threads without mixing their lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._moving = stream.isatty()
+        self._lock = threading.Lock()
+        self._progress: dict[str, str] = {}
+        encoding = (stream.encoding or "ascii").lower()
+        self._done, self._warn, self._busy = (
+            ("✓", "!", "…") if "utf" in encoding else ("+", "!", ".")
+        )
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[Step]:
+        """Time a block and print its line when it succeeds; an exception prints nothing here."""
+        step = Step(label)
+        try:
+            yield step
+        except BaseException:
+            self._forget(label)
+            raise
+        seconds = time.monotonic() - step.started
+        self._forget(label)
+        self.line(
+            f"  {self._done} {label:<{LABEL_WIDTH}}{step.detail:<{DETAIL_WIDTH}}{seconds:6.1f} s"
+        )
+
+    def progress(self, label: str, message: str) -> None:
+        """Show what ``label`` is doing now: on the moving line, or as a line where none moves."""
+        message = " ".join(message.split())[: DETAIL_WIDTH + 10]
+        with self._lock:
+            if self._progress.get(label) == message:
+                return
+            self._progress[label] = message
+            if self._moving:
+                self._draw()
+            else:
+                self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}\n")
+                self._stream.flush()
+
+    def _forget(self, label: str) -> None:
+        with self._lock:
+            self._progress.pop(label, None)
+
+    def warn(self, text: str) -> None:
+        """A thing the operator should know that does not stop the start."""
+        self.line(f"  {self._warn} {text}")
+
+    def line(self, text: str = "") -> None:
+        """Print a line above the moving one."""
+        with self._lock:
+            self._stream.write(f"{CLEAR_LINE if self._moving else ''}{text}\n")
+            if self._moving:
+                self._draw()
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        self._stream.write(CLEAR_LINE)
+        for label, message in list(self._progress.items())[:1]:
+            self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}")
+        self._stream.flush()
+
+    def times(self, rows: Sequence[tuple[str, float]]) -> None:
+        """A short table of named times in seconds."""
+        for label, seconds in rows:
+            self.line(f"      {label:<{LABEL_WIDTH + DETAIL_WIDTH - 5}}{seconds * 1000:6.0f} ms")

@@ -1,0 +1,100 @@
+"""`manage.py down`: end the sandboxes, stop the console, give everything of the host back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from orkestr_console.runner.confine import mount_points
+from orkestr_console.runner.hostapi import HostApi
+from orkestr_console.runner.layout import Layout
+from orkestr_console.runner.lock import holder
+
+STOP_SECONDS = 90
+TEARDOWN_SECONDS = 120
+
+
+class DownError(Exception):
+    """Something could not be stopped or removed; the message says what to do."""
+
+
+def bring_down(layout: Layout, say: Callable[[str], None]) -> None:
+    """End every sandbox, stop a running console, release namespaces, mounts and firewall rules.
+
+    Safe to repeat. Raises ``DownError``.
+    """
+    ended = end_sandboxes(layout)
+    if ended:
+        say(f"{ended} sandboxes ended")
+    if stop_console(layout):
+        say("console stopped")
+    if layout.state_dir.exists():
+        tear_down_host(layout)
+        say("containers, mounts and networks released")
+
+
+def end_sandboxes(layout: Layout) -> int:
+    """Terminate what runs, through the agent if it answers; how many there were."""
+    if not layout.host_socket.exists():
+        return 0
+    try:
+        with HostApi(layout.host_socket) as host:
+            running = host.sandboxes()
+            for sandbox in running:
+                host.terminate(sandbox)
+            return len(running)
+    except httpx.HTTPError:
+        # No agent, or one that is failing: the teardown below ends them without it.
+        return 0
+
+
+def stop_console(layout: Layout) -> bool:
+    """Stop the `up` of this installation; whether there was one."""
+    process = holder(layout)
+    if process is None:
+        return False
+    os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while holder(layout) is not None:
+        if time.monotonic() > deadline:
+            raise DownError(f"process {process} did not stop within {STOP_SECONDS} s: see its logs")
+        time.sleep(0.1)
+    return True
+
+
+def tear_down_host(layout: Layout) -> None:
+    """Have the host runtime remove everything of this state directory from the host."""
+    command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(layout.state_dir)]
+    done = subprocess.run(
+        [*command, "--socket", str(layout.host_socket), "teardown"],
+        cwd=layout.tree,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=TEARDOWN_SECONDS,
+    )
+    if done.returncode != 0:
+        raise DownError(f"the host could not be cleaned: {done.stderr.strip()[-2000:]}")
+
+
+def remove_state(layout: Layout) -> None:
+    """Delete var/ and the state directory, but never through a mount. Raises ``DownError``."""
+    doomed = [path for path in (layout.state_dir, layout.var) if path.exists()]
+    mounted = [
+        mount
+        for mount in mount_points(Path("/proc/self/mountinfo").read_text())
+        if any(mount.is_relative_to(path) for path in doomed)
+    ]
+    if mounted:
+        paths = " ".join(map(str, mounted))
+        raise DownError(f"still mounted, so nothing was removed; unmount it first: {paths}")
+    for path in doomed:
+        shutil.rmtree(path, ignore_errors=False)

@@ -1,0 +1,196 @@
+"""Keeps the installation's programs running: a supervisord of its own, spoken to over a socket.
+
+supervisord restarts what crashes, with growing pauses, and rotates the logs. Every program asks
+the kernel to be stopped when supervisord dies (PR_SET_PDEATHSIG, prctl(2)), and supervisord when
+`manage.py up` dies, so even ``kill -9`` leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Callable, Sequence
+from configparser import RawConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from orkestr_console.runner.layout import Layout, StartError
+
+LOG_BYTES = 10 * 1024 * 1024
+LOG_BACKUPS = 3
+TAIL_LINES = 20
+DO_NOT_WAIT = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program to keep running. Lower ``priority`` stops later."""
+
+    name: str
+    command: Sequence[str]
+    priority: int
+    stop_signal: str = "TERM"
+    stop_seconds: int = 15
+    stop_group: bool = False
+
+
+class Keeper:
+    """A supervisord for the length of one `manage.py up`."""
+
+    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        self._layout = layout
+        self._programs = programs
+        self._config = layout.run / "supervisord.conf"
+        self._socket = layout.run / "supervisor.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: dict[str, int] = {}
+
+    def start(self) -> None:
+        """Start supervisord itself, with no program running yet. Raises ``StartError``."""
+        self._socket.unlink(missing_ok=True)
+        self._write_config()
+        command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(self._config)]
+        with (self._layout.log / "supervisord.out").open("wb") as output:
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig=TERM", "--", *command],
+                cwd=self._layout.tree,
+                env={**os.environ, **self._layout.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches `up` alone, which then stops everything in order.
+                start_new_session=True,
+            )
+        if not wait_until(self._socket.exists, 15, self._process):
+            raise StartError(f"the process manager did not start:\n{self.tail('supervisord.out')}")
+
+    def _write_config(self) -> None:
+        config = RawConfigParser()
+        config["supervisord"] = {
+            "logfile": str(self._layout.log / "supervisord.log"),
+            "pidfile": str(self._layout.run / "supervisord.pid"),
+            "user": "root",
+        }
+        config["unix_http_server"] = {"file": str(self._socket), "chmod": "0700"}
+        config["rpcinterface:supervisor"] = {
+            "supervisor.rpcinterface_factory": ("supervisor.rpcinterface:make_main_rpcinterface")
+        }
+        for program in self._programs:
+            config[f"program:{program.name}"] = self._section(program)
+        with self._config.open("w") as stream:
+            # supervisord expands %(name)s everywhere.
+            config.write(stream)
+        self._config.chmod(0o600)
+
+    def _section(self, program: Program) -> dict[str, str]:
+        group = str(program.stop_group).lower()
+        return {
+            "command": shlex.join(program.command).replace("%", "%%"),
+            "directory": str(self._layout.tree).replace("%", "%%"),
+            "priority": str(program.priority),
+            "autostart": "false",
+            "autorestart": "true",
+            "startsecs": "1",
+            "startretries": "8",
+            "stopsignal": program.stop_signal,
+            "stopwaitsecs": str(program.stop_seconds),
+            "stopasgroup": group,
+            "killasgroup": group,
+            "redirect_stderr": "true",
+            "stdout_logfile": str(self._log(program.name)).replace("%", "%%"),
+            "stdout_logfile_maxbytes": str(LOG_BYTES),
+            "stdout_logfile_backups": str(LOG_BACKUPS),
+        }
+
+    def launch(self, name: str) -> None:
+        """Start one program and return at once."""
+        log = self._log(name)
+        self._seen[name] = log.stat().st_size if log.exists() else 0
+        self._call("startProcess", name, DO_NOT_WAIT)
+
+    def await_ready(self, name: str, ready: Callable[[], bool], seconds: float) -> None:
+        """Wait until ``ready()``. Raises ``StartError`` with the end of the program's log.
+
+        A program that crashes as it starts is given up on at once; one that is slow gets
+        ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while not ready():
+            crashed = self.states()[name][0] in {"BACKOFF", "FATAL", "EXITED"}
+            if crashed or time.monotonic() > deadline:
+                what = "crashed as it started" if crashed else f"is not ready after {seconds:.0f} s"
+                end = tail(self._log(name), self._seen[name])
+                raise StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
+            time.sleep(0.05)
+
+    def _log(self, name: str) -> Path:
+        return self._layout.log / f"{name}.log"
+
+    def states(self) -> dict[str, tuple[str, int]]:
+        """Each program's supervisord state name and process id (0 when not running)."""
+        return {info["name"]: (info["statename"], info["pid"]) for info in self._all()}
+
+    def revive(self, name: str) -> None:
+        """Start a program again that supervisord has given up on; silent if it fails again."""
+        try:
+            self._call("startProcess", name, DO_NOT_WAIT)
+        except xmlrpc.client.Fault:
+            return
+
+    def alive(self) -> bool:
+        """Whether supervisord itself runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stop every program in order, then supervisord. Safe to call at any time."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            # Its programs go with it, each by its own parent-death signal.
+            self._process.kill()
+            self._process.wait()
+        self._socket.unlink(missing_ok=True)
+
+    def tail(self, log: str) -> str:
+        """The end of one file of the log directory."""
+        return tail(self._layout.log / log)
+
+    def _all(self) -> list[dict[str, Any]]:
+        answer = self._call("getAllProcessInfo")
+        return answer if isinstance(answer, list) else []
+
+    def _call(self, method: str, *arguments: object) -> object:
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        # The address is a formality: the transport goes to the socket.
+        with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
+            return getattr(server.supervisor, method)(*arguments)
+
+
+def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes]) -> bool:
+    """Poll ``ready`` ten times a second for ``seconds``, or until ``process`` has ended."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def tail(log: Path, offset: int = 0) -> str:
+    """The last lines of what was written to ``log`` after ``offset``, indented for a terminal."""
+    if not log.exists():
+        return "    (it wrote nothing)"
+    with log.open("rb") as stream:
+        stream.seek(max(offset, log.stat().st_size - 64 * 1024))
+        lines = stream.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"

@@ -1,0 +1,107 @@
+"""Where one installation keeps its state and its sockets, and the environment that says so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orkestr_console.runner.postgres import Cluster
+
+TREE = Path(__file__).resolve().parents[2]
+# sun_path of unix(7), less its NUL.
+LONGEST_SOCKET_PATH = 107
+
+
+class StartError(Exception):
+    """The console cannot start; the message says what was wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths and the port of one installation."""
+
+    tree: Path
+    var: Path
+    state_dir: Path
+    host_socket: Path
+    port: int
+    database_url: str | None
+
+    @property
+    def run(self) -> Path:
+        """Sockets, locks, secrets and generated configuration."""
+        return self.var / "run"
+
+    @property
+    def log(self) -> Path:
+        """One rotated log per program."""
+        return self.var / "log"
+
+    @property
+    def console_json(self) -> Path:
+        """Where a script finds the URL and the demo team's credentials (mode 0600)."""
+        return self.run / "console.json"
+
+    @property
+    def ready(self) -> Path:
+        """Exists, with the URL in it, while the console serves and is checked."""
+        return self.run / "ready"
+
+    @property
+    def lock(self) -> Path:
+        """Held, with the owner's process id in it, by the one `manage.py up` of this var."""
+        return self.run / "up.lock"
+
+    @property
+    def cluster(self) -> Cluster:
+        """The private PostgreSQL of this installation."""
+        return Cluster(self.var / "pg", self.run / "pg")
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds the console."""
+        return os.environ.get("ORKESTR_PUBLIC_URL", f"http://127.0.0.1:{self.port}").rstrip("/")
+
+    def environment(self) -> dict[str, str]:
+        """What every program of the installation gets on top of the operator's environment."""
+        return {
+            "ORKESTR_VAR": str(self.var),
+            "ORKESTR_STATE_DIR": str(self.state_dir),
+            "ORKESTR_HOST_SOCKET": str(self.host_socket),
+            "DATABASE_URL": self.database_url or self.cluster.url,
+            "PORT": str(self.port),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def prepare(self) -> None:
+        """Make the directories that everything else expects. Raises ``StartError``."""
+        if len(os.fsencode(self.host_socket)) > LONGEST_SOCKET_PATH:
+            raise StartError(
+                f"{self.host_socket} is too long a path for a Unix socket: "
+                "set ORKESTR_HOST_SOCKET or ORKESTR_VAR to something shorter"
+            )
+        for directory in (self.var, self.run, self.log):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(0o755)
+        self.log.chmod(0o750)
+
+
+def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
+    """The layout that the environment asks for, with the defaults of the README.
+
+    Raises ``StartError`` for a ``PORT`` that is no port.
+    """
+    var = Path(environment.get("ORKESTR_VAR") or TREE / "var").absolute()
+    port = environment.get("PORT") or "8000"
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise StartError(f"PORT is {port!r}: give a number between 1 and 65535")
+    return Layout(
+        tree=TREE,
+        var=var,
+        state_dir=Path(environment.get("ORKESTR_STATE_DIR") or var / "host").absolute(),
+        host_socket=Path(environment.get("ORKESTR_HOST_SOCKET") or var / "run/host.sock"),
+        port=int(port),
+        database_url=environment.get("DATABASE_URL") or None,
+    )

@@ -1,0 +1,41 @@
+"""`manage.py up`: start everything and serve until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+from argparse import ArgumentParser
+from types import FrameType
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from orkestr_console.runner.display import Display
+from orkestr_console.runner.layout import StartError, layout_from
+from orkestr_console.runner.postgres import PostgresError
+from orkestr_console.runner.up import Console
+
+
+class Command(BaseCommand):
+    """What `make run` calls once the machine is ready."""
+
+    help = "Start database, host agent, worker and web; serve until Ctrl-C."
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """One switch: the self-check builds a template, which a test may not want."""
+        parser.add_argument("--no-self-check", dest="self_check", action="store_false")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Serve; exit status 0 after Ctrl-C, 1 when something did not come up."""
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            display = Display(os.fdopen(os.dup(1), "w"))
+            Console(layout_from(), display, self_check=options["self_check"]).run()
+        except (StartError, PostgresError) as error:
+            raise CommandError(f"cannot start: {error}") from error
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """A polite kill ends it the way Ctrl-C does."""
+    raise KeyboardInterrupt

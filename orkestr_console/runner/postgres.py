@@ -1,0 +1,222 @@
+"""A private PostgreSQL cluster: made once, on a Unix socket only, with peer authentication.
+
+``python -m orkestr_console.runner.postgres exec DIRECTORY -- command…`` runs a command against a
+throw-away cluster made in DIRECTORY, with ``DATABASE_URL`` set, and removes it afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+from psycopg import sql
+
+from orkestr_console.runner.account import USER, confined, ensure_user, give
+
+SERVER_USER = "postgres"
+DATABASE = "orkestr"
+DISTRIBUTION = Path("/usr/lib/postgresql")
+# sun_path of unix(7) is 108 bytes with its NUL; PostgreSQL adds "/.s.PGSQL.5432.lock".
+LONGEST_SOCKET_DIRECTORY = 108 - 20
+
+
+class PostgresError(Exception):
+    """The private cluster cannot be made or started; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster's two directories: its data, and where its socket is."""
+
+    data: Path
+    sockets: Path
+
+    @property
+    def url(self) -> str:
+        """What ``DATABASE_URL`` is for this cluster."""
+        return f"postgres://{USER}@/{DATABASE}?host={quote(str(self.sockets))}"
+
+    def create(self) -> bool:
+        """Make the cluster if there is none yet; whether one was made. Needs root.
+
+        Raises ``PostgresError``.
+        """
+        self._prepare_sockets()
+        if (self.data / "PG_VERSION").exists():
+            return False
+        staging = self.data.with_name(f"{self.data.name}.new")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, mode=0o700)
+        give(staging, SERVER_USER)
+        self._initdb(staging)
+        (staging / "pg_hba.conf").write_text("local all all peer map=orkestr\n")
+        (staging / "pg_ident.conf").write_text(_ident_map())
+        staging.rename(self.data)
+        return True
+
+    def _prepare_sockets(self) -> None:
+        if len(os.fsencode(self.sockets)) > LONGEST_SOCKET_DIRECTORY:
+            raise PostgresError(
+                f"{self.sockets} is too long a path for a Unix socket: set ORKESTR_VAR shorter"
+            )
+        _server_user_exists()
+        self.sockets.mkdir(parents=True, exist_ok=True)
+        self.sockets.chmod(0o755)
+        give(self.sockets, SERVER_USER)
+
+    def _initdb(self, directory: Path) -> None:
+        initdb = [
+            *(newest_server() / "initdb", "-D", directory, "-U", SERVER_USER),
+            *("-A", "peer", "-E", "UTF8", "--locale=C.UTF-8", "--data-checksums", "-N"),
+        ]
+        argv = [*confined(SERVER_USER, [directory]), *map(str, initdb)]
+        made = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if made.returncode != 0:
+            raise PostgresError(f"initdb failed in {directory}: {made.stderr.strip()}")
+
+    def command(self, **settings: str) -> list[str]:
+        """The argv that runs the server in the foreground; it stops with its parent.
+
+        ``settings`` are server parameters. Raises ``PostgresError`` if the cluster's version of
+        PostgreSQL is not installed.
+        """
+        # Autovacuum and the rest stay stock; only what reaches outside is set here.
+        fixed = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.sockets),
+            "cluster_name": "orkestr",
+            "log_line_prefix": "%m [%p] %u ",
+        }
+        options = [f"--{name}={value}" for name, value in (fixed | settings).items()]
+        server = str(server_of(self.data) / "postgres")
+        # SIGINT is PostgreSQL's fast shutdown: it does not wait for clients to leave.
+        prefix = confined(SERVER_USER, [self.data, self.sockets], stop_signal="INT")
+        return [*prefix, server, "-D", str(self.data), *options]
+
+    def answers(self) -> bool:
+        """Whether the server takes connections now."""
+        try:
+            self._connect(SERVER_USER).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def ensure_database(self) -> None:
+        """Make the role and the database the console uses, if missing. The server must answer."""
+        with self._connect(SERVER_USER) as connection:
+            names = {"role": sql.Identifier(USER), "name": sql.Identifier(DATABASE)}
+            if not _exists(connection, "SELECT 1 FROM pg_roles WHERE rolname = %s", USER):
+                statement = sql.SQL("CREATE ROLE {role} LOGIN CREATEDB")
+                connection.execute(statement.format(**names))
+            if not _exists(connection, "SELECT 1 FROM pg_database WHERE datname = %s", DATABASE):
+                statement = sql.SQL("CREATE DATABASE {name} OWNER {role}")
+                connection.execute(statement.format(**names))
+
+    def _connect(self, user: str) -> psycopg.Connection:
+        return psycopg.connect(
+            host=str(self.sockets), user=user, dbname="postgres", autocommit=True, connect_timeout=3
+        )
+
+
+def _exists(connection: psycopg.Connection, query: str, name: str) -> bool:
+    return connection.execute(query.encode(), [name]).fetchone() is not None
+
+
+def _ident_map() -> str:
+    """Which system users may be which database roles (pg_ident.conf)."""
+    pairs = [("root", USER), ("root", SERVER_USER), (USER, USER), (SERVER_USER, SERVER_USER)]
+    return "".join(f"orkestr {system} {role}\n" for system, role in pairs)
+
+
+def _server_user_exists() -> None:
+    try:
+        pwd.getpwnam(SERVER_USER)
+    except KeyError:
+        raise PostgresError(
+            "there is no 'postgres' user: install Debian's postgresql package (make run does)"
+        ) from None
+
+
+def newest_server() -> Path:
+    """The program directory of the newest PostgreSQL server installed from packages."""
+    found = [path.parent for path in DISTRIBUTION.glob("*/bin/postgres")]
+    if not found:
+        raise PostgresError("no PostgreSQL server is installed: apt-get install postgresql")
+    return max(found, key=lambda path: int(path.parent.name))
+
+
+def server_of(data: Path) -> Path:
+    """The program directory of the version that made ``data``."""
+    version = (data / "PG_VERSION").read_text().strip()
+    programs = DISTRIBUTION / version / "bin"
+    if not (programs / "postgres").exists():
+        raise PostgresError(
+            f"{data} was made by PostgreSQL {version}, which is not installed any more: "
+            f"apt-get install postgresql-{version}, or move it over with pg_upgrade"
+        )
+    return programs
+
+
+@contextmanager
+def temporary_cluster(directory: Path) -> Iterator[Cluster]:
+    """A running cluster in ``directory`` for as long as the block lasts; removed afterwards.
+
+    Durability is off: it is for tests. Raises ``PostgresError`` if it does not come up.
+    """
+    ensure_user()
+    directory.mkdir(parents=True, exist_ok=True)
+    cluster = Cluster(directory / "data", directory / "sockets")
+    cluster.create()
+    log = directory / "postgres.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            cluster.command(fsync="off", synchronous_commit="off", full_page_writes="off"),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_it_answers(cluster, server, log)
+            cluster.ensure_database()
+            yield cluster
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+            shutil.rmtree(directory)
+
+
+def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not cluster.answers():
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise PostgresError(f"the test database did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command against a throw-away cluster; its exit status is the command's."""
+    parser = argparse.ArgumentParser(prog="postgres")
+    parser.add_argument("verb", choices=["exec"])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args(argv)
+    with temporary_cluster(options.directory.resolve()) as cluster:
+        environment = {**os.environ, "DATABASE_URL": cluster.url}
+        return subprocess.run(options.command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

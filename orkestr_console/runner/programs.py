@@ -1,0 +1,56 @@
+"""The programs of an installation, how each is started, and how one tells that it is ready."""
+
+from __future__ import annotations
+
+import sys
+
+import httpx
+
+from orkestr_console.runner.account import USER, Identity
+from orkestr_console.runner.keeper import Program
+from orkestr_console.runner.layout import Layout
+
+# How a start waits before it says that something is wrong. The first start of the agent makes its
+# pool of network namespaces and reclaims what a killed one left.
+AGENT_SECONDS = 60
+DATABASE_SECONDS = 60
+WEB_SECONDS = 30
+WORKER_SECONDS = 20
+
+
+def postgres(layout: Layout) -> Program:
+    """The private database server. Raises ``PostgresError``."""
+    # Stopped last; SIGINT is its fast shutdown, which does not wait for clients.
+    return Program("postgres", layout.cluster.command(), 1, stop_signal="INT", stop_seconds=30)
+
+
+def agent(layout: Layout) -> Program:
+    """The host agent, the only one that stays root."""
+    module = [sys.executable, "-m", "hostruntime.agent"]
+    options = ["--state-dir", str(layout.state_dir), "--socket", str(layout.host_socket)]
+    dying_with_us = ["setpriv", "--pdeathsig=TERM", "--"]
+    return Program("agent", [*dying_with_us, *module, *options, "--socket-group", USER], 10)
+
+
+def worker(layout: Layout, identity: Identity) -> Program:
+    """The queue's worker. Its group is stopped whole: its children must not outlive it."""
+    command = [*identity.prefix, *manage(layout, "worker")]
+    return Program("worker", command, 20, stop_group=True)
+
+
+def web(layout: Layout, identity: Identity) -> Program:
+    """The console, REST and WebSockets."""
+    return Program("web", [*identity.prefix, *manage(layout, "serve", f"--port={layout.port}")], 30)
+
+
+def manage(layout: Layout, *arguments: str) -> list[str]:
+    """The command line of one management command."""
+    return [sys.executable, str(layout.tree / "manage.py"), *arguments]
+
+
+def web_answers(layout: Layout) -> bool:
+    """Whether the web process serves requests now."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{layout.port}/healthz", timeout=2).is_success
+    except httpx.HTTPError:
+        return False

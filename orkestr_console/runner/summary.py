@@ -1,0 +1,75 @@
+"""What `make run` says at the end: where the console is, how to get in, and what to paste."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from orkestr_console.runner.layout import Layout
+
+TEXT = """
+  Orkestr Console is serving ({seconds:.1f} s after the start)
+
+    Console    {url}/
+    Login      {user}
+    Password   {password}
+    API key    {api_key}
+    Team       {team}
+
+  With curl:
+
+    export ORKESTR_BASE_URL={url} ORKESTR_API_KEY={api_key}
+    curl -X POST $ORKESTR_BASE_URL/v1/templates \\
+      -H "Authorization: Bearer $ORKESTR_API_KEY" -H "Content-Type: application/json" \\
+      -d '{{"name": "data-stack", "base_template": "python-3.12",
+           "recipe": ["pip install pandas numpy pyarrow"]}}'
+
+  With the official SDK (pip install orkestr), once the template is ready:
+
+    from orkestr import Sandbox
+    with Sandbox.create(template="tmpl_...") as sbx:
+        print(sbx.exec("python -c 'import pandas; print(pandas.__version__)'").stdout)
+
+  These are also in {console_json}. Logs are in {log}.
+  Ctrl-C stops the console and leaves sandboxes running; `make down` ends them too."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """The demo team's way in."""
+
+    user: str
+    password: str
+    team: str
+    api_key: str
+
+
+def summary(layout: Layout, credentials: Credentials, seconds: float) -> str:
+    """The text for the operator's terminal; ``seconds`` is from the start to serving."""
+    return TEXT.format(
+        url=layout.url,
+        seconds=seconds,
+        console_json=layout.console_json,
+        log=layout.log,
+        **asdict(credentials),
+    )
+
+
+def write_console_json(layout: Layout, credentials: Credentials) -> None:
+    """Leave the same facts for scripts, readable by root alone, replaced in one step."""
+    staging = layout.console_json.with_suffix(".new")
+    descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        json.dump({"url": layout.url, **asdict(credentials)}, stream, indent=2)
+        stream.write("\n")
+    staging.rename(layout.console_json)
+
+
+def known_credentials(layout: Layout) -> Credentials | None:
+    """What an earlier start wrote; None when there is nothing readable."""
+    try:
+        record = json.loads(layout.console_json.read_text())
+        return Credentials(*(record[name] for name in ("user", "password", "team", "api_key")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,234 @@
+"""`manage.py up`: start everything, say what came up, keep it running until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import httpx
+
+from orkestr_console.runner import programs
+from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
+from orkestr_console.runner.display import Display
+from orkestr_console.runner.doctor import port_is_free
+from orkestr_console.runner.hostapi import Base, HostApi, agent_answers
+from orkestr_console.runner.keeper import Keeper
+from orkestr_console.runner.layout import Layout, StartError
+from orkestr_console.runner.lock import only_one
+from orkestr_console.runner.selfcheck import SelfCheck, SelfCheckError
+from orkestr_console.runner.summary import Credentials, summary
+
+MEBIBYTE = 1024**2
+WATCH_SECONDS = 1.0
+REVIVE_SECONDS = 15.0
+# What Django keeps in var/run and the unprivileged processes must be able to read.
+SECRETS = ("secret_key", "token_pepper")
+
+
+class Console:
+    """One run of the installation, from nothing to serving and back."""
+
+    def __init__(self, layout: Layout, display: Display, *, self_check: bool) -> None:
+        self._layout = layout
+        self._display = display
+        self._self_check = self_check
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM.
+
+        Raises ``StartError`` or ``PostgresError`` when something does not come up; what had come
+        up is stopped again.
+        """
+        self._refuse_unless_root()
+        self._layout.prepare()
+        with only_one(self._layout):
+            self._refuse_unless_port_is_free()
+            ensure_user()
+            if self._layout.database_url is None:
+                self._layout.cluster.create()
+            identity = self._choose_identity()
+            self._keeper = Keeper(self._layout, self._programs(identity))
+            self._serve(identity)
+
+    def _refuse_unless_root(self) -> None:
+        if os.geteuid() != 0:
+            raise StartError(
+                "containers, mounts and networks need root: start with `make run`, or with sudo"
+            )
+
+    def _refuse_unless_port_is_free(self) -> None:
+        port = self._layout.port
+        if not port_is_free(port):
+            raise StartError(
+                f"port {port} is in use by another program. "
+                f"Choose another: make run PORT={port + 1}"
+            )
+
+    def _choose_identity(self) -> Identity:
+        identity = choose_identity(self._layout.tree, self._layout.run)
+        if identity.warning:
+            self._display.warn(identity.warning)
+        return identity
+
+    def _programs(self, identity: Identity) -> list[programs.Program]:
+        layout = self._layout
+        found = [
+            programs.agent(layout),
+            programs.worker(layout, identity),
+            programs.web(layout, identity),
+        ]
+        return found if layout.database_url else [programs.postgres(layout), *found]
+
+    def _serve(self, identity: Identity) -> None:
+        pool = ThreadPoolExecutor(max_workers=1)
+        try:
+            self._start(pool, identity)
+            self._watch()
+        except KeyboardInterrupt:
+            self._display.line("\n  Stopping. Sandboxes keep running; `make down` ends them.")
+        finally:
+            # A second Ctrl-C must not leave half of it running.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._layout.ready.unlink(missing_ok=True)
+            self._keeper.stop()
+            pool.shutdown(cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, identity: Identity) -> None:
+        self._keeper.start()
+        host = pool.submit(self._start_host)
+        self._start_database()
+        credentials = self._prepare(identity)
+        self._start_console()
+        seconds = time.monotonic() - self._began
+        host.result()
+        if self._self_check:
+            self._check(credentials)
+        self._display.line(summary(self._layout, credentials, seconds))
+        self._layout.ready.write_text(f"{self._layout.url}\n")
+
+    def _start_database(self) -> None:
+        if self._layout.database_url is not None:
+            return
+        cluster = self._layout.cluster
+        with self._display.step("database") as step:
+            self._keeper.launch("postgres")
+            self._keeper.await_ready("postgres", cluster.answers, programs.DATABASE_SECONDS)
+            cluster.ensure_database()
+            step.detail = f"private PostgreSQL in {cluster.data}"
+
+    def _prepare(self, identity: Identity) -> Credentials:
+        """Bring the schema up to date and make sure the demo team exists."""
+        with self._display.step("schema") as step:
+            prepared = subprocess.run(
+                programs.manage(self._layout, "prepare"),
+                env={**os.environ, **self._layout.environment()},
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C must not interrupt it half-way: the stop that follows waits for it.
+                start_new_session=True,
+            )
+            if prepared.returncode != 0:
+                raise StartError(f"the database could not be prepared:\n{prepared.stderr.strip()}")
+            record = json.loads(prepared.stdout)
+            step.detail = f"{record.pop('migrated')} migrations applied, demo team there"
+        for secret in (self._layout.run / name for name in SECRETS):
+            if secret.exists():
+                give(secret, identity.user)
+        return Credentials(**record)
+
+    def _start_console(self) -> None:
+        answers = partial(programs.web_answers, self._layout)
+        with self._display.step("web, worker") as step:
+            for name in ("web", "worker"):
+                self._keeper.launch(name)
+            self._keeper.await_ready("web", answers, programs.WEB_SECONDS)
+            self._keeper.await_ready("worker", self._worker_runs, programs.WORKER_SECONDS)
+            step.detail = f"answering at {self._layout.url}/"
+
+    def _worker_runs(self) -> bool:
+        return self._keeper.states()["worker"][0] == "RUNNING"
+
+    def _start_host(self) -> None:
+        """Start the agent, then make the base images it lacks; in a thread of its own."""
+        socket = self._layout.host_socket
+        with self._display.step("host agent") as step:
+            self._keeper.launch("agent")
+            answers = partial(agent_answers, socket)
+            self._keeper.await_ready("agent", answers, programs.AGENT_SECONDS)
+            with HostApi(socket) as host:
+                health = host.health()
+            step.detail = f"instance {health['instance']}, cgroups {health['cgroup']}"
+        with HostApi(socket) as host:
+            bases = host.bases()
+            for base in bases:
+                if base.state != "ready":
+                    self._make_base(host, base)
+        self._report_bases([base for base in bases if base.state == "ready"])
+
+    def _make_base(self, host: HostApi, base: Base) -> None:
+        label = f"base {base.name}"
+        try:
+            with self._display.step(label) as step:
+                for event in host.build_base(base.name):
+                    if event["kind"] == "error":
+                        raise StartError(str(event["detail"]))
+                    if event["kind"] == "progress":
+                        self._display.progress(label, str(event["message"]))
+                    else:
+                        step.detail = f"{event['image'].get('size_bytes', 0) / MEBIBYTE:.0f} MiB"
+        except (StartError, httpx.HTTPError) as error:
+            # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
+            self._display.warn(f"{label} could not be made, and is not offered: {error}")
+
+    def _report_bases(self, ready: list[Base]) -> None:
+        if ready:
+            with self._display.step("base images") as step:
+                step.detail = ", ".join(base.name for base in ready)
+
+    def _check(self, credentials: Credentials) -> None:
+        check = SelfCheck(
+            f"http://127.0.0.1:{self._layout.port}",
+            credentials.api_key,
+            partial(self._display.progress, "self-check"),
+        )
+        try:
+            with self._display.step("self-check") as step:
+                check.run()
+                step.detail = "a recipe became an image, and a sandbox ran"
+            self._display.times(check.times)
+        except SelfCheckError as error:
+            self._display.warn(f"the self-check failed: {error}")
+            self._display.warn(f"the console serves all the same; see {self._layout.log}")
+
+    def _watch(self) -> None:
+        """Say when a program stops and comes back. Raises ``StartError`` if the keeper dies."""
+        known = self._keeper.states()
+        while True:
+            time.sleep(WATCH_SECONDS)
+            if not self._keeper.alive():
+                raise StartError(
+                    f"the process manager has ended:\n{self._keeper.tail('supervisord.log')}"
+                )
+            now = self._keeper.states()
+            for name, (state, pid) in now.items():
+                if state == "FATAL" != known[name][0]:
+                    tail = self._keeper.tail(f"{name}.log")
+                    self._display.warn(f"{name} keeps failing; its log ends with:\n{tail}")
+                elif state == "RUNNING" and pid != known[name][1]:
+                    self._display.warn(f"{name} had ended and was started again (process {pid})")
+            self._revive(now)
+            known = now
+
+    def _revive(self, states: dict[str, tuple[str, int]]) -> None:
+        """supervisord gives up after a while; a disk that is full now may not be later."""
+        if int(time.monotonic()) % int(REVIVE_SECONDS) == 0:
+            for name, (state, _) in states.items():
+                if state == "FATAL":
+                    self._keeper.revive(name)
