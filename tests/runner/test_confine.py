@@ -1,0 +1,116 @@
+"""A confined program reaches what it needs of a private directory, and nothing else of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orkestr_console.runner.confine import (
+    blocked_directory,
+    mount_points,
+    outermost,
+    unneeded_mounts,
+)
+
+NOBODY = "nobody"
+
+
+@pytest.fixture
+def private() -> Iterator[Path]:
+    """A directory that only root may enter, on a filesystem that others can reach."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        home = Path(name) / "home"
+        (home / "tree" / "var").mkdir(parents=True)
+        (home / "tree" / "code").write_text("print('hello')\n")
+        (home / "secret").write_text("hidden\n")
+        (home / "secret").chmod(0o644)
+        Path(name).chmod(0o755)
+        home.chmod(0o700)
+        yield home
+
+
+def confined(need: Path, script: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orkestr_console.runner.confine", "--user", NOBODY]
+    return subprocess.run(
+        [*command, "--need", str(need), "--", "/bin/sh", "-c", script],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_directory_that_blocks_is_the_outermost_closed_one(private: Path) -> None:
+    assert blocked_directory(NOBODY, private / "tree" / "var") == private
+    assert blocked_directory("root", private / "tree") is None
+    assert blocked_directory(NOBODY, Path("/usr/bin")) is None
+
+
+def test_a_confined_program_reads_its_need_and_no_neighbour(private: Path) -> None:
+    script = f"cat {private}/tree/code; ls {private}; cat {private}/secret; id -un"
+    done = confined(private / "tree", script)
+    assert done.stdout == f"print('hello')\ntree\n{NOBODY}\n"
+    assert "secret: No such file" in done.stderr
+
+
+def test_a_confined_program_has_no_capabilities_and_gets_none(private: Path) -> None:
+    done = confined(private / "tree", "grep -E '^(Cap|NoNewPrivs)' /proc/self/status")
+    values = dict(line.split(":\t") for line in done.stdout.splitlines())
+    assert values.pop("NoNewPrivs") == "1"
+    assert set(values.values()) == {"0" * 16}
+
+
+def test_confinement_leaves_no_mount_behind(private: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    assert confined(private / "tree", "true").returncode == 0
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_a_mount_made_by_another_is_not_kept_alive(private: Path) -> None:
+    """Unmounting a sandbox's root must free it although a confined program runs on."""
+    other = private / "tree" / "var"
+    subprocess.run(["mount", "-t", "tmpfs", "other", other], check=True)
+    try:
+        done = confined(private / "tree", "cat /proc/self/mountinfo")
+    finally:
+        subprocess.run(["umount", other], check=True)
+    assert done.returncode == 0
+    assert str(other) not in done.stdout
+
+
+def test_outermost_keeps_no_path_inside_another() -> None:
+    paths = [Path("/a/b"), Path("/a"), Path("/ab"), Path("/a/b/c"), Path("/a")]
+    assert outermost(paths) == [Path("/a"), Path("/ab")]
+
+
+def test_mounts_that_lead_to_a_need_or_the_system_stay() -> None:
+    mounts = ["/", "/proc", "/sys/fs/cgroup", "/home", "/srv", "/srv/data", "/run/netns", "/tmp"]
+    needs = [Path("/home/me/tree")]
+    doomed = unneeded_mounts(map(Path, mounts), needs)
+    assert doomed == [Path("/run/netns"), Path("/srv")]
+
+
+def test_mount_points_undo_the_kernels_octal_escapes() -> None:
+    line = r"36 35 98:0 / /mnt/with\040space rw - ext4 /dev/x rw"
+    assert mount_points(line + "\n") == [Path("/mnt/with space")]
+
+
+def test_a_confined_program_dies_with_its_parent(private: Path) -> None:
+    """supervisord killed with -9 must not leave PostgreSQL, web or worker running."""
+    command = [sys.executable, "-m", "orkestr_console.runner.confine", "--user", NOBODY]
+    sleeper = [*command, "--need", str(private / "tree"), "--", "/bin/sleep", "60"]
+    read, write = os.pipe()
+    parent = f"""
+import subprocess, os, time
+child = subprocess.Popen({sleeper!r}, pass_fds=[{write}])
+time.sleep(1)
+"""
+    subprocess.run([sys.executable, "-c", parent], pass_fds=[write], check=True)
+    os.close(write)
+    # The write end closes when the last process that has it, the sleeper, has died.
+    assert os.read(read, 1) == b""
+    os.close(read)
