@@ -1,0 +1,219 @@
+"""What the host agent answers, as types: shared by the agent's tests and every client.
+
+All times named ``…_at``, ``deadline`` are Unix seconds (float), durations ``…_ms`` milliseconds,
+sizes bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Base of the answers that are plain JSON objects; unknown fields are ignored."""
+
+    @classmethod
+    def from_wire(cls, payload: Mapping[str, Any]) -> Self:
+        """Build from the JSON object; a missing field takes its default, else raises TypeError."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in payload.items() if key in known})
+
+
+@dataclass(frozen=True)
+class Health(Answer):
+    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``."""
+
+    version: str
+    state_dir: str
+    instance: int
+    cgroup: str
+    proxy: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseInfo(Answer):
+    """A built-in base image; ``state`` is ready, missing, building or failed."""
+
+    name: str
+    title: str
+    description: str
+    state: str
+    size_bytes: int | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageInfo(Answer):
+    """An image of the store; ``kind`` is base or template."""
+
+    id: str
+    kind: str
+    base: str | None = None
+    created_at: float = 0.0
+    size_bytes: int = 0
+    file_count: int = 0
+    shared_bytes: int = 0
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class BuildInfo(Answer):
+    """A build; ``state`` is running, published, failed or cancelled."""
+
+    id: str
+    state: str
+    last_seq: int = 0
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BuildEvent:
+    """One event of a build; ``data`` has the fields that belong to its ``kind``."""
+
+    seq: int
+    at: float
+    kind: str
+    data: dict[str, Any]
+
+    @classmethod
+    def from_wire(cls, payload: Mapping[str, Any]) -> BuildEvent:
+        """Build from one NDJSON object."""
+        data = {k: v for k, v in payload.items() if k not in ("seq", "at", "kind")}
+        return cls(int(payload["seq"]), float(payload["at"]), str(payload["kind"]), data)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of a base being built; the last one is ``done`` (with the image)."""
+
+    kind: Literal["progress", "done"]
+    message: str
+    image: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SandboxInfo(Answer):
+    """A sandbox; ``state`` is running or gone.
+
+    ``reason`` of a gone one: ``expired`` (its deadline passed), ``exited`` (its init ended, for
+    example because memory ran out) or ``host_lost`` (the machine or the container went away).
+    """
+
+    id: str
+    image: str
+    state: str
+    started_at: float
+    boot_ms: float
+    deadline: float | None
+    network: str = "off"
+    reason: str | None = None
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """A command that ended; ``code`` is 128 + n when signal n killed it.
+
+    ``truncated`` says that output beyond the cap was read and dropped (the command was not
+    disturbed); ``out_of_memory`` that the kernel killed something in the container meanwhile.
+    """
+
+    code: int
+    signal: int | None
+    stdout: bytes
+    stderr: bytes
+    duration_ms: int
+    out_of_memory: bool = False
+    truncated: bool = False
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class ExecFrame:
+    """One frame of a streamed exec, as in the contract.
+
+    ``kind`` started: ``pid``; chunk: ``stream`` and ``data``; exited: ``code``, ``signal``,
+    ``duration_ms``, ``out_of_memory``, ``truncated``; error: ``error_code``, ``message``,
+    ``duration_ms`` and perhaps ``signal``.
+    """
+
+    kind: Literal["started", "chunk", "exited", "error"]
+    pid: int | None = None
+    stream: str | None = None
+    data: bytes = b""
+    code: int | None = None
+    signal: int | None = None
+    duration_ms: int | None = None
+    out_of_memory: bool = False
+    truncated: bool = False
+    error_code: str | None = None
+    message: str | None = None
+
+    @classmethod
+    def from_wire(cls, payload: Mapping[str, Any]) -> ExecFrame:
+        """Build from one NDJSON object (``data`` is base64 there; an error's code is ``code``)."""
+        values = dict(payload)
+        if values.get("kind") == "error":
+            values["error_code"] = values.pop("code", None)
+        values["data"] = base64.b64decode(values.get("data") or "")
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True)
+class DirectoryEntry(Answer):
+    """One name in a directory; ``mode`` holds the permission bits, ``modified_at`` Unix seconds."""
+
+    name: str
+    is_dir: bool
+    size: int
+    mode: int
+    modified_at: float
+
+
+@dataclass(frozen=True)
+class FileStat(Answer):
+    """What is at a path; everything but ``path`` and ``exists`` is meaningless when it is not."""
+
+    path: str
+    exists: bool
+    is_dir: bool = False
+    size: int = 0
+    mode: int = 0
+    modified_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """A file that was read whole."""
+
+    stat: FileStat
+    content: bytes
+
+
+@dataclass(frozen=True)
+class DirectoryListing:
+    """A directory that was read, sorted by name."""
+
+    stat: FileStat
+    entries: tuple[DirectoryEntry, ...]
+
+
+@dataclass(frozen=True)
+class EgressDecision(Answer):
+    """One answer of the egress proxy; ``verdict`` is allowed or refused."""
+
+    at: float
+    owner: str
+    host: str
+    port: int
+    verdict: str
+    reason: str
+    address: str = ""
+    method: str = ""
+    message: str = ""

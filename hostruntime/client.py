@@ -1,0 +1,547 @@
+"""The client of the host agent: typed answers in, :mod:`hostruntime.errors` out.
+
+:class:`HostClient` is synchronous, for services and tasks.  :class:`AsyncHostClient` is for what
+streams inside an event loop.  Both keep their connections: make one per process and socket with
+:func:`host_client` / :func:`async_host_client`, which are safe across forks and event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hostruntime.answers import (
+    BaseInfo,
+    BuildEvent,
+    BuildInfo,
+    DirectoryEntry,
+    DirectoryListing,
+    EgressDecision,
+    ExecFrame,
+    ExecResult,
+    FileContent,
+    FileStat,
+    Health,
+    ImageInfo,
+    Progress,
+    SandboxInfo,
+)
+from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
+
+DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
+DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
+# A stream says something at least every 10 s (a blank line), so silence means a dead agent.
+_TIMEOUT = httpx.Timeout(connect=5.0, read=60.0, write=60.0, pool=30.0)
+_STREAM_TIMEOUT = httpx.Timeout(connect=5.0, read=30.0, write=60.0, pool=30.0)
+_LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=60.0)
+
+
+class HostClient:
+    """The agent behind a Unix socket.  Every method raises HostError; HostUnavailable when down.
+
+    Thread-safe.  Close it with :meth:`close` or use it as a context manager.
+    """
+
+    def __init__(self, socket: Path | str) -> None:
+        self.socket = Path(socket)
+        self._http = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket), limits=_LIMITS, verify=_no_tls()),
+            base_url="http://host",
+            timeout=_TIMEOUT,
+            trust_env=False,
+        )
+
+    def __enter__(self) -> HostClient:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    # The host ------------------------------------------------------------------------------
+
+    def health(self) -> Health:
+        """What the agent is and how it is."""
+        return Health.from_wire(self._json("GET", "/health"))
+
+    def default_domains(self) -> list[str]:
+        """The default allowlist of the restricted network."""
+        return [str(name) for name in self._json("GET", "/egress/defaults")["domains"]]
+
+    def egress_decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
+        """What the proxy let through or refused for a sandbox or build since a Unix time."""
+        params = {"owner": owner, "since": since}
+        answer = self._json("GET", "/egress/decisions", params=params)
+        return [EgressDecision.from_wire(item) for item in answer["decisions"]]
+
+    # Images --------------------------------------------------------------------------------
+
+    def bases(self) -> list[BaseInfo]:
+        """The built-in bases and whether they are ready."""
+        return [BaseInfo.from_wire(item) for item in self._json("GET", "/bases")["bases"]]
+
+    def ensure_base(self, name: str) -> Iterator[Progress]:
+        """Build a base unless it is ready, yielding progress; ends with a ``done`` line.
+
+        Raises the failure as HostError.
+        """
+        for line in self._lines("POST", f"/bases/{name}"):
+            if line["kind"] == "error":
+                raise HostError.from_wire(line)
+            yield Progress(line["kind"], str(line.get("message", "")), line.get("image"))
+
+    def images(self) -> list[ImageInfo]:
+        """Every image of the store."""
+        return [ImageInfo.from_wire(item) for item in self._json("GET", "/images")["images"]]
+
+    def image(self, image_id: str) -> ImageInfo:
+        """One image; raises NotFound."""
+        return ImageInfo.from_wire(self._json("GET", f"/images/{image_id}"))
+
+    def delete_image(self, image_id: str) -> bool:
+        """Delete an image; True when it is gone, False when its last user has to go first."""
+        return self._send("DELETE", f"/images/{image_id}").status_code == 204
+
+    def reconcile_images(self, keep: Sequence[str]) -> list[str]:
+        """Delete old template images that are not in ``keep``; return the ids deleted."""
+        answer = self._json("POST", "/images/reconcile", body={"keep": list(keep)})
+        return [str(image) for image in answer.get("deleted", [])]
+
+    # Builds --------------------------------------------------------------------------------
+
+    def start_build(
+        self,
+        build_id: str,
+        *,
+        base_image: str,
+        recipe: Sequence[str],
+        network: str,
+        allow_domains: Sequence[str] | None = None,
+        cpu: float = 2.0,
+        memory_mb: int = 4096,
+        step_timeout_seconds: float = 600.0,
+        build_timeout_seconds: float = 1800.0,
+    ) -> BuildInfo:
+        """Start a build whose image will have its id; the same id again changes nothing."""
+        body = {
+            "id": build_id,
+            "base_image": base_image,
+            "recipe": list(recipe),
+            "network": network,
+            "allow_domains": None if allow_domains is None else list(allow_domains),
+            "limits": {"cpu": cpu, "memory_mb": memory_mb},
+            "step_timeout_seconds": step_timeout_seconds,
+            "build_timeout_seconds": build_timeout_seconds,
+        }
+        return BuildInfo.from_wire(self._json("POST", "/builds", body=body))
+
+    def build(self, build_id: str) -> BuildInfo:
+        """A build's state; raises NotFound."""
+        return BuildInfo.from_wire(self._json("GET", f"/builds/{build_id}"))
+
+    def cancel_build(self, build_id: str) -> None:
+        """Cancel a build and delete what it published; returns when all of it is gone."""
+        self._send("DELETE", f"/builds/{build_id}")
+
+    def build_events(
+        self, build_id: str, after: int = 0, *, follow: bool = True
+    ) -> Iterator[BuildEvent]:
+        """The events after number ``after``; with ``follow``, until the terminal one."""
+        params = {"after": after, "follow": "true" if follow else "false"}
+        for line in self._lines("GET", f"/builds/{build_id}/events", params=params):
+            yield BuildEvent.from_wire(line)
+
+    # Sandboxes -----------------------------------------------------------------------------
+
+    def sandboxes(self) -> list[SandboxInfo]:
+        """Every sandbox the host knows, gone ones included for a day."""
+        answer = self._json("GET", "/sandboxes")
+        return [SandboxInfo.from_wire(item) for item in answer["sandboxes"]]
+
+    def create_sandbox(
+        self,
+        sandbox_id: str,
+        *,
+        image: str,
+        cpu: float,
+        memory_mb: int,
+        network: str = "off",
+        allow_domains: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        deadline: float | None = None,
+    ) -> SandboxInfo:
+        """Start a sandbox; the same id again answers the one there is.
+
+        Raises ImageNotFound, HostFull (nothing was created), InvalidRequest.
+        """
+        body = {
+            "id": sandbox_id,
+            "image": image,
+            "limits": {"cpu": cpu, "memory_mb": memory_mb},
+            "network": network,
+            "allow_domains": None if allow_domains is None else list(allow_domains),
+            "env": dict(env or {}),
+            "deadline": deadline,
+        }
+        return SandboxInfo.from_wire(self._json("POST", "/sandboxes", body=body))
+
+    def sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """One sandbox; raises NotFound."""
+        return SandboxInfo.from_wire(self._json("GET", f"/sandboxes/{sandbox_id}"))
+
+    def set_deadline(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """Set when it ends (Unix seconds; None = never); raises NotFound, ContainerGone."""
+        body = {"deadline": deadline}
+        return SandboxInfo.from_wire(self._json("PATCH", f"/sandboxes/{sandbox_id}", body=body))
+
+    def delete_sandbox(self, sandbox_id: str) -> None:
+        """Terminate a sandbox and forget it; idempotent."""
+        self._send("DELETE", f"/sandboxes/{sandbox_id}")
+
+    def exec(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """Run a command to its end: a string through the shell, a list as it is.
+
+        At most ``max_output_bytes`` of stdout and stderr together are kept (16 MiB by default);
+        more is dropped and ``truncated`` set.  Raises ExecTimeout (its ``extra`` holds the
+        ``stdout`` and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone.
+        """
+        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes)
+        collected = _Collected()
+        for line in self._lines("POST", f"/sandboxes/{sandbox_id}/exec", body=body):
+            collected.add(ExecFrame.from_wire(line))
+        return collected.result()
+
+    # Files ---------------------------------------------------------------------------------
+
+    def read_path(
+        self, sandbox_id: str, path: str, *, max_bytes: int = DEFAULT_MAX_FILE_BYTES
+    ) -> FileContent | DirectoryListing:
+        """Read a file whole, or list a directory.
+
+        Raises NotFound, FileConflict (neither file nor directory), FileTooLarge.
+        """
+        params = {"path": path, "max_bytes": max_bytes}
+        response = self._send("GET", f"/sandboxes/{sandbox_id}/files", params=params)
+        return _content(path, response)
+
+    def write_file(
+        self,
+        sandbox_id: str,
+        path: str,
+        content: bytes | Iterable[bytes],
+        *,
+        mode: int | None = None,
+    ) -> int:
+        """Write a file whole or not at all, making missing parents; return the bytes written.
+
+        ``mode`` None keeps an existing file's mode, else 0o644.  Raises FileConflict (a directory
+        or a special file is in the way), FileTooLarge (no space left).
+        """
+        params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
+        answer = self._json("PUT", f"/sandboxes/{sandbox_id}/files", params=params, content=content)
+        return int(answer["size"])
+
+    def delete_path(self, sandbox_id: str, path: str) -> None:
+        """Delete a file, link or whole directory; raises NotFound, FileConflict."""
+        self._send("DELETE", f"/sandboxes/{sandbox_id}/files", params={"path": path})
+
+    def mkdir(self, sandbox_id: str, path: str, *, parents: bool = True) -> None:
+        """Make a directory; with ``parents``, also what is missing above, and existing is fine."""
+        body = {"path": path, "parents": parents}
+        self._send("POST", f"/sandboxes/{sandbox_id}/files/mkdir", body=body)
+
+    def move(self, sandbox_id: str, source: str, destination: str) -> None:
+        """Rename, replacing a file at the destination; raises NotFound, FileConflict."""
+        body = {"source": source, "destination": destination}
+        self._send("POST", f"/sandboxes/{sandbox_id}/files/move", body=body)
+
+    def stat(self, sandbox_id: str, path: str) -> FileStat:
+        """What is at a path; missing is ``exists=False``, not an error."""
+        params = {"path": path}
+        answer = self._json("GET", f"/sandboxes/{sandbox_id}/files/stat", params=params)
+        return FileStat.from_wire(answer)
+
+    # Plumbing ------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        content: bytes | Iterable[bytes] | None = None,
+    ) -> httpx.Response:
+        with _errors_told(self.socket):
+            response = self._http.request(method, path, params=params, json=body, content=content)
+        if response.is_error:
+            raise _error(response)
+        return response
+
+    def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        answer = self._send(method, path, **request).json()
+        return answer if isinstance(answer, dict) else {}
+
+    def _lines(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        with (
+            _errors_told(self.socket),
+            self._http.stream(
+                method, path, params=params, json=body, timeout=_STREAM_TIMEOUT
+            ) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise _error(response)
+            for line in response.iter_lines():
+                if line.strip():
+                    yield json.loads(line)
+
+
+class AsyncHostClient:
+    """The agent, from inside an event loop: for what streams.  Errors as in HostClient."""
+
+    def __init__(self, socket: Path | str) -> None:
+        self.socket = Path(socket)
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=_LIMITS, verify=_no_tls()),
+            base_url="http://host",
+            timeout=_STREAM_TIMEOUT,
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> AsyncHostClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def exec_frames(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int | None = None,
+    ) -> AsyncIterator[ExecFrame]:
+        """Run a command, yielding its frames; close the iterator early to kill it.
+
+        A frame of kind ``error`` or ``exited`` is the last.  Raises only what happened before
+        the command started.
+        """
+        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes)
+        async with self._stream("POST", f"/sandboxes/{sandbox_id}/exec", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.strip():
+                    yield ExecFrame.from_wire(json.loads(line))
+
+    async def build_events(self, build_id: str, after: int = 0) -> AsyncIterator[BuildEvent]:
+        """The events after number ``after``, until the terminal one."""
+        params = {"after": str(after), "follow": "true"}
+        path = f"/builds/{build_id}/events"
+        async with self._stream("GET", path, params=params) as response:
+            async for line in response.aiter_lines():
+                if line.strip():
+                    yield BuildEvent.from_wire(json.loads(line))
+
+    @asynccontextmanager
+    async def open_file(
+        self, sandbox_id: str, path: str
+    ) -> AsyncIterator[tuple[FileStat, AsyncIterator[bytes]]]:
+        """A file's stat and its bytes as they come, of any size; raises as read_path does."""
+        params = {"path": path, "directories": "false"}
+        url = f"/sandboxes/{sandbox_id}/files"
+        async with self._stream("GET", url, params=params) as response:
+            yield _stat_of(path, response.headers), response.aiter_raw()
+
+    async def write_file(
+        self, sandbox_id: str, path: str, content: AsyncIterator[bytes], *, mode: int | None = None
+    ) -> int:
+        """Write a file of any size from a stream, whole or not at all; return its size."""
+        params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
+        url = f"/sandboxes/{sandbox_id}/files"
+        async with self._stream("PUT", url, params=params, content=content) as response:
+            answer = json.loads(await response.aread())
+        return int(answer["size"])
+
+    @asynccontextmanager
+    async def _stream(
+        self, method: str, path: str, **request: Any
+    ) -> AsyncIterator[httpx.Response]:
+        with _errors_told(self.socket):
+            async with self._http.stream(method, path, **request) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise _error(response)
+                yield response
+
+
+def exec_body(
+    command: str | Sequence[str],
+    cwd: str,
+    env: Mapping[str, str] | None,
+    timeout_seconds: float | None,
+    max_output_bytes: int | None,
+) -> dict[str, Any]:
+    """The body of an exec request."""
+    what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
+    return {
+        **what,
+        "cwd": cwd,
+        "env": dict(env or {}),
+        "timeout_seconds": timeout_seconds,
+        "max_output_bytes": max_output_bytes,
+    }
+
+
+def _no_tls() -> ssl.SSLContext:
+    # The socket is plain HTTP; an empty context spares httpx the 20 ms of loading the CA bundle.
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+_clients: dict[tuple[int, str], HostClient] = {}
+_clients_lock = threading.Lock()
+_async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, AsyncHostClient]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def host_client(socket: Path | str) -> HostClient:
+    """The process's client of this socket; a forked child gets its own connections."""
+    key = (os.getpid(), str(socket))
+    with _clients_lock:
+        if key not in _clients:
+            _clients[key] = HostClient(socket)
+        return _clients[key]
+
+
+def async_host_client(socket: Path | str) -> AsyncHostClient:
+    """The running event loop's client of this socket."""
+    of_loop = _async_clients.setdefault(asyncio.get_running_loop(), {})
+    key = str(socket)
+    if key not in of_loop:
+        of_loop[key] = AsyncHostClient(socket)
+    return of_loop[key]
+
+
+class _Collected:
+    """The frames of one exec, put together."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.pid: int | None = None
+        self.last: ExecFrame | None = None
+
+    def add(self, frame: ExecFrame) -> None:
+        if frame.kind == "started":
+            self.pid = frame.pid
+        elif frame.kind == "chunk" and frame.stream in self.streams:
+            self.streams[frame.stream].append(frame.data)
+        else:
+            self.last = frame
+
+    def result(self) -> ExecResult:
+        out, err = (b"".join(self.streams[name]) for name in ("stdout", "stderr"))
+        last = self.last
+        if last is None:
+            raise ContainerGone("The host ended the command's stream before the command ended.")
+        if last.kind == "error":
+            raise _exec_error(last, out, err)
+        return ExecResult(
+            code=last.code if last.code is not None else -1,
+            signal=last.signal,
+            stdout=out,
+            stderr=err,
+            duration_ms=last.duration_ms or 0,
+            out_of_memory=last.out_of_memory,
+            truncated=last.truncated,
+            pid=self.pid,
+        )
+
+
+def _exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
+    payload: dict[str, Any] = {"code": frame.error_code, "message": frame.message}
+    payload |= {"duration_ms": frame.duration_ms}
+    if frame.signal is not None:
+        payload["signal"] = frame.signal
+    error = HostError.from_wire(payload)
+    if isinstance(error, ExecTimeout):
+        error.extra |= {"stdout": out, "stderr": err}
+    return error
+
+
+def _content(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
+    stat = _stat_of(path, response.headers)
+    if not stat.is_dir:
+        return FileContent(stat, response.content)
+    entries = tuple(DirectoryEntry.from_wire(item) for item in response.json()["entries"])
+    return DirectoryListing(stat, entries)
+
+
+def _stat_of(path: str, headers: httpx.Headers) -> FileStat:
+    return FileStat(
+        path=path,
+        exists=True,
+        is_dir=headers["x-file-type"] == "directory",
+        size=int(headers["x-file-size"]),
+        mode=int(headers["x-file-mode"], 8),
+        modified_at=float(headers["x-file-modified-at"]),
+    )
+
+
+def _error(response: httpx.Response) -> HostError:
+    try:
+        payload = response.json()
+    except ValueError:
+        payload = None
+    if not isinstance(payload, dict):
+        payload = {"detail": f"The host agent answered {response.status_code} without a reason."}
+    return HostError.from_wire(payload, response.status_code)
+
+
+@contextmanager
+def _errors_told(socket: Path) -> Iterator[None]:
+    """Turn transport failures into HostUnavailable with a sentence that says what to do."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise HostUnavailable(
+            f"The host agent at {socket} did not answer in time. If this lasts, look at its log."
+        ) from error
+    except httpx.TransportError as error:
+        hint = "is it running? Start it with `make run`." if not socket.exists() else str(error)
+        raise HostUnavailable(f"The host agent at {socket} does not answer: {hint}") from error
