@@ -26,6 +26,7 @@ MODES: tuple[Mode, ...] = ("off", "restricted", "open")
 MAX_DOMAINS = 200
 MAX_HOST_LENGTH = 253  # RFC 1035, section 2.3.4, without the root label
 TLS_PORT = 443
+NO_POLICY = "no policy is known for this address"
 
 # An underscore is no host name by RFC 952, but bucket and tenant names use it in DNS.
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
@@ -205,9 +206,7 @@ def decide(
     """
     name = shown or host
     if domains is None:
-        return Verdict(
-            allowed=False, reason="no_policy", message="no policy is known for this address"
-        )
+        return Verdict(allowed=False, reason="no_policy", message=NO_POLICY)
     if method != "CONNECT":
         text = f"plain HTTP to {name} is refused: only HTTPS is allowed, use https://"
         return Verdict(allowed=False, reason="not_https", message=text)

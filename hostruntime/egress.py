@@ -1,0 +1,283 @@
+"""The egress proxy: one Squid per instance, the only way out of a restricted container.
+
+Squid detaches itself, so it and its decisions outlive the agent; a starting agent adopts the one
+that runs if its configuration is the one it would write, and replaces it otherwise. A proxy or
+helper that is gone means refused, never let through: restricted containers have no other route.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from io import BytesIO
+from ipaddress import ip_address
+from pathlib import Path
+
+import hostruntime
+from hostruntime import policy, registries
+from hostruntime.errors import HostUnavailable
+from hostruntime.firewall import proxy_mark
+from hostruntime.network import SlotPool
+from hostruntime.network_settings import NetworkSettings
+from hostruntime.paths import Instance, StatePaths, write_atomically
+from hostruntime.policy import NO_POLICY
+from hostruntime.run import CommandFailed, run
+from hostruntime.squid_config import REFUSAL_PAGE, REFUSAL_TEXT, SquidPlan, squid_config
+
+PROXY_USER = "proxy"
+_START_SECONDS = 15.0
+_STOP_SECONDS = 5.0
+_PROBE_SECONDS = 3.0
+_POLL_SECONDS = 0.02
+_KEEP_DECISIONS_SECONDS = 7 * 86_400.0
+_PACKAGED = ("__init__.py", "policy.py", "egress_helper.py")
+_HELPER_MAIN = "import sys\nfrom hostruntime.egress_helper import main\nmain(sys.argv[1:])\n"
+# Squid wants a file for every page it could show, though these proxies show but one.
+_SQUID_PAGES = Path("/usr/share/squid/errors/templates")
+_ALLOWLIST = Path(__file__).with_name("data") / "egress-allowlist.txt"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One answer of the proxy; `at` in Unix seconds, `verdict` is allowed or refused."""
+
+    at: float
+    owner: str
+    address: str
+    method: str
+    host: str
+    port: int
+    verdict: str
+    reason: str
+    message: str
+
+
+class EgressProxy:
+    """Squid under the agent's control."""
+
+    def __init__(self, paths: StatePaths, instance: Instance, pool: SlotPool) -> None:
+        self.paths = paths
+        self.instance = instance
+        self.pool = pool
+        self.run_dir = pool.run_dir
+        self._config = self.run_dir.egress / "squid.conf"
+
+    def start(self) -> None:
+        """Serve with today's configuration: adopt, replace or start Squid.
+
+        Raises HostUnavailable when it does not come up, PolicyError for a malformed allowlist.
+        """
+        self._write_defaults()
+        changed = self._write_parts()
+        if not changed and self.healthy():
+            return
+        self.stop()
+        self._launch()
+
+    def stop(self) -> None:
+        """End Squid; idempotent. Open tunnels are cut."""
+        for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
+            for pid in self._processes():
+                _send(pid, sent)
+            deadline = time.monotonic() + patience
+            while self._processes() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+
+    def ensure(self) -> None:
+        """Start it again if it does not answer. Raises HostUnavailable."""
+        if not self.healthy():
+            self.stop()
+            self._launch()
+
+    def healthy(self) -> bool:
+        """Tell whether Squid and its helper answer: a request of ours must be refused by both."""
+        try:
+            with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
+                probe.sendall(b"CONNECT probe.invalid:443 HTTP/1.0\r\n\r\n")
+                answer = probe.makefile("rb").read(8192)
+        except OSError:
+            return False
+        # Squid would also refuse with a dead helper; these are the helper's own words.
+        return NO_POLICY.encode() in answer
+
+    def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
+        """Return what an owner's container asked for and was answered, oldest first."""
+        path = self.run_dir.decisions / f"{owner}.ndjson"
+        if "/" in owner or not path.exists():
+            return []
+        found: list[Decision] = []
+        for line in path.read_bytes().splitlines():
+            decision = _decision(line)
+            if decision is not None and decision.at >= since:
+                found.append(decision)
+        return found
+
+    # Parts --------------------------------------------------------------------------------
+
+    def _write_defaults(self) -> None:
+        record = {"domains": default_domains(self.paths)}
+        write_atomically(self.run_dir.defaults, json.dumps(record).encode(), 0o640)
+
+    def _write_parts(self) -> bool:
+        """Write what Squid reads; tell whether any of it is new."""
+        egress = self.run_dir.egress
+        shutil.copytree(_SQUID_PAGES, egress / "errors", dirs_exist_ok=True)
+        _directory(egress / "errors", "root", 0o750)
+        _directory(egress / "log", PROXY_USER, 0o700)
+        _directory(self.run_dir.decisions, PROXY_USER, 0o700)
+        self._forget_old_decisions()
+        parts = {
+            egress / "errors" / REFUSAL_PAGE: REFUSAL_TEXT.encode(),
+            egress / "helper.pyz": _helper_archive(),
+            self._config: squid_config(self._plan()).encode(),
+        }
+        changed = [path for path, data in parts.items() if not _holds(path, data)]
+        for path in changed:
+            write_atomically(path, parts[path], 0o640)
+        return bool(changed)
+
+    def _plan(self) -> SquidPlan:
+        address, port = self.pool.proxy_address()
+        egress = self.run_dir.egress
+        return SquidPlan(
+            address=address,
+            port=port,
+            directory=egress,
+            log_directory=egress / "log",
+            helper_command=f"{_helper_python()} -I -S {egress}/helper.pyz {egress}",
+            denied=self.pool.settings.denied,
+            local_addresses=_local_addresses(self.pool.settings),
+            resolvers=self.pool.settings.resolvers,
+            mark=proxy_mark(self.instance.index),
+        )
+
+    def _forget_old_decisions(self) -> None:
+        oldest = time.time() - _KEEP_DECISIONS_SECONDS
+        for path in self.run_dir.decisions.glob("*.ndjson"):
+            if path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
+
+    # Process ------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        run([_squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.healthy():
+            if time.monotonic() > deadline:
+                raise HostUnavailable(f"The egress proxy does not answer. {self._last_words()}")
+            time.sleep(_POLL_SECONDS)
+
+    def _processes(self) -> list[int]:
+        """Return Squid's processes of this instance: those that name our configuration file."""
+        wanted = os.fsencode(self._config)
+        return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
+
+    def _last_words(self) -> str:
+        log = self.run_dir.egress / "log" / "cache.log"
+        return log.read_text(errors="replace")[-1000:].strip() if log.exists() else ""
+
+
+def default_domains(paths: StatePaths) -> list[str]:
+    """Return the default allowlist: the data file, the operator's, the host's registries.
+
+    Raises PolicyError for a malformed file, OSError for a missing ORKESTR_EGRESS_ALLOWLIST.
+    """
+    files = [_ALLOWLIST]
+    if (own := paths.root / "egress-allowlist.txt").exists():
+        files.append(own)
+    if named := os.environ.get("ORKESTR_EGRESS_ALLOWLIST"):
+        files.append(Path(named))
+    listed = [domain for file in files for domain in policy.parse_domain_list(file.read_text())]
+    return sorted({*listed, *host_registries(paths).domains})
+
+
+def host_registries(paths: StatePaths) -> registries.Registries:
+    """Return the host's registries; npm's from the node base if the host has no npm."""
+    return registries.host_registries(paths.images / "node-22" / "tree")
+
+
+def _decision(line: bytes) -> Decision | None:
+    try:
+        return Decision(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _helper_archive() -> bytes:
+    """Return the helper as a zip Python can run; the same bytes for the same sources."""
+    package = Path(hostruntime.__file__).parent
+    members = {f"hostruntime/{name}": (package / name).read_bytes() for name in _PACKAGED}
+    members["__main__.py"] = _HELPER_MAIN.encode()
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
+
+
+def _helper_python() -> str:
+    """Return a Python ≥ 3.10 that user `proxy` can run; the agent's own may be under /root."""
+    check = "import sys; sys.exit(sys.version_info < (3, 10))"
+    drop = ("setpriv", f"--reuid={PROXY_USER}", f"--regid={PROXY_USER}", "--clear-groups", "--")
+    for python in ("/usr/bin/python3", "/usr/local/bin/python3", str(Path(sys.executable))):
+        try:
+            run([*drop, python, "-I", "-S", "-c", check], timeout=_START_SECONDS)
+        except CommandFailed:
+            continue
+        return python
+    raise HostUnavailable(
+        f"The egress proxy needs a Python 3.10 or later that user {PROXY_USER} can run; "
+        "install the package python3."
+    )
+
+
+def _squid() -> str:
+    found = shutil.which("squid", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if found is None:
+        raise HostUnavailable("The egress proxy is missing; install the package squid-openssl.")
+    return found
+
+
+def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:
+    """Return the host's own addresses, which a name must not lead to; less the permitted ones."""
+    listing = json.loads(run(["ip", "-j", "address"], timeout=_START_SECONDS).stdout)
+    texts = {info["local"] for link in listing for info in link.get("addr_info", [])}
+    known = (*settings.denied, *settings.permitted)
+    return tuple(sorted(t for t in texts if not policy.is_denied(ip_address(t), known)))
+
+
+def _directory(path: Path, user: str, mode: int) -> None:
+    proxy = pwd.getpwnam(PROXY_USER)
+    path.mkdir(exist_ok=True)
+    os.chown(path, proxy.pw_uid if user == PROXY_USER else 0, proxy.pw_gid)
+    path.chmod(mode | 0o2000)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,329 @@
+"""Where this host's package managers fetch from: asked of them, never written down here.
+
+The answers become domains of the default allowlist and the configuration that pip, npm and apt
+get inside containers, so an operator who points the host at a mirror has pointed the sandboxes
+there too. Credentials in an address stay on the host.
+"""
+
+from __future__ import annotations
+
+import configparser
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from hostruntime.policy import TLS_PORT, canonical_host
+from hostruntime.run import CommandFailed, run
+
+_TIMEOUT = 60.0
+_PASSED_ON = ("PIP_", "UV_", "NPM_CONFIG_", "npm_config_")
+# What pip itself falls back to, and where that index keeps its files (pip's own constants).
+_PIP_DEFAULTS = (
+    "from pip._internal.models.index import PyPI as i; print(i.simple_url, i.file_storage_domain)"
+)
+_APT_FORMAT = "$(SITE)\t$(RELEASE)\t$(COMPONENT)\t$(ORIGIN)"
+_NPM_DEFINITIONS = Path(
+    "usr/local/lib/node_modules/npm/node_modules/@npmcli/config/lib/definitions/definitions.js"
+)
+_NPM_DEFAULT = re.compile(r"""Definition\(['"]registry['"],\s*\{\s*default:\s*['"]([^'"]+)['"]""")
+_DEBIAN_COMPONENTS = frozenset({"main", "contrib", "non-free", "non-free-firmware"})
+_SUITE_ENDINGS = ("-updates", "-security", "-backports")
+
+
+@dataclass(frozen=True)
+class PipAnswer:
+    """pip's indexes: the addresses it is configured with and those it falls back to."""
+
+    index: str | None
+    extra: tuple[str, ...]
+    default_index: str | None
+    default_files: str | None
+
+
+@dataclass(frozen=True)
+class NpmAnswer:
+    """npm's registry, and those of scopes (`@scope:registry` to address)."""
+
+    registry: str
+    scoped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class AptSource:
+    """One of Debian's own suites on the host's mirror; `ending` is "", "-updates" and so on."""
+
+    site: str
+    ending: str
+    component: str
+
+
+@dataclass(frozen=True)
+class Registries:
+    """What the package managers said; `notes` are sentences about what cannot be carried over."""
+
+    domains: tuple[str, ...]
+    pip: PipAnswer | None
+    npm: NpmAnswer | None
+    apt: tuple[AptSource, ...]
+    notes: tuple[str, ...]
+
+    def pip_conf(self) -> str:
+        """Return the /etc/pip.conf for containers; empty when pip's defaults are right."""
+        if self.pip is None:
+            return ""
+        index = [url for url in (self.pip.index,) if url and url != self.pip.default_index]
+        extra = [url for url in self.pip.extra if _carried(url)]
+        options = {
+            "index-url": " ".join(filter(_carried, index)),
+            "extra-index-url": "\n".join(extra),
+        }
+        return _pip_text({name: value for name, value in options.items() if value})
+
+    def npmrc(self) -> str:
+        """Return npm's global configuration for containers."""
+        if self.npm is None:
+            return ""
+        named = (("registry", self.npm.registry), *self.npm.scoped)
+        return "".join(f"{name}={url}\n" for name, url in named if _carried(url))
+
+    def apt_sources(self, codename: str) -> str:
+        """Return a sources.list(5) of Debian's own suites, over HTTPS."""
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for source in self.apt:
+            key = (_over_https(source.site), codename + source.ending)
+            grouped.setdefault(key, []).append(source.component)
+        lines = (
+            f"deb {site} {suite} {' '.join(dict.fromkeys(components))}\n"
+            for (site, suite), components in grouped.items()
+        )
+        return "".join(lines)
+
+
+@functools.cache
+def host_registries(node_tree: Path | None = None) -> Registries:
+    """Ask pip, npm and apt; remembered until :func:`forget`.
+
+    `node_tree` is a root tree with npm, asked when the host has none. A package manager that is
+    missing or fails is left out, with a note.
+    """
+    with ThreadPoolExecutor(max_workers=3, thread_name_prefix="registries") as pool:
+        pip = pool.submit(ask_pip)
+        npm = pool.submit(ask_npm, node_tree)
+        apt = pool.submit(ask_apt)
+    return combine(pip.result(), npm.result(), apt.result())
+
+
+def forget() -> None:
+    """Ask the package managers again next time."""
+    host_registries.cache_clear()
+
+
+def combine(pip: PipAnswer | None, npm: NpmAnswer | None, apt: Sequence[AptSource]) -> Registries:
+    """Put the answers together: the domains they need, and what cannot be carried over."""
+    urls = [*_pip_urls(pip), *_npm_urls(npm), *(_over_https(source.site) for source in apt)]
+    notes = [
+        *([] if pip else ["pip was not found on this host: its index is not allowed by default"]),
+        *(
+            []
+            if npm
+            else ["npm was not found on this host: its registry is not allowed by default"]
+        ),
+        *([] if apt else ["apt names no Debian mirror: apt-get will not work in sandboxes"]),
+    ]
+    domains: dict[str, None] = {}
+    for url in urls:
+        domain, note = _domain(url)
+        if domain is not None:
+            domains[domain] = None
+        if note is not None:
+            notes.append(note)
+    if pip and pip.default_files and _uses_default_index(pip):
+        domains[pip.default_files] = None
+    return Registries(tuple(domains), pip, npm, tuple(apt), tuple(dict.fromkeys(notes)))
+
+
+# pip --------------------------------------------------------------------------------------
+
+
+def ask_pip() -> PipAnswer | None:
+    """Ask the first pip that answers; None without one."""
+    for python, environment in _pythons_with_pip():
+        try:
+            listing = run(
+                [python, "-m", "pip", "config", "list"], env=environment, timeout=_TIMEOUT
+            )
+            defaults = run([python, "-c", _PIP_DEFAULTS], env=environment, timeout=_TIMEOUT)
+        except CommandFailed:
+            continue
+        return parse_pip(listing.text, defaults.text)
+    return None
+
+
+def parse_pip(listing: str, defaults: str) -> PipAnswer:
+    """Read `pip config list` (a line `section.key='value'` each; later sections win)."""
+    values: dict[str, str] = {}
+    for line in listing.splitlines():
+        name, _, value = line.partition("=")
+        values[name.rpartition(".")[2]] = value.strip().strip("'\"").replace("\\n", " ")
+    words = defaults.split()
+    return PipAnswer(
+        index=values.get("index-url"),
+        extra=tuple(values.get("extra-index-url", "").split()),
+        default_index=words[0].rstrip("/") + "/" if words else None,
+        default_files=canonical_host(words[1]) if len(words) > 1 else None,
+    )
+
+
+def _pythons_with_pip() -> Iterable[tuple[str, dict[str, str]]]:
+    named = (shutil.which("python3"), shutil.which("python"), "/usr/bin/python3")
+    for python in dict.fromkeys(filter(None, (sys.executable, *named))):
+        yield python, _environment()
+    # No pip anywhere (a machine set up by uv): the copy that every CPython carries will do.
+    bundled = sorted(_bundled_pip())
+    if bundled:
+        yield sys.executable, {**_environment(), "PYTHONPATH": str(bundled[-1])}
+
+
+def _bundled_pip() -> Iterable[Path]:
+    spec = find_spec("ensurepip")
+    if spec is None or spec.origin is None:
+        return ()
+    return (Path(spec.origin).parent / "_bundled").glob("pip-*.whl")
+
+
+def _pip_urls(pip: PipAnswer | None) -> list[str]:
+    if pip is None:
+        return []
+    index = pip.index or pip.default_index
+    return [url for url in (index, *pip.extra, *_uv_indexes()) if url and _is_web(url)]
+
+
+def _uses_default_index(pip: PipAnswer) -> bool:
+    return any(url.rstrip("/") == (pip.default_index or "").rstrip("/") for url in _pip_urls(pip))
+
+
+def _uv_indexes() -> list[str]:
+    names = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL")
+    words = " ".join(os.environ.get(name, "") for name in names).split()
+    return [
+        word.rpartition("=")[2] if word.partition("=")[0].isidentifier() else word for word in words
+    ]
+
+
+def _pip_text(options: Mapping[str, str]) -> str:
+    if not options:
+        return ""
+    parser = configparser.RawConfigParser()
+    parser["global"] = dict(options)
+    buffer = StringIO()
+    parser.write(buffer)
+    return buffer.getvalue()
+
+
+# npm --------------------------------------------------------------------------------------
+
+
+def ask_npm(node_tree: Path | None = None) -> NpmAnswer | None:
+    """Ask the host's npm, else read the default of the one in a root tree; None without one."""
+    if (npm := shutil.which("npm")) is not None:
+        try:
+            command = [npm, "config", "list", "--json"]
+            return parse_npm(run(command, env=_environment(), timeout=_TIMEOUT).text)
+        except (CommandFailed, ValueError, KeyError):
+            pass
+    definitions = node_tree / _NPM_DEFINITIONS if node_tree is not None else None
+    if definitions is None or not definitions.is_file():
+        return None
+    # Read, not run: npm would write its logs into the tree, which is immutable.
+    return parse_npm_definitions(definitions.read_text(errors="replace"))
+
+
+def parse_npm_definitions(source: str) -> NpmAnswer | None:
+    """Find the default registry in npm's own table of settings."""
+    found = _NPM_DEFAULT.search(source)
+    return None if found is None else NpmAnswer(registry=found.group(1), scoped=())
+
+
+def parse_npm(listing: str) -> NpmAnswer:
+    """Read `npm config list --json`; raises ValueError or KeyError if it is something else."""
+    values = json.loads(listing)
+    scoped = tuple(
+        (name, str(url))
+        for name, url in sorted(values.items())
+        if name.startswith("@") and name.endswith(":registry")
+    )
+    return NpmAnswer(registry=str(values["registry"]), scoped=scoped)
+
+
+def _npm_urls(npm: NpmAnswer | None) -> list[str]:
+    return [] if npm is None else [npm.registry, *(url for _, url in npm.scoped)]
+
+
+# apt --------------------------------------------------------------------------------------
+
+
+def ask_apt() -> tuple[AptSource, ...]:
+    """Ask apt for the Debian suites the host uses; empty without apt."""
+    try:
+        listing = run(["apt-get", "indextargets", "--format", _APT_FORMAT], timeout=_TIMEOUT)
+    except CommandFailed:
+        return ()
+    return parse_apt(listing.text)
+
+
+def parse_apt(listing: str) -> tuple[AptSource, ...]:
+    """Read `apt-get indextargets`, keeping Debian's own suites, not other vendors' lists."""
+    found: dict[AptSource, None] = {}
+    for line in listing.splitlines():
+        site, release, component, origin = (line.split("\t") + [""] * 4)[:4]
+        ending = next((end for end in _SUITE_ENDINGS if release.endswith(end)), "")
+        codename = release.removesuffix(ending)
+        foreign = origin not in ("", "Debian") or component not in _DEBIAN_COMPONENTS
+        if _is_web(site) and codename.isalpha() and not foreign:
+            found[AptSource(site.rstrip("/"), ending, component)] = None
+    return tuple(found)
+
+
+# Addresses --------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """Return what the package managers' own configuration is found by."""
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    keep = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
+    return {**passed, **keep}
+
+
+def _is_web(url: str) -> bool:
+    return urlsplit(url).scheme in ("http", "https")
+
+
+def _carried(url: str) -> bool:
+    return _is_web(url) and urlsplit(url).username is None
+
+
+def _over_https(url: str) -> str:
+    return "https://" + url.partition("://")[2]
+
+
+def _domain(url: str) -> tuple[str | None, str | None]:
+    """Return the domain of an address, and a note if the proxy will refuse it all the same."""
+    parts = urlsplit(url)
+    host = canonical_host(parts.hostname or "")
+    if host is None:
+        return None, f"{parts.hostname} is an address: sandboxes reach package mirrors by name only"
+    if parts.scheme != "https" or (parts.port or TLS_PORT) != TLS_PORT:
+        return host, f"{host} is not on HTTPS port {TLS_PORT}, all that network restricted reaches"
+    if parts.username is not None:
+        return host, f"{host} needs credentials, which sandboxes are not given"
+    return host, None
