@@ -1,0 +1,157 @@
+"""Processes that are killed, and a machine's owner who starts and stops the console."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from orkestr import OrkestrClient, Sandbox
+
+from tests.clients.making import Sandboxes, Templates
+from tests.leftovers import processes_of
+from tests.stack import Stack, wait_for
+
+
+def builds_running(stack: Stack) -> set[str]:
+    """Builds that have a root mounted on the host now."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    builds = stack.layout.state_dir / "builds"
+    return {path.name for path in builds.iterdir() if f"{path}/" in mounts}
+
+
+def test_a_worker_killed_during_a_build_lets_it_finish_once(
+    stack: Stack, templates: Templates, sandboxes: Sandboxes
+) -> None:
+    template = templates.create("debian-12", "echo run >> /root/runs", "sleep 3", "echo end")
+    wait_for(lambda: bool(builds_running(stack)), 30, stack.explain)
+    worker = stack.pid("worker")
+    stack.kill("worker")
+    stack.wait_until_restarted("worker", worker)
+    record = templates.finished(template)
+    assert record["status"] == "ready", record
+    assert sandboxes.boot(template).exec("cat /root/runs").stdout == "run\n"
+    assert builds_running(stack) == set()
+
+
+def test_an_agent_killed_during_a_build_fails_it_and_leaves_nothing(
+    stack: Stack, templates: Templates
+) -> None:
+    template = templates.create("debian-12", "sleep 98764", "true")
+    wait_for(lambda: bool(builds_running(stack)), 30, stack.explain)
+    agent = stack.pid("agent")
+    stack.kill("agent")
+    stack.wait_until_restarted("agent", agent, 60)
+    record = templates.finished(template)
+    assert record["status"] == "failed"
+    assert record["error_code"] == "host_lost", record
+    wait_for(lambda: builds_running(stack) == set(), 30, stack.explain)
+    assert not any("98764" in process for process in everything_running())
+
+
+def everything_running() -> list[str]:
+    return [path.read_bytes().decode(errors="replace") for path in readable_command_lines()]
+
+
+def readable_command_lines() -> list[Path]:
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+
+
+def test_sandboxes_outlive_agent_worker_and_web(stack: Stack, sandbox: Sandbox) -> None:
+    sandbox.exec("echo kept > /workspace/kept; (sleep 600 &)")
+    for program in ("agent", "worker", "web"):
+        old = stack.pid(program)
+        stack.kill(program)
+        stack.wait_until_restarted(program, old, 60)
+    wait_for(lambda: answers(stack, sandbox), 30, stack.explain)
+    assert sandbox.exec("cat /workspace/kept").stdout == "kept\n"
+
+
+def answers(stack: Stack, sandbox: Sandbox) -> bool:
+    with stack.client() as client:
+        try:
+            answer = client.post(f"/v1/sandboxes/{sandbox.id}/exec", json={"command": "true"})
+        except OSError:
+            return False
+        return answer.is_success
+
+
+def test_a_restart_keeps_credentials_sandboxes_and_serves_soon(
+    stack: Stack, sandbox: Sandbox, sdk: OrkestrClient
+) -> None:
+    credentials = stack.credentials
+    stack.stop()
+    assert not stack.layout.ready.exists()
+    began = time.monotonic()
+    stack.start()
+    seconds = time.monotonic() - began
+    assert stack.credentials == credentials
+    assert sandbox.exec("echo still here").stdout == "still here\n"
+    assert seconds < 10, f"{seconds:.1f} s\n{stack.output.read_text()[-2000:]}"
+
+
+def test_a_second_start_says_that_one_runs_already(stack: Stack) -> None:
+    second = stack.manage("up")
+    assert second.returncode == 1
+    assert "already runs" in second.stderr
+    assert stack.url in second.stderr
+
+
+def test_a_taken_port_is_named_with_a_way_out(stack: Stack, tmp_path: Path) -> None:
+    environment = {**stack.environment(), "ORKESTR_VAR": str(tmp_path / "var")}
+    del environment["ORKESTR_STATE_DIR"], environment["ORKESTR_HOST_SOCKET"]
+    done = subprocess.run(
+        [sys.executable, "manage.py", "up"],
+        cwd=stack.layout.tree,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    port = stack.layout.port
+    assert f"port {port} is in use" in done.stderr
+    assert f"PORT={port + 1}" in done.stderr
+
+
+def test_credentials_are_for_root_alone(stack: Stack) -> None:
+    status = stack.layout.console_json.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    record = json.loads(stack.layout.console_json.read_text())
+    assert set(record) == {"url", "user", "password", "team", "api_key"}
+    assert record["url"] == stack.url
+
+
+def test_web_and_worker_have_no_power(stack: Stack) -> None:
+    for program in ("web", "worker", "postgres"):
+        status = Path(f"/proc/{stack.pid(program)}/status").read_text()
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        assert fields["CapEff"] == fields["CapBnd"] == "0" * 16, program
+        assert fields["NoNewPrivs"] == "1", program
+        assert fields["Uid"].split()[0] != "0", program
+
+
+def test_the_self_check_passes_and_leaves_nothing(stack: Stack) -> None:
+    done = stack.manage("selfcheck")
+    assert done.returncode == 0, done.stderr
+    for step in ("build a template", "boot a sandbox", "run a command", "terminate", "delete"):
+        assert step in done.stdout
+    with stack.client() as client:
+        rows = client.get("/v1/templates?limit=200").json()["templates"]
+    assert "self-check" not in [row["name"] for row in rows]
+
+
+def test_the_doctor_finds_this_machine_able(stack: Stack) -> None:
+    done = stack.manage("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cgroups" in done.stdout
+
+
+def test_every_process_belongs_to_the_installation(stack: Stack) -> None:
+    """What the leftover check after the tests looks for is really there while it runs."""
+    found = " ".join(processes_of(stack.layout.var))
+    for part in ("supervisord", "hostruntime.agent", "postgres"):
+        assert part in found

@@ -1,0 +1,164 @@
+"""Everything that must hold before a change lands: `make test` and CI run this.
+
+Style, types and migrations first, then all of pytest in one session: the quick tests, the ones
+that need real LXC, the official clients, the browser. The databases and installations that the
+tests use are made in one scratch directory, and nothing of them may be left on the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orkestr_console.runner.account import ensure_user
+from orkestr_console.runner.postgres import temporary_cluster
+from tests.leftovers import host_names, leftovers
+
+TREE = Path(__file__).resolve().parents[1]
+TESTS = TREE / "tests"
+# Last, and in this order: each needs more of the machine than the one before.
+HEAVY = ("host", "clients", "browser")
+SCRATCH_PREFIX = "orkestr-test-"
+STATIC: dict[str, list[str]] = {
+    "ruff check": ["-m", "ruff", "check", "."],
+    "ruff format": ["-m", "ruff", "format", "--check", "."],
+    "mypy": ["-m", "mypy", "."],
+}
+MIGRATIONS = ["manage.py", "makemigrations", "--check", "--dry-run"]
+
+
+@dataclass
+class Verdicts:
+    """What was run and whether it passed."""
+
+    environment: dict[str, str]
+    failed: list[str] = field(default_factory=list)
+
+    def run(self, name: str, arguments: Sequence[str]) -> None:
+        """Run one check with this Python, its output straight to ours."""
+        say(f"== {name}")
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=TREE,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode != 0:
+            self.failed.append(name)
+        say(f"-- {name}: {'failed' if done.returncode else 'ok'}, {time.monotonic() - began:.1f} s")
+
+
+def say(line: str) -> None:
+    """Print at once: the checks write to the same terminal."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0 when everything holds and nothing is left behind."""
+    parser = argparse.ArgumentParser(prog="python -m tests.verify")
+    parser.add_argument("--only", choices=["static", "tests"])
+    parser.add_argument("paths", nargs="*", help="give pytest these instead of everything")
+    options = parser.parse_args(argv)
+    if options.only == "static":
+        verdicts = Verdicts(dict(os.environ))
+        for name, arguments in STATIC.items():
+            verdicts.run(name, arguments)
+        return conclude(verdicts)
+    return verify(options.paths, static=options.only is None)
+
+
+def verify(paths: Sequence[str], *, static: bool) -> int:
+    """Run the checks against a database and scratch directory of their own."""
+    before = host_names()
+    ensure_user()
+    with scratch_directory() as scratch:
+        with temporary_cluster(scratch / "postgres") as cluster:
+            verdicts = Verdicts(environment(scratch, cluster.url))
+            if static:
+                for name, arguments in (STATIC | {"migrations": MIGRATIONS}).items():
+                    verdicts.run(name, arguments)
+            verdicts.run("pytest", pytest_arguments(scratch, paths))
+        left = leftovers(scratch, before)
+    for name in left:
+        say(f"left behind: {name}")
+    verdicts.failed += ["leftovers"] if left else []
+    return conclude(verdicts)
+
+
+def environment(scratch: Path, database_url: str) -> dict[str, str]:
+    """The operator's environment, pointed away from any installation of theirs."""
+    own = {
+        "DATABASE_URL": database_url,
+        "ORKESTR_VAR": str(scratch / "var"),
+        "ORKESTR_TEST_DIRECTORY": str(scratch),
+        "PYTHONUNBUFFERED": "1",
+        "HOME": os.environ.get("HOME") or "/root",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name not in {"PORT"}}
+    return {**inherited, **own}
+
+
+def pytest_arguments(scratch: Path, paths: Sequence[str]) -> list[str]:
+    """The quick directories first, in one session with the heavy ones."""
+    quick = sorted(
+        str(path.relative_to(TREE))
+        for path in TESTS.iterdir()
+        if path.name not in {*HEAVY, "benchmarks", "fakes", "__pycache__"}
+        and (path.is_dir() or path.name.startswith("test_"))
+    )
+    heavy = [f"tests/{name}" for name in HEAVY if (TESTS / name).is_dir()]
+    return ["-m", "pytest", f"--basetemp={scratch}/pytest", *(paths or [*quick, *heavy])]
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory for everything the run makes; what a killed run left is removed first."""
+    base = Path(os.environ.get("ORKESTR_TEST_BASE", "/var/tmp"))
+    for stale in base.glob(f"{SCRATCH_PREFIX}*"):
+        pid = stale.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            remove(stale)
+    directory = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=base))
+    # PostgreSQL and the web process run as users of their own.
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        remove(directory)
+
+
+def remove(directory: Path) -> None:
+    """Delete a scratch directory, after the host runtime has let go of state directories in it."""
+    for record in sorted(directory.rglob("instance.json")):
+        state = record.parent
+        command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(state)]
+        subprocess.run([*command, "--socket", str(state / "sock"), "teardown"], cwd=TREE)
+    mounted = [name for name in leftovers(directory) if name.startswith("mount ")]
+    if mounted:
+        say(f"not removing {directory}: {', '.join(mounted)}")
+        return
+    shutil.rmtree(directory)
+
+
+def conclude(verdicts: Verdicts) -> int:
+    """The last lines: what failed, or that nothing did."""
+    if verdicts.failed:
+        say(f"FAILED: {', '.join(verdicts.failed)}")
+        return 1
+    say("Everything holds.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
