@@ -26,7 +26,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orkestr_console.runner.hostapi import HostApi
+from hostruntime.client import HostClient
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
@@ -65,11 +65,11 @@ class Stack:
     def client(self) -> httpx.Client:
         """A plain HTTP client of the REST API, signed in with the demo team's key."""
         headers = {"Authorization": f"Bearer {self.api_key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
 
-    def host(self) -> HostApi:
+    def host(self) -> HostClient:
         """The agent's own socket, to see what really is on the host."""
-        return HostApi(self.layout.host_socket)
+        return HostClient(self.layout.host_socket)
 
     def start(self) -> None:
         """Start it and wait until it is ready; AssertionError with its output if it is not."""

@@ -18,7 +18,7 @@ ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
 mmdebstrap squid-openssl|squid nftables iproute2 util-linux procps tar xz-utils zstd
 postgresql
 "
-dev_packages="chromium|chromium-browser"
+dev_packages="chromium|chromium-browser curl"
 
 say() { printf '  %s\n' "$*"; }
 fail() { printf '\n  orkestr: %s\n' "$*" >&2; exit 1; }

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
-
+from hostruntime.client import HostClient
+from hostruntime.errors import HostError
 from orkestr_console.runner.confine import mount_points
-from orkestr_console.runner.hostapi import HostApi
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder
 
@@ -46,12 +45,12 @@ def end_sandboxes(layout: Layout) -> int:
     if not layout.host_socket.exists():
         return 0
     try:
-        with HostApi(layout.host_socket) as host:
-            running = host.sandboxes()
+        with HostClient(layout.host_socket) as host:
+            running = [found.id for found in host.sandboxes() if found.state == "running"]
             for sandbox in running:
-                host.terminate(sandbox)
+                host.delete_sandbox(sandbox)
             return len(running)
-    except httpx.HTTPError:
+    except HostError:
         # No agent, or one that is failing: the teardown below ends them without it.
         return 0
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import httpx
 
+from hostruntime.client import HostClient
+from hostruntime.errors import HostError
 from orkestr_console.runner.account import USER, Identity
 from orkestr_console.runner.keeper import Program
 from orkestr_console.runner.layout import Layout
@@ -51,6 +54,18 @@ def manage(layout: Layout, *arguments: str) -> list[str]:
 def web_answers(layout: Layout) -> bool:
     """Whether the web process serves requests now."""
     try:
-        return httpx.get(f"http://127.0.0.1:{layout.port}/healthz", timeout=2).is_success
+        return httpx.get(
+            f"http://127.0.0.1:{layout.port}/healthz", timeout=2, trust_env=False
+        ).is_success
     except httpx.HTTPError:
         return False
+
+
+def agent_answers(socket: Path) -> bool:
+    """Whether the host agent serves requests on ``socket`` now."""
+    try:
+        with HostClient(socket) as host:
+            host.health()
+    except HostError:
+        return False
+    return True

@@ -33,7 +33,9 @@ class SelfCheck:
     def run(self) -> None:
         """Build, boot, exec, terminate, delete; leaves nothing. Raises ``SelfCheckError``."""
         headers = {"Authorization": f"Bearer {self.api_key}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as client:
+        with httpx.Client(
+            base_url=self.url, headers=headers, timeout=60, trust_env=False
+        ) as client:
             self._client = client
             self._remove_leftovers()
             template = self._build()

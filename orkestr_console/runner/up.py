@@ -10,13 +10,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import httpx
-
+from hostruntime.answers import BaseInfo
+from hostruntime.client import HostClient
+from hostruntime.errors import HostError
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.doctor import port_is_free
-from orkestr_console.runner.hostapi import Base, HostApi, agent_answers
 from orkestr_console.runner.keeper import Keeper
 from orkestr_console.runner.layout import Layout, StartError
 from orkestr_console.runner.lock import only_one
@@ -160,34 +160,32 @@ class Console:
         socket = self._layout.host_socket
         with self._display.step("host agent") as step:
             self._keeper.launch("agent")
-            answers = partial(agent_answers, socket)
+            answers = partial(programs.agent_answers, socket)
             self._keeper.await_ready("agent", answers, programs.AGENT_SECONDS)
-            with HostApi(socket) as host:
+            with HostClient(socket) as host:
                 health = host.health()
-            step.detail = f"instance {health['instance']}, cgroups {health['cgroup']}"
-        with HostApi(socket) as host:
+            step.detail = f"instance {health.instance}, cgroups {health.cgroup}"
+        with HostClient(socket) as host:
             bases = host.bases()
             for base in bases:
                 if base.state != "ready":
                     self._make_base(host, base)
         self._report_bases([base for base in bases if base.state == "ready"])
 
-    def _make_base(self, host: HostApi, base: Base) -> None:
+    def _make_base(self, host: HostClient, base: BaseInfo) -> None:
         label = f"base {base.name}"
         try:
             with self._display.step(label) as step:
-                for event in host.build_base(base.name):
-                    if event["kind"] == "error":
-                        raise StartError(str(event["detail"]))
-                    if event["kind"] == "progress":
-                        self._display.progress(label, str(event["message"]))
-                    else:
-                        step.detail = f"{event['image'].get('size_bytes', 0) / MEBIBYTE:.0f} MiB"
-        except (StartError, httpx.HTTPError) as error:
+                for event in host.ensure_base(base.name):
+                    if event.kind == "progress":
+                        self._display.progress(label, event.message)
+                    elif event.image:
+                        step.detail = f"{event.image.get('size_bytes', 0) / MEBIBYTE:.0f} MiB"
+        except HostError as error:
             # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
             self._display.warn(f"{label} could not be made, and is not offered: {error}")
 
-    def _report_bases(self, ready: list[Base]) -> None:
+    def _report_bases(self, ready: list[BaseInfo]) -> None:
         if ready:
             with self._display.step("base images") as step:
                 step.detail = ", ".join(base.name for base in ready)

@@ -41,7 +41,7 @@ def test_a_template_builds_on_another_template(templates: Templates, sandboxes: 
 
 def test_a_failing_step_stops_the_build_and_says_why(stack: Stack, templates: Templates) -> None:
     with stack.host() as host:
-        before = host.health()["counts"]
+        before = host.health().counts
     builds = sorted((stack.layout.state_dir / "builds").iterdir())
     images = sorted((stack.layout.state_dir / "images").iterdir())
     template = templates.create(
@@ -57,7 +57,7 @@ def test_a_failing_step_stops_the_build_and_says_why(stack: Stack, templates: Te
         assert part in message, message
     assert [step["status"] for step in failed["steps"]] == ["succeeded", "failed", "skipped"]
     with stack.host() as host:
-        assert host.health()["counts"] == before
+        assert host.health().counts == before
     assert sorted((stack.layout.state_dir / "images").iterdir()) == images
     half_made = [
         path.name

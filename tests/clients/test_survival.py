@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 from orkestr import OrkestrClient, Sandbox
 
 from tests.clients.making import Sandboxes, Templates
@@ -74,7 +75,7 @@ def answers(stack: Stack, sandbox: Sandbox) -> bool:
     with stack.client() as client:
         try:
             answer = client.post(f"/v1/sandboxes/{sandbox.id}/exec", json={"command": "true"})
-        except OSError:
+        except httpx.HTTPError:
             return False
         return answer.is_success
 
