@@ -1,0 +1,1 @@
+"""The console: settings, the HTTP surface's shared parts, accounts and process commands."""

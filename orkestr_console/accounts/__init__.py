@@ -1,0 +1,1 @@
+"""People, teams, plans and API tokens: who calls, and what their plan covers."""

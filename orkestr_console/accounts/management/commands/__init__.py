@@ -1,0 +1,1 @@
+"""`manage.py mint_token`, `create_demo`, `serve` and `worker`."""

@@ -1,0 +1,109 @@
+"""What is done with people, teams and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from django.db.models import Q
+from django.http import HttpRequest
+from django.utils import timezone
+
+from orkestr_console.accounts import tokens
+from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
+from orkestr_console.accounts.models import ApiToken, Membership, Team, User
+from orkestr_console.errors import Forbidden, InvalidInput, Unauthenticated
+
+# A token's last use is worth knowing to the minute; writing it on every call is not worth it.
+LAST_USE_GRAIN = timedelta(minutes=1)
+TEAM_KEY = "team_id"
+NO_GOOD = 'Bearer error="invalid_token"'
+
+
+def mint_token(
+    team: Team,
+    name: str,
+    scopes: Iterable[str],
+    *,
+    created_by: User | None = None,
+    expires_at: datetime | None = None,
+) -> tuple[ApiToken, str]:
+    """A new token of ``team`` and its text, which cannot be had again.
+
+    Raises ``InvalidInput`` for a scope that does not exist, or none.
+    """
+    wanted = sorted(set(scopes))
+    unknown = [scope for scope in wanted if scope not in SCOPES]
+    if unknown or not wanted:
+        problem = f"'{unknown[0]}' is not a scope" if unknown else "A token needs a scope"
+        raise InvalidInput(f"{problem}; there are {', '.join(SCOPES)}.")
+    text, lookup = tokens.new_token()
+    row = ApiToken.objects.create(
+        team=team,
+        created_by=created_by,
+        name=name,
+        lookup=lookup,
+        digest=tokens.digest(text),
+        scopes=wanted,
+        expires_at=expires_at,
+    )
+    return row, text
+
+
+def actor_of_token(text: str, surface: Surface, address: str | None) -> Actor:
+    """The actor that a Bearer token stands for, in one query.
+
+    Raises ``Unauthenticated``, the same for a token that is malformed, unknown or wrong; for one
+    that was good once it says whether it has expired or been revoked.
+    """
+    lookup = tokens.lookup_of(text)
+    row = lookup and (
+        ApiToken.objects.select_related("team__plan", "created_by").filter(lookup=lookup).first()
+    )
+    if not row or not tokens.matches(text, row.digest):
+        raise Unauthenticated(
+            "This API token is not known here; check that it is complete.", challenge=NO_GOOD
+        )
+    if not row.is_live():
+        word = "has been revoked" if row.revoked_at else "has expired"
+        raise Unauthenticated(f"This API token {word}; make a new one.", challenge=NO_GOOD)
+    note_use(row)
+    return Actor(row.team, row.created_by, row, surface, address, frozenset(row.scopes))
+
+
+def note_use(token: ApiToken) -> None:
+    """Remember that the token was used now, at most once a minute."""
+    now = timezone.now()
+    stale = now - LAST_USE_GRAIN
+    if token.last_used_at is None or token.last_used_at < stale:
+        unnoted = Q(last_used_at__isnull=True) | Q(last_used_at__lt=stale)
+        ApiToken.objects.filter(unnoted, pk=token.pk).update(last_used_at=now)
+
+
+def revoke_token(token: ApiToken) -> None:
+    """End a token at once; again is fine."""
+    ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now())
+
+
+def actor_of_session(request: HttpRequest) -> Actor:
+    """The signed-in person acting for the team their session names, else their first.
+
+    Raises ``Forbidden`` for a person without a team.
+    """
+    user = request.user
+    assert isinstance(user, User)
+    return actor_of_user(user, request.session.get(TEAM_KEY), request.META.get("REMOTE_ADDR"))
+
+
+def actor_of_user(user: User, team_id: str | None, address: str | None) -> Actor:
+    """``user`` acting for team ``team_id`` if a member of it, else for their first team.
+
+    Raises ``Forbidden`` for a person without a team.
+    """
+    places = list(
+        Membership.objects.filter(user=user).select_related("team__plan").order_by("created_at")
+    )
+    if not places:
+        raise Forbidden("You are in no team yet; ask an administrator to add you to one.")
+    team = next((place.team for place in places if place.team_id == team_id), places[0].team)
+    return Actor(team, user, None, "console", address, frozenset({EVERYTHING}))

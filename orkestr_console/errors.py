@@ -1,0 +1,299 @@
+"""What can go wrong, what it is called, and how each surface says it.
+
+::
+
+    DomainError                      code, detail, HTTP status
+     ├─ InvalidInput                 400 invalid_request       (+ ``fields``: field → sentence)
+     │   ├─ MalformedJson            400 malformed_json        the body is no usable JSON
+     │   └─ Unsupported              400 unsupported           known, but not in this release
+     ├─ Unauthenticated              401 unauthenticated       no token, or not a good one
+     ├─ Forbidden                    403 forbidden
+     │   ├─ InsufficientScope        403 insufficient_scope    the token lacks a scope
+     │   └─ PlanLimit                403 plan_limit            the team's plan does not cover it
+     ├─ NotFound                     404 not_found             absent, or somebody else's
+     ├─ MethodNotAllowed             405 method_not_allowed    (+ ``Allow``)
+     ├─ Conflict                     409 conflict              not in the right state
+     ├─ PayloadTooLarge              413 payload_too_large
+     ├─ UnsupportedMediaType         415 unsupported_media_type
+     ├─ RateLimited                  429 rate_limited          (+ ``Retry-After``)
+     ├─ ExecTimeout                  408 exec_timeout          the command ran past its time
+     ├─ ExecKilled                   409 exec_killed           (+ ``signal``)
+     ├─ NetworkPolicyBlocked         403 network_policy_blocked
+     ├─ HostUnavailable              503 host_unavailable      (+ ``Retry-After``)
+     ├─ FleetFull                    503 fleet_full_retry      (+ ``Retry-After``), nothing made
+     └─ Internal                     500 internal_error        a defect of ours
+
+A leaf module: it imports nothing of the project.  ``detail`` is one sentence for a person that
+says what was wrong and what to do.  ``STATUS_OF`` is the only table of statuses; a code that an
+error sets for itself (``Conflict(…, code="snapshot_cap_reached")``) keeps the status of its class.
+"""
+# ruff: noqa: N818 - the class names are the vocabulary of the contract, not "…Error"
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import render
+
+STATUS_OF: Mapping[str, HTTPStatus] = {
+    "invalid_request": HTTPStatus.BAD_REQUEST,
+    "malformed_json": HTTPStatus.BAD_REQUEST,
+    "unsupported": HTTPStatus.BAD_REQUEST,
+    "unauthenticated": HTTPStatus.UNAUTHORIZED,
+    "forbidden": HTTPStatus.FORBIDDEN,
+    "insufficient_scope": HTTPStatus.FORBIDDEN,
+    "plan_limit": HTTPStatus.FORBIDDEN,
+    "network_policy_blocked": HTTPStatus.FORBIDDEN,
+    "not_found": HTTPStatus.NOT_FOUND,
+    "method_not_allowed": HTTPStatus.METHOD_NOT_ALLOWED,
+    "exec_timeout": HTTPStatus.REQUEST_TIMEOUT,
+    "conflict": HTTPStatus.CONFLICT,
+    "exec_killed": HTTPStatus.CONFLICT,
+    "payload_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "unsupported_media_type": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
+    "internal_error": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "host_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+    "fleet_full_retry": HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+class DomainError(Exception):
+    """The root of everything that is refused on purpose.
+
+    ``detail`` is a sentence for a person; ``fields`` maps a field of the request to its own
+    sentence; ``retry_after`` is in seconds; ``code`` overrides the class's machine name;
+    ``extra`` holds further JSON-safe members of the answer.
+    """
+
+    default_code: ClassVar[str] = "internal_error"
+    default_detail: ClassVar[str] = "Something went wrong."
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        code: str | None = None,
+        fields: Mapping[str, str] | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.detail = detail or self.default_detail
+        super().__init__(self.detail)
+        self.code = code or self.default_code
+        self.fields = dict(fields) if fields else None
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+
+    @property
+    def status(self) -> int:
+        """The HTTP status, from the one table: by the error's own code, else by its class's."""
+        return int(STATUS_OF.get(self.code) or STATUS_OF[self.default_code])
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON object that clients get: ``{"detail", "code", …}``."""
+        wire: dict[str, Any] = {"detail": self.detail, "code": self.code, **self.extra}
+        if self.fields:
+            wire["fields"] = self.fields
+        if self.retry_after is not None:
+            wire["retry_after"] = self.retry_after
+        return wire
+
+    def all_headers(self) -> dict[str, str]:
+        """The response headers that belong to the error."""
+        if self.retry_after is None:
+            return self.headers
+        return {**self.headers, "Retry-After": str(self.retry_after)}
+
+
+class InvalidInput(DomainError):
+    """The request is understood but asks for something that cannot be."""
+
+    default_code = "invalid_request"
+    default_detail = "The request is not valid."
+
+
+class MalformedJson(InvalidInput):
+    """The body is not JSON, or not JSON that can be relied on."""
+
+    default_code = "malformed_json"
+    default_detail = "The body is not valid JSON."
+
+
+class Unsupported(InvalidInput):
+    """A part of the public API that this release does not have."""
+
+    default_code = "unsupported"
+    default_detail = "This console does not support that yet."
+
+
+class Unauthenticated(DomainError):
+    """Nobody is known to be calling. Carries the challenge of RFC 6750."""
+
+    default_code = "unauthenticated"
+    default_detail = "Send your API token in the header 'Authorization: Bearer ork_…'."
+
+    def __init__(self, detail: str = "", *, challenge: str = "Bearer") -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+
+
+class Forbidden(DomainError):
+    """The caller is known and may not do this."""
+
+    default_code = "forbidden"
+    default_detail = "You may not do this."
+
+
+class InsufficientScope(Forbidden):
+    """The token is good but lacks the scope ``required``."""
+
+    default_code = "insufficient_scope"
+
+    def __init__(self, required: str) -> None:
+        super().__init__(
+            f"This API token lacks the scope '{required}'; use one that has it.",
+            headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{required}"'},
+        )
+
+
+class PlanLimit(Forbidden):
+    """The team's plan does not cover it: say the limit, the use, and what to do."""
+
+    default_code = "plan_limit"
+
+
+class NetworkPolicyBlocked(Forbidden):
+    """A network or host that the policy in force does not allow."""
+
+    default_code = "network_policy_blocked"
+
+
+class NotFound(DomainError):
+    """It does not exist, or belongs to somebody else: the two must look the same."""
+
+    default_code = "not_found"
+    default_detail = "There is nothing here. Check the address."
+
+
+class MethodNotAllowed(DomainError):
+    """The route exists, but not with this method."""
+
+    default_code = "method_not_allowed"
+
+    def __init__(self, method: str, allowed: Sequence[str]) -> None:
+        listed = ", ".join(allowed)
+        super().__init__(
+            f"{method} is not possible here; this address takes {listed}.",
+            headers={"Allow": listed},
+        )
+
+
+class Conflict(DomainError):
+    """It exists, but is not in a state that allows this."""
+
+    default_code = "conflict"
+
+
+class PayloadTooLarge(DomainError):
+    """The body is larger than this call takes."""
+
+    default_code = "payload_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The body is too large: this call takes at most {limit:,} bytes.")
+
+
+class UnsupportedMediaType(DomainError):
+    """The body is not declared to be what this call reads."""
+
+    default_code = "unsupported_media_type"
+    default_detail = "Send the body as JSON, with the header 'Content-Type: application/json'."
+
+
+class RateLimited(DomainError):
+    """Too many calls; ``retry_after`` seconds until the next may pass."""
+
+    default_code = "rate_limited"
+
+    def __init__(self, detail: str = "", *, retry_after: int = 1) -> None:
+        super().__init__(detail or "Too many requests; slow down.", retry_after=retry_after)
+
+
+class ExecTimeout(DomainError):
+    """A command ran past its time and was stopped."""
+
+    default_code = "exec_timeout"
+
+
+class ExecKilled(DomainError):
+    """A command was killed by signal number ``signal``."""
+
+    default_code = "exec_killed"
+
+    def __init__(self, detail: str = "", *, signal: int | None = None) -> None:
+        super().__init__(detail or "The command was killed.", extra={"signal": signal})
+
+
+class HostUnavailable(DomainError):
+    """The host agent does not answer, or failed; trying again later may help."""
+
+    default_code = "host_unavailable"
+    default_detail = "The sandbox host does not answer just now; try again in a moment."
+
+    def __init__(self, detail: str = "", *, retry_after: int = 5) -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class FleetFull(DomainError):
+    """No room for another container just now. Nothing was created, so it is safe to retry."""
+
+    default_code = "fleet_full_retry"
+    default_detail = "There is no room for another sandbox just now; try again in a moment."
+
+    def __init__(self, detail: str = "", *, retry_after: int = 2) -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class Internal(DomainError):
+    """A defect of ours. Never says more than that, and the request id to quote."""
+
+    default_code = "internal_error"
+    default_detail = "Something went wrong on our side. Quote the request id to your operator."
+
+
+def to_json_response(error: DomainError) -> JsonResponse:
+    """How REST says it."""
+    return JsonResponse(error.to_wire(), status=error.status, headers=error.all_headers())
+
+
+def to_console_response(request: HttpRequest, error: DomainError) -> HttpResponse:
+    """How the console says it: the page ``errors/error.html`` with ``error`` and ``status``."""
+    response = render(
+        request,
+        "errors/error.html",
+        {"error": error, "status": error.status},
+        status=error.status,
+    )
+    for name, value in error.all_headers().items():
+        response.headers[name] = value
+    return response
+
+
+def to_mcp_text(error: DomainError) -> str:
+    """How an MCP tool says it: one line, ``code: detail``."""
+    return f"{error.code}: {error.detail}"
+
+
+def is_api(request: HttpRequest) -> bool:
+    """Whether the request is for REST, and so gets JSON whatever happens."""
+    return request.path == "/v1" or request.path.startswith("/v1/")
+
+
+def to_response(request: HttpRequest, error: DomainError) -> HttpResponse:
+    """The answer in the form that the caller's surface understands."""
+    return to_json_response(error) if is_api(request) else to_console_response(request, error)

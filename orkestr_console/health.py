@@ -1,0 +1,67 @@
+"""Views of no app: health, the routes nobody knows, and Django's own refusals as answers."""
+
+from __future__ import annotations
+
+from django.core.exceptions import DisallowedHost, RequestDataTooBig
+from django.db import connection
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.views.decorators.csrf import csrf_exempt
+
+from orkestr_console.decorators import authenticate
+from orkestr_console.errors import (
+    DomainError,
+    Forbidden,
+    HostUnavailable,
+    Internal,
+    InvalidInput,
+    NotFound,
+    PayloadTooLarge,
+    is_api,
+    to_json_response,
+    to_response,
+)
+from orkestr_console.settings import LARGEST_BODY
+
+
+def healthz(request: HttpRequest) -> JsonResponse:
+    """200 when requests are answered and the database is reached."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    return JsonResponse({"status": "ok"})
+
+
+@csrf_exempt
+def unknown_route(request: HttpRequest) -> HttpResponse:
+    """404 in JSON for what this release does not have; 401 first, so that probing tells little."""
+    authenticate(request)
+    raise NotFound("This console has no such API route.")
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """400, or 413 where Django says the body was too large."""
+    if isinstance(exception, RequestDataTooBig):
+        return to_response(request, PayloadTooLarge(LARGEST_BODY))
+    if isinstance(exception, DisallowedHost):
+        return to_json_response(
+            InvalidInput(
+                "This console does not answer to that host name. Its operator can allow it with "
+                "ORKESTR_ALLOWED_HOSTS, or set ORKESTR_PUBLIC_URL."
+            )
+        )
+    return to_response(request, InvalidInput())
+
+
+def forbidden(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """403."""
+    return to_response(request, Forbidden())
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """404."""
+    return to_response(request, NotFound())
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    """500, with the request id to quote and nothing of the traceback."""
+    error: DomainError = Internal(extra={"request_id": getattr(request, "request_id", None)})
+    return to_response(request, error) if is_api(request) else to_json_response(error)

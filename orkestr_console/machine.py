@@ -1,0 +1,75 @@
+"""What the settings have to find out about this machine: its secrets, names and addresses."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+
+SIOCGIFADDR = 0x8915  # netdevice(7)
+
+
+def secret(variable: str, path: Path) -> str:
+    """The secret in environment variable ``variable``, else in ``path``, made there if missing.
+
+    Several processes may start at once: whoever links its file first wins, and all read that.
+    Raises ``OSError`` when the file can neither be read nor made.
+    """
+    if value := os.environ.get(variable):
+        return value
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_urlsafe(48))
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_text().strip()
+
+
+def allowed_hosts(public: str | None, configured: str) -> list[str]:
+    """The host names requests may be addressed to.
+
+    ``public`` is the host of the public URL, ``configured`` the operator's comma-separated list
+    on top. The machine's own names and addresses are always among them; a foreign name never is,
+    which is what stops DNS rebinding.
+    """
+    name = socket.gethostname()
+    own = ["localhost", ".localhost", "127.0.0.1", "[::1]", name, f"{name}.local"]
+    extra = [host.strip() for host in configured.split(",") if host.strip()]
+    return list(dict.fromkeys([*filter(None, [public]), *own, *own_addresses(), *extra]))
+
+
+def own_addresses() -> list[str]:
+    """The IP addresses of this machine's interfaces; IPv6 ones in brackets, as a URL has them."""
+    return [*_ipv4_addresses(), *_ipv6_addresses()]
+
+
+def _ipv4_addresses() -> list[str]:
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
+            except OSError:
+                # An interface without an IPv4 address.
+                continue
+            found.append(socket.inet_ntoa(answer[20:24]))
+    return found
+
+
+def _ipv6_addresses() -> list[str]:
+    table = Path("/proc/net/if_inet6")
+    if not table.exists():
+        return []
+    packed = [bytes.fromhex(line.split()[0]) for line in table.read_text().splitlines()]
+    return [f"[{socket.inet_ntop(socket.AF_INET6, address)}]" for address in packed]

@@ -1,0 +1,59 @@
+"""What every request passes: a request id, a refusal of unusable text, errors made answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from django.http import HttpRequest, HttpResponseBase
+from ulid import ULID
+
+from orkestr_console.errors import DomainError, InvalidInput, to_json_response, to_response
+
+type Handler = Callable[[HttpRequest], HttpResponseBase]
+
+REQUEST_ID = "X-Request-Id"
+# What a proxy in front or a client may have chosen; anything else is replaced.
+_USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{8,64}", re.ASCII)
+
+
+def request_id(get_response: Handler) -> Handler:
+    """Give every request an id, and every response the header ``X-Request-Id``."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        given = request.headers.get(REQUEST_ID, "")
+        chosen = given if _USABLE_ID.fullmatch(given) else f"req_{ULID()}"
+        request.request_id = chosen  # type: ignore[attr-defined]
+        response = get_response(request)
+        response.headers[REQUEST_ID] = chosen
+        return response
+
+    return middleware
+
+
+def refuse_unusable_text(get_response: Handler) -> Handler:
+    """Refuse a path or query with NUL in it, which PostgreSQL would answer with an error."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        query = request.META.get("QUERY_STRING", "")
+        if "\0" in request.path or b"\0" in unquote_to_bytes(query):
+            return to_json_response(InvalidInput("The address must not contain NUL characters."))
+        return get_response(request)
+
+    return middleware
+
+
+class DomainErrors:
+    """Turn a ``DomainError`` that a view raises into the answer its surface understands."""
+
+    def __init__(self, get_response: Handler) -> None:
+        self._get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        return self._get_response(request)
+
+    def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
+        """Django calls this with whatever the view raised."""
+        return to_response(request, error) if isinstance(error, DomainError) else None

@@ -1,0 +1,211 @@
+"""Django's settings, all from the environment; the defaults serve a fresh clone.
+
+``DATABASE_URL``, ``PORT``, ``ORKESTR_VAR``, ``ORKESTR_STATE_DIR``, ``ORKESTR_HOST_SOCKET``,
+``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``, ``ORKESTR_SECRET_KEY``,
+``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import dj_database_url
+from django.utils.csp import CSP
+
+from orkestr_console import machine
+
+BASE_DIR = Path(__file__).resolve().parents[1]
+VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
+HOST_STATE_DIR = Path(os.environ.get("ORKESTR_STATE_DIR") or VAR / "host").absolute()
+HOST_SOCKET = Path(os.environ.get("ORKESTR_HOST_SOCKET") or VAR / "run/host.sock").absolute()
+PORT = int(os.environ.get("PORT") or 8000)
+PUBLIC_URL = (os.environ.get("ORKESTR_PUBLIC_URL") or f"http://127.0.0.1:{PORT}").rstrip("/")
+DEBUG = os.environ.get("ORKESTR_DEBUG", "").lower() in {"1", "true", "yes", "on"}
+
+SECRET_KEY = machine.secret("ORKESTR_SECRET_KEY", VAR / "run/secret_key")
+# Keys the digests of API tokens. A stolen database alone verifies no token.
+TOKEN_PEPPER = machine.secret("ORKESTR_TOKEN_PEPPER", VAR / "run/token_pepper")
+
+# --- Who we are, as browsers see it ---------------------------------------------------------------
+_public = urlsplit(PUBLIC_URL)
+_https = _public.scheme == "https"
+ALLOWED_HOSTS = machine.allowed_hosts(_public.hostname, os.environ.get("ORKESTR_ALLOWED_HOSTS", ""))
+CSRF_TRUSTED_ORIGINS = [f"{_public.scheme}://{_public.netloc}"]
+ROOT_URLCONF = "orkestr_console.urls"
+ASGI_APPLICATION = "orkestr_console.asgi.application"
+
+# --- Apps -----------------------------------------------------------------------------------------
+INSTALLED_APPS = [
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "channels",
+    "django_htmx",
+    "django_q",
+    "orkestr_console.runner",
+    "orkestr_console.accounts",
+    *(["orkestr_console.console"] if find_spec("orkestr_console.console") else []),
+    "templates_app",
+    "sandboxes_app",
+]
+AUTH_USER_MODEL = "accounts.User"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+MIDDLEWARE = [
+    # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
+    "orkestr_console.middleware.request_id",
+    "django.middleware.security.SecurityMiddleware",
+    "django.middleware.csp.ContentSecurityPolicyMiddleware",
+    "orkestr_console.middleware.refuse_unusable_text",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_htmx.middleware.HtmxMiddleware",
+    "orkestr_console.middleware.DomainErrors",
+]
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.template.context_processors.csp",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+                "orkestr_console.accounts.context.team_and_plan",
+            ]
+        },
+    }
+]
+
+# --- Database -------------------------------------------------------------------------------------
+DATABASES: dict[str, Any] = {
+    "default": {
+        **dj_database_url.parse(
+            os.environ.get("DATABASE_URL") or f"postgres://orkestr@/orkestr?host={VAR}/run/pg"
+        ),
+        # Without the check, the first requests after a restart of PostgreSQL fail.
+        "CONN_HEALTH_CHECKS": True,
+        "CONN_MAX_AGE": 0,
+        "ATOMIC_REQUESTS": False,
+    }
+}
+DATABASES["default"].setdefault("OPTIONS", {}).update(
+    {
+        "pool": {"min_size": 1, "max_size": 16, "timeout": 15, "max_idle": 300},
+        "application_name": "orkestr",
+    }
+)
+
+# --- Sign-in --------------------------------------------------------------------------------------
+PASSWORD_HASHERS = [
+    "django.contrib.auth.hashers.Argon2PasswordHasher",
+    "django.contrib.auth.hashers.PBKDF2PasswordHasher",
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in (
+        "UserAttributeSimilarityValidator",
+        "MinimumLengthValidator",
+        "CommonPasswordValidator",
+        "NumericPasswordValidator",
+    )
+]
+LOGIN_URL = "console:sign_in"
+LOGIN_REDIRECT_URL = "/"
+LOGOUT_REDIRECT_URL = "console:sign_in"
+
+# --- What browsers are told -----------------------------------------------------------------------
+# Two consoles on one machine differ by port alone, which cookies do not tell apart.
+SESSION_COOKIE_NAME = f"orkestr_session_{PORT}"
+CSRF_COOKIE_NAME = f"orkestr_csrf_{PORT}"
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = _https
+SESSION_COOKIE_HTTPONLY = True
+CSRF_COOKIE_HTTPONLY = False
+SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_AGE = 14 * 24 * 3600
+X_FRAME_OPTIONS = "DENY"
+SECURE_REFERRER_POLICY = "same-origin"
+SECURE_CONTENT_TYPE_NOSNIFF = True
+SECURE_CROSS_ORIGIN_OPENER_POLICY = "same-origin"
+SECURE_SSL_REDIRECT = False
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if _https else 0
+# A public https address means that a proxy in front ends TLS and says so.
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if _https else None
+SECURE_CSP: dict[str, list[str]] = {
+    "default-src": [CSP.SELF],
+    "script-src": [CSP.SELF, CSP.NONCE],
+    "style-src": [CSP.SELF, CSP.NONCE],
+    "img-src": [CSP.SELF, "data:"],
+    "connect-src": [CSP.SELF],
+    "object-src": [CSP.NONE],
+    "base-uri": [CSP.NONE],
+    "form-action": [CSP.SELF],
+    "frame-ancestors": [CSP.NONE],
+}
+# The console is often served on plain http inside a network; then there is no TLS to insist on
+# (W004 HSTS, W008 redirect, W012 and W016 Secure cookies). With an https ORKESTR_PUBLIC_URL all of
+# it is on but the redirect (W008), and HSTS is not forced on sibling hosts or preload lists (W005,
+# W021), which belong to the operator's domain and not to one service on it.
+SILENCED_SYSTEM_CHECKS = [
+    "security.W008",
+    *(
+        ["security.W005", "security.W021"]
+        if _https
+        else ["security.W004", "security.W012", "security.W016"]
+    ),
+]
+
+# --- Bodies ---------------------------------------------------------------------------------------
+# The largest body any call takes (a 16 MiB file in base64, with its JSON around it).
+LARGEST_BODY = 24 * 1024 * 1024
+# What a call takes that does not say more.
+USUAL_BODY = 1024 * 1024
+DATA_UPLOAD_MAX_MEMORY_SIZE = LARGEST_BODY
+FILE_UPLOAD_MAX_MEMORY_SIZE = USUAL_BODY
+
+# --- Static files ---------------------------------------------------------------------------------
+STATIC_URL = "/static/"
+STATIC_ROOT = VAR / "static"
+STATICFILES_DIRS = [BASE_DIR / "static"]
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+}
+
+# --- Notices and tasks ----------------------------------------------------------------------------
+CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.channel_layer.PgChannelLayer"}}
+
+# Longest build (accounts.models.LONGEST_BUILD_SECONDS) < timeout < retry. State, attempts and cancel
+# live on our own rows; a task that fails is never tried again by the queue.
+Q_CLUSTER: dict[str, Any] = {
+    "name": "orkestr",
+    "orm": "default",
+    "workers": int(os.environ.get("ORKESTR_WORKERS") or 6),
+    "timeout": 6 * 3600 + 1800,
+    "retry": 7 * 3600,
+    "max_attempts": 1,
+    "ack_failures": True,
+    "catch_up": False,
+    "save_limit": 250,
+    "label": "Queue",
+}
+
+# --- The rest -------------------------------------------------------------------------------------
+USE_TZ = True
+TIME_ZONE = "UTC"
+USE_I18N = False
+LANGUAGE_CODE = "en"
+MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"

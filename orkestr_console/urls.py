@@ -1,0 +1,38 @@
+"""Every address: REST under ``/v1``, the console, and health."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from django.urls import URLPattern, URLResolver, include, path, re_path
+
+from orkestr_console import health
+
+# REST first: its catch-all answers JSON for whatever under /v1 no app knows.
+REST = ("templates_app.urls_api", "sandboxes_app.urls_api")
+CONSOLE = {
+    "orkestr_console.console.urls": "",
+    "templates_app.urls": "templates/",
+    "sandboxes_app.urls": "sandboxes/",
+}
+
+
+def existing(module: str) -> bool:
+    """Whether a module is there to be included."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+urlpatterns: list[URLPattern | URLResolver] = [
+    path("healthz", health.healthz),
+    *(path("v1/", include(module)) for module in REST if existing(module)),
+    re_path(r"^v1(?:/.*)?$", health.unknown_route),
+    *(path(prefix, include(module)) for module, prefix in CONSOLE.items() if existing(module)),
+]
+
+handler400 = "orkestr_console.health.bad_request"
+handler403 = "orkestr_console.health.forbidden"
+handler404 = "orkestr_console.health.not_found"
+handler500 = "orkestr_console.health.server_error"
