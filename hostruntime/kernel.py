@@ -26,6 +26,7 @@ AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
@@ -102,6 +103,12 @@ def move_mount(tree_fd: int, target: str | Path) -> None:
         os.fsencode(target),
         _long(MOVE_MOUNT_F_EMPTY_PATH),
     )
+
+
+def move_mount_onto(tree_fd: int, target_fd: int) -> None:
+    """Attach a detached mount at the directory ``target_fd`` refers to: no path is walked."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_SYS_MOVE_MOUNT, _long(tree_fd), b"", _long(target_fd), b"", _long(flags))
 
 
 def bind_idmapped(

@@ -1,0 +1,255 @@
+"""The launcher: a small single-threaded process, the only one that imports ``lxc``.
+
+Started by the agent as ``python -m hostruntime.containers <descriptor>``, it serves requests on
+that socket (:mod:`hostruntime.channel`) until the agent closes it:
+
+``start``   mount a root file system and start a container on it → ``{init_pid}``
+``attach``  clone a process into a container, put it into its control group and let it go →
+            ``{pid, pid_inside}``, and an ``exit`` message when it has ended
+``signal``  signal an attached process
+
+Why a process of its own: python-lxc holds the GIL while it waits, and LXC clones attached
+processes without glibc's fork handlers, which a multi-threaded process would not survive.
+LXC's monitors are daemons and outlive the launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lxc
+
+from hostruntime import channel, inside_files, kernel
+from hostruntime.inside_exec import Command, become_command
+from hostruntime.limits import pid_inside
+from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
+
+_OPEN_FILES = (65_536, 1_048_576)
+_LOG_TAIL_BYTES = 1500
+
+
+class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
+    """A request that could not be done; the text goes to the agent."""
+
+
+@dataclass
+class _Attached:
+    request: int
+    pid: int
+    pidfd: int
+
+
+@dataclass
+class Launcher:
+    """The state of one launcher process."""
+
+    sock: socket.socket
+    lxcpath: str
+    attached: dict[int, _Attached] = field(default_factory=dict)
+    userns: dict[int, int] = field(default_factory=dict)
+    containers: dict[str, lxc.Container] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Serve until the agent is gone, then kill what it can no longer watch."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        try:
+            while True:
+                for fd, _ in poller.poll():
+                    if fd == self.sock.fileno():
+                        self._serve_one(poller)
+                    else:
+                        self._report_exit(fd, poller)
+        except channel.ChannelClosed:
+            for process in self.attached.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+
+    def _serve_one(self, poller: select.poll) -> None:
+        message, fds = channel.receive(self.sock)
+        request = message.get("id")
+        try:
+            answer = self._dispatch(message, fds, poller)
+        except (RequestFailed, OSError, KeyError, TypeError, ValueError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+            if isinstance(error, RequestFailed):
+                answer = {"error": str(error)}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        channel.send(self.sock, {"id": request, **answer})
+
+    def _dispatch(
+        self, message: Mapping[str, Any], fds: list[int], poller: select.poll
+    ) -> dict[str, Any]:
+        match message["do"]:
+            case "start":
+                return self._start(message)
+            case "attach":
+                return self._attach(message, fds, poller)
+            case "signal":
+                return self._signal(int(message["target"]), int(message["signal"]))
+            case "forget":
+                self.containers.pop(str(message["name"]), None)
+                return {}
+        raise RequestFailed(f"There is no request called {message['do']!r}.")
+
+    # Starting ------------------------------------------------------------------------------
+
+    def _start(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        name, log = str(message["name"]), Path(message["log"])
+        plan = _rootfs_plan(message["rootfs"])
+        mount_rootfs(plan, self._userns_fd(plan.id_base))
+        try:
+            container = self._configured(name, message["config"])
+            # close_fds: the monitor must not keep the agent's sockets, or our mounts' namespaces.
+            if not container.start(close_fds=True, daemonize=True):
+                raise RequestFailed(f"LXC did not start the container. {_tail(log)}".strip())
+        except BaseException:
+            unmount_rootfs(plan.mounts)
+            raise
+        self.containers[name] = container
+        return {"init_pid": container.init_pid}
+
+    def _configured(self, name: str, items: list[list[str]]) -> lxc.Container:
+        container = lxc.Container(name, self.lxcpath)
+        for key, value in items:
+            # Not set_config_item: of a repeated key that keeps only the last.
+            if not container.append_config_item(key, value):
+                raise RequestFailed(f"LXC refused the configuration {key} = {value}.")
+        return container
+
+    def _userns_fd(self, id_base: int) -> int:
+        if id_base not in self.userns:
+            self.userns[id_base] = kernel.user_namespace(id_extents(id_base))
+        return self.userns[id_base]
+
+    # Attaching -----------------------------------------------------------------------------
+
+    def _attach(
+        self, message: Mapping[str, Any], fds: list[int], poller: select.poll
+    ) -> dict[str, Any]:
+        name, group = str(message["name"]), message.get("group")
+        gate_out, gate_in = os.pipe()
+        try:
+            pid = self._clone(name, _inside(message, fds, gate_out))
+            try:
+                if group is not None:
+                    _enter_group(Path(group), pid)
+                inside = pid_inside(pid)
+            except BaseException:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            self._watch(int(message["id"]), pid, poller)
+            os.write(gate_in, b"1")
+        finally:
+            os.close(gate_out)
+            os.close(gate_in)
+        return {"pid": pid, "pid_inside": inside}
+
+    def _clone(self, name: str, inside: Callable[[None], NoReturn]) -> int:
+        container = self.containers.setdefault(name, lxc.Container(name, self.lxcpath))
+        pid = int(container.attach(inside, None, env_policy=lxc.LXC_ATTACH_CLEAR_ENV))
+        if pid <= 0:
+            self.containers.pop(name, None)
+            raise RequestFailed("LXC could not attach to the container; it may have stopped.")
+        return pid
+
+    def _watch(self, request: int, pid: int, poller: select.poll) -> None:
+        pidfd = os.pidfd_open(pid)
+        self.attached[pidfd] = _Attached(request, pid, pidfd)
+        poller.register(pidfd, select.POLLIN)
+
+    def _report_exit(self, pidfd: int, poller: select.poll) -> None:
+        process = self.attached.pop(pidfd)
+        poller.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(process.pid, 0)
+        channel.send(self.sock, {"exit": process.request, "status": status})
+
+    def _signal(self, target: int, number: int) -> dict[str, Any]:
+        # Not yet waited for, so its pid cannot be somebody else's.
+        for process in self.attached.values():
+            if process.request == target:
+                os.kill(process.pid, number)
+        return {}
+
+
+def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[None], NoReturn]:
+    """What the attached process is to do, with everything it needs already at hand."""
+    if message["call"] == "exec":
+        stdin, stdout, stderr, status = fds
+        command = Command(
+            argv=[str(word) for word in message["argv"]],
+            cwd=str(message["cwd"]),
+            env={str(key): str(value) for key, value in message["env"].items()},
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            gate=gate,
+            status=status,
+        )
+        return lambda _: become_command(command)
+    operation, arguments = str(message["operation"]), dict(message["arguments"])
+    if operation not in inside_files.OPERATIONS:
+        raise RequestFailed(f"There is no file operation called {operation!r}.")
+    (peer,) = fds
+    return lambda _: inside_files.serve(operation, arguments, peer)
+
+
+def _enter_group(group: Path, pid: int) -> None:
+    group.mkdir(exist_ok=True)
+    (group / "cgroup.procs").write_text(str(pid))
+
+
+def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
+    return RootfsPlan(
+        mounts=Path(fields["mounts"]),
+        image_tree=Path(fields["image_tree"]),
+        runtime_tree=Path(fields["runtime_tree"]),
+        writable=Path(fields["writable"]),
+        sysfs=Path(fields["sysfs"]) if fields.get("sysfs") else None,
+        id_base=int(fields["id_base"]),
+    )
+
+
+def _tail(log: Path) -> str:
+    try:
+        text = log.read_text(errors="replace")[-_LOG_TAIL_BYTES:].strip()
+    except OSError:
+        return ""
+    return f"Its log ends: {text}" if text else ""
+
+
+def _prepare_process() -> None:
+    # Without newuidmap in reach LXC writes the id maps itself, as root may: two programs fewer.
+    os.environ.clear()
+    os.environ["PATH"] = "/nonexistent"
+    # Inherited by what is attached, which could not raise them for itself.
+    resource.setrlimit(resource.RLIMIT_NOFILE, _OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Ends by its socket closing; a Ctrl-C in the agent's terminal is not for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main() -> None:
+    """Serve on the socket whose descriptor is the first argument; lxcpath is the second."""
+    _prepare_process()
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        os.set_inheritable(sock.fileno(), False)  # noqa: FBT003 - positional-only
+        Launcher(sock, sys.argv[2]).run()
+
+
+if __name__ == "__main__":
+    main()
