@@ -84,16 +84,19 @@ class Keeper:
         }
         for program in self._programs:
             config[f"program:{program.name}"] = self._section(program)
+        for section in config.sections():
+            for name, value in config.items(section):
+                # supervisord expands %(name)s in every value.
+                config.set(section, name, value.replace("%", "%%"))
         with self._config.open("w") as stream:
-            # supervisord expands %(name)s everywhere.
             config.write(stream)
         self._config.chmod(0o600)
 
     def _section(self, program: Program) -> dict[str, str]:
         group = str(program.stop_group).lower()
         return {
-            "command": shlex.join(program.command).replace("%", "%%"),
-            "directory": str(self._layout.tree).replace("%", "%%"),
+            "command": shlex.join(program.command),
+            "directory": str(self._layout.tree),
             "priority": str(program.priority),
             "autostart": "false",
             "autorestart": "true",
@@ -104,7 +107,7 @@ class Keeper:
             "stopasgroup": group,
             "killasgroup": group,
             "redirect_stderr": "true",
-            "stdout_logfile": str(self._log(program.name)).replace("%", "%%"),
+            "stdout_logfile": str(self._log(program.name)),
             "stdout_logfile_maxbytes": str(LOG_BYTES),
             "stdout_logfile_backups": str(LOG_BACKUPS),
         }

@@ -12,6 +12,7 @@ from orkestr_console.runner.postgres import Cluster
 TREE = Path(__file__).resolve().parents[2]
 # sun_path of unix(7), less its NUL.
 LONGEST_SOCKET_PATH = 107
+UNUSABLE = frozenset("%;#\"'\n")
 
 
 class StartError(Exception):
@@ -77,6 +78,12 @@ class Layout:
 
     def prepare(self) -> None:
         """Make the directories that everything else expects. Raises ``StartError``."""
+        for path in (self.tree, self.var, self.state_dir):
+            if UNUSABLE & set(str(path)):
+                raise StartError(
+                    f"the path {path} has one of {' '.join(sorted(UNUSABLE))} in it, which the "
+                    "process manager's configuration cannot express: use another directory"
+                )
         if len(os.fsencode(self.host_socket)) > LONGEST_SOCKET_PATH:
             raise StartError(
                 f"{self.host_socket} is too long a path for a Unix socket: "
