@@ -1,0 +1,271 @@
+"""Turning a stopped container's writable layer into a new tree over its base.
+
+The new tree has a hard link for every file the container did not touch, and the writable layer's
+own files, renamed rather than copied.  What the layer says in overlayfs's language is read as
+Documentation/filesystems/overlayfs.rst of the kernel defines it:
+
+* a character device 0/0 is a whiteout: the base's entry of that name is gone;
+* ``trusted.overlay.opaque`` = ``y`` on a directory: nothing of the base's shows through;
+* ``trusted.overlay.redirect`` on a directory: what shows through is the base's directory of
+  that other name (a sibling's name, or from the root when it starts with a slash).
+
+Device nodes and sockets are left out: the first cannot be made in a container, the second mean
+nothing without their process.  So are extended attributes of the namespaces ``trusted.`` and
+``security.`` (the overlay's own bookkeeping, labels of the host), except
+``security.capability``: packages set it on their programs and it means something to the
+container's own root only, whose id is shifted when the image is mounted.
+
+No file of the base is ever opened for writing; at most its link count changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hostruntime.errors import HostError
+from hostruntime.trees import (
+    MAX_DEPTH,
+    TreeTooDeep,
+    attributes,
+    child_path,
+    entries,
+    is_directory,
+    opened,
+    opened_if_directory,
+    status,
+)
+
+CAPABILITY = "security.capability"
+OPAQUE = "trusted.overlay.opaque"
+REDIRECT = "trusted.overlay.redirect"
+# What the runtime brings or mounts over, whatever the layer has there.
+NOT_CAPTURED = frozenset({".orkestr"})
+MOUNT_POINTS: Mapping[str, int] = {
+    "dev": 0o755,
+    "proc": 0o555,
+    "sys": 0o555,
+    "tmp": 0o1777,
+    "workspace": 0o1777,
+}
+
+
+class CaptureStoppedError(HostError):
+    """The capture was asked to stop; the output is half made."""
+
+    code = "capture_stopped"
+    status = 409
+
+
+@dataclass
+class Captured:
+    """What a capture did, and the inode numbers the new tree shares with the base."""
+
+    linked: set[int] = field(default_factory=set)
+    moved: int = 0
+    copied: int = 0
+    left_out: int = 0
+
+
+def capture(base: Path, upper: Path, output: Path, stop: threading.Event | None = None) -> Captured:
+    """Make ``output`` (which must not exist) from ``base`` and ``upper``; ``upper`` is used up.
+
+    All three are on one filesystem.  ``stop`` being set makes it end soon by
+    :class:`CaptureStoppedError`.  Raises :class:`TreeTooDeep` and OSError; a half-made ``output``
+    is the caller's to remove.
+    """
+    output.mkdir(mode=0o700)
+    with opened(base) as base_fd, opened(upper) as upper_fd, opened(output) as output_fd:
+        walk = _Walk(base_fd, stop or threading.Event())
+        walk.merge_root(upper_fd, output_fd)
+    return walk.result
+
+
+class _Walk:
+    """One capture under way.  Each method fills one directory of the new tree."""
+
+    def __init__(self, base_root: int, stop: threading.Event) -> None:
+        self._base_root = base_root
+        self._stop = stop
+        self.result = Captured()
+
+    def merge_root(self, upper: int, output: int) -> None:
+        hidden = NOT_CAPTURED | MOUNT_POINTS.keys()
+        self._merge(self._base_root, upper, output, 0, hidden)
+        for name, mode in MOUNT_POINTS.items():
+            with _made(name, output) as directory:
+                os.fchmod(directory, mode)
+                os.utime(directory, ns=(0, 0))
+        _copy_metadata(upper, output)
+
+    def _merge(
+        self, base: int | None, upper: int, output: int, depth: int, hidden: frozenset[str]
+    ) -> None:
+        self._check(depth)
+        changed = [entry for entry in entries(upper) if entry.name not in hidden]
+        if base is not None:
+            self._link_all(base, output, depth, hidden | {entry.name for entry in changed})
+        for entry in changed:
+            if is_directory(entry):
+                self._merge_directory(entry.name, base, upper, output, depth + 1)
+            else:
+                self._move(entry, upper, output)
+
+    def _merge_directory(
+        self, name: str, base_parent: int | None, upper: int, output: int, depth: int
+    ) -> None:
+        with (
+            opened(name, upper) as inner,
+            self._shown_through(name, inner, base_parent) as base,
+            _made(name, output) as made,
+        ):
+            self._merge(base, inner, made, depth, frozenset())
+            _copy_metadata(inner, made)
+
+    @contextmanager
+    def _shown_through(self, name: str, inner: int, parent: int | None) -> Iterator[int | None]:
+        """The base's directory that shows through the upper's directory ``inner``, if any."""
+        redirect = _attribute(inner, REDIRECT)
+        if _attribute(inner, OPAQUE) == b"y" or (redirect is None and parent is None):
+            yield None
+        elif redirect is not None and redirect.startswith(b"/"):
+            with _opened_below(self._base_root, os.fsdecode(redirect).split("/")[1:]) as found:
+                yield found
+        elif parent is not None:
+            source = name if redirect is None else os.fsdecode(redirect)
+            with opened_if_directory(source, parent) as found:
+                yield found
+        else:
+            yield None
+
+    def _link_all(self, base: int, output: int, depth: int, hidden: frozenset[str]) -> None:
+        self._check(depth)
+        linked = self.result.linked
+        for entry in entries(base):
+            name = entry.name
+            if name in hidden:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                with opened(name, base) as inner, _made(name, output) as made:
+                    self._link_all(inner, made, depth + 1, frozenset())
+                    _copy_metadata(inner, made)
+                continue
+            try:
+                os.link(name, name, src_dir_fd=base, dst_dir_fd=output, follow_symlinks=False)
+                linked.add(entry.inode())
+            except OSError as error:
+                if error.errno != errno.EMLINK:
+                    raise
+                _copy(name, base, output)
+                self.result.copied += 1
+
+    def _move(self, entry: os.DirEntry[str], upper: int, output: int) -> None:
+        if not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+            kind = status(entry.name, upper)
+            if not stat.S_ISFIFO(kind.st_mode):
+                self.result.left_out += not _is_whiteout(kind)
+                return
+        _strip_attributes(entry.name, upper)
+        os.rename(entry.name, entry.name, src_dir_fd=upper, dst_dir_fd=output)
+        self.result.moved += 1
+
+    def _check(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        if self._stop.is_set():
+            raise CaptureStoppedError("The capture was stopped.")
+
+
+@contextmanager
+def _made(name: str, parent: int) -> Iterator[int]:
+    os.mkdir(name, mode=0o700, dir_fd=parent)
+    with opened(name, parent) as directory:
+        yield directory
+
+
+@contextmanager
+def _opened_below(root: int, names: list[str]) -> Iterator[int | None]:
+    """Open a path below ``root`` one name at a time; None if any of it is not a directory."""
+    with contextlib.ExitStack() as stack:
+        found: int | None = root
+        for name in names:
+            if found is None or name in ("", ".", ".."):
+                found = None
+                break
+            found = stack.enter_context(opened_if_directory(name, found))
+        yield found
+
+
+def _is_whiteout(found: os.stat_result) -> bool:
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def _attribute(descriptor: int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(descriptor, name)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def _kept(attribute: str) -> bool:
+    return attribute == CAPABILITY or not attribute.startswith(("trusted.", "security."))
+
+
+def _strip_attributes(name: str, dir_fd: int) -> None:
+    for attribute in attributes(name, dir_fd):
+        if not _kept(attribute):
+            os.removexattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
+
+
+def _copy_metadata(source: int, target: int) -> None:
+    """Give the directory ``target`` what ``source`` has; last, for filling it changes its times."""
+    found = os.fstat(source)
+    os.fchown(target, found.st_uid, found.st_gid)
+    for attribute in os.listxattr(source):
+        if _kept(attribute):
+            os.setxattr(target, attribute, os.getxattr(source, attribute))
+    os.fchmod(target, stat.S_IMODE(found.st_mode))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def _copy(name: str, source: int, target: int) -> None:
+    """Copy what can have no more links (EMLINK): a file, symlink or FIFO of the base."""
+    found = status(name, source)
+    if stat.S_ISREG(found.st_mode):
+        _copy_content(name, source, target)
+    elif stat.S_ISLNK(found.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+    else:
+        os.mkfifo(name, dir_fd=target)
+    os.chown(name, found.st_uid, found.st_gid, dir_fd=target, follow_symlinks=False)
+    for attribute in filter(_kept, attributes(name, source)):
+        value = os.getxattr(child_path(name, source), attribute, follow_symlinks=False)
+        os.setxattr(child_path(name, target), attribute, value, follow_symlinks=False)
+    if not stat.S_ISLNK(found.st_mode):
+        os.chmod(child_path(name, target), stat.S_IMODE(found.st_mode))  # noqa: PTH101 - by descriptor
+    times = (found.st_atime_ns, found.st_mtime_ns)
+    os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
+
+
+def _copy_content(name: str, source: int, target: int) -> None:
+    reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    writing = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with (
+        open(os.open(name, reading, dir_fd=source), "rb") as old,  # noqa: PTH123 - a descriptor
+        open(os.open(name, writing, 0o600, dir_fd=target), "wb") as new,  # noqa: PTH123
+    ):
+        remaining = os.fstat(old.fileno()).st_size
+        while remaining > 0:
+            copied = os.copy_file_range(old.fileno(), new.fileno(), remaining)
+            if copied == 0:
+                break
+            remaining -= copied

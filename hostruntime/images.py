@@ -1,0 +1,323 @@
+"""The image store: immutable root trees, named, published whole and deleted when unused.
+
+On disk, under ``images/``::
+
+    img_01J…/                 a template's image
+      tree/                   the root tree
+      image.json              the manifest, readable JSON
+      users/<user>            an empty file for each sandbox or build that runs on it
+      condemned               there once it has been deleted while in use
+    debian-12 -> debian-12@1732…   a base: a link to its current generation
+    debian-12@1732…/          the same layout
+
+A base can be made anew under its name while sandboxes run on the old one; the link is what
+publishing replaces.  An image that is deleted while in use stays on disk, unseen, until its last
+user has gone.  Everything is on disk, so it all holds when the agent starts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hostruntime import kernel
+from hostruntime.errors import Conflict, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.paths import StatePaths, read_json, write_atomically
+from hostruntime.trash import Trash
+from hostruntime.trees import Measure, links_elsewhere, measure, tree_digest
+
+__all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
+
+# Names that clients still use for an image that has another name now.
+ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
+RECONCILE_AGE_SECONDS = 600.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+_CONDEMNED = "condemned"
+Directories = list[Path]
+Ids = list[str]
+
+
+@dataclass(frozen=True)
+class ImageManifest:
+    """What is known of an image.  Sizes are bytes of disk; ``created_at`` is Unix seconds.
+
+    ``shared_bytes`` is the part of ``size_bytes`` that was hard-linked from ``base`` when the
+    image was made.  ``definition`` identifies the recipe of a built-in base.
+    """
+
+    id: str
+    kind: Literal["base", "template"]
+    base: str | None
+    created_at: float
+    size_bytes: int
+    file_count: int
+    shared_bytes: int
+    definition: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written to disk and sent to clients."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ImageManifest:
+        """Read a manifest; raises KeyError when a field is missing."""
+        return cls(
+            id=record["id"],
+            kind=record["kind"],
+            base=record["base"],
+            created_at=record["created_at"],
+            size_bytes=record["size_bytes"],
+            file_count=record["file_count"],
+            shared_bytes=record["shared_bytes"],
+            definition=record.get("definition"),
+            details=record.get("details") or {},
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """A published image; ``tree`` stays where it is for as long as the image has a user."""
+
+    id: str
+    tree: Path
+    manifest: ImageManifest
+
+
+class ImageStore:
+    """The images of one installation.  Methods may be called from any thread."""
+
+    def __init__(self, paths: StatePaths, trash: Trash | None = None) -> None:
+        self._paths = paths
+        self._lock = threading.RLock()
+        self.trash = trash or Trash(paths)
+
+    # Reading ------------------------------------------------------------------------------
+
+    def get(self, image_id: str) -> Image:
+        """The image of that id or alias; raises ImageNotFound, also once it has been deleted."""
+        directory = self._current(image_id)
+        if directory is None:
+            raise ImageNotFound(
+                f"There is no image {image_id!r} on this host. It may have been deleted, or it "
+                "is a built-in base that has not been built yet."
+            )
+        return _read_image(directory)
+
+    def exists(self, image_id: str) -> bool:
+        """Whether :meth:`get` would find it."""
+        return self._current(image_id) is not None
+
+    def list(self) -> list[Image]:
+        """Every image that can be booted, oldest first."""
+        names = [entry.name for entry in self._paths.images.iterdir() if "@" not in entry.name]
+        found = []
+        for name in names:
+            with contextlib.suppress(ImageNotFound):  # Deleted while we look.
+                found.append(self.get(name))
+        return sorted(found, key=lambda image: image.manifest.created_at)
+
+    def users(self, image_id: str) -> set[str]:
+        """Who runs on the image, its retired generations and a deleted image included."""
+        return {
+            user.name
+            for directory in self._generations(_resolve(image_id))
+            for user in _users(directory)
+        }
+
+    def usage(self, image_id: str) -> Measure:
+        """Measure the image now; its ``shared_bytes`` are shared with any other image.
+
+        Slow (it reads every inode).  ``size_bytes - shared_bytes`` is what deleting it frees.
+        """
+        tree = self.get(image_id).tree
+        return measure(tree, links_elsewhere(tree))
+
+    # Using --------------------------------------------------------------------------------
+
+    def acquire(self, image_id: str, user: str) -> Image:
+        """Keep the image's tree on disk until ``user`` releases it; idempotent.
+
+        Raises ImageNotFound; InvalidRequest for a user that is no plain name.
+        """
+        _check_name(user)
+        with self._lock:
+            image = self.get(image_id)
+            users = image.tree.parent / "users"
+            users.mkdir(mode=0o700, exist_ok=True)
+            (users / user).touch(mode=0o600)
+        return image
+
+    def release(self, image_id: str, user: str) -> None:
+        """End ``user``'s use; an image or generation nobody can boot any more is then removed."""
+        _check_name(user)
+        with self._lock:
+            for directory in self._generations(_resolve(image_id)):
+                with contextlib.suppress(FileNotFoundError):
+                    (directory / "users" / user).unlink()
+                self._remove_if_unused(directory)
+
+    # Making and deleting ------------------------------------------------------------------
+
+    def staging(self, image_id: str) -> Path:
+        """An empty directory to make ``tree`` in, on the store's filesystem."""
+        _check_name(image_id)
+        directory = self._paths.staging / image_id
+        self.trash.discard(directory)
+        directory.mkdir(mode=0o700)
+        return directory
+
+    def publish(self, staged: Path, manifest: ImageManifest) -> Image:
+        """Make the image in ``staged`` (a directory with ``tree``) visible, whole, by one rename.
+
+        A base replaces the generation there was.  Raises Conflict if a template image of that id
+        exists; OSError.  On any failure ``staged`` is still there.
+        """
+        _check_name(manifest.id)
+        write_atomically(
+            staged / "image.json", json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
+        )
+        kernel.syncfs(self._paths.images)
+        with self._lock:
+            if manifest.kind == "base":
+                directory = self._publish_base(staged, manifest.id)
+            else:
+                directory = self._publish_template(staged, manifest.id)
+            _sync_directory(self._paths.images)
+        return _read_image(directory)
+
+    def _publish_template(self, staged: Path, image_id: str) -> Path:
+        directory = self._paths.images / image_id
+        if os.path.lexists(directory):
+            raise Conflict(f"There is an image {image_id} already; ids are never used twice.")
+        staged.rename(directory)
+        return directory
+
+    def _publish_base(self, staged: Path, name: str) -> Path:
+        directory = self._paths.images / f"{name}@{time.time_ns()}"
+        retired = self._generations(name)
+        staged.rename(directory)
+        link = self._paths.images / name
+        temporary = self._paths.images / f".{name}@link"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(directory.name)
+        temporary.rename(link)
+        for old in retired:
+            self._remove_if_unused(old)
+        return directory
+
+    def delete(self, image_id: str) -> bool:
+        """Delete an image: at once it is not found any more, on disk it waits for its users.
+
+        Returns whether it is gone from disk's names already (or was never there).
+        """
+        with self._lock:
+            directory = self._current(image_id)
+            if directory is not None:
+                link = self._paths.images / _resolve(image_id)
+                if link.is_symlink():
+                    link.unlink()
+                else:
+                    (directory / _CONDEMNED).touch(mode=0o600)
+                self._remove_if_unused(directory)
+            return not self._generations(_resolve(image_id))
+
+    def reconcile(self, keep: Collection[str], older_than: float = RECONCILE_AGE_SECONDS) -> Ids:
+        """Delete template images not in ``keep`` and older than that many seconds; return them."""
+        cutoff = time.time() - older_than
+        surplus = [
+            image.id
+            for image in self.list()
+            if image.manifest.kind == "template"
+            and image.id not in keep
+            and image.manifest.created_at < cutoff
+        ]
+        for image_id in surplus:
+            self.delete(image_id)
+        return surplus
+
+    def recover(self, live_users: Collection[str]) -> None:
+        """The pass at start: forget users that are gone, drop half-made and unused trees."""
+        with self._lock:
+            for entry in list(self._paths.images.iterdir()):
+                if entry.is_symlink():
+                    continue
+                for user in _users(entry):
+                    if user.name not in live_users:
+                        user.unlink()
+                if not (entry / "image.json").is_file():
+                    self.trash.discard(entry)
+                else:
+                    self._remove_if_unused(entry)
+            for staged in list(self._paths.staging.iterdir()):
+                self.trash.discard(staged)
+        self.trash.empty()
+
+    # Inside -------------------------------------------------------------------------------
+
+    def _current(self, image_id: str) -> Path | None:
+        name = _resolve(image_id)
+        if _NAME.fullmatch(name) is None:
+            return None
+        entry = self._paths.images / name
+        directory = entry.parent / entry.readlink() if entry.is_symlink() else entry
+        readable = (directory / "image.json").is_file()
+        return directory if readable and not (directory / _CONDEMNED).exists() else None
+
+    def _generations(self, name: str) -> Directories:
+        if _NAME.fullmatch(name) is None:
+            return []
+        plain = self._paths.images / name
+        found = [plain] if plain.is_dir() and not plain.is_symlink() else []
+        return [*found, *self._paths.images.glob(f"{name}@*")]
+
+    def _remove_if_unused(self, directory: Path) -> None:
+        if any(True for _ in _users(directory)):
+            return
+        name = directory.name.partition("@")[0]
+        retired = "@" in directory.name and self._current(name) != directory
+        if retired or (directory / _CONDEMNED).exists():
+            self.trash.discard(directory)
+
+
+def _resolve(image_id: str) -> str:
+    return ALIASES.get(image_id, image_id)
+
+
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise InvalidRequest(
+            f"{name[:100]!r} is not a valid id: use letters, digits, dot, dash and underscore."
+        )
+
+
+def _users(directory: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        yield from list((directory / "users").iterdir())
+
+
+def _read_image(directory: Path) -> Image:
+    record = read_json(directory / "image.json")
+    if record is None:
+        raise ImageNotFound(f"The image {directory.name.partition('@')[0]} has just been deleted.")
+    try:
+        manifest = ImageManifest.from_json(record)
+    except KeyError as error:
+        raise HostFault(f"{directory / 'image.json'} lacks {error}; delete the image.") from error
+    return Image(manifest.id, directory / "tree", manifest)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

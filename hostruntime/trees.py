@@ -1,0 +1,223 @@
+"""Walking, measuring and removing directory trees that strangers filled.
+
+Everything here goes by directory descriptors, one name at a time, and follows no symlink: a path
+joined together inside a tenant's tree could be made to point anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostruntime.errors import HostFault
+
+# Descriptors are held open from the root of a walk down to where it is.  No real tree comes near.
+MAX_DEPTH = 200
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_BLOCK = 512  # the unit of st_blocks (stat(2))
+_READ = 1 << 20
+
+
+class TreeTooDeep(HostFault):
+    """Directories are nested deeper than :data:`MAX_DEPTH`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"Directories are nested more than {MAX_DEPTH} deep: nothing that deep can be part of "
+            "an image. Remove them in the recipe's last step."
+        )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a tree holds.  Bytes are disk blocks, an inode counted once however often linked.
+
+    ``shared_bytes`` is the part whose inodes are also another tree's; ``size_bytes`` includes it.
+    ``file_count`` counts names that are not directories.
+    """
+
+    size_bytes: int
+    file_count: int
+    shared_bytes: int
+
+
+@contextmanager
+def opened(name: str | Path, dir_fd: int | None = None) -> Iterator[int]:
+    """A directory's descriptor, closed at the end; a symlink or anything else raises OSError."""
+    descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=dir_fd)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened_if_directory(name: str, dir_fd: int) -> Iterator[int | None]:
+    """Like :func:`opened`, None where there is no directory of that name."""
+    with contextlib.ExitStack() as stack:
+        descriptor: int | None = None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = stack.enter_context(opened(name, dir_fd))
+        yield descriptor
+
+
+def entries(dir_fd: int) -> list[os.DirEntry[str]]:
+    """What is in a directory, as scandir says it; in no order.
+
+    The entries' ``stat`` goes through the scan's own descriptor, which is closed: use
+    :func:`status`.
+    """
+    with os.scandir(dir_fd) as scan:
+        return list(scan)
+
+
+def status(name: str, dir_fd: int) -> os.stat_result:
+    """stat(2) of a name, no symlink followed."""
+    return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a directory itself; from the scan, without a system call."""
+    return entry.is_dir(follow_symlinks=False)
+
+
+def remove(name: str, dir_fd: int) -> int:
+    """Remove a file or a whole directory; return how many bytes of disk that gave back.
+
+    A file that is linked elsewhere gives nothing back.  Raises :class:`TreeTooDeep`, OSError.
+    """
+    return _remove(name, dir_fd, 0)
+
+
+def _remove(name: str, dir_fd: int, depth: int) -> int:
+    if depth > MAX_DEPTH:
+        raise TreeTooDeep
+    found = status(name, dir_fd)
+    if not stat.S_ISDIR(found.st_mode):
+        os.unlink(name, dir_fd=dir_fd)
+        return found.st_blocks * _BLOCK if found.st_nlink == 1 else 0
+    with opened(name, dir_fd) as inner:
+        freed = sum(_remove(entry.name, inner, depth + 1) for entry in entries(inner))
+    os.rmdir(name, dir_fd=dir_fd)
+    return freed + found.st_blocks * _BLOCK
+
+
+def measure(tree: Path, shared: Set[int] = frozenset()) -> Measure:
+    """Count what ``tree`` holds; ``shared`` are the inode numbers that belong to others too.
+
+    Raises :class:`TreeTooDeep`, OSError.
+    """
+    blocks: dict[int, int] = {}
+    names = 0
+
+    def visit(dir_fd: int, depth: int) -> None:
+        nonlocal names
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        own = os.fstat(dir_fd)
+        blocks[own.st_ino] = own.st_blocks
+        with os.scandir(dir_fd) as scan:
+            directories = []
+            for entry in scan:
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.name)
+                    continue
+                names += 1
+                if entry.inode() not in blocks:
+                    blocks[entry.inode()] = entry.stat(follow_symlinks=False).st_blocks
+        for name in directories:
+            with opened(name, dir_fd) as inner:
+                visit(inner, depth + 1)
+
+    with opened(tree) as root:
+        visit(root, 0)
+    common = sum(count for inode, count in blocks.items() if inode in shared)
+    return Measure(sum(blocks.values()) * _BLOCK, names, common * _BLOCK)
+
+
+def links_elsewhere(tree: Path) -> set[int]:
+    """The inode numbers in ``tree`` that have more names than the tree itself holds."""
+    names: dict[int, int] = {}
+    links: dict[int, int] = {}
+
+    def visit(dir_fd: int) -> None:
+        for entry in entries(dir_fd):
+            if is_directory(entry):
+                with opened(entry.name, dir_fd) as inner:
+                    visit(inner)
+                continue
+            found = status(entry.name, dir_fd)
+            if found.st_nlink > 1:
+                names[found.st_ino] = names.get(found.st_ino, 0) + 1
+                links[found.st_ino] = found.st_nlink
+
+    with opened(tree) as root:
+        visit(root)
+    return {inode for inode, count in links.items() if count > names[inode]}
+
+
+def tree_digest(tree: Path) -> str:
+    """SHA-256 (hexadecimal) of all that makes a tree what it is, in the order of names.
+
+    Names, types, modes, owners, modification times, contents, symlink targets, device numbers and
+    extended attributes count; link counts, inode numbers, access and change times do not, for
+    they change when another tree links to a file.
+    """
+    digest = hashlib.sha256()
+
+    def visit(dir_fd: int, path: bytes, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        for entry in sorted(entries(dir_fd), key=lambda item: os.fsencode(item.name)):
+            name = path + b"/" + os.fsencode(entry.name)
+            _describe(digest.update, name, entry.name, dir_fd)
+            if is_directory(entry):
+                with opened(entry.name, dir_fd) as inner:
+                    visit(inner, name, depth + 1)
+
+    with opened(tree) as root:
+        _describe(digest.update, b"/", ".", root)
+        visit(root, b"", 0)
+    return digest.hexdigest()
+
+
+def _describe(update: Callable[[bytes], None], path: bytes, name: str, dir_fd: int) -> None:
+    found = status(name, dir_fd)
+    fields = (found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_rdev)
+    update(b"\0".join((path, *(str(field).encode() for field in fields))) + b"\0")
+    for attribute in sorted(attributes(name, dir_fd)):
+        update(attribute.encode("utf-8", "surrogateescape") + b"=")
+        update(os.getxattr(child_path(name, dir_fd), attribute, follow_symlinks=False) + b"\0")
+    if stat.S_ISLNK(found.st_mode):
+        update(os.fsencode(os.readlink(name, dir_fd=dir_fd)))
+    elif stat.S_ISREG(found.st_mode):
+        update(_content_digest(name, dir_fd))
+    update(b"\n")
+
+
+def _content_digest(name: str, dir_fd: int) -> bytes:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    content = hashlib.sha256()
+    descriptor = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        while block := os.read(descriptor, _READ):
+            content.update(block)
+    finally:
+        os.close(descriptor)
+    return content.digest()
+
+
+def child_path(name: str, dir_fd: int) -> str:
+    """A path for the calls that take no directory descriptor; one name deep, so still safe."""
+    return f"/proc/self/fd/{dir_fd}/{name}"
+
+
+def attributes(name: str, dir_fd: int) -> list[str]:
+    """The names of a file's extended attributes, no symlink followed (xattr(7))."""
+    return os.listxattr(child_path(name, dir_fd), follow_symlinks=False)
