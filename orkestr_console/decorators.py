@@ -20,7 +20,6 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, Concatenate, cast
 
-from asgiref.sync import markcoroutinefunction
 from channels.db import database_sync_to_async
 from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
@@ -30,7 +29,7 @@ from django_htmx.middleware import HtmxDetails
 from orkestr_console.accounts import services
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import User
-from orkestr_console.errors import MethodNotAllowed, NotFound, Unauthenticated
+from orkestr_console.errors import MethodNotAllowed, Unauthenticated
 from orkestr_console.json_api import no_content
 
 
@@ -45,7 +44,7 @@ class ConsoleRequest(HttpRequest):
     """A console request of a signed-in person, acting for their current team."""
 
     actor: Actor
-    user: User  # type: ignore[assignment]
+    user: User
     htmx: HtmxDetails
     request_id: str
 

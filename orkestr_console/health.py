@@ -11,7 +11,6 @@ from orkestr_console.decorators import authenticate
 from orkestr_console.errors import (
     DomainError,
     Forbidden,
-    HostUnavailable,
     Internal,
     InvalidInput,
     NotFound,

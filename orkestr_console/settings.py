@@ -1,8 +1,8 @@
 """Django's settings, all from the environment; the defaults serve a fresh clone.
 
 ``DATABASE_URL``, ``PORT``, ``ORKESTR_VAR``, ``ORKESTR_STATE_DIR``, ``ORKESTR_HOST_SOCKET``,
-``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``, ``ORKESTR_SECRET_KEY``,
-``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``.
+``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``,
+``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ STORAGES = {
 # --- Notices and tasks ----------------------------------------------------------------------------
 CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.channel_layer.PgChannelLayer"}}
 
-# Longest build (accounts.models.LONGEST_BUILD_SECONDS) < timeout < retry. State, attempts and cancel
-# live on our own rows; a task that fails is never tried again by the queue.
+# Longest build (accounts.models.LONGEST_BUILD_SECONDS) < timeout < retry. State, attempts and
+# cancel live on our own rows; a task that fails is never tried again by the queue.
 Q_CLUSTER: dict[str, Any] = {
     "name": "orkestr",
     "orm": "default",

@@ -54,8 +54,8 @@ def invalid_input(error: ValidationError) -> InvalidInput:
     """The domain error for what pydantic found; the first finding is the sentence."""
     found = error.errors(include_url=False, include_input=False)
     fields: dict[str, str] = {}
-    for detail in found:
-        fields.setdefault(field_path(detail["loc"]), sentence(detail))
+    for finding in found:
+        fields.setdefault(field_path(finding["loc"]), sentence(finding))
     first = next(iter(fields))
     detail = fields[first] if first == "" else f"{first}: {fields[first]}"
     return InvalidInput(detail, fields=fields)
@@ -69,11 +69,11 @@ def field_path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-def sentence(detail: ErrorDetails) -> str:
+def sentence(finding: ErrorDetails) -> str:
     """One finding as a sentence."""
-    context: dict[str, Any] = detail.get("ctx", {})
-    if detail["type"] in {"value_error", "assertion_error"}:
+    context: dict[str, Any] = finding.get("ctx", {})
+    if finding["type"] in {"value_error", "assertion_error"}:
         # What our own validators say, without pydantic's "Value error, ".
         return str(context["error"])
-    words = SENTENCES.get(detail["type"])
-    return f"{words.format(**context)}." if words else f"{detail['msg']}."
+    words = SENTENCES.get(finding["type"])
+    return f"{words.format(**context)}." if words else f"{finding['msg']}."
