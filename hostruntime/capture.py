@@ -140,7 +140,7 @@ class _Walk:
                 yield found
         elif parent is not None:
             source = name if redirect is None else os.fsdecode(redirect)
-            with opened_if_directory(source, parent) as found:
+            with _opened_below(parent, [source]) as found:
                 yield found
         else:
             yield None
@@ -196,7 +196,7 @@ def _opened_below(root: int, names: list[str]) -> Iterator[int | None]:
     with contextlib.ExitStack() as stack:
         found: int | None = root
         for name in names:
-            if found is None or name in ("", ".", ".."):
+            if found is None or name in ("", ".", "..") or "/" in name:
                 found = None
                 break
             found = stack.enter_context(opened_if_directory(name, found))
