@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -60,13 +61,19 @@ def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -
             os.chdir(HOME)
         _OPERATIONS[operation](peer, arguments)
     except Refusal as refusal:
-        _answer(peer, {"code": refusal.code, "detail": refusal.detail})
+        _refuse(peer, refusal.code, refusal.detail)
     except OSError as error:
         path = str(arguments.get("path") or arguments.get("source"))
-        code, detail = _explained(error, path)
-        _answer(peer, {"code": code, "detail": detail})
-    except (ValueError, RecursionError) as error:
-        _answer(peer, {"code": "invalid_request", "detail": f"The path is not usable: {error}."})
+        _refuse(peer, *_explained(error, path))
+    except (ValueError, RuntimeError) as error:
+        _refuse(peer, "invalid_request", f"The path is not usable: {error}.")
+
+
+def _refuse(peer: socket.socket, code: str, detail: str) -> None:
+    _answer(peer, {"code": code, "detail": detail})
+    # Closing over unread data would reset the connection, and the answer might be lost with it.
+    while peer.recv(PIECE_BYTES):
+        pass
 
 
 def _answer(peer: socket.socket, header: Mapping[str, Any]) -> None:
@@ -151,9 +158,13 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     _answer(peer, {"size": size})
 
 
-def _existing_file(path: str) -> os.stat_result | None:
+def _temporary_beside(path: Path) -> Path:
+    return path.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+
+
+def _existing_file(path: Path) -> os.stat_result | None:
     try:
-        found = Path(path).lstat()
+        found = path.lstat()
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(found.st_mode):

@@ -1,0 +1,299 @@
+"""The agent's side of its launchers: requests, answers, and a new launcher when one dies.
+
+A :class:`LauncherPool` keeps two launcher processes (:mod:`hostruntime.containers`) and gives each
+request to the one with the least to do.  What was attached through a launcher that died is lost
+to the agent (its exit cannot be seen any more), so it is reported as lost; containers live on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hostruntime import channel
+from hostruntime.errors import HostFault
+from hostruntime.run import spawn
+
+LAUNCHERS = 2
+_REQUEST_TIMEOUT_SECONDS = 30.0
+_HEADER = struct.Struct("!I")
+_PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+_log = logging.getLogger(__name__)
+
+
+class LauncherLost(HostFault):
+    """A launcher process died while it was needed."""
+
+
+@dataclass
+class Attached:
+    """A process attached to a container.  ``ended`` resolves to its wait status (wait(2))."""
+
+    request: int
+    pid: int
+    pid_inside: int
+    ended: asyncio.Future[int]
+    _link: Link
+
+    async def kill(self) -> None:
+        """SIGKILL the process; what it started lives on."""
+        with contextlib.suppress(LauncherLost):
+            await self._link.request(
+                {"do": "signal", "target": self.request, "signal": int(signal.SIGKILL)}
+            )
+
+
+@dataclass
+class Link:
+    """One launcher process and the connection to it."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    pending: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
+    exits: dict[int, asyncio.Future[int]] = field(default_factory=dict)
+    alive: bool = True
+    _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, lxcpath: Path, log: Path) -> Link:
+        """Start a launcher.  Raises HostError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            fd = theirs.fileno()
+            argv = [sys.executable, "-m", "hostruntime.containers", str(fd), str(lxcpath)]
+            process = spawn(argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd])
+        ours.setblocking(False)  # noqa: FBT003 - positional-only
+        link = cls(process, ours)
+        link._reader = asyncio.create_task(link._read())
+        return link
+
+    @property
+    def load(self) -> int:
+        """How many requests wait for an answer."""
+        return len(self.pending)
+
+    async def request(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises LauncherLost, or HostFault with what the launcher says went wrong.  A launcher
+        that does not answer in time is killed: LXC hangs in it.
+        """
+        return await self._numbered(next(self._ids), message, fds)
+
+    async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
+        """Attach a process; its end will be known even if it ends at once."""
+        number = next(self._ids)
+        ended = self.exits[number] = asyncio.get_running_loop().create_future()
+        try:
+            reply = await self._numbered(number, {"do": "attach", **message}, fds)
+        except BaseException:
+            self.exits.pop(number, None)
+            raise
+        return Attached(number, int(reply["pid"]), int(reply["pid_inside"] or 0), ended, self)
+
+    async def _numbered(
+        self, request: int, message: dict[str, Any], fds: Sequence[int]
+    ) -> dict[str, Any]:
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.pending[request] = answer
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
+                await self._send({"id": request, **message}, fds)
+                reply = await answer
+        except TimeoutError:
+            self.process.kill()
+            raise LauncherLost("LXC did not answer; the launcher was restarted.") from None
+        finally:
+            self.pending.pop(request, None)
+        if "error" in reply:
+            raise HostFault(str(reply["error"]))
+        return reply
+
+    async def close(self) -> None:
+        """End the launcher; it kills what is still attached through it."""
+        self.alive = False
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        self.sock.close()
+        self._fail_everything()
+        try:
+            await asyncio.to_thread(self.process.wait, 2.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+
+    async def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+        loop, data = asyncio.get_running_loop(), channel.encode(message)
+        async with self._sending:
+            if not self.alive:
+                raise _lost()
+            try:
+                if fds:
+                    data = data[await self._send_with_fds(data, fds) :]
+                await loop.sock_sendall(self.sock, data)
+            except OSError as error:
+                raise _lost() from error
+
+    async def _send_with_fds(self, data: bytes, fds: Sequence[int]) -> int:
+        while True:
+            try:
+                return socket.send_fds(self.sock, [data], list(fds))
+            except BlockingIOError:
+                await _writable(self.sock)
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        buffer = bytearray()
+        try:
+            while data := await loop.sock_recv(self.sock, 65_536):
+                buffer += data
+                while (message := _take_message(buffer)) is not None:
+                    self._handle(message)
+        except OSError:
+            _log.exception("the connection to a launcher broke")
+        self.alive = False
+        _log.error("launcher %d ended", self.process.pid)
+        self._fail_everything()
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        if "exit" in message:
+            ended = self.exits.pop(int(message["exit"]), None)
+            if ended is not None and not ended.done():
+                ended.set_result(int(message["status"]))
+            return
+        answer = self.pending.get(int(message["id"]))
+        if answer is not None and not answer.done():
+            answer.set_result(message)
+
+    def _fail_everything(self) -> None:
+        waiting: list[asyncio.Future[Any]] = [*self.pending.values(), *self.exits.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(_lost())
+                future.exception()  # Whoever waits sees it; nobody waiting is no error.
+        self.exits.clear()
+
+
+class LauncherPool:
+    """Two launchers, replaced when they die.  Belongs to one event loop."""
+
+    def __init__(self, lxcpath: Path, log: Path) -> None:
+        self._lxcpath = lxcpath
+        self._log = log
+        self._links: list[Link] = []
+        self._replacing = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Start the launchers.  Raises HostError."""
+        for _ in range(LAUNCHERS):
+            self._links.append(await Link.open(self._lxcpath, self._log))
+
+    async def close(self) -> None:
+        """End the launchers; containers stay."""
+        await asyncio.gather(*(link.close() for link in self._links))
+        self._links.clear()
+
+    async def start(self, message: dict[str, Any]) -> int:
+        """Start a container; return its init's pid.  Raises HostFault, LauncherLost.
+
+        A cancelled caller still waits for the answer, so that what it undoes is all there is.
+        """
+        link = await self._least_busy()
+        reply = await _to_the_end(link.request({"do": "start", **message}))
+        return int(reply["init_pid"])
+
+    async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
+        """Attach a process to a container.  Raises HostFault, LauncherLost.
+
+        When the caller is cancelled the process is killed before this returns.
+        """
+        link = await self._least_busy()
+        task = asyncio.ensure_future(link.attach(message, fds))
+        try:
+            return await _to_the_end(task)
+        except asyncio.CancelledError:
+            if not task.cancelled() and task.exception() is None:
+                await task.result().kill()
+            raise
+
+    async def forget(self, name: str) -> None:
+        """Let the launchers drop what they remember of a container that has ended."""
+        for link in self._links:
+            with contextlib.suppress(HostFault):
+                await link.request({"do": "forget", "name": name})
+
+    def pids(self) -> list[int]:
+        """The launchers' pids."""
+        return [link.process.pid for link in self._links]
+
+    async def _least_busy(self) -> Link:
+        if not all(link.alive for link in self._links):
+            await self._replace_dead()
+        return min(self._links, key=lambda link: link.load)
+
+    async def _replace_dead(self) -> None:
+        async with self._replacing:
+            for index, link in enumerate(self._links):
+                if not link.alive:
+                    await link.close()
+                    self._links[index] = await Link.open(self._lxcpath, self._log)
+
+
+def _take_message(buffer: bytearray) -> dict[str, Any] | None:
+    if len(buffer) < _HEADER.size:
+        return None
+    (length,) = _HEADER.unpack_from(buffer)
+    end = _HEADER.size + length
+    if len(buffer) < end:
+        return None
+    message = json.loads(buffer[_HEADER.size : end])
+    del buffer[:end]
+    return message if isinstance(message, dict) else {}
+
+
+async def _to_the_end[T](work: Awaitable[T]) -> T:
+    """Await work that must not be torn: cancelled, wait for it first, then be cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+async def _writable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_writer(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(sock)
+
+
+def _lost() -> LauncherLost:
+    return LauncherLost("The process that starts containers died; it is being restarted.")
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors, ignoring those that are closed already."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
