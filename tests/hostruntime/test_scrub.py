@@ -112,7 +112,7 @@ def test_logs_are_emptied_with_their_owner_and_mode(tree: Path) -> None:
     assert (found.st_size, found.st_uid, found.st_gid) == (0, 33, 4)
     assert stat.S_IMODE(found.st_mode) == 0o640
     assert found.st_ino != old
-    assert os.listdir(log.parent) == ["access.log"]
+    assert list(log.parent.iterdir()) == [log]
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "directory"])
@@ -189,7 +189,6 @@ def test_a_symlinked_directory_leads_nowhere(tree: Path, tmp_path: Path, link: s
     before = tree_digest(outside)
     (tree / link).parent.mkdir(parents=True, exist_ok=True)
     (tree / link).symlink_to(outside)
-    # The same trick with a path that is inside the tree from the tree's own point of view.
     scrub(tree)
     assert tree_digest(outside) == before
 
@@ -213,7 +212,7 @@ def test_pipes_and_odd_names_do_not_stop_it(tree: Path) -> None:
     os.mkfifo(tree / "core")
     Path(os.fsdecode(os.fsencode(tree) + b"/tmp/\xff\n*")).write_text("odd")
     scrub(tree)
-    assert os.listdir(tree / "tmp") == []
+    assert list((tree / "tmp").iterdir()) == []
     assert stat.S_ISFIFO((tree / "var/log/pipe").stat().st_mode)
 
 
