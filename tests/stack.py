@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -185,7 +185,7 @@ def stack(request: pytest.FixtureRequest) -> Stack:
     """The session's one live installation, shared by every directory that imports this."""
     config = request.config
     if SHARED not in config.stash:
-        manager = running_stack()
-        config.stash[SHARED] = manager.__enter__()
-        config.add_cleanup(lambda: manager.__exit__(None, None, None) and None)
+        cleanup = ExitStack()
+        config.add_cleanup(cleanup.close)
+        config.stash[SHARED] = cleanup.enter_context(running_stack())
     return config.stash[SHARED]

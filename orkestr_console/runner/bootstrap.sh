@@ -33,6 +33,19 @@ as_root() {
     fi
 }
 
+# Run a talkative command; what it said is shown only if it fails.
+quietly() {
+    local said
+    said=$(mktemp)
+    if "$@" >"$said" 2>&1 </dev/null; then
+        rm -f "$said"
+    else
+        tail -n 30 "$said" >&2
+        rm -f "$said"
+        return 1
+    fi
+}
+
 check_machine() {
     case $profile in run | dev) ;; *) fail "unknown profile '$profile': use run or dev" ;; esac
     [ "$(uname -s)" = Linux ] || fail "Orkestr Console runs on Linux (this is $(uname -s))"
@@ -88,7 +101,7 @@ keep_off_at_boot() {
     for package in "$@"; do
         case $package in
             squid*) as_root systemctl disable squid.service >/dev/null 2>&1 || true ;;
-            lxc) as_root systemctl disable lxc-net.service lxc.service >/dev/null 2>&1 || true ;;
+            lxc) as_root systemctl disable lxc-net lxc lxc-monitord >/dev/null 2>&1 || true ;;
         esac
     done
 }
@@ -99,11 +112,11 @@ install_packages() {
     [ -n "$missing" ] || return 0
     say "system packages: installing" $missing
     hold_daemons
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq update ||
+    quietly as_root apt-get -q update ||
         fail "apt-get update failed (above): the machine needs a working apt mirror"
     for need in $missing; do packages+=("$(installable "$need")"); done
-    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
-        apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" >/dev/null ||
+    quietly as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -q -y \
+        --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" ||
         fail "apt-get could not install ${packages[*]} (above)"
     keep_off_at_boot "${packages[@]}"
 }

@@ -189,8 +189,7 @@ def check_subordinate_ids(_: Layout) -> Finding:
     for name in ("/etc/subuid", "/etc/subgid"):
         path = Path(name)
         for line in path.read_text().splitlines() if path.exists() else []:
-            owner, _, rest = line.partition(":")
-            start, _, count = rest.partition(":")
+            owner, start, count = (*line.split(":"), "", "")[:3]
             if not (start.isdecimal() and count.isdecimal()) or owner in {"root", "0"}:
                 continue
             if int(start) < ID_BASE + ID_COUNT and int(start) + int(count) > ID_BASE:

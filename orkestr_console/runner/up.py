@@ -17,7 +17,7 @@ from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.doctor import port_is_free
-from orkestr_console.runner.keeper import Keeper
+from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, StartError
 from orkestr_console.runner.lock import only_one
 from orkestr_console.runner.selfcheck import SelfCheck, SelfCheckError
@@ -76,7 +76,7 @@ class Console:
             self._display.warn(identity.warning)
         return identity
 
-    def _programs(self, identity: Identity) -> list[programs.Program]:
+    def _programs(self, identity: Identity) -> list[Program]:
         layout = self._layout
         found = [
             programs.agent(layout),
