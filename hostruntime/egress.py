@@ -85,10 +85,10 @@ class EgressProxy:
     def stop(self) -> None:
         """End Squid; idempotent. Open tunnels are cut."""
         for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
-            for pid in self._processes():
+            for pid in self.processes():
                 _send(pid, sent)
             deadline = time.monotonic() + patience
-            while self._processes() and time.monotonic() < deadline:
+            while self.processes() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
 
     def ensure(self) -> None:
@@ -168,6 +168,8 @@ class EgressProxy:
     # Process ------------------------------------------------------------------------------
 
     def _launch(self) -> None:
+        # A killed Squid leaves its pid behind, and a new one would take it for alive.
+        (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
         run([_squid(), "-f", str(self._config)], timeout=_START_SECONDS)
         deadline = time.monotonic() + _START_SECONDS
         while not self.healthy():
@@ -175,9 +177,14 @@ class EgressProxy:
                 raise HostUnavailable(f"The egress proxy does not answer. {self._last_words()}")
             time.sleep(_POLL_SECONDS)
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Return Squid's processes of this instance: those that name our configuration file."""
         wanted = os.fsencode(self._config)
+        return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
+
+    def helpers(self) -> list[int]:
+        """Return the helpers' processes."""
+        wanted = os.fsencode(self.run_dir.egress / "helper.pyz")
         return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
 
     def _last_words(self) -> str:

@@ -13,9 +13,11 @@ import grp
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +28,14 @@ from pathlib import Path
 
 from hostruntime import firewall, kernel
 from hostruntime.conntrack import forget_connections
-from hostruntime.errors import Conflict, HostError, HostFault, HostFull, HostUnavailable
+from hostruntime.errors import (
+    Conflict,
+    HostError,
+    HostFault,
+    HostFull,
+    HostUnavailable,
+    InvalidRequest,
+)
 from hostruntime.netns import (
     Link,
     destroy_namespace,
@@ -44,6 +53,8 @@ PROXY_PORT = 3128
 PROXY_GROUP = "proxy"
 # How many namespaces wait, made, for a container of each mode.
 READY: Mapping[Mode, int] = {"off": 8, "restricted": 6, "open": 4}
+# An owner's name becomes a file's.
+_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SLOTS_PER_OCTET = 128
 _WAIT_FOR_RECYCLING_SECONDS = 3.0
 _PAUSE_AFTER_FAILURE_SECONDS = 1.0
@@ -80,6 +91,7 @@ class SlotPool:
         self._recycler: threading.Thread | None = None
         self._closing = False
         self._busy = 0
+        self._waiting = 0
 
     # Life of the pool ---------------------------------------------------------------------
 
@@ -141,9 +153,12 @@ class SlotPool:
     def acquire(self, owner: str, policy: Policy) -> Slot:
         """Give `owner` a slot in which `policy` is already in force.
 
-        Raises HostFull when all slots are taken, Conflict when the owner has one, HostError or
-        OSError when the policy cannot be put in force (the owner then has no slot).
+        Raises HostFull when all slots are taken, Conflict when the owner has one, InvalidRequest
+        for an owner's name that could not be a file's, HostError or OSError when the policy
+        cannot be put in force (the owner then has no slot).
         """
+        if not _OWNER.fullmatch(owner):
+            raise InvalidRequest(f"{owner!r} cannot own a slot: letters, digits, . _ - only.")
         slot = self._take(owner, policy.mode)
         try:
             self._enforce(owner, slot, policy)
@@ -169,6 +184,11 @@ class SlotPool:
         """Return the owner's slot, if it has one."""
         with self._changed:
             return self._assigned.get(owner)
+
+    def ready(self) -> dict[Mode, int]:
+        """Return how many namespaces wait, made, per mode."""
+        with self._changed:
+            return {mode: len(slots) for mode, slots in self._ready.items()}
 
     def settle(self, timeout: float) -> bool:
         """Wait until nothing is left to recycle or make ready; False after `timeout` seconds."""
@@ -202,18 +222,25 @@ class SlotPool:
         return slot
 
     def _any_index(self) -> int:
-        """Return a free index, taking one from another mode's ready slots if need be."""
-        if not self._free:
-            for ready in self._ready.values():
-                if ready:
-                    self._doomed.append(ready.pop())
-                    break
+        """Return a free index, at the cost of another mode's ready slot if need be."""
+        deadline = time.monotonic() + _WAIT_FOR_RECYCLING_SECONDS
+        self._waiting += 1
+        try:
+            while not self._free:
+                self._sacrifice_a_ready_slot()
+                more_to_come = bool(self._doomed) or self._busy > 0
+                if not more_to_come or not self._changed.wait(deadline - time.monotonic()):
+                    raise HostFull("All network slots of this host are taken; try again shortly.")
+            return self._free.popleft()
+        finally:
+            self._waiting -= 1
             self._changed.notify_all()
-            if self._doomed:
-                self._changed.wait_for(lambda: bool(self._free), _WAIT_FOR_RECYCLING_SECONDS)
-        if not self._free:
-            raise HostFull("All network slots of this host are taken; try again shortly.")
-        return self._free.popleft()
+
+    def _sacrifice_a_ready_slot(self) -> None:
+        ready = max(self._ready.values(), key=len)
+        if ready and not self._doomed:
+            self._doomed.append(ready.pop())
+            self._changed.notify_all()
 
     def _enforce(self, owner: str, slot: Slot, policy: Policy) -> None:
         if slot.address is not None and policy.mode == "restricted":
@@ -245,9 +272,10 @@ class SlotPool:
     def _next_work(self) -> Callable[[], None] | None:
         short = [mode for mode in MODES if len(self._ready[mode]) < READY[mode]]
         empty = [mode for mode in short if not self._ready[mode]]
-        if self._doomed and not (empty and self._free):
+        spare = bool(self._free) and not self._waiting
+        if self._doomed and not (empty and spare):
             return self._destroy_doomed
-        if short and self._free:
+        if short and spare:
             return partial(self._make_ready, (empty or short)[0])
         return None
 

@@ -1,0 +1,545 @@
+"""Slots in a world of namespaces: each mode reaches what it names, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hostruntime import registries
+from hostruntime.egress import EgressProxy
+from hostruntime.errors import Conflict, HostFull, InvalidRequest
+from hostruntime.netns import interface_exists, run_ip, within
+from hostruntime.network import READY, Slot, SlotPool, interfaces_named
+from hostruntime.network_settings import NetworkSettings
+from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
+from hostruntime.policy import Policy, deny_list
+from hostruntime.run import run
+from tests.host.topology import (
+    GREETING,
+    HOST,
+    INTERNET,
+    METADATA,
+    OTHER_RESOLVER,
+    PRIVATE,
+    RESOLVER,
+    UPLINK,
+    World,
+    a_world,
+    ask_resolver,
+    hear,
+    through_proxy,
+)
+
+pytestmark = pytest.mark.host
+
+SETTINGS = NetworkSettings(denied=deny_list(), permitted=(), resolvers=(RESOLVER,))
+LISTED = ("allowed.test", "private.test", "mixed.test", "local.test", "metadata.test", "gone.test")
+RESTRICTED = Policy("restricted", LISTED)
+NUMBERS = itertools.count()
+HOST_SECOND = "203.0.113.2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with a_world(tmp_path_factory.mktemp("world")) as world:
+        world.names |= {
+            "allowed.test": [INTERNET],
+            "www.allowed.test": [INTERNET],
+            "evil-allowed.test": [INTERNET],
+            "elsewhere.test": [INTERNET],
+            "private.test": [PRIVATE[0]],
+            "mixed.test": [INTERNET, PRIVATE[0]],
+            "metadata.test": [METADATA],
+            "local.test": [HOST_SECOND],
+        }
+        yield world
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> StatePaths:
+    return StatePaths(tmp_path_factory.mktemp("state")).ensure()
+
+
+@pytest.fixture(scope="module")
+def pool(world: World, paths: StatePaths) -> Iterator[SlotPool]:
+    pool = SlotPool(paths, claim_instance(paths), SETTINGS)
+    try:
+        pool.setup()
+        pool.reclaim(set())
+        yield pool
+    finally:
+        pool.teardown()
+        release_instance(paths)
+    assert_nothing_is_left(pool)
+
+
+@pytest.fixture(scope="module")
+def proxy(pool: SlotPool, paths: StatePaths) -> Iterator[EgressProxy]:
+    proxy = EgressProxy(paths, pool.instance, pool)
+    try:
+        proxy.start()
+        yield proxy
+    finally:
+        proxy.stop()
+        registries.forget()
+    assert proxy.processes() == []
+
+
+@pytest.fixture
+def slot(pool: SlotPool, request: pytest.FixtureRequest) -> Iterator[Callable[[Policy], Slot]]:
+    """Acquire slots that are released when the test ends; owners are named after the test."""
+    owners: list[str] = []
+
+    def acquire(policy: Policy) -> Slot:
+        owners.append(f"{request.node.name.partition('[')[0]}.{next(NUMBERS)}")
+        return pool.acquire(owners[-1], policy)
+
+    yield acquire
+    for owner in owners:
+        pool.release(owner)
+
+
+def assert_nothing_is_left(pool: SlotPool) -> None:
+    assert interfaces_named(pool.instance.prefix) == []
+    assert not pool.run_dir.root.exists()
+    assert str(pool.run_dir.root) not in Path("/proc/self/mountinfo").read_text()
+    tables = run(["nft", "list", "tables"], timeout=10).text
+    assert pool.instance.nft_table not in tables
+    assert pool.proxy_address()[0] not in run(["ip", "address"], timeout=10).text
+
+
+def place(slot: Slot) -> Path:
+    assert slot.netns is not None
+    return slot.netns
+
+
+def from_slot[R](slot: Slot, action: Callable[[], R]) -> R:
+    return within(place(slot), action)
+
+
+def refused(slot: Slot, action: Callable[[], object]) -> OSError:
+    """Expect an action in a slot to fail at the network; return how."""
+    with pytest.raises(OSError) as caught:
+        from_slot(slot, action)
+    return caught.value
+
+
+@contextmanager
+def listening(slot: Slot) -> Iterator[str]:
+    """Serve port 443 on a slot's address, proven from within, while the block runs."""
+    address = str(slot.address)
+    with from_slot(slot, partial(socket.create_server, ("0.0.0.0", 443))):
+        from_slot(slot, lambda: socket.create_connection((address, 443), 2).close())
+        yield address
+
+
+def send_datagram(address: str, port: int) -> bytes:
+    return ask_resolver(address, "allowed.test") if port == 53 else _datagram(address, port)
+
+
+def _datagram(address: str, port: int) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        handle.settimeout(0.5)
+        handle.connect((address, port))
+        handle.send(b"?")
+        return handle.recv(100)
+
+
+# off --------------------------------------------------------------------------------------
+
+
+def test_off_has_loopback_alone(slot: Callable[[Policy], Slot]) -> None:
+    taken = slot(Policy("off"))
+    assert taken.address is None
+    assert from_slot(taken, lambda: [name for _, name in socket.if_nameindex()]) == ["lo"]
+    assert taken.sysfs is not None
+    assert [path.name for path in (taken.sysfs / "class/net").iterdir()] == ["lo"]
+    error = refused(taken, lambda: hear(INTERNET, 443))
+    assert error.errno == 101  # ENETUNREACH
+
+
+def test_off_can_serve_itself_on_any_port(slot: Callable[[Policy], Slot]) -> None:
+    def serve_and_ask() -> bytes:
+        address = ("127.0.0.1", 80)
+        with socket.create_server(address) as server, socket.create_connection(address) as client:
+            server.accept()[0].sendall(b"hello")
+            return client.recv(10)
+
+    assert from_slot(slot(Policy("off")), serve_and_ask) == b"hello"
+
+
+# restricted -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [INTERNET, METADATA, HOST, *PRIVATE])
+def test_restricted_has_no_way_out_of_its_own(slot: Callable[[Policy], Slot], address: str) -> None:
+    taken = slot(RESTRICTED)
+    assert hear(INTERNET, 443) == GREETING, "the host itself is not cut off"
+    assert refused(taken, lambda: hear(address, 443)).errno == 101
+    assert refused(taken, lambda: send_datagram(address, 53)).errno == 101
+
+
+def test_restricted_reaches_one_port_of_the_proxys_address(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool
+) -> None:
+    taken = slot(RESTRICTED)
+    address, port = pool.proxy_address()
+    from_slot(taken, lambda: socket.create_connection((address, port), 2).close())
+    with socket.create_server((address, 8080)), socket.create_server(("0.0.0.0", 2222)):
+        socket.create_connection((address, 8080), 2).close()
+        for closed in (8080, 2222, 22, 53):
+            refused(taken, partial(hear, address, closed))
+    refused(taken, lambda: send_datagram(address, port))
+
+
+def test_restricted_finds_no_neighbour(slot: Callable[[Policy], Slot]) -> None:
+    first = slot(RESTRICTED)
+    for other in (slot(RESTRICTED), slot(Policy("open"))):
+        with listening(other) as address:
+            refused(first, partial(hear, address, 443))
+
+
+def test_a_route_added_by_force_changes_nothing(slot: Callable[[Policy], Slot]) -> None:
+    taken = slot(RESTRICTED)
+    gateway = f"via {from_slot(taken, lambda: _gateway())} dev eth0"
+    from_slot(taken, lambda: run_ip([f"route add default {gateway}"]))
+    for address in (INTERNET, METADATA, HOST, *PRIVATE):
+        refused(taken, partial(hear, address, 443))
+        refused(taken, partial(send_datagram, address, 53))
+
+
+def _gateway() -> str:
+    return run(["ip", "route"], timeout=10).text.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "status", "reason"),
+    [
+        ("allowed.test:443", "CONNECT", 200, "allowed"),
+        ("ALLOWED.Test:443", "CONNECT", 200, "allowed"),
+        ("allowed.test.:443", "CONNECT", 200, "allowed"),
+        ("www.allowed.test:443", "CONNECT", 200, "allowed"),
+        ("evil-allowed.test:443", "CONNECT", 403, "not_listed"),
+        ("elsewhere.test:443", "CONNECT", 403, "not_listed"),
+        ("allowed.test:80", "CONNECT", 403, "bad_port"),
+        ("allowed.test:22", "CONNECT", 403, "bad_port"),
+        (f"{INTERNET}:443", "CONNECT", 403, "address_literal"),
+        ("3405803786:443", "CONNECT", 403, "address_literal"),
+        ("private.test:443", "CONNECT", 403, "denied_address"),
+        ("mixed.test:443", "CONNECT", 403, "denied_address"),
+        ("metadata.test:443", "CONNECT", 403, "denied_address"),
+        ("http://allowed.test/", "GET", 403, "not_https"),
+        ("http://allowed.test:443/", "GET", 403, "not_https"),
+        ("ftp://allowed.test/", "GET", 403, "not_https"),
+        ("https://allowed.test/", "GET", 403, "not_https"),
+    ],
+)
+def test_the_proxy_tunnels_to_listed_names_alone_and_says_why_not(
+    slot: Callable[[Policy], Slot],
+    proxy: EgressProxy,
+    pool: SlotPool,
+    target: str,
+    method: str,
+    status: int,
+    reason: str,
+) -> None:
+    taken = slot(RESTRICTED)
+    answer = from_slot(taken, lambda: through_proxy(pool.proxy_address(), target, method))
+    entry = json.loads((pool.run_dir.entries / f"{taken.address}.json").read_bytes())
+    owner = entry["owner"]
+    (decision,) = proxy.decisions(owner)
+    assert (answer[0], decision.reason, decision.owner) == (status, reason, owner)
+    assert decision.verdict == ("allowed" if status == 200 else "refused")
+    if status == 200:
+        assert answer[1] == GREETING
+    else:
+        text = answer[1].decode()
+        assert text.startswith("Refused by this sandbox's network policy: ")
+        assert text.count("\n") == 1
+        assert text.endswith(f"{decision.message}.\n")
+
+
+def test_a_name_that_leads_to_the_host_is_stopped_at_the_connection(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool
+) -> None:
+    taken = slot(RESTRICTED)
+    # An address the running proxy has never heard of: only the firewall can know it.
+    run_ip([f"address add {HOST_SECOND}/32 dev {UPLINK}"])
+    try:
+        with socket.create_server((HOST_SECOND, 443)):
+            socket.create_connection((HOST_SECOND, 443), 2).close()
+            status, _ = from_slot(
+                taken, lambda: through_proxy(pool.proxy_address(), "local.test:443")
+            )
+    finally:
+        run_ip([f"address delete {HOST_SECOND}/32 dev {UPLINK}"])
+    assert status == 503
+
+
+def test_two_containers_have_two_lists(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool
+) -> None:
+    first = slot(Policy("restricted", ("allowed.test",)))
+    second = slot(Policy("restricted", ("elsewhere.test",)))
+    nobody = slot(Policy("restricted", ()))
+    where = pool.proxy_address()
+    statuses = [
+        from_slot(taken, partial(through_proxy, where, f"{name}:443"))[0]
+        for taken in (first, second, nobody)
+        for name in ("allowed.test", "elsewhere.test")
+    ]
+    assert statuses == [200, 403, 403, 200, 403, 403]
+
+
+def test_a_policy_holds_from_the_moment_a_slot_is_acquired_until_it_is_released(
+    pool: SlotPool, proxy: EgressProxy
+) -> None:
+    where = pool.proxy_address()
+    for round_ in range(5):
+        owner = f"brief.{round_}"
+        taken = pool.acquire(owner, Policy("restricted", ("allowed.test",)))
+        assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
+        with place(taken).open("rb") as kept:
+            pool.release(owner)
+            assert pool.slot_of(owner) is None
+            assert asks_in_vain(kept.fileno(), where)
+
+
+def asks_in_vain(namespace: int, where: tuple[str, int]) -> bool:
+    """Ask from a namespace whose slot was released: refused, or cut off already."""
+
+    def ask() -> int:
+        os.setns(namespace, os.CLONE_NEWNET)
+        return through_proxy(where, "allowed.test:443", timeout=1.0)[0]
+
+    try:
+        return within(Path("/proc/thread-self/ns/net"), ask) == 403
+    except OSError:
+        return True
+
+
+def test_only_restricted_slots_find_the_proxy(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool, world: World
+) -> None:
+    address, port = pool.proxy_address()
+    refused(slot(Policy("open")), lambda: hear(address, port))
+    within(world.internet, lambda: run_ip([f"route add {address}/32 via {HOST}"]))
+    with pytest.raises(OSError, match="timed out"):
+        within(world.internet, lambda: hear(address, port, 0.5))
+
+
+# open -------------------------------------------------------------------------------------
+
+
+def test_open_reaches_the_outside_under_the_hosts_address(
+    slot: Callable[[Policy], Slot], world: World
+) -> None:
+    taken = slot(Policy("open"))
+    for port in (443, 80, 22):
+        world.peers.clear()
+        assert from_slot(taken, partial(hear, INTERNET, port)) == GREETING
+        assert world.peers == [HOST]
+
+
+def test_open_asks_the_configured_resolver_and_no_other(slot: Callable[[Policy], Slot]) -> None:
+    taken = slot(Policy("open"))
+    answer = from_slot(taken, lambda: ask_resolver(RESOLVER, "allowed.test"))
+    assert answer.endswith(socket.inet_aton(INTERNET))
+    assert from_slot(taken, lambda: hear(RESOLVER, 53)) == GREETING
+    assert ask_resolver(OTHER_RESOLVER, "allowed.test")
+    refused(taken, lambda: ask_resolver(OTHER_RESOLVER, "allowed.test"))
+    refused(taken, lambda: hear(OTHER_RESOLVER, 53))
+
+
+@pytest.mark.parametrize("address", [METADATA, *PRIVATE])
+def test_open_does_not_reach_denied_addresses(slot: Callable[[Policy], Slot], address: str) -> None:
+    assert hear(address, 80) == GREETING, "the host itself does reach it"
+    taken = slot(Policy("open"))
+    refused(taken, lambda: hear(address, 80))
+    refused(taken, lambda: ask_resolver(address, "allowed.test"))
+
+
+def test_open_does_not_reach_the_host(slot: Callable[[Policy], Slot], pool: SlotPool) -> None:
+    taken = slot(Policy("open"))
+    gateway = pool.proxy_address()[0]
+    with socket.create_server(("0.0.0.0", 2222)):
+        for address in (HOST, gateway):
+            socket.create_connection((address, 2222), 2).close()
+            refused(taken, partial(hear, address, 2222))
+
+
+def test_open_does_not_reach_other_slots(slot: Callable[[Policy], Slot]) -> None:
+    first = slot(Policy("open"))
+    for other in (slot(Policy("open")), slot(RESTRICTED)):
+        with listening(other) as address:
+            refused(first, partial(hear, address, 443))
+
+
+def test_nobody_outside_reaches_a_slot(slot: Callable[[Policy], Slot], world: World) -> None:
+    for taken in (slot(Policy("open")), slot(RESTRICTED)):
+        route = f"route replace {taken.address}/32 via {HOST}"
+        within(world.internet, partial(run_ip, [route]))
+        with listening(taken) as address, pytest.raises(OSError, match="timed out"):
+            within(world.internet, partial(hear, address, 443, 0.5))
+
+
+def test_a_borrowed_address_goes_nowhere(slot: Callable[[Policy], Slot]) -> None:
+    taken, other = slot(Policy("open")), slot(Policy("open"))
+
+    def borrow() -> bytes:
+        run_ip([f"address add {other.address}/32 dev eth0"])
+        with socket.socket() as handle:
+            handle.settimeout(0.5)
+            handle.bind((str(other.address), 0))
+            handle.connect((INTERNET, 443))
+            return handle.recv(100)
+
+    refused(taken, borrow)
+
+
+def test_tracked_connections_end_with_their_slot(pool: SlotPool, world: World) -> None:
+    taken = pool.acquire("tracked", Policy("open"))
+    assert from_slot(taken, lambda: hear(INTERNET, 443)) == GREETING
+    address = str(taken.address)
+    assert address in Path("/proc/thread-self/net/nf_conntrack").read_text()
+    pool.release("tracked")
+    assert pool.settle(10)
+    assert address not in Path("/proc/thread-self/net/nf_conntrack").read_text()
+
+
+# every mode -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["off", "restricted", "open"])
+def test_no_mode_speaks_ipv6(slot: Callable[[Policy], Slot], mode: str) -> None:
+    taken = slot(Policy.parse(mode))
+    listed = from_slot(taken, lambda: run(["ip", "-6", "address"], timeout=10).text)
+    assert "eth0" not in listed
+    error = refused(taken, lambda: hear("2001:db8::1", 443))
+    assert error.errno == 101
+
+
+@pytest.mark.parametrize("mode", ["off", "restricted", "open"])
+def test_a_released_slot_leaves_nothing(pool: SlotPool, mode: str) -> None:
+    taken = pool.acquire(f"left.{mode}", Policy.parse(mode))
+    assert taken.sysfs is not None
+    known = [place(taken), taken.sysfs, pool.run_dir.slots / f"{taken.index}.json"]
+    host_ends = [n for n in interfaces_named(pool.instance.prefix) if n.endswith(f"{taken.index}")]
+    assert all(path.exists() for path in known)
+    pool.release(f"left.{mode}")
+    pool.release(f"left.{mode}")
+    assert pool.settle(10)
+    assert not any(path.exists() for path in known)
+    exact = f"{pool.instance.prefix}{mode[0]}{taken.index}"
+    assert (exact in host_ends) is (mode != "off")
+    assert not interface_exists(exact)
+    assert not (pool.run_dir.entries / f"{taken.address}.json").exists()
+
+
+def test_an_owner_has_one_slot_and_a_name_that_is_safe_in_a_path(pool: SlotPool) -> None:
+    pool.acquire("one", Policy("off"))
+    with pytest.raises(Conflict, match="one"):
+        pool.acquire("one", Policy("off"))
+    pool.release("one")
+    for owner in ("../up", "a/b", "", ".hidden", "x" * 200, "a\nb"):
+        with pytest.raises(InvalidRequest):
+            pool.acquire(owner, Policy("off"))
+
+
+def test_slots_run_out_by_name_and_come_back(pool: SlotPool) -> None:
+    owners = [f"many.{index}" for index in range(MAX_SLOTS)]
+    try:
+        taken = [pool.acquire(owner, Policy("off")) for owner in owners]
+        assert len({slot.id_base for slot in taken}) == MAX_SLOTS
+        with pytest.raises(HostFull):
+            pool.acquire("one.more", Policy("off"))
+        pool.release(owners[0])
+        pool.acquire("one.more", Policy("off"))
+    finally:
+        for owner in (*owners, "one.more"):
+            pool.release(owner)
+    assert pool.settle(60)
+
+
+# Restarts ---------------------------------------------------------------------------------
+
+
+def test_a_new_agent_keeps_the_living_and_clears_the_rest(world: World, tmp_path: Path) -> None:
+    paths = StatePaths(tmp_path / "state").ensure()
+    first = SlotPool(paths, claim_instance(paths), SETTINGS)
+    second = SlotPool(paths, first.instance, SETTINGS)
+    try:
+        first.setup()
+        first.reclaim(set())
+        policies = {"open": Policy("open"), "named": RESTRICTED, "dead": Policy("open")}
+        taken = {owner: first.acquire(owner, policy) for owner, policy in policies.items()}
+        first.close()
+        second.setup()
+        second.reclaim({"open", "named", "never-heard-of"})
+        kept = {owner: second.slot_of(owner) for owner in ("open", "named", "dead")}
+        assert kept == {**taken, "dead": None}
+        assert not place(taken["dead"]).exists()
+        assert from_slot(taken["open"], lambda: hear(INTERNET, 443)) == GREETING
+        assert (second.run_dir.entries / f"{taken['named'].address}.json").exists()
+        others = {second.acquire(f"next.{index}", Policy("off")).index for index in range(40)}
+        assert not others & {taken["open"].index, taken["named"].index}
+        second.reclaim(set())
+        assert second.slot_of("open") is None
+    finally:
+        second.teardown()
+        release_instance(paths)
+    assert_nothing_is_left(second)
+
+
+def test_a_running_proxy_is_adopted_and_a_dead_one_replaced(
+    slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy, paths: StatePaths
+) -> None:
+    taken, where = slot(RESTRICTED), pool.proxy_address()
+    before = proxy.processes()
+    again = EgressProxy(paths, pool.instance, pool)
+    again.start()
+    assert again.processes() == before
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: proxy.processes() == [])
+    assert not proxy.healthy()
+    refused(taken, lambda: through_proxy(where, "allowed.test:443"))
+    proxy.ensure()
+    assert proxy.healthy()
+    assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
+
+
+def test_a_dead_helper_means_refused_until_squid_has_started_another(
+    slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy
+) -> None:
+    taken, where = slot(RESTRICTED), pool.proxy_address()
+    helpers = proxy.helpers()
+    assert helpers
+    for pid in helpers:
+        os.kill(pid, signal.SIGKILL)
+    status = from_slot(taken, lambda: through_proxy(where, "elsewhere.test:443")[0])
+    assert status == 403
+    wait_until(proxy.healthy)
+    assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
+
+
+def test_enough_slots_wait_ready(pool: SlotPool) -> None:
+    assert pool.settle(30)
+    assert pool.ready() == dict(READY)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

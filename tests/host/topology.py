@@ -1,0 +1,190 @@
+"""A world of network namespaces to test slots in: nothing of the real host's network takes part.
+
+The calling thread moves into a new namespace that plays the host. A second one is the internet,
+one hop away, which also holds a metadata address, private ranges and the resolver. Sockets belong
+to the namespace they were made in, so servers here are sockets and threads, not processes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from hostruntime import kernel
+from hostruntime.netns import run_ip, within
+
+UPLINK = "up0"
+HOST = "203.0.113.1"
+INTERNET = "203.0.113.10"
+RESOLVER = "203.0.113.53"
+OTHER_RESOLVER = "203.0.113.54"
+METADATA = "169.254.169.254"
+PRIVATE = ("10.99.0.5", "172.16.9.5", "192.168.9.5", "100.64.9.5")
+GREETING = b"this is the internet\n"
+
+
+@dataclass
+class World:
+    """The namespaces, what the resolver answers, and what the internet has heard."""
+
+    internet: Path
+    names: dict[str, list[str]]
+    asked: list[str] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def a_world(directory: Path) -> Iterator[World]:
+    """Enter a host namespace with an internet behind it; leave and forget both at the end."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    with ExitStack() as stack:
+        stack.callback(os.close, home)
+        internet = directory / "internet"
+        internet.touch()
+        _persist_new_namespace(internet)
+        stack.callback(_forget_namespace, internet)
+        os.unshare(os.CLONE_NEWNET)
+        stack.callback(os.setns, home, os.CLONE_NEWNET)
+        _wire(internet)
+        world = World(internet, {})
+        _serve(stack, world)
+        yield world
+
+
+def _persist_new_namespace(path: Path) -> None:
+    def make() -> None:
+        os.unshare(os.CLONE_NEWNET)
+        kernel.mount("/proc/thread-self/ns/net", path, None, kernel.MS_BIND)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+
+
+def _forget_namespace(path: Path) -> None:
+    kernel.umount(path, kernel.MNT_DETACH)
+
+
+def _wire(internet: Path) -> None:
+    run_ip(
+        [
+            "link set lo up",
+            f"link add {UPLINK} type veth peer name wan netns {internet}",
+            f"address add {HOST}/24 dev {UPLINK}",
+            f"link set {UPLINK} up",
+        ]
+    )
+    addresses = (INTERNET, RESOLVER, OTHER_RESOLVER, METADATA, *PRIVATE)
+    commands = ["link set lo up", "link set wan up"]
+    commands += [f"address add {address}/32 dev wan" for address in addresses]
+    commands.append("route add 203.0.113.0/24 dev wan")
+    # Where packets of a slot would show up if they left without being masqueraded.
+    commands.append(f"route add default via {HOST}")
+    within(internet, lambda: run_ip(commands))
+    run_ip([f"route add default via {INTERNET}"])
+
+
+def _serve(stack: ExitStack, world: World) -> None:
+    for port in (80, 443, 22, 53):
+        listener = within(world.internet, partial(socket.create_server, ("", port)))
+        stack.callback(listener.close)
+        _in_background(_greet, listener, world)
+    datagrams = within(world.internet, _resolver_socket)
+    stack.callback(datagrams.close)
+    _in_background(_resolve, datagrams, world)
+
+
+def _resolver_socket() -> socket.socket:
+    handle = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    # Answers must come from the address that was asked.
+    handle.setsockopt(socket.IPPROTO_IP, socket.IP_PKTINFO, 1)
+    handle.bind(("", 53))
+    return handle
+
+
+def _in_background(serve: Callable[[socket.socket, World], None], *arguments: object) -> None:
+    threading.Thread(target=serve, args=arguments, daemon=True).start()
+
+
+def _greet(listener: socket.socket, world: World) -> None:
+    while True:
+        try:
+            connection, (peer, _) = listener.accept()
+        except OSError:
+            return
+        world.peers.append(peer)
+        with connection:
+            connection.sendall(GREETING)
+
+
+def _resolve(handle: socket.socket, world: World) -> None:
+    while True:
+        try:
+            query, ancillary, _, peer = handle.recvmsg(2048, 256)
+        except OSError:
+            return
+        handle.sendmsg([_dns_answer(query, world)], ancillary, 0, peer)
+
+
+def _dns_answer(query: bytes, world: World) -> bytes:
+    """Answer an A question from the world's names, anything else emptily (RFC 1035)."""
+    name, end = _dns_name(query)
+    kind = struct.unpack_from("!H", query, end)[0]
+    world.asked.append(name)
+    addresses = world.names.get(name, []) if kind == 1 else []
+    code = 0 if name in world.names else 3
+    head = query[:2] + struct.pack("!HHHHH", 0x8180 | code, 1, len(addresses), 0, 0)
+    records = b"".join(
+        b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton(address)
+        for address in addresses
+    )
+    return head + query[12 : end + 4] + records
+
+
+def _dns_name(query: bytes) -> tuple[str, int]:
+    labels, at = [], 12
+    while query[at]:
+        labels.append(query[at + 1 : at + 1 + query[at]].decode("ascii", "replace").lower())
+        at += 1 + query[at]
+    return ".".join(labels), at + 1
+
+
+def ask_resolver(resolver: str, name: str, timeout: float = 1.0) -> bytes:
+    """Send one A question by UDP from the calling thread's namespace; return the raw answer."""
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    query = (
+        struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", 1, 1)
+    )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        handle.settimeout(timeout)
+        handle.connect((resolver, 53))
+        handle.send(query)
+        return handle.recv(2048)
+
+
+def hear(address: str, port: int, timeout: float = 1.0) -> bytes:
+    """Connect by TCP from the calling thread's namespace; return the first bytes it is sent."""
+    with socket.create_connection((address, port), timeout) as connection:
+        return connection.recv(100)
+
+
+def through_proxy(
+    proxy: tuple[str, int], target: str, method: str = "CONNECT", timeout: float = 10.0
+) -> tuple[int, bytes]:
+    """Ask the proxy; return the status and what follows: a tunnel's first line, or the body."""
+    with socket.create_connection(proxy, timeout) as connection:
+        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        stream = connection.makefile("rb")
+        status = int(stream.readline().split()[1])
+        length = None
+        while line := stream.readline().strip():
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split(b":")[1])
+        return status, stream.readline() if length is None else stream.read(length)
