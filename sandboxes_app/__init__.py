@@ -1,0 +1,1 @@
+"""Sandboxes: booted from a base or a template, used, and ended."""

@@ -1,0 +1,179 @@
+"""What a caller may ask of sandboxes: strict models for console, REST and MCP alike."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from hostruntime.policy import PolicyError, normalise_domains
+
+LARGEST_COMMAND = 64 * 1024
+LARGEST_ENVIRONMENT = 64 * 1024
+LARGEST_METADATA = 16 * 1024
+LARGEST_FILE = 16 * 1024 * 1024
+LONGEST_PATH = 4096
+MOST_FILES = 64
+MOST_PAIRS = 64
+SHORTEST_LIFE = 10
+LONGEST_EXEC = 3600
+
+# POSIX.1-2017, 8.1: what a shell can name.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+Size = Literal["small", "medium", "large"]
+SIZES: dict[str, tuple[float, int]] = {
+    "small": (1.0, 1024),
+    "medium": (2.0, 4096),
+    "large": (4.0, 8192),
+}
+
+
+def usable_environment(env: dict[str, str]) -> dict[str, str]:
+    """Variables that a process can be given."""
+    for name, value in env.items():
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no name of a variable: letters, digits and '_', not first a digit."
+            )
+        if "\0" in value:
+            raise ValueError(f"{name} must not contain NUL characters.")
+    if sum(len(name) + len(value.encode()) for name, value in env.items()) > LARGEST_ENVIRONMENT:
+        raise ValueError(f"is larger than {LARGEST_ENVIRONMENT:,} bytes altogether.")
+    return env
+
+
+def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    """Labels small enough to be kept with the sandbox."""
+    if len(metadata) > MOST_PAIRS:
+        raise ValueError(f"has {len(metadata)} entries; at most {MOST_PAIRS} are kept.")
+    if any(not key for key in metadata):
+        raise ValueError("has an entry with a blank name.")
+    if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > LARGEST_METADATA:
+        raise ValueError(f"is larger than {LARGEST_METADATA:,} bytes altogether.")
+    return metadata
+
+
+def usable_domains(domains: list[str] | None) -> list[str] | None:
+    """An allowlist in its normal form."""
+    if domains is None:
+        return None
+    try:
+        return list(normalise_domains(domains))
+    except PolicyError as error:
+        raise ValueError(str(error)) from None
+
+
+def usable_command(command: str) -> str:
+    """A command the shell can be given."""
+    if not command.strip():
+        raise ValueError("is blank; send a shell command.")
+    if "\0" in command:
+        raise ValueError("must not contain NUL characters.")
+    if len(command.encode()) > LARGEST_COMMAND:
+        raise ValueError(
+            f"is longer than {LARGEST_COMMAND:,} bytes; write it to a file and run that."
+        )
+    return command
+
+
+def usable_path(path: str) -> str:
+    """An absolute path."""
+    if not path.startswith("/"):
+        raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
+    if "\0" in path:
+        raise ValueError("must not contain NUL characters.")
+    if len(path.encode()) > LONGEST_PATH:
+        raise ValueError(f"is longer than {LONGEST_PATH:,} bytes.")
+    return path
+
+
+Path = Annotated[str, AfterValidator(usable_path)]
+Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]
+
+
+class Spec(BaseModel):
+    """The root of the specs: nothing is converted, nothing unknown is taken."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SandboxSpec(Spec):
+    """A sandbox to be created. What later releases add is taken with its default only."""
+
+    template: str | None = None
+    snapshot: str | None = None
+    size: Size = "small"
+    network: Literal["off", "restricted", "open"] = "off"
+    timeout_seconds: int = Field(default=600, ge=SHORTEST_LIFE)
+    on_timeout: Literal["kill", "pause"] = "kill"
+    auto_resume: bool = False
+    preview_auth: bool = False
+    env: Environment = Field(default_factory=dict)
+    metadata: Annotated[dict[str, str], AfterValidator(usable_metadata)] = Field(
+        default_factory=dict
+    )
+    region: str | None = None
+    allow_domains: Annotated[list[str] | None, AfterValidator(usable_domains)] = None
+    volume: str | None = None
+
+    @model_validator(mode="after")
+    def one_source(self) -> Self:
+        """Exactly one of a template and a snapshot is what it boots from."""
+        if bool(self.template) == bool(self.snapshot):
+            raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
+        return self
+
+
+class ExecSpec(Spec):
+    """A command to be run; ``timeout_seconds`` ends its whole process tree."""
+
+    command: Annotated[str, AfterValidator(usable_command)]
+    cwd: Path = "/workspace"
+    env: Environment = Field(default_factory=dict)
+    timeout_seconds: int = Field(default=60, ge=1, le=LONGEST_EXEC)
+    stream: bool = False
+
+
+class TimeoutSpec(Spec):
+    """A new lifetime, from now, in seconds."""
+
+    timeout_seconds: int = Field(ge=SHORTEST_LIFE)
+
+
+class FileSpec(Spec):
+    """A file to be written; ``content`` is base64 (RFC 4648)."""
+
+    path: Path
+    content: str
+    mode: int = Field(default=0o644, ge=0, le=0o7777)
+
+    def decoded(self) -> bytes:
+        """The bytes. Raises ``ValueError`` unless ``content`` is base64."""
+        try:
+            return base64.b64decode(self.content, validate=True)
+        except binascii.Error:
+            raise ValueError("must be base64.") from None
+
+
+class BatchSpec(Spec):
+    """Files to be written in one call; each fails or not by itself."""
+
+    files: list[FileSpec] = Field(min_length=1, max_length=MOST_FILES)
+
+
+class DirectorySpec(Spec):
+    """A directory to be made."""
+
+    path: Path
+    parents: bool = True
+
+
+class MoveSpec(Spec):
+    """A file or directory to be renamed."""
+
+    source: Path
+    destination: Path

@@ -1,0 +1,205 @@
+"""A Template, the Steps of its build, and the Events the build told.
+
+A template is immutable: its recipe and base are written once. What changes is the build's state,
+and only through :mod:`templates_app.driver` and :mod:`templates_app.services`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.db import models
+from django.utils import timezone
+
+from orkestr_console.accounts.models import Team, User
+from orkestr_console.ids import new_id
+
+LONGEST_NAME = 100
+
+
+class TemplateStatus(models.TextChoices):
+    """Where a template is: ``building`` → ``ready`` | ``failed``."""
+
+    BUILDING = "building", "Building"
+    READY = "ready", "Ready"
+    FAILED = "failed", "Failed"
+
+    @property
+    def tone(self) -> str:
+        """The badge's colour: ``busy``, ``good`` or ``bad``."""
+        return {"building": "busy", "ready": "good", "failed": "bad"}[self.value]
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it never changes again."""
+        return self is not TemplateStatus.BUILDING
+
+
+class Network(models.TextChoices):
+    """What a build may reach."""
+
+    RESTRICTED = "restricted", "Restricted"
+    OPEN = "open", "Open"
+
+
+class TemplateQuerySet(models.QuerySet["Template"]):
+    """Templates, filtered."""
+
+    def for_team(self, team: Team) -> TemplateQuerySet:
+        """Those of one team: the only way in for a caller."""
+        return self.filter(team=team)
+
+    def ready(self) -> TemplateQuerySet:
+        """Those a sandbox can boot from."""
+        return self.filter(status=TemplateStatus.READY)
+
+    def building(self) -> TemplateQuerySet:
+        """Those whose build has not ended."""
+        return self.filter(status=TemplateStatus.BUILDING)
+
+    def counted(self) -> TemplateQuerySet:
+        """Those that take one of the plan's slots: a failed build takes none."""
+        return self.exclude(status=TemplateStatus.FAILED)
+
+
+def new_template_id() -> str:
+    """A fresh template id, as a migration can name it."""
+    return new_id("tmpl")
+
+
+def new_image_id() -> str:
+    """A fresh image id: of the image the build would publish, and of the build on the host."""
+    return new_id("img")
+
+
+class Template(models.Model):
+    """A base image and a recipe, and the image that came of them."""
+
+    id = models.CharField(max_length=40, primary_key=True, default=new_template_id, editable=False)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="templates")
+    created_by = models.ForeignKey(
+        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="templates"
+    )
+    name = models.CharField(max_length=LONGEST_NAME)
+    base_template = models.CharField(max_length=64)
+    base_image = models.CharField(max_length=64)
+    recipe = models.JSONField()
+    network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
+    status = models.CharField(
+        max_length=16, choices=TemplateStatus.choices, default=TemplateStatus.BUILDING
+    )
+    error_message = models.TextField(blank=True, default="")
+    error_code = models.CharField(max_length=40, blank=True, default="")
+    image_id = models.CharField(max_length=40, unique=True, default=new_image_id, editable=False)
+    # The driver that follows the build now, and when it last said so: a lease, not a lock.
+    driver = models.CharField(max_length=40, blank=True, default="")
+    heartbeat_at = models.DateTimeField(null=True, blank=True)
+    # Whether the host ever took the build: if it then knows nothing of it, it lost it.
+    handed_over = models.BooleanField(default=False)
+    size_bytes = models.BigIntegerField(null=True, blank=True)
+    file_count = models.BigIntegerField(null=True, blank=True)
+    shared_bytes = models.BigIntegerField(null=True, blank=True)
+    build_ms = models.BigIntegerField(null=True, blank=True)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    finished_at = models.DateTimeField(null=True, blank=True)
+
+    objects = TemplateQuerySet.as_manager()
+
+    class Meta:
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["team", "-created_at", "-id"]),
+            models.Index(
+                fields=["heartbeat_at"],
+                name="template_building",
+                condition=models.Q(status="building"),
+            ),
+        ]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=models.Q(status__in=TemplateStatus.values), name="template_status_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.id})"
+
+    @property
+    def state(self) -> TemplateStatus:
+        """The status as the enumeration, with its tone."""
+        return TemplateStatus(self.status)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a sandbox can boot from it."""
+        return self.status == TemplateStatus.READY
+
+
+class StepStatus(models.TextChoices):
+    """Where a step is. ``skipped`` never ran, because one before it failed."""
+
+    PENDING = "pending", "Pending"
+    RUNNING = "running", "Running"
+    SUCCEEDED = "succeeded", "Succeeded"
+    FAILED = "failed", "Failed"
+    SKIPPED = "skipped", "Skipped"
+
+    @property
+    def tone(self) -> str:
+        """The mark's colour."""
+        return {
+            "pending": "quiet",
+            "running": "busy",
+            "succeeded": "good",
+            "failed": "bad",
+            "skipped": "quiet",
+        }[self.value]
+
+
+class BuildStep(models.Model):
+    """One step of a build: what ran, how long, how it ended, and what it printed."""
+
+    template = models.ForeignKey(Template, on_delete=models.CASCADE, related_name="steps")
+    number = models.PositiveIntegerField()
+    command = models.TextField()
+    status = models.CharField(max_length=16, choices=StepStatus.choices, default=StepStatus.PENDING)
+    started_at = models.DateTimeField(null=True, blank=True)
+    duration_ms = models.BigIntegerField(null=True, blank=True)
+    exit_code = models.IntegerField(null=True, blank=True)
+    signal = models.IntegerField(null=True, blank=True)
+    output = models.TextField(blank=True, default="")
+    output_bytes = models.BigIntegerField(default=0)
+    elided_bytes = models.BigIntegerField(default=0)
+
+    class Meta:
+        ordering: ClassVar[list[str]] = ["number"]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["template", "number"], name="one_row_per_step"),
+        ]
+
+    def __str__(self) -> str:
+        return f"step {self.number} of {self.template_id}"
+
+    @property
+    def state(self) -> StepStatus:
+        """The status as the enumeration, with its tone."""
+        return StepStatus(self.status)
+
+
+class BuildEvent(models.Model):
+    """One event of a build, as the host told it. Append-only; ``seq`` counts from 1, no gaps."""
+
+    template = models.ForeignKey(Template, on_delete=models.CASCADE, related_name="events")
+    seq = models.PositiveIntegerField()
+    kind = models.CharField(max_length=32)
+    step = models.PositiveIntegerField(null=True, blank=True)
+    payload = models.JSONField(default=dict)
+    at = models.DateTimeField()
+
+    class Meta:
+        ordering: ClassVar[list[str]] = ["seq"]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["template", "seq"], name="one_event_per_number"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.template_id} #{self.seq} {self.kind}"

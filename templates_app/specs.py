@@ -1,0 +1,72 @@
+"""What a caller may ask of templates: one strict model for console, REST and MCP alike."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from templates_app.models import LONGEST_NAME
+
+MOST_STEPS = 100
+LARGEST_STEP = 8 * 1024
+
+
+def usable_name(name: str) -> str:
+    """A name a person can read: trimmed, not blank, no control or direction characters."""
+    name = name.strip()
+    if not name:
+        raise ValueError("must not be blank; give the template a name you will recognise.")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    if any(unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} for char in name):
+        raise ValueError("must not contain control or text-direction characters.")
+    return name
+
+
+def usable_step(step: str) -> str:
+    """A step the shell can be given."""
+    if not step.strip():
+        raise ValueError("is blank; remove it or write a command.")
+    if "\0" in step:
+        raise ValueError("must not contain NUL characters.")
+    if (size := len(step.encode())) > LARGEST_STEP:
+        raise ValueError(
+            f"has {size:,} bytes; a step takes at most {LARGEST_STEP:,}. "
+            "Split it, or fetch a script and run that."
+        )
+    return step
+
+
+def usable_recipe(recipe: list[str]) -> list[str]:
+    """At least one step, and not too many."""
+    if not recipe:
+        raise ValueError("needs at least one step, such as 'pip install requests'.")
+    if len(recipe) > MOST_STEPS:
+        raise ValueError(
+            f"has {len(recipe)} steps; a template takes at most {MOST_STEPS}. Join some with '&&'."
+        )
+    return recipe
+
+
+def usable_base(base: str) -> str:
+    """A base's name or a template's id, as far as its form can tell."""
+    if not base.strip():
+        raise ValueError("is required; choose a base image such as 'python-3.12'.")
+    if len(base) > 64:
+        raise ValueError("is not a known base image.")
+    return base.strip()
+
+
+class TemplateSpec(BaseModel):
+    """A template to be built."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: Annotated[str, AfterValidator(usable_name)]
+    base_template: Annotated[str, AfterValidator(usable_base)]
+    recipe: Annotated[
+        list[Annotated[str, AfterValidator(usable_step)]], AfterValidator(usable_recipe)
+    ]
+    network: Literal["restricted", "open"] = Field(default="restricted")
