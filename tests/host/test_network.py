@@ -37,6 +37,7 @@ from tests.host.topology import (
     a_world,
     ask_resolver,
     hear,
+    knock,
     through_proxy,
 )
 
@@ -164,7 +165,7 @@ def test_off_has_loopback_alone(slot: Callable[[Policy], Slot]) -> None:
     assert from_slot(taken, lambda: [name for _, name in socket.if_nameindex()]) == ["lo"]
     assert taken.sysfs is not None
     assert [path.name for path in (taken.sysfs / "class/net").iterdir()] == ["lo"]
-    error = refused(taken, lambda: hear(INTERNET, 443))
+    error = refused(taken, lambda: knock(INTERNET, 443))
     assert error.errno == 101  # ENETUNREACH
 
 
@@ -185,7 +186,7 @@ def test_off_can_serve_itself_on_any_port(slot: Callable[[Policy], Slot]) -> Non
 def test_restricted_has_no_way_out_of_its_own(slot: Callable[[Policy], Slot], address: str) -> None:
     taken = slot(RESTRICTED)
     assert hear(INTERNET, 443) == GREETING, "the host itself is not cut off"
-    assert refused(taken, lambda: hear(address, 443)).errno == 101
+    assert refused(taken, lambda: knock(address, 443)).errno == 101
     assert refused(taken, lambda: send_datagram(address, 53)).errno == 101
 
 
@@ -198,7 +199,7 @@ def test_restricted_reaches_one_port_of_the_proxys_address(
     with socket.create_server((address, 8080)), socket.create_server(("0.0.0.0", 2222)):
         socket.create_connection((address, 8080), 2).close()
         for closed in (8080, 2222, 22, 53):
-            refused(taken, partial(hear, address, closed))
+            refused(taken, partial(knock, address, closed))
     refused(taken, lambda: send_datagram(address, port))
 
 
@@ -206,7 +207,7 @@ def test_restricted_finds_no_neighbour(slot: Callable[[Policy], Slot]) -> None:
     first = slot(RESTRICTED)
     for other in (slot(RESTRICTED), slot(Policy("open"))):
         with listening(other) as address:
-            refused(first, partial(hear, address, 443))
+            refused(first, partial(knock, address, 443))
 
 
 def test_a_route_added_by_force_changes_nothing(slot: Callable[[Policy], Slot]) -> None:
@@ -214,7 +215,7 @@ def test_a_route_added_by_force_changes_nothing(slot: Callable[[Policy], Slot]) 
     gateway = f"via {from_slot(taken, lambda: _gateway())} dev eth0"
     from_slot(taken, lambda: run_ip([f"route add default {gateway}"]))
     for address in (INTERNET, METADATA, HOST, *PRIVATE):
-        refused(taken, partial(hear, address, 443))
+        refused(taken, partial(knock, address, 443))
         refused(taken, partial(send_datagram, address, 53))
 
 
@@ -332,10 +333,10 @@ def test_only_restricted_slots_find_the_proxy(
     slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool, world: World
 ) -> None:
     address, port = pool.proxy_address()
-    refused(slot(Policy("open")), lambda: hear(address, port))
+    refused(slot(Policy("open")), lambda: knock(address, port))
     within(world.internet, lambda: run_ip([f"route add {address}/32 via {HOST}"]))
     with pytest.raises(OSError, match="timed out"):
-        within(world.internet, lambda: hear(address, port, 0.5))
+        within(world.internet, lambda: knock(address, port, 0.5))
 
 
 # open -------------------------------------------------------------------------------------
@@ -358,14 +359,14 @@ def test_open_asks_the_configured_resolver_and_no_other(slot: Callable[[Policy],
     assert from_slot(taken, lambda: hear(RESOLVER, 53)) == GREETING
     assert ask_resolver(OTHER_RESOLVER, "allowed.test")
     refused(taken, lambda: ask_resolver(OTHER_RESOLVER, "allowed.test"))
-    refused(taken, lambda: hear(OTHER_RESOLVER, 53))
+    refused(taken, lambda: knock(OTHER_RESOLVER, 53))
 
 
 @pytest.mark.parametrize("address", [METADATA, *PRIVATE])
 def test_open_does_not_reach_denied_addresses(slot: Callable[[Policy], Slot], address: str) -> None:
     assert hear(address, 80) == GREETING, "the host itself does reach it"
     taken = slot(Policy("open"))
-    refused(taken, lambda: hear(address, 80))
+    refused(taken, lambda: knock(address, 80))
     refused(taken, lambda: ask_resolver(address, "allowed.test"))
 
 
@@ -375,14 +376,14 @@ def test_open_does_not_reach_the_host(slot: Callable[[Policy], Slot], pool: Slot
     with socket.create_server(("0.0.0.0", 2222)):
         for address in (HOST, gateway):
             socket.create_connection((address, 2222), 2).close()
-            refused(taken, partial(hear, address, 2222))
+            refused(taken, partial(knock, address, 2222))
 
 
 def test_open_does_not_reach_other_slots(slot: Callable[[Policy], Slot]) -> None:
     first = slot(Policy("open"))
     for other in (slot(Policy("open")), slot(RESTRICTED)):
         with listening(other) as address:
-            refused(first, partial(hear, address, 443))
+            refused(first, partial(knock, address, 443))
 
 
 def test_nobody_outside_reaches_a_slot(slot: Callable[[Policy], Slot], world: World) -> None:
@@ -390,7 +391,7 @@ def test_nobody_outside_reaches_a_slot(slot: Callable[[Policy], Slot], world: Wo
         route = f"route replace {taken.address}/32 via {HOST}"
         within(world.internet, partial(run_ip, [route]))
         with listening(taken) as address, pytest.raises(OSError, match="timed out"):
-            within(world.internet, partial(hear, address, 443, 0.5))
+            within(world.internet, partial(knock, address, 443, 0.5))
 
 
 def test_a_borrowed_address_goes_nowhere(slot: Callable[[Policy], Slot]) -> None:
@@ -425,7 +426,7 @@ def test_no_mode_speaks_ipv6(slot: Callable[[Policy], Slot], mode: str) -> None:
     taken = slot(Policy.parse(mode))
     listed = from_slot(taken, lambda: run(["ip", "-6", "address"], timeout=10).text)
     assert "eth0" not in listed
-    error = refused(taken, lambda: hear("2001:db8::1", 443))
+    error = refused(taken, lambda: knock("2001:db8::1", 443))
     assert error.errno == 101
 
 
