@@ -169,11 +169,15 @@ class ImageStore:
 
     def staging(self, image_id: str) -> Path:
         """An empty directory to make ``tree`` in, on the store's filesystem."""
-        _check_name(image_id)
-        directory = self._paths.staging / image_id
+        directory = self.staging_path(image_id)
         self.trash.discard(directory)
         directory.mkdir(mode=0o700)
         return directory
+
+    def staging_path(self, image_id: str) -> Path:
+        """Where :meth:`staging` puts the directory of that id."""
+        _check_name(image_id)
+        return self._paths.staging / image_id
 
     def publish(self, staged: Path, manifest: ImageManifest) -> Image:
         """Make the image in ``staged`` (a directory with ``tree``) visible, whole, by one rename.

@@ -1,0 +1,105 @@
+"""The sentences a failed build is explained with: which step, what it did, what it last said."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from hostruntime.errors import BuildFailed
+from hostruntime.exec import Exited
+
+_COMMAND_CHARACTERS = 400
+_REFUSALS = 5
+
+
+def step_failed(
+    step: int, total: int, command: str, tail: str, end: Exited, refused: Sequence[str]
+) -> BuildFailed:
+    """A step that exited non-zero or was killed by a signal."""
+    if end.signal is None:
+        how = f"exited with status {end.code}"
+    else:
+        how = f"was killed by signal {end.signal} ({_signal_name(end.signal)})"
+    head = f"Step {step} of {total} failed: {_quoted(command)} {how}."
+    parts = [head, _ending(tail), _refusal_hint(refused)]
+    return _failure("step_failed", parts, step)
+
+
+def ran_past_step_time(
+    step: int, total: int, command: str, tail: str, seconds: float
+) -> BuildFailed:
+    """A step that took longer than a step may."""
+    head = (
+        f"Step {step} of {total} was stopped: {_quoted(command)} was still running after "
+        f"{seconds:g} seconds, the longest a step may take."
+    )
+    return _failure("step_timeout", [head, _ending(tail)], step)
+
+
+def ran_past_build_time(
+    seconds: float, step: int = 0, total: int = 0, command: str = "", tail: str = ""
+) -> BuildFailed:
+    """A build that took longer than a build may; ``step`` is 0 after the last step."""
+    if step == 0:
+        head = (
+            f"The build was stopped: it took longer than {seconds:g} seconds, the longest a build "
+            "may take."
+        )
+        return _failure("build_timeout", [head], None)
+    head = (
+        f"The build was stopped in step {step} of {total}, {_quoted(command)}: it took longer "
+        f"than {seconds:g} seconds, the longest a whole build may take."
+    )
+    return _failure("build_timeout", [head, _ending(tail)], step)
+
+
+def out_of_memory(step: int, total: int, command: str, tail: str, memory_mb: int) -> BuildFailed:
+    """A step that ended because the kernel killed something for memory."""
+    head = (
+        f"Step {step} of {total} failed: {_quoted(command)} ran out of memory. A build has "
+        f"{memory_mb} MiB, and what is in /tmp and /workspace counts towards it."
+    )
+    return _failure("out_of_memory", [head, _ending(tail)], step)
+
+
+def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFailed:
+    """A step that ended its own container."""
+    head = (
+        f"Step {step} of {total} failed: the build's container stopped while {_quoted(command)} "
+        "was running. A step must not shut the machine down."
+    )
+    return _failure("step_failed", [head, _ending(tail)], step)
+
+
+def _failure(reason: str, parts: Sequence[str], step: int | None) -> BuildFailed:
+    detail = "\n\n".join(part for part in parts if part)
+    return BuildFailed(detail, reason=reason, step=step)
+
+
+def _quoted(command: str) -> str:
+    text = command.strip()
+    if len(text) > _COMMAND_CHARACTERS:
+        text = text[:_COMMAND_CHARACTERS] + "…"
+    return f"`{text}`"
+
+
+def _ending(tail: str) -> str:
+    return f"The end of its output:\n{tail}" if tail else "It wrote no output."
+
+
+def _refusal_hint(refused: Sequence[str]) -> str:
+    if not refused:
+        return ""
+    names = ", ".join(refused[:_REFUSALS])
+    more = f" and {len(refused) - _REFUSALS} more" if len(refused) > _REFUSALS else ""
+    return (
+        f"During this step the network policy refused: {names}{more}. If the step needs that, "
+        'build the template with network "open".'
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"

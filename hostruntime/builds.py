@@ -1,0 +1,315 @@
+"""Builds of templates: started once, watched by anybody, cancelled at any point.
+
+A build is a directory ``builds/<id>/`` with ``build.json`` (the request, the state and, when it
+ended, how) and ``events.ndjson``; while it runs also the container's directory.  Its id is that
+of the image it will publish.  States: running, then published, failed or cancelled.
+
+A build lives in the agent's process.  One that is found running when the agent starts has lost
+its host: it becomes ``failed`` with code ``host_lost``, unless its image was already published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hostruntime.assembly import Assembly, Host, Plan, in_thread
+from hostruntime.build_log import EventLog
+from hostruntime.errors import BuildFailed, HostError, ImageNotFound, InvalidRequest, NotFound
+from hostruntime.images import Image
+from hostruntime.limits import Limits
+from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.policy import Policy, PolicyError
+
+State = Literal["running", "published", "failed", "cancelled"]
+KEEP_SECONDS = 7 * 86_400.0
+CANCELLED = "The build was cancelled."
+HOST_LOST = (
+    "The host agent stopped while the template was being built, and the build with it. "
+    "Nothing is left of it; build the template again."
+)
+DEFECT = "The host could not finish the build because of a defect; its log has the details."
+_RECORD, _EVENTS = "build.json", "events.ndjson"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.  ``network`` is restricted or open; timeouts are in seconds."""
+
+    id: str
+    base_image: str
+    recipe: tuple[str, ...]
+    network: str
+    allow_domains: tuple[str, ...] | None = None
+    cpu: float = 2.0
+    memory_mb: int = 4096
+    step_timeout_seconds: float = 600.0
+    build_timeout_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
+class BuildStatus:
+    """Where a build is; ``error`` has ``code``, ``message`` and perhaps ``step``."""
+
+    id: str
+    state: State
+    last_seq: int
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Build:
+    """A build in this process."""
+
+    id: str
+    directory: Path
+    log: EventLog
+    record: dict[str, Any]
+    task: asyncio.Task[None] | None = None
+    ending: Literal["cancelled", "host_lost"] | None = None
+
+    @property
+    def state(self) -> State:
+        state: State = self.record["state"]
+        return state
+
+    def status(self) -> BuildStatus:
+        return BuildStatus(self.id, self.state, self.log.last_seq, self.record.get("error"))
+
+    def save(self) -> None:
+        write_json(self.directory / _RECORD, self.record)
+
+    def end(self, state: State, kind: str, **fields: Any) -> None:
+        """The terminal event, on disk before the state says so."""
+        error = {key: value for key, value in fields.items() if value is not None}
+        self.record |= {
+            "state": state,
+            "finished_at": time.time(),
+            "error": error if kind == "failed" else None,
+        }
+        self.log.append(kind, **(error if kind == "failed" else fields))
+        self.save()
+
+
+class BuildManager:
+    """The builds of one host.  For one event loop; :meth:`recover` comes first."""
+
+    def __init__(self, paths: StatePaths, host: Host) -> None:
+        self._directory = paths.builds
+        self._host = host
+        self._running: dict[str, _Build] = {}
+
+    # What is asked of it ------------------------------------------------------------------
+
+    def start(self, request: BuildRequest) -> tuple[BuildStatus, bool]:
+        """Start a build; return its status, and whether it is new (the same id starts once).
+
+        Raises InvalidRequest.
+        """
+        known = self._find(request.id)
+        if known is not None:
+            return known.status(), False
+        policy = _policy(request)
+        build = self._new(request.id, {"request": asdict(request)})
+        work = self._run(build, request, policy)
+        self._running[build.id] = build
+        build.task = asyncio.create_task(work, name=f"build {request.id}")
+        build.task.add_done_callback(lambda task: self._on_end(build, task))
+        return build.status(), True
+
+    def status(self, build_id: str) -> BuildStatus:
+        """A build's state; raises NotFound."""
+        return self._get(build_id).status()
+
+    def events(self, build_id: str, after: int = 0, *, follow: bool = True) -> AsyncIterator[bytes]:
+        """The events after number ``after`` as NDJSON (see :class:`EventLog`); raises NotFound."""
+        return self._get(build_id).log.follow(after, follow=follow)
+
+    async def cancel(self, build_id: str) -> None:
+        """Stop a build and delete what it published; nothing is left when this returns.
+
+        Idempotent.  An id that was never started is remembered as cancelled, so that a start
+        that comes late starts nothing.  Raises InvalidRequest for an id that is none.
+        """
+        build = self._find(build_id)
+        if build is None:
+            build = self._new(build_id, {"request": None})
+            build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+            return
+        await self._end(build, "cancelled")
+        await in_thread(self._host.store.delete, build_id)
+        if build.state == "published":
+            error = {"code": "build_cancelled", "message": CANCELLED}
+            build.record |= {"state": "cancelled", "error": error}
+            build.save()
+
+    async def close(self) -> None:
+        """The agent is going: end every build, leaving nothing of them on the host."""
+        running = list(self._running.values())
+        await asyncio.gather(*(self._end(build, "host_lost") for build in running))
+
+    async def recover(self) -> None:
+        """The pass at start: settle the builds that were running, forget those long finished."""
+        for directory in sorted(self._directory.iterdir()):
+            record = read_json(directory / _RECORD)
+            if record is None:
+                await in_thread(self._host.store.trash.discard, directory)
+            elif record.get("state") == "running":
+                await self._settle(_Build(directory.name, directory, _log_of(directory), record))
+        await in_thread(self._forget_old)
+
+    def users(self) -> set[str]:
+        """The ids under which running builds use their base images."""
+        return set(self._running)
+
+    # A build's life -----------------------------------------------------------------------
+
+    async def _run(self, build: _Build, request: BuildRequest, policy: Policy) -> None:
+        began = time.monotonic()
+        try:
+            image = await Assembly(
+                self._host, _plan(request, policy, build.directory), build.log.append
+            ).run()
+        except BuildFailed as error:
+            fields = {"code": error.extra["reason"], "step": error.extra.get("step")}
+            build.end("failed", "failed", message=error.detail, **fields)
+        except ImageNotFound:
+            message = (
+                f"The base image {request.base_image} is not on this host: it was deleted, or it "
+                "is a built-in base that has not been made yet."
+            )
+            build.end("failed", "failed", code="base_missing", message=message)
+        except HostError as error:
+            build.end("failed", "failed", code="internal", message=error.detail)
+        except OSError as error:
+            _log.exception("build %s failed by a broken machine", build.id)
+            message = f"The host could not finish the build: {error.strerror or error}."
+            build.end("failed", "failed", code="internal", message=message)
+        else:
+            self._note_published(build, image, time.monotonic() - began)
+
+    def _on_end(self, build: _Build, task: asyncio.Task[None]) -> None:
+        """Whatever the task came to, the build has an end that says so."""
+        self._running.pop(build.id, None)
+        if build.log.terminal is not None:
+            return
+        if not task.cancelled():
+            _log.error("build %s failed by a defect", build.id, exc_info=task.exception())
+            build.end("failed", "failed", code="internal", message=DEFECT)
+        elif build.ending == "cancelled":
+            build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+        else:
+            build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+
+    def _note_published(self, build: _Build, image: Image, seconds: float) -> None:
+        manifest = image.manifest
+        build.end(
+            "published",
+            "published",
+            image=image.id,
+            size_bytes=manifest.size_bytes,
+            file_count=manifest.file_count,
+            shared_bytes=manifest.shared_bytes,
+            total_ms=round(seconds * 1000),
+        )
+
+    async def _end(self, build: _Build, ending: Literal["cancelled", "host_lost"]) -> None:
+        if build.task is None:
+            return
+        if build.ending is None:
+            build.ending = ending
+            build.task.cancel()
+        await asyncio.wait([build.task])
+
+    async def _settle(self, build: _Build) -> None:
+        """A build whose agent died: tidy up, then say how it ended."""
+        store, host = self._host.store, self._host.containers
+        await host.stop(build.id)
+        for entry in build.directory.iterdir():
+            if entry.name not in (_RECORD, _EVENTS):
+                await in_thread(store.trash.discard, entry)
+        await in_thread(store.trash.discard, store.staging_path(build.id))
+        request = build.record.get("request") or {}
+        store.release(str(request.get("base_image", "")), build.id)
+        terminal = build.log.terminal
+        if terminal is not None:
+            cancelled = terminal.get("code") == "build_cancelled"
+            state: State = "published" if terminal["kind"] == "published" else "failed"
+            error = None if state == "published" else _without_envelope(terminal)
+            build.record |= {"state": "cancelled" if cancelled else state, "error": error}
+            build.save()
+        elif store.exists(build.id):
+            elapsed = time.time() - float(build.record["created_at"])
+            self._note_published(build, store.get(build.id), elapsed)
+        else:
+            build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+
+    # Records ------------------------------------------------------------------------------
+
+    def _new(self, build_id: str, fields: Mapping[str, Any]) -> _Build:
+        self._host.store.staging_path(build_id)  # Raises InvalidRequest for an id that is none.
+        directory = self._directory / build_id
+        directory.mkdir(mode=0o700)
+        record = {"id": build_id, "state": "running", "created_at": time.time(), **fields}
+        build = _Build(build_id, directory, _log_of(directory), record)
+        build.save()
+        return build
+
+    def _find(self, build_id: str) -> _Build | None:
+        if build_id in self._running:
+            return self._running[build_id]
+        with contextlib.suppress(InvalidRequest):
+            name = self._host.store.staging_path(build_id).name
+            directory = self._directory / name
+            if (record := read_json(directory / _RECORD)) is not None:
+                return _Build(name, directory, _log_of(directory), record)
+        return None
+
+    def _get(self, build_id: str) -> _Build:
+        build = self._find(build_id)
+        if build is None:
+            raise NotFound(f"There is no build {build_id!r} on this host.")
+        return build
+
+    def _forget_old(self) -> None:
+        for directory in self._directory.iterdir():
+            record = read_json(directory / _RECORD) or {}
+            if float(record.get("finished_at", time.time())) < time.time() - KEEP_SECONDS:
+                shutil.rmtree(directory)
+
+
+def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
+    return Plan(
+        image_id=request.id,
+        kind="template",
+        base=request.base_image,
+        recipe=request.recipe,
+        policy=policy,
+        limits=replace(Limits(), cpu=request.cpu, memory_mb=request.memory_mb),
+        step_timeout=request.step_timeout_seconds,
+        build_timeout=request.build_timeout_seconds,
+        directory=directory,
+    )
+
+
+def _policy(request: BuildRequest) -> Policy:
+    try:
+        return Policy.parse(request.network, request.allow_domains)
+    except PolicyError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _log_of(directory: Path) -> EventLog:
+    return EventLog(directory / _EVENTS)
+
+
+def _without_envelope(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("seq", "at", "kind")}
