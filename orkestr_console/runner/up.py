@@ -21,7 +21,12 @@ from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, StartError
 from orkestr_console.runner.lock import only_one
 from orkestr_console.runner.selfcheck import SelfCheck, SelfCheckError
-from orkestr_console.runner.summary import Credentials, summary
+from orkestr_console.runner.summary import (
+    Credentials,
+    known_credentials,
+    summary,
+    write_console_json,
+)
 
 MEBIBYTE = 1024**2
 WATCH_SECONDS = 1.0
@@ -124,9 +129,10 @@ class Console:
 
     def _prepare(self, identity: Identity) -> Credentials:
         """Bring the schema up to date and make sure the demo team exists."""
+        credentials_file = str(self._layout.console_json)
         with self._display.step("schema") as step:
             prepared = subprocess.run(
-                programs.manage(self._layout, "prepare"),
+                programs.manage(self._layout, "prepare", f"--credentials={credentials_file}"),
                 env={**os.environ, **self._layout.environment()},
                 capture_output=True,
                 text=True,
@@ -134,14 +140,16 @@ class Console:
                 # Ctrl-C must not interrupt it half-way: the stop that follows waits for it.
                 start_new_session=True,
             )
-            if prepared.returncode != 0:
+            credentials = known_credentials(self._layout)
+            if prepared.returncode != 0 or credentials is None:
                 raise StartError(f"the database could not be prepared:\n{prepared.stderr.strip()}")
-            record = json.loads(prepared.stdout)
-            step.detail = f"{record.pop('migrated')} migrations applied, demo team there"
+            migrated = json.loads(prepared.stdout)["migrated"]
+            step.detail = f"{migrated} migrations applied" if migrated else "up to date"
         for secret in (self._layout.run / name for name in SECRETS):
             if secret.exists():
                 give(secret, identity.user)
-        return Credentials(**record)
+        write_console_json(self._layout, credentials)
+        return credentials
 
     def _start_console(self) -> None:
         answers = partial(programs.web_answers, self._layout)
