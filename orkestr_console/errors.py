@@ -36,7 +36,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.shortcuts import render
+from django.template.loader import render_to_string
 
 STATUS_OF: Mapping[str, HTTPStatus] = {
     "invalid_request": HTTPStatus.BAD_REQUEST,
@@ -271,17 +271,15 @@ def to_json_response(error: DomainError) -> JsonResponse:
     return JsonResponse(error.to_wire(), status=error.status, headers=error.all_headers())
 
 
-def to_console_response(request: HttpRequest, error: DomainError) -> HttpResponse:
-    """How the console says it: the page ``errors/error.html`` with ``error`` and ``status``."""
-    response = render(
-        request,
-        "errors/error.html",
-        {"error": error, "status": error.status},
-        status=error.status,
-    )
-    for name, value in error.all_headers().items():
-        response.headers[name] = value
-    return response
+def to_console_response(request: HttpRequest | None, error: DomainError) -> HttpResponse:
+    """How the console says it: the page ``errors/error.html`` with ``error`` and ``status``.
+
+    Without ``request`` the page says nothing of the person or team, which a page about a broken
+    database could not look up.
+    """
+    context = {"error": error, "status": error.status}
+    page = render_to_string("errors/error.html", context, request)
+    return HttpResponse(page, status=error.status, headers=error.all_headers())
 
 
 def to_mcp_text(error: DomainError) -> str:

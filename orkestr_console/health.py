@@ -9,13 +9,13 @@ from django.views.decorators.csrf import csrf_exempt
 
 from orkestr_console.decorators import authenticate
 from orkestr_console.errors import (
-    DomainError,
     Forbidden,
     Internal,
     InvalidInput,
     NotFound,
     PayloadTooLarge,
     is_api,
+    to_console_response,
     to_json_response,
     to_response,
 )
@@ -62,5 +62,5 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 def server_error(request: HttpRequest) -> HttpResponse:
     """500, with the request id to quote and nothing of the traceback."""
-    error: DomainError = Internal(extra={"request_id": getattr(request, "request_id", None)})
-    return to_response(request, error) if is_api(request) else to_json_response(error)
+    error = Internal(extra={"request_id": getattr(request, "request_id", None)})
+    return to_json_response(error) if is_api(request) else to_console_response(None, error)

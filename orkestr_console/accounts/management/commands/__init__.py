@@ -1,1 +1,1 @@
-"""`manage.py mint_token`, `create_demo`, `serve` and `worker`."""
+"""`manage.py mint_token` and `create_demo`."""

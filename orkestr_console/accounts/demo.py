@@ -1,0 +1,70 @@
+"""The demo team that a fresh installation starts with."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from django.db import transaction
+
+from orkestr_console.accounts.actor import READ, WRITE
+from orkestr_console.accounts.models import Membership, Role, Team, User
+from orkestr_console.accounts.services import actor_of_token, mint_token, revoke_token
+from orkestr_console.errors import Unauthenticated
+
+TEAM = "Demo"
+SLUG = "demo"
+EMAIL = "admin@demo.example"
+TOKEN = "Demo"  # noqa: S105 - the token's name, not the token
+
+
+@transaction.atomic
+def ensure_demo(previous: Mapping[str, Any]) -> dict[str, str]:
+    """The demo team on plan Team, its admin and an API token, made where missing.
+
+    ``previous`` is what an earlier call answered, if that is still known: a password and a token
+    in it that still work are kept, others are replaced. Answers ``user, password, team, api_key``.
+    """
+    team, _ = Team.objects.get_or_create(slug=SLUG, defaults={"name": TEAM, "plan_id": "team"})
+    user = ensure_admin(team)
+    return {
+        "user": user.email,
+        "password": keep_or_set_password(user, str(previous.get("password", ""))),
+        "team": team.name,
+        "api_key": keep_or_mint(team, user, str(previous.get("api_key", ""))),
+    }
+
+
+def ensure_admin(team: Team) -> User:
+    """The person who owns the demo team."""
+    user = User.objects.filter(email=EMAIL).first()
+    if user is None:
+        user = User.objects.create_user(EMAIL, name="Demo Admin")
+    Membership.objects.get_or_create(user=user, team=team, defaults={"role": Role.OWNER})
+    return user
+
+
+def keep_or_set_password(user: User, password: str) -> str:
+    """``password`` if it is the user's and they may sign in with it, else a new one, now theirs."""
+    if password and user.is_active and user.check_password(password):
+        return password
+    fresh = secrets.token_urlsafe(15)
+    user.set_password(fresh)
+    user.is_active = True
+    user.save(update_fields=["password", "is_active"])
+    return fresh
+
+
+def keep_or_mint(team: Team, user: User, api_key: str) -> str:
+    """``api_key`` if it still stands for the team with both scopes, else a new one in its place."""
+    try:
+        actor = actor_of_token(api_key, "system", None)
+        if actor.team == team and actor.has(READ) and actor.has(WRITE):
+            return api_key
+    except Unauthenticated:
+        # The earlier key is lost, revoked or of another database.
+        pass
+    for stale in team.tokens.filter(name=TOKEN, created_by=user, revoked_at=None):
+        revoke_token(stale)
+    return mint_token(team, TOKEN, [READ, WRITE], created_by=user)[1]

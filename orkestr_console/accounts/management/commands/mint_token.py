@@ -1,0 +1,58 @@
+"""`manage.py mint_token`: make an API token and print it, and nothing else."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db.models import Q
+from django.utils import timezone
+
+from orkestr_console.accounts.actor import SCOPES
+from orkestr_console.accounts.models import Team
+from orkestr_console.accounts.services import mint_token
+from orkestr_console.errors import InvalidInput
+
+
+class Command(BaseCommand):
+    """Make an API token for a team."""
+
+    help = "Make an API token for a team and print it; it cannot be shown again."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Whose token, what for, and for how long."""
+        parser.add_argument("--team", required=True, help="the team's id, slug or name")
+        parser.add_argument(
+            "--scope", action="append", required=True, help=f"one of {', '.join(SCOPES)}; repeat"
+        )
+        parser.add_argument("--name", default="Made on the command line")
+        parser.add_argument(
+            "--days", type=int, help="expire after so many days; never if not given"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Print the token."""
+        expires_at = None
+        if (days := options["days"]) is not None:
+            if days < 1:
+                raise CommandError("--days must be at least 1")
+            expires_at = timezone.now() + timedelta(days=days)
+        try:
+            _, text = mint_token(
+                find_team(options["team"]), options["name"], options["scope"], expires_at=expires_at
+            )
+        except InvalidInput as error:
+            raise CommandError(error.detail) from None
+        self.stdout.write(text)
+
+
+def find_team(word: str) -> Team:
+    """The team with this id, slug or name. Raises ``CommandError`` for none, or several."""
+    found = list(Team.objects.filter(Q(id=word) | Q(slug=word) | Q(name=word)))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CommandError(f"{len(found)} teams are called '{word}': give the id or the slug")
+    known = ", ".join(Team.objects.order_by("slug").values_list("slug", flat=True)[:20])
+    raise CommandError(f"no team '{word}'; there are: {known or 'none yet'}")
