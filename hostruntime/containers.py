@@ -10,12 +10,15 @@ that socket (:mod:`hostruntime.channel`) until the agent closes it:
 
 Why a process of its own: python-lxc holds the GIL while it waits, and LXC clones attached
 processes without glibc's fork handlers, which a multi-threaded process would not survive.
-LXC's monitors are daemons and outlive the launcher.
+Why a start forks once more: LXC moves the process that starts a container into the control group
+of that container's monitor, for good.  So the launcher also goes on serving meanwhile.  LXC's
+monitors are daemons and outlive the launcher.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import select
@@ -34,7 +37,7 @@ from hostruntime.inside_exec import Command, become_command
 from hostruntime.limits import pid_inside
 from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
 
-_OPEN_FILES = (65_536, 1_048_576)
+_OPEN_FILES = 65_536
 _LOG_TAIL_BYTES = 1500
 
 
@@ -50,53 +53,61 @@ class _Attached:
 
 
 @dataclass
+class _Starting:
+    request: int
+    pid: int
+    result: bytes = b""
+
+
+@dataclass
 class Launcher:
-    """The state of one launcher process."""
+    """The state of one launcher process; the dictionaries are keyed by polled descriptors."""
 
     sock: socket.socket
     lxcpath: str
+    poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
+    starting: dict[int, _Starting] = field(default_factory=dict)
     userns: dict[int, int] = field(default_factory=dict)
     containers: dict[str, lxc.Container] = field(default_factory=dict)
 
     def run(self) -> None:
         """Serve until the agent is gone, then kill what it can no longer watch."""
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
+        self.poller.register(self.sock, select.POLLIN)
         try:
             while True:
-                for fd, _ in poller.poll():
+                for fd, _ in self.poller.poll():
                     if fd == self.sock.fileno():
-                        self._serve_one(poller)
+                        self._serve_one()
+                    elif fd in self.starting:
+                        self._report_start(fd)
                     else:
-                        self._report_exit(fd, poller)
+                        self._report_exit(fd)
         except channel.ChannelClosed:
             for process in self.attached.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
 
-    def _serve_one(self, poller: select.poll) -> None:
+    def _serve_one(self) -> None:
         message, fds = channel.receive(self.sock)
         request = message.get("id")
         try:
-            answer = self._dispatch(message, fds, poller)
+            answer = self._dispatch(message, fds)
         except (RequestFailed, OSError, KeyError, TypeError, ValueError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-            if isinstance(error, RequestFailed):
-                answer = {"error": str(error)}
+            answer = {"error": _words(error)}
         finally:
             for fd in fds:
                 os.close(fd)
-        channel.send(self.sock, {"id": request, **answer})
+        if answer is not None:
+            channel.send(self.sock, {"id": request, **answer})
 
-    def _dispatch(
-        self, message: Mapping[str, Any], fds: list[int], poller: select.poll
-    ) -> dict[str, Any]:
+    def _dispatch(self, message: Mapping[str, Any], fds: list[int]) -> dict[str, Any] | None:
         match message["do"]:
             case "start":
-                return self._start(message)
+                self._begin_start(message)
+                return None  # The answer comes when the start has ended.
             case "attach":
-                return self._attach(message, fds, poller)
+                return self._attach(message, fds)
             case "signal":
                 return self._signal(int(message["target"]), int(message["signal"]))
             case "forget":
@@ -106,20 +117,54 @@ class Launcher:
 
     # Starting ------------------------------------------------------------------------------
 
-    def _start(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        name, log = str(message["name"]), Path(message["log"])
+    def _begin_start(self, message: Mapping[str, Any]) -> None:
         plan = _rootfs_plan(message["rootfs"])
-        mount_rootfs(plan, self._userns_fd(plan.id_base))
+        userns_fd = self._userns_fd(plan.id_base)
+        result_out, result_in = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self._start_and_exit(message, plan, userns_fd, result_in)
+        os.close(result_in)
+        self.starting[result_out] = _Starting(int(message["id"]), pid)
+        self.poller.register(result_out, select.POLLIN)
+
+    def _start_and_exit(
+        self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int, result: int
+    ) -> NoReturn:
         try:
-            container = self._configured(name, message["config"])
-            # close_fds: the monitor must not keep the agent's sockets, or our mounts' namespaces.
+            answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
+        except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
+            answer = {"error": _words(error)}
+        finally:
+            os.write(result, json.dumps(answer).encode())
+            os._exit(0)
+
+    def _start(self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int) -> int:
+        mount_rootfs(plan, userns_fd)
+        try:
+            container = self._configured(str(message["name"]), message["config"])
+            # close_fds: the monitor, a daemon, must not keep the agent's socket.
             if not container.start(close_fds=True, daemonize=True):
-                raise RequestFailed(f"LXC did not start the container. {_tail(log)}".strip())
+                said = _tail(Path(message["log"]))
+                raise RequestFailed(f"LXC did not start the container. {said}".strip())
+            return int(container.init_pid)
         except BaseException:
             unmount_rootfs(plan.mounts)
             raise
-        self.containers[name] = container
-        return {"init_pid": container.init_pid}
+
+    def _report_start(self, fd: int) -> None:
+        starting = self.starting[fd]
+        if data := os.read(fd, 65_536):
+            starting.result += data
+            return
+        self.poller.unregister(fd)
+        os.close(fd)
+        del self.starting[fd]
+        os.waitpid(starting.pid, 0)
+        answer = {"error": "The process that was starting the container died."}
+        if starting.result:
+            answer = json.loads(starting.result)
+        channel.send(self.sock, {"id": starting.request, **answer})
 
     def _configured(self, name: str, items: list[list[str]]) -> lxc.Container:
         container = lxc.Container(name, self.lxcpath)
@@ -136,9 +181,7 @@ class Launcher:
 
     # Attaching -----------------------------------------------------------------------------
 
-    def _attach(
-        self, message: Mapping[str, Any], fds: list[int], poller: select.poll
-    ) -> dict[str, Any]:
+    def _attach(self, message: Mapping[str, Any], fds: list[int]) -> dict[str, Any]:
         name, group = str(message["name"]), message.get("group")
         gate_out, gate_in = os.pipe()
         try:
@@ -151,7 +194,7 @@ class Launcher:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 raise
-            self._watch(int(message["id"]), pid, poller)
+            self._watch(int(message["id"]), pid)
             os.write(gate_in, b"1")
         finally:
             os.close(gate_out)
@@ -166,14 +209,14 @@ class Launcher:
             raise RequestFailed("LXC could not attach to the container; it may have stopped.")
         return pid
 
-    def _watch(self, request: int, pid: int, poller: select.poll) -> None:
+    def _watch(self, request: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
         self.attached[pidfd] = _Attached(request, pid, pidfd)
-        poller.register(pidfd, select.POLLIN)
+        self.poller.register(pidfd, select.POLLIN)
 
-    def _report_exit(self, pidfd: int, poller: select.poll) -> None:
+    def _report_exit(self, pidfd: int) -> None:
         process = self.attached.pop(pidfd)
-        poller.unregister(pidfd)
+        self.poller.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(process.pid, 0)
         channel.send(self.sock, {"exit": process.request, "status": status})
@@ -224,6 +267,10 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
     )
 
 
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
+
+
 def _tail(log: Path) -> str:
     try:
         text = log.read_text(errors="replace")[-_LOG_TAIL_BYTES:].strip()
@@ -237,7 +284,8 @@ def _prepare_process() -> None:
     os.environ.clear()
     os.environ["PATH"] = "/nonexistent"
     # Inherited by what is attached, which could not raise them for itself.
-    resource.setrlimit(resource.RLIMIT_NOFILE, _OPEN_FILES)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Ends by its socket closing; a Ctrl-C in the agent's terminal is not for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

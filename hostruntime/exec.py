@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -92,7 +92,7 @@ class ExecRequest:
 
 async def run_command(
     launchers: LauncherPool, groups: ContainerGroups, request: ExecRequest
-) -> AsyncIterator[Frame]:
+) -> AsyncGenerator[Frame, None]:
     """Run a command in a container; iterate under ``contextlib.aclosing``: closing kills the tree.
 
     The last frame is Exited or TimedOut, and then no process of a timed-out command is left.

@@ -201,7 +201,8 @@ class LauncherPool:
         self._replacing = asyncio.Lock()
 
     async def open(self) -> None:
-        """Start the launchers.  Raises HostError."""
+        """Start the launchers.  Raises HostError, OSError."""
+        self._lxcpath.mkdir(mode=0o711, parents=True, exist_ok=True)
         for _ in range(LAUNCHERS):
             self._links.append(await Link.open(self._lxcpath, self._log))
 

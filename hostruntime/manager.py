@@ -2,19 +2,51 @@
 
 A :class:`ContainerManager` puts the pieces together: a slot of the network, a mounted root, a
 running LXC container.  Starting undoes whatever it did when a later piece fails; stopping is
-idempotent and leaves only the container's ``directory``.
+idempotent and leaves only the container's ``directory``.  A container that ends by itself is
+taken apart at once, and whoever asked to be told of it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hostruntime.exec import Frame
-from hostruntime.limits import Limits
-from hostruntime.network import Slot
+from hostruntime.errors import Conflict, ContainerGone, ExecKilled, HostFault
+from hostruntime.exec import ExecRequest, Exited, Frame, run_command
+from hostruntime.files import FileService
+from hostruntime.launcher import LauncherPool
+from hostruntime.limits import (
+    ContainerGroups,
+    Limits,
+    cgroup_layout,
+    freeze_group,
+    kill_group,
+    pids_below,
+    pids_in,
+    signal_group,
+)
+from hostruntime.lxc_config import ContainerConfig
+from hostruntime.network import Slot, SlotPool
+from hostruntime.paths import Instance, StatePaths
 from hostruntime.policy import Policy
+from hostruntime.rootfs import unmount_rootfs
+from hostruntime.rundir import RunDir
+from hostruntime.runtime_layer import HOSTNAME, container_environment, runtime_tree
+
+_MONITOR_GRACE_SECONDS = 5.0
+_STRAYS_GRACE_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+OnExit = Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +78,113 @@ class Running:
         return self.spec.directory / "rw" / "upper"
 
 
+def roots_of(instance: Instance) -> Path:
+    """Where the roots of an instance's containers are mounted."""
+    return RunDir.of(instance).root / "roots"
+
+
+def lxcpath_of(instance: Instance) -> Path:
+    """LXC's directory, which LXC wants a container's root to be able to enter."""
+    return RunDir.of(instance).root / "lxc"
+
+
+@dataclass
 class ContainerManager:
-    """Starts, runs commands in, and stops containers.  One per agent; asyncio, one event loop."""
+    """Starts, runs commands in, and stops containers.  One per agent, on its event loop."""
+
+    paths: StatePaths
+    instance: Instance
+    pool: SlotPool
+    launchers: LauncherPool
+    on_exit: list[OnExit] = field(default_factory=list)
+    _running: dict[str, Running] = field(default_factory=dict)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _monitors: dict[str, int] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def files(self) -> FileService:
+        """File operations, by container name."""
+        return FileService(self.launchers)
+
+    @property
+    def roots(self) -> Path:
+        """Where the roots of this instance's containers are mounted."""
+        return roots_of(self.instance)
+
+    def running(self) -> dict[str, Running]:
+        """The running containers by owner."""
+        return dict(self._running)
+
+    def get(self, owner: str) -> Running:
+        """One running container; raises ContainerGone."""
+        try:
+            return self._running[owner]
+        except KeyError:
+            raise ContainerGone(f"The container of {owner} is not running.") from None
+
+    # Start and stop ------------------------------------------------------------------------
 
     async def start(self, spec: ContainerSpec) -> Running:
-        """Start a container; on any failure nothing is left.  Raises HostFull, HostFault."""
-        raise NotImplementedError
+        """Start a container; on any failure nothing is left.
 
-    def exec(
+        A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
+        Raises HostFull, Conflict (the owner has one), HostError.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._start(spec)))
+
+    async def _start(self, spec: ContainerSpec) -> Running:
+        async with self._lock(spec.owner):
+            if spec.owner in self._running:
+                raise Conflict(f"{spec.owner} already has a running container.")
+            began = time.monotonic()
+            try:
+                slot = await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
+                init_pid = await self.launchers.start(self._start_message(spec, slot))
+            except BaseException:
+                await self._dismantle(spec.owner)
+                raise
+            boot_ms = (time.monotonic() - began) * 1000
+            name = self._name(spec.owner)
+            running = Running(spec.owner, name, slot, init_pid, time.time(), boot_ms, spec)
+            self._take_up(running)
+            return running
+
+    async def stop(self, owner: str) -> None:
+        """Kill, unmount, give the slot back; idempotent; leaves ``directory``.
+
+        Raises HostFault when the kernel does not let go of something; it may be called again.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._stop(owner)))
+
+    async def _stop(self, owner: str) -> None:
+        async with self._lock(owner):
+            self._forget(owner)
+            await self._dismantle(owner)
+        self._locks.pop(owner, None)
+
+    def adopt(self, running: Running) -> bool:
+        """Take up a container that outlived the last agent; False when it does not run."""
+        init_pid = self._groups(running.owner).init_pid()
+        if init_pid is None:
+            return False
+        for group in self._groups(running.owner).exec_groups():
+            # Whoever waited for these commands went away with the last agent.
+            kill_group(group)
+        self._take_up(replace(running, init_pid=init_pid))
+        return True
+
+    async def close(self) -> None:
+        """Stop watching; the containers stay."""
+        for owner in list(self._running):
+            self._forget(owner)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What runs inside ----------------------------------------------------------------------
+
+    async def exec(
         self,
         owner: str,
         argv: Sequence[str],
@@ -62,22 +193,185 @@ class ContainerManager:
         env: Mapping[str, str],
         timeout: float | None,
         merge_output: bool = False,
-    ) -> AsyncIterator[Frame]:
+    ) -> AsyncGenerator[Frame, None]:
         """Run ``argv``; iterate its frames under ``contextlib.aclosing`` (closing kills the tree).
 
-        ``timeout`` is in seconds.  ``merge_output`` gives both streams one pipe, so that their
-        order is kept; all of it then arrives as stdout.  Raises ContainerGone, CwdNotFound.
+        ``env`` is laid over the container's environment; ``timeout`` is in seconds.
+        ``merge_output`` gives both streams one pipe, so that their order is kept; all of it then
+        arrives as stdout.  Raises ContainerGone, CwdNotFound, ExecKilled (the container ended).
         """
-        raise NotImplementedError
+        running = self.get(owner)
+        environment = {**container_environment(running.slot.mode, self.pool), **env}
+        request = ExecRequest(argv, cwd, environment, timeout, merge_output)
+        try:
+            frames = run_command(self.launchers, self._groups(owner), request)
+            async with aclosing(frames):
+                async for frame in frames:
+                    if isinstance(frame, Exited) and frame.signal == signal.SIGKILL:
+                        self._check_not_stopped(running)
+                    yield frame
+        except HostFault:
+            self._check_not_stopped(running)
+            raise
 
-    async def stop(self, owner: str) -> None:
-        """Kill, unmount, give the slot back; idempotent; leaves ``directory``."""
-        raise NotImplementedError
+    def _check_not_stopped(self, running: Running) -> None:
+        if self._running.get(running.owner) is not running:
+            raise ExecKilled("The sandbox ended while the command ran.", signal=int(signal.SIGKILL))
 
     async def kill_strays(self, owner: str) -> None:
-        """Kill everything in the container but its init."""
-        raise NotImplementedError
+        """Kill everything in the container but its init.  Raises ContainerGone."""
+        running = self.get(owner)
+        await asyncio.to_thread(_kill_all_but, self._groups(owner), running.init_pid)
 
-    def running(self) -> dict[str, Running]:
-        """The running containers by owner."""
-        raise NotImplementedError
+    # Pieces --------------------------------------------------------------------------------
+
+    def _start_message(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
+        name = self._name(spec.owner)
+        mounts = self.roots / name
+        self.roots.mkdir(mode=0o711, parents=True, exist_ok=True)
+        spec.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = ContainerConfig(
+            name=name,
+            hostname=HOSTNAME,
+            root=mounts / "merged",
+            id_base=slot.id_base,
+            netns=slot.netns,
+            limits=spec.limits,
+            log=spec.directory / "lxc.log",
+        )
+        rootfs = {
+            "mounts": str(mounts),
+            "image_tree": str(spec.image_tree),
+            "runtime_tree": str(runtime_tree(self.paths, slot.mode)),
+            "writable": str(spec.directory / "rw"),
+            "sysfs": str(slot.sysfs) if slot.sysfs is not None else None,
+            "id_base": slot.id_base,
+        }
+        items = config.items(cgroup_layout())
+        return {"name": name, "log": str(config.log), "rootfs": rootfs, "config": items}
+
+    def _take_up(self, running: Running) -> None:
+        self._running[running.owner] = running
+        monitor = _parent_of(running.init_pid)
+        pidfd = _pidfd(monitor) if monitor is not None else None
+        if pidfd is None:
+            self._spawn(self._ended(running))
+            return
+        self._monitors[running.owner] = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._on_monitor_end, running)
+
+    def _on_monitor_end(self, running: Running) -> None:
+        # An ended monitor stays readable for ever.
+        asyncio.get_running_loop().remove_reader(self._monitors[running.owner])
+        self._spawn(self._ended(running))
+
+    def _forget(self, owner: str) -> None:
+        self._running.pop(owner, None)
+        pidfd = self._monitors.pop(owner, None)
+        if pidfd is not None:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    async def _ended(self, running: Running) -> None:
+        """A container ended by itself: take it apart and tell."""
+        async with self._lock(running.owner):
+            if self._running.get(running.owner) is not running:
+                return
+            self._forget(running.owner)
+            await self._dismantle(running.owner)
+        for tell in self.on_exit:
+            await tell(running.owner)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _dismantle(self, owner: str) -> None:
+        name = self._name(owner)
+        await asyncio.to_thread(dismantle, self._groups(owner), self.roots / name)
+        await asyncio.to_thread(self.pool.release, owner)
+        await self.launchers.forget(name)
+
+    def _groups(self, owner: str) -> ContainerGroups:
+        return cgroup_layout().container(self._name(owner))
+
+    def _name(self, owner: str) -> str:
+        return f"{self.instance.prefix}{owner}"
+
+    def _lock(self, owner: str) -> asyncio.Lock:
+        return self._locks.setdefault(owner, asyncio.Lock())
+
+
+def dismantle(groups: ContainerGroups, mounts: Path) -> None:
+    """Kill whatever runs in a container, remove its control groups, unmount its root; idempotent.
+
+    Blocks for up to some seconds.  Raises HostFault when processes or mounts will not go.
+    """
+    monitors = pids_in(groups.monitor)
+    kill_group(groups.unified)
+    for pid in monitors:
+        if not _wait_for(pid, _MONITOR_GRACE_SECONDS):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _wait_for(pid, _MONITOR_GRACE_SECONDS)
+    if not groups.remove():
+        _log.warning(
+            "control groups of %s are still busy; the next start removes them", groups.name
+        )
+    try:
+        unmount_rootfs(mounts)
+    except OSError as error:
+        raise HostFault(f"{error.filename} cannot be unmounted: {error.strerror}.") from error
+
+
+def _kill_all_but(groups: ContainerGroups, init_pid: int) -> None:
+    """Kill everything but init, frozen so that nothing can fork away from it."""
+    keep = frozenset({init_pid})
+    if not set(pids_below(groups.unified)) - keep:
+        return
+    freeze_group(groups.unified, frozen=True)
+    try:
+        signal_group(groups.unified, signal.SIGKILL, keep)
+    finally:
+        freeze_group(groups.unified, frozen=False)
+    until = time.monotonic() + _STRAYS_GRACE_SECONDS
+    while set(pids_below(groups.unified)) - keep and time.monotonic() < until:
+        signal_group(groups.unified, signal.SIGKILL, keep)
+        time.sleep(0.005)
+
+
+def _wait_for(pid: int, seconds: float) -> bool:
+    """Wait for a process that is not our child to end; True when it has."""
+    pidfd = _pidfd(pid)
+    if pidfd is None:
+        return True
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+    finally:
+        os.close(pidfd)
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _parent_of(pid: int) -> int | None:
+    """The parent of a process (ppid in proc(5)): LXC's monitor, for a container's init."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[1])
+
+
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except Exception:  # noqa: BLE001 - a background task: the log is the only place to tell
+        _log.exception("a container that ended could not be cleared away")

@@ -1,0 +1,102 @@
+"""The LXC configuration of a container: pure, a table of what it gets and what it does not.
+
+Keys are those of lxc.container.conf(5).  The container runs in a user namespace with a host id
+range of its own, so its root is nobody on the host.  Privilege it could never use for good is
+dropped as well, to keep the kernel's rarely tested corners out of reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostruntime.limits import CgroupLayout, Limits
+from hostruntime.paths import IDS_PER_SLOT
+
+INIT = "/.orkestr/init -P"
+SECCOMP_PROFILE = Path("/usr/share/lxc/config/common.seccomp")
+_APPARMOR = Path("/sys/kernel/security/apparmor")
+_SHM_MB = 64
+
+# What apt, dpkg, pip, npm, su, sudo and chown never need (capabilities(7)).
+DROPPED_CAPABILITIES = (
+    "audit_control",
+    "audit_read",
+    "block_suspend",
+    "linux_immutable",
+    "mac_admin",
+    "mac_override",
+    "net_admin",
+    "sys_admin",
+    "sys_boot",
+    "sys_module",
+    "sys_nice",
+    "sys_pacct",
+    "sys_rawio",
+    "sys_resource",
+    "sys_time",
+    "sys_tty_config",
+    "syslog",
+    "wake_alarm",
+)
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """What differs from one container to the next; ``netns`` None means no network at all."""
+
+    name: str
+    hostname: str
+    root: Path
+    id_base: int
+    netns: Path | None
+    limits: Limits
+    log: Path
+
+    def items(self, layout: CgroupLayout) -> list[tuple[str, str]]:
+        """The configuration, in order; keys may repeat."""
+        return [
+            ("lxc.rootfs.path", f"dir:{self.root}"),
+            ("lxc.uts.name", self.hostname),
+            ("lxc.init.cmd", INIT),
+            ("lxc.log.file", str(self.log)),
+            ("lxc.log.level", "ERROR"),
+            ("lxc.tty.max", "0"),
+            ("lxc.pty.max", "1024"),
+            *self._confinement(),
+            *self._mounts(),
+            *self._network(),
+            *layout.lxc_items(self.limits, self.name),
+        ]
+
+    def _confinement(self) -> list[tuple[str, str]]:
+        items = [
+            ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
+            ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
+            ("lxc.cap.drop", " ".join(DROPPED_CAPABILITIES)),
+        ]
+        if SECCOMP_PROFILE.exists():
+            items.append(("lxc.seccomp.profile", str(SECCOMP_PROFILE)))
+        if _APPARMOR.is_dir():
+            items.append(("lxc.apparmor.profile", "generated"))
+        return items
+
+    def _mounts(self) -> list[tuple[str, str]]:
+        return [
+            # /sys is there already: a container that shares a network namespace of the initial
+            # user namespace may not mount sysfs itself (sysfs(5)).
+            ("lxc.mount.auto", "proc:mixed"),
+            ("lxc.mount.entry", _tmpfs("workspace", self.limits.workspace_size_mb)),
+            ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
+            ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
+        ]
+
+    def _network(self) -> list[tuple[str, str]]:
+        if self.netns is None:
+            return [("lxc.net.0.type", "empty")]
+        return [("lxc.namespace.share.net", str(self.netns))]
+
+
+def _tmpfs(target: str, size_mb: int) -> str:
+    options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,create=dir"
+    return f"tmpfs {target} tmpfs {options} 0 0"
