@@ -30,7 +30,7 @@ from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import Instance, StatePaths, write_atomically
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
-from hostruntime.squid_config import REFUSAL_PAGE, REFUSAL_TEXT, SquidPlan, squid_config
+from hostruntime.squid_config import PAGES, SquidPlan, squid_config
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
@@ -129,13 +129,15 @@ class EgressProxy:
     def _write_parts(self) -> bool:
         """Write what Squid reads; tell whether any of it is new."""
         egress = self.run_dir.egress
-        shutil.copytree(_SQUID_PAGES, egress / "errors", dirs_exist_ok=True)
         _directory(egress / "errors", "root", 0o750)
+        for page in _SQUID_PAGES.iterdir():
+            if page.name not in PAGES:
+                shutil.copyfile(page, egress / "errors" / page.name)
         _directory(egress / "log", PROXY_USER, 0o700)
         _directory(self.run_dir.decisions, PROXY_USER, 0o700)
         self._forget_old_decisions()
         parts = {
-            egress / "errors" / REFUSAL_PAGE: REFUSAL_TEXT.encode(),
+            **{egress / "errors" / page: text.encode() for page, text in PAGES.items()},
             egress / "helper.pyz": _helper_archive(),
             self._config: squid_config(self._plan()).encode(),
         }

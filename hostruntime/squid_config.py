@@ -18,6 +18,11 @@ from hostruntime.policy import Network
 REFUSAL_PAGE = "ERR_ORKESTR_REFUSED"
 # Squid expands %o to the helper's message, escaped for HTML (deny_info, errorpage macros).
 REFUSAL_TEXT = "Refused by this sandbox's network policy: %o.\n"
+# What Squid says when the policy allowed a host that then could not be reached: told apart from a
+# refusal, and from anything the host itself might answer.
+UNREACHABLE_PAGES = ("ERR_CANNOT_FORWARD", "ERR_DNS_FAIL", "ERR_CONNECT_FAIL")
+UNREACHABLE_TEXT = "Allowed by the network policy, but %H could not be reached from this host.\n"
+PAGES = {REFUSAL_PAGE: REFUSAL_TEXT, **dict.fromkeys(UNREACHABLE_PAGES, UNREACHABLE_TEXT)}
 CONNECTIONS_PER_CONTAINER = 512
 
 

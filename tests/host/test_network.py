@@ -287,6 +287,15 @@ def test_a_name_that_leads_to_the_host_is_stopped_at_the_connection(
     assert status == 503
 
 
+def test_an_allowed_host_that_is_not_there_is_told_apart_from_a_refusal(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool
+) -> None:
+    taken = slot(RESTRICTED)
+    status, text = from_slot(taken, lambda: through_proxy(pool.proxy_address(), "gone.test:443"))
+    assert status >= 500
+    assert b"gone.test could not be reached" in text
+
+
 def test_two_containers_have_two_lists(
     slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool
 ) -> None:
