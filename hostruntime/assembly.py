@@ -26,7 +26,8 @@ from hostruntime.build_report import (
     step_failed,
 )
 from hostruntime.capture import Captured, capture
-from hostruntime.errors import BuildFailed, ContainerGone, HostError
+from hostruntime.egress import EgressProxy
+from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled, HostError
 from hostruntime.exec import Chunk, Exited, Started, TimedOut, shell
 from hostruntime.images import Image, ImageManifest, ImageStore
 from hostruntime.limits import Limits
@@ -50,13 +51,12 @@ class Emit(Protocol):
 class Host:
     """What an assembly needs of the host.
 
-    ``environment`` and ``runtime_tree`` take a network mode.  ``refusals`` takes an owner and a
-    Unix time and says which hosts the network policy has refused it since.
+    ``runtime_tree`` takes a network mode.  ``refusals`` takes an owner and a Unix time and says
+    which hosts the network policy has refused it since.
     """
 
     store: ImageStore
     containers: ContainerManager
-    environment: Callable[[str], Mapping[str, str]]
     runtime_tree: Callable[[str], Path]
     refusals: Callable[[str, float], list[str]]
 
@@ -165,7 +165,7 @@ class Assembly:
         try:
             end = await self._execute(command, output, min(self._plan.step_timeout, remaining))
             await self._host.containers.kill_strays(self._plan.image_id)
-        except ContainerGone:
+        except (ContainerGone, ExecKilled):
             raise container_stopped(number, total, command, output.tail()) from None
         finally:
             output.finish()
@@ -188,7 +188,7 @@ class Assembly:
             self._plan.image_id,
             shell(command),
             cwd=STEP_DIRECTORY,
-            env=self._host.environment(self._plan.policy.mode),
+            env={},
             timeout=limit,
             merge_output=True,
         )
@@ -271,6 +271,12 @@ class Assembly:
             await in_thread(self._host.store.trash.discard, self._plan.directory / "rw")
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
+
+
+def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:
+    """What an owner's container was refused since a Unix time, as ``host:port``, each once."""
+    refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
+    return list(dict.fromkeys(f"{decision.host}:{decision.port}" for decision in refused))
 
 
 async def in_thread[T](

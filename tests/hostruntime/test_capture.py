@@ -194,10 +194,10 @@ def test_mount_points_and_the_runtimes_directory_come_out_empty(layers: Layers) 
 
 def test_odd_names_survive(layers: Layers) -> None:
     odd = [b"new\nline", b"\xff\xfe not utf-8", b"-rf", b"*", b" ", b"x" * 255, b"\\", b"'\"$(id)"]
-    for root in (layers.base / "lower", layers.upper / "upper"):
-        root.mkdir()
+    for directory in (layers.base / "lower", layers.upper / "upper"):
+        directory.mkdir()
         for name in odd:
-            Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_text("odd")
+            (directory / os.fsdecode(name)).write_text("odd")
     layers.capture()
     for root in ("lower", "upper"):
         names = [os.fsencode(path.name) for path in (layers.output / root).iterdir()]

@@ -1,0 +1,125 @@
+"""The first base: Debian itself, by mmdebstrap(1), from the mirror the host uses.
+
+The bootstrap runs in namespaces of its own and dies with the agent, so an interrupted one leaves
+no mount and no process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hostruntime.bases.definitions import DEBIAN_SUITE, BaseDefinition
+from hostruntime.errors import HostFault, HostUnavailable
+from hostruntime.registries import AptSource
+from hostruntime.run import spawn
+
+_TIMEOUT_SECONDS = 1800.0
+_POLL_SECONDS = 0.2
+_LOG_TAIL = 2000
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+# Manuals and translations are of no use in a sandbox; licences stay.  apt inside keeps to it.
+_DPKG_OPTIONS = (
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/locale/*",
+)
+_ADDED_FILES = {
+    # There is no init in a container: packages must not try to start their daemons
+    # (invoke-rc.d(8), and Debian's policy-rc.d interface).
+    "usr/sbin/policy-rc.d": (0o755, "#!/bin/sh\nexit 101\n"),
+    # The first would be in mmdebstrap's way; the second keeps progress bars out of build logs.
+    "etc/apt/apt.conf.d/70orkestr": (
+        0o644,
+        'APT::Keep-Downloaded-Packages "false";\nDpkg::Use-Pty "0";\n',
+    ),
+}
+
+
+async def bootstrap(
+    base: BaseDefinition,
+    target: Path,
+    sources: Sequence[AptSource],
+    progress: Callable[[str], None],
+) -> None:
+    """Fill ``target`` (a directory that does not exist yet) with a Debian system.
+
+    Raises HostUnavailable without mmdebstrap, HostFault when it fails; cancelling ends it.
+    """
+    if shutil.which("mmdebstrap") is None:
+        raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
+    log = target.with_name(f"{target.name}.log")
+    process = spawn(_confined(_command(base, target, sources)), log=log)
+    try:
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            await _watched(process, log, progress)
+    except TimeoutError:
+        raise HostFault(f"mmdebstrap did not end within {_TIMEOUT_SECONDS:g} s.") from None
+    finally:
+        _end(process)
+    if process.returncode != 0:
+        raise HostFault(f"Debian could not be bootstrapped. mmdebstrap said: {_tail(log)}")
+    for name, (mode, text) in _ADDED_FILES.items():
+        (target / name).write_text(text)
+        (target / name).chmod(mode)
+    log.unlink()
+
+
+def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -> list[str]:
+    options = [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
+    if _KEYRING.is_file():
+        options.append(f"--keyring={_KEYRING}")
+    return [
+        "mmdebstrap",
+        "--mode=root",
+        "--variant=minbase",
+        f"--include={','.join(base.packages)}",
+        *options,
+        DEBIAN_SUITE,
+        str(target),
+        # None of them: mmdebstrap then goes where it goes by itself.
+        *(
+            f"deb {source.site} {DEBIAN_SUITE}{source.ending} {source.component}"
+            for source in sources
+        ),
+    ]
+
+
+def _confined(command: Sequence[str]) -> list[str]:
+    """In its own mount and pid namespaces, killed with all it started when we die."""
+    return [
+        *("setpriv", "--pdeathsig=KILL", "--"),
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
+        *command,
+    ]
+
+
+async def _watched(
+    process: subprocess.Popen[bytes], log: Path, progress: Callable[[str], None]
+) -> None:
+    with log.open(errors="replace") as lines:
+        while True:
+            ended = process.poll() is not None
+            for line in lines:
+                if line.startswith("I: "):
+                    progress(line.removeprefix("I: ").strip())
+            if ended:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-_LOG_TAIL:].strip()

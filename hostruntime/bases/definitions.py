@@ -1,0 +1,92 @@
+"""The built-in base images, as data.
+
+A base is a recipe over another base, made by the same code as a template; the first of them
+comes from Debian itself.  Changing anything here changes the definition's digest, and the base
+(with those over it) is made anew where it is next asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+DEBIAN_SUITE = "bookworm"
+
+
+@dataclass(frozen=True)
+class BaseDefinition:
+    """One base.  ``provider`` names the code that brings what no recipe can fetch.
+
+    ``packages`` are Debian's, installed by mmdebstrap.  Recipe steps may contain ``{packages}``
+    where the provider says which more are needed.
+    """
+
+    name: str
+    title: str
+    description: str
+    parent: str | None = None
+    provider: Literal["debian", "cpython"] | None = None
+    packages: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()
+
+
+_APT_INSTALL = "apt-get update && apt-get install -y --no-install-recommends"
+
+_DEFINITIONS = (
+    BaseDefinition(
+        name="debian-12",
+        title="Debian 12",
+        description="Debian 12 (bookworm) with curl and git. apt works.",
+        provider="debian",
+        # Over the minimal system: what recipes and agents reach for without thinking.  gpg adds
+        # the keys of other repositories; the rest unpacks and looks around.
+        packages=("ca-certificates", "curl", "git", "gpg", "less", "procps", "unzip", "xz-utils"),
+    ),
+    BaseDefinition(
+        name="python-3.12-bare",
+        title="Python 3.12 (bare)",
+        description="CPython 3.12 and pip on Debian 12, and nothing else installed.",
+        parent="debian-12",
+        provider="cpython",
+        recipe=(
+            f"{_APT_INSTALL} {{packages}} && ldconfig",
+            "python3.12 -c 'import bz2, ctypes, hashlib, lzma, readline, sqlite3, ssl, uuid, zlib'",
+            "python3.12 -m ensurepip --default-pip && python3.12 -m pip install --upgrade pip",
+            "ln -sf python3.12 /usr/local/bin/python3 && ln -sf python3.12 /usr/local/bin/python",
+            "python -m compileall -q -j 0 /usr/local/lib/python3.12 || true",
+            "python -m venv /tmp/check && /tmp/check/bin/pip --version && pip --version",
+        ),
+    ),
+    BaseDefinition(
+        name="python-3.12",
+        title="Python 3.12",
+        description="CPython 3.12 with pip and common libraries (requests, httpx, PyYAML, …).",
+        parent="python-3.12-bare",
+        # Small, pure or nearly so, and in nearly every script: HTTP, configuration, dates, HTML,
+        # text.  The numeric stack is left to templates, which is what templates are for.
+        recipe=(
+            "pip install requests httpx pyyaml python-dateutil beautifulsoup4 jinja2 tabulate tqdm",
+            "python -c 'import requests, httpx, yaml, dateutil, bs4, jinja2, tabulate, tqdm'",
+        ),
+    ),
+    BaseDefinition(
+        name="node-22",
+        title="Node.js 22",
+        description="Node.js 22 with npm on Debian 12.",
+        parent="debian-12",
+        recipe=(),
+    ),
+)
+
+BASES: Mapping[str, BaseDefinition] = {base.name: base for base in _DEFINITIONS}
+
+
+def definition_digest(base: BaseDefinition) -> str:
+    """Identifies a base's definition and those of all bases below it (hexadecimal)."""
+    parent = BASES[base.parent] if base.parent is not None else None
+    below = definition_digest(parent) if parent is not None else DEBIAN_SUITE
+    record = json.dumps([below, asdict(base)], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""A host runtime without its HTTP surface: real slots, proxy, launchers, containers, images."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hostruntime.assembly import Host, in_thread, refused_hosts
+from hostruntime.bases import BaseBuilder
+from hostruntime.builds import BuildManager
+from hostruntime.egress import EgressProxy, host_registries
+from hostruntime.images import ImageStore
+from hostruntime.launcher import LauncherPool
+from hostruntime.manager import ContainerManager, lxcpath_of
+from hostruntime.network import SlotPool
+from hostruntime.paths import (
+    StatePaths,
+    claim_instance,
+    ensure_subordinate_ids,
+    release_instance,
+)
+from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of a host agent that builds and bases need."""
+
+    paths: StatePaths
+    store: ImageStore
+    containers: ContainerManager
+    bases: BaseBuilder
+    builds: BuildManager
+
+
+@asynccontextmanager
+async def a_machine(root: Path) -> AsyncIterator[Machine]:
+    """Bring up the parts in the state directory ``root``; take every trace off the host again."""
+    paths = StatePaths(root).ensure()
+    ensure_subordinate_ids()
+    async with AsyncExitStack() as stack:
+        instance = claim_instance(paths)
+        stack.callback(release_instance, paths)
+        pool = SlotPool(paths, instance)
+        stack.push_async_callback(in_thread, pool.teardown)
+        await in_thread(pool.setup)
+        await in_thread(pool.reclaim, set())
+        proxy = EgressProxy(paths, instance, pool)
+        stack.push_async_callback(in_thread, proxy.stop)
+        await in_thread(build_runtime_layers, paths, pool)
+        await in_thread(proxy.start)
+        launchers = LauncherPool(lxcpath_of(instance), root / "launcher.log")
+        stack.push_async_callback(launchers.close)
+        await launchers.open()
+        containers = ContainerManager(paths, instance, pool, launchers)
+        stack.push_async_callback(containers.close)
+        store = ImageStore(paths)
+        store.recover(set())
+        host = Host(store, containers, partial(runtime_tree, paths), partial(refused_hosts, proxy))
+        builds = BuildManager(paths, host)
+        await builds.recover()
+        bases = BaseBuilder(paths, host, partial(host_registries, paths))
+        yield Machine(paths, store, containers, bases, builds)
+        await builds.close()
+        await bases.close()
+        store.trash.wait()
