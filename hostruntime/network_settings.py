@@ -46,7 +46,7 @@ def host_resolvers(files: Iterable[Path] = _RESOLVER_FILES) -> tuple[str, ...]:
         text = path.read_text(errors="replace") if path.exists() else ""
         words = [line.split() for line in text.splitlines()]
         named = [word[1] for word in words if len(word) > 1 and word[0] == "nameserver"]
-        if found := tuple(name for name in named if not _is_loopback(name)):
+        if found := tuple(name for name in named if _reachable(name)):
             return found
     return ()
 
@@ -62,8 +62,10 @@ def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
         raise PolicyError(f"ORKESTR_DNS takes addresses of resolvers: {error}") from error
 
 
-def _is_loopback(text: str) -> bool:
+def _reachable(text: str) -> bool:
+    """Tell whether a resolver can be asked from elsewhere than the host's own loopback or link."""
     try:
-        return ipaddress.ip_address(text.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(text)
     except ValueError:
-        return True
+        return False
+    return not (address.is_loopback or address.is_link_local)
