@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from ulid import ULID
+from whitenoise.middleware import WhiteNoiseMiddleware
 
 from orkestr_console.errors import DomainError, InvalidInput, to_json_response, to_response
 
@@ -42,6 +45,25 @@ def refuse_unusable_text(get_response: Handler) -> Handler:
         return get_response(request)
 
     return middleware
+
+
+class StaticFiles(WhiteNoiseMiddleware):  # type: ignore[misc]
+    """Static files, whole: Django streams a file badly under ASGI, and ours are small."""
+
+    def add_files(self, root: str, prefix: str | None = None) -> None:
+        """Take up a directory of files; one that is not there (a test run) is no trouble."""
+        if Path(root).is_dir():
+            super().add_files(root, prefix)
+
+    @staticmethod
+    def serve(static_file: Any, request: HttpRequest) -> HttpResponse:
+        """A file, or the part or the 304 that the request asks for."""
+        found = static_file.get_response(request.method, request.META)
+        body = b""
+        if found.file is not None:
+            with found.file:
+                body = found.file.read()
+        return HttpResponse(body, status=int(found.status), headers=dict(found.headers))
 
 
 class DomainErrors:
