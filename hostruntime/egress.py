@@ -82,6 +82,15 @@ class EgressProxy:
         self.stop()
         self._launch()
 
+    def refresh(self) -> None:
+        """Ask the package managers again; holds from the next request on, without a restart.
+
+        For when the host's answers change, as when the node base brings the first npm. Raises
+        PolicyError for a malformed allowlist.
+        """
+        registries.forget()
+        self._write_defaults()
+
     def stop(self) -> None:
         """End Squid; idempotent. Open tunnels are cut."""
         for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
@@ -192,6 +201,23 @@ class EgressProxy:
     def _last_words(self) -> str:
         log = self.run_dir.egress / "log" / "cache.log"
         return log.read_text(errors="replace")[-1000:].strip() if log.exists() else ""
+
+
+def proxy_obstacles() -> list[str]:
+    """Return sentences about what on this host would keep the proxy from running."""
+    found: list[str] = []
+    for ask in (_squid, _helper_python):
+        try:
+            ask()
+        except HostUnavailable as error:
+            found.append(error.detail)
+    profiles = Path("/sys/kernel/security/apparmor/profiles")
+    if profiles.exists() and "/usr/sbin/squid (enforce)" in profiles.read_text():
+        found.append(
+            "AppArmor confines Squid to its Debian configuration, so the egress proxy cannot read "
+            "its own: run `aa-disable usr.sbin.squid`, or allow /run/orkestr/** in its profile."
+        )
+    return found
 
 
 def default_domains(paths: StatePaths) -> list[str]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from hostruntime.policy import Network
 from hostruntime.run import run
 
+# Not Squid's usual port, which a Squid of the operator's own may hold on every address.
+PROXY_PORT = 13128
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
 
@@ -195,7 +197,8 @@ def _consequence(where: str, hook: str) -> str | None:
     if hook == "input":
         return (
             f"{where} drops incoming packets by default: sandboxes with network restricted do not "
-            f'reach the egress proxy. Accept TCP port 3128 from interfaces named "ork*-r*" in it.'
+            f"reach the egress proxy. Accept TCP port {PROXY_PORT} from "
+            f'interfaces named "ork*-r*" in it.'
         )
     return None
 

@@ -49,7 +49,6 @@ from hostruntime.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_
 from hostruntime.policy import MODES, Mode, Policy
 from hostruntime.rundir import RunDir
 
-PROXY_PORT = 3128
 PROXY_GROUP = "proxy"
 # How many namespaces wait, made, for a container of each mode.
 READY: Mapping[Mode, int] = {"off": 8, "restricted": 6, "open": 4}
@@ -197,7 +196,7 @@ class SlotPool:
 
     def proxy_address(self) -> tuple[str, int]:
         """Return where restricted containers find the egress proxy."""
-        return str(self._proxy()), PROXY_PORT
+        return str(self._proxy()), firewall.PROXY_PORT
 
     # Taking -------------------------------------------------------------------------------
 
@@ -411,7 +410,7 @@ class SlotPool:
             table=self.instance.nft_table,
             prefix=self.instance.prefix,
             proxy=self._proxy(),
-            proxy_port=PROXY_PORT,
+            proxy_port=firewall.PROXY_PORT,
             restricted=self._block("restricted"),
             open=self._block("open"),
             resolvers=self.settings.resolvers,

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from hostruntime import registries
-from hostruntime.egress import EgressProxy
+from hostruntime.egress import EgressProxy, proxy_obstacles
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
+from hostruntime.firewall import firewall_conflicts
 from hostruntime.netns import interface_exists, run_ip, within
 from hostruntime.network import READY, Slot, SlotPool, interfaces_named
 from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy, deny_list
+from hostruntime.policy import Policy, PolicyError, deny_list
 from hostruntime.run import run
 from tests.host.topology import (
     GREETING,
@@ -311,6 +312,28 @@ def test_two_containers_have_two_lists(
     assert statuses == [200, 403, 403, 200, 403, 403]
 
 
+def test_the_default_list_grows_without_a_restart(
+    slot: Callable[[Policy], Slot], proxy: EgressProxy, pool: SlotPool, paths: StatePaths
+) -> None:
+    taken, before = slot(Policy("restricted")), proxy.processes()
+    ask = partial(through_proxy, pool.proxy_address(), "www.allowed.test:443")
+    assert from_slot(taken, ask)[0] == 403
+    own = paths.root / "egress-allowlist.txt"
+    own.write_text("# ours\n*.Allowed.test\n")
+    try:
+        proxy.refresh()
+        assert from_slot(taken, ask)[0] == 200
+        own.write_text("https://not.a.domain/\n")
+        with pytest.raises(PolicyError, match="not.a.domain"):
+            proxy.refresh()
+        assert from_slot(taken, ask)[0] == 200
+    finally:
+        own.unlink()
+        proxy.refresh()
+    assert from_slot(taken, ask)[0] == 403
+    assert proxy.processes() == before
+
+
 def test_a_policy_holds_from_the_moment_a_slot_is_acquired_until_it_is_released(
     pool: SlotPool, proxy: EgressProxy
 ) -> None:
@@ -479,6 +502,30 @@ def test_slots_run_out_by_name_and_come_back(pool: SlotPool) -> None:
         for owner in (*owners, "one.more"):
             pool.release(owner)
     assert pool.settle(60)
+
+
+# What the doctor asks ---------------------------------------------------------------------
+
+
+def test_other_firewalls_in_the_way_are_named(world: World) -> None:
+    assert firewall_conflicts() == []
+    chains = "".join(
+        f"chain {hook} {{ type filter hook {hook} priority 0; policy {policy}; }}\n"
+        for hook, policy in (("forward", "drop"), ("input", "drop"), ("output", "drop"))
+    )
+    run(["nft", "-f", "-"], input=f"table ip other {{ {chains} }}".encode(), timeout=10)
+    try:
+        forward, incoming = firewall_conflicts()
+    finally:
+        run(["nft", "delete", "table", "ip", "other"], timeout=10)
+    assert "ip other forward" in forward
+    assert "network open" in forward
+    assert "ip other input" in incoming
+    assert "network restricted" in incoming
+
+
+def test_this_machine_can_run_the_proxy() -> None:
+    assert proxy_obstacles() == []
 
 
 # Restarts ---------------------------------------------------------------------------------

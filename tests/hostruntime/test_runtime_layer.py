@@ -72,7 +72,7 @@ def test_every_mode_has_the_same_files_but_its_own_way_out(
     assert trees["open"]["etc/resolv.conf"] == "nameserver 198.51.100.53\n"
     assert "nameserver" not in trees["off"]["etc/resolv.conf"]
     assert "nameserver" not in trees["restricted"]["etc/resolv.conf"]
-    proxy = 'Acquire::https::Proxy "http://10.203.0.1:3128";'
+    proxy = 'Acquire::https::Proxy "http://10.203.0.1:13128";'
     assert [proxy in trees[mode]["etc/apt/apt.conf.d/80orkestr"] for mode in MODES] == [
         False,
         True,
@@ -175,4 +175,4 @@ def test_only_restricted_processes_are_told_of_the_proxy(pool: SlotPool) -> None
         assert environment["PIP_CERT"] == "/etc/ssl/certs/ca-certificates.crt"
         assert ("https_proxy" in environment) is (mode == "restricted")
     assert environments["off"] == environments["open"]
-    assert environments["restricted"]["HTTPS_PROXY"] == "http://10.203.0.1:3128"
+    assert environments["restricted"]["HTTPS_PROXY"] == "http://10.203.0.1:13128"
