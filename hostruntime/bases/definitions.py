@@ -77,7 +77,17 @@ _DEFINITIONS = (
         title="Node.js 22",
         description="Node.js 22 with npm on Debian 12.",
         parent="debian-12",
-        recipe=(),
+        # Debian's own npm fetches the registry's Node binaries and current npm, and goes again.
+        # The binary has to be in /usr/local/bin itself: npm's global prefix is two above it.
+        recipe=(
+            f"{_APT_INSTALL} npm",
+            'npm install --no-save --prefix /tmp/node "node-linux-$(node -p process.arch)@22" && '
+            "npm install --global --prefix /usr/local npm@10 && "
+            "cp -R --no-preserve=ownership /tmp/node/node_modules/node-linux-*/bin "
+            "/tmp/node/node_modules/node-linux-*/include /usr/local/",
+            "apt-get purge -y --auto-remove npm nodejs && hash -r && "
+            'test /usr/local = "$(npm prefix --global)" && node --version && npm --version',
+        ),
     ),
 )
 
