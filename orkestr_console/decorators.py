@@ -107,7 +107,7 @@ def refuse_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
         raise MethodNotAllowed(str(request.method), methods)
 
 
-def methods(**views: View) -> View:
+def methods(**views: View) -> Callable[..., HttpResponseBase]:
     """One view out of one per method: ``methods(GET=…, POST=…)``.
 
     HEAD is answered by GET, OPTIONS by the list of methods, anything else with 405.
@@ -138,7 +138,7 @@ def methods(**views: View) -> View:
                 return await view(request, *args, **kwargs)
             return await database_sync_to_async(view)(request, *args, **kwargs)
 
-        return cast("View", csrf_exempt(dispatch_async))
+        return cast("Callable[..., HttpResponseBase]", csrf_exempt(dispatch_async))
     return csrf_exempt(dispatch)
 
 

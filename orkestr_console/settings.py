@@ -2,7 +2,8 @@
 
 ``DATABASE_URL``, ``PORT``, ``ORKESTR_VAR``, ``ORKESTR_STATE_DIR``, ``ORKESTR_HOST_SOCKET``,
 ``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``,
-``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``.
+``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``,
+``ORKESTR_REGION``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ HOST_STATE_DIR = Path(os.environ.get("ORKESTR_STATE_DIR") or VAR / "host").absol
 HOST_SOCKET = Path(os.environ.get("ORKESTR_HOST_SOCKET") or VAR / "run/host.sock").absolute()
 PORT = int(os.environ.get("PORT") or 8000)
 PUBLIC_URL = (os.environ.get("ORKESTR_PUBLIC_URL") or f"http://127.0.0.1:{PORT}").rstrip("/")
+# What clients may pin as ``region``: this server is one.
+REGION = os.environ.get("ORKESTR_REGION") or "local"
 DEBUG = os.environ.get("ORKESTR_DEBUG", "").lower() in {"1", "true", "yes", "on"}
 
 SECRET_KEY = machine.secret("ORKESTR_SECRET_KEY", VAR / "run/secret_key")

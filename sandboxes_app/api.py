@@ -1,0 +1,174 @@
+"""Sandboxes over REST."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from channels.db import database_sync_to_async
+from django.conf import settings
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+
+from orkestr_console.accounts.actor import READ, WRITE
+from orkestr_console.decorators import ApiRequest, api
+from orkestr_console.errors import InvalidInput
+from orkestr_console.json_api import json_answer, no_content, read_json, timestamp
+from orkestr_console.services.paging import read_limit
+from sandboxes_app import presenters, services
+from sandboxes_app.specs import (
+    BatchSpec,
+    DirectorySpec,
+    ExecSpec,
+    FileSpec,
+    MoveSpec,
+    SandboxSpec,
+    TimeoutSpec,
+)
+
+
+@api(scope=WRITE)
+def create_sandbox(request: ApiRequest) -> HttpResponse:
+    """``POST /v1/sandboxes``: answers when it runs."""
+    spec = read_json(request, SandboxSpec)
+    sandbox = services.create_sandbox(request.actor, spec)
+    return json_answer(presenters.sandbox_detail(sandbox), status=201)
+
+
+@api(scope=READ)
+def list_sandboxes(request: ApiRequest) -> HttpResponse:
+    """``GET /v1/sandboxes``: filtered by ``status`` and ``metadata[key]=value``."""
+    rows, cursor = services.list_sandboxes(
+        request.actor,
+        status=request.GET.get("status") or None,
+        metadata=metadata_filter(request),
+        limit=read_limit(request.GET.get("limit")),
+        cursor=request.GET.get("cursor"),
+    )
+    listed = [presenters.sandbox_detail(row) for row in rows]
+    return json_answer({"sandboxes": listed, "next_cursor": cursor})
+
+
+def metadata_filter(request: ApiRequest) -> dict[str, str]:
+    """The ``metadata[key]=value`` pairs. Raises ``InvalidInput`` for one given twice."""
+    pairs: dict[str, str] = {}
+    for name, values in request.GET.lists():
+        if not (name.startswith("metadata[") and name.endswith("]")):
+            continue
+        if len(set(values)) > 1:
+            raise InvalidInput(f"{name} is given with two values; nothing can match both.")
+        pairs[name.removeprefix("metadata[").removesuffix("]")] = values[0]
+    return pairs
+
+
+@api(scope=READ)
+def get_limits(request: ApiRequest) -> HttpResponse:
+    """``GET /v1/sandboxes/limits``."""
+    return json_answer(presenters.limits_detail(services.limits(request.actor)))
+
+
+@api(scope=READ)
+def get_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``GET /v1/sandboxes/{id}``."""
+    return json_answer(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
+
+
+@api(scope=WRITE)
+def terminate_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``DELETE /v1/sandboxes/{id}``: idempotent; the row stays in history."""
+    services.terminate_sandbox(request.actor, sandbox_id)
+    return no_content()
+
+
+@api(scope=WRITE)
+def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/timeout``: a new lifetime, from now."""
+    spec = read_json(request, TimeoutSpec)
+    sandbox = services.set_timeout(request.actor, sandbox_id, spec)
+    return json_answer({"expires_at": timestamp(sandbox.expires_at)})
+
+
+@api(scope=WRITE)
+async def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
+    """``POST …/exec``: buffered, or as server-sent events with ``stream: true``."""
+    spec = await sync_to_async(read_json)(request, ExecSpec)
+    if spec.stream:
+        return await streamed(request, sandbox_id, spec)
+    answer = await database_sync_to_async(services.exec_command)(request.actor, sandbox_id, spec)
+    return json_answer(presenters.exec_answer(answer))
+
+
+async def streamed(request: ApiRequest, sandbox_id: str, spec: ExecSpec) -> StreamingHttpResponse:
+    """The stream, once its first frame is there: until then, an error is an ordinary answer."""
+    frames = services.exec_stream(request.actor, sandbox_id, spec)
+    first = await anext(aiter(frames))
+    return StreamingHttpResponse(
+        sent_events(first, frames),
+        content_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def sent_events(
+    first: dict[str, Any], frames: AsyncIterator[dict[str, Any]]
+) -> AsyncIterator[bytes]:
+    """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line."""
+    yield event(first)
+    async for frame in frames:
+        yield event(frame)
+
+
+def event(frame: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
+
+
+@api(scope=READ)
+def read_path(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``GET …/files?path=``: a file or a directory."""
+    found = services.read_path(request.actor, sandbox_id, request.GET.get("path"))
+    return json_answer(presenters.path_content(found))
+
+
+@api(scope=WRITE)
+def write_file(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/files``."""
+    spec = read_json(request, FileSpec, largest=settings.LARGEST_BODY)
+    written = services.write_file(request.actor, sandbox_id, spec)
+    return json_answer({"path": spec.path, "bytes_written": written})
+
+
+@api(scope=WRITE)
+def delete_path(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``DELETE …/files?path=``."""
+    services.delete_path(request.actor, sandbox_id, request.GET.get("path"))
+    return no_content()
+
+
+@api(scope=WRITE)
+def mkdir(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/files/mkdir``."""
+    services.mkdir(request.actor, sandbox_id, read_json(request, DirectorySpec))
+    return no_content()
+
+
+@api(scope=WRITE)
+def move(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/files/move``."""
+    services.move(request.actor, sandbox_id, read_json(request, MoveSpec))
+    return no_content()
+
+
+@api(scope=READ)
+def stat(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``GET …/files/stat?path=``: missing is ``exists: false``, not an error."""
+    found = services.stat(request.actor, sandbox_id, request.GET.get("path"))
+    return json_answer(presenters.path_stat(found))
+
+
+@api(scope=WRITE)
+def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/files/batch``: each file goes well or not by itself."""
+    spec = read_json(request, BatchSpec, largest=settings.LARGEST_BODY)
+    return json_answer(presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec)))

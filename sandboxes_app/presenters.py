@@ -1,0 +1,129 @@
+"""Sandboxes as clients see them."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from typing import Any
+
+from hostruntime.answers import DirectoryListing, FileContent, FileStat
+from orkestr_console.json_api import timestamp
+from sandboxes_app.models import Sandbox
+from sandboxes_app.services import BatchRow, ExecAnswer, Limits
+from sandboxes_app.specs import SIZES
+
+
+def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
+    """A sandbox, alone or in a list. Its environment is never shown."""
+    return {
+        "id": sandbox.pk,
+        "status": sandbox.status,
+        "template": sandbox.template,
+        "network": sandbox.network,
+        "size": sandbox.size,
+        "cpu": sandbox.cpu,
+        "memory_mb": sandbox.memory_mb,
+        "region": sandbox.region,
+        "created_at": timestamp(sandbox.created_at),
+        "expires_at": timestamp(sandbox.expires_at),
+        "ended_at": timestamp(sandbox.ended_at),
+        "on_timeout": sandbox.on_timeout,
+        "auto_resume": sandbox.auto_resume,
+        "preview_auth": sandbox.preview_auth,
+        "preview_auth_token": None,
+        "paused_expires_at": None,
+        "node_id": sandbox.node_id,
+        "metadata": sandbox.metadata,
+        "volume": None,
+        "preview_host_base": None,
+        "error_message": sandbox.error_message or None,
+        "boot_ms": sandbox.boot_ms,
+    }
+
+
+def exec_answer(answer: ExecAnswer) -> dict[str, Any]:
+    """A command that ended."""
+    return {
+        "stdout": answer.stdout,
+        "stderr": answer.stderr,
+        "exit_code": answer.exit_code,
+        "duration_ms": answer.duration_ms,
+        "truncated": answer.truncated,
+    }
+
+
+def path_content(found: FileContent | DirectoryListing) -> dict[str, Any]:
+    """A file's bytes in base64, or a directory's entries."""
+    if isinstance(found, FileContent):
+        return {
+            "path": found.stat.path,
+            "is_dir": False,
+            "content": base64.b64encode(found.content).decode("ascii"),
+        }
+    entries = [
+        {
+            "name": entry.name,
+            "is_dir": entry.is_dir,
+            "size": entry.size,
+            "mode": entry.mode,
+            "modified_at": unix_timestamp(entry.modified_at),
+        }
+        for entry in found.entries
+    ]
+    return {"path": found.stat.path, "is_dir": True, "entries": entries}
+
+
+def path_stat(stat: FileStat) -> dict[str, Any]:
+    """What is at a path."""
+    if not stat.exists:
+        return {"path": stat.path, "exists": False, "is_dir": False, "size": 0}
+    return {
+        "path": stat.path,
+        "exists": True,
+        "is_dir": stat.is_dir,
+        "size": stat.size,
+        "mode": stat.mode,
+        "modified_at": unix_timestamp(stat.modified_at),
+    }
+
+
+def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
+    """How each file of a batch went."""
+    return {
+        "results": [
+            {
+                "path": row.path,
+                "bytes_written": row.bytes_written,
+                "error": {"code": row.error} if row.error else None,
+            }
+            for row in rows
+        ]
+    }
+
+
+def limits_detail(limits: Limits) -> dict[str, Any]:
+    """The plan's envelope, in the words of the wire contract. There is no trial credit here."""
+    plan = limits.plan
+    return {
+        "plan": plan.code,
+        "allowed_sizes": plan.allowed_sizes,
+        "sizes": [
+            {"size": size, "cpu": cpu, "memory_mb": mb, "allowed": size in plan.allowed_sizes}
+            for size, (cpu, mb) in SIZES.items()
+        ],
+        "regions": [{"id": limits.region, "label": limits.region}],
+        "max_concurrent": plan.max_concurrent_sandboxes,
+        "max_snapshots": plan.max_snapshots,
+        "max_named_snapshots": plan.max_named_snapshots,
+        "max_timeout_seconds": plan.max_timeout_seconds,
+        "max_running_lifetime_seconds": plan.max_running_lifetime_seconds,
+        "custom_egress_allowlist": plan.custom_egress_allowlist,
+        "default_egress_domains": limits.default_domains,
+        "trial_credit_eur": 0.0,
+        "trial_credit_used_eur": 0.0,
+    }
+
+
+def unix_timestamp(moment: float) -> str | None:
+    """A Unix time as clients read it."""
+    return timestamp(datetime.fromtimestamp(moment, UTC))

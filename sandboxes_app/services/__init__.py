@@ -1,0 +1,44 @@
+"""What can be done with sandboxes. Console, REST and MCP all come through here."""
+
+from __future__ import annotations
+
+from sandboxes_app.services.commands import ExecAnswer, exec_command, exec_stream
+from sandboxes_app.services.create import create_sandbox
+from sandboxes_app.services.files import (
+    BatchRow,
+    delete_path,
+    mkdir,
+    move,
+    read_path,
+    stat,
+    write_batch,
+    write_file,
+)
+from sandboxes_app.services.lifecycle import (
+    get_sandbox,
+    list_sandboxes,
+    set_timeout,
+    terminate_sandbox,
+)
+from sandboxes_app.services.limits import Limits, limits
+
+__all__ = [
+    "BatchRow",
+    "ExecAnswer",
+    "Limits",
+    "create_sandbox",
+    "delete_path",
+    "exec_command",
+    "exec_stream",
+    "get_sandbox",
+    "limits",
+    "list_sandboxes",
+    "mkdir",
+    "move",
+    "read_path",
+    "set_timeout",
+    "stat",
+    "terminate_sandbox",
+    "write_batch",
+    "write_file",
+]

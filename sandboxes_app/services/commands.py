@@ -1,0 +1,190 @@
+"""Running commands in a sandbox."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from channels.db import database_sync_to_async
+
+from hostruntime import errors as host_errors
+from hostruntime.answers import ExecFrame, ExecResult
+from orkestr_console.accounts.actor import WRITE, Actor
+from orkestr_console.errors import DomainError, ExecKilled
+from orkestr_console.services.hosts import async_host, host, told
+from sandboxes_app.models import Sandbox
+from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.specs import ExecSpec
+
+# What an error repeats of the output, so that a command that was stopped still shows its work.
+KEPT_OUTPUT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ExecAnswer:
+    """A command that ended. ``truncated`` says that output past 16 MiB was dropped."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    duration_ms: int
+    truncated: bool = False
+
+
+def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
+    """Run a command to its end.
+
+    Raises ``NotFound``, ``Conflict`` (not running), ``ExecTimeout``, ``ExecKilled``,
+    ``InvalidInput`` for a working directory that does not exist.
+    """
+    actor.require(WRITE)
+    sandbox = find_running(actor, sandbox_id)
+    try:
+        result = host().exec(
+            sandbox.pk,
+            spec.command,
+            cwd=spec.cwd,
+            env={**sandbox.env, **spec.env},
+            timeout_seconds=spec.timeout_seconds,
+        )
+    except host_errors.HostError as error:
+        raise refused(sandbox, error) from error
+    if result.signal is not None:
+        raise killed(result)
+    return ExecAnswer(
+        stdout=text(result.stdout),
+        stderr=text(result.stderr),
+        exit_code=result.code,
+        duration_ms=result.duration_ms,
+        truncated=result.truncated,
+    )
+
+
+def refused(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+    """The domain error for a command that did not end by itself; the row is put right."""
+    if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
+        settle_if_gone(sandbox)
+        return told(host_errors.ContainerGone(error.detail))
+    domain = told(error)
+    if isinstance(error, host_errors.ExecTimeout):
+        for stream in ("stdout", "stderr"):
+            if isinstance(printed := error.extra.get(stream), bytes):
+                domain.extra[stream] = text(printed[-KEPT_OUTPUT:])
+    return domain
+
+
+def killed(result: ExecResult) -> ExecKilled:
+    """The error for a command that a signal ended, with what it had printed."""
+    number = result.signal or 0
+    error = ExecKilled(killed_by(number, memory=result.out_of_memory), signal=number)
+    error.extra |= {
+        "exit_code": result.code,
+        "stdout": text(result.stdout[-KEPT_OUTPUT:]),
+        "stderr": text(result.stderr[-KEPT_OUTPUT:]),
+    }
+    return error
+
+
+def killed_by(number: int, *, memory: bool) -> str:
+    """The sentence for it."""
+    if memory:
+        return "The command was killed because the sandbox ran out of memory; use a larger size."
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return f"The command was killed by {name}."
+
+
+async def exec_stream(
+    actor: Actor, sandbox_id: str, spec: ExecSpec
+) -> AsyncIterator[dict[str, Any]]:
+    """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
+
+    Close the iterator early and the command's process tree is killed. Raises like
+    :func:`exec_command`, but only before the first frame.
+    """
+    actor.require(WRITE)
+    sandbox = await database_sync_to_async(find_running)(actor, sandbox_id)
+    frames = async_host().exec_frames(
+        sandbox.pk,
+        spec.command,
+        cwd=spec.cwd,
+        env={**sandbox.env, **spec.env},
+        timeout_seconds=spec.timeout_seconds,
+    )
+    whole = {"stdout": WholeCharacters(), "stderr": WholeCharacters()}
+    begun = False
+    try:
+        async for frame in frames:
+            if not begun and frame.kind == "error":
+                raise host_errors.HostError.from_wire(
+                    {"code": frame.error_code, "message": frame.message}
+                )
+            begun = True
+            for shown in to_wire(frame, whole):
+                yield shown
+    except host_errors.HostError as error:
+        domain = await database_sync_to_async(refused)(sandbox, error)
+        if not begun:
+            raise domain from error
+        yield {"kind": "error", "code": domain.code, "message": domain.detail}
+
+
+def to_wire(frame: ExecFrame, whole: dict[str, WholeCharacters]) -> list[dict[str, Any]]:
+    """A host's frame in the words of the wire contract; the last one lets go of what was held."""
+    if frame.kind == "started":
+        return [{"kind": "exec_started", "pid": frame.pid}]
+    if frame.kind == "chunk":
+        stream = frame.stream or "stdout"
+        return chunk(stream, whole[stream].feed(frame.data))
+    held = [item for name, part in whole.items() for item in chunk(name, part.rest())]
+    return [*held, last(frame)]
+
+
+def chunk(stream: str, data: bytes) -> list[dict[str, Any]]:
+    """A frame of output, unless there is none."""
+    encoded = base64.b64encode(data).decode("ascii")
+    return [{"kind": "exec_chunk", "stream": stream, "data": encoded}] if data else []
+
+
+def last(frame: ExecFrame) -> dict[str, Any]:
+    """The frame that ends the stream."""
+    if frame.kind == "error":
+        code, message, number = frame.error_code, frame.message, frame.signal
+    elif frame.signal is not None:
+        number = frame.signal
+        code, message = "exec_killed", killed_by(number, memory=frame.out_of_memory)
+    else:
+        return {"kind": "exec_exited", "code": frame.code, "duration_ms": frame.duration_ms or 0}
+    ended = {"kind": "error", "code": code, "message": message}
+    return ended if number is None else {**ended, "signal": number}
+
+
+class WholeCharacters:
+    """Cuts a byte stream between characters: clients decode each chunk of UTF-8 by itself."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """``data`` after what was held back, but for a last character that is not whole."""
+        data = self._held + data
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(data)
+        self._held = decoder.getstate()[0]
+        return data[: len(data) - len(self._held)]
+
+    def rest(self) -> bytes:
+        """What was held back."""
+        held, self._held = self._held, b""
+        return held
+
+
+def text(data: bytes) -> str:
+    """Output as text: what is not UTF-8 is replaced."""
+    return data.decode("utf-8", "replace")

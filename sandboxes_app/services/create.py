@@ -1,0 +1,186 @@
+"""Creating a sandbox: a row, a container, and the row again."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from hostruntime import errors as host_errors
+from orkestr_console.accounts.actor import WRITE, Actor
+from orkestr_console.accounts.models import Plan, Team
+from orkestr_console.errors import Conflict, InvalidInput, PlanLimit, Unsupported
+from orkestr_console.services.hosts import host, told
+from sandboxes_app.events import tell_changed
+from sandboxes_app.models import Sandbox, SandboxEvent, SandboxStatus
+from sandboxes_app.services import state
+from sandboxes_app.specs import SIZES, SandboxSpec
+from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+
+FAILED_TO_START = (
+    "The host could not start the sandbox. Try again; if it stays, tell your operator."
+)
+NODE = socket.gethostname()
+
+
+def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
+    """A new sandbox, running.
+
+    Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template that is not ready),
+    ``PlanLimit``, ``FleetFull`` (nothing was created then), ``HostUnavailable``.
+    """
+    actor.require(WRITE)
+    refuse_unsupported(spec)
+    source = source_of(actor.team, spec.template or "")
+    sandbox = insert(actor, spec, source)
+    try:
+        boot(sandbox)
+    except host_errors.HostFull as error:
+        # Clients retry this one, and count on nothing being left.
+        sandbox.delete()
+        raise told(error) from error
+    except host_errors.ImageNotFound:
+        sandbox.delete()
+        raise no_image(actor.team, spec) from None
+    except host_errors.HostError as error:
+        abandon(sandbox)
+        raise told(error) from error
+    return sandbox
+
+
+def refuse_unsupported(spec: SandboxSpec) -> None:
+    """Raise ``Unsupported`` for what this release does not do, rather than ignore it."""
+    asked = {
+        "snapshot": spec.snapshot is not None,
+        "volume": spec.volume is not None,
+        "on_timeout": spec.on_timeout != "kill",
+        "auto_resume": spec.auto_resume,
+        "preview_auth": spec.preview_auth,
+    }
+    for field, wanted in asked.items():
+        if wanted:
+            sentence = "is not supported by this server yet; leave it out."
+            raise Unsupported(f"{field}: {sentence}", fields={field: sentence})
+    if spec.region not in {None, settings.REGION}:
+        sentence = f"is not a region of this server; there is {settings.REGION!r}."
+        raise InvalidInput(f"region: {sentence}", fields={"region": sentence})
+
+
+def source_of(team: Team, name: str) -> Source:
+    """What to boot. A built-in name is taken as it is: the host knows best, and saves a call."""
+    if name.startswith(LOOKS_LIKE_A_TEMPLATE):
+        return resolve(team, name, field="template")
+    image = ALIASES.get(name, name)
+    return Source(name, image, image)
+
+
+def no_image(team: Team, spec: SandboxSpec) -> Exception:
+    """The error for an image that the host does not have."""
+    try:
+        resolve(team, spec.template or "", field="template")
+    except Exception as error:  # noqa: BLE001 - whatever it finds wrong is the answer
+        return error
+    return Conflict(
+        "The image of this template is gone from the host; build the template again.",
+        code="template_not_ready",
+    )
+
+
+def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
+    """The row, counted against the plan under the team's lock."""
+    cpu, memory_mb = SIZES[spec.size]
+    now = timezone.now()
+    with transaction.atomic():
+        team = (
+            Team.objects.select_for_update(of=("self",))
+            .select_related("plan")
+            .get(pk=actor.team.pk)
+        )
+        check_plan(team, spec)
+        sandbox = Sandbox.objects.create(
+            team=team,
+            created_by=actor.user,
+            template=spec.template or "",
+            template_name=source.name[:100],
+            image_id=source.image_id[:64],
+            network=spec.network,
+            allow_domains=spec.allow_domains if spec.network == "restricted" else None,
+            size=spec.size,
+            cpu=cpu,
+            memory_mb=memory_mb,
+            env=spec.env,
+            metadata=spec.metadata,
+            timeout_seconds=spec.timeout_seconds,
+            region=settings.REGION,
+            node_id=NODE,
+            created_at=now,
+            expires_at=now + timedelta(seconds=spec.timeout_seconds),
+        )
+        SandboxEvent.objects.create(
+            sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
+        )
+        tell_changed(sandbox.pk, team.pk)
+    return sandbox
+
+
+def check_plan(team: Team, spec: SandboxSpec) -> None:
+    """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have this one."""
+    plan: Plan = team.plan
+    advice = "ask your administrator for a larger plan."
+    if spec.size not in plan.allowed_sizes:
+        allowed = ", ".join(plan.allowed_sizes)
+        raise PlanLimit(
+            f"The {plan.name} plan does not include size '{spec.size}'; use {allowed}, or {advice}"
+        )
+    if spec.timeout_seconds > plan.max_timeout_seconds:
+        raise PlanLimit(
+            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}; "
+            f"ask for less, or {advice}"
+        )
+    if spec.network == "open" and not plan.allow_open_network:
+        raise PlanLimit(
+            f"The {plan.name} plan does not include the open network; use 'restricted', or {advice}"
+        )
+    custom = spec.network == "restricted" and spec.allow_domains is not None
+    if custom and not plan.custom_egress_allowlist:
+        raise PlanLimit(
+            f"allow_domains: the {plan.name} plan has the default allowlist only; leave it out, "
+            f"or {advice}"
+        )
+    running = Sandbox.objects.for_team(team).live().filter(expires_at__gt=timezone.now()).count()
+    if running >= plan.max_concurrent_sandboxes:
+        raise PlanLimit(
+            f"Your team runs {running} of the {plan.max_concurrent_sandboxes} sandboxes that the "
+            f"{plan.name} plan allows at once; terminate one, or {advice}"
+        )
+
+
+def boot(sandbox: Sandbox) -> None:
+    """Start the container and say so. Raises the host's errors."""
+    info = host().create_sandbox(
+        sandbox.pk,
+        image=sandbox.image_id,
+        cpu=sandbox.cpu,
+        memory_mb=sandbox.memory_mb,
+        network=sandbox.network,
+        allow_domains=sandbox.allow_domains,
+        env=sandbox.env,
+        deadline=sandbox.expires_at.timestamp(),
+    )
+    if not state.started(sandbox, info):
+        # Somebody terminated it while it started.
+        host().delete_sandbox(sandbox.pk)
+        sandbox.refresh_from_db()
+
+
+def abandon(sandbox: Sandbox) -> None:
+    """Settle one that did not start, and leave nothing of it on the host."""
+    state.broken(sandbox, FAILED_TO_START)
+    try:
+        host().delete_sandbox(sandbox.pk)
+    except host_errors.HostError:
+        # The reconcile pass finds it.
+        return

@@ -1,0 +1,172 @@
+"""Files of a running sandbox."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hostruntime import errors as host_errors
+from hostruntime.answers import DirectoryListing, FileContent, FileStat
+from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.errors import (
+    Conflict,
+    DomainError,
+    InvalidInput,
+    NotFound,
+    PayloadTooLarge,
+)
+from orkestr_console.services.hosts import host, told
+from sandboxes_app.models import Sandbox
+from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.specs import (
+    LARGEST_FILE,
+    BatchSpec,
+    DirectorySpec,
+    FileSpec,
+    MoveSpec,
+    usable_path,
+)
+
+WRITABLE = ("/workspace", "/tmp")
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """How one file of a batch went: the bytes written, or the code of its error."""
+
+    path: str
+    bytes_written: int | None
+    error: str | None
+
+
+def read_path(actor: Actor, sandbox_id: str, path: str | None) -> FileContent | DirectoryListing:
+    """A file whole, or a directory's entries.
+
+    Raises ``NotFound``, ``Conflict`` (neither file nor directory), ``PayloadTooLarge`` (16 MiB).
+    """
+    actor.require(READ)
+    wanted = required(path)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        return host().read_path(sandbox.pk, wanted, max_bytes=LARGEST_FILE)
+
+
+def stat(actor: Actor, sandbox_id: str, path: str | None) -> FileStat:
+    """What is at a path; missing is no error."""
+    actor.require(READ)
+    wanted = required(path)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        return host().stat(sandbox.pk, wanted)
+
+
+def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> int:
+    """Write a file whole or not at all; the bytes written.
+
+    Raises ``InvalidInput`` (not base64, or outside the writable roots), ``PayloadTooLarge``.
+    """
+    actor.require(WRITE)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        return write(sandbox, spec)
+
+
+def write(sandbox: Sandbox, spec: FileSpec) -> int:
+    """Write one file. Raises domain errors for the request, host errors for the rest."""
+    path = writable(spec.path)
+    try:
+        content = spec.decoded()
+    except ValueError as error:
+        raise InvalidInput(f"content: {error}", fields={"content": str(error)}) from None
+    if len(content) > LARGEST_FILE:
+        raise PayloadTooLarge(LARGEST_FILE)
+    return host().write_file(sandbox.pk, path, content, mode=spec.mode)
+
+
+def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> list[BatchRow]:
+    """Write many files; a bad one is a row, and never stops the rest."""
+    actor.require(WRITE)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        return [write_row(sandbox, file) for file in spec.files]
+
+
+def write_row(sandbox: Sandbox, spec: FileSpec) -> BatchRow:
+    """One file of a batch. Only a sandbox that is gone ends the batch."""
+    try:
+        return BatchRow(spec.path, write(sandbox, spec), None)
+    except host_errors.ContainerGone:
+        raise
+    except host_errors.HostError as error:
+        return BatchRow(spec.path, None, told(error).code)
+    except DomainError as error:
+        return BatchRow(spec.path, None, error.code)
+
+
+def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
+    """Delete a file. Raises ``NotFound``, and ``Conflict`` for a directory."""
+    actor.require(WRITE)
+    wanted = writable(required(path))
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        if host().stat(sandbox.pk, wanted).is_dir:
+            raise Conflict(
+                f"{wanted} is a directory; only files are deleted here. Run 'rm -r' in the "
+                "sandbox if you mean it.",
+                code="is_a_directory",
+            )
+        host().delete_path(sandbox.pk, wanted)
+
+
+def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> None:
+    """Make a directory."""
+    actor.require(WRITE)
+    wanted = writable(spec.path)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        host().mkdir(sandbox.pk, wanted, parents=spec.parents)
+
+
+def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> None:
+    """Rename a file or directory."""
+    actor.require(WRITE)
+    source, destination = writable(spec.source), writable(spec.destination)
+    with in_sandbox(actor, sandbox_id) as sandbox:
+        host().move(sandbox.pk, source, destination)
+
+
+@contextmanager
+def in_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
+    """A running sandbox, with what the host says of its files told as domain errors."""
+    sandbox = find_running(actor, sandbox_id)
+    try:
+        yield sandbox
+    except host_errors.ContainerGone as error:
+        settle_if_gone(sandbox)
+        raise told(error) from error
+    except host_errors.NotFound as error:
+        raise NotFound(error.detail, code="file_not_found") from error
+    except host_errors.FileTooLarge as error:
+        raise PayloadTooLarge(LARGEST_FILE) from error
+    except host_errors.HostError as error:
+        raise told(error) from error
+
+
+def required(path: str | None) -> str:
+    """The ``path`` of a query string. Raises ``InvalidInput``."""
+    try:
+        return usable_path(path or "")
+    except ValueError as error:
+        raise InvalidInput(f"path: {error}", fields={"path": str(error)}) from None
+
+
+def writable(path: str) -> str:
+    """The path, in its normal form, if it is below a writable root. Raises ``InvalidInput``.
+
+    Only what was asked is judged: a link inside leads nowhere but into the same container.
+    """
+    plain = "/" + posixpath.normpath(path).lstrip("/")
+    if not plain.startswith(tuple(f"{root}/" for root in WRITABLE)):
+        roots = " and ".join(WRITABLE)
+        raise InvalidInput(
+            f"{path} is not below {roots}, which are what this call may change. Use a command "
+            "for other places.",
+            code="not_permitted",
+        )
+    return plain

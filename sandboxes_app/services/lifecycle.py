@@ -1,0 +1,200 @@
+"""Reading sandboxes, ending them, and ending those whose time is over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+
+from django.db.models import Q
+from django.utils import timezone
+from django_q.tasks import async_task
+
+from hostruntime import errors as host_errors
+from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
+from orkestr_console.ids import is_id
+from orkestr_console.services.hosts import errors_told, host
+from orkestr_console.services.paging import page
+from sandboxes_app.events import tell_changed
+from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
+from sandboxes_app.services import state
+from sandboxes_app.specs import TimeoutSpec
+
+logger = logging.getLogger(__name__)
+
+NO_SUCH = "There is no such sandbox in your team; check the id."
+# A create takes well under a second; a row that starts for this long was left by a killed process.
+STARTING_GRACE = timedelta(minutes=2)
+# A container this young may belong to a create whose transaction is under way.
+UNKNOWN_GRACE_SECONDS = 300.0
+
+
+def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
+    """One of the team's sandboxes, ended ones included. Raises ``NotFound``."""
+    actor.require(READ)
+    return find(actor, sandbox_id)
+
+
+def find(actor: Actor, sandbox_id: str) -> Sandbox:
+    """The row, its expiry settled. Raises ``NotFound``."""
+    if not is_id("sbx", sandbox_id):
+        raise NotFound(NO_SUCH)
+    sandbox = Sandbox.objects.for_team(actor.team).filter(pk=sandbox_id).first()
+    if sandbox is None:
+        raise NotFound(NO_SUCH)
+    if sandbox.expires_at <= timezone.now() and sandbox.status in LIVE:
+        expire(sandbox)
+    return sandbox
+
+
+def find_running(actor: Actor, sandbox_id: str) -> Sandbox:
+    """The row of a sandbox that can be used. Raises ``NotFound`` or ``Conflict``."""
+    sandbox = find(actor, sandbox_id)
+    if not sandbox.is_running:
+        raise Conflict(
+            f"The sandbox is {sandbox.status}, not running; create another one.",
+            code="sandbox_not_running",
+        )
+    return sandbox
+
+
+def list_sandboxes(
+    actor: Actor,
+    *,
+    status: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> tuple[list[Sandbox], str | None]:
+    """The team's sandboxes, newest first, and the cursor of the next page or None.
+
+    ``metadata`` entries must all match. Raises ``InvalidInput`` for an unknown status.
+    """
+    actor.require(READ)
+    if status and status not in SandboxStatus.values:
+        sentence = f"must be one of {', '.join(SandboxStatus.values)}."
+        raise InvalidInput(f"status: {sentence}", fields={"status": sentence})
+    rows = Sandbox.objects.for_team(actor.team)
+    for sandbox in rows.live().filter(expires_at__lte=timezone.now()):
+        expire(sandbox)
+    if status:
+        rows = rows.filter(status=status)
+    if metadata:
+        rows = rows.filter(metadata__contains=dict(metadata))
+    return page(rows, limit, cursor)
+
+
+def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
+    """End a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
+    actor.require(WRITE)
+    sandbox = find(actor, sandbox_id)
+    if state.ended(sandbox, "terminated"):
+        release(sandbox.pk)
+    return sandbox
+
+
+def release(sandbox_id: str) -> None:
+    """Free the container now, or by a task when the host does not answer."""
+    try:
+        host().delete_sandbox(sandbox_id)
+    except host_errors.HostError as error:
+        logger.warning("sandbox %s could not be released yet: %s", sandbox_id, error.detail)
+        async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
+
+
+def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
+    """Let a running sandbox live ``timeout_seconds`` from now.
+
+    Raises ``NotFound``, ``Conflict``, ``PlanLimit`` (also past the plan's longest running time).
+    """
+    actor.require(WRITE)
+    sandbox = find_running(actor, sandbox_id)
+    expires_at = timezone.now() + timedelta(seconds=spec.timeout_seconds)
+    check_lifetime(actor, sandbox, spec.timeout_seconds, expires_at)
+    with errors_told():
+        host().set_deadline(sandbox.pk, expires_at.timestamp())
+    moved = Sandbox.objects.filter(pk=sandbox.pk, status=SandboxStatus.RUNNING).update(
+        expires_at=expires_at
+    )
+    if not moved:
+        raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
+    SandboxEvent.objects.create(
+        sandbox=sandbox,
+        kind="timeout_set",
+        from_status=sandbox.status,
+        to_status=sandbox.status,
+        data={"timeout_seconds": spec.timeout_seconds},
+    )
+    tell_changed(sandbox.pk, sandbox.team_id)
+    sandbox.expires_at = expires_at
+    return sandbox
+
+
+def check_lifetime(actor: Actor, sandbox: Sandbox, seconds: int, expires_at: datetime) -> None:
+    """Raise ``PlanLimit`` if the plan does not let the sandbox live that long."""
+    plan = actor.team.plan
+    if seconds > plan.max_timeout_seconds:
+        raise PlanLimit(
+            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}."
+        )
+    longest = plan.max_running_lifetime_seconds
+    begun = sandbox.started_at or sandbox.created_at
+    if longest is not None and expires_at > begun + timedelta(seconds=longest):
+        raise PlanLimit(
+            f"The {plan.name} plan lets a sandbox run for {longest} seconds at a stretch, and "
+            "this would be longer.",
+            code="lifetime_cap_reached",
+        )
+
+
+def expire(sandbox: Sandbox) -> None:
+    """Settle one whose time is over. The host ends the container by its own clock as well."""
+    if state.ended(sandbox, "expired"):
+        async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
+    else:
+        sandbox.refresh_from_db()
+
+
+def expire_due() -> int:
+    """Settle every sandbox whose time is over, of all teams; how many."""
+    due = list(Sandbox.objects.live().filter(expires_at__lte=timezone.now()))
+    for sandbox in due:
+        expire(sandbox)
+    return len(due)
+
+
+def settle_if_gone(sandbox: Sandbox) -> None:
+    """Bring the row up to date after the host said that the container is not there."""
+    try:
+        info = host().sandbox(sandbox.pk)
+    except host_errors.NotFound:
+        info = None
+    if info is None or info.state != "running":
+        state.gone(sandbox, info)
+
+
+def reconcile() -> None:
+    """Make rows and containers agree. Raises the host's errors when it does not answer."""
+    known = {info.id: info for info in host().sandboxes()}
+    old = timezone.now() - STARTING_GRACE
+    settled = Q(status=SandboxStatus.RUNNING) | Q(status=SandboxStatus.STARTING, created_at__lt=old)
+    # Read after the host was asked: a row that was not there then cannot be missed.
+    for sandbox in Sandbox.objects.filter(settled, created_at__lt=timezone.now()):
+        info = known.get(sandbox.pk)
+        if sandbox.status == SandboxStatus.STARTING:
+            state.broken(sandbox, state.LOST)
+        elif info is None or info.state != "running":
+            settle_if_gone(sandbox)
+    release_strangers([info.id for info in known.values() if info.state == "running"])
+
+
+def release_strangers(running: list[str]) -> None:
+    """Free the containers that no live row names, but those that may just be starting."""
+    named = set(Sandbox.objects.live().filter(pk__in=running).values_list("pk", flat=True))
+    for sandbox_id in running:
+        if sandbox_id in named:
+            continue
+        since = datetime.fromtimestamp(host().sandbox(sandbox_id).started_at, UTC)
+        if timezone.now() - since > timedelta(seconds=UNKNOWN_GRACE_SECONDS):
+            release(sandbox_id)

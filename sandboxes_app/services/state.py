@@ -1,0 +1,84 @@
+"""The only place where a sandbox's status changes: compare, set, and say so in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from hostruntime.answers import SandboxInfo
+from sandboxes_app.events import tell_changed
+from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
+
+LOST = "The host lost this sandbox: it restarted, or the container went away."
+EXITED = (
+    "The sandbox's own processes ended it, most likely because it ran out of memory. Choose a "
+    "larger size if so."
+)
+
+
+def change(
+    sandbox: Sandbox,
+    kind: str,
+    *,
+    among: Iterable[str],
+    to: SandboxStatus,
+    data: dict[str, Any] | None = None,
+    **fields: Any,
+) -> bool:
+    """Move ``sandbox`` to ``to`` if it is in one of ``among``; whether it was.
+
+    The event row and the notice are in the same transaction. The object is brought up to date.
+    """
+    with transaction.atomic():
+        rows = Sandbox.objects.select_for_update().filter(pk=sandbox.pk, status__in=among)
+        before = rows.values_list("status", flat=True).first()
+        if before is None:
+            return False
+        Sandbox.objects.filter(pk=sandbox.pk).update(status=to, **fields)
+        SandboxEvent.objects.create(
+            sandbox=sandbox, kind=kind, from_status=before, to_status=to, data=data or {}
+        )
+        tell_changed(sandbox.pk, sandbox.team_id)
+    for name, value in {"status": to, **fields}.items():
+        setattr(sandbox, name, value)
+    return True
+
+
+def started(sandbox: Sandbox, info: SandboxInfo) -> bool:
+    """It runs."""
+    return change(
+        sandbox,
+        "running",
+        among=[SandboxStatus.STARTING],
+        to=SandboxStatus.RUNNING,
+        started_at=timezone.now(),
+        boot_ms=info.boot_ms,
+    )
+
+
+def ended(sandbox: Sandbox, kind: str) -> bool:
+    """It ended as it should: ``terminated`` by somebody, or ``expired``."""
+    return change(sandbox, kind, among=LIVE, to=SandboxStatus.TERMINATED, ended_at=timezone.now())
+
+
+def broken(sandbox: Sandbox, message: str) -> bool:
+    """It ended as it should not."""
+    return change(
+        sandbox,
+        "failed",
+        among=LIVE,
+        to=SandboxStatus.FAILED,
+        data={"reason": message},
+        ended_at=timezone.now(),
+        error_message=message,
+    )
+
+
+def gone(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
+    """Settle a sandbox whose container is no more, by what the host knows of it."""
+    if info is not None and info.reason == "expired":
+        return ended(sandbox, "expired")
+    return broken(sandbox, EXITED if info is not None and info.reason == "exited" else LOST)

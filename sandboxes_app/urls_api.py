@@ -1,0 +1,26 @@
+"""Sandboxes under ``/v1``."""
+
+from __future__ import annotations
+
+from django.urls import path
+
+from orkestr_console.decorators import methods
+from sandboxes_app import api
+
+one = "sandboxes/<str:sandbox_id>"
+
+urlpatterns = [
+    path("sandboxes", methods(GET=api.list_sandboxes, POST=api.create_sandbox)),
+    path("sandboxes/limits", methods(GET=api.get_limits)),
+    path(one, methods(GET=api.get_sandbox, DELETE=api.terminate_sandbox)),
+    path(f"{one}/timeout", methods(POST=api.set_timeout)),
+    path(f"{one}/exec", methods(POST=api.exec_command)),
+    path(
+        f"{one}/files",
+        methods(GET=api.read_path, POST=api.write_file, DELETE=api.delete_path),
+    ),
+    path(f"{one}/files/mkdir", methods(POST=api.mkdir)),
+    path(f"{one}/files/move", methods(POST=api.move)),
+    path(f"{one}/files/stat", methods(GET=api.stat)),
+    path(f"{one}/files/batch", methods(POST=api.write_batch)),
+]

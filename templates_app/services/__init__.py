@@ -1,0 +1,26 @@
+"""What can be done with templates. Console, REST and MCP all come through here."""
+
+from __future__ import annotations
+
+from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
+from templates_app.services.templates import (
+    TemplateUsage,
+    create_template,
+    delete_template,
+    get_template,
+    list_templates,
+    template_usage,
+)
+
+__all__ = [
+    "BaseChoice",
+    "Source",
+    "TemplateUsage",
+    "create_template",
+    "delete_template",
+    "get_template",
+    "list_bases",
+    "list_templates",
+    "resolve",
+    "template_usage",
+]

@@ -1,0 +1,113 @@
+"""What a template or a sandbox may start from: a built-in base, or a ready template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hostruntime.answers import BaseInfo
+from hostruntime.errors import HostError
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import Conflict, HostUnavailable, InvalidInput, NotFound
+from orkestr_console.ids import is_id
+from orkestr_console.services.hosts import errors_told, host
+from templates_app.models import Template, TemplateStatus
+
+# Names that clients still send, and what they mean now.
+ALIASES = {"ubuntu-24.04": "debian-12"}
+LOOKS_LIKE_A_TEMPLATE = "tmpl_"
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """One entry of the picker; one that is not ``available`` is still being made on the host."""
+
+    id: str
+    title: str
+    description: str
+    group: Literal["builtin", "team"]
+    available: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for: ``image_id`` on the host, ``name`` for people, ``id`` as asked."""
+
+    id: str
+    name: str
+    image_id: str
+
+
+def list_bases(actor: Actor) -> list[BaseChoice]:
+    """The built-in bases and the team's ready templates, newest first.
+
+    A host that does not answer leaves the built-in ones out rather than the page.
+    """
+    try:
+        known = host().bases()
+    except HostError:
+        known = []
+    built_in = [
+        BaseChoice(base.name, base.title, base.description, "builtin", base.state == "ready")
+        for base in known
+    ]
+    rows = Template.objects.for_team(actor.team).ready().order_by("-created_at", "-pk")
+    own = [
+        BaseChoice(row.pk, row.name, f"on {row.base_template}", "team", available=True)
+        for row in rows
+    ]
+    return [*built_in, *own]
+
+
+def resolve(team: Team, name: str, *, field: str) -> Source:
+    """The image behind a base's name or a template's id.
+
+    Raises ``InvalidInput`` naming ``field`` for an unknown built-in, ``NotFound`` for a template
+    that is not the team's, ``Conflict`` for one that is not ready, ``HostUnavailable``.
+    """
+    if name.startswith(LOOKS_LIKE_A_TEMPLATE):
+        return own_template(team, name)
+    wanted = ALIASES.get(name, name)
+    with errors_told():
+        known = {base.name: base for base in host().bases()}
+    if wanted not in known:
+        raise unknown_base(name, known, field)
+    if known[wanted].state != "ready":
+        raise HostUnavailable(
+            f"The base image '{wanted}' is not built on this host yet; try again in a minute, "
+            "or ask your operator to look at the host agent's log.",
+            retry_after=30,
+        )
+    return Source(name, wanted, wanted)
+
+
+def own_template(team: Team, template_id: str) -> Source:
+    """The image of one of the team's own templates. Raises ``NotFound`` or ``Conflict``."""
+    row = (
+        Template.objects.for_team(team).filter(pk=template_id).first()
+        if is_id("tmpl", template_id)
+        else None
+    )
+    if row is None:
+        raise NotFound(f"There is no template {template_id!r} in your team; check the id.")
+    if row.status == TemplateStatus.BUILDING:
+        raise Conflict(
+            f"Template '{row.name}' is still building; wait until it is ready.",
+            code="template_not_ready",
+        )
+    if row.status == TemplateStatus.FAILED:
+        raise Conflict(
+            f"The build of template '{row.name}' failed, so there is nothing to boot; look at its "
+            "error and build a new one.",
+            code="template_not_ready",
+        )
+    return Source(row.pk, row.name, row.image_id)
+
+
+def unknown_base(name: str, known: dict[str, BaseInfo], field: str) -> InvalidInput:
+    """The error for a name nobody knows, with the names there are."""
+    shown = name if len(name) <= 64 else f"{name[:64]}…"
+    names = ", ".join(known) or "none yet"
+    sentence = f"{shown!r} is not a base image here; there are {names}, and your own templates."
+    return InvalidInput(f"{field}: {sentence}", fields={field: sentence})

@@ -1,0 +1,214 @@
+"""Driving a build: claim it, hand it to the host, follow it to its end.
+
+The build itself lives on the host under the id of the image it would publish. A driver only
+follows: one that dies is replaced, and the next goes on after the last event that was stored. So
+a task delivered twice builds once, and a killed worker loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from django.db import connection, transaction
+from django.db.models import Max, Q
+from django.utils import timezone
+
+from hostruntime import errors as host_errors
+from hostruntime.answers import BuildEvent as HostEvent
+from orkestr_console.ids import new_id
+from orkestr_console.services.hosts import host
+from templates_app.models import Template, TemplateStatus
+from templates_app.services.record import LeaseLost, fail, record
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 3.0
+# A driver not heard of for this long is dead; shorter than the queue's own redelivery.
+LEASE = timedelta(seconds=12)
+# How long the host may be away (restarting, upgrading) before its build counts as lost.
+PATIENCE_SECONDS = 120.0
+# How long a build waits for room on the host before it gives up.
+QUEUE_SECONDS = 1800.0
+LONGEST_PAUSE = 2.0
+
+LOST = (
+    "The host lost this build: it restarted, or was reset, while the build ran. Nothing of it is "
+    "left. Build the template again."
+)
+AWAY = (
+    "The sandbox host did not answer for two minutes, so the build was given up. Nothing of it "
+    "is kept. Build the template again, or ask your operator to look at the host agent."
+)
+NO_ROOM = (
+    "The host had no room for the build for half an hour. Build the template again when fewer "
+    "sandboxes run."
+)
+BASE_GONE = "The base image of this template is gone, so it cannot be built. Choose another base."
+
+
+def drive(template_id: str) -> None:
+    """Follow one build to its end, unless it has ended or somebody else follows it."""
+    driver = new_id("drv")
+    template = claim(template_id, driver)
+    if template is None:
+        return
+    with heartbeat(template, driver):
+        try:
+            follow(template, driver)
+        except LeaseLost:
+            forget_if_deleted(template)
+
+
+def claim(template_id: str, driver: str) -> Template | None:
+    """Take the lease of a build whose driver is gone or never was; None if there is nothing to do.
+
+    One compare-and-set: of two drivers that try, one gets it.
+    """
+    free = Q(heartbeat_at=None) | Q(heartbeat_at__lt=timezone.now() - LEASE)
+    claimed = Template.objects.filter(free, pk=template_id, status=TemplateStatus.BUILDING).update(
+        driver=driver, heartbeat_at=timezone.now()
+    )
+    return Template.objects.select_related("team__plan").get(pk=template_id) if claimed else None
+
+
+@contextmanager
+def heartbeat(template: Template, driver: str) -> Iterator[None]:
+    """Renew the lease from a thread, as the build may say nothing for an hour."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        try:
+            while not ended.wait(HEARTBEAT_SECONDS):
+                renew(template, driver)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=beat, name=f"lease of {template.pk}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def renew(template: Template, driver: str) -> None:
+    """Say that the driver lives. The database being away for a moment is no reason to stop."""
+    try:
+        Template.objects.filter(pk=template.pk, driver=driver).update(heartbeat_at=timezone.now())
+    except Exception:
+        logger.warning("could not renew the lease of %s", template.pk, exc_info=True)
+        connection.close()
+
+
+def follow(template: Template, driver: str) -> None:
+    """Hand the build over and store its events until the last, through the host's absences.
+
+    Raises :class:`LeaseLost` when it is not ours any more.
+    """
+    heard = time.monotonic()
+    pause = 0.1
+    while True:
+        try:
+            for event in told_by_host(template, driver):
+                record(template, driver, event)
+                heard, pause = time.monotonic(), 0.1
+                if event.kind in {"published", "failed"}:
+                    return
+        except host_errors.HostFull:
+            if past(heard, QUEUE_SECONDS, template, driver, "no_room", NO_ROOM):
+                return
+        except host_errors.HostUnavailable:
+            if past(heard, PATIENCE_SECONDS, template, driver, "host_lost", AWAY):
+                return
+        except host_errors.HostError as error:
+            give_up(template, driver, *reason(template, error))
+            return
+        time.sleep(pause)
+        pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def told_by_host(template: Template, driver: str) -> Iterator[HostEvent]:
+    """The events after the last one stored, starting the build if the host does not have it."""
+    hand_over(template, driver)
+    last = template.events.aggregate(last=Max("seq"))["last"] or 0
+    yield from host().build_events(template.image_id, after=last)
+
+
+def hand_over(template: Template, driver: str) -> None:
+    """Start the build on the host, once; whether it ever was is on the row."""
+    if template.handed_over:
+        host().build(template.image_id)
+        return
+    plan = template.team.plan
+    host().start_build(
+        template.image_id,
+        base_image=template.base_image,
+        recipe=template.recipe,
+        network=template.network,
+        step_timeout_seconds=plan.step_timeout_seconds,
+        build_timeout_seconds=plan.build_timeout_seconds,
+    )
+    template.handed_over = True
+    if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):
+        raise LeaseLost
+
+
+def past(
+    since: float, patience: float, template: Template, driver: str, code: str, message: str
+) -> bool:
+    """Whether ``patience`` seconds have passed; the build is given up then."""
+    if time.monotonic() - since < patience:
+        return False
+    give_up(template, driver, code, message)
+    return True
+
+
+def reason(template: Template, error: host_errors.HostError) -> tuple[str, str]:
+    """The code and sentence of a build that the host refused or does not know."""
+    if isinstance(error, host_errors.ImageNotFound):
+        return "base_missing", BASE_GONE
+    if isinstance(error, host_errors.NotFound) and template.handed_over:
+        return "host_lost", LOST
+    logger.error("the host refused build %s: %s", template.pk, error.detail)
+    return "internal", f"The host refused the build: {error.detail}"
+
+
+def give_up(template: Template, driver: str, code: str, message: str) -> None:
+    """Settle as failed what will not end by itself, and tell the host to drop it."""
+    with transaction.atomic():
+        held = Template.objects.select_for_update().filter(
+            pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
+        )
+        if not held.exists():
+            raise LeaseLost
+        fail(template, code, message)
+    try:
+        host().cancel_build(template.image_id)
+    except host_errors.HostError:
+        logger.warning("could not cancel build %s; the reconcile pass will", template.pk)
+
+
+def forget_if_deleted(template: Template) -> None:
+    """End the build on the host if its template is gone."""
+    if not Template.objects.filter(pk=template.pk).exists():
+        forget(template.image_id)
+
+
+def forget(image_id: str) -> None:
+    """End a build and delete its image, however far either is. Raises the host's errors."""
+    host().cancel_build(image_id)
+    host().delete_image(image_id)
+
+
+def orphans() -> list[str]:
+    """The templates that build with nobody following them."""
+    stale = timezone.now() - LEASE
+    abandoned = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
+    building = Template.objects.filter(abandoned, status=TemplateStatus.BUILDING)
+    return list(building.values_list("pk", flat=True))

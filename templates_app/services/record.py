@@ -1,0 +1,151 @@
+"""Writing down what a build tells: the only place where a building template changes.
+
+Every change is one compare-and-set that names the driver, so a driver that lost its lease writes
+nothing more, and the event's row is in the same transaction.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from hostruntime.answers import BuildEvent as HostEvent
+from templates_app.events import tell_changed, tell_progress
+from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
+
+LONGEST_MESSAGE = 16 * 1024
+
+
+class LeaseLost(Exception):  # noqa: N818 - it is news, not a mistake
+    """Another driver follows this build now, or the template is gone."""
+
+
+def record(template: Template, driver: str, event: HostEvent) -> None:
+    """Store one event and what follows from it. Raises :class:`LeaseLost`."""
+    try:
+        with transaction.atomic():
+            # Taken first, and kept: nobody else settles or deletes the template meanwhile.
+            held = Template.objects.select_for_update().filter(
+                pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
+            )
+            if not held.exists():
+                raise LeaseLost
+            store(template, event)
+            HANDLERS.get(event.kind, ignore)(template, event)
+    except IntegrityError as error:
+        raise LeaseLost from error
+
+
+def store(template: Template, event: HostEvent) -> None:
+    """Append the event. Its number is unique, so it is never stored twice."""
+    BuildEvent.objects.create(
+        template=template,
+        seq=event.seq,
+        kind=event.kind,
+        step=event.data.get("step"),
+        payload=event.data,
+        at=moment(event.at),
+    )
+
+
+def step_started(template: Template, event: HostEvent) -> None:
+    """A step runs."""
+    step_of(template, event).update(status=StepStatus.RUNNING, started_at=moment(event.at))
+    tell_progress(template.pk)
+
+
+def output(template: Template, event: HostEvent) -> None:
+    """A step printed something; whoever watches reads it from the events."""
+    tell_progress(template.pk)
+
+
+def step_finished(template: Template, event: HostEvent) -> None:
+    """A step ended: how, and all it printed."""
+    data = event.data
+    good = data.get("exit_code") == 0 and data.get("signal") is None
+    step_of(template, event).update(
+        status=StepStatus.SUCCEEDED if good else StepStatus.FAILED,
+        duration_ms=data.get("duration_ms"),
+        exit_code=data.get("exit_code"),
+        signal=data.get("signal"),
+        output=printed(template, data.get("step")),
+        output_bytes=data.get("output_bytes", 0),
+        elided_bytes=data.get("elided_bytes", 0),
+    )
+    tell_progress(template.pk)
+
+
+def published(template: Template, event: HostEvent) -> None:
+    """The image is there: the template is ready."""
+    settle(
+        template,
+        status=TemplateStatus.READY,
+        size_bytes=event.data.get("size_bytes"),
+        file_count=event.data.get("file_count"),
+        shared_bytes=event.data.get("shared_bytes"),
+        build_ms=event.data.get("total_ms"),
+        finished_at=moment(event.at),
+    )
+
+
+def failed(template: Template, event: HostEvent) -> None:
+    """The build ended without an image: say why, and which steps never ran."""
+    fail(template, str(event.data.get("code", "internal")), str(event.data.get("message", "")))
+
+
+def ignore(template: Template, event: HostEvent) -> None:
+    """Boot, scrub and capture are kept as events and change nothing."""
+    tell_progress(template.pk)
+
+
+HANDLERS = {
+    "step_started": step_started,
+    "output": output,
+    "step_finished": step_finished,
+    "published": published,
+    "failed": failed,
+}
+
+
+def fail(template: Template, code: str, message: str) -> None:
+    """Settle the template as failed, and the steps that were not to be."""
+    for step in template.steps.filter(status=StepStatus.RUNNING):
+        step.status = StepStatus.FAILED
+        step.output = printed(template, step.number)
+        step.output_bytes = step.output_bytes or len(step.output.encode())
+        step.save(update_fields=["status", "output", "output_bytes"])
+    template.steps.filter(status=StepStatus.PENDING).update(status=StepStatus.SKIPPED)
+    settle(
+        template,
+        status=TemplateStatus.FAILED,
+        error_code=code,
+        error_message=message[-LONGEST_MESSAGE:] if message else "The build failed.",
+        finished_at=timezone.now(),
+    )
+
+
+def settle(template: Template, **changes: Any) -> None:
+    """The one transition out of ``building``. The caller's transaction holds the row."""
+    settled = Template.objects.filter(pk=template.pk, status=TemplateStatus.BUILDING)
+    if not settled.update(driver="", heartbeat_at=None, **changes):
+        raise LeaseLost
+    tell_changed(template.pk, template.team_id)
+
+
+def printed(template: Template, step: int | None) -> str:
+    """Everything a step printed, from its events."""
+    payloads = template.events.filter(kind="output", step=step).values_list("payload", flat=True)
+    return "".join(str(payload.get("text", "")) for payload in payloads)
+
+
+def step_of(template: Template, event: HostEvent) -> Any:
+    """The event's step, as a queryset of one."""
+    return BuildStep.objects.filter(template=template, number=event.data.get("step", 0))
+
+
+def moment(at: float) -> datetime:
+    """A Unix time as the database keeps it."""
+    return datetime.fromtimestamp(at, UTC)

@@ -1,0 +1,45 @@
+"""What the workers do for templates. Each takes ids alone and may run twice safely."""
+
+from __future__ import annotations
+
+import logging
+
+from django_q.tasks import async_task
+
+from hostruntime.errors import HostError
+from orkestr_console.services.hosts import host
+from templates_app.models import Template
+from templates_app.services import driver
+
+logger = logging.getLogger(__name__)
+
+
+def drive_build(template_id: str) -> None:
+    """Build a template, or go on where another worker stopped."""
+    driver.drive(template_id)
+
+
+def forget_image(image_id: str) -> None:
+    """Drop the build and the image of a deleted template; the reconcile pass tries again."""
+    try:
+        driver.forget(image_id)
+    except HostError as error:
+        logger.warning("image %s stays until the next reconcile pass: %s", image_id, error.detail)
+
+
+def resume_orphans() -> None:
+    """Every minute: give each build whose driver is gone a new one."""
+    for template_id in driver.orphans():
+        async_task("templates_app.tasks.drive_build", template_id, group="builds")
+
+
+def reconcile_images() -> None:
+    """Delete the images that no template names. The host keeps those younger than 10 minutes."""
+    keep = list(Template.objects.values_list("image_id", flat=True))
+    try:
+        deleted = host().reconcile_images(keep)
+    except HostError as error:
+        logger.warning("images were not reconciled: %s", error.detail)
+        return
+    if deleted:
+        logger.info("deleted %d images that no template names: %s", len(deleted), deleted)
