@@ -1,0 +1,499 @@
+"""A host agent in memory: the interface of ``hostruntime.client`` without a host.
+
+It keeps what it is told (images, builds with their numbered events, sandboxes with their files)
+and fails on request (``down``, ``full``, ``stop_streams``). It runs no command: what a command
+answers is put into ``answers`` before. ``tests/fakes/test_host.py`` holds it to the signatures of
+the real client; what it does is held to the real agent by the tests on a live stack.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hostruntime.answers import (
+    BaseInfo,
+    BuildEvent,
+    BuildInfo,
+    DirectoryEntry,
+    DirectoryListing,
+    ExecFrame,
+    ExecResult,
+    FileContent,
+    FileStat,
+    ImageInfo,
+    SandboxInfo,
+)
+from hostruntime.client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
+from hostruntime.errors import (
+    ContainerGone,
+    FileConflict,
+    FileTooLarge,
+    HostError,
+    HostFull,
+    HostUnavailable,
+    ImageNotFound,
+    NotFound,
+)
+
+TERMINAL = frozenset({"published", "failed"})
+ENDED_IN = {"published": "published", "failed": "failed"}
+BASES = ("debian-12", "python-3.12-bare", "python-3.12", "node-22")
+
+
+@dataclass
+class FakeBuild:
+    """One build: what was asked for, and what it told so far."""
+
+    request: dict[str, Any]
+    state: str = "running"
+    events: list[BuildEvent] = field(default_factory=list)
+    starts: int = 1
+
+
+@dataclass
+class FakeSandbox:
+    """One sandbox, its files by absolute path, and its variables."""
+
+    info: SandboxInfo
+    env: dict[str, str]
+    files: dict[str, bytes] = field(default_factory=dict)
+    directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that was run."""
+
+    sandbox: str
+    command: str | Sequence[str]
+    cwd: str
+    env: dict[str, str]
+    timeout_seconds: float | None
+
+
+class FakeHost:
+    """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition()
+        self.down = False
+        self.full = False
+        self.by_itself = True
+        self.base_states = dict.fromkeys(BASES, "ready")
+        self.stored: dict[str, ImageInfo] = {}
+        self.built: dict[str, FakeBuild] = {}
+        self.booted: dict[str, FakeSandbox] = {}
+        self.ran: list[Ran] = []
+        self.answers: dict[str, ExecResult | HostError] = {}
+        self.frames: dict[str, list[ExecFrame | HostError]] = {}
+        self.ended_early: list[str] = []
+        self.kept: list[list[str]] = []
+        self.streams = 0
+        self._epoch = 0
+
+    # What tests do to it ------------------------------------------------------------------
+
+    def emit(self, build_id: str, kind: str, **data: Any) -> BuildEvent:
+        """The next event of a build; a terminal one ends it and stores or drops its image."""
+        with self.lock:
+            build = self.built[build_id]
+            event = BuildEvent(len(build.events) + 1, time.time(), kind, data)
+            build.events.append(event)
+            if kind in TERMINAL:
+                build.state = ENDED_IN[kind]
+                if kind == "published":
+                    self.stored[build_id] = ImageInfo(build_id, "template")
+            self.lock.notify_all()
+            return event
+
+    def finish(self, build_id: str) -> None:
+        """Run every step of a build and publish."""
+        recipe = self.built[build_id].request["recipe"]
+        self.emit(build_id, "boot", boot_ms=31.5)
+        for number, command in enumerate(recipe, start=1):
+            self.run_step(build_id, number, command, f"{command}: done\n")
+        self.emit(build_id, "scrub", removed_bytes=10, duration_ms=1)
+        sizes = {"size_bytes": 5_000, "file_count": 42, "shared_bytes": 4_000}
+        self.emit(build_id, "capture", **sizes, duration_ms=2)
+        self.emit(build_id, "published", image=build_id, **sizes, total_ms=1234)
+
+    def run_step(
+        self, build_id: str, number: int, command: str, text: str = "", code: int = 0
+    ) -> None:
+        """One step from its start to its end."""
+        total = len(self.built[build_id].request["recipe"])
+        self.emit(build_id, "step_started", step=number, total=total, command=command)
+        if text:
+            self.emit(build_id, "output", step=number, text=text)
+        self.emit(
+            build_id,
+            "step_finished",
+            step=number,
+            exit_code=code,
+            signal=None,
+            duration_ms=7,
+            output_bytes=len(text.encode()),
+            elided_bytes=0,
+        )
+
+    def stop_streams(self) -> None:
+        """What a restart of the agent looks like: every open stream breaks off."""
+        with self.lock:
+            self._epoch += 1
+            self.lock.notify_all()
+
+    def lose(self, build_id: str) -> None:
+        """Forget a build, as a host whose state was wiped does."""
+        with self.lock:
+            del self.built[build_id]
+        self.stop_streams()
+
+    def end(self, sandbox_id: str, reason: str) -> None:
+        """A sandbox's container goes away by itself."""
+        with self.lock:
+            sandbox = self.booted[sandbox_id]
+            sandbox.info = replace(sandbox.info, state="gone", reason=reason, ended_at=time.time())
+
+    def wait_for(self, condition: Any, seconds: float = 10.0) -> None:
+        """Return once ``condition()`` holds, looking whenever the host's state changes."""
+        with self.lock:
+            assert self.lock.wait_for(condition, seconds), "it did not come about"
+
+    def _up(self) -> None:
+        if self.down:
+            raise HostUnavailable("The host agent does not answer.")
+
+    # Bases and images ---------------------------------------------------------------------
+
+    def bases(self) -> list[BaseInfo]:
+        """As the client."""
+        self._up()
+        return [
+            BaseInfo(name, name.title(), f"What {name} is.", state, 1)
+            for name, state in self.base_states.items()
+        ]
+
+    def default_domains(self) -> list[str]:
+        """As the client."""
+        self._up()
+        return ["github.com", "example.org"]
+
+    def images(self) -> list[ImageInfo]:
+        """As the client."""
+        self._up()
+        return list(self.stored.values())
+
+    def delete_image(self, image_id: str) -> bool:
+        """As the client."""
+        self._up()
+        with self.lock:
+            in_use = any(
+                box.info.image == image_id and box.info.state == "running"
+                for box in self.booted.values()
+            )
+            if not in_use:
+                self.stored.pop(image_id, None)
+            return not in_use
+
+    def reconcile_images(self, keep: Sequence[str]) -> list[str]:
+        """As the client, for images of any age."""
+        self._up()
+        self.kept.append(list(keep))
+        gone = [image for image in self.stored if image not in keep]
+        for image in gone:
+            del self.stored[image]
+        return gone
+
+    # Builds -------------------------------------------------------------------------------
+
+    def start_build(
+        self,
+        build_id: str,
+        *,
+        base_image: str,
+        recipe: Sequence[str],
+        network: str,
+        allow_domains: Sequence[str] | None = None,
+        cpu: float = 2.0,
+        memory_mb: int = 4096,
+        step_timeout_seconds: float = 600.0,
+        build_timeout_seconds: float = 1800.0,
+    ) -> BuildInfo:
+        """As the client; runs to its end at once if ``by_itself``."""
+        self._up()
+        if self.full:
+            raise HostFull("There is no room.")
+        if base_image not in self.base_states and base_image not in self.stored:
+            raise ImageNotFound(f"There is no image {base_image}.")
+        with self.lock:
+            known = self.built.get(build_id)
+            if known is not None:
+                known.starts += 1
+                return self.build(build_id)
+            self.built[build_id] = FakeBuild(
+                {
+                    "base_image": base_image,
+                    "recipe": list(recipe),
+                    "network": network,
+                    "step_timeout_seconds": step_timeout_seconds,
+                    "build_timeout_seconds": build_timeout_seconds,
+                }
+            )
+            self.lock.notify_all()
+        if self.by_itself:
+            self.finish(build_id)
+        return self.build(build_id)
+
+    def build(self, build_id: str) -> BuildInfo:
+        """As the client."""
+        self._up()
+        with self.lock:
+            build = self.built.get(build_id)
+            if build is None:
+                raise NotFound(f"There is no build {build_id}.")
+            return BuildInfo(build_id, build.state, len(build.events))
+
+    def cancel_build(self, build_id: str) -> None:
+        """As the client."""
+        self._up()
+        with self.lock:
+            build = self.built.setdefault(build_id, FakeBuild({"recipe": []}, starts=0))
+            if build.state == "running":
+                self.emit(
+                    build_id, "failed", code="build_cancelled", message="The build was cancelled."
+                )
+            build.state = "cancelled"
+            self.stored.pop(build_id, None)
+
+    def build_events(
+        self, build_id: str, after: int = 0, *, follow: bool = True
+    ) -> Iterator[BuildEvent]:
+        """As the client."""
+        self.build(build_id)
+        with self.lock:
+            epoch = self._epoch
+            self.streams += 1
+            self.lock.notify_all()
+        try:
+            yield from self._told(build_id, after, epoch, follow=follow)
+        finally:
+            with self.lock:
+                self.streams -= 1
+                self.lock.notify_all()
+
+    def _told(self, build_id: str, after: int, epoch: int, *, follow: bool) -> Iterator[BuildEvent]:
+        while True:
+            with self.lock:
+                if self._epoch != epoch:
+                    raise HostUnavailable("The host agent went away.")
+                events = self.built[build_id].events[after:]
+                if not events and follow:
+                    self.lock.wait(timeout=0.5)
+                    continue
+            for event in events:
+                yield event
+                after = event.seq
+            if not follow or (events and events[-1].kind in TERMINAL):
+                return
+
+    # Sandboxes ----------------------------------------------------------------------------
+
+    def sandboxes(self) -> list[SandboxInfo]:
+        """As the client."""
+        self._up()
+        return [box.info for box in self.booted.values()]
+
+    def create_sandbox(
+        self,
+        sandbox_id: str,
+        *,
+        image: str,
+        cpu: float,
+        memory_mb: int,
+        network: str = "off",
+        allow_domains: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        deadline: float | None = None,
+    ) -> SandboxInfo:
+        """As the client."""
+        self._up()
+        if self.full:
+            raise HostFull("There is no room.")
+        if image not in self.base_states and image not in self.stored:
+            raise ImageNotFound(f"There is no image {image}.")
+        with self.lock:
+            if sandbox_id not in self.booted:
+                now = time.time()
+                info = SandboxInfo(sandbox_id, image, "running", now, 31.5, deadline, network)
+                self.booted[sandbox_id] = FakeSandbox(info, dict(env or {}))
+            return self.booted[sandbox_id].info
+
+    def sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """As the client."""
+        self._up()
+        if sandbox_id not in self.booted:
+            raise NotFound(f"There is no sandbox {sandbox_id}.")
+        return self.booted[sandbox_id].info
+
+    def set_deadline(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """As the client."""
+        box = self._running(sandbox_id)
+        box.info = replace(box.info, deadline=deadline)
+        return box.info
+
+    def delete_sandbox(self, sandbox_id: str) -> None:
+        """As the client."""
+        self._up()
+        with self.lock:
+            self.booted.pop(sandbox_id, None)
+
+    def exec(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """What ``answers`` has for the command; without an answer it ends well and says nothing."""
+        self._note(sandbox_id, command, cwd, env, timeout_seconds)
+        answer = self.answers.get(str(command), ExecResult(0, None, b"", b"", 3))
+        if isinstance(answer, HostError):
+            raise answer
+        return answer
+
+    async def exec_frames(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int | None = None,
+    ) -> AsyncIterator[ExecFrame]:
+        """What ``frames`` has for the command; an error among them is raised."""
+        self._note(sandbox_id, command, cwd, env, timeout_seconds)
+        told = False
+        try:
+            for frame in self.frames[str(command)]:
+                if isinstance(frame, HostError):
+                    raise frame
+                yield frame
+            told = True
+        finally:
+            if not told:
+                self.ended_early.append(str(command))
+
+    def _note(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        cwd: str,
+        env: Mapping[str, str] | None,
+        timeout_seconds: float | None,
+    ) -> None:
+        box = self._running(sandbox_id)
+        merged = {**box.env, **(env or {})}
+        self.ran.append(Ran(sandbox_id, command, cwd, merged, timeout_seconds))
+
+    def _running(self, sandbox_id: str) -> FakeSandbox:
+        self.sandbox(sandbox_id)
+        box = self.booted[sandbox_id]
+        if box.info.state != "running":
+            raise ContainerGone("The sandbox is not running.")
+        return box
+
+    # Files --------------------------------------------------------------------------------
+
+    def read_path(
+        self, sandbox_id: str, path: str, *, max_bytes: int = DEFAULT_MAX_FILE_BYTES
+    ) -> FileContent | DirectoryListing:
+        """As the client."""
+        box = self._running(sandbox_id)
+        stat = self._found(box, path)
+        if not stat.is_dir:
+            if stat.size > max_bytes:
+                raise FileTooLarge(f"{path} is larger than {max_bytes} bytes.")
+            return FileContent(stat, box.files[path])
+        entries = [
+            DirectoryEntry(
+                posixpath.basename(name), name in box.directories, len(box.files.get(name, b"")),
+                0o755 if name in box.directories else 0o644, stat.modified_at,
+            )
+            for name in sorted({*box.files, *box.directories} - {"/"})
+            if posixpath.dirname(name) == path.rstrip("/")
+        ]  # fmt: skip
+        return DirectoryListing(stat, tuple(entries))
+
+    def write_file(
+        self,
+        sandbox_id: str,
+        path: str,
+        content: bytes | Iterable[bytes],
+        *,
+        mode: int | None = None,
+    ) -> int:
+        """As the client."""
+        box = self._running(sandbox_id)
+        if path in box.directories:
+            raise FileConflict(f"{path} is a directory.")
+        data = content if isinstance(content, bytes) else b"".join(content)
+        self._make_parents(box, path)
+        box.files[path] = data
+        return len(data)
+
+    def delete_path(self, sandbox_id: str, path: str) -> None:
+        """As the client."""
+        box = self._running(sandbox_id)
+        self._found(box, path)
+        inside = f"{path.rstrip('/')}/"
+        box.files = {n: c for n, c in box.files.items() if n != path and not n.startswith(inside)}
+        box.directories = {n for n in box.directories if n != path and not n.startswith(inside)}
+
+    def mkdir(self, sandbox_id: str, path: str, *, parents: bool = True) -> None:
+        """As the client."""
+        box = self._running(sandbox_id)
+        if path in box.files or (path in box.directories and not parents):
+            raise FileConflict(f"{path} exists already.")
+        if not parents and posixpath.dirname(path) not in box.directories:
+            raise NotFound(f"{posixpath.dirname(path)} does not exist.")
+        self._make_parents(box, path)
+        box.directories.add(path)
+
+    def move(self, sandbox_id: str, source: str, destination: str) -> None:
+        """As the client, for files."""
+        box = self._running(sandbox_id)
+        if source not in box.files:
+            raise NotFound(f"{source} does not exist.")
+        box.files[destination] = box.files.pop(source)
+
+    def stat(self, sandbox_id: str, path: str) -> FileStat:
+        """As the client."""
+        box = self._running(sandbox_id)
+        try:
+            return self._found(box, path)
+        except NotFound:
+            return FileStat(path, exists=False)
+
+    def _found(self, box: FakeSandbox, path: str) -> FileStat:
+        modified = box.info.started_at
+        if path in box.directories:
+            return FileStat(
+                path, exists=True, is_dir=True, size=4096, mode=0o755, modified_at=modified
+            )
+        if path in box.files:
+            size = len(box.files[path])
+            return FileStat(path, exists=True, size=size, mode=0o644, modified_at=modified)
+        raise NotFound(f"{path} does not exist.")
+
+    def _make_parents(self, box: FakeSandbox, path: str) -> None:
+        while (path := posixpath.dirname(path)) not in box.directories:
+            box.directories.add(path)

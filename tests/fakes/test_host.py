@@ -1,0 +1,32 @@
+"""The fake host takes and gives what the real client does."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from hostruntime.client import AsyncHostClient, HostClient
+from tests.fakes.host import FakeHost
+
+SHARED = sorted(
+    name
+    for name in vars(FakeHost)
+    if not name.startswith("_") and hasattr(HostClient, name) and name != "exec_frames"
+)
+
+
+def test_it_has_all_that_services_call() -> None:
+    called = {"bases", "start_build", "build_events", "create_sandbox", "exec", "read_path"}
+    assert called <= set(SHARED)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_method_has_the_signature_of_the_clients(name: str) -> None:
+    assert inspect.signature(getattr(FakeHost, name)) == inspect.signature(
+        getattr(HostClient, name)
+    )
+
+
+def test_streamed_commands_have_the_signature_of_the_async_clients() -> None:
+    assert inspect.signature(FakeHost.exec_frames) == inspect.signature(AsyncHostClient.exec_frames)
