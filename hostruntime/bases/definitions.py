@@ -35,6 +35,14 @@ class BaseDefinition:
 
 _APT_INSTALL = "apt-get update && apt-get install -y --no-install-recommends"
 
+# Finds a library that is missing, or too old, before a person's recipe does.
+_LOAD_EVERY_MODULE = (
+    "import importlib, pathlib, sysconfig; "
+    'built = pathlib.Path(sysconfig.get_path("stdlib"), "lib-dynload").glob("*.so"); '
+    '[importlib.import_module(path.name.partition(".")[0]) for path in built]; '
+    "import bz2, ctypes, hashlib, lzma, readline, sqlite3, ssl, uuid, zlib"
+)
+
 _DEFINITIONS = (
     BaseDefinition(
         name="debian-12",
@@ -53,7 +61,7 @@ _DEFINITIONS = (
         provider="cpython",
         recipe=(
             f"{_APT_INSTALL} {{packages}} && ldconfig",
-            "python3.12 -c 'import bz2, ctypes, hashlib, lzma, readline, sqlite3, ssl, uuid, zlib'",
+            f"python3.12 -c '{_LOAD_EVERY_MODULE}'",
             "python3.12 -m ensurepip --default-pip && python3.12 -m pip install --upgrade pip",
             "ln -sf python3.12 /usr/local/bin/python3 && ln -sf python3.12 /usr/local/bin/python",
             "python -m compileall -q -j 0 /usr/local/lib/python3.12 || true",

@@ -19,7 +19,6 @@ from hostruntime.network import SlotPool
 from hostruntime.paths import (
     StatePaths,
     claim_instance,
-    ensure_subordinate_ids,
     release_instance,
 )
 from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
@@ -40,7 +39,6 @@ class Machine:
 async def a_machine(root: Path) -> AsyncIterator[Machine]:
     """Bring up the parts in the state directory ``root``; take every trace off the host again."""
     paths = StatePaths(root).ensure()
-    ensure_subordinate_ids()
     async with AsyncExitStack() as stack:
         instance = claim_instance(paths)
         stack.callback(release_instance, paths)
