@@ -194,6 +194,7 @@ def provide(tree: PythonTree, layer: Path) -> None:
         shutil.copy2(library, target / "lib" / library.name, follow_symlinks=False)
     for description in tree.prefix.glob("lib/pkgconfig/python*.pc"):
         shutil.copy2(description, target / "lib/pkgconfig", follow_symlinks=False)
+    _strip(target)
     _rewrite_prefix(target, str(tree.prefix))
     _own_by_root(layer)
 
@@ -204,6 +205,20 @@ def _ignored(_: str, names: list[str]) -> set[str]:
 
 def _left_out(path: Path) -> bool:
     return path.name in _LEFT_OUT or _LEFT_OUT_PATTERN.fullmatch(path.name) is not None
+
+
+def _strip(target: Path) -> None:
+    """Drop debugging information, most of a self-compiled Python, where the host has strip(1)."""
+    if shutil.which("strip") is None:
+        return
+    found = [*target.glob("bin/*"), *target.glob("lib/*.so*"), *target.glob(f"{_LIBRARY}/**/*.so")]
+    programs = [path for path in found if not path.is_symlink() and _is_elf(path)]
+    run(["strip", "--strip-debug", *map(str, programs)], timeout=120.0)
+
+
+def _is_elf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def _rewrite_prefix(target: Path, prefix: str) -> None:
