@@ -1,0 +1,54 @@
+"""Fixtures of the fake host. A conftest takes part by importing ``host``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+from django.test import Client
+from django_q.models import OrmQ
+
+from orkestr_console.services import hosts
+from templates_app.models import Template
+from tests.fakes.host import FakeHost
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A host in memory in place of the agent, for every service."""
+    fake = FakeHost()
+    monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
+    monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
+    return fake
+
+
+def queued() -> list[str]:
+    """The functions that wait in the queue, by name, in order."""
+    return [row.task["func"] for row in OrmQ.objects.order_by("id")]
+
+
+def run_queue() -> None:
+    """Do what a worker does, until nothing waits."""
+    while (row := OrmQ.objects.order_by("id").first()) is not None:
+        task = row.task
+        row.delete()
+        module, _, name = task["func"].rpartition(".")
+        getattr(import_module(module), name)(*task["args"], **task["kwargs"])
+
+
+type MakeTemplate = Callable[..., Template]
+
+
+@pytest.fixture
+def make_template(api: Client, host: FakeHost) -> MakeTemplate:
+    """Makes a template of Acme through REST and builds it: ``make_template(name=…)``."""
+
+    def make(**changes: object) -> Template:
+        body = {"name": "tools", "base_template": "debian-12", "recipe": ["true"], **changes}
+        answer = api.post("/v1/templates", body, content_type="application/json")
+        assert answer.status_code == 201, answer.content
+        run_queue()
+        return Template.objects.get(pk=answer.json()["id"])
+
+    return make
