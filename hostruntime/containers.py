@@ -135,8 +135,9 @@ class Launcher:
             answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
             answer = {"error": _words(error)}
-        finally:
+        try:
             os.write(result, json.dumps(answer).encode())
+        finally:
             os._exit(0)
 
     def _start(self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int) -> int:

@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +24,11 @@ from typing import Any
 
 from hostruntime import channel
 from hostruntime.errors import HostFault
-from hostruntime.run import spawn
+from hostruntime.run import Process, end, spawn
 
 LAUNCHERS = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
+_CLOSE_SECONDS = 1.0
 _HEADER = struct.Struct("!I")
 _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Attached:
 class Link:
     """One launcher process and the connection to it."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     sock: socket.socket
     pending: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
     exits: dict[int, asyncio.Future[int]] = field(default_factory=dict)
@@ -70,13 +70,13 @@ class Link:
     _reader: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, lxcpath: Path, log: Path) -> Link:
-        """Start a launcher.  Raises HostError."""
+    async def open(cls, lxcpath: Path, log: Path, keep: Sequence[int]) -> Link:
+        """Start a launcher that also keeps these descriptors open.  Raises HostError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             fd = theirs.fileno()
             argv = [sys.executable, "-m", "hostruntime.containers", str(fd), str(lxcpath)]
-            process = spawn(argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd])
+            process = spawn(argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *keep])
         ours.setblocking(False)  # noqa: FBT003 - positional-only
         link = cls(process, ours)
         link._reader = asyncio.create_task(link._read())
@@ -133,11 +133,7 @@ class Link:
                 await self._reader
         self.sock.close()
         self._fail_everything()
-        try:
-            await asyncio.to_thread(self.process.wait, 2.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
+        await asyncio.to_thread(end, self.process, _CLOSE_SECONDS)
 
     async def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         loop, data = asyncio.get_running_loop(), channel.encode(message)
@@ -192,11 +188,15 @@ class Link:
 
 
 class LauncherPool:
-    """Two launchers, replaced when they die.  Belongs to one event loop."""
+    """Two launchers, replaced when they die.  Belongs to one event loop.
 
-    def __init__(self, lxcpath: Path, log: Path) -> None:
+    ``keep`` are descriptors that launchers hold for as long as they live.
+    """
+
+    def __init__(self, lxcpath: Path, log: Path, keep: Sequence[int] = ()) -> None:
         self._lxcpath = lxcpath
         self._log = log
+        self._keep = tuple(keep)
         self._links: list[Link] = []
         self._replacing = asyncio.Lock()
 
@@ -204,7 +204,7 @@ class LauncherPool:
         """Start the launchers.  Raises HostError, OSError."""
         self._lxcpath.mkdir(mode=0o711, parents=True, exist_ok=True)
         for _ in range(LAUNCHERS):
-            self._links.append(await Link.open(self._lxcpath, self._log))
+            self._links.append(await Link.open(self._lxcpath, self._log, self._keep))
 
     async def close(self) -> None:
         """End the launchers; containers stay."""
@@ -254,7 +254,7 @@ class LauncherPool:
             for index, link in enumerate(self._links):
                 if not link.alive:
                     await link.close()
-                    self._links[index] = await Link.open(self._lxcpath, self._log)
+                    self._links[index] = await Link.open(self._lxcpath, self._log, self._keep)
 
 
 def _take_message(buffer: bytearray) -> dict[str, Any] | None:

@@ -5,8 +5,8 @@ controllers are v1 hierarchies and a unified one without controllers is on
 ``/sys/fs/cgroup/unified``; and *v1* alone, which this runtime refuses, because only the unified
 hierarchy can kill a process tree that forks as it is being killed (``cgroup.kill``, Linux 5.14).
 
-In every hierarchy a container's groups are ``orkestr/<container name>`` and, for LXC's monitor,
-``orkestr/mon-<container name>``.  A command gets a child group of its own in the unified one.
+In every hierarchy the groups of instance 0 are below ``ork0``: a container's is its name, its LXC
+monitor's ``mon-`` and that name.  A command gets a child group of its own in the unified one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from hostruntime.errors import HostUnavailable
 
 CGROUPS = Path("/sys/fs/cgroup")
-GROUP = "orkestr"
 MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
@@ -68,10 +67,11 @@ class CgroupLayout:
 
     def lxc_items(self, limits: Limits, name: str) -> list[tuple[str, str]]:
         """The LXC configuration (lxc.container.conf(5)) that puts and holds a container here."""
+        group = _instance_group(name)
         items = [
-            ("lxc.cgroup.dir.container", f"{GROUP}/{name}"),
-            ("lxc.cgroup.dir.monitor", f"{GROUP}/{MONITOR_PREFIX}{name}"),
-            ("lxc.cgroup.dir.monitor.pivot", f"{GROUP}/pivot"),
+            ("lxc.cgroup.dir.container", f"{group}/{name}"),
+            ("lxc.cgroup.dir.monitor", f"{group}/{MONITOR_PREFIX}{name}"),
+            ("lxc.cgroup.dir.monitor.pivot", f"{group}/pivot"),
         ]
         settings = self._v2_settings(limits) if self.kind == "v2" else self._v1_settings(limits)
         return items + settings
@@ -108,11 +108,16 @@ class CgroupLayout:
         """Every container with this name prefix that has a group, or whose monitor has."""
         names: set[str] = set()
         for hierarchy in self.hierarchies:
-            for entry in _entries(hierarchy / GROUP):
+            for entry in _entries(hierarchy / _instance_group(prefix)):
                 name = entry.name.removeprefix(MONITOR_PREFIX)
                 if name.startswith(prefix):
                     names.add(name)
         return sorted(names)
+
+    def remove_instance(self, prefix: str) -> None:
+        """Remove what is left of an instance's groups once none of its containers runs."""
+        for hierarchy in self.hierarchies:
+            _remove_tree(hierarchy / _instance_group(prefix))
 
 
 @cache
@@ -147,12 +152,12 @@ class ContainerGroups:
     @property
     def unified(self) -> Path:
         """The container's group in the unified hierarchy; commands get children of it."""
-        return self.layout.unified / GROUP / self.name
+        return self.layout.unified / _instance_group(self.name) / self.name
 
     @property
     def monitor(self) -> Path:
         """The group of LXC's monitor process in the unified hierarchy."""
-        return self.layout.unified / GROUP / f"{MONITOR_PREFIX}{self.name}"
+        return self.unified.with_name(f"{MONITOR_PREFIX}{self.name}")
 
     def exec_group(self, tag: str) -> Path:
         """The path of the group for one command."""
@@ -166,7 +171,7 @@ class ContainerGroups:
         """Where memory is accounted."""
         if self.layout.kind == "v2":
             return self.unified
-        return self.layout.v1["memory"] / GROUP / self.name
+        return self.layout.v1["memory"] / _instance_group(self.name) / self.name
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here because memory ran out."""
@@ -188,10 +193,15 @@ class ContainerGroups:
 
     def _everywhere(self) -> list[Path]:
         return [
-            hierarchy / GROUP / name
+            hierarchy / _instance_group(self.name) / name
             for hierarchy in self.layout.hierarchies
             for name in (self.name, f"{MONITOR_PREFIX}{self.name}")
         ]
+
+
+def _instance_group(name: str) -> str:
+    """``ork0`` of ``ork0-sbx_…``."""
+    return name.partition("-")[0]
 
 
 def pids_in(group: Path) -> list[int]:
@@ -258,14 +268,6 @@ def adopt_strays(group: Path, parent: Path) -> None:
                 (parent / "cgroup.procs").write_text(str(pid))
     with contextlib.suppress(OSError):
         group.rmdir()
-
-
-def memory_limit_holds(groups: ContainerGroups) -> bool:
-    """Whether the kernel really holds a container to a memory limit."""
-    if groups.layout.kind == "v2":
-        return (groups.memory_group() / "memory.max").read_text().strip() != "max"
-    limit = int((groups.memory_group() / "memory.limit_in_bytes").read_text())
-    return limit < 1 << 60
 
 
 def _flat_value(path: Path, key: str) -> int:

@@ -145,7 +145,7 @@ class ContainerManager:
                 await self._dismantle(spec.owner)
                 raise
             boot_ms = (time.monotonic() - began) * 1000
-            name = self._name(spec.owner)
+            name = self.name_of(spec.owner)
             running = Running(spec.owner, name, slot, init_pid, time.time(), boot_ms, spec)
             self._take_up(running)
             return running
@@ -223,10 +223,16 @@ class ContainerManager:
         running = self.get(owner)
         await asyncio.to_thread(_kill_all_but, self._groups(owner), running.init_pid)
 
+    def kill_execs(self) -> None:
+        """Kill at once what was asked to run, for an agent about to end; containers stay."""
+        for owner in self._running:
+            for group in self._groups(owner).exec_groups():
+                kill_group(group)
+
     # Pieces --------------------------------------------------------------------------------
 
     def _start_message(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
-        name = self._name(spec.owner)
+        name = self.name_of(spec.owner)
         mounts = self.roots / name
         self.roots.mkdir(mode=0o711, parents=True, exist_ok=True)
         spec.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -288,15 +294,16 @@ class ContainerManager:
         task.add_done_callback(self._tasks.discard)
 
     async def _dismantle(self, owner: str) -> None:
-        name = self._name(owner)
+        name = self.name_of(owner)
         await asyncio.to_thread(dismantle, self._groups(owner), self.roots / name)
         await asyncio.to_thread(self.pool.release, owner)
         await self.launchers.forget(name)
 
     def _groups(self, owner: str) -> ContainerGroups:
-        return cgroup_layout().container(self._name(owner))
+        return cgroup_layout().container(self.name_of(owner))
 
-    def _name(self, owner: str) -> str:
+    def name_of(self, owner: str) -> str:
+        """The name of an owner's container and control groups."""
         return f"{self.instance.prefix}{owner}"
 
     def _lock(self, owner: str) -> asyncio.Lock:

@@ -9,7 +9,6 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
       runtime/<mode>-<generation>/  runtime layers
-      lxc/                          LXC's own directory (lxcpath)
       squid/                        generated configuration, logs, pid
       instance.json                 which instance number this state directory has
 
@@ -226,7 +225,10 @@ def _locked(path: Path) -> Iterator[None]:
 def ensure_subordinate_ids(
     files: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid")),
 ) -> None:
-    """Let root hand out the runtime's id range through newuidmap (subuid(5)); idempotent."""
+    """Reserve the runtime's id range for root (subuid(5)), so that no user is given it; idempotent.
+
+    LXC itself does not need it: as root it writes the maps without newuidmap.
+    """
     line = f"root:{ID_BASE}:{ID_COUNT}"
     for path in files:
         text = path.read_text() if path.exists() else ""

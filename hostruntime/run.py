@@ -28,6 +28,9 @@ MINIMAL_ENVIRONMENT: Mapping[str, str] = {
 }
 _TAIL_BYTES = 2000
 
+Process = subprocess.Popen[bytes]
+"""A program started by :func:`spawn`."""
+
 
 @dataclass(frozen=True)
 class Completed:
@@ -99,7 +102,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Process:
     """Start a long-running program in a session of its own, its output appended to ``log``.
 
     The caller owns the process: it must wait for it and end it.  Raises :class:`CommandFailed`
@@ -107,6 +110,15 @@ def spawn(
     """
     with log.open("ab") as sink:
         return _popen(argv, stdout=sink, stderr=sink, env=env, cwd=cwd, pass_fds=pass_fds)
+
+
+def end(process: Process, patience: float) -> None:
+    """Wait that many seconds for a program to end by itself, then kill it; reap it."""
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _popen(
@@ -118,7 +130,7 @@ def _popen(
     env: Mapping[str, str] | None,
     cwd: Path | None,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Process:
     try:
         return subprocess.Popen(
             list(argv),
@@ -167,7 +179,7 @@ def _join(readers: Sequence[_Reader]) -> tuple[bytes, bytes]:
     return readers[0].join(), readers[1].join()
 
 
-def _feed(process: subprocess.Popen[bytes], data: bytes | None) -> None:
+def _feed(process: Process, data: bytes | None) -> None:
     if data is None or process.stdin is None:
         return
     try:
@@ -177,7 +189,7 @@ def _feed(process: subprocess.Popen[bytes], data: bytes | None) -> None:
         return  # It ended without reading everything; its exit status says whether that is bad.
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,0 +1,170 @@
+"""Everything one agent runs, opened and closed in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hostruntime import __version__, assembly
+from hostruntime.bases import BaseBuilder
+from hostruntime.builds import BuildManager
+from hostruntime.egress import EgressProxy, host_registries
+from hostruntime.errors import HostError
+from hostruntime.images import ImageStore
+from hostruntime.launcher import LauncherPool
+from hostruntime.limits import cgroup_layout
+from hostruntime.manager import ContainerManager, lxcpath_of
+from hostruntime.network import SlotPool
+from hostruntime.paths import (
+    Instance,
+    StatePaths,
+    claim_instance,
+    ensure_subordinate_ids,
+    release_instance,
+)
+from hostruntime.policy import PolicyError
+from hostruntime.reclaim import reclaim, take_down
+from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
+from hostruntime.sandboxes import SandboxManager
+
+PROXY_CHECK_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Host:
+    """One installation at work."""
+
+    paths: StatePaths
+    instance: Instance
+    pool: SlotPool
+    proxy: EgressProxy
+    store: ImageStore
+    launchers: LauncherPool
+    containers: ContainerManager
+    sandboxes: SandboxManager
+    builds: BuildManager
+    bases: BaseBuilder
+    proxy_healthy: bool = False
+    _proxy_keeper: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, paths: StatePaths, keep: Sequence[int] = ()) -> Host:
+        """Take up the state directory: reclaim, start the launchers and the proxy.
+
+        ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
+        """
+        host = await asyncio.to_thread(_assemble, paths, keep)
+        await host.launchers.open()
+        host.sandboxes.recover()
+        host.sandboxes.begin()
+        await host.builds.recover()
+        await host._check_proxy(first=True)
+        host._proxy_keeper = asyncio.create_task(host._keep_proxy(), name="egress proxy")
+        return host
+
+    async def close(self) -> None:
+        """End everything but the containers of sandboxes and the proxy, which serves them."""
+        if self._proxy_keeper is not None:
+            self._proxy_keeper.cancel()
+        await self.sandboxes.close()
+        await self.bases.close()
+        await self.builds.close()
+        self.containers.kill_execs()
+        await self.launchers.close()
+        await self.containers.close()
+        await asyncio.to_thread(self.pool.close)
+
+    def health(self) -> dict[str, Any]:
+        """The answer to ``GET /health``."""
+        running = len(self.containers.running())
+        address, port = self.pool.proxy_address()
+        return {
+            "version": __version__,
+            "state_dir": str(self.paths.root),
+            "instance": self.instance.index,
+            "cgroup": cgroup_layout().kind,
+            "proxy": {"healthy": self.proxy_healthy, "address": f"{address}:{port}"},
+            "counts": {
+                "containers": running,
+                "sandboxes": len(self.sandboxes.live()),
+                "builds": len(self.builds.users()),
+                "images": len(self.store.list()),
+            },
+        }
+
+    def base_statuses(self) -> list[dict[str, Any]]:
+        """The answer to ``GET /bases``."""
+        return [asdict(status) for status in self.bases.catalogue()]
+
+    async def _keep_proxy(self) -> None:
+        while True:
+            await asyncio.sleep(PROXY_CHECK_SECONDS)
+            await self._check_proxy(first=False)
+
+    async def _check_proxy(self, *, first: bool) -> None:
+        try:
+            await asyncio.to_thread(self.proxy.start if first else self.proxy.ensure)
+            self.proxy_healthy = True
+        except (HostError, PolicyError, OSError) as error:
+            if self.proxy_healthy or first:
+                _log.error("the egress proxy does not run: %s", error)
+            self.proxy_healthy = False
+
+
+def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
+    cgroup_layout()
+    ensure_subordinate_ids()
+    instance = claim_instance(paths)
+    pool = SlotPool(paths, instance)
+    pool.setup()
+    build_runtime_layers(paths, pool)
+    proxy = EgressProxy(paths, instance, pool)
+    store = ImageStore(paths)
+    live = reclaim(paths, instance, pool, store)
+    _log.info("instance %d, %d sandboxes still run", instance.index, len(live))
+    launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep)
+    containers = ContainerManager(paths, instance, pool, launchers)
+
+    def refusals(owner: str, since: float) -> list[str]:
+        found = proxy.decisions(owner, since)
+        return sorted({decision.host for decision in found if decision.verdict == "refused"})
+
+    engine = assembly.Host(store, containers, lambda mode: runtime_tree(paths, mode), refusals)
+    return Host(
+        paths=paths,
+        instance=instance,
+        pool=pool,
+        proxy=proxy,
+        store=store,
+        launchers=launchers,
+        containers=containers,
+        sandboxes=SandboxManager(paths, containers, store),
+        builds=BuildManager(paths, engine),
+        bases=BaseBuilder(paths, engine, lambda: host_registries(paths)),
+    )
+
+
+def tear_down(paths: StatePaths) -> None:
+    """Stop every container and remove all the installation has on the host; images stay.
+
+    No agent may run on the state directory.  Raises HostError, OSError.
+    """
+    if not paths.instance_file.exists():
+        return
+    instance = claim_instance(paths)
+    pool = SlotPool(paths, instance)
+    take_down(instance)
+    EgressProxy(paths, instance, pool).stop()
+    pool.teardown()
+    store = ImageStore(paths)
+    for directory in paths.sandboxes.iterdir():
+        with contextlib.suppress(OSError):
+            store.trash.discard(directory)
+    store.recover(frozenset())
+    store.trash.wait()
+    release_instance(paths)

@@ -1,0 +1,98 @@
+"""How the agent answers: errors as JSON, streams as NDJSON that ends when the caller goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from hostruntime.errors import HostError, HostFault
+
+KEEP_ALIVE_SECONDS = 10.0
+_log = logging.getLogger(__name__)
+
+
+def line(record: Mapping[str, Any]) -> bytes:
+    """One record of a stream."""
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+class NdjsonResponse(Response):
+    """A stream of lines.
+
+    An empty line is sent when nothing was for ten seconds.  When the caller goes away the
+    generator is closed at once, and what it does in ``finally`` is waited for.
+    """
+
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="application/x-ndjson")
+        # Not known: the body is sent in chunks.
+        del self.headers["content-length"]
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve (ASGI)."""
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with aclosing(self._lines):
+            await send(head)
+            sending = asyncio.ensure_future(self._send_lines(send))
+            leaving = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sending, leaving):
+                    task.cancel()
+                results = await asyncio.gather(sending, leaving, return_exceptions=True)
+            if isinstance(results[0], Exception):
+                raise results[0]
+
+    async def _send_lines(self, send: Send) -> None:
+        upcoming: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                upcoming = upcoming or asyncio.ensure_future(anext(self._lines))
+                done, _ = await asyncio.wait([upcoming], timeout=KEEP_ALIVE_SECONDS)
+                body = b"\n"
+                if done:
+                    try:
+                        body = upcoming.result()
+                    except StopAsyncIteration:
+                        break
+                    finally:
+                        upcoming = None
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if upcoming is not None:
+                upcoming.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, HostError):
+                    await upcoming
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def host_error(request: Request, error: Exception) -> Response:
+    """Answer a HostError with its own status and words."""
+    assert isinstance(error, HostError)
+    if isinstance(error, HostFault):
+        _log.error("%s %s failed: %s", request.method, request.url.path, error.detail)
+    headers = {"Retry-After": "2"} if error.status == HostError.from_wire({}, 503).status else None
+    return JSONResponse(error.to_wire(), error.status, headers)
+
+
+async def defect(request: Request, error: Exception) -> Response:
+    """Answer what nobody foresaw; the log has the traceback."""
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    fault = HostFault("The host agent met a defect of its own; its log has the details.")
+    return JSONResponse(fault.to_wire(), fault.status)

@@ -1,0 +1,393 @@
+"""The agent's routes: each reads its request, calls one manager, renders the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from hostruntime.agent.bodies import (
+    BuildBody,
+    DeadlineBody,
+    ExecBody,
+    KeepBody,
+    MkdirBody,
+    MoveBody,
+    SandboxBody,
+    read_body,
+)
+from hostruntime.agent.host import Host
+from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
+from hostruntime.egress import default_domains
+from hostruntime.errors import HostError, InvalidRequest
+from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.images import Image
+
+
+def application(host: Host) -> Starlette:
+    """The agent's ASGI application."""
+    app = Starlette(routes=_routes(), exception_handlers={HostError: host_error, Exception: defect})
+    app.state.host = host
+    return app
+
+
+def _routes() -> list[Route]:
+    sandbox, files = "/sandboxes/{id}", "/sandboxes/{id}/files"
+    return [
+        Route("/health", health),
+        Route("/egress/defaults", egress_defaults),
+        Route("/egress/decisions", egress_decisions),
+        Route("/bases", list_bases),
+        Route("/bases/{name}", ensure_base, methods=["POST"]),
+        Route("/images", list_images),
+        Route("/images/reconcile", reconcile_images, methods=["POST"]),
+        Route("/images/{id}", get_image),
+        Route("/images/{id}", delete_image, methods=["DELETE"]),
+        Route("/builds", start_build, methods=["POST"]),
+        Route("/builds/{id}", get_build),
+        Route("/builds/{id}", cancel_build, methods=["DELETE"]),
+        Route("/builds/{id}/events", build_events),
+        Route("/sandboxes", list_sandboxes),
+        Route("/sandboxes", create_sandbox, methods=["POST"]),
+        Route(sandbox, get_sandbox),
+        Route(sandbox, patch_sandbox, methods=["PATCH"]),
+        Route(sandbox, delete_sandbox, methods=["DELETE"]),
+        Route(f"{sandbox}/exec", exec_in_sandbox, methods=["POST"]),
+        Route(files, read_file),
+        Route(files, write_file, methods=["PUT"]),
+        Route(files, delete_file, methods=["DELETE"]),
+        Route(f"{files}/mkdir", make_directory, methods=["POST"]),
+        Route(f"{files}/move", move_file, methods=["POST"]),
+        Route(f"{files}/stat", stat_file),
+    ]
+
+
+def _host(request: Request) -> Host:
+    host = request.app.state.host
+    assert isinstance(host, Host)
+    return host
+
+
+def _id(request: Request) -> str:
+    return str(request.path_params["id"])
+
+
+# The host --------------------------------------------------------------------------------------
+
+
+async def health(request: Request) -> Response:
+    """What the agent is and how it is."""
+    return JSONResponse(await asyncio.to_thread(_host(request).health))
+
+
+async def egress_defaults(request: Request) -> Response:
+    """The default allowlist."""
+    domains = await asyncio.to_thread(default_domains, _host(request).paths)
+    return JSONResponse({"domains": domains})
+
+
+async def egress_decisions(request: Request) -> Response:
+    """What the proxy decided for one owner."""
+    owner = _parameter(request, "owner")
+    since = _number(request, "since", 0.0)
+    found = await asyncio.to_thread(_host(request).proxy.decisions, owner, since)
+    return JSONResponse({"decisions": [asdict(decision) for decision in found]})
+
+
+# Images ----------------------------------------------------------------------------------------
+
+
+async def list_bases(request: Request) -> Response:
+    """The built-in bases."""
+    return JSONResponse({"bases": await asyncio.to_thread(_host(request).base_statuses)})
+
+
+async def ensure_base(request: Request) -> Response:
+    """Build a base unless it is ready, telling the progress."""
+    name = str(request.path_params["name"])
+    return NdjsonResponse(_base_lines(_host(request), name))
+
+
+async def _base_lines(host: Host, name: str) -> AsyncGenerator[bytes, None]:
+    said: asyncio.Queue[str | None] = asyncio.Queue()
+    task = asyncio.ensure_future(host.bases.ensure(name, said.put_nowait))
+    task.add_done_callback(lambda _: said.put_nowait(None))
+    try:
+        while (message := await said.get()) is not None:
+            yield line({"kind": "progress", "message": message})
+        try:
+            image = await task
+        except HostError as error:
+            yield line({"kind": "error", **error.to_wire()})
+        else:
+            yield line({"kind": "done", "message": "", "image": image.manifest.to_json()})
+    finally:
+        # Whoever asked has gone; the base goes on being made.
+        task.cancel()
+
+
+async def list_images(request: Request) -> Response:
+    """Every image."""
+    images = await asyncio.to_thread(_host(request).store.list)
+    return JSONResponse({"images": [_image(image) for image in images]})
+
+
+async def get_image(request: Request) -> Response:
+    """One image."""
+    return JSONResponse(_image(_host(request).store.get(_id(request))))
+
+
+async def delete_image(request: Request) -> Response:
+    """Delete an image, now or when its last user has gone."""
+    gone = await asyncio.to_thread(_host(request).store.delete, _id(request))
+    return Response(status_code=204 if gone else 202)
+
+
+async def reconcile_images(request: Request) -> Response:
+    """Delete template images nobody has a row for."""
+    body = await read_body(request, KeepBody)
+    deleted = await asyncio.to_thread(_host(request).store.reconcile, body.keep)
+    return JSONResponse({"deleted": deleted})
+
+
+def _image(image: Image) -> dict[str, Any]:
+    return image.manifest.to_json()
+
+
+# Builds ----------------------------------------------------------------------------------------
+
+
+async def start_build(request: Request) -> Response:
+    """Start a build, once for an id."""
+    body = await read_body(request, BuildBody)
+    status, new = _host(request).builds.start(body.request())
+    return JSONResponse(asdict(status), 202 if new else 200)
+
+
+async def get_build(request: Request) -> Response:
+    """A build's state."""
+    return JSONResponse(asdict(_host(request).builds.status(_id(request))))
+
+
+async def cancel_build(request: Request) -> Response:
+    """Cancel a build; answered when nothing of it is left."""
+    await _host(request).builds.cancel(_id(request))
+    return Response(status_code=204)
+
+
+async def build_events(request: Request) -> Response:
+    """A build's events, to the terminal one."""
+    after = int(_number(request, "after", 0))
+    follow = request.query_params.get("follow", "true") == "true"
+    events = _host(request).builds.events(_id(request), after, follow=follow)
+    return NdjsonResponse(_relayed(events))
+
+
+async def _relayed(lines: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    async for some in lines:
+        yield some
+
+
+# Sandboxes -------------------------------------------------------------------------------------
+
+
+async def list_sandboxes(request: Request) -> Response:
+    """Every sandbox."""
+    sandboxes = _host(request).sandboxes.list()
+    return JSONResponse({"sandboxes": [sandbox.to_wire() for sandbox in sandboxes]})
+
+
+async def create_sandbox(request: Request) -> Response:
+    """Start a sandbox, once for an id."""
+    body = await read_body(request, SandboxBody)
+    sandbox, new = await _host(request).sandboxes.create(body.request())
+    return JSONResponse(sandbox.to_wire(), 201 if new else 200)
+
+
+async def get_sandbox(request: Request) -> Response:
+    """One sandbox."""
+    return JSONResponse(_host(request).sandboxes.get(_id(request)).to_wire())
+
+
+async def patch_sandbox(request: Request) -> Response:
+    """Change when a sandbox ends."""
+    body = await read_body(request, DeadlineBody)
+    sandbox = await _host(request).sandboxes.set_deadline(_id(request), body.deadline)
+    return JSONResponse(sandbox.to_wire())
+
+
+async def delete_sandbox(request: Request) -> Response:
+    """End a sandbox and forget it."""
+    await _host(request).sandboxes.terminate(_id(request))
+    return Response(status_code=204)
+
+
+async def exec_in_sandbox(request: Request) -> Response:
+    """Run a command; what is wrong before it runs is an error answer, later an error line."""
+    body = await read_body(request, ExecBody)
+    frames = _host(request).sandboxes.exec(
+        _id(request), body.words(), cwd=body.cwd, env=body.env, timeout=body.timeout_seconds
+    )
+    started = await anext(frames)
+    return NdjsonResponse(_exec_lines(started, frames, body))
+
+
+async def _exec_lines(
+    started: Frame, frames: AsyncGenerator[Frame, None], body: ExecBody
+) -> AsyncGenerator[bytes, None]:
+    left, truncated = body.max_output_bytes, False
+    async with aclosing(frames):
+        yield line(_frame(started))
+        try:
+            async for frame in frames:
+                if isinstance(frame, Chunk) and left is not None:
+                    truncated = truncated or len(frame.data) > left
+                    frame = Chunk(frame.stream, frame.data[:left])
+                    left -= len(frame.data)
+                    if not frame.data:
+                        continue
+                record = _frame(frame)
+                yield line(record | ({"truncated": truncated} if "code" in record else {}))
+        except HostError as error:
+            yield line({"kind": "error", **error.extra, "code": error.code, "message": str(error)})
+
+
+def _frame(frame: Frame) -> dict[str, Any]:
+    match frame:
+        case Started():
+            return {"kind": "started", "pid": frame.pid}
+        case Chunk():
+            data = base64.b64encode(frame.data).decode()
+            return {"kind": "chunk", "stream": frame.stream, "data": data}
+        case Exited():
+            return {"kind": "exited", **asdict(frame)}
+        case TimedOut():
+            message = (
+                "The command ran past its time and was killed, with everything it had started."
+            )
+            return {"kind": "error", "code": "exec_timeout", "message": message, **asdict(frame)}
+
+
+# Files -----------------------------------------------------------------------------------------
+
+
+async def read_file(request: Request) -> Response:
+    """A file's bytes, or a directory's entries; ``X-File-*`` say what it is."""
+    host = _host(request)
+    name, path = host.sandboxes.container_name(_id(request)), _parameter(request, "path")
+    cap = int(_number(request, "max_bytes", -1))
+    directories = request.query_params.get("directories", "true") == "true"
+    stack = AsyncExitStack()
+    try:
+        opened = await stack.enter_async_context(
+            host.containers.files.read(
+                name, path, max_bytes=cap if cap >= 0 else None, directories=directories
+            )
+        )
+        if opened.entries is None:
+            kept = stack.pop_all()
+            return _FileResponse(opened.content, kept, _stat_headers(opened.stat))
+        return JSONResponse({"entries": opened.entries}, headers=_stat_headers(opened.stat))
+    finally:
+        await stack.aclose()
+
+
+class _FileResponse(StreamingResponse):
+    """A file on its way; what it was opened with is closed whichever way the sending ends."""
+
+    def __init__(
+        self, content: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]
+    ) -> None:
+        super().__init__(content, media_type="application/octet-stream", headers=headers)
+        self._stack = stack
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+def _stat_headers(stat: dict[str, Any]) -> dict[str, str]:
+    return {
+        "X-File-Type": "directory" if stat["is_dir"] else "file",
+        "X-File-Size": str(stat["size"]),
+        "X-File-Mode": f"{stat['mode']:o}",
+        "X-File-Modified-At": repr(stat["modified_at"]),
+    }
+
+
+async def write_file(request: Request) -> Response:
+    """Write the body to a path, whole or not at all."""
+    host = _host(request)
+    name, path = host.sandboxes.container_name(_id(request)), _parameter(request, "path")
+    size = await host.containers.files.write(name, path, request.stream(), mode=_mode(request))
+    return JSONResponse({"path": path, "size": size})
+
+
+def _mode(request: Request) -> int | None:
+    text = request.query_params.get("mode")
+    if text is None:
+        return None
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o7777:
+        raise InvalidRequest(f"{text!r} is no file mode; give octal permission bits such as 644.")
+    return mode
+
+
+async def delete_file(request: Request) -> Response:
+    """Delete a file or a directory."""
+    host = _host(request)
+    name = host.sandboxes.container_name(_id(request))
+    await host.containers.files.delete(name, _parameter(request, "path"))
+    return Response(status_code=204)
+
+
+async def make_directory(request: Request) -> Response:
+    """Make a directory."""
+    host, body = _host(request), await read_body(request, MkdirBody)
+    name = host.sandboxes.container_name(_id(request))
+    await host.containers.files.mkdir(name, body.path, parents=body.parents)
+    return JSONResponse({"path": body.path})
+
+
+async def move_file(request: Request) -> Response:
+    """Rename."""
+    host, body = _host(request), await read_body(request, MoveBody)
+    name = host.sandboxes.container_name(_id(request))
+    await host.containers.files.move(name, body.source, body.destination)
+    return JSONResponse({"path": body.destination})
+
+
+async def stat_file(request: Request) -> Response:
+    """What is at a path."""
+    host = _host(request)
+    name = host.sandboxes.container_name(_id(request))
+    return JSONResponse(await host.containers.files.stat(name, _parameter(request, "path")))
+
+
+# Parameters ------------------------------------------------------------------------------------
+
+
+def _parameter(request: Request, name: str) -> str:
+    value = request.query_params.get(name)
+    if not value:
+        raise InvalidRequest(f"The parameter {name} is missing.")
+    return value
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    text = request.query_params.get(name)
+    try:
+        return default if text is None else float(text)
+    except ValueError:
+        raise InvalidRequest(f"The parameter {name} must be a number, not {text!r}.") from None

@@ -1,0 +1,80 @@
+"""The pass at start, and the taking down of a whole instance.
+
+A killed agent leaves what it was at: containers (which is right, if a sandbox owns them), roots
+mounted for containers that never started, slots, half-made trees.  Everything found that no
+living sandbox owns goes; nothing is believed from records alone that the kernel can be asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+
+from hostruntime.errors import HostError
+from hostruntime.images import ImageStore
+from hostruntime.limits import cgroup_layout
+from hostruntime.manager import dismantle, lxcpath_of, roots_of
+from hostruntime.network import SlotPool
+from hostruntime.paths import Instance, StatePaths, read_json
+
+_log = logging.getLogger(__name__)
+
+
+def reclaim(
+    paths: StatePaths, instance: Instance, pool: SlotPool, store: ImageStore
+) -> frozenset[str]:
+    """Clear away what nobody owns; return the sandboxes that still run.
+
+    The pool must be set up.  Raises HostError or OSError when something will not go.
+    """
+    candidates = _recorded_as_running(paths.sandboxes)
+    live = {owner for owner in candidates if _runs(instance, owner)}
+    _dismantle_all_but(instance, live)
+    pool.reclaim(live)
+    cut_off = {owner for owner in live if pool.slot_of(owner) is None}
+    if cut_off:
+        # Without its network namespace or its policy a container must not go on.
+        _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
+        _dismantle_all_but(instance, live - cut_off)
+    store.recover(live - cut_off)
+    return frozenset(live - cut_off)
+
+
+def take_down(instance: Instance) -> None:
+    """Stop every container of an instance and remove their groups and mounts; idempotent."""
+    _dismantle_all_but(instance, set())
+    cgroup_layout().remove_instance(instance.prefix)
+    for directory in (roots_of(instance), lxcpath_of(instance)):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _recorded_as_running(sandboxes: Path) -> set[str]:
+    found: set[str] = set()
+    for directory in sandboxes.iterdir():
+        record = read_json(directory / "sandbox.json") or {}
+        if record.get("state") == "running":
+            found.add(directory.name)
+    return found
+
+
+def _runs(instance: Instance, owner: str) -> bool:
+    return cgroup_layout().container(f"{instance.prefix}{owner}").init_pid() is not None
+
+
+def _dismantle_all_but(instance: Instance, live: set[str]) -> None:
+    keep = {f"{instance.prefix}{owner}" for owner in live}
+    roots = roots_of(instance)
+    names = set(cgroup_layout().container_names(instance.prefix))
+    with contextlib.suppress(FileNotFoundError):
+        names |= {path.name for path in roots.iterdir()}
+    failures: list[str] = []
+    for name in sorted(names - keep):
+        _log.info("clearing away %s, which nobody owns", name)
+        try:
+            dismantle(cgroup_layout().container(name), roots / name)
+        except HostError as error:
+            failures.append(error.detail)
+    if failures:
+        raise HostError(" ".join(failures))

@@ -1,0 +1,326 @@
+"""Sandboxes: containers that live until a deadline, and their records.
+
+A sandbox is a directory ``sandboxes/<id>/`` with ``sandbox.json`` and the container's own files.
+The record is written before the container starts, and again whenever it changes, so a new agent
+knows what the last one did.  A sandbox that ended by itself (its deadline passed, its init died)
+keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
+from hostruntime.exec import Frame
+from hostruntime.images import ImageStore
+from hostruntime.limits import Limits
+from hostruntime.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.network import Slot
+from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.policy import Policy, PolicyError
+
+Reason = Literal["expired", "exited", "host_lost"]
+SWEEP_SECONDS = 0.5
+KEEP_GONE_SECONDS = 86_400.0
+MAX_ENV_BYTES = 128 * 1024
+_RECORD = "sandbox.json"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SandboxRequest:
+    """What to create; ``deadline`` is in Unix seconds, None for no end."""
+
+    id: str
+    image: str
+    network: str = "off"
+    allow_domains: tuple[str, ...] | None = None
+    cpu: float = 1.0
+    memory_mb: int = 1024
+    env: Mapping[str, str] = field(default_factory=dict)
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A sandbox as it is now."""
+
+    request: SandboxRequest
+    state: Literal["starting", "running", "gone"]
+    image_id: str
+    image_tree: str
+    deadline: float | None
+    started_at: float = 0.0
+    boot_ms: float = 0.0
+    reason: Reason | None = None
+    ended_at: float | None = None
+    slot: Mapping[str, Any] | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """The answer of the agent's API."""
+        return {
+            "id": self.request.id,
+            "image": self.request.image,
+            "state": self.state,
+            "network": self.request.network,
+            "started_at": self.started_at,
+            "boot_ms": round(self.boot_ms, 2),
+            "deadline": self.deadline,
+            "reason": self.reason,
+            "ended_at": self.ended_at,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Sandbox:
+        """Read a record; raises TypeError or KeyError when it is not one."""
+        request = dict(record["request"])
+        domains = request.get("allow_domains")
+        request["allow_domains"] = None if domains is None else tuple(domains)
+        return cls(**{**record, "request": SandboxRequest(**request)})
+
+
+@dataclass
+class SandboxManager:
+    """The sandboxes of one host.  For one event loop; :meth:`recover` comes first."""
+
+    paths: StatePaths
+    containers: ContainerManager
+    store: ImageStore
+    _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _sweeper: asyncio.Task[None] | None = None
+
+    # Life of the manager -------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Load the records; take up the sandboxes that still run, note what became of others."""
+        for directory in sorted(self.paths.sandboxes.iterdir()):
+            record = read_json(directory / _RECORD)
+            try:
+                sandbox = Sandbox.from_record(record or {})
+            except (KeyError, TypeError):
+                # Not a record: the agent died before there was one.
+                self.store.trash.discard(directory)
+                continue
+            if sandbox.state == "running" and not self._adopt(sandbox):
+                sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
+            if sandbox.state == "starting":
+                # Nobody was told of it: it never was.
+                self.store.trash.discard(directory)
+                continue
+            self._save(sandbox)
+
+    def live(self) -> set[str]:
+        """The ids of running sandboxes: who uses slots and images."""
+        return {key for key, sandbox in self._sandboxes.items() if sandbox.state == "running"}
+
+    def begin(self) -> None:
+        """Begin to enforce deadlines; be told when containers end."""
+        self.containers.on_exit.append(self._on_exit)
+        self._sweeper = asyncio.create_task(self._sweep(), name="sandbox deadlines")
+
+    async def close(self) -> None:
+        """Stop enforcing deadlines; sandboxes stay."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+
+    # What is asked of it -------------------------------------------------------------------
+
+    def list(self) -> list[Sandbox]:
+        """Every sandbox, running ones and those gone within the last day."""
+        return list(self._sandboxes.values())
+
+    def get(self, sandbox_id: str) -> Sandbox:
+        """One sandbox; raises NotFound."""
+        try:
+            return self._sandboxes[sandbox_id]
+        except KeyError:
+            raise NotFound(f"There is no sandbox {sandbox_id!r} on this host.") from None
+
+    async def create(self, request: SandboxRequest) -> tuple[Sandbox, bool]:
+        """Start a sandbox; return it, and whether it is new (the same id starts once).
+
+        Raises InvalidRequest, ImageNotFound, HostFull; then nothing is left of it.
+        """
+        policy = _checked(request)
+        return await asyncio.shield(asyncio.ensure_future(self._create(request, policy)))
+
+    async def _create(self, request: SandboxRequest, policy: Policy) -> tuple[Sandbox, bool]:
+        async with self._lock(request.id):
+            if request.id in self._sandboxes:
+                return self._sandboxes[request.id], False
+            directory = self._directory(request.id)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            try:
+                image = self.store.acquire(request.image, request.id)
+                sandbox = Sandbox(request, "starting", image.id, str(image.tree), request.deadline)
+                write_json(directory / _RECORD, asdict(sandbox))
+                running = await self.containers.start(self._spec(sandbox, policy))
+            except BaseException:
+                self._drop(request.id, request.image)
+                raise
+            self._save(_started(sandbox, running))
+            return self._sandboxes[request.id], True
+
+    async def terminate(self, sandbox_id: str) -> None:
+        """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
+        await asyncio.shield(asyncio.ensure_future(self._terminate(sandbox_id)))
+
+    async def _terminate(self, sandbox_id: str) -> None:
+        async with self._lock(sandbox_id):
+            sandbox = self._sandboxes.get(sandbox_id)
+            if sandbox is not None:
+                await self.containers.stop(sandbox_id)
+                self._drop(sandbox_id, sandbox.image_id)
+        self._locks.pop(sandbox_id, None)
+
+    async def set_deadline(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
+        async with self._lock(sandbox_id):
+            sandbox = self._running(sandbox_id)
+            self._save(replace(sandbox, deadline=deadline))
+            return self._sandboxes[sandbox_id]
+
+    def exec(
+        self,
+        sandbox_id: str,
+        argv: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        timeout: float | None,
+    ) -> AsyncGenerator[Frame, None]:
+        """Run a command with the sandbox's environment; see :meth:`ContainerManager.exec`."""
+        sandbox = self._running(sandbox_id)
+        environment = {**sandbox.request.env, **env}
+        return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+
+    def container_name(self, sandbox_id: str) -> str:
+        """The name file operations go by.  Raises NotFound, ContainerGone."""
+        self._running(sandbox_id)
+        return self.containers.get(sandbox_id).name
+
+    # How sandboxes end ---------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.time()
+            for sandbox in self.list():
+                if sandbox.state == "running" and (sandbox.deadline or now + 1) <= now:
+                    await self._end_quietly(sandbox.request.id, now)
+                elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
+                    self._drop(sandbox.request.id, sandbox.image_id)
+
+    async def _end_quietly(self, sandbox_id: str, now: float) -> None:
+        try:
+            async with self._lock(sandbox_id):
+                sandbox = self._sandboxes.get(sandbox_id)
+                # Its deadline may have been moved while we waited for the lock.
+                if sandbox is not None and (sandbox.deadline or now + 1) <= now:
+                    await self.containers.stop(sandbox_id)
+                    self._end(sandbox, "expired")
+        except (HostError, OSError):
+            _log.exception("sandbox %s is past its deadline and cannot be ended", sandbox_id)
+
+    async def _on_exit(self, owner: str) -> None:
+        if owner not in self._sandboxes:
+            return
+        async with self._lock(owner):
+            sandbox = self._sandboxes.get(owner)
+            if sandbox is not None and sandbox.state == "running":
+                self._end(sandbox, "exited")
+
+    def _end(self, sandbox: Sandbox, reason: Reason) -> None:
+        directory = self._directory(sandbox.request.id)
+        self.store.release(sandbox.image_id, sandbox.request.id)
+        self.store.trash.discard(directory)
+        directory.mkdir(mode=0o700)
+        self._save(replace(sandbox, state="gone", reason=reason, ended_at=time.time()))
+
+    # Pieces --------------------------------------------------------------------------------
+
+    def _adopt(self, sandbox: Sandbox) -> bool:
+        slot = self.containers.pool.slot_of(sandbox.request.id)
+        if slot is None:
+            return False
+        spec = self._spec(sandbox, _checked(sandbox.request))
+        name = self.containers.name_of(sandbox.request.id)
+        running = Running(
+            sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
+        )
+        return self.containers.adopt(running)
+
+    def _running(self, sandbox_id: str) -> Sandbox:
+        sandbox = self.get(sandbox_id)
+        if sandbox.state != "running":
+            raise ContainerGone(f"The sandbox {sandbox_id} is not running any more.")
+        return sandbox
+
+    def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
+        request = sandbox.request
+        limits = Limits(cpu=request.cpu, memory_mb=request.memory_mb)
+        tree, directory = Path(sandbox.image_tree), self._directory(request.id)
+        return ContainerSpec(request.id, tree, policy, limits, directory)
+
+    def _save(self, sandbox: Sandbox) -> None:
+        self._sandboxes[sandbox.request.id] = sandbox
+        write_json(self._directory(sandbox.request.id) / _RECORD, asdict(sandbox))
+
+    def _drop(self, sandbox_id: str, image_id: str) -> None:
+        self._sandboxes.pop(sandbox_id, None)
+        self.store.release(image_id, sandbox_id)
+        self.store.trash.discard(self._directory(sandbox_id))
+
+    def _directory(self, sandbox_id: str) -> Path:
+        return self.paths.sandboxes / sandbox_id
+
+    def _lock(self, sandbox_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+
+def _started(sandbox: Sandbox, running: Running) -> Sandbox:
+    return replace(
+        sandbox,
+        state="running",
+        started_at=running.started_at,
+        boot_ms=running.boot_ms,
+        slot=_slot_record(running.slot),
+    )
+
+
+def _slot_record(slot: Slot) -> dict[str, Any]:
+    return {"index": slot.index, "address": slot.address}
+
+
+def _checked(request: SandboxRequest) -> Policy:
+    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+    if _ID.fullmatch(request.id) is None:
+        raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")
+    check_environment(request.env)
+    try:
+        return Policy.parse(request.network, request.allow_domains)
+    except PolicyError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """Raise InvalidRequest unless these can be environment variables (environ(7))."""
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name:
+            raise InvalidRequest(f"{name!r} cannot be the name of an environment variable.")
+        if "\0" in value:
+            raise InvalidRequest(f"The environment variable {name} contains a NUL character.")
+    if sum(len(name) + len(value) for name, value in env.items()) > MAX_ENV_BYTES:
+        raise InvalidRequest(f"The environment is over {MAX_ENV_BYTES} bytes.")
