@@ -25,7 +25,7 @@ from hostruntime.policy import (
     parse_networks,
 )
 
-LISTED = ("example.com", "pypi.example.org", "xn--bcher-kva.example")
+LISTED = ("example.com", "mirror.example.org", "xn--bcher-kva.example")
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_a_data_file_may_have_comments() -> None:
         ("evil-example.com", False),
         ("example.com.evil.test", False),
         ("example.org", False),
-        ("pypi.example.org", True),
-        ("files.pypi.example.org", True),
-        ("notpypi.example.org", False),
+        ("mirror.example.org", True),
+        ("files.mirror.example.org", True),
+        ("notmirror.example.org", False),
         ("com", False),
         ("www.xn--bcher-kva.example", True),
     ],
