@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
-from hostruntime.builds import BuildRequest
 from hostruntime.errors import InvalidRequest
 from hostruntime.exec import shell
 from hostruntime.sandboxes import SandboxRequest, check_environment
@@ -86,40 +85,6 @@ class ExecBody(Body):
     def words(self) -> list[str]:
         """The argv to run."""
         return self.argv if self.argv is not None else shell(self.command or "")
-
-
-class BuildBody(Body):
-    """``POST /builds``."""
-
-    id: str
-    base_image: str
-    recipe: list[str]
-    network: str = "restricted"
-    allow_domains: list[str] | None = None
-    limits: LimitsBody = LimitsBody(cpu=2.0, memory_mb=4096)
-    step_timeout_seconds: Seconds = 600.0
-    build_timeout_seconds: Seconds = 1800.0
-
-    def request(self) -> BuildRequest:
-        """What the build manager takes."""
-        domains = self.allow_domains
-        return BuildRequest(
-            id=self.id,
-            base_image=self.base_image,
-            recipe=tuple(self.recipe),
-            network=self.network,
-            allow_domains=None if domains is None else tuple(domains),
-            cpu=self.limits.cpu,
-            memory_mb=self.limits.memory_mb,
-            step_timeout_seconds=self.step_timeout_seconds,
-            build_timeout_seconds=self.build_timeout_seconds,
-        )
-
-
-class KeepBody(Body):
-    """``POST /images/reconcile``."""
-
-    keep: list[str]
 
 
 class MkdirBody(Body):

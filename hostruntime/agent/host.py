@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hostruntime import __version__, assembly
@@ -97,10 +98,6 @@ class Host:
             },
         }
 
-    def base_statuses(self) -> list[dict[str, Any]]:
-        """The answer to ``GET /bases``."""
-        return [asdict(status) for status in self.bases.catalogue()]
-
     async def _keep_proxy(self) -> None:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
@@ -130,11 +127,9 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep)
     containers = ContainerManager(paths, instance, pool, launchers)
 
-    def refusals(owner: str, since: float) -> list[str]:
-        found = proxy.decisions(owner, since)
-        return sorted({decision.host for decision in found if decision.verdict == "refused"})
-
-    engine = assembly.Host(store, containers, lambda mode: runtime_tree(paths, mode), refusals)
+    engine = assembly.Host(
+        store, containers, partial(runtime_tree, paths), partial(assembly.refused_hosts, proxy)
+    )
     return Host(
         paths=paths,
         instance=instance,
@@ -145,7 +140,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         containers=containers,
         sandboxes=SandboxManager(paths, containers, store),
         builds=BuildManager(paths, engine),
-        bases=BaseBuilder(paths, engine, lambda: host_registries(paths)),
+        bases=BaseBuilder(paths, engine, partial(host_registries, paths)),
     )
 
 

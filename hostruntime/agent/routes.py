@@ -15,10 +15,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from hostruntime.agent.bodies import (
-    BuildBody,
     DeadlineBody,
     ExecBody,
-    KeepBody,
     MkdirBody,
     MoveBody,
     SandboxBody,
@@ -29,7 +27,6 @@ from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
 from hostruntime.egress import default_domains
 from hostruntime.errors import HostError, InvalidRequest
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
-from hostruntime.images import Image
 
 
 def application(host: Host) -> Starlette:
@@ -45,16 +42,6 @@ def _routes() -> list[Route]:
         Route("/health", health),
         Route("/egress/defaults", egress_defaults),
         Route("/egress/decisions", egress_decisions),
-        Route("/bases", list_bases),
-        Route("/bases/{name}", ensure_base, methods=["POST"]),
-        Route("/images", list_images),
-        Route("/images/reconcile", reconcile_images, methods=["POST"]),
-        Route("/images/{id}", get_image),
-        Route("/images/{id}", delete_image, methods=["DELETE"]),
-        Route("/builds", start_build, methods=["POST"]),
-        Route("/builds/{id}", get_build),
-        Route("/builds/{id}", cancel_build, methods=["DELETE"]),
-        Route("/builds/{id}/events", build_events),
         Route("/sandboxes", list_sandboxes),
         Route("/sandboxes", create_sandbox, methods=["POST"]),
         Route(sandbox, get_sandbox),
@@ -100,100 +87,6 @@ async def egress_decisions(request: Request) -> Response:
     since = _number(request, "since", 0.0)
     found = await asyncio.to_thread(_host(request).proxy.decisions, owner, since)
     return JSONResponse({"decisions": [asdict(decision) for decision in found]})
-
-
-# Images ----------------------------------------------------------------------------------------
-
-
-async def list_bases(request: Request) -> Response:
-    """The built-in bases."""
-    return JSONResponse({"bases": await asyncio.to_thread(_host(request).base_statuses)})
-
-
-async def ensure_base(request: Request) -> Response:
-    """Build a base unless it is ready, telling the progress."""
-    name = str(request.path_params["name"])
-    return NdjsonResponse(_base_lines(_host(request), name))
-
-
-async def _base_lines(host: Host, name: str) -> AsyncGenerator[bytes, None]:
-    said: asyncio.Queue[str | None] = asyncio.Queue()
-    task = asyncio.ensure_future(host.bases.ensure(name, said.put_nowait))
-    task.add_done_callback(lambda _: said.put_nowait(None))
-    try:
-        while (message := await said.get()) is not None:
-            yield line({"kind": "progress", "message": message})
-        try:
-            image = await task
-        except HostError as error:
-            yield line({"kind": "error", **error.to_wire()})
-        else:
-            yield line({"kind": "done", "message": "", "image": image.manifest.to_json()})
-    finally:
-        # Whoever asked has gone; the base goes on being made.
-        task.cancel()
-
-
-async def list_images(request: Request) -> Response:
-    """Every image."""
-    images = await asyncio.to_thread(_host(request).store.list)
-    return JSONResponse({"images": [_image(image) for image in images]})
-
-
-async def get_image(request: Request) -> Response:
-    """One image."""
-    return JSONResponse(_image(_host(request).store.get(_id(request))))
-
-
-async def delete_image(request: Request) -> Response:
-    """Delete an image, now or when its last user has gone."""
-    gone = await asyncio.to_thread(_host(request).store.delete, _id(request))
-    return Response(status_code=204 if gone else 202)
-
-
-async def reconcile_images(request: Request) -> Response:
-    """Delete template images nobody has a row for."""
-    body = await read_body(request, KeepBody)
-    deleted = await asyncio.to_thread(_host(request).store.reconcile, body.keep)
-    return JSONResponse({"deleted": deleted})
-
-
-def _image(image: Image) -> dict[str, Any]:
-    return image.manifest.to_json()
-
-
-# Builds ----------------------------------------------------------------------------------------
-
-
-async def start_build(request: Request) -> Response:
-    """Start a build, once for an id."""
-    body = await read_body(request, BuildBody)
-    status, new = _host(request).builds.start(body.request())
-    return JSONResponse(asdict(status), 202 if new else 200)
-
-
-async def get_build(request: Request) -> Response:
-    """A build's state."""
-    return JSONResponse(asdict(_host(request).builds.status(_id(request))))
-
-
-async def cancel_build(request: Request) -> Response:
-    """Cancel a build; answered when nothing of it is left."""
-    await _host(request).builds.cancel(_id(request))
-    return Response(status_code=204)
-
-
-async def build_events(request: Request) -> Response:
-    """A build's events, to the terminal one."""
-    after = int(_number(request, "after", 0))
-    follow = request.query_params.get("follow", "true") == "true"
-    events = _host(request).builds.events(_id(request), after, follow=follow)
-    return NdjsonResponse(_relayed(events))
-
-
-async def _relayed(lines: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    async for some in lines:
-        yield some
 
 
 # Sandboxes -------------------------------------------------------------------------------------
