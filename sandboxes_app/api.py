@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
-from asgiref.sync import sync_to_async
-from channels.db import database_sync_to_async
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 
@@ -26,6 +27,10 @@ from sandboxes_app.specs import (
     SandboxSpec,
     TimeoutSpec,
 )
+
+# Well under the 30 s after which the official SDK gives up on a silent connection.
+KEEP_ALIVE_SECONDS = 10.0
+KEEP_ALIVE = b": the command still runs\n\n"
 
 
 @api(scope=WRITE)
@@ -90,19 +95,21 @@ def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 
 @api(scope=WRITE)
-async def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
+def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     """``POST …/exec``: buffered, or as server-sent events with ``stream: true``."""
-    spec = await sync_to_async(read_json)(request, ExecSpec)
+    spec = read_json(request, ExecSpec)
     if spec.stream:
-        return await streamed(request, sandbox_id, spec)
-    answer = await database_sync_to_async(services.exec_command)(request.actor, sandbox_id, spec)
-    return json_answer(presenters.exec_answer(answer))
+        # On the server's own event loop, where the response will go on reading.
+        return async_to_sync(streamed)(request, sandbox_id, spec)
+    return json_answer(
+        presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
+    )
 
 
 async def streamed(request: ApiRequest, sandbox_id: str, spec: ExecSpec) -> StreamingHttpResponse:
     """The stream, once its first frame is there: until then, an error is an ordinary answer."""
     frames = services.exec_stream(request.actor, sandbox_id, spec)
-    first = await anext(aiter(frames))
+    first = await anext(frames)
     return StreamingHttpResponse(
         sent_events(first, frames),
         content_type="text/event-stream",
@@ -111,12 +118,29 @@ async def streamed(request: ApiRequest, sandbox_id: str, spec: ExecSpec) -> Stre
 
 
 async def sent_events(
-    first: dict[str, Any], frames: AsyncIterator[dict[str, Any]]
+    first: dict[str, Any], frames: AsyncGenerator[dict[str, Any]]
 ) -> AsyncIterator[bytes]:
-    """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line."""
-    yield event(first)
-    async for frame in frames:
-        yield event(frame)
+    """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
+
+    A silent command gets comments in between, as clients give up on a silent connection. However
+    this ends, the command's process tree ends with it.
+    """
+    async with aclosing(frames):
+        yield event(first)
+        following = asyncio.ensure_future(anext(frames, None))
+        try:
+            while True:
+                await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
+                if not following.done():
+                    yield KEEP_ALIVE
+                    continue
+                if (frame := following.result()) is None:
+                    return
+                yield event(frame)
+                following = asyncio.ensure_future(anext(frames, None))
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
 
 
 def event(frame: dict[str, Any]) -> bytes:

@@ -20,7 +20,9 @@ def create_template(request: ApiRequest) -> HttpResponse:
     # 100 steps of 8 KiB, and what JSON may make of each character.
     spec = read_json(request, TemplateSpec, largest=LARGEST_RECIPE)
     template = services.create_template(request.actor, spec)
-    return json_answer(presenters.template_detail(template, template.steps.all()), status=201)
+    return json_answer(
+        presenters.template_detail(template, services.list_steps(template)), status=201
+    )
 
 
 @api(scope=READ)
@@ -39,7 +41,7 @@ def list_templates(request: ApiRequest) -> HttpResponse:
 def get_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}``."""
     template = services.get_template(request.actor, template_id)
-    return json_answer(presenters.template_detail(template, template.steps.all()))
+    return json_answer(presenters.template_detail(template, services.list_steps(template)))
 
 
 @api(scope=WRITE)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from orkestr_console.json_api import timestamp
-from templates_app.models import BuildStep, Template, TemplateStatus
+from templates_app.models import Template, TemplateStatus
+from templates_app.services import ShownStep
 
 
 def template_summary(template: Template) -> dict[str, Any]:
@@ -31,13 +32,14 @@ def template_summary(template: Template) -> dict[str, Any]:
     }
 
 
-def template_detail(template: Template, steps: Iterable[BuildStep]) -> dict[str, Any]:
+def template_detail(template: Template, steps: Iterable[ShownStep]) -> dict[str, Any]:
     """One template, with the steps of its build."""
     return {**template_summary(template), "steps": [step_detail(step) for step in steps]}
 
 
-def step_detail(step: BuildStep) -> dict[str, Any]:
+def step_detail(shown: ShownStep) -> dict[str, Any]:
     """One step of a build."""
+    step = shown.step
     return {
         "number": step.number,
         "command": step.command,
@@ -46,7 +48,8 @@ def step_detail(step: BuildStep) -> dict[str, Any]:
         "duration_ms": step.duration_ms,
         "exit_code": step.exit_code,
         "signal": step.signal,
-        "output": step.output,
+        "output": shown.output,
+        "output_truncated": shown.truncated,
         "output_bytes": step.output_bytes,
         "elided_bytes": step.elided_bytes,
     }

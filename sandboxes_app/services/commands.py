@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import codecs
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from channels.db import database_sync_to_async
 
@@ -102,7 +103,7 @@ def killed_by(number: int, *, memory: bool) -> str:
 
 async def exec_stream(
     actor: Actor, sandbox_id: str, spec: ExecSpec
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any]]:
     """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
 
     Close the iterator early and the command's process tree is killed. Raises like
@@ -110,24 +111,27 @@ async def exec_stream(
     """
     actor.require(WRITE)
     sandbox = await database_sync_to_async(find_running)(actor, sandbox_id)
-    frames = async_host().exec_frames(
+    started = async_host().exec_frames(
         sandbox.pk,
         spec.command,
         cwd=spec.cwd,
         env={**sandbox.env, **spec.env},
         timeout_seconds=spec.timeout_seconds,
     )
+    # An async generator, whatever the client calls it: closing it ends the command.
+    frames = cast("AsyncGenerator[ExecFrame]", started)
     whole = {"stdout": WholeCharacters(), "stderr": WholeCharacters()}
     begun = False
     try:
-        async for frame in frames:
-            if not begun and frame.kind == "error":
-                raise host_errors.HostError.from_wire(
-                    {"code": frame.error_code, "message": frame.message}
-                )
-            begun = True
-            for shown in to_wire(frame, whole):
-                yield shown
+        async with aclosing(frames):
+            async for frame in frames:
+                if not begun and frame.kind == "error":
+                    raise host_errors.HostError.from_wire(
+                        {"code": frame.error_code, "message": frame.message}
+                    )
+                begun = True
+                for shown in to_wire(frame, whole):
+                    yield shown
     except host_errors.HostError as error:
         domain = await database_sync_to_async(refused)(sandbox, error)
         if not begun:

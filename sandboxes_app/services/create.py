@@ -24,6 +24,7 @@ FAILED_TO_START = (
     "The host could not start the sandbox. Try again; if it stays, tell your operator."
 )
 NODE = socket.gethostname()
+IMAGE = "img_"
 
 
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
@@ -70,8 +71,11 @@ def refuse_unsupported(spec: SandboxSpec) -> None:
 
 
 def source_of(team: Team, name: str) -> Source:
-    """What to boot. A built-in name is taken as it is: the host knows best, and saves a call."""
-    if name.startswith(LOOKS_LIKE_A_TEMPLATE):
+    """What to boot. A built-in name is taken as it is: the host knows best, and saves a call.
+
+    An image's own id is none: the host would boot it whosever template it came of.
+    """
+    if name.startswith((LOOKS_LIKE_A_TEMPLATE, IMAGE)):
         return resolve(team, name, field="template")
     image = ALIASES.get(name, name)
     return Source(name, image, image)

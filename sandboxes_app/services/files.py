@@ -141,6 +141,9 @@ def in_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
         settle_if_gone(sandbox)
         raise told(error) from error
     except host_errors.NotFound as error:
+        # Either the path, or the container itself.
+        if settle_if_gone(sandbox):
+            raise told(host_errors.ContainerGone(error.detail)) from error
         raise NotFound(error.detail, code="file_not_found") from error
     except host_errors.FileTooLarge as error:
         raise PayloadTooLarge(LARGEST_FILE) from error

@@ -164,14 +164,16 @@ def expire_due() -> int:
     return len(due)
 
 
-def settle_if_gone(sandbox: Sandbox) -> None:
-    """Bring the row up to date after the host said that the container is not there."""
+def settle_if_gone(sandbox: Sandbox) -> bool:
+    """Bring the row up to date if the host has no running container for it; whether it has none."""
     try:
         info = host().sandbox(sandbox.pk)
     except host_errors.NotFound:
         info = None
-    if info is None or info.state != "running":
-        state.gone(sandbox, info)
+    if info is not None and info.state == "running":
+        return False
+    state.gone(sandbox, info)
+    return True
 
 
 def reconcile() -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
 from templates_app.services.templates import (
+    ShownStep,
     TemplateUsage,
     create_template,
     delete_template,
     get_template,
+    list_steps,
     list_templates,
     template_usage,
 )
 
 __all__ = [
     "BaseChoice",
+    "ShownStep",
     "Source",
     "TemplateUsage",
     "create_template",
     "delete_template",
     "get_template",
     "list_bases",
+    "list_steps",
     "list_templates",
     "resolve",
     "template_usage",

@@ -122,9 +122,18 @@ def fail(template: Template, code: str, message: str) -> None:
         template,
         status=TemplateStatus.FAILED,
         error_code=code,
-        error_message=message[-LONGEST_MESSAGE:] if message else "The build failed.",
+        error_message=shortened(message) or "The build failed.",
         finished_at=timezone.now(),
     )
+
+
+def shortened(message: str) -> str:
+    """The message without its middle if it is too long: the step leads, its output's end closes."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    elided = len(message) - 2 * half
+    return f"{message[:half]}\n[… {elided:,} characters left out …]\n{message[-half:]}"
 
 
 def settle(template: Template, **changes: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from django.db import transaction
+from django.db.models import OuterRef, StringAgg, Subquery, TextField, Value
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django_q.tasks import async_task
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
@@ -13,11 +16,13 @@ from orkestr_console.errors import InvalidInput, NotFound, PlanLimit
 from orkestr_console.ids import is_id
 from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
-from templates_app.models import BuildStep, Template
+from templates_app.models import BuildEvent, BuildStep, Template
 from templates_app.services.bases import Source, resolve
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
+# How much of each step's output goes with a template, in characters: a hundred steps stay small.
+SHOWN_OUTPUT = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,15 @@ class TemplateUsage:
     def is_full(self) -> bool:
         """Whether another template would be refused."""
         return self.used >= self.limit
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """A step and the end of what it printed; ``truncated`` says that there is more before."""
+
+    step: BuildStep
+    output: str
+    truncated: bool
 
 
 def create_template(actor: Actor, spec: TemplateSpec) -> Template:
@@ -109,6 +123,27 @@ def get_template(actor: Actor, template_id: str) -> Template:
     if row is None:
         raise NotFound(NO_SUCH)
     return row
+
+
+def list_steps(template: Template) -> list[ShownStep]:
+    """The steps of a build, each with its output so far, of which the end is kept."""
+    events = BuildEvent.objects.filter(
+        template=OuterRef("template"), step=OuterRef("number"), kind="output"
+    )
+    # What a running step printed is in the events alone until it ends.
+    told = (
+        events.order_by()
+        .values("step")
+        .annotate(text=StringAgg(Cast(KT("payload__text"), TextField()), Value(""), order_by="seq"))
+    )
+    blank = Value("", output_field=TextField())
+    whole = Coalesce(NullIf("output", blank), Subquery(told.values("text")), blank)
+    rows = (
+        template.steps.defer("output")
+        .annotate(whole=whole)
+        .annotate(shown=Right("whole", SHOWN_OUTPUT), more=Length("whole") - SHOWN_OUTPUT)
+    )
+    return [ShownStep(row, row.shown, row.more > 0) for row in rows]
 
 
 def list_templates(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.conf import settings
 from django.test import Client
 
 from orkestr_console.accounts.models import Plan, Team
+from templates_app.api import LARGEST_RECIPE
 from templates_app.models import BuildStep, Template
 from tests.api.asking import post, refusal
 from tests.conftest import MakeKey, api_client
@@ -82,7 +82,8 @@ def test_a_ready_template_of_the_team_is_a_base(api: Client, make_template: Make
         ({**GOOD, "name": "a\nb"}, "name", "control"),
         ({**GOOD, "name": "a\x1b[31mb"}, "name", "control"),
         ({**GOOD, "name": "a\u202eb"}, "name", "control"),
-        ({**GOOD, "name": "\u200b\u200b"}, "name", ""),
+        ({**GOOD, "name": "\u200b\u200b"}, "name", "control"),
+        ({**GOOD, "name": "\u200d\u200d"}, "name", "blank"),
         ({**GOOD, "name": "a\0b"}, "name", "NUL"),
         (without("base_template"), "base_template", "required"),
         ({**GOOD, "base_template": ""}, "base_template", "required"),
@@ -168,7 +169,7 @@ def test_another_content_type_is_refused(api: Client, host: FakeHost, kind: str)
 
 
 def test_a_body_that_is_too_large_is_refused(api: Client, host: FakeHost) -> None:
-    refusal(post(api, URL, {**GOOD, "name": "x" * (settings.USUAL_BODY + 1)}), 413, "payload_too_large")
+    refusal(post(api, URL, {**GOOD, "name": "x" * LARGEST_RECIPE}), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize("status", ["building", "failed"])

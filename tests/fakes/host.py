@@ -268,7 +268,7 @@ class FakeHost:
                     build_id, "failed", code="build_cancelled", message="The build was cancelled."
                 )
             build.state = "cancelled"
-            self.stored.pop(build_id, None)
+        self.delete_image(build_id)
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True
