@@ -10,6 +10,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
+from hostruntime.errors import HostError
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.layout import StartError, layout_from
 from orkestr_console.runner.postgres import PostgresError
@@ -32,7 +33,7 @@ class Command(BaseCommand):
         try:
             display = Display(os.fdopen(os.dup(1), "w"))
             Console(layout_from(), display, self_check=options["self_check"]).run()
-        except (StartError, PostgresError) as error:
+        except (StartError, PostgresError, HostError) as error:
             raise CommandError(f"cannot start: {error}") from error
 
 
