@@ -38,10 +38,6 @@ class TemplatePage(LivePage):
         template = services.get_template(actor, self.template_id)
         self._after = self._seen()
         self._logs: dict[int, Log] = {}
-        # The page's unfinished lines are continued, so the logs begin where the page's end.
-        for step, text in pages.output_until(template, self._after).items():
-            self._logs[step] = Log()
-            self._logs[step].feed(text)
         return [template_group(template.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
@@ -55,19 +51,24 @@ class TemplatePage(LivePage):
         texts: dict[int, list[str]] = {}
         for step, text in pages.outputs(news):
             texts.setdefault(step, []).append(text)
-        self._after = max(last, self._after)
-        return [self._appended(step, "".join(parts)) for step, parts in texts.items()]
+        if not texts:
+            return []
+        steps = [self._appended(template, step, "".join(parts)) for step, parts in texts.items()]
+        self._after = last
+        return [{"kind": "append", "steps": steps, "seq": last}]
 
-    def _appended(self, step: int, text: str) -> Message:
-        lines, tail = self._logs.setdefault(step, Log()).feed(text)
+    def _appended(self, template: Template, step: int, text: str) -> Message:
+        if step not in self._logs:
+            # The page's unfinished line is continued, so the log begins where the page's ended.
+            self._logs[step] = Log()
+            self._logs[step].feed(pages.printed(template, step, self._after))
+        lines, tail = self._logs[step].feed(text)
         shown = deque(lines, maxlen=MOST_LINES)
         return {
-            "kind": "append",
             "step": step,
             "lines": lines_html(list(shown)),
             "dropped": len(lines) - len(shown),
             "tail": tail,
-            "seq": self._after,
         }
 
     @property

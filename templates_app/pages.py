@@ -60,15 +60,25 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "done": done,
         "running": next((step for step in steps if step.status == "running"), None),
         "phases": set(template.events.exclude(kind="output").values_list("kind", flat=True)),
+        "capture_state": capture_state(template, done),
         "address": address,
     }
+
+
+def capture_state(template: Template, done: int) -> str:
+    """The state of a build's last phase, in the words of its steps; ``done`` counts those."""
+    if template.status != TemplateStatus.BUILDING:
+        return "succeeded" if template.is_ready else "skipped"
+    return "running" if done == len(template.recipe) else "pending"
 
 
 def fragments(template: Template, address: str) -> dict[str, str]:
     """The parts of the page that change, by the id of their element."""
     context = facts(template, address)
     parts = {f"template-{part}": part for part in ("head", "banner", "side", "phases")}
-    html = {key: render_to_string(f"{PARTIALS}#{part}", context) for key, part in parts.items()}
+    html: dict[str, str] = {
+        key: render_to_string(f"{PARTIALS}#{part}", context) for key, part in parts.items()
+    }
     for step in context["steps"]:
         line = render_to_string(f"{PARTIALS}#step", {"step": step})
         html[f"step-{step.number}-line"] = line
@@ -95,6 +105,9 @@ def outputs(events: Any) -> Iterable[tuple[int, str]]:
         yield step, str(payload.get("text", ""))
 
 
-def printed(template: Template, number: int) -> str:
-    """What one step printed so far."""
-    return "".join(text for _, text in outputs(template.events.filter(kind="output", step=number)))
+def printed(template: Template, number: int, until: int | None = None) -> str:
+    """What one step printed so far, or until event ``until``."""
+    events = template.events.filter(kind="output", step=number)
+    if until is not None:
+        events = events.filter(seq__lte=until)
+    return "".join(text for _, text in outputs(events))

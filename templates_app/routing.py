@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from django.urls import URLPattern
 
-from django.urls import path
-
+from orkestr_console.console.live import live_page
 from templates_app.consumers import TemplateListPage, TemplatePage
 
-websocket_urlpatterns: list[Any] = [
-    path("ws/templates/", TemplateListPage.as_asgi()),
-    path("ws/templates/<str:template_id>/", TemplatePage.as_asgi()),
+websocket_urlpatterns: list[URLPattern] = [
+    live_page("ws/templates/", TemplateListPage),
+    live_page("ws/templates/<str:template_id>/", TemplatePage),
 ]

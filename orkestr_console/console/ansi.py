@@ -1,0 +1,233 @@
+"""A program's output as HTML: colours as classes, progress lines redrawn, nothing else obeyed.
+
+What is understood of ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
+erase-in-line, which is what progress bars are made of. Every other sequence is dropped. Text is
+escaped; characters that turn the direction of text (Unicode TR 36) are shown, not obeyed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from django.utils.html import escape
+from django.utils.safestring import SafeString, mark_safe
+
+MOST_LINES = 2000
+LONGEST_LINE = 16 * 1024
+LONGEST_SEQUENCE = 4096
+
+_DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+# Text up to the next special; or one special: line end, CSI, a string such as OSC, another escape.
+# Hostile output comes through here: no alternative may read on to the end and then fail.
+_TOKENS = re.compile(
+    r"(?P<text>[^\x00-\x1f\x7f-\x9f]+|\t)"
+    r"|(?P<newline>\r{0,4}\n)"
+    r"|(?P<back>[\r\b])"
+    r"|\x1b\[(?P<parameters>[0-?]*)[ -/]*(?P<final>[@-~])"
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"
+    r"|\x1b[ -/]+[0-~]"
+    r"|\x1b[0-OQ-WYZ`-~\\=>]"
+    r"|[\x00-\x1f\x7f-\x9f]"
+)
+# An escape sequence, or the first half of a line end, that the text breaks off in.
+_BROKEN_OFF = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)|\r{1,4})\Z")
+_TURNS = re.compile(f"[{_DIRECTION}]")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a character looks: colours by number (xterm's 16), and marks."""
+
+    fore: int | None = None
+    back: int | None = None
+    marks: frozenset[str] = frozenset()
+
+    @property
+    def classes(self) -> str:
+        """The CSS classes."""
+        colours = [f"f{self.fore}"] if self.fore is not None else []
+        if self.back is not None:
+            colours.append(f"g{self.back}")
+        return " ".join([*colours, *sorted(self.marks)])
+
+
+PLAIN = Style()
+MARKS = {1: "bold", 2: "dim", 3: "ital", 4: "under", 7: "inv", 9: "strike"}
+LEVELS = (0, 95, 135, 175, 215, 255)
+UNMARKS = {22: {"bold", "dim"}, 23: {"ital"}, 24: {"under"}, 27: {"inv"}, 29: {"strike"}}
+
+
+def restyled(style: Style, parameters: str) -> Style:
+    """The style after ``CSI parameters m``."""
+    given = re.split("[;:]", parameters)[:64]
+    codes = [int(code) if code.isdecimal() and len(code) < 4 else 0 for code in given]
+    while codes:
+        code = codes.pop(0)
+        if code == 0:
+            style = PLAIN
+        elif code in MARKS:
+            style = replace(style, marks=style.marks | {MARKS[code]})
+        elif code in UNMARKS:
+            style = replace(style, marks=style.marks - UNMARKS[code])
+        elif code in {38, 48}:
+            colour = extended(codes)
+            style = replace(style, fore=colour) if code == 38 else replace(style, back=dark(colour))
+        else:
+            style = coloured(style, code)
+    return style
+
+
+def coloured(style: Style, code: int) -> Style:
+    """The style after one of the plain colour codes; others change nothing."""
+    if 30 <= code <= 37:
+        return replace(style, fore=code - 30)
+    if 90 <= code <= 97:
+        return replace(style, fore=code - 82)
+    if 40 <= code <= 47:
+        return replace(style, back=code - 40)
+    if 100 <= code <= 107:
+        return replace(style, back=code - 100)
+    if code == 39:
+        return replace(style, fore=None)
+    return replace(style, back=None) if code == 49 else style
+
+
+def extended(codes: list[int]) -> int | None:
+    """The nearest of 16 to ``5;n`` or ``2;r;g;b``, which are taken off ``codes``."""
+    kind = codes.pop(0) if codes else 0
+    if kind == 5 and codes:
+        number = codes.pop(0)
+        return number if number < 16 else nearest(*cube(number))
+    if kind == 2 and len(codes) >= 3:
+        red, green, blue = codes[:3]
+        del codes[:3]
+        return nearest(red, green, blue)
+    codes.clear()
+    return None
+
+
+def cube(number: int) -> tuple[int, int, int]:
+    """Red, green and blue of one of xterm's 256 colours from 16 on."""
+    if number >= 232:
+        grey = 8 + 10 * (min(number, 255) - 232)
+        return grey, grey, grey
+    number -= 16
+    return LEVELS[number // 36], LEVELS[number // 6 % 6], LEVELS[number % 6]
+
+
+def nearest(red: int, green: int, blue: int) -> int:
+    """The one of 16 colours that is meant: which channels stand out, and whether it is bright."""
+    top = max(red, green, blue)
+    if top < 50:
+        return 0
+    bits = sum(bit for bit, value in ((1, red), (2, green), (4, blue)) if value * 3 >= top * 2)
+    if bits == 7:
+        return 8 if top < 130 else 7 if top < 230 else 15
+    return bits + 8 if top > 200 else bits
+
+
+def dark(colour: int | None) -> int | None:
+    """A background: the eight dark ones are enough, so that text on them stays readable."""
+    return None if colour is None else colour % 8
+
+
+class Log:
+    """Output as it grows: feed it text, get the lines that are complete and the one that is not."""
+
+    def __init__(self) -> None:
+        self._style = PLAIN
+        self._chars: list[str] = []
+        self._styles: list[Style] = []
+        self._column = 0
+        self._rest = ""
+
+    def feed(self, text: str) -> tuple[list[str], str]:
+        """The HTML of the lines that ``text`` completed, and of the unfinished last line."""
+        text = self._rest + text
+        broken = _BROKEN_OFF.search(text, max(len(text) - LONGEST_SEQUENCE, 0))
+        self._rest = ""
+        if broken:
+            text, self._rest = text[: broken.start()], broken[0]
+        lines: list[str] = []
+        for token in _TOKENS.finditer(text):
+            self._take(token, lines)
+        return lines, self._html()
+
+    def _take(self, token: re.Match[str], lines: list[str]) -> None:
+        if token["text"] is not None:
+            self._write(token["text"])
+            if len(self._chars) >= LONGEST_LINE:
+                lines.append(self._end_line())
+        elif token["newline"] is not None:
+            lines.append(self._end_line() + "\n")
+        elif token["back"] is not None:
+            self._column = 0 if token["back"] == "\r" else max(self._column - 1, 0)
+        elif token["final"] == "m":
+            self._style = restyled(self._style, token["parameters"])
+        elif token["final"] == "K":
+            self._erase(token["parameters"])
+
+    def _write(self, text: str) -> None:
+        end = self._column + len(text)
+        self._chars[self._column : end] = text
+        self._styles[self._column : end] = [self._style] * len(text)
+        self._column = end
+
+    def _erase(self, parameters: str) -> None:
+        if parameters == "1":
+            self._chars[: self._column] = " " * min(self._column, len(self._chars))
+        else:
+            if parameters == "2":
+                self._column = 0
+            del self._chars[self._column :], self._styles[self._column :]
+
+    def _end_line(self) -> str:
+        html = self._html()
+        self._chars, self._styles, self._column = [], [], 0
+        return html
+
+    def _html(self) -> str:
+        if not self._chars:
+            return ""
+        if self._styles.count(self._styles[0]) == len(self._styles):
+            return dressed("".join(self._chars), self._styles[0])
+        cells = zip(self._chars, self._styles, strict=True)
+        runs = groupby(cells, key=lambda cell: cell[1])
+        return "".join(dressed("".join(char for char, _ in run), style) for style, run in runs)
+
+
+def dressed(text: str, style: Style) -> str:
+    """Escaped text, in a span where it has a style."""
+    html = _TURNS.sub(lambda turn: f'<span class="ctl">U+{ord(turn[0]):04X}</span>', escape(text))
+    return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
+
+
+def lines_html(lines: list[str]) -> str:
+    """Lines as elements, so that a page can drop the oldest of a long log."""
+    return "".join(f"<span>{line}</span>" for line in lines)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A log as a page shows it: the last lines, the unfinished one, and how many are left out."""
+
+    lines: SafeString
+    tail: SafeString
+    hidden: int
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.tail)
+
+
+def rendered(text: str, log: Log | None = None) -> Rendered:
+    """``text`` as HTML; only the last ``MOST_LINES`` lines of it."""
+    lines, tail = (log or Log()).feed(text)
+    shown = deque(lines, maxlen=MOST_LINES)
+    return Rendered(
+        mark_safe(lines_html(list(shown))),  # noqa: S308 - escaped in dressed()
+        mark_safe(tail),  # noqa: S308 - the same
+        len(lines) - len(shown),
+    )

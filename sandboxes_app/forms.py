@@ -1,0 +1,151 @@
+"""The forms of a new sandbox and of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from django.http import QueryDict
+
+from orkestr_console.accounts.models import Plan
+from orkestr_console.console.forms import Form
+from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
+from orkestr_console.validation import parse_spec
+from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
+
+LIFETIMES = (300, 600, 1800, 3600, 6 * 3600, 12 * 3600, 24 * 3600)
+COMMAND_SECONDS = "60"
+
+
+@dataclass(frozen=True)
+class SizeChoice:
+    """A size, and whether the plan has it."""
+
+    key: str
+    cpu: int
+    memory_gb: int
+    allowed: bool
+
+
+def sizes(plan: Plan) -> list[SizeChoice]:
+    """All sizes, smallest first."""
+    return [
+        SizeChoice(key, int(cpu), memory_mb // 1024, key in plan.allowed_sizes)
+        for key, (cpu, memory_mb) in SIZES.items()
+    ]
+
+
+def lifetimes(plan: Plan, chosen: str) -> list[int]:
+    """The lifetimes to choose from, in seconds: within the plan, and whatever was chosen."""
+    within = {length for length in LIFETIMES if length <= plan.max_timeout_seconds}
+    typed = {int(chosen)} if chosen.isascii() and chosen.isdigit() and len(chosen) < 9 else set()
+    return sorted(within | {plan.max_timeout_seconds} | typed)
+
+
+@dataclass
+class SandboxForm(Form):
+    """What is chosen in *New sandbox*."""
+
+    template: str = ""
+    size: str = "small"
+    network: str = "off"
+    timeout_seconds: str = "600"
+    env: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {
+        "template": "The template",
+        "size": "The size",
+        "network": "The network",
+        "timeout_seconds": "The lifetime",
+        "env": "The environment",
+    }
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> SandboxForm:
+        """What was posted; browsers end lines with CR LF."""
+        return cls(
+            template=data.get("template", ""),
+            size=data.get("size", ""),
+            network=data.get("network", ""),
+            timeout_seconds=data.get("timeout_seconds", "").strip(),
+            env=data.get("env", "").replace("\r\n", "\n"),
+        )
+
+    def spec(self) -> SandboxSpec:
+        """What is asked for. Raises ``InvalidInput`` with a sentence per field."""
+        self.refuse_unusable()
+        if not self.template:
+            sentence = "Choose what to boot from."
+            raise InvalidInput(sentence, fields={"template": sentence})
+        return parse_spec(
+            SandboxSpec,
+            {
+                "template": self.template,
+                "size": self.size,
+                "network": self.network,
+                "timeout_seconds": whole(self.timeout_seconds),
+                "env": environment(self.env),
+            },
+        )
+
+    def take(self, error: DomainError) -> None:
+        """As any form; what is wrong with the image stands at the picker."""
+        super().take(error)
+        if isinstance(error, (NotFound, Conflict)):
+            self.errors = {"template": error.detail}
+
+
+@dataclass
+class CommandForm(Form):
+    """What is typed into a sandbox's command box."""
+
+    command: str = ""
+    cwd: str = "/workspace"
+    timeout_seconds: str = COMMAND_SECONDS
+
+    labels: ClassVar[Mapping[str, str]] = {
+        "command": "The command",
+        "cwd": "The directory",
+        "timeout_seconds": "The time limit",
+    }
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> CommandForm:
+        """What was posted; a shell wants its lines to end in LF."""
+        return cls(
+            command=data.get("command", "").replace("\r\n", "\n"),
+            cwd=data.get("cwd", "").strip() or "/workspace",
+            timeout_seconds=data.get("timeout_seconds", "").strip() or COMMAND_SECONDS,
+        )
+
+    def spec(self) -> ExecSpec:
+        """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
+        return parse_spec(
+            ExecSpec,
+            {
+                "command": self.command,
+                "cwd": self.cwd,
+                "timeout_seconds": whole(self.timeout_seconds),
+            },
+        )
+
+
+def whole(text: str) -> int | str:
+    """The number a field holds; text that is none stays, for the spec to refuse."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+
+
+def environment(text: str) -> dict[str, str]:
+    """``NAME=value`` lines. Raises ``InvalidInput`` naming the line that is none."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            sentence = f"Line {number} is not of the form NAME=value."
+            raise InvalidInput(sentence, fields={"env": sentence})
+        found[name.strip()] = value
+    return found

@@ -1,0 +1,60 @@
+"""What the sandbox pages show: the same for a request and for a live update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from django.template.loader import render_to_string
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.errors import DomainError
+from sandboxes_app import services
+from sandboxes_app.forms import COMMAND_SECONDS
+from sandboxes_app.models import Sandbox
+from sandboxes_app.services import ExecAnswer
+
+PAGE = 50
+PARTIALS = "sandboxes_app/_detail.html"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A command that was run and what came of it: an answer, or an error that may have output."""
+
+    command: str
+    answer: ExecAnswer | None = None
+    error: DomainError | None = None
+
+    @property
+    def stdout(self) -> str:
+        """What it printed."""
+        return self.answer.stdout if self.answer else self._kept("stdout")
+
+    @property
+    def stderr(self) -> str:
+        """What it complained about."""
+        return self.answer.stderr if self.answer else self._kept("stderr")
+
+    def _kept(self, stream: str) -> str:
+        return str(self.error.extra.get(stream, "")) if self.error else ""
+
+
+def list_context(actor: Actor, status: str | None, cursor: str | None) -> dict[str, Any]:
+    """A page of sandboxes, newest first."""
+    rows, following = services.list_sandboxes(actor, status=status, limit=PAGE, cursor=cursor)
+    return {"sandboxes": rows, "next_cursor": following, "status": status or ""}
+
+
+def detail_context(sandbox: Sandbox, address: str) -> dict[str, Any]:
+    """The whole page of one sandbox."""
+    return {"sandbox": sandbox, "address": address, "command_seconds": COMMAND_SECONDS}
+
+
+def fragments(sandbox: Sandbox, address: str) -> dict[str, str]:
+    """The parts of the page that change, by the id of their element."""
+    context = detail_context(sandbox, address)
+    return {
+        f"sandbox-{part}": render_to_string(f"{PARTIALS}#{part}", context)
+        for part in ("head", "banner", "side", "state")
+    }

@@ -1,0 +1,17 @@
+"""The addresses of the console's sandbox pages."""
+
+from __future__ import annotations
+
+from django.urls import path
+
+from sandboxes_app import views
+
+app_name = "sandboxes"
+
+urlpatterns = [
+    path("", views.sandbox_list, name="list"),
+    path("new/", views.sandbox_new, name="new"),
+    path("<str:sandbox_id>/", views.sandbox_detail, name="detail"),
+    path("<str:sandbox_id>/exec/", views.sandbox_exec, name="exec"),
+    path("<str:sandbox_id>/terminate/", views.sandbox_terminate, name="terminate"),
+]

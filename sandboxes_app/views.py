@@ -1,0 +1,107 @@
+"""The console's pages about sandboxes."""
+
+from __future__ import annotations
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
+
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError, NotFound
+from sandboxes_app import pages, services
+from sandboxes_app.forms import CommandForm, SandboxForm, lifetimes, sizes
+from sandboxes_app.pages import Entry
+from templates_app import services as template_services
+
+
+@require_safe
+@console_page
+def sandbox_list(request: ConsoleRequest) -> HttpResponse:
+    """The team's sandboxes, ended ones included."""
+    cursor, status = request.GET.get("cursor") or None, request.GET.get("status") or None
+    context = {**pages.list_context(request.actor, status, cursor), "cursor": cursor}
+    return render(request, "sandboxes_app/list.html", context)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def sandbox_new(request: ConsoleRequest) -> HttpResponse:
+    """The form, and what it posts. A refusal keeps everything as it was chosen."""
+    if request.method != "POST":
+        return form_page(request, SandboxForm(template=request.GET.get("template", "")))
+    form = SandboxForm.typed(request.POST)
+    try:
+        sandbox = services.create_sandbox(request.actor, form.spec())
+    except DomainError as error:
+        form.take(error)
+        return form_page(request, form, error.status)
+    return redirect("sandboxes:detail", sandbox.pk)
+
+
+def form_page(request: ConsoleRequest, form: SandboxForm, status: int = 200) -> HttpResponse:
+    """The page with the form; only what can be booted now is offered."""
+    bases = template_services.list_bases(request.actor)
+    context = {
+        "form": form,
+        "built_in": [base for base in bases if base.group == "builtin"],
+        "own": [base for base in bases if base.group == "team"],
+        "known": {base.id for base in bases},
+        "sizes": sizes(request.actor.team.plan),
+        "lifetimes": lifetimes(request.actor.team.plan, form.timeout_seconds),
+    }
+    return render(request, "sandboxes_app/new.html", context, status=status)
+
+
+@require_safe
+@console_page
+def sandbox_detail(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """One sandbox, with a box to run commands in it."""
+    return detail_page(request, sandbox_id, CommandForm())
+
+
+def detail_page(
+    request: ConsoleRequest, sandbox_id: str, form: CommandForm, entry: Entry | None = None
+) -> HttpResponse:
+    """The page; with the command just run where there is no script to append it."""
+    sandbox = services.get_sandbox(request.actor, sandbox_id)
+    address = request.build_absolute_uri("/").rstrip("/")
+    context = {**pages.detail_context(sandbox, address), "form": form, "entry": entry}
+    return render(request, "sandboxes_app/detail.html", context)
+
+
+@require_POST
+@console_page
+def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """Run a command; answer with what came of it, be it an error.
+
+    To a script the status is 200 either way: a command that fails is an answer, not a fault.
+    """
+    form = CommandForm.typed(request.POST)
+    try:
+        entry = Entry(
+            form.command,
+            answer=services.exec_command(request.actor, sandbox_id, form.spec()),
+        )
+    except NotFound:
+        raise
+    except DomainError as error:
+        form.take(error)
+        entry = Entry(form.command, error=error)
+    if request.htmx:
+        context = {"entry": entry, "form": form}
+        return render(request, "sandboxes_app/_entry.html", context)
+    kept = form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
+    return detail_page(request, sandbox_id, kept, entry)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """Ask, then end it. The page asks where there is no script for the dialog."""
+    sandbox = services.get_sandbox(request.actor, sandbox_id)
+    if request.method != "POST":
+        return render(request, "sandboxes_app/terminate.html", {"sandbox": sandbox})
+    services.terminate_sandbox(request.actor, sandbox_id)
+    messages.success(request, f"The sandbox from {sandbox.template_name} was terminated.")
+    return redirect("sandboxes:detail", sandbox_id)
