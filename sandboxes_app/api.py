@@ -100,15 +100,14 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     spec = read_json(request, ExecSpec)
     if spec.stream:
         # On the server's own event loop, where the response will go on reading.
-        return async_to_sync(streamed)(request, sandbox_id, spec)
+        return async_to_sync(streamed)(services.exec_stream(request.actor, sandbox_id, spec))
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )
 
 
-async def streamed(request: ApiRequest, sandbox_id: str, spec: ExecSpec) -> StreamingHttpResponse:
+async def streamed(frames: AsyncGenerator[dict[str, Any]]) -> StreamingHttpResponse:
     """The stream, once its first frame is there: until then, an error is an ordinary answer."""
-    frames = services.exec_stream(request.actor, sandbox_id, spec)
     first = await anext(frames)
     return StreamingHttpResponse(
         sent_events(first, frames),

@@ -101,16 +101,18 @@ def killed_by(number: int, *, memory: bool) -> str:
     return f"The command was killed by {name}."
 
 
-async def exec_stream(
-    actor: Actor, sandbox_id: str, spec: ExecSpec
-) -> AsyncGenerator[dict[str, Any]]:
+def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
     """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
 
     Close the iterator early and the command's process tree is killed. Raises like
-    :func:`exec_command`, but only before the first frame.
+    :func:`exec_command`, but only at once or before the first frame.
     """
     actor.require(WRITE)
-    sandbox = await database_sync_to_async(find_running)(actor, sandbox_id)
+    return frames_of(find_running(actor, sandbox_id), spec)
+
+
+async def frames_of(sandbox: Sandbox, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
+    """The frames of a command, which starts when the first is asked for."""
     started = async_host().exec_frames(
         sandbox.pk,
         spec.command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from datetime import timedelta
 
@@ -18,13 +19,14 @@ from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.specs import SIZES, SandboxSpec
-from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services.bases import ALIASES, Source, resolve
 
 FAILED_TO_START = (
     "The host could not start the sandbox. Try again; if it stays, tell your operator."
 )
 NODE = socket.gethostname()
-IMAGE = "img_"
+# Lower case and short, which the ids of templates and images are not.
+BUILT_IN = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
@@ -73,9 +75,9 @@ def refuse_unsupported(spec: SandboxSpec) -> None:
 def source_of(team: Team, name: str) -> Source:
     """What to boot. A built-in name is taken as it is: the host knows best, and saves a call.
 
-    An image's own id is none: the host would boot it whosever template it came of.
+    An image's own id is no such name: the host would boot it whosever template it came of.
     """
-    if name.startswith((LOOKS_LIKE_A_TEMPLATE, IMAGE)):
+    if not BUILT_IN.fullmatch(name):
         return resolve(team, name, field="template")
     image = ALIASES.get(name, name)
     return Source(name, image, image)
@@ -109,7 +111,7 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
             created_by=actor.user,
             template=spec.template or "",
             template_name=source.name[:100],
-            image_id=source.image_id[:64],
+            image_id=source.image_id,
             network=spec.network,
             allow_domains=spec.allow_domains if spec.network == "restricted" else None,
             size=spec.size,

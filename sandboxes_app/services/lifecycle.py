@@ -16,8 +16,7 @@ from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
 from orkestr_console.ids import is_id
 from orkestr_console.services.hosts import errors_told, host
 from orkestr_console.services.paging import page
-from sandboxes_app.events import tell_changed
-from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
+from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.specs import TimeoutSpec
 
@@ -110,42 +109,33 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    expires_at = timezone.now() + timedelta(seconds=spec.timeout_seconds)
-    check_lifetime(actor, sandbox, spec.timeout_seconds, expires_at)
+    expires_at = new_end(actor, sandbox, spec.timeout_seconds)
     with errors_told():
         host().set_deadline(sandbox.pk, expires_at.timestamp())
-    moved = Sandbox.objects.filter(pk=sandbox.pk, status=SandboxStatus.RUNNING).update(
-        expires_at=expires_at
-    )
-    if not moved:
+    if not state.prolonged(sandbox, expires_at):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
-    SandboxEvent.objects.create(
-        sandbox=sandbox,
-        kind="timeout_set",
-        from_status=sandbox.status,
-        to_status=sandbox.status,
-        data={"timeout_seconds": spec.timeout_seconds},
-    )
-    tell_changed(sandbox.pk, sandbox.team_id)
-    sandbox.expires_at = expires_at
     return sandbox
 
 
-def check_lifetime(actor: Actor, sandbox: Sandbox, seconds: int, expires_at: datetime) -> None:
-    """Raise ``PlanLimit`` if the plan does not let the sandbox live that long."""
+def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
+    """When a lifetime of ``seconds`` from now ends. Raises ``PlanLimit`` if the plan forbids it."""
     plan = actor.team.plan
     if seconds > plan.max_timeout_seconds:
         raise PlanLimit(
-            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}."
+            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}; "
+            "ask for less, or ask your administrator for a larger plan."
         )
+    end = timezone.now() + timedelta(seconds=seconds)
     longest = plan.max_running_lifetime_seconds
     begun = sandbox.started_at or sandbox.created_at
-    if longest is not None and expires_at > begun + timedelta(seconds=longest):
+    if longest is not None and end > begun + timedelta(seconds=longest):
         raise PlanLimit(
             f"The {plan.name} plan lets a sandbox run for {longest} seconds at a stretch, and "
-            "this would be longer.",
+            "this would be longer; create another one, or ask your administrator for a larger "
+            "plan.",
             code="lifetime_cap_reached",
         )
+    return end
 
 
 def expire(sandbox: Sandbox) -> None:

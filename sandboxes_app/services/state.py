@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from django.db import transaction
@@ -56,6 +57,18 @@ def started(sandbox: Sandbox, info: SandboxInfo) -> bool:
         to=SandboxStatus.RUNNING,
         started_at=timezone.now(),
         boot_ms=info.boot_ms,
+    )
+
+
+def prolonged(sandbox: Sandbox, expires_at: datetime) -> bool:
+    """It runs on, until another moment."""
+    return change(
+        sandbox,
+        "timeout_set",
+        among=[SandboxStatus.RUNNING],
+        to=SandboxStatus.RUNNING,
+        data={"expires_at": expires_at.isoformat()},
+        expires_at=expires_at,
     )
 
 
