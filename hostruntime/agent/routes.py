@@ -27,11 +27,13 @@ from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
 from hostruntime.egress import default_domains
 from hostruntime.errors import HostError, InvalidRequest
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.routes_images import image_routes
 
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
-    app = Starlette(routes=_routes(), exception_handlers={HostError: host_error, Exception: defect})
+    routes = [*image_routes(host.store, host.bases, host.builds), *_routes()]
+    app = Starlette(routes=routes, exception_handlers={HostError: host_error, Exception: defect})
     app.state.host = host
     return app
 
