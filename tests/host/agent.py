@@ -1,0 +1,151 @@
+"""A real host agent for tests: started, killed, restarted and taken down like an operator would."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hostruntime.client import HostClient
+from hostruntime.errors import HostUnavailable
+
+REPO = Path(__file__).resolve().parents[2]
+STATE = REPO / "var" / "test-host"
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Agent:
+    """One agent process on one state directory."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.socket = state / "sock"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client = HostClient(self.socket)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def prefix(self) -> str:
+        return f"ork{self.client.health().instance}-"
+
+    def start(self) -> None:
+        with (self.state / "agent.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command(), cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._wait_until_it_serves()
+
+    def stop(self) -> float:
+        """SIGTERM; return how many seconds the agent took to end."""
+        began = time.monotonic()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(10) == 0
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def children(self) -> list[int]:
+        """The agent's child processes: its launchers."""
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ]
+
+    def tear_down(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(20)
+        subprocess.run([*self._command(), "teardown"], cwd=REPO, check=True, timeout=120)
+
+    def log(self) -> str:
+        return (self.state / "agent.log").read_text()
+
+    def _command(self) -> list[str]:
+        options = ["--state-dir", str(self.state), "--socket", str(self.socket)]
+        return [sys.executable, "-m", "hostruntime.agent", *options]
+
+    def _wait_until_it_serves(self) -> None:
+        until = time.monotonic() + 30
+        while True:
+            try:
+                self.client.health()
+            except HostUnavailable:
+                assert self.process is not None
+                assert self.process.poll() is None, self.log()[-3000:]
+                assert time.monotonic() < until, self.log()[-3000:]
+                time.sleep(0.05)
+            else:
+                return
+
+
+@contextmanager
+def an_agent(state: Path = STATE) -> Iterator[Agent]:
+    """Run an agent; afterwards nothing of it is on the host but the images in its directory."""
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state / "tests.lock").open("w") as lock:
+        # The base images are worth sharing between runs, so runs take turns.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        agent = Agent(state)
+        agent.tear_down()
+        try:
+            agent.start()
+            yield agent
+        finally:
+            agent.tear_down()
+
+
+def groups_named(prefix: str) -> list[str]:
+    """Every cgroup of a container whose name starts so, in any hierarchy."""
+    instance = prefix.rstrip("-")
+    roots = [*CGROUPS.glob(f"*/{instance}"), CGROUPS / instance]
+    return [str(path) for root in roots for path in root.glob(f"*{prefix}*")]
+
+
+def mounts_below(path: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4] for line in lines if line.split()[4].startswith(f"{path}/")]
+
+
+def children_named(prefix: str) -> list[str]:
+    """LXC monitors and inits of containers with this prefix that are running."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "[lxc monitor]" in line and f" {prefix}" in line:
+            found.append(f"{entry.parent.name}: {line}")
+    return found
+
+
+def eventually(seconds: float = 5.0) -> Iterator[None]:
+    """Loop body runs until it breaks, or fails after a while: ``for _ in eventually(): …``."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        yield
+        time.sleep(0.02)
+    raise AssertionError(f"it did not come true within {seconds} s")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")

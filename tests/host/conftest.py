@@ -1,0 +1,55 @@
+"""Fixtures for tests on real LXC: an agent, and sandboxes on it that go away again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+
+import pytest
+
+from hostruntime.answers import SandboxInfo
+from hostruntime.client import HostClient
+from hostruntime.errors import HostError
+from tests.host.agent import Agent, an_agent
+
+BASE = "debian-12"
+_numbers = count(1)
+
+NewSandbox = Callable[..., SandboxInfo]
+
+
+@pytest.fixture(scope="session")
+def agent() -> Iterator[Agent]:
+    with an_agent() as running:
+        for _ in running.client.ensure_base(BASE):
+            pass
+        yield running
+
+
+@pytest.fixture
+def host(agent: Agent) -> HostClient:
+    return agent.client
+
+
+@pytest.fixture
+def new_sandbox(host: HostClient) -> Iterator[NewSandbox]:
+    """Makes sandboxes that are terminated when the test ends."""
+    made: list[str] = []
+
+    def create(**wishes: object) -> SandboxInfo:
+        name = f"sbx_test{time.time_ns():x}{next(_numbers)}"
+        made.append(name)
+        options: dict[str, object] = {"image": BASE, "cpu": 1.0, "memory_mb": 512} | wishes
+        return host.create_sandbox(name, **options)  # type: ignore[arg-type]
+
+    yield create
+    for name in made:
+        with suppress(HostError):
+            host.delete_sandbox(name)
+
+
+@pytest.fixture
+def sandbox(new_sandbox: NewSandbox) -> SandboxInfo:
+    return new_sandbox()

@@ -1,0 +1,277 @@
+"""Commands in a real container: what they see, what comes back, how they are made to end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hostruntime.answers import SandboxInfo
+from hostruntime.client import AsyncHostClient, HostClient
+from hostruntime.errors import (
+    ContainerGone,
+    CwdNotFound,
+    ExecKilled,
+    ExecTimeout,
+    InvalidRequest,
+    NotFound,
+)
+from tests.host.agent import Agent
+from tests.host.conftest import NewSandbox
+
+pytestmark = pytest.mark.host
+
+
+def processes(host: HostClient, sandbox: SandboxInfo) -> str:
+    """The names of all processes inside, but for those that ask."""
+    listing = host.exec(sandbox.id, ["/bin/sh", "-c", "cat /proc/[0-9]*/comm"]).stdout.decode()
+    return " ".join(name for name in listing.split() if name not in ("cat", "sh"))
+
+
+def test_stdout_stderr_and_the_exit_code_come_back_apart(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    result = host.exec(sandbox.id, "echo to-out; echo to-err >&2; exit 7")
+    assert (result.stdout, result.stderr) == (b"to-out\n", b"to-err\n")
+    assert (result.code, result.signal, result.out_of_memory) == (7, None, False)
+    assert result.pid is not None
+
+
+def test_a_command_killed_by_a_signal_says_which(host: HostClient, sandbox: SandboxInfo) -> None:
+    result = host.exec(sandbox.id, "kill -SEGV $$")
+    assert (result.code, result.signal) == (128 + 11, 11)
+
+
+def test_commands_run_in_bash_where_the_image_has_it(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    assert host.exec(sandbox.id, 'a=(1 2 3); echo "${#a[@]} $0"').stdout == b"3 bash\n"
+
+
+def test_a_list_of_words_is_run_without_a_shell(host: HostClient, sandbox: SandboxInfo) -> None:
+    assert host.exec(sandbox.id, ["echo", "$HOME; ls"]).stdout == b"$HOME; ls\n"
+
+
+def test_a_program_that_is_not_there_is_127_and_says_so(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    result = host.exec(sandbox.id, ["no-such-program"])
+    assert result.code == 127
+    assert b"no-such-program" in result.stderr
+
+
+def test_the_working_directory_is_the_workspace_unless_told(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    assert host.exec(sandbox.id, "pwd").stdout == b"/workspace\n"
+    assert host.exec(sandbox.id, "pwd", cwd="/usr/lib").stdout == b"/usr/lib\n"
+
+
+def test_a_missing_working_directory_is_refused_at_once(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    with pytest.raises(CwdNotFound, match="/nope"):
+        host.exec(sandbox.id, "true", cwd="/nope")
+    with pytest.raises(CwdNotFound, match="Not a directory"):
+        host.exec(sandbox.id, "true", cwd="/etc/passwd")
+
+
+def test_the_environment_is_clean_and_layered(
+    host: HostClient, new_sandbox: NewSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = new_sandbox(env={"FROM": "sandbox", "KEPT": "yes"})
+    lines = host.exec(sandbox.id, ["env"], env={"FROM": "exec"}).stdout.decode().splitlines()
+    environment = dict(line.split("=", 1) for line in lines)
+    assert environment["FROM"] == "exec"
+    assert environment["KEPT"] == "yes"
+    assert environment["HOME"] == "/root"
+    assert "/usr/bin" in environment["PATH"]
+    # Of the agent's own, or of the tests', nothing.
+    assert not {"VIRTUAL_ENV", "PYTEST_CURRENT_TEST", "PYTHONPATH", "container"} & set(environment)
+
+
+@pytest.mark.parametrize("env", [{"A=B": "x"}, {"": "x"}, {"A": "nul\0"}])
+def test_an_impossible_environment_is_refused(
+    host: HostClient, sandbox: SandboxInfo, env: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        host.exec(sandbox.id, "true", env=env)
+
+
+def test_the_input_is_empty_and_the_descriptors_are_three(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    assert host.exec(sandbox.id, "cat; ls /proc/self/fd").stdout.split() == [b"0", b"1", b"2", b"3"]
+
+
+def test_every_command_has_a_session_of_its_own_and_the_usual_umask(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    # Fields 1 and 6 of stat are the pid and the session (proc(5)).
+    command = "umask; read -r pid _ _ _ _ sid _ < /proc/$$/stat; echo $pid $sid"
+    result = host.exec(sandbox.id, command)
+    umask, own, session = result.stdout.split()
+    assert umask == b"0022"
+    assert own == session
+
+
+def test_signals_are_as_a_program_expects_them(host: HostClient, sandbox: SandboxInfo) -> None:
+    status = host.exec(sandbox.id, ["cat", "/proc/self/status"]).stdout.decode()
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
+    assert int(masks["SigBlk"], 16) == 0
+    assert int(masks["SigIgn"], 16) == 0
+
+
+def test_much_output_on_both_streams_arrives_whole(host: HostClient, sandbox: SandboxInfo) -> None:
+    command = "head -c 3000000 /dev/zero & head -c 2000000 /dev/zero >&2; wait"
+    result = host.exec(sandbox.id, command)
+    assert (len(result.stdout), len(result.stderr)) == (3_000_000, 2_000_000)
+    assert not result.truncated
+
+
+def test_output_over_the_cap_is_dropped_without_disturbing_the_command(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    command = "head -c 3000000 /dev/zero; echo done > /workspace/done"
+    result = host.exec(sandbox.id, command, max_output_bytes=1000)
+    assert (len(result.stdout), result.truncated, result.code) == (1000, True, 0)
+    assert host.exec(sandbox.id, "cat /workspace/done").stdout == b"done\n"
+
+
+def test_a_long_command_works_and_a_too_long_one_says_why(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    assert host.exec(sandbox.id, "echo " + "x" * 100_000).code == 0
+    too_long = host.exec(sandbox.id, "echo " + "x" * 200_000)
+    assert too_long.code == 126
+    assert b"Argument list too long" in too_long.stderr
+
+
+def test_a_timeout_kills_a_tree_that_forked_twice_and_ignores_sigterm(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    command = (
+        "trap '' TERM; echo begun; (setsid sh -c \"trap '' TERM; (sleep 301 &) ; sleep 302\" &); "
+        "sleep 303"
+    )
+    began = time.monotonic()
+    with pytest.raises(ExecTimeout) as caught:
+        host.exec(sandbox.id, command, timeout_seconds=0.5)
+    took = time.monotonic() - began
+    assert 2.4 < took < 4.5, "half a second, and two of grace"
+    assert caught.value.extra["stdout"] == b"begun\n"
+    assert 2400 < caught.value.extra["duration_ms"] < 4500
+    assert processes(host, sandbox) == "init"
+
+
+def test_a_timeout_asks_first(host: HostClient, sandbox: SandboxInfo) -> None:
+    command = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done"
+    began = time.monotonic()
+    with pytest.raises(ExecTimeout) as caught:
+        host.exec(sandbox.id, command, timeout_seconds=0.5)
+    assert caught.value.extra["stdout"] == b"bye\n"
+    assert time.monotonic() - began < 2
+
+
+def test_a_timeout_ends_a_tree_that_forks_for_ever(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    sandbox = new_sandbox(cpu=0.2)
+    with pytest.raises(ExecTimeout):
+        host.exec(sandbox.id, "f() { sleep 0.2; f | f & }; f; sleep 60", timeout_seconds=1)
+    assert processes(host, sandbox) == "init"
+
+
+def test_what_runs_in_the_background_neither_holds_the_command_nor_dies_with_it(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    began = time.monotonic()
+    result = host.exec(sandbox.id, "sleep 305 & while :; do echo x; sleep 0.1; done & echo over")
+    assert time.monotonic() - began < 2
+    assert b"over\n" in result.stdout
+    time.sleep(0.5)
+    assert processes(host, sandbox).count("sleep") == 2
+    assert "bash" in processes(host, sandbox), "its output still has somewhere to go"
+
+
+def test_the_kernels_memory_killer_is_named(host: HostClient, new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox(memory_mb=96)
+    result = host.exec(sandbox.id, 'x=$(head -c 300000000 /dev/zero | tr "\\0" x); echo ${#x}')
+    assert result.out_of_memory
+    assert result.code == 137
+    again = host.exec(sandbox.id, "echo alive; exit 3")
+    assert (again.stdout, again.code, again.out_of_memory) == (b"alive\n", 3, False)
+
+
+def test_many_at_once_keep_their_output_apart(host: HostClient, sandbox: SandboxInfo) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        results = list(
+            pool.map(lambda n: host.exec(sandbox.id, f"echo {n}; sleep 0.1; echo {n}"), range(10))
+        )
+    assert [result.stdout for result in results] == [f"{n}\n{n}\n".encode() for n in range(10)]
+
+
+def test_terminating_a_sandbox_ends_the_commands_in_it(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    threading.Timer(0.5, host.delete_sandbox, [sandbox.id]).start()
+    with pytest.raises(ExecKilled) as caught:
+        host.exec(sandbox.id, "sleep 306")
+    assert caught.value.signal == 9
+
+
+def test_there_is_no_exec_where_there_is_no_sandbox(host: HostClient, sandbox: SandboxInfo) -> None:
+    with pytest.raises(NotFound):
+        host.exec("sbx_unknown", "true")
+    host.delete_sandbox(sandbox.id)
+    with pytest.raises((NotFound, ContainerGone)):
+        host.exec(sandbox.id, "true")
+
+
+async def test_frames_come_as_they_are_written(agent: Agent, sandbox: SandboxInfo) -> None:
+    arrived: list[tuple[str, float]] = []
+    async with AsyncHostClient(agent.socket) as client:
+        async for frame in client.exec_frames(sandbox.id, "echo a; sleep 0.6; echo b >&2; exit 4"):
+            arrived.append((frame.kind, time.monotonic()))
+    assert [kind for kind, _ in arrived] == ["started", "chunk", "chunk", "exited"]
+    assert arrived[2][1] - arrived[1][1] > 0.4
+
+
+async def test_going_away_kills_the_tree(
+    agent: Agent, host: HostClient, sandbox: SandboxInfo
+) -> None:
+    async with AsyncHostClient(agent.socket) as client:
+        frames = client.exec_frames(sandbox.id, "sleep 307 & echo on; sleep 308")
+        async for frame in frames:
+            if frame.kind == "chunk":
+                break
+        await frames.aclose()  # type: ignore[attr-defined]
+    for _ in range(100):
+        await asyncio.sleep(0.05)
+        if "sleep" not in await asyncio.to_thread(processes, host, sandbox):
+            return
+    raise AssertionError("the command outlived whoever asked for it")
+
+
+def test_the_agents_processes_inside_cannot_be_looked_into(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    """File operations run inside with the launcher's memory; container root must not see it."""
+    host.write_file(sandbox.id, "/workspace/a", b"a")
+    spying = (
+        "end=$((SECONDS+3)); seen=0; while [ $SECONDS -lt $end ]; do for p in /proc/[0-9]*; do "
+        "[ ${p#/proc/} = 1 ] && continue; [ ${p#/proc/} = $$ ] && continue; "
+        "[ -d $p ] && seen=$((seen+1)); "
+        "cat $p/maps $p/environ 2>/dev/null | tr '\\0' '\\n' | grep -a -i -m1 -E 'python|orkestr'; "
+        "done; done; echo looked-at $seen >&2"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        spy = pool.submit(host.exec, sandbox.id, spying)
+        for _ in range(60):
+            host.read_path(sandbox.id, "/workspace/a")
+        result = spy.result()
+    assert int(result.stderr.split()[1]) > 0
+    assert result.stdout == b""
