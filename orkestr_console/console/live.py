@@ -163,4 +163,5 @@ def live_page(route: str, consumer: type[LivePage]) -> URLPattern:
     """An entry of ``websocket_urlpatterns``."""
     # Channels routes with Django's patterns, whose types know only views.
     application: Any = consumer.as_asgi()
-    return path(route, application)
+    pattern: URLPattern = path(route, application)
+    return pattern

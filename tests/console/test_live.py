@@ -1,0 +1,231 @@
+"""The sockets behind the live pages, over the real notices of PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from channels.layers import get_channel_layer
+from channels.testing import WebsocketCommunicator
+from django.conf import settings
+from django.test import Client
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Membership, User
+from orkestr_console.asgi import application
+from orkestr_console.channel_layer import LOST
+from sandboxes_app import services as sandboxes
+from sandboxes_app.models import Sandbox
+from templates_app import services as templates
+from templates_app.models import BuildEvent, Template
+from templates_app.services import driver
+from tests.fakes.host import FakeHost
+
+pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
+
+type Open = Callable[..., Awaitable[WebsocketCommunicator]]
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Open]:
+    """Opens a socket as a page of the console does; all are closed afterwards."""
+    sockets: list[WebsocketCommunicator] = []
+
+    async def make(
+        path: str, client: Client | None, origin: str = "http://testserver"
+    ) -> WebsocketCommunicator:
+        cookie = client.cookies[settings.SESSION_COOKIE_NAME].value if client else ""
+        headers = [
+            (b"host", b"testserver"),
+            (b"origin", origin.encode()),
+            (b"cookie", f"{settings.SESSION_COOKIE_NAME}={cookie}".encode()),
+        ]
+        socket = WebsocketCommunicator(application, path, headers=headers)
+        accepted, _ = await socket.connect(timeout=5)
+        assert accepted
+        sockets.append(socket)
+        return socket
+
+    yield make
+    for socket in sockets:
+        await socket.disconnect()
+    layer = get_channel_layer()
+    assert layer is not None
+    await layer.flush()
+
+
+async def heard(socket: WebsocketCommunicator) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(await socket.receive_from(timeout=5))
+    return message
+
+
+async def swapped(socket: WebsocketCommunicator, *wanted: str) -> str:
+    """The next swap that has all of ``wanted`` in it."""
+    while True:
+        message = await heard(socket)
+        if message["kind"] == "swap" and all(text in message["html"] for text in wanted):
+            return str(message["html"])
+
+
+async def closed(socket: WebsocketCommunicator) -> int:
+    while (output := await socket.receive_output(timeout=5))["type"] != "websocket.close":
+        pass
+    return int(output["code"])
+
+
+async def test_a_template_turns_ready_before_ones_eyes(
+    opened: Open, console: Client, building: Template, host: FakeHost
+) -> None:
+    detail = await opened(f"/ws/templates/{building.pk}/", console)
+    listed = await opened("/ws/templates/", console)
+    await swapped(detail, 'data-status="building"')
+    await swapped(listed, 'data-status="building"')
+    driving = asyncio.create_task(sync_to_async(driver.drive)(building.pk))
+    await asyncio.to_thread(host.wait_for, lambda: building.image_id in host.built)
+    host.finish(building.image_id)
+    html = await swapped(detail, 'id="template-badge"', 'data-status="ready"')
+    assert f"/sandboxes/new/?template={building.pk}" in html
+    await swapped(listed, 'data-status="ready"')
+    await driving
+
+
+async def test_output_is_neither_lost_nor_repeated(
+    opened: Open, console: Client, building: Template, host: FakeHost
+) -> None:
+    """The page was made after the first half of a line; the socket brings the rest, once."""
+    await sync_to_async(printed)(building, 1, "one\n\x1b[31mhal")
+    page = (await sync_to_async(console.get)(f"/templates/{building.pk}/")).content.decode()
+    assert '<span class="tail"><span class="f1">hal</span></span>' in page
+    after = re.search(r'data-after="(\d+)"', page)
+    assert after
+    await sync_to_async(printed)(building, 2, "f\ntwo")
+    socket = await opened(f"/ws/templates/{building.pk}/?after={after[1]}", console)
+    message = await heard(socket)
+    assert message == {
+        "kind": "append",
+        "seq": 2,
+        "steps": [
+            {
+                "step": 1,
+                "lines": '<span><span class="f1">half</span>\n</span>',
+                "dropped": 0,
+                "tail": '<span class="f1">two</span>',
+            }
+        ],
+    }
+    again = await opened(f"/ws/templates/{building.pk}/?after=2", console)
+    assert (await heard(again))["kind"] == "swap"
+
+
+def printed(template: Template, seq: int, text: str) -> None:
+    BuildEvent.objects.create(
+        template=template,
+        seq=seq,
+        kind="output",
+        step=1,
+        payload={"text": text},
+        at=template.created_at,
+    )
+
+
+async def test_a_deleted_template_says_so(
+    opened: Open, console: Client, console_actor: Actor, building: Template
+) -> None:
+    socket = await opened(f"/ws/templates/{building.pk}/", console)
+    await swapped(socket, "data-stack")
+    await sync_to_async(templates.delete_template)(console_actor, building.pk)
+    while (message := await heard(socket))["kind"] == "swap":
+        pass
+    assert message == {"kind": "gone"}
+    assert await closed(socket) == 4404
+
+
+async def test_a_sandbox_ends_before_ones_eyes(
+    opened: Open, console: Client, console_actor: Actor, sandbox: Sandbox
+) -> None:
+    detail = await opened(f"/ws/sandboxes/{sandbox.pk}/", console)
+    listed = await opened("/ws/sandboxes/?status=running", console)
+    await swapped(detail, 'data-status="running"')
+    await swapped(listed, sandbox.pk)
+    await sync_to_async(sandboxes.terminate_sandbox)(console_actor, sandbox.pk)
+    await swapped(detail, 'data-status="terminated"', 'id="run" disabled')
+    await swapped(listed, "No sandbox is running right now")
+
+
+async def test_another_teams_pages_stay_shut(
+    opened: Open, other_console: Client, building: Template, sandbox: Sandbox
+) -> None:
+    for path in (
+        f"/ws/templates/{building.pk}/",
+        f"/ws/sandboxes/{sandbox.pk}/",
+        "/ws/templates/nonsense/",
+    ):
+        socket = await opened(path, other_console)
+        assert await heard(socket) == {"kind": "gone"}
+        assert await closed(socket) == 4404
+    listed = await opened("/ws/templates/", other_console)
+    assert building.pk not in await swapped(listed, "template-list")
+
+
+async def test_strangers_and_other_sites_hear_nothing(
+    opened: Open, console: Client, building: Template
+) -> None:
+    path = f"/ws/templates/{building.pk}/"
+    assert await closed(await opened(path, None)) == 4401
+    assert await closed(await opened(path, console, "http://evil.example")) == 4401
+    assert await closed(await opened(path, console, "")) == 4401
+
+
+@pytest.mark.parametrize("how", ["signed out", "left the team"])
+async def test_who_may_not_look_any_more_stops_hearing(
+    opened: Open,
+    console: Client,
+    console_actor: Actor,
+    building: Template,
+    alice: User,
+    how: str,
+) -> None:
+    socket = await opened(f"/ws/templates/{building.pk}/", console)
+    await swapped(socket, "data-stack")
+
+    def leave() -> None:
+        if how == "signed out":
+            console.post("/sign-out/")
+        else:
+            Membership.objects.filter(user=alice).delete()
+        templates.delete_template(console_actor, building.pk)
+
+    await sync_to_async(leave)()
+    assert await closed(socket) == 4401
+
+
+async def test_lost_notices_make_the_page_come_again(
+    opened: Open, console: Client, building: Template
+) -> None:
+    socket = await opened("/ws/templates/", console)
+    await swapped(socket, "data-stack")
+    layer = get_channel_layer()
+    assert layer is not None
+    await layer.group_send(f"team.{building.team_id}.templates", dict(LOST))
+    assert await closed(socket) == 1012
+
+
+async def test_a_burst_is_answered_together(
+    opened: Open, console: Client, building: Template
+) -> None:
+    socket = await opened(f"/ws/templates/{building.pk}/", console)
+    await swapped(socket, "data-stack")
+    layer = get_channel_layer()
+    assert layer is not None
+    await sync_to_async(printed)(building, 1, "x\n" * 5000)
+    for _ in range(50):
+        await layer.group_send(f"template.{building.pk}", {"type": "template.changed", "id": "x"})
+    message = await heard(socket)
+    assert message["kind"] == "append"
+    assert message["steps"][0]["dropped"] == 3000
+    assert await socket.receive_nothing(timeout=0.5)

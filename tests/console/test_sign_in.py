@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+from django.http import HttpResponse
+from django.test import Client
+
+from orkestr_console.accounts.models import User
+from tests.conftest import PASSWORD
+
+
+@pytest.fixture
+def stranger(db: None) -> Client:
+    return Client(enforce_csrf_checks=True)
+
+
+def sign_in(client: Client, email: str, password: str, onward: str = "") -> HttpResponse:
+    page = client.get("/sign-in/", {"next": onward})
+    token = page.context["csrf_token"]
+    form = {"email": email, "password": password, "csrfmiddlewaretoken": token, "next": onward}
+    return client.post("/sign-in/", form)
+
+
+def test_a_person_signs_in_with_their_address_in_any_case(stranger: Client, alice: User) -> None:
+    answer = sign_in(stranger, "ALICE@example.org ", PASSWORD, "/sandboxes/")
+    assert (answer.status_code, answer["Location"]) == (302, "/sandboxes/")
+    assert stranger.get("/sandboxes/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("email", "password"),
+    [
+        ("alice@example.org", "wrong"),
+        ("nobody@example.org", PASSWORD),
+        ("alice@example.org\0", PASSWORD),
+        ("", ""),
+    ],
+)
+def test_a_refusal_is_the_same_whatever_was_wrong(
+    stranger: Client, alice: User, email: str, password: str
+) -> None:
+    answer = sign_in(stranger, email, password)
+    assert answer.status_code == 400
+    assert "do not belong together" in answer.content.decode()
+    assert password == "" or password not in answer.content.decode()
+
+
+@pytest.mark.parametrize(
+    "onward", ["https://evil.example/", "//evil.example/", "javascript:alert(1)", "/\\evil.example"]
+)
+def test_signing_in_never_leads_elsewhere(stranger: Client, alice: User, onward: str) -> None:
+    answer = sign_in(stranger, "alice@example.org", PASSWORD, onward)
+    assert answer["Location"] == "/"
+
+
+def test_pages_send_strangers_to_sign_in_and_back(stranger: Client) -> None:
+    answer = stranger.get("/templates/new/")
+    assert answer["Location"] == "/sign-in/?next=/templates/new/"
+
+
+def test_signing_out_takes_a_post(console: Client) -> None:
+    assert console.get("/sign-out/").status_code == 405
+    assert console.post("/sign-out/")["Location"] == "/sign-in/"
+    assert console.get("/templates/").status_code == 302
+
+
+def test_posting_needs_the_pages_own_token(alice: User) -> None:
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(alice)
+    assert client.post("/templates/new/", {"name": "x"}).status_code == 403
+    assert client.post("/sign-out/").status_code == 403
+
+
+def test_pages_carry_a_strict_policy_and_nothing_inline(console: Client) -> None:
+    answer = console.get("/templates/new/")
+    assert "unsafe" not in answer["Content-Security-Policy"]
+    page = answer.content.decode()
+    assert " style=" not in page
+    assert "<style" not in page
+    assert " onclick=" not in page
+    assert page.count("<script") == page.count("<script src=")
+
+
+def test_somebody_without_a_team_is_told_so(alice: User) -> None:
+    alice.memberships.all().delete()
+    client = Client()
+    client.force_login(alice)
+    answer = client.get("/templates/")
+    assert answer.status_code == 403
+    assert "You are in no team yet" in answer.content.decode()
