@@ -141,6 +141,8 @@ class Launcher:
             os._exit(0)
 
     def _start(self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int) -> int:
+        # Init sets itself up through its own /proc entries; nobody else is in there yet.
+        kernel.set_dumpable(dumpable=True)
         mount_rootfs(plan, userns_fd)
         try:
             container = self._configured(str(message["name"]), message["config"])
@@ -288,6 +290,9 @@ def _prepare_process() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # An attached process is born with this memory image, and for a moment with credentials that
+    # container root has power over: what is in here must not be readable then (ptrace(2)).
+    kernel.set_dumpable(dumpable=False)
     # Ends by its socket closing; a Ctrl-C in the agent's terminal is not for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 SHELL = "@shell"
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
 _GATE, _STATUS = 3, 4
+_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
@@ -73,7 +74,7 @@ def _duplicate_above(fd: int) -> int:
 def _reset_process() -> None:
     os.setsid()
     os.umask(0o022)
-    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

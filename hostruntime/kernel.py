@@ -21,6 +21,8 @@ _SYS_MOVE_MOUNT = 429
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
+_PR_SET_DUMPABLE = 4
+
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
@@ -195,6 +197,16 @@ def _namespace_child(ready: int, go: int) -> None:
         os.read(go, 1)
     finally:
         os._exit(0)
+
+
+def set_dumpable(*, dumpable: bool) -> None:
+    """Whether processes of this memory image may be looked into (PR_SET_DUMPABLE in prctl(2)).
+
+    A copy made by fork inherits it; execve starts afresh.
+    """
+    if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
 
 
 def syncfs(path: Path) -> None:
