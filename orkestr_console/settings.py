@@ -198,8 +198,9 @@ CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.channel_layer.PgChanne
 # cancel live on our own rows; a task that fails is never tried again by the queue.
 Q_CLUSTER: dict[str, Any] = {
     "name": "orkestr",
+    "broker_class": "orkestr_console.broker.PgBroker",
     "orm": "default",
-    "workers": int(os.environ.get("ORKESTR_WORKERS") or 6),
+    "workers": int(os.environ.get("ORKESTR_WORKERS") or 8),
     "timeout": 6 * 3600 + 1800,
     "retry": 7 * 3600,
     "max_attempts": 1,
@@ -208,6 +209,17 @@ Q_CLUSTER: dict[str, Any] = {
     "save_limit": 250,
     "label": "Queue",
 }
+# A killed worker's task comes back after so many seconds.
+TASK_LEASE_SECONDS = float(os.environ.get("ORKESTR_TASK_LEASE") or 15)
+# Groups of tasks that take minutes: so many workers are kept from them, for everything else.
+LONG_TASKS = ("builds",)
+RESERVED_WORKERS = 2
+# What runs by the clock: (name, function, every so many minutes).
+PERIODIC_TASKS = [
+    ("Resume builds whose driver is gone", "templates_app.tasks.resume_orphans", 1),
+    ("Delete images that no template names", "templates_app.tasks.reconcile_images", 15),
+    ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
+]
 
 # --- The rest -------------------------------------------------------------------------------------
 USE_TZ = True

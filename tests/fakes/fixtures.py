@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import pytest
+from django.apps import apps
 from django.test import Client
 from django_q.models import OrmQ
 
@@ -21,6 +22,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake
+
+
+@pytest.fixture
+def plans(transactional_db: None) -> None:
+    """The plans, which a test that commits takes away from the next one when it is cleaned up."""
+    import_module("orkestr_console.accounts.migrations.0002_plans").add_plans(apps, None)
 
 
 def queued() -> list[str]:
