@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from django.http import HttpResponse
 from django.test import Client
 
 from hostruntime.answers import ExecResult
@@ -15,8 +16,8 @@ GOOD = {"template": "debian-12", "size": "small", "network": "off", "timeout_sec
 HTMX = {"HX-Request": "true"}
 
 
-def text(answer: HttpResponse) -> str:
-    return answer.content.decode()
+def text(answer: Any) -> str:
+    return str(answer.content.decode())
 
 
 def test_booting_leads_to_the_sandbox(console: Client, host: FakeHost) -> None:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from django.http import HttpResponse
 from django.test import Client
 
 from orkestr_console.accounts.models import User
@@ -13,7 +14,7 @@ def stranger(db: None) -> Client:
     return Client(enforce_csrf_checks=True)
 
 
-def sign_in(client: Client, email: str, password: str, onward: str = "") -> HttpResponse:
+def sign_in(client: Client, email: str, password: str, onward: str = "") -> Any:
     page = client.get("/sign-in/", {"next": onward})
     token = page.context["csrf_token"]
     form = {"email": email, "password": password, "csrfmiddlewaretoken": token, "next": onward}

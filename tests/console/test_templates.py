@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from django.http import HttpResponse
 from django.test import Client
 
 from orkestr_console.accounts.actor import Actor
@@ -19,8 +20,8 @@ GOOD = {
 }
 
 
-def text(answer: HttpResponse) -> str:
-    return answer.content.decode()
+def text(answer: Any) -> str:
+    return str(answer.content.decode())
 
 
 def test_a_new_template_builds_the_steps_that_were_typed(console: Client) -> None:

@@ -75,6 +75,10 @@ class Agent:
     def log(self) -> str:
         return (self.state / "agent.log").read_text()
 
+    def second(self) -> subprocess.CompletedProcess[str]:
+        """Try to run another agent on the same directory."""
+        return subprocess.run(self._command(), cwd=REPO, capture_output=True, text=True, timeout=30)
+
     def _command(self) -> list[str]:
         options = ["--state-dir", str(self.state), "--socket", str(self.socket)]
         return [sys.executable, "-m", "hostruntime.agent", *options]
@@ -111,7 +115,7 @@ def an_agent(state: Path = STATE) -> Iterator[Agent]:
 
 def groups_named(prefix: str) -> list[str]:
     """Every cgroup of a container whose name starts so, in any hierarchy."""
-    instance = prefix.rstrip("-")
+    instance = prefix.partition("-")[0]
     roots = [*CGROUPS.glob(f"*/{instance}"), CGROUPS / instance]
     return [str(path) for root in roots for path in root.glob(f"*{prefix}*")]
 

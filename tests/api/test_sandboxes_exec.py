@@ -1,0 +1,338 @@
+"""``POST /v1/sandboxes/{id}/exec``, buffered and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.core.handlers.asgi import ASGIHandler
+from django.db import connections
+from django.test import AsyncClient, Client
+
+from hostruntime.answers import ExecFrame, ExecResult
+from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
+from sandboxes_app import api as views
+from sandboxes_app.models import Sandbox
+from tests.api.asking import post, refusal
+from tests.fakes.host import FakeHost
+
+
+@pytest.fixture
+def box(api: Client, host: FakeHost) -> str:
+    answer = post(api, "/v1/sandboxes", {"template": "debian-12", "env": {"A": "1", "B": "2"}})
+    return f"/v1/sandboxes/{answer.json()['id']}"
+
+
+def run(api: Client, box: str, command: str = "make", **fields: Any) -> Any:
+    return post(api, f"{box}/exec", {"command": command, **fields})
+
+
+def test_a_command_answers_its_output_and_how_it_ended(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = ExecResult(3, None, "größe\n".encode(), b"bad \xff byte", 41)
+    answer = run(api, box)
+    assert answer.status_code == 200
+    said = answer.json()
+    assert said == {
+        "stdout": "größe\n",
+        "stderr": "bad � byte",
+        "exit_code": 3,
+        "duration_ms": 41,
+        "truncated": False,
+    }
+
+
+def test_it_runs_in_the_workspace_with_the_sandboxes_variables(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    run(api, box, env={"B": "3"})
+    [ran] = host.ran
+    assert (ran.command, ran.cwd, ran.timeout_seconds) == ("make", "/workspace", 60)
+    assert ran.env == {"A": "1", "B": "3"}
+
+
+def test_what_the_official_sdk_sends_is_taken(api: Client, host: FakeHost, box: str) -> None:
+    fields: dict[str, Any] = {"cwd": "/tmp", "env": {}, "timeout_seconds": 3600, "stream": False}
+    assert run(api, box, **fields).status_code == 200
+    assert (host.ran[0].cwd, host.ran[0].timeout_seconds) == ("/tmp", 3600)
+
+
+def test_a_command_over_its_time_says_so_with_what_it_printed(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    error = ExecTimeout("It ran past 1 second.")
+    error.extra |= {"stdout": b"half", "stderr": b"", "duration_ms": 1000}
+    host.answers["make"] = error
+    said = refusal(run(api, box, timeout_seconds=1), 408, "exec_timeout")
+    assert (said["stdout"], said["stderr"]) == ("half", "")
+
+
+def test_a_command_that_a_signal_ended_names_it(api: Client, host: FakeHost, box: str) -> None:
+    host.answers["make"] = ExecResult(139, 11, b"before", b"", 5)
+    said = refusal(run(api, box), 409, "exec_killed")
+    assert (said["signal"], said["stdout"], said["exit_code"]) == (11, "before", 139)
+    assert "SIGSEGV" in said["detail"]
+
+
+def test_running_out_of_memory_is_said_in_plain_words(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = ExecResult(137, 9, b"", b"", 5, out_of_memory=True)
+    assert "memory" in refusal(run(api, box), 409, "exec_killed")["detail"]
+
+
+def test_a_directory_that_is_not_there_is_said_to_be_missing(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = CwdNotFound("There is no directory /nowhere in the sandbox.")
+    assert "/nowhere" in refusal(run(api, box, cwd="/nowhere"), 400, "cwd_not_found")["detail"]
+
+
+def test_a_container_that_goes_away_under_a_command_settles_the_row(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = ContainerGone("It ended.")
+    host.end(box.rpartition("/")[2], "exited")
+    refusal(run(api, box), 409, "sandbox_not_running")
+    assert Sandbox.objects.get().status == "failed"
+
+
+def test_a_host_that_is_away_leaves_the_sandbox_as_it_is(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.down = True
+    answer = run(api, box)
+    refusal(answer, 503, "host_unavailable")
+    assert answer.headers["Retry-After"]
+    assert Sandbox.objects.get().status == "running"
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        ({}, "command", "required"),
+        ({"command": None}, "command", "must be a string"),
+        ({"command": ["ls"]}, "command", "must be a string"),
+        ({"command": ""}, "command", "blank"),
+        ({"command": " \n "}, "command", "blank"),
+        ({"command": "a\0b"}, "command", "NUL"),
+        ({"command": "x" * 65_537}, "command", "65,536"),
+        ({"command": "true", "cwd": ""}, "cwd", "absolute"),
+        ({"command": "true", "cwd": "src"}, "cwd", "absolute"),
+        ({"command": "true", "cwd": "/" + "x" * 5000}, "cwd", "4,096"),
+        ({"command": "true", "env": {"A": None}}, "env.A", "must be a string"),
+        ({"command": "true", "env": {"A B": "x"}}, "env", "variable"),
+        ({"command": "true", "timeout_seconds": 0}, "timeout_seconds", "at least 1"),
+        ({"command": "true", "timeout_seconds": 3601}, "timeout_seconds", "at most 3600"),
+        ({"command": "true", "timeout_seconds": "5"}, "timeout_seconds", "whole number"),
+        ({"command": "true", "stream": "yes"}, "stream", "true or false"),
+        ({"command": "true", "background": True}, "background", "not a known field"),
+    ],
+)
+def test_bad_input_names_the_field_and_runs_nothing(
+    api: Client, host: FakeHost, box: str, body: dict[str, Any], field: str, says: str
+) -> None:
+    said = refusal(post(api, f"{box}/exec", body), 400, "invalid_request")
+    assert said["detail"].startswith(f"{field}: "), said
+    assert says in said["detail"], said
+    assert host.ran == []
+
+
+def test_a_token_that_may_only_read_runs_nothing(
+    read_only_api: Client, host: FakeHost, box: str
+) -> None:
+    for stream in (False, True):
+        refusal(run(read_only_api, box, stream=stream), 403, "insufficient_scope")
+    assert host.ran == []
+
+
+# Streamed -------------------------------------------------------------------------------------
+
+STARTED = ExecFrame("started", pid=17)
+EXITED = ExecFrame("exited", code=0, duration_ms=18)
+
+
+class AsyncApi:
+    """The REST API through ASGI, as the server runs it."""
+
+    def __init__(self, key: str) -> None:
+        self._client = AsyncClient()
+        # The client's own default headers reach WSGI alone.
+        self._headers = {"Authorization": f"Bearer {key}"}
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        return await self._client.post(
+            path, body, content_type="application/json", headers=self._headers
+        )
+
+    async def stream(self, box: str) -> Any:
+        """Ask for the stream of a command."""
+        return await self.post(f"/v1/sandboxes/{box}/exec", {"command": "make", "stream": True})
+
+
+@pytest.fixture
+async def stream_api(plans: None, key: str) -> AsyncIterator[AsyncApi]:
+    yield AsyncApi(key)
+    # The views ran in asgiref's own thread, whose connection nobody else would close.
+    await sync_to_async(connections.close_all)()
+
+
+async def opened(stream_api: AsyncApi, host: FakeHost, *frames: Any) -> Any:
+    """Boot a sandbox and ask for a stream of ``frames``."""
+    host.frames["make"] = list(frames)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    assert created.status_code == 201, created.content
+    return await stream_api.stream(created.json()["id"])
+
+
+async def events(answer: Any) -> list[dict[str, Any]]:
+    """Every event of a stream; comments are left out, as clients leave them out."""
+    text = b"".join([part async for part in answer.streaming_content]).decode()
+    assert text.endswith("\n\n")
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def chunk(stream: str, data: bytes) -> ExecFrame:
+    return ExecFrame("chunk", stream=stream, data=data)
+
+
+async def test_a_stream_has_the_frames_of_the_wire_contract(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    answer = await opened(
+        stream_api, host, STARTED, chunk("stdout", b"4"), chunk("stderr", b"..."), EXITED
+    )
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    assert answer.headers["X-Request-Id"]
+    assert await events(answer) == [
+        {"kind": "exec_started", "pid": 17},
+        {"kind": "exec_chunk", "stream": "stdout", "data": "NA=="},
+        {"kind": "exec_chunk", "stream": "stderr", "data": "Li4u"},
+        {"kind": "exec_exited", "code": 0, "duration_ms": 18},
+    ]
+    assert host.ended_early == []
+
+
+async def test_characters_are_not_cut_between_chunks(stream_api: AsyncApi, host: FakeHost) -> None:
+    data = "größe 🧪".encode()
+    pieces = [chunk("stdout", bytes([byte])) for byte in data]
+    answer = await opened(stream_api, host, STARTED, *pieces, chunk("stdout", b"\xf0\x9f"), EXITED)
+    parts = [base64.b64decode(e["data"]) for e in await events(answer) if e["kind"] == "exec_chunk"]
+    assert b"".join(parts) == data + b"\xf0\x9f"
+    assert "".join(part.decode() for part in parts[:-1]) == "größe 🧪"
+
+
+async def test_a_timeout_and_a_signal_end_the_stream_with_an_error_frame(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    over = ExecFrame("error", error_code="exec_timeout", message="Over.", duration_ms=1000)
+    answer = await opened(stream_api, host, STARTED, over)
+    assert (await events(answer))[-1] == {
+        "kind": "error",
+        "code": "exec_timeout",
+        "message": "Over.",
+    }
+    killed = ExecFrame("exited", code=137, signal=9, duration_ms=5)
+    last = (await events(await opened(stream_api, host, STARTED, killed)))[-1]
+    assert (last["kind"], last["code"], last["signal"]) == ("error", "exec_killed", 9)
+
+
+async def test_an_error_before_the_first_frame_is_an_ordinary_answer(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    answer = await opened(stream_api, host, CwdNotFound("There is no /nowhere."))
+    refusal(answer, 400, "cwd_not_found")
+    missing = ExecFrame("error", error_code="cwd_not_found", message="There is no /nowhere.")
+    refusal(await opened(stream_api, host, missing), 400, "cwd_not_found")
+    refusal(await opened(stream_api, host, HostUnavailable("Away.")), 503, "host_unavailable")
+
+
+async def test_a_host_that_goes_away_under_a_stream_ends_it_with_an_error_frame(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    answer = await opened(stream_api, host, STARTED, HostUnavailable("Away."))
+    assert [(e["kind"], e.get("code")) for e in await events(answer)] == [
+        ("exec_started", None),
+        ("error", "host_unavailable"),
+    ]
+
+
+async def test_a_reader_that_leaves_ends_the_command(
+    stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    ended = asyncio.Event()
+
+    async def endless(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
+        try:
+            yield STARTED
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(host, "exec_frames", endless)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    body = b'{"command": "make", "stream": true}'
+    scope: Any = {
+        "type": "http",
+        "method": "POST",
+        "path": f"/v1/sandboxes/{created.json()['id']}/exec",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"authorization", f"Bearer {key}".encode()),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ],
+    }
+    to_server: asyncio.Queue[Any] = asyncio.Queue()
+    from_server: asyncio.Queue[Any] = asyncio.Queue()
+    server = asyncio.create_task(ASGIHandler()(scope, to_server.get, from_server.put))
+    async with asyncio.timeout(10):
+        await to_server.put({"type": "http.request", "body": body})
+        assert (await from_server.get())["status"] == 200
+        assert b"exec_started" in (await from_server.get())["body"]
+        assert not ended.is_set()
+        await to_server.put({"type": "http.disconnect"})
+        await ended.wait()
+        await asyncio.gather(server, return_exceptions=True)
+
+
+async def test_a_silent_command_keeps_the_connection_alive(
+    stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "KEEP_ALIVE_SECONDS", 0.05)
+
+    async def silent(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
+        yield STARTED
+        await asyncio.sleep(0.3)
+        yield EXITED
+
+    monkeypatch.setattr(host, "exec_frames", silent)
+    answer = await opened(stream_api, host)
+    parts = [part async for part in answer.streaming_content]
+    comments = [part for part in parts if part.startswith(b":")]
+    assert len(comments) >= 2
+    assert [json.loads(part[6:])["kind"] for part in parts if part not in comments] == [
+        "exec_started",
+        "exec_exited",
+    ]
+
+
+async def test_a_sandbox_that_does_not_run_streams_nothing(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    await opened(stream_api, host, STARTED, EXITED)
+    await sync_to_async(Sandbox.objects.update)(status="terminated")
+    box = await sync_to_async(Sandbox.objects.get)()
+    refusal(await stream_api.stream(box.pk), 409, "sandbox_not_running")

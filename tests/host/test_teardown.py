@@ -1,0 +1,49 @@
+"""Taking an installation down: afterwards the host is as it was."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.host.agent import Agent, children_named, groups_named, mounts_below
+from tests.host.conftest import BASE
+
+pytestmark = pytest.mark.host
+
+
+def everything(number: int) -> list[str]:
+    """All that is named after an instance on this host."""
+    prefix = f"ork{number}-"
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    addresses = subprocess.run(["ip", "-o", "address"], capture_output=True, text=True).stdout
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
+    run = Path("/run/orkestr") / str(number)
+    return [
+        *re.findall(rf"\b{prefix}\w+", links),
+        *re.findall(rf"\b10\.{200 + number}\.\S+", addresses),
+        *(line for line in tables.splitlines() if line.endswith(f"orkestr_{number}")),
+        *groups_named(prefix),
+        *map(str, Path("/sys/fs/cgroup").glob(f"*/ork{number}")),
+        *mounts_below(run),
+        *map(str, run.glob("*")),
+        *children_named(prefix),
+        *map(str, Path("/run/orkestr/instances").glob(str(number))),
+    ]
+
+
+def test_after_a_teardown_nothing_is_left_but_images(agent: Agent) -> None:
+    """Last on purpose: it takes the session's agent down and brings it up again."""
+    number = agent.client.health().instance
+    for name, network in (("sbx_down1", "off"), ("sbx_down2", "restricted"), ("sbx_down3", "open")):
+        agent.client.create_sandbox(name, image=BASE, cpu=1, memory_mb=256, network=network)
+    assert len(everything(number)) > 10
+    agent.tear_down()
+    assert everything(number) == []
+    assert [path.name for path in (agent.state / "sandboxes").iterdir()] == []
+    agent.tear_down()
+    agent.start()
+    assert agent.client.image(BASE).kind == "base"
+    assert agent.client.sandboxes() == []

@@ -1,0 +1,92 @@
+"""Containers that are directories, and a recipe language of a few words, for tests of builds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from hostruntime.errors import ContainerGone, ExecKilled, HostFull
+from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.network import Slot
+
+
+class FakeContainers:
+    """Understands: write, say, moan, fail, signal, oom, sleep, vanish."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, ContainerSpec] = {}
+        self.ran: list[str] = []
+        self.kills = 0
+        self.full = False
+        self.start_seconds = 0.0
+
+    def as_manager(self) -> ContainerManager:
+        return cast("ContainerManager", self)
+
+    async def start(self, spec: ContainerSpec) -> Running:
+        await asyncio.sleep(self.start_seconds)
+        if self.full:
+            raise HostFull("There is no free slot on this host; try again.")
+        self.specs[spec.owner] = spec
+        (spec.directory / "rw" / "upper").mkdir(parents=True, exist_ok=True)
+        slot = Slot(0, spec.policy.mode, 0, None, None, None)
+        return Running(spec.owner, spec.owner, slot, 1, time.time(), 12.34, spec)
+
+    async def stop(self, owner: str) -> None:
+        await asyncio.sleep(0)
+        self.specs.pop(owner, None)
+
+    async def kill_strays(self, owner: str) -> None:
+        if owner not in self.specs:
+            raise ContainerGone("It is gone.")
+        self.kills += 1
+
+    async def exec(
+        self,
+        owner: str,
+        argv: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        timeout: float | None,
+        merge_output: bool = False,
+    ) -> AsyncGenerator[Frame, None]:
+        assert (argv[:-1], cwd, merge_output) == (["@shell", "-c"], "/root", True)
+        self.ran.append(argv[-1])
+        upper = self.specs[owner].directory / "rw" / "upper"
+        yield Started(2)
+        word, _, rest = argv[-1].partition(" ")
+        end: Frame = Exited(0, None, 5)
+        if word == "write":
+            name, _, text = rest.partition(" ")
+            path = upper / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif word == "say":
+            yield Chunk("stdout", rest.encode() + b"\n")
+        elif word == "moan":
+            yield Chunk("stdout", rest.encode() + b"\n")
+            end = Exited(100, None, 5)
+        elif word == "fail":
+            end = Exited(int(rest), None, 5)
+        elif word == "signal":
+            end = Exited(128 + int(rest), int(rest), 5)
+        elif word == "oom":
+            end = Exited(137, 9, 5, out_of_memory=True)
+        elif word == "vanish":
+            raise ExecKilled("The sandbox ended while the command ran.", signal=9)
+        elif word == "sleep":
+            limit = timeout if timeout is not None else 60.0
+            await asyncio.sleep(min(float(rest), limit))
+            if float(rest) >= limit:
+                end = TimedOut(round(limit * 1000))
+        yield end
+
+
+def tree_of(directory: Path) -> set[str]:
+    """The names of everything below a directory."""
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}

@@ -1,0 +1,398 @@
+"""Builds over containers that are directories: every way to end, and what is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostruntime.assembly import Host
+from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
+from hostruntime.errors import InvalidRequest, NotFound
+from hostruntime.images import ImageManifest, ImageStore
+from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.trees import tree_digest
+from tests.hostruntime.fake_containers import FakeContainers, tree_of
+from tests.hostruntime.trees_help import grow
+
+
+class World:
+    """A host whose containers are fake, with one base image."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = StatePaths(root / "state").ensure()
+        self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
+        self.refused: list[str] = []
+        self.containers = FakeContainers()
+        self.restart()
+        staged = self.store.staging("debian-12")
+        grow(staged / "tree", {"etc/conf": "base", "bin/sh": "shell"})
+        self.store.publish(staged, ImageManifest("debian-12", "base", None, 1.0, 1, 1, 0))
+        self.before = tree_digest(self.store.get("debian-12").tree)
+
+    def restart(self) -> None:
+        """As after an agent was killed: nothing in memory survives."""
+        self.store = ImageStore(self.paths)
+        host = Host(
+            self.store,
+            self.containers.as_manager(),
+            lambda _: self.runtime,
+            lambda _owner, _since: self.refused,
+        )
+        self.builds = BuildManager(self.paths, host)
+
+    def start(self, *recipe: str, build_id: str = "img_1", **changes: Any) -> None:
+        fields = {"base_image": "debian-12", "network": "restricted", **changes}
+        self.builds.start(BuildRequest(id=build_id, recipe=recipe, **fields))
+
+    async def events(self, build_id: str = "img_1", *, follow: bool = True) -> list[dict[str, Any]]:
+        data = b"".join([lines async for lines in self.builds.events(build_id, follow=follow)])
+        return [json.loads(line) for line in data.splitlines() if line]
+
+    async def build(self, *recipe: str, **changes: Any) -> list[dict[str, Any]]:
+        self.start(*recipe, **changes)
+        return await self.events(changes.get("build_id", "img_1"))
+
+    def check_clean(self, build_id: str = "img_1") -> None:
+        """Nothing is left of a build but its record and what it published."""
+        assert tree_of(self.paths.builds / build_id) == {"build.json", "events.ndjson"}
+        assert tree_of(self.paths.staging) == set()
+        assert self.containers.specs == {}
+        assert self.store.users("debian-12") == set()
+        assert self.store.trash.wait()
+        assert tree_of(self.paths.trash) == set()
+        assert tree_digest(self.store.get("debian-12").tree) == self.before
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def test_a_recipe_becomes_an_image(world: World) -> None:
+    events = await world.build("write etc/new one", "say hello", "write etc/conf changed")
+    kinds = [event["kind"] for event in events]
+    assert kinds == [
+        "boot",
+        *("step_started", "step_finished"),
+        *("step_started", "output", "step_finished"),
+        *("step_started", "step_finished"),
+        "scrub",
+        "capture",
+        "published",
+    ]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    image = world.store.get("img_1")
+    assert (image.tree / "etc/new").read_text() == "one"
+    assert (image.tree / "etc/conf").read_text() == "changed"
+    sh = world.store.get("debian-12").tree / "bin/sh"
+    assert (image.tree / "bin/sh").stat().st_ino == sh.stat().st_ino
+    published = events[-1]
+    assert published["image"] == "img_1"
+    assert published["file_count"] == image.manifest.file_count == 3
+    assert published["shared_bytes"] == 4096
+    assert image.manifest.base == "debian-12"
+    assert world.builds.status("img_1").state == "published"
+    assert world.containers.kills == 3
+    world.check_clean()
+
+
+async def test_events_carry_the_fields_of_the_contract(world: World) -> None:
+    events = {event["kind"]: event for event in await world.build("say hello")}
+    assert events["boot"]["boot_ms"] == 12.3
+    started = {key: events["step_started"][key] for key in ("step", "total", "command")}
+    assert started == {"step": 1, "total": 1, "command": "say hello"}
+    assert (events["output"]["step"], events["output"]["text"]) == (1, "hello\n")
+    finished = events["step_finished"]
+    keys = ("step", "exit_code", "signal", "duration_ms", "output_bytes", "elided_bytes")
+    assert [finished[key] for key in keys] == [1, 0, None, 5, 6, 0]
+    assert set(events["scrub"]) >= {"removed_bytes", "duration_ms"}
+    assert set(events["capture"]) >= {"size_bytes", "file_count", "shared_bytes", "duration_ms"}
+    assert events["published"]["total_ms"] >= 0
+
+
+async def test_a_failing_step_stops_the_build(world: World) -> None:
+    events = await world.build("write etc/a x", "fail 3", "write etc/never x")
+    failed = events[-1]
+    assert (failed["kind"], failed["code"], failed["step"]) == ("failed", "step_failed", 2)
+    assert failed["message"].startswith("Step 2 of 3 failed: `fail 3` exited with status 3.")
+    assert world.containers.ran == ["write etc/a x", "fail 3"]
+    assert not world.store.exists("img_1")
+    status = world.builds.status("img_1")
+    assert status.state == "failed"
+    assert status.error is not None and status.error["code"] == "step_failed"
+    assert status.last_seq == len(events)
+    world.check_clean()
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "words"),
+    [
+        ("signal 9", "step_failed", "was killed by signal 9 (SIGKILL)"),
+        ("signal 11", "step_failed", "was killed by signal 11 (SIGSEGV)"),
+        ("oom", "out_of_memory", "ran out of memory. A build has 4096 MiB"),
+        ("vanish", "step_failed", "the build's container stopped while `vanish`"),
+    ],
+)
+async def test_how_a_step_ended_is_said(world: World, step: str, code: str, words: str) -> None:
+    failed = (await world.build(step))[-1]
+    assert (failed["code"], failed["step"]) == (code, 1)
+    assert words in failed["message"]
+    world.check_clean()
+
+
+async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
+    failed = (await world.build("moan E: \x1b[31mnope\x1b[0m"))[-1]
+    assert failed["message"].endswith("The end of its output:\nE: nope")
+
+
+async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
+    world.refused = ["example.org:443", "10.0.0.1:80"]
+    failed = (await world.build("fail 7"))[-1]
+    assert "the network policy refused: example.org:443, 10.0.0.1:80." in failed["message"]
+    assert 'network "open"' in failed["message"]
+
+
+async def test_a_step_that_takes_too_long(world: World) -> None:
+    failed = (await world.build("sleep 5", step_timeout_seconds=0.05))[-1]
+    assert (failed["code"], failed["step"]) == ("step_timeout", 1)
+    assert "still running after 0.05 seconds" in failed["message"]
+    world.check_clean()
+
+
+async def test_a_build_that_takes_too_long(world: World) -> None:
+    events = await world.build("sleep 0.05", "sleep 5", build_timeout_seconds=0.1)
+    failed = events[-1]
+    assert (failed["code"], failed["step"]) == ("build_timeout", 2)
+    assert "a whole build may take" in failed["message"]
+    world.check_clean()
+
+
+async def test_the_same_id_starts_once(world: World) -> None:
+    request = BuildRequest("img_1", "debian-12", ("sleep 0.1", "write etc/a x"), "restricted")
+    assert world.builds.start(request)[1] is True
+    status, new = world.builds.start(request)
+    assert (status.state, new) == ("running", False)
+    await world.events()
+    status, new = world.builds.start(request)
+    assert (status.state, new) == ("published", False)
+    assert world.containers.ran == ["sleep 0.1", "write etc/a x"]
+
+
+async def test_two_builds_run_at_once(world: World) -> None:
+    for number in (1, 2, 3):
+        world.start("sleep 0.1", f"write etc/which {number}", build_id=f"img_{number}")
+    for number in (1, 2, 3):
+        assert (await world.events(f"img_{number}"))[-1]["kind"] == "published"
+        which = world.store.get(f"img_{number}").tree / "etc/which"
+        assert which.read_text() == str(number)
+
+
+async def test_a_template_is_built_on_a_template(world: World) -> None:
+    await world.build("write etc/first 1")
+    events = await world.build("write etc/second 2", build_id="img_2", base_image="img_1")
+    assert events[-1]["kind"] == "published"
+    tree = world.store.get("img_2").tree
+    assert (tree / "etc/first").read_text() + (tree / "etc/second").read_text() == "12"
+    world.store.delete("img_1")
+    world.store.trash.wait()
+    assert (tree / "etc/first").read_text() == "1"
+
+
+async def test_a_missing_base_is_said(world: World) -> None:
+    failed = (await world.build("say x", base_image="img_gone"))[-1]
+    assert failed["code"] == "base_missing"
+    assert "img_gone" in failed["message"]
+    world.check_clean()
+
+
+async def test_a_full_host_fails_the_build(world: World) -> None:
+    world.containers.full = True
+    failed = (await world.build("say x"))[-1]
+    assert (failed["code"], failed["message"]) == (
+        "internal",
+        "There is no free slot on this host; try again.",
+    )
+    world.check_clean()
+
+
+async def test_a_defect_is_an_end_too(world: World) -> None:
+    def defect(*_: object) -> list[str]:
+        raise ZeroDivisionError
+
+    world.restart()
+    world.builds._host = Host(
+        world.store, world.containers.as_manager(), lambda _: world.runtime, defect
+    )
+    failed = (await world.build("fail 1"))[-1]
+    assert failed["code"] == "internal"
+    assert "defect" in failed["message"]
+    world.check_clean()
+
+
+@pytest.mark.parametrize("network", ["", "everything"])
+async def test_an_unknown_network_starts_nothing(world: World, network: str) -> None:
+    with pytest.raises(InvalidRequest):
+        world.start("say x", network=network)
+    assert tree_of(world.paths.builds) == set()
+
+
+@pytest.mark.parametrize("build_id", ["", "../x", "a/b", ".x"])
+async def test_a_bad_id_starts_nothing(world: World, build_id: str) -> None:
+    with pytest.raises(InvalidRequest):
+        world.start("say x", build_id=build_id)
+    with pytest.raises(NotFound):
+        world.builds.status(build_id)
+    assert tree_of(world.paths.builds) == set()
+
+
+# Cancelling -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.02, 0.06, 0.1])
+async def test_cancelling_at_any_time_leaves_nothing(world: World, delay: float) -> None:
+    world.containers.start_seconds = 0.03
+    world.start("write etc/a x", "sleep 0.05", "write etc/b x")
+    await asyncio.sleep(delay)
+    await world.builds.cancel("img_1")
+    assert world.builds.status("img_1").state == "cancelled"
+    assert not world.store.exists("img_1")
+    world.check_clean()
+    await world.builds.cancel("img_1")
+    assert (await world.events())[-1]["code"] == "build_cancelled"
+
+
+@pytest.mark.parametrize("phase", ["staging", "publish", "acquire"])
+async def test_cancelling_in_the_middle_of_a_phase(
+    world: World, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each phase is held until the cancellation has been asked for."""
+    loop = asyncio.get_running_loop()
+    real = getattr(world.store, phase)
+    cancelling: list[asyncio.Task[None]] = []
+
+    def ask() -> None:
+        cancelling.append(loop.create_task(world.builds.cancel("img_1")))
+
+    def held(*args: Any) -> Any:
+        if phase == "acquire":
+            ask()
+        else:
+            loop.call_soon_threadsafe(ask)
+            time.sleep(0.1)
+        return real(*args)
+
+    monkeypatch.setattr(world.store, phase, held)
+    world.start("write etc/a x")
+    events = await world.events()
+    await cancelling[0]
+    assert events[-1]["code"] == "build_cancelled"
+    assert world.builds.status("img_1").state == "cancelled"
+    assert not world.store.exists("img_1")
+    world.check_clean()
+
+
+async def test_cancelling_a_published_build_deletes_its_image(world: World) -> None:
+    await world.build("write etc/a x")
+    await world.builds.cancel("img_1")
+    assert not world.store.exists("img_1")
+    assert world.builds.status("img_1").state == "cancelled"
+    assert world.store.trash.wait()
+    world.check_clean()
+
+
+async def test_a_cancellation_that_comes_first_wins(world: World) -> None:
+    await world.builds.cancel("img_1")
+    world.start("write etc/a x")
+    assert world.builds.status("img_1").state == "cancelled"
+    assert world.containers.ran == []
+    assert [event["code"] for event in await world.events()] == ["build_cancelled"]
+
+
+async def test_cancelling_twice_at_once(world: World) -> None:
+    world.start("sleep 5")
+    await asyncio.sleep(0.02)
+    await asyncio.gather(world.builds.cancel("img_1"), world.builds.cancel("img_1"))
+    world.check_clean()
+
+
+# An agent that stops ----------------------------------------------------------------------
+
+
+async def test_an_agent_that_stops_ends_its_builds(world: World) -> None:
+    world.start("sleep 5")
+    await asyncio.sleep(0.02)
+    await world.builds.close()
+    status = world.builds.status("img_1")
+    assert status.state == "failed"
+    assert status.error is not None and status.error["code"] == "host_lost"
+    world.check_clean()
+
+
+def killed(world: World, state: str = "running") -> Path:
+    """A build as a killed agent leaves it."""
+    directory = world.paths.builds / "img_1"
+    grow(directory, {"rw/upper/etc/half": "half"})
+    record = {"id": "img_1", "state": state, "created_at": time.time() - 5}
+    write_json(directory / "build.json", {**record, "request": {"base_image": "debian-12"}})
+    lines = [{"seq": 1, "at": 1.0, "kind": "boot"}, {"seq": 2, "at": 2.0, "kind": "output"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / "events.ndjson").write_text(text + '{"seq": 3, "at"')
+    world.store.acquire("debian-12", "img_1")
+    grow(world.paths.staging / "img_1", {"tree/half": "half"})
+    return directory
+
+
+async def test_a_killed_agents_build_is_host_lost(world: World) -> None:
+    killed(world)
+    world.restart()
+    await world.builds.recover()
+    events = await world.events()
+    assert [event["seq"] for event in events] == [1, 2, 3]
+    assert (events[-1]["kind"], events[-1]["code"]) == ("failed", "host_lost")
+    assert world.builds.status("img_1").state == "failed"
+    world.check_clean()
+
+
+async def test_a_build_killed_after_publishing_was_published(world: World) -> None:
+    await world.build("write etc/a x")
+    world.store.trash.wait()
+    record = read_json(world.paths.builds / "img_1/build.json") or {}
+    write_json(world.paths.builds / "img_1/build.json", {**record, "state": "running"})
+    events = (world.paths.builds / "img_1/events.ndjson").read_text().splitlines(keepends=True)
+    (world.paths.builds / "img_1/events.ndjson").write_text("".join(events[:-1]))
+    world.restart()
+    await world.builds.recover()
+    assert (await world.events())[-1]["kind"] == "published"
+    assert world.builds.status("img_1").state == "published"
+    assert world.store.exists("img_1")
+
+
+async def test_a_build_killed_after_its_last_event_keeps_it(world: World) -> None:
+    await world.build("fail 1")
+    record = read_json(world.paths.builds / "img_1/build.json") or {}
+    write_json(
+        world.paths.builds / "img_1/build.json", {**record, "state": "running", "error": None}
+    )
+    world.restart()
+    await world.builds.recover()
+    status = world.builds.status("img_1")
+    assert status.state == "failed"
+    assert status.error is not None and status.error["code"] == "step_failed"
+    assert len([e for e in await world.events() if e["kind"] == "failed"]) == 1
+
+
+async def test_recovery_forgets_what_is_long_over(world: World) -> None:
+    await world.build("fail 1")
+    await world.build("fail 1", build_id="img_2")
+    path = world.paths.builds / "img_1/build.json"
+    record = read_json(path) or {}
+    write_json(path, {**record, "finished_at": time.time() - KEEP_SECONDS - 1})
+    grow(world.paths.builds / "img_no_record", {"rw/x": "x"})
+    world.restart()
+    await world.builds.recover()
+    assert {entry.name for entry in world.paths.builds.iterdir()} == {"img_2"}
