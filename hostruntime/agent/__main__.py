@@ -71,7 +71,8 @@ class _Server(uvicorn.Server):
         self._host = host
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+        # Not super(): it would raise the signal again once served, and end us before the rest.
+        self.should_exit = True
         self._host.containers.kill_execs()
 
 

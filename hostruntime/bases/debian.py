@@ -10,14 +10,13 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hostruntime.bases.definitions import DEBIAN_SUITE, BaseDefinition
 from hostruntime.errors import HostFault, HostUnavailable
 from hostruntime.registries import AptSource
-from hostruntime.run import spawn
+from hostruntime.run import Process, spawn
 
 _TIMEOUT_SECONDS = 1800.0
 _POLL_SECONDS = 0.2
@@ -102,7 +101,7 @@ def _confined(command: Sequence[str]) -> list[str]:
 
 
 async def _watched(
-    process: subprocess.Popen[bytes], log: Path, progress: Callable[[str], None]
+    process: Process, log: Path, progress: Callable[[str], None]
 ) -> None:
     with log.open(errors="replace") as lines:
         while True:
@@ -115,7 +114,7 @@ async def _watched(
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

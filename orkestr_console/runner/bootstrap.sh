@@ -16,7 +16,7 @@ profile=${1:-run}
 run_packages="
 ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
 mmdebstrap squid-openssl|squid nftables iproute2 util-linux procps tar xz-utils zstd
-postgresql
+postgresql python3
 "
 dev_packages="chromium|chromium-browser curl"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
-LABEL_WIDTH = 16
+LABEL_WIDTH = 24
 DETAIL_WIDTH = 46
 CLEAR_LINE = "\r\x1b[2K"
 

@@ -12,6 +12,7 @@ from templates_app import services as templates
 from templates_app.models import Template
 from templates_app.specs import TemplateSpec
 from tests.fakes.fixtures import host as host
+from tests.fakes.fixtures import plans as plans
 from tests.fakes.host import FakeHost
 
 

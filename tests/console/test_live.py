@@ -26,7 +26,7 @@ from templates_app.models import BuildEvent, Template
 from templates_app.services import driver
 from tests.fakes.host import FakeHost
 
-pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
 
 type Open = Callable[..., Awaitable[WebsocketCommunicator]]
 

@@ -29,7 +29,9 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Serve; exit status 0 after Ctrl-C, 1 when something did not come up."""
-        signal.signal(signal.SIGTERM, interrupt)
+        # SIGINT too: a shell starts a background job with it ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         try:
             display = Display(os.fdopen(os.dup(1), "w"))
             Console(layout_from(), display, self_check=options["self_check"]).run()
@@ -38,5 +40,5 @@ class Command(BaseCommand):
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """A polite kill ends it the way Ctrl-C does."""
+    """Ctrl-C and a polite kill end it the same way."""
     raise KeyboardInterrupt
