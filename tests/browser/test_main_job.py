@@ -54,7 +54,7 @@ def test_from_a_recipe_to_a_command(page: Page) -> None:
     badge(page, "template", "ready", BUILD_MS)
     expect(page.locator("#step-2-line")).to_have_attribute("data-state", "succeeded")
     expect(page.locator("#template-side")).to_contain_text(re.compile(r"Size.*[kMG]B"))
-    assert page.locator("#step-1 .log").inner_text().count("first") == 1
+    expect(page.locator("#step-1 .log .lines")).to_have_text("first\nsecond\n")
     assert page.evaluate("window.neverReloaded") is True
 
     page.get_by_role("link", name="Boot a sandbox").click()

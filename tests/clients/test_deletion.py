@@ -44,7 +44,7 @@ def test_a_template_is_deleted_under_a_sandbox_and_its_space_comes_back(
     sandbox.terminate()
     wait_for(lambda: not image.exists(), 30, stack.explain)
     wait_for(lambda: used(state) - before < 16 * MEBIBYTE, 30, stack.explain)
-    assert not any((state / "trash").iterdir())
+    wait_for(lambda: not any((state / "trash").iterdir()), 30, stack.explain)
 
 
 def template_image(stack: Stack) -> Path:
