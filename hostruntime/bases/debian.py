@@ -100,9 +100,7 @@ def _confined(command: Sequence[str]) -> list[str]:
     ]
 
 
-async def _watched(
-    process: Process, log: Path, progress: Callable[[str], None]
-) -> None:
+async def _watched(process: Process, log: Path, progress: Callable[[str], None]) -> None:
     with log.open(errors="replace") as lines:
         while True:
             ended = process.poll() is not None
