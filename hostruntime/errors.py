@@ -177,7 +177,8 @@ _BY_STATUS: Mapping[int, type[HostError]] = {
 
 
 def _by_code() -> dict[str, type[HostError]]:
-    return {cls.code: cls for cls in _subclasses(HostError)}
+    # A code that is inherited says nothing of the subclass, which may not even take a detail.
+    return {cls.code: cls for cls in _subclasses(HostError) if "code" in vars(cls)}
 
 
 def _subclasses(cls: type[HostError]) -> Iterator[type[HostError]]:
