@@ -46,6 +46,7 @@ STATUS_OF: Mapping[str, HTTPStatus] = {
     "forbidden": HTTPStatus.FORBIDDEN,
     "insufficient_scope": HTTPStatus.FORBIDDEN,
     "plan_limit": HTTPStatus.FORBIDDEN,
+    "token_restricted": HTTPStatus.FORBIDDEN,
     "network_policy_blocked": HTTPStatus.FORBIDDEN,
     "not_found": HTTPStatus.NOT_FOUND,
     "method_not_allowed": HTTPStatus.METHOD_NOT_ALLOWED,

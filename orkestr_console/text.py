@@ -15,3 +15,8 @@ def unusable(text: str) -> str | None:
     except UnicodeEncodeError:
         return "must not contain half of a surrogate pair."
     return None
+
+
+def clean(text: str) -> str:
+    """``text`` with a replacement character for whatever cannot be stored."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()

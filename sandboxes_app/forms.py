@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from django.http import QueryDict
 
-from orkestr_console.accounts.models import Plan
+from orkestr_console.accounts.limits import Envelope
 from orkestr_console.console.forms import Form
 from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.validation import parse_spec
@@ -20,7 +20,7 @@ COMMAND_SECONDS = "60"
 
 @dataclass(frozen=True)
 class SizeChoice:
-    """A size, and whether the plan has it."""
+    """A size, and whether the team may use it."""
 
     key: str
     cpu: int
@@ -28,19 +28,20 @@ class SizeChoice:
     allowed: bool
 
 
-def sizes(plan: Plan) -> list[SizeChoice]:
+def sizes(allowed: Envelope) -> list[SizeChoice]:
     """All sizes, smallest first."""
     return [
-        SizeChoice(key, int(cpu), memory_mb // 1024, key in plan.allowed_sizes)
+        SizeChoice(key, int(cpu), memory_mb // 1024, key in allowed.sizes)
         for key, (cpu, memory_mb) in SIZES.items()
     ]
 
 
-def lifetimes(plan: Plan, chosen: str) -> list[int]:
-    """The lifetimes to choose from, in seconds: within the plan, and whatever was chosen."""
-    within = {length for length in LIFETIMES if length <= plan.max_timeout_seconds}
+def lifetimes(allowed: Envelope, chosen: str) -> list[int]:
+    """The lifetimes to choose from, in seconds: within the limit, and whatever was chosen."""
+    longest = allowed.value("max_timeout_seconds")
+    within = {length for length in LIFETIMES if length <= longest}
     typed = {int(chosen)} if chosen.isascii() and chosen.isdigit() and len(chosen) < 9 else set()
-    return sorted(within | {plan.max_timeout_seconds} | typed)
+    return sorted(within | {longest} | typed)
 
 
 @dataclass

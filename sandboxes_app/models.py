@@ -101,6 +101,9 @@ class Sandbox(models.Model):
     ended_at = models.DateTimeField(null=True, blank=True)
     error_message = models.TextField(blank=True, default="")
     boot_ms = models.FloatField(null=True, blank=True)
+    # What it has used, as the host's counters last said.
+    cpu_seconds = models.FloatField(default=0)
+    gb_seconds = models.FloatField(default=0)
 
     objects = SandboxQuerySet.as_manager()
 

@@ -103,19 +103,22 @@ def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
 
 def limits_detail(limits: Limits) -> dict[str, Any]:
     """The plan's envelope, in the words of the wire contract. There is no trial credit here."""
-    plan = limits.plan
+    allowed, plan = limits.envelope, limits.envelope.plan
     return {
         "plan": plan.code,
-        "allowed_sizes": plan.allowed_sizes,
+        "allowed_sizes": list(allowed.sizes),
         "sizes": [
-            {"size": size, "cpu": cpu, "memory_mb": mb, "allowed": size in plan.allowed_sizes}
+            {"size": size, "cpu": cpu, "memory_mb": mb, "allowed": size in allowed.sizes}
             for size, (cpu, mb) in SIZES.items()
         ],
         "regions": [{"id": limits.region, "label": limits.region}],
-        "max_concurrent": plan.max_concurrent_sandboxes,
-        "max_snapshots": plan.max_snapshots,
-        "max_named_snapshots": plan.max_named_snapshots,
-        "max_timeout_seconds": plan.max_timeout_seconds,
+        "networks": list(allowed.networks),
+        "max_concurrent": allowed.value("max_concurrent_sandboxes"),
+        "max_templates": allowed.value("max_templates"),
+        "max_concurrent_builds": allowed.value("max_concurrent_builds"),
+        "max_snapshots": allowed.value("max_snapshots"),
+        "max_named_snapshots": allowed.value("max_named_snapshots"),
+        "max_timeout_seconds": allowed.value("max_timeout_seconds"),
         "max_running_lifetime_seconds": plan.max_running_lifetime_seconds,
         "custom_egress_allowlist": plan.custom_egress_allowlist,
         "default_egress_domains": limits.default_domains,

@@ -7,6 +7,7 @@ from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError, NotFound
 from sandboxes_app import pages, services
@@ -42,13 +43,15 @@ def sandbox_new(request: ConsoleRequest) -> HttpResponse:
 def form_page(request: ConsoleRequest, form: SandboxForm, status: int = 200) -> HttpResponse:
     """The page with the form; only what can be booted now is offered."""
     bases = template_services.list_bases(request.actor)
+    allowed = envelope(request.actor.team, request.actor.user)
     context = {
+        "allowed": allowed,
         "form": form,
         "built_in": [base for base in bases if base.group == "builtin"],
         "own": [base for base in bases if base.group == "team"],
         "known": {base.id for base in bases},
-        "sizes": sizes(request.actor.team.plan),
-        "lifetimes": lifetimes(request.actor.team.plan, form.timeout_seconds),
+        "sizes": sizes(allowed),
+        "lifetimes": lifetimes(allowed, form.timeout_seconds),
     }
     return render(request, "sandboxes_app/new.html", context, status=status)
 

@@ -7,6 +7,7 @@ from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_safe
 
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import Conflict, DomainError, NotFound
 from templates_app import pages, services
@@ -56,6 +57,7 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
         "own": [base for base in bases if base.group == "team"],
         "known": {base.id for base in bases},
         "usage": services.template_usage(request.actor),
+        "allowed": envelope(request.actor.team, request.actor.user),
         "presets": PRESETS,
         "most_steps": MOST_STEPS,
     }

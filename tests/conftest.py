@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.test import Client, override_settings
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
@@ -33,6 +34,13 @@ TEST_SETTINGS: dict[str, Any] = {
 def settings_for_tests() -> Iterator[None]:
     with override_settings(**TEST_SETTINGS):
         yield
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings() -> None:
+    """Let the clean-up after a test that commits truncate the audit log, as nothing else may."""
+    options = settings.DATABASES["default"].setdefault("OPTIONS", {})
+    options["options"] = f"{options.get('options', '')} -c orkestr.truncates_audit=on".strip()
 
 
 def make_user(name: str, team: Team, role: str) -> User:

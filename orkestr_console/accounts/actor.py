@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from orkestr_console.accounts.models import ApiToken, Team, User
-from orkestr_console.errors import InsufficientScope
+from orkestr_console.accounts.models import ApiToken, Role, Team, User
+from orkestr_console.errors import Forbidden, InsufficientScope
 
 type Surface = Literal["console", "rest", "mcp", "system"]
 
@@ -21,7 +21,8 @@ class Actor:
     """The caller of a service.
 
     ``address`` is the network address it called from, where there is one. ``scopes`` is what the
-    token carries; a person in the console and the system itself have ``*``.
+    token carries; a person in the console and the system itself have ``*``. An operator has the
+    role of an owner in every team.
     """
 
     team: Team
@@ -30,6 +31,8 @@ class Actor:
     surface: Surface
     address: str | None = None
     scopes: frozenset[str] = field(default_factory=frozenset)
+    # What the person is in the team; None for a token, which can do no admin's work.
+    role: Role | None = None
 
     def has(self, scope: str) -> bool:
         """Whether the scopes cover ``scope``: ``*`` covers all, writing includes reading."""
@@ -41,6 +44,40 @@ class Actor:
         """Return if the scopes cover ``scope``, else raise ``InsufficientScope`` (403)."""
         if not self.has(scope):
             raise InsufficientScope(scope)
+
+    def is_at_least(self, role: Role) -> bool:
+        """Whether the person's role includes ``role``."""
+        return self.role is not None and self.role.rank >= role.rank
+
+    def require_role(self, role: Role) -> None:
+        """Return if the person's role includes ``role``, else raise ``Forbidden`` (403)."""
+        if not self.is_at_least(role):
+            raise Forbidden(f"Only an {role.value} of the team may do this; ask one of them.")
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether a person who runs this server is acting, in the console."""
+        return self.token is None and self.user is not None and self.user.is_staff
+
+    def require_template(self, name: str) -> None:
+        """Raise ``Forbidden`` if the token is for other templates or bases only."""
+        if self.token:
+            refuse_outside(self.token.allowed_templates, "template or base", name)
+
+    def require_network(self, network: str) -> None:
+        """Raise ``Forbidden`` if the token is for other networks only."""
+        if self.token:
+            refuse_outside(self.token.allowed_networks, "network", network)
+
+
+def refuse_outside(allowed: list[str] | None, what: str, asked: str) -> None:
+    """Raise ``Forbidden`` unless ``asked`` is among ``allowed``, or everything is."""
+    if allowed is not None and asked not in allowed:
+        named = ", ".join(allowed) or "none"
+        raise Forbidden(
+            f"This API token may not use the {what} {asked!r}, only: {named}. Use another token.",
+            code="token_restricted",
+        )
 
 
 def system_actor(team: Team) -> Actor:

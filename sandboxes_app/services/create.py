@@ -12,8 +12,9 @@ from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from orkestr_console.accounts.actor import WRITE, Actor
-from orkestr_console.accounts.models import Plan, Team
-from orkestr_console.errors import Conflict, InvalidInput, PlanLimit, Unsupported
+from orkestr_console.accounts.limits import Envelope, hold
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import Conflict, InvalidInput, Unsupported
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxStatus
@@ -37,6 +38,8 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     """
     actor.require(WRITE)
     refuse_unsupported(spec)
+    actor.require_template(spec.template or "")
+    actor.require_network(spec.network)
     source = source_of(actor.team, spec.template or "")
     sandbox = insert(actor, spec, source)
     try:
@@ -100,12 +103,9 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
     cpu, memory_mb = SIZES[spec.size]
     now = timezone.now()
     with transaction.atomic():
-        team = (
-            Team.objects.select_for_update(of=("self",))
-            .select_related("plan")
-            .get(pk=actor.team.pk)
-        )
-        check_plan(team, spec)
+        held = hold(actor.team, actor.user)
+        check_limits(actor, held, spec)
+        team = held.team
         sandbox = Sandbox.objects.create(
             team=team,
             created_by=actor.user,
@@ -132,36 +132,19 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
     return sandbox
 
 
-def check_plan(team: Team, spec: SandboxSpec) -> None:
+def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
     """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have this one."""
-    plan: Plan = team.plan
-    advice = "ask your administrator for a larger plan."
-    if spec.size not in plan.allowed_sizes:
-        allowed = ", ".join(plan.allowed_sizes)
-        raise PlanLimit(
-            f"The {plan.name} plan does not include size '{spec.size}'; use {allowed}, or {advice}"
-        )
-    if spec.timeout_seconds > plan.max_timeout_seconds:
-        raise PlanLimit(
-            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}; "
-            f"ask for less, or {advice}"
-        )
-    if spec.network == "open" and not plan.allow_open_network:
-        raise PlanLimit(
-            f"The {plan.name} plan does not include the open network; use 'restricted', or {advice}"
-        )
-    custom = spec.network == "restricted" and spec.allow_domains is not None
-    if custom and not plan.custom_egress_allowlist:
-        raise PlanLimit(
-            f"allow_domains: the {plan.name} plan has the default allowlist only; leave it out, "
-            f"or {advice}"
-        )
-    running = Sandbox.objects.for_team(team).live().filter(expires_at__gt=timezone.now()).count()
-    if running >= plan.max_concurrent_sandboxes:
-        raise PlanLimit(
-            f"Your team runs {running} of the {plan.max_concurrent_sandboxes} sandboxes that the "
-            f"{plan.name} plan allows at once; terminate one, or {advice}"
-        )
+    held.require_size(spec.size)
+    held.require_at_most("max_timeout_seconds", spec.timeout_seconds, "timeout_seconds")
+    held.require_network(spec.network)
+    if spec.network == "restricted" and spec.allow_domains is not None:
+        held.require_allowlist()
+    name = spec.template or ""
+    if BUILT_IN.fullmatch(name):
+        held.require_base(ALIASES.get(name, name))
+    running = Sandbox.objects.for_team(held.team).live().filter(expires_at__gt=timezone.now())
+    mine = running.filter(created_by=actor.user).count() if actor.user else None
+    held.require_room("max_concurrent_sandboxes", running.count(), mine)
 
 
 def boot(sandbox: Sandbox) -> None:

@@ -12,6 +12,7 @@ from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
 from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
 from orkestr_console.ids import is_id
 from orkestr_console.services.hosts import errors_told, host
@@ -119,12 +120,9 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
 
 def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
     """When a lifetime of ``seconds`` from now ends. Raises ``PlanLimit`` if the plan forbids it."""
-    plan = actor.team.plan
-    if seconds > plan.max_timeout_seconds:
-        raise PlanLimit(
-            f"timeout_seconds: the {plan.name} plan allows at most {plan.max_timeout_seconds}; "
-            "ask for less, or ask your administrator for a larger plan."
-        )
+    allowed = envelope(actor.team)
+    allowed.require_at_most("max_timeout_seconds", seconds, "timeout_seconds")
+    plan = allowed.plan
     end = timezone.now() + timedelta(seconds=seconds)
     longest = plan.max_running_lifetime_seconds
     begun = sandbox.started_at or sandbox.created_at

@@ -1,4 +1,4 @@
-"""What the caller's plan lets a sandbox be."""
+"""What the caller's team may let a sandbox be."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from django.conf import settings
 
 from hostruntime.errors import HostError
 from orkestr_console.accounts.actor import READ, Actor
-from orkestr_console.accounts.models import Plan
+from orkestr_console.accounts.limits import Envelope, envelope
 from orkestr_console.services.hosts import host
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The plan, this server's region, and the host's default allowlist."""
+    """What the team may have, this server's region, and the host's default allowlist."""
 
-    plan: Plan
+    envelope: Envelope
     region: str
     default_domains: list[str]
 
@@ -28,4 +28,4 @@ def limits(actor: Actor) -> Limits:
         domains = host().default_domains()
     except HostError:
         domains = []
-    return Limits(actor.team.plan, settings.REGION, domains)
+    return Limits(envelope(actor.team, actor.user), settings.REGION, domains)

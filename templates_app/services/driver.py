@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import BuildEvent as HostEvent
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.ids import new_id
 from orkestr_console.services.hosts import host
 from templates_app.models import Template, TemplateStatus
@@ -145,14 +146,14 @@ def hand_over(template: Template, driver: str) -> None:
     if template.handed_over:
         host().build(template.image_id)
         return
-    plan = template.team.plan
+    allowed = envelope(template.team)
     host().start_build(
         template.image_id,
         base_image=template.base_image,
         recipe=template.recipe,
         network=template.network,
-        step_timeout_seconds=plan.step_timeout_seconds,
-        build_timeout_seconds=plan.build_timeout_seconds,
+        step_timeout_seconds=allowed.value("step_timeout_seconds"),
+        build_timeout_seconds=allowed.value("build_timeout_seconds"),
     )
     template.handed_over = True
     if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from django.db import transaction
-from django.db.models import OuterRef, StringAgg, Subquery, TextField, Value
+from django.db.models import OuterRef, StringAgg, Subquery, Sum, TextField, Value
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django_q.tasks import async_task
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
-from orkestr_console.accounts.models import Plan, Team
-from orkestr_console.errors import InvalidInput, NotFound, PlanLimit
+from orkestr_console.accounts.limits import Envelope, envelope, hold
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import InvalidInput, NotFound
 from orkestr_console.ids import is_id
 from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
 from templates_app.models import BuildEvent, BuildStep, Template
-from templates_app.services.bases import Source, resolve
+from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
@@ -27,7 +28,7 @@ SHOWN_OUTPUT = 16 * 1024
 
 @dataclass(frozen=True)
 class TemplateUsage:
-    """How many of the plan's template slots are ``used``."""
+    """How many of the team's template slots are ``used``."""
 
     used: int
     limit: int
@@ -54,14 +55,13 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     has no slot left, ``HostUnavailable``. Nothing is created then.
     """
     actor.require(WRITE)
+    actor.require_template(spec.base_template)
+    actor.require_network(spec.network)
     source = resolve_base(actor.team, spec.base_template)
     with transaction.atomic():
-        team = (
-            Team.objects.select_for_update(of=("self",))
-            .select_related("plan")
-            .get(pk=actor.team.pk)
-        )
-        check_plan(team, spec)
+        held = hold(actor.team, actor.user)
+        check_limits(actor, held, spec)
+        team = held.team
         template = Template.objects.create(
             team=team,
             created_by=actor.user,
@@ -92,26 +92,26 @@ def resolve_base(team: Team, name: str) -> Source:
         ) from None
 
 
-def check_plan(team: Team, spec: TemplateSpec) -> None:
+def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
     """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have one more."""
-    plan: Plan = team.plan
-    if plan.max_templates == 0:
-        raise PlanLimit(
-            f"Custom templates are not part of the {plan.name} plan; ask your administrator to "
-            "move the team to a paid plan."
-        )
-    used = Template.objects.for_team(team).counted().count()
-    if used >= plan.max_templates:
-        raise PlanLimit(
-            f"Your team keeps {used} of the {plan.max_templates} templates that the {plan.name} "
-            "plan allows; delete one you no longer need, or ask your administrator for a larger "
-            "plan."
-        )
-    if spec.network == "open" and not plan.allow_open_network:
-        raise PlanLimit(
-            f"The {plan.name} plan does not include the open network; use 'restricted', or ask "
-            "your administrator for a larger plan."
-        )
+    kept = Template.objects.for_team(held.team).counted()
+    mine = kept.filter(created_by=actor.user).count() if actor.user else None
+    held.require_room("max_templates", kept.count(), mine)
+    held.require_room("max_concurrent_builds", kept.building().count())
+    held.require_room("template_disk_mb", disk_mb(held.team))
+    held.require_network(spec.network)
+    if not spec.base_template.startswith(LOOKS_LIKE_A_TEMPLATE):
+        held.require_base(ALIASES.get(spec.base_template, spec.base_template))
+
+
+def disk_mb(team: Team) -> int:
+    """What the team's images take of the disk, less what they share with their bases."""
+    sums = (
+        Template.objects.for_team(team)
+        .ready()
+        .aggregate(size=Sum("size_bytes"), shared=Sum("shared_bytes"))
+    )
+    return int((sums["size"] or 0) - (sums["shared"] or 0)) // 10**6
 
 
 def get_template(actor: Actor, template_id: str) -> Template:
@@ -176,4 +176,4 @@ def delete_template(actor: Actor, template_id: str) -> None:
 def template_usage(actor: Actor) -> TemplateUsage:
     """How full the team's plan is."""
     used = Template.objects.for_team(actor.team).counted().count()
-    return TemplateUsage(used, actor.team.plan.max_templates)
+    return TemplateUsage(used, envelope(actor.team).value("max_templates"))

@@ -27,7 +27,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
 @pytest.fixture
 def plans(transactional_db: None) -> None:
     """The plans, which a test that commits takes away from the next one when it is cleaned up."""
-    import_module("orkestr_console.accounts.migrations.0002_plans").add_plans(apps, None)
+    migrations = "orkestr_console.accounts.migrations"
+    import_module(f"{migrations}.0002_plans").add_plans(apps, None)
+    import_module(f"{migrations}.0004_append_only_and_plans").add_numbers(apps, None)
 
 
 def queued() -> list[str]:

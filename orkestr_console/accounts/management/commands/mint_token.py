@@ -10,6 +10,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from orkestr_console.accounts.actor import SCOPES
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
 from orkestr_console.errors import InvalidInput
@@ -30,6 +31,11 @@ class Command(BaseCommand):
         parser.add_argument(
             "--days", type=int, help="expire after so many days; never if not given"
         )
+        parser.add_argument(
+            "--plan-check",
+            action="store_true",
+            help="make none if the team's plan has no custom templates",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Print the token."""
@@ -38,10 +44,14 @@ class Command(BaseCommand):
             if days < 1:
                 raise CommandError("--days must be at least 1")
             expires_at = timezone.now() + timedelta(days=days)
-        try:
-            _, text = mint_token(
-                find_team(options["team"]), options["name"], options["scope"], expires_at=expires_at
+        team = find_team(options["team"])
+        if options["plan_check"] and envelope(team).value("max_templates") == 0:
+            raise CommandError(
+                f"team '{team.slug}' is on plan {team.plan}, which has no custom templates: "
+                "no token was made"
             )
+        try:
+            _, text = mint_token(team, options["name"], options["scope"], expires_at=expires_at)
         except InvalidInput as error:
             raise CommandError(error.detail) from None
         self.stdout.write(text)

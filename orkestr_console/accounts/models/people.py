@@ -1,4 +1,4 @@
-"""People, teams, plans and API tokens."""
+"""People, teams, and who is in which."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from typing import Any, ClassVar
 
 from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
 from django.contrib.auth.models import PermissionsMixin
-from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.db.models.functions import Lower
 from django.utils import timezone
 
+from orkestr_console.accounts.models.plans import Plan
 from orkestr_console.ids import new_id
-
-# The queue gives a build this long and a margin (settings.Q_CLUSTER), so no plan may allow more.
-LONGEST_BUILD_SECONDS = 6 * 3600
 
 
 class UserManager(BaseUserManager["User"]):
@@ -69,43 +66,6 @@ class User(AbstractBaseUser, PermissionsMixin):
         return self.name.split(" ")[0] if self.name else self.email
 
 
-class Plan(models.Model):
-    """What a team may have. Rows are facts that the operator edits, not code."""
-
-    code = models.CharField(max_length=32, primary_key=True)
-    name = models.CharField(max_length=100)
-    max_templates = models.PositiveIntegerField()
-    max_concurrent_builds = models.PositiveIntegerField()
-    max_concurrent_sandboxes = models.PositiveIntegerField()
-    allowed_sizes = models.JSONField(default=list)
-    max_timeout_seconds = models.PositiveIntegerField()
-    max_snapshots = models.PositiveIntegerField()
-    max_named_snapshots = models.PositiveIntegerField()
-    allow_open_network = models.BooleanField()
-    custom_egress_allowlist = models.BooleanField()
-    step_timeout_seconds = models.PositiveIntegerField(
-        validators=[MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
-    )
-    build_timeout_seconds = models.PositiveIntegerField(
-        validators=[MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
-    )
-    max_running_lifetime_seconds = models.PositiveIntegerField(null=True, blank=True)
-
-    class Meta:
-        constraints: ClassVar[list[models.BaseConstraint]] = [
-            models.CheckConstraint(
-                condition=models.Q(
-                    build_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
-                    step_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
-                ),
-                name="plan_build_times_within_the_queues",
-            ),
-        ]
-
-    def __str__(self) -> str:
-        return self.name
-
-
 def new_team_id() -> str:
     """A fresh team id, as a migration can name it."""
     return new_id("team")
@@ -132,6 +92,11 @@ class Role(models.TextChoices):
     ADMIN = "admin", "Admin"
     OWNER = "owner", "Owner"
 
+    @property
+    def rank(self) -> int:
+        """Higher includes lower."""
+        return list(Role).index(self)
+
 
 class Membership(models.Model):
     """A person's place in a team."""
@@ -139,6 +104,9 @@ class Membership(models.Model):
     user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="memberships")
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="memberships")
     role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
+    # This person's share of the team's limits; without one, the team's share for everybody.
+    max_templates = models.PositiveIntegerField(null=True, blank=True)
+    max_concurrent_sandboxes = models.PositiveIntegerField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     class Meta:
@@ -153,35 +121,54 @@ class Membership(models.Model):
         return f"{self.user} is {self.role} of {self.team}"
 
 
-def new_token_id() -> str:
-    """A fresh API token's row id, as a migration can name it."""
-    return new_id("key")
+def new_invitation_id() -> str:
+    """A fresh invitation's id, as a migration can name it."""
+    return new_id("inv")
 
 
-class ApiToken(models.Model):
-    """A secret that stands for a team. Only ``lookup`` and a keyed digest of it are stored."""
+class Invitation(models.Model):
+    """A link that makes whoever opens it a member. Only a digest of its secret is stored."""
 
-    id = models.CharField(max_length=40, primary_key=True, default=new_token_id, editable=False)
-    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="tokens")
-    created_by = models.ForeignKey(
-        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="tokens"
+    id = models.CharField(
+        max_length=40, primary_key=True, default=new_invitation_id, editable=False
     )
-    name = models.CharField(max_length=100)
-    lookup = models.CharField(max_length=16, unique=True, editable=False)
-    digest = models.CharField(max_length=64, editable=False)
-    scopes = models.JSONField(default=list)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="invitations")
+    role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
+    # Whom it is meant for: then nobody else may take it. Blank: whoever has the link.
+    email = models.EmailField(max_length=254, blank=True, default="")
+    digest = models.CharField(max_length=64, unique=True, editable=False)
+    created_by = models.ForeignKey(
+        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="invitations"
+    )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    last_used_at = models.DateTimeField(null=True, blank=True)
-    expires_at = models.DateTimeField(null=True, blank=True)
+    expires_at = models.DateTimeField()
+    accepted_at = models.DateTimeField(null=True, blank=True)
+    accepted_by = models.ForeignKey(
+        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="+"
+    )
     revoked_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         indexes: ClassVar[list[models.Index]] = [models.Index(fields=["team", "-created_at"])]
 
     def __str__(self) -> str:
-        return f"{self.name} (ork_{self.lookup}_…)"
+        return f"{self.role} of {self.team_id}"
 
-    def is_live(self) -> bool:
-        """Whether it is neither revoked nor past its time."""
-        expired = self.expires_at is not None and self.expires_at <= timezone.now()
-        return self.revoked_at is None and not expired
+    def is_open(self) -> bool:
+        """Whether it can still be taken."""
+        ended = self.accepted_at is not None or self.revoked_at is not None
+        return not ended and self.expires_at > timezone.now()
+
+
+class SignedIn(models.Model):
+    """A browser that is signed in: what the page of sessions lists, and ends."""
+
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="sign_ins")
+    session_key = models.CharField(max_length=40, unique=True)
+    address = models.CharField(max_length=64, blank=True, default="")
+    user_agent = models.CharField(max_length=300, blank=True, default="")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    seen_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"{self.user} from {self.address}"

@@ -1,0 +1,118 @@
+"""The audit log: who did what to which object, from where, for every write and denied write.
+
+What happened is recorded in the transaction that did it, so neither is there without the other.
+What was denied is recorded once whatever it had begun is rolled back: hence the decorator, which
+is outermost on every service that writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import AuditEntry, Outcome
+from orkestr_console.errors import DomainError
+from orkestr_console.text import clean
+
+LONGEST_NAME = 254
+LONGEST_DETAIL = 2000
+# From here on it is our failure to do it, not a refusal.
+FIRST_FAILURE = 500
+
+
+def record(
+    actor: Actor,
+    action: str,
+    *,
+    kind: str = "",
+    object_id: object = "",
+    name: str = "",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Note that ``actor`` did ``action`` (``"template.create"``); call it where it is done.
+
+    ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON and holds no secrets.
+    """
+    write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
+
+
+def denied(
+    actor: Actor, action: str, error: DomainError, *, kind: str = "", object_id: object = ""
+) -> None:
+    """Note that ``action`` was refused, and why. Outside any transaction that rolls back."""
+    write(
+        actor,
+        action,
+        Outcome.DENIED,
+        kind,
+        object_id,
+        code=error.code,
+        detail=clean(error.detail)[:LONGEST_DETAIL],
+    )
+
+
+def write(
+    actor: Actor,
+    action: str,
+    outcome: Outcome,
+    kind: str = "",
+    object_id: object = "",
+    name: str = "",
+    **rest: Any,
+) -> None:
+    """Add one entry."""
+    AuditEntry.objects.create(
+        team_id=actor.team.pk,
+        who=who(actor),
+        user_id=actor.user.pk if actor.user else None,
+        token=actor.token.prefix if actor.token else "",
+        surface=actor.surface,
+        address=actor.address or "",
+        action=action,
+        outcome=outcome,
+        object_kind=kind,
+        object_id=clean(str(object_id))[:64],
+        object_name=clean(name)[:LONGEST_NAME],
+        **{"data": {}, **{key: value for key, value in rest.items() if value is not None}},
+    )
+
+
+def who(actor: Actor) -> str:
+    """The name under which the actor is written down."""
+    if actor.user:
+        return actor.user.email
+    return actor.token.name if actor.token else "system"
+
+
+@contextmanager
+def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -> Iterator[None]:
+    """Note a refusal that leaves the block."""
+    try:
+        yield
+    except DomainError as error:
+        if error.status < FIRST_FAILURE:
+            denied(actor, action, error, kind=kind, object_id=object_id)
+        raise
+
+
+def audited[**P, R](
+    action: str, kind: str = ""
+) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
+    """For a service that writes: notes its refusals. It notes itself what it has done.
+
+    A first argument after the actor that is text is taken to be the object's id.
+    """
+
+    def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
+        @wraps(service)
+        def noting(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            subject = args[0] if args and isinstance(args[0], str) else ""
+            with denials(actor, action, kind, subject):
+                return service(actor, *args, **kwargs)
+
+        return noting
+
+    return decorate

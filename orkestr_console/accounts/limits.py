@@ -1,0 +1,280 @@
+"""What a team and a person may have: plan, agreement, the admins' own limits, and shares.
+
+A number is found from the outside in. The plan gives the ceiling, unless an operator has agreed
+on another with this team; the team's admins may set their limit anywhere up to it; a person may
+have a share of that. Every check of every surface asks an :class:`Envelope`, and one that counts
+asks the one from :func:`hold`, so that no two callers take the same last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orkestr_console.accounts.models import (
+    Agreement,
+    Membership,
+    Plan,
+    Role,
+    Team,
+    TeamLimits,
+    User,
+)
+from orkestr_console.errors import PlanLimit
+
+NETWORKS = ("off", "restricted", "open")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a number limits: its ``label``, the ``unit`` it is in, and how to say it is reached."""
+
+    label: str
+    unit: str = ""
+    # "Your team keeps 3 of the 3 templates …; delete one you no longer need"
+    verb: str = "has"
+    things: str = ""
+    remedy: str = ""
+
+
+KINDS: Mapping[str, Kind] = {
+    "max_templates": Kind("Templates", "", "keeps", "templates", "delete one you no longer need"),
+    "max_concurrent_builds": Kind(
+        "Builds at once", "", "builds", "templates at once", "wait until one has finished"
+    ),
+    "max_concurrent_sandboxes": Kind(
+        "Sandboxes at once", "", "runs", "sandboxes at once", "terminate one"
+    ),
+    "max_timeout_seconds": Kind("Longest sandbox lifetime", "s"),
+    "template_disk_mb": Kind(
+        "Disk for templates", "MB", "keeps", "megabytes of templates", "delete a template"
+    ),
+    "step_timeout_seconds": Kind("Longest build step", "s"),
+    "build_timeout_seconds": Kind("Longest build", "s"),
+    "max_snapshots": Kind("Snapshots", "", "keeps", "snapshots", "delete one"),
+    "max_named_snapshots": Kind("Named snapshots", "", "keeps", "named snapshots", "delete one"),
+    "max_volumes": Kind("Volumes", "", "keeps", "volumes", "delete one"),
+    "api_requests_per_minute": Kind("API requests a minute for each token"),
+}
+# What a person can have a share of.
+SHARES = ("max_templates", "max_concurrent_sandboxes")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One number: the ``ceiling``, the team's ``own`` limit below it if any, and who set which."""
+
+    name: str
+    ceiling: int
+    own: int | None
+    agreed: bool
+
+    @property
+    def value(self) -> int:
+        """What counts."""
+        return self.ceiling if self.own is None else min(self.own, self.ceiling)
+
+    @property
+    def set_by(self) -> Literal["plan", "agreement", "team"]:
+        """Whom to ask for more."""
+        if self.own is not None and self.own < self.ceiling:
+            return "team"
+        return "agreement" if self.agreed else "plan"
+
+    @property
+    def kind(self) -> Kind:
+        """What it limits, in words."""
+        return KINDS[self.name]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Everything that limits one team, and one person in it."""
+
+    team: Team
+    plan: Plan
+    numbers: Mapping[str, Limit]
+    sizes: tuple[str, ...]
+    networks: tuple[str, ...]
+    bases: tuple[str, ...] | None
+    shares: Mapping[str, int | None]
+
+    def value(self, name: str) -> int:
+        """The number that counts."""
+        return self.numbers[name].value
+
+    def require_room(self, name: str, used: int, mine: int | None = None) -> None:
+        """Raise ``PlanLimit`` unless the team, which uses ``used``, may have one more.
+
+        ``mine`` is what the person uses, where they may have a share.
+        """
+        limit = self.numbers[name]
+        if used >= limit.value:
+            raise self._full(limit, used)
+        share = self.shares.get(name)
+        if share is not None and mine is not None and mine >= share:
+            kind = limit.kind
+            raise refusal(
+                f"Your own share is {share} {kind.things} and you have {mine}; {kind.remedy}, or "
+                f"ask {self.admins()} for a larger share.",
+                name,
+                mine,
+                share,
+            )
+
+    def _full(self, limit: Limit, used: int) -> PlanLimit:
+        kind, value = limit.kind, limit.value
+        if value == 0 and limit.set_by == "plan" and limit.name == "max_templates":
+            return refusal(
+                f"Custom templates are not part of the {self.plan.name} plan; ask your "
+                "administrator to move the team to a paid plan.",
+                limit.name,
+                used,
+                value,
+            )
+        return refusal(
+            f"Your team {kind.verb} {used:,} of the {value:,} {kind.things} that "
+            f"{self.who_allows(limit)}; {kind.remedy}, or {self.advice(limit)}",
+            limit.name,
+            used,
+            value,
+        )
+
+    def require_at_most(self, name: str, wanted: int, field: str) -> None:
+        """Raise ``PlanLimit`` naming ``field`` if ``wanted`` is more than the number."""
+        limit = self.numbers[name]
+        if wanted > limit.value:
+            raise refusal(
+                f"{field}: at most {limit.value:,} is what {self.who_allows(limit)}; ask for "
+                f"less, or {self.advice(limit)}",
+                name,
+                wanted,
+                limit.value,
+            )
+
+    def require_size(self, size: str) -> None:
+        """Raise ``PlanLimit`` unless sandboxes may be of this size."""
+        if size not in self.sizes:
+            self._refuse_choice("size", size, self.sizes, self.plan.allowed_sizes)
+
+    def require_network(self, network: str) -> None:
+        """Raise ``PlanLimit`` unless this network may be used."""
+        if network not in self.networks:
+            self._refuse_choice("network", network, self.networks, networks_of(self.plan))
+
+    def require_base(self, base: str) -> None:
+        """Raise ``PlanLimit`` unless this built-in base may be used."""
+        if self.bases is not None and base not in self.bases:
+            self._refuse_choice("base image", base, self.bases, [base])
+
+    def require_allowlist(self) -> None:
+        """Raise ``PlanLimit`` unless the plan has custom egress allowlists."""
+        if not self.plan.custom_egress_allowlist:
+            raise PlanLimit(
+                f"allow_domains: the {self.plan.name} plan has the default allowlist only; leave "
+                "it out, or ask your administrator for a larger plan."
+            )
+
+    def _refuse_choice(
+        self, what: str, asked: str, allowed: Sequence[str], planned: Sequence[str]
+    ) -> None:
+        others = f"use {', '.join(allowed)}" if allowed else "there is no other"
+        if asked in planned:
+            raise PlanLimit(
+                f"Your team's admins do not allow the {what} '{asked}'; {others}, or ask "
+                f"{self.admins()}."
+            )
+        raise PlanLimit(
+            f"The {self.plan.name} plan does not include the {what} '{asked}'; {others}, or ask "
+            "your administrator for a larger plan."
+        )
+
+    def who_allows(self, limit: Limit) -> str:
+        """Whose limit it is, to follow "that"."""
+        return {
+            "team": "your team's admins allow",
+            "agreement": "was agreed for your team",
+            "plan": f"the {self.plan.name} plan allows",
+        }[limit.set_by]
+
+    def advice(self, limit: Limit) -> str:
+        """Whom to ask, as the end of a sentence."""
+        if limit.set_by == "team":
+            return f"ask {self.admins()} to raise the limit."
+        return "ask your administrator for a larger plan."
+
+    def admins(self) -> str:
+        """Who can change the team's limits, by name: looked up only to tell somebody."""
+        people = (
+            Membership.objects.filter(team=self.team, role__in=[Role.ADMIN, Role.OWNER])
+            .select_related("user")
+            .order_by("created_at")[:3]
+        )
+        named = " or ".join(f"{m.user.get_full_name()} ({m.user.email})" for m in people)
+        return named or "an admin of your team"
+
+
+def refusal(detail: str, name: str, used: int, limit: int) -> PlanLimit:
+    """The error, with the numbers for a program to read."""
+    return PlanLimit(detail, extra={"limit": name, "used": used, "max": limit})
+
+
+def envelope(team: Team, user: User | None = None) -> Envelope:
+    """What limits ``team``, and ``user`` in it, now."""
+    fresh = Team.objects.select_related("plan", "limits", "agreement").get(pk=team.pk)
+    return build(fresh, user)
+
+
+def hold(team: Team, user: User | None = None) -> Envelope:
+    """The same, with the team's row locked until the caller's transaction ends.
+
+    Whoever counts against a limit and then takes a place does both under this lock.
+    """
+    Team.objects.select_for_update(of=("self",)).get(pk=team.pk)
+    return envelope(team, user)
+
+
+def build(team: Team, user: User | None = None) -> Envelope:
+    """The envelope from rows already read."""
+    plan = team.plan
+    agreement: Agreement | None = getattr(team, "agreement", None)
+    own: TeamLimits | None = getattr(team, "limits", None)
+    return Envelope(
+        team=team,
+        plan=plan,
+        numbers={name: number(name, plan, agreement, own) for name in KINDS},
+        sizes=narrowed(plan.allowed_sizes, own.allowed_sizes if own else None),
+        networks=narrowed(networks_of(plan), own.allowed_networks if own else None),
+        bases=tuple(own.allowed_bases) if own and own.allowed_bases is not None else None,
+        shares=shares_of(team, user, own),
+    )
+
+
+def number(name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None) -> Limit:
+    """One number, from whoever has a say in it."""
+    agreed = getattr(agreement, name, None)
+    ceiling = int(getattr(plan, name) if agreed is None else agreed)
+    return Limit(name, ceiling, getattr(own, name, None), agreed is not None)
+
+
+def narrowed(offered: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """What the plan offers, less what the team's admins leave out."""
+    return tuple(name for name in offered if wanted is None or name in wanted)
+
+
+def networks_of(plan: Plan) -> list[str]:
+    """The networks a plan includes."""
+    return [name for name in NETWORKS if name != "open" or plan.allow_open_network]
+
+
+def shares_of(team: Team, user: User | None, own: TeamLimits | None) -> dict[str, int | None]:
+    """The person's share of each limit that is shared out; None without one."""
+    general = {name: getattr(own, f"member_{name}", None) for name in SHARES}
+    if user is None:
+        return dict.fromkeys(SHARES)
+    place = Membership.objects.filter(team=team, user=user).first()
+    if place is None:
+        return general
+    personal = {name: getattr(place, name) for name in SHARES}
+    return {name: general[name] if personal[name] is None else personal[name] for name in SHARES}

@@ -1,0 +1,41 @@
+"""Everything the accounts app keeps, in one name space."""
+
+from __future__ import annotations
+
+from orkestr_console.accounts.models.people import (
+    Invitation,
+    Membership,
+    Role,
+    SignedIn,
+    Team,
+    User,
+    UserManager,
+    new_invitation_id,
+    new_team_id,
+)
+from orkestr_console.accounts.models.plans import LONGEST_BUILD_SECONDS, Agreement, Plan, TeamLimits
+from orkestr_console.accounts.models.records import AuditEntry, Metric, Outcome, UsageDay
+from orkestr_console.accounts.models.tokens import ApiToken, RateBucket, new_token_id
+
+__all__ = [
+    "LONGEST_BUILD_SECONDS",
+    "Agreement",
+    "ApiToken",
+    "AuditEntry",
+    "Invitation",
+    "Membership",
+    "Metric",
+    "Outcome",
+    "Plan",
+    "RateBucket",
+    "Role",
+    "SignedIn",
+    "Team",
+    "TeamLimits",
+    "UsageDay",
+    "User",
+    "UserManager",
+    "new_invitation_id",
+    "new_team_id",
+    "new_token_id",
+]

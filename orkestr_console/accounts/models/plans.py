@@ -1,0 +1,111 @@
+"""What a team may have: its plan, what was agreed beyond it, and what its admins make of it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.core.validators import MaxValueValidator, MinValueValidator
+from django.db import models
+from django.utils import timezone
+
+# The queue gives a build this long and a margin (settings.Q_CLUSTER), so no plan may allow more.
+LONGEST_BUILD_SECONDS = 6 * 3600
+BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
+
+
+class Plan(models.Model):
+    """What a team may have. Rows are facts that the operator edits, not code."""
+
+    code = models.CharField(max_length=32, primary_key=True)
+    name = models.CharField(max_length=100)
+    max_templates = models.PositiveIntegerField()
+    max_concurrent_builds = models.PositiveIntegerField()
+    max_concurrent_sandboxes = models.PositiveIntegerField()
+    allowed_sizes = models.JSONField(default=list)
+    max_timeout_seconds = models.PositiveIntegerField()
+    max_snapshots = models.PositiveIntegerField()
+    max_named_snapshots = models.PositiveIntegerField()
+    allow_open_network = models.BooleanField()
+    custom_egress_allowlist = models.BooleanField()
+    step_timeout_seconds = models.PositiveIntegerField(validators=BUILD_TIMES)
+    build_timeout_seconds = models.PositiveIntegerField(validators=BUILD_TIMES)
+    max_running_lifetime_seconds = models.PositiveIntegerField(null=True, blank=True)
+    max_volumes = models.PositiveIntegerField(default=0)
+    template_disk_mb = models.PositiveIntegerField(default=0)
+    api_requests_per_minute = models.PositiveIntegerField(default=600)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=models.Q(
+                    build_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
+                    step_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
+                ),
+                name="plan_build_times_within_the_queues",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def optional(**options: object) -> models.PositiveIntegerField[int | None, int | None]:
+    """A number that may be absent: then the one behind it counts."""
+    return models.PositiveIntegerField(null=True, blank=True, **options)  # type: ignore[arg-type]
+
+
+class Numbers(models.Model):
+    """A number for each limit of a plan that is one, each optional."""
+
+    max_templates = optional()
+    max_concurrent_builds = optional()
+    max_concurrent_sandboxes = optional()
+    max_timeout_seconds = optional()
+    max_snapshots = optional()
+    max_named_snapshots = optional()
+    max_volumes = optional()
+    template_disk_mb = optional()
+    step_timeout_seconds = optional(validators=BUILD_TIMES)
+    build_timeout_seconds = optional(validators=BUILD_TIMES)
+    api_requests_per_minute = optional()
+
+    class Meta:
+        abstract = True
+
+
+class Agreement(Numbers):
+    """Ceilings agreed with one team in place of its plan's. Only an operator writes these."""
+
+    team = models.OneToOneField(
+        "accounts.Team", on_delete=models.CASCADE, primary_key=True, related_name="agreement"
+    )
+    note = models.TextField(blank=True, default="")
+
+    def __str__(self) -> str:
+        return f"agreed with {self.team_id}"
+
+
+class TeamLimits(Numbers):
+    """What a team's admins allow within the ceilings. Null is: as much as the ceiling allows.
+
+    ``member_…`` is each person's share, unless their membership has one of its own.
+    """
+
+    team = models.OneToOneField(
+        "accounts.Team", on_delete=models.CASCADE, primary_key=True, related_name="limits"
+    )
+    allowed_sizes = models.JSONField(null=True, blank=True)
+    allowed_networks = models.JSONField(null=True, blank=True)
+    allowed_bases = models.JSONField(null=True, blank=True)
+    member_max_templates = optional()
+    member_max_concurrent_sandboxes = optional()
+    updated_at = models.DateTimeField(default=timezone.now)
+    updated_by = models.ForeignKey(
+        "accounts.User", on_delete=models.SET_NULL, null=True, blank=True, related_name="+"
+    )
+
+    class Meta:
+        verbose_name_plural = "team limits"
+
+    def __str__(self) -> str:
+        return f"limits of {self.team_id}"

@@ -1,0 +1,46 @@
+"""How fast a token may call: a token bucket in the database, so that all processes share it.
+
+The bucket holds one minute's calls and fills evenly. One statement takes a call out or says there
+is none; the table is not logged, so no call waits for a disk.
+"""
+
+from __future__ import annotations
+
+import math
+
+from django.db import connection
+from psycopg import sql
+
+from orkestr_console.accounts.models import ApiToken, RateBucket
+from orkestr_console.errors import RateLimited
+
+LEVEL = (
+    "LEAST(%(most)s::float8, b.level"
+    " + EXTRACT(EPOCH FROM clock_timestamp() - b.at) * %(most)s::float8 / 60)"
+)
+TAKE = sql.SQL(
+    "INSERT INTO {table} AS b (token_id, level, at)"
+    " VALUES (%(token)s, %(most)s::float8 - 1, clock_timestamp())"
+    " ON CONFLICT (token_id) DO UPDATE SET level = {level} - 1, at = clock_timestamp()"
+    " WHERE {level} >= 1 RETURNING b.level"
+)
+LOOK = sql.SQL("SELECT {level} FROM {table} b WHERE token_id = %(token)s")
+PARTS = {"table": sql.Identifier(RateBucket._meta.db_table), "level": sql.SQL(LEVEL)}
+
+
+def take(token: ApiToken, per_minute: int) -> None:
+    """Count one call. Raises ``RateLimited`` with the seconds until there is room for another."""
+    values: dict[str, str | int] = {"token": token.pk, "most": per_minute}
+    with connection.cursor() as cursor:
+        cursor.execute(TAKE.format(**PARTS), values)
+        if cursor.fetchone() is not None:
+            return
+        cursor.execute(LOOK.format(**PARTS), values)
+        row = cursor.fetchone()
+    level = float(row[0]) if row else 0.0
+    wait = max(1, math.ceil((1 - level) * 60 / max(per_minute, 1)))
+    raise RateLimited(
+        f"This API token may make {per_minute:,} requests a minute; wait {wait} s, or ask an "
+        "admin of your team for more.",
+        retry_after=wait,
+    )
