@@ -32,7 +32,7 @@ def bring_down(layout: Layout, say: Callable[[str], None]) -> None:
     """
     ended = end_sandboxes(layout)
     if ended:
-        say(f"{ended} sandboxes ended")
+        say(f"{ended} {'sandbox' if ended == 1 else 'sandboxes'} ended")
     if stop_console(layout):
         say("console stopped")
     if layout.state_dir.exists():

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hostruntime import registries
 from hostruntime.egress import EgressProxy, proxy_obstacles
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
 from hostruntime.firewall import firewall_conflicts
 from hostruntime.netns import interface_exists, run_ip, within
-from hostruntime.network import READY, Slot, SlotPool, interfaces_named
-from hostruntime.network_settings import NetworkSettings
-from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy, PolicyError, deny_list
+from hostruntime.network import Slot, SlotPool, interfaces_named
+from hostruntime.paths import MAX_SLOTS, StatePaths
+from hostruntime.policy import Policy, PolicyError
 from hostruntime.run import run
+from tests.host.network import (
+    HOST_SECOND,
+    RESTRICTED,
+    from_slot,
+    listening,
+    place,
+    refused,
+    send_datagram,
+)
+from tests.host.network import paths as paths
+from tests.host.network import pool as pool
+from tests.host.network import proxy as proxy
+from tests.host.network import slot as slot
+from tests.host.network import world as world
 from tests.host.topology import (
     GREETING,
     HOST,
@@ -35,7 +43,6 @@ from tests.host.topology import (
     RESOLVER,
     UPLINK,
     World,
-    a_world,
     ask_resolver,
     hear,
     knock,
@@ -43,118 +50,6 @@ from tests.host.topology import (
 )
 
 pytestmark = pytest.mark.host
-
-SETTINGS = NetworkSettings(denied=deny_list(), permitted=(), resolvers=(RESOLVER,))
-LISTED = ("allowed.test", "private.test", "mixed.test", "local.test", "metadata.test", "gone.test")
-RESTRICTED = Policy("restricted", LISTED)
-NUMBERS = itertools.count()
-HOST_SECOND = "203.0.113.2"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with a_world(tmp_path_factory.mktemp("world")) as world:
-        world.names |= {
-            "allowed.test": [INTERNET],
-            "www.allowed.test": [INTERNET],
-            "evil-allowed.test": [INTERNET],
-            "elsewhere.test": [INTERNET],
-            "private.test": [PRIVATE[0]],
-            "mixed.test": [INTERNET, PRIVATE[0]],
-            "metadata.test": [METADATA],
-            "local.test": [HOST_SECOND],
-        }
-        yield world
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> StatePaths:
-    return StatePaths(tmp_path_factory.mktemp("state")).ensure()
-
-
-@pytest.fixture(scope="module")
-def pool(world: World, paths: StatePaths) -> Iterator[SlotPool]:
-    pool = SlotPool(paths, claim_instance(paths), SETTINGS)
-    try:
-        pool.setup()
-        pool.reclaim(set())
-        yield pool
-    finally:
-        pool.teardown()
-        release_instance(paths)
-    assert_nothing_is_left(pool)
-
-
-@pytest.fixture(scope="module")
-def proxy(pool: SlotPool, paths: StatePaths) -> Iterator[EgressProxy]:
-    proxy = EgressProxy(paths, pool.instance, pool)
-    try:
-        proxy.start()
-        yield proxy
-    finally:
-        proxy.stop()
-        registries.forget()
-    assert proxy.processes() == []
-
-
-@pytest.fixture
-def slot(pool: SlotPool, request: pytest.FixtureRequest) -> Iterator[Callable[[Policy], Slot]]:
-    """Acquire slots that are released when the test ends; owners are named after the test."""
-    owners: list[str] = []
-
-    def acquire(policy: Policy) -> Slot:
-        owners.append(f"{request.node.name.partition('[')[0]}.{next(NUMBERS)}")
-        return pool.acquire(owners[-1], policy)
-
-    yield acquire
-    for owner in owners:
-        pool.release(owner)
-
-
-def assert_nothing_is_left(pool: SlotPool) -> None:
-    assert interfaces_named(pool.instance.prefix) == []
-    assert not pool.run_dir.root.exists()
-    assert str(pool.run_dir.root) not in Path("/proc/self/mountinfo").read_text()
-    tables = run(["nft", "list", "tables"], timeout=10).text
-    assert pool.instance.nft_table not in tables
-    assert pool.proxy_address()[0] not in run(["ip", "address"], timeout=10).text
-
-
-def place(slot: Slot) -> Path:
-    assert slot.netns is not None
-    return slot.netns
-
-
-def from_slot[R](slot: Slot, action: Callable[[], R]) -> R:
-    return within(place(slot), action)
-
-
-def refused(slot: Slot, action: Callable[[], object]) -> OSError:
-    """Expect an action in a slot to fail at the network; return how."""
-    with pytest.raises(OSError) as caught:
-        from_slot(slot, action)
-    return caught.value
-
-
-@contextmanager
-def listening(slot: Slot) -> Iterator[str]:
-    """Serve port 443 on a slot's address, proven from within, while the block runs."""
-    address = str(slot.address)
-    with from_slot(slot, partial(socket.create_server, ("0.0.0.0", 443))):
-        from_slot(slot, lambda: socket.create_connection((address, 443), 2).close())
-        yield address
-
-
-def send_datagram(address: str, port: int) -> bytes:
-    return ask_resolver(address, "allowed.test") if port == 53 else _datagram(address, port)
-
-
-def _datagram(address: str, port: int) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        handle.settimeout(0.5)
-        handle.connect((address, port))
-        handle.send(b"?")
-        return handle.recv(100)
 
 
 # off --------------------------------------------------------------------------------------
@@ -529,75 +424,3 @@ def test_this_machine_can_run_the_proxy() -> None:
 
 
 # Restarts ---------------------------------------------------------------------------------
-
-
-def test_a_new_agent_keeps_the_living_and_clears_the_rest(world: World, tmp_path: Path) -> None:
-    paths = StatePaths(tmp_path / "state").ensure()
-    first = SlotPool(paths, claim_instance(paths), SETTINGS)
-    second = SlotPool(paths, first.instance, SETTINGS)
-    try:
-        first.setup()
-        first.reclaim(set())
-        policies = {"open": Policy("open"), "named": RESTRICTED, "dead": Policy("open")}
-        taken = {owner: first.acquire(owner, policy) for owner, policy in policies.items()}
-        first.close()
-        second.setup()
-        second.reclaim({"open", "named", "never-heard-of"})
-        kept = {owner: second.slot_of(owner) for owner in ("open", "named", "dead")}
-        assert kept == {**taken, "dead": None}
-        assert not place(taken["dead"]).exists()
-        assert from_slot(taken["open"], lambda: hear(INTERNET, 443)) == GREETING
-        assert (second.run_dir.entries / f"{taken['named'].address}.json").exists()
-        others = {second.acquire(f"next.{index}", Policy("off")).index for index in range(40)}
-        assert not others & {taken["open"].index, taken["named"].index}
-        second.reclaim(set())
-        assert second.slot_of("open") is None
-    finally:
-        second.teardown()
-        release_instance(paths)
-    assert_nothing_is_left(second)
-
-
-def test_a_running_proxy_is_adopted_and_a_dead_one_replaced(
-    slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy, paths: StatePaths
-) -> None:
-    taken, where = slot(RESTRICTED), pool.proxy_address()
-    before = proxy.processes()
-    again = EgressProxy(paths, pool.instance, pool)
-    again.start()
-    assert again.processes() == before
-    for pid in before:
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: proxy.processes() == [])
-    assert not proxy.healthy()
-    refused(taken, lambda: through_proxy(where, "allowed.test:443"))
-    proxy.ensure()
-    assert proxy.healthy()
-    assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
-
-
-def test_a_dead_helper_means_refused_until_squid_has_started_another(
-    slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy
-) -> None:
-    taken, where = slot(RESTRICTED), pool.proxy_address()
-    helpers = proxy.helpers()
-    assert helpers
-    for pid in helpers:
-        os.kill(pid, signal.SIGKILL)
-    # Squid gives up and starts afresh when a helper dies young: cut off is refused, too.
-    with suppress(OSError, IndexError):
-        assert from_slot(taken, lambda: through_proxy(where, "elsewhere.test:443")[0]) == 403
-    wait_until(proxy.healthy)
-    assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
-
-
-def test_enough_slots_wait_ready(pool: SlotPool) -> None:
-    assert pool.settle(30)
-    assert pool.ready() == dict(READY)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)

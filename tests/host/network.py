@@ -1,0 +1,150 @@
+"""A pool of slots and its proxy in a world of namespaces, for the tests of the network."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hostruntime import registries
+from hostruntime.egress import EgressProxy
+from hostruntime.netns import within
+from hostruntime.network import Slot, SlotPool, interfaces_named
+from hostruntime.network_settings import NetworkSettings
+from hostruntime.paths import StatePaths, claim_instance, release_instance
+from hostruntime.policy import Policy, deny_list
+from hostruntime.run import run
+from tests.host.topology import (
+    INTERNET,
+    METADATA,
+    PRIVATE,
+    RESOLVER,
+    World,
+    a_world,
+    ask_resolver,
+)
+
+SETTINGS = NetworkSettings(denied=deny_list(), permitted=(), resolvers=(RESOLVER,))
+LISTED = ("allowed.test", "private.test", "mixed.test", "local.test", "metadata.test", "gone.test")
+RESTRICTED = Policy("restricted", LISTED)
+NUMBERS = itertools.count()
+HOST_SECOND = "203.0.113.2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with a_world(tmp_path_factory.mktemp("world")) as world:
+        world.names |= {
+            "allowed.test": [INTERNET],
+            "www.allowed.test": [INTERNET],
+            "evil-allowed.test": [INTERNET],
+            "elsewhere.test": [INTERNET],
+            "private.test": [PRIVATE[0]],
+            "mixed.test": [INTERNET, PRIVATE[0]],
+            "metadata.test": [METADATA],
+            "local.test": [HOST_SECOND],
+        }
+        yield world
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> StatePaths:
+    return StatePaths(tmp_path_factory.mktemp("state")).ensure()
+
+
+@pytest.fixture(scope="module")
+def pool(world: World, paths: StatePaths) -> Iterator[SlotPool]:
+    pool = SlotPool(paths, claim_instance(paths), SETTINGS)
+    try:
+        pool.setup()
+        pool.reclaim(set())
+        yield pool
+    finally:
+        pool.teardown()
+        release_instance(paths)
+    assert_nothing_is_left(pool)
+
+
+@pytest.fixture(scope="module")
+def proxy(pool: SlotPool, paths: StatePaths) -> Iterator[EgressProxy]:
+    proxy = EgressProxy(paths, pool.instance, pool)
+    try:
+        proxy.start()
+        yield proxy
+    finally:
+        proxy.stop()
+        registries.forget()
+    assert proxy.processes() == []
+
+
+@pytest.fixture
+def slot(pool: SlotPool, request: pytest.FixtureRequest) -> Iterator[Callable[[Policy], Slot]]:
+    """Acquire slots that are released when the test ends; owners are named after the test."""
+    owners: list[str] = []
+
+    def acquire(policy: Policy) -> Slot:
+        owners.append(f"{request.node.name.partition('[')[0]}.{next(NUMBERS)}")
+        return pool.acquire(owners[-1], policy)
+
+    yield acquire
+    for owner in owners:
+        pool.release(owner)
+
+
+def assert_nothing_is_left(pool: SlotPool) -> None:
+    assert interfaces_named(pool.instance.prefix) == []
+    assert not pool.run_dir.root.exists()
+    assert str(pool.run_dir.root) not in Path("/proc/self/mountinfo").read_text()
+    tables = run(["nft", "list", "tables"], timeout=10).text
+    assert pool.instance.nft_table not in tables
+    assert pool.proxy_address()[0] not in run(["ip", "address"], timeout=10).text
+
+
+def place(slot: Slot) -> Path:
+    assert slot.netns is not None
+    return slot.netns
+
+
+def from_slot[R](slot: Slot, action: Callable[[], R]) -> R:
+    return within(place(slot), action)
+
+
+def refused(slot: Slot, action: Callable[[], object]) -> OSError:
+    """Expect an action in a slot to fail at the network; return how."""
+    with pytest.raises(OSError) as caught:
+        from_slot(slot, action)
+    return caught.value
+
+
+@contextmanager
+def listening(slot: Slot) -> Iterator[str]:
+    """Serve port 443 on a slot's address, proven from within, while the block runs."""
+    address = str(slot.address)
+    with from_slot(slot, partial(socket.create_server, ("0.0.0.0", 443))):
+        from_slot(slot, lambda: socket.create_connection((address, 443), 2).close())
+        yield address
+
+
+def send_datagram(address: str, port: int) -> bytes:
+    return ask_resolver(address, "allowed.test") if port == 53 else _datagram(address, port)
+
+
+def _datagram(address: str, port: int) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        handle.settimeout(0.5)
+        handle.connect((address, port))
+        handle.send(b"?")
+        return handle.recv(100)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
