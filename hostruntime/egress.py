@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import hostruntime
 from hostruntime import policy, registries
@@ -30,13 +31,21 @@ from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import Instance, StatePaths, write_atomically
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
-from hostruntime.squid_config import PAGES, SquidPlan, squid_config
+from hostruntime.squid_config import (
+    PAGES,
+    PEEK_CERTIFICATE,
+    PEEK_PROBE,
+    TRAFFIC_LOG,
+    SquidPlan,
+    squid_config,
+)
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
 _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
+_MAX_TRAFFIC_BYTES = 8 * 1024 * 1024
 _KEEP_DECISIONS_SECONDS = 7 * 86_400.0
 _PACKAGED = ("__init__.py", "policy.py", "egress_helper.py")
 _HELPER_MAIN = "import sys\nfrom hostruntime.egress_helper import main\nmain(sys.argv[1:])\n"
@@ -58,6 +67,19 @@ class Decision:
     verdict: str
     reason: str
     message: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What tunnels to one host carried: how many ended, and bytes each way."""
+
+    tunnels: int
+    sent: int
+    received: int
+
+    def plus(self, sent: int, received: int) -> Traffic:
+        """The same and one more tunnel."""
+        return Traffic(self.tunnels + 1, self.sent + sent, self.received + received)
 
 
 class EgressProxy:
@@ -105,17 +127,43 @@ class EgressProxy:
         if not self.healthy():
             self.stop()
             self._launch()
+        self._rotate()
+
+    def _rotate(self) -> None:
+        log = self.run_dir.egress / "log" / TRAFFIC_LOG
+        if log.exists() and log.stat().st_size > _MAX_TRAFFIC_BYTES:
+            run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
     def healthy(self) -> bool:
         """Tell whether Squid and its helper answer: a request of ours must be refused by both."""
         try:
-            with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
-                probe.sendall(b"CONNECT probe.invalid:443 HTTP/1.0\r\n\r\n")
-                answer = probe.makefile("rb").read(8192)
+            return self._refuses() and self._passes_on()
         except OSError:
             return False
+
+    def _refuses(self) -> bool:
+        with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
+            probe.sendall(b"CONNECT probe.invalid:443 HTTP/1.0\r\n\r\n")
+            answer = probe.makefile("rb").read(8192)
         # Squid would also refuse with a dead helper; these are the helper's own words.
         return NO_POLICY.encode() in answer
+
+    def _passes_on(self) -> bool:
+        """Tell whether the first port reaches the second, as Squid first doubts for a second."""
+        with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
+            probe.sendall(f"CONNECT {PEEK_PROBE}:443 HTTP/1.0\r\n\r\n".encode())
+            return b" 200 " in probe.makefile("rb").readline()
+
+    def traffic(self, owner: str) -> dict[str, Traffic]:
+        """Return what an owner's ended tunnels carried, by host."""
+        found: dict[str, Traffic] = {}
+        for path in sorted((self.run_dir.egress / "log").glob(f"{TRAFFIC_LOG}*"), reverse=True):
+            for line in path.read_bytes().splitlines():
+                entry = _parsed(line)
+                if entry.get("owner") == owner:
+                    known = found.get(entry["host"], Traffic(0, 0, 0))
+                    found[entry["host"]] = known.plus(entry["sent"], entry["received"])
+        return found
 
     def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
         """Return what an owner's container asked for and was answered, oldest first."""
@@ -143,6 +191,7 @@ class EgressProxy:
             if page.name not in PAGES:
                 shutil.copyfile(page, egress / "errors" / page.name)
         _directory(egress / "log", PROXY_USER, 0o700)
+        _make_certificate(egress / PEEK_CERTIFICATE)
         _directory(self.run_dir.decisions, PROXY_USER, 0o700)
         self._forget_old_decisions()
         parts = {
@@ -244,6 +293,24 @@ def _decision(line: bytes) -> Decision | None:
         return Decision(**json.loads(line))
     except (ValueError, TypeError):
         return None
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _make_certificate(path: Path) -> None:
+    """Write a self-signed certificate with its key, for as long as there is none."""
+    if path.exists():
+        return
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    out = ["-days", "7300", "-subj", "/CN=egress", "-keyout", "-", "-out", "-"]
+    made = run(["openssl", "req", "-x509", *key, *out], timeout=_START_SECONDS)
+    write_atomically(path, made.stdout, 0o640)
 
 
 def _helper_archive() -> bytes:

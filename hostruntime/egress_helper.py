@@ -4,11 +4,12 @@ A zip of this module and :mod:`hostruntime.policy` is what really runs, as user 
 Python that user may execute; so the standard library alone, and nothing of Python 3.12.
 
 One line in: `<channel> <address> <method> <host> <port> <question>`. One line out:
-`<channel> OK` or `<channel> ERR message=<sentence>`. The questions:
+`<channel> OK tag=<owner>` or `<channel> ERR message=<sentence>`. The questions:
 
 - `decide`: may the address reach that host? A refusal is recorded, and is final.
 - `address`: the name resolved to a denied address. Always refused, and recorded.
 - `allow`: every check has passed. Recorded.
+- `hello`: the tunnel begins with a TLS ClientHello; the word before says for which server.
 
 Whatever cannot be read or understood is refused.
 """
@@ -22,11 +23,15 @@ import urllib.parse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hostruntime.policy import Verdict, decide
+from hostruntime.policy import DEFAULT_LIST, Verdict, decide, judge_hello
 
 # A container that asks in a loop must not fill the disk: past this its decisions still hold, and
 # are recorded no more.
 MAX_LOG_BYTES = 4 * 1024 * 1024
+# Connections a container may ask for: so many at once, and then so many a second.
+BURST = 2000.0
+PER_SECOND = 100.0
+MAX_BUCKETS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Question:
     host: str
     port: int
     kind: str
+    server_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,24 +56,43 @@ class Entry:
 
 def main(arguments: list[str]) -> None:
     """Answer until Squid closes the pipe; `arguments` is the egress directory."""
-    directory = Path(arguments[0])
+    directory, rates = Path(arguments[0]), Rates()
     for line in sys.stdin.buffer:
-        sys.stdout.write(answer(directory, line.decode("utf-8", "replace").rstrip("\r\n")) + "\n")
+        sys.stdout.write(
+            answer(directory, line.decode("utf-8", "replace").rstrip("\r\n"), rates) + "\n"
+        )
         sys.stdout.flush()
 
 
-def answer(directory: Path, line: str) -> str:
+class Rates:
+    """How much of its rate each address has left, as far as this one helper has seen."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def take(self, address: str) -> bool:
+        """Take one connection; whether there was one."""
+        now = time.monotonic()
+        left, at = self._left.get(address, (BURST, now))
+        left = min(BURST, left + (now - at) * PER_SECOND)
+        if len(self._left) > MAX_BUCKETS:
+            self._left.clear()
+        self._left[address] = (max(0.0, left - 1), now)
+        return left >= 1
+
+
+def answer(directory: Path, line: str, rates: Rates) -> str:
     """Return the reply to one line of Squid's; refuses what it cannot understand."""
     channel, _, rest = line.partition(" ")
     question = parse_question(rest)
     if question is None:
         return f"{channel} ERR message={_quoted('the request could not be understood')}"
     entry = read_entry(directory, question.address)
-    verdict = judge(question, entry)
+    verdict = judge(question, entry, rates)
     if not verdict.allowed or question.kind == "allow":
         record(directory, question, entry, verdict)
     if verdict.allowed:
-        return f"{channel} OK"
+        return f"{channel} OK tag={entry.owner}"
     return f"{channel} ERR message={_quoted(verdict.message)}"
 
 
@@ -76,15 +101,21 @@ def parse_question(text: str) -> Question | None:
     words = [urllib.parse.unquote(word) for word in text.split(" ")]
     if len(words) < 5 or not words[3].isdigit():
         return None
-    return Question(words[0], words[1], words[2], int(words[3]), words[4])
+    server_name = words[4] if len(words) > 5 else ""
+    return Question(words[0], words[1], words[2], int(words[3]), words[-1], server_name)
 
 
-def judge(question: Question, entry: Entry) -> Verdict:
+def judge(question: Question, entry: Entry, rates: Rates) -> Verdict:
     """Decide one question."""
+    if question.kind == "decide" and not rates.take(question.address):
+        text = f"more than {PER_SECOND:.0f} connections a second: wait and try again"
+        return Verdict(allowed=False, reason="too_fast", message=text)
     verdict = decide(entry.domains, question.method, question.host, question.port)
     if verdict.allowed and question.kind == "address":
         text = f"{question.host} resolves to an address that no sandbox may reach"
         return Verdict(allowed=False, reason="denied_address", message=text)
+    if verdict.allowed and question.kind == "hello":
+        return judge_hello(question.host, question.server_name)
     return verdict
 
 
@@ -95,8 +126,9 @@ def read_entry(directory: Path, address: str) -> Entry:
     try:
         entry = json.loads((directory / "entries" / f"{address}.json").read_bytes())
         owner, listed = str(entry["owner"]), entry["domains"]
-        if listed is None:
-            listed = json.loads((directory / "defaults.json").read_bytes())["domains"]
+        if listed is None or DEFAULT_LIST in listed:
+            default = json.loads((directory / "defaults.json").read_bytes())["domains"]
+            listed = [*default, *(listed or ())]
         return Entry(owner, frozenset(str(domain) for domain in listed))
     except (OSError, ValueError, KeyError, TypeError):
         return Entry(None, None)
@@ -108,7 +140,7 @@ def record(directory: Path, question: Question, entry: Entry, verdict: Verdict) 
         return
     at = {"at": round(time.time(), 3), "owner": entry.owner}
     asked = {**asdict(question), "host": question.host[:255]}
-    del asked["kind"]
+    del asked["kind"], asked["server_name"]
     said = {"verdict": "allowed" if verdict.allowed else "refused", "reason": verdict.reason}
     line = json.dumps({**at, **asked, **said, "message": verdict.message}) + "\n"
     try:

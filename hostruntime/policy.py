@@ -27,6 +27,8 @@ MAX_DOMAINS = 200
 MAX_HOST_LENGTH = 253  # RFC 1035, section 2.3.4, without the root label
 TLS_PORT = 443
 NO_POLICY = "no policy is known for this address"
+# In an allowlist: everything that the host's default list has, beside what else is named.
+DEFAULT_LIST = "@default"
 
 # An underscore is no host name by RFC 952, but bucket and tenant names use it in DNS.
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
@@ -160,12 +162,15 @@ def normalise_domain(text: str) -> str:
 
 
 def normalise_domains(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return allowlist entries normalised, without doubles, in order; raises PolicyError."""
+    """Return allowlist entries normalised, without doubles, in order; raises PolicyError.
+
+    :data:`DEFAULT_LIST` stays as it is.
+    """
     found: dict[str, None] = {}
     for text in texts:
         if not isinstance(text, str):
             raise PolicyError("allow_domains must be a list of host names")
-        found[normalise_domain(text)] = None
+        found[text if text == DEFAULT_LIST else normalise_domain(text)] = None
         if len(found) > MAX_DOMAINS:
             raise PolicyError(f"allow_domains takes at most {MAX_DOMAINS} host names")
     return tuple(found)
@@ -229,6 +234,20 @@ def decide(
         text = f"{canonical} is not on its allowlist: add it to allow_domains, or use network open"
         return Verdict(allowed=False, reason="not_listed", message=text)
     return Verdict(allowed=True, reason="allowed", message=f"{canonical} is on the allowlist")
+
+
+def judge_hello(host: str, server_name: str) -> Verdict:
+    """Judge the name in a tunnel's TLS ClientHello (RFC 6066, section 3) for CONNECT ``host``.
+
+    Another name there would have a shared front end serve another host (domain fronting).
+    """
+    if not server_name or server_name == "-":
+        text = f"the TLS connection to {host} names no server (SNI), so it cannot be checked"
+        return Verdict(allowed=False, reason="no_server_name", message=text)
+    if canonical_host(server_name) != canonical_host(host):
+        text = f"the TLS connection asked for {host} but names {server_name[:80]!r} (SNI)"
+        return Verdict(allowed=False, reason="server_name_differs", message=text)
+    return Verdict(allowed=True, reason="allowed", message=f"{host} is named in the tunnel too")
 
 
 # Addresses --------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Squid decides nothing by itself: every request is put to the helper
 (:mod:`hostruntime.egress_helper`), then the name's addresses are held against the deny list. The
 addresses come from the cache the connection is made from, and its connections carry a mark by
-which nftables drops what is denied, should they ever differ.
+which nftables drops what is denied, should they ever differ. What then flows must begin with a TLS
+ClientHello that names the same host; it is never decrypted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ REFUSAL_TEXT = "Refused by this sandbox's network policy: %o.\n"
 # refusal, and from anything the host itself might answer.
 UNREACHABLE_PAGES = ("ERR_CANNOT_FORWARD", "ERR_DNS_FAIL", "ERR_CONNECT_FAIL")
 UNREACHABLE_TEXT = "Allowed by the network policy, but %H could not be reached from this host.\n"
-PAGES = {REFUSAL_PAGE: REFUSAL_TEXT, **dict.fromkeys(UNREACHABLE_PAGES, UNREACHABLE_TEXT)}
+TOO_MANY_PAGE = "ERR_ORKESTR_TOO_MANY"
+TOO_MANY_TEXT = (
+    "Refused by this sandbox's network policy: more than {most} connections at once; close some.\n"
+)
 CONNECTIONS_PER_CONTAINER = 512
+PAGES = {
+    REFUSAL_PAGE: REFUSAL_TEXT,
+    TOO_MANY_PAGE: TOO_MANY_TEXT.format(most=CONNECTIONS_PER_CONTAINER),
+    **dict.fromkeys(UNREACHABLE_PAGES, UNREACHABLE_TEXT),
+}
+PEEK_CERTIFICATE = "peek.pem"
+PEEK_PROBE = "peek.invalid"
+TRAFFIC_LOG = "traffic.log"
 
 
 @dataclass(frozen=True)
@@ -43,21 +55,52 @@ class SquidPlan:
 
 def squid_config(plan: SquidPlan) -> str:
     """Return squid.conf(5)."""
-    return "\n".join((*_identity(plan), *_decisions(plan), *_behaviour(plan), ""))
+    parts = (_identity, _stages, _decisions, _hello, _behaviour)
+    return "\n".join((*(line for part in parts for line in part(plan)), ""))
 
 
 def _identity(plan: SquidPlan) -> Iterable[str]:
-    yield f"http_port {plan.address}:{plan.port}"
+    yield f"http_port {plan.address}:{plan.port} name=ask"
+    # The certificate is never shown to anybody, but Squid peeks on no port without one.
+    yield (
+        f"http_port {plan.address}:{plan.port + 1} name=peek ssl-bump "
+        f"generate-host-certificates=off tls-cert={plan.directory}/{PEEK_CERTIFICATE}"
+    )
     yield "visible_hostname egress"
     yield "cache_effective_user proxy"
     yield f"pid_filename {plan.directory}/squid.pid"
     yield f"coredump_dir {plan.log_directory}"
     yield f"cache_log {plan.log_directory}/cache.log"
     yield "debug_options ALL,0"
-    yield "access_log none"
-    yield "logfile_rotate 0"
+    yield "logfile_rotate 1"
     yield f"error_directory {plan.directory}/errors"
     yield "httpd_suppress_version_string on"
+
+
+def _stages(plan: SquidPlan) -> Iterable[str]:
+    """Squid twice in one process: containers ask the first port, which passes on to the second.
+
+    A port that looks into tunnels cannot refuse one legibly: it would say so inside TLS, under a
+    certificate of its own. So the first refuses, in plain HTTP, and only the second peeks.
+    """
+    yield "acl asked myportname ask"
+    yield "acl peeked myportname peek"
+    yield f"acl ourselves src {plan.address}"
+    yield f"acl probe dstdomain {PEEK_PROBE}"
+    yield (
+        f"cache_peer {plan.address} parent {plan.port + 1} 0 no-query no-digest "
+        "no-netdb-exchange proxy-only connect-fail-limit=1000000 name=peek"
+    )
+    yield "never_direct allow asked"
+    yield "always_direct allow peeked"
+    # The second port learns from the first, and from nobody else, whose tunnel it is.
+    yield "forwarded_for truncate"
+    yield (
+        'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","sent":%>st,"received":%<st}'
+    )
+    yield "acl tunnelled http_status 200"
+    yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
+    yield "access_log none"
 
 
 def _decisions(plan: SquidPlan) -> Iterable[str]:
@@ -72,12 +115,19 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
     yield "acl is_recorded external policy allow"
     for network in (*plan.denied, *(ip_address(text) for text in plan.local_addresses)):
         yield f"acl denied_address dst {network}"
+    yield f"deny_info 403:{TOO_MANY_PAGE} too_many"
+    yield "acl resolves dst 0.0.0.0/0 ::/0"
+    yield f"deny_info 503:{UNREACHABLE_PAGES[0]} resolves"
     yield "acl refused http_status 403"
     yield f"acl too_many maxconn {CONNECTIONS_PER_CONTAINER}"
     yield "http_access deny manager"
+    yield "http_access allow peeked ourselves"
+    yield "http_access deny peeked"
+    yield "http_access allow ourselves probe"
     yield "http_access deny too_many"
     yield "http_access deny !may_reach"
     yield "http_access deny denied_address !may_use_address"
+    yield "http_access deny !resolves"
     yield "http_access allow is_recorded"
     yield "http_access deny all"
     for name in ("may_reach", "may_use_address", "is_recorded"):
@@ -86,7 +136,21 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
     yield 'reply_header_add X-Orkestr-Egress "%\'{message}note" refused'
     for header in ("X-Squid-Error", "X-Cache", "X-Cache-Lookup"):
         yield f"reply_header_access {header} deny all"
-    yield f"tcp_outgoing_mark {plan.mark:#x} all"
+    yield f"tcp_outgoing_mark {plan.mark:#x} peeked"
+
+
+def _hello(plan: SquidPlan) -> Iterable[str]:
+    """Hold the name in the TLS ClientHello (SNI, RFC 6066) against the one that was asked for."""
+    yield (
+        "external_acl_type hello ttl=0 negative_ttl=0 cache=0 ipv4 concurrency=64 "
+        "children-max=4 children-startup=1 children-idle=1 "
+        f"%{{X-Forwarded-For}}>ha %>rm %>rd %>rP %ssl::>sni {plan.helper_command}"
+    )
+    yield "acl at_request at_step SslBump1"
+    yield "acl hello_matches external hello hello"
+    yield "ssl_bump peek at_request"
+    yield "ssl_bump splice hello_matches"
+    yield "ssl_bump terminate all"
 
 
 def _behaviour(plan: SquidPlan) -> Iterable[str]:
@@ -97,7 +161,6 @@ def _behaviour(plan: SquidPlan) -> Iterable[str]:
     yield "memory_pools off"
     yield "max_filedescriptors 16384"
     yield "via off"
-    yield "forwarded_for delete"
     yield "pinger_enable off"
     yield "half_closed_clients off"
     yield "connect_timeout 20 seconds"

@@ -200,7 +200,8 @@ def test_restricted_gets_out_by_name_alone(act: Callable[[Scenario], None]) -> N
                     status = int(stream.readline().split()[1])
                     while stream.readline().strip():
                         pass
-                    return status, stream.readline().decode()
+                    # What follows 200 is TLS, which the table of egress speaks.
+                    return status, "" if status == 200 else stream.readline().decode()
             def plain():
                 try:
                     return urllib.request.urlopen("http://allowed.test/", timeout=5).status
@@ -215,7 +216,7 @@ def test_restricted_gets_out_by_name_alone(act: Callable[[Scenario], None]) -> N
             attempt("name", lambda: socket.gethostbyname("allowed.test"))
             """,
         )
-        assert answers["listed"] == ["ok", [200, GREETING.decode()]]
+        assert answers["listed"] == ["ok", [200, ""]]
         assert answers["unlisted"][1][0] == answers["plain"][1][0] == 403
         assert "only HTTPS is allowed" in answers["plain"][1][1]
         direct = {answers[name][0] for name in ("direct", "metadata", "host")}

@@ -8,17 +8,20 @@ to the namespace they were made in, so servers here are sockets and threads, not
 from __future__ import annotations
 
 import os
+import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from hostruntime import kernel
 from hostruntime.netns import run_ip, within
+from hostruntime.run import run
 
 UPLINK = "up0"
 HOST = "203.0.113.1"
@@ -32,12 +35,20 @@ GREETING = b"this is the internet\n"
 
 @dataclass
 class World:
-    """The namespaces, what the resolver answers, and what the internet has heard."""
+    """The namespaces, what the resolver answers, and what the internet has heard.
+
+    ``aliases`` are CNAMEs; a name in ``turns`` gets another answer each time it is asked for, with
+    no time to live, and its address in ``names`` when they are used up.
+    """
 
     internet: Path
+    certificate: Path
     names: dict[str, list[str]]
     asked: list[str] = field(default_factory=list)
     peers: list[str] = field(default_factory=list)
+    reached: list[str] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    turns: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -53,9 +64,19 @@ def a_world(directory: Path) -> Iterator[World]:
         os.unshare(os.CLONE_NEWNET)
         stack.callback(os.setns, home, os.CLONE_NEWNET)
         _wire(internet)
-        world = World(internet, {})
+        world = World(internet, _certificate(directory), {})
         _serve(stack, world)
         yield world
+
+
+def _certificate(directory: Path) -> Path:
+    """A self-signed certificate and its key, as every server of the internet shows it."""
+    path = directory / "internet.pem"
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    out = ["-days", "2", "-subj", "/CN=internet", "-keyout", "-", "-out", "-"]
+    made = run(["openssl", "req", "-x509", *key, *out], timeout=20)
+    path.write_bytes(made.stdout)
+    return path
 
 
 def _persist_new_namespace(path: Path) -> None:
@@ -93,9 +114,9 @@ def _wire(internet: Path) -> None:
 
 def _serve(stack: ExitStack, world: World) -> None:
     for port in (80, 443, 22, 53):
-        listener = within(world.internet, partial(socket.create_server, ("", port)))
+        listener = within(world.internet, partial(socket.create_server, ("", port), backlog=1024))
         stack.callback(listener.close)
-        _in_background(_greet, listener, world)
+        _in_background(_greet_over_tls if port == 443 else _greet, listener, world)
     datagrams = within(world.internet, _resolver_socket)
     stack.callback(datagrams.close)
     _in_background(_resolve, datagrams, world)
@@ -109,7 +130,7 @@ def _resolver_socket() -> socket.socket:
     return handle
 
 
-def _in_background(serve: Callable[[socket.socket, World], None], *arguments: object) -> None:
+def _in_background(serve: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=serve, args=arguments, daemon=True).start()
 
 
@@ -120,8 +141,29 @@ def _greet(listener: socket.socket, world: World) -> None:
         except OSError:
             return
         world.peers.append(peer)
+        world.reached.append(connection.getsockname()[0])
         with connection:
             connection.sendall(GREETING)
+
+
+def _greet_over_tls(listener: socket.socket, world: World) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(world.certificate)
+    while True:
+        try:
+            connection, (peer, _) = listener.accept()
+        except OSError:
+            return
+        world.peers.append(peer)
+        world.reached.append(connection.getsockname()[0])
+        _in_background(_greet_one_over_tls, connection, context)
+
+
+def _greet_one_over_tls(connection: socket.socket, context: ssl.SSLContext) -> None:
+    with connection, suppress(OSError):
+        connection.settimeout(10)
+        with context.wrap_socket(connection, server_side=True) as tunnel:
+            tunnel.sendall(GREETING)
 
 
 def _resolve(handle: socket.socket, world: World) -> None:
@@ -134,18 +176,28 @@ def _resolve(handle: socket.socket, world: World) -> None:
 
 
 def _dns_answer(query: bytes, world: World) -> bytes:
-    """Answer an A question from the world's names, anything else emptily (RFC 1035)."""
+    """Answer A and AAAA questions from the world's names, anything else emptily (RFC 1035)."""
     name, end = _dns_name(query)
     kind = struct.unpack_from("!H", query, end)[0]
     world.asked.append(name)
-    addresses = world.names.get(name, []) if kind == 1 else []
-    code = 0 if name in world.names else 3
-    head = query[:2] + struct.pack("!HHHHH", 0x8180 | code, 1, len(addresses), 0, 0)
-    records = b"".join(
-        b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton(address)
-        for address in addresses
-    )
-    return head + query[12 : end + 4] + records
+    records, owner = [], b"\xc0\x0c"
+    if target := world.aliases.get(name):
+        owner = _dns_labels(target)
+        records.append(b"\xc0\x0c" + struct.pack("!HHIH", 5, 1, 60, len(owner)) + owner)
+    turns = world.turns.get(name)
+    known = turns.pop(0) if turns and kind == 1 else world.names.get(target or name, [])
+    for address in known if kind in {1, 28} else []:
+        if (":" in address) == (kind == 28):
+            data = socket.inet_pton(socket.AF_INET if kind == 1 else socket.AF_INET6, address)
+            ttl = 0 if name in world.turns else 60
+            records.append(owner + struct.pack("!HHIH", kind, 1, ttl, len(data)) + data)
+    code = 0 if known or (target or name) in world.names or name in world.turns else 3
+    head = query[:2] + struct.pack("!HHHHH", 0x8180 | code, 1, len(records), 0, 0)
+    return head + query[12 : end + 4] + b"".join(records)
+
+
+def _dns_labels(name: str) -> bytes:
+    return b"".join(bytes([len(part)]) + part.encode() for part in name.split(".")) + b"\0"
 
 
 def _dns_name(query: bytes) -> tuple[str, int]:
@@ -158,10 +210,8 @@ def _dns_name(query: bytes) -> tuple[str, int]:
 
 def ask_resolver(resolver: str, name: str, timeout: float = 1.0) -> bytes:
     """Send one A question by UDP from the calling thread's namespace; return the raw answer."""
-    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
-    query = (
-        struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", 1, 1)
-    )
+    head = struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0)
+    query = head + _dns_labels(name) + struct.pack("!HH", 1, 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         handle.settimeout(timeout)
         handle.connect((resolver, 53))
@@ -170,9 +220,21 @@ def ask_resolver(resolver: str, name: str, timeout: float = 1.0) -> bytes:
 
 
 def hear(address: str, port: int, timeout: float = 1.0) -> bytes:
-    """Connect by TCP from the calling thread's namespace; return the first bytes it is sent."""
+    """Connect by TCP from the calling thread's namespace; return the first bytes it is sent.
+
+    What listens on port 443 speaks TLS.
+    """
     with socket.create_connection((address, port), timeout) as connection:
-        return connection.recv(100)
+        return in_tls(connection, None) if port == 443 else connection.recv(100)
+
+
+def in_tls(connection: socket.socket, server_name: str | None) -> bytes:
+    """Shake hands naming ``server_name``, whatever the certificate; return what is said first."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with context.wrap_socket(connection, server_hostname=server_name) as tunnel:
+        return tunnel.recv(100)
 
 
 def knock(address: str, port: int, timeout: float = 1.0) -> None:
@@ -181,15 +243,24 @@ def knock(address: str, port: int, timeout: float = 1.0) -> None:
 
 
 def through_proxy(
-    proxy: tuple[str, int], target: str, method: str = "CONNECT", timeout: float = 10.0
+    proxy: tuple[str, int],
+    target: str,
+    method: str = "CONNECT",
+    timeout: float = 10.0,
+    server_name: str | None = "",
 ) -> tuple[int, bytes]:
-    """Ask the proxy; return the status and what follows: a tunnel's first line, or the body."""
+    """Ask the proxy; return the status and what follows: a tunnel's first words, or the body.
+
+    ``server_name`` is the one in the ClientHello: the target's own if blank, none if None.
+    """
     with socket.create_connection(proxy, timeout) as connection:
         connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
-        stream = connection.makefile("rb")
-        status = int(stream.readline().split()[1])
-        length = None
-        while line := stream.readline().strip():
-            if line.lower().startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-        return status, stream.readline() if length is None else stream.read(length)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(1) or b"\r\n\r\n"
+        status = int(head.split()[1])
+        if status == 200:
+            named = target.rpartition(":")[0].rstrip(".") if server_name == "" else server_name
+            return status, in_tls(connection, named)
+        length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+        return status, connection.makefile("rb").read(int(length[1]) if length else None)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.egress_helper import MAX_LOG_BYTES, answer, main
+from hostruntime import egress_helper
+from hostruntime.egress_helper import BURST, MAX_LOG_BYTES, Rates, main
 
 
 @pytest.fixture
@@ -18,6 +19,10 @@ def directory(tmp_path: Path) -> Path:
     give(tmp_path, "10.0.0.1", "box", ["own.example"])
     give(tmp_path, "10.0.0.2", "plain", None)
     return tmp_path
+
+
+def answer(directory: Path, line: str, rates: Rates | None = None) -> str:
+    return egress_helper.answer(directory, line, rates or Rates())
 
 
 def give(directory: Path, address: str, owner: str, domains: list[str] | None) -> None:
@@ -31,9 +36,9 @@ def recorded(directory: Path, owner: str) -> list[dict[str, object]]:
 
 
 def test_a_listed_host_is_let_through_and_recorded_once(directory: Path) -> None:
-    assert answer(directory, "7 10.0.0.1 CONNECT own.example 443 decide") == "7 OK"
+    assert answer(directory, "7 10.0.0.1 CONNECT own.example 443 decide") == "7 OK tag=box"
     assert recorded(directory, "box") == []
-    assert answer(directory, "8 10.0.0.1 CONNECT own.example 443 allow") == "8 OK"
+    assert answer(directory, "8 10.0.0.1 CONNECT own.example 443 allow") == "8 OK tag=box"
     (line,) = recorded(directory, "box")
     assert (line["host"], line["port"], line["verdict"]) == ("own.example", 443, "allowed")
 
@@ -103,7 +108,7 @@ def test_a_quote_in_a_host_cannot_end_the_message(directory: Path) -> None:
 def test_a_log_has_an_end_and_decisions_hold_past_it(directory: Path) -> None:
     log = directory / "decisions" / "box.ndjson"
     log.write_bytes(b"x" * MAX_LOG_BYTES)
-    assert answer(directory, "0 10.0.0.1 CONNECT own.example 443 allow") == "0 OK"
+    assert answer(directory, "0 10.0.0.1 CONNECT own.example 443 allow") == "0 OK tag=box"
     assert log.stat().st_size == MAX_LOG_BYTES
 
 
@@ -111,7 +116,7 @@ def test_a_log_that_cannot_be_written_changes_no_decision(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (directory / "decisions").rmdir()
-    assert answer(directory, "0 10.0.0.1 CONNECT own.example 443 allow") == "0 OK"
+    assert answer(directory, "0 10.0.0.1 CONNECT own.example 443 allow") == "0 OK tag=box"
     assert "could not be recorded" in capsys.readouterr().err
 
 
@@ -124,4 +129,43 @@ def test_it_answers_line_by_line_until_the_end(
         monkeypatch.setattr("sys.stdin", lines)
         main([str(directory)])
     replies = capsys.readouterr().out.splitlines()
-    assert [reply[:5] for reply in replies] == ["0 OK", "1 ERR"]
+    assert [reply[:4] for reply in replies] == ["0 OK", "1 ER"]
+
+
+def test_the_default_list_can_be_added_to(directory: Path) -> None:
+    give(directory, "10.0.0.3", "more", ["@default", "own.example"])
+    for host, reply in (("own", "0 OK"), ("default", "0 OK"), ("other", "0 ER")):
+        assert answer(directory, f"0 10.0.0.3 CONNECT {host}.example 443 decide")[:4] == reply
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ("own.example", None),
+        ("OWN.example", None),
+        ("own.example.", None),
+        ("other.example", "server_name_differs"),
+        ("own.example.evil", "server_name_differs"),
+        ("-", "no_server_name"),
+        ("%0a", "server_name_differs"),
+    ],
+)
+def test_a_tunnel_must_name_the_host_it_is_for(
+    directory: Path, named: str, reason: str | None
+) -> None:
+    reply = answer(directory, f"0 10.0.0.1 CONNECT own.example 443 {named} hello")
+    assert reply.startswith("0 OK" if reason is None else "0 ERR")
+    assert [line["reason"] for line in recorded(directory, "box")] == [reason] * bool(reason)
+
+
+def test_a_name_in_the_tunnel_does_not_open_one(directory: Path) -> None:
+    assert " ERR " in answer(directory, "0 10.0.0.1 CONNECT x.example 443 x.example hello")
+
+
+def test_one_container_in_a_hurry_waits_and_others_do_not(directory: Path) -> None:
+    rates, ask = Rates(), "CONNECT own.example 443 decide"
+    give(directory, "10.0.0.4", "calm", ["own.example"])
+    replies = [answer(directory, f"0 10.0.0.1 {ask}", rates) for _ in range(int(BURST) + 1000)]
+    assert replies[0].startswith("0 OK")
+    assert "connections a second" in replies[-1]
+    assert answer(directory, f"0 10.0.0.4 {ask}", rates).startswith("0 OK")

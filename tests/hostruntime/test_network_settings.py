@@ -94,12 +94,23 @@ def test_the_proxy_asks_before_every_other_rule_and_ends_in_a_refusal(tmp_path: 
     rules = [line for line in text.splitlines() if line.startswith("http_access")]
     assert rules == [
         "http_access deny manager",
+        # Its own second port, and its own question whether that one answers.
+        "http_access allow peeked ourselves",
+        "http_access deny peeked",
+        "http_access allow ourselves probe",
         "http_access deny too_many",
         "http_access deny !may_reach",
         "http_access deny denied_address !may_use_address",
+        "http_access deny !resolves",
         "http_access allow is_recorded",
         "http_access deny all",
     ]
     assert "acl denied_address dst 10.0.0.0/8" in text
     assert "acl denied_address dst 203.0.113.9" in text
-    assert "tcp_outgoing_mark 0x10 all" in text
+    assert "tcp_outgoing_mark 0x10 peeked" in text
+    tunnels = [line for line in text.splitlines() if line.startswith("ssl_bump")]
+    assert tunnels == [
+        "ssl_bump peek at_request",
+        "ssl_bump splice hello_matches",
+        "ssl_bump terminate all",
+    ]
