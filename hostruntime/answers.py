@@ -205,6 +205,21 @@ class DirectoryListing:
 
 
 @dataclass(frozen=True)
+class EgressHost(Answer):
+    """What one container did with one host: how often, and bytes of tunnels that have ended."""
+
+    host: str
+    port: int
+    allowed: int
+    refused: int
+    reason: str
+    message: str
+    last_at: float
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass(frozen=True)
 class EgressDecision(Answer):
     """One answer of the egress proxy; ``verdict`` is allowed or refused."""
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from hostruntime.build_output import StepOutput
 from hostruntime.build_report import (
+    Refused,
     container_stopped,
     out_of_memory,
     ran_past_build_time,
@@ -58,7 +59,7 @@ class Host:
     store: ImageStore
     containers: ContainerManager
     runtime_tree: Callable[[str], Path]
-    refusals: Callable[[str, float], list[str]]
+    refusals: Callable[[str, float], list[Refused]]
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Assembly:
             elided_bytes=output.elided_bytes,
         )
         if isinstance(end, TimedOut):
-            raise self._out_of_time(number, output.tail(), remaining)
+            raise self._out_of_time(number, output.tail(), began, remaining)
         if end.code != 0:
             raise self._failed(number, output.tail(), end, began)
 
@@ -200,11 +201,12 @@ class Assembly:
                     return frame
         raise ContainerGone("The step's command went away without a word.")
 
-    def _out_of_time(self, number: int, tail: str, remaining: float) -> BuildFailed:
+    def _out_of_time(self, number: int, tail: str, began: float, remaining: float) -> BuildFailed:
         plan = self._plan
         command, total = plan.recipe[number - 1], len(plan.recipe)
         if plan.step_timeout <= remaining:
-            return ran_past_step_time(number, total, command, tail, plan.step_timeout)
+            refused = self._host.refusals(plan.image_id, began)
+            return ran_past_step_time(number, total, command, tail, plan.step_timeout, refused)
         return ran_past_build_time(plan.build_timeout, number, total, command, tail)
 
     def _failed(self, number: int, tail: str, end: Exited, began: float) -> BuildFailed:
@@ -273,10 +275,10 @@ class Assembly:
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 
 
-def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:
-    """What an owner's container was refused since a Unix time, as ``host:port``, each once."""
+def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]:
+    """What an owner's container was refused since a Unix time, each once."""
     refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
-    return list(dict.fromkeys(f"{decision.host}:{decision.port}" for decision in refused))
+    return list(dict.fromkeys(Refused(d.host, d.port, d.reason) for d in refused))
 
 
 async def in_thread[T](

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hostruntime.errors import BuildFailed
 from hostruntime.exec import Exited
 
 _COMMAND_CHARACTERS = 400
 _REFUSALS = 5
+_LISTABLE = 20
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A host that the network policy refused; ``reason`` is the policy's word for why."""
+
+    host: str
+    port: int
+    reason: str
+
+    @property
+    def can_be_listed(self) -> bool:
+        """Whether naming it in ``allow_domains`` would let it through."""
+        return self.reason == "not_listed"
 
 
 def step_failed(
-    step: int, total: int, command: str, tail: str, end: Exited, refused: Sequence[str]
+    step: int, total: int, command: str, tail: str, end: Exited, refused: Sequence[Refused]
 ) -> BuildFailed:
     """A step that exited non-zero or was killed by a signal."""
     if end.signal is None:
@@ -22,18 +38,19 @@ def step_failed(
         how = f"was killed by signal {end.signal} ({_signal_name(end.signal)})"
     head = f"Step {step} of {total} failed: {_quoted(command)} {how}."
     parts = [head, _ending(tail), _refusal_hint(refused)]
-    return _failure("step_failed", parts, step)
+    return _failure("step_failed", parts, step, refused)
 
 
 def ran_past_step_time(
-    step: int, total: int, command: str, tail: str, seconds: float
+    step: int, total: int, command: str, tail: str, seconds: float, refused: Sequence[Refused] = ()
 ) -> BuildFailed:
     """A step that took longer than a step may."""
     head = (
         f"Step {step} of {total} was stopped: {_quoted(command)} was still running after "
         f"{seconds:g} seconds, the longest a step may take."
     )
-    return _failure("step_timeout", [head, _ending(tail)], step)
+    parts = [head, _ending(tail), _refusal_hint(refused)]
+    return _failure("step_timeout", parts, step, refused)
 
 
 def ran_past_build_time(
@@ -71,9 +88,12 @@ def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFa
     return _failure("step_failed", [head, _ending(tail)], step)
 
 
-def _failure(reason: str, parts: Sequence[str], step: int | None) -> BuildFailed:
+def _failure(
+    reason: str, parts: Sequence[str], step: int | None, refused: Sequence[Refused] = ()
+) -> BuildFailed:
     detail = "\n\n".join(part for part in parts if part)
-    return BuildFailed(detail, reason=reason, step=step)
+    listable = list(dict.fromkeys(one.host for one in refused if one.can_be_listed))
+    return BuildFailed(detail, reason=reason, step=step, refused=listable[:_LISTABLE])
 
 
 def _quoted(command: str) -> str:
@@ -87,15 +107,23 @@ def _ending(tail: str) -> str:
     return f"The end of its output:\n{tail}" if tail else "It wrote no output."
 
 
-def _refusal_hint(refused: Sequence[str]) -> str:
+def _refusal_hint(refused: Sequence[Refused]) -> str:
     if not refused:
         return ""
-    names = ", ".join(refused[:_REFUSALS])
+    names = ", ".join(f"{one.host}:{one.port}" for one in refused[:_REFUSALS])
     more = f" and {len(refused) - _REFUSALS} more" if len(refused) > _REFUSALS else ""
-    return (
-        f"During this step the network policy refused: {names}{more}. If the step needs that, "
-        'build the template with network "open".'
-    )
+    return f"During this step the network policy refused: {names}{more}. {_remedy(refused)}"
+
+
+def _remedy(refused: Sequence[Refused]) -> str:
+    if any(one.can_be_listed for one in refused):
+        return (
+            'If the step needs that, build again with it in "allow_domains" (beside "@default", '
+            'the default list), or with network "open".'
+        )
+    if all(one.reason == "not_https" for one in refused):
+        return "Only HTTPS passes: use https:// addresses."
+    return 'Only HTTPS to public hosts, by name, passes; network "open" takes other ports.'
 
 
 def _signal_name(number: int) -> str:

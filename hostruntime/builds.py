@@ -179,7 +179,11 @@ class BuildManager:
                 self._host, _plan(request, policy, build.directory), build.log.append
             ).run()
         except BuildFailed as error:
-            fields = {"code": error.extra["reason"], "step": error.extra.get("step")}
+            fields = {
+                "code": error.extra["reason"],
+                "step": error.extra.get("step"),
+                "refused": error.extra.get("refused") or None,
+            }
             build.end("failed", "failed", message=error.detail, **fields)
         except ImageNotFound:
             message = (

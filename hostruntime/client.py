@@ -27,6 +27,7 @@ from hostruntime.answers import (
     DirectoryEntry,
     DirectoryListing,
     EgressDecision,
+    EgressHost,
     ExecFrame,
     ExecResult,
     FileContent,
@@ -86,6 +87,11 @@ class HostClient:
         params = {"owner": owner, "since": since}
         answer = self._json("GET", "/egress/decisions", params=params)
         return [EgressDecision.from_wire(item) for item in answer["decisions"]]
+
+    def egress_hosts(self, owner: str) -> list[EgressHost]:
+        """What a sandbox or build did with each host, refused ones first."""
+        answer = self._json("GET", "/egress/hosts", params={"owner": owner})
+        return [EgressHost.from_wire(item) for item in answer["hosts"]]
 
     # Images --------------------------------------------------------------------------------
 

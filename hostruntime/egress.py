@@ -70,6 +70,21 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class HostUse:
+    """What one container did with one host and port; ``reason`` and ``message`` are the latest."""
+
+    host: str
+    port: int
+    allowed: int
+    refused: int
+    reason: str
+    message: str
+    last_at: float
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What tunnels to one host carried: how many ended, and bytes each way."""
 
@@ -153,6 +168,29 @@ class EgressProxy:
         with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
             probe.sendall(f"CONNECT {PEEK_PROBE}:443 HTTP/1.0\r\n\r\n".encode())
             return b" 200 " in probe.makefile("rb").readline()
+
+    def hosts(self, owner: str) -> list[HostUse]:
+        """Return what an owner asked for and what came of it by host, refused ones first."""
+        found: dict[tuple[str, int], list[Decision]] = {}
+        for decision in self.decisions(owner):
+            found.setdefault((decision.host, decision.port), []).append(decision)
+        carried = self.traffic(owner)
+        nothing = Traffic(0, 0, 0)
+        uses = [
+            HostUse(
+                host=host,
+                port=port,
+                allowed=sum(one.verdict == "allowed" for one in decisions),
+                refused=sum(one.verdict == "refused" for one in decisions),
+                reason=decisions[-1].reason,
+                message=decisions[-1].message,
+                last_at=decisions[-1].at,
+                sent_bytes=carried.get(host, nothing).sent,
+                received_bytes=carried.get(host, nothing).received,
+            )
+            for (host, port), decisions in found.items()
+        ]
+        return sorted(uses, key=lambda use: (use.refused == 0, -use.last_at))
 
     def traffic(self, owner: str) -> dict[str, Traffic]:
         """Return what an owner's ended tunnels carried, by host."""

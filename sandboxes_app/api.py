@@ -195,3 +195,9 @@ def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/files/batch``: each file goes well or not by itself."""
     spec = read_json(request, BatchSpec, largest=settings.LARGEST_BODY)
     return json_answer(presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec)))
+
+
+@api(scope=READ)
+def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
+    return json_answer(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))

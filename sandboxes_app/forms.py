@@ -10,6 +10,7 @@ from django.http import QueryDict
 
 from orkestr_console.accounts.limits import Envelope
 from orkestr_console.console.forms import Form
+from orkestr_console.egress import besides_default
 from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.validation import parse_spec
 from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
@@ -53,6 +54,8 @@ class SandboxForm(Form):
     network: str = "off"
     timeout_seconds: str = "600"
     env: str = ""
+    # Host names, with blanks between, that it may reach beside the default list.
+    allow_domains: str = ""
 
     labels: ClassVar[Mapping[str, str]] = {
         "template": "The template",
@@ -60,6 +63,7 @@ class SandboxForm(Form):
         "network": "The network",
         "timeout_seconds": "The lifetime",
         "env": "The environment",
+        "allow_domains": "The list of hosts",
     }
 
     @classmethod
@@ -71,6 +75,7 @@ class SandboxForm(Form):
             network=data.get("network", ""),
             timeout_seconds=data.get("timeout_seconds", "").strip(),
             env=data.get("env", "").replace("\r\n", "\n"),
+            allow_domains=data.get("allow_domains", "").strip(),
         )
 
     def spec(self) -> SandboxSpec:
@@ -87,8 +92,13 @@ class SandboxForm(Form):
                 "network": self.network,
                 "timeout_seconds": whole(self.timeout_seconds),
                 "env": environment(self.env),
+                "allow_domains": self.allowlist(),
             },
         )
+
+    def allowlist(self) -> list[str] | None:
+        """What the names typed come to; on other networks they do not matter."""
+        return besides_default(self.allow_domains) if self.network == "restricted" else None
 
     def take(self, error: DomainError) -> None:
         """As any form; what is wrong with the image stands at the picker."""

@@ -6,7 +6,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
-from hostruntime.answers import DirectoryListing, FileContent, FileStat
+from hostruntime.answers import DirectoryListing, EgressHost, FileContent, FileStat
 from orkestr_console.json_api import timestamp
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import BatchRow, ExecAnswer, Limits
@@ -124,6 +124,26 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
         "default_egress_domains": limits.default_domains,
         "trial_credit_eur": 0.0,
         "trial_credit_used_eur": 0.0,
+    }
+
+
+def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
+    """What a sandbox did with each host; ``reason`` and ``message`` are of the latest answer."""
+    return {
+        "hosts": [
+            {
+                "host": use.host,
+                "port": use.port,
+                "allowed": use.allowed,
+                "refused": use.refused,
+                "reason": use.reason,
+                "message": use.message,
+                "sent_bytes": use.sent_bytes,
+                "received_bytes": use.received_bytes,
+                "last_at": unix_timestamp(use.last_at),
+            }
+            for use in hosts
+        ]
     }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from hostruntime.policy import PolicyError, normalise_domains
+from orkestr_console.egress import Allowlist
 
 LARGEST_COMMAND = 64 * 1024
 LARGEST_ENVIRONMENT = 64 * 1024
@@ -55,16 +55,6 @@ def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
     if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > LARGEST_METADATA:
         raise ValueError(f"is larger than {LARGEST_METADATA:,} bytes altogether.")
     return metadata
-
-
-def usable_domains(domains: list[str] | None) -> list[str] | None:
-    """An allowlist in its normal form."""
-    if domains is None:
-        return None
-    try:
-        return list(normalise_domains(domains))
-    except PolicyError as error:
-        raise ValueError(str(error)) from None
 
 
 def usable_command(command: str) -> str:
@@ -117,7 +107,7 @@ class SandboxSpec(Spec):
         default_factory=dict
     )
     region: str | None = None
-    allow_domains: Annotated[list[str] | None, AfterValidator(usable_domains)] = None
+    allow_domains: Allowlist = None
     volume: str | None = None
 
     @model_validator(mode="after")

@@ -13,5 +13,6 @@ urlpatterns = [
     path("new/", views.sandbox_new, name="new"),
     path("<str:sandbox_id>/", views.sandbox_detail, name="detail"),
     path("<str:sandbox_id>/exec/", views.sandbox_exec, name="exec"),
+    path("<str:sandbox_id>/egress/", views.sandbox_egress, name="egress"),
     path("<str:sandbox_id>/terminate/", views.sandbox_terminate, name="terminate"),
 ]

@@ -19,6 +19,7 @@ urlpatterns = [
         f"{one}/files",
         methods(GET=api.read_path, POST=api.write_file, DELETE=api.delete_path),
     ),
+    path(f"{one}/egress", methods(GET=api.list_egress)),
     path(f"{one}/files/mkdir", methods(POST=api.mkdir)),
     path(f"{one}/files/move", methods(POST=api.move)),
     path(f"{one}/files/stat", methods(GET=api.stat)),

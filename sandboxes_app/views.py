@@ -9,7 +9,7 @@ from django.views.decorators.http import require_http_methods, require_POST, req
 
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError, NotFound
+from orkestr_console.errors import DomainError, HostUnavailable, NotFound
 from sandboxes_app import pages, services
 from sandboxes_app.forms import CommandForm, SandboxForm, lifetimes, sizes
 from sandboxes_app.pages import Entry
@@ -96,6 +96,20 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
         return render(request, "sandboxes_app/_entry.html", context)
     kept = form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
     return detail_page(request, sandbox_id, kept, entry)
+
+
+@require_safe
+@console_page
+def sandbox_egress(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """What it asked of the network: the page's part, or without a script a page of its own."""
+    sandbox = services.get_sandbox(request.actor, sandbox_id)
+    context: dict[str, object] = {"sandbox": sandbox}
+    try:
+        context["hosts"] = services.list_egress(request.actor, sandbox_id)
+    except HostUnavailable as error:
+        context["error"] = error.detail
+    name = "_egress" if request.htmx else "egress"
+    return render(request, f"sandboxes_app/{name}.html", context)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

@@ -10,6 +10,7 @@ from typing import ClassVar
 from django.http import QueryDict
 
 from orkestr_console.console.forms import Form
+from orkestr_console.egress import besides_default, own_names
 from orkestr_console.errors import DomainError
 from orkestr_console.validation import parse_spec
 from templates_app.models import Network, Template
@@ -57,6 +58,8 @@ class TemplateForm(Form):
     base_template: str = "python-3.12"
     recipe: str = ""
     network: str = Network.RESTRICTED.value
+    # Host names, with blanks between, that the build may reach beside the default list.
+    allow_domains: str = ""
     # Steps of the template this one starts from that one line each cannot say.
     left_out: tuple[int, ...] = ()
 
@@ -65,6 +68,7 @@ class TemplateForm(Form):
         "base_template": "The base image",
         "recipe": "The recipe",
         "network": "The network",
+        "allow_domains": "The list of hosts",
     }
 
     @classmethod
@@ -75,6 +79,7 @@ class TemplateForm(Form):
             base_template=data.get("base_template", ""),
             recipe=data.get("recipe", "").replace("\r\n", "\n").replace("\r", "\n"),
             network=data.get("network", ""),
+            allow_domains=data.get("allow_domains", "").strip(),
         )
 
     @classmethod
@@ -92,6 +97,7 @@ class TemplateForm(Form):
             base_template=template.base_template,
             recipe="\n".join(step for _, step in steps if sayable(step)),
             network=template.network,
+            allow_domains=own_names(template.allow_domains),
             left_out=tuple(number for number, step in steps if not sayable(step)),
         )
 
@@ -105,8 +111,13 @@ class TemplateForm(Form):
                 "base_template": self.base_template,
                 "recipe": [step.command for step in steps_of(self.recipe)],
                 "network": self.network,
+                "allow_domains": self.allowlist(),
             },
         )
+
+    def allowlist(self) -> list[str] | None:
+        """What the names typed come to; on the open network they do not matter."""
+        return besides_default(self.allow_domains) if self.network == Network.RESTRICTED else None
 
     def take(self, error: DomainError) -> None:
         """As any form; of a wrong step it says the line, as that is what people see."""

@@ -85,6 +85,9 @@ class Template(models.Model):
     base_image = models.CharField(max_length=64)
     recipe = models.JSONField()
     network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
+    allow_domains = models.JSONField(null=True, blank=True)
+    # Hosts that the failing step was refused and that an allowlist could name.
+    refused_hosts = models.JSONField(default=list, blank=True)
     status = models.CharField(
         max_length=16, choices=TemplateStatus.choices, default=TemplateStatus.BUILDING
     )

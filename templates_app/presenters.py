@@ -20,6 +20,8 @@ def template_summary(template: Template) -> dict[str, Any]:
         "base_template": template.base_template,
         "recipe": template.recipe,
         "network": template.network,
+        "allow_domains": template.allow_domains,
+        "refused_hosts": template.refused_hosts,
         "error_message": template.error_message or None,
         "error_code": template.error_code or None,
         "size_bytes": template.size_bytes,

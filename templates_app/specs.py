@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from orkestr_console.egress import Allowlist
 from templates_app.models import LONGEST_NAME
 
 MOST_STEPS = 100
@@ -76,3 +77,12 @@ class TemplateSpec(BaseModel):
         list[Annotated[str, AfterValidator(usable_step)]], AfterValidator(usable_recipe)
     ]
     network: Literal["restricted", "open"] = Field(default="restricted")
+    # What the build may reach in place of the default list; ``@default`` in it stands for that.
+    allow_domains: Allowlist = None
+
+    @model_validator(mode="after")
+    def a_list_is_read(self) -> Self:
+        """An allowlist means something to the restricted network alone."""
+        if self.allow_domains is not None and self.network != "restricted":
+            raise ValueError("'allow_domains' applies to network 'restricted' only.")
+        return self

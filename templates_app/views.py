@@ -42,7 +42,9 @@ def template_new(request: ConsoleRequest) -> HttpResponse:
 def prefilled(request: ConsoleRequest) -> TemplateForm:
     """A form as ``?from=``, ``?preset=`` or ``?base=`` ask for it."""
     if source := request.GET.get("from"):
-        return TemplateForm.like(services.get_template(request.actor, source))
+        form = TemplateForm.like(services.get_template(request.actor, source))
+        form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
+        return form
     form = TemplateForm.preset(request.GET.get("preset", ""))
     form.base_template = request.GET.get("base") or form.base_template
     return form

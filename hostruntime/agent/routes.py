@@ -44,6 +44,7 @@ def _routes() -> list[Route]:
         Route("/health", health),
         Route("/egress/defaults", egress_defaults),
         Route("/egress/decisions", egress_decisions),
+        Route("/egress/hosts", egress_hosts),
         Route("/sandboxes", list_sandboxes),
         Route("/sandboxes", create_sandbox, methods=["POST"]),
         Route(sandbox, get_sandbox),
@@ -89,6 +90,12 @@ async def egress_decisions(request: Request) -> Response:
     since = _number(request, "since", 0.0)
     found = await asyncio.to_thread(_host(request).proxy.decisions, owner, since)
     return JSONResponse({"decisions": [asdict(decision) for decision in found]})
+
+
+async def egress_hosts(request: Request) -> Response:
+    """What one owner did with each host."""
+    found = await asyncio.to_thread(_host(request).proxy.hosts, _parameter(request, "owner"))
+    return JSONResponse({"hosts": [asdict(use) for use in found]})
 
 
 # Sandboxes -------------------------------------------------------------------------------------

@@ -67,16 +67,20 @@ class Actor:
     def require_network(self, network: str) -> None:
         """Raise ``Forbidden`` if the token is for other networks only."""
         if self.token:
-            refuse_outside(self.token.allowed_networks, "network", network)
+            refuse_outside(
+                self.token.allowed_networks, "network", network, code="network_policy_blocked"
+            )
 
 
-def refuse_outside(allowed: list[str] | None, what: str, asked: str) -> None:
+def refuse_outside(
+    allowed: list[str] | None, what: str, asked: str, code: str = "token_restricted"
+) -> None:
     """Raise ``Forbidden`` unless ``asked`` is among ``allowed``, or everything is."""
     if allowed is not None and asked not in allowed:
         named = ", ".join(allowed) or "none"
         raise Forbidden(
             f"This API token may not use the {what} {asked!r}, only: {named}. Use another token.",
-            code="token_restricted",
+            code=code,
         )
 
 

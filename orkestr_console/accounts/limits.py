@@ -57,6 +57,7 @@ KINDS: Mapping[str, Kind] = {
     "max_volumes": Kind("Volumes", "", "keeps", "volumes", "delete one"),
     "api_requests_per_minute": Kind("API requests a minute for each token"),
 }
+RELATED = ("plan", "limits", "agreement")
 # What a person can have a share of.
 SHARES = ("max_templates", "max_concurrent_sandboxes")
 
@@ -146,7 +147,7 @@ class Envelope:
         limit = self.numbers[name]
         if wanted > limit.value:
             raise refusal(
-                f"{field}: at most {limit.value:,} is what {self.who_allows(limit)}; ask for "
+                f"{field}: at most {limit.value} is what {self.who_allows(limit)}; ask for "
                 f"less, or {self.advice(limit)}",
                 name,
                 wanted,
@@ -222,8 +223,7 @@ def refusal(detail: str, name: str, used: int, limit: int) -> PlanLimit:
 
 def envelope(team: Team, user: User | None = None) -> Envelope:
     """What limits ``team``, and ``user`` in it, now."""
-    fresh = Team.objects.select_related("plan", "limits", "agreement").get(pk=team.pk)
-    return build(fresh, user)
+    return build(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
 
 
 def hold(team: Team, user: User | None = None) -> Envelope:
@@ -231,8 +231,8 @@ def hold(team: Team, user: User | None = None) -> Envelope:
 
     Whoever counts against a limit and then takes a place does both under this lock.
     """
-    Team.objects.select_for_update(of=("self",)).get(pk=team.pk)
-    return envelope(team, user)
+    rows = Team.objects.select_for_update(of=("self",)).select_related(*RELATED)
+    return build(rows.get(pk=team.pk), user)
 
 
 def build(team: Team, user: User | None = None) -> Envelope:

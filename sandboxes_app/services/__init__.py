@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sandboxes_app.services.commands import ExecAnswer, exec_command, exec_stream
 from sandboxes_app.services.create import create_sandbox
+from sandboxes_app.services.egress import list_egress
 from sandboxes_app.services.files import (
     BatchRow,
     delete_path,
@@ -32,6 +33,7 @@ __all__ = [
     "exec_stream",
     "get_sandbox",
     "limits",
+    "list_egress",
     "list_sandboxes",
     "mkdir",
     "move",

@@ -152,6 +152,7 @@ def hand_over(template: Template, driver: str) -> None:
         base_image=template.base_image,
         recipe=template.recipe,
         network=template.network,
+        allow_domains=template.allow_domains,
         step_timeout_seconds=allowed.value("step_timeout_seconds"),
         build_timeout_seconds=allowed.value("build_timeout_seconds"),
     )

@@ -93,6 +93,8 @@ def published(template: Template, event: HostEvent) -> None:
 
 def failed(template: Template, event: HostEvent) -> None:
     """The build ended without an image: say why, and which steps never ran."""
+    refused = event.data.get("refused") or []
+    Template.objects.filter(pk=template.pk).update(refused_hosts=refused)
     fail(template, str(event.data.get("code", "internal")), str(event.data.get("message", "")))
 
 

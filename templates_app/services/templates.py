@@ -70,6 +70,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
             base_image=source.image_id,
             recipe=spec.recipe,
             network=spec.network,
+            allow_domains=spec.allow_domains,
         )
         BuildStep.objects.bulk_create(
             BuildStep(template=template, number=number, command=command)
@@ -100,6 +101,8 @@ def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
     held.require_room("max_concurrent_builds", kept.building().count())
     held.require_room("template_disk_mb", disk_mb(held.team))
     held.require_network(spec.network)
+    if spec.allow_domains is not None:
+        held.require_allowlist()
     if not spec.base_template.startswith(LOOKS_LIKE_A_TEMPLATE):
         held.require_base(ALIASES.get(spec.base_template, spec.base_template))
 

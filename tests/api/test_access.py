@@ -23,6 +23,7 @@ ROUTES = {
     SANDBOX: ("GET", "DELETE"),
     f"{SANDBOX}/timeout": ("POST",),
     f"{SANDBOX}/exec": ("POST",),
+    f"{SANDBOX}/egress": ("GET",),
     f"{SANDBOX}/files": ("GET", "POST", "DELETE"),
     f"{SANDBOX}/files/mkdir": ("POST",),
     f"{SANDBOX}/files/move": ("POST",),

@@ -209,11 +209,12 @@ def test_a_session_is_no_token(console: Client) -> None:
     refused(console.get("/v1/things"), 401, "unauthenticated")
 
 
-def test_a_call_costs_one_query(
+def test_a_call_costs_two_queries(
     api: Client, django_assert_num_queries: DjangoAssertNumQueries
 ) -> None:
     api.get("/v1/things")
-    with django_assert_num_queries(1):
+    # The token with all that limits its team, and its rate.
+    with django_assert_num_queries(2):
         api.get("/v1/things")
 
 

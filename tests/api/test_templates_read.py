@@ -63,7 +63,10 @@ def test_the_list_is_newest_first_and_the_teams_own(
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(api: Client, host: FakeHost) -> None:
-    ids = [post(api, URL, GOOD).json()["id"] for _ in range(5)]
+    ids = [post(api, URL, GOOD).json()["id"] for _ in range(4)]
+    # So many may build at once; a fifth when these have ended.
+    run_queue()
+    ids.append(post(api, URL, GOOD).json()["id"])
     # All of the same moment, so that only the id orders them.
     Template.objects.update(created_at=timezone.now())
     seen: list[str] = []
@@ -102,7 +105,8 @@ def test_a_list_costs_the_same_however_long(
     for _ in range(4):
         post(api, URL, GOOD)
     api.get(URL)
-    with django_assert_max_num_queries(2):
+    # The token, its rate, the rows.
+    with django_assert_max_num_queries(3):
         assert len(api.get(URL).json()["templates"]) == 4
 
 

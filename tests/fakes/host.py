@@ -21,6 +21,7 @@ from hostruntime.answers import (
     BuildInfo,
     DirectoryEntry,
     DirectoryListing,
+    EgressHost,
     ExecFrame,
     ExecResult,
     FileContent,
@@ -93,6 +94,8 @@ class FakeHost:
         self.frames: dict[str, list[ExecFrame | HostError]] = {}
         self.ended_early: list[str] = []
         self.kept: list[list[str]] = []
+        self.egress: dict[str, list[EgressHost]] = {}
+        self.next_failure: dict[str, Any] | None = None
         self.streams = 0
         self._epoch = 0
 
@@ -183,6 +186,10 @@ class FakeHost:
         self._up()
         return ["github.com", "example.org"]
 
+    def egress_hosts(self, owner: str) -> list[EgressHost]:
+        self._up()
+        return self.egress.get(owner, [])
+
     def images(self) -> list[ImageInfo]:
         """As the client."""
         self._up()
@@ -240,14 +247,22 @@ class FakeHost:
                     "base_image": base_image,
                     "recipe": list(recipe),
                     "network": network,
+                    "allow_domains": None if allow_domains is None else list(allow_domains),
                     "step_timeout_seconds": step_timeout_seconds,
                     "build_timeout_seconds": build_timeout_seconds,
                 }
             )
             self.lock.notify_all()
         if self.by_itself:
-            self.finish(build_id)
+            self._end_build(build_id)
         return self.build(build_id)
+
+    def _end_build(self, build_id: str) -> None:
+        if self.next_failure is None:
+            self.finish(build_id)
+        else:
+            failure, self.next_failure = self.next_failure, None
+            self.emit(build_id, "failed", **failure)
 
     def build(self, build_id: str) -> BuildInfo:
         """As the client."""

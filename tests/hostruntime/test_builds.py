@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hostruntime.assembly import Host
+from hostruntime.build_report import Refused
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
 from hostruntime.errors import InvalidRequest, NotFound
 from hostruntime.images import ImageManifest, ImageStore
@@ -26,7 +27,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.paths = StatePaths(root / "state").ensure()
         self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
-        self.refused: list[str] = []
+        self.refused: list[Refused] = []
         self.containers = FakeContainers()
         self.restart()
         staged = self.store.staging("debian-12")
@@ -151,10 +152,22 @@ async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
 
 
 async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
-    world.refused = ["example.org:443", "10.0.0.1:80"]
+    world.refused = [
+        Refused("example.org", 443, "not_listed"),
+        Refused("10.0.0.1", 80, "address_literal"),
+    ]
     failed = (await world.build("fail 7"))[-1]
     assert "the network policy refused: example.org:443, 10.0.0.1:80." in failed["message"]
+    assert '"allow_domains" (beside "@default"' in failed["message"]
+    assert failed["refused"] == ["example.org"]
     assert 'network "open"' in failed["message"]
+
+
+async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> None:
+    world.refused = [Refused("example.org", 80, "not_https")]
+    failed = (await world.build("fail 1"))[-1]
+    assert "use https:// addresses" in failed["message"]
+    assert "refused" not in failed
 
 
 async def test_a_step_that_takes_too_long(world: World) -> None:
@@ -221,7 +234,7 @@ async def test_a_full_host_fails_the_build(world: World) -> None:
 
 
 async def test_a_defect_is_an_end_too(world: World) -> None:
-    def defect(*_: object) -> list[str]:
+    def defect(*_: object) -> list[Refused]:
         raise ZeroDivisionError
 
     world.restart()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from django import template
 from django.templatetags.static import static
@@ -142,6 +142,12 @@ def copy_from(element: str, label: str) -> dict[str, str]:
 def badge(state: object, element: str = "") -> dict[str, object]:
     """A status as a dot and a word; ``state`` has ``tone``, ``label`` and ``value``."""
     return {"state": state, "id": element}
+
+
+@register.simple_tag
+def moment_of(at: float) -> SafeString | str:
+    """A Unix time as :func:`moment` shows it."""
+    return moment(datetime.fromtimestamp(at, UTC))
 
 
 @register.inclusion_tag("console/_network.html")

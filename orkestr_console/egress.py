@@ -1,0 +1,33 @@
+"""What may be asked of the restricted network's allowlist, of templates and sandboxes alike."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from hostruntime.policy import DEFAULT_LIST, PolicyError, normalise_domains
+
+
+def usable_domains(domains: list[str] | None) -> list[str] | None:
+    """An allowlist in its normal form."""
+    if domains is None:
+        return None
+    try:
+        return list(normalise_domains(domains))
+    except PolicyError as error:
+        raise ValueError(str(error)) from None
+
+
+def besides_default(names: str) -> list[str] | None:
+    """A person's own names, typed with blanks or commas between, beside the default list's."""
+    own = names.replace(",", " ").split()
+    return [DEFAULT_LIST, *own] if own else None
+
+
+def own_names(domains: list[str] | None) -> str:
+    """The names of an allowlist that are not the default list, as they are typed."""
+    return " ".join(domain for domain in domains or () if domain != DEFAULT_LIST)
+
+
+Allowlist = Annotated[list[str] | None, AfterValidator(usable_domains)]

@@ -1,0 +1,21 @@
+"""What a sandbox asked of the network, and what it was answered."""
+
+from __future__ import annotations
+
+from hostruntime.answers import EgressHost
+from orkestr_console.accounts.actor import READ, Actor
+from orkestr_console.services.hosts import errors_told, host
+from sandboxes_app.services.lifecycle import get_sandbox
+
+
+def list_egress(actor: Actor, sandbox_id: str) -> list[EgressHost]:
+    """The hosts a restricted sandbox asked for, refused ones first; none on other networks.
+
+    Raises ``NotFound``, ``HostUnavailable``.
+    """
+    actor.require(READ)
+    sandbox = get_sandbox(actor, sandbox_id)
+    if sandbox.network != "restricted":
+        return []
+    with errors_told():
+        return host().egress_hosts(sandbox.pk)

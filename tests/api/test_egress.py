@@ -1,0 +1,116 @@
+"""Allowlists over REST, what a build was refused, and what a sandbox asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from django.test import Client
+
+from hostruntime.answers import EgressHost
+from orkestr_console.accounts.models import ApiToken, Team
+from templates_app.models import Template
+from tests.api.asking import refusal
+from tests.fakes.fixtures import run_queue
+from tests.fakes.host import FakeHost
+
+TEMPLATE = {"name": "tools", "base_template": "debian-12", "recipe": ["true"]}
+SANDBOX = {"template": "debian-12", "network": "restricted"}
+
+
+def made(api: Client, path: str, body: Mapping[str, object]) -> dict[str, object]:
+    answer = api.post(path, body, content_type="application/json")
+    assert answer.status_code == 201, answer.content
+    said: dict[str, object] = answer.json()
+    return said
+
+
+def test_a_templates_list_is_normalised_and_reaches_the_host(api: Client, host: FakeHost) -> None:
+    body = {**TEMPLATE, "allow_domains": ["@default", "*.Example.ORG.", "bücher.example"]}
+    said = made(api, "/v1/templates", body)
+    assert said["allow_domains"] == ["@default", "example.org", "xn--bcher-kva.example"]
+    run_queue()
+    assert Template.objects.get().status == "ready"
+    request = host.built[Template.objects.get().image_id].request
+    assert request["allow_domains"] == said["allow_domains"]
+
+
+@pytest.mark.parametrize(
+    "domains",
+    [["10.0.0.1"], ["https://example.org"], ["a.*.example"], ["localhost"], [""], "x.example", [7]],
+)
+@pytest.mark.parametrize(("path", "body"), [("templates", TEMPLATE), ("sandboxes", SANDBOX)])
+def test_garbage_is_refused(
+    api: Client, host: FakeHost, path: str, body: dict[str, object], domains: object
+) -> None:
+    refusal(
+        api.post(
+            f"/v1/{path}", {**body, "allow_domains": domains}, content_type="application/json"
+        ),
+        400,
+        "invalid_request",
+    )
+
+
+def test_a_list_is_for_the_restricted_network(api: Client, host: FakeHost) -> None:
+    body = {**TEMPLATE, "network": "open", "allow_domains": ["example.org"]}
+    answer = api.post("/v1/templates", body, content_type="application/json")
+    assert "restricted" in refusal(answer, 400, "invalid_request")["detail"]
+
+
+def test_a_list_is_the_plans_to_give(api: Client, team: Team, host: FakeHost) -> None:
+    type(team.plan).objects.filter(pk=team.plan_id).update(custom_egress_allowlist=False)
+    for path, body in (("templates", TEMPLATE), ("sandboxes", SANDBOX)):
+        wanted = {**body, "allow_domains": ["example.org"]}
+        answer = api.post(f"/v1/{path}", wanted, content_type="application/json")
+        assert "default allowlist only" in refusal(answer, 403, "plan_limit")["detail"]
+
+
+def test_a_token_for_other_networks_is_told_so_in_the_sdks_word(
+    api: Client, host: FakeHost
+) -> None:
+    ApiToken.objects.update(allowed_networks=["off"])
+    answer = api.post("/v1/sandboxes", SANDBOX, content_type="application/json")
+    assert "only: off" in refusal(answer, 403, "network_policy_blocked")["detail"]
+
+
+def test_a_failed_build_names_what_could_be_allowed(
+    api: Client, console: Client, host: FakeHost
+) -> None:
+    template = made(api, "/v1/templates", TEMPLATE)
+    host.next_failure = {
+        "code": "step_failed",
+        "message": "Step 1 failed.",
+        "refused": ["get.example.org"],
+    }
+    run_queue()
+    said = api.get(f"/v1/templates/{template['id']}").json()
+    assert (said["status"], said["refused_hosts"]) == ("failed", ["get.example.org"])
+    page = console.get(f"/templates/{template['id']}/").content.decode()
+    assert "Build again with get.example.org allowed" in page
+    form = console.get(f"/templates/new/?from={template['id']}&allow=get.example.org")
+    assert 'value="get.example.org"' in form.content.decode()
+
+
+def test_what_a_sandbox_asked_for_is_listed(
+    api: Client, console: Client, other_api: Client, host: FakeHost
+) -> None:
+    box = made(api, "/v1/sandboxes", SANDBOX)["id"]
+    assert api.get(f"/v1/sandboxes/{box}/egress").json() == {"hosts": []}
+    host.egress[str(box)] = [
+        EgressHost("evil.example", 443, 0, 3, "not_listed", "evil.example is no", 1.0, 0, 0),
+        EgressHost("fine.example", 443, 2, 0, "allowed", "fine", 2.0, 1200, 34_000),
+    ]
+    (first, second) = api.get(f"/v1/sandboxes/{box}/egress").json()["hosts"]
+    assert (first["host"], first["refused"], second["received_bytes"]) == ("evil.example", 3, 34000)
+    page = console.get(f"/sandboxes/{box}/egress/").content.decode()
+    assert page.index("evil.example is no") < page.index("fine.example")
+    refusal(other_api.get(f"/v1/sandboxes/{box}/egress"), 404, "not_found")
+
+
+def test_a_host_that_is_away_is_said_in_the_panel(
+    api: Client, console: Client, host: FakeHost
+) -> None:
+    box = made(api, "/v1/sandboxes", SANDBOX)["id"]
+    host.down = True
+    assert "does not answer" in console.get(f"/sandboxes/{box}/egress/").content.decode()
