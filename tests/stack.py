@@ -13,8 +13,8 @@ to make); without it everything is made anew in a temporary one.
 from __future__ import annotations
 
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,11 +27,13 @@ import httpx
 import pytest
 
 from hostruntime.client import HostClient
+from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
 
-READY_SECONDS = 900
+# Less than a test's time, so that what the installation said is what the failure shows.
+READY_SECONDS = 840
 STOP_SECONDS = 90
 
 
@@ -96,7 +98,10 @@ class Stack:
         return self.layout.ready.exists()
 
     def explain(self) -> str:
-        """What it said lately, for a failure's message."""
+        """What it said lately and where it is now, for a failure's message."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
         logs = [self.output, *sorted(self.layout.log.glob("*.log"))]
         return "\n".join(f"{log.name}:\n{tail(log)}" for log in logs)
 
@@ -146,11 +151,16 @@ class Stack:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port nobody uses now.
+
+    Below the range that outgoing connections take theirs from (``ip_local_port_range``, ip(7)):
+    one of those may have it again while the console restarts.
+    """
+    for _ in range(100):
+        port = random.randrange(18000, 32000)
+        if port_is_free(port):
+            return port
+    raise AssertionError("no free port in a hundred tries")
 
 
 def wait_for(

@@ -118,7 +118,9 @@ def pytest_arguments(scratch: Path, paths: Sequence[str]) -> list[str]:
         and (path.is_dir() or path.name.startswith("test_"))
     )
     heavy = [f"tests/{name}" for name in HEAVY if (TESTS / name).is_dir()]
-    return ["-m", "pytest", f"--basetemp={scratch}/pytest", *(paths or [*quick, *heavy])]
+    # After ten failures the cause is among them, and what follows would hide it.
+    reporting = ["--tb=short", "--maxfail=10", f"--basetemp={scratch}/pytest"]
+    return ["-m", "pytest", *reporting, *(paths or [*quick, *heavy])]
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from orkestr_console.runner.layout import Layout
 
 # How a start waits before it says that something is wrong. The first start of the agent makes its
 # pool of network namespaces and reclaims what a killed one left.
-AGENT_SECONDS = 60
+AGENT_SECONDS = 120
 DATABASE_SECONDS = 60
-WEB_SECONDS = 30
-WORKER_SECONDS = 20
+WEB_SECONDS = 120
+WORKER_SECONDS = 120
 
 
 def postgres(layout: Layout) -> Program:

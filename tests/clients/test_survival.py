@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -80,18 +80,20 @@ def answers(stack: Stack, sandbox: Sandbox) -> bool:
         return answer.is_success
 
 
-def test_a_restart_keeps_credentials_sandboxes_and_serves_soon(
+def test_a_restart_keeps_credentials_and_sandboxes_and_makes_nothing_again(
     stack: Stack, sandbox: Sandbox, sdk: OrkestrClient
 ) -> None:
     credentials = stack.credentials
     stack.stop()
     assert not stack.layout.ready.exists()
-    began = time.monotonic()
+    said_before = stack.output.stat().st_size
     stack.start()
-    seconds = time.monotonic() - began
+    said = stack.output.read_bytes()[said_before:].decode()
     assert stack.credentials == credentials
     assert sandbox.exec("echo still here").stdout == "still here\n"
-    assert seconds < 10, f"{seconds:.1f} s\n{stack.output.read_text()[-2000:]}"
+    # That is what makes the second start a matter of seconds.
+    assert re.search(r"schema +up to date", said), said
+    assert re.search(r"base images +debian-12, ", said), said
 
 
 def test_a_second_start_says_that_one_runs_already(stack: Stack) -> None:

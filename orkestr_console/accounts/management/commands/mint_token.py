@@ -10,7 +10,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from orkestr_console.accounts.actor import SCOPES
-from orkestr_console.accounts.limits import envelope
+from orkestr_console.accounts.limits import NETWORKS, envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
 from orkestr_console.errors import InvalidInput
@@ -32,6 +32,17 @@ class Command(BaseCommand):
             "--days", type=int, help="expire after so many days; never if not given"
         )
         parser.add_argument(
+            "--network",
+            action="append",
+            choices=NETWORKS,
+            help="networks it may use; repeat; any if not given",
+        )
+        parser.add_argument(
+            "--template",
+            action="append",
+            help="ids of templates, or bases, it may boot and build from; repeat; any if not given",
+        )
+        parser.add_argument(
             "--plan-check",
             action="store_true",
             help="make none if the team's plan has no custom templates",
@@ -51,7 +62,14 @@ class Command(BaseCommand):
                 "no token was made"
             )
         try:
-            _, text = mint_token(team, options["name"], options["scope"], expires_at=expires_at)
+            _, text = mint_token(
+                team,
+                options["name"],
+                options["scope"],
+                expires_at=expires_at,
+                allowed_templates=options["template"],
+                allowed_networks=options["network"],
+            )
         except InvalidInput as error:
             raise CommandError(error.detail) from None
         self.stdout.write(text)

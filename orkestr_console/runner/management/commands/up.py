@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from argparse import ArgumentParser
@@ -32,6 +33,8 @@ class Command(BaseCommand):
         # SIGINT too: a shell starts a background job with it ignored.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
+        # `kill -USR1` says where a start hangs.
+        faulthandler.register(signal.SIGUSR1)
         try:
             display = Display(os.fdopen(os.dup(1), "w"))
             Console(layout_from(), display, self_check=options["self_check"]).run()
