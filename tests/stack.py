@@ -106,7 +106,7 @@ class Stack:
         return "\n".join(f"{log.name}:\n{tail(log)}" for log in logs)
 
     def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a management command of this installation."""
+        """Run a management command of this installation, which must end in a few minutes."""
         return subprocess.run(
             [sys.executable, "manage.py", *arguments],
             cwd=self.layout.tree,
@@ -114,6 +114,7 @@ class Stack:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            timeout=180,
         )
 
     def pid(self, program: str) -> int:

@@ -27,6 +27,8 @@ LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 3
 TAIL_LINES = 20
 DO_NOT_WAIT = False
+# A program that crashes as it starts may only have come too early: supervisord tries it again.
+PATIENCE_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,25 @@ class Keeper:
         }
 
     def launch(self, name: str) -> None:
-        """Start one program and return at once."""
+        """Start one program and return at once; :meth:`await_ready` says whether it crashes."""
         log = self._log(name)
         self._seen[name] = log.stat().st_size if log.exists() else 0
-        self._call("startProcess", name, DO_NOT_WAIT)
+        self.revive(name)
 
     def await_ready(self, name: str, ready: Callable[[], bool], seconds: float) -> None:
         """Wait until ``ready()``. Raises ``StartError`` with the end of the program's log.
 
-        A program that crashes as it starts is given up on at once; one that is slow gets
+        A program that keeps crashing as it starts is given up on soon; one that is slow gets
         ``seconds``.
         """
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        first_crash: float | None = None
         while not ready():
-            crashed = self.states()[name][0] in {"BACKOFF", "FATAL", "EXITED"}
-            if crashed or time.monotonic() > deadline:
+            now = time.monotonic()
+            down = self.states()[name][0] in {"BACKOFF", "FATAL", "EXITED"}
+            first_crash = now if down and first_crash is None else first_crash
+            crashed = down and first_crash is not None and now > first_crash + PATIENCE_SECONDS
+            if crashed or now > began + seconds:
                 what = "crashed as it started" if crashed else f"is not ready after {seconds:.0f} s"
                 end = tail(self._log(name), self._seen[name])
                 raise StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
@@ -141,7 +147,7 @@ class Keeper:
         return {info["name"]: (info["statename"], info["pid"]) for info in self._all()}
 
     def revive(self, name: str) -> None:
-        """Start a program again that supervisord has given up on; silent if it fails again."""
+        """Start a program, be it one that supervisord has given up on; silent if it crashes."""
         try:
             self._call("startProcess", name, DO_NOT_WAIT)
         except xmlrpc.client.Fault:

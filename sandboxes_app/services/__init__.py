@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sandboxes_app.services.commands import ExecAnswer, exec_command, exec_stream
-from sandboxes_app.services.create import create_sandbox
+from sandboxes_app.services.create import counts, create_sandbox
 from sandboxes_app.services.egress import list_egress
 from sandboxes_app.services.files import (
     BatchRow,
@@ -27,6 +27,7 @@ __all__ = [
     "BatchRow",
     "ExecAnswer",
     "Limits",
+    "counts",
     "create_sandbox",
     "delete_path",
     "exec_command",

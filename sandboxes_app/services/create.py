@@ -17,7 +17,7 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
-from sandboxes_app.models import Sandbox, SandboxEvent, SandboxStatus
+from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.services.bases import ALIASES, Source, resolve
@@ -142,9 +142,19 @@ def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
     name = spec.template or ""
     if BUILT_IN.fullmatch(name):
         held.require_base(ALIASES.get(name, name))
-    running = Sandbox.objects.for_team(held.team).live().filter(expires_at__gt=timezone.now())
+    running = counted(held.team)
     mine = running.filter(created_by=actor.user).count() if actor.user else None
     held.require_room("max_concurrent_sandboxes", running.count(), mine)
+
+
+def counted(team: Team) -> SandboxQuerySet:
+    """The sandboxes that take one of the team's places now."""
+    return Sandbox.objects.for_team(team).live().filter(expires_at__gt=timezone.now())
+
+
+def counts(team: Team) -> dict[str, int]:
+    """What the team uses of the limits that sandboxes count against, by the limit's name."""
+    return {"max_concurrent_sandboxes": counted(team).count()}
 
 
 def boot(sandbox: Sandbox) -> None:

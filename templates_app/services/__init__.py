@@ -6,6 +6,7 @@ from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
 from templates_app.services.templates import (
     ShownStep,
     TemplateUsage,
+    counts,
     create_template,
     delete_template,
     get_template,
@@ -19,6 +20,7 @@ __all__ = [
     "ShownStep",
     "Source",
     "TemplateUsage",
+    "counts",
     "create_template",
     "delete_template",
     "get_template",

@@ -176,6 +176,16 @@ def delete_template(actor: Actor, template_id: str) -> None:
         tell_changed(template_id, team_id)
 
 
+def counts(team: Team) -> dict[str, int]:
+    """What the team uses of the limits that templates count against, by the limit's name."""
+    kept = Template.objects.for_team(team).counted()
+    return {
+        "max_templates": kept.count(),
+        "max_concurrent_builds": kept.building().count(),
+        "template_disk_mb": disk_mb(team),
+    }
+
+
 def template_usage(actor: Actor) -> TemplateUsage:
     """How full the team's plan is."""
     used = Template.objects.for_team(actor.team).counted().count()

@@ -74,7 +74,8 @@ def test_stopping_ends_its_programs(keeper: Keeper) -> None:
 
 def test_programs_do_not_outlive_a_manager_killed_outright(keeper: Keeper, layout: Layout) -> None:
     keeper.launch("steady")
-    wait_for(lambda: keeper.states()["steady"][1] > 0, 10)
+    # Up: from then on it has asked the kernel to be ended with its parent.
+    wait_for(lambda: is_up(layout), 10)
     program = keeper.states()["steady"][1]
     os.kill(int((layout.run / "supervisord.pid").read_text()), signal.SIGKILL)
     wait_for(lambda: ended(program), 10)

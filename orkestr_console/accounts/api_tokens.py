@@ -1,0 +1,96 @@
+"""A team's API tokens as its admins make, see and revoke them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from django.db import transaction
+from django.utils import timezone
+from pydantic import BaseModel, ConfigDict, Field
+
+from orkestr_console.accounts import audit
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.audit import audited
+from orkestr_console.accounts.models import ApiToken, Role
+from orkestr_console.accounts.services import mint_token, revoke_token
+from orkestr_console.errors import InvalidInput, NotFound
+
+LONGEST_DAYS = 3650
+MOST_TEMPLATES = 200
+
+
+class TokenSpec(BaseModel):
+    """A token to make; None is no restriction, or no end."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    scopes: Annotated[list[str], Field(min_length=1)]
+    days: Annotated[int, Field(ge=1, le=LONGEST_DAYS)] | None = None
+    templates: Annotated[list[str], Field(max_length=MOST_TEMPLATES)] | None = None
+    networks: list[Literal["off", "restricted", "open"]] | None = None
+
+
+@audited("token.create", "token")
+def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
+    """A new token and its text, which cannot be had again.
+
+    Raises ``Forbidden`` for a member and ``InvalidInput`` for a restriction that allows nothing.
+    """
+    actor.require_role(Role.ADMIN)
+    for field, chosen in (("templates", spec.templates), ("networks", spec.networks)):
+        if chosen is not None and not chosen:
+            raise InvalidInput(
+                f"{field}: choose at least one, or do not restrict it.",
+                fields={field: "must have at least one chosen."},
+            )
+    expires_at = timezone.now() + timedelta(days=spec.days) if spec.days else None
+    with transaction.atomic():
+        token, text = mint_token(
+            actor.team,
+            spec.name,
+            spec.scopes,
+            created_by=actor.user,
+            expires_at=expires_at,
+            allowed_templates=spec.templates,
+            allowed_networks=list(spec.networks) if spec.networks is not None else None,
+        )
+        data = {
+            "token": token.prefix,
+            "scopes": token.scopes,
+            "expires_at": expires_at.isoformat() if expires_at else None,
+            "templates": token.allowed_templates,
+            "networks": token.allowed_networks,
+        }
+        audit.record(
+            actor, "token.create", kind="token", object_id=token.pk, name=token.name, data=data
+        )
+    return token, text
+
+
+def list_tokens(actor: Actor) -> list[ApiToken]:
+    """The team's tokens, newest first. Raises ``Forbidden`` for a member."""
+    actor.require_role(Role.ADMIN)
+    rows = ApiToken.objects.filter(team=actor.team).select_related("created_by")
+    return list(rows.order_by("-created_at"))
+
+
+@audited("token.revoke", "token")
+def revoke(actor: Actor, token_id: str) -> ApiToken:
+    """End one of the team's tokens: its next call is refused. Again is fine.
+
+    Raises ``NotFound``, and ``Forbidden`` for a member.
+    """
+    actor.require_role(Role.ADMIN)
+    with transaction.atomic():
+        token = ApiToken.objects.filter(team=actor.team, pk=token_id).first()
+        if token is None:
+            raise NotFound("There is no such token.")
+        if token.revoked_at is None:
+            revoke_token(token)
+            data = {"token": token.prefix}
+            audit.record(
+                actor, "token.revoke", kind="token", object_id=token.pk, name=token.name, data=data
+            )
+    return token

@@ -1,0 +1,309 @@
+"""What a team's admins change about its limits, and what an operator does about plans and teams.
+
+All of it counts at once: every check reads the same rows. Lowering a limit below what is in use
+blocks new ones and ends nothing that exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from django.db import models, transaction
+from django.utils import timezone
+from django.utils.text import slugify
+from pydantic import BaseModel, ConfigDict, Field
+
+from orkestr_console.accounts import audit
+from orkestr_console.accounts.actor import EVERYTHING, Actor
+from orkestr_console.accounts.audit import audited
+from orkestr_console.accounts.limits import KINDS, SHARES, Envelope, hold, networks_of
+from orkestr_console.accounts.models import Agreement, Plan, Role, Team, TeamLimits, User
+from orkestr_console.accounts.models.plans import LONGEST_BUILD_SECONDS
+from orkestr_console.errors import InvalidInput, NotFound
+
+# PostgreSQL's integer.
+MOST = 2**31 - 1
+# What can be set to no less than this: none of them means anything at zero.
+LEAST = {
+    "max_timeout_seconds": 10,
+    "step_timeout_seconds": 1,
+    "build_timeout_seconds": 1,
+    "api_requests_per_minute": 1,
+}
+LONGEST = {
+    "step_timeout_seconds": LONGEST_BUILD_SECONDS,
+    "build_timeout_seconds": LONGEST_BUILD_SECONDS,
+}
+SIZES = ("small", "medium", "large")
+
+type Amount = Annotated[int, Field(ge=0, le=MOST)]
+type Numbers = dict[str, Amount | None]
+
+
+class LimitsSpec(BaseModel):
+    """A team's own limits; None is as much as the ceiling allows, or everything offered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    numbers: Numbers = Field(default_factory=dict)
+    shares: Numbers = Field(default_factory=dict)
+    sizes: list[str] | None = None
+    networks: list[str] | None = None
+    bases: list[str] | None = None
+
+
+class AgreementSpec(BaseModel):
+    """Ceilings agreed with one team; None is its plan's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    plan: str
+    numbers: Numbers = Field(default_factory=dict)
+    note: Annotated[str, Field(max_length=2000)] = ""
+
+
+class PlanSpec(BaseModel):
+    """What a plan allows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    numbers: dict[str, Amount]
+    sizes: list[str]
+    allow_open_network: bool
+    custom_egress_allowlist: bool
+
+
+class NewTeamSpec(BaseModel):
+    """A team to make."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    plan: str
+
+
+@audited("limits.set", "team")
+def set_team_limits(actor: Actor, spec: LimitsSpec) -> Envelope:
+    """Set the team's own limits, anywhere up to its ceilings.
+
+    Raises ``Forbidden`` for a member, ``InvalidInput`` naming each number that is out of range.
+    """
+    actor.require_role(Role.ADMIN)
+    with transaction.atomic():
+        held = hold(actor.team)
+        refuse(limits_problems(held, spec))
+        changes: dict[str, Any] = {
+            **only(spec.numbers, KINDS),
+            **{f"member_{name}": value for name, value in only(spec.shares, SHARES).items()},
+            "allowed_sizes": spec.sizes,
+            "allowed_networks": spec.networks,
+            "allowed_bases": spec.bases,
+        }
+        row = TeamLimits.objects.filter(team=actor.team).first() or TeamLimits(team=actor.team)
+        changed = apply(row, changes)
+        row.updated_at, row.updated_by = timezone.now(), actor.user
+        row.save()
+        audit.record(
+            actor,
+            "limits.set",
+            kind="team",
+            object_id=actor.team.pk,
+            name=actor.team.name,
+            data={"changed": changed},
+        )
+        return hold(actor.team)
+
+
+def limits_problems(held: Envelope, spec: LimitsSpec) -> dict[str, str]:
+    """What of ``spec`` cannot be, by field."""
+    problems = range_problems({**spec.numbers})
+    for name, value in spec.numbers.items():
+        limit = held.numbers.get(name)
+        if name not in problems and limit and value is not None and value > limit.ceiling:
+            who = "was agreed for your team" if limit.agreed else f"the {held.plan.name} plan has"
+            problems[name] = (
+                f"can be at most {limit.ceiling:,}, which {who}; only an operator raises it."
+            )
+    offered = {
+        "sizes": (spec.sizes, held.plan.allowed_sizes),
+        "networks": (spec.networks, networks_of(held.plan)),
+    }
+    for field, (chosen, known) in offered.items():
+        if (problem := choice_problem(chosen, known)) is not None:
+            problems[field] = problem
+    if spec.bases is not None and not spec.bases:
+        problems["bases"] = "must keep at least one."
+    return problems
+
+
+def choice_problem(chosen: Sequence[str] | None, offered: Sequence[str]) -> str | None:
+    """Why ``chosen`` is no selection of what is offered, if it is none."""
+    if chosen is None:
+        return None
+    strange = [name for name in chosen if name not in offered]
+    if strange:
+        return f"has {strange[0]!r}; the plan offers {', '.join(offered)}."
+    return None if chosen else "must keep at least one."
+
+
+def range_problems(numbers: Mapping[str, int | None]) -> dict[str, str]:
+    """Which of the numbers no limit of that name can be, and why."""
+    problems = {name: "is no limit." for name in numbers if name not in KINDS}
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if value < LEAST.get(name, 0):
+            problems[name] = f"must be at least {LEAST[name]}."
+        elif value > LONGEST.get(name, MOST):
+            problems[name] = f"must be at most {LONGEST[name]:,}."
+    return problems
+
+
+def refuse(problems: Mapping[str, str]) -> None:
+    """Raise ``InvalidInput`` if there are any."""
+    if problems:
+        name, sentence = next(iter(problems.items()))
+        raise InvalidInput(f"{name} {sentence}", fields=dict(problems))
+
+
+def only(numbers: Mapping[str, int | None], names: Iterable[str]) -> dict[str, int | None]:
+    """A value for each name; what was not given is None."""
+    return {name: numbers.get(name) for name in names}
+
+
+def apply(row: models.Model, changes: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Set the fields, and say which were what before and are what now."""
+    before = {name: getattr(row, name) for name in changes}
+    for name, value in changes.items():
+        setattr(row, name, value)
+    return {name: [before[name], value] for name, value in changes.items() if before[name] != value}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A person who runs this server, in whichever team. Made by :func:`operator`."""
+
+    user: User
+    address: str | None
+
+    def of(self, team: Team) -> Actor:
+        """The operator acting for a team, as an owner would."""
+        scopes = frozenset({EVERYTHING})
+        return Actor(team, self.user, None, "console", self.address, scopes, Role.OWNER)
+
+
+def operator(user: User, address: str | None) -> Operator:
+    """Raises ``NotFound`` for anybody else: they have no business knowing what is here."""
+    if not user.is_staff:
+        raise NotFound
+    return Operator(user, address)
+
+
+def list_teams(_: Operator, text: str = "") -> list[Team]:
+    """Every team whose name, slug or id has ``text``, with its plan and number of people."""
+    found = Team.objects.select_related("plan").annotate(people=models.Count("memberships"))
+    if text:
+        named = models.Q(name__icontains=text) | models.Q(slug__icontains=text)
+        found = found.filter(named | models.Q(pk=text))
+    return list(found.order_by("name", "pk"))
+
+
+def get_team(_: Operator, team_id: str) -> Team:
+    """One team. Raises ``NotFound``."""
+    team = Team.objects.select_related("plan", "agreement", "limits").filter(pk=team_id).first()
+    if team is None:
+        raise NotFound("There is no such team.")
+    return team
+
+
+def list_plans(_: Operator | Actor) -> list[Plan]:
+    """Every plan, the smallest first."""
+    return list(Plan.objects.order_by("max_templates", "max_concurrent_sandboxes", "code"))
+
+
+def get_plan(_: Operator, code: str) -> Plan:
+    """One plan. Raises ``NotFound``."""
+    plan = Plan.objects.filter(pk=code).first()
+    if plan is None:
+        raise NotFound("There is no such plan.")
+    return plan
+
+
+def set_agreement(who: Operator, team_id: str, spec: AgreementSpec) -> Team:
+    """Put a team on a plan, with ceilings of its own where given. Raises ``InvalidInput``."""
+    team = get_team(who, team_id)
+    actor = who.of(team)
+    with audit.denials(actor, "plan.set", "team", team.pk), transaction.atomic():
+        hold(team)
+        plan = known_plan(spec.plan)
+        refuse(range_problems(spec.numbers))
+        row = Agreement.objects.filter(team=team).first() or Agreement(team=team)
+        changed = apply(row, {**only(spec.numbers, KINDS), "note": spec.note})
+        row.save()
+        if team.plan_id != plan.pk:
+            changed["plan"] = [team.plan_id, plan.pk]
+            Team.objects.filter(pk=team.pk).update(plan=plan)
+        data = {"changed": changed}
+        audit.record(actor, "plan.set", kind="team", object_id=team.pk, name=team.name, data=data)
+    return get_team(who, team_id)
+
+
+def known_plan(code: str) -> Plan:
+    """The plan with this code. Raises ``InvalidInput``."""
+    plan = Plan.objects.filter(pk=code).first()
+    if plan is None:
+        known = ", ".join(Plan.objects.values_list("code", flat=True))
+        raise InvalidInput(f"plan: there are {known}.", fields={"plan": f"must be one of {known}."})
+    return plan
+
+
+def edit_plan(who: Operator, code: str, spec: PlanSpec) -> Plan:
+    """Change what a plan allows, for every team on it. Raises ``InvalidInput``, ``NotFound``."""
+    missing = {name: "is required." for name in KINDS if name not in spec.numbers}
+    wrong_sizes = choice_problem(spec.sizes, SIZES)
+    problems = {**missing, **range_problems(spec.numbers)}
+    refuse({**problems, **({"sizes": wrong_sizes} if wrong_sizes else {})})
+    with transaction.atomic():
+        plan = Plan.objects.select_for_update().filter(pk=code).first()
+        if plan is None:
+            raise NotFound("There is no such plan.")
+        changed = apply(
+            plan,
+            {
+                "name": spec.name,
+                **spec.numbers,
+                "allowed_sizes": [size for size in SIZES if size in spec.sizes],
+                "allow_open_network": spec.allow_open_network,
+                "custom_egress_allowlist": spec.custom_egress_allowlist,
+            },
+        )
+        plan.save()
+        for team in Team.objects.filter(plan=plan):
+            data = {"changed": changed}
+            audit.record(
+                who.of(team), "plan.edit", kind="plan", object_id=code, name=plan.name, data=data
+            )
+    return plan
+
+
+def create_team(who: Operator, spec: NewTeamSpec) -> Team:
+    """A team nobody is in yet. Raises ``InvalidInput`` for a plan that does not exist."""
+    with transaction.atomic():
+        plan = known_plan(spec.plan)
+        team = Team.objects.create(name=spec.name, slug=free_slug(spec.name), plan=plan)
+        data = {"plan": plan.pk}
+        audit.record(
+            who.of(team), "team.create", kind="team", object_id=team.pk, name=team.name, data=data
+        )
+    return team
+
+
+def free_slug(name: str) -> str:
+    """A short name for addresses and commands that no team has."""
+    stem = slugify(name)[:50] or "team"
+    taken = set(Team.objects.filter(slug__startswith=stem).values_list("slug", flat=True))
+    numbered = (f"{stem}-{number}" for number in range(2, len(taken) + 3))
+    return next(slug for slug in (stem, *numbered) if slug not in taken)

@@ -1,0 +1,113 @@
+"""The page of a team's limits: everybody in the team sees it, its admins set them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_http_methods
+
+import sandboxes_app.services as sandboxes
+import templates_app.services as templates
+from orkestr_console.accounts import limit_changes
+from orkestr_console.accounts.limits import (
+    KINDS,
+    SHARES,
+    Envelope,
+    Limit,
+    envelope,
+    networks_of,
+)
+from orkestr_console.accounts.models import Role, Team
+from orkestr_console.console.limits_forms import SHARE_LABELS, LimitsForm
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One limit as the page shows it: ``used`` is None for what is not counted."""
+
+    limit: Limit
+    used: int | None
+    typed: str
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is room for no more."""
+        return self.used is not None and self.used >= self.limit.value
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more is there than a new limit allows."""
+        return self.used is not None and self.used > self.limit.value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One box to tick."""
+
+    value: str
+    label: str
+    ticked: bool
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def limits_page(request: ConsoleRequest) -> HttpResponse:
+    """Every limit as a meter; a refusal keeps what was typed."""
+    actor = request.actor
+    held = envelope(actor.team, actor.user)
+    bases = [base.id for base in templates.list_bases(actor) if base.group == "builtin"]
+    offered = {
+        "sizes": list(held.plan.allowed_sizes),
+        "networks": networks_of(held.plan),
+        "bases": bases,
+    }
+    if request.method != "POST":
+        return show(request, held, offered, LimitsForm.current(held, bases))
+    form = LimitsForm.typed(request.POST)
+    try:
+        limit_changes.set_team_limits(actor, form.spec(held, offered))
+    except DomainError as error:
+        form.take(error)
+        return show(request, held, offered, form, error.status)
+    messages.success(request, "The team's limits were saved and count from now on.")
+    return redirect("console:limits")
+
+
+def show(
+    request: ConsoleRequest,
+    held: Envelope,
+    offered: dict[str, list[str]],
+    form: LimitsForm,
+    status: int = 200,
+) -> HttpResponse:
+    """The page."""
+    used = counts(request.actor.team)
+    context = {
+        "form": form,
+        "held": held,
+        "rows": [Row(held.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
+        "shares": [(n, SHARE_LABELS[n], form.shares.get(n, ""), held.shares[n]) for n in SHARES],
+        "groups": [
+            ("sizes", "Sizes", choices(offered["sizes"], form.sizes)),
+            ("networks", "Networks", choices(offered["networks"], form.networks)),
+            ("bases", "Base images", choices(offered["bases"], form.bases)),
+        ],
+        "may_edit": request.actor.is_at_least(Role.ADMIN),
+        "admins": held.admins(),
+    }
+    return render(request, "console/limits.html", context, status=status)
+
+
+def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
+    """A box for each."""
+    return [Choice(name, name, name in ticked) for name in offered]
+
+
+def counts(team: Team) -> dict[str, int]:
+    """What the team uses of each limit that something counts against."""
+    return {**templates.counts(team), **sandboxes.counts(team)}

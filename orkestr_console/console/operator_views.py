@@ -1,0 +1,107 @@
+"""What an operator of this server sees of all teams, and what only they change."""
+
+from __future__ import annotations
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_http_methods, require_safe
+
+from orkestr_console.accounts import limit_changes
+from orkestr_console.accounts.limit_changes import SIZES, Operator
+from orkestr_console.accounts.limits import KINDS, build
+from orkestr_console.console.limits_forms import AgreementForm, PlanForm, TeamForm
+from orkestr_console.console.limits_views import counts
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError
+
+
+def operator_of(request: HttpRequest) -> Operator:
+    """The operator who asks. Raises ``NotFound`` for anybody else."""
+    return limit_changes.operator(request.user, request.META.get("REMOTE_ADDR"))  # type: ignore[arg-type]
+
+
+@require_safe
+@console_page
+def operator_page(request: ConsoleRequest) -> HttpResponse:
+    """Every team with its plan and use, and the plans."""
+    who = operator_of(request)
+    text = request.GET.get("q", "").strip()
+    teams = [(team, counts(team)) for team in limit_changes.list_teams(who, text)]
+    context = {"teams": teams, "plans": limit_changes.list_plans(who), "q": text}
+    return render(request, "console/operator.html", context)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def operator_team(request: ConsoleRequest, team_id: str) -> HttpResponse:
+    """One team's plan, and the ceilings agreed with it."""
+    who = operator_of(request)
+    seen = limit_changes.get_team(who, team_id)
+    form = AgreementForm.current(seen.plan_id, getattr(seen, "agreement", None))
+    status = 200
+    if request.method == "POST":
+        form = AgreementForm.typed(request.POST)
+        try:
+            limit_changes.set_agreement(who, team_id, form.spec())
+        except DomainError as error:
+            form.take(error)
+            status = error.status
+        else:
+            messages.success(request, f"Saved: it counts for {seen.name} from now on.")
+            return redirect("console:operator_team", team_id)
+    held = build(seen)
+    used = counts(seen)
+    context = {
+        "seen": seen,
+        "form": form,
+        "plans": limit_changes.list_plans(who),
+        "rows": [(held.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
+    }
+    return render(request, "console/operator_team.html", context, status=status)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def operator_plan(request: ConsoleRequest, code: str) -> HttpResponse:
+    """What a plan allows, for every team on it."""
+    who = operator_of(request)
+    seen = limit_changes.get_plan(who, code)
+    form, status = PlanForm.current(seen), 200
+    if request.method == "POST":
+        form = PlanForm.typed(request.POST)
+        try:
+            limit_changes.edit_plan(who, code, form.spec())
+        except DomainError as error:
+            form.take(error)
+            status = error.status
+        else:
+            messages.success(request, f"Plan {form.name} was saved and counts from now on.")
+            return redirect("console:operator")
+    context = {
+        "seen": seen,
+        "form": form,
+        "rows": [(name, kind, form.numbers.get(name, "")) for name, kind in KINDS.items()],
+        "sizes": SIZES,
+    }
+    return render(request, "console/operator_plan.html", context, status=status)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def operator_team_new(request: ConsoleRequest) -> HttpResponse:
+    """A new team, and the link that makes whoever opens it its owner."""
+    who = operator_of(request)
+    form, status = TeamForm(), 200
+    if request.method == "POST":
+        form = TeamForm.typed(request.POST)
+        try:
+            made = limit_changes.create_team(who, form.spec())
+        except DomainError as error:
+            form.take(error)
+            status = error.status
+        else:
+            messages.success(request, f"Team {made.name} was made.")
+            return redirect("console:operator_team", made.pk)
+    context = {"form": form, "plans": limit_changes.list_plans(who)}
+    return render(request, "console/operator_team_new.html", context, status=status)
