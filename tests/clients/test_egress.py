@@ -63,9 +63,7 @@ def test_a_list_of_ones_own_replaces_the_default_one(sandboxes: Sandboxes) -> No
     assert done.exit_code != 0
 
 
-def test_garbage_in_a_list_is_refused_with_its_reason(
-    stack: Stack, sandboxes: Sandboxes
-) -> None:
+def test_garbage_in_a_list_is_refused_with_its_reason(stack: Stack, sandboxes: Sandboxes) -> None:
     with pytest.raises(OrkestrError, match="is an address"):
         sandboxes.boot("debian-12", network="restricted", allow_domains=["10.0.0.1"])
 
