@@ -188,7 +188,9 @@ def test_the_theme_is_kept(page: Page) -> None:
 
 def test_no_page_is_wider_than_a_small_phone(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
-    for path in ("/templates/", "/templates/new/", "/sandboxes/", "/sandboxes/new/"):
+    own = ("limits", "tokens")
+    paths = ("/templates/", "/templates/new/", "/sandboxes/", "/sandboxes/new/")
+    for path in (*paths, *(f"/team/{name}/" for name in own)):
         page.goto(path)
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{path} is {wide} px too wide"
