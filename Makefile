@@ -38,9 +38,10 @@ format: ## rewrite the code the way `make lint` wants it
 	@$(BOOTSTRAP) dev
 	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix .
 
-bench: ## measure boot and create-to-exec times
+bench: ## measure boots, first answers, and what the egress proxy costs
 	@$(BOOTSTRAP) dev
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks
+	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.egress
 
 lock: ## compile the requirement locks anew
 	@$(BOOTSTRAP) run

@@ -113,6 +113,7 @@ def test_a_taken_port_is_named_with_a_way_out(stack: Stack, tmp_path: Path) -> N
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=180,
     )
     assert done.returncode == 1
     port = stack.layout.port
