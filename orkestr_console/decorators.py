@@ -26,8 +26,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
 from django_htmx.middleware import HtmxDetails
 
-from orkestr_console.accounts import services
-from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts import audit, services
+from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import User
 from orkestr_console.errors import MethodNotAllowed, Unauthenticated
 from orkestr_console.json_api import no_content
@@ -67,7 +67,7 @@ def api[**P](
             refuse_method(request, methods)
             known = cast("ApiRequest", request)
             known.actor = authenticate(request)
-            known.actor.require(scope)
+            require_scope(known, scope)
             return known
 
         if iscoroutinefunction(view):
@@ -88,6 +88,15 @@ def api[**P](
         return csrf_exempt(guarded)
 
     return decorate
+
+
+def require_scope(request: ApiRequest, scope: str) -> None:
+    """Raise ``InsufficientScope`` unless the token carries it; a write it was for is on record."""
+    if scope == READ:
+        request.actor.require(scope)
+        return
+    with audit.denials(request.actor, "api.call", "route", f"{request.method} {request.path}"):
+        request.actor.require(scope)
 
 
 def authenticate(request: HttpRequest) -> Actor:

@@ -13,14 +13,16 @@ from functools import wraps
 from typing import Any, Concatenate
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.accounts.models import AuditEntry, Outcome
-from orkestr_console.errors import DomainError
+from orkestr_console.accounts.models import AuditEntry, Outcome, User
+from orkestr_console.errors import DomainError, ExecKilled, ExecTimeout
 from orkestr_console.text import clean
 
 LONGEST_NAME = 254
 LONGEST_DETAIL = 2000
 # From here on it is our failure to do it, not a refusal.
 FIRST_FAILURE = 500
+# Errors to the caller, of something that happened all the same.
+HAPPENED = (ExecKilled, ExecTimeout)
 
 
 def record(
@@ -46,7 +48,7 @@ def denied(
     write(
         actor,
         action,
-        Outcome.DENIED,
+        Outcome.DONE if isinstance(error, HAPPENED) else Outcome.DENIED,
         kind,
         object_id,
         code=error.code,
@@ -99,11 +101,13 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
 
 
 def audited[**P, R](
-    action: str, kind: str = ""
+    action: str, kind: str = "", *, note: Callable[[Any, Any], dict[str, Any]] | None = None
 ) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
-    """For a service that writes: notes its refusals. It notes itself what it has done.
+    """For a service that writes: notes its refusals.
 
-    A first argument after the actor that is text is taken to be the object's id.
+    With ``note`` it notes what was done as well, with the data that ``note`` makes of the answer
+    and the last argument; a service that changes rows notes that itself, in its transaction. A
+    first argument after the actor that is text is taken to be the object's id.
     """
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
@@ -111,8 +115,28 @@ def audited[**P, R](
         def noting(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
             subject = args[0] if args and isinstance(args[0], str) else ""
             with denials(actor, action, kind, subject):
-                return service(actor, *args, **kwargs)
+                answer = service(actor, *args, **kwargs)
+            if note is not None:
+                record(actor, action, kind=kind, object_id=subject, data=note(answer, args[-1]))
+            return answer
 
         return noting
 
     return decorate
+
+
+def record_sign_in(
+    email: str, address: str, team_id: str, *, user: User | None, error: str = ""
+) -> None:
+    """Note that somebody signed in, or why they were not let in, in one of their teams."""
+    AuditEntry.objects.create(
+        team_id=team_id,
+        who=clean(email)[:LONGEST_NAME],
+        user_id=user.pk if user else None,
+        surface="console",
+        address=address,
+        action="session.create",
+        outcome=Outcome.DENIED if error else Outcome.DONE,
+        detail=error,
+        object_kind="session",
+    )

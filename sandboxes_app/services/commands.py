@@ -15,6 +15,7 @@ from channels.db import database_sync_to_async
 from hostruntime import errors as host_errors
 from hostruntime.answers import ExecFrame, ExecResult
 from orkestr_console.accounts.actor import WRITE, Actor
+from orkestr_console.accounts.audit import audited
 from orkestr_console.errors import DomainError, ExecKilled
 from orkestr_console.services.hosts import async_host, host, told
 from sandboxes_app.models import Sandbox
@@ -36,6 +37,12 @@ class ExecAnswer:
     truncated: bool = False
 
 
+def noted(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
+    """What the audit log keeps: not the command, which may hold secrets."""
+    return {"exit_code": answer.exit_code, "duration_ms": answer.duration_ms}
+
+
+@audited("sandbox.exec", "sandbox", note=noted)
 def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     """Run a command to its end.
 
@@ -101,6 +108,7 @@ def killed_by(number: int, *, memory: bool) -> str:
     return f"The command was killed by {name}."
 
 
+@audited("sandbox.exec", "sandbox", note=lambda *_: {"stream": True})
 def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
     """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
 

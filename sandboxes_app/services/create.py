@@ -11,7 +11,9 @@ from django.db import transaction
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
+from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
+from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
@@ -30,6 +32,7 @@ NODE = socket.gethostname()
 BUILT_IN = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 
+@audited("sandbox.create", "sandbox")
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     """A new sandbox, running.
 
@@ -129,6 +132,14 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
         )
         tell_changed(sandbox.pk, team.pk)
+        audit.record(
+            actor,
+            "sandbox.create",
+            kind="sandbox",
+            object_id=sandbox.pk,
+            name=sandbox.template_name,
+            data={"template": sandbox.template, "size": spec.size, "network": spec.network},
+        )
     return sandbox
 
 

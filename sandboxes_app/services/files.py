@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hostruntime import errors as host_errors
 from hostruntime.answers import DirectoryListing, FileContent, FileStat
 from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.audit import audited
 from orkestr_console.errors import (
     Conflict,
     DomainError,
@@ -60,6 +61,7 @@ def stat(actor: Actor, sandbox_id: str, path: str | None) -> FileStat:
         return host().stat(sandbox.pk, wanted)
 
 
+@audited("file.write", "sandbox", note=lambda size, spec: {"path": spec.path, "bytes": size})
 def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> int:
     """Write a file whole or not at all; the bytes written.
 
@@ -82,6 +84,7 @@ def write(sandbox: Sandbox, spec: FileSpec) -> int:
     return host().write_file(sandbox.pk, path, content, mode=spec.mode)
 
 
+@audited("file.write", "sandbox", note=lambda rows, _: {"files": len(rows)})
 def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> list[BatchRow]:
     """Write many files; a bad one is a row, and never stops the rest."""
     actor.require(WRITE)
@@ -101,6 +104,7 @@ def write_row(sandbox: Sandbox, spec: FileSpec) -> BatchRow:
         return BatchRow(spec.path, None, error.code)
 
 
+@audited("file.delete", "sandbox", note=lambda _, path: {"path": path})
 def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
     """Delete a file. Raises ``NotFound``, and ``Conflict`` for a directory."""
     actor.require(WRITE)
@@ -115,6 +119,7 @@ def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
         host().delete_path(sandbox.pk, wanted)
 
 
+@audited("file.mkdir", "sandbox", note=lambda _, spec: {"path": spec.path})
 def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> None:
     """Make a directory."""
     actor.require(WRITE)
@@ -123,6 +128,7 @@ def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> None:
         host().mkdir(sandbox.pk, wanted, parents=spec.parents)
 
 
+@audited("file.move", "sandbox", note=lambda _, spec: {"path": spec.source, "to": spec.destination})
 def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> None:
     """Rename a file or directory."""
     actor.require(WRITE)

@@ -6,12 +6,15 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
+from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
+from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
 from orkestr_console.ids import is_id
@@ -85,11 +88,19 @@ def list_sandboxes(
     return page(rows, limit, cursor)
 
 
+@audited("sandbox.terminate", "sandbox")
 def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     """End a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
-    if state.ended(sandbox, "terminated"):
+    with transaction.atomic():
+        ended = state.ended(sandbox, "terminated")
+        if ended:
+            name = sandbox.template_name
+            audit.record(
+                actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name
+            )
+    if ended:
         release(sandbox.pk)
     return sandbox
 
@@ -103,6 +114,7 @@ def release(sandbox_id: str) -> None:
         async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
 
 
+@audited("sandbox.timeout", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
 def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
     """Let a running sandbox live ``timeout_seconds`` from now.
 

@@ -10,7 +10,9 @@ from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django_q.tasks import async_task
 
+from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import InvalidInput, NotFound
@@ -48,6 +50,7 @@ class ShownStep:
     truncated: bool
 
 
+@audited("template.create", "template")
 def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     """A new template, building.
 
@@ -79,6 +82,14 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         # The queue is in this database, so the task exists exactly if the template does.
         async_task("templates_app.tasks.drive_build", template.pk, group="builds")
         tell_changed(template.pk, team.pk)
+        audit.record(
+            actor,
+            "template.create",
+            kind="template",
+            object_id=template.pk,
+            name=template.name,
+            data={"base": spec.base_template, "steps": len(spec.recipe), "network": spec.network},
+        )
     return template
 
 
@@ -157,6 +168,7 @@ def list_templates(
     return page(Template.objects.for_team(actor.team), limit, cursor)
 
 
+@audited("template.delete", "template")
 def delete_template(actor: Actor, template_id: str) -> None:
     """Delete a template, ending its build first if it has not ended. Raises ``NotFound``.
 
@@ -172,6 +184,9 @@ def delete_template(actor: Actor, template_id: str) -> None:
             raise NotFound(NO_SUCH)
         team_id, image_id = template.team_id, template.image_id
         template.delete()
+        audit.record(
+            actor, "template.delete", kind="template", object_id=template_id, name=template.name
+        )
         async_task("templates_app.tasks.forget_image", image_id, group="images")
         tell_changed(template_id, team_id)
 

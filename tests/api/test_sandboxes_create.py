@@ -289,7 +289,7 @@ def test_the_hot_path_asks_the_database_little(
     post(api, URL, GOOD)
     # The token, its rate, the team, the count, the row, its two events, its start, and four
     # notices; the rest are savepoints, which only tests have.
-    with django_assert_max_num_queries(17):
+    with django_assert_max_num_queries(18):
         box = post(api, URL, GOOD).json()["id"]
     with django_assert_max_num_queries(3):
         assert post(api, f"{URL}/{box}/exec", {"command": "true"}).status_code == 200
