@@ -86,7 +86,7 @@ def show(
     status: int = 200,
 ) -> HttpResponse:
     """The page."""
-    used = counts(request.actor.team)
+    used = counts([request.actor.team])[request.actor.team.pk]
     context = {
         "form": form,
         "held": held,
@@ -108,6 +108,7 @@ def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
     return [Choice(name, name, name in ticked) for name in offered]
 
 
-def counts(team: Team) -> dict[str, int]:
-    """What the team uses of each limit that something counts against."""
-    return {**templates.counts(team), **sandboxes.counts(team)}
+def counts(teams: list[Team]) -> dict[str, dict[str, int]]:
+    """What each team uses of each limit that something counts against, by the team's id."""
+    booted = sandboxes.counts(teams)
+    return {team: {**used, **booted[team]} for team, used in templates.counts(teams).items()}

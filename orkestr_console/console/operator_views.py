@@ -27,8 +27,13 @@ def operator_page(request: ConsoleRequest) -> HttpResponse:
     """Every team with its plan and use, and the plans."""
     who = operator_of(request)
     text = request.GET.get("q", "").strip()
-    teams = [(team, counts(team)) for team in limit_changes.list_teams(who, text)]
-    context = {"teams": teams, "plans": limit_changes.list_plans(who), "q": text}
+    teams = limit_changes.list_teams(who, text)
+    used = counts(teams)
+    context = {
+        "teams": [(team, used[team.pk]) for team in teams],
+        "plans": limit_changes.list_plans(who),
+        "q": text,
+    }
     return render(request, "console/operator.html", context)
 
 
@@ -51,7 +56,7 @@ def operator_team(request: ConsoleRequest, team_id: str) -> HttpResponse:
             messages.success(request, f"Saved: it counts for {seen.name} from now on.")
             return redirect("console:operator_team", team_id)
     held = build(seen)
-    used = counts(seen)
+    used = counts([seen])[seen.pk]
     context = {
         "seen": seen,
         "form": form,

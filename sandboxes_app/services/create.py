@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterable
 from datetime import timedelta
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Count
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
@@ -153,19 +155,22 @@ def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
     name = spec.template or ""
     if BUILT_IN.fullmatch(name):
         held.require_base(ALIASES.get(name, name))
-    running = counted(held.team)
+    running = counted([held.team])
     mine = running.filter(created_by=actor.user).count() if actor.user else None
     held.require_room("max_concurrent_sandboxes", running.count(), mine)
 
 
-def counted(team: Team) -> SandboxQuerySet:
-    """The sandboxes that take one of the team's places now."""
-    return Sandbox.objects.for_team(team).live().filter(expires_at__gt=timezone.now())
+def counted(teams: Iterable[Team]) -> SandboxQuerySet:
+    """The sandboxes that take one of the teams' places now."""
+    rows = Sandbox.objects.live().filter(team__in=teams)
+    return rows.filter(expires_at__gt=timezone.now())
 
 
-def counts(team: Team) -> dict[str, int]:
-    """What the team uses of the limits that sandboxes count against, by the limit's name."""
-    return {"max_concurrent_sandboxes": counted(team).count()}
+def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
+    """What each team uses of the limits that sandboxes count against, by team id and limit."""
+    rows = counted(teams).values("team").annotate(running=Count("pk"))
+    found = {row["team"]: row["running"] for row in rows}
+    return {team.pk: {"max_concurrent_sandboxes": found.get(team.pk, 0)} for team in teams}
 
 
 def boot(sandbox: Sandbox) -> None:

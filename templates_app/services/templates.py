@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from django.db import transaction
-from django.db.models import OuterRef, StringAgg, Subquery, Sum, TextField, Value
+from django.db.models import Count, OuterRef, Q, StringAgg, Subquery, Sum, TextField, Value
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django_q.tasks import async_task
@@ -19,13 +20,14 @@ from orkestr_console.errors import InvalidInput, NotFound
 from orkestr_console.ids import is_id
 from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
-from templates_app.models import BuildEvent, BuildStep, Template
+from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
 # How much of each step's output goes with a template, in characters: a hundred steps stay small.
 SHOWN_OUTPUT = 16 * 1024
+MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def disk_mb(team: Team) -> int:
         .ready()
         .aggregate(size=Sum("size_bytes"), shared=Sum("shared_bytes"))
     )
-    return int((sums["size"] or 0) - (sums["shared"] or 0)) // 10**6
+    return int((sums["size"] or 0) - (sums["shared"] or 0)) // MEGABYTE
 
 
 def get_template(actor: Actor, template_id: str) -> Template:
@@ -191,14 +193,30 @@ def delete_template(actor: Actor, template_id: str) -> None:
         tell_changed(template_id, team_id)
 
 
-def counts(team: Team) -> dict[str, int]:
-    """What the team uses of the limits that templates count against, by the limit's name."""
-    kept = Template.objects.for_team(team).counted()
-    return {
-        "max_templates": kept.count(),
-        "max_concurrent_builds": kept.building().count(),
-        "template_disk_mb": disk_mb(team),
+def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
+    """What each team uses of the limits that templates count against, by team id and limit."""
+    ready = Q(status=TemplateStatus.READY)
+    rows = (
+        Template.objects.counted()
+        .filter(team__in=teams)
+        .values("team")
+        .annotate(
+            kept=Count("pk"),
+            building=Count("pk", filter=Q(status=TemplateStatus.BUILDING)),
+            size=Coalesce(Sum("size_bytes", filter=ready), 0),
+            shared=Coalesce(Sum("shared_bytes", filter=ready), 0),
+        )
+    )
+    nothing = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
+    found = {
+        row["team"]: {
+            "max_templates": row["kept"],
+            "max_concurrent_builds": row["building"],
+            "template_disk_mb": (row["size"] - row["shared"]) // MEGABYTE,
+        }
+        for row in rows
     }
+    return {team.pk: found.get(team.pk, nothing) for team in teams}
 
 
 def template_usage(actor: Actor) -> TemplateUsage:

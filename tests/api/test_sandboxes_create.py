@@ -291,5 +291,5 @@ def test_the_hot_path_asks_the_database_little(
     # notices; the rest are savepoints, which only tests have.
     with django_assert_max_num_queries(18):
         box = post(api, URL, GOOD).json()["id"]
-    with django_assert_max_num_queries(3):
+    with django_assert_max_num_queries(4):
         assert post(api, f"{URL}/{box}/exec", {"command": "true"}).status_code == 200
