@@ -26,7 +26,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
 from django_htmx.middleware import HtmxDetails
 
-from orkestr_console.accounts import audit, services
+from orkestr_console.accounts import audit, services, sessions
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import User
 from orkestr_console.errors import MethodNotAllowed, Unauthenticated
@@ -161,6 +161,7 @@ def console_page[**P](
     def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
         known = cast("ConsoleRequest", request)
         known.actor = services.actor_of_session(request)
+        sessions.touch(request)
         return view(known, *args, **kwargs)
 
     return guarded

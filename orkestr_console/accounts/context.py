@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from django.http import HttpRequest
+from django.urls import reverse
 
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Role
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the menu."""
+
+    label: str
+    address: str
 
 
 def team_and_plan(request: HttpRequest) -> dict[str, Any]:
     """``actor``, ``team`` and ``plan`` of a signed-in request; None each where nobody is."""
     actor: Actor | None = getattr(request, "actor", None)
     if actor is None:
-        return {"actor": None, "team": None, "plan": None}
-    return {"actor": actor, "team": actor.team, "plan": actor.team.plan}
+        return {"actor": None, "team": None, "plan": None, "menu": []}
+    found = {"actor": actor, "team": actor.team, "plan": actor.team.plan}
+    return {**found, "menu": [Entry(label, reverse(name)) for label, name in entries(actor)]}
+
+
+def entries(actor: Actor) -> Iterator[tuple[str, str]]:
+    """The menu of the team and the account: what this person may use."""
+    yield "People", "console:people"
+    yield "Limits", "console:limits"
+    if actor.is_at_least(Role.ADMIN):
+        yield "API tokens", "console:tokens"
+    yield "Switch team", "console:teams"
+    yield "Account", "console:account"
+    if actor.is_operator:
+        yield "Operator", "console:operator"

@@ -28,7 +28,9 @@ from django.http import HttpRequest
 from django.urls import URLPattern, path
 
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.people import people_group
 from orkestr_console.accounts.services import actor_of_session
+from orkestr_console.accounts.sessions import person_group
 from orkestr_console.channel_layer import SERVICE_RESTART, LosesNotices
 from orkestr_console.errors import Forbidden, NotFound, Unauthenticated
 
@@ -96,6 +98,14 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
         """A sandbox has news."""
         self._news.set()
 
+    async def people_changed(self, event: Message) -> None:
+        """Who may see the page may be somebody else now."""
+        self._news.set()
+
+    async def session_ended(self, event: Message) -> None:
+        """The session may be the one that the page was opened in."""
+        self._news.set()
+
     async def _tell(self) -> None:
         """Answer notices until the page leaves; re-check who is asking each time."""
         while True:
@@ -122,7 +132,9 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
         await self.close(code=FOREIGN)
 
     def _groups(self) -> list[str]:
-        return self.groups_of(self._actor())
+        actor = self._actor()
+        assert actor.user is not None
+        return [*self.groups_of(actor), people_group(actor.team.pk), person_group(actor.user.pk)]
 
     def _changes(self) -> list[Message]:
         return self.changes(self._actor())

@@ -1,0 +1,103 @@
+"""The optional second factor: time-based codes (RFC 6238) by django-otp, and recovery codes."""
+
+from __future__ import annotations
+
+from base64 import b32encode
+
+import segno
+from django.db import transaction
+from django_otp import devices_for_user, match_token
+from django_otp.plugins.otp_static.models import StaticDevice, StaticToken
+from django_otp.plugins.otp_totp.models import TOTPDevice
+
+from orkestr_console.accounts.models import User
+from orkestr_console.errors import InvalidInput
+
+RECOVERY_CODES = 10
+APP = "Authenticator app"
+CODES = "Recovery codes"
+WRONG_CODE = "This code is wrong or was used already. Wait for the next one and try again."
+
+
+def is_on(user: User) -> bool:
+    """Whether signing in asks for a code."""
+    return any(isinstance(device, TOTPDevice) for device in devices_for_user(user))
+
+
+def codes_left(user: User) -> int:
+    """How many recovery codes are unused."""
+    return int(StaticToken.objects.filter(device__user=user).count())
+
+
+@transaction.atomic
+def begin(user: User) -> TOTPDevice:
+    """A secret to be scanned, which counts for nothing until a code of it was typed."""
+    if is_on(user):
+        raise InvalidInput("Two-step sign-in is on already; turn it off first.")
+    TOTPDevice.objects.filter(user=user, confirmed=False).delete()
+    return TOTPDevice.objects.create(user=user, name=APP, confirmed=False)
+
+
+def pending(user: User) -> TOTPDevice | None:
+    """The secret that waits for its first code."""
+    return TOTPDevice.objects.filter(user=user, confirmed=False).first()
+
+
+@transaction.atomic
+def confirm(user: User, code: str) -> list[str]:
+    """Turn it on with a first code; the recovery codes, which cannot be had again.
+
+    Raises ``InvalidInput`` for a wrong code.
+    """
+    device = TOTPDevice.objects.select_for_update().filter(user=user, confirmed=False).first()
+    if device is None:
+        raise InvalidInput("There is nothing to confirm; begin again.")
+    if not device.verify_token(plain(code)):
+        raise InvalidInput(WRONG_CODE, fields={"code": WRONG_CODE})
+    device.confirmed = True
+    device.save(update_fields=["confirmed"])
+    return fresh_codes(user)
+
+
+def fresh_codes(user: User) -> list[str]:
+    """New recovery codes in place of the old ones."""
+    StaticDevice.objects.filter(user=user).delete()
+    device = StaticDevice.objects.create(user=user, name=CODES)
+    codes = [StaticToken.random_token() for _ in range(RECOVERY_CODES)]
+    StaticToken.objects.bulk_create(StaticToken(device=device, token=code) for code in codes)
+    return codes
+
+
+def verify(user: User, code: str) -> bool:
+    """Whether ``code`` is the app's, or a recovery code, which is then used up.
+
+    django-otp makes whoever guesses wait longer each time.
+    """
+    return match_token(user, plain(code)) is not None
+
+
+@transaction.atomic
+def turn_off(user: User) -> None:
+    """Ask for a password alone from now on."""
+    TOTPDevice.objects.filter(user=user).delete()
+    StaticDevice.objects.filter(user=user).delete()
+
+
+def plain(code: str) -> str:
+    """A code as apps show it, ``123 456``, without the blanks."""
+    return "".join(code.split()).lower()
+
+
+def picture(device: TOTPDevice) -> str:
+    """The secret as a QR code: an SVG element."""
+    return str(
+        segno.make(device.config_url, error="m").svg_inline(
+            scale=4, border=3, dark="#000", light="#fff", omitsize=False
+        )
+    )
+
+
+def secret_of(device: TOTPDevice) -> str:
+    """The secret to be typed where no camera is, in groups of four."""
+    text = b32encode(device.bin_key).decode().rstrip("=")
+    return " ".join(text[at : at + 4] for at in range(0, len(text), 4))

@@ -1,0 +1,87 @@
+"""The forms of people, invitations and accounts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from django.http import QueryDict
+
+from orkestr_console.accounts.models import Membership, Role
+from orkestr_console.accounts.people import InviteSpec, NewPersonSpec, ShareSpec
+from orkestr_console.console.forms import Form
+from orkestr_console.validation import parse_spec
+
+
+@dataclass
+class InviteForm(Form):
+    """Whom to invite, as what."""
+
+    role: str = Role.MEMBER.value
+    email: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {"role": "The role", "email": "The email address"}
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> InviteForm:
+        """What was posted."""
+        return cls(data.get("role", ""), data.get("email", ""))
+
+    def spec(self) -> InviteSpec:
+        """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
+        return parse_spec(InviteSpec, {"role": self.role, "email": self.email})
+
+
+@dataclass
+class ShareForm(Form):
+    """One person's share; blank is what everybody has."""
+
+    max_templates: str = ""
+    max_concurrent_sandboxes: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {
+        "max_templates": "Templates",
+        "max_concurrent_sandboxes": "Sandboxes at once",
+    }
+
+    @classmethod
+    def current(cls, place: Membership) -> ShareForm:
+        """As it is now."""
+        values = (place.max_templates, place.max_concurrent_sandboxes)
+        return cls(*("" if value is None else str(value) for value in values))
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> ShareForm:
+        """What was posted."""
+        return cls(*(data.get(name, "").strip() for name in cls.labels))
+
+    def spec(self) -> ShareSpec:
+        """What is asked for. Raises ``InvalidInput``."""
+        return parse_spec(ShareSpec, {name: getattr(self, name) or None for name in self.labels})
+
+
+@dataclass
+class JoinForm(Form):
+    """Somebody new. The password is never shown again."""
+
+    name: str = ""
+    email: str = ""
+    password: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {
+        "name": "Your name",
+        "email": "The email address",
+        "password": "The password",
+    }
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> JoinForm:
+        """What was posted."""
+        return cls(data.get("name", ""), data.get("email", ""), data.get("password", ""))
+
+    def spec(self) -> NewPersonSpec:
+        """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
+        return parse_spec(NewPersonSpec, {"name": self.name, "email": self.email})

@@ -1,0 +1,184 @@
+"""Who is in the team: the page of people, invitations, and switching teams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.urls import reverse
+from django.views.decorators.cache import never_cache
+from django.views.decorators.debug import sensitive_post_parameters
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
+
+from orkestr_console.accounts import people, sessions
+from orkestr_console.accounts.models import Invitation, Membership, Role, User
+from orkestr_console.accounts.services import TEAM_KEY
+from orkestr_console.console.people_forms import InviteForm, JoinForm, ShareForm
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError, InvalidInput, NotFound
+
+
+@never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def people_page(request: ConsoleRequest) -> HttpResponse:
+    """The people and open invitations; posting makes a link, which is shown once."""
+    if request.method != "POST":
+        return show(request, InviteForm())
+    form = InviteForm.typed(request.POST)
+    try:
+        invitation, secret = people.invite(request.actor, form.spec())
+    except DomainError as error:
+        form.take(error)
+        return show(request, form, error.status)
+    link = request.build_absolute_uri(reverse("console:join", args=[secret]))
+    return show(request, InviteForm(), link=link, made=invitation)
+
+
+def show(request: ConsoleRequest, form: InviteForm, status: int = 200, **made: Any) -> HttpResponse:
+    """The page."""
+    actor = request.actor
+    admin = actor.is_at_least(Role.ADMIN)
+    context = {
+        "form": form,
+        "people": people.list_people(actor),
+        "invitations": people.list_invitations(actor) if admin else [],
+        "may_edit": admin,
+        "roles": [role for role in Role if actor.is_at_least(role)],
+        "is_owner": actor.is_at_least(Role.OWNER),
+        "days": people.INVITATION_DAYS,
+        **made,
+    }
+    return render(request, "console/people.html", context, status=status)
+
+
+@require_POST
+@console_page
+def invitation_revoke(request: ConsoleRequest, invitation_id: str) -> HttpResponse:
+    """Make a link useless."""
+    people.revoke_invitation(request.actor, invitation_id)
+    messages.success(request, "The invitation was revoked: its link no longer works.")
+    return redirect("console:people")
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def person_page(request: ConsoleRequest, user_id: int) -> HttpResponse:
+    """One person: role and share, for admins."""
+    request.actor.require_role(Role.ADMIN)
+    place = place_of(request, user_id)
+    form, status = ShareForm.current(place), 200
+    if request.method == "POST":
+        form = ShareForm.typed(request.POST)
+        try:
+            role = known_role(request.POST.get("role", place.role))
+            spec = form.spec()
+            people.change_role(request.actor, user_id, role)
+            people.set_share(request.actor, user_id, spec)
+        except DomainError as error:
+            form.take(error)
+            status = error.status
+        else:
+            messages.success(request, f"{place.user.get_full_name()} was changed.")
+            return redirect("console:people")
+    context = {
+        "place": place,
+        "form": form,
+        "role": request.POST.get("role", place.role),
+        "roles": list(Role),
+        "is_owner": request.actor.is_at_least(Role.OWNER),
+    }
+    return render(request, "console/person.html", context, status=status)
+
+
+def place_of(request: ConsoleRequest, user_id: int) -> Membership:
+    """A person of the team. Raises ``NotFound``."""
+    found = [row for row in people.list_people(request.actor) if row.user_id == user_id]
+    if not found:
+        raise NotFound(people.NO_SUCH_PERSON)
+    return found[0]
+
+
+def known_role(text: str) -> Role:
+    """Raises ``InvalidInput``."""
+    if text not in Role.values:
+        raise InvalidInput(f"There is no role {text!r}; there are {', '.join(Role.values)}.")
+    return Role(text)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def person_remove(request: ConsoleRequest, user_id: int) -> HttpResponse:
+    """Ask, then take somebody out of the team; of oneself, leave it."""
+    own = request.user.pk == user_id
+    if not own:
+        request.actor.require_role(Role.ADMIN)
+    place = place_of(request, user_id)
+    context: dict[str, Any] = {"place": place, "own": own}
+    if request.method != "POST":
+        return render(request, "console/person_remove.html", context)
+    try:
+        gone = people.leave(request.actor) if own else people.remove(request.actor, user_id)
+    except DomainError as error:
+        context["error"] = error.detail
+        return render(request, "console/person_remove.html", context, status=error.status)
+    left = f" {gone.tokens} API tokens they made still work." if gone.tokens else ""
+    words = f"You left {request.actor.team.name}." if own else f"{gone.name} was removed."
+    messages.success(request, f"{words}{left}")
+    return redirect("console:home" if own else "console:people")
+
+
+@require_POST
+@console_page
+def switch_team(request: ConsoleRequest) -> HttpResponse:
+    """Act for another of one's teams."""
+    wanted = request.POST.get("team", "")
+    if wanted not in {team.pk for team in people.list_teams(request.user)}:
+        raise NotFound("You are in no such team.")
+    request.session[TEAM_KEY] = wanted
+    return redirect("templates:list")
+
+
+@require_safe
+@console_page
+def teams_page(request: ConsoleRequest) -> HttpResponse:
+    """All teams one may switch to, found by name: an operator has more than a menu holds."""
+    text = request.GET.get("q", "").strip()
+    context = {"found": people.list_teams(request.user, text), "q": text}
+    return render(request, "console/teams.html", context)
+
+
+@sensitive_post_parameters("password")
+@never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
+def join(request: HttpRequest, secret: str) -> HttpResponse:
+    """Take an invitation: signed in at once, else with a new account or after signing in."""
+    invitation = people.find_invitation(secret)
+    user = request.user if isinstance(request.user, User) else None
+    form = JoinForm(email=invitation.email)
+    if request.method != "POST":
+        return join_page(request, invitation, form)
+    address = sessions.address_of(request)
+    try:
+        if user is None:
+            form = JoinForm.typed(request.POST)
+            user = people.register(form.spec(), form.password, secret, address)
+            sessions.open_session(request, user)
+        else:
+            people.join(user, secret, address)
+    except DomainError as error:
+        form.take(error)
+        return join_page(request, invitation, form, error.status)
+    request.session[TEAM_KEY] = invitation.team_id
+    messages.success(request, f"Welcome to {invitation.team.name}.")
+    return redirect("templates:list")
+
+
+def join_page(
+    request: HttpRequest, invitation: Invitation, form: JoinForm, status: int = 200
+) -> HttpResponse:
+    """The page."""
+    context = {"invitation": invitation, "form": form, "here": request.path}
+    return render(request, "console/join.html", context, status=status)
