@@ -8,6 +8,7 @@ from django.db import transaction
 from django.db.models import OuterRef, StringAgg, Subquery, Sum, TextField, Value
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
+from django.utils import timezone
 from django_q.tasks import async_task
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
@@ -19,6 +20,7 @@ from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
 from templates_app.models import BuildEvent, BuildStep, Template
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services.metering import count_build
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
@@ -171,6 +173,9 @@ def delete_template(actor: Actor, template_id: str) -> None:
         if template is None:
             raise NotFound(NO_SUCH)
         team_id, image_id = template.team_id, template.image_id
+        if not template.state.is_terminal:
+            # Its build ends here and now; one that has ended was counted when it did.
+            count_build(template, until=timezone.now())
         template.delete()
         async_task("templates_app.tasks.forget_image", image_id, group="images")
         tell_changed(template_id, team_id)

@@ -43,9 +43,9 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def totals(meter: Meter) -> tuple[float, float]:
+def totals(meter: Meter) -> list[float]:
     parts = [meter.before, *meter.days.values()]
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return [sum(part[0] for part in parts), sum(part[1] for part in parts)]
 
 
 def test_a_stretch_over_midnight_is_shared_by_its_days() -> None:
@@ -78,7 +78,7 @@ def test_an_old_reading_and_one_after_the_end_count_for_nothing() -> None:
     meter.add(Reading(99.0, 9_000_000, GB), MIDNIGHT)
     meter.ended_at = MIDNIGHT
     meter.add(Reading(110.0, 9_000_000, GB), MIDNIGHT)
-    assert totals(meter) == (0.0, 0.0)
+    assert totals(meter) == [0.0, 0.0]
 
 
 def test_old_days_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_old_days_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
         meter.add(Reading(day * 10.0, day * 1_000_000, GB), MIDNIGHT + day * 86400)
     assert len(meter.days) == 3
     assert meter.before == [pytest.approx(7.0), pytest.approx(70.0)]
-    assert totals(meter) == (pytest.approx(10.0), pytest.approx(100.0))
+    assert totals(meter) == [pytest.approx(10.0), pytest.approx(100.0)]
 
 
 async def test_what_ran_while_no_agent_was_there_is_made_up_for(machine: Machine) -> None:
@@ -102,7 +102,7 @@ async def test_what_ran_while_no_agent_was_there_is_made_up_for(machine: Machine
     second.recover({"a": time.time() - 100})
     await second.read("a")
     [meter] = second.list()
-    assert totals(meter) == (pytest.approx(5.0), pytest.approx(100.0, abs=5))
+    assert totals(meter) == [pytest.approx(5.0), pytest.approx(100.0, abs=5)]
 
 
 async def test_one_that_ended_while_no_agent_was_there_keeps_its_sums(machine: Machine) -> None:
@@ -122,7 +122,7 @@ async def test_one_that_was_never_written_down_is_counted_from_its_start(machine
     book = machine.book()
     book.recover({"a": time.time() - 20})
     await book.read("a")
-    assert totals(book.list()[0]) == (pytest.approx(3.0), pytest.approx(20.0, abs=5))
+    assert totals(book.list()[0]) == [pytest.approx(3.0), pytest.approx(20.0, abs=5)]
 
 
 async def test_only_what_has_ended_can_be_collected(machine: Machine) -> None:
