@@ -68,12 +68,15 @@ def spread(team_id: str, metric: Metric, begin: datetime, end: datetime) -> dict
     }
 
 
+type Amounts = Mapping[Metric, float]
+
+
 @dataclass(frozen=True)
 class Day:
     """One day's amounts; a metric of which nothing was used is 0."""
 
     day: date
-    amounts: Mapping[Metric, float]
+    amounts: Amounts
 
 
 @dataclass(frozen=True)
