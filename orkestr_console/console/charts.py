@@ -16,7 +16,7 @@ BAR_WIDTH = 7
 HEIGHT = 100
 # Days of a month that are named below the chart.
 NAMED_DAYS = frozenset({1, 8, 15, 22, 29})
-STEPS = (1, 2, 2.5, 5, 10)
+STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 
 
 @dataclass(frozen=True)

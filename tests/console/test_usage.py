@@ -51,9 +51,9 @@ def test_each_metric_has_a_chart_with_a_bar_a_day(console: Client) -> None:
     assert answer.status_code == 200
     vcpu, memory, builds, images = plots(text(answer))
     assert [len(plot.findall("g")) for plot in (vcpu, memory, builds, images)] == [3, 1, 0, 2]
-    # 7,200 of 10,000 is as high as it is.
+    # 7,200 of 8,000.
     third, fourth, last = vcpu.findall("g")
-    assert [bar.get("height") for bar in fourth.findall("rect")[1:]] == ["72.0"]
+    assert [bar.get("height") for bar in fourth.findall("rect")[1:]] == ["90.0"]
     assert (fourth.findall("rect")[1].get("x"), last.findall("rect")[1].get("x")) == (
         "31.5",
         "291.5",
@@ -66,9 +66,9 @@ def test_each_metric_has_a_chart_with_a_bar_a_day(console: Client) -> None:
 def test_own_and_shared_bytes_stand_on_top_of_each_other(console: Client) -> None:
     day = plots(text(console.get(URL + NOVEMBER)))[3].findall("g")[1]
     own, shared = day.findall("rect")[1:]
-    assert (own.get("class"), own.get("y"), own.get("height")) == ("bar bar-1", "40.0", "60.0")
+    assert (own.get("class"), own.get("y"), own.get("height")) == ("bar bar-1", "25.0", "75.0")
     assert (shared.get("class"), shared.get("y"), shared.get("height")) == (
-        "bar bar-2", "20.0", "20.0",
+        "bar bar-2", "0.0", "25.0",
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_there_is_no_style_or_script_in_the_page(console: Client) -> None:
 
 @pytest.mark.parametrize(
     ("most", "top"),
-    [(0, 1), (1, 1), (1.01, 2), (2.1, 2.5), (0.03, 0.05), (7200, 10_000), (1000, 1000)],
+    [(0, 1), (1, 1), (1.01, 1.5), (2.1, 3), (0.03, 0.03), (7200, 8_000), (1000, 1000)],
 )
 def test_the_scale_ends_with_a_round_number(most: float, top: float) -> None:
     assert round_above(most) == pytest.approx(top)

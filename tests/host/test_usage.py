@@ -6,11 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
+from django.test import override_settings
 
 from hostruntime.answers import SandboxInfo, UsageInfo
 from hostruntime.client import HostClient
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Metric, UsageDay
+from sandboxes_app import services, tasks
+from sandboxes_app.models import Sandbox
+from sandboxes_app.specs import SandboxSpec
 from tests.host.agent import CGROUPS, Agent, eventually
-from tests.host.conftest import NewSandbox
+from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = pytest.mark.host
 
@@ -117,3 +123,31 @@ def test_what_is_collected_leaves_no_file(
     assert file.exists()
     host.usage_collected([sandbox.id])
     assert not file.exists()
+
+
+def summed(metric: Metric) -> float:
+    return sum(UsageDay.objects.filter(metric=metric).values_list("amount", flat=True))
+
+
+@pytest.mark.django_db
+def test_a_team_is_charged_what_its_sandbox_used(
+    agent: Agent, host: HostClient, actor: Actor
+) -> None:
+    with override_settings(HOST_SOCKET=str(agent.socket)):
+        sandbox = services.create_sandbox(actor, SandboxSpec(template=BASE, size="small"))
+        try:
+            host.exec(sandbox.pk, BURN.format(0.8))
+            time.sleep(2.5)
+            tasks.tidy()
+            running = summed(Metric.VCPU_SECONDS)
+            assert running > 0.3
+            host.exec(sandbox.pk, BURN.format(0.8))
+            tasks.tidy()
+        finally:
+            services.terminate_sandbox(actor, sandbox.pk)
+        tasks.tidy()
+    row = Sandbox.objects.get()
+    assert summed(Metric.VCPU_SECONDS) == pytest.approx(row.cpu_seconds)
+    assert summed(Metric.GB_SECONDS) == pytest.approx(row.gb_seconds)
+    assert row.cpu_seconds > running + 0.3
+    assert host.usage(sandbox.pk) == []
