@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any, Literal, Self
 
 
@@ -113,6 +114,44 @@ class SandboxInfo(Answer):
     network: str = "off"
     reason: str | None = None
     ended_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Used:
+    """CPU-seconds, and gigabyte-seconds of memory (1 GB = 10⁹ bytes)."""
+
+    cpu_seconds: float = 0.0
+    gb_seconds: float = 0.0
+
+    def __add__(self, other: Used) -> Used:
+        return Used(self.cpu_seconds + other.cpu_seconds, self.gb_seconds + other.gb_seconds)
+
+
+@dataclass(frozen=True)
+class UsageInfo:
+    """What a sandbox has used since it started: sums that only grow, ``ended`` ones not any more.
+
+    ``days`` (UTC, ascending) hold the last ones, ``before`` what was used earlier.
+    """
+
+    id: str
+    ended: bool
+    before: Used
+    days: tuple[tuple[date, Used], ...]
+
+    @property
+    def total(self) -> Used:
+        """All of it."""
+        return sum((used for _, used in self.days), self.before)
+
+    @classmethod
+    def from_wire(cls, payload: Mapping[str, Any]) -> UsageInfo:
+        """Build from the JSON object."""
+        days = tuple(
+            (date.fromisoformat(item["day"]), Used(item["cpu_seconds"], item["gb_seconds"]))
+            for item in payload["days"]
+        )
+        return cls(str(payload["id"]), bool(payload["ended"]), Used(**payload["before"]), days)
 
 
 @dataclass(frozen=True)

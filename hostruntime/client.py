@@ -36,6 +36,7 @@ from hostruntime.answers import (
     ImageInfo,
     Progress,
     SandboxInfo,
+    UsageInfo,
 )
 from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
 
@@ -238,6 +239,18 @@ class HostClient:
         for line in self._lines("POST", f"/sandboxes/{sandbox_id}/exec", body=body):
             collected.add(ExecFrame.from_wire(line))
         return collected.result()
+
+    # Usage ---------------------------------------------------------------------------------
+
+    def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
+        """What each sandbox has used, ended ones until collected; or that of one, if known."""
+        params = {} if sandbox_id is None else {"id": sandbox_id}
+        answer = self._json("GET", "/usage", params=params)
+        return [UsageInfo.from_wire(item) for item in answer["sandboxes"]]
+
+    def usage_collected(self, ids: Sequence[str]) -> None:
+        """Have the host forget what these used, as far as they have ended."""
+        self._send("POST", "/usage/collected", body={"ids": list(ids)})
 
     # Files ---------------------------------------------------------------------------------
 

@@ -178,6 +178,23 @@ class ContainerGroups:
         file = "memory.events" if self.layout.kind == "v2" else "memory.oom_control"
         return _flat_value(self.memory_group() / file, "oom_kill")
 
+    def cpu_us(self) -> int:
+        """CPU time used so far, in microseconds, ended commands included; 0 without the group.
+
+        ``cpu.stat`` of the unified hierarchy has it whether or not the cpu controller is there
+        (Documentation/admin-guide/cgroup-v2.rst), so it serves the hybrid layout as well.
+        """
+        return _flat_value(self.unified / "cpu.stat", "usage_usec")
+
+    def memory_bytes(self) -> int | None:
+        """What is charged to the container now, page cache and tmpfs included; None if gone."""
+        v2 = self.layout.kind == "v2"
+        file = self.memory_group() / ("memory.current" if v2 else "memory.usage_in_bytes")
+        try:
+            return int(file.read_text())
+        except OSError:
+            return None
+
     def init_pid(self) -> int | None:
         """The host pid of the container's init, if it runs: the one that is pid 1 inside."""
         return next((pid for pid in pids_below(self.unified) if pid_inside(pid) == 1), None)

@@ -8,6 +8,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       trash/                        trees being unlinked, cleared at start and in the background
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
+      usage/<sandbox id>.json       what a sandbox has used, until collected
       runtime/<mode>-<generation>/  runtime layers
       squid/                        generated configuration, logs, pid
       instance.json                 which instance number this state directory has
@@ -73,6 +74,11 @@ class StatePaths:
         return self.root / "sandboxes"
 
     @property
+    def usage(self) -> Path:
+        """What each sandbox has used, until that is collected."""
+        return self.root / "usage"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -107,6 +113,7 @@ class StatePaths:
             self.trash,
             self.builds,
             self.sandboxes,
+            self.usage,
             self.runtime,
             self.lxc,
             self.squid,

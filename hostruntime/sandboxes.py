@@ -21,11 +21,12 @@ from typing import Any, Literal
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
 from hostruntime.images import ImageStore
-from hostruntime.limits import Limits
+from hostruntime.limits import ContainerGroups, Limits, cgroup_layout
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.usage import UsageBook
 
 Reason = Literal["expired", "exited", "host_lost"]
 SWEEP_SECONDS = 0.5
@@ -95,9 +96,13 @@ class SandboxManager:
     paths: StatePaths
     containers: ContainerManager
     store: ImageStore
+    usage: UsageBook = field(init=False)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.usage = UsageBook(self.paths.usage, self._groups)
 
     # Life of the manager -------------------------------------------------------------------
 
@@ -118,6 +123,7 @@ class SandboxManager:
                 self.store.trash.discard(directory)
                 continue
             self._save(sandbox)
+        self.usage.recover({key: self._sandboxes[key].started_at for key in self.live()})
 
     def live(self) -> set[str]:
         """The ids of running sandboxes: who uses slots and images."""
@@ -127,6 +133,7 @@ class SandboxManager:
         """Begin to enforce deadlines; be told when containers end."""
         self.containers.on_exit.append(self._on_exit)
         self._sweeper = asyncio.create_task(self._sweep(), name="sandbox deadlines")
+        self.usage.open()
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes stay."""
@@ -134,6 +141,7 @@ class SandboxManager:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
+        await self.usage.close()
 
     # What is asked of it -------------------------------------------------------------------
 
@@ -171,6 +179,7 @@ class SandboxManager:
                 self._drop(request.id, request.image)
                 raise
             self._save(_started(sandbox, running))
+            self.usage.begin(request.id, running.started_at)
             return self._sandboxes[request.id], True
 
     async def terminate(self, sandbox_id: str) -> None:
@@ -181,7 +190,9 @@ class SandboxManager:
         async with self._lock(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             if sandbox is not None:
+                await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
+                self.usage.end(sandbox_id)
                 self._drop(sandbox_id, sandbox.image_id)
         self._locks.pop(sandbox_id, None)
 
@@ -229,6 +240,7 @@ class SandboxManager:
                 sandbox = self._sandboxes.get(sandbox_id)
                 # Its deadline may have been moved while we waited for the lock.
                 if sandbox is not None and (sandbox.deadline or now + 1) <= now:
+                    await self.usage.read(sandbox_id)
                     await self.containers.stop(sandbox_id)
                     self._end(sandbox, "expired")
         except (HostError, OSError):
@@ -244,6 +256,7 @@ class SandboxManager:
 
     def _end(self, sandbox: Sandbox, reason: Reason) -> None:
         directory = self._directory(sandbox.request.id)
+        self.usage.end(sandbox.request.id)
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
@@ -282,6 +295,9 @@ class SandboxManager:
         self._sandboxes.pop(sandbox_id, None)
         self.store.release(image_id, sandbox_id)
         self.store.trash.discard(self._directory(sandbox_id))
+
+    def _groups(self, sandbox_id: str) -> ContainerGroups:
+        return cgroup_layout().container(self.containers.name_of(sandbox_id))
 
     def _directory(self, sandbox_id: str) -> Path:
         return self.paths.sandboxes / sandbox_id

@@ -6,7 +6,8 @@ import logging
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle
+from sandboxes_app.services import lifecycle, metering
+from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -15,14 +16,17 @@ def release_sandbox(sandbox_id: str) -> None:
     """Free the container of a sandbox that has ended; the reconcile pass tries again."""
     try:
         host().delete_sandbox(sandbox_id)
+        metering.collect(sandbox_id)
     except HostError as error:
         logger.warning("sandbox %s stays until the next pass: %s", sandbox_id, error.detail)
 
 
 def tidy() -> None:
-    """Every minute: settle what has expired, then make rows and containers agree."""
+    """Every minute: settle what has expired, make rows and containers agree, count what is used."""
     lifecycle.expire_due()
+    note_image_bytes()
     try:
         lifecycle.reconcile()
+        metering.collect()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)

@@ -57,6 +57,12 @@ class SandboxBody(Body):
         )
 
 
+class CollectedBody(Body):
+    """``POST /usage/collected``."""
+
+    ids: list[str]
+
+
 class DeadlineBody(Body):
     """``PATCH /sandboxes/{id}``."""
 

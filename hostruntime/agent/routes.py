@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from hostruntime.agent.bodies import (
+    CollectedBody,
     DeadlineBody,
     ExecBody,
     MkdirBody,
@@ -45,6 +46,8 @@ def _routes() -> list[Route]:
         Route("/egress/defaults", egress_defaults),
         Route("/egress/decisions", egress_decisions),
         Route("/egress/hosts", egress_hosts),
+        Route("/usage", usage),
+        Route("/usage/collected", usage_collected, methods=["POST"]),
         Route("/sandboxes", list_sandboxes),
         Route("/sandboxes", create_sandbox, methods=["POST"]),
         Route(sandbox, get_sandbox),
@@ -96,6 +99,22 @@ async def egress_hosts(request: Request) -> Response:
     """What one owner did with each host."""
     found = await asyncio.to_thread(_host(request).proxy.hosts, _parameter(request, "owner"))
     return JSONResponse({"hosts": [asdict(use) for use in found]})
+
+
+# Usage -----------------------------------------------------------------------------------------
+
+
+async def usage(request: Request) -> Response:
+    """What sandboxes have used, ended ones until that is collected; ``id`` asks for one."""
+    meters = _host(request).sandboxes.usage.list(request.query_params.get("id"))
+    return JSONResponse({"sandboxes": [meter.to_wire() for meter in meters]})
+
+
+async def usage_collected(request: Request) -> Response:
+    """Forget the ended sandboxes among those named; the others go on."""
+    body = await read_body(request, CollectedBody)
+    _host(request).sandboxes.usage.collected(body.ids)
+    return Response(status_code=204)
 
 
 # Sandboxes -------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def entries(actor: Actor) -> Iterator[tuple[str, str]]:
     """The menu of the team and the account: what this person may use."""
     yield "People", "console:people"
     yield "Limits", "console:limits"
+    yield "Usage", "console:usage"
     if actor.is_at_least(Role.ADMIN):
         yield "API tokens", "console:tokens"
     yield "Switch team", "console:teams"

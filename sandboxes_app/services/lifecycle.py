@@ -21,7 +21,7 @@ from orkestr_console.ids import is_id
 from orkestr_console.services.hosts import errors_told, host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
-from sandboxes_app.services import state
+from sandboxes_app.services import metering, state
 from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,10 @@ def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
 
 
 def release(sandbox_id: str) -> None:
-    """Free the container now, or by a task when the host does not answer."""
+    """Free the container now, or by a task when the host does not answer; count what it used."""
     try:
         host().delete_sandbox(sandbox_id)
+        metering.collect(sandbox_id)
     except host_errors.HostError as error:
         logger.warning("sandbox %s could not be released yet: %s", sandbox_id, error.detail)
         async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")

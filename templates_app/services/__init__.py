@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
+from templates_app.services.metering import note_image_bytes
 from templates_app.services.templates import (
     ShownStep,
     TemplateUsage,
@@ -27,6 +28,7 @@ __all__ = [
     "list_bases",
     "list_steps",
     "list_templates",
+    "note_image_bytes",
     "resolve",
     "template_usage",
 ]

@@ -15,6 +15,7 @@ from django.utils import timezone
 from hostruntime.answers import BuildEvent as HostEvent
 from templates_app.events import tell_changed, tell_progress
 from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
+from templates_app.services.metering import count_build, note_image_bytes
 
 LONGEST_MESSAGE = 16 * 1024
 
@@ -89,6 +90,7 @@ def published(template: Template, event: HostEvent) -> None:
         build_ms=event.data.get("total_ms"),
         finished_at=moment(event.at),
     )
+    note_image_bytes(template.team_id)
 
 
 def failed(template: Template, event: HostEvent) -> None:
@@ -143,6 +145,7 @@ def settle(template: Template, **changes: Any) -> None:
     settled = Template.objects.filter(pk=template.pk, status=TemplateStatus.BUILDING)
     if not settled.update(driver="", heartbeat_at=None, **changes):
         raise LeaseLost
+    count_build(template)
     tell_changed(template.pk, template.team_id)
 
 

@@ -9,6 +9,7 @@ from django.db import transaction
 from django.db.models import Count, OuterRef, Q, StringAgg, Subquery, Sum, TextField, Value
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
+from django.utils import timezone
 from django_q.tasks import async_task
 
 from orkestr_console.accounts import audit
@@ -22,6 +23,7 @@ from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services.metering import count_build
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
@@ -185,6 +187,9 @@ def delete_template(actor: Actor, template_id: str) -> None:
         if template is None:
             raise NotFound(NO_SUCH)
         team_id, image_id = template.team_id, template.image_id
+        if not template.state.is_terminal:
+            # Its build ends here and now; one that has ended was counted when it did.
+            count_build(template, until=timezone.now())
         template.delete()
         audit.record(
             actor, "template.delete", kind="template", object_id=template_id, name=template.name

@@ -28,6 +28,7 @@ from hostruntime.answers import (
     FileStat,
     ImageInfo,
     SandboxInfo,
+    UsageInfo,
 )
 from hostruntime.client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
 from hostruntime.errors import (
@@ -94,6 +95,7 @@ class FakeHost:
         self.frames: dict[str, list[ExecFrame | HostError]] = {}
         self.ended_early: list[str] = []
         self.kept: list[list[str]] = []
+        self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
         self.next_failure: dict[str, Any] | None = None
         self.streams = 0
@@ -366,6 +368,22 @@ class FakeHost:
         self._up()
         with self.lock:
             self.booted.pop(sandbox_id, None)
+            if sandbox_id in self.used:
+                self.used[sandbox_id] = replace(self.used[sandbox_id], ended=True)
+
+    def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
+        """As the client: what tests put into ``used``."""
+        self._up()
+        with self.lock:
+            return [info for info in self.used.values() if sandbox_id in (None, info.id)]
+
+    def usage_collected(self, ids: Sequence[str]) -> None:
+        """As the client."""
+        self._up()
+        with self.lock:
+            for sandbox_id in ids:
+                if sandbox_id in self.used and self.used[sandbox_id].ended:
+                    del self.used[sandbox_id]
 
     def exec(
         self,

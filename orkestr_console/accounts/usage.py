@@ -1,0 +1,128 @@
+"""What teams used, by day (UTC): the only place that writes and reads ``UsageDay``.
+
+Who meters calls :func:`add` in the transaction that also remembers what has been counted, so
+nothing is counted twice or lost, whatever crashes.
+"""
+
+from __future__ import annotations
+
+from calendar import monthrange
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple
+
+from django.db import connection
+from django.db.models import QuerySet
+from django.utils import timezone
+
+from hostruntime.days import by_day
+from orkestr_console.accounts.actor import READ, Actor
+from orkestr_console.accounts.models import Metric, UsageDay
+
+# The day's most, not its sum.
+LEVELS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
+
+_UPSERT = """
+INSERT INTO accounts_usageday AS kept (team_id, day, metric, amount)
+SELECT * FROM unnest(%s::varchar[], %s::date[], %s::varchar[], %s::float8[])
+ORDER BY 1, 2, 3
+ON CONFLICT (team_id, day, metric) DO UPDATE SET amount = {amount}
+"""
+_ADDED = _UPSERT.format(amount="kept.amount + excluded.amount")
+_RAISED = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
+
+
+class Key(NamedTuple):
+    """Whose usage, when, of what."""
+
+    team_id: str
+    day: date
+    metric: Metric
+
+
+def add(amounts: Mapping[Key, float]) -> None:
+    """Add to the days' sums. In order of key, so that two writers never wait for each other."""
+    _write(_ADDED, {key: amount for key, amount in amounts.items() if amount > 0})
+
+
+def raise_to(amounts: Mapping[Key, float]) -> None:
+    """Make each day's amount at least this."""
+    _write(_RAISED, amounts)
+
+
+def _write(statement: str, amounts: Mapping[Key, float]) -> None:
+    if not amounts:
+        return
+    teams, days, metrics = (list(part) for part in zip(*amounts, strict=True))
+    with connection.cursor() as cursor:
+        cursor.execute(statement, [teams, days, [str(m) for m in metrics], list(amounts.values())])
+
+
+def spread(team_id: str, metric: Metric, begin: datetime, end: datetime) -> dict[Key, float]:
+    """The seconds from ``begin`` to ``end`` by the days they lie in."""
+    seconds = max((end - begin).total_seconds(), 0.0)
+    return {
+        Key(team_id, day, metric): seconds * share
+        for day, share in by_day(begin.timestamp(), end.timestamp())
+    }
+
+
+type Amounts = Mapping[Metric, float]
+
+
+@dataclass(frozen=True)
+class Day:
+    """One day's amounts; a metric of which nothing was used is 0."""
+
+    day: date
+    amounts: Amounts
+
+
+@dataclass(frozen=True)
+class Month:
+    """A team's usage in the month that begins with ``first``: every day of it."""
+
+    first: date
+    days: tuple[Day, ...]
+
+    def total(self, metric: Metric) -> float:
+        """The month's sum; of a level, its most."""
+        amounts = [day.amounts[metric] for day in self.days]
+        return max(amounts) if metric in LEVELS else sum(amounts)
+
+    @property
+    def before(self) -> date:
+        """The first day of the month before."""
+        return (self.first - timedelta(days=1)).replace(day=1)
+
+    @property
+    def after(self) -> date:
+        """The first day of the month after."""
+        return (self.first + timedelta(days=31)).replace(day=1)
+
+
+def today() -> date:
+    """The day that usage is counted on now."""
+    return timezone.now().astimezone(UTC).date()
+
+
+def month(actor: Actor, first: date) -> Month:
+    """What the actor's team used in the month that ``first`` begins."""
+    actor.require(READ)
+    dates = [first + timedelta(days=n) for n in range(monthrange(first.year, first.month)[1])]
+    amounts = {day: dict.fromkeys(Metric, 0.0) for day in dates}
+    for row in _rows(actor).filter(day__range=(dates[0], dates[-1])):
+        amounts[row.day][Metric(row.metric)] = row.amount
+    return Month(first, tuple(Day(day, amounts[day]) for day in dates))
+
+
+def months(actor: Actor) -> list[date]:
+    """The months in which the actor's team used anything, latest first."""
+    actor.require(READ)
+    found: Iterable[date] = _rows(actor).dates("day", "month", order="DESC")
+    return list(found)
+
+
+def _rows(actor: Actor) -> QuerySet[UsageDay]:
+    return UsageDay.objects.filter(team=actor.team)

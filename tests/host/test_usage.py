@@ -1,0 +1,153 @@
+"""What the agent says a sandbox has used, held against what the sandbox did."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from django.test import override_settings
+
+from hostruntime.answers import SandboxInfo, UsageInfo
+from hostruntime.client import HostClient
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Metric, UsageDay
+from sandboxes_app import services, tasks
+from sandboxes_app.models import Sandbox
+from sandboxes_app.specs import SandboxSpec
+from tests.host.agent import CGROUPS, Agent, eventually
+from tests.host.conftest import BASE, NewSandbox
+
+pytestmark = pytest.mark.host
+
+BURN = "timeout -s KILL {} sh -c 'while :; do :; done'"
+
+
+def used(host: HostClient, sandbox: SandboxInfo) -> UsageInfo:
+    [info] = host.usage(sandbox.id)
+    return info
+
+
+def burn(host: HostClient, sandbox: SandboxInfo, seconds: float) -> None:
+    host.exec(sandbox.id, BURN.format(seconds))
+
+
+def accounted_cpu(agent: Agent, sandbox: SandboxInfo) -> float:
+    """What the kernel's other counter says: cpuacct, or cpu.stat where there is only v2."""
+    name = f"{agent.prefix.rstrip('-')}/{agent.prefix}{sandbox.id}"
+    cpuacct = CGROUPS / "cpuacct" / name / "cpuacct.usage"
+    if cpuacct.exists():
+        return int(cpuacct.read_text()) / 1e9
+    return int((CGROUPS / name / "cpu.stat").read_text().split()[1]) / 1e6
+
+
+def test_cpu_time_is_what_the_commands_took(
+    agent: Agent, host: HostClient, sandbox: SandboxInfo
+) -> None:
+    burn(host, sandbox, 1.5)
+    kernel = accounted_cpu(agent, sandbox)
+    assert kernel > 0.5
+    for _ in eventually():
+        if used(host, sandbox).total.cpu_seconds > kernel - 0.01:
+            break
+    assert used(host, sandbox).total.cpu_seconds == pytest.approx(kernel, abs=0.3)
+
+
+def test_memory_is_counted_for_as_long_as_it_is_held(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    host.exec(sandbox.id, "head -c 250000000 /dev/zero > /workspace/held")
+    time.sleep(2.5)
+    before, began = used(host, sandbox).total.gb_seconds, time.monotonic()
+    time.sleep(6)
+    gained = used(host, sandbox).total.gb_seconds - before
+    # Readings are 2 s apart, so what the answer covers is 6 s give or take those.
+    assert 0.25 * 3.5 < gained < 0.3 * (time.monotonic() - began + 2.5)
+
+
+def test_a_short_life_is_counted_whole_and_once(host: HostClient, new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    burn(host, sandbox, 0.6)
+    host.delete_sandbox(sandbox.id)
+    first = used(host, sandbox)
+    assert first.ended
+    assert 0.2 < first.total.cpu_seconds < 2
+    assert first.total.gb_seconds > 0
+    assert used(host, sandbox) == first
+    host.usage_collected([sandbox.id])
+    assert host.usage(sandbox.id) == []
+    assert sandbox.id not in {info.id for info in host.usage()}
+
+
+def test_one_that_runs_is_not_forgotten(host: HostClient, sandbox: SandboxInfo) -> None:
+    burn(host, sandbox, 0.5)
+    host.usage_collected([sandbox.id])
+    assert not used(host, sandbox).ended
+
+
+def test_one_past_its_deadline_keeps_its_sums(host: HostClient, new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox(deadline=time.time() + 2)
+    burn(host, sandbox, 0.7)
+    for _ in eventually(8):
+        if used(host, sandbox).ended:
+            break
+    assert used(host, sandbox).total.cpu_seconds > 0.3
+
+
+def test_a_killed_agent_loses_nothing(
+    agent: Agent, host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    lives, ends = new_sandbox(), new_sandbox()
+    burn(host, lives, 0.8)
+    burn(host, ends, 0.8)
+    host.delete_sandbox(ends.id)
+    ended = used(host, ends)
+    agent.kill()
+    time.sleep(1)
+    agent.start()
+    assert used(host, ends) == ended
+    kernel = accounted_cpu(agent, lives)
+    for _ in eventually():
+        if used(host, lives).total.cpu_seconds >= kernel - 0.01:
+            break
+    assert used(host, lives).total.cpu_seconds == pytest.approx(kernel, abs=0.3)
+    assert used(host, lives).total.gb_seconds > 0
+
+
+def test_what_is_collected_leaves_no_file(
+    agent: Agent, host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    sandbox = new_sandbox()
+    host.delete_sandbox(sandbox.id)
+    file = Path(agent.state / "usage" / f"{sandbox.id}.json")
+    assert file.exists()
+    host.usage_collected([sandbox.id])
+    assert not file.exists()
+
+
+def summed(metric: Metric) -> float:
+    return sum(UsageDay.objects.filter(metric=metric).values_list("amount", flat=True))
+
+
+@pytest.mark.django_db
+def test_a_team_is_charged_what_its_sandbox_used(
+    agent: Agent, host: HostClient, actor: Actor
+) -> None:
+    with override_settings(HOST_SOCKET=str(agent.socket)):
+        sandbox = services.create_sandbox(actor, SandboxSpec(template=BASE, size="small"))
+        try:
+            host.exec(sandbox.pk, BURN.format(0.8))
+            time.sleep(2.5)
+            tasks.tidy()
+            running = summed(Metric.VCPU_SECONDS)
+            assert running > 0.3
+            host.exec(sandbox.pk, BURN.format(0.8))
+            tasks.tidy()
+        finally:
+            services.terminate_sandbox(actor, sandbox.pk)
+        tasks.tidy()
+    row = Sandbox.objects.get()
+    assert summed(Metric.VCPU_SECONDS) == pytest.approx(row.cpu_seconds)
+    assert summed(Metric.GB_SECONDS) == pytest.approx(row.gb_seconds)
+    assert row.cpu_seconds > running + 0.3
+    assert host.usage(sandbox.pk) == []
