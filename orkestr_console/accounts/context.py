@@ -37,6 +37,7 @@ def entries(actor: Actor) -> Iterator[tuple[str, str]]:
     yield "Usage", "console:usage"
     if actor.is_at_least(Role.ADMIN):
         yield "API tokens", "console:tokens"
+        yield "Audit log", "console:audit"
     yield "Switch team", "console:teams"
     yield "Account", "console:account"
     if actor.is_operator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 
 from django import template
@@ -87,6 +88,12 @@ def other_lines(text: str) -> str:
 def grouped(value: int | None) -> str:
     """``12,345``."""
     return "" if value is None else f"{value:,}"
+
+
+@register.filter
+def pretty(value: object) -> str:
+    """JSON for people to read."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def in_words(length: timedelta) -> str:

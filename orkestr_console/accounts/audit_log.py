@@ -1,0 +1,79 @@
+"""Reading the audit log: a team's entries, filtered, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Annotated, Literal
+
+from django.db.models import Q, QuerySet
+from pydantic import BaseModel, ConfigDict, Field
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import AuditEntry, Role
+
+PAGE = 50
+# An export is made in memory; whoever needs more narrows the dates.
+MOST_EXPORTED = 50_000
+
+type Text = Annotated[str, Field(max_length=254)]
+
+
+class AuditQuery(BaseModel):
+    """What to look for. Blank is anything; days are UTC's, both included."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+    who: Text = ""
+    action: Text = ""
+    outcome: Literal["", "done", "denied"] = ""
+    surface: Literal["", "console", "rest", "mcp", "system"] = ""
+    since: date | None = None
+    until: date | None = None
+    text: Text = ""
+
+
+def entries(actor: Actor, query: AuditQuery) -> QuerySet[AuditEntry]:
+    """The team's entries that match, newest first. Raises ``Forbidden`` for a member."""
+    actor.require_role(Role.ADMIN)
+    found = AuditEntry.objects.filter(team_id=actor.team.pk)
+    exact = {"outcome": query.outcome, "surface": query.surface, "action": query.action}
+    found = found.filter(**{name: value for name, value in exact.items() if value})
+    if query.who:
+        found = found.filter(Q(who__icontains=query.who) | Q(token__startswith=query.who))
+    if query.text:
+        named = Q(object_name__icontains=query.text) | Q(object_id__icontains=query.text)
+        found = found.filter(named | Q(detail__icontains=query.text))
+    if query.since:
+        found = found.filter(at__gte=midnight(query.since))
+    if query.until:
+        found = found.filter(at__lt=midnight(query.until) + timedelta(days=1))
+    return found.order_by("-id")
+
+
+def midnight(day: date) -> datetime:
+    """When a day begins."""
+    return datetime.combine(day, time(), UTC)
+
+
+def page(
+    actor: Actor, query: AuditQuery, before: int | None
+) -> tuple[list[AuditEntry], int | None]:
+    """A page of entries older than entry ``before``, and where the next begins or None."""
+    rows = entries(actor, query)
+    if before is not None:
+        rows = rows.filter(id__lt=before)
+    found = list(rows[: PAGE + 1])
+    return found[:PAGE], found[PAGE - 1].pk if len(found) > PAGE else None
+
+
+def actions(actor: Actor) -> list[str]:
+    """The actions there are entries of."""
+    actor.require_role(Role.ADMIN)
+    rows = AuditEntry.objects.filter(team_id=actor.team.pk)
+    return list(rows.order_by("action").values_list("action", flat=True).distinct())
+
+
+def exported(actor: Actor, query: AuditQuery) -> Iterator[AuditEntry]:
+    """Everything that matches, newest first, to the most that one export holds."""
+    return entries(actor, query)[:MOST_EXPORTED].iterator(chunk_size=2000)
