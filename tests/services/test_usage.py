@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -202,7 +204,7 @@ def test_a_host_that_lost_its_sums_takes_nothing_away(
 
 @pytest.mark.django_db(transaction=True)
 def test_two_collectors_at_once_count_once(
-    plans: None, host: FakeHost, actor: Actor, team: Team
+    plans: None, host: FakeHost, actor: Actor, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boxes = [
         services.create_sandbox(actor, SandboxSpec(template="debian-12", size="small"))
@@ -210,22 +212,31 @@ def test_two_collectors_at_once_count_once(
     ]
     for number, box in enumerate(boxes, start=1):
         tell(host, box, (MONDAY, number, number), (TUESDAY, 1, 1))
-    together = threading.Barrier(4)
+    entered, go_on = threading.Event(), threading.Event()
     failures: list[Exception] = []
 
+    def dawdle(amounts: dict[Key, float], add: Callable[..., None] = usage.add) -> None:
+        entered.set()
+        go_on.wait(10)
+        add(amounts)
+
     def collect() -> None:
-        together.wait()
         try:
-            for _ in range(5):
-                metering.collect()
+            metering.collect()
         except Exception as error:  # noqa: BLE001 - told below
             failures.append(error)
         finally:
             connection.close()
 
-    threads = [threading.Thread(target=collect) for _ in range(4)]
-    for thread in threads:
+    monkeypatch.setattr(usage, "add", dawdle)
+    threads = [threading.Thread(target=collect) for _ in range(3)]
+    threads[0].start()
+    assert entered.wait(10)
+    # The first has read and changed the rows and has not committed; now come the others.
+    for thread in threads[1:]:
         thread.start()
+    time.sleep(0.5)
+    go_on.set()
     for thread in threads:
         thread.join()
     assert failures == []
