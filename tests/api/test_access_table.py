@@ -1,0 +1,347 @@
+"""Who may do what, everywhere: every address × every kind of caller, in one table.
+
+An address that is not in the table fails the first test, so whoever adds one decides here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from django.contrib.sessions.models import Session
+from django.test import Client
+from django.urls import URLPattern, URLResolver, get_resolver
+
+from orkestr_console.accounts import people, sessions
+from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.models import Membership, Role, SignedIn, Team, User
+from orkestr_console.accounts.people import InviteSpec
+from orkestr_console.accounts.services import mint_token
+from orkestr_console.asgi import websocket_urls
+from sandboxes_app import services as sandboxes
+from sandboxes_app.specs import SandboxSpec
+from templates_app import services as templates
+from templates_app.specs import TemplateSpec
+from tests.conftest import api_client, make_user
+from tests.fakes.host import FakeHost
+
+# Answers: done or shown, sign in first, no token, may not, is not there.
+OK, IN, BARE, NO, GONE = "ok", "sign in", 401, 403, 404
+
+type Expected = str | int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call: ``<…>`` in the route is replaced by the id of a thing of team Acme."""
+
+    method: str
+    route: str
+    expected: dict[str, Expected]
+    form: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.route}"
+
+
+def rest(method: str, route: str, other: Expected, own: Expected = OK, **body: Any) -> Row:
+    """A REST call: reading needs the read scope, everything else the write scope."""
+    read = OK if method == "GET" else NO
+    callers = {"nobody": BARE, "session": BARE, "read-only": read, "token": own, "other": other}
+    return Row(method, f"v1/{route}", callers, body)
+
+
+def page(
+    method: str,
+    route: str,
+    *,
+    member: Expected = OK,
+    admin: Expected = OK,
+    owner: Expected = OK,
+    other: Expected = OK,
+    nobody: Expected = IN,
+    **form: Any,
+) -> Row:
+    """A console page; a Bearer token is no session."""
+    people = {"member": member, "admin": admin, "owner": owner, "other owner": other}
+    return Row(method, route, {"nobody": nobody, "only a token": nobody, **people}, form)
+
+
+TEMPLATE, SANDBOX = "templates/<template>", "sandboxes/<sandbox>"
+BUILD: dict[str, Any] = {"name": "made", "base_template": "debian-12", "recipe": ["true"]}
+BOX = {"template": "debian-12", "size": "small", "network": "off", "timeout_seconds": "60"}
+FILE = {"path": "/workspace/x", "content": "eA=="}
+
+REST = [
+    rest("GET", "templates", OK),
+    rest("POST", "templates", OK, **BUILD),
+    rest("GET", TEMPLATE, GONE),
+    rest("DELETE", TEMPLATE, GONE),
+    rest("GET", "sandboxes", OK),
+    rest("POST", "sandboxes", OK, template="debian-12"),
+    rest("POST", "sandboxes", GONE, 409, template="<template>"),
+    rest("GET", "sandboxes/limits", OK),
+    rest("GET", SANDBOX, GONE),
+    rest("DELETE", SANDBOX, GONE),
+    rest("POST", f"{SANDBOX}/timeout", GONE, timeout_seconds=60),
+    rest("POST", f"{SANDBOX}/exec", GONE, command="true"),
+    rest("GET", f"{SANDBOX}/egress", GONE),
+    rest("GET", f"{SANDBOX}/files?path=/workspace/there", GONE),
+    rest("POST", f"{SANDBOX}/files", GONE, **FILE),
+    rest("DELETE", f"{SANDBOX}/files?path=/workspace/there", GONE),
+    rest("POST", f"{SANDBOX}/files/mkdir", GONE, path="/workspace/d"),
+    rest("POST", f"{SANDBOX}/files/move", GONE, source="/workspace/there", destination="/tmp/y"),
+    rest("GET", f"{SANDBOX}/files/stat?path=/workspace/there", GONE),
+    rest("POST", f"{SANDBOX}/files/batch", GONE, files=[FILE]),
+]
+ADMINS = {"member": NO}
+OPERATORS = {"member": GONE, "admin": GONE, "owner": GONE, "other": GONE}
+OPEN = {"nobody": OK}
+THEIRS = {"other": GONE}
+CONSOLE = [
+    page("GET", "", **OPEN),
+    page("GET", "sign-in/", **OPEN),
+    page("POST", "sign-in/", nobody=400, email="x@example.org", password="wrong"),
+    page("GET", "sign-in/code/", member=IN, admin=IN, owner=IN, other=IN),
+    page("POST", "sign-out/", member=IN, admin=IN, owner=IN, other=IN),
+    page("GET", "join/<secret>/", **OPEN),
+    page("POST", "join/<secret>/", member=409, admin=409, owner=409, nobody=400),
+    page("GET", "templates/"),
+    page("GET", "templates/new/"),
+    page("POST", "templates/new/", **{**BUILD, "recipe": "true", "network": "restricted"}),
+    page("GET", "templates/<template>/", **THEIRS),
+    page("GET", "templates/<template>/delete/", **THEIRS),
+    page("POST", "templates/<template>/delete/", **THEIRS),
+    page("GET", "templates/<template>/steps/1/output/", **THEIRS),
+    page("GET", "sandboxes/"),
+    page("GET", "sandboxes/new/"),
+    page("POST", "sandboxes/new/", **BOX),
+    page("GET", "sandboxes/<sandbox>/", **THEIRS),
+    page("POST", "sandboxes/<sandbox>/exec/", **THEIRS, command="true", timeout_seconds="5"),
+    page("GET", "sandboxes/<sandbox>/egress/", **THEIRS),
+    page("GET", "sandboxes/<sandbox>/terminate/", **THEIRS),
+    page("POST", "sandboxes/<sandbox>/terminate/", **THEIRS),
+    page("GET", "teams/"),
+    page("POST", "team/switch/", **THEIRS, team="<team>"),
+    page("GET", "team/people/"),
+    page("POST", "team/people/", **ADMINS, role="member", email=""),
+    page("GET", "team/people/<bob>/", **ADMINS, **THEIRS),
+    page("POST", "team/people/<bob>/", **ADMINS, **THEIRS, role="admin"),
+    page("POST", "team/people/<bob>/", member=NO, admin=NO, **THEIRS, role="owner"),
+    page("GET", "team/people/<alice>/remove/", **ADMINS, **THEIRS),
+    page("POST", "team/people/<alice>/remove/", member=NO, admin=NO, owner=409, **THEIRS),
+    page("POST", "team/people/<dora>/remove/", **ADMINS, **THEIRS),
+    page("POST", "team/invitations/<invitation>/revoke/", **ADMINS, **THEIRS),
+    page("GET", "team/limits/"),
+    page("POST", "team/limits/", **ADMINS, sizes=["small"], networks=["off"], bases=["debian-12"]),
+    page("GET", "team/tokens/", **ADMINS),
+    page("POST", "team/tokens/", **ADMINS, name="made", scopes=[READ]),
+    page("POST", "team/tokens/<token>/revoke/", **ADMINS, **THEIRS),
+    page("GET", "team/audit/", **ADMINS),
+    page("GET", "team/audit/csv/", **ADMINS),
+    page("GET", "team/audit/jsonl/", **ADMINS),
+    page("GET", "team/usage/"),
+    page("GET", "team/usage/csv/"),
+    page("GET", "account/"),
+    page("POST", "account/name/", name="Me"),
+    page("POST", "account/password/", member=400, admin=400, owner=400, other=400, current="?"),
+    page("POST", "account/sessions/<session>/end/", member=GONE, admin=GONE, other=GONE),
+    page("POST", "account/sessions/end-others/"),
+    page("POST", "account/code/begin/"),
+    page("POST", "account/code/confirm/", member=400, admin=400, owner=400, other=400, code="1"),
+    page("POST", "account/code/off/", member=400, admin=400, owner=400, other=400, current="?"),
+    page("GET", "operator/", **OPERATORS),
+    page("GET", "operator/teams/new/", **OPERATORS),
+    page("POST", "operator/teams/new/", **OPERATORS, name="Made", plan="enterprise"),
+    page("GET", "operator/teams/<team>/", **OPERATORS),
+    page("POST", "operator/teams/<team>/", **OPERATORS, plan="enterprise"),
+    page("GET", "operator/plans/pro/", **OPERATORS),
+    page("POST", "operator/plans/pro/", **OPERATORS, name="Pro"),
+]
+# For everybody, and telling nothing: health, and what answers an unknown address.
+PUBLIC = {"healthz", r"^v1(?:/.*)?$"}
+
+
+@dataclass
+class World:
+    """Team Acme with one of everything, and who calls."""
+
+    ids: dict[str, str]
+    clients: dict[str, Client]
+
+
+@pytest.fixture
+def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> World:
+    dora = make_user("dora", team, Role.ADMIN)
+    alices = Actor(team, alice, None, "console", None, frozenset({"*"}), Role.OWNER)
+    spec = TemplateSpec(name="made", base_template="debian-12", recipe=["true"])
+    template = templates.create_template(alices, spec)
+    sandbox = sandboxes.create_sandbox(alices, SandboxSpec(template="debian-12"))
+    host.write_file(sandbox.pk, "/workspace/there", b"x")
+    token, text = mint_token(team, "Test", [READ, WRITE])
+    invitation, secret = people.invite(alices, InviteSpec())
+    others = mint_token(Team.objects.get(slug="globex"), "Theirs", [READ, WRITE])[1]
+    signed_in = SignedIn.objects.create(user=alice, session_key="k" * 32)
+    Session.objects.create(session_key="k" * 32, expire_date=sandbox.expires_at)
+    people_of = {"member": bob, "admin": dora, "owner": alice, "other owner": charlie}
+    named = {user.get_full_name().lower(): str(user.pk) for user in people_of.values()}
+    return World(
+        ids={
+            **named,
+            "template": template.pk,
+            "sandbox": sandbox.pk,
+            "token": token.pk,
+            "invitation": invitation.pk,
+            "secret": secret,
+            "session": str(signed_in.pk),
+            "team": team.pk,
+        },
+        clients={
+            "nobody": api_client(None),
+            "session": console_of(alice),
+            "read-only": api_client(mint_token(team, "Reader", [READ])[1]),
+            "token": api_client(text),
+            "only a token": Client(headers={"Authorization": f"Bearer {text}"}),
+            "other": api_client(others),
+            **{name: console_of(user) for name, user in people_of.items()},
+        },
+    )
+
+
+def console_of(user: User) -> Client:
+    client = Client()
+    client.force_login(user)
+    return client
+
+
+def filled(value: Any, ids: dict[str, str]) -> Any:
+    """A route or body with the ids put in."""
+    if isinstance(value, str):
+        return re.sub(r"<(\w+)>", lambda match: ids[match[1]], value)
+    if isinstance(value, dict):
+        return {name: filled(one, ids) for name, one in value.items()}
+    return value
+
+
+def answer_of(row: Row, world: World, caller: str) -> Any:
+    client, address = world.clients[caller], f"/{filled(row.route, world.ids)}"
+    body = filled(row.form, world.ids)
+    if row.method == "GET":
+        return client.get(address)
+    if row.route.startswith("v1/"):
+        call: Callable[..., Any] = getattr(client, row.method.lower())
+        return call(address, body, content_type="application/json")
+    client.handler.enforce_csrf_checks = False
+    return client.post(address, body)
+
+
+def summary(answer: Any) -> Expected:
+    """What the answer comes to."""
+    if answer.status_code == 302 and answer["Location"].partition("?")[0] == "/sign-in/":
+        return IN
+    return OK if answer.status_code < 400 else int(answer.status_code)
+
+
+def groups(row: Row) -> Iterator[tuple[str, ...]]:
+    """The callers that can share one world: what is read, and what is refused, changes nothing."""
+    if row.method == "GET":
+        yield tuple(row.expected)
+        return
+    yield tuple(caller for caller, expected in row.expected.items() if expected != OK)
+    yield from ((caller,) for caller, expected in row.expected.items() if expected == OK)
+
+
+CASES = [
+    pytest.param(row, callers, id=f"{row} by {', '.join(callers)}")
+    for row in (*REST, *CONSOLE)
+    for callers in groups(row)
+    if callers
+]
+
+
+@pytest.mark.parametrize(("row", "callers"), CASES)
+def test_everybody_gets_what_they_may_and_no_more(
+    world: World, row: Row, callers: tuple[str, ...]
+) -> None:
+    answers = {caller: answer_of(row, world, caller) for caller in callers}
+    assert {caller: summary(answer) for caller, answer in answers.items()} == {
+        caller: row.expected[caller] for caller in callers
+    }
+
+
+@pytest.mark.parametrize("row", [row for row in (*REST, *CONSOLE) if GONE in row.expected.values()])
+def test_another_teams_object_is_as_unknown_as_one_that_never_was(world: World, row: Row) -> None:
+    strangers = [caller for caller in ("other", "other owner") if row.expected.get(caller) == GONE]
+    for stranger in strangers:
+        foreign = answer_of(row, world, stranger)
+        missing = answer_of(row, World(absent(world.ids), world.clients), stranger)
+        assert foreign.status_code == missing.status_code == GONE
+        assert told(foreign) == told(missing)
+
+
+def absent(ids: dict[str, str]) -> dict[str, str]:
+    """Ids of the same form that nothing has."""
+    return {
+        name: "999999" if value.isdigit() else f"{value[:-4]}ZZZZ" for name, value in ids.items()
+    }
+
+
+def told(answer: Any) -> str:
+    """The answer without its request id and the page's one-time values."""
+    text = answer.content.decode()
+    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|nonce=\S+", "", text)
+    return re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
+
+
+def routes(patterns: Any, prefix: str = "") -> Iterator[str]:
+    """Every address there is, with its parameters as ``<>``."""
+    for one in patterns:
+        here = f"{prefix}{one.pattern}"
+        if isinstance(one, URLResolver):
+            yield from routes(one.url_patterns, here)
+        elif isinstance(one, URLPattern):
+            yield re.sub(r"<[^>]*>", "<>", here)
+
+
+def test_every_address_is_in_the_table() -> None:
+    known = [
+        re.compile(re.escape(r).replace("<>", "[^/]+"))
+        for r in routes(get_resolver().url_patterns)
+        if r not in PUBLIC
+    ]
+    listed = {row.route.partition("?")[0] for row in (*REST, *CONSOLE)}
+    missing = [one.pattern for one in known if not any(one.fullmatch(row) for row in listed)]
+    strange = [row for row in listed if not any(one.fullmatch(row) for one in known)]
+    assert (missing, strange) == ([], [])
+
+
+def test_a_person_who_was_removed_is_out_at_once(
+    world: World, team: Team, alice: User, bob: User
+) -> None:
+    member = world.clients["member"]
+    assert member.get("/templates/").status_code == 200
+    alices = Actor(team, alice, None, "console", None, frozenset({"*"}), Role.OWNER)
+    people.remove(alices, bob.pk)
+    assert member.get("/templates/").status_code == 403
+    assert not Membership.objects.filter(user=bob).exists()
+
+
+def test_an_ended_session_is_out_at_once(world: World, alice: User) -> None:
+    owner = world.clients["owner"]
+    owner.get("/account/")
+    sessions.end_other_sessions(alice, kept=None)
+    assert summary(owner.get("/templates/")) == IN
+
+
+def test_the_sockets_are_in_their_own_table() -> None:
+    """``tests/console/test_live.py`` opens each as nobody, a stranger and a member."""
+    found = {str(one.pattern) for one in websocket_urls()}
+    assert found == {
+        "ws/templates/",
+        "ws/templates/<str:template_id>/",
+        "ws/sandboxes/",
+        "ws/sandboxes/<str:sandbox_id>/",
+    }
