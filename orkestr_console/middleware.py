@@ -1,9 +1,14 @@
-"""What every request passes: a request id, a refusal of unusable text, errors made answers."""
+"""What every request passes.
+
+A request id, the client's address, a refusal of unusable text, errors made answers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -31,6 +36,22 @@ def request_id(get_response: Handler) -> Handler:
         response = get_response(request)
         response.headers[REQUEST_ID] = chosen
         return response
+
+    return middleware
+
+
+def client_address(get_response: Handler) -> Handler:
+    """Take the client's address from the proxy in front: the audit log and lock-outs need it.
+
+    The proxy appends to ``X-Forwarded-For`` what it saw; what is before that the client may claim.
+    Only installed where the public address is https, which this process never speaks itself.
+    """
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        seen = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
+        with suppress(ValueError):
+            request.META["REMOTE_ADDR"] = str(ip_address(seen))
+        return get_response(request)
 
     return middleware
 

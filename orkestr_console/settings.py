@@ -68,6 +68,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.middleware.request_id",
+    *(["orkestr_console.middleware.client_address"] if _https else []),
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.csp.ContentSecurityPolicyMiddleware",
     "orkestr_console.middleware.refuse_unusable_text",
@@ -123,6 +124,8 @@ AUTHENTICATION_BACKENDS = ["axes.backends.AxesStandaloneBackend", LOGIN_BACKEND]
 # Five wrong passwords for one account from one address, and that pair waits.
 AXES_FAILURE_LIMIT = 5
 AXES_COOLOFF_TIME = timedelta(minutes=15)
+# What `authenticate()` is given; axes would look for the name of our model's field.
+AXES_USERNAME_FORM_FIELD = "username"
 AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_RESET_ON_SUCCESS = True
 AXES_DISABLE_ACCESS_LOG = True

@@ -291,7 +291,8 @@ def set_share(actor: Actor, user_id: int, spec: ShareSpec) -> Membership:
         place.max_concurrent_sandboxes = spec.max_concurrent_sandboxes
         place.save(update_fields=["max_templates", "max_concurrent_sandboxes"])
         after = [place.max_templates, place.max_concurrent_sandboxes]
-        note(actor, "member.share", place, {"changed": {"shares": [before, after]}})
+        if after != before:
+            note(actor, "member.share", place, {"changed": {"shares": [before, after]}})
     return place
 
 

@@ -18,6 +18,7 @@ from orkestr_console.accounts.limit_changes import (
 )
 from orkestr_console.accounts.limits import KINDS, SHARES, Envelope
 from orkestr_console.accounts.models import Agreement, Plan, TeamLimits
+from orkestr_console.accounts.people import usable_email
 from orkestr_console.console.forms import Form
 from orkestr_console.errors import DomainError, InvalidInput
 from orkestr_console.validation import parse_spec
@@ -220,6 +221,8 @@ class TeamForm(Form):
     def spec(self) -> NewTeamSpec:
         """What is asked for. Raises ``InvalidInput``."""
         self.refuse_unusable()
+        if self.email:
+            self.email = usable_email(self.email)
         return parse_spec(NewTeamSpec, {"name": self.name, "plan": self.plan})
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.contrib import messages
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
+from django.urls import reverse
+from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_safe
 
-from orkestr_console.accounts import limit_changes
+from orkestr_console.accounts import limit_changes, people
 from orkestr_console.accounts.limit_changes import SIZES, Operator
 from orkestr_console.accounts.limits import KINDS, build
+from orkestr_console.accounts.models import Role
+from orkestr_console.accounts.people import InviteSpec
 from orkestr_console.console.limits_forms import AgreementForm, PlanForm, TeamForm
 from orkestr_console.console.limits_views import counts
 from orkestr_console.decorators import ConsoleRequest, console_page
@@ -92,21 +99,30 @@ def operator_plan(request: ConsoleRequest, code: str) -> HttpResponse:
     return render(request, "console/operator_plan.html", context, status=status)
 
 
+@never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def operator_team_new(request: ConsoleRequest) -> HttpResponse:
-    """A new team, and the link that makes whoever opens it its owner."""
+    """A new team, and the link that makes whoever opens it its owner, which is shown once."""
     who = operator_of(request)
-    form, status = TeamForm(), 200
+    context: dict[str, Any] = {"form": TeamForm(), "plans": limit_changes.list_plans(who)}
+    status = 200
     if request.method == "POST":
-        form = TeamForm.typed(request.POST)
+        form = context["form"] = TeamForm.typed(request.POST)
         try:
-            made = limit_changes.create_team(who, form.spec())
+            context |= made_team(request, who, form)
         except DomainError as error:
             form.take(error)
             status = error.status
-        else:
-            messages.success(request, f"Team {made.name} was made.")
-            return redirect("console:operator_team", made.pk)
-    context = {"form": form, "plans": limit_changes.list_plans(who)}
     return render(request, "console/operator_team_new.html", context, status=status)
+
+
+def made_team(request: ConsoleRequest, who: Operator, form: TeamForm) -> dict[str, Any]:
+    """Make the team and its owner's invitation, or neither."""
+    spec = form.spec()
+    with transaction.atomic():
+        team = limit_changes.create_team(who, spec)
+        owner = InviteSpec(role=Role.OWNER, email=form.email)
+        invitation, secret = people.invite(who.of(team), owner)
+    link = request.build_absolute_uri(reverse("console:join", args=[secret]))
+    return {"made": team, "invitation": invitation, "link": link, "days": people.INVITATION_DAYS}

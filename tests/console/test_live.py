@@ -15,6 +15,7 @@ from channels.testing import WebsocketCommunicator
 from django.conf import settings
 from django.test import Client
 
+from orkestr_console.accounts import people, sessions
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Membership, User
 from orkestr_console.asgi import application
@@ -229,3 +230,24 @@ async def test_a_burst_is_answered_together(
     assert message["kind"] == "append"
     assert message["steps"][0]["dropped"] == 3000
     assert await socket.receive_nothing(timeout=0.5)
+
+
+async def test_a_page_of_somebody_who_was_removed_closes(
+    opened: Open, alice: User, bob: User, building: Template, console_actor: Actor
+) -> None:
+    member = Client()
+    await sync_to_async(member.force_login)(bob)
+    socket = await opened(f"/ws/templates/{building.pk}/", member)
+    await heard(socket)
+    await sync_to_async(people.remove)(console_actor, bob.pk)
+    assert await closed(socket) == 4401
+
+
+async def test_a_page_in_a_session_that_is_ended_elsewhere_closes(
+    opened: Open, console: Client, alice: User, building: Template
+) -> None:
+    await sync_to_async(console.get)("/account/")
+    socket = await opened("/ws/templates/", console)
+    await heard(socket)
+    await sync_to_async(sessions.end_other_sessions)(alice, None)
+    assert await closed(socket) == 4401

@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.test import Client
+from django.conf import settings
+from django.test import Client, override_settings
 
-from orkestr_console.accounts.models import User
+from orkestr_console.accounts.models import AuditEntry, User
 from tests.conftest import PASSWORD
 
 
@@ -88,3 +89,53 @@ def test_somebody_without_a_team_is_told_so(alice: User) -> None:
     answer = client.get("/templates/")
     assert answer.status_code == 403
     assert "You are in no team yet" in answer.content.decode()
+
+
+def test_guessing_is_locked_out_and_the_sentence_says_how_long(alice: User) -> None:
+    guesser = Client()
+    form = {"email": "alice@example.org", "password": "guess"}
+    answers = [guesser.post("/sign-in/", form).content.decode() for _ in range(5)]
+    assert "do not belong together" in answers[0]
+    assert "Wait 15 minutes, then try again" in answers[-1]
+    # The right password in another spelling of the address is not let in either.
+    form = {"email": "ALICE@example.org", "password": PASSWORD}
+    assert "Wait 15 minutes" in guesser.post("/sign-in/", form).content.decode()
+
+
+def test_an_address_without_an_account_is_locked_out_just_the_same(db: None) -> None:
+    form = {"email": "nobody@example.org", "password": "guess"}
+    answers = [Client().post("/sign-in/", form).content.decode() for _ in range(5)]
+    assert "Wait 15 minutes" in answers[-1]
+
+
+def test_guesses_from_elsewhere_lock_nobody_out(alice: User) -> None:
+    form = {"email": "alice@example.org", "password": "guess"}
+    for _ in range(6):
+        Client().post("/sign-in/", form, REMOTE_ADDR="198.51.100.7")
+    answer = Client().post("/sign-in/", {**form, "password": PASSWORD}, REMOTE_ADDR="192.0.2.9")
+    assert answer.status_code == 302
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "address"),
+    [("203.0.113.5, 198.51.100.7", "198.51.100.7"), ("2001:db8::1", "2001:db8::1"), ("x", None)],
+)
+def test_behind_a_proxy_the_address_is_what_the_proxy_saw(
+    alice: User, forwarded: str, address: str | None
+) -> None:
+    behind = ["orkestr_console.middleware.client_address", *settings.MIDDLEWARE]
+    form = {"email": "alice@example.org", "password": PASSWORD}
+    with override_settings(MIDDLEWARE=behind):
+        Client(headers={"X-Forwarded-For": forwarded}).post("/sign-in/", form)
+    assert AuditEntry.objects.get(action="session.create").address == (address or "127.0.0.1")
+
+
+def test_signing_in_and_a_refusal_are_on_record(alice: User) -> None:
+    form = {"email": "Alice@example.org", "password": "guess"}
+    Client().post("/sign-in/", form)
+    Client().post("/sign-in/", {**form, "password": PASSWORD})
+    rows = AuditEntry.objects.filter(action="session.create").order_by("pk")
+    assert [(row.outcome, row.address) for row in rows] == [
+        ("denied", "127.0.0.1"),
+        ("done", "127.0.0.1"),
+    ]
