@@ -188,9 +188,10 @@ def test_the_theme_is_kept(page: Page) -> None:
 
 def test_no_page_is_wider_than_a_small_phone(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
-    own = ("limits", "tokens")
-    paths = ("/templates/", "/templates/new/", "/sandboxes/", "/sandboxes/new/")
-    for path in (*paths, *(f"/team/{name}/" for name in own)):
+    team = ("people", "limits", "usage", "tokens", "audit")
+    paths = ("/templates/", "/templates/new/", "/sandboxes/", "/sandboxes/new/", "/account/")
+    operators = ("/teams/", "/operator/", "/operator/teams/new/", "/operator/plans/pro/")
+    for path in (*paths, *operators, *(f"/team/{name}/" for name in team)):
         page.goto(path)
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{path} is {wide} px too wide"

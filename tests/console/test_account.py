@@ -102,6 +102,29 @@ def test_sessions_are_listed_and_ended_one_by_one(signed_in: Client, alice: User
     assert signed_in.post(f"/account/sessions/{row.pk}/end/").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("user_agent", "shown"),
+    [
+        (
+            "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
+            "Chrome/131.0.0.0 Safari/537.36 Edg/131.0.0.0",
+            "Edge on Windows",
+        ),
+        (
+            "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 "
+            "(KHTML, like Gecko) Version/17.5 Mobile/15E148 Safari/604.1",
+            "Safari on iPhone",
+        ),
+        ("Mozilla/5.0 (X11; Linux x86_64; rv:133.0) Gecko/20100101 Firefox/133.0", "Firefox on L"),
+        ("curl/8.9", "curl/8.9"),
+        ("", "unknown"),
+    ],
+)
+def test_a_browser_is_called_by_its_name(alice: User, user_agent: str, shown: str) -> None:
+    browser, _ = sign_in(agent=user_agent)
+    assert f'title="{user_agent}">{shown}' in text(browser.get("/account/"))
+
+
 def test_all_other_sessions_are_ended_at_once(signed_in: Client) -> None:
     others = [sign_in(agent=agent)[0] for agent in ("Chrome", "Safari")]
     page = text(signed_in.post("/account/sessions/end-others/", follow=True))

@@ -15,6 +15,24 @@ from orkestr_console.console.ansi import rendered
 
 register = template.Library()
 
+BROWSERS = (
+    ("Edg", "Edge"),
+    ("OPR/", "Opera"),
+    ("Firefox/", "Firefox"),
+    ("FxiOS/", "Firefox"),
+    ("Chrome/", "Chrome"),
+    ("CriOS/", "Chrome"),
+    ("Safari/", "Safari"),
+)
+SYSTEMS = (
+    ("Android", "Android"),
+    ("iPhone", "iPhone"),
+    ("iPad", "iPad"),
+    ("Windows", "Windows"),
+    ("Mac OS X", "macOS"),
+    ("CrOS", "ChromeOS"),
+    ("Linux", "Linux"),
+)
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -23,6 +41,19 @@ def short_id(value: str) -> str:
     """``tmpl_01JABCDEF…WXYZ``: the kind, and the end, which tells two made together apart."""
     kind, _, ulid = value.partition("_")
     return f"{kind}_…{ulid[-6:]}" if len(ulid) > 12 else value
+
+
+@register.filter
+def browser(user_agent: str) -> str:
+    """``Firefox on Linux``, enough to tell one's browsers apart; else what it calls itself.
+
+    Each claims to be its ancestors too (RFC 9110, 10.1.5): the most particular name comes first.
+    """
+    name = next((name for mark, name in BROWSERS if mark in user_agent), "")
+    system = next((name for mark, name in SYSTEMS if mark in user_agent), "")
+    if not name:
+        return user_agent[:60] or "unknown"
+    return f"{name} on {system}" if system else name
 
 
 @register.filter
