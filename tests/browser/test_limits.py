@@ -67,9 +67,7 @@ def test_a_member_meets_the_limit_that_an_admin_has_lowered(
     expect(member_page.get_by_text("template slots are used")).to_have_count(0)
 
 
-def test_a_member_who_is_removed_loses_the_page_they_look_at(
-    page: Page, member_page: Page
-) -> None:
+def test_a_member_who_is_removed_loses_the_page_they_look_at(page: Page, member_page: Page) -> None:
     page.goto("/team/people/")
     page.get_by_role("link", name="Remove Mem Ber").click()
     page.get_by_role("button", name="Remove").click()
