@@ -138,15 +138,11 @@ class Assembly:
         await self._boot(base)
         for number in range(1, len(self._plan.recipe) + 1):
             await self._run_step(number)
-        await self._host.containers.stop(self._plan.image_id)
+        await self._host.containers.halt(self._plan.image_id)
         return await self._capture(base)
 
     async def _boot(self, base: Image) -> None:
         plan = self._plan
-        if plan.provide is not None:
-            upper = plan.directory / "rw" / "upper"
-            upper.mkdir(parents=True)
-            await in_thread(plan.provide, upper)
         running = await self._host.containers.start(
             ContainerSpec(
                 owner=plan.image_id,
@@ -154,6 +150,7 @@ class Assembly:
                 policy=plan.policy,
                 limits=plan.limits,
                 directory=plan.directory,
+                provide=plan.provide,
             )
         )
         self._emit("boot", boot_ms=round(running.boot_ms, 1))
@@ -238,7 +235,8 @@ class Assembly:
         return measured
 
     def _link(self, base: Image, tree: Path) -> Captured:
-        captured = capture(base.tree, self._plan.directory / "rw" / "upper", tree, self._stop)
+        layer = self._host.containers.layer(self._plan.image_id)
+        captured = capture(base.tree, layer, tree, self._stop)
         remove_residue(tree, base.tree, self._host.runtime_tree(self._plan.policy.mode))
         return captured
 
@@ -263,14 +261,13 @@ class Assembly:
             raise
 
     async def _clean_up(self) -> None:
-        """Stop the container and give the writable layer's disk back.
+        """Stop the container and give its disk back.
 
         What cannot be undone now is logged, and undone when the agent next starts; it must not
         hide why the build ended.
         """
         try:
             await self._host.containers.stop(self._plan.image_id)
-            await in_thread(self._host.store.trash.discard, self._plan.directory / "rw")
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

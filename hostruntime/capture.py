@@ -1,7 +1,9 @@
 """Turning a stopped container's writable layer into a new tree over its base.
 
 The new tree has a hard link for every file the container did not touch, and the writable layer's
-own files, renamed rather than copied.  What the layer says in overlayfs's language is read as
+own files: renamed where the layer is on the same file system, otherwise copied within the kernel,
+holes as holes and links as links, and unlinked at once so that the copied pages need no writing
+back.  What the layer says in overlayfs's language is read as
 Documentation/filesystems/overlayfs.rst of the kernel defines it:
 
 * a character device 0/0 is a whiteout: the base's entry of that name is gone;
@@ -25,12 +27,13 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostruntime.errors import HostError
+from hostruntime.sparse import copy_range, data_extents
 from hostruntime.trees import (
     MAX_DEPTH,
     TreeTooDeep,
@@ -43,6 +46,8 @@ from hostruntime.trees import (
     status,
 )
 
+_PATH_MAX = 4096
+_COPY_BYTES = 64 * 1024 * 1024
 CAPABILITY = "security.capability"
 OPAQUE = "trusted.overlay.opaque"
 REDIRECT = "trusted.overlay.redirect"
@@ -77,13 +82,13 @@ class Captured:
 def capture(base: Path, upper: Path, output: Path, stop: threading.Event | None = None) -> Captured:
     """Make ``output`` (which must not exist) from ``base`` and ``upper``; ``upper`` is used up.
 
-    All three are on one filesystem.  ``stop`` being set makes it end soon by
+    ``base`` and ``output`` are on one filesystem.  ``stop`` being set makes it end soon by
     :class:`CaptureStoppedError`.  Raises :class:`TreeTooDeep` and OSError; a half-made ``output``
     is the caller's to remove.
     """
     output.mkdir(mode=0o700)
     with opened(base) as base_fd, opened(upper) as upper_fd, opened(output) as output_fd:
-        walk = _Walk(base_fd, stop or threading.Event())
+        walk = _Walk(base_fd, output_fd, stop or threading.Event())
         walk.merge_root(upper_fd, output_fd)
     return walk.result
 
@@ -91,9 +96,13 @@ def capture(base: Path, upper: Path, output: Path, stop: threading.Event | None 
 class _Walk:
     """One capture under way.  Each method fills one directory of the new tree."""
 
-    def __init__(self, base_root: int, stop: threading.Event) -> None:
+    def __init__(self, base_root: int, output_root: int, stop: threading.Event) -> None:
         self._base_root = base_root
+        self._output_root = output_root
         self._stop = stop
+        # Where the walk is, and where the files with several names were copied to, by inode.
+        self._path: list[str] = []
+        self._copies: dict[int, str] = {}
         self.result = Captured()
 
     def merge_root(self, upper: int, output: int) -> None:
@@ -126,7 +135,9 @@ class _Walk:
             self._shown_through(name, inner, base_parent) as base,
             _made(name, output) as made,
         ):
+            self._path.append(name)
             self._merge(base, inner, made, depth, frozenset())
+            self._path.pop()
             _copy_metadata(inner, made)
 
     @contextmanager
@@ -163,7 +174,7 @@ class _Walk:
             except OSError as error:
                 if error.errno != errno.EMLINK:
                     raise
-                _copy(name, base, output)
+                _copy(name, base, output, self._check_stop)
                 self.result.copied += 1
 
     def _move(self, entry: os.DirEntry[str], upper: int, output: int) -> None:
@@ -173,14 +184,48 @@ class _Walk:
                 self.result.left_out += not _is_whiteout(kind)
                 return
         _strip_attributes(entry.name, upper)
-        os.rename(entry.name, entry.name, src_dir_fd=upper, dst_dir_fd=output)
+        try:
+            os.rename(entry.name, entry.name, src_dir_fd=upper, dst_dir_fd=output)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._carry_over(entry.name, upper, output)
         self.result.moved += 1
+
+    def _carry_over(self, name: str, upper: int, output: int) -> None:
+        """Move a file to another file system; other names of one that was moved become links."""
+        found = status(name, upper)
+        if not self._linked_to_copy(found.st_ino, name, output):
+            _copy(name, upper, output, self._check_stop)
+            path = "/".join([*self._path, name])
+            # By a longer path the copy could not be found again: each name gets one of its own.
+            if found.st_nlink > 1 and len(os.fsencode(path)) < _PATH_MAX:
+                self._copies[found.st_ino] = path
+        os.unlink(name, dir_fd=upper)
+
+    def _linked_to_copy(self, inode: int, name: str, output: int) -> bool:
+        copy = self._copies.get(inode)
+        if copy is None:
+            return False
+        try:
+            # Every directory on the way was made by this walk: none is a tenant's symlink.
+            os.link(
+                copy, name, src_dir_fd=self._output_root, dst_dir_fd=output, follow_symlinks=False
+            )
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            return False
+        return True
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise CaptureStoppedError("The capture was stopped.")
 
     def _check(self, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
-        if self._stop.is_set():
-            raise CaptureStoppedError("The capture was stopped.")
+        self._check_stop()
 
 
 @contextmanager
@@ -237,11 +282,11 @@ def _copy_metadata(source: int, target: int) -> None:
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def _copy(name: str, source: int, target: int) -> None:
-    """Copy what can have no more links (EMLINK): a file, symlink or FIFO of the base."""
+def _copy(name: str, source: int, target: int, check: Callable[[], None]) -> None:
+    """Copy a file, symlink or FIFO with all that belongs to it; ``check`` may end it."""
     found = status(name, source)
     if stat.S_ISREG(found.st_mode):
-        _copy_content(name, source, target)
+        _copy_content(name, source, target, check)
     elif stat.S_ISLNK(found.st_mode):
         os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
     else:
@@ -256,16 +301,15 @@ def _copy(name: str, source: int, target: int) -> None:
     os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
 
 
-def _copy_content(name: str, source: int, target: int) -> None:
+def _copy_content(name: str, source: int, target: int, check: Callable[[], None]) -> None:
     reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     writing = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with (
         open(os.open(name, reading, dir_fd=source), "rb") as old,  # noqa: PTH123 - a descriptor
         open(os.open(name, writing, 0o600, dir_fd=target), "wb") as new,  # noqa: PTH123
     ):
-        remaining = os.fstat(old.fileno()).st_size
-        while remaining > 0:
-            copied = os.copy_file_range(old.fileno(), new.fileno(), remaining)
-            if copied == 0:
-                break
-            remaining -= copied
+        for start, end in data_extents(old.fileno()):
+            for offset in range(start, end, _COPY_BYTES):
+                check()
+                copy_range(old.fileno(), new.fileno(), offset, min(offset + _COPY_BYTES, end))
+        os.ftruncate(new.fileno(), os.fstat(old.fileno()).st_size)

@@ -36,7 +36,8 @@ class Limits:
 
     ``cpu`` is in CPUs (1.5 = one and a half), ``memory_mb`` in MiB (swap is never added to it),
     ``pids`` counts processes and threads.  ``workspace_mb`` and ``tmp_mb`` bound the two tmpfs,
-    whose content also counts as memory; None derives them from ``memory_mb``.
+    whose content also counts as memory; ``disk_mb`` bounds everything else that is written, and so
+    the number of files, one for every 16 KiB of it.  None derives each from ``memory_mb``.
     """
 
     cpu: float = 1.0
@@ -44,6 +45,12 @@ class Limits:
     pids: int = 1024
     workspace_mb: int | None = None
     tmp_mb: int | None = None
+    disk_mb: int | None = None
+
+    @property
+    def disk_size_mb(self) -> int:
+        """The size of the writable layer: ten times the memory, 4 to 20 GiB, unless given."""
+        return self.disk_mb or min(max(self.memory_mb * 10, 4096), 20_480)
 
     @property
     def workspace_size_mb(self) -> int:

@@ -20,6 +20,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hostruntime.disk import Disks
 from hostruntime.errors import Conflict, ContainerGone, ExecKilled, HostFault
 from hostruntime.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.files import FileService
@@ -51,18 +52,22 @@ OnExit = Callable[[str], Awaitable[None]]
 
 @dataclass(frozen=True)
 class ContainerSpec:
-    """What to start: ``owner`` is unique on the host, ``directory`` gets the writable layer."""
+    """What to start: ``owner`` is unique on the host, ``directory`` gets the log.
+
+    ``provide`` is called with the empty writable layer, in a thread, to put files in.
+    """
 
     owner: str
     image_tree: Path
     policy: Policy
     limits: Limits
     directory: Path
+    provide: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
 class Running:
-    """A running container.  ``upper`` is the writable layer, its ids as inside (0 = root)."""
+    """A running container."""
 
     owner: str
     name: str
@@ -71,11 +76,6 @@ class Running:
     started_at: float
     boot_ms: float
     spec: ContainerSpec
-
-    @property
-    def upper(self) -> Path:
-        """The overlay's upper directory (capture reads it once the container has stopped)."""
-        return self.spec.directory / "rw" / "upper"
 
 
 def roots_of(instance: Instance) -> Path:
@@ -96,11 +96,15 @@ class ContainerManager:
     instance: Instance
     pool: SlotPool
     launchers: LauncherPool
+    disks: Disks = field(init=False)
     on_exit: list[OnExit] = field(default_factory=list)
     _running: dict[str, Running] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _monitors: dict[str, int] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.disks = Disks(self.paths, self.instance)
 
     @property
     def files(self) -> FileService:
@@ -139,10 +143,12 @@ class ContainerManager:
                 raise Conflict(f"{spec.owner} already has a running container.")
             began = time.monotonic()
             try:
+                await asyncio.to_thread(self._provide_disk, spec)
                 slot = await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
                 init_pid = await self.launchers.start(self._start_message(spec, slot))
             except BaseException:
                 await self._dismantle(spec.owner)
+                await asyncio.to_thread(self.disks.release, spec.owner)
                 raise
             boot_ms = (time.monotonic() - began) * 1000
             name = self.name_of(spec.owner)
@@ -151,17 +157,27 @@ class ContainerManager:
             return running
 
     async def stop(self, owner: str) -> None:
-        """Kill, unmount, give the slot back; idempotent; leaves ``directory``.
+        """Kill, unmount, give slot and disk back; idempotent; leaves ``directory``.
 
         Raises HostFault when the kernel does not let go of something; it may be called again.
         """
-        await asyncio.shield(asyncio.ensure_future(self._stop(owner)))
+        await asyncio.shield(asyncio.ensure_future(self._stop(owner, keep_disk=False)))
 
-    async def _stop(self, owner: str) -> None:
+    async def halt(self, owner: str) -> None:
+        """:meth:`stop`, but keep the disk, for a capture."""
+        await asyncio.shield(asyncio.ensure_future(self._stop(owner, keep_disk=True)))
+
+    async def _stop(self, owner: str, *, keep_disk: bool) -> None:
         async with self._lock(owner):
             self._forget(owner)
             await self._dismantle(owner)
+            if not keep_disk:
+                await asyncio.to_thread(self.disks.release, owner)
         self._locks.pop(owner, None)
+
+    def layer(self, owner: str) -> Path:
+        """An owner's writable layer, the overlay's upper directory; ids are those of inside."""
+        return self.disks.path(owner) / "upper"
 
     def adopt(self, running: Running) -> bool:
         """Take up a container that outlived the last agent; False when it does not run."""
@@ -231,6 +247,13 @@ class ContainerManager:
 
     # Pieces --------------------------------------------------------------------------------
 
+    def _provide_disk(self, spec: ContainerSpec) -> None:
+        self.disks.attach(spec.owner, spec.limits.disk_size_mb)
+        if spec.provide is not None:
+            upper = self.layer(spec.owner)
+            upper.mkdir(mode=0o755)
+            spec.provide(upper)
+
     def _start_message(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
         name = self.name_of(spec.owner)
         mounts = self.roots / name
@@ -249,7 +272,7 @@ class ContainerManager:
             "mounts": str(mounts),
             "image_tree": str(spec.image_tree),
             "runtime_tree": str(runtime_tree(self.paths, slot.mode)),
-            "writable": str(spec.directory / "rw"),
+            "writable": str(self.disks.path(spec.owner)),
             "sysfs": str(slot.sysfs) if slot.sysfs is not None else None,
             "id_base": slot.id_base,
         }
@@ -285,6 +308,7 @@ class ContainerManager:
                 return
             self._forget(running.owner)
             await self._dismantle(running.owner)
+        # The disk stays until whoever owned the container stops it: it may be captured.
         for tell in self.on_exit:
             await tell(running.owner)
 

@@ -9,12 +9,12 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
       usage/<sandbox id>.json       what a sandbox has used, until collected
+      disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
       squid/                        generated configuration, logs, pid
       instance.json                 which instance number this state directory has
 
-A container's directory holds ``rw/upper`` and ``rw/work`` (the writable layer), ``merged`` (the
-mounted root), the idmapped mounts under ``idmapped/`` and ``lxc.log``.
+A container's directory holds ``lxc.log``.
 
 Several installations share a machine; each has a number 0..15 from which every name and address
 it uses on the host is derived (:class:`Instance`).
@@ -79,6 +79,11 @@ class StatePaths:
         return self.root / "usage"
 
     @property
+    def disks(self) -> Path:
+        """Containers' writable layers, each a file system in a file."""
+        return self.root / "disks"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -114,6 +119,7 @@ class StatePaths:
             self.builds,
             self.sandboxes,
             self.usage,
+            self.disks,
             self.runtime,
             self.lxc,
             self.squid,

@@ -12,6 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from hostruntime.disk import Disks
 from hostruntime.errors import HostError
 from hostruntime.images import ImageStore
 from hostruntime.limits import cgroup_layout
@@ -38,15 +39,18 @@ def reclaim(
         # Without its network namespace or its policy a container must not go on.
         _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
         _dismantle_all_but(instance, live - cut_off)
+    Disks(paths, instance).release_all_but(live - cut_off)
     store.recover(live - cut_off)
     return frozenset(live - cut_off)
 
 
-def take_down(instance: Instance) -> None:
+def take_down(paths: StatePaths, instance: Instance) -> None:
     """Stop every container of an instance and remove their groups and mounts; idempotent."""
     _dismantle_all_but(instance, set())
     cgroup_layout().remove_instance(instance.prefix)
-    for directory in (roots_of(instance), lxcpath_of(instance)):
+    disks = Disks(paths, instance)
+    disks.release_all_but(())
+    for directory in (roots_of(instance), lxcpath_of(instance), disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
 

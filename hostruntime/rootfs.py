@@ -12,7 +12,7 @@ enter the state directory (or the home directory it may be in).  Each is owned b
 root and closed to everybody else::
 
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
-    roots/<name>/rw         <directory>/rw, holding upper/ and work/
+    roots/<name>/rw         the container's disk, holding upper/ and work/
     roots/<name>/merged     what the container gets, with the slot's sysfs on /sys
 """
 

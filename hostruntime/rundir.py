@@ -5,6 +5,7 @@ Network namespaces and who has them are gone after a reboot, and so is `/run`::
     /run/orkestr/<instance>/       root:root 0755
       netns/<slot name>            a network namespace, bind-mounted (namespaces(7))
       sysfs/<slot name>/           the sysfs of that namespace
+      disks/<owner>/               a container's writable layer, mounted
       slots/<index>.json           which owner has the slot
       egress/                      root:proxy 0750, what the egress proxy may read
         helper.pyz, errors/        the proxy's helper and its refusal pages

@@ -47,6 +47,7 @@ class SandboxRequest:
     allow_domains: tuple[str, ...] | None = None
     cpu: float = 1.0
     memory_mb: int = 1024
+    disk_mb: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
 
@@ -252,6 +253,7 @@ class SandboxManager:
         async with self._lock(owner):
             sandbox = self._sandboxes.get(owner)
             if sandbox is not None and sandbox.state == "running":
+                await self.containers.stop(owner)
                 self._end(sandbox, "exited")
 
     def _end(self, sandbox: Sandbox, reason: Reason) -> None:
@@ -283,7 +285,7 @@ class SandboxManager:
 
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
-        limits = Limits(cpu=request.cpu, memory_mb=request.memory_mb)
+        limits = Limits(request.cpu, request.memory_mb, disk_mb=request.disk_mb)
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
         return ContainerSpec(request.id, tree, policy, limits, directory)
 

@@ -15,6 +15,7 @@ MAX_TIMEOUT_SECONDS = 86_400.0
 _DEFAULT_EXEC_TIMEOUT_SECONDS = 60.0
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)]
 Cpu = Annotated[float, Field(ge=0.1, le=256)]
+DiskMb = Annotated[int, Field(ge=16, le=1024 * 1024)]
 MemoryMb = Annotated[int, Field(ge=32, le=1024 * 1024)]
 
 
@@ -29,6 +30,7 @@ class LimitsBody(Body):
 
     cpu: Cpu
     memory_mb: MemoryMb
+    disk_mb: DiskMb | None = None
 
 
 class SandboxBody(Body):
@@ -52,6 +54,7 @@ class SandboxBody(Body):
             allow_domains=None if domains is None else tuple(domains),
             cpu=self.limits.cpu,
             memory_mb=self.limits.memory_mb,
+            disk_mb=self.limits.disk_mb,
             env=self.env,
             deadline=self.deadline,
         )

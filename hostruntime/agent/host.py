@@ -153,7 +153,7 @@ def tear_down(paths: StatePaths) -> None:
         return
     instance = claim_instance(paths)
     pool = SlotPool(paths, instance)
-    take_down(instance)
+    take_down(paths, instance)
     EgressProxy(paths, instance, pool).stop()
     pool.teardown()
     store = ImageStore(paths)

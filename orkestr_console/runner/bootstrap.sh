@@ -15,7 +15,7 @@ profile=${1:-run}
 # shellcheck disable=SC2034
 run_packages="
 ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
-mmdebstrap squid-openssl|squid nftables iproute2 util-linux procps tar xz-utils zstd
+mmdebstrap squid-openssl|squid nftables iproute2 e2fsprogs util-linux procps tar xz-utils zstd
 postgresql python3
 "
 dev_packages="chromium|chromium-browser curl"

@@ -32,6 +32,7 @@ PROGRAMS = {
     "nft": "nftables",
     "ip": "iproute2",
     "catatonit": "catatonit",
+    "mke2fs": "e2fsprogs",
     "setpriv": "util-linux",
     "gcc": "gcc",
 }

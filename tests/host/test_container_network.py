@@ -277,9 +277,10 @@ def test_the_layer_is_in_sight_and_never_in_the_writable_layer(
         assert "127.0.0.1 localhost" in answers["hosts"][1]
         assert "Acquire::https::Proxy" in answers["apt"][1]
         assert answers["owner"] == ["ok", [0, "0o40755"]]
-        upper = parts.manager.get("box.layer").upper
-        await parts.manager.stop("box.layer")
+        upper = parts.manager.layer("box.layer")
+        await parts.manager.halt("box.layer")
         captured = sorted(str(path.relative_to(upper)) for path in upper.rglob("*"))
+        await parts.manager.stop("box.layer")
         assert not [name for name in captured if name.startswith(("etc", ".orkestr", "workspace"))]
 
     act(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ class FakeContainers:
 
     def __init__(self) -> None:
         self.specs: dict[str, ContainerSpec] = {}
+        self.halted: set[str] = set()
         self.ran: list[str] = []
         self.kills = 0
         self.full = False
@@ -32,16 +34,29 @@ class FakeContainers:
         if self.full:
             raise HostFull("There is no free slot on this host; try again.")
         self.specs[spec.owner] = spec
-        (spec.directory / "rw" / "upper").mkdir(parents=True, exist_ok=True)
+        upper = self.layer(spec.owner)
+        upper.mkdir(parents=True)
+        if spec.provide is not None:
+            spec.provide(upper)
         slot = Slot(0, spec.policy.mode, 0, None, None, None)
         return Running(spec.owner, spec.owner, slot, 1, time.time(), 12.34, spec)
 
+    def layer(self, owner: str) -> Path:
+        return self.specs[owner].directory / "disk" / "upper"
+
+    async def halt(self, owner: str) -> None:
+        await asyncio.sleep(0)
+        self.halted.add(owner)
+
     async def stop(self, owner: str) -> None:
         await asyncio.sleep(0)
-        self.specs.pop(owner, None)
+        self.halted.discard(owner)
+        spec = self.specs.pop(owner, None)
+        if spec is not None:
+            shutil.rmtree(spec.directory / "disk")
 
     async def kill_strays(self, owner: str) -> None:
-        if owner not in self.specs:
+        if owner not in self.specs or owner in self.halted:
             raise ContainerGone("It is gone.")
         self.kills += 1
 
@@ -57,7 +72,7 @@ class FakeContainers:
     ) -> AsyncGenerator[Frame, None]:
         assert (argv[:-1], cwd, merge_output) == (["@shell", "-c"], "/root", True)
         self.ran.append(argv[-1])
-        upper = self.specs[owner].directory / "rw" / "upper"
+        upper = self.layer(owner)
         yield Started(2)
         word, _, rest = argv[-1].partition(" ")
         end: Frame = Exited(0, None, 5)

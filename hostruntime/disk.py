@@ -1,0 +1,226 @@
+"""A container's own disk: a small ext4 in a sparse file, mounted through a loop device.
+
+What bounds a writable layer must hold on whatever the state directory is on.  Project quotas do
+not: ext4 wants them chosen when it is made and a kernel with the quota format, xfs a mount option,
+btrfs another mechanism altogether; Debian's defaults have none of them.  A file system of its own
+bounds blocks and inodes everywhere, answers ENOSPC to that container alone, is given back by one
+``unlink`` however many files a tenant made, and costs 2 ms at start::
+
+    <state dir>/disks/<size>.ext4        an empty one, made once, to copy
+    <state dir>/disks/<owner>.img        sparse: takes what was written, at most its size
+    /run/orkestr/<n>/disks/<owner>/      where it is mounted, ids as inside (0 = root)
+
+There is no journal and nothing is ever flushed: a disk does not outlive its container's boot, and
+an image is captured from what the page cache says.  The loop device frees itself with the last
+user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves none behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hostruntime import kernel
+from hostruntime.errors import HostFault, HostFull
+from hostruntime.paths import Instance, StatePaths
+from hostruntime.run import run
+from hostruntime.rundir import RunDir
+from hostruntime.sparse import copy_range, data_extents
+
+MIB = 1024 * 1024
+# Below this much room on the state directory's file system nothing new is started.
+RESERVE_BYTES = 1024 * MIB
+_BLOCK = 4096
+_MKFS_SECONDS = 120.0
+# Named one by one, so that no machine's mke2fs.conf(5) decides; no journal among them.
+_FEATURES = (
+    "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,"
+    "sparse_super,uninit_bg,64bit"
+)
+_MKE2FS = ("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-i", "16384")
+_EXTENDED = "lazy_itable_init=1,nodiscard,root_owner=0:0"
+_OPTIONS = "noinit_itable,nobarrier,errors=remount-ro"
+_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOATIME
+
+# include/uapi/linux/loop.h, include/uapi/linux/fs.h
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_DIRECT_IO = 16
+_LOOP_INFO = struct.Struct("<5Q4I64s64s32s2Q")
+_LOOP_CONFIG = struct.Struct(f"<2I{_LOOP_INFO.size}s64x")
+_FS_IOC_SHUTDOWN = 0x8004587D
+_SHUTDOWN_NO_FLUSH = 2
+
+
+@dataclass
+class Disks:
+    """The disks of one installation, by owner.  Everything blocks for some milliseconds."""
+
+    paths: StatePaths
+    instance: Instance
+    _making: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def mounts(self) -> Path:
+        """Where disks are mounted."""
+        return RunDir.of(self.instance).root / "disks"
+
+    def path(self, owner: str) -> Path:
+        """Where an owner's disk is mounted, if it has one."""
+        return self.mounts / owner
+
+    def attach(self, owner: str, size_mb: int) -> Path:
+        """Give ``owner`` an empty disk of ``size_mb`` MiB, in place of any it has; its path.
+
+        Raises HostFull, HostFault, OSError; then nothing is left.
+        """
+        self._require_room()
+        self.release(owner)
+        empty = self._empty(size_mb)
+        target = self.path(owner)
+        try:
+            target.mkdir(mode=0o700, parents=True)
+            with _copied(empty, self._image(owner)) as image, _loop_device(image) as device:
+                kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
+        except BaseException:
+            self.release(owner)
+            raise
+        return target
+
+    def release(self, owner: str) -> None:
+        """Unmount and unlink an owner's disk, whatever was written to it; idempotent.
+
+        Raises OSError when it cannot be unmounted.
+        """
+        target = self.path(owner)
+        while target in kernel.mount_points(target):
+            _shut_down(target)
+            _unmount(target)
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+        self._image(owner).unlink(missing_ok=True)
+
+    def release_all_but(self, live: Iterable[str]) -> None:
+        """What a killed agent left.  Raises OSError."""
+        found = {path.stem for path in self.paths.disks.glob("*.img")}
+        with contextlib.suppress(FileNotFoundError):
+            found |= {path.name for path in self.mounts.iterdir()}
+        for owner in sorted(found - set(live)):
+            self.release(owner)
+
+    def is_full(self, owner: str) -> bool:
+        """Whether an owner's disk has next to no blocks or inodes left; False without a disk."""
+        if not self.path(owner).is_mount():
+            return False
+        found = os.statvfs(self.path(owner))
+        return found.f_bavail < found.f_blocks // 200 or found.f_favail < found.f_files // 200
+
+    def _image(self, owner: str) -> Path:
+        return self.paths.disks / f"{owner}.img"
+
+    def _require_room(self) -> None:
+        found = os.statvfs(self.paths.root)
+        if found.f_bavail * found.f_frsize < RESERVE_BYTES:
+            raise HostFull(
+                f"The disk under {self.paths.root} has less than {RESERVE_BYTES // MIB} MiB left. "
+                "Delete templates or sandboxes, or make room on it."
+            )
+
+    def _empty(self, size_mb: int) -> Path:
+        """An empty file system of this size, made the first time."""
+        path = self.paths.disks / f"{size_mb}.ext4"
+        with self._making:
+            if not path.exists():
+                _make(path, size_mb)
+        return path
+
+
+def _make(path: Path, size_mb: int) -> None:
+    """mke2fs(8), into place when it is whole."""
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as file:
+        file.truncate(size_mb * MIB)
+    run(
+        [*_MKE2FS, "-O", _FEATURES, "-E", _EXTENDED, str(temporary)],
+        timeout=_MKFS_SECONDS,
+    )
+    temporary.rename(path)
+
+
+@contextmanager
+def _copied(source: Path, target: Path) -> Iterator[int]:
+    """A descriptor of a copy, as sparse as the original (SEEK_DATA in lseek(2))."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with source.open("rb") as original:
+        descriptor = os.open(target, flags, 0o600)
+        try:
+            os.ftruncate(descriptor, os.fstat(original.fileno()).st_size)
+            for start, end in data_extents(original.fileno()):
+                copy_range(original.fileno(), descriptor, start, end)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _loop_device(image: int) -> Iterator[str]:
+    """A loop device on ``image``, to be mounted before this ends.  Raises HostFault, OSError."""
+    with contextlib.ExitStack() as opened:
+        yield f"/dev/loop{_configured(image, opened)}"
+
+
+def _configured(image: int, opened: contextlib.ExitStack) -> int:
+    control = _device("/dev/loop-control", opened)
+    while True:
+        number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        device = _device(f"/dev/loop{number}", opened)
+        flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO
+        info = _LOOP_INFO.pack(0, 0, 0, 0, 0, number, 0, 0, flags, b"", b"", b"", 0, 0)
+        try:
+            fcntl.ioctl(device, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, _BLOCK, info))
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # Somebody else was quicker to take this one.
+                raise
+        else:
+            return number
+
+
+def _device(path: str, opened: contextlib.ExitStack) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostFault(
+            f"{path} cannot be opened ({error.strerror}): sandboxes get their disk through loop "
+            "devices. Run `modprobe loop` as root."
+        ) from error
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _shut_down(target: Path) -> None:
+    """Let nothing of what was written reach the disk any more: it is about to be deleted."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", _SHUTDOWN_NO_FLUSH))
+        finally:
+            os.close(descriptor)
+
+
+def _unmount(target: Path) -> None:
+    try:
+        kernel.umount(target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        kernel.umount(target, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
