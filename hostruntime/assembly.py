@@ -21,6 +21,7 @@ from hostruntime.build_output import StepOutput
 from hostruntime.build_report import (
     Refused,
     container_stopped,
+    out_of_disk,
     out_of_memory,
     ran_past_build_time,
     ran_past_step_time,
@@ -211,6 +212,8 @@ class Assembly:
         command, total = plan.recipe[number - 1], len(plan.recipe)
         if end.out_of_memory:
             return out_of_memory(number, total, command, tail, plan.limits.memory_mb)
+        if self._host.containers.disk_is_full(plan.image_id):
+            return out_of_disk(number, total, command, tail, plan.limits.disk_size_mb)
         refused = self._host.refusals(plan.image_id, began)
         return step_failed(number, total, command, tail, end, refused)
 

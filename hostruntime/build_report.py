@@ -79,6 +79,15 @@ def out_of_memory(step: int, total: int, command: str, tail: str, memory_mb: int
     return _failure("out_of_memory", [head, _ending(tail)], step)
 
 
+def out_of_disk(step: int, total: int, command: str, tail: str, disk_mb: int) -> BuildFailed:
+    """A step that failed with its disk full."""
+    head = (
+        f"Step {step} of {total} failed: {_quoted(command)} ran out of disk. A build has {disk_mb} "
+        f"MiB, and one file for every 16 KiB of it; remove in a step what later ones do not need."
+    )
+    return _failure("out_of_disk", [head, _ending(tail)], step)
+
+
 def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFailed:
     """A step that ended its own container."""
     head = (

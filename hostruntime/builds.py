@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class BuildRequest:
     allow_domains: tuple[str, ...] | None = None
     cpu: float = 2.0
     memory_mb: int = 4096
+    disk_mb: int | None = None
     step_timeout_seconds: float = 600.0
     build_timeout_seconds: float = 1800.0
 
@@ -297,7 +298,7 @@ def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
         base=request.base_image,
         recipe=request.recipe,
         policy=policy,
-        limits=replace(Limits(), cpu=request.cpu, memory_mb=request.memory_mb),
+        limits=Limits(request.cpu, request.memory_mb, disk_mb=request.disk_mb),
         step_timeout=request.step_timeout_seconds,
         build_timeout=request.build_timeout_seconds,
         directory=directory,

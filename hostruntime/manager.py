@@ -175,6 +175,10 @@ class ContainerManager:
                 await asyncio.to_thread(self.disks.release, owner)
         self._locks.pop(owner, None)
 
+    def disk_is_full(self, owner: str) -> bool:
+        """Whether next to nothing more can be written to an owner's disk."""
+        return self.disks.is_full(owner)
+
     def layer(self, owner: str) -> Path:
         """An owner's writable layer, the overlay's upper directory; ids are those of inside."""
         return self.disks.path(owner) / "upper"

@@ -37,6 +37,7 @@ class _Body(BaseModel):
 class _Limits(_Body):
     cpu: float = Field(default=2.0, gt=0, le=64)
     memory_mb: int = Field(default=4096, ge=64, le=1_048_576)
+    disk_mb: int | None = Field(default=None, ge=16, le=1_048_576)
 
 
 class _BuildBody(_Body):
@@ -180,6 +181,7 @@ def _build_request(body: _BuildBody) -> BuildRequest:
         allow_domains=body.allow_domains,
         cpu=body.limits.cpu,
         memory_mb=body.limits.memory_mb,
+        disk_mb=body.limits.disk_mb,
         step_timeout_seconds=body.step_timeout_seconds,
         build_timeout_seconds=body.build_timeout_seconds,
     )

@@ -230,6 +230,7 @@ class FakeHost:
         allow_domains: Sequence[str] | None = None,
         cpu: float = 2.0,
         memory_mb: int = 4096,
+        disk_mb: int | None = None,
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
     ) -> BuildInfo:
@@ -332,6 +333,7 @@ class FakeHost:
         image: str,
         cpu: float,
         memory_mb: int,
+        disk_mb: int | None = None,
         network: str = "off",
         allow_domains: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,

@@ -38,6 +38,8 @@ def traces(agent: Agent, prefix: str, sandbox_id: str) -> list[str]:
         *groups_named(name),
         *mounts_below(RUN / number / "roots" / name),
         *map(str, (RUN / number / "roots").glob(name)),
+        *map(str, (RUN / number / "disks").glob(sandbox_id)),
+        *map(str, (agent.state / "disks").glob(f"{sandbox_id}*")),
         *map(str, (agent.state / "sandboxes").glob(sandbox_id)),
         *(str(path) for path in records.glob("*.json") if sandbox_id in path.read_text()),
         *children_named(name),

@@ -16,7 +16,7 @@ from hostruntime.network import Slot
 
 
 class FakeContainers:
-    """Understands: write, say, moan, fail, signal, oom, sleep, vanish."""
+    """Understands: write, say, moan, fail, fill, signal, oom, sleep, vanish."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ContainerSpec] = {}
@@ -43,6 +43,9 @@ class FakeContainers:
 
     def layer(self, owner: str) -> Path:
         return self.specs[owner].directory / "disk" / "upper"
+
+    def disk_is_full(self, owner: str) -> bool:
+        return "fill" in self.ran
 
     async def halt(self, owner: str) -> None:
         await asyncio.sleep(0)
@@ -90,6 +93,8 @@ class FakeContainers:
             end = Exited(int(rest), None, 5)
         elif word == "signal":
             end = Exited(128 + int(rest), int(rest), 5)
+        elif word == "fill":
+            end = Exited(1, None, 5)
         elif word == "oom":
             end = Exited(137, 9, 5, out_of_memory=True)
         elif word == "vanish":

@@ -136,6 +136,7 @@ async def test_a_failing_step_stops_the_build(world: World) -> None:
         ("signal 9", "step_failed", "was killed by signal 9 (SIGKILL)"),
         ("signal 11", "step_failed", "was killed by signal 11 (SIGSEGV)"),
         ("oom", "out_of_memory", "ran out of memory. A build has 4096 MiB"),
+        ("fill", "out_of_disk", "ran out of disk. A build has 20480 MiB"),
         ("vanish", "step_failed", "the build's container stopped while `vanish`"),
     ],
 )
