@@ -234,6 +234,6 @@ def test_what_a_build_wrote_is_carried_over_whole(
         "fifo 600",
         "../etc/hostname",
         "1234567890",
-        "7",
+        "8",  # the name with a newline takes two lines
         r"odd\nname\ \377",
     ]
