@@ -38,10 +38,11 @@ format: ## rewrite the code the way `make lint` wants it
 	@$(BOOTSTRAP) dev
 	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix .
 
-bench: ## measure boots, first answers, and what the egress proxy costs
+bench: ## measure boots, first answers, the egress proxy, and what hogs cost others
 	@$(BOOTSTRAP) dev
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.egress
+	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.hogs
 
 lock: ## compile the requirement locks anew
 	@$(BOOTSTRAP) run
