@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from orkestr_console.runner.confine import mount_points
@@ -15,7 +16,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def leftovers(root: Path, before: frozenset[str] = frozenset()) -> list[str]:
-    """Processes, mounts, links, namespaces, tables and cgroups that belong to a run in ``root``.
+    """All on the host that belongs to a run in ``root``, from processes to loop devices.
 
     Names of the host runtime count when they were not in ``before`` and no living installation
     elsewhere has claimed their instance number.
@@ -23,7 +24,8 @@ def leftovers(root: Path, before: frozenset[str] = frozenset()) -> list[str]:
     foreign = foreign_instances(root)
     named = [name for name in host_names() if name not in before and _instance(name) not in foreign]
     mounts = [f"mount {path}" for path in _mounts() if path.is_relative_to(root)]
-    return [*named, *mounts, *processes_of(root)]
+    loops = [f"loop device on {path}" for path in _loops() if path.is_relative_to(root)]
+    return [*named, *mounts, *loops, *processes_of(root)]
 
 
 def host_names() -> frozenset[str]:
@@ -68,6 +70,12 @@ def _tables() -> Iterator[str]:
 
 def _mounts() -> list[Path]:
     return mount_points(Path("/proc/self/mountinfo").read_text())
+
+
+def _loops() -> Iterator[Path]:
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            yield Path(path.read_text().strip().removesuffix(" (deleted)"))
 
 
 def _instance(name: str) -> str:

@@ -54,6 +54,7 @@ def examine(layout: Layout) -> Iterator[Finding]:
         check_root,
         check_kernel,
         check_overlay,
+        check_loop_devices,
         check_user_namespaces,
         check_network_namespaces,
         check_cgroups,
@@ -110,6 +111,16 @@ def check_overlay(layout: Layout) -> Finding:
             "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs",
         )
     return Finding("overlay", "ok", f"overlayfs, over {below} at {layout.state_dir}")
+
+
+def check_loop_devices(_: Layout) -> Finding:
+    """Each container's disk is a file, mounted through a loop device."""
+    control = Path("/dev/loop-control")
+    if not control.exists() and shutil.which("modprobe"):
+        subprocess.run(["modprobe", "loop"], capture_output=True)
+    if control.exists():
+        return Finding("loop devices", "ok", "as many as are asked for")
+    return Finding("loop devices", "fail", f"there is no {control}", "modprobe loop")
 
 
 def check_user_namespaces(_: Layout) -> Finding:
