@@ -14,30 +14,27 @@ from hostruntime.limits import CgroupLayout, Limits
 from hostruntime.paths import IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
-SECCOMP_PROFILE = Path("/usr/share/lxc/config/common.seccomp")
 _APPARMOR = Path("/sys/kernel/security/apparmor")
 _SHM_MB = 64
+# Files of 4 KiB on average fill a tmpfs before its inodes run out.
+_INODES_PER_MB = 256
 
-# What apt, dpkg, pip, npm, su, sudo and chown never need (capabilities(7)).
-DROPPED_CAPABILITIES = (
-    "audit_control",
-    "audit_read",
-    "block_suspend",
-    "linux_immutable",
-    "mac_admin",
-    "mac_override",
-    "net_admin",
-    "sys_admin",
-    "sys_boot",
-    "sys_module",
-    "sys_nice",
-    "sys_pacct",
-    "sys_rawio",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "syslog",
-    "wake_alarm",
+# What apt, dpkg, pip, npm, su, sudo, chown and chroot need (capabilities(7)).  net_raw does
+# nothing, as the network namespace is not the container's, but without it the kernel refuses to
+# execute ping and mtr, whose files carry it.
+CAPABILITIES = (
+    "chown",
+    "dac_override",
+    "fowner",
+    "fsetid",
+    "kill",
+    "net_bind_service",
+    "net_raw",
+    "setfcap",
+    "setgid",
+    "setpcap",
+    "setuid",
+    "sys_chroot",
 )
 
 
@@ -51,6 +48,7 @@ class ContainerConfig:
     id_base: int
     netns: Path | None
     limits: Limits
+    seccomp: Path
     log: Path
 
     def items(self, layout: CgroupLayout) -> list[tuple[str, str]]:
@@ -62,6 +60,8 @@ class ContainerConfig:
             ("lxc.log.file", str(self.log)),
             ("lxc.log.level", "ERROR"),
             ("lxc.tty.max", "0"),
+            # The other end of a console would be LXC's monitor, outside the container's limits.
+            ("lxc.console.path", "none"),
             ("lxc.pty.max", "1024"),
             *self._confinement(),
             *self._mounts(),
@@ -73,10 +73,9 @@ class ContainerConfig:
         items = [
             ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
-            ("lxc.cap.drop", " ".join(DROPPED_CAPABILITIES)),
+            ("lxc.cap.keep", " ".join(CAPABILITIES)),
+            ("lxc.seccomp.profile", str(self.seccomp)),
         ]
-        if SECCOMP_PROFILE.exists():
-            items.append(("lxc.seccomp.profile", str(SECCOMP_PROFILE)))
         if _APPARMOR.is_dir():
             items.append(("lxc.apparmor.profile", "generated"))
         return items
@@ -98,5 +97,6 @@ class ContainerConfig:
 
 
 def _tmpfs(target: str, size_mb: int) -> str:
-    options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,create=dir"
+    inodes = size_mb * _INODES_PER_MB
+    options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,nr_inodes={inodes},create=dir"
     return f"tmpfs {target} tmpfs {options} 0 0"
