@@ -37,6 +37,7 @@ from hostruntime.inside_exec import Command, become_command
 from hostruntime.limits import pid_inside
 from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
 
+_TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
 _LOG_TAIL_BYTES = 1500
 
@@ -286,9 +287,13 @@ def _prepare_process() -> None:
     # Without newuidmap in reach LXC writes the id maps itself, as root may: two programs fewer.
     os.environ.clear()
     os.environ["PATH"] = "/nonexistent"
-    # Inherited by what is attached, which could not raise them for itself.
+    # An attached process shows it until it has become the command: no paths of the host in it.
+    kernel.set_command_line(_TITLE)
+    # Inherited by init and by what is attached, and nobody in there may raise a hard limit: that
+    # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
+    # The kernel writes a core where the host's core_pattern says, which may be a program there.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # An attached process is born with this memory image, and for a moment with credentials that
     # container root has power over: what is in here must not be readable then (ptrace(2)).

@@ -7,6 +7,7 @@ dropped as well, to keep the kernel's rarely tested corners out of reach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,17 @@ from hostruntime.paths import IDS_PER_SLOT
 INIT = "/.orkestr/init -P"
 _APPARMOR = Path("/sys/kernel/security/apparmor")
 _SHM_MB = 64
+
+# What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
+# rest that is delicate belongs to the host's root, who is nobody inside.
+_MASKED_FILES = (
+    *("interrupts", "kallsyms", "kcore", "key-users", "keys"),
+    *("latency_stats", "sched_debug", "timer_list"),
+)
+_MASKED_DIRECTORIES = (
+    *("proc/acpi", "proc/asound", "proc/bus", "proc/fs", "proc/irq", "proc/scsi"),
+    *("sys/devices/virtual/powercap", "sys/firmware"),
+)
 # Files of 4 KiB on average fill a tmpfs before its inodes run out.
 _INODES_PER_MB = 256
 
@@ -88,6 +100,7 @@ class ContainerConfig:
             ("lxc.mount.entry", _tmpfs("workspace", self.limits.workspace_size_mb)),
             ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
             ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
+            *(("lxc.mount.entry", entry) for entry in _masks(Path("/"))),
         ]
 
     def _network(self) -> list[tuple[str, str]]:
@@ -100,3 +113,16 @@ def _tmpfs(target: str, size_mb: int) -> str:
     inodes = size_mb * _INODES_PER_MB
     options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,nr_inodes={inodes},create=dir"
     return f"tmpfs {target} tmpfs {options} 0 0"
+
+
+def _masks(host: Path) -> Iterator[str]:
+    """Mounts that hide those of the masked paths that this kernel has."""
+    for name in _MASKED_FILES:
+        if (host / "proc" / name).exists():
+            yield f"/dev/null proc/{name} none bind,ro 0 0"
+    for path in _MASKED_DIRECTORIES:
+        if (host / path).is_dir():
+            # A container without a network of its own has no /sys.
+            optional = ",optional" if path.startswith("sys/") else ""
+            options = f"ro,nosuid,nodev,noexec,mode=555,size=4k,nr_inodes=1{optional}"
+            yield f"tmpfs {path} tmpfs {options} 0 0"
