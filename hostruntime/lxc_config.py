@@ -15,7 +15,7 @@ from hostruntime.limits import CgroupLayout, Limits
 from hostruntime.paths import IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
-_APPARMOR = Path("/sys/kernel/security/apparmor")
+APPARMOR = Path("/sys/kernel/security/apparmor")
 _SHM_MB = 64
 
 # What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
@@ -88,7 +88,7 @@ class ContainerConfig:
             ("lxc.cap.keep", " ".join(CAPABILITIES)),
             ("lxc.seccomp.profile", str(self.seccomp)),
         ]
-        if _APPARMOR.is_dir():
+        if APPARMOR.is_dir():
             items.append(("lxc.apparmor.profile", "generated"))
         return items
 

@@ -1,9 +1,11 @@
-"""The system calls a container may not make: the seccomp profile, in LXC's own format.
+"""The system calls a container may not make: one table, as LXC's profile and as a filter.
 
-A deny list of LXC's second version (lxc.container.conf(5), ``lxc.seccomp.profile``): LXC turns it
-into one filter for every ABI the processor runs (on x86-64 also i386 and x32, on arm64 also arm),
-installs it before init is executed, and again in every attached process.  Names that an
-architecture or an older libseccomp does not know are passed over.
+As a *profile* it is a deny list in LXC's second format (lxc.container.conf(5),
+``lxc.seccomp.profile``), which LXC installs before it executes init.  As a *program* it is what
+libseccomp compiles, to be installed in each attached process: LXC would read and compile the
+profile anew for every one of them, which takes some 3 ms.  Both cover every ABI the processor
+runs (on x86-64 also i386 and x32, on arm64 also arm); names that an architecture or an older
+libseccomp does not know are passed over.
 
 The container's user namespace already takes most of the power from these calls.  Denying them
 keeps the code behind them, which is where the kernel's holes have been, out of reach altogether.
@@ -11,9 +13,13 @@ keeps the code behind them, which is where the kernel's holes have been, out of 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
+import os
+import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -77,17 +83,78 @@ _LAST_FAMILY = 16
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 
+_LIBRARY = "libseccomp.so.2"
+# seccomp.h: actions, attributes, comparisons and the architectures beside the native one.
+_ALLOW, _ERRNO = 0x7FFF_0000, 0x0005_0000
+_NO_NEW_PRIVS, _UNKNOWN = 3, -1
+_OPERATIONS = {"SCMP_CMP_EQ": 4, "SCMP_CMP_GT": 6, "SCMP_CMP_MASKED_EQ": 7}
+_OTHER_ABIS = {"x86_64": (0x4000_0003, 0x4000_003E), "aarch64": (0x4000_0028,)}
+_DOMAIN_ERROR = -errno.EDOM
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A condition on a call's argument ``index``: compared, for MASKED_EQ after ``mask``."""
+
+    index: int
+    operation: str
+    value: int
+    mask: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A call that fails with ``error``, always or on one condition."""
+
+    name: str
+    error: int
+    argument: Argument | None = None
+
+    def line(self) -> str:
+        """The rule in an LXC profile."""
+        text = f"{self.name} errno {self.error}"
+        if (a := self.argument) is None:
+            return text
+        # LXC takes the mask last, libseccomp first.
+        mask = f",{a.mask}" if a.operation == "SCMP_CMP_MASKED_EQ" else ""
+        return f"{text} [{a.index},{a.value},{a.operation}{mask}]"
+
+
+def rules() -> Iterator[Rule]:
+    """Everything that is denied."""
+    # umount(2) with MNT_FORCE, LXC's reject_force_umount, goes with all of umount.
+    yield from (Rule(name, errno.ENOSYS) for name in _ABSENT)
+    yield from (Rule(name, errno.EPERM) for name in _FORBIDDEN)
+    for call in ("clone", "unshare"):
+        yield from (_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
+    yield _bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
+    # The kernel looks at 32 bits of these; with all 64 compared, a bit above would get it through.
+    yield from (_bits("ioctl", 1, _LOW_32, what) for what in (_TIOCSTI, _TIOCLINUX))
+    # For i386, libseccomp also denies making sockets by socketcall(2), whose arguments are in
+    # memory: programs have not done so since 2016.
+    for mask, value in _OTHER_FAMILIES:
+        yield _bits("socket", 0, mask, value, errno.EAFNOSUPPORT)
+    yield Rule("socket", errno.EAFNOSUPPORT, Argument(0, "SCMP_CMP_GT", _LAST_FAMILY))
+
+
+def _bits(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> Rule:
+    """Deny when ``argument & mask == value``."""
+    return Rule(name, error, Argument(argument, "SCMP_CMP_MASKED_EQ", value, mask))
+
+
+# As LXC's profile -------------------------------------------------------------------------
+
+
 @cache
 def profile() -> str:
     """The profile, as the text of a file."""
-    return "\n".join(["2", "denylist", "[all]", *_rules(), ""])
+    return "\n".join(["2", "denylist", "[all]", *(rule.line() for rule in rules()), ""])
 
 
 def profile_in(directory: Path) -> Path:
     """The profile as a file in ``directory``, written there once.  Raises OSError.
 
-    It is named after its content: LXC reads it again for each attached process, so a container
-    started by an older version keeps the profile it was started with.
+    It is named after its content, as LXC may read it again for as long as the container runs.
     """
     text = profile().encode()
     path = directory / f"seccomp-{hashlib.sha256(text).hexdigest()[:16]}"
@@ -96,31 +163,59 @@ def profile_in(directory: Path) -> Path:
     return path
 
 
-def _rules() -> Iterator[str]:
-    # umount(2) with MNT_FORCE, LXC's reject_force_umount, goes with all of umount.
-    yield from (_denied(name, errno.ENOSYS) for name in _ABSENT)
-    yield from (_denied(name, errno.EPERM) for name in _FORBIDDEN)
-    for call in ("clone", "unshare"):
-        yield from (_denied_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
-    yield _denied_bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
-    # The kernel looks at 32 bits of these; with all 64 compared, a bit above would get it through.
-    yield from (_denied_bits("ioctl", 1, _LOW_32, what) for what in (_TIOCSTI, _TIOCLINUX))
-    yield from _sockets()
+# As a program -----------------------------------------------------------------------------
 
 
-def _sockets() -> Iterator[str]:
-    for mask, value in _OTHER_FAMILIES:
-        yield _denied_bits("socket", 0, mask, value, errno.EAFNOSUPPORT)
-    yield f"socket errno {errno.EAFNOSUPPORT} [0,{_LAST_FAMILY},SCMP_CMP_GT]"
-    # i386 programs of before 2016 made sockets by socketcall(2), whose arguments are in memory.
-    yield "[x86]"
-    yield f"socketcall errno {errno.ENOSYS} [0,1,SCMP_CMP_EQ]"
+class _Comparison(ctypes.Structure):
+    """struct scmp_arg_cmp of seccomp.h."""
+
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("operation", ctypes.c_int),
+        ("first", ctypes.c_uint64),
+        ("second", ctypes.c_uint64),
+    )
 
 
-def _denied(name: str, error: int) -> str:
-    return f"{name} errno {error}"
+def program() -> bytes:
+    """The filter as classic BPF (struct sock_filter of seccomp(2)).  Raises OSError."""
+    library = ctypes.CDLL(_LIBRARY)
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(_ALLOW))
+    try:
+        _check(library.seccomp_attr_set(context, _NO_NEW_PRIVS, 0))
+        for abi in _OTHER_ABIS.get(platform.machine(), ()):
+            _check(library.seccomp_arch_add(context, abi))
+        for rule in rules():
+            _add(library, context, rule)
+        return _exported(library, context)
+    finally:
+        library.seccomp_release(context)
 
 
-def _denied_bits(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> str:
-    """Deny when ``argument & mask == value``; LXC writes the mask last, libseccomp first."""
-    return f"{name} errno {error} [{argument},{value},SCMP_CMP_MASKED_EQ,{mask}]"
+def _add(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
+    number = library.seccomp_syscall_resolve_name(rule.name.encode())
+    if number == _UNKNOWN:
+        return
+    comparisons = (_Comparison * 1)()
+    if (a := rule.argument) is not None:
+        pair = (a.mask, a.value) if a.operation == "SCMP_CMP_MASKED_EQ" else (a.value, 0)
+        comparisons[0] = _Comparison(a.index, _OPERATIONS[a.operation], *pair)
+    count = 0 if rule.argument is None else 1
+    action = _ERRNO | rule.error
+    result = library.seccomp_rule_add_array(context, action, number, count, comparisons)
+    # A call that none of the architectures has.
+    _check(0 if result == _DOMAIN_ERROR else result)
+
+
+def _exported(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:
+    descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        _check(library.seccomp_export_bpf(context, descriptor))
+        file.seek(0)
+        return file.read()
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, f"libseccomp: {os.strerror(-result)}")

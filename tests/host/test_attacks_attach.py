@@ -67,6 +67,8 @@ def spied(agent: Agent, attackers: str) -> dict[str, Any]:
 def test_nobody_inside_gets_hold_of_an_attached_process(
     spied: dict[str, Any], attempt: str
 ) -> None:
+    # A program that runs is not to be written by anybody (ETXTBSY in open(2)).
+    assert attempt in spied["own"] or attempt == "overwrite its program", "it works at all"
     assert spied["seen"] >= 5, "the spy saw too little to tell"
     assert spied["refused"].get(attempt, 0) >= 3, spied
     assert spied["succeeded"] == {}

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import platform
 import pty
 import signal
 import socket
@@ -15,7 +16,7 @@ import termios
 from functools import partial
 from pathlib import Path
 
-from tests.host.attacks.harness import Held, Table, check, libc, main, number, syscall
+from tests.host.attacks.harness import HELD, Held, Table, check, libc, main, number, syscall
 
 TABLE = Table()
 
@@ -103,19 +104,40 @@ def _() -> None:
     mount("overlay", data=f"lowerdir=/,upperdir={places[0]},workdir={places[1]}".encode())
 
 
-@TABLE.attack("mount from the i386 side of the kernel", "EPERM", "ENOSYS")
-def _() -> None:
-    # unshare(CLONE_NEWUSER) as number 310 of i386, by its software interrupt.
-    code = b"\x53\xb8\x36\x01\x00\x00\xbb\x00\x00\x00\x10\xcd\x80\x5b\xc3"
-    if not hasattr(os, "uname") or os.uname().machine != "x86_64":
+# Whatever else there is to expect where no i386 code can run.
+ELSEWHERE = () if platform.machine() == "x86_64" else (HELD,)
+
+
+def i386(call: int, first: int, words: bytes = b"") -> None:
+    """Make a system call as an i386 program would, by software interrupt."""
+    if ELSEWHERE:
         raise Held("this machine runs no i386 code")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    low = 0x40  # MAP_32BIT: i386 pointers have to reach the words
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | low
     page = mmap.mmap(-1, 4096, flags, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    page.write(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    load = b"\xb8" + struct.pack("<I", call) + b"\xbb" + struct.pack("<I", first)
+    code = b"\x53" + load + b"\xb9" + struct.pack("<I", address + 256) + b"\xcd\x80\x5b\xc3"
+    page[: len(code)], page[256 : 256 + len(words)] = code, words
     result = ctypes.CFUNCTYPE(ctypes.c_int)(address)()
     if result < 0:
         raise OSError(-result, os.strerror(-result))
+
+
+@TABLE.attack("unshare a user namespace from the i386 side", "EPERM", *ELSEWHERE)
+def _() -> None:
+    i386(20, 0)  # The control: getpid.
+    i386(310, NAMESPACES["user"])
+
+
+@TABLE.attack("a vsock socket from the i386 side", "EAFNOSUPPORT", *ELSEWHERE)
+def _() -> None:
+    i386(359, 40)
+
+
+@TABLE.attack("a vsock socket by i386's socketcall", "EAFNOSUPPORT", *ELSEWHERE)
+def _() -> None:
+    i386(102, 1, struct.pack("<3I", 40, 1, 0))
 
 
 @TABLE.attack("unshare by its x32 number", "EPERM", "ENOSYS")
