@@ -32,12 +32,15 @@ from typing import Any, NoReturn
 
 import lxc
 
-from hostruntime import channel, inside_files, kernel
+from hostruntime import channel, inside_files, kernel, seccomp
 from hostruntime.inside_exec import Command, become_command
 from hostruntime.limits import pid_inside
+from hostruntime.lxc_config import APPARMOR
 from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
 
+_TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
+_NOT_CONFINED = 126
 _LOG_TAIL_BYTES = 1500
 
 
@@ -65,6 +68,7 @@ class Launcher:
 
     sock: socket.socket
     lxcpath: str
+    filter: kernel.SyscallFilter | None = None
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
@@ -206,11 +210,32 @@ class Launcher:
 
     def _clone(self, name: str, inside: Callable[[None], NoReturn]) -> int:
         container = self.containers.setdefault(name, lxc.Container(name, self.lxcpath))
-        pid = int(container.attach(inside, None, env_policy=lxc.LXC_ATTACH_CLEAR_ENV))
+        flags, environment = self._attach_flags(), lxc.LXC_ATTACH_CLEAR_ENV
+        action = self._confined(inside)
+        pid = int(container.attach(action, None, attach_flags=flags, env_policy=environment))
         if pid <= 0:
             self.containers.pop(name, None)
             raise RequestFailed("LXC could not attach to the container; it may have stopped.")
         return pid
+
+    def _attach_flags(self) -> int:
+        """What LXC is to do: where it has a label to set, it also installs its profile."""
+        default = int(lxc.LXC_ATTACH_DEFAULT)
+        return default if self.filter is None else default & ~int(lxc.LXC_ATTACH_LSM_EXEC)
+
+    def _confined(self, inside: Callable[[None], NoReturn]) -> Callable[[None], NoReturn]:
+        if self.filter is None:
+            return inside
+        install = self.filter.install
+
+        def confine_and_run(argument: None) -> NoReturn:
+            try:
+                install()
+            except BaseException:  # noqa: BLE001 - whatever it is, nothing may run unconfined
+                os._exit(_NOT_CONFINED)
+            inside(argument)
+
+        return confine_and_run
 
     def _watch(self, request: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
@@ -282,13 +307,24 @@ def _tail(log: Path) -> str:
     return f"Its log ends: {text}" if text else ""
 
 
+def _own_filter() -> kernel.SyscallFilter | None:
+    """The filter for attached processes; None where LXC has to do it, along with the label."""
+    if APPARMOR.is_dir():
+        return None
+    return kernel.SyscallFilter(seccomp.program())
+
+
 def _prepare_process() -> None:
     # Without newuidmap in reach LXC writes the id maps itself, as root may: two programs fewer.
     os.environ.clear()
     os.environ["PATH"] = "/nonexistent"
-    # Inherited by what is attached, which could not raise them for itself.
+    # An attached process shows it until it has become the command: no paths of the host in it.
+    kernel.set_command_line(_TITLE)
+    # Inherited by init and by what is attached, and nobody in there may raise a hard limit: that
+    # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
+    # The kernel writes a core where the host's core_pattern says, which may be a program there.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # An attached process is born with this memory image, and for a moment with credentials that
     # container root has power over: what is in here must not be readable then (ptrace(2)).
@@ -302,7 +338,7 @@ def main() -> None:
     _prepare_process()
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         os.set_inheritable(sock.fileno(), False)  # noqa: FBT003 - positional-only
-        Launcher(sock, sys.argv[2]).run()
+        Launcher(sock, sys.argv[2], _own_filter()).run()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
 _PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_SECCOMP_MODE_FILTER = 2
+_SOCK_FILTER_BYTES = 8
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -208,6 +211,34 @@ def set_dumpable(*, dumpable: bool) -> None:
     if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
+
+
+class SyscallFilter:
+    """A seccomp program (classic BPF, seccomp(2)) ready to be installed."""
+
+    def __init__(self, program: bytes) -> None:
+        # Kept with the object: the kernel reads it through the pointer in struct sock_fprog.
+        self._program = ctypes.create_string_buffer(program, len(program))
+        count = len(program) // _SOCK_FILTER_BYTES
+        self._header = struct.pack("@HP", count, ctypes.addressof(self._program))
+
+    def install(self) -> None:
+        """Confine this thread, for good; it needs CAP_SYS_ADMIN in its user namespace."""
+        if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header, 0, 0) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno))
+
+
+def set_command_line(title: str) -> None:
+    """Show ``title`` as this process's command line (cmdline in proc(5)), as far as it fits.
+
+    Anybody in the same process namespace may read it; the words it was started with are
+    overwritten in place, between the addresses that fields 48 and 49 of stat give.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    shown = title.encode()[: end - start - 1]
+    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
 
 
 def syncfs(path: Path) -> None:

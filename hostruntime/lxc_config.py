@@ -7,6 +7,7 @@ dropped as well, to keep the kernel's rarely tested corners out of reach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,30 +15,38 @@ from hostruntime.limits import CgroupLayout, Limits
 from hostruntime.paths import IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
-SECCOMP_PROFILE = Path("/usr/share/lxc/config/common.seccomp")
-_APPARMOR = Path("/sys/kernel/security/apparmor")
+APPARMOR = Path("/sys/kernel/security/apparmor")
 _SHM_MB = 64
 
-# What apt, dpkg, pip, npm, su, sudo and chown never need (capabilities(7)).
-DROPPED_CAPABILITIES = (
-    "audit_control",
-    "audit_read",
-    "block_suspend",
-    "linux_immutable",
-    "mac_admin",
-    "mac_override",
-    "net_admin",
-    "sys_admin",
-    "sys_boot",
-    "sys_module",
-    "sys_nice",
-    "sys_pacct",
-    "sys_rawio",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "syslog",
-    "wake_alarm",
+# What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
+# rest that is delicate belongs to the host's root, who is nobody inside.
+_MASKED_FILES = (
+    *("interrupts", "kallsyms", "kcore", "key-users", "keys"),
+    *("latency_stats", "sched_debug", "timer_list"),
+)
+_MASKED_DIRECTORIES = (
+    *("proc/acpi", "proc/asound", "proc/bus", "proc/fs", "proc/irq", "proc/scsi"),
+    *("sys/devices/virtual/powercap", "sys/firmware"),
+)
+# Files of 4 KiB on average fill a tmpfs before its inodes run out.
+_INODES_PER_MB = 256
+
+# What apt, dpkg, pip, npm, su, sudo, chown and chroot need (capabilities(7)).  net_raw does
+# nothing, as the network namespace is not the container's, but without it the kernel refuses to
+# execute ping and mtr, whose files carry it.
+CAPABILITIES = (
+    "chown",
+    "dac_override",
+    "fowner",
+    "fsetid",
+    "kill",
+    "net_bind_service",
+    "net_raw",
+    "setfcap",
+    "setgid",
+    "setpcap",
+    "setuid",
+    "sys_chroot",
 )
 
 
@@ -51,6 +60,7 @@ class ContainerConfig:
     id_base: int
     netns: Path | None
     limits: Limits
+    seccomp: Path
     log: Path
 
     def items(self, layout: CgroupLayout) -> list[tuple[str, str]]:
@@ -62,6 +72,8 @@ class ContainerConfig:
             ("lxc.log.file", str(self.log)),
             ("lxc.log.level", "ERROR"),
             ("lxc.tty.max", "0"),
+            # The other end of a console would be LXC's monitor, outside the container's limits.
+            ("lxc.console.path", "none"),
             ("lxc.pty.max", "1024"),
             *self._confinement(),
             *self._mounts(),
@@ -73,11 +85,10 @@ class ContainerConfig:
         items = [
             ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
-            ("lxc.cap.drop", " ".join(DROPPED_CAPABILITIES)),
+            ("lxc.cap.keep", " ".join(CAPABILITIES)),
+            ("lxc.seccomp.profile", str(self.seccomp)),
         ]
-        if SECCOMP_PROFILE.exists():
-            items.append(("lxc.seccomp.profile", str(SECCOMP_PROFILE)))
-        if _APPARMOR.is_dir():
+        if APPARMOR.is_dir():
             items.append(("lxc.apparmor.profile", "generated"))
         return items
 
@@ -89,6 +100,7 @@ class ContainerConfig:
             ("lxc.mount.entry", _tmpfs("workspace", self.limits.workspace_size_mb)),
             ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
             ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
+            *(("lxc.mount.entry", entry) for entry in _masks(Path("/"))),
         ]
 
     def _network(self) -> list[tuple[str, str]]:
@@ -98,5 +110,19 @@ class ContainerConfig:
 
 
 def _tmpfs(target: str, size_mb: int) -> str:
-    options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,create=dir"
+    inodes = size_mb * _INODES_PER_MB
+    options = f"rw,nosuid,nodev,mode=1777,size={size_mb}m,nr_inodes={inodes},create=dir"
     return f"tmpfs {target} tmpfs {options} 0 0"
+
+
+def _masks(host: Path) -> Iterator[str]:
+    """Mounts that hide those of the masked paths that this kernel has."""
+    for name in _MASKED_FILES:
+        if (host / "proc" / name).exists():
+            yield f"/dev/null proc/{name} none bind,ro 0 0"
+    for path in _MASKED_DIRECTORIES:
+        if (host / path).is_dir():
+            # A container without a network of its own has no /sys.
+            optional = ",optional" if path.startswith("sys/") else ""
+            options = f"ro,nosuid,nodev,noexec,mode=555,size=4k,nr_inodes=1{optional}"
+            yield f"tmpfs {path} tmpfs {options} 0 0"

@@ -42,6 +42,7 @@ from hostruntime.policy import Policy
 from hostruntime.rootfs import unmount_rootfs
 from hostruntime.rundir import RunDir
 from hostruntime.runtime_layer import HOSTNAME, container_environment, runtime_tree
+from hostruntime.seccomp import profile_in
 
 _MONITOR_GRACE_SECONDS = 5.0
 _STRAYS_GRACE_SECONDS = 5.0
@@ -270,6 +271,7 @@ class ContainerManager:
             id_base=slot.id_base,
             netns=slot.netns,
             limits=spec.limits,
+            seccomp=profile_in(RunDir.of(self.instance).root),
             log=spec.directory / "lxc.log",
         )
         rootfs = {

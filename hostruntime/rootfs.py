@@ -103,17 +103,20 @@ def _make_directories(plan: RootfsPlan) -> None:
 
 
 def _mount_overlay(plan: RootfsPlan) -> None:
-    base = plan.mounts
-    layers = f"lowerdir={base}/runtime:{base}/image,upperdir={base}/rw/upper,workdir={base}/rw/work"
-    try:
-        # No fsync inside reaches the disk (Linux 5.10): a capture flushes once, at its end.
-        kernel.mount(
-            "overlay", plan.merged, "overlay", kernel.MS_NODEV, f"{layers},{_OPTIONS},volatile"
-        )
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        kernel.mount("overlay", plan.merged, "overlay", kernel.MS_NODEV, f"{layers},{_OPTIONS}")
+    # Relative, as these words are what the container reads in its mountinfo (proc(5)).
+    layers = "lowerdir=runtime:image,upperdir=rw/upper,workdir=rw/work"
+    with contextlib.chdir(plan.mounts):
+        try:
+            # No fsync inside reaches the disk (Linux 5.10): a capture flushes once, at its end.
+            _overlay(plan.merged, f"{layers},{_OPTIONS},volatile")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _overlay(plan.merged, f"{layers},{_OPTIONS}")
+
+
+def _overlay(target: Path, options: str) -> None:
+    kernel.mount("overlay", target, "overlay", kernel.MS_NODEV, options)
 
 
 def _bind_sysfs(source: Path, merged: Path) -> None:

@@ -13,6 +13,7 @@ from hostruntime.answers import SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.errors import HostError
 from tests.host.agent import Agent, an_agent
+from tests.host.attackers import attackers_image
 
 BASE = "debian-12"
 _numbers = count(1)
@@ -26,6 +27,13 @@ def agent() -> Iterator[Agent]:
         for _ in running.client.ensure_base(BASE):
             pass
         yield running
+
+
+@pytest.fixture(scope="session")
+def attackers(agent: Agent) -> Iterator[str]:
+    """An image to attack from."""
+    with attackers_image(agent, BASE) as name:
+        yield name
 
 
 @pytest.fixture

@@ -1,0 +1,154 @@
+"""Two containers at once: nothing of the one is to be found, named or reached from the other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hostruntime.answers import SandboxInfo
+from hostruntime.client import HostClient
+from hostruntime.limits import cgroup_layout, pids_below
+from hostruntime.paths import IDS_PER_SLOT
+from tests.host.agent import Agent, eventually
+from tests.host.attackers import PLACE
+from tests.host.attacks.neighbour import FILES
+from tests.host.conftest import NewSandbox
+
+pytestmark = pytest.mark.host
+
+THINGS = (
+    *FILES,
+    *("abstract socket", "abstract socket's name", "port"),
+    *("shared memory", "semaphores", "messages", "message queue"),
+    *("/proc/sysvipc/shm", "/proc/sysvipc/sem", "/proc/sysvipc/msg"),
+    *("command line", "environment"),
+)
+_SECRET = {"NEIGHBOURS_SECRET": "hunter2"}
+
+
+@pytest.fixture(scope="module")
+def pair(agent: Agent, attackers: str) -> Iterator[tuple[SandboxInfo, SandboxInfo]]:
+    """The one that leaves things, and the one that looks."""
+    made = [
+        agent.client.create_sandbox(name, image=attackers, cpu=1.0, memory_mb=256, network="off")
+        for name in ("sbx_left", "sbx_looker")
+    ]
+    yield made[0], made[1]
+    for sandbox in made:
+        agent.client.delete_sandbox(sandbox.id)
+
+
+def program(host: HostClient, sandbox: SandboxInfo, word: str, **env: str) -> bytes:
+    argv = ["python3", "-m", "tests.host.attacks.neighbour", word]
+    environment = {"PYTHONPATH": PLACE, "PYTHONDONTWRITEBYTECODE": "1", **env}
+    result = host.exec(sandbox.id, argv, env=environment)
+    assert result.code == 0, result.stderr.decode()[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def seen(agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]) -> dict[str, list[str]]:
+    """What is found beside the one that leaves things, in its own container and in the other."""
+    host, (one, other) = agent.client, pair
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(program, host, one, "leave", **_SECRET)
+        for _ in eventually(20):
+            assert not leaving.done(), leaving.result()
+            if host.stat(one.id, "/workspace/ready").exists:
+                break
+        found = {
+            "inside": json.loads(program(host, one, "look")),
+            "outside": json.loads(program(host, other, "look")),
+        }
+        host.write_file(one.id, "/workspace/stop", b"")
+        leaving.result()
+    return found
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_what_one_container_leaves_another_does_not_find(
+    seen: dict[str, list[str]], thing: str
+) -> None:
+    assert thing in seen["inside"], "it was there to be found"
+    assert thing not in seen["outside"]
+
+
+def host_status(agent: Agent, sandbox: SandboxInfo) -> Path:
+    group = cgroup_layout().container(f"{agent.prefix}{sandbox.id}")
+    pid = group.init_pid()
+    assert pid is not None
+    assert pid in pids_below(group.unified)
+    return Path(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize("kind", ["mnt", "net", "pid", "uts", "ipc", "user", "cgroup"])
+def test_every_container_has_namespaces_of_its_own(
+    agent: Agent, pair: tuple[SandboxInfo, SandboxInfo], kind: str
+) -> None:
+    places = [host_status(agent, sandbox) for sandbox in pair] + [Path("/proc/self")]
+    assert len({str((place / "ns" / kind).readlink()) for place in places}) == 3
+
+
+def test_the_ranges_of_ids_are_apart(agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]) -> None:
+    bases = []
+    for sandbox in pair:
+        for name in ("uid_map", "gid_map"):
+            inside, outside, count = (host_status(agent, sandbox) / name).read_text().split()
+            assert (inside, count) == ("0", str(IDS_PER_SLOT))
+            bases.append(int(outside))
+    assert bases[0] == bases[1]
+    assert bases[2] == bases[3]
+    assert abs(bases[0] - bases[2]) >= IDS_PER_SLOT
+
+
+def test_no_mount_but_the_kernels_own_is_shared(
+    agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]
+) -> None:
+    """By device and root (mountinfo in proc(5)): the usual nodes of /dev, and nothing else."""
+    mounts = []
+    for sandbox in pair:
+        lines = (host_status(agent, sandbox) / "mountinfo").read_text().splitlines()
+        mounts.append({tuple(line.split()[2:4]): line for line in lines})
+    shared = {key: mounts[0][key] for key in mounts[0].keys() & mounts[1].keys()}
+    assert shared, "the usual nodes"
+    assert all(" - devtmpfs " in line for line in shared.values()), shared
+    nodes = {key[1] for key in shared}
+    assert nodes == {"/full", "/null", "/random", "/tty", "/urandom", "/zero"}
+
+
+def test_a_container_of_another_uid_cannot_signal_or_look_from_the_host_side(
+    agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]
+) -> None:
+    """Even with the other's namespaces in reach, its ids would have no power there."""
+    one, other = (host_status(agent, sandbox) for sandbox in pair)
+    uid = int((one / "uid_map").read_text().split()[1])
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            os.kill(int(other.name), 0)
+        except PermissionError:
+            os._exit(13)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 13
+
+
+def test_ids_of_sandboxes_are_not_names_of_anything_inside(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    """The same hostname, machine and boot for all; nothing to count others by."""
+    told = []
+    for sandbox in (new_sandbox(), new_sandbox()):
+        words = "hostname; cat /proc/sys/kernel/random/boot_id; cat /etc/hosts /etc/machine-id"
+        told.append(host.exec(sandbox.id, words).stdout.splitlines())
+        assert sandbox.id.encode() not in b" ".join(told[-1])
+    assert told[0][0] == told[1][0] == b"sandbox"
+    assert told[0][1] != told[1][1], "a boot id of its own"
