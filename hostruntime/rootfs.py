@@ -28,7 +28,9 @@ from pathlib import Path
 from hostruntime import kernel
 from hostruntime.paths import IDS_PER_SLOT
 
-_OPTIONS = "redirect_dir=on,index=off,metacopy=off"
+# The writable layer is on a file system of its own: without xino, files of the image would have
+# another device number than the directories they are in, and look like mount points.
+_OPTIONS = "redirect_dir=on,index=off,metacopy=off,xino=on"
 
 
 @dataclass(frozen=True)

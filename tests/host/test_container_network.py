@@ -158,6 +158,8 @@ def test_container_root_has_no_power_over_its_network(
         assert answers.pop("sysctl") in {"EROFS", "EACCES", "EPERM"}
         assert answers.pop("sysfs") in {"EROFS", "EACCES", "EPERM"}
         assert set(answers) == {"raw", "packet", "address", "setns", "mark"}
+        # The families nobody needs are not there at all.
+        assert answers.pop("packet") == "EAFNOSUPPORT"
         assert set(answers.values()) == {"EPERM"}
 
     act(scenario)

@@ -96,6 +96,13 @@ def test_the_size_is_what_df_says_and_no_other_way_leads_around_it(
         assert "No space left" in answer(host, small, script)
 
 
+def test_files_are_on_the_device_of_their_directories(host: HostClient, small: SandboxInfo) -> None:
+    """As ``find -xdev``, ``tar --one-file-system`` and ``os.path.ismount`` take for granted."""
+    made = "touch /usr/bin/new; chmod 755 /usr/bin/env"
+    said = answer(host, small, f"{made}; stat -c %d / /usr/bin /usr/bin/* /etc/* | sort -u | wc -l")
+    assert said == "1"
+
+
 def test_holes_take_no_room(agent: Agent, host: HostClient, small: SandboxInfo) -> None:
     said = answer(host, small, "truncate -s 15T /root/huge && stat -c %s /root/huge")
     assert said == str(15 << 40)
