@@ -108,9 +108,12 @@ def ansi(text: str) -> SafeString:
 
 
 @register.filter(name="visible")
-def visible_text(value: object) -> str:
-    """What anybody may have written: what would steer the page's text is written as U+202E."""
-    return visible(str(value))
+def visible_text(value: object) -> str | list[str]:
+    """What anybody may have written: what would steer the page's text is written as U+202E.
+
+    Of a list each member, so before ``join``, which escapes.
+    """
+    return [visible(str(one)) for one in value] if isinstance(value, list) else visible(str(value))
 
 
 @register.filter
