@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def browser_rules(get_response: Handler) -> Handler:
         response = get_response(request)
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         response.headers.setdefault("Permissions-Policy", PERMISSIONS)
-        kept = "no-store" if is_api(request) else "private, no-cache"
+        passing = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
+        kept = "no-store" if passing else "private, no-cache"
         response.headers.setdefault("Cache-Control", kept)
         return response
 
