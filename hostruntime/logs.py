@@ -19,8 +19,8 @@ _STEERING = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 _SECRETS = (
-    # The link of an invitation, wherever an address is written; percent signs are escapes there.
-    (re.compile(r"(/join/)[^\s/?\"'<>]+"), r"\1***"),
+    # The link of an invitation, wherever an address is written, be it in another's query.
+    (re.compile(r"(?i)((?:/|%2f)join(?:/|%2f))[^\s/?%&\\\"'<>]+"), r"\1***"),
     # An API token (orkestr_console.accounts.tokens): its public part stays.
     (re.compile(r"(ork_[A-Za-z0-9]{12}_)[A-Za-z0-9]{8,}"), r"\1***"),
     # Anything sent as a credential, or as part of a database's address.

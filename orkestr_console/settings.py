@@ -268,6 +268,7 @@ LOGGING: dict[str, Any] = {
         "django": {"handlers": [], "level": "NOTSET", "propagate": True},
         # A client's own mistakes are answered, not logged: a stranger could fill the disk.
         "django.request": {"level": "ERROR"},
+        "django.server": {"handlers": [], "propagate": True},
         "django.security.DisallowedHost": {"level": "CRITICAL"},
         "django-q": {"level": "INFO"},
     },
