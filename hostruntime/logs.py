@@ -21,6 +21,14 @@ _STEERING = re.compile(
 _SECRETS = (
     # The link of an invitation, wherever an address is written, be it in another's query.
     (re.compile(r"(?i)((?:/|%2f)join(?:/|%2f))[^\s/?%&\\\"'<>]+"), r"\1***"),
+    # The whole row that PostgreSQL refused, or the key: sessions, digests, variables.
+    (
+        re.compile(
+            r"(DETAIL:).*?(?=\n(?:HINT|CONTEXT|QUERY|STATEMENT):|\n\n(?:The above|During) |\Z)",
+            re.DOTALL,
+        ),
+        r"\1 ***",
+    ),
     # An API token (orkestr_console.accounts.tokens): its public part stays.
     (re.compile(r"(ork_[A-Za-z0-9]{12}_)[A-Za-z0-9]{8,}"), r"\1***"),
     # Anything sent as a credential, or as part of a database's address.

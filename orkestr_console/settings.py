@@ -270,6 +270,9 @@ LOGGING: dict[str, Any] = {
         "django.request": {"level": "ERROR"},
         "django.server": {"handlers": [], "propagate": True},
         "django.security.DisallowedHost": {"level": "CRITICAL"},
+        # What they say below that are whole contexts of pages and values of statements: secrets.
+        "django.template": {"level": "INFO"},
+        "django.db.backends": {"level": "INFO"},
         "django-q": {"level": "INFO"},
     },
 }

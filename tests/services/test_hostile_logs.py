@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from django.db import IntegrityError, transaction
 from django.test import Client, RequestFactory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hostruntime.logs import CONTINUED, LineFormatter, without_secrets
-from orkestr_console.accounts.models import User
+from orkestr_console.accounts.models import Team, User
 from orkestr_console.runner.postgres import Cluster
+from sandboxes_app.models import Sandbox
 
 TREE = Path(__file__).resolve().parents[2]
 FORGED = "2026-01-01 00:00:00,000 ERROR root: all is lost"
@@ -119,6 +121,21 @@ def test_a_secret_of_an_address_is_left_out(text: str, kept: str) -> None:
     assert without_secrets(text) == kept
     record = logging.LogRecord("x", logging.ERROR, "", 0, "%s", (text,), None)
     assert "s3cretpart" not in LineFormatter().format(record)
+
+
+def test_of_a_row_that_is_refused_no_value_is_logged(
+    written: io.StringIO, alice: User, team: Team
+) -> None:
+    """PostgreSQL quotes it whole, and the traceback quotes PostgreSQL."""
+    secret = "hunter2\nhunter2-of-the-environment"
+    try:
+        with transaction.atomic():
+            Sandbox.objects.create(team=team, env={"KEY": secret}, error_message=secret)
+    except IntegrityError as error:
+        assert "hunter2" in str(error), "it is not quoted: no proof"
+        logging.getLogger("x").exception("failed: %s", error)
+    assert "violates not-null constraint" in written.getvalue()
+    assert "hunter2" not in written.getvalue()
 
 
 def test_a_failed_joining_keeps_its_secret(written: io.StringIO) -> None:
