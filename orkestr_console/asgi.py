@@ -10,6 +10,7 @@ from typing import Any
 from channels.auth import AuthMiddlewareStack
 from channels.routing import ProtocolTypeRouter, URLRouter
 from django.core.asgi import get_asgi_application
+from django.urls import re_path
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
@@ -28,9 +29,20 @@ def websocket_urls() -> list[Any]:
     ]
 
 
+async def nowhere(scope: Any, receive: Any, send: Any) -> None:
+    """Refuse a socket at an address that there is not, before the handshake: no error of ours."""
+    await receive()
+    await send({"type": "websocket.close"})
+
+
+# Channels routes with Django's patterns, whose types know only views.
+anything_else: Any = nowhere
+
 application = ProtocolTypeRouter(
     {
         "http": http,
-        "websocket": AuthMiddlewareStack(URLRouter(websocket_urls())),
+        "websocket": AuthMiddlewareStack(
+            URLRouter([*websocket_urls(), re_path("", anything_else)])
+        ),
     }
 )

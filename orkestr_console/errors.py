@@ -278,7 +278,8 @@ def to_console_response(request: HttpRequest | None, error: DomainError) -> Http
     Without ``request`` the page says nothing of the person or team, which a page about a broken
     database could not look up.
     """
-    context = {"error": error, "status": error.status}
+    ref = error.extra.get("request_id") or getattr(request, "request_id", None)
+    context = {"error": error, "status": error.status, "ref": ref}
     page = render_to_string("errors/error.html", context, request)
     return HttpResponse(page, status=error.status, headers=error.all_headers())
 

@@ -50,6 +50,18 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
     return to_response(request, InvalidInput())
 
 
+def csrf_refused(request: HttpRequest, reason: str = "") -> HttpResponse:
+    """403 for a form that did not come from a page of ours; says what to do, not ``reason``."""
+    return to_response(
+        request,
+        Forbidden(
+            "This form was open for too long, or was not sent from this console. Go back, reload "
+            "the page and send it again; cookies must be allowed.",
+            code="csrf_failed",
+        ),
+    )
+
+
 def forbidden(request: HttpRequest, exception: Exception) -> HttpResponse:
     """403."""
     return to_response(request, Forbidden())

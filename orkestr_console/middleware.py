@@ -1,6 +1,7 @@
 """What every request passes.
 
-A request id, the client's address, a refusal of unusable text, errors made answers.
+A request id, rules for browsers, the client's address, a refusal of unusable text, errors made
+answers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from ulid import ULID
 from whitenoise.middleware import WhiteNoiseMiddleware
 
-from orkestr_console.errors import DomainError, InvalidInput, to_json_response, to_response
+from orkestr_console.errors import (
+    DomainError,
+    InvalidInput,
+    is_api,
+    to_json_response,
+    to_response,
+)
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
@@ -35,6 +43,55 @@ def request_id(get_response: Handler) -> Handler:
         request.request_id = chosen  # type: ignore[attr-defined]
         response = get_response(request)
         response.headers[REQUEST_ID] = chosen
+        return response
+
+    return middleware
+
+
+# What no page of ours uses, nobody who got into one may use either.
+PERMISSIONS = ", ".join(
+    [
+        *(
+            f"{feature}=()"
+            for feature in (
+                "accelerometer",
+                "browsing-topics",
+                "camera",
+                "display-capture",
+                "geolocation",
+                "gyroscope",
+                "hid",
+                "magnetometer",
+                "microphone",
+                "midi",
+                "payment",
+                "publickey-credentials-get",
+                "screen-wake-lock",
+                "serial",
+                "usb",
+                "xr-spatial-tracking",
+            )
+        ),
+        "clipboard-write=(self)",
+    ]
+)
+
+
+def browser_rules(get_response: Handler) -> Handler:
+    """Say to browsers what Django's own middleware does not.
+
+    Other sites may not embed what is here (Cross-Origin-Resource-Policy), pages may use no devices
+    (Permissions-Policy), and no cache that several people share keeps an answer (RFC 9111, 5.2.2)
+    unless the answer itself says otherwise, as static files do.
+    """
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+        response.headers.setdefault("Permissions-Policy", PERMISSIONS)
+        passing = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
+        kept = "no-store" if passing else "private, no-cache"
+        response.headers.setdefault("Cache-Control", kept)
         return response
 
     return middleware

@@ -34,7 +34,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.logger import globalLogBeginner
 from zope.interface import implementer
 
-from orkestr_console.errors import PayloadTooLarge
+from orkestr_console.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
 from orkestr_console.ids import new_id
 
 reactor: Any = installed_reactor
@@ -52,6 +52,17 @@ GRACE_SECONDS = 4.0
 LINGER_SECONDS = 2.0
 CHUNK = 64 * 1024
 SERVICE_RESTART = 1012  # RFC 6455, section 7.4.2, and its registry
+
+# What every answer says that never reaches the application, whose middleware says more.
+PLAIN_ANSWER = {
+    "Content-Type": "application/json",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 type Message = dict[str, Any]
 type Application = Callable[..., Awaitable[None]]
@@ -147,6 +158,22 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         if not self._refused:
             super().requestReceived(*args)
 
+    def process(self) -> Any:
+        """The request is in. Where the application begins is ours to say, not a client's header.
+
+        Daphne takes ``Daphne-Root-Path`` from anybody, and every link would begin with it.
+        """
+        self.requestHeaders.removeHeader(b"daphne-root-path")
+        return super().process()
+
+    def basic_error(self, status: int, status_text: bytes, body: str) -> None:
+        """What Daphne says without the application, in the form of every other error."""
+        error = InvalidInput(f"{body}.") if status < 500 else Internal()
+        answer, headers = plain_answer(error)
+        listed = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.handle_reply({"type": "http.response.start", "status": status, "headers": listed})
+        self.handle_reply({"type": "http.response.body", "body": answer})
+
     def _refuse(self) -> None:
         """Say 413 now, take no more, and close once the client has had time to read it."""
         self._refused = True
@@ -215,12 +242,17 @@ class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
 
 def refusal(error: PayloadTooLarge) -> bytes:
     """A whole HTTP response for a request that never reaches the application."""
-    body = json.dumps(error.to_wire()).encode()
-    head = (
-        f"HTTP/1.1 {error.status} Payload Too Large\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nX-Request-Id: {new_id('req')}\r\nConnection: close\r\n\r\n"
-    )
+    body, headers = plain_answer(error)
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"HTTP/1.1 {error.status} Payload Too Large\r\n{fields}Connection: close\r\n\r\n"
     return head.encode() + body
+
+
+def plain_answer(error: DomainError) -> tuple[bytes, dict[str, str]]:
+    """The body and the headers of an answer that never reaches the application."""
+    body = json.dumps(error.to_wire()).encode()
+    length = {"Content-Length": str(len(body)), "X-Request-Id": new_id("req")}
+    return body, {**PLAIN_ANSWER, **length}
 
 
 class ConsoleServer(Server):  # type: ignore[misc]

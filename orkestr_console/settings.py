@@ -25,6 +25,8 @@ VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
 HOST_STATE_DIR = Path(os.environ.get("ORKESTR_STATE_DIR") or VAR / "host").absolute()
 HOST_SOCKET = Path(os.environ.get("ORKESTR_HOST_SOCKET") or VAR / "run/host.sock").absolute()
 PORT = int(os.environ.get("PORT") or 8000)
+# Where an operator has said it, links are made with it and not with what a request calls us.
+PUBLIC_URL_IS_SET = bool(os.environ.get("ORKESTR_PUBLIC_URL"))
 PUBLIC_URL = (os.environ.get("ORKESTR_PUBLIC_URL") or f"http://127.0.0.1:{PORT}").rstrip("/")
 # What clients may pin as ``region``: this server is one.
 REGION = os.environ.get("ORKESTR_REGION") or "local"
@@ -69,7 +71,10 @@ MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.middleware.request_id",
     *(["orkestr_console.middleware.client_address"] if _https else []),
+    "orkestr_console.middleware.browser_rules",
     "django.middleware.security.SecurityMiddleware",
+    # Before the static files, which are framed and sniffed no more than pages are.
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django.middleware.csp.ContentSecurityPolicyMiddleware",
     "orkestr_console.middleware.refuse_unusable_text",
     "orkestr_console.middleware.StaticFiles",
@@ -78,7 +83,6 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
-    "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "orkestr_console.middleware.DomainErrors",
 ]
@@ -130,8 +134,6 @@ AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_RESET_ON_SUCCESS = True
 AXES_DISABLE_ACCESS_LOG = True
 AXES_VERBOSE = False
-# Its middleware answers with a page of its own; our form says it in place.
-SILENCED_SYSTEM_CHECKS = ["axes.W002"]
 OTP_TOTP_ISSUER = "Orkestr Console"
 PASSWORD_HASHERS = [
     "django.contrib.auth.hashers.Argon2PasswordHasher",
@@ -152,14 +154,21 @@ LOGOUT_REDIRECT_URL = "console:sign_in"
 
 # --- What browsers are told -----------------------------------------------------------------------
 # Two consoles on one machine differ by port alone, which cookies do not tell apart.
-SESSION_COOKIE_NAME = f"orkestr_session_{PORT}"
-CSRF_COOKIE_NAME = f"orkestr_csrf_{PORT}"
+# With TLS the browser is held to our host and path too, whatever a sibling host sets (RFC 6265bis,
+# 4.1.3.2); without it, browsers refuse the prefix.
+_host_only = "__Host-" if _https else ""
+SESSION_COOKIE_NAME = f"{_host_only}orkestr_session_{PORT}"
+CSRF_COOKIE_NAME = f"{_host_only}orkestr_csrf_{PORT}"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = _https
 SESSION_COOKIE_HTTPONLY = True
-CSRF_COOKIE_HTTPONLY = False
+# Forms carry the token; no script reads the cookie.
+CSRF_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 14 * 24 * 3600
+CSRF_FAILURE_VIEW = "orkestr_console.health.csrf_refused"
 X_FRAME_OPTIONS = "DENY"
+# No other site learns an address of ours, and so no invitation's secret. Not "no-referrer": with
+# that browsers send "Origin: null" with a form, which says nothing of where it came from.
 SECURE_REFERRER_POLICY = "same-origin"
 SECURE_CONTENT_TYPE_NOSNIFF = True
 SECURE_CROSS_ORIGIN_OPENER_POLICY = "same-origin"
@@ -168,10 +177,10 @@ SECURE_HSTS_SECONDS = 365 * 24 * 3600 if _https else 0
 # A public https address means that a proxy in front ends TLS and says so.
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if _https else None
 SECURE_CSP: dict[str, list[str]] = {
-    "default-src": [CSP.SELF],
+    "default-src": [CSP.NONE],
     "script-src": [CSP.SELF, CSP.NONCE],
     "style-src": [CSP.SELF, CSP.NONCE],
-    "img-src": [CSP.SELF, "data:"],
+    "img-src": [CSP.SELF],
     "connect-src": [CSP.SELF],
     "object-src": [CSP.NONE],
     "base-uri": [CSP.NONE],
@@ -181,8 +190,10 @@ SECURE_CSP: dict[str, list[str]] = {
 # The console is often served on plain http inside a network; then there is no TLS to insist on
 # (W004 HSTS, W008 redirect, W012 and W016 Secure cookies). With an https ORKESTR_PUBLIC_URL all of
 # it is on but the redirect (W008), and HSTS is not forced on sibling hosts or preload lists (W005,
-# W021), which belong to the operator's domain and not to one service on it.
+# W021), which belong to the operator's domain and not to one service on it. axes' own middleware
+# (W002) would answer a lock-out with a page of its own; our form says it in place.
 SILENCED_SYSTEM_CHECKS = [
+    "axes.W002",
     "security.W008",
     *(
         ["security.W005", "security.W021"]
@@ -240,6 +251,31 @@ PERIODIC_TASKS = [
     ("Delete images that no template names", "templates_app.tasks.reconcile_images", 15),
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]
+
+# --- Logs -----------------------------------------------------------------------------------------
+# To standard error, which the process manager keeps. Django's own handlers are taken away: without
+# DEBUG they say nothing of a failed request.
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"()": "hostruntime.logs.LineFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {
+        "handlers": ["stderr"],
+        "level": (os.environ.get("ORKESTR_LOG_LEVEL") or "WARNING").upper(),
+    },
+    "loggers": {
+        "django": {"handlers": [], "level": "NOTSET", "propagate": True},
+        # A client's own mistakes are answered, not logged: a stranger could fill the disk.
+        "django.request": {"level": "ERROR"},
+        "django.server": {"handlers": [], "propagate": True},
+        "django.security.DisallowedHost": {"level": "CRITICAL"},
+        # What they say below that are whole contexts of pages and values of statements: secrets.
+        "django.template": {"level": "INFO"},
+        "django.db.backends": {"level": "INFO"},
+        "django-q": {"level": "INFO"},
+    },
+}
 
 # --- The rest -------------------------------------------------------------------------------------
 USE_TZ = True

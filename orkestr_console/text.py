@@ -1,6 +1,26 @@
-"""Which strings can be stored and shown at all. A leaf module."""
+"""Which strings can be stored, which are names a person can trust, and how the rest is shown.
+
+A leaf module. Text that steers what stands around it (a right-to-left override, a cursor movement)
+or that is there unseen (a zero-width space, a tag character) makes one name look like another:
+Unicode TR 36 and TR 55, CVE-2021-42574. A name must have none of it; anything else is shown with
+the character made visible.
+"""
 
 from __future__ import annotations
+
+import re
+
+# Zero-width joiner and non-joiner: emoji and Persian need them, between letters that are not ASCII.
+JOINERS = "\u200c\u200d"
+# Unicode's controls and default ignorables, and the two separators that end a line; not tab and
+# line feed, which text may have and names may not.
+_UNSEEN = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f"
+)
+STEERING = re.compile(f"[{_UNSEEN}]|(?<![^\x00-\x7f])[{JOINERS}]|[{JOINERS}](?![^\x00-\x7f])")
 
 
 def unusable(text: str) -> str | None:
@@ -15,6 +35,34 @@ def unusable(text: str) -> str | None:
     except UnicodeEncodeError:
         return "must not contain half of a surrogate pair."
     return None
+
+
+def unreadable(name: str) -> str | None:
+    """Why ``name`` can be no name, as the end of a sentence; None if it can."""
+    found = STEERING.search(name) or re.search(r"[\t\n]", name)
+    if found is None:
+        return unusable(name)
+    return (
+        "must not contain control, invisible or text-direction characters; "
+        f"take out {code_point(found[0])}, character {found.start() + 1}."
+    )
+
+
+def readable(name: str) -> str:
+    """``name``, for a spec to validate with. Raises ``ValueError`` if it can be no name."""
+    if problem := unreadable(name):
+        raise ValueError(problem)
+    return name
+
+
+def visible(text: str) -> str:
+    """``text`` with what would steer it, or be there unseen, written as its code point."""
+    return STEERING.sub(lambda found: f"\u27e8{code_point(found[0])}\u27e9", text)
+
+
+def code_point(character: str) -> str:
+    """``U+202E``."""
+    return f"U+{ord(character):04X}"
 
 
 def clean(text: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from django.contrib import messages
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
+from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from orkestr_console.accounts.limits import envelope
+from orkestr_console.addresses import console_address
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError, HostUnavailable, NotFound
 from sandboxes_app import pages, services
@@ -25,6 +27,8 @@ def sandbox_list(request: ConsoleRequest) -> HttpResponse:
     return render(request, "sandboxes_app/list.html", context)
 
 
+# A refused form shows the variables that were typed, which may be secrets.
+@never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def sandbox_new(request: ConsoleRequest) -> HttpResponse:
@@ -68,7 +72,7 @@ def detail_page(
 ) -> HttpResponse:
     """The page; with the command just run where there is no script to append it."""
     sandbox = services.get_sandbox(request.actor, sandbox_id)
-    address = request.build_absolute_uri("/").rstrip("/")
+    address = console_address(request)
     context = {**pages.detail_context(sandbox, address), "form": form, "entry": entry}
     return render(request, "sandboxes_app/detail.html", context)
 

@@ -12,6 +12,7 @@ from django.http import QueryDict
 from orkestr_console.console.forms import Form
 from orkestr_console.egress import besides_default, own_names
 from orkestr_console.errors import DomainError
+from orkestr_console.text import STEERING
 from orkestr_console.validation import parse_spec
 from templates_app.models import Network, Template
 from templates_app.specs import TemplateSpec
@@ -156,5 +157,5 @@ def is_remark(line: str) -> bool:
 
 
 def sayable(step: str) -> bool:
-    """Whether the recipe's text can say this step."""
-    return [found.command for found in steps_of(step)] == [step]
+    """Whether the recipe's text can say this step, with nothing in it that cannot be seen."""
+    return not STEERING.search(step) and [found.command for found in steps_of(step)] == [step]

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from orkestr_console.egress import Allowlist
+from orkestr_console.text import JOINERS, readable
 from templates_app.models import LONGEST_NAME
 
 MOST_STEPS = 100
 LARGEST_STEP = 8 * 1024
-JOINER = "\u200d"
 
 
 def usable_name(name: str) -> str:
     """A name a person can read: trimmed, not blank, no control or direction characters."""
-    name = name.strip().strip(JOINER)
+    name = name.strip().strip(JOINERS)
     if not name:
         raise ValueError("must not be blank; give the template a name you will recognise.")
     if len(name) > LONGEST_NAME:
         raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
-    if any(is_control(char) for char in name):
-        raise ValueError("must not contain control or text-direction characters.")
-    return name
-
-
-def is_control(char: str) -> bool:
-    """Whether a character steers rather than shows; the joiner of emoji is not counted."""
-    return char != JOINER and unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return readable(name)
 
 
 def usable_step(step: str) -> str:

@@ -8,6 +8,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_safe
 
 from orkestr_console.accounts.limits import envelope
+from orkestr_console.addresses import console_address
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import Conflict, DomainError, NotFound
 from templates_app import pages, services
@@ -71,7 +72,7 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
 def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
     """One template: how its build goes, or what came of it."""
     template = services.get_template(request.actor, template_id)
-    context = pages.detail_context(template, request.build_absolute_uri("/").rstrip("/"))
+    context = pages.detail_context(template, console_address(request))
     return render(request, "templates_app/detail.html", context)
 
 

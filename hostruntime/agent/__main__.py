@@ -20,6 +20,7 @@ from types import FrameType
 
 import uvicorn
 
+from hostruntime import logs
 from hostruntime.agent.host import Host, tear_down
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
@@ -34,9 +35,7 @@ _log = logging.getLogger("hostruntime.agent")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[logs.handler()])
     # One line a request says nothing that the answer did not.
     logging.getLogger("uvicorn.access").disabled = True
     try:

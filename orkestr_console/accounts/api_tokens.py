@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from django.db import transaction
 from django.utils import timezone
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import Actor
@@ -15,6 +15,7 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.models import ApiToken, Role
 from orkestr_console.accounts.services import mint_token, revoke_token
 from orkestr_console.errors import InvalidInput, NotFound
+from orkestr_console.text import readable
 
 LONGEST_DAYS = 3650
 MOST_TEMPLATES = 200
@@ -25,7 +26,7 @@ class TokenSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(readable)]
     scopes: Annotated[list[str], Field(min_length=1)]
     days: Annotated[int, Field(ge=1, le=LONGEST_DAYS)] | None = None
     templates: Annotated[list[str], Field(max_length=MOST_TEMPLATES)] | None = None

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from django.db import models, transaction
 from django.utils import timezone
 from django.utils.text import slugify
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import EVERYTHING, Actor
@@ -22,6 +22,7 @@ from orkestr_console.accounts.limits import KINDS, SHARES, Envelope, hold, netwo
 from orkestr_console.accounts.models import Agreement, Plan, Role, Team, TeamLimits, User
 from orkestr_console.accounts.models.plans import LONGEST_BUILD_SECONDS
 from orkestr_console.errors import InvalidInput, NotFound
+from orkestr_console.text import readable
 
 # PostgreSQL's integer.
 MOST = 2**31 - 1
@@ -39,6 +40,7 @@ LONGEST = {
 SIZES = ("small", "medium", "large")
 
 type Amount = Annotated[int, Field(ge=0, le=MOST)]
+type Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(readable)]
 type Numbers = dict[str, Amount | None]
 
 
@@ -69,7 +71,7 @@ class PlanSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Name
     numbers: dict[str, Amount]
     sizes: list[str]
     allow_open_network: bool
@@ -81,7 +83,7 @@ class NewTeamSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Name
     plan: str
 
 

@@ -17,7 +17,7 @@ from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 from django.db import transaction
 from django.utils import timezone
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import EVERYTHING, Actor
@@ -26,6 +26,7 @@ from orkestr_console.accounts.limit_changes import Amount
 from orkestr_console.accounts.models import ApiToken, Invitation, Membership, Role, Team, User
 from orkestr_console.channel_layer import notify
 from orkestr_console.errors import Conflict, Forbidden, InvalidInput, NotFound
+from orkestr_console.text import readable, unreadable
 
 INVITATION_DAYS = 7
 MOST_OPEN_INVITATIONS = 100
@@ -58,7 +59,7 @@ class NewPersonSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(readable)]
     email: Annotated[str, Field(min_length=3, max_length=254)]
 
 
@@ -146,11 +147,14 @@ def invite(actor: Actor, spec: InviteSpec) -> tuple[Invitation, str]:
 def usable_email(text: str) -> str:
     """The address in lower case. Raises ``InvalidInput``."""
     email = text.strip().lower()
+    sentence = unreadable(email)
     try:
+        # It takes a domain by what IDNA makes of it, which drops what cannot be seen.
         validate_email(email)
     except ValidationError:
         sentence = "is no email address."
-        raise InvalidInput(f"email: {sentence}", fields={"email": sentence}) from None
+    if sentence:
+        raise InvalidInput(f"email: {sentence}", fields={"email": sentence})
     return email
 
 

@@ -13,6 +13,7 @@ from orkestr_console.accounts import limits, rates, tokens
 from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
 from orkestr_console.errors import Forbidden, InvalidInput, Unauthenticated
+from orkestr_console.text import unreadable
 
 # A token's last use is worth knowing to the minute; writing it on every call is not worth it.
 LAST_USE_GRAIN = timedelta(minutes=1)
@@ -32,10 +33,12 @@ def mint_token(
 ) -> tuple[ApiToken, str]:
     """A new token of ``team`` and its text, which cannot be had again.
 
-    Raises ``InvalidInput`` for a scope that does not exist, or none.
+    Raises ``InvalidInput`` for a scope that does not exist, or none, and for a name that is none.
     """
     wanted = sorted(set(scopes))
     unknown = [scope for scope in wanted if scope not in SCOPES]
+    if unfit := unreadable(name):
+        raise InvalidInput(f"The token's name {unfit}", fields={"name": unfit})
     if unknown or not wanted:
         problem = f"'{unknown[0]}' is not a scope" if unknown else "A token needs a scope"
         raise InvalidInput(f"{problem}; there are {', '.join(SCOPES)}.")

@@ -8,21 +8,20 @@ from django.contrib import messages
 from django.contrib.auth import update_session_auth_hash
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
+from django.utils.cache import add_never_cache_headers
 from django.utils.safestring import mark_safe
-from django.views.decorators.cache import never_cache
 from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_POST, require_safe
 
 from orkestr_console.accounts import people, second_factor, sessions
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import InvalidInput
-from orkestr_console.text import unusable
+from orkestr_console.text import unreadable
 
 WRONG_PASSWORD = "This is not your password."  # noqa: S105 - a sentence
 LONGEST_NAME = 100
 
 
-@never_cache
 @require_safe
 @console_page
 def account_page(request: ConsoleRequest) -> HttpResponse:
@@ -46,7 +45,10 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
         "name": user.name,
         **more,
     }
-    return render(request, "console/account.html", context, status=status)
+    # A secret that waits for its first code is on it, whichever form it answers.
+    response = render(request, "console/account.html", context, status=status)
+    add_never_cache_headers(response)
+    return response
 
 
 @require_POST
@@ -54,7 +56,7 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
 def account_name(request: ConsoleRequest) -> HttpResponse:
     """What the console calls the person."""
     name = request.POST.get("name", "").strip()
-    problem = unusable(name) or (
+    problem = unreadable(name) or (
         f"Your name has at most {LONGEST_NAME} characters." if len(name) > LONGEST_NAME else ""
     )
     if problem:
@@ -113,7 +115,6 @@ def second_factor_begin(request: ConsoleRequest) -> HttpResponse:
     return redirect("console:account")
 
 
-@never_cache
 @require_POST
 @console_page
 def second_factor_confirm(request: ConsoleRequest) -> HttpResponse:

@@ -2,7 +2,8 @@
 
 What is understood of ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
 erase-in-line, which is what progress bars are made of. Every other sequence is dropped. Text is
-escaped; characters that turn the direction of text (Unicode TR 36) are shown, not obeyed.
+escaped; characters that turn the direction of text or cannot be seen (Unicode TR 36) are shown,
+not obeyed. The work is in proportion to the text, whatever the text is.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from itertools import groupby
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
 
+from orkestr_console.text import STEERING, code_point
+
 MOST_LINES = 2000
 LONGEST_LINE = 16 * 1024
 LONGEST_SEQUENCE = 4096
+MOST_PARAMETERS = 64
+# A page is given no more of a text than this, the end: drawing 16 MiB would hold up everybody.
+LARGEST_SHOWN = 1024 * 1024
 
-_DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 # Text up to the next special; or one special: line end, CSI, a string such as OSC, another escape.
 # Hostile output comes through here: no alternative may read on to the end and then fail.
 _TOKENS = re.compile(
@@ -34,7 +39,6 @@ _TOKENS = re.compile(
 )
 # An escape sequence, or the first half of a line end, that the text breaks off in.
 _BROKEN_OFF = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)|\r{1,4})\Z")
-_TURNS = re.compile(f"[{_DIRECTION}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ UNMARKS = {22: {"bold", "dim"}, 23: {"ital"}, 24: {"under"}, 27: {"inv"}, 29: {"
 
 def restyled(style: Style, parameters: str) -> Style:
     """The style after ``CSI parameters m``."""
-    given = re.split("[;:]", parameters)[:64]
+    given = re.split("[;:]", parameters, maxsplit=MOST_PARAMETERS)[:MOST_PARAMETERS]
     codes = [int(code) if code.isdecimal() and len(code) < 4 else 0 for code in given]
     while codes:
         code = codes.pop(0)
@@ -142,6 +146,8 @@ class Log:
         self._chars: list[str] = []
         self._styles: list[Style] = []
         self._column = 0
+        # So many cells from the left are known to be blank, and need not be blanked again.
+        self._blank = 0
         self._rest = ""
 
     def feed(self, text: str) -> tuple[list[str], str]:
@@ -174,19 +180,24 @@ class Log:
         end = self._column + len(text)
         self._chars[self._column : end] = text
         self._styles[self._column : end] = [self._style] * len(text)
+        self._blank = min(self._blank, self._column)
         self._column = end
 
     def _erase(self, parameters: str) -> None:
         if parameters == "1":
-            self._chars[: self._column] = " " * min(self._column, len(self._chars))
-        else:
-            if parameters == "2":
-                self._column = 0
-            del self._chars[self._column :], self._styles[self._column :]
+            until = min(self._column, len(self._chars))
+            if until > self._blank:
+                self._chars[self._blank : until] = " " * (until - self._blank)
+                self._blank = until
+            return
+        if parameters == "2":
+            self._column = 0
+        del self._chars[self._column :], self._styles[self._column :]
+        self._blank = min(self._blank, self._column)
 
     def _end_line(self) -> str:
         html = self._html()
-        self._chars, self._styles, self._column = [], [], 0
+        self._chars, self._styles, self._column, self._blank = [], [], 0, 0
         return html
 
     def _html(self) -> str:
@@ -201,7 +212,7 @@ class Log:
 
 def dressed(text: str, style: Style) -> str:
     """Escaped text, in a span where it has a style."""
-    html = _TURNS.sub(lambda turn: f'<span class="ctl">U+{ord(turn[0]):04X}</span>', escape(text))
+    html = STEERING.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
     return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
 
 
@@ -223,11 +234,18 @@ class Rendered:
 
 
 def rendered(text: str, log: Log | None = None) -> Rendered:
-    """``text`` as HTML; only the last ``MOST_LINES`` lines of it."""
+    """``text`` as HTML; only its last ``LARGEST_SHOWN`` characters and ``MOST_LINES`` lines."""
+    cut = len(text) - LARGEST_SHOWN
+    left_out = 0
+    if cut > 0:
+        # From the next line on, if one begins soon: half a line says little.
+        cut = text.find("\n", cut, cut + LONGEST_LINE) + 1 or cut
+        left_out = text.count("\n", 0, cut) or 1
+        text = text[cut:]
     lines, tail = (log or Log()).feed(text)
     shown = deque(lines, maxlen=MOST_LINES)
     return Rendered(
         mark_safe(lines_html(list(shown))),  # noqa: S308 - escaped in dressed()
         mark_safe(tail),  # noqa: S308 - the same
-        len(lines) - len(shown),
+        left_out + len(lines) - len(shown),
     )

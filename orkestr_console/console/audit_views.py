@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from django.views.decorators.http import require_safe
 from orkestr_console.accounts import audit_log
 from orkestr_console.accounts.audit_log import AuditQuery
 from orkestr_console.accounts.models import AuditEntry, Outcome
+from orkestr_console.console.downloads import csv_file, json_lines_file
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import InvalidInput
 from orkestr_console.validation import parse_spec
@@ -24,8 +24,6 @@ COLUMNS = (
     *("object_kind", "object_id", "object_name", "data"),
 )
 SURFACES = ("console", "rest", "mcp", "system")
-# A spreadsheet takes a cell that begins with one of these for a formula.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 LARGEST_ID = 2**63 - 1
 
 
@@ -73,30 +71,17 @@ def before_of(text: str) -> int | None:
 @console_page
 def audit_csv(request: ConsoleRequest) -> HttpResponse:
     """The entries that match, as a table."""
-    response = download("text/csv; charset=utf-8", "csv", request)
-    rows = csv.writer(response)
-    rows.writerow(COLUMNS)
-    for entry in audit_log.exported(request.actor, asked(typed(request))):
-        rows.writerow([cell(value) for value in record(entry).values()])
-    return response
+    entries = audit_log.exported(request.actor, asked(typed(request)))
+    rows = (texts(record(entry)) for entry in entries)
+    return csv_file(f"audit-{request.actor.team.slug}.csv", COLUMNS, rows)
 
 
 @require_safe
 @console_page
 def audit_json(request: ConsoleRequest) -> HttpResponse:
     """The entries that match, as an object a line."""
-    response = download("application/x-ndjson", "jsonl", request)
-    for entry in audit_log.exported(request.actor, asked(typed(request))):
-        response.write(json.dumps(record(entry), ensure_ascii=False) + "\n")
-    return response
-
-
-def download(content_type: str, suffix: str, request: ConsoleRequest) -> HttpResponse:
-    """An empty file to be saved."""
-    response = HttpResponse(content_type=content_type)
-    name = f"audit-{request.actor.team.slug}.{suffix}"
-    response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
-    return response
+    entries = audit_log.exported(request.actor, asked(typed(request)))
+    return json_lines_file(f"audit-{request.actor.team.slug}.jsonl", map(record, entries))
 
 
 def record(entry: AuditEntry) -> dict[str, Any]:
@@ -104,7 +89,6 @@ def record(entry: AuditEntry) -> dict[str, Any]:
     return {**{name: getattr(entry, name) for name in COLUMNS}, "at": entry.at.isoformat()}
 
 
-def cell(value: Any) -> str:
-    """A value that no spreadsheet computes."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"'{text}" if text.startswith(FORMULA) else text
+def texts(values: Mapping[str, Any]) -> list[str]:
+    """A record as cells; what is no text is JSON."""
+    return [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values.values()]

@@ -144,6 +144,7 @@ class AgreementForm(Form):
 
     def spec(self) -> AgreementSpec:
         """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
         asked = {"plan": self.plan, "numbers": or_none(self.numbers), "note": self.note}
         return parse_spec(AgreementSpec, asked)
 
@@ -183,6 +184,7 @@ class PlanForm(Form):
 
     def spec(self) -> PlanSpec:
         """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
         return parse_spec(
             PlanSpec,
             {

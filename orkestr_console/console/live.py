@@ -18,13 +18,13 @@ import logging
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
 
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings
 from django.contrib.auth import get_user
 from django.http import HttpRequest
+from django.http.request import split_domain_port, validate_host
 from django.urls import URLPattern, path
 
 from orkestr_console.accounts.actor import Actor
@@ -165,10 +165,18 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
         return self._header(b"origin")
 
     def _same_origin(self) -> bool:
-        """Whether a page of this console opened it: cookies alone do not say (RFC 6455, 10.2)."""
-        origin = self._header(b"origin")
-        trusted = origin in settings.CSRF_TRUSTED_ORIGINS
-        return bool(origin) and (trusted or urlsplit(origin).netloc == self._header(b"host"))
+        """Whether a page of this console opened it: cookies alone do not say (RFC 6455, 10.2).
+
+        The host is one of ours, as for HTTP: a name that was rebound to our address is not. With
+        TLS the page came by TLS, too.
+        """
+        origin, host = self._header(b"origin"), self._header(b"host")
+        if origin in settings.CSRF_TRUSTED_ORIGINS:
+            return True
+        scheme, _, place = origin.partition("://")
+        known = validate_host(split_domain_port(host)[0], settings.ALLOWED_HOSTS)
+        secure = scheme == "https" or (scheme == "http" and not settings.SESSION_COOKIE_SECURE)
+        return known and secure and place == host
 
 
 def live_page(route: str, consumer: type[LivePage]) -> URLPattern:

@@ -17,6 +17,7 @@ from orkestr_console.accounts.limit_changes import SIZES, Operator
 from orkestr_console.accounts.limits import KINDS, build
 from orkestr_console.accounts.models import Role
 from orkestr_console.accounts.people import InviteSpec
+from orkestr_console.addresses import console_address
 from orkestr_console.console.limits_forms import AgreementForm, PlanForm, TeamForm
 from orkestr_console.console.limits_views import counts
 from orkestr_console.decorators import ConsoleRequest, console_page
@@ -124,5 +125,5 @@ def made_team(request: ConsoleRequest, who: Operator, form: TeamForm) -> dict[st
         team = limit_changes.create_team(who, spec)
         owner = InviteSpec(role=Role.OWNER, email=form.email)
         invitation, secret = people.invite(who.of(team), owner)
-    link = request.build_absolute_uri(reverse("console:join", args=[secret]))
+    link = console_address(request) + reverse("console:join", args=[secret])
     return {"made": team, "invitation": invitation, "link": link, "days": people.INVITATION_DAYS}

@@ -15,6 +15,7 @@ from django.views.decorators.http import require_http_methods, require_POST, req
 from orkestr_console.accounts import people, sessions
 from orkestr_console.accounts.models import Invitation, Membership, Role, User
 from orkestr_console.accounts.services import TEAM_KEY
+from orkestr_console.addresses import console_address
 from orkestr_console.console.people_forms import InviteForm, JoinForm, ShareForm
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError, InvalidInput, NotFound
@@ -33,7 +34,7 @@ def people_page(request: ConsoleRequest) -> HttpResponse:
     except DomainError as error:
         form.take(error)
         return show(request, form, error.status)
-    link = request.build_absolute_uri(reverse("console:join", args=[secret]))
+    link = console_address(request) + reverse("console:join", args=[secret])
     return show(request, InviteForm(), link=link, made=invitation)
 
 

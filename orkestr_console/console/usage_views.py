@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -15,6 +14,7 @@ from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Month
 from orkestr_console.console.charts import Chart, chart
+from orkestr_console.console.downloads import csv_file
 from orkestr_console.console.templatetags.console import duration, size
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import InvalidInput
@@ -112,14 +112,11 @@ def team_usage_csv(request: ConsoleRequest) -> HttpResponse:
     """A line for each day of the month; bytes are the day's most, everything else its sum."""
     month = usage.month(request.actor, chosen(request))
     name = f"usage-{request.actor.team.slug}-{month.first:%Y-%m}.csv"
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    response = HttpResponse(content_type="text/csv; charset=utf-8", headers=headers)
-    writer = csv.writer(response)
-    writer.writerow(["day", *Metric.values])
-    for day in month.days:
-        amounts = [exact(metric, day.amounts[metric]) for metric in Metric]
-        writer.writerow([day.day.isoformat(), *amounts])
-    return response
+    rows = (
+        [day.day.isoformat(), *(exact(metric, day.amounts[metric]) for metric in Metric)]
+        for day in month.days
+    )
+    return csv_file(name, ["day", *Metric.values], rows)
 
 
 def chosen(request: ConsoleRequest) -> date:

@@ -98,6 +98,10 @@ class Cluster:
             "unix_socket_directories": str(self.sockets),
             "cluster_name": "orkestr",
             "log_line_prefix": "%m [%p] %u ",
+            # A statement that fails, and the row it was about, hold what people keep secret:
+            # sessions, variables of sandboxes. The web's and worker's logs say what failed.
+            "log_min_error_statement": "panic",
+            "log_error_verbosity": "terse",
         }
         options = [f"--{name}={value}" for name, value in (fixed | settings).items()]
         server = str(server_of(self.data) / "postgres")

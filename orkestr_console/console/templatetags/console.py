@@ -12,6 +12,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from orkestr_console.console.ansi import rendered
+from orkestr_console.text import visible
 
 register = template.Library()
 
@@ -98,9 +99,21 @@ def seconds(value: int) -> str:
 
 @register.filter
 def ansi(text: str) -> SafeString:
-    """A program's output, coloured."""
+    """A program's output, coloured: the end of it, if it is long."""
     shown = rendered(text)
-    return shown.lines + shown.tail
+    if not shown.hidden:
+        return shown.lines + shown.tail
+    note = format_html('<span class="ctl">{} earlier lines are not shown</span>\n', shown.hidden)
+    return note + shown.lines + shown.tail
+
+
+@register.filter(name="visible")
+def visible_text(value: object) -> str | list[str]:
+    """What anybody may have written: what would steer the page's text is written as U+202E.
+
+    Of a list each member, so before ``join``, which escapes.
+    """
+    return [visible(str(one)) for one in value] if isinstance(value, list) else visible(str(value))
 
 
 @register.filter
