@@ -7,6 +7,7 @@ Network namespaces and who has them are gone after a reboot, and so is `/run`::
       sysfs/<slot name>/           the sysfs of that namespace
       disks/<owner>/               a container's writable layer, mounted
       slots/<index>.json           which owner has the slot
+      seccomp-<digest>             the profile that LXC confines a container's init with
       egress/                      root:proxy 0750, what the egress proxy may read
         helper.pyz, errors/        the proxy's helper and its refusal pages
         defaults.json              the default allowlist

@@ -76,6 +76,11 @@ PYTHON = {
     "personality is asked for": "import ctypes; assert ctypes.CDLL(None).personality(-1) >= 0",
     "extended attributes": "import os; open('/root/x', 'w')\n"
     "os.setxattr('/root/x', 'user.a', b'1')",
+    "programs that carry net_raw, as ping does": "import os, shutil, struct, subprocess\n"
+    "shutil.copy('/usr/bin/true', '/root/ping')\n"
+    "mark = struct.pack('<5I', 0x2000001, 1 << 13, 0, 0, 0)\n"
+    "os.setxattr('/root/ping', 'security.capability', mark)\n"
+    "subprocess.check_call(['/root/ping'])",
     "System V memory": "import ctypes; assert ctypes.CDLL(None).shmget(7, 4096, 0o1600) >= 0",
     "many small files": "import os\nfor n in range(5000): open(f'/workspace/{n}', 'w').close()",
     "sqlite": "import sqlite3; sqlite3.connect('/root/db').execute('create table t(a)')",

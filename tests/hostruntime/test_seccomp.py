@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import seccomp
+from hostruntime import kernel, seccomp
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -97,6 +97,11 @@ def test_the_other_abis_lead_to_the_same_place() -> None:
     assert verdict(20, abi=I386) == 0, "getpid"
     assert verdict(272 | X32, 0x1000_0000) == verdict(165 | X32) == errno.EPERM
     assert verdict(39, abi=0xC000_00B7) != 0, "an ABI that this processor cannot have"
+
+
+def test_a_filter_that_is_not_installed_is_not_passed_over() -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        kernel.SyscallFilter(b"").install()
 
 
 def test_the_profile_has_a_line_for_each_rule_and_is_written_once(tmp_path: Path) -> None:
