@@ -77,15 +77,21 @@ class Serving:
         """Everything it logged so far."""
         return self._log.read_bytes().decode(errors="backslashreplace")
 
-    def raw(self, data: bytes, seconds: float = 3.0) -> bytes:
-        """Everything it answers to these bytes until it closes the connection, or is silent."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
+    def raw(self, data: bytes, until: bytes | None = None) -> bytes:
+        """What it answers to these bytes until it has said ``until`` or closes the connection.
+
+        Raises ``TimeoutError`` if it does neither.
+        """
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
             connection.sendall(data)
             answer = b""
             try:
-                while chunk := connection.recv(65536):
+                while until is None or until not in answer:
+                    chunk = connection.recv(65536)
+                    if not chunk:
+                        break
                     answer += chunk
-            except (TimeoutError, ConnectionResetError):
+            except ConnectionResetError:
                 pass
             return answer
 
