@@ -25,6 +25,7 @@ SYSTEM_DIRECTORIES = (
     *("/", "/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr", "/usr/local"),
     *("/run", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp"),
 )
+_ATTEMPTS = 10
 KERNEL_DIRECTORIES = ("/dev", "/proc", "/sys")
 
 
@@ -86,9 +87,7 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
         return
     os.unshare(os.CLONE_NEWNS)
     _run("mount", "--make-rprivate", "/")
-    doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
-    if doomed:
-        _run("umount", "--lazy", "--recursive", *map(str, doomed))
+    detach_unneeded(needs)
     handles = {need: os.open(need, os.O_PATH) for need in outermost(needs)}
     for directory in closed:
         _run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "orkestr-view", str(directory))
@@ -99,6 +98,21 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
             # path it reads as is now hidden.
             _run("mount", "--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{handle}", need)
         os.close(handle)
+
+
+def detach_unneeded(needs: Sequence[Path]) -> None:
+    """Detach every mount that leads to no need.
+
+    A sandbox that ends removes its mount points, and the kernel then takes the mounts on them away
+    here too (detach_mounts, rmdir(2)): one that is gone by the time its turn comes is no failure.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
+        if not doomed:
+            return
+        last = attempt == _ATTEMPTS
+        argv = ["umount", "--lazy", "--recursive", *map(str, doomed)]
+        subprocess.run(argv, check=last, stdin=subprocess.DEVNULL, capture_output=not last)
 
 
 def _run(*argv: str | Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +115,31 @@ time.sleep(1)
     # The write end closes when the last process that has it, the sleeper, has died.
     assert os.read(read, 1) == b""
     os.close(read)
+
+
+def test_mounts_that_come_and_go_meanwhile_are_no_failure(private: Path) -> None:
+    """As the disks of sandboxes do, on a busy machine."""
+    over = threading.Event()
+    rounds = 0
+
+    def churn(target: Path) -> None:
+        nonlocal rounds
+        while not over.is_set():
+            target.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "orkestr-test", target], check=True)
+            subprocess.run(["umount", target], check=True)
+            target.rmdir()
+            rounds += 1
+
+    names = [private.parent / f"churn{number}" for number in range(3)]
+    threads = [threading.Thread(target=churn, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    try:
+        done = [confined(private / "tree", "echo fine") for _ in range(8)]
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert [(one.stdout, one.stderr) for one in done] == [("fine\n", "")] * 8
+    assert rounds > 20
