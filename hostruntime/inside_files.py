@@ -224,6 +224,8 @@ def _mkdir(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
 def _move(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     source, destination = (Path(str(arguments[name])) for name in ("source", "destination"))
     source.lstat()
+    if os.path.ismount(source):
+        raise Refusal("file_conflict", f"{source} is a mount point; move what is in it instead.")
     if destination.is_dir() and not destination.is_symlink():
         raise Refusal("file_conflict", f"{destination} is a directory; name the new path whole.")
     if not destination.parent.is_dir():
@@ -243,8 +245,9 @@ def _copy_over(source: Path, destination: Path) -> None:
     try:
         shutil.move(source, temporary)
         temporary.rename(destination)
-    except shutil.SpecialFileError as error:
-        raise Refusal("file_conflict", f"{source} holds a special file: {error}.") from error
+    except shutil.Error as error:
+        # A directory into itself, or a special file: an OSError without a number.
+        raise Refusal("file_conflict", f"{source} cannot be moved there: {error}.") from error
 
 
 def _stat(peer: socket.socket, arguments: Mapping[str, Any]) -> None:

@@ -117,3 +117,21 @@ def test_and_the_sandbox_and_the_agent_are_none_the_worse(
 ) -> None:
     assert host.exec(planted.id, ["/bin/echo", "fine"], cwd="/").stdout == b"fine\n"
     assert host.exec(new_sandbox().id, "echo fine").stdout == b"fine\n"
+
+
+@pytest.mark.parametrize("destination", ["/workspace/root", "/tmp/all", "/workspace/d/x"])
+def test_the_root_is_not_moved_anywhere(
+    host: HostClient, planted: SandboxInfo, destination: str
+) -> None:
+    with pytest.raises(FileConflict, match="/ is a mount point"):
+        host.move(planted.id, "/", destination)
+
+
+def test_a_directory_does_not_go_into_itself(host: HostClient, new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    host.mkdir(sandbox.id, "/tmp/d/e")
+    with pytest.raises(FileConflict):
+        host.move(sandbox.id, "/tmp/d", "/tmp/d/e/f")
+    host.exec(sandbox.id, "ln -s /workspace /root/across; mkdir -p /root/a; mkfifo /root/a/pipe")
+    with pytest.raises(FileConflict, match="cannot be moved there"):
+        host.move(sandbox.id, "/root/a", "/workspace/a")
