@@ -177,7 +177,9 @@ class _Session:
 
     async def outcome(self) -> Exited | TimedOut:
         assert self.attached is not None
-        duration = round((self.ended - self.started) * 1000)
+        # The end can be known here before the callback that notes its time has had its turn.
+        ended = self.ended or asyncio.get_running_loop().time()
+        duration = round((ended - self.started) * 1000)
         if self.killing is not None:
             return TimedOut(round((asyncio.get_running_loop().time() - self.started) * 1000))
         status = os.waitstatus_to_exitcode(await self.attached.ended)
