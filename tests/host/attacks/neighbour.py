@@ -69,16 +69,24 @@ def look() -> list[str]:
     for kind in ("shm", "sem", "msg"):
         if len(Path(f"/proc/sysvipc/{kind}").read_text().splitlines()) > 1:
             found.append(f"/proc/sysvipc/{kind}")
-    lines = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    lines = b"".join(map(readable, Path("/proc").glob("[0-9]*/cmdline")))
     if b"attacks.neighbour\0leave" in lines:
         found.append("command line")
     environments = b""
     for path in Path("/proc").glob("[0-9]*/environ"):
         if path.parent.name != str(os.getpid()):
-            environments += path.read_bytes()
+            environments += readable(path)
     if b"NEIGHBOURS_SECRET" in environments:
         found.append("environment")
     return found
+
+
+def readable(path: Path) -> bytes:
+    """What a process shows; nothing, if it has ended or is one that the agent just attached."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 if __name__ == "__main__":
