@@ -42,6 +42,12 @@ class Network(models.TextChoices):
     OPEN = "open", "Open"
 
 
+class Reuse(models.TextChoices):
+    """What of earlier builds may stand for running a step again; nothing, unless asked for."""
+
+    FAILED = "failed", "Completed steps of a build that did not end well"
+
+
 class TemplateQuerySet(models.QuerySet["Template"]):
     """Templates, filtered."""
 
@@ -56,6 +62,14 @@ class TemplateQuerySet(models.QuerySet["Template"]):
     def building(self) -> TemplateQuerySet:
         """Those whose build has not ended."""
         return self.filter(status=TemplateStatus.BUILDING)
+
+    def queued(self) -> TemplateQuerySet:
+        """Those that no driver has taken yet."""
+        return self.building().filter(started_at=None)
+
+    def running(self) -> TemplateQuerySet:
+        """Those whose build has begun and not ended."""
+        return self.building().exclude(started_at=None)
 
     def counted(self) -> TemplateQuerySet:
         """Those that take one of the plan's slots: a failed build takes none."""
@@ -99,10 +113,21 @@ class Template(models.Model):
     heartbeat_at = models.DateTimeField(null=True, blank=True)
     # Whether the host ever took the build: if it then knows nothing of it, it lost it.
     handed_over = models.BooleanField(default=False)
+    # When a driver first took it: until then it is queued.
+    started_at = models.DateTimeField(null=True, blank=True)
+    # What the build may take, in seconds and MiB; without a value what the host gives.
+    step_timeout_seconds = models.PositiveIntegerField(null=True, blank=True)
+    build_timeout_seconds = models.PositiveIntegerField(null=True, blank=True)
+    disk_mb = models.PositiveIntegerField(null=True, blank=True)
+    # Whether completed steps of an earlier build may stand for running them again.
+    reuse = models.CharField(max_length=16, choices=Reuse.choices, blank=True, default="")
     size_bytes = models.BigIntegerField(null=True, blank=True)
     file_count = models.BigIntegerField(null=True, blank=True)
     shared_bytes = models.BigIntegerField(null=True, blank=True)
     build_ms = models.BigIntegerField(null=True, blank=True)
+    # What is in the image, as the host told it: its digest, packages, and what the scrub removed.
+    contents = models.JSONField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     finished_at = models.DateTimeField(null=True, blank=True)
 
@@ -136,12 +161,21 @@ class Template(models.Model):
         """Whether a sandbox can boot from it."""
         return self.status == TemplateStatus.READY
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether its build waits for its turn."""
+        return self.status == TemplateStatus.BUILDING and self.started_at is None
+
 
 class StepStatus(models.TextChoices):
-    """Where a step is. ``skipped`` never ran, because one before it failed."""
+    """Where a step is. ``skipped`` never ran, because one before it failed.
+
+    ``cached`` was not run again: what it left in an earlier build was taken, as was asked for.
+    """
 
     PENDING = "pending", "Pending"
     RUNNING = "running", "Running"
+    CACHED = "cached", "Cached"
     SUCCEEDED = "succeeded", "Succeeded"
     FAILED = "failed", "Failed"
     SKIPPED = "skipped", "Skipped"
@@ -152,6 +186,7 @@ class StepStatus(models.TextChoices):
         return {
             "pending": "quiet",
             "running": "busy",
+            "cached": "good",
             "succeeded": "good",
             "failed": "bad",
             "skipped": "quiet",
@@ -172,6 +207,12 @@ class BuildStep(models.Model):
     output = models.TextField(blank=True, default="")
     output_bytes = models.BigIntegerField(default=0)
     elided_bytes = models.BigIntegerField(default=0)
+    # What the step added to the build's disk; less than nothing if it removed more.
+    added_bytes = models.BigIntegerField(null=True, blank=True)
+    added_files = models.BigIntegerField(null=True, blank=True)
+    # Of a cached step: when it was run, and in the build of which image.
+    cached_at = models.DateTimeField(null=True, blank=True)
+    cached_from = models.CharField(max_length=40, blank=True, default="")
 
     class Meta:
         ordering: ClassVar[list[str]] = ["number"]
@@ -189,10 +230,14 @@ class BuildStep(models.Model):
 
 
 class BuildEvent(models.Model):
-    """One event of a build, as the host told it. Append-only; ``seq`` counts from 1, no gaps."""
+    """One event of a build. Append-only; ``seq`` counts from 1, no gaps.
+
+    ``host_seq`` is the host's own number of an event that the host told; the console adds some.
+    """
 
     template = models.ForeignKey(Template, on_delete=models.CASCADE, related_name="events")
     seq = models.PositiveIntegerField()
+    host_seq = models.PositiveIntegerField(null=True, blank=True)
     kind = models.CharField(max_length=32)
     step = models.PositiveIntegerField(null=True, blank=True)
     payload = models.JSONField(default=dict)
@@ -202,6 +247,9 @@ class BuildEvent(models.Model):
         ordering: ClassVar[list[str]] = ["seq"]
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["template", "seq"], name="one_event_per_number"),
+            models.UniqueConstraint(
+                fields=["template", "host_seq"], name="one_event_per_host_number"
+            ),
         ]
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from templates_app.models import LONGEST_NAME
 
 MOST_STEPS = 100
 LARGEST_STEP = 8 * 1024
+SMALLEST_DISK_MB, LARGEST_DISK_MB = 256, 20_480
 
 
 def usable_name(name: str) -> str:
@@ -71,6 +72,12 @@ class TemplateSpec(BaseModel):
     network: Literal["restricted", "open"] = Field(default="restricted")
     # What the build may reach in place of the default list; ``@default`` in it stands for that.
     allow_domains: Allowlist = None
+    # Less than the plan allows, in seconds and MiB.
+    step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
+    build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
+    disk_mb: Annotated[int, Field(ge=SMALLEST_DISK_MB, le=LARGEST_DISK_MB)] | None = None
+    # "failed": do not run again what a build that did not end well had completed.
+    reuse: Literal["failed"] | None = None
 
     @model_validator(mode="after")
     def a_list_is_read(self) -> Self:

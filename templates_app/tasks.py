@@ -8,14 +8,14 @@ from django_q.tasks import async_task
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
-from templates_app.models import Template
-from templates_app.services import driver
+from templates_app.models import Template, TemplateStatus
+from templates_app.services import driver, queue
 
 logger = logging.getLogger(__name__)
 
 
 def drive_build(template_id: str) -> None:
-    """Build a template, or go on where another worker stopped."""
+    """Build the template whose turn it is, or go on where another worker stopped."""
     driver.drive(template_id)
 
 
@@ -29,13 +29,15 @@ def forget_image(image_id: str) -> None:
 
 def resume_orphans() -> None:
     """Every minute: give each build whose driver is gone a new one."""
-    for template_id in driver.orphans():
-        async_task("templates_app.tasks.drive_build", template_id, group="builds")
+    for template_id in queue.waiting_long():
+        async_task(queue.DRIVE, template_id, group="builds")
 
 
 def reconcile_images() -> None:
     """Delete the images that no template names. The host keeps those younger than 10 minutes."""
-    keep = list(Template.objects.values_list("image_id", flat=True))
+    # What a build that did not end well left behind nobody can boot.
+    live = Template.objects.exclude(status=TemplateStatus.FAILED)
+    keep = list(live.values_list("image_id", flat=True))
     try:
         deleted = host().reconcile_images(keep)
     except HostError as error:

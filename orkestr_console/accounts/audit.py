@@ -89,6 +89,14 @@ def who(actor: Actor) -> str:
     return actor.token.name if actor.token else "system"
 
 
+def named(actor: Actor) -> str:
+    """The actor as their team knows them: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
+    person = (actor.user.get_full_name() or actor.user.email) if actor.user else ""
+    if actor.token is None:
+        return person or "the system"
+    return f"the token '{actor.token.name}'" + (f" of {person}" if person else "")
+
+
 @contextmanager
 def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -> Iterator[None]:
     """Note a refusal that leaves the block."""

@@ -7,6 +7,7 @@ from templates_app.services.metering import note_image_bytes
 from templates_app.services.templates import (
     ShownStep,
     TemplateUsage,
+    cancel_template,
     counts,
     create_template,
     delete_template,
@@ -21,6 +22,7 @@ __all__ = [
     "ShownStep",
     "Source",
     "TemplateUsage",
+    "cancel_template",
     "counts",
     "create_template",
     "delete_template",

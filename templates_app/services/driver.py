@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from django.db import connection, transaction
-from django.db.models import Max, Q
+from django.db.models import Max
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
@@ -24,13 +23,12 @@ from orkestr_console.accounts.limits import envelope
 from orkestr_console.ids import new_id
 from orkestr_console.services.hosts import host
 from templates_app.models import Template, TemplateStatus
-from templates_app.services.record import LeaseLost, fail, record
+from templates_app.services import queue
+from templates_app.services.record import LeaseLost, end, record
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 3.0
-# A driver not heard of for this long is dead; shorter than the queue's own redelivery.
-LEASE = timedelta(seconds=12)
 # How long the host may be away (restarting, upgrading) before its build counts as lost.
 PATIENCE_SECONDS = 120.0
 # How long a build waits for room on the host before it gives up.
@@ -52,29 +50,22 @@ NO_ROOM = (
 BASE_GONE = "The base image of this template is gone, so it cannot be built. Choose another base."
 
 
-def drive(template_id: str) -> None:
-    """Follow one build to its end, unless it has ended or somebody else follows it."""
+def drive(ticket: str) -> None:
+    """Follow the build whose turn it is to its end; none, when none may run.
+
+    ``ticket`` is the template that asked for a worker. It may be another's turn: the queue decides.
+    """
     driver = new_id("drv")
-    template = claim(template_id, driver)
+    template = queue.take(driver, ticket)
     if template is None:
         return
-    with heartbeat(template, driver):
-        try:
+    try:
+        with heartbeat(template, driver):
             follow(template, driver)
-        except LeaseLost:
-            forget_if_deleted(template)
-
-
-def claim(template_id: str, driver: str) -> Template | None:
-    """Take the lease of a build whose driver is gone or never was; None if there is nothing to do.
-
-    One compare-and-set: of two drivers that try, one gets it.
-    """
-    free = Q(heartbeat_at=None) | Q(heartbeat_at__lt=timezone.now() - LEASE)
-    claimed = Template.objects.filter(free, pk=template_id, status=TemplateStatus.BUILDING).update(
-        driver=driver, heartbeat_at=timezone.now()
-    )
-    return Template.objects.select_related("team__plan").get(pk=template_id) if claimed else None
+    except LeaseLost:
+        forget_if_ended(template)
+    finally:
+        queue.call_next()
 
 
 @contextmanager
@@ -137,7 +128,7 @@ def follow(template: Template, driver: str) -> None:
 def told_by_host(template: Template, driver: str) -> Iterator[HostEvent]:
     """The events after the last one stored, starting the build if the host does not have it."""
     hand_over(template, driver)
-    last = template.events.aggregate(last=Max("seq"))["last"] or 0
+    last = template.events.aggregate(last=Max("host_seq"))["last"] or 0
     yield from host().build_events(template.image_id, after=last)
 
 
@@ -147,14 +138,16 @@ def hand_over(template: Template, driver: str) -> None:
         host().build(template.image_id)
         return
     allowed = envelope(template.team)
+    step, build = template.step_timeout_seconds, template.build_timeout_seconds
     host().start_build(
         template.image_id,
         base_image=template.base_image,
         recipe=template.recipe,
         network=template.network,
         allow_domains=template.allow_domains,
-        step_timeout_seconds=allowed.value("step_timeout_seconds"),
-        build_timeout_seconds=allowed.value("build_timeout_seconds"),
+        disk_mb=template.disk_mb,
+        step_timeout_seconds=step or allowed.value("step_timeout_seconds"),
+        build_timeout_seconds=build or allowed.value("build_timeout_seconds"),
     )
     template.handed_over = True
     if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):
@@ -189,16 +182,16 @@ def give_up(template: Template, driver: str, code: str, message: str) -> None:
         )
         if not held.exists():
             raise LeaseLost
-        fail(template, code, message)
+        end(template, code, message)
     try:
         host().cancel_build(template.image_id)
     except host_errors.HostError:
         logger.warning("could not cancel build %s; the reconcile pass will", template.pk)
 
 
-def forget_if_deleted(template: Template) -> None:
-    """End the build on the host if its template is gone."""
-    if not Template.objects.filter(pk=template.pk).exists():
+def forget_if_ended(template: Template) -> None:
+    """End the build on the host if its template is gone, or was settled by somebody else."""
+    if not Template.objects.filter(pk=template.pk).exclude(status=TemplateStatus.FAILED).exists():
         forget(template.image_id)
 
 
@@ -206,11 +199,3 @@ def forget(image_id: str) -> None:
     """End a build and delete its image, however far either is. Raises the host's errors."""
     host().cancel_build(image_id)
     host().delete_image(image_id)
-
-
-def orphans() -> list[str]:
-    """The templates that build with nobody following them."""
-    stale = timezone.now() - LEASE
-    abandoned = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
-    building = Template.objects.filter(abandoned, status=TemplateStatus.BUILDING)
-    return list(building.values_list("pk", flat=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from django.db.models import F, Max, Min, Sum
+from django.db.models import F, Max, Min, Q, Sum
 
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
@@ -21,7 +21,9 @@ def count_build(template: Template, until: datetime | None = None) -> None:
 
     One that the host never began told nothing and counts for nothing; waiting for room neither.
     """
-    told = template.events.aggregate(begin=Min("at"), end=Max("at"))
+    told = template.events.aggregate(
+        begin=Min("at", filter=Q(host_seq__isnull=False)), end=Max("at")
+    )
     if told["begin"] is not None:
         end = until or told["end"]
         usage.add(usage.spread(template.team_id, Metric.BUILD_SECONDS, told["begin"], end))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from django.db import IntegrityError, transaction
+from django.db.models import Max
 from django.utils import timezone
 
 from hostruntime.answers import BuildEvent as HostEvent
@@ -41,20 +42,45 @@ def record(template: Template, driver: str, event: HostEvent) -> None:
 
 
 def store(template: Template, event: HostEvent) -> None:
-    """Append the event. Its number is unique, so it is never stored twice."""
+    """Append the host's event. Its own number is unique, so it is never stored twice."""
+    append(template, event.kind, event.data, at=moment(event.at), host_seq=event.seq)
+
+
+def append(
+    template: Template,
+    kind: str,
+    payload: dict[str, Any],
+    *,
+    at: datetime | None = None,
+    host_seq: int | None = None,
+) -> None:
+    """Append an event under the next number. The caller's transaction holds the template's row."""
+    last = template.events.aggregate(last=Max("seq"))["last"] or 0
     BuildEvent.objects.create(
         template=template,
-        seq=event.seq,
-        kind=event.kind,
-        step=event.data.get("step"),
-        payload=event.data,
-        at=moment(event.at),
+        seq=last + 1,
+        host_seq=host_seq,
+        kind=kind,
+        step=payload.get("step"),
+        payload=payload,
+        at=at or timezone.now(),
     )
 
 
 def step_started(template: Template, event: HostEvent) -> None:
     """A step runs."""
     step_of(template, event).update(status=StepStatus.RUNNING, started_at=moment(event.at))
+    tell_progress(template.pk)
+
+
+def step_cached(template: Template, event: HostEvent) -> None:
+    """A step is not run again: what it left in an earlier build was taken."""
+    data = event.data
+    step_of(template, event).update(
+        status=StepStatus.CACHED,
+        cached_at=moment(data["saved_at"]),
+        cached_from=str(data.get("build", "")),
+    )
     tell_progress(template.pk)
 
 
@@ -75,7 +101,15 @@ def step_finished(template: Template, event: HostEvent) -> None:
         output=printed(template, data.get("step")),
         output_bytes=data.get("output_bytes", 0),
         elided_bytes=data.get("elided_bytes", 0),
+        added_bytes=data.get("added_bytes"),
+        added_files=data.get("added_files"),
     )
+    tell_progress(template.pk)
+
+
+def contents(template: Template, event: HostEvent) -> None:
+    """What the image will hold."""
+    Template.objects.filter(pk=template.pk).update(contents=event.data)
     tell_progress(template.pk)
 
 
@@ -101,17 +135,28 @@ def failed(template: Template, event: HostEvent) -> None:
 
 
 def ignore(template: Template, event: HostEvent) -> None:
-    """Boot, scrub and capture are kept as events and change nothing."""
+    """Boot, silence, scrub and capture are kept as events and change nothing."""
     tell_progress(template.pk)
 
 
 HANDLERS = {
     "step_started": step_started,
+    "step_cached": step_cached,
     "output": output,
     "step_finished": step_finished,
+    "contents": contents,
     "published": published,
     "failed": failed,
 }
+
+
+def end(template: Template, code: str, message: str) -> None:
+    """End a build from this side, whatever the host still does: the event, then the state.
+
+    The caller's transaction holds the row. From then on no driver records anything of it.
+    """
+    append(template, "failed", {"code": code, "message": shortened(message)})
+    fail(template, code, message)
 
 
 def fail(template: Template, code: str, message: str) -> None:

@@ -17,19 +17,23 @@ from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, envelope, hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import InvalidInput, NotFound
+from orkestr_console.errors import Conflict, InvalidInput, NotFound
 from orkestr_console.ids import is_id
 from orkestr_console.services.paging import page
 from templates_app.events import tell_changed
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
+from templates_app.services import queue
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 from templates_app.services.metering import count_build
+from templates_app.services.record import append, end
 from templates_app.specs import TemplateSpec
 
 NO_SUCH = "There is no such template in your team; check the id."
 # How much of each step's output goes with a template, in characters: a hundred steps stay small.
 SHOWN_OUTPUT = 16 * 1024
 MEGABYTE = 10**6
+CANCELLED = "build_cancelled"
+FORGET = "templates_app.tasks.forget_image"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
+        check_times(held, spec)
         team = held.team
         template = Template.objects.create(
             team=team,
@@ -78,13 +83,18 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
             recipe=spec.recipe,
             network=spec.network,
             allow_domains=spec.allow_domains,
+            step_timeout_seconds=spec.step_timeout_seconds,
+            build_timeout_seconds=spec.build_timeout_seconds,
+            disk_mb=spec.disk_mb,
+            reuse=spec.reuse or "",
         )
         BuildStep.objects.bulk_create(
             BuildStep(template=template, number=number, command=command)
             for number, command in enumerate(spec.recipe, start=1)
         )
+        append(template, "queued", {})
         # The queue is in this database, so the task exists exactly if the template does.
-        async_task("templates_app.tasks.drive_build", template.pk, group="builds")
+        queue.call_worker(template)
         tell_changed(template.pk, team.pk)
         audit.record(
             actor,
@@ -113,13 +123,20 @@ def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
     kept = Template.objects.for_team(held.team).counted()
     mine = kept.filter(created_by=actor.user).count() if actor.user else None
     held.require_room("max_templates", kept.count(), mine)
-    held.require_room("max_concurrent_builds", kept.building().count())
     held.require_room("template_disk_mb", disk_mb(held.team))
     held.require_network(spec.network)
     if spec.allow_domains is not None:
         held.require_allowlist()
     if not spec.base_template.startswith(LOOKS_LIKE_A_TEMPLATE):
         held.require_base(ALIASES.get(spec.base_template, spec.base_template))
+
+
+def check_times(held: Envelope, spec: TemplateSpec) -> None:
+    """Raise ``PlanLimit`` for a step or a build that may take longer than the plan lets it."""
+    for name in ("step_timeout_seconds", "build_timeout_seconds"):
+        wanted: int | None = getattr(spec, name)
+        if wanted is not None:
+            held.require_at_most(name, wanted, name)
 
 
 def disk_mb(team: Team) -> int:
@@ -172,6 +189,48 @@ def list_templates(
     return page(Template.objects.for_team(actor.team), limit, cursor)
 
 
+@audited("template.cancel", "template")
+def cancel_template(actor: Actor, template_id: str) -> Template:
+    """End a build that has not ended: the template is failed at once, whatever the host still does.
+
+    A second time changes nothing. Raises ``NotFound``, ``Conflict`` for a build that has ended.
+    """
+    actor.require(WRITE)
+    with transaction.atomic():
+        template = held_row(actor, template_id)
+        if template.status != TemplateStatus.BUILDING:
+            return refuse_unless_cancelled(template)
+        end(template, CANCELLED, f"The build was cancelled by {audit.named(actor)}.")
+        audit.record(
+            actor, "template.cancel", kind="template", object_id=template.pk, name=template.name
+        )
+        async_task(FORGET, template.image_id, group="images")
+    template.refresh_from_db()
+    return template
+
+
+def refuse_unless_cancelled(template: Template) -> Template:
+    """A build that was cancelled stays so; raises ``Conflict`` for one that ended otherwise."""
+    if template.error_code == CANCELLED:
+        return template
+    ended = "is ready; delete it" if template.is_ready else "has failed already; delete it"
+    raise Conflict(
+        f"There is no build to cancel: template '{template.name}' {ended} if you do not want it.",
+        code="build_ended",
+    )
+
+
+def held_row(actor: Actor, template_id: str) -> Template:
+    """One of the team's templates, its row locked. Raises ``NotFound``."""
+    if not is_id("tmpl", template_id):
+        raise NotFound(NO_SUCH)
+    rows = Template.objects.for_team(actor.team).select_for_update(of=("self",))
+    template = rows.filter(pk=template_id).first()
+    if template is None:
+        raise NotFound(NO_SUCH)
+    return template
+
+
 @audited("template.delete", "template")
 def delete_template(actor: Actor, template_id: str) -> None:
     """Delete a template, ending its build first if it has not ended. Raises ``NotFound``.
@@ -179,13 +238,8 @@ def delete_template(actor: Actor, template_id: str) -> None:
     Its slot is free at once; its image goes once no sandbox runs from it.
     """
     actor.require(WRITE)
-    if not is_id("tmpl", template_id):
-        raise NotFound(NO_SUCH)
     with transaction.atomic():
-        rows = Template.objects.for_team(actor.team).select_for_update(of=("self",))
-        template = rows.filter(pk=template_id).first()
-        if template is None:
-            raise NotFound(NO_SUCH)
+        template = held_row(actor, template_id)
         team_id, image_id = template.team_id, template.image_id
         if not template.state.is_terminal:
             # Its build ends here and now; one that has ended was counted when it did.
@@ -194,7 +248,8 @@ def delete_template(actor: Actor, template_id: str) -> None:
         audit.record(
             actor, "template.delete", kind="template", object_id=template_id, name=template.name
         )
-        async_task("templates_app.tasks.forget_image", image_id, group="images")
+        # Its step is killed and its image goes; nothing that its driver still hears is recorded.
+        async_task(FORGET, image_id, group="images")
         tell_changed(template_id, team_id)
 
 
@@ -207,7 +262,9 @@ def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
         .values("team")
         .annotate(
             kept=Count("pk"),
-            building=Count("pk", filter=Q(status=TemplateStatus.BUILDING)),
+            building=Count(
+                "pk", filter=Q(status=TemplateStatus.BUILDING, started_at__isnull=False)
+            ),
             size=Coalesce(Sum("size_bytes", filter=ready), 0),
             shared=Coalesce(Sum("shared_bytes", filter=ready), 0),
         )

@@ -169,7 +169,7 @@ def recipe(cast: Cast, text: str, actor: Actor) -> list[str]:
 
 def step_output(cast: Cast, text: str, actor: Actor) -> list[str]:
     template = cast.template()
-    now = {"at": timezone.now(), "seq": 1, "kind": "output", "step": 1}
+    now = {"at": timezone.now(), "seq": 2, "kind": "output", "step": 1}
     BuildEvent.objects.create(template=template, payload={"text": f"\x1b[1m{text}\n"}, **now)
     while_building = cast.get(f"/templates/{template.pk}/")
     BuildStep.objects.update(output=f"{text}\n\x1b[31m{text}")

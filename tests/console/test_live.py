@@ -99,17 +99,17 @@ async def test_output_is_neither_lost_nor_repeated(
     opened: Open, console: Client, building: Template, host: FakeHost
 ) -> None:
     """The page was made after the first half of a line; the socket brings the rest, once."""
-    await sync_to_async(printed)(building, 1, "one\n\x1b[31mhal")
+    await sync_to_async(printed)(building, 2, "one\n\x1b[31mhal")
     page = (await sync_to_async(console.get)(f"/templates/{building.pk}/")).content.decode()
     assert '<span class="tail"><span class="f1">hal</span></span>' in page
     after = re.search(r'data-after="(\d+)"', page)
     assert after
-    await sync_to_async(printed)(building, 2, "f\ntwo")
+    await sync_to_async(printed)(building, 3, "f\ntwo")
     socket = await opened(f"/ws/templates/{building.pk}/?after={after[1]}", console)
     message = await heard(socket)
     assert message == {
         "kind": "append",
-        "seq": 2,
+        "seq": 3,
         "steps": [
             {
                 "step": 1,
@@ -119,7 +119,7 @@ async def test_output_is_neither_lost_nor_repeated(
             }
         ],
     }
-    again = await opened(f"/ws/templates/{building.pk}/?after=2", console)
+    again = await opened(f"/ws/templates/{building.pk}/?after=3", console)
     assert (await heard(again))["kind"] == "swap"
 
 
@@ -223,7 +223,7 @@ async def test_a_burst_is_answered_together(
     await swapped(socket, "data-stack")
     layer = get_channel_layer()
     assert layer is not None
-    await sync_to_async(printed)(building, 1, "x\n" * 5000)
+    await sync_to_async(printed)(building, 2, "x\n" * 5000)
     for _ in range(50):
         await layer.group_send(f"template.{building.pk}", {"type": "template.changed", "id": "x"})
     message = await heard(socket)

@@ -1,0 +1,141 @@
+"""Whose build is next: fair between teams, each no more at once than its plan allows.
+
+A worker that is free takes the build whose *turn* is lowest: how many of its team's builds run or
+stand before it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets
+no more of the workers than one that asks for two, and nobody waits for ever.
+
+There is a task in the queue for each build that was asked for, but it is only a ticket for a
+worker's time. A build is taken on its row, so a ticket that runs twice takes nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Literal
+
+from django.db import connection, transaction
+from django.db.models import Q
+from django.db.models.functions import Coalesce
+from django.utils import timezone
+from django_q.tasks import async_task
+
+from orkestr_console.accounts.limits import envelope
+from orkestr_console.accounts.models import Team
+from templates_app.models import Template, TemplateStatus
+
+# A driver not heard of for this long is dead; shorter than the queue's own redelivery.
+LEASE = timedelta(seconds=12)
+# The advisory lock of those who take a build: the bytes of "build".
+TAKING = 0x6275696C64
+DRIVE = "templates_app.tasks.drive_build"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a queued build stands: 1 is next. ``waits_for`` says what has to end first."""
+
+    number: int
+    waits_for: Literal["team", "host"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A queued build, and how many of its team's builds run or stand before it."""
+
+    template: str
+    team: str
+    turn: int
+
+
+def call_worker(template: Template) -> None:
+    """Ask for a worker's time, when the transaction commits."""
+    async_task(DRIVE, template.pk, group="builds")
+
+
+def call_next() -> None:
+    """A build has ended: ask for a worker for the next, if one waits."""
+    first = Template.objects.queued().order_by("created_at").first()
+    if first is not None:
+        call_worker(first)
+
+
+def take(driver: str, ticket: str) -> Template | None:
+    """Take the lease of the build whose turn it is; None if there is none that may run.
+
+    A build that lost its driver comes before those that never had one. Takers are one at a time,
+    so that none of them counts a team's builds while another adds to them.
+    """
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [TAKING])
+        found = orphan(ticket) or first_in_turn()
+        if found is None or not claim(found, driver):
+            return None
+    return Template.objects.select_related("team__plan").get(pk=found)
+
+
+def claim(template_id: str, driver: str) -> bool:
+    """Write ``driver`` on a building row that has no live one; whether that came about."""
+    now = timezone.now()
+    free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
+    begun = Coalesce("started_at", now)
+    return bool(free.update(driver=driver, heartbeat_at=now, started_at=begun))
+
+
+def abandoned() -> Q:
+    """Builds that nobody follows now."""
+    return Q(heartbeat_at=None) | Q(heartbeat_at__lt=timezone.now() - LEASE)
+
+
+def orphan(ticket: str) -> str | None:
+    """A build that has begun and lost its driver: the ticket's own, else the oldest."""
+    rows = Template.objects.running().filter(abandoned())
+    own = rows.filter(pk=ticket).first()
+    found = own or rows.order_by("created_at", "pk").first()
+    return found.pk if found else None
+
+
+def first_in_turn() -> str | None:
+    """The queued build that may begin, or None."""
+    most = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
+    for waiting in in_turn():
+        if waiting.turn < most(waiting.team):
+            return waiting.template
+    return None
+
+
+def in_turn() -> list[Waiting]:
+    """Every queued build, the next first."""
+    running = Template.objects.running().values_list("team_id", flat=True)
+    queued = Template.objects.queued().order_by("created_at", "pk").values_list("pk", "team_id")
+    # Sorting is stable: among equal turns the oldest stays first.
+    return sorted(turns(queued, Counter(running)), key=lambda waiting: waiting.turn)
+
+
+def turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[Waiting]:
+    """Number each team's builds, given oldest first, on from those that run."""
+    for template, team in queued:
+        yield Waiting(template, team, before[team])
+        before[team] += 1
+
+
+def place(template: Template) -> Place | None:
+    """Where a queued build stands; None for one that is not queued."""
+    if not template.is_queued:
+        return None
+    most = envelope(template.team).value("max_concurrent_builds")
+    for number, waiting in enumerate(in_turn(), start=1):
+        if waiting.template == template.pk:
+            return Place(number, "team" if waiting.turn >= most else "host")
+    return None
+
+
+def waiting_long() -> list[str]:
+    """The builds that nobody follows: those begun whose driver is gone, and those never taken."""
+    stale = timezone.now() - LEASE
+    lost = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
+    return list(Template.objects.building().filter(lost).values_list("pk", flat=True))
