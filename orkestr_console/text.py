@@ -22,6 +22,11 @@ _UNSEEN = (
 )
 STEERING = re.compile(f"[{_UNSEEN}]|(?<![^\x00-\x7f])[{JOINERS}]|[{JOINERS}](?![^\x00-\x7f])")
 
+# Control sequences of ECMA-48: CSI; strings such as OSC, up to BEL or ST; the other escapes.
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+)
+
 
 def unusable(text: str) -> str | None:
     """Why ``text`` can be neither stored nor sent on, as the end of a sentence; None if it can.
@@ -68,3 +73,9 @@ def code_point(character: str) -> str:
 def clean(text: str) -> str:
     """``text`` with a replacement character for whatever cannot be stored."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def plain(text: str) -> str:
+    """A program's output without colours, and of lines drawn over again the last state."""
+    lines = _ESCAPES.sub("", text).split("\n")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)

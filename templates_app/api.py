@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from django.http import HttpResponse
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import lru_cache
+
+from channels.db import database_sync_to_async
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api
+from orkestr_console.decorators import ApiRequest, api, authenticate
+from orkestr_console.errors import DomainError, InvalidInput, RateLimited
 from orkestr_console.json_api import json_answer, no_content, read_json
 from orkestr_console.services.paging import read_limit
 from templates_app import presenters, services
+from templates_app.models import Template
 from templates_app.specs import TemplateSpec
 
 LARGEST_RECIPE = 6 * 1024 * 1024
+LONGEST_NUMBER = 9  # digits
+KEEP_ALIVE = b": the build goes on\n\n"
+# How long a client that lost the stream waits before it comes again, in milliseconds.
+RETRY = b"retry: 1000\n\n"
 
 
 @api(scope=WRITE)
@@ -19,10 +31,7 @@ def create_template(request: ApiRequest) -> HttpResponse:
     """``POST /v1/templates``: answers at once, the build goes on."""
     # 100 steps of 8 KiB, and what JSON may make of each character.
     spec = read_json(request, TemplateSpec, largest=LARGEST_RECIPE)
-    template = services.create_template(request.actor, spec)
-    return json_answer(
-        presenters.template_detail(template, services.list_steps(template)), status=201
-    )
+    return detail_answer(services.create_template(request.actor, spec), status=201)
 
 
 @api(scope=READ)
@@ -40,8 +49,7 @@ def list_templates(request: ApiRequest) -> HttpResponse:
 @api(scope=READ)
 def get_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}``."""
-    template = services.get_template(request.actor, template_id)
-    return json_answer(presenters.template_detail(template, services.list_steps(template)))
+    return detail_answer(services.get_template(request.actor, template_id))
 
 
 @api(scope=WRITE)
@@ -49,3 +57,108 @@ def delete_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``DELETE /v1/templates/{id}``."""
     services.delete_template(request.actor, template_id)
     return no_content()
+
+
+@api(scope=WRITE)
+def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
+    """``POST /v1/templates/{id}/cancel``: the template is failed when this answers."""
+    return detail_answer(services.cancel_template(request.actor, template_id))
+
+
+def detail_answer(template: Template, status: int = 200) -> HttpResponse:
+    """A template with its steps."""
+    steps, place = services.list_steps(template), services.place(template)
+    return json_answer(presenters.template_detail(template, steps, place), status=status)
+
+
+@api(scope=READ)
+def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
+    """``GET /v1/templates/{id}/events``: a page after ``after``, or with ``follow`` a stream."""
+    after = read_after(request)
+    if request.GET.get("follow", "false") == "true":
+        template = services.get_template(request.actor, template_id)
+        return stream(request, sent_events(request, template.pk, after), "text/event-stream")
+    limit = read_limit(request.GET.get("limit"))
+    page = services.read_events(request.actor, template_id, after=after, limit=limit)
+    return json_answer(presenters.event_page(page, after))
+
+
+def read_after(request: HttpRequest) -> int:
+    """The last event that the client has: ``Last-Event-ID`` if it came again, else ``after``.
+
+    Raises ``InvalidInput`` unless a whole number.
+    """
+    text = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
+    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
+        sentence = "must be the number of an event, 0 or more."
+        raise InvalidInput(f"after: {sentence}", fields={"after": sentence})
+    return int(text)
+
+
+async def sent_events(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
+    """Server-sent events (HTML Living Standard, 9.2), the numbers as their ids, until the end.
+
+    A silent build gets comments in between. Who may not read it any more gets no more of it.
+    """
+    yield RETRY
+    async with aclosing(services.follow_events(template_id, after)) as batches:
+        async for batch in batches:
+            if batch:
+                yield b"".join(sent(told) for told in batch)
+            elif await database_sync_to_async(may_go_on)(request, template_id):
+                yield KEEP_ALIVE
+            else:
+                return
+
+
+@lru_cache(maxsize=1024)
+def sent(told: services.Told) -> bytes:
+    """One event, made once for all who watch."""
+    data = json.dumps(presenters.event_detail(told), separators=(",", ":"))
+    return f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
+
+
+def may_go_on(request: HttpRequest, template_id: str) -> bool:
+    """Whether the token still reads the template; a token that calls too often does."""
+    try:
+        services.get_template(authenticate(request), template_id)
+    except RateLimited:
+        return True
+    except DomainError:
+        return False
+    return True
+
+
+@api(scope=READ)
+def get_log(request: ApiRequest, template_id: str) -> HttpResponseBase:
+    """``GET /v1/templates/{id}/log``: text, or with ``format=jsonl`` the events as JSON lines."""
+    template = services.get_template(request.actor, template_id)
+    chosen = request.GET.get("format") or "text"
+    if chosen not in {"text", "jsonl"}:
+        sentence = "must be 'text' or 'jsonl'."
+        raise InvalidInput(f"format: {sentence}", fields={"format": sentence})
+    if chosen == "jsonl":
+        answer = stream(request, event_lines(template.pk), "application/x-ndjson")
+    else:
+        answer = stream(request, services.log_text(template), "text/plain; charset=utf-8")
+    name = f"{template.pk}.{'log' if chosen == 'text' else 'jsonl'}"
+    answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    return answer
+
+
+async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
+    """Every event so far, one JSON object a line."""
+    async with aclosing(services.all_events(template_id)) as batches:
+        async for batch in batches:
+            lines = (json.dumps(presenters.event_detail(told)) + "\n" for told in batch)
+            yield "".join(lines).encode()
+
+
+def stream(
+    request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
+) -> HttpResponseBase:
+    """An answer that is sent as it comes; to HEAD, its headers alone."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if request.method == "HEAD":
+        return HttpResponse(content_type=content_type, headers=headers)
+    return StreamingHttpResponse(chunks, content_type=content_type, headers=headers)

@@ -7,7 +7,7 @@ from typing import Any
 
 from orkestr_console.json_api import timestamp
 from templates_app.models import Template, TemplateStatus
-from templates_app.services import ShownStep
+from templates_app.services import EventPage, Place, ShownStep, Told
 
 
 def template_summary(template: Template) -> dict[str, Any]:
@@ -28,15 +28,28 @@ def template_summary(template: Template) -> dict[str, Any]:
         "file_count": template.file_count,
         "shared_bytes": template.shared_bytes,
         "build_ms": template.build_ms,
+        "digest": (template.contents or {}).get("digest"),
+        "step_timeout_seconds": template.step_timeout_seconds,
+        "build_timeout_seconds": template.build_timeout_seconds,
+        "disk_mb": template.disk_mb,
+        "reuse": template.reuse or None,
         "created_at": timestamp(template.created_at),
+        "started_at": timestamp(template.started_at),
         "finished_at": timestamp(template.finished_at),
         "ready_at": timestamp(template.finished_at) if ready else None,
+        "last_used_at": timestamp(template.last_used_at),
     }
 
 
-def template_detail(template: Template, steps: Iterable[ShownStep]) -> dict[str, Any]:
-    """One template, with the steps of its build."""
-    return {**template_summary(template), "steps": [step_detail(step) for step in steps]}
+def template_detail(
+    template: Template, steps: Iterable[ShownStep], place: Place | None
+) -> dict[str, Any]:
+    """One template, with its place in the queue if it waits, and the steps of its build."""
+    return {
+        **template_summary(template),
+        "queue": place and {"place": place.number, "waits_for": place.waits_for},
+        "steps": [step_detail(step) for step in steps],
+    }
 
 
 def step_detail(shown: ShownStep) -> dict[str, Any]:
@@ -54,4 +67,19 @@ def step_detail(shown: ShownStep) -> dict[str, Any]:
         "output_truncated": shown.truncated,
         "output_bytes": step.output_bytes,
         "elided_bytes": step.elided_bytes,
+        "added_bytes": step.added_bytes,
+        "added_files": step.added_files,
+        "cached_at": timestamp(step.cached_at),
     }
+
+
+def event_detail(told: Told) -> dict[str, Any]:
+    """One event of a build; beside the first three its members are the kind's own."""
+    return {"seq": told.seq, "kind": told.kind, "at": timestamp(told.at), **told.payload}
+
+
+def event_page(page: EventPage, after: int) -> dict[str, Any]:
+    """Some events, and the number to go on after."""
+    last = page.events[-1].seq if page.events else after
+    events = [event_detail(told) for told in page.events]
+    return {"events": events, "next_after": last, "ended": page.ended}

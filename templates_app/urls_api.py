@@ -7,7 +7,12 @@ from django.urls import path
 from orkestr_console.decorators import methods
 from templates_app import api
 
+one = "templates/<str:template_id>"
+
 urlpatterns = [
     path("templates", methods(GET=api.list_templates, POST=api.create_template)),
-    path("templates/<str:template_id>", methods(GET=api.get_template, DELETE=api.delete_template)),
+    path(one, methods(GET=api.get_template, DELETE=api.delete_template)),
+    path(f"{one}/cancel", methods(POST=api.cancel_template)),
+    path(f"{one}/events", methods(GET=api.list_events)),
+    path(f"{one}/log", methods(GET=api.get_log)),
 ]

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
+from templates_app.services.events import (
+    EventPage,
+    Told,
+    all_events,
+    follow_events,
+    read_events,
+)
+from templates_app.services.log import log_text
 from templates_app.services.metering import note_image_bytes
+from templates_app.services.queue import Place, place
 from templates_app.services.templates import (
     ShownStep,
     TemplateUsage,
@@ -14,23 +23,33 @@ from templates_app.services.templates import (
     get_template,
     list_steps,
     list_templates,
+    note_used,
     template_usage,
 )
 
 __all__ = [
     "BaseChoice",
+    "EventPage",
+    "Place",
     "ShownStep",
     "Source",
     "TemplateUsage",
+    "Told",
+    "all_events",
     "cancel_template",
     "counts",
     "create_template",
     "delete_template",
+    "follow_events",
     "get_template",
     "list_bases",
     "list_steps",
     "list_templates",
+    "log_text",
     "note_image_bytes",
+    "note_used",
+    "place",
+    "read_events",
     "resolve",
     "template_usage",
 ]

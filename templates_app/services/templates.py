@@ -95,6 +95,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         append(template, "queued", {})
         # The queue is in this database, so the task exists exactly if the template does.
         queue.call_worker(template)
+        note_used(spec.base_template)
         tell_changed(template.pk, team.pk)
         audit.record(
             actor,
@@ -251,6 +252,11 @@ def delete_template(actor: Actor, template_id: str) -> None:
         # Its step is killed and its image goes; nothing that its driver still hears is recorded.
         async_task(FORGET, image_id, group="images")
         tell_changed(template_id, team_id)
+
+
+def note_used(template_id: str) -> None:
+    """Remember that something was started from a template now; a base's name is none."""
+    Template.objects.filter(pk=template_id).update(last_used_at=timezone.now())
 
 
 def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:

@@ -1,0 +1,228 @@
+"""Reading what a build told: a page of events at a time, or following it to its end.
+
+The rows are the truth. A viewer holds a number, the last event it has, and gets what comes after
+that number: whoever leaves and comes back has neither gap nor repeat. Any number of viewers of one
+build in a process share one reader (:class:`Tail`), which looks once for all of them when there is
+news. The build knows of none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from channels.db import database_sync_to_async
+from channels.layers import get_channel_layer
+
+from orkestr_console.accounts.actor import Actor
+from templates_app.events import template_group
+from templates_app.models import Template, TemplateStatus
+from templates_app.services.templates import get_template
+
+logger = logging.getLogger(__name__)
+
+USUAL_LIMIT = 200
+HIGHEST_LIMIT = 1000
+# How much a reader keeps for viewers that are a little behind, in events.
+KEPT = 256
+BREATH = 0.1  # seconds between two looks, however many notices there were
+# Should a notice be lost, a look is taken all the same.
+LONGEST_WAIT = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """One event. ``payload`` is the kind's own members, JSON-safe; ``at`` when it happened."""
+
+    seq: int
+    kind: str
+    at: datetime
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EventPage:
+    """Some events in order. ``ended`` says that none will follow the last of them."""
+
+    events: list[Told]
+    ended: bool
+
+
+def read_events(
+    actor: Actor, template_id: str, *, after: int = 0, limit: int | None = None
+) -> EventPage:
+    """The events numbered above ``after``, at most ``limit``. Raises ``NotFound``."""
+    template = get_template(actor, template_id)
+    return page_of(template.pk, after, min(limit or USUAL_LIMIT, HIGHEST_LIMIT))
+
+
+def page_of(template_id: str, after: int, limit: int) -> EventPage:
+    """The same for a template that the caller may read; of one that was deleted, nothing more."""
+    # The status first: a build that has ended by now has told everything by the next statement.
+    template = Template.objects.filter(pk=template_id).first()
+    if template is None:
+        return EventPage([], ended=True)
+    rows = list(template.events.filter(seq__gt=after)[: limit + 1])
+    told = [Told(row.seq, row.kind, row.at, row.payload) for row in rows[:limit]]
+    ended = template.status != TemplateStatus.BUILDING and len(rows) <= limit
+    return EventPage(told, ended)
+
+
+async def all_events(template_id: str) -> AsyncGenerator[list[Told]]:
+    """Every event so far, some at a time. For a template that the caller may read."""
+    after = 0
+    while True:
+        page = await database_sync_to_async(page_of)(template_id, after, USUAL_LIMIT)
+        if not page.events:
+            return
+        yield page.events
+        after = page.events[-1].seq
+
+
+async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list[Told]]:
+    """The events numbered above ``after`` as they come, until the build has ended.
+
+    An empty list whenever ``LONGEST_WAIT`` seconds have passed in silence. For a template that the
+    caller may read.
+    """
+    async with watching(template_id) as tail:
+        while not await tail.begun():
+            yield []
+        while True:
+            page = tail.after(after)
+            if page is None:
+                page = await database_sync_to_async(page_of)(template_id, after, USUAL_LIMIT)
+            if page.events:
+                after = page.events[-1].seq
+                yield page.events
+            if page.ended:
+                return
+            if not page.events and not await tail.changed(after):
+                yield []
+
+
+class Tail:
+    """The end of one build's events, read once for all who watch it in this event loop."""
+
+    def __init__(self, template_id: str) -> None:
+        self.viewers = 0
+        self._template_id = template_id
+        self._events: deque[Told] = deque(maxlen=KEPT)
+        self._last: int | None = None
+        self._ended = False
+        self._news = asyncio.Condition()
+        self._reader = asyncio.create_task(self._read_on(), name=f"events of {template_id}")
+
+    def after(self, seq: int) -> EventPage | None:
+        """What came after ``seq``, from memory; None if that does not reach back so far."""
+        first = self._events[0].seq if self._events else (self._last or 0) + 1
+        if self._last is None or seq + 1 < first:
+            return None
+        return EventPage([told for told in self._events if told.seq > seq], self._ended)
+
+    async def begun(self) -> bool:
+        """Return whether it has read anything yet, after waiting for that for a while."""
+        return await self._until(lambda: self._last is not None)
+
+    async def changed(self, seq: int) -> bool:
+        """Return whether there is anything after ``seq``, or the end; wait for it for a while."""
+        return await self._until(lambda: self._ended or (self._last or 0) > seq)
+
+    async def _until(self, condition: Callable[[], bool]) -> bool:
+        try:
+            async with asyncio.timeout(LONGEST_WAIT), self._news:
+                await self._news.wait_for(condition)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop reading."""
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _read_on(self) -> None:
+        """Look whenever there is a notice; the first look is once notices can be heard."""
+        async with noticed(template_group(self._template_id)) as news:
+            while not self._ended:
+                news.clear()
+                try:
+                    await self._look()
+                except Exception:
+                    logger.exception("the events of %s cannot be read just now", self._template_id)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LONGEST_WAIT):
+                        await news.wait()
+                await asyncio.sleep(BREATH)
+
+    async def _look(self) -> None:
+        if self._last is None:
+            self._last = await database_sync_to_async(last_before)(self._template_id, KEPT)
+        while True:
+            page = await database_sync_to_async(page_of)(self._template_id, self._last, USUAL_LIMIT)
+            self._events.extend(page.events)
+            if page.events:
+                self._last = page.events[-1].seq
+            self._ended = page.ended
+            async with self._news:
+                self._news.notify_all()
+            if page.ended or not page.events:
+                return
+
+
+@asynccontextmanager
+async def noticed(group: str) -> AsyncGenerator[asyncio.Event]:
+    """An event that every notice to ``group`` sets, one that others were lost among them."""
+    layer = get_channel_layer()
+    assert layer is not None
+    channel = await layer.new_channel()
+    await layer.group_add(group, channel)
+    news = asyncio.Event()
+
+    async def listen() -> None:
+        while True:
+            await layer.receive(channel)
+            news.set()
+
+    listener = asyncio.create_task(listen(), name=f"notices to {group}")
+    try:
+        yield news
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+        await layer.group_discard(group, channel)
+
+
+def last_before(template_id: str, count: int) -> int:
+    """The number of the event before the last ``count``: where a new reader begins."""
+    events = Template(pk=template_id).events.order_by("-seq").values_list("seq", flat=True)
+    newest = events.first() or 0
+    return max(newest - count, 0)
+
+
+_tails: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Tail]] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def watching(template_id: str) -> AsyncGenerator[Tail]:
+    """The shared reader of a build, for as long as somebody watches."""
+    tails = _tails.setdefault(asyncio.get_running_loop(), {})
+    tail = tails.get(template_id)
+    if tail is None:
+        tail = tails[template_id] = Tail(template_id)
+    tail.viewers += 1
+    try:
+        yield tail
+    finally:
+        tail.viewers -= 1
+        if tail.viewers == 0:
+            if tails.get(template_id) is tail:
+                del tails[template_id]
+            await tail.close()

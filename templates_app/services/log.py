@@ -1,0 +1,49 @@
+"""A build's whole log, as text to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from channels.db import database_sync_to_async
+
+from orkestr_console.json_api import timestamp
+from orkestr_console.text import plain
+from templates_app.models import BuildStep, StepStatus, Template
+from templates_app.services.record import printed
+
+
+async def log_text(template: Template) -> AsyncGenerator[bytes]:
+    """The steps with all they printed, without colours, a step at a time."""
+    yield head(template).encode()
+    steps = template.steps.defer("output")
+    async for step in steps:
+        yield f"\n$ {step.command}\n".encode()
+        text = await database_sync_to_async(output_of)(template, step.number)
+        yield (text if not text or text.endswith("\n") else f"{text}\n").encode()
+        yield f"# {how(step)}\n".encode()
+    if template.error_message:
+        yield f"\n{plain(template.error_message)}\n".encode()
+
+
+def output_of(template: Template, number: int) -> str:
+    """All that is kept of what a step printed so far, as plain text."""
+    step = template.steps.get(number=number)
+    return plain(step.output or printed(template, number))
+
+
+def head(template: Template) -> str:
+    """Which template it is."""
+    return (
+        f"# Template {template.name} ({template.pk}) on {template.base_template}, network "
+        f"{template.network}\n# Created {timestamp(template.created_at)}, now {template.status}\n"
+    )
+
+
+def how(step: BuildStep) -> str:
+    """How a step ended, in words."""
+    if step.status == StepStatus.CACHED:
+        return f"cached: run by an earlier build, {timestamp(step.cached_at)}"
+    if step.exit_code is None and step.signal is None:
+        return step.status
+    ended = f"exit {step.exit_code}" if step.signal is None else f"signal {step.signal}"
+    return f"{step.status}: {ended} after {(step.duration_ms or 0) / 1000:.1f} s"

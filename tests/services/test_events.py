@@ -1,0 +1,158 @@
+"""Following a build's events: whoever leaves and comes back has neither gap nor repeat."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+from asgiref.sync import sync_to_async
+from channels.layers import get_channel_layer
+
+from orkestr_console.accounts.actor import system_actor
+from orkestr_console.accounts.models import Team
+from templates_app import services
+from templates_app.events import tell_progress
+from templates_app.models import Template
+from templates_app.services import events
+from templates_app.services.record import append
+from templates_app.specs import TemplateSpec
+from tests.fakes.host import FakeHost
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
+
+
+@pytest.fixture
+async def building(host: FakeHost) -> AsyncIterator[str]:
+    """A template that builds; what is told of it, the test tells."""
+
+    def make() -> str:
+        team = Team.objects.create(name="Acme", slug="acme", plan_id="team")
+        spec = TemplateSpec(name="x", base_template="debian-12", recipe=["true"])
+        return services.create_template(system_actor(team), spec).pk
+
+    yield await sync_to_async(make)()
+    layer = get_channel_layer()
+    assert layer is not None
+    await layer.flush()
+
+
+def say(template_id: str, *texts: str) -> None:
+    """Tell some output, as a driver does."""
+    template = Template.objects.get(pk=template_id)
+    for text in texts:
+        append(template, "output", {"step": 1, "text": text})
+    tell_progress(template_id)
+
+
+def finish(template_id: str) -> None:
+    """The build ends."""
+    template = Template.objects.get(pk=template_id)
+    append(template, "published", {"image": "x"})
+    Template.objects.filter(pk=template_id).update(status="ready")
+    tell_progress(template_id)
+
+
+async def numbers(template_id: str, after: int = 0, leave_at: int | None = None) -> list[int]:
+    """The numbers that a viewer gets until the end, or until it has number ``leave_at``."""
+    found: list[int] = []
+    async with aclosing(services.follow_events(template_id, after)) as batches:
+        async for batch in batches:
+            found += [told.seq for told in batch]
+            if leave_at is not None and found and found[-1] >= leave_at:
+                break
+    return found
+
+
+async def test_every_viewer_has_every_event_once(building: str) -> None:
+    viewers = [asyncio.create_task(numbers(building)) for _ in range(200)]
+    for number in range(40):
+        await sync_to_async(say)(building, f"{number}\n", "and on\n")
+    await sync_to_async(finish)(building)
+    whole = list(range(1, 83))
+    assert await asyncio.gather(*viewers) == [whole] * 200
+
+
+async def test_many_viewers_cost_one_reader(building: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def counted(template_id: str, after: int, limit: int) -> events.EventPage:
+        looks.append(after)
+        return page_of(template_id, after, limit)
+
+    page_of = events.page_of
+    monkeypatch.setattr(events, "page_of", counted)
+    first = asyncio.create_task(numbers(building))
+    await sync_to_async(say)(building, "one")
+    others = [asyncio.create_task(numbers(building)) for _ in range(100)]
+    for number in range(10):
+        await sync_to_async(say)(building, str(number))
+    await sync_to_async(finish)(building)
+    await asyncio.gather(first, *others)
+    assert len(looks) < 100
+
+
+async def test_a_viewer_far_behind_reads_on_from_the_rows(building: str) -> None:
+    await sync_to_async(say)(building, *(str(number) for number in range(3 * events.KEPT)))
+    early = asyncio.create_task(numbers(building))
+    late = asyncio.create_task(numbers(building, after=3 * events.KEPT))
+    await sync_to_async(finish)(building)
+    assert await early == list(range(1, 3 * events.KEPT + 3))
+    assert await late == [3 * events.KEPT + 1, 3 * events.KEPT + 2]
+
+
+async def test_leaving_and_coming_back_has_neither_gap_nor_repeat(building: str) -> None:
+    async def again_and_again(stay: int) -> list[int]:
+        found: list[int] = []
+        while True:
+            last = found[-1] if found else 0
+            more = await numbers(building, last, leave_at=last + stay)
+            if not more:
+                return found
+            found += more
+
+    viewers = [asyncio.create_task(again_and_again(stay)) for stay in range(1, 20)]
+    for number in range(60):
+        await sync_to_async(say)(building, str(number))
+    await sync_to_async(finish)(building)
+    assert await asyncio.gather(*viewers) == [list(range(1, 63))] * len(viewers)
+
+
+async def test_a_deleted_template_ends_the_stream(building: str) -> None:
+    def delete() -> None:
+        template = Template.objects.select_related("team").get(pk=building)
+        services.delete_template(system_actor(template.team), building)
+
+    viewer = asyncio.create_task(numbers(building))
+    while not events._tails or not any(events._tails.values()):
+        await asyncio.sleep(0.01)
+    await sync_to_async(delete)()
+    async with asyncio.timeout(20):
+        assert await viewer in ([], [1])
+
+
+async def test_nobody_watching_leaves_no_reader(building: str) -> None:
+    await numbers(building, leave_at=1)
+    assert not any(events._tails.values())
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert not [name for name in names if building in name]
+
+
+async def test_a_reader_that_fails_tries_again(
+    building: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_of, failures = events.page_of, [OSError("away"), OSError("away")]
+
+    def failing(template_id: str, after: int, limit: int) -> events.EventPage:
+        if failures:
+            raise failures.pop()
+        return page_of(template_id, after, limit)
+
+    monkeypatch.setattr(events, "LONGEST_WAIT", 0.2)
+    async with events.watching(building) as tail:
+        monkeypatch.setattr(events, "page_of", failing)
+        await sync_to_async(say)(building, "one")
+        while not await tail.changed(1):
+            pass
+    assert failures == []

@@ -1,0 +1,110 @@
+"""Whose build is next: fair between teams, and no more of one team at once than its plan allows."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+from django.db import connection
+from django.utils import timezone
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import Plan
+from templates_app import services
+from templates_app.models import Template
+from templates_app.services import queue
+from templates_app.specs import TemplateSpec
+from tests.fakes.fixtures import queued
+from tests.fakes.host import FakeHost
+
+
+def ask(actor: Actor, name: str) -> Template:
+    spec = TemplateSpec(name=name, base_template="debian-12", recipe=["true"])
+    return services.create_template(actor, spec)
+
+
+def taken() -> list[str]:
+    """The names of the builds that free workers take, in order, until none may begin."""
+    names = []
+    while (template := queue.take(f"drv_{len(names)}", "")) is not None:
+        names.append(template.name)
+    return names
+
+
+@pytest.fixture
+def at_once(team: object) -> None:
+    """Two at once on every plan."""
+    Plan.objects.update(max_concurrent_builds=2)
+
+
+@pytest.mark.usefixtures("host", "at_once")
+def test_teams_take_turns_and_none_has_more_than_its_plan(actor: Actor, other_actor: Actor) -> None:
+    for name in ("a1", "a2", "a3"):
+        ask(actor, name)
+    for name in ("b1", "b2"):
+        ask(other_actor, name)
+    assert taken() == ["a1", "b1", "a2", "b2"]
+    third = Template.objects.get(name="a3")
+    assert queue.place(third) == queue.Place(1, "team")
+    services.cancel_template(actor, Template.objects.get(name="a1").pk)
+    assert taken() == ["a3"]
+    assert queue.place(Template.objects.get(name="a3")) is None
+
+
+@pytest.mark.usefixtures("host", "at_once")
+def test_each_queued_build_knows_its_place(actor: Actor, other_actor: Actor) -> None:
+    mine = [ask(actor, name) for name in ("a1", "a2")]
+    theirs = ask(other_actor, "b1")
+    numbers = [place.number for row in [*mine, theirs] if (place := queue.place(row))]
+    assert numbers == [1, 3, 2]
+    assert queue.take("drv", "") == mine[0]
+    numbers = [place.number for row in [mine[1], theirs] if (place := queue.place(row))]
+    assert numbers == [2, 1]
+
+
+@pytest.mark.usefixtures("host", "at_once")
+def test_a_build_that_lost_its_driver_comes_first(actor: Actor, other_actor: Actor) -> None:
+    lost = ask(actor, "a1")
+    assert queue.take("drv_1", "") == lost
+    ask(other_actor, "b1")
+    long_ago = timezone.now() - queue.LEASE - timedelta(seconds=1)
+    Template.objects.filter(pk=lost.pk).update(heartbeat_at=long_ago)
+    found = queue.take("drv_2", "")
+    assert (found, found and found.driver) == (lost, "drv_2")
+    assert queue.waiting_long() == []
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: FakeHost) -> None:
+    from templates_app.services import driver
+
+    for name in ("a1", "a2", "a3"):
+        ask(actor, name)
+    before = len(queued())
+    driver.drive("")
+    assert Template.objects.get(name="a1").is_ready
+    assert queued()[before:] == [queue.DRIVE]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_takers_at_the_same_moment_keep_to_the_limit(plans: None, host: FakeHost) -> None:
+    from orkestr_console.accounts.actor import system_actor
+    from orkestr_console.accounts.models import Team
+
+    Plan.objects.update(max_concurrent_builds=2, max_templates=50)
+    actor = system_actor(Team.objects.create(name="Acme", slug="acme", plan_id="team"))
+    for number in range(6):
+        ask(actor, f"t{number}")
+    found: list[Template | None] = []
+
+    def take(number: int) -> None:
+        found.append(queue.take(f"drv_{number}", ""))
+        connection.close()
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row.name for row in found if row) == ["t0", "t1"]
