@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db import connections
+from django.db import connection, connections
 
 # A peer that vanished without a word is noticed within half a minute (libpq's parameters).
 KEEPALIVE: dict[str, Any] = {
@@ -46,3 +46,13 @@ def connection_arguments(purpose: str) -> dict[str, Any]:
         "application_name": f"orkestr {purpose}",
         "autocommit": True,
     }
+
+
+def let_go() -> None:
+    """Give this thread's connection back to the pool before an answer that lasts.
+
+    Django keeps it until the answer has been sent: as many streams as the pool has connections
+    would leave none for anybody else. A transaction keeps it.
+    """
+    if not connection.in_atomic_block:
+        connection.close()

@@ -16,6 +16,7 @@ from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.decorators import ApiRequest, api
 from orkestr_console.errors import InvalidInput
 from orkestr_console.json_api import json_answer, no_content, read_json, timestamp
+from orkestr_console.postgres import let_go
 from orkestr_console.services.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
@@ -99,8 +100,10 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     """``POST …/exec``: buffered, or as server-sent events with ``stream: true``."""
     spec = read_json(request, ExecSpec)
     if spec.stream:
+        frames = services.exec_stream(request.actor, sandbox_id, spec)
+        let_go()
         # On the server's own event loop, where the response will go on reading.
-        return async_to_sync(streamed)(services.exec_stream(request.actor, sandbox_id, spec))
+        return async_to_sync(streamed)(frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )

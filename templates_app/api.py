@@ -14,6 +14,7 @@ from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.decorators import ApiRequest, api, authenticate
 from orkestr_console.errors import DomainError, InvalidInput, RateLimited
 from orkestr_console.json_api import json_answer, no_content, read_json
+from orkestr_console.postgres import let_go
 from orkestr_console.services.paging import read_limit
 from templates_app import presenters, services
 from templates_app.models import Template
@@ -158,6 +159,7 @@ def stream(
     request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
 ) -> HttpResponseBase:
     """An answer that is sent as it comes; to HEAD, its headers alone."""
+    let_go()
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
         return HttpResponse(content_type=content_type, headers=headers)

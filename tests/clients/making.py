@@ -45,6 +45,17 @@ class Templates:
             time.sleep(0.1)
         return record
 
+    def events(self, template: str) -> list[dict[str, Any]]:
+        """Every event of its build so far, a page at a time."""
+        found: list[dict[str, Any]] = []
+        while True:
+            after = found[-1]["seq"] if found else 0
+            answer = self.client.get(f"/v1/templates/{template}/events", params={"after": after})
+            assert answer.status_code == 200, answer.text
+            if not (page := answer.json()["events"]):
+                return found
+            found += page
+
     def ready(self, base: str, *recipe: str, **fields: Any) -> str:
         """Make a template that must succeed; its id."""
         record = self.finished(self.create(base, *recipe, **fields))

@@ -26,7 +26,7 @@ def ask(actor: Actor, name: str) -> Template:
 
 def taken() -> list[str]:
     """The names of the builds that free workers take, in order, until none may begin."""
-    names = []
+    names: list[str] = []
     while (template := queue.take(f"drv_{len(names)}", "")) is not None:
         names.append(template.name)
     return names

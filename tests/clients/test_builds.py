@@ -1,0 +1,234 @@
+"""How builds end, on real containers: every code, and cancelling at any moment."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.clients.making import Sandboxes, Templates
+from tests.clients.streaming import events_of
+from tests.stack import Stack, wait_for
+
+# Refused by name before anybody resolves it: no packet leaves for it.
+FETCH = "python3 -c \"import urllib.request as u; u.urlopen('https://nowhere.invalid/x')\""
+# Forgets its parent, ignores what can be ignored, and goes on in a session of its own.
+STUBBORN = "trap '' TERM INT HUP; (setsid sh -c 'trap \"\" TERM; sleep 97531' &) ; sleep 97531"
+
+
+@pytest.mark.parametrize(
+    ("code", "base", "recipe", "limits"),
+    [
+        ("step_failed", "debian-12", ["true", "exit 3"], {}),
+        ("step_timeout", "debian-12", ["true", "sleep 60"], {"step_timeout_seconds": 1}),
+        ("build_timeout", "debian-12", ["sleep 1", "sleep 60"], {"build_timeout_seconds": 2}),
+        ("out_of_memory", "debian-12", ["true", "tail /dev/zero"], {}),
+        ("out_of_disk", "debian-12", ["true", "cat /dev/zero > /root/x"], {"disk_mb": 256}),
+        ("network_policy_blocked", "python-3.12-bare", ["true", FETCH], {}),
+    ],
+)
+def test_each_failure_has_its_own_code(
+    templates: Templates, code: str, base: str, recipe: list[str], limits: dict[str, int]
+) -> None:
+    failed = templates.finished(templates.create(base, *recipe, **limits))
+    assert (failed["status"], failed["error_code"]) == ("failed", code), failed
+    assert recipe[1] in failed["error_message"]
+    assert [step["status"] for step in failed["steps"]] == ["succeeded", "failed"]
+    last = templates.events(failed["id"])[-1]
+    assert (last["kind"], last["code"]) == ("failed", code)
+
+
+def processes(mark: str) -> list[str]:
+    """The command lines that have ``mark`` in them, of the whole machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found += [line] if mark in line else []
+    return found
+
+
+def cancel(templates: Templates, template: str) -> httpx.Response:
+    return templates.client.post(f"/v1/templates/{template}/cancel", json={})
+
+
+def cancelled(templates: Templates, template: str) -> dict[str, Any]:
+    """Cancel a build that has not ended; how it is then."""
+    answer = cancel(templates, template)
+    assert answer.status_code == 200, answer.text
+    said: dict[str, Any] = answer.json()
+    assert (said["status"], said["error_code"]) == ("failed", "build_cancelled")
+    assert "cancelled by" in said["error_message"]
+    return said
+
+
+def test_a_step_that_will_not_go_is_gone(stack: Stack, templates: Templates) -> None:
+    template = templates.create("debian-12", STUBBORN)
+    wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
+    cancelled(templates, template)
+    wait_for(lambda: processes("97531") == [], 10, stack.explain)
+    assert templates.get(template)["status"] == "failed"
+
+
+PHASES = {
+    "at once": None,
+    "boot": "boot",
+    "step": "output",
+    "scrub": "step_finished",
+    "capture": "scrub",
+    "publish": "capture",
+}
+
+
+@pytest.mark.parametrize("after", PHASES.values(), ids=PHASES.keys())
+def test_a_build_can_be_cancelled_in_every_phase(
+    stack: Stack, templates: Templates, after: str | None
+) -> None:
+    """``after`` is the event on which it is cancelled; where it had ended by then, that is said."""
+    with stack.host() as host:
+        before = {image.id for image in host.images()}
+    # Many files, so that scrubbing and capturing take a while.
+    many = "mkdir /root/m && cd /root/m && seq 20000 | xargs touch; echo now; sleep 0.3"
+    template = templates.create("debian-12", many)
+    if after is not None:
+        for event in events_of(stack, template):
+            if event["kind"] == after:
+                break
+    answer = cancel(templates, template)
+    record = templates.get(template)
+    if answer.status_code == 409:
+        assert record["status"] == "ready", record
+        return
+    assert record["error_code"] == "build_cancelled"
+    with stack.host() as host:
+        wait_for(lambda: {image.id for image in host.images()} <= before, 15, stack.explain)
+    wait_for(lambda: nothing_is_left(stack), 15, stack.explain)
+
+
+def nothing_is_left(stack: Stack) -> bool:
+    """No build has a disk, a staged tree or a container now."""
+    state = stack.layout.state_dir
+    return not list((state / "disks").glob("img_*.img")) and not list((state / "staging").iterdir())
+
+
+def test_a_hundred_races_with_publishing_have_one_outcome_each(
+    stack: Stack, templates: Templates, sandboxes: Sandboxes
+) -> None:
+    """Cancelled or ready, and never something between: whichever was said stays so."""
+    with stack.host() as host:
+        before = {image.id for image in host.images()}
+    outcomes = {"cancelled": 0, "ready": 0}
+    for round_ in range(25):
+        with ThreadPoolExecutor(4) as pool:
+            made = [templates.create("debian-12", f"echo {round_}") for _ in range(4)]
+            answers = list(pool.map(lambda one: cancel_on_capture(stack, one), made))
+        for template, answer in zip(made, answers, strict=True):
+            record = templates.get(template)
+            if answer.status_code == 200:
+                outcomes["cancelled"] += 1
+                assert (record["status"], record["error_code"]) == ("failed", "build_cancelled")
+            else:
+                outcomes["ready"] += 1
+                assert (answer.status_code, record["status"]) == (409, "ready"), record
+        survivors = [one for one in made if templates.get(one)["status"] == "ready"]
+        with stack.host() as host:
+            wait_for(lambda: len(fresh(host, before)) == len(survivors), 15, stack.explain)  # noqa: B023
+        for template in survivors:
+            assert sandboxes.boot(template).exec("true").exit_code == 0
+        sandboxes.terminate_all()
+        sandboxes.booted.clear()
+        templates.delete_all()
+    assert sum(outcomes.values()) == 100
+    # Some were too late, or it was no race.
+    assert min(outcomes.values()) > 0
+
+
+def fresh(host: Any, before: set[str]) -> set[str]:
+    """The images that were not there before."""
+    return {image.id for image in host.images()} - before
+
+
+def cancel_on_capture(stack: Stack, template: str) -> httpx.Response:
+    """Cancel a build within some thousandths of a second of its publishing."""
+    for event in events_of(stack, template):
+        if event["kind"] in {"scrub", "capture"}:
+            break
+    time.sleep(random.random() * 0.06)
+    with stack.client() as client:
+        return client.post(f"/v1/templates/{template}/cancel", json={})
+
+
+def test_deleting_a_building_template_ends_its_build(stack: Stack, templates: Templates) -> None:
+    template = templates.create("debian-12", STUBBORN)
+    wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
+    templates.delete(template)
+    wait_for(lambda: processes("97531") == [], 10, stack.explain)
+    wait_for(lambda: nothing_is_left(stack), 15, stack.explain)
+
+
+@pytest.fixture
+def noisy(templates: Templates) -> Iterator[str]:
+    """A build that prints for some seconds, at an uneven pace."""
+    loop = "for i in $(seq 90); do seq $((i * 7)); sleep 0.1$((i % 3)); done"
+    yield templates.create("debian-12", "echo begin", loop, "echo 'done: ä€😀'")
+
+
+def test_a_stream_resumed_at_random_is_the_same_as_the_whole(stack: Stack, noisy: str) -> None:
+    found: list[dict[str, Any]] = []
+    visits = 0
+    while not found or found[-1]["kind"] not in {"published", "failed"}:
+        visits += 1
+        stay = random.randrange(1, 3) if visits < 80 else 10**6
+        last = found[-1]["seq"] if found else 0
+        for event in events_of(stack, noisy, last_event_id=last):
+            found.append(event)
+            if (stay := stay - 1) == 0:
+                break
+    assert visits >= 50
+    with stack.client() as client:
+        whole = client.get(f"/v1/templates/{noisy}/events", params={"limit": 1000}).json()
+    assert found == whole["events"]
+
+
+def test_fifty_visits_to_a_finished_build_are_the_same(
+    stack: Stack, templates: Templates, noisy: str
+) -> None:
+    templates.finished(noisy)
+    whole = templates.events(noisy)
+    for _ in range(50):
+        after = random.randrange(len(whole))
+        assert list(events_of(stack, noisy, last_event_id=after)) == whole[after:]
+
+
+def test_two_hundred_viewers_are_served(stack: Stack, noisy: str) -> None:
+    with ThreadPoolExecutor(200) as pool:
+        seen = list(pool.map(lambda _: list(events_of(stack, noisy)), range(200)))
+    assert seen[0][-1]["kind"] == "published"
+    assert all(events == seen[0] for events in seen)
+
+
+def test_a_viewer_that_does_not_read_holds_up_nobody(stack: Stack, templates: Templates) -> None:
+    template = templates.create("debian-12", "seq 400000")
+    headers = {"Authorization": f"Bearer {stack.api_key}"}
+    url = f"{stack.url}/v1/templates/{template}/events?follow=true"
+    with httpx.stream("GET", url, headers=headers, trust_env=False, timeout=60) as stalled:
+        assert stalled.status_code == 200
+        assert templates.finished(template)["status"] == "ready"
+        assert list(events_of(stack, template)) == templates.events(template)
+
+
+def test_the_whole_log_can_be_saved(templates: Templates) -> None:
+    template = templates.create("debian-12", "seq 100000", "printf '\\033[31mred\\033[0m\\n'")
+    assert templates.finished(template)["status"] == "ready"
+    text = templates.client.get(f"/v1/templates/{template}/log").text
+    numbers = [line for line in text.splitlines() if line.isdigit()]
+    assert numbers == [str(number) for number in range(1, 100_001)]
+    assert "\nred\n" in text
