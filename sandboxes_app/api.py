@@ -204,3 +204,10 @@ def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
     return json_answer(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
+
+
+@api(scope=READ)
+def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
+    """``GET /v1/templates/{id}/usage``: what deleting it means; an extension of the public API."""
+    use = services.template_use(request.actor, template_id)
+    return json_answer(presenters.template_use_detail(use))

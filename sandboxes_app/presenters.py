@@ -150,3 +150,24 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
 def unix_timestamp(moment: float) -> str | None:
     """A Unix time as clients read it."""
     return timestamp(datetime.fromtimestamp(moment, UTC))
+
+
+def template_use_detail(use: TemplateUse) -> dict[str, Any]:
+    """What a template is used for."""
+    return {
+        "template_id": use.template.pk,
+        "running_sandboxes": use.count,
+        "sandboxes": [
+            {
+                "id": sandbox.pk,
+                "status": sandbox.status,
+                "created_at": timestamp(sandbox.created_at),
+                "expires_at": timestamp(sandbox.expires_at),
+            }
+            for sandbox in use.sandboxes
+        ],
+        "derived_templates": use.derived,
+        "last_used_at": timestamp(use.last_used_at),
+        "size_bytes": use.template.size_bytes,
+        "reclaimable_bytes": use.reclaimable_bytes,
+    }

@@ -11,6 +11,7 @@ app_name = "sandboxes"
 urlpatterns = [
     path("", views.sandbox_list, name="list"),
     path("new/", views.sandbox_new, name="new"),
+    path("of-template/<str:template_id>/", views.of_template, name="of-template"),
     path("<str:sandbox_id>/", views.sandbox_detail, name="detail"),
     path("<str:sandbox_id>/exec/", views.sandbox_exec, name="exec"),
     path("<str:sandbox_id>/egress/", views.sandbox_egress, name="egress"),

@@ -24,4 +24,6 @@ urlpatterns = [
     path(f"{one}/files/move", methods(POST=api.move)),
     path(f"{one}/files/stat", methods(GET=api.stat)),
     path(f"{one}/files/batch", methods(POST=api.write_batch)),
+    # A template's address, but only sandboxes know who uses it.
+    path("templates/<str:template_id>/usage", methods(GET=api.get_template_use)),
 ]

@@ -126,3 +126,12 @@ def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     services.terminate_sandbox(request.actor, sandbox_id)
     messages.success(request, f"The sandbox from {sandbox.template_name} was terminated.")
     return redirect("sandboxes:detail", sandbox_id)
+
+
+@require_safe
+@console_page
+def of_template(request: ConsoleRequest, template_id: str) -> HttpResponse:
+    """What deleting a template means: the part of its dialog, or without a script a page."""
+    use = services.template_use(request.actor, template_id)
+    name = "_of_template" if request.htmx else "of_template"
+    return render(request, f"sandboxes_app/{name}.html", {"use": use})

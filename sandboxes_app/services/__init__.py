@@ -22,11 +22,13 @@ from sandboxes_app.services.lifecycle import (
     terminate_sandbox,
 )
 from sandboxes_app.services.limits import Limits, limits
+from sandboxes_app.services.template_use import TemplateUse, template_use
 
 __all__ = [
     "BatchRow",
     "ExecAnswer",
     "Limits",
+    "TemplateUse",
     "counts",
     "create_sandbox",
     "delete_path",
@@ -41,6 +43,7 @@ __all__ = [
     "read_path",
     "set_timeout",
     "stat",
+    "template_use",
     "terminate_sandbox",
     "write_batch",
     "write_file",

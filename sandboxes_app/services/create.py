@@ -24,7 +24,8 @@ from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.specs import SIZES, SandboxSpec
-from templates_app.services.bases import ALIASES, Source, resolve
+from templates_app.services import note_used
+from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 
 FAILED_TO_START = (
     "The host could not start the sandbox. Try again; if it stays, tell your operator."
@@ -133,6 +134,8 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
         SandboxEvent.objects.create(
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
         )
+        if source.id.startswith(LOOKS_LIKE_A_TEMPLATE):
+            note_used(source.id)
         tell_changed(sandbox.pk, team.pk)
         audit.record(
             actor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from templates_app.services.bases import BaseChoice, Source, list_bases, resolve
+from templates_app.services.bases import BaseChoice, Source, list_bases, reclaimable_bytes, resolve
 from templates_app.services.events import (
     EventPage,
     Told,
@@ -50,6 +50,7 @@ __all__ = [
     "note_used",
     "place",
     "read_events",
+    "reclaimable_bytes",
     "resolve",
     "template_usage",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from hostruntime.answers import BaseInfo
 from hostruntime.errors import HostError
+from hostruntime.errors import ImageNotFound as NoImage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, HostUnavailable, InvalidInput, NotFound
@@ -111,3 +112,16 @@ def unknown_base(name: str, known: dict[str, BaseInfo], field: str) -> InvalidIn
     names = ", ".join(known) or "none yet"
     sentence = f"{shown!r} is not a base image here; there are {names}, and your own templates."
     return InvalidInput(f"{field}: {sentence}", fields={field: sentence})
+
+
+def reclaimable_bytes(template: Template) -> int | None:
+    """The bytes of disk that deleting a template gives back; None if the host does not answer.
+
+    What its image shares with others stays for them.
+    """
+    try:
+        return host().image_usage(template.image_id).reclaimable_bytes
+    except NoImage:
+        return 0
+    except HostError:
+        return None

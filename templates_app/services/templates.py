@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from django.db import transaction
 from django.db.models import Count, OuterRef, Q, StringAgg, Subquery, Sum, TextField, Value
@@ -32,6 +33,8 @@ NO_SUCH = "There is no such template in your team; check the id."
 # How much of each step's output goes with a template, in characters: a hundred steps stay small.
 SHOWN_OUTPUT = 16 * 1024
 MEGABYTE = 10**6
+# Writing it for every sandbox would make those that start together wait for each other.
+LAST_USE_GRAIN = timedelta(minutes=1)
 CANCELLED = "build_cancelled"
 FORGET = "templates_app.tasks.forget_image"
 
@@ -255,8 +258,13 @@ def delete_template(actor: Actor, template_id: str) -> None:
 
 
 def note_used(template_id: str) -> None:
-    """Remember that something was started from a template now; a base's name is none."""
-    Template.objects.filter(pk=template_id).update(last_used_at=timezone.now())
+    """Remember that something was started from a template now, at most once a minute.
+
+    A base's name is none.
+    """
+    now = timezone.now()
+    unnoted = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USE_GRAIN)
+    Template.objects.filter(unnoted, pk=template_id).update(last_used_at=now)
 
 
 def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:

@@ -1,0 +1,47 @@
+"""What a template is used for now: what its owner should know before deleting it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from orkestr_console.accounts.actor import Actor
+from sandboxes_app.models import Sandbox
+from templates_app import services as templates
+from templates_app.models import Template
+
+MOST_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class TemplateUse:
+    """The live sandboxes of a template, newest first and at most ``MOST_SHOWN`` of ``count``.
+
+    ``derived`` is how many templates were built on it. ``reclaimable_bytes`` is what deleting it
+    gives back, once those sandboxes have ended; None when the host does not answer.
+    """
+
+    template: Template
+    sandboxes: list[Sandbox]
+    count: int
+    derived: int
+    last_used_at: datetime | None
+    reclaimable_bytes: int | None
+
+
+def template_use(actor: Actor, template_id: str) -> TemplateUse:
+    """What one of the team's templates is used for. Raises ``NotFound``.
+
+    Sandboxes and templates that came of it go on working when it is deleted.
+    """
+    template = templates.get_template(actor, template_id)
+    live = Sandbox.objects.for_team(actor.team).live().filter(template=template.pk)
+    derived = Template.objects.for_team(actor.team).filter(base_template=template.pk)
+    return TemplateUse(
+        template=template,
+        sandboxes=list(live.order_by("-created_at", "-pk")[:MOST_SHOWN]),
+        count=live.count(),
+        derived=derived.count(),
+        last_used_at=template.last_used_at,
+        reclaimable_bytes=templates.reclaimable_bytes(template),
+    )
