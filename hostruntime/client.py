@@ -160,9 +160,14 @@ class HostClient:
         """A build's state; raises NotFound."""
         return BuildInfo.from_wire(self._json("GET", f"/builds/{build_id}"))
 
-    def cancel_build(self, build_id: str) -> None:
-        """Cancel a build and delete what it published; returns when all of it is gone."""
-        self._send("DELETE", f"/builds/{build_id}")
+    def cancel_build(self, build_id: str, *, keep_published: bool = False) -> BuildInfo:
+        """Cancel a build; return how it ended, when all of it is gone.
+
+        What it had published is deleted too, unless ``keep_published``: an answer of
+        ``published`` then says that the cancellation came too late, and the image stays.
+        """
+        params = {"keep_published": "true" if keep_published else "false"}
+        return BuildInfo.from_wire(self._json("DELETE", f"/builds/{build_id}", params=params))
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hostruntime import kernel
-from hostruntime.errors import Conflict, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.paths import StatePaths, read_json, write_atomically
 from hostruntime.trash import Trash
 from hostruntime.trees import Measure, links_elsewhere, measure, tree_digest
@@ -92,12 +92,20 @@ class Image:
     manifest: ImageManifest
 
 
+class ImageRevokedError(HostError):
+    """Whoever was to publish this image has been ended meanwhile: it must not appear any more."""
+
+    code = "image_revoked"
+    status = 409
+
+
 class ImageStore:
     """The images of one installation.  Methods may be called from any thread."""
 
     def __init__(self, paths: StatePaths, trash: Trash | None = None) -> None:
         self._paths = paths
         self._lock = threading.RLock()
+        self._revoked: set[str] = set()
         self.trash = trash or Trash(paths)
 
     # Reading ------------------------------------------------------------------------------
@@ -179,24 +187,51 @@ class ImageStore:
         _check_name(image_id)
         return self._paths.staging / image_id
 
-    def publish(self, staged: Path, manifest: ImageManifest) -> Image:
+    def flush(self) -> None:
+        """Write to disk what has been staged, without publishing it.  Raises OSError."""
+        kernel.syncfs(self._paths.staging)
+
+    def publish(self, staged: Path, manifest: ImageManifest, *, flushed: bool = False) -> Image:
         """Make the image in ``staged`` (a directory with ``tree``) visible, whole, by one rename.
 
-        A base replaces the generation there was.  Raises Conflict if a template image of that id
-        exists; OSError.  On any failure ``staged`` is still there.
+        A base replaces the generation there was.  ``flushed`` says that :meth:`flush` has been
+        called on the tree.  Raises Conflict if a template image of that id exists;
+        ImageRevokedError after :meth:`revoke`; OSError.  On any failure ``staged`` is still there.
         """
         _check_name(manifest.id)
         write_atomically(
             staged / "image.json", json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
-        kernel.syncfs(self._paths.images)
+        if flushed:
+            _sync(staged / "image.json")
+            _sync(staged)
+        else:
+            self.flush()
         with self._lock:
+            if manifest.id in self._revoked:
+                raise ImageRevokedError(f"The build of {manifest.id} has been ended.")
             if manifest.kind == "base":
                 directory = self._publish_base(staged, manifest.id)
             else:
                 directory = self._publish_template(staged, manifest.id)
-            _sync_directory(self._paths.images)
+            _sync(self._paths.images)
         return _read_image(directory)
+
+    def revoke(self, image_id: str) -> bool:
+        """From now on nothing is published under this id; False if something already has been.
+
+        Decided under the lock of the rename that publishes: there is no third outcome.
+        """
+        with self._lock:
+            if self.exists(image_id):
+                return False
+            self._revoked.add(image_id)
+            return True
+
+    def reinstate(self, image_id: str) -> None:
+        """Forget a :meth:`revoke`: nobody is left who could publish."""
+        with self._lock:
+            self._revoked.discard(image_id)
 
     def _publish_template(self, staged: Path, image_id: str) -> Path:
         directory = self._paths.images / image_id
@@ -319,8 +354,8 @@ def _read_image(directory: Path) -> Image:
     return Image(manifest.id, directory / "tree", manifest)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

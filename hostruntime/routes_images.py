@@ -18,12 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.assembly import in_thread
 from hostruntime.bases import BASES, BaseBuilder
 from hostruntime.build_log import KEEP_ALIVE_SECONDS
 from hostruntime.builds import BuildManager, BuildRequest
 from hostruntime.errors import HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.images import ALIASES, Image, ImageStore
+from hostruntime.threads import in_thread
 
 _NDJSON = "application/x-ndjson"
 _MAX_STEPS = 100
@@ -112,7 +112,8 @@ def _build_routes(builds: BuildManager) -> list[Route]:
 
     async def cancel(request: Request) -> Response:
         build_id = str(request.path_params["id"])
-        await builds.cancel(build_id)
+        keep = request.query_params.get("keep_published", "false") == "true"
+        await builds.cancel(build_id, keep_published=keep)
         return JSONResponse(asdict(builds.status(build_id)))
 
     async def events(request: Request) -> Response:

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from hostruntime.assembly import Assembly, Host, Plan, in_thread
+from hostruntime.assembly import Assembly
 from hostruntime.bases import cpython
 from hostruntime.bases.debian import bootstrap
 from hostruntime.bases.definitions import BASES, BaseDefinition, definition_digest
+from hostruntime.build_plan import Host, Plan
 from hostruntime.capture import capture
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.images import ALIASES, Image, ImageManifest
@@ -29,6 +30,7 @@ from hostruntime.paths import StatePaths
 from hostruntime.policy import Policy
 from hostruntime.registries import Registries
 from hostruntime.scrub import scrub
+from hostruntime.threads import in_thread
 from hostruntime.trees import Measure, measure
 
 __all__ = ["BASES", "BaseBuilder", "BaseDefinition", "BaseStatus", "definition_digest"]

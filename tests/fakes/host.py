@@ -276,17 +276,20 @@ class FakeHost:
                 raise NotFound(f"There is no build {build_id}.")
             return BuildInfo(build_id, build.state, len(build.events))
 
-    def cancel_build(self, build_id: str) -> None:
+    def cancel_build(self, build_id: str, *, keep_published: bool = False) -> BuildInfo:
         """As the client."""
         self._up()
         with self.lock:
             build = self.built.setdefault(build_id, FakeBuild({"recipe": []}, starts=0))
+            if build.state == "published" and keep_published:
+                return self.build(build_id)
             if build.state == "running":
                 self.emit(
                     build_id, "failed", code="build_cancelled", message="The build was cancelled."
                 )
             build.state = "cancelled"
         self.delete_image(build_id)
+        return self.build(build_id)
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True
