@@ -24,7 +24,7 @@ from hostruntime.images import Image, ImageManifest
 from hostruntime.manager import ContainerSpec
 from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
-from hostruntime.threads import in_thread
+from hostruntime.threads import in_thread, to_the_end
 from hostruntime.trees import Measure, measure
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Assembly:
         hide why the build ended.
         """
         try:
-            await self._host.containers.stop(self._plan.image_id)
+            await to_the_end(self._host.containers.stop(self._plan.image_id))
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

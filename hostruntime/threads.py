@@ -1,10 +1,10 @@
-"""Blocking work in threads, for code that can be cancelled."""
+"""Work that is waited for to its end, for code that can be cancelled meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -17,7 +17,12 @@ async def in_thread[T](
 
     ``on_cancel`` is called at once, to make the function end soon.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    return await to_the_end(asyncio.to_thread(function, *args), on_cancel)
+
+
+async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] | None = None) -> T:
+    """Await something, to its end even when cancelled, and only then be cancelled."""
+    work = asyncio.ensure_future(awaitable)
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:

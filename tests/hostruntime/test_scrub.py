@@ -184,7 +184,7 @@ def test_a_scrub_can_be_ended(tree: Path) -> None:
 
     with pytest.raises(InterruptedError):
         scrub(tree, check=check)
-    assert len(list((tree / "tmp").iterdir())) == 5
+    assert 0 < len(list((tree / "tmp").iterdir())) < 10
 
 
 @pytest.mark.parametrize(
