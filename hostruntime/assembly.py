@@ -19,9 +19,12 @@ from typing import Any
 from hostruntime.build_plan import Emit, Host, Plan
 from hostruntime.build_report import ran_past_build_time
 from hostruntime.capture import Captured, CaptureStoppedError, capture
+from hostruntime.contents import installed_packages
 from hostruntime.errors import HostError
-from hostruntime.images import Image, ImageManifest
+from hostruntime.image_digest import image_digest
+from hostruntime.images import CONTENTS, Image, ImageManifest
 from hostruntime.manager import ContainerSpec
+from hostruntime.paths import write_json
 from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
 from hostruntime.threads import in_thread, to_the_end
@@ -40,6 +43,8 @@ class Assembly:
         self._steps = StepRunner(host, plan, emit, self._remaining)
         self._stop = threading.Event()
         self._began = time.monotonic()
+        self._flushing: asyncio.Future[None]
+        self._digest: str | None = None
         self.publish_ms = 0
 
     async def run(self) -> Image:
@@ -88,7 +93,9 @@ class Assembly:
         for number in range(1, len(self._plan.recipe) + 1):
             await self._steps.run(number)
         await self._host.containers.halt(self._plan.image_id)
-        return await self._capture(base)
+        measured = await self._capture(base)
+        await self._describe(base)
+        return measured
 
     async def _boot(self, base: Image) -> None:
         plan, began = self._plan, time.monotonic()
@@ -141,6 +148,24 @@ class Assembly:
             duration_ms=_since(began),
         )
 
+    async def _describe(self, base: Image) -> None:
+        """Say what is in the finished tree, while the disk is already at writing it."""
+        # Not waited for when cancelled: it may take as long as the disk does, and changes nothing.
+        self._flushing = asyncio.ensure_future(asyncio.to_thread(self._host.store.flush))
+        self._flushing.add_done_callback(_retrieve)
+        began = time.monotonic()
+        contents = await self._stoppable(self._read_contents, base)
+        self._digest = str(contents["digest"])
+        self._emit("contents", **contents, duration_ms=_since(began))
+
+    def _read_contents(self, base: Image) -> dict[str, Any]:
+        tree = self._staged / "tree"
+        below = self._host.store.digest(base, self._check)
+        digest = image_digest(tree, base.tree, below, self._check)
+        contents = {"digest": digest, **installed_packages(tree, self._check).to_json()}
+        write_json(self._staged / CONTENTS, contents)
+        return contents
+
     async def _publish(self, base: Image, measured: Measure) -> Image:
         plan, store, began = self._plan, self._host.store, time.monotonic()
         manifest = ImageManifest(
@@ -152,10 +177,10 @@ class Assembly:
             file_count=measured.file_count,
             shared_bytes=measured.shared_bytes,
             definition=plan.definition,
+            digest=self._digest,
             details=plan.details,
         )
-        # Not waited for when cancelled: it may take as long as the disk does, and changes nothing.
-        await asyncio.to_thread(store.flush)
+        await asyncio.shield(self._flushing)
         image = await in_thread(partial(store.publish, flushed=True), self._staged, manifest)
         self.publish_ms = _since(began)
         return image
@@ -178,6 +203,12 @@ class Assembly:
             await to_the_end(self._host.containers.stop(self._plan.image_id))
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
+
+
+def _retrieve(flushing: asyncio.Future[None]) -> None:
+    """Whoever waits for it gets its failure; if nobody does any more it is no matter."""
+    if not flushing.cancelled():
+        flushing.exception()
 
 
 def _since(began: float) -> int:

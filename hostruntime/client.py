@@ -34,6 +34,7 @@ from hostruntime.answers import (
     FileStat,
     Health,
     ImageInfo,
+    ImageUsage,
     Progress,
     SandboxInfo,
     UsageInfo,
@@ -117,6 +118,10 @@ class HostClient:
     def image(self, image_id: str) -> ImageInfo:
         """One image; raises NotFound."""
         return ImageInfo.from_wire(self._json("GET", f"/images/{image_id}"))
+
+    def image_usage(self, image_id: str) -> ImageUsage:
+        """What an image takes now, and what deleting it gives back; slow.  Raises NotFound."""
+        return ImageUsage.from_wire(self._json("GET", f"/images/{image_id}/usage"))
 
     def delete_image(self, image_id: str) -> bool:
         """Delete an image; True when it is gone, False when its last user has to go first."""

@@ -5,6 +5,8 @@ On disk, under ``images/``::
     img_01J…/                 a template's image
       tree/                   the root tree
       image.json              the manifest, readable JSON
+      contents.json           its digest and packages, as the build's event said
+      digest                  the digest of an image that was made without, once asked for
       users/<user>            an empty file for each sandbox or build that runs on it
       condemned               there once it has been deleted while in use
     debian-12 -> debian-12@1732…   a base: a link to its current generation
@@ -30,9 +32,10 @@ from typing import Any, Literal
 
 from hostruntime import kernel
 from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.image_digest import image_digest
 from hostruntime.paths import StatePaths, read_json, write_atomically
 from hostruntime.trash import Trash
-from hostruntime.trees import Measure, links_elsewhere, measure, tree_digest
+from hostruntime.trees import Check, Measure, go_on, links_elsewhere, measure, tree_digest
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
 
@@ -41,6 +44,8 @@ ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
 RECONCILE_AGE_SECONDS = 600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CONDEMNED = "condemned"
+CONTENTS = "contents.json"
+_DIGEST = "digest"
 Directories = list[Path]
 Ids = list[str]
 
@@ -50,7 +55,8 @@ class ImageManifest:
     """What is known of an image.  Sizes are bytes of disk; ``created_at`` is Unix seconds.
 
     ``shared_bytes`` is the part of ``size_bytes`` that was hard-linked from ``base`` when the
-    image was made.  ``definition`` identifies the recipe of a built-in base.
+    image was made.  ``definition`` identifies the recipe of a built-in base, ``digest`` what is in
+    the tree (:mod:`hostruntime.image_digest`).
     """
 
     id: str
@@ -61,6 +67,7 @@ class ImageManifest:
     file_count: int
     shared_bytes: int
     definition: str | None = None
+    digest: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +86,7 @@ class ImageManifest:
             file_count=record["file_count"],
             shared_bytes=record["shared_bytes"],
             definition=record.get("definition"),
+            digest=record.get("digest"),
             details=record.get("details") or {},
         )
 
@@ -105,6 +113,7 @@ class ImageStore:
     def __init__(self, paths: StatePaths, trash: Trash | None = None) -> None:
         self._paths = paths
         self._lock = threading.RLock()
+        self._digesting = threading.Lock()
         self._revoked: set[str] = set()
         self.trash = trash or Trash(paths)
 
@@ -148,6 +157,22 @@ class ImageStore:
         """
         tree = self.get(image_id).tree
         return measure(tree, links_elsewhere(tree))
+
+    def digest(self, image: Image, check: Check = go_on) -> str:
+        """The image's digest; that of one made without is computed the first time, and kept.
+
+        It is then that of a tree without a base: which one it was made over is not known for sure
+        any more.  Slow then.  The image must be in use.  Raises OSError, and what ``check`` does.
+        """
+        if image.manifest.digest is not None:
+            return image.manifest.digest
+        kept = image.tree.parent / _DIGEST
+        with self._digesting:
+            with contextlib.suppress(FileNotFoundError):
+                return kept.read_text()
+            digest = image_digest(image.tree, check=check)
+            write_atomically(kept, digest.encode())
+            return digest
 
     # Using --------------------------------------------------------------------------------
 

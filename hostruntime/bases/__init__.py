@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from hostruntime.bases.definitions import BASES, BaseDefinition, definition_dige
 from hostruntime.build_plan import Host, Plan
 from hostruntime.capture import capture
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
+from hostruntime.image_digest import image_digest
 from hostruntime.images import ALIASES, Image, ImageManifest
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths
@@ -173,7 +174,9 @@ class BaseBuilder:
             await bootstrap(base, fresh, registries.apt, say)
             measured = await in_thread(_finish_tree, fresh, staged / "tree")
             await in_thread(store.trash.discard, fresh)
-            manifest = _manifest(base, measured, {"made_in_seconds": _elapsed(began)})
+            digest = await in_thread(image_digest, staged / "tree")
+            details = {"made_in_seconds": _elapsed(began)}
+            manifest = replace(_manifest(base, measured, details), digest=digest)
             image = await in_thread(store.publish, staged, manifest)
         except BaseException:
             await in_thread(store.trash.discard, staged)

@@ -27,6 +27,7 @@ from hostruntime.answers import (
     FileContent,
     FileStat,
     ImageInfo,
+    ImageUsage,
     SandboxInfo,
     UsageInfo,
 )
@@ -196,6 +197,17 @@ class FakeHost:
         """As the client."""
         self._up()
         return list(self.stored.values())
+
+    def image_usage(self, image_id: str) -> ImageUsage:
+        """As the client, of what was said when it was published."""
+        self._up()
+        with self.lock:
+            if image_id not in self.stored:
+                raise ImageNotFound(f"There is no image {image_id}.")
+            image = self.stored[image_id]
+            users = sum(box.info.image == image_id for box in self.booted.values())
+            own = image.size_bytes - image.shared_bytes
+            return ImageUsage(image.size_bytes, image.shared_bytes, own, users)
 
     def delete_image(self, image_id: str) -> bool:
         """As the client."""

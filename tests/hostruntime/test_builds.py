@@ -86,6 +86,7 @@ async def test_a_recipe_becomes_an_image(world: World) -> None:
         *("step_started", "step_finished"),
         "scrub",
         "capture",
+        "contents",
         "published",
     ]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
