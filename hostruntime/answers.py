@@ -63,6 +63,20 @@ class ImageInfo(Answer):
 
 
 @dataclass(frozen=True)
+class ImageUsage(Answer):
+    """What an image takes now; ``users`` counts the sandboxes and builds that run on it.
+
+    ``shared_bytes`` are hard-linked to other images too; ``reclaimable_bytes`` is the rest, which
+    comes back once the image is deleted and its last user has gone.
+    """
+
+    size_bytes: int
+    shared_bytes: int
+    reclaimable_bytes: int
+    users: int
+
+
+@dataclass(frozen=True)
 class BuildInfo(Answer):
     """A build; ``state`` is running, published, failed or cancelled."""
 
@@ -74,7 +88,22 @@ class BuildInfo(Answer):
 
 @dataclass(frozen=True)
 class BuildEvent:
-    """One event of a build; ``data`` has the fields that belong to its ``kind``."""
+    """One event of a build; ``data`` has the fields that belong to its ``kind``.
+
+    ========== =================================================================================
+    boot       ``boot_ms`` (the container alone), ``duration_ms`` (the whole phase)
+    step_*     ``step`` (from 1); ``started``: ``total``, ``command``; ``silent``: ``seconds``
+    output     ``step``, ``text`` (at most 64 KiB)
+    …finished  ``exit_code``, ``signal``, ``duration_ms``, ``output_bytes``, ``elided_bytes``;
+               ``added_bytes``, ``added_files``: what it added to the disk, perhaps negative
+    scrub      ``removed_bytes``, ``duration_ms``, ``removed``: [{``what``, ``bytes``, ``files``}]
+    capture    ``size_bytes``, ``file_count``, ``shared_bytes``, ``duration_ms``
+    contents   ``digest``, ``packages``: {dpkg, pip, npm: [[name, version]]}, ``truncated``,
+               ``duration_ms``
+    published  ``image``, the sizes as in capture, ``total_ms``, ``publish_ms``
+    failed     ``code``, ``message``, perhaps ``step`` and ``refused`` (hosts)
+    ========== =================================================================================
+    """
 
     seq: int
     at: float

@@ -94,19 +94,21 @@ class EventLog:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return
-        for line in data.splitlines(keepends=True):
-            try:
-                event = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                break
-            self._note(event, len(line))
-        if self._size < len(data):
-            os.truncate(self._path, self._size)
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self._path, whole)
+        while self._size < whole:
+            self._offsets.append(self._size)
+            self._size = data.index(b"\n", self._size) + 1
+        if self._offsets:
+            # A killed agent leaves a line unfinished, never a wrong one: only the last is read.
+            self._note_if_terminal(json.loads(data[self._offsets[-1] : whole]))
 
     def _note(self, event: dict[str, Any], length: int) -> None:
         self._offsets.append(self._size)
         self._size += length
+        self._note_if_terminal(event)
+
+    def _note_if_terminal(self, event: dict[str, Any]) -> None:
         if event["kind"] in TERMINAL:
             self.terminal = event

@@ -1,8 +1,9 @@
 """A step's output on its way to the log: paced, bounded, made readable.
 
-What a step writes is sent in pieces while it runs, at most ten a second.  Of more than 1 MiB,
-the first and the last half are kept: the first is sent as it comes, the last when the step ends,
-behind a line that says how much was left out.
+What a step writes is sent in pieces while it runs, at most ten a second.  Of very much of it the
+beginning and the end are kept: the first 8 MiB, sent as they come, and the last 1 MiB, sent when
+the step ends, behind a line that says how much was left out.  The beginnings of all steps of a
+build have 32 MiB together; when those are used up a step keeps the first 64 KiB.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import codecs
 import re
 from collections.abc import Callable
 
-LIVE_BYTES = 512 * 1024
-RING_BYTES = 512 * 1024
+LIVE_BYTES = 8 * 1024 * 1024
+LEAST_LIVE_BYTES = 64 * 1024
+BUDGET_BYTES = 32 * 1024 * 1024
+RING_BYTES = 1024 * 1024
 PIECE_BYTES = 64 * 1024
 PACE_SECONDS = 0.1
 TAIL_LINES = 20
@@ -24,11 +27,28 @@ _REPLACEMENT_BYTES = 3  # U+FFFD in UTF-8
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
+class OutputBudget:
+    """How much of the beginnings of its steps' output a build may still keep."""
+
+    def __init__(self, size_bytes: int = BUDGET_BYTES) -> None:
+        self._left = size_bytes
+
+    def share(self) -> int:
+        """How much the next step may keep."""
+        return max(LEAST_LIVE_BYTES, min(LIVE_BYTES, self._left))
+
+    def take(self, size_bytes: int) -> None:
+        """A step has kept that much."""
+        self._left -= size_bytes
+
+
 class StepOutput:
     """Collects one step's output; ``send`` gets each piece of text.  For one event loop."""
 
-    def __init__(self, send: Callable[[str], None]) -> None:
+    def __init__(self, send: Callable[[str], None], budget: OutputBudget | None = None) -> None:
         self._send = send
+        self._budget = budget or OutputBudget()
+        self._live_bytes = self._budget.share()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = bytearray()
         self._ring = bytearray()
@@ -39,11 +59,11 @@ class StepOutput:
     @property
     def elided_bytes(self) -> int:
         """How many bytes in the middle are left out."""
-        return max(0, self.output_bytes - LIVE_BYTES - RING_BYTES)
+        return max(0, self.output_bytes - self._live_bytes - RING_BYTES)
 
     def feed(self, data: bytes) -> None:
         """Take what the step wrote."""
-        live = max(0, LIVE_BYTES - self.output_bytes)
+        live = max(0, self._live_bytes - self.output_bytes)
         self.output_bytes += len(data)
         self._pending += data[:live]
         _keep_last(self._ring, data[live:], RING_BYTES)
@@ -54,14 +74,15 @@ class StepOutput:
     def finish(self) -> None:
         """Send everything that is left; no piece is sent after this."""
         self.stop()
+        self._budget.take(min(self.output_bytes, self._live_bytes))
         while self._pending:
             self._flush_piece()
         if self.elided_bytes:
             self._send_text(self._decoder.decode(b"", final=True))
             self._decoder.reset()
             self._send_text(
-                f"\n[… {self.elided_bytes:,} bytes of output left out here: of each step the "
-                "first and the last 512 KiB are kept …]\n"
+                f"\n[… {self.elided_bytes:,} bytes of output left out here: of this step the first "
+                f"{_in_words(self._live_bytes)} and the last {_in_words(RING_BYTES)} are kept …]\n"
             )
         self._pending = self._ring[-RING_BYTES:]
         if self.elided_bytes:
@@ -109,6 +130,12 @@ def readable_tail(text: str) -> str:
     if len(tail) <= TAIL_CHARACTERS:
         return tail
     return "…" + tail[-TAIL_CHARACTERS:]
+
+
+def _in_words(size_bytes: int) -> str:
+    if size_bytes >= 1024 * 1024:
+        return f"{size_bytes / (1024 * 1024):.3g} MiB"
+    return f"{size_bytes // 1024} KiB"
 
 
 def _keep_last(buffer: bytearray, data: bytes, limit: int) -> None:

@@ -38,7 +38,9 @@ def step_failed(
         how = f"was killed by signal {end.signal} ({_signal_name(end.signal)})"
     head = f"Step {step} of {total} failed: {_quoted(command)} {how}."
     parts = [head, _ending(tail), _refusal_hint(refused)]
-    return _failure("step_failed", parts, step, refused)
+    # Nearly always why: a program that can do without what it was refused does not fail.
+    reason = "network_policy_blocked" if refused else "step_failed"
+    return _failure(reason, parts, step, refused)
 
 
 def ran_past_step_time(

@@ -20,13 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hostruntime.assembly import Assembly, Host, Plan, in_thread
+from hostruntime.assembly import Assembly
 from hostruntime.build_log import EventLog
+from hostruntime.build_plan import Host, Plan
 from hostruntime.errors import BuildFailed, HostError, ImageNotFound, InvalidRequest, NotFound
 from hostruntime.images import Image
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.threads import in_thread
 
 State = Literal["running", "published", "failed", "cancelled"]
 KEEP_SECONDS = 7 * 86_400.0
@@ -134,11 +136,13 @@ class BuildManager:
         """The events after number ``after`` as NDJSON (see :class:`EventLog`); raises NotFound."""
         return self._get(build_id).log.follow(after, follow=follow)
 
-    async def cancel(self, build_id: str) -> None:
-        """Stop a build and delete what it published; nothing is left when this returns.
+    async def cancel(self, build_id: str, *, keep_published: bool = False) -> None:
+        """Stop a build; nothing of it is left when this returns, and nothing can come after.
 
-        Idempotent.  An id that was never started is remembered as cancelled, so that a start
-        that comes late starts nothing.  Raises InvalidRequest for an id that is none.
+        What it published before the cancellation came is deleted, unless ``keep_published``:
+        then the build stays published.  Idempotent.  An id that was never started is remembered
+        as cancelled, so that a start that comes late starts nothing.  Raises InvalidRequest for
+        an id that is none.
         """
         build = self._find(build_id)
         if build is None:
@@ -146,6 +150,8 @@ class BuildManager:
             build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
             return
         await self._end(build, "cancelled")
+        if build.state == "published" and keep_published:
+            return
         await in_thread(self._host.store.delete, build_id)
         if build.state == "published":
             error = {"code": "build_cancelled", "message": CANCELLED}
@@ -175,46 +181,35 @@ class BuildManager:
 
     async def _run(self, build: _Build, request: BuildRequest, policy: Policy) -> None:
         began = time.monotonic()
+        plan = _plan(request, policy, build.directory)
+        assembly = Assembly(self._host, plan, build.log.append)
         try:
-            image = await Assembly(
-                self._host, _plan(request, policy, build.directory), build.log.append
-            ).run()
-        except BuildFailed as error:
-            fields = {
-                "code": error.extra["reason"],
-                "step": error.extra.get("step"),
-                "refused": error.extra.get("refused") or None,
-            }
-            build.end("failed", "failed", message=error.detail, **fields)
-        except ImageNotFound:
-            message = (
-                f"The base image {request.base_image} is not on this host: it was deleted, or it "
-                "is a built-in base that has not been made yet."
-            )
-            build.end("failed", "failed", code="base_missing", message=message)
-        except HostError as error:
-            build.end("failed", "failed", code="internal", message=error.detail)
-        except OSError as error:
-            _log.exception("build %s failed by a broken machine", build.id)
-            message = f"The host could not finish the build: {error.strerror or error}."
-            build.end("failed", "failed", code="internal", message=message)
+            image = await assembly.run()
+        except (HostError, OSError) as error:
+            if build.ending is None:
+                _note_failed(build, request, error)
+            else:
+                # It was ended: whatever gave way first is not why.
+                _note_ended(build)
         else:
-            self._note_published(build, image, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._note_published(build, image, seconds, publish_ms=assembly.publish_ms)
 
     def _on_end(self, build: _Build, task: asyncio.Task[None]) -> None:
         """Whatever the task came to, the build has an end that says so."""
         self._running.pop(build.id, None)
+        self._host.store.reinstate(build.id)
         if build.log.terminal is not None:
             return
-        if not task.cancelled():
+        if task.cancelled():
+            _note_ended(build)
+        else:
             _log.error("build %s failed by a defect", build.id, exc_info=task.exception())
             build.end("failed", "failed", code="internal", message=DEFECT)
-        elif build.ending == "cancelled":
-            build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
-        else:
-            build.end("failed", "failed", code="host_lost", message=HOST_LOST)
 
-    def _note_published(self, build: _Build, image: Image, seconds: float) -> None:
+    def _note_published(
+        self, build: _Build, image: Image, seconds: float, publish_ms: int | None = None
+    ) -> None:
         manifest = image.manifest
         build.end(
             "published",
@@ -224,6 +219,7 @@ class BuildManager:
             file_count=manifest.file_count,
             shared_bytes=manifest.shared_bytes,
             total_ms=round(seconds * 1000),
+            publish_ms=publish_ms,
         )
 
     async def _end(self, build: _Build, ending: Literal["cancelled", "host_lost"]) -> None:
@@ -231,7 +227,11 @@ class BuildManager:
             return
         if build.ending is None:
             build.ending = ending
-            build.task.cancel()
+            # Before anything else: from here on it cannot publish, whatever it still does.
+            if await in_thread(self._host.store.revoke, build.id):
+                # At once, not by TERM first: a step that ignores it would hold up the answer.
+                self._host.containers.kill(build.id)
+                build.task.cancel()
         await asyncio.wait([build.task])
 
     async def _settle(self, build: _Build) -> None:
@@ -289,6 +289,36 @@ class BuildManager:
             record = read_json(directory / _RECORD) or {}
             if float(record.get("finished_at", time.time())) < time.time() - KEEP_SECONDS:
                 shutil.rmtree(directory)
+
+
+def _note_failed(build: _Build, request: BuildRequest, error: HostError | OSError) -> None:
+    if isinstance(error, BuildFailed):
+        fields = {
+            "code": error.extra["reason"],
+            "step": error.extra.get("step"),
+            "refused": error.extra.get("refused") or None,
+        }
+        build.end("failed", "failed", message=error.detail, **fields)
+    elif isinstance(error, ImageNotFound):
+        message = (
+            f"The base image {request.base_image} is not on this host: it was deleted, or it "
+            "is a built-in base that has not been made yet."
+        )
+        build.end("failed", "failed", code="base_missing", message=message)
+    elif isinstance(error, HostError):
+        build.end("failed", "failed", code="internal", message=error.detail)
+    else:
+        _log.error("build %s failed by a broken machine", build.id, exc_info=error)
+        message = f"The host could not finish the build: {error.strerror or error}."
+        build.end("failed", "failed", code="internal", message=message)
+
+
+def _note_ended(build: _Build) -> None:
+    """What ended it was asked for, or the agent's own end."""
+    if build.ending == "cancelled":
+        build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+    else:
+        build.end("failed", "failed", code="host_lost", message=HOST_LOST)
 
 
 def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:

@@ -47,7 +47,7 @@ from hostruntime.trees import (
 )
 
 _PATH_MAX = 4096
-_COPY_BYTES = 64 * 1024 * 1024
+_COPY_BYTES = 16 * 1024 * 1024
 CAPABILITY = "security.capability"
 OPAQUE = "trusted.overlay.opaque"
 REDIRECT = "trusted.overlay.redirect"
@@ -122,6 +122,7 @@ class _Walk:
         if base is not None:
             self._link_all(base, output, depth, hidden | {entry.name for entry in changed})
         for entry in changed:
+            self._check_stop()
             if is_directory(entry):
                 self._merge_directory(entry.name, base, upper, output, depth + 1)
             else:
@@ -163,6 +164,7 @@ class _Walk:
             name = entry.name
             if name in hidden:
                 continue
+            self._check_stop()
             if entry.is_dir(follow_symlinks=False):
                 with opened(name, base) as inner, _made(name, output) as made:
                     self._link_all(inner, made, depth + 1, frozenset())

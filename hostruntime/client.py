@@ -34,6 +34,7 @@ from hostruntime.answers import (
     FileStat,
     Health,
     ImageInfo,
+    ImageUsage,
     Progress,
     SandboxInfo,
     UsageInfo,
@@ -118,6 +119,10 @@ class HostClient:
         """One image; raises NotFound."""
         return ImageInfo.from_wire(self._json("GET", f"/images/{image_id}"))
 
+    def image_usage(self, image_id: str) -> ImageUsage:
+        """What an image takes now, and what deleting it gives back; slow.  Raises NotFound."""
+        return ImageUsage.from_wire(self._json("GET", f"/images/{image_id}/usage"))
+
     def delete_image(self, image_id: str) -> bool:
         """Delete an image; True when it is gone, False when its last user has to go first."""
         return self._send("DELETE", f"/images/{image_id}").status_code == 204
@@ -160,9 +165,14 @@ class HostClient:
         """A build's state; raises NotFound."""
         return BuildInfo.from_wire(self._json("GET", f"/builds/{build_id}"))
 
-    def cancel_build(self, build_id: str) -> None:
-        """Cancel a build and delete what it published; returns when all of it is gone."""
-        self._send("DELETE", f"/builds/{build_id}")
+    def cancel_build(self, build_id: str, *, keep_published: bool = False) -> BuildInfo:
+        """Cancel a build; return how it ended, when all of it is gone.
+
+        What it had published is deleted too, unless ``keep_published``: an answer of
+        ``published`` then says that the cancellation came too late, and the image stays.
+        """
+        params = {"keep_published": "true" if keep_published else "false"}
+        return BuildInfo.from_wire(self._json("DELETE", f"/builds/{build_id}", params=params))
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True

@@ -117,6 +117,12 @@ class Disks:
         for owner in sorted(found - set(live)):
             self.release(owner)
 
+    def used(self, owner: str) -> tuple[int, int]:
+        """How many bytes and inodes of an owner's disk are in use.  Raises OSError."""
+        found = os.statvfs(self.path(owner))
+        used_bytes = (found.f_blocks - found.f_bfree) * found.f_frsize
+        return used_bytes, found.f_files - found.f_ffree
+
     def is_full(self, owner: str) -> bool:
         """Whether an owner's disk has next to no blocks or inodes left; False without a disk."""
         if not self.path(owner).is_mount():

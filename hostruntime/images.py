@@ -5,6 +5,8 @@ On disk, under ``images/``::
     img_01J…/                 a template's image
       tree/                   the root tree
       image.json              the manifest, readable JSON
+      contents.json           its digest and packages, as the build's event said
+      digest                  the digest of an image that was made without, once asked for
       users/<user>            an empty file for each sandbox or build that runs on it
       condemned               there once it has been deleted while in use
     debian-12 -> debian-12@1732…   a base: a link to its current generation
@@ -29,10 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hostruntime import kernel
-from hostruntime.errors import Conflict, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.image_digest import image_digest
 from hostruntime.paths import StatePaths, read_json, write_atomically
 from hostruntime.trash import Trash
-from hostruntime.trees import Measure, links_elsewhere, measure, tree_digest
+from hostruntime.trees import Check, Measure, go_on, links_elsewhere, measure, tree_digest
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
 
@@ -41,6 +44,8 @@ ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
 RECONCILE_AGE_SECONDS = 600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CONDEMNED = "condemned"
+CONTENTS = "contents.json"
+_DIGEST = "digest"
 Directories = list[Path]
 Ids = list[str]
 
@@ -50,7 +55,8 @@ class ImageManifest:
     """What is known of an image.  Sizes are bytes of disk; ``created_at`` is Unix seconds.
 
     ``shared_bytes`` is the part of ``size_bytes`` that was hard-linked from ``base`` when the
-    image was made.  ``definition`` identifies the recipe of a built-in base.
+    image was made.  ``definition`` identifies the recipe of a built-in base, ``digest`` what is in
+    the tree (:mod:`hostruntime.image_digest`).
     """
 
     id: str
@@ -61,6 +67,7 @@ class ImageManifest:
     file_count: int
     shared_bytes: int
     definition: str | None = None
+    digest: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +86,7 @@ class ImageManifest:
             file_count=record["file_count"],
             shared_bytes=record["shared_bytes"],
             definition=record.get("definition"),
+            digest=record.get("digest"),
             details=record.get("details") or {},
         )
 
@@ -92,12 +100,21 @@ class Image:
     manifest: ImageManifest
 
 
+class ImageRevokedError(HostError):
+    """Whoever was to publish this image has been ended meanwhile: it must not appear any more."""
+
+    code = "image_revoked"
+    status = 409
+
+
 class ImageStore:
     """The images of one installation.  Methods may be called from any thread."""
 
     def __init__(self, paths: StatePaths, trash: Trash | None = None) -> None:
         self._paths = paths
         self._lock = threading.RLock()
+        self._digesting = threading.Lock()
+        self._revoked: set[str] = set()
         self.trash = trash or Trash(paths)
 
     # Reading ------------------------------------------------------------------------------
@@ -141,6 +158,22 @@ class ImageStore:
         tree = self.get(image_id).tree
         return measure(tree, links_elsewhere(tree))
 
+    def digest(self, image: Image, check: Check = go_on) -> str:
+        """The image's digest; that of one made without is computed the first time, and kept.
+
+        It is then that of a tree without a base: which one it was made over is not known for sure
+        any more.  Slow then.  The image must be in use.  Raises OSError, and what ``check`` does.
+        """
+        if image.manifest.digest is not None:
+            return image.manifest.digest
+        kept = image.tree.parent / _DIGEST
+        with self._digesting:
+            with contextlib.suppress(FileNotFoundError):
+                return kept.read_text()
+            digest = image_digest(image.tree, check=check)
+            write_atomically(kept, digest.encode())
+            return digest
+
     # Using --------------------------------------------------------------------------------
 
     def acquire(self, image_id: str, user: str) -> Image:
@@ -179,24 +212,51 @@ class ImageStore:
         _check_name(image_id)
         return self._paths.staging / image_id
 
-    def publish(self, staged: Path, manifest: ImageManifest) -> Image:
+    def flush(self) -> None:
+        """Write to disk what has been staged, without publishing it.  Raises OSError."""
+        kernel.syncfs(self._paths.staging)
+
+    def publish(self, staged: Path, manifest: ImageManifest, *, flushed: bool = False) -> Image:
         """Make the image in ``staged`` (a directory with ``tree``) visible, whole, by one rename.
 
-        A base replaces the generation there was.  Raises Conflict if a template image of that id
-        exists; OSError.  On any failure ``staged`` is still there.
+        A base replaces the generation there was.  ``flushed`` says that :meth:`flush` has been
+        called on the tree.  Raises Conflict if a template image of that id exists;
+        ImageRevokedError after :meth:`revoke`; OSError.  On any failure ``staged`` is still there.
         """
         _check_name(manifest.id)
         write_atomically(
             staged / "image.json", json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
-        kernel.syncfs(self._paths.images)
+        if flushed:
+            _sync(staged / "image.json")
+            _sync(staged)
+        else:
+            self.flush()
         with self._lock:
+            if manifest.id in self._revoked:
+                raise ImageRevokedError(f"The build of {manifest.id} has been ended.")
             if manifest.kind == "base":
                 directory = self._publish_base(staged, manifest.id)
             else:
                 directory = self._publish_template(staged, manifest.id)
-            _sync_directory(self._paths.images)
+            _sync(self._paths.images)
         return _read_image(directory)
+
+    def revoke(self, image_id: str) -> bool:
+        """From now on nothing is published under this id; False if something already has been.
+
+        Decided under the lock of the rename that publishes: there is no third outcome.
+        """
+        with self._lock:
+            if self.exists(image_id):
+                return False
+            self._revoked.add(image_id)
+            return True
+
+    def reinstate(self, image_id: str) -> None:
+        """Forget a :meth:`revoke`: nobody is left who could publish."""
+        with self._lock:
+            self._revoked.discard(image_id)
 
     def _publish_template(self, staged: Path, image_id: str) -> Path:
         directory = self._paths.images / image_id
@@ -319,8 +379,8 @@ def _read_image(directory: Path) -> Image:
     return Image(manifest.id, directory / "tree", manifest)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

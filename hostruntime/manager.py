@@ -180,6 +180,10 @@ class ContainerManager:
         """Whether next to nothing more can be written to an owner's disk."""
         return self.disks.is_full(owner)
 
+    def disk_used(self, owner: str) -> tuple[int, int]:
+        """How many bytes and files are on an owner's disk.  Raises OSError."""
+        return self.disks.used(owner)
+
     def layer(self, owner: str) -> Path:
         """An owner's writable layer, the overlay's upper directory; ids are those of inside."""
         return self.disks.path(owner) / "upper"
@@ -243,6 +247,13 @@ class ContainerManager:
         """Kill everything in the container but its init.  Raises ContainerGone."""
         running = self.get(owner)
         await asyncio.to_thread(_kill_all_but, self._groups(owner), running.init_pid)
+
+    def kill(self, owner: str) -> None:
+        """Kill everything in a container at once, init included; :meth:`stop` must follow.
+
+        However often something in there has forked, and whatever it ignores.
+        """
+        kill_group(self._groups(owner).unified)
 
     def kill_execs(self) -> None:
         """Kill at once what was asked to run, for an agent about to end; containers stay."""

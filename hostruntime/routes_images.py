@@ -18,12 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.assembly import in_thread
 from hostruntime.bases import BASES, BaseBuilder
 from hostruntime.build_log import KEEP_ALIVE_SECONDS
 from hostruntime.builds import BuildManager, BuildRequest
 from hostruntime.errors import HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.images import ALIASES, Image, ImageStore
+from hostruntime.threads import in_thread
 
 _NDJSON = "application/x-ndjson"
 _MAX_STEPS = 100
@@ -79,12 +79,24 @@ def _base_routes(bases: BaseBuilder) -> list[Route]:
 
 
 def _store_routes(store: ImageStore) -> list[Route]:
+    measuring: dict[str, asyncio.Task[dict[str, int]]] = {}
+
     async def list_images(_: Request) -> Response:
         images = await in_thread(store.list)
         return JSONResponse({"images": [_image(image) for image in images]})
 
     async def get_image(request: Request) -> Response:
         return JSONResponse(_image(store.get(request.path_params["id"])))
+
+    async def usage(request: Request) -> Response:
+        image_id = str(request.path_params["id"])
+        task = measuring.get(image_id)
+        if task is None:
+            # Every inode is read: whoever asks meanwhile gets the same answer.
+            task = asyncio.create_task(in_thread(_usage, store, image_id))
+            measuring[image_id] = task
+            task.add_done_callback(lambda _: measuring.pop(image_id))
+        return JSONResponse(await asyncio.shield(task))
 
     async def delete_image(request: Request) -> Response:
         gone = await in_thread(store.delete, request.path_params["id"])
@@ -98,6 +110,7 @@ def _store_routes(store: ImageStore) -> list[Route]:
         Route("/images", list_images, methods=["GET"]),
         Route("/images/reconcile", reconcile, methods=["POST"]),
         Route("/images/{id}", get_image, methods=["GET"]),
+        Route("/images/{id}/usage", usage, methods=["GET"]),
         Route("/images/{id}", delete_image, methods=["DELETE"]),
     ]
 
@@ -112,7 +125,8 @@ def _build_routes(builds: BuildManager) -> list[Route]:
 
     async def cancel(request: Request) -> Response:
         build_id = str(request.path_params["id"])
-        await builds.cancel(build_id)
+        keep = request.query_params.get("keep_published", "false") == "true"
+        await builds.cancel(build_id, keep_published=keep)
         return JSONResponse(asdict(builds.status(build_id)))
 
     async def events(request: Request) -> Response:
@@ -160,6 +174,16 @@ def _outcome(work: asyncio.Task[Image]) -> dict[str, Any]:
     if not isinstance(error, HostError):
         error = HostFault(f"The base could not be made: {error}.")
     return {"kind": "error", **error.to_wire()}
+
+
+def _usage(store: ImageStore, image_id: str) -> dict[str, int]:
+    measured = store.usage(image_id)
+    return {
+        "size_bytes": measured.size_bytes,
+        "shared_bytes": measured.shared_bytes,
+        "reclaimable_bytes": measured.size_bytes - measured.shared_bytes,
+        "users": len(store.users(image_id)),
+    }
 
 
 def _image(image: Image) -> dict[str, Any]:

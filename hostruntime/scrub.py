@@ -18,10 +18,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from hostruntime.trees import entries, is_directory, opened, opened_if_directory, remove, status
+from hostruntime.trees import (
+    Check,
+    Freed,
+    entries,
+    freed_by_unlinking,
+    go_on,
+    is_directory,
+    opened,
+    opened_if_directory,
+    remove,
+    status,
+)
 
 _ELF_CORE = 4  # e_type ET_CORE (elf(5))
-_BLOCK = 512
 _COMPARE = 1 << 16
 _HOMES = ("root", "home/*")
 
@@ -30,12 +40,14 @@ _HOMES = ("root", "home/*")
 class Rule:
     """In each directory that matches one of ``where``, deal with the names that match ``names``.
 
-    ``remove`` unlinks files and whole directories.  ``empty`` keeps each file's name, owner and
-    mode (a daemon may be able to write its log but not to create it), directories included.
-    ``blank`` puts an empty file in the place of whatever has the name.  Patterns are those of
-    fnmatch; ``unless`` names what is left alone.
+    ``what`` says in a few words what that is; several rules may share it.  ``remove`` unlinks
+    files and whole directories.  ``empty`` keeps each file's name, owner and mode (a daemon may be
+    able to write its log but not to create it), directories included.  ``blank`` puts an empty
+    file in the place of whatever has the name.  Patterns are those of fnmatch; ``unless`` names
+    what is left alone.
     """
 
+    what: str
     where: tuple[str, ...]
     names: tuple[str, ...]
     action: Literal["remove", "empty", "blank", "remove_core"] = "remove"
@@ -48,53 +60,67 @@ def _home(path: str) -> tuple[str, ...]:
 
 RULES: tuple[Rule, ...] = (
     # Package managers: what they fetched to install from, never what they installed.
-    Rule(("var/lib/apt/lists",), ("*",)),
-    Rule(("var/cache/apt/archives",), ("*",)),
-    Rule(("var/cache/apt",), ("*.bin",)),
-    Rule(_home(".cache"), ("pip", "uv", "yarn", "node-gyp", "pnpm", "pypoetry", "pipenv")),
-    Rule(_home(".npm"), ("_cacache", "_logs", "_npx", "_update-notifier-last-checked")),
-    Rule(_home(".yarn/berry"), ("cache",)),
-    Rule(_home(".yarn"), ("cache",)),
-    Rule(("usr/local/share/.cache",), ("yarn",)),
+    Rule("apt package lists", ("var/lib/apt/lists",), ("*",)),
+    Rule("downloaded apt packages", ("var/cache/apt/archives",), ("*",)),
+    Rule("apt caches", ("var/cache/apt",), ("*.bin",)),
+    Rule("pip cache", _home(".cache"), ("pip",)),
+    Rule(
+        "other package managers' caches",
+        _home(".cache"),
+        ("uv", "yarn", "node-gyp", "pnpm", "pypoetry", "pipenv"),
+    ),
+    Rule(
+        "npm cache", _home(".npm"), ("_cacache", "_logs", "_npx", "_update-notifier-last-checked")
+    ),
+    Rule("other package managers' caches", _home(".yarn/berry"), ("cache",)),
+    Rule("other package managers' caches", _home(".yarn"), ("cache",)),
+    Rule("other package managers' caches", ("usr/local/share/.cache",), ("yarn",)),
     # The rest of /var/cache may go by the Filesystem Hierarchy Standard, but for two: debconf
     # keeps its database there, and fontconfig's is what makes a program's first start quick.
-    Rule(("var/cache",), ("*",), unless=("apt", "debconf", "fontconfig")),
-    Rule(("var/cache/debconf",), ("*-old",)),
+    Rule("system caches", ("var/cache",), ("*",), unless=("apt", "debconf", "fontconfig")),
+    Rule("system caches", ("var/cache/debconf",), ("*-old",)),
     # Logs.
-    Rule(("var/log/apt",), ("*",)),
+    Rule("logs", ("var/log/apt",), ("*",)),
     Rule(
+        "logs",
         ("var/log",),
         ("dpkg.log*", "alternatives.log*", "bootstrap.log*", "journal", "*.gz", "*.old", "*.[0-9]"),
     ),
-    Rule(("var/log",), ("*",), "empty"),
-    Rule(("var/lib/dpkg", "var/lib/apt"), ("*-old",)),
-    Rule(("var/backups",), ("*",)),
+    Rule("logs", ("var/log",), ("*",), "empty"),
+    Rule("package databases' backups", ("var/lib/dpkg", "var/lib/apt"), ("*-old",)),
+    Rule("package databases' backups", ("var/backups",), ("*",)),
     # Temporary files and what processes left of themselves.
-    Rule(("tmp", "var/tmp", "workspace"), ("*",)),
-    Rule(("run", "run/*"), ("*.pid",)),
-    Rule(("", *_HOMES), ("core", "core.*"), "remove_core"),
+    Rule("temporary files", ("tmp", "var/tmp", "workspace"), ("*",)),
+    Rule("process id files", ("run", "run/*"), ("*.pid",)),
+    Rule("core dumps", ("", *_HOMES), ("core", "core.*"), "remove_core"),
     # A person's traces.
-    Rule(_HOMES, (".*_history", ".wget-hsts", ".lesshst", ".viminfo", ".sudo_as_admin_successful")),
+    Rule(
+        "shell and program history",
+        _HOMES,
+        (".*_history", ".wget-hsts", ".lesshst", ".viminfo", ".sudo_as_admin_successful"),
+    ),
     # Identities that every machine must have of its own.
-    Rule(("etc",), ("machine-id",), "blank"),
-    Rule(("var/lib/dbus",), ("machine-id",)),
-    Rule(("etc/ssh",), ("ssh_host_*_key", "ssh_host_*_key.pub")),
-    Rule(("var/lib/systemd",), ("random-seed", "credential.secret")),
+    Rule("machine ids", ("etc",), ("machine-id",), "blank"),
+    Rule("machine ids", ("var/lib/dbus",), ("machine-id",)),
+    Rule("SSH host keys", ("etc/ssh",), ("ssh_host_*_key", "ssh_host_*_key.pub")),
+    Rule("random seeds", ("var/lib/systemd",), ("random-seed", "credential.secret")),
 )
 
 
-def scrub(tree: Path, rules: Sequence[Rule] = RULES) -> int:
-    """Apply ``rules`` to the unpublished ``tree``; return the bytes of disk given back.
+def scrub(tree: Path, rules: Sequence[Rule] = RULES, check: Check = go_on) -> dict[str, Freed]:
+    """Apply ``rules`` to the unpublished ``tree``; return what went, by the rules' ``what``.
 
     Raises OSError.
     """
-    freed = 0
+    freed: dict[str, Freed] = {}
     with opened(tree) as root:
         for rule in rules:
             for where in rule.where:
                 for directory in _directories(root, [part for part in where.split("/") if part]):
-                    freed += _apply(rule, directory)
-    return freed
+                    freed[rule.what] = freed.get(rule.what, Freed()) + _apply(
+                        rule, directory, check
+                    )
+    return {what: gone for what, gone in freed.items() if gone}
 
 
 def _directories(parent: int, parts: Sequence[str]) -> Iterator[int]:
@@ -110,42 +136,46 @@ def _directories(parent: int, parts: Sequence[str]) -> Iterator[int]:
                 yield from _directories(found, parts[1:])
 
 
-def _apply(rule: Rule, directory: int) -> int:
-    act = _ACTIONS[rule.action]
-    return sum(
-        act(entry.name, directory)
-        for entry in entries(directory)
-        if _matches(entry.name, rule.names) and not _matches(entry.name, rule.unless)
-    )
+def _apply(rule: Rule, directory: int, check: Check) -> Freed:
+    act, freed = _ACTIONS[rule.action], Freed()
+    for entry in entries(directory):
+        if _matches(entry.name, rule.names) and not _matches(entry.name, rule.unless):
+            check()
+            freed += act(entry.name, directory, check)
+    return freed
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _empty(name: str, directory: int) -> int:
+def _empty(name: str, directory: int, check: Check) -> Freed:
+    check()
     found = status(name, directory)
     if stat.S_ISDIR(found.st_mode):
+        freed = Freed()
         with opened(name, directory) as inner:
-            return sum(_empty(entry.name, inner) for entry in entries(inner))
+            for entry in entries(inner):
+                freed += _empty(entry.name, inner, check)
+        return freed
     if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-        return 0
+        return Freed()
     return _replace_by_empty(name, directory, found)
 
 
-def _blank(name: str, directory: int) -> int:
+def _blank(name: str, directory: int, check: Check) -> Freed:
     found = status(name, directory)
     if stat.S_ISREG(found.st_mode):
-        return _empty(name, directory)
-    freed = remove(name, directory)
+        return _empty(name, directory, check)
+    freed = remove(name, directory, check)
     with _new_file(name, directory) as descriptor:
         os.fchmod(descriptor, 0o444)
     return freed
 
 
-def _remove_core(name: str, directory: int) -> int:
+def _remove_core(name: str, directory: int, check: Check) -> Freed:
     if not stat.S_ISREG(status(name, directory).st_mode):
-        return 0
+        return Freed()
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         header = os.read(descriptor, 18)
@@ -153,10 +183,10 @@ def _remove_core(name: str, directory: int) -> int:
         os.close(descriptor)
     order: Literal["little", "big"] = "big" if header[5:6] == b"\2" else "little"
     is_core = header[:4] == b"\x7fELF" and int.from_bytes(header[16:18], order) == _ELF_CORE
-    return remove(name, directory) if is_core else 0
+    return remove(name, directory, check) if is_core else Freed()
 
 
-_ACTIONS: dict[str, Callable[[str, int], int]] = {
+_ACTIONS: dict[str, Callable[[str, int, Check], Freed]] = {
     "remove": remove,
     "empty": _empty,
     "blank": _blank,
@@ -164,13 +194,13 @@ _ACTIONS: dict[str, Callable[[str, int], int]] = {
 }
 
 
-def _replace_by_empty(name: str, directory: int, found: os.stat_result) -> int:
+def _replace_by_empty(name: str, directory: int, found: os.stat_result) -> Freed:
     temporary = f".orkestr-scrub-{os.getpid()}"
     with _new_file(temporary, directory) as descriptor:
         os.fchown(descriptor, found.st_uid, found.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    return found.st_blocks * _BLOCK if found.st_nlink == 1 else 0
+    return freed_by_unlinking(found)
 
 
 @contextmanager

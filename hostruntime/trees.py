@@ -24,6 +24,14 @@ _BLOCK = 512  # the unit of st_blocks (stat(2))
 _READ = 1 << 20
 
 
+Check = Callable[[], None]
+"""Called between the pieces of long work; it raises to end that."""
+
+
+def go_on() -> None:
+    """The check that never ends anything."""
+
+
 class TreeTooDeep(HostFault):
     """Directories are nested deeper than :data:`MAX_DEPTH`."""
 
@@ -87,28 +95,47 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
 
 
-def remove(name: str, dir_fd: int) -> int:
-    """Remove a file or a whole directory; return how many bytes of disk that gave back.
+@dataclass(frozen=True)
+class Freed:
+    """What removing gave back: bytes of disk, and how many names that are not directories."""
 
-    A file that is linked elsewhere gives nothing back.  Raises :class:`TreeTooDeep`, OSError.
-    """
-    return _remove(name, dir_fd, 0)
+    size_bytes: int = 0
+    files: int = 0
+
+    def __add__(self, other: Freed) -> Freed:
+        return Freed(self.size_bytes + other.size_bytes, self.files + other.files)
+
+    def __bool__(self) -> bool:
+        return self.size_bytes > 0 or self.files > 0
 
 
-def _remove(name: str, dir_fd: int, depth: int) -> int:
+def freed_by_unlinking(found: os.stat_result) -> Freed:
+    """What goes with one name of a file: a file that is linked elsewhere gives nothing back."""
+    return Freed(found.st_blocks * _BLOCK if found.st_nlink == 1 else 0, 1)
+
+
+def remove(name: str, dir_fd: int, check: Check = go_on) -> Freed:
+    """Remove a file or a whole directory.  Raises :class:`TreeTooDeep`, OSError."""
+    return _remove(name, dir_fd, check, 0)
+
+
+def _remove(name: str, dir_fd: int, check: Check, depth: int) -> Freed:
     if depth > MAX_DEPTH:
         raise TreeTooDeep
+    check()
     found = status(name, dir_fd)
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=dir_fd)
-        return found.st_blocks * _BLOCK if found.st_nlink == 1 else 0
+        return freed_by_unlinking(found)
+    freed = Freed(found.st_blocks * _BLOCK)
     with opened(name, dir_fd) as inner:
-        freed = sum(_remove(entry.name, inner, depth + 1) for entry in entries(inner))
+        for entry in entries(inner):
+            freed += _remove(entry.name, inner, check, depth + 1)
     os.rmdir(name, dir_fd=dir_fd)
-    return freed + found.st_blocks * _BLOCK
+    return freed
 
 
-def measure(tree: Path, shared: Set[int] = frozenset()) -> Measure:
+def measure(tree: Path, shared: Set[int] = frozenset(), check: Check = go_on) -> Measure:
     """Count what ``tree`` holds; ``shared`` are the inode numbers that belong to others too.
 
     Raises :class:`TreeTooDeep`, OSError.
@@ -120,6 +147,7 @@ def measure(tree: Path, shared: Set[int] = frozenset()) -> Measure:
         nonlocal names
         if depth > MAX_DEPTH:
             raise TreeTooDeep
+        check()
         own = os.fstat(dir_fd)
         blocks[own.st_ino] = own.st_blocks
         with os.scandir(dir_fd) as scan:
@@ -129,6 +157,7 @@ def measure(tree: Path, shared: Set[int] = frozenset()) -> Measure:
                     directories.append(entry.name)
                     continue
                 names += 1
+                check()
                 if entry.inode() not in blocks:
                     blocks[entry.inode()] = entry.stat(follow_symlinks=False).st_blocks
         for name in directories:

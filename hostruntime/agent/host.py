@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, assembly
+from hostruntime import __version__, build_plan
 from hostruntime.bases import BaseBuilder
 from hostruntime.builds import BuildManager
 from hostruntime.egress import EgressProxy, host_registries
@@ -127,8 +127,8 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep)
     containers = ContainerManager(paths, instance, pool, launchers)
 
-    engine = assembly.Host(
-        store, containers, partial(runtime_tree, paths), partial(assembly.refused_hosts, proxy)
+    engine = build_plan.Host(
+        store, containers, partial(runtime_tree, paths), partial(build_plan.refused_hosts, proxy)
     )
     return Host(
         paths=paths,

@@ -12,23 +12,26 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from hostruntime.assembly import Assembly, Host, Plan, in_thread
+from hostruntime.assembly import Assembly
 from hostruntime.bases import cpython
 from hostruntime.bases.debian import bootstrap
 from hostruntime.bases.definitions import BASES, BaseDefinition, definition_digest
+from hostruntime.build_plan import Host, Plan
 from hostruntime.capture import capture
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
+from hostruntime.image_digest import image_digest
 from hostruntime.images import ALIASES, Image, ImageManifest
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths
 from hostruntime.policy import Policy
 from hostruntime.registries import Registries
 from hostruntime.scrub import scrub
+from hostruntime.threads import in_thread
 from hostruntime.trees import Measure, measure
 
 __all__ = ["BASES", "BaseBuilder", "BaseDefinition", "BaseStatus", "definition_digest"]
@@ -171,7 +174,9 @@ class BaseBuilder:
             await bootstrap(base, fresh, registries.apt, say)
             measured = await in_thread(_finish_tree, fresh, staged / "tree")
             await in_thread(store.trash.discard, fresh)
-            manifest = _manifest(base, measured, {"made_in_seconds": _elapsed(began)})
+            digest = await in_thread(image_digest, staged / "tree")
+            details = {"made_in_seconds": _elapsed(began)}
+            manifest = replace(_manifest(base, measured, details), digest=digest)
             image = await in_thread(store.publish, staged, manifest)
         except BaseException:
             await in_thread(store.trash.discard, staged)

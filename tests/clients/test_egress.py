@@ -23,6 +23,7 @@ def test_a_build_that_is_refused_a_host_says_which_and_how_to_allow_it(
     assert f"the network policy refused: {UNLISTED}:443" in message
     assert "allow_domains" in message
     assert failed["refused_hosts"] == [UNLISTED]
+    assert failed["error_code"] == "network_policy_blocked"
 
 
 def test_an_allowed_host_is_no_longer_refused(templates: Templates) -> None:

@@ -27,6 +27,7 @@ from hostruntime.answers import (
     FileContent,
     FileStat,
     ImageInfo,
+    ImageUsage,
     SandboxInfo,
     UsageInfo,
 )
@@ -197,6 +198,17 @@ class FakeHost:
         self._up()
         return list(self.stored.values())
 
+    def image_usage(self, image_id: str) -> ImageUsage:
+        """As the client, of what was said when it was published."""
+        self._up()
+        with self.lock:
+            if image_id not in self.stored:
+                raise ImageNotFound(f"There is no image {image_id}.")
+            image = self.stored[image_id]
+            users = sum(box.info.image == image_id for box in self.booted.values())
+            own = image.size_bytes - image.shared_bytes
+            return ImageUsage(image.size_bytes, image.shared_bytes, own, users)
+
     def delete_image(self, image_id: str) -> bool:
         """As the client."""
         self._up()
@@ -276,17 +288,20 @@ class FakeHost:
                 raise NotFound(f"There is no build {build_id}.")
             return BuildInfo(build_id, build.state, len(build.events))
 
-    def cancel_build(self, build_id: str) -> None:
+    def cancel_build(self, build_id: str, *, keep_published: bool = False) -> BuildInfo:
         """As the client."""
         self._up()
         with self.lock:
             build = self.built.setdefault(build_id, FakeBuild({"recipe": []}, starts=0))
+            if build.state == "published" and keep_published:
+                return self.build(build_id)
             if build.state == "running":
                 self.emit(
                     build_id, "failed", code="build_cancelled", message="The build was cancelled."
                 )
             build.state = "cancelled"
         self.delete_image(build_id)
+        return self.build(build_id)
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True

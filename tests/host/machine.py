@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hostruntime.assembly import Host, in_thread, refused_hosts
 from hostruntime.bases import BaseBuilder
+from hostruntime.build_plan import Host, refused_hosts
 from hostruntime.builds import BuildManager
 from hostruntime.egress import EgressProxy, host_registries
 from hostruntime.images import ImageStore
@@ -22,6 +22,7 @@ from hostruntime.paths import (
     release_instance,
 )
 from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
+from hostruntime.threads import in_thread
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ class FakeContainers:
     def layer(self, owner: str) -> Path:
         return self.specs[owner].directory / "disk" / "upper"
 
+    def disk_used(self, owner: str) -> tuple[int, int]:
+        paths = list(self.layer(owner).rglob("*"))
+        return sum(path.stat().st_size for path in paths if path.is_file()), len(paths)
+
+    def kill(self, owner: str) -> None:
+        """The tests' containers hold no process."""
+
     def disk_is_full(self, owner: str) -> bool:
         return "fill" in self.ran
 

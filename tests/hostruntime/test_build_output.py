@@ -7,19 +7,22 @@ import asyncio
 import pytest
 
 from hostruntime.build_output import (
+    BUDGET_BYTES,
+    LEAST_LIVE_BYTES,
     LIVE_BYTES,
     PIECE_BYTES,
     RING_BYTES,
     TAIL_CHARACTERS,
+    OutputBudget,
     StepOutput,
     readable_tail,
 )
 
 
 class Sink:
-    def __init__(self) -> None:
+    def __init__(self, budget: OutputBudget | None = None) -> None:
         self.pieces: list[str] = []
-        self.output = StepOutput(self.pieces.append)
+        self.output = StepOutput(self.pieces.append, budget)
 
     @property
     def text(self) -> str:
@@ -51,8 +54,8 @@ async def test_no_more_than_ten_pieces_a_second_while_it_runs(sink: Sink) -> Non
     assert sink.text == "x" * 50
 
 
-async def test_exactly_one_mebibyte_is_kept_whole(sink: Sink) -> None:
-    data = b"0123456789abcdef" * (1024 * 64)
+async def test_exactly_nine_mebibytes_are_kept_whole(sink: Sink) -> None:
+    data = b"0123456789abcdef" * (9 * 1024 * 64)
     sink.output.feed(data)
     sink.output.finish()
     assert sink.text == data.decode()
@@ -62,7 +65,7 @@ async def test_exactly_one_mebibyte_is_kept_whole(sink: Sink) -> None:
 
 @pytest.mark.parametrize("chunk", [8, 1000, 65_536, 3_000_000])
 async def test_the_middle_of_more_is_left_out_and_said_so(sink: Sink, chunk: int) -> None:
-    data = b"".join(b"%07d\n" % number for number in range(400_000))
+    data = b"".join(b"%07d\n" % number for number in range(1_400_000))
     for start in range(0, len(data), chunk):
         sink.output.feed(data[start : start + chunk])
     sink.output.finish()
@@ -72,7 +75,30 @@ async def test_the_middle_of_more_is_left_out_and_said_so(sink: Sink, chunk: int
     before, _, after = sink.text.partition(f"\n{note}")
     assert before == data[:LIVE_BYTES].decode()
     assert after.partition("…]\n")[2] == data[-RING_BYTES:].decode()
-    assert sink.output.tail().endswith("0399999")
+    assert after.startswith(": of this step the first 8 MiB and the last 1 MiB are kept …]\n")
+    assert sink.output.tail().endswith("1399999")
+
+
+async def test_the_steps_of_a_build_share_what_their_beginnings_may_take() -> None:
+    budget, data = OutputBudget(), b"0123456\n" * (2 * 1024 * 1024)
+    kept = []
+    for _ in range(6):
+        sink = Sink(budget)
+        sink.output.feed(data)
+        sink.output.finish()
+        kept.append(len(sink.text.partition("\n[…")[0]))
+        assert sink.text.endswith(data[-RING_BYTES:].decode())
+    assert kept == [LIVE_BYTES] * 4 + [LEAST_LIVE_BYTES] * 2
+    assert sum(kept[:4]) == BUDGET_BYTES
+    assert "the first 64 KiB and the last 1 MiB" in sink.text
+
+
+async def test_a_quiet_step_leaves_the_others_their_share() -> None:
+    budget = OutputBudget(LIVE_BYTES + 10)
+    first = Sink(budget)
+    first.output.feed(b"x" * 10)
+    first.output.finish()
+    assert budget.share() == LIVE_BYTES
 
 
 async def test_characters_split_between_chunks_are_put_together(sink: Sink) -> None:
@@ -83,7 +109,7 @@ async def test_characters_split_between_chunks_are_put_together(sink: Sink) -> N
 
 
 async def test_a_cut_in_the_middle_of_characters_leaves_no_rubbish(sink: Sink) -> None:
-    sink.output.feed("😀".encode() * 400_000 + b"!")
+    sink.output.feed("😀".encode() * 2_400_000 + b"!")
     sink.output.finish()
     assert sink.text.count("\ufffd") <= 1
     assert sink.text.endswith("😀!")

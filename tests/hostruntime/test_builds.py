@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostruntime.assembly import Host
+from hostruntime.build_plan import Host
 from hostruntime.build_report import Refused
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
 from hostruntime.errors import InvalidRequest, NotFound
-from hostruntime.images import ImageManifest, ImageStore
+from hostruntime.images import ImageManifest, ImageRevokedError, ImageStore
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.trees import tree_digest
 from tests.hostruntime.fake_containers import FakeContainers, tree_of
@@ -84,6 +86,7 @@ async def test_a_recipe_becomes_an_image(world: World) -> None:
         *("step_started", "step_finished"),
         "scrub",
         "capture",
+        "contents",
         "published",
     ]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
@@ -105,15 +108,41 @@ async def test_a_recipe_becomes_an_image(world: World) -> None:
 async def test_events_carry_the_fields_of_the_contract(world: World) -> None:
     events = {event["kind"]: event for event in await world.build("say hello")}
     assert events["boot"]["boot_ms"] == 12.3
+    assert events["boot"]["duration_ms"] >= 0
     started = {key: events["step_started"][key] for key in ("step", "total", "command")}
     assert started == {"step": 1, "total": 1, "command": "say hello"}
     assert (events["output"]["step"], events["output"]["text"]) == (1, "hello\n")
     finished = events["step_finished"]
     keys = ("step", "exit_code", "signal", "duration_ms", "output_bytes", "elided_bytes")
     assert [finished[key] for key in keys] == [1, 0, None, 5, 6, 0]
-    assert set(events["scrub"]) >= {"removed_bytes", "duration_ms"}
+    assert (finished["added_bytes"], finished["added_files"]) == (0, 0)
+    assert set(events["scrub"]) >= {"removed_bytes", "removed", "duration_ms"}
     assert set(events["capture"]) >= {"size_bytes", "file_count", "shared_bytes", "duration_ms"}
-    assert events["published"]["total_ms"] >= 0
+    assert events["published"]["total_ms"] >= events["published"]["publish_ms"] >= 0
+
+
+async def test_what_a_step_added_and_the_scrub_removed_is_told(world: World) -> None:
+    events = await world.build("write etc/new 12345", "write tmp/x 1", "write var/log/a.log logged")
+    added = [
+        (event["added_bytes"], event["added_files"])
+        for event in events
+        if event["kind"] == "step_finished"
+    ]
+    assert added == [(5, 2), (1, 2), (6, 3)]
+    scrubbed = next(event for event in events if event["kind"] == "scrub")
+    assert scrubbed["removed"] == [{"what": "logs", "bytes": 4096, "files": 1}]
+    assert scrubbed["removed_bytes"] == 4096
+
+
+async def test_a_step_that_says_nothing_is_told_ever_more_rarely(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostruntime.steps.SILENCE_SECONDS", 0.02)
+    events = await world.build("sleep 0.5", "sleep 0.01")
+    silent = [
+        (event["step"], event["seconds"]) for event in events if event["kind"] == "step_silent"
+    ]
+    assert silent[:4] == [(1, 0.02), (1, 0.04), (1, 0.08), (1, 0.16)]
 
 
 async def test_a_failing_step_stops_the_build(world: World) -> None:
@@ -160,13 +189,14 @@ async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
     failed = (await world.build("fail 7"))[-1]
     assert "the network policy refused: example.org:443, 10.0.0.1:80." in failed["message"]
     assert '"allow_domains" (beside "@default"' in failed["message"]
-    assert failed["refused"] == ["example.org"]
+    assert (failed["code"], failed["refused"]) == ("network_policy_blocked", ["example.org"])
     assert 'network "open"' in failed["message"]
 
 
 async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> None:
     world.refused = [Refused("example.org", 80, "not_https")]
     failed = (await world.build("fail 1"))[-1]
+    assert failed["code"] == "network_policy_blocked"
     assert "use https:// addresses" in failed["message"]
     assert "refused" not in failed
 
@@ -294,13 +324,13 @@ async def test_cancelling_in_the_middle_of_a_phase(
     def ask() -> None:
         cancelling.append(loop.create_task(world.builds.cancel("img_1")))
 
-    def held(*args: Any) -> Any:
+    def held(*args: Any, **options: Any) -> Any:
         if phase == "acquire":
             ask()
         else:
             loop.call_soon_threadsafe(ask)
             time.sleep(0.1)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(world.store, phase, held)
     world.start("write etc/a x")
@@ -310,6 +340,83 @@ async def test_cancelling_in_the_middle_of_a_phase(
     assert world.builds.status("img_1").state == "cancelled"
     assert not world.store.exists("img_1")
     world.check_clean()
+
+
+async def test_a_cancellation_races_the_publishing_and_one_of_them_wins(world: World) -> None:
+    """A hundred times, at any instant around it: never both, never neither."""
+    spread = random.Random(6)
+    outcomes: dict[str, int] = {"published": 0, "cancelled": 0}
+    wait = 0.02
+    for number in range(100):
+        build_id = f"img_{number}"
+        world.start("write etc/a x", build_id=build_id)
+        await asyncio.sleep(spread.uniform(0.7, 1.3) * wait)
+        await world.builds.cancel(build_id, keep_published=True)
+        state = world.builds.status(build_id).state
+        outcomes[state] += 1
+        # So that it stays around the instant of publishing, whatever the machine's speed.
+        wait *= 0.95 if state == "published" else 1.05
+        assert world.store.exists(build_id) == (state == "published")
+        last = (await world.events(build_id))[-1]
+        assert last["kind"] == ("published" if state == "published" else "failed")
+    assert min(outcomes.values()) > 0, outcomes
+    for image in world.store.list():
+        world.store.delete(image.id if image.manifest.kind == "template" else "")
+    assert {image.id for image in world.store.list()} == {"debian-12"}
+    world.check_clean("img_0")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_what_is_being_published_when_the_cancellation_comes(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, keep: bool
+) -> None:
+    """Held right after the rename, under its lock: the cancellation has come too late."""
+    publishing = threading.Event()
+    real = world.store._publish_template
+
+    def slow(staged: Path, image_id: str) -> Path:
+        directory = real(staged, image_id)
+        publishing.set()
+        time.sleep(0.1)
+        return directory
+
+    monkeypatch.setattr(world.store, "_publish_template", slow)
+    world.start("write etc/a x")
+    await asyncio.to_thread(publishing.wait, 5)
+    await world.builds.cancel("img_1", keep_published=keep)
+    assert (await world.events())[-1]["kind"] == "published"
+    assert world.store.exists("img_1") == keep
+    assert world.builds.status("img_1").state == ("published" if keep else "cancelled")
+
+
+async def test_whoever_was_ended_cannot_publish_however_late(world: World) -> None:
+    staged = world.store.staging("img_1")
+    grow(staged / "tree", {"etc/a": "late"})
+    assert world.store.revoke("img_1")
+    with pytest.raises(ImageRevokedError):
+        world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
+    assert not world.store.exists("img_1")
+    world.store.reinstate("img_1")
+    world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
+    assert not world.store.revoke("img_1")
+
+
+async def test_cancelling_does_not_wait_for_the_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushing, go_on = threading.Event(), threading.Event()
+
+    def flush() -> None:
+        flushing.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr(world.store, "flush", flush)
+    world.start("write etc/a x")
+    await asyncio.to_thread(flushing.wait, 5)
+    await world.builds.cancel("img_1")
+    assert not go_on.is_set()
+    world.check_clean()
+    go_on.set()
 
 
 async def test_cancelling_a_published_build_deletes_its_image(world: World) -> None:

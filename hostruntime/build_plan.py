@@ -1,0 +1,64 @@
+"""What is to be made, and what a build needs of its host: the data every phase shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hostruntime.build_report import Refused
+from hostruntime.egress import EgressProxy
+from hostruntime.images import ImageStore
+from hostruntime.limits import Limits
+from hostruntime.manager import ContainerManager
+from hostruntime.policy import Policy
+
+
+class Emit(Protocol):
+    """Takes each event: its kind and its fields, as the contract names them."""
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        """Record one event."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an assembly needs of the host.
+
+    ``runtime_tree`` takes a network mode.  ``refusals`` takes an owner and a Unix time and says
+    which hosts the network policy has refused it since.
+    """
+
+    store: ImageStore
+    containers: ContainerManager
+    runtime_tree: Callable[[str], Path]
+    refusals: Callable[[str, float], list[Refused]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
+
+    ``provide`` is called with the writable layer's directory before the container starts, in a
+    thread, to put files in.  ``details`` and ``definition`` go into the manifest.
+    """
+
+    image_id: str
+    kind: Literal["base", "template"]
+    base: str
+    recipe: tuple[str, ...]
+    policy: Policy
+    limits: Limits
+    step_timeout: float
+    build_timeout: float
+    directory: Path
+    provide: Callable[[Path], None] | None = None
+    definition: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]:
+    """What an owner's container was refused since a Unix time, each once."""
+    refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
+    return list(dict.fromkeys(Refused(d.host, d.port, d.reason) for d in refused))

@@ -1,0 +1,155 @@
+"""An image's digest: equal for trees that hold the same, whenever and wherever they were made.
+
+``sha256:`` and the SHA-256, in hexadecimal, of a canonical listing.  It begins with the record
+``orkestr-image-1`` and the digest of the base (empty without one).  Then, directory by directory
+in the order of their names' bytes, comes a record for
+
+* every entry that is not the base's own entry of that path (the same inode): ``+``, path, type
+  (``d f l p`` for directory, file, link, pipe), permission bits (octal), uid, gid, size (0 for a
+  directory), content, and each extended attribute's name and value (hexadecimal);
+* every path of the base that is gone: ``-`` and the path.
+
+A record is its fields, each ended by NUL, and a newline.  The content of a link is its target, of
+a file the SHA-256 (hexadecimal) of each of its 64 KiB blocks that is not all zero, in order, its
+offset before it (8 bytes, big-endian): what is a hole costs nothing and counts as zeros.
+
+Times and inode numbers count for nothing, nor which names are one file.  Files that are still the
+base's are not even looked at, so a digest costs what the image's own files do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from hostruntime.sparse import data_extents
+from hostruntime.trees import (
+    MAX_DEPTH,
+    Check,
+    TreeTooDeep,
+    attributes,
+    child_path,
+    entries,
+    go_on,
+    is_directory,
+    opened,
+    opened_if_directory,
+    status,
+)
+
+VERSION = "orkestr-image-1"
+_BLOCK = 64 * 1024
+_READ = 16 * _BLOCK
+_ZEROS = bytes(_BLOCK)
+_TYPES = {stat.S_IFDIR: b"d", stat.S_IFREG: b"f", stat.S_IFLNK: b"l", stat.S_IFIFO: b"p"}
+
+
+def image_digest(
+    tree: Path, base: Path | None = None, base_digest: str = "", check: Check = go_on
+) -> str:
+    """The digest of ``tree``, which was made over ``base``, whose digest is ``base_digest``.
+
+    Raises TreeTooDeep, OSError, and what ``check`` does.
+    """
+    with ExitStack() as stack:
+        root = stack.enter_context(opened(tree))
+        below = stack.enter_context(opened(base)) if base is not None else None
+        listing = _Listing(check)
+        listing.record([VERSION.encode(), base_digest.encode()])
+        listing.entry(b"/", ".", root)
+        listing.visit(root, below, b"", 0)
+    return listing.digest()
+
+
+class _Listing:
+    """The records written so far, as their hash."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+        self._hash = hashlib.sha256()
+        # Of files with several names, so that each is read once.
+        self._contents: dict[int, bytes] = {}
+
+    def digest(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def record(self, fields: Iterable[bytes]) -> None:
+        self._hash.update(b"".join(field + b"\0" for field in fields) + b"\n")
+
+    def visit(self, tree: int, base: int | None, path: bytes, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        old = {} if base is None else {entry.name: entry for entry in entries(base)}
+        new = {entry.name: entry for entry in entries(tree)}
+        for name in sorted(old.keys() | new.keys(), key=os.fsencode):
+            self._check()
+            there = path + b"/" + os.fsencode(name)
+            if name not in new:
+                self.record([b"-", there])
+            elif is_directory(new[name]):
+                self.entry(there, name, tree)
+                self._enter(name, tree, base, there, depth + 1)
+            elif name not in old or old[name].inode() != new[name].inode():
+                self.entry(there, name, tree)
+
+    def _enter(self, name: str, tree: int, base: int | None, path: bytes, depth: int) -> None:
+        with ExitStack() as stack:
+            inner = stack.enter_context(opened(name, tree))
+            below = None
+            if base is not None:
+                below = stack.enter_context(opened_if_directory(name, base))
+            self.visit(inner, below, path, depth)
+
+    def entry(self, path: bytes, name: str, dir_fd: int) -> None:
+        found = status(name, dir_fd)
+        kind = _TYPES.get(stat.S_IFMT(found.st_mode), b"?")
+        size = 0 if kind == b"d" else found.st_size
+        numbers = (f"{stat.S_IMODE(found.st_mode):o}", found.st_uid, found.st_gid, size)
+        fields = [b"+", path, kind, *(str(number).encode() for number in numbers)]
+        fields.append(self._content(name, dir_fd, found))
+        for attribute in sorted(attributes(name, dir_fd)):
+            with contextlib.suppress(OSError):
+                value = os.getxattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
+                fields += [os.fsencode(attribute), value.hex().encode()]
+        self.record(fields)
+
+    def _content(self, name: str, dir_fd: int, found: os.stat_result) -> bytes:
+        if stat.S_ISLNK(found.st_mode):
+            return os.fsencode(os.readlink(name, dir_fd=dir_fd))
+        if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+            return b""
+        known = self._contents.get(found.st_ino)
+        if known is None:
+            known = self._read(name, dir_fd, found.st_size)
+            if found.st_nlink > 1:
+                self._contents[found.st_ino] = known
+        return known
+
+    def _read(self, name: str, dir_fd: int, size: int) -> bytes:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        content = hashlib.sha256()
+        descriptor = os.open(name, flags, dir_fd=dir_fd)
+        try:
+            done = 0
+            for start, end in [(0, size)] if size <= _BLOCK else data_extents(descriptor):
+                done = max(done, start - start % _BLOCK)
+                while done < end:
+                    self._check()
+                    want = min(_READ, end - done)
+                    data = memoryview(os.pread(descriptor, want + -want % _BLOCK, done))
+                    if not data:
+                        break
+                    for offset in range(0, len(data), _BLOCK):
+                        block = data[offset : offset + _BLOCK]
+                        if block != _ZEROS[: len(block)]:
+                            content.update((done + offset).to_bytes(8, "big"))
+                            content.update(block)
+                    done += len(data)
+        finally:
+            os.close(descriptor)
+        return content.hexdigest().encode()

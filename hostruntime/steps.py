@@ -1,0 +1,145 @@
+"""Running a recipe's steps: one shell each, watched, and judged when it ends.
+
+Steps share nothing but the file system.  When one has ended everything it left running is
+killed, so that the next one, and the capture, find it still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from hostruntime.build_output import OutputBudget, StepOutput
+from hostruntime.build_plan import Emit, Host, Plan
+from hostruntime.build_report import (
+    container_stopped,
+    out_of_disk,
+    out_of_memory,
+    ran_past_build_time,
+    ran_past_step_time,
+    step_failed,
+)
+from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled
+from hostruntime.exec import Chunk, Exited, Started, TimedOut, shell
+
+STEP_DIRECTORY = "/root"
+SILENCE_SECONDS: float = 60
+
+
+class Silence:
+    """Tells when nothing has been heard for a minute, and whenever that has lasted twice as long.
+
+    ``tell`` gets the seconds.  For one event loop.
+    """
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()
+        self._told: float = 0
+        self._timer = self._loop.call_later(SILENCE_SECONDS, self._look)
+
+    def heard(self) -> None:
+        """Something was said: begin anew."""
+        self._heard = self._loop.time()
+        if self._told:
+            self._told = 0
+            self._timer.cancel()
+            self._timer = self._loop.call_later(SILENCE_SECONDS, self._look)
+
+    def stop(self) -> None:
+        """Tell nothing any more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        # Set when output was last told of, not at each piece of it, of which there are many.
+        due = self._told * 2 or SILENCE_SECONDS
+        if self._loop.time() >= self._heard + due:
+            self._tell(due)
+            self._told, due = due, due * 2
+        self._timer = self._loop.call_at(self._heard + due, self._look)
+
+
+@dataclass
+class StepRunner:
+    """Runs the steps of one build.  ``remaining`` says how many seconds the build has left."""
+
+    host: Host
+    plan: Plan
+    emit: Emit
+    remaining: Callable[[], float]
+    _budget: OutputBudget = field(default_factory=OutputBudget)
+
+    async def run(self, number: int) -> None:
+        """Run the step of that number, the first being 1.  Raises BuildFailed."""
+        command, total = self.plan.recipe[number - 1], len(self.plan.recipe)
+        self.emit("step_started", step=number, total=total, command=command)
+        began, remaining = time.time(), self.remaining()
+        used_bytes, used_files = self.host.containers.disk_used(self.plan.image_id)
+        output = StepOutput(lambda text: self.emit("output", step=number, text=text), self._budget)
+        try:
+            end = await self._execute(number, output, min(self.plan.step_timeout, remaining))
+            await self.host.containers.kill_strays(self.plan.image_id)
+        except (ContainerGone, ExecKilled):
+            raise container_stopped(number, total, command, output.tail()) from None
+        finally:
+            output.finish()
+        now_bytes, now_files = self.host.containers.disk_used(self.plan.image_id)
+        self.emit(
+            "step_finished",
+            step=number,
+            exit_code=end.code if isinstance(end, Exited) else None,
+            signal=end.signal if isinstance(end, Exited) else None,
+            duration_ms=end.duration_ms,
+            output_bytes=output.output_bytes,
+            elided_bytes=output.elided_bytes,
+            added_bytes=now_bytes - used_bytes,
+            added_files=now_files - used_files,
+        )
+        if isinstance(end, TimedOut):
+            raise self._out_of_time(number, output.tail(), began, remaining)
+        if end.code != 0:
+            raise self._failed(number, output.tail(), end, began)
+
+    async def _execute(self, number: int, output: StepOutput, limit: float) -> Exited | TimedOut:
+        frames = self.host.containers.exec(
+            self.plan.image_id,
+            shell(self.plan.recipe[number - 1]),
+            cwd=STEP_DIRECTORY,
+            env={},
+            timeout=limit,
+            merge_output=True,
+        )
+        silence = Silence(lambda seconds: self.emit("step_silent", step=number, seconds=seconds))
+        try:
+            async with aclosing(frames) as stream:
+                async for frame in stream:
+                    if isinstance(frame, Chunk):
+                        silence.heard()
+                        output.feed(frame.data)
+                    elif not isinstance(frame, Started):
+                        return frame
+        finally:
+            silence.stop()
+        raise ContainerGone("The step's command went away without a word.")
+
+    def _out_of_time(self, number: int, tail: str, began: float, remaining: float) -> BuildFailed:
+        plan = self.plan
+        command, total = plan.recipe[number - 1], len(plan.recipe)
+        if plan.step_timeout <= remaining:
+            refused = self.host.refusals(plan.image_id, began)
+            return ran_past_step_time(number, total, command, tail, plan.step_timeout, refused)
+        return ran_past_build_time(plan.build_timeout, number, total, command, tail)
+
+    def _failed(self, number: int, tail: str, end: Exited, began: float) -> BuildFailed:
+        plan = self.plan
+        command, total = plan.recipe[number - 1], len(plan.recipe)
+        if end.out_of_memory:
+            return out_of_memory(number, total, command, tail, plan.limits.memory_mb)
+        if self.host.containers.disk_is_full(plan.image_id):
+            return out_of_disk(number, total, command, tail, plan.limits.disk_size_mb)
+        refused = self.host.refusals(plan.image_id, began)
+        return step_failed(number, total, command, tail, end, refused)

@@ -1,0 +1,38 @@
+"""Work that is waited for to its end, for code that can be cancelled meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+async def in_thread[T](
+    function: Callable[..., T], *args: Any, on_cancel: Callable[[], None] | None = None
+) -> T:
+    """Run ``function`` in a thread, to its end even when cancelled, and only then be cancelled.
+
+    ``on_cancel`` is called at once, to make the function end soon.
+    """
+    return await to_the_end(asyncio.to_thread(function, *args), on_cancel)
+
+
+async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] | None = None) -> T:
+    """Await something, to its end even when cancelled, and only then be cancelled."""
+    work = asyncio.ensure_future(awaitable)
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancelled = error
+            if on_cancel is not None:
+                on_cancel()
+    if cancelled is None:
+        return work.result()
+    if not work.cancelled() and (failure := work.exception()) is not None:
+        _log.info("cancelled work ended by %s", failure)
+    raise cancelled

@@ -1,0 +1,135 @@
+"""Cancelling a real build in each of its phases: nothing of it is left, and nothing comes after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hostruntime.answers import BuildEvent
+from hostruntime.client import HostClient
+from hostruntime.errors import HostError, ImageNotFound
+from tests.host.agent import Agent, children_named, eventually, groups_named, mounts_below
+from tests.host.conftest import BASE
+
+pytestmark = pytest.mark.host
+
+# Ignores TERM, and so does what it forked away from itself, twice.
+STUBBORN = """
+trap '' TERM HUP INT
+mark=$1
+(setsid sh -c "trap '' TERM HUP; (setsid sh -c 'trap \\"\\" TERM; while :; do sleep 1; done' &) ;
+while :; do sleep 1; done" &)
+echo stubborn
+while :; do sleep 1; done
+"""
+LITTER = "mkdir /var/cache/litter && cd /var/cache/litter && seq 60000 | xargs touch && echo done"
+BALLAST = "head -c 300M /dev/urandom > /srv/ballast; seq 20000 | (cd /srv && xargs touch)"
+
+
+@pytest.fixture
+def build_id(host: HostClient) -> Iterator[str]:
+    name = f"img_cancel{time.time_ns():x}"
+    yield name
+    with suppress(HostError):
+        host.cancel_build(name)
+
+
+def start(host: HostClient, build_id: str, *recipe: str) -> None:
+    host.start_build(build_id, base_image=BASE, recipe=recipe, network="restricted")
+
+
+def await_event(host: HostClient, build_id: str, kind: str, text: str = "") -> BuildEvent:
+    for event in host.build_events(build_id):
+        if event.kind == kind and text in str(event.data):
+            return event
+    raise AssertionError(f"the build ended without {kind}")
+
+
+def traces(agent: Agent, build_id: str) -> list[str]:
+    """What there is of a build on the host, its record left out."""
+    name = f"{agent.prefix}{build_id}"
+    run = Path("/run/orkestr") / agent.prefix.removeprefix("ork").rstrip("-")
+    builds = agent.state / "builds" / build_id
+    return [
+        *groups_named(name),
+        *mounts_below(run / "roots" / name),
+        *map(str, (run / "disks").glob(build_id)),
+        *map(str, (agent.state / "disks").glob(f"{build_id}*")),
+        *map(str, (agent.state / "staging").glob(f"{build_id}*")),
+        *map(str, (agent.state / "images").glob(f"{build_id}*")),
+        *map(str, (agent.state / "images").glob(f"*/users/{build_id}")),
+        *children_named(name),
+        *(str(path) for path in builds.iterdir() if path.suffix not in {".json", ".ndjson"}),
+    ]
+
+
+def check_cancelled(agent: Agent, build_id: str) -> None:
+    host = agent.client
+    last = list(host.build_events(build_id))[-1]
+    assert (last.kind, last.data["code"]) == ("failed", "build_cancelled")
+    assert host.build(build_id).state == "cancelled"
+    with pytest.raises(ImageNotFound):
+        host.image(build_id)
+    # LXC's log is kept with the record until that is forgotten.
+    for _ in eventually():
+        if [trace for trace in traces(agent, build_id) if not trace.endswith("lxc.log")] == []:
+            break
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.01, 0.03, 0.06])
+def test_in_boot(agent: Agent, host: HostClient, build_id: str, wait: float) -> None:
+    start(host, build_id, "sleep 60")
+    time.sleep(wait)
+    assert host.cancel_build(build_id).state == "cancelled"
+    check_cancelled(agent, build_id)
+
+
+def test_in_a_step_that_ignores_it_and_forks_away(
+    agent: Agent, host: HostClient, build_id: str
+) -> None:
+    start(host, build_id, "true", STUBBORN)
+    await_event(host, build_id, "output", "stubborn")
+    assert host.cancel_build(build_id).state == "cancelled"
+    check_cancelled(agent, build_id)
+
+
+def test_while_everything_is_captured(agent: Agent, host: HostClient, build_id: str) -> None:
+    start(host, build_id, BALLAST)
+    await_event(host, build_id, "step_finished")
+    assert host.cancel_build(build_id).state == "cancelled"
+    check_cancelled(agent, build_id)
+
+
+@pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
+def test_while_everything_is_scrubbed(
+    agent: Agent, host: HostClient, build_id: str, wait: float
+) -> None:
+    start(host, build_id, LITTER)
+    await_event(host, build_id, "step_finished")
+    time.sleep(wait)
+    assert host.cancel_build(build_id, keep_published=True).state == "cancelled"
+    check_cancelled(agent, build_id)
+
+
+def test_at_any_instant_around_the_publishing(agent: Agent, host: HostClient) -> None:
+    """Never an image after a cancellation was answered, never one lost before."""
+    wait, outcomes = 0.2, {"published": 0, "cancelled": 0}
+    for number in range(30):
+        name = f"img_race{time.time_ns():x}{number}"
+        start(host, name, "echo x > /srv/x")
+        await_event(host, name, "step_finished")
+        time.sleep(wait)
+        state = host.cancel_build(name, keep_published=True).state
+        outcomes[state] += 1
+        wait *= 0.9 if state == "published" else 1.1
+        if state == "published":
+            assert host.image(name).id == name
+            assert host.cancel_build(name).state == "cancelled"
+        else:
+            check_cancelled(agent, name)
+        assert name not in [image.id for image in host.images()]
+    assert min(outcomes.values()) > 0, outcomes
