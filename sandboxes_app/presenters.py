@@ -9,7 +9,7 @@ from typing import Any
 from hostruntime.answers import DirectoryListing, EgressHost, FileContent, FileStat
 from orkestr_console.json_api import timestamp
 from sandboxes_app.models import Sandbox
-from sandboxes_app.services import BatchRow, ExecAnswer, Limits
+from sandboxes_app.services import BatchRow, ExecAnswer, Limits, TemplateUse
 from sandboxes_app.specs import SIZES
 
 

@@ -113,7 +113,8 @@ class FakeHost:
             if kind in TERMINAL:
                 build.state = ENDED_IN[kind]
                 if kind == "published":
-                    self.stored[build_id] = ImageInfo(build_id, "template")
+                    sizes = {name: data.get(name, 0) for name in ("size_bytes", "shared_bytes")}
+                    self.stored[build_id] = ImageInfo(build_id, "template", **sizes)
             self.lock.notify_all()
             return event
 
