@@ -238,7 +238,7 @@ async def write_file(
 
 
 async def list_files(ctx: Ctx, sandbox_id: SandboxId, path: Path = "/workspace") -> Directory:
-    """List a directory of a sandbox."""
+    """List what is in a directory of a sandbox, with sizes and times."""
     found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
     if not isinstance(found, DirectoryListing):
         raise Conflict(f"{path} is a file; use read_file.", code="is_a_file")
