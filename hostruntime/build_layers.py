@@ -154,6 +154,8 @@ class BuildLayers:
             if not await self._save_tmpfs(directory / TMPFS):
                 return
             await containers.kill_strays(owner)
+            # Not waited for when cancelled: taking the disk away ends it.
+            await asyncio.to_thread(containers.flush_disk, owner)
             await self._stop.in_thread(
                 containers.save_disk, owner, directory / DISK, self._stop.check
             )
@@ -192,9 +194,13 @@ class BuildLayers:
 
     # The end --------------------------------------------------------------------------------
 
-    def published(self) -> None:
+    async def published(self) -> None:
         """What was kept for the case of a failure is not needed any more."""
-        self._host.layers.forget(self._plan.image_id, self._cache.scope, self._written)
+        build, scope = self._plan.image_id, self._cache.scope
+        try:
+            await in_thread(self._host.layers.forget, build, scope, self._written)
+        except (HostError, OSError) as error:
+            _log.warning("the layers of build %s stay until they are collected: %s", build, error)
 
 
 @asynccontextmanager

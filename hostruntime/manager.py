@@ -191,6 +191,10 @@ class ContainerManager:
         """How many bytes :meth:`save_disk` would have to copy.  Raises OSError."""
         return self.disks.allocated(owner)
 
+    def flush_disk(self, owner: str) -> None:
+        """Get an owner's disk ready for :meth:`save_disk`; blocks as long as the disk does."""
+        self.disks.flush(owner)
+
     def save_disk(self, owner: str, target: Path, check: Check) -> None:
         """Copy an owner's disk to ``target`` (:meth:`Disks.save`); blocks."""
         self.disks.save(owner, target, check)
