@@ -139,7 +139,9 @@ class ContainerManager:
         A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
         Raises HostFull, Conflict (the owner has one), HostError.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._start(spec)))
+        starting = asyncio.ensure_future(self._start(spec))
+        starting.add_done_callback(_looked_at)
+        return await asyncio.shield(starting)
 
     async def _start(self, spec: ContainerSpec) -> Running:
         async with self._lock(spec.owner):
@@ -437,6 +439,12 @@ def _parent_of(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1])
+
+
+def _looked_at(starting: asyncio.Future[Running]) -> None:
+    """How it ended is no matter to a caller that was cancelled; without one asyncio complains."""
+    if not starting.cancelled():
+        starting.exception()
 
 
 async def _logged(work: Awaitable[None]) -> None:
