@@ -95,14 +95,15 @@ class BuildLayers:
 
         Raises HostError, OSError when that cannot be done.
         """
-        if layer.tmpfs is None:
-            return
-        async with _fed(layer.tmpfs) as stdin:
-            code = await self._run_inside(RESTORE_TMPFS, stdin)
-            # Whatever it left behind could hold on to the pipe.
-            await self._host.containers.kill_strays(self._plan.image_id)
-        if code != 0:
-            raise HostFault(f"The archive {layer.tmpfs} could not be unpacked.")
+        if layer.tmpfs is not None:
+            async with _fed(layer.tmpfs) as stdin:
+                code = await self._run_inside(RESTORE_TMPFS, stdin)
+                # Whatever it left behind could hold on to the pipe.
+                await self._host.containers.kill_strays(self._plan.image_id)
+            if code != 0:
+                raise HostFault(f"The archive {layer.tmpfs} could not be unpacked.")
+        if not layer.is_there():
+            raise HostFault("Another build has replaced or deleted it meanwhile.")
 
     def drop(self, layer: Layer) -> None:
         """It turned out to be of no use."""
