@@ -66,7 +66,7 @@ class Assembly:
                 await self._clean_up()
             image = await self._publish(base, measured)
             if self._layers is not None:
-                await in_thread(self._layers.published)
+                await self._layers.published()
             return image
         except BaseException:
             await in_thread(store.trash.discard, self._staged)

@@ -95,14 +95,15 @@ class BuildLayers:
 
         Raises HostError, OSError when that cannot be done.
         """
-        if layer.tmpfs is None:
-            return
-        async with _fed(layer.tmpfs) as stdin:
-            code = await self._run_inside(RESTORE_TMPFS, stdin)
-            # Whatever it left behind could hold on to the pipe.
-            await self._host.containers.kill_strays(self._plan.image_id)
-        if code != 0:
-            raise HostFault(f"The archive {layer.tmpfs} could not be unpacked.")
+        if layer.tmpfs is not None:
+            async with _fed(layer.tmpfs) as stdin:
+                code = await self._run_inside(RESTORE_TMPFS, stdin)
+                # Whatever it left behind could hold on to the pipe.
+                await self._host.containers.kill_strays(self._plan.image_id)
+            if code != 0:
+                raise HostFault(f"The archive {layer.tmpfs} could not be unpacked.")
+        if not layer.is_there():
+            raise HostFault("Another build has replaced or deleted it meanwhile.")
 
     def drop(self, layer: Layer) -> None:
         """It turned out to be of no use."""
@@ -154,6 +155,8 @@ class BuildLayers:
             if not await self._save_tmpfs(directory / TMPFS):
                 return
             await containers.kill_strays(owner)
+            # Not waited for when cancelled: taking the disk away ends it.
+            await asyncio.to_thread(containers.flush_disk, owner)
             await self._stop.in_thread(
                 containers.save_disk, owner, directory / DISK, self._stop.check
             )
@@ -192,9 +195,13 @@ class BuildLayers:
 
     # The end --------------------------------------------------------------------------------
 
-    def published(self) -> None:
+    async def published(self) -> None:
         """What was kept for the case of a failure is not needed any more."""
-        self._host.layers.forget(self._plan.image_id, self._cache.scope, self._written)
+        build, scope = self._plan.image_id, self._cache.scope
+        try:
+            await in_thread(self._host.layers.forget, build, scope, self._written)
+        except (HostError, OSError) as error:
+            _log.warning("the layers of build %s stay until they are collected: %s", build, error)
 
 
 @asynccontextmanager

@@ -44,7 +44,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build.  ``network`` is restricted or open; timeouts are in seconds."""
+    """What to build.  ``network`` is restricted or open; timeouts are in seconds.
+
+    ``cache`` says where the build keeps its layers; None keeps none, and begins with none.
+    """
 
     id: str
     base_image: str

@@ -125,6 +125,10 @@ class Disks:
         for owner in sorted(found - set(live)):
             self.release(owner)
 
+    def flush(self, owner: str) -> None:
+        """Write to the file what is still in memory, so that :meth:`save` is quick; slow."""
+        kernel.syncfs(self.path(owner))
+
     def save(self, owner: str, target: Path, check: Check = go_on) -> None:
         """Copy an owner's disk to the file ``target``, as it is at one instant.
 

@@ -55,21 +55,28 @@ class RanStep:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer on disk; ``steps`` are those it holds the result of, from the first on."""
+    """A layer on disk, as it was found; it may be deleted or replaced at any time.
+
+    ``steps`` are those it holds the result of, from the first on; ``tmpfs`` is the archive of what
+    was in the tmpfs, None when they were empty.  ``inode`` tells it from what replaces it.
+    """
 
     directory: Path
     steps: tuple[RanStep, ...]
+    tmpfs: Path | None
+    inode: int
 
     @property
     def disk(self) -> Path:
         """The saved disk."""
         return self.directory / DISK
 
-    @property
-    def tmpfs(self) -> Path | None:
-        """The archive of the tmpfs, None when they were empty."""
-        path = self.directory / TMPFS
-        return path if path.exists() else None
+    def is_there(self) -> bool:
+        """Whether it still is what it was found to be."""
+        try:
+            return self.directory.stat().st_ino == self.inode
+        except FileNotFoundError:
+            return False
 
 
 def layer_keys(
@@ -219,6 +226,7 @@ class LayerStore:
     def _read(self, directory: Path) -> Layer | None:
         """The layer in a directory, if it is whole as far as can be told without reading it."""
         try:
+            inode = directory.stat().st_ino
             record = read_json(directory / _RECORD)
             if record is None or record["boot"] != self._boot:
                 return None
@@ -227,7 +235,10 @@ class LayerStore:
             steps = tuple(RanStep(str(step["build"]), step["at"]) for step in record["steps"])
         except (OSError, KeyError, TypeError):
             return None
-        return Layer(directory, steps) if sizes == record["sizes"] and steps else None
+        if sizes != record["sizes"] or not steps:
+            return None
+        tmpfs = directory / TMPFS if TMPFS in names else None
+        return Layer(directory, steps, tmpfs, inode)
 
 
 def _size(directory: Path) -> int:

@@ -139,7 +139,9 @@ class ContainerManager:
         A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
         Raises HostFull, Conflict (the owner has one), HostError.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._start(spec)))
+        starting = asyncio.ensure_future(self._start(spec))
+        starting.add_done_callback(_looked_at)
+        return await asyncio.shield(starting)
 
     async def _start(self, spec: ContainerSpec) -> Running:
         async with self._lock(spec.owner):
@@ -190,6 +192,10 @@ class ContainerManager:
     def disk_allocated(self, owner: str) -> int:
         """How many bytes :meth:`save_disk` would have to copy.  Raises OSError."""
         return self.disks.allocated(owner)
+
+    def flush_disk(self, owner: str) -> None:
+        """Get an owner's disk ready for :meth:`save_disk`; blocks as long as the disk does."""
+        self.disks.flush(owner)
 
     def save_disk(self, owner: str, target: Path, check: Check) -> None:
         """Copy an owner's disk to ``target`` (:meth:`Disks.save`); blocks."""
@@ -433,6 +439,12 @@ def _parent_of(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1])
+
+
+def _looked_at(starting: asyncio.Future[Running]) -> None:
+    """How it ended is no matter to a caller that was cancelled; without one asyncio complains."""
+    if not starting.cancelled():
+        starting.exception()
 
 
 async def _logged(work: Awaitable[None]) -> None:

@@ -59,6 +59,7 @@ async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] |
                 on_cancel()
     if cancelled is None:
         return work.result()
-    if not work.cancelled() and (failure := work.exception()) is not None:
+    failure = None if work.cancelled() else work.exception()
+    if failure is not None and not isinstance(failure, StoppedError):
         _log.info("cancelled work ended by %s", failure)
     raise cancelled

@@ -61,6 +61,9 @@ class FakeContainers:
     def disk_allocated(self, owner: str) -> int:
         return self.disk_used(owner)[0]
 
+    def flush_disk(self, owner: str) -> None:
+        """Nothing is in memory only."""
+
     def save_disk(self, owner: str, target: Path, check: Check) -> None:
         check()
         with tarfile.open(target, "w") as saved:

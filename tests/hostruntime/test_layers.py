@@ -21,6 +21,7 @@ from hostruntime.layers import (
     budget_bytes,
     layer_keys,
 )
+from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.trash import Trash
 from tests.hostruntime.fake_containers import tree_of
@@ -72,7 +73,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def keys(*commands: str, **changes: Any) -> list[str]:
-    fields = {
+    fields: dict[str, Any] = {
         "base": BASE,
         "environment": {"PATH": "/bin"},
         "network": {"mode": "restricted", "allow_domains": None},
@@ -151,6 +152,17 @@ def test_a_layer_replaces_that_of_the_same_key(shelf: Shelf) -> None:
     assert found is not None and found.disk.stat().st_size == 20
 
 
+def test_what_was_found_knows_whether_it_is_still_there(shelf: Shelf) -> None:
+    shelf.put("team_1", KEYS[0])
+    found = shelf.store.deepest("team_1", KEYS)
+    assert found is not None and found.is_there()
+    shelf.put("team_1", KEYS[0])
+    assert not found.is_there()
+    found = shelf.store.deepest("team_1", KEYS)
+    shelf.store.drop("team_1")
+    assert found is not None and not found.is_there()
+
+
 def test_what_a_killed_agent_was_writing_goes(shelf: Shelf) -> None:
     half = shelf.store.begin("img_1")
     (half / "disk.ext4").write_text("half")
@@ -163,9 +175,10 @@ def test_what_a_killed_agent_was_writing_goes(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("scope", ["", "..", "a/b", ".x", "x" * 101])
 def test_a_scope_is_a_plain_name(shelf: Shelf, scope: str) -> None:
-    for use in (lambda: shelf.store.deepest(scope, KEYS), lambda: shelf.store.drop(scope)):
-        with pytest.raises(InvalidRequest):
-            use()
+    with pytest.raises(InvalidRequest):
+        shelf.store.deepest(scope, KEYS)
+    with pytest.raises(InvalidRequest):
+        shelf.store.drop(scope)
 
 
 # What is collected ----------------------------------------------------------------------------
@@ -314,6 +327,24 @@ async def test_a_layer_that_cannot_be_used_is_dropped_and_the_steps_run(world: W
     assert (cached(events), events[-1]["kind"]) == ([], "published")
     assert world.containers.ran == list(FIRST[:2])
     world.check_clean("img_2")
+
+
+async def test_a_layer_that_is_replaced_while_it_is_used_is_not_used(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await build(world, "img_1", *FIRST)
+    real = world.containers.start
+
+    async def start(spec: ContainerSpec) -> Running:
+        running = await real(spec)
+        if spec.saved_disk is not None:
+            world.builds._host.layers.drop("team_1")
+        return running
+
+    monkeypatch.setattr(world.containers, "start", start)
+    events = await build(world, "img_2", *FIRST[:2])
+    assert (cached(events), events[-1]["kind"]) == ([], "published")
+    assert world.containers.ran == list(FIRST[:2])
 
 
 async def test_a_layer_that_cannot_be_written_is_no_failure(
