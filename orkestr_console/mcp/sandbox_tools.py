@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hostruntime.answers import DirectoryListing, FileContent
-from orkestr_console.errors import Conflict, DomainError, ExecKilled, ExecTimeout
+from orkestr_console.errors import Conflict, DomainError, ExecKilled, ExecTimeout, HostUnavailable
 from orkestr_console.ids import new_id
 from orkestr_console.mcp.answers import (
     Background,
@@ -126,6 +126,8 @@ async def exec_command(
                     ),
                     kept,
                 )
+    if last.get("kind") not in {"error", "exec_exited"}:
+        raise HostUnavailable("The host ended the command's stream without saying how it ended.")
     if last["kind"] == "error":
         raise with_output(failure(last), kept)
     return ExecResult(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import posixpath
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,7 +94,7 @@ class FakeHost:
         self.booted: dict[str, FakeSandbox] = {}
         self.ran: list[Ran] = []
         self.answers: dict[str, ExecResult | HostError] = {}
-        self.frames: dict[str, list[ExecFrame | HostError]] = {}
+        self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
         self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
