@@ -152,6 +152,8 @@ CONSOLE = [
     page("GET", "team/audit/jsonl/", **ADMINS),
     page("GET", "team/usage/"),
     page("GET", "team/usage/csv/"),
+    page("GET", "connect/"),
+    page("POST", "connect/", **ADMINS, name="made", access="read"),
     page("GET", "account/"),
     page("POST", "account/name/", name="Me"),
     page("POST", "account/password/", member=400, admin=400, owner=400, other=400, current="?"),
