@@ -1,9 +1,11 @@
-"""The console's own address, for links and examples that people copy."""
+"""The console's own addresses, for links and examples that people copy."""
 
 from __future__ import annotations
 
 from django.conf import settings
 from django.http import HttpRequest
+
+MCP_PATH = "/api/sandboxes/mcp"
 
 
 def console_address(request: HttpRequest) -> str:

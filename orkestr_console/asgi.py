@@ -13,11 +13,12 @@ from channels.routing import ProtocolTypeRouter, URLRouter
 from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
+from orkestr_console.addresses import MCP_PATH
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
 # Loads the apps, which the consumers' modules need.
 http = get_asgi_application()
-MCP = "/api/sandboxes/mcp"
 
 
 def websocket_urls() -> list[Any]:
@@ -33,7 +34,7 @@ def websocket_urls() -> list[Any]:
 
 async def by_path(scope: Any, receive: Any, send: Any) -> None:
     """MCP at its address, Django at every other."""
-    if scope["path"].rstrip("/") != MCP:
+    if scope["path"].rstrip("/") != MCP_PATH:
         await http(scope, receive, send)
         return
     # Its SDK takes a second to import, which a start of the console need not wait for.

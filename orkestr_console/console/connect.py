@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-PATH = "/api/sandboxes/mcp"
 # Stands where a token belongs, in the form that ours have.
 PLACEHOLDER = "ork_YOUR_TOKEN"
 # The revision that ``initialize`` asks for; the server answers with the one it speaks.

@@ -12,7 +12,7 @@ from django.views.decorators.http import require_http_methods
 from orkestr_console.accounts import api_tokens
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Role
-from orkestr_console.addresses import console_address
+from orkestr_console.addresses import MCP_PATH, console_address
 from orkestr_console.console import connect
 from orkestr_console.console.limits_forms import AgentForm
 from orkestr_console.decorators import ConsoleRequest, console_page
@@ -46,7 +46,7 @@ def show(
     request: ConsoleRequest, form: AgentForm, status: int = 200, *, text: str = "", **made: Any
 ) -> HttpResponse:
     """The page, with the client in front that the form was sent from."""
-    url = f"{console_address(request)}{connect.PATH}"
+    url = f"{console_address(request)}{MCP_PATH}"
     token = text or connect.PLACEHOLDER
     guides = connect.guides(url, token)
     keys = [guide.key for guide in guides]

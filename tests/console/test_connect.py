@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 import uvicorn
 from django.contrib.sessions.models import Session
-from django.template.loader import render_to_string
 from django.test import Client, override_settings
 from mcp.server import MCPServer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orkestr_console.accounts import tokens
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Role, Team, User
+from orkestr_console.addresses import MCP_PATH
 from orkestr_console.console import connect
 from tests.conftest import api_client, make_user
 
@@ -132,20 +132,6 @@ def test_the_page_of_a_new_token_leads_here(console: Client) -> None:
     page = text(console.post("/team/tokens/", {"name": "ci", "scopes": ["sandboxes:read"]}))
     banner = page.partition('id="new-token"')[2].partition("</section>")[0]
     assert f'href="{ADDRESS}"' in banner
-
-
-def test_tools_are_listed_when_there_are_some(console: Client) -> None:
-    assert 'class="tools"' not in text(console.get(ADDRESS))
-    tools = [
-        {"name": "list_templates", "description": "Lists <them>.", "read_only": True},
-        {"name": "exec", "description": "Runs a command.", "read_only": False},
-    ]
-    page = render_to_string("console/connect.html", {"tools": tools})
-    listed = page.partition('<ul class="tools">')[2].partition("</ul>")[0]
-    assert [re.sub(r"<[^>]*>", " ", row).split() for row in listed.split("</li>")[:-1]] == [
-        ["list_templates", "only", "reads", "Lists", "&lt;them&gt;."],
-        ["exec", "Runs", "a", "command."],
-    ]
 
 
 # A token ------------------------------------------------------------------------------------------
@@ -331,7 +317,7 @@ def endpoint() -> Iterator[str]:
         """Says hello."""
         return "hello"
 
-    app = guarded(server.streamable_http_app(streamable_http_path=connect.PATH))
+    app = guarded(server.streamable_http_app(streamable_http_path=MCP_PATH))
     web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=web.run)
     thread.start()
@@ -340,7 +326,7 @@ def endpoint() -> Iterator[str]:
             assert thread.is_alive()
             time.sleep(0.01)
         port = web.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}{connect.PATH}"
+        yield f"http://127.0.0.1:{port}{MCP_PATH}"
     finally:
         web.should_exit = True
         thread.join()

@@ -12,11 +12,12 @@ from channels.layers import get_channel_layer
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from orkestr_console.asgi import MCP, application
+from orkestr_console.addresses import MCP_PATH
+from orkestr_console.asgi import application
 from tests.fakes.fixtures import host as host
 from tests.fakes.fixtures import plans as plans
 
-URL = f"http://testserver{MCP}"
+URL = f"http://testserver{MCP_PATH}"
 
 type Connect = Callable[..., AbstractAsyncContextManager[Client]]
 

@@ -9,7 +9,7 @@ import pytest
 from channels.db import database_sync_to_async
 
 from orkestr_console.accounts.models import ApiToken, Plan, Team
-from orkestr_console.asgi import MCP
+from orkestr_console.addresses import MCP_PATH
 from tests.conftest import MakeKey
 from tests.mcp.conftest import URL, Connect, http_client
 from tests.mcp.test_tools import done
@@ -119,7 +119,9 @@ async def test_what_is_no_message_is_refused(key: str, body: bytes) -> None:
 async def test_the_address_with_a_slash_is_the_same(key: str) -> None:
     async with http_client(key, **ACCEPT) as http:
         assert (await http.post(f"{URL}/", json=INITIALIZE)).status_code == 200
-        assert (await http.post(f"http://testserver{MCP}x", json=INITIALIZE)).status_code == 404
+        assert (
+            await http.post(f"http://testserver{MCP_PATH}x", json=INITIALIZE)
+        ).status_code == 404
 
 
 async def test_another_teams_resources_are_not_there(
