@@ -1,0 +1,254 @@
+"""What is in a template's image, and how two images differ.
+
+The host tells it once, when it builds the image: the digest, the packages of each manager, and
+what its scrub removed. Builds from before that have none of it. Every name and version was read
+out of files that somebody's steps wrote: they are text of any kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.errors import Conflict
+from templates_app.models import BuildStep, StepStatus, Template
+from templates_app.services.templates import get_template
+
+# The managers that are looked for, in the order in which they are shown.
+MANAGERS = ("dpkg", "pip", "npm")
+
+
+@dataclass(frozen=True)
+class Package:
+    """One installed package."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What one step added to the disk; None where the host did not tell, as of a cached step."""
+
+    number: int
+    command: str
+    added_bytes: int | None
+    added_files: int | None
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What one rule of the scrub took out of the image."""
+
+    what: str
+    bytes: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in an image.
+
+    ``digest`` is None for a build from before digests; ``packages`` has the managers that have
+    any. ``truncated`` says that there are more packages than are listed.
+    """
+
+    template: Template
+    digest: str | None
+    packages: Mapping[str, tuple[Package, ...]]
+    truncated: bool
+    steps: tuple[StepSize, ...]
+    removed: tuple[Removed, ...]
+
+    @property
+    def count(self) -> int:
+        """How many packages there are."""
+        return sum(map(len, self.packages.values()))
+
+    @property
+    def removed_bytes(self) -> int:
+        """What the scrub removed altogether."""
+        return sum(gone.bytes for gone in self.removed)
+
+
+@dataclass(frozen=True)
+class Versions:
+    """A package of which a and b have different versions, perhaps several each."""
+
+    name: str
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackageDifference:
+    """How the packages of one manager differ, each list sorted by name."""
+
+    manager: str
+    only_a: tuple[Package, ...]
+    only_b: tuple[Package, ...]
+    changed: tuple[Versions, ...]
+    same: int
+
+    @property
+    def count(self) -> int:
+        """How many packages differ."""
+        return len(self.only_a) + len(self.only_b) + len(self.changed)
+
+
+@dataclass(frozen=True)
+class SizeDifference:
+    """A number of both images: ``size_bytes``, ``file_count`` or ``shared_bytes``."""
+
+    name: str
+    a: int | None
+    b: int | None
+
+    @property
+    def change(self) -> int | None:
+        """How much more b has; None where one of them is not known."""
+        return None if self.a is None or self.b is None else self.b - self.a
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """Two steps with the same number; None where a recipe is shorter."""
+
+    number: int
+    a: StepSize | None
+    b: StepSize | None
+
+    @property
+    def same_command(self) -> bool:
+        """Whether both run the same."""
+        return self.a is not None and self.b is not None and self.a.command == self.b.command
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two images, ``a`` and ``b``."""
+
+    a: Contents
+    b: Contents
+    packages: tuple[PackageDifference, ...]
+    sizes: tuple[SizeDifference, ...]
+    steps: tuple[StepDifference, ...]
+
+    @property
+    def same_image(self) -> bool:
+        """Whether both have the same digest: every file is the same."""
+        return self.a.digest is not None and self.a.digest == self.b.digest
+
+
+def contents(actor: Actor, template_id: str) -> Contents:
+    """What is in the image of one of the team's templates.
+
+    Raises ``NotFound``, ``Conflict`` for a template that has no image.
+    """
+    template = get_template(actor, template_id)
+    if not template.is_ready:
+        state = "is still building" if not template.state.is_terminal else "failed"
+        raise Conflict(
+            f"Template '{template.name}' has no image to look into: its build {state}.",
+            code="template_not_ready",
+        )
+    told = template.contents or {}
+    return Contents(
+        template=template,
+        digest=str(told["digest"]) if told.get("digest") else None,
+        packages=packages_of(told),
+        truncated=bool(told.get("truncated")),
+        steps=tuple(size_of(step) for step in template.steps.defer("output")),
+        removed=removed_by_scrub(template),
+    )
+
+
+def packages_of(told: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
+    """The packages by manager, the managers that we know first."""
+    lists: Mapping[str, Any] = told.get("packages") or {}
+    order = [*MANAGERS, *sorted(set(lists) - set(MANAGERS))]
+    return {
+        manager: tuple(Package(str(name), str(version)) for name, version in lists[manager])
+        for manager in order
+        if lists.get(manager)
+    }
+
+
+def size_of(step: BuildStep) -> StepSize:
+    """What a step added."""
+    return StepSize(
+        step.number,
+        step.command,
+        step.added_bytes,
+        step.added_files,
+        cached=step.status == StepStatus.CACHED,
+    )
+
+
+def removed_by_scrub(template: Template) -> tuple[Removed, ...]:
+    """What the scrub took, the largest first; an older host told only the sum."""
+    payload = template.events.filter(kind="scrub").values_list("payload", flat=True).first() or {}
+    rules: Any = payload.get("removed") or []
+    if not rules and payload.get("removed_bytes"):
+        rules = [{"what": "caches and logs", "bytes": payload["removed_bytes"], "files": 0}]
+    found = [
+        Removed(str(rule["what"]), int(rule["bytes"]), int(rule.get("files", 0))) for rule in rules
+    ]
+    return tuple(sorted(found, key=lambda gone: -gone.bytes))
+
+
+def compare(a: Contents, b: Contents) -> Difference:
+    """What differs between two images. Pure."""
+    managers = [*a.packages, *(manager for manager in b.packages if manager not in a.packages)]
+    return Difference(
+        a=a,
+        b=b,
+        packages=tuple(
+            compare_packages(manager, a.packages.get(manager, ()), b.packages.get(manager, ()))
+            for manager in managers
+        ),
+        sizes=tuple(
+            SizeDifference(name, getattr(a.template, name), getattr(b.template, name))
+            for name in ("size_bytes", "file_count", "shared_bytes")
+        ),
+        steps=compare_steps(a.steps, b.steps),
+    )
+
+
+def compare_packages(manager: str, a: Iterable[Package], b: Iterable[Package]) -> PackageDifference:
+    """How one manager's packages differ. A package may be there in several versions."""
+    in_a, in_b = versions(a), versions(b)
+    return PackageDifference(
+        manager,
+        only_a=tuple(Package(n, ", ".join(in_a[n])) for n in sorted(in_a.keys() - in_b.keys())),
+        only_b=tuple(Package(n, ", ".join(in_b[n])) for n in sorted(in_b.keys() - in_a.keys())),
+        changed=tuple(
+            Versions(name, in_a[name], in_b[name])
+            for name in sorted(in_a.keys() & in_b.keys())
+            if in_a[name] != in_b[name]
+        ),
+        same=sum(in_a[name] == in_b[name] for name in in_a.keys() & in_b.keys()),
+    )
+
+
+def versions(packages: Iterable[Package]) -> dict[str, tuple[str, ...]]:
+    """The versions of each package, sorted."""
+    found: dict[str, set[str]] = {}
+    for package in packages:
+        found.setdefault(package.name, set()).add(package.version)
+    return {name: tuple(sorted(known)) for name, known in found.items()}
+
+
+def compare_steps(a: tuple[StepSize, ...], b: tuple[StepSize, ...]) -> tuple[StepDifference, ...]:
+    """The steps side by side, by number."""
+    return tuple(
+        StepDifference(
+            number + 1,
+            a[number] if number < len(a) else None,
+            b[number] if number < len(b) else None,
+        )
+        for number in range(max(len(a), len(b)))
+    )
