@@ -3,7 +3,9 @@
 Messages to the page are JSON objects with a ``kind``:
 
 ``swap {html}``                       each element in it replaces the one with its id
-``append {steps, seq}``   output that the page does not have yet, and the last event it then has
+``append {steps, seq}``   output that the page does not have yet, by step: the ``lines`` that are
+                          complete, the ``tail`` that is not and the number of its line, ``next``;
+                          and the last event that the page then has
 ``gone {}``                           what the page shows was deleted
 
 A notice on the channel layer only says that something changed. Notices that come in a burst are
@@ -45,6 +47,9 @@ type Message = dict[str, Any]
 
 class LivePage(LosesNotices, AsyncWebsocketConsumer):
     """The root of the live consumers. A subclass says which groups, and what has changed."""
+
+    # Seconds after which to look even without a notice; None for never.
+    look_again_after: float | None = None
 
     def groups_of(self, actor: Actor) -> list[str]:
         """The groups whose notices matter to the page. Raises ``NotFound``."""
@@ -109,7 +114,9 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
     async def _tell(self) -> None:
         """Answer notices until the page leaves; re-check who is asking each time."""
         while True:
-            await self._news.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.look_again_after):
+                    await self._news.wait()
             self._news.clear()
             try:
                 messages = await database_sync_to_async(self._changes)()

@@ -101,7 +101,7 @@ async def test_output_is_neither_lost_nor_repeated(
     """The page was made after the first half of a line; the socket brings the rest, once."""
     await sync_to_async(printed)(building, 2, "one\n\x1b[31mhal")
     page = (await sync_to_async(console.get)(f"/templates/{building.pk}/")).content.decode()
-    assert '<span class="tail"><span class="f1">hal</span></span>' in page
+    assert '<span class="tail" data-n="2"><span class="f1">hal</span></span>' in page
     after = re.search(r'data-after="(\d+)"', page)
     assert after
     await sync_to_async(printed)(building, 3, "f\ntwo")
@@ -113,9 +113,10 @@ async def test_output_is_neither_lost_nor_repeated(
         "steps": [
             {
                 "step": 1,
-                "lines": '<span><span class="f1">half</span>\n</span>',
+                "lines": '<span data-n="2"><span class="f1">half</span>\n</span>',
                 "dropped": 0,
                 "tail": '<span class="f1">two</span>',
+                "next": 3,
             }
         ],
     }
