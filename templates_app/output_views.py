@@ -9,7 +9,7 @@ from django.views.decorators.http import require_safe
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import InvalidInput
 from orkestr_console.postgres import let_go
-from orkestr_console.text import plain, unusable
+from orkestr_console.text import plain
 from templates_app import pages, services
 from templates_app.services import output
 
@@ -54,14 +54,12 @@ def search(request: ConsoleRequest, template_id: str) -> HttpResponse:
     """The lines that have ``q``: the part that the page asks for, or without a script a page."""
     template = services.get_template(request.actor, template_id)
     wanted = request.GET.get("q", "")
-    refused = unusable(wanted) or (
-        "is too long to be searched for." if len(wanted) > output.LONGEST_WANTED else None
-    )
+    too_long = len(wanted) > output.LONGEST_WANTED
     found = None
-    if wanted.strip() and refused is None:
+    if wanted.strip() and not too_long:
         after = (number_of(request, "step"), number_of(request, "line"))
         found = output.search(template, wanted, after=after, limit=MOST_HITS)
-    context = {"template": template, "wanted": wanted, "refused": refused, "found": found}
+    context = {"template": template, "wanted": wanted, "too_long": too_long, "found": found}
     name = "_search" if request.htmx else "search"
     return render(request, f"templates_app/{name}.html", context)
 

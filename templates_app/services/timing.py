@@ -45,15 +45,18 @@ def parts(
     """
     told: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
     boot = told.get("boot", {})
-    measured = (
-        ("queue", "In the queue", waited(template)),
+    measured: list[tuple[str, str, float | None]] = [
         ("boot", "Boot", boot.get("duration_ms", boot.get("boot_ms"))),
         ("steps", "Steps", sum(step.duration_ms or 0 for step in steps)),
         ("scrub", "Clean", told.get("scrub", {}).get("duration_ms")),
         ("capture", "Capture", told.get("capture", {}).get("duration_ms")),
         ("publish", "Publish", told.get("published", {}).get("publish_ms")),
-    )
-    return [Part(name, label, round(ms)) for name, label, ms in measured if ms and ms >= 0.5]
+    ]
+    known = sum(ms or 0 for _, _, ms in measured)
+    # Such as reading what is in the image, and waiting for the disk.
+    other = (template.build_ms or 0) - known
+    whole = [("queue", "In the queue", waited(template)), *measured, ("other", "Other", other)]
+    return [Part(name, label, round(ms)) for name, label, ms in whole if ms and ms >= 0.5]
 
 
 def waited(template: Template) -> float | None:
