@@ -1,6 +1,6 @@
 """Live pages: a WebSocket that re-reads rows and sends the HTML that changed.
 
-Messages to the page are JSON objects with a ``kind``:
+Messages to the page are JSON objects (large ones in several frames) with a ``kind``:
 
 ``swap {html}``                       each element in it replaces the one with its id
 ``append {steps, seq}``   output that the page does not have yet, by step: the ``lines`` that are
@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 UNAUTHENTICATED = 4401
 FOREIGN = 4404
+# The server takes and sends no larger frames than 64 KiB (orkestr_console.server). A frame that
+# begins with MORE is the beginning of a message that goes on in the next; JSON never begins so.
+LARGEST_FRAME = 60 * 1024
+MORE = "+"
 BREATH = 0.1  # seconds between two answers, however many notices there were
 
 type Message = dict[str, Any]
@@ -119,7 +123,8 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
                     await self._news.wait()
             self._news.clear()
             try:
-                messages = await database_sync_to_async(self._changes)()
+                for message in await database_sync_to_async(self._changes)():
+                    await self._say(message)
             except (Unauthenticated, Forbidden):
                 await self.close(code=UNAUTHENTICATED)
                 return
@@ -130,12 +135,18 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
                 logger.exception("cannot tell a page its news")
                 await self.close(code=SERVICE_RESTART)
                 return
-            for message in messages:
-                await self.send(json.dumps(message))
             await asyncio.sleep(BREATH)
 
+    async def _say(self, message: Message) -> None:
+        """Send a message, in as many frames as it takes."""
+        text = json.dumps(message)
+        while len(text) > LARGEST_FRAME:
+            await self.send(f"{MORE}{text[:LARGEST_FRAME]}")
+            text = text[LARGEST_FRAME:]
+        await self.send(text)
+
     async def _say_gone(self) -> None:
-        await self.send(json.dumps({"kind": "gone"}))
+        await self._say({"kind": "gone"})
         await self.close(code=FOREIGN)
 
     def _groups(self) -> list[str]:

@@ -6,6 +6,7 @@ const FIRST_WAIT = 300;
 const LONGEST_WAIT = 15000;
 const SIGNED_OUT = 4401;
 const FOREIGN = 4404;
+const MORE = "+"; // what a frame begins with whose message goes on in the next
 
 export function connect(region, changed) {
   const away = document.getElementById("live");
@@ -18,10 +19,17 @@ export function connect(region, changed) {
     if (region.dataset.after) url.searchParams.set("after", region.dataset.after);
     const socket = new WebSocket(url);
     let queue = Promise.resolve();
+    let begun = "";
     socket.onmessage = (event) => {
       wait = FIRST_WAIT;
       delete away.dataset.away;
-      queue = queue.then(() => take(region, JSON.parse(event.data))).then(changed);
+      if (event.data.startsWith(MORE)) {
+        begun += event.data.slice(1);
+        return;
+      }
+      const message = JSON.parse(begun + event.data);
+      begun = "";
+      queue = queue.then(() => take(region, message)).then(changed);
     };
     socket.onclose = (event) => {
       if (leaving || event.code === FOREIGN) return;

@@ -142,6 +142,8 @@ def test_a_running_steps_end_is_read_from_its_events(building: Template) -> None
     assert (whole.first, whole.text.count("\n")) == (1, 290)
 
 
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.usefixtures("plans")
 def test_what_is_copied_and_downloaded_is_plain(console: Client, building: Template) -> None:
     failed(building, "\x1b[31mred\x1b[0m\n10%\r100%\n")
     plain = console.get(f"/templates/{building.pk}/steps/1/output/?plain")
