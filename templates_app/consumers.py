@@ -84,13 +84,15 @@ class TemplatePage(LivePage):
         template = services.get_template(actor, self.template_id)
         self._after = self._seen()
         self._logs: dict[int, StepLog] = {}
+        self._steps: dict[int, object] = {}
         return [template_group(template.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
         """New output first, then the state: a step is shown as ended once its output is there."""
         template = services.get_template(actor, self.template_id)
         self.look_again_after = QUEUE_SECONDS if template.is_queued else None
-        return [*self._output(template), *self.fresh(pages.fragments(template, self.address))]
+        parts = pages.fragments(template, self.address, self._steps)
+        return [*self._output(template), *self.fresh(parts)]
 
     def _output(self, template: Template) -> list[Message]:
         last = pages.last_event(template)

@@ -21,6 +21,8 @@ PARTIALS = "templates_app/_detail.html"
 OPEN_LINES, OPEN_CHARACTERS = 1000, 512 * 1024
 CLOSED_LINES, CLOSED_CHARACTERS = 4000, 64 * 1024
 DONE = (StepStatus.SUCCEEDED, StepStatus.CACHED)
+# These have printed nothing.
+SILENT = (StepStatus.PENDING, StepStatus.CACHED, StepStatus.SKIPPED)
 UNFOLDED = (StepStatus.RUNNING, StepStatus.FAILED)
 
 
@@ -91,7 +93,10 @@ def shown_step(step: BuildStep, steps: int, until: int | None, line: Line | None
         most, size = OPEN_LINES, OPEN_CHARACTERS
     else:
         most, size = max(CLOSED_LINES // steps, 40), CLOSED_CHARACTERS
-    end = output.tail(step.template, step.number, size, until=until)
+    if step.status in SILENT:
+        end = output.Stretch("", 1)
+    else:
+        end = output.tail(step.template, step.number, size, until=until)
     last = drawn(end.text, first=end.first, lead=end.lead, most=most, numbered=True)
     pieces = [Piece(Gap(1, last.first - 1), last)]
     if wanted and wanted.number < last.first:
@@ -187,8 +192,15 @@ def origins(template: Template, steps: Iterable[BuildStep]) -> dict[str, Templat
     return {origin.image_id: origin for origin in found}
 
 
-def fragments(template: Template, address: str) -> dict[str, str]:
-    """The parts of the page that change, by the id of their element."""
+def fragments(
+    template: Template, address: str, seen: dict[int, object] | None = None
+) -> dict[str, str]:
+    """The parts of the page that change, by the id of their element.
+
+    Of the steps only those that are not as they were when ``seen``, by number, was last written:
+    there may be a hundred, and news ten times a second.
+    """
+    seen = {} if seen is None else seen
     context = facts(template, address)
     parts = {f"template-{part}": part for part in ("head", "banner", "side", "phases")}
     html: dict[str, str] = {
@@ -196,11 +208,21 @@ def fragments(template: Template, address: str) -> dict[str, str]:
     }
     html["delete-means"] = render_to_string("templates_app/_delete.html#means", context)
     for step in context["steps"]:
-        for part in ("line", "quiet"):
-            html[f"step-{step.number}-{part}"] = render_to_string(
-                f"{PARTIALS}#step-{part}", {**context, "step": step}
-            )
+        mark = (step.status, step.duration_ms, step.added_bytes, context["silence"])
+        if seen.get(step.number) != mark:
+            seen[step.number] = mark
+            html |= step_fragments(context, step)
     return html
+
+
+def step_fragments(context: dict[str, Any], step: BuildStep) -> dict[str, str]:
+    """The parts of one step's row that change."""
+    return {
+        f"step-{step.number}-{part}": render_to_string(
+            f"{PARTIALS}#step-{part}", {**context, "step": step}
+        )
+        for part in ("line", "quiet")
+    }
 
 
 def last_event(template: Template) -> int:
