@@ -169,10 +169,11 @@ def recipe(cast: Cast, text: str, actor: Actor) -> list[str]:
 
 def step_output(cast: Cast, text: str, actor: Actor) -> list[str]:
     template = cast.template()
+    BuildStep.objects.update(status="running")
     now = {"at": timezone.now(), "seq": 2, "kind": "output", "step": 1}
     BuildEvent.objects.create(template=template, payload={"text": f"\x1b[1m{text}\n"}, **now)
     while_building = cast.get(f"/templates/{template.pk}/")
-    BuildStep.objects.update(output=f"{text}\n\x1b[31m{text}")
+    BuildStep.objects.update(output=f"{text}\n\x1b[31m{text}", status="failed")
     Template.objects.update(status=TemplateStatus.FAILED)
     lines, tail = Log().feed(f"{text}\n{text}")
     return [*while_building, *cast.get(f"/templates/{template.pk}/"), lines_html(lines), tail]
