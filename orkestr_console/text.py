@@ -22,9 +22,9 @@ _UNSEEN = (
 )
 STEERING = re.compile(f"[{_UNSEEN}]|(?<![^\x00-\x7f])[{JOINERS}]|[{JOINERS}](?![^\x00-\x7f])")
 
-# Control sequences of ECMA-48: CSI; strings such as OSC, up to BEL or ST; the other escapes.
+# Control sequences of ECMA-48: CSI; strings such as OSC, up to BEL, ST or the line's end; others.
 _ESCAPES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
 )
 
 

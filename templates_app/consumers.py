@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from urllib.parse import parse_qs
 
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.console.ansi import MOST_LINES, Log, lines_html
+from orkestr_console.console.ansi import LARGEST_SHOWN, MOST_LINES, Log, ended, lines_html
 from orkestr_console.console.live import LivePage, Message
 from templates_app import pages, services
 from templates_app.events import template_group, templates_group
 from templates_app.models import Template
+from templates_app.services import output
+
+# How much of what the page has already is read again: its unfinished line and colours.
+KNOWN = 64 * 1024
+# A queue moves on when other teams' builds end, of which this team's pages get no notice.
+QUEUE_SECONDS = 3.0
 
 
 class TemplateListPage(LivePage):
@@ -30,6 +37,45 @@ class TemplateListPage(LivePage):
         )
 
 
+class StepLog:
+    """What a page has of one step's output: it goes on from there."""
+
+    def __init__(self, template: Template, step: int, after: int) -> None:
+        self._log = Log()
+        known = output.tail(template, step, KNOWN, until=after)
+        lines, _ = self._log.feed(known.text)
+        # The number of the line that is not ended yet.
+        self._number = known.first + ended(lines)
+
+    def append(self, step: int, text: str) -> Message:
+        """The lines that ``text`` completed, at most those that a page shows, and the next."""
+        text, skipped = self._newest(text)
+        lines, tail = self._log.feed(text)
+        shown = deque(lines, maxlen=MOST_LINES)
+        first = self._number + ended(islice(lines, len(lines) - len(shown)))
+        self._number = first + ended(shown)
+        return {
+            "step": step,
+            "lines": lines_html(list(shown), first),
+            # What the page has before is then no more in a row with these.
+            "dropped": skipped + len(lines) - len(shown),
+            "tail": tail,
+            "next": self._number,
+        }
+
+    def _newest(self, text: str) -> tuple[str, int]:
+        """The end of very much text, and how many lines before it are passed over."""
+        cut = len(text) - LARGEST_SHOWN
+        if cut <= 0:
+            return text, 0
+        cut = text.find("\n", cut, cut + output.LONGEST_LINE) + 1 or cut
+        skipped = text.count("\n", 0, cut)
+        self._number += skipped
+        self._log = Log()
+        self._log.feed(f"{text[max(cut - output.LEAD, 0) : cut].rstrip()}\n")
+        return text[cut:], max(skipped, 1)
+
+
 class TemplatePage(LivePage):
     """One template: its state, and the output that came after ``?after=``."""
 
@@ -37,13 +83,16 @@ class TemplatePage(LivePage):
         """The template, if it is the team's."""
         template = services.get_template(actor, self.template_id)
         self._after = self._seen()
-        self._logs: dict[int, Log] = {}
+        self._logs: dict[int, StepLog] = {}
+        self._steps: dict[int, object] = {}
         return [template_group(template.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
         """New output first, then the state: a step is shown as ended once its output is there."""
         template = services.get_template(actor, self.template_id)
-        return [*self._output(template), *self.fresh(pages.fragments(template, self.address))]
+        self.look_again_after = QUEUE_SECONDS if template.is_queued else None
+        parts = pages.fragments(template, self.address, self._steps)
+        return [*self._output(template), *self.fresh(parts)]
 
     def _output(self, template: Template) -> list[Message]:
         last = pages.last_event(template)
@@ -60,16 +109,8 @@ class TemplatePage(LivePage):
     def _appended(self, template: Template, step: int, text: str) -> Message:
         if step not in self._logs:
             # The page's unfinished line is continued, so the log begins where the page's ended.
-            self._logs[step] = Log()
-            self._logs[step].feed(pages.printed(template, step, self._after))
-        lines, tail = self._logs[step].feed(text)
-        shown = deque(lines, maxlen=MOST_LINES)
-        return {
-            "step": step,
-            "lines": lines_html(list(shown)),
-            "dropped": len(lines) - len(shown),
-            "tail": tail,
-        }
+            self._logs[step] = StepLog(template, step, self._after)
+        return self._logs[step].append(step, text)
 
     @property
     def template_id(self) -> str:

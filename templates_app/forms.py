@@ -17,6 +17,7 @@ from orkestr_console.validation import parse_spec
 from templates_app.models import Network, Template
 from templates_app.specs import TemplateSpec
 
+NUMBERS = ("step_timeout_seconds", "build_timeout_seconds", "disk_mb")
 _STEP_FIELD = re.compile(r"recipe\[(\d+)\]", re.ASCII)
 
 
@@ -61,6 +62,11 @@ class TemplateForm(Form):
     network: str = Network.RESTRICTED.value
     # Host names, with blanks between, that the build may reach beside the default list.
     allow_domains: str = ""
+    # What the build may take, in seconds and MiB; blank for what the plan gives.
+    step_timeout_seconds: str = ""
+    build_timeout_seconds: str = ""
+    disk_mb: str = ""
+    reuse: str = ""
     # Steps of the template this one starts from that one line each cannot say.
     left_out: tuple[int, ...] = ()
 
@@ -70,6 +76,10 @@ class TemplateForm(Form):
         "recipe": "The recipe",
         "network": "The network",
         "allow_domains": "The list of hosts",
+        "step_timeout_seconds": "The time for a step",
+        "build_timeout_seconds": "The time for the build",
+        "disk_mb": "The disk",
+        "reuse": "What to reuse",
     }
 
     @classmethod
@@ -81,6 +91,10 @@ class TemplateForm(Form):
             recipe=data.get("recipe", "").replace("\r\n", "\n").replace("\r", "\n"),
             network=data.get("network", ""),
             allow_domains=data.get("allow_domains", "").strip(),
+            step_timeout_seconds=data.get("step_timeout_seconds", "").strip(),
+            build_timeout_seconds=data.get("build_timeout_seconds", "").strip(),
+            disk_mb=data.get("disk_mb", "").strip(),
+            reuse=data.get("reuse", ""),
         )
 
     @classmethod
@@ -99,6 +113,9 @@ class TemplateForm(Form):
             recipe="\n".join(step for _, step in steps if sayable(step)),
             network=template.network,
             allow_domains=own_names(template.allow_domains),
+            step_timeout_seconds=written(template.step_timeout_seconds),
+            build_timeout_seconds=written(template.build_timeout_seconds),
+            disk_mb=written(template.disk_mb),
             left_out=tuple(number for number, step in steps if not sayable(step)),
         )
 
@@ -113,16 +130,32 @@ class TemplateForm(Form):
                 "recipe": [step.command for step in steps_of(self.recipe)],
                 "network": self.network,
                 "allow_domains": self.allowlist(),
+                **{name: whole_number(getattr(self, name)) for name in NUMBERS},
+                "reuse": self.reuse or None,
             },
         )
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything is said of what the build may take or reuse."""
+        names = (*NUMBERS, "reuse")
+        return any(getattr(self, name) or name in self.errors for name in names)
 
     def allowlist(self) -> list[str] | None:
         """What the names typed come to; on the open network they do not matter."""
         return besides_default(self.allow_domains) if self.network == Network.RESTRICTED else None
 
+    def take_limit(self, error: DomainError) -> None:
+        """Put the refusal of a number at its field."""
+        name = str(error.extra.get("limit", ""))
+        if name in NUMBERS and not error.fields:
+            sentence = error.detail.removeprefix(f"{name}: ")
+            self.errors = {name: f"{sentence[:1].upper()}{sentence[1:]}"}
+
     def take(self, error: DomainError) -> None:
         """As any form; of a wrong step it says the line, as that is what people see."""
         super().take(error)
+        self.take_limit(error)
         steps = steps_of(self.recipe)
         sentences = [
             f"Line {steps[int(found[1])].line} {sentence}"
@@ -132,6 +165,16 @@ class TemplateForm(Form):
         if sentences:
             self.errors.pop("form", None)
             self.errors["recipe"] = " ".join(sentences)
+
+
+def written(number: int | None) -> str:
+    """A number as a field has it; blank for none."""
+    return "" if number is None else str(number)
+
+
+def whole_number(typed: str) -> int | str | None:
+    """What was typed as a number, None for nothing; what is none stays, for the spec to refuse."""
+    return int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 10 else typed or None
 
 
 def steps_of(recipe: str) -> list[Step]:

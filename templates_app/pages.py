@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +10,58 @@ from django.db.models import Max
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.console.ansi import Rendered, rendered
+from orkestr_console.console.ansi import Rendered, drawn
 from templates_app import services
-from templates_app.models import BuildStep, Template, TemplateStatus
+from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
+from templates_app.services import again, output, timing
 
 PAGE = 100
 PARTIALS = "templates_app/_detail.html"
+# A page opens with the ends of its logs: much of those that are open, a little of the others.
+OPEN_LINES, OPEN_CHARACTERS = 1000, 512 * 1024
+CLOSED_LINES, CLOSED_CHARACTERS = 4000, 64 * 1024
+DONE = (StepStatus.SUCCEEDED, StepStatus.CACHED)
+# These have printed nothing.
+SILENT = (StepStatus.PENDING, StepStatus.CACHED, StepStatus.SKIPPED)
+UNFOLDED = (StepStatus.RUNNING, StepStatus.FAILED)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Lines of a log that the page does not have, ``first`` to ``last``."""
+
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return max(self.last - self.first + 1, 0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some lines of a log, and what is missing before them."""
+
+    gap: Gap
+    log: Rendered
 
 
 @dataclass(frozen=True)
 class ShownStep:
-    """A step and its output, as far as the page has it."""
+    """A step and its output as far as the page has it; the last piece is the log's end."""
 
     step: BuildStep
-    log: Rendered
+    pieces: Sequence[Piece]
+    unfolded: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a step's output, as an address names it: ``2-1234``."""
+
+    step: int
+    number: int
 
 
 def list_context(actor: Actor, cursor: str | None) -> dict[str, Any]:
@@ -38,29 +75,82 @@ def list_context(actor: Actor, cursor: str | None) -> dict[str, Any]:
     }
 
 
-def detail_context(template: Template, address: str) -> dict[str, Any]:
+def detail_context(template: Template, address: str, line: Line | None = None) -> dict[str, Any]:
     """The whole page of one template. ``after`` is the last event that it shows."""
     # The number first: whatever is stored after it comes through the socket.
     after = last_event(template)
-    texts = output_until(template, after) if template.status == TemplateStatus.BUILDING else None
-    shown = [
-        ShownStep(step, rendered(step.output if texts is None else texts[step.number]))
-        for step in template.steps.all()
-    ]
-    return {**facts(template, address), "shown": shown, "after": after}
+    until = after if template.status == TemplateStatus.BUILDING else None
+    context = facts(template, address)
+    shown = [shown_step(step, len(context["steps"]), until, line) for step in context["steps"]]
+    return {**context, "shown": shown, "after": after, "line": line}
+
+
+def shown_step(step: BuildStep, steps: int, until: int | None, line: Line | None) -> ShownStep:
+    """A step with the end of its log, and with the line asked for if that is one of its own."""
+    wanted = line if line and line.step == step.number else None
+    unfolded = step.status in UNFOLDED or wanted is not None
+    if unfolded:
+        most, size = OPEN_LINES, OPEN_CHARACTERS
+    else:
+        most, size = max(CLOSED_LINES // steps, 40), CLOSED_CHARACTERS
+    if step.status in SILENT:
+        end = output.Stretch("", 1)
+    else:
+        end = output.tail(step.template, step.number, size, until=until)
+    last = drawn(end.text, first=end.first, lead=end.lead, most=most, numbered=True)
+    pieces = [Piece(Gap(1, last.first - 1), last)]
+    if wanted and wanted.number < last.first:
+        pieces = around(step, last, wanted)
+    return ShownStep(step, pieces, unfolded)
+
+
+def around(step: BuildStep, last: Rendered, wanted: Line) -> list[Piece]:
+    """A stretch with the line that was asked for, and the end of the log."""
+    window = window_of(step.template, step.number, Gap(1, last.first - 1), wanted.number)
+    return [*window.pieces, Piece(window.after, last)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some of the lines that were missing, and what still is, ``after`` them too."""
+
+    pieces: list[Piece]
+    after: Gap
+
+
+def window_of(template: Template, number: int, gap: Gap, at: int) -> Window:
+    """The lines around line ``at`` of those that are missing. Raises ``NotFound``."""
+    stretch = output.lines(template, number, gap.first, gap.last, at)
+    # A piece of a line that is too long to be shown whole is all there is of it.
+    log = drawn(
+        stretch.text,
+        first=stretch.first,
+        lead=stretch.lead,
+        most=output.MOST_LINES * 2,
+        numbered=True,
+    )
+    before = Gap(gap.first, stretch.first - 1)
+    return Window([Piece(before, log)], Gap(max(stretch.last + 1, gap.first), gap.last))
 
 
 def facts(template: Template, address: str) -> dict[str, Any]:
     """What the parts of the page that change need."""
     steps = list(template.steps.defer("output"))
-    done = sum(step.status == "succeeded" for step in steps)
+    events = timing.build_events(template)
+    done = sum(step.status in DONE for step in steps)
+    running = next((step for step in steps if step.status == StepStatus.RUNNING), None)
     return {
         "template": template,
         "steps": steps,
         "done": done,
-        "running": next((step for step in steps if step.status == "running"), None),
-        "phases": set(template.events.exclude(kind="output").values_list("kind", flat=True)),
+        "running": running,
+        "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
+        "parts": bar(timing.parts(template, steps, events)),
+        "silence": timing.silence(template, running),
+        "origins": origins(template, steps),
+        "place": services.place(template),
+        "completed": again.completed(template),
         "address": address,
     }
 
@@ -72,17 +162,67 @@ def capture_state(template: Template, done: int) -> str:
     return "running" if done == len(template.recipe) else "pending"
 
 
-def fragments(template: Template, address: str) -> dict[str, str]:
-    """The parts of the page that change, by the id of their element."""
+@dataclass(frozen=True)
+class Bar:
+    """A part of the build's time with its place in the bar, in thousandths of the whole."""
+
+    part: timing.Part
+    start: float
+    width: float
+
+
+def bar(parts: Sequence[timing.Part]) -> list[Bar]:
+    """The parts of a build's time side by side."""
+    whole = sum(part.ms for part in parts) or 1
+    bars: list[Bar] = []
+    start = 0.0
+    for part in parts:
+        width = round(1000 * part.ms / whole, 1)
+        bars.append(Bar(part, round(start, 1), width))
+        start += width
+    return bars
+
+
+def origins(template: Template, steps: Iterable[BuildStep]) -> dict[str, Template]:
+    """The templates, where they still are, whose builds ran the cached steps; by image."""
+    images = {step.cached_from for step in steps if step.cached_from}
+    if not images:
+        return {}
+    found = Template.objects.for_team(template.team).filter(image_id__in=images)
+    return {origin.image_id: origin for origin in found}
+
+
+def fragments(
+    template: Template, address: str, seen: dict[int, object] | None = None
+) -> dict[str, str]:
+    """The parts of the page that change, by the id of their element.
+
+    Of the steps only those that are not as they were when ``seen``, by number, was last written:
+    there may be a hundred, and news ten times a second.
+    """
+    seen = {} if seen is None else seen
     context = facts(template, address)
     parts = {f"template-{part}": part for part in ("head", "banner", "side", "phases")}
     html: dict[str, str] = {
         key: render_to_string(f"{PARTIALS}#{part}", context) for key, part in parts.items()
     }
+    html["delete-means"] = render_to_string("templates_app/_delete.html#means", context)
     for step in context["steps"]:
-        line = render_to_string(f"{PARTIALS}#step", {"step": step})
-        html[f"step-{step.number}-line"] = line
+        mark = (step.status, step.duration_ms, step.added_bytes, context["silence"])
+        if seen.get(step.number) != mark:
+            seen[step.number] = mark
+            html |= step_fragments(context, step)
     return html
+
+
+def step_fragments(context: dict[str, Any], step: BuildStep) -> dict[str, str]:
+    """The parts of one step's row that change."""
+    return {
+        f"step-{step.number}-{part}": render_to_string(
+            f"{PARTIALS}#step-{part}", {**context, "step": step}
+        )
+        for part in ("line", "quiet")
+    }
 
 
 def last_event(template: Template) -> int:
@@ -91,23 +231,7 @@ def last_event(template: Template) -> int:
     return last or 0
 
 
-def output_until(template: Template, seq: int) -> dict[int, str]:
-    """The text that each step had printed when event ``seq`` came."""
-    texts: dict[int, list[str]] = defaultdict(list)
-    for step, text in outputs(template.events.filter(kind="output", seq__lte=seq)):
-        texts[step].append(text)
-    return defaultdict(str, {step: "".join(parts) for step, parts in texts.items()})
-
-
 def outputs(events: Any) -> Iterable[tuple[int, str]]:
     """Step and text of output events."""
     for step, payload in events.values_list("step", "payload"):
         yield step, str(payload.get("text", ""))
-
-
-def printed(template: Template, number: int, until: int | None = None) -> str:
-    """What one step printed so far, or until event ``until``."""
-    events = template.events.filter(kind="output", step=number)
-    if until is not None:
-        events = events.filter(seq__lte=until)
-    return "".join(text for _, text in outputs(events))

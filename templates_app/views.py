@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
 from django.contrib import messages
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
-from django.views.decorators.http import require_http_methods, require_safe
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.addresses import console_address
@@ -13,7 +16,11 @@ from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import Conflict, DomainError, NotFound
 from templates_app import pages, services
 from templates_app.forms import PRESETS, TemplateForm
-from templates_app.specs import MOST_STEPS
+from templates_app.models import Template
+from templates_app.services import again
+from templates_app.specs import LARGEST_DISK_MB, MOST_STEPS, SMALLEST_DISK_MB
+
+_LINE = re.compile(r"(\d{1,4})-(\d{1,9})", re.ASCII)
 
 
 @require_safe
@@ -45,6 +52,7 @@ def prefilled(request: ConsoleRequest) -> TemplateForm:
     if source := request.GET.get("from"):
         form = TemplateForm.like(services.get_template(request.actor, source))
         form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
+        form.reuse = "failed" if request.GET.get("reuse") == "failed" else ""
         return form
     form = TemplateForm.preset(request.GET.get("preset", ""))
     form.base_template = request.GET.get("base") or form.base_template
@@ -54,15 +62,20 @@ def prefilled(request: ConsoleRequest) -> TemplateForm:
 def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) -> HttpResponse:
     """The page with the form."""
     bases = services.list_bases(request.actor)
+    allowed = envelope(request.actor.team, request.actor.user)
     context = {
         "form": form,
         "built_in": [base for base in bases if base.group == "builtin"],
         "own": [base for base in bases if base.group == "team"],
         "known": {base.id for base in bases},
         "usage": services.template_usage(request.actor),
-        "allowed": envelope(request.actor.team, request.actor.user),
+        "allowed": allowed,
+        "longest_step": allowed.value("step_timeout_seconds"),
+        "longest_build": allowed.value("build_timeout_seconds"),
         "presets": PRESETS,
         "most_steps": MOST_STEPS,
+        "disk_from": SMALLEST_DISK_MB,
+        "disk_to": LARGEST_DISK_MB,
     }
     return render(request, "templates_app/new.html", context, status=status)
 
@@ -72,21 +85,53 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
 def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
     """One template: how its build goes, or what came of it."""
     template = services.get_template(request.actor, template_id)
-    context = pages.detail_context(template, console_address(request))
-    return render(request, "templates_app/detail.html", context)
+    return detail_page(request, template)
 
 
-@require_safe
-@console_page
-def step_output(request: ConsoleRequest, template_id: str, number: int) -> HttpResponse:
-    """Everything that was kept of a step's output, as plain text."""
-    template = services.get_template(request.actor, template_id)
-    step = template.steps.filter(number=number).first()
-    if step is None:
-        raise NotFound("This template has no such step.")
-    return HttpResponse(
-        step.output or pages.printed(template, number), content_type="text/plain; charset=utf-8"
+def detail_page(
+    request: ConsoleRequest, template: Template, refused: DomainError | None = None
+) -> HttpResponse:
+    """The page of one template, with why something it was asked to do was not done."""
+    line = line_asked_for(request.GET.get("line", ""))
+    context = pages.detail_context(template, console_address(request), line)
+    status = refused.status if refused else 200
+    return render(
+        request, "templates_app/detail.html", {**context, "refused": refused}, status=status
     )
+
+
+def line_asked_for(text: str) -> pages.Line | None:
+    """The line that ``?line=2-1234`` names; None for anything that names none."""
+    found = _LINE.fullmatch(text)
+    return pages.Line(int(found[1]), int(found[2])) if found else None
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
+    """Ask, then end the build. The page asks where there is no script for the dialog."""
+    template = services.get_template(request.actor, template_id)
+    if request.method != "POST":
+        return render(request, "templates_app/cancel.html", {"template": template})
+    try:
+        services.cancel_template(request.actor, template_id)
+    except Conflict as error:
+        return detail_page(request, template, error)
+    return redirect("templates:detail", template_id)
+
+
+@require_POST
+@console_page
+def template_again(request: ConsoleRequest, template_id: str) -> HttpResponse:
+    """Build the same again, as a new template; with ``reuse=failed`` not what was completed."""
+    reuse: Literal["failed"] | None = "failed" if request.POST.get("reuse") == "failed" else None
+    try:
+        template = again.build_again(request.actor, template_id, reuse=reuse)
+    except NotFound:
+        raise
+    except DomainError as error:
+        return detail_page(request, services.get_template(request.actor, template_id), error)
+    return redirect("templates:detail", template.pk)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

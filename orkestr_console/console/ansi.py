@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
@@ -26,19 +27,20 @@ MOST_PARAMETERS = 64
 LARGEST_SHOWN = 1024 * 1024
 
 # Text up to the next special; or one special: line end, CSI, a string such as OSC, another escape.
-# Hostile output comes through here: no alternative may read on to the end and then fail.
+# Hostile output comes through here: no alternative may read on to the end and then fail. None has
+# a line feed inside: a line has the same number here as in the text.
 _TOKENS = re.compile(
     r"(?P<text>[^\x00-\x1f\x7f-\x9f]+|\t)"
     r"|(?P<newline>\r{0,4}\n)"
     r"|(?P<back>[\r\b])"
     r"|\x1b\[(?P<parameters>[0-?]*)[ -/]*(?P<final>[@-~])"
-    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"
+    r"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)"
     r"|\x1b[ -/]+[0-~]"
     r"|\x1b[0-OQ-WYZ`-~\\=>]"
     r"|[\x00-\x1f\x7f-\x9f]"
 )
 # An escape sequence, or the first half of a line end, that the text breaks off in.
-_BROKEN_OFF = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)|\r{1,4})\Z")
+_BROKEN_OFF = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)|\r{1,4})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,36 +218,79 @@ def dressed(text: str, style: Style) -> str:
     return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
 
 
-def lines_html(lines: list[str]) -> str:
-    """Lines as elements, so that a page can drop the oldest of a long log."""
-    return "".join(f"<span>{line}</span>" for line in lines)
+def lines_html(lines: list[str], first: int | None = None) -> str:
+    """Lines as elements, so that a page can drop the oldest of a long log.
+
+    With the number of the ``first`` each has its own. A piece of a very long line that was cut
+    has the number of that line.
+    """
+    if first is None:
+        return "".join(f"<span>{line}</span>" for line in lines)
+    html, number = [], first
+    for line in lines:
+        html.append(f'<span data-n="{number}">{line}</span>')
+        number += line.endswith("\n")
+    return "".join(html)
+
+
+def ended(lines: Iterable[str]) -> int:
+    """How many of the pieces end a line."""
+    return sum(line.endswith("\n") for line in lines)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A log as a page shows it: the last lines, the unfinished one, and how many are left out."""
+    """A log as a page shows it: lines from number ``first`` on, and the unfinished line ``last``.
+
+    Without numbers ``first`` counts from 1 all the same.
+    """
 
     lines: SafeString
     tail: SafeString
-    hidden: int
+    first: int
+    last: int
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.tail)
 
+    @property
+    def hidden(self) -> int:
+        """How many lines before are not shown."""
+        return self.first - 1
 
-def rendered(text: str, log: Log | None = None) -> Rendered:
+
+def rendered(text: str) -> Rendered:
     """``text`` as HTML; only its last ``LARGEST_SHOWN`` characters and ``MOST_LINES`` lines."""
     cut = len(text) - LARGEST_SHOWN
-    left_out = 0
-    if cut > 0:
-        # From the next line on, if one begins soon: half a line says little.
-        cut = text.find("\n", cut, cut + LONGEST_LINE) + 1 or cut
-        left_out = text.count("\n", 0, cut) or 1
-        text = text[cut:]
-    lines, tail = (log or Log()).feed(text)
-    shown = deque(lines, maxlen=MOST_LINES)
+    if cut <= 0:
+        return drawn(text)
+    # From the next line on, if one begins soon: half a line says little.
+    cut = text.find("\n", cut, cut + LONGEST_LINE) + 1 or cut
+    return drawn(text[cut:], first=text.count("\n", 0, cut) + 1)
+
+
+def drawn(
+    text: str,
+    *,
+    first: int = 1,
+    lead: str = "",
+    most: int = MOST_LINES,
+    numbered: bool = False,
+) -> Rendered:
+    """``text`` that begins with line ``first`` as HTML: its last ``most`` lines.
+
+    ``lead`` is what stands before it; the text is in the colours that it ends with.
+    """
+    log = Log()
+    if lead:
+        log.feed(lead if lead.endswith("\n") else f"{lead}\n")
+    lines, tail = log.feed(text)
+    shown = deque(lines, maxlen=most)
+    begin = first + ended(islice(lines, len(lines) - len(shown)))
+    html = lines_html(list(shown), begin if numbered else None)
     return Rendered(
-        mark_safe(lines_html(list(shown))),  # noqa: S308 - escaped in dressed()
+        mark_safe(html),  # noqa: S308 - escaped in dressed()
         mark_safe(tail),  # noqa: S308 - the same
-        left_out + len(lines) - len(shown),
+        begin,
+        begin + ended(shown),
     )

@@ -1,9 +1,11 @@
 """Live pages: a WebSocket that re-reads rows and sends the HTML that changed.
 
-Messages to the page are JSON objects with a ``kind``:
+Messages to the page are JSON objects (large ones in several frames) with a ``kind``:
 
 ``swap {html}``                       each element in it replaces the one with its id
-``append {steps, seq}``   output that the page does not have yet, and the last event it then has
+``append {steps, seq}``   output that the page does not have yet, by step: the ``lines`` that are
+                          complete, the ``tail`` that is not and the number of its line, ``next``;
+                          and the last event that the page then has
 ``gone {}``                           what the page shows was deleted
 
 A notice on the channel layer only says that something changed. Notices that come in a burst are
@@ -38,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 UNAUTHENTICATED = 4401
 FOREIGN = 4404
+# The server takes and sends no larger frames than 64 KiB (orkestr_console.server). A frame that
+# begins with MORE is the beginning of a message that goes on in the next; JSON never begins so.
+LARGEST_FRAME = 60 * 1024
+MORE = "+"
 BREATH = 0.1  # seconds between two answers, however many notices there were
 
 type Message = dict[str, Any]
@@ -45,6 +51,9 @@ type Message = dict[str, Any]
 
 class LivePage(LosesNotices, AsyncWebsocketConsumer):
     """The root of the live consumers. A subclass says which groups, and what has changed."""
+
+    # Seconds after which to look even without a notice; None for never.
+    look_again_after: float | None = None
 
     def groups_of(self, actor: Actor) -> list[str]:
         """The groups whose notices matter to the page. Raises ``NotFound``."""
@@ -109,10 +118,13 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
     async def _tell(self) -> None:
         """Answer notices until the page leaves; re-check who is asking each time."""
         while True:
-            await self._news.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.look_again_after):
+                    await self._news.wait()
             self._news.clear()
             try:
-                messages = await database_sync_to_async(self._changes)()
+                for message in await database_sync_to_async(self._changes)():
+                    await self._say(message)
             except (Unauthenticated, Forbidden):
                 await self.close(code=UNAUTHENTICATED)
                 return
@@ -123,12 +135,18 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
                 logger.exception("cannot tell a page its news")
                 await self.close(code=SERVICE_RESTART)
                 return
-            for message in messages:
-                await self.send(json.dumps(message))
             await asyncio.sleep(BREATH)
 
+    async def _say(self, message: Message) -> None:
+        """Send a message, in as many frames as it takes."""
+        text = json.dumps(message)
+        while len(text) > LARGEST_FRAME:
+            await self.send(f"{MORE}{text[:LARGEST_FRAME]}")
+            text = text[LARGEST_FRAME:]
+        await self.send(text)
+
     async def _say_gone(self) -> None:
-        await self.send(json.dumps({"kind": "gone"}))
+        await self._say({"kind": "gone"})
         await self.close(code=FOREIGN)
 
     def _groups(self) -> list[str]:

@@ -1,5 +1,6 @@
 // What every page does. Pages work without it; this makes them quicker and live.
 import { connect } from "./live.js";
+import { logs } from "./log.js";
 import { recipe } from "./recipe.js";
 import { shell } from "./shell.js";
 import { keepTimes } from "./times.js";
@@ -34,9 +35,12 @@ function themes() {
 }
 
 // Copy buttons -----------------------------------------------------------------------------------
-async function copy(button) {
+function copy(button) {
   const source = button.dataset.copyFrom && document.getElementById(button.dataset.copyFrom);
-  const text = source ? source.textContent : button.dataset.copy;
+  return copyText(button, source ? source.textContent : button.dataset.copy);
+}
+
+async function copyText(button, text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -47,7 +51,8 @@ async function copy(button) {
   button.setAttribute("aria-label", "Copied");
   setTimeout(() => {
     delete button.dataset.copied;
-    button.setAttribute("aria-label", label);
+    if (label === null) button.removeAttribute("aria-label");
+    else button.setAttribute("aria-label", label);
   }, 1600);
 }
 
@@ -80,7 +85,10 @@ document.addEventListener("click", (event) => {
   if (!target) return;
   if (target.dataset.dialog) {
     event.preventDefault();
-    document.getElementById(target.dataset.dialog).showModal();
+    const dialog = document.getElementById(target.dataset.dialog);
+    dialog.showModal();
+    // What a dialog shows of now is asked for now.
+    for (const part of dialog.querySelectorAll("[hx-trigger=opened]")) htmx.trigger(part, "opened");
   } else if ("close" in target.dataset) {
     const dialog = target.closest("dialog");
     if (!dialog) return;
@@ -90,6 +98,8 @@ document.addEventListener("click", (event) => {
     copy(target);
   }
 });
+
+document.addEventListener("copy-text", (event) => copyText(event.target, event.detail));
 
 document.addEventListener("keydown", (event) => {
   if (event.isComposing || document.querySelector("dialog[open]")) return;
@@ -101,9 +111,10 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.target.closest("[data-recipe-form]")?.requestSubmit();
   } else if (!typing(event.target) && !event.ctrlKey && !event.metaKey && !event.altKey) {
-    if (event.key === "/" && filterBox) {
+    const find = filterBox ?? document.querySelector("[data-find]");
+    if (event.key === "/" && find) {
       event.preventDefault();
-      filterBox.focus();
+      find.focus();
     } else if (event.key === "n") {
       document.querySelector("[data-key='n']")?.click();
     }
@@ -130,6 +141,7 @@ filter();
 keepTimes();
 for (const form of document.querySelectorAll("[data-recipe-form]")) recipe(form);
 for (const box of document.querySelectorAll("[data-shell]")) shell(box);
+for (const region of document.querySelectorAll("[data-build]")) logs(region);
 for (const region of document.querySelectorAll("[data-live]")) {
   connect(region, () => {
     filter();

@@ -1,10 +1,12 @@
 // The live side of a page: a WebSocket whose messages carry HTML made by the page's own partials.
 // See orkestr_console/console/live.py for the messages.
-const MOST_LINES = 2000;
+import { append } from "./log.js";
+
 const FIRST_WAIT = 300;
 const LONGEST_WAIT = 15000;
 const SIGNED_OUT = 4401;
 const FOREIGN = 4404;
+const MORE = "+"; // what a frame begins with whose message goes on in the next
 
 export function connect(region, changed) {
   const away = document.getElementById("live");
@@ -17,10 +19,17 @@ export function connect(region, changed) {
     if (region.dataset.after) url.searchParams.set("after", region.dataset.after);
     const socket = new WebSocket(url);
     let queue = Promise.resolve();
+    let begun = "";
     socket.onmessage = (event) => {
       wait = FIRST_WAIT;
       delete away.dataset.away;
-      queue = queue.then(() => take(region, JSON.parse(event.data))).then(changed);
+      if (event.data.startsWith(MORE)) {
+        begun += event.data.slice(1);
+        return;
+      }
+      const message = JSON.parse(begun + event.data);
+      begun = "";
+      queue = queue.then(() => take(region, message)).then(changed);
     };
     socket.onclose = (event) => {
       if (leaving || event.code === FOREIGN) return;
@@ -61,7 +70,7 @@ async function swap(html) {
 function turn(old, fresh) {
   const details = old.closest("details");
   const state = fresh.dataset.state;
-  if (old.dataset.state === state || details.dataset.touched) return;
+  if (old.dataset.state === state || "touched" in details.dataset) return;
   details.open = state === "running" || state === "failed";
 }
 
@@ -69,22 +78,6 @@ document.addEventListener("click", (event) => {
   const details = event.target.closest("summary")?.parentElement;
   if (details) details.dataset.touched = "1";
 });
-
-function append(region, message) {
-  for (const part of message.steps) {
-    const log = region.querySelector(`[data-step="${part.step}"] .log`);
-    if (!log) continue;
-    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-    const lines = log.querySelector(".lines");
-    lines.insertAdjacentHTML("beforeend", part.lines);
-    log.querySelector(".tail").innerHTML = part.tail;
-    let dropped = part.dropped;
-    for (; lines.childElementCount > MOST_LINES; dropped += 1) lines.firstElementChild.remove();
-    if (dropped) log.querySelector(".more").hidden = false;
-    if (follows) log.scrollTop = log.scrollHeight;
-  }
-  region.dataset.after = message.seq;
-}
 
 function gone(region) {
   const banner = document.createElement("div");

@@ -107,6 +107,8 @@ ADMINS = {"member": NO}
 OPERATORS = {"member": GONE, "admin": GONE, "owner": GONE, "other": GONE}
 OPEN = {"nobody": OK}
 THEIRS = {"other": GONE}
+# It is still building: there is no image yet.
+NO_IMAGE = {"member": 409, "admin": 409, "owner": 409}
 CONSOLE = [
     page("GET", "", **OPEN),
     page("GET", "sign-in/", **OPEN),
@@ -121,7 +123,16 @@ CONSOLE = [
     page("GET", "templates/<template>/", **THEIRS),
     page("GET", "templates/<template>/delete/", **THEIRS),
     page("POST", "templates/<template>/delete/", **THEIRS),
+    page("GET", "templates/<template>/cancel/", **THEIRS),
+    page("POST", "templates/<template>/cancel/", **THEIRS),
+    page("POST", "templates/<template>/again/", **THEIRS, reuse="failed"),
+    page("GET", "templates/<template>/log/", **THEIRS),
+    page("GET", "templates/<template>/search/?q=x", **THEIRS),
+    page("GET", "templates/<template>/contents/", **NO_IMAGE, **THEIRS),
+    page("GET", "templates/compare/"),
+    page("GET", "templates/compare/?a=<template>&b=<template>", **NO_IMAGE, **THEIRS),
     page("GET", "templates/<template>/steps/1/output/", **THEIRS),
+    page("GET", "templates/<template>/steps/1/lines/?first=1&last=1&at=1", **THEIRS),
     page("GET", "sandboxes/"),
     page("GET", "sandboxes/new/"),
     page("GET", "sandboxes/of-template/<template>/", **THEIRS),

@@ -90,7 +90,7 @@ def test_a_failing_step_shows_its_output(page: Page) -> None:
     expect(page.locator("#step-3-line")).to_contain_text("skipped")
     page.reload()
     expect(page.locator("#step-2 .log")).to_contain_text("the reason")
-    page.get_by_role("link", name="Fix and build again").click()
+    page.get_by_role("link", name="Edit and build new").click()
     expect(page.get_by_label("Recipe", exact=True)).to_have_value(re.compile("exit 7"))
     page.go_back()
     delete(page)

@@ -61,7 +61,14 @@ async def opened() -> AsyncIterator[Open]:
 
 
 async def heard(socket: WebsocketCommunicator) -> dict[str, Any]:
-    message: dict[str, Any] = json.loads(await socket.receive_from(timeout=5))
+    text, more = "", True
+    while more:
+        frame = await socket.receive_from(timeout=5)
+        assert isinstance(frame, str)
+        assert len(frame) < 64 * 1024
+        more = frame.startswith("+")
+        text += frame.removeprefix("+")
+    message: dict[str, Any] = json.loads(text)
     return message
 
 
@@ -99,9 +106,10 @@ async def test_output_is_neither_lost_nor_repeated(
     opened: Open, console: Client, building: Template, host: FakeHost
 ) -> None:
     """The page was made after the first half of a line; the socket brings the rest, once."""
+    await sync_to_async(building.steps.filter(number=1).update)(status="running")
     await sync_to_async(printed)(building, 2, "one\n\x1b[31mhal")
     page = (await sync_to_async(console.get)(f"/templates/{building.pk}/")).content.decode()
-    assert '<span class="tail"><span class="f1">hal</span></span>' in page
+    assert '<span class="tail" data-n="2"><span class="f1">hal</span></span>' in page
     after = re.search(r'data-after="(\d+)"', page)
     assert after
     await sync_to_async(printed)(building, 3, "f\ntwo")
@@ -113,9 +121,10 @@ async def test_output_is_neither_lost_nor_repeated(
         "steps": [
             {
                 "step": 1,
-                "lines": '<span><span class="f1">half</span>\n</span>',
+                "lines": '<span data-n="2"><span class="f1">half</span>\n</span>',
                 "dropped": 0,
                 "tail": '<span class="f1">two</span>',
+                "next": 3,
             }
         ],
     }
@@ -230,6 +239,35 @@ async def test_a_burst_is_answered_together(
     assert message["kind"] == "append"
     assert message["steps"][0]["dropped"] == 3000
     assert await socket.receive_nothing(timeout=0.5)
+
+
+async def test_more_than_a_frame_comes_in_several(
+    opened: Open, console: Client, building: Template
+) -> None:
+    """The server sends no message above 64 KiB: a noisy build used to leave the page behind."""
+    socket = await opened(f"/ws/templates/{building.pk}/", console)
+    await swapped(socket, "data-stack")
+    await sync_to_async(printed)(building, 2, f"{'é' * 100}\n" * 1500)
+    layer = get_channel_layer()
+    assert layer is not None
+    await layer.group_send(f"template.{building.pk}", {"type": "template.changed", "id": "x"})
+    message = await heard(socket)
+    assert message["steps"][0]["lines"].count("é" * 100) == 1500
+
+
+async def test_very_much_output_shows_its_end_with_its_numbers(
+    opened: Open, console: Client, building: Template
+) -> None:
+    """A page that comes back after long does not have everything drawn that it missed."""
+    await sync_to_async(printed)(building, 2, "x" * 99 + "\n")
+    await sync_to_async(printed)(building, 3, ("y" * 99 + "\n") * 30_000 + "end")
+    socket = await opened(f"/ws/templates/{building.pk}/?after=2", console)
+    (step,) = (await heard(socket))["steps"]
+    assert step["dropped"] == 28_000
+    assert (step["next"], step["tail"]) == (30_002, "end")
+    assert re.findall(r'<span data-n="(\d+)">', step["lines"]) == [
+        str(n) for n in range(28_002, 30_002)
+    ]
 
 
 async def test_a_page_of_somebody_who_was_removed_closes(

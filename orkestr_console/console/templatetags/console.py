@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from django import template
@@ -69,6 +70,26 @@ def size(value: int | None) -> str:
         number /= 1000
     digits = 0 if unit == "B" or number >= 99.5 else 1 if number >= 9.95 else 2
     return f"{number:.{digits}f}\u202f{unit}"
+
+
+@register.filter
+def change(value: int | None) -> str:
+    """A size by which something changed: ``+1.24 GB``, ``−3 kB``."""
+    if value is None:
+        return ""
+    return f"{'−' if value < 0 else '+'}{size(abs(value))}"
+
+
+@register.filter
+def entry(mapping: Mapping[str, object], key: str) -> object:
+    """What a mapping has under ``key``, or None."""
+    return mapping.get(key)
+
+
+@register.filter
+def unlocalized(value: float) -> str:
+    """A number for a machine to read."""
+    return f"{value:g}"
 
 
 @register.filter
@@ -190,9 +211,9 @@ def copy_from(element: str, label: str) -> dict[str, str]:
 
 
 @register.inclusion_tag("console/_badge.html")
-def badge(state: object, element: str = "") -> dict[str, object]:
+def badge(state: object, element: str = "", label: str = "") -> dict[str, object]:
     """A status as a dot and a word; ``state`` has ``tone``, ``label`` and ``value``."""
-    return {"state": state, "id": element}
+    return {"state": state, "id": element, "label": label}
 
 
 @register.simple_tag

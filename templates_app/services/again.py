@@ -1,0 +1,45 @@
+"""Building a template again: the same recipe, as a new template."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orkestr_console.accounts.actor import Actor
+from templates_app.models import StepStatus, Template
+from templates_app.services.templates import create_template, get_template
+from templates_app.specs import TemplateSpec
+
+
+def build_again(
+    actor: Actor, template_id: str, *, reuse: Literal["failed"] | None = None
+) -> Template:
+    """A new template with the recipe and the choices of one of the team's templates.
+
+    The old one stays as it is. Raises ``NotFound`` and whatever ``create_template`` does.
+    """
+    template = get_template(actor, template_id)
+    return create_template(actor, spec_of(template, reuse))
+
+
+def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
+    """What would have to be asked for to get the same again."""
+    # Not validated again: it was when it was asked for, and its base is looked up anew.
+    return TemplateSpec.model_construct(
+        name=template.name,
+        base_template=template.base_template,
+        recipe=list(template.recipe),
+        network=template.network,
+        allow_domains=template.allow_domains,
+        step_timeout_seconds=template.step_timeout_seconds,
+        build_timeout_seconds=template.build_timeout_seconds,
+        disk_mb=template.disk_mb,
+        reuse=reuse,
+    )
+
+
+def completed(template: Template) -> int:
+    """How many steps of a build that did not end well need not be run again."""
+    if template.status != "failed":
+        return 0
+    done = (StepStatus.SUCCEEDED, StepStatus.CACHED)
+    return template.steps.filter(status__in=done).count()

@@ -1,0 +1,210 @@
+"""What a build's steps printed, a stretch at a time: its end, some lines of it, and search.
+
+A line ends in a line feed and nothing else, here and on the page, so that a line keeps its number
+for ever. What a running step prints is in its events alone; of a step that has ended the row has
+all of it. Up to 9 MiB are kept of a step, so nothing here reads what it does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from django.db.models import F, Sum, TextField, Value
+from django.db.models.expressions import CombinedExpression
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast, Length, Replace, Right
+
+from orkestr_console.errors import NotFound
+from orkestr_console.text import plain
+from templates_app.models import Template
+from templates_app.services.record import printed
+
+# A line that the last characters begin in the middle of is left out if it ends this soon.
+LONGEST_LINE = 16 * 1024
+# What of a text before a stretch says what colours it begins in.
+LEAD = 16 * 1024
+MOST_LINES = 1000
+LARGEST_STRETCH = 512 * 1024
+MOST_COUNTED = 10_000
+EXCERPT = 120
+LONGEST_WANTED = 200
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some of a step's output in a row: ``text`` begins with line ``first``, counted from 1.
+
+    ``lead`` is some of what stands before it, for the colours it is in.
+    """
+
+    text: str
+    first: int
+    lead: str = ""
+
+    @property
+    def last(self) -> int:
+        """Its last line; one before ``first`` if it has none."""
+        return self.first + line_count(self.text) - 1
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A line that has what was searched for, at ``start`` of ``excerpt``; both from 1."""
+
+    step: int
+    line: int
+    before: str
+    found: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Some hits in order; ``count`` lines have one, or more than that if ``many``."""
+
+    hits: list[Hit]
+    count: int
+    many: bool
+
+
+def line_count(text: str) -> int:
+    """How many lines a text has; what follows the last line feed is one if there is anything."""
+    return text.count("\n") + (text != "" and not text.endswith("\n"))
+
+
+def tail(template: Template, number: int, size: int, *, until: int | None = None) -> Stretch:
+    """The last ``size`` characters that a step printed, or had printed at event ``until``."""
+    if until is None or ended_by(template, number, until):
+        row = template.steps.filter(number=number).values_list(
+            Right("output", size), feeds("output"), Length("output")
+        )
+        text, lines, length = row.get()
+        if length or until is not None:
+            return whole_lines(text, lines, length)
+    return told_tail(template, number, size, until)
+
+
+def ended_by(template: Template, number: int, seq: int) -> bool:
+    """Whether a step had ended when event ``seq`` came: then its row has what it had printed."""
+    return template.events.filter(kind="step_finished", step=number, seq__lte=seq).exists()
+
+
+def told_tail(template: Template, number: int, size: int, until: int | None) -> Stretch:
+    """The same from the events, of which only the last are read."""
+    events = template.events.filter(kind="output", step=number)
+    if until is not None:
+        events = events.filter(seq__lte=until)
+    text = Cast(KT("payload__text"), TextField())
+    sums = events.annotate(text=text).aggregate(lines=Sum(feeds("text")), size=Sum(Length("text")))
+    parts: list[str] = []
+    for payload in events.order_by("-seq").values_list("payload", flat=True).iterator(20):
+        parts.append(str(payload.get("text", "")))
+        if sum(map(len, parts)) >= size:
+            break
+    end = "".join(reversed(parts))[-size:]
+    return whole_lines(end, sums["lines"] or 0, sums["size"] or 0)
+
+
+def feeds(field: str) -> CombinedExpression:
+    """How many line feeds a column has, as an expression."""
+    without = Replace(F(field), Value("\n"), Value(""))
+    return Length(field) - Length(without)
+
+
+def whole_lines(text: str, lines: int, length: int) -> Stretch:
+    """The end of a text of ``length`` characters and ``lines`` line feeds, from a line's start."""
+    first = lines - text.count("\n") + 1
+    if len(text) < length:
+        end = text.find("\n", 0, LONGEST_LINE) + 1
+        return Stretch(text[end:], first + bool(end), text[:end])
+    return Stretch(text, first)
+
+
+def lines(template: Template, number: int, first: int, last: int, at: int) -> Stretch:
+    """Up to ``MOST_LINES`` of the lines ``first`` to ``last`` of a step, around line ``at``.
+
+    Fewer if they are long; a line that alone is too long is cut. Raises ``NotFound`` for a step
+    that is not there.
+    """
+    text = all_of(template, number)
+    rows = text.split("\n")
+    if rows[-1] == "":
+        rows.pop()
+    first, last = max(first, 1), min(last, len(rows))
+    if first > last:
+        return Stretch("", first)
+    begin = min(max(at - MOST_LINES // 2, first), max(last - MOST_LINES + 1, first))
+    end = min(begin + MOST_LINES - 1, last)
+    begin, end = narrowed(rows, begin, end, min(max(at, begin), end))
+    shown = "".join(f"{row}\n" for row in rows[begin - 1 : end])[:LARGEST_STRETCH]
+    lead = "\n".join(rows[max(begin - 200, 0) : begin - 1])[-LEAD:]
+    return Stretch(shown, begin, lead)
+
+
+def narrowed(rows: list[str], begin: int, end: int, at: int) -> tuple[int, int]:
+    """The lines nearest to ``at`` that together are not too large."""
+    size, low, high = len(rows[at - 1]), at, at
+    while low > begin or high < end:
+        down = low > begin and (high == end or at - low <= high - at)
+        size += len(rows[low - 2 if down else high]) + 1
+        if size > LARGEST_STRETCH:
+            break
+        low, high = (low - 1, high) if down else (low, high + 1)
+    return low, high
+
+
+def all_of(template: Template, number: int) -> str:
+    """All that is kept of what a step printed. Raises ``NotFound``."""
+    step = template.steps.filter(number=number).first()
+    if step is None:
+        raise NotFound("This template has no such step.")
+    return step.output or printed(template, number)
+
+
+def search(
+    template: Template, wanted: str, *, after: tuple[int, int] = (0, 0), limit: int = 100
+) -> Found:
+    """The lines of all steps that have ``wanted``, in any case, colours left out of account.
+
+    At most ``limit`` of them, after line ``after`` (step, line).
+    """
+    matches = (
+        (number, hit)
+        for number in template.steps.values_list("number", flat=True)
+        for hit in hits_in(plain(all_of(template, number)), wanted)
+    )
+    hits: list[Hit] = []
+    count = 0
+    for number, (line, text) in islice(matches, MOST_COUNTED):
+        count += 1
+        if (number, line) > after and len(hits) < limit:
+            hits.append(excerpt(number, line, text, wanted))
+    return Found(hits, count, many=next(matches, None) is not None)
+
+
+def hits_in(text: str, wanted: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text that have ``wanted``: their number and themselves."""
+    low, wanted = text.lower(), wanted.lower()
+    if wanted not in low:
+        return
+    rows, line, at = text.split("\n"), 1, 0
+    while (found := low.find(wanted, at)) >= 0:
+        line += low.count("\n", at, found)
+        yield line, rows[line - 1]
+        at = low.find("\n", found)
+        if at < 0:
+            return
+
+
+def excerpt(step: int, line: int, text: str, wanted: str) -> Hit:
+    """The line, or of a long one the part that has what was searched for."""
+    at = max(text.lower().find(wanted.lower()), 0)
+    end = at + len(wanted)
+    before, after = text[:at], text[end:]
+    if len(before) > EXCERPT // 2:
+        before = f"…{before[-EXCERPT // 2 :].lstrip()}"
+    if len(after) > EXCERPT:
+        after = f"{after[:EXCERPT]}…"
+    return Hit(step, line, before, text[at:end], after)

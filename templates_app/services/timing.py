@@ -1,0 +1,76 @@
+"""Where the time of a build went, from its rows and the events that it told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from templates_app.models import BuildEvent, BuildStep, Template
+
+MILLISECOND = timedelta(milliseconds=1)
+# Too large to be read again with every change, and the page needs them not.
+LARGE = ("output", "contents")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a build's time, in milliseconds."""
+
+    name: str
+    label: str
+    ms: int
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A running step has written nothing since then."""
+
+    step: int
+    since: datetime
+
+
+def build_events(template: Template) -> list[BuildEvent]:
+    """Everything that a build told, but for what its steps printed and what its image holds."""
+    return list(template.events.exclude(kind__in=LARGE))
+
+
+def parts(
+    template: Template, steps: Iterable[BuildStep], events: Iterable[BuildEvent]
+) -> list[Part]:
+    """The parts of a build's time that are known, in their order; no part that took no time.
+
+    A build from before a part was told, or one that ended before it, is without.
+    """
+    told: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
+    boot = told.get("boot", {})
+    measured: list[tuple[str, str, float | None]] = [
+        ("boot", "Boot", boot.get("duration_ms", boot.get("boot_ms"))),
+        ("steps", "Steps", sum(step.duration_ms or 0 for step in steps)),
+        ("scrub", "Clean", told.get("scrub", {}).get("duration_ms")),
+        ("capture", "Capture", told.get("capture", {}).get("duration_ms")),
+        ("publish", "Publish", told.get("published", {}).get("publish_ms")),
+    ]
+    known = sum(ms or 0 for _, _, ms in measured)
+    # Such as reading what is in the image, and waiting for the disk.
+    other = (template.build_ms or 0) - known
+    whole = [("queue", "In the queue", waited(template)), *measured, ("other", "Other", other)]
+    return [Part(name, label, round(ms)) for name, label, ms in whole if ms and ms >= 0.5]
+
+
+def waited(template: Template) -> float | None:
+    """How long a build was in the queue, in milliseconds; None while it is."""
+    ended = template.started_at or template.finished_at
+    return (ended - template.created_at) / MILLISECOND if ended else None
+
+
+def silence(template: Template, running: BuildStep | None) -> Silence | None:
+    """Whether the running step was said to be silent and has been silent since."""
+    if running is None:
+        return None
+    last = template.events.filter(step=running.number).order_by("-seq").first()
+    if last is None or last.kind != "step_silent":
+        return None
+    length = timedelta(seconds=float(last.payload.get("seconds", 0)))
+    return Silence(running.number, last.at - length)
