@@ -93,6 +93,8 @@ class BuildEvent:
     ========== =================================================================================
     boot       ``boot_ms`` (the container alone), ``duration_ms`` (the whole phase)
     step_*     ``step`` (from 1); ``started``: ``total``, ``command``; ``silent``: ``seconds``
+    …cached    instead of started and finished, of a step that is reused: ``total``, ``command``,
+               ``build`` (that ran it) and ``saved_at`` (when it had, Unix seconds)
     output     ``step``, ``text`` (at most 64 KiB)
     …finished  ``exit_code``, ``signal``, ``duration_ms``, ``output_bytes``, ``elided_bytes``;
                ``added_bytes``, ``added_files``: what it added to the disk, perhaps negative

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hostruntime.build_layers import BuildLayers
 from hostruntime.build_plan import Emit, Host, Plan
 from hostruntime.build_report import ran_past_build_time
-from hostruntime.capture import Captured, CaptureStoppedError, capture
+from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
-from hostruntime.errors import HostError
+from hostruntime.errors import HostError, HostFull
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
-from hostruntime.manager import ContainerSpec
+from hostruntime.layers import Layer
+from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
 from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
-from hostruntime.threads import in_thread, to_the_end
+from hostruntime.threads import Stop, in_thread, to_the_end
 from hostruntime.trees import Measure, measure
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Assembly:
         self._plan = plan
         self._emit = emit
         self._steps = StepRunner(host, plan, emit, self._remaining)
-        self._stop = threading.Event()
+        self._stop = Stop()
+        self._layers: BuildLayers | None = None
         self._began = time.monotonic()
         self._flushing: asyncio.Future[None]
         self._digest: str | None = None
@@ -62,7 +64,10 @@ class Assembly:
                 measured = await self._within_build_time(self._stage(base))
             finally:
                 await self._clean_up()
-            return await self._publish(base, measured)
+            image = await self._publish(base, measured)
+            if self._layers is not None:
+                await self._layers.published()
+            return image
         except BaseException:
             await in_thread(store.trash.discard, self._staged)
             raise
@@ -89,17 +94,46 @@ class Assembly:
     # Phases -------------------------------------------------------------------------------
 
     async def _stage(self, base: Image) -> Measure:
-        await self._boot(base)
-        for number in range(1, len(self._plan.recipe) + 1):
+        cached = await self._boot(base)
+        for number in range(cached + 1, len(self._plan.recipe) + 1):
             await self._steps.run(number)
+            if self._layers is not None:
+                await self._layers.after_step(number)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)
         return measured
 
-    async def _boot(self, base: Image) -> None:
-        plan, began = self._plan, time.monotonic()
-        running = await self._host.containers.start(
+    async def _boot(self, base: Image) -> int:
+        """Start the container; return how many steps it begins behind."""
+        plan, began, layer = self._plan, time.monotonic(), None
+        if plan.cache is not None:
+            self._layers = BuildLayers(self._host, plan, plan.cache, base, self._emit, self._stop)
+            layer = await in_thread(self._layers.find)
+        running = await self._start_from_layer(base, layer) if layer is not None else None
+        if running is None:
+            layer, running = None, await self._start(base)
+        self._emit("boot", boot_ms=round(running.boot_ms, 1), duration_ms=_since(began))
+        return self._layers.begun(layer) if self._layers is not None else 0
+
+    async def _start_from_layer(self, base: Image, layer: Layer) -> Running | None:
+        """Start where the layer was; None, and nothing started, if that cannot be done."""
+        assert self._layers is not None
+        try:
+            running = await self._start(base, layer.disk)
+            await self._layers.put_back(layer)
+        except HostFull:
+            raise
+        except (HostError, OSError) as error:
+            _log.warning("the layer %s is of no use: %s", layer.directory, error)
+            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await in_thread(self._layers.drop, layer)
+            return None
+        return running
+
+    async def _start(self, base: Image, saved_disk: Path | None = None) -> Running:
+        plan = self._plan
+        return await self._host.containers.start(
             ContainerSpec(
                 owner=plan.image_id,
                 image_tree=base.tree,
@@ -107,19 +141,19 @@ class Assembly:
                 limits=plan.limits,
                 directory=plan.directory,
                 provide=plan.provide,
+                saved_disk=saved_disk,
             )
         )
-        self._emit("boot", boot_ms=round(running.boot_ms, 1), duration_ms=_since(began))
 
     async def _capture(self, base: Image) -> Measure:
         plan, began = self._plan, time.monotonic()
         staged = await in_thread(self._host.store.staging, plan.image_id)
         tree = staged / "tree"
-        captured = await self._stoppable(self._link, base, tree)
+        captured = await self._stop.in_thread(self._link, base, tree)
         linked = time.monotonic()
         await self._scrub(tree)
         scrubbed = time.monotonic()
-        measured = await self._stoppable(measure, tree, captured.linked, self._check)
+        measured = await self._stop.in_thread(measure, tree, captured.linked, self._stop.check)
         self._emit(
             "capture",
             size_bytes=measured.size_bytes,
@@ -131,13 +165,13 @@ class Assembly:
 
     def _link(self, base: Image, tree: Path) -> Captured:
         layer = self._host.containers.layer(self._plan.image_id)
-        captured = capture(base.tree, layer, tree, self._stop)
+        captured = capture(base.tree, layer, tree, self._stop.check)
         remove_residue(tree, base.tree, self._host.runtime_tree(self._plan.policy.mode))
         return captured
 
     async def _scrub(self, tree: Path) -> None:
         began = time.monotonic()
-        removed = await self._stoppable(scrub, tree, RULES, self._check)
+        removed = await self._stop.in_thread(scrub, tree, RULES, self._stop.check)
         self._emit(
             "scrub",
             removed_bytes=sum(gone.size_bytes for gone in removed.values()),
@@ -154,15 +188,15 @@ class Assembly:
         self._flushing = asyncio.ensure_future(asyncio.to_thread(self._host.store.flush))
         self._flushing.add_done_callback(_retrieve)
         began = time.monotonic()
-        contents = await self._stoppable(self._read_contents, base)
+        contents = await self._stop.in_thread(self._read_contents, base)
         self._digest = str(contents["digest"])
         self._emit("contents", **contents, duration_ms=_since(began))
 
     def _read_contents(self, base: Image) -> dict[str, Any]:
-        tree = self._staged / "tree"
-        below = self._host.store.digest(base, self._check)
-        digest = image_digest(tree, base.tree, below, self._check)
-        contents = {"digest": digest, **installed_packages(tree, self._check).to_json()}
+        tree, check = self._staged / "tree", self._stop.check
+        below = self._host.store.digest(base, check)
+        digest = image_digest(tree, base.tree, below, check)
+        contents = {"digest": digest, **installed_packages(tree, check).to_json()}
         write_json(self._staged / CONTENTS, contents)
         return contents
 
@@ -184,14 +218,6 @@ class Assembly:
         image = await in_thread(partial(store.publish, flushed=True), self._staged, manifest)
         self.publish_ms = _since(began)
         return image
-
-    async def _stoppable[T](self, function: Callable[..., T], *args: Any) -> T:
-        """Run work that looks at ``_stop`` in a thread; cancelled, it ends soon."""
-        return await in_thread(function, *args, on_cancel=self._stop.set)
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise CaptureStoppedError("The build was ended.")
 
     async def _clean_up(self) -> None:
         """Stop the container and give its disk back.

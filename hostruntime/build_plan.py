@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from hostruntime.build_report import Refused
 from hostruntime.egress import EgressProxy
 from hostruntime.images import ImageStore
+from hostruntime.layers import LayerStore
 from hostruntime.limits import Limits
 from hostruntime.manager import ContainerManager
 from hostruntime.policy import Policy
@@ -34,6 +35,15 @@ class Host:
     containers: ContainerManager
     runtime_tree: Callable[[str], Path]
     refusals: Callable[[str, float], list[Refused]]
+    layers: LayerStore
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where a build keeps its layers, and whether it may begin with one that is there."""
+
+    scope: str
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Plan:
     """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
 
     ``provide`` is called with the writable layer's directory before the container starts, in a
-    thread, to put files in.  ``details`` and ``definition`` go into the manifest.
+    thread, to put files in.  Without a ``cache`` no layers are kept.  ``details`` and
+    ``definition`` go into the manifest.
     """
 
     image_id: str
@@ -54,6 +65,7 @@ class Plan:
     build_timeout: float
     directory: Path
     provide: Callable[[Path], None] | None = None
+    cache: Cache | None = None
     definition: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from hostruntime.assembly import Assembly
 from hostruntime.build_log import EventLog
-from hostruntime.build_plan import Host, Plan
+from hostruntime.build_plan import Cache, Host, Plan
 from hostruntime.errors import BuildFailed, HostError, ImageNotFound, InvalidRequest, NotFound
-from hostruntime.images import Image
+from hostruntime.images import Image, check_name
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.policy import Policy, PolicyError
@@ -44,7 +44,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build.  ``network`` is restricted or open; timeouts are in seconds."""
+    """What to build.  ``network`` is restricted or open; timeouts are in seconds.
+
+    ``cache`` says where the build keeps its layers; None keeps none, and begins with none.
+    """
 
     id: str
     base_image: str
@@ -56,6 +59,7 @@ class BuildRequest:
     disk_mb: int | None = None
     step_timeout_seconds: float = 600.0
     build_timeout_seconds: float = 1800.0
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class BuildManager:
         if known is not None:
             return known.status(), False
         policy = _policy(request)
+        if request.cache is not None:
+            check_name(request.cache.scope)
         build = self._new(request.id, {"request": asdict(request)})
         work = self._run(build, request, policy)
         self._running[build.id] = build
@@ -172,6 +178,11 @@ class BuildManager:
             elif record.get("state") == "running":
                 await self._settle(_Build(directory.name, directory, _log_of(directory), record))
         await in_thread(self._forget_old)
+        await in_thread(self._host.layers.recover)
+
+    async def drop_layers(self, scope: str) -> None:
+        """Delete the layers of a scope.  Raises InvalidRequest for what is no name."""
+        await in_thread(self._host.layers.drop, scope)
 
     def users(self) -> set[str]:
         """The ids under which running builds use their base images."""
@@ -332,6 +343,7 @@ def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
         step_timeout=request.step_timeout_seconds,
         build_timeout=request.build_timeout_seconds,
         directory=directory,
+        cache=request.cache,
     )
 
 

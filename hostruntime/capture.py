@@ -26,20 +26,20 @@ import contextlib
 import errno
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime.errors import HostError
 from hostruntime.sparse import copy_range, data_extents
 from hostruntime.trees import (
     MAX_DEPTH,
+    Check,
     TreeTooDeep,
     attributes,
     child_path,
     entries,
+    go_on,
     is_directory,
     opened,
     opened_if_directory,
@@ -62,13 +62,6 @@ MOUNT_POINTS: Mapping[str, int] = {
 }
 
 
-class CaptureStoppedError(HostError):
-    """The capture was asked to stop; the output is half made."""
-
-    code = "capture_stopped"
-    status = 409
-
-
 @dataclass
 class Captured:
     """What a capture did, and the inode numbers the new tree shares with the base."""
@@ -79,16 +72,15 @@ class Captured:
     left_out: int = 0
 
 
-def capture(base: Path, upper: Path, output: Path, stop: threading.Event | None = None) -> Captured:
+def capture(base: Path, upper: Path, output: Path, check: Check = go_on) -> Captured:
     """Make ``output`` (which must not exist) from ``base`` and ``upper``; ``upper`` is used up.
 
-    ``base`` and ``output`` are on one filesystem.  ``stop`` being set makes it end soon by
-    :class:`CaptureStoppedError`.  Raises :class:`TreeTooDeep` and OSError; a half-made ``output``
-    is the caller's to remove.
+    ``base`` and ``output`` are on one filesystem.  Raises :class:`TreeTooDeep`, OSError, and what
+    ``check`` does; a half-made ``output`` is the caller's to remove.
     """
     output.mkdir(mode=0o700)
     with opened(base) as base_fd, opened(upper) as upper_fd, opened(output) as output_fd:
-        walk = _Walk(base_fd, output_fd, stop or threading.Event())
+        walk = _Walk(base_fd, output_fd, check)
         walk.merge_root(upper_fd, output_fd)
     return walk.result
 
@@ -96,10 +88,10 @@ def capture(base: Path, upper: Path, output: Path, stop: threading.Event | None 
 class _Walk:
     """One capture under way.  Each method fills one directory of the new tree."""
 
-    def __init__(self, base_root: int, output_root: int, stop: threading.Event) -> None:
+    def __init__(self, base_root: int, output_root: int, check: Check) -> None:
         self._base_root = base_root
         self._output_root = output_root
-        self._stop = stop
+        self._check = check
         # Where the walk is, and where the files with several names were copied to, by inode.
         self._path: list[str] = []
         self._copies: dict[int, str] = {}
@@ -117,12 +109,14 @@ class _Walk:
     def _merge(
         self, base: int | None, upper: int, output: int, depth: int, hidden: frozenset[str]
     ) -> None:
-        self._check(depth)
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        self._check()
         changed = [entry for entry in entries(upper) if entry.name not in hidden]
         if base is not None:
             self._link_all(base, output, depth, hidden | {entry.name for entry in changed})
         for entry in changed:
-            self._check_stop()
+            self._check()
             if is_directory(entry):
                 self._merge_directory(entry.name, base, upper, output, depth + 1)
             else:
@@ -158,13 +152,15 @@ class _Walk:
             yield None
 
     def _link_all(self, base: int, output: int, depth: int, hidden: frozenset[str]) -> None:
-        self._check(depth)
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        self._check()
         linked = self.result.linked
         for entry in entries(base):
             name = entry.name
             if name in hidden:
                 continue
-            self._check_stop()
+            self._check()
             if entry.is_dir(follow_symlinks=False):
                 with opened(name, base) as inner, _made(name, output) as made:
                     self._link_all(inner, made, depth + 1, frozenset())
@@ -176,7 +172,7 @@ class _Walk:
             except OSError as error:
                 if error.errno != errno.EMLINK:
                     raise
-                _copy(name, base, output, self._check_stop)
+                _copy(name, base, output, self._check)
                 self.result.copied += 1
 
     def _move(self, entry: os.DirEntry[str], upper: int, output: int) -> None:
@@ -198,7 +194,7 @@ class _Walk:
         """Move a file to another file system; other names of one that was moved become links."""
         found = status(name, upper)
         if not self._linked_to_copy(found.st_ino, name, output):
-            _copy(name, upper, output, self._check_stop)
+            _copy(name, upper, output, self._check)
             path = "/".join([*self._path, name])
             # By a longer path the copy could not be found again: each name gets one of its own.
             if found.st_nlink > 1 and len(os.fsencode(path)) < _PATH_MAX:
@@ -219,15 +215,6 @@ class _Walk:
                 raise
             return False
         return True
-
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise CaptureStoppedError("The capture was stopped.")
-
-    def _check(self, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise TreeTooDeep
-        self._check_stop()
 
 
 @contextmanager
@@ -284,7 +271,7 @@ def _copy_metadata(source: int, target: int) -> None:
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def _copy(name: str, source: int, target: int, check: Callable[[], None]) -> None:
+def _copy(name: str, source: int, target: int, check: Check) -> None:
     """Copy a file, symlink or FIFO with all that belongs to it; ``check`` may end it."""
     found = status(name, source)
     if stat.S_ISREG(found.st_mode):
@@ -303,7 +290,7 @@ def _copy(name: str, source: int, target: int, check: Callable[[], None]) -> Non
     os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
 
 
-def _copy_content(name: str, source: int, target: int, check: Callable[[], None]) -> None:
+def _copy_content(name: str, source: int, target: int, check: Check) -> None:
     reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     writing = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with (

@@ -147,8 +147,13 @@ class HostClient:
         disk_mb: int | None = None,
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
+        cache: Mapping[str, Any] | None = None,
     ) -> BuildInfo:
-        """Start a build whose image will have its id; the same id again changes nothing."""
+        """Start a build whose image will have its id; the same id again changes nothing.
+
+        ``cache`` has ``scope`` (whose layers it keeps and may use: a plain name) and ``reuse``:
+        whether steps that an earlier build of the scope ran the same way are not run again.
+        """
         body = {
             "id": build_id,
             "base_image": base_image,
@@ -158,6 +163,7 @@ class HostClient:
             "limits": {"cpu": cpu, "memory_mb": memory_mb, "disk_mb": disk_mb},
             "step_timeout_seconds": step_timeout_seconds,
             "build_timeout_seconds": build_timeout_seconds,
+            "cache": None if cache is None else dict(cache),
         }
         return BuildInfo.from_wire(self._json("POST", "/builds", body=body))
 
@@ -173,6 +179,10 @@ class HostClient:
         """
         params = {"keep_published": "true" if keep_published else "false"}
         return BuildInfo.from_wire(self._json("DELETE", f"/builds/{build_id}", params=params))
+
+    def drop_layers(self, scope: str) -> None:
+        """Delete everything that builds of a scope kept for others to reuse."""
+        self._send("DELETE", f"/layers/{scope}")
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True

@@ -10,9 +10,11 @@ bounds blocks and inodes everywhere, answers ENOSPC to that container alone, is 
     <state dir>/disks/<owner>.img        sparse: takes what was written, at most its size
     /run/orkestr/<n>/disks/<owner>/      where it is mounted, ids as inside (0 = root)
 
-There is no journal and nothing is ever flushed: a disk does not outlive its container's boot, and
-an image is captured from what the page cache says.  The loop device frees itself with the last
-user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves none behind.
+There is no journal and nothing is flushed: a disk does not outlive its container's boot, and an
+image is captured from what the page cache says.  Only to save a copy (:meth:`Disks.save`) is it
+made read-only for a moment, which leaves a clean file system in the file.  The loop device frees
+itself with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves
+none behind.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from hostruntime.errors import HostFault, HostFull
 from hostruntime.paths import Instance, StatePaths
 from hostruntime.run import run
 from hostruntime.rundir import RunDir
-from hostruntime.sparse import copy_range, data_extents
+from hostruntime.sparse import copy_whole
+from hostruntime.trees import Check, go_on
 
 MIB = 1024 * 1024
 # Below this much room on the state directory's file system nothing new is started.
@@ -61,6 +64,10 @@ _FS_IOC_SHUTDOWN = 0x8004587D
 _SHUTDOWN_NO_FLUSH = 2
 
 
+class DiskStuckError(HostFault):
+    """A disk stayed read-only: its container cannot go on."""
+
+
 @dataclass
 class Disks:
     """The disks of one installation, by owner.  Everything blocks for some milliseconds."""
@@ -78,18 +85,19 @@ class Disks:
         """Where an owner's disk is mounted, if it has one."""
         return self.mounts / owner
 
-    def attach(self, owner: str, size_mb: int) -> Path:
+    def attach(self, owner: str, size_mb: int, saved: Path | None = None) -> Path:
         """Give ``owner`` an empty disk of ``size_mb`` MiB, in place of any it has; its path.
 
-        Raises HostFull, HostFault, OSError; then nothing is left.
+        ``saved`` is a disk of that size, made by :meth:`save`, to begin with instead.  Raises
+        HostFull, HostFault, OSError; then nothing is left.
         """
         self._require_room()
         self.release(owner)
-        empty = self._empty(size_mb)
+        source = saved or self._empty(size_mb)
         target = self.path(owner)
         try:
             target.mkdir(mode=0o700, parents=True)
-            with _copied(empty, self._image(owner)) as image, _loop_device(image) as device:
+            with _copied(source, self._image(owner)) as image, _loop_device(image) as device:
                 kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
         except BaseException:
             self.release(owner)
@@ -116,6 +124,29 @@ class Disks:
             found |= {path.name for path in self.mounts.iterdir()}
         for owner in sorted(found - set(live)):
             self.release(owner)
+
+    def flush(self, owner: str) -> None:
+        """Write to the file what is still in memory, so that :meth:`save` is quick; slow."""
+        kernel.syncfs(self.path(owner))
+
+    def save(self, owner: str, target: Path, check: Check = go_on) -> None:
+        """Copy an owner's disk to the file ``target``, as it is at one instant.
+
+        Nothing may have a file on it open for writing: that is EBUSY.  What tries to write
+        meanwhile fails.  ``target`` is not flushed, and half made when this raises OSError, what
+        ``check`` does, or DiskStuckError.
+        """
+        mounted = self.path(owner)
+        kernel.mount("", mounted, None, _FLAGS | kernel.MS_REMOUNT | kernel.MS_RDONLY)
+        try:
+            with _copied(self._image(owner), target, check):
+                pass
+        finally:
+            _make_writable(mounted)
+
+    def allocated(self, owner: str) -> int:
+        """How many bytes of an owner's disk a copy would have to take over.  Raises OSError."""
+        return max(self.used(owner)[0], self._image(owner).stat().st_blocks * 512)
 
     def used(self, owner: str) -> tuple[int, int]:
         """How many bytes and inodes of an owner's disk are in use.  Raises OSError."""
@@ -164,15 +195,13 @@ def _make(path: Path, size_mb: int) -> None:
 
 
 @contextmanager
-def _copied(source: Path, target: Path) -> Iterator[int]:
+def _copied(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
     """A descriptor of a copy, as sparse as the original (SEEK_DATA in lseek(2))."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with source.open("rb") as original:
         descriptor = os.open(target, flags, 0o600)
         try:
-            os.ftruncate(descriptor, os.fstat(original.fileno()).st_size)
-            for start, end in data_extents(original.fileno()):
-                copy_range(original.fileno(), descriptor, start, end)
+            copy_whole(original.fileno(), descriptor, check)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -221,6 +250,15 @@ def _shut_down(target: Path) -> None:
             fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", _SHUTDOWN_NO_FLUSH))
         finally:
             os.close(descriptor)
+
+
+def _make_writable(mounted: Path) -> None:
+    try:
+        kernel.mount("", mounted, None, _FLAGS | kernel.MS_REMOUNT)
+    except OSError as error:
+        raise DiskStuckError(
+            f"{mounted} could not be made writable again: {error.strerror}."
+        ) from error
 
 
 def _unmount(target: Path) -> None:

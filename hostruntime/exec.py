@@ -81,13 +81,17 @@ def shell(command: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ExecRequest:
-    """A command to run; ``timeout`` is in seconds, None for no limit."""
+    """A command to run; ``timeout`` is in seconds, None for no limit.
+
+    ``stdin`` is the null device unless a descriptor is given, which stays the caller's.
+    """
 
     argv: Sequence[str]
     cwd: str
     env: Mapping[str, str]
     timeout: float | None = None
     merge_output: bool = False
+    stdin: int | None = None
 
 
 async def run_command(
@@ -140,7 +144,7 @@ class _Session:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
             message = _attach_message(self.groups.name, self.group, request)
-            fds = [null, *ends, status_in]
+            fds = [null if request.stdin is None else request.stdin, *ends, status_in]
             self.attached = await launchers.attach(message, fds)
             self.started = loop.time()
             self.attached.ended.add_done_callback(self._on_end)

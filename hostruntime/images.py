@@ -181,7 +181,7 @@ class ImageStore:
 
         Raises ImageNotFound; InvalidRequest for a user that is no plain name.
         """
-        _check_name(user)
+        check_name(user)
         with self._lock:
             image = self.get(image_id)
             users = image.tree.parent / "users"
@@ -191,7 +191,7 @@ class ImageStore:
 
     def release(self, image_id: str, user: str) -> None:
         """End ``user``'s use; an image or generation nobody can boot any more is then removed."""
-        _check_name(user)
+        check_name(user)
         with self._lock:
             for directory in self._generations(_resolve(image_id)):
                 with contextlib.suppress(FileNotFoundError):
@@ -209,7 +209,7 @@ class ImageStore:
 
     def staging_path(self, image_id: str) -> Path:
         """Where :meth:`staging` puts the directory of that id."""
-        _check_name(image_id)
+        check_name(image_id)
         return self._paths.staging / image_id
 
     def flush(self) -> None:
@@ -223,7 +223,7 @@ class ImageStore:
         called on the tree.  Raises Conflict if a template image of that id exists;
         ImageRevokedError after :meth:`revoke`; OSError.  On any failure ``staged`` is still there.
         """
-        _check_name(manifest.id)
+        check_name(manifest.id)
         write_atomically(
             staged / "image.json", json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
@@ -356,11 +356,13 @@ def _resolve(image_id: str) -> str:
     return ALIASES.get(image_id, image_id)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> str:
+    """Return what is fit to be a directory's name; raises InvalidRequest for what is not."""
     if _NAME.fullmatch(name) is None:
         raise InvalidRequest(
             f"{name[:100]!r} is not a valid id: use letters, digits, dot, dash and underscore."
         )
+    return name
 
 
 def _users(directory: Path) -> Iterator[Path]:

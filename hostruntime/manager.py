@@ -43,6 +43,7 @@ from hostruntime.rootfs import unmount_rootfs
 from hostruntime.rundir import RunDir
 from hostruntime.runtime_layer import HOSTNAME, container_environment, runtime_tree
 from hostruntime.seccomp import profile_in
+from hostruntime.trees import Check
 
 _MONITOR_GRACE_SECONDS = 5.0
 _STRAYS_GRACE_SECONDS = 5.0
@@ -56,6 +57,7 @@ class ContainerSpec:
     """What to start: ``owner`` is unique on the host, ``directory`` gets the log.
 
     ``provide`` is called with the empty writable layer, in a thread, to put files in.
+    ``saved_disk`` is what to begin with instead of an empty one (:meth:`save_disk`).
     """
 
     owner: str
@@ -64,6 +66,7 @@ class ContainerSpec:
     limits: Limits
     directory: Path
     provide: Callable[[Path], None] | None = None
+    saved_disk: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ class ContainerManager:
         A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
         Raises HostFull, Conflict (the owner has one), HostError.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._start(spec)))
+        starting = asyncio.ensure_future(self._start(spec))
+        starting.add_done_callback(_looked_at)
+        return await asyncio.shield(starting)
 
     async def _start(self, spec: ContainerSpec) -> Running:
         async with self._lock(spec.owner):
@@ -184,6 +189,18 @@ class ContainerManager:
         """How many bytes and files are on an owner's disk.  Raises OSError."""
         return self.disks.used(owner)
 
+    def disk_allocated(self, owner: str) -> int:
+        """How many bytes :meth:`save_disk` would have to copy.  Raises OSError."""
+        return self.disks.allocated(owner)
+
+    def flush_disk(self, owner: str) -> None:
+        """Get an owner's disk ready for :meth:`save_disk`; blocks as long as the disk does."""
+        self.disks.flush(owner)
+
+    def save_disk(self, owner: str, target: Path, check: Check) -> None:
+        """Copy an owner's disk to ``target`` (:meth:`Disks.save`); blocks."""
+        self.disks.save(owner, target, check)
+
     def layer(self, owner: str) -> Path:
         """An owner's writable layer, the overlay's upper directory; ids are those of inside."""
         return self.disks.path(owner) / "upper"
@@ -218,16 +235,18 @@ class ContainerManager:
         env: Mapping[str, str],
         timeout: float | None,
         merge_output: bool = False,
+        stdin: int | None = None,
     ) -> AsyncGenerator[Frame, None]:
         """Run ``argv``; iterate its frames under ``contextlib.aclosing`` (closing kills the tree).
 
         ``env`` is laid over the container's environment; ``timeout`` is in seconds.
         ``merge_output`` gives both streams one pipe, so that their order is kept; all of it then
-        arrives as stdout.  Raises ContainerGone, CwdNotFound, ExecKilled (the container ended).
+        arrives as stdout.  ``stdin`` is a descriptor to read from instead of the null device, the
+        caller's to close.  Raises ContainerGone, CwdNotFound, ExecKilled (the container ended).
         """
         running = self.get(owner)
-        environment = {**container_environment(running.slot.mode, self.pool), **env}
-        request = ExecRequest(argv, cwd, environment, timeout, merge_output)
+        environment = {**self.environment(running.slot.mode), **env}
+        request = ExecRequest(argv, cwd, environment, timeout, merge_output, stdin)
         try:
             frames = run_command(self.launchers, self._groups(owner), request)
             async with aclosing(frames):
@@ -238,6 +257,10 @@ class ContainerManager:
         except HostFault:
             self._check_not_stopped(running)
             raise
+
+    def environment(self, mode: str) -> dict[str, str]:
+        """What every process in a container of a network mode begins with."""
+        return container_environment(mode, self.pool)
 
     def _check_not_stopped(self, running: Running) -> None:
         if self._running.get(running.owner) is not running:
@@ -264,7 +287,7 @@ class ContainerManager:
     # Pieces --------------------------------------------------------------------------------
 
     def _provide_disk(self, spec: ContainerSpec) -> None:
-        self.disks.attach(spec.owner, spec.limits.disk_size_mb)
+        self.disks.attach(spec.owner, spec.limits.disk_size_mb, spec.saved_disk)
         if spec.provide is not None:
             upper = self.layer(spec.owner)
             upper.mkdir(mode=0o755)
@@ -416,6 +439,12 @@ def _parent_of(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1])
+
+
+def _looked_at(starting: asyncio.Future[Running]) -> None:
+    """How it ended is no matter to a caller that was cancelled; without one asyncio complains."""
+    if not starting.cancelled():
+        starting.exception()
 
 
 async def _logged(work: Awaitable[None]) -> None:

@@ -8,6 +8,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       trash/                        trees being unlinked, cleared at start and in the background
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
+      layers/<scope>/<key>/         what a build's steps had made, to begin another with (layers.py)
       usage/<sandbox id>.json       what a sandbox has used, until collected
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
@@ -84,6 +85,11 @@ class StatePaths:
         return self.root / "disks"
 
     @property
+    def layers(self) -> Path:
+        """What builds' steps had made, by scope and key."""
+        return self.root / "layers"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -120,6 +126,7 @@ class StatePaths:
             self.sandboxes,
             self.usage,
             self.disks,
+            self.layers,
             self.runtime,
             self.lxc,
             self.squid,

@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from hostruntime.bases import BASES, BaseBuilder
 from hostruntime.build_log import KEEP_ALIVE_SECONDS
+from hostruntime.build_plan import Cache
 from hostruntime.builds import BuildManager, BuildRequest
 from hostruntime.errors import HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.images import ALIASES, Image, ImageStore
@@ -40,6 +41,11 @@ class _Limits(_Body):
     disk_mb: int | None = Field(default=None, ge=16, le=1_048_576)
 
 
+class _Cache(_Body):
+    scope: str
+    reuse: bool = False
+
+
 class _BuildBody(_Body):
     id: str
     base_image: str
@@ -49,6 +55,7 @@ class _BuildBody(_Body):
     limits: _Limits = _Limits()
     step_timeout_seconds: float = Field(default=600.0, gt=0)
     build_timeout_seconds: float = Field(default=1800.0, gt=0)
+    cache: _Cache | None = None
 
 
 class _ReconcileBody(_Body):
@@ -56,7 +63,7 @@ class _ReconcileBody(_Body):
 
 
 def image_routes(store: ImageStore, bases: BaseBuilder, builds: BuildManager) -> list[Route]:
-    """The routes of the contract under /bases, /images and /builds."""
+    """The routes of the contract under /bases, /images, /builds and /layers."""
     return [*_base_routes(bases), *_store_routes(store), *_build_routes(builds)]
 
 
@@ -135,7 +142,12 @@ def _build_routes(builds: BuildManager) -> list[Route]:
         lines = builds.events(request.path_params["id"], after, follow=follow)
         return StreamingResponse(lines, media_type=_NDJSON)
 
+    async def drop_layers(request: Request) -> Response:
+        await builds.drop_layers(request.path_params["scope"])
+        return Response(status_code=204)
+
     return [
+        Route("/layers/{scope}", drop_layers, methods=["DELETE"]),
         Route("/builds", start, methods=["POST"]),
         Route("/builds/{id}", get, methods=["GET"]),
         Route("/builds/{id}", cancel, methods=["DELETE"]),
@@ -208,6 +220,7 @@ def _build_request(body: _BuildBody) -> BuildRequest:
         disk_mb=body.limits.disk_mb,
         step_timeout_seconds=body.step_timeout_seconds,
         build_timeout_seconds=body.build_timeout_seconds,
+        cache=None if body.cache is None else Cache(body.cache.scope, body.cache.reuse),
     )
 
 

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from hostruntime.errors import HostError
+
 _log = logging.getLogger(__name__)
+
+
+class StoppedError(HostError):
+    """Work was asked to stop; what it was making is half made."""
+
+    code = "stopped"
+    status = 409
+
+
+class Stop:
+    """Ends long work in threads soon after whoever waits for it is cancelled."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def check(self) -> None:
+        """Called by the work between its pieces.  Raises StoppedError."""
+        if self.event.is_set():
+            raise StoppedError("The work was asked to stop.")
+
+    async def in_thread[T](self, function: Callable[..., T], *args: Any) -> T:
+        """Run work that looks at this in a thread, to its end, which comes soon if cancelled."""
+        return await in_thread(function, *args, on_cancel=self.event.set)
 
 
 async def in_thread[T](
@@ -33,6 +59,7 @@ async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] |
                 on_cancel()
     if cancelled is None:
         return work.result()
-    if not work.cancelled() and (failure := work.exception()) is not None:
+    failure = None if work.cancelled() else work.exception()
+    if failure is not None and not isinstance(failure, StoppedError):
         _log.info("cancelled work ended by %s", failure)
     raise cancelled

@@ -1,7 +1,8 @@
-"""Where HTTP and WebSockets come in: Django for HTTP, the apps' consumers for WebSockets."""
+"""Where HTTP and WebSockets come in: Django and MCP for HTTP, the apps' consumers for sockets."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
 # Loads the apps, which the consumers' modules need.
 http = get_asgi_application()
+MCP = "/api/sandboxes/mcp"
 
 
 def websocket_urls() -> list[Any]:
@@ -29,6 +31,16 @@ def websocket_urls() -> list[Any]:
     ]
 
 
+async def by_path(scope: Any, receive: Any, send: Any) -> None:
+    """MCP at its address, Django at every other."""
+    if scope["path"].rstrip("/") != MCP:
+        await http(scope, receive, send)
+        return
+    # Its SDK takes a second to import, which a start of the console need not wait for.
+    module = await asyncio.to_thread(import_module, "orkestr_console.mcp.endpoint")
+    await module.endpoint(scope, receive, send)
+
+
 async def nowhere(scope: Any, receive: Any, send: Any) -> None:
     """Refuse a socket at an address that there is not, before the handshake: no error of ours."""
     await receive()
@@ -40,7 +52,7 @@ anything_else: Any = nowhere
 
 application = ProtocolTypeRouter(
     {
-        "http": http,
+        "http": by_path,
         "websocket": AuthMiddlewareStack(
             URLRouter([*websocket_urls(), re_path("", anything_else)])
         ),

@@ -18,6 +18,7 @@ from orkestr_console.postgres import let_go
 from orkestr_console.services.paging import read_limit
 from templates_app import presenters, services
 from templates_app.models import Template
+from templates_app.services import contents
 from templates_app.specs import TemplateSpec
 
 LARGEST_RECIPE = 6 * 1024 * 1024
@@ -153,6 +154,16 @@ async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
         async for batch in batches:
             lines = (json.dumps(presenters.event_detail(told)) + "\n" for told in batch)
             yield "".join(lines).encode()
+
+
+@api(scope=READ)
+def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
+    """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, how that one's differ."""
+    found = contents.contents(request.actor, template_id)
+    if other := request.GET.get("compare"):
+        difference = contents.compare(found, contents.contents(request.actor, other))
+        return json_answer(presenters.difference_detail(difference))
+    return json_answer(presenters.contents_detail(found))
 
 
 def stream(

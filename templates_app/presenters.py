@@ -8,6 +8,7 @@ from typing import Any
 from orkestr_console.json_api import timestamp
 from templates_app.models import Template, TemplateStatus
 from templates_app.services import EventPage, Place, ShownStep, Told
+from templates_app.services.contents import Contents, Difference, StepSize
 
 
 def template_summary(template: Template) -> dict[str, Any]:
@@ -83,3 +84,65 @@ def event_page(page: EventPage, after: int) -> dict[str, Any]:
     last = page.events[-1].seq if page.events else after
     events = [event_detail(told) for told in page.events]
     return {"events": events, "next_after": last, "ended": page.ended}
+
+
+def contents_detail(contents: Contents) -> dict[str, Any]:
+    """What is in an image."""
+    return {
+        "template_id": contents.template.pk,
+        "digest": contents.digest,
+        "size_bytes": contents.template.size_bytes,
+        "file_count": contents.template.file_count,
+        "shared_bytes": contents.template.shared_bytes,
+        "packages": {
+            manager: [{"name": package.name, "version": package.version} for package in packages]
+            for manager, packages in contents.packages.items()
+        },
+        "packages_truncated": contents.truncated,
+        "steps": [step_size(step) for step in contents.steps],
+        "scrub_removed": [
+            {"what": gone.what, "bytes": gone.bytes, "files": gone.files}
+            for gone in contents.removed
+        ],
+    }
+
+
+def step_size(step: StepSize) -> dict[str, Any]:
+    """What a step added to the image."""
+    return {
+        "number": step.number,
+        "command": step.command,
+        "added_bytes": step.added_bytes,
+        "added_files": step.added_files,
+        "cached": step.cached,
+    }
+
+
+def difference_detail(difference: Difference) -> dict[str, Any]:
+    """How two images differ; ``a`` is the one that was asked for, ``b`` what it is compared to."""
+    return {
+        "a": difference.a.template.pk,
+        "b": difference.b.template.pk,
+        "same_image": difference.same_image,
+        "packages": {
+            one.manager: {
+                "only_in_a": [{"name": p.name, "version": p.version} for p in one.only_a],
+                "only_in_b": [{"name": p.name, "version": p.version} for p in one.only_b],
+                "changed": [
+                    {"name": p.name, "a": ", ".join(p.a), "b": ", ".join(p.b)} for p in one.changed
+                ],
+                "same": one.same,
+            }
+            for one in difference.packages
+        },
+        "sizes": {one.name: {"a": one.a, "b": one.b} for one in difference.sizes},
+        "steps": [
+            {
+                "number": one.number,
+                "same_command": one.same_command,
+                "a": one.a and step_size(one.a),
+                "b": one.b and step_size(one.b),
+            }
+            for one in difference.steps
+        ],
+    }

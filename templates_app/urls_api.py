@@ -14,5 +14,6 @@ urlpatterns = [
     path(one, methods(GET=api.get_template, DELETE=api.delete_template)),
     path(f"{one}/cancel", methods(POST=api.cancel_template)),
     path(f"{one}/events", methods(GET=api.list_events)),
+    path(f"{one}/contents", methods(GET=api.get_contents)),
     path(f"{one}/log", methods(GET=api.get_log)),
 ]

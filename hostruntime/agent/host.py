@@ -17,6 +17,7 @@ from hostruntime.egress import EgressProxy, host_registries
 from hostruntime.errors import HostError
 from hostruntime.images import ImageStore
 from hostruntime.launcher import LauncherPool
+from hostruntime.layers import LayerStore, budget_bytes
 from hostruntime.limits import cgroup_layout
 from hostruntime.manager import ContainerManager, lxcpath_of
 from hostruntime.network import SlotPool
@@ -33,6 +34,7 @@ from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
 from hostruntime.sandboxes import SandboxManager
 
 PROXY_CHECK_SECONDS = 5.0
+LAYERS_CHECK_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -50,8 +52,9 @@ class Host:
     sandboxes: SandboxManager
     builds: BuildManager
     bases: BaseBuilder
+    layers: LayerStore
     proxy_healthy: bool = False
-    _proxy_keeper: asyncio.Task[None] | None = None
+    _keepers: tuple[asyncio.Task[None], ...] = ()
 
     @classmethod
     async def open(cls, paths: StatePaths, keep: Sequence[int] = ()) -> Host:
@@ -65,13 +68,16 @@ class Host:
         host.sandboxes.begin()
         await host.builds.recover()
         await host._check_proxy(first=True)
-        host._proxy_keeper = asyncio.create_task(host._keep_proxy(), name="egress proxy")
+        host._keepers = (
+            asyncio.create_task(host._keep_proxy(), name="egress proxy"),
+            asyncio.create_task(host._keep_layers(), name="layers"),
+        )
         return host
 
     async def close(self) -> None:
         """End everything but the containers of sandboxes and the proxy, which serves them."""
-        if self._proxy_keeper is not None:
-            self._proxy_keeper.cancel()
+        for keeper in self._keepers:
+            keeper.cancel()
         await self.sandboxes.close()
         await self.bases.close()
         await self.builds.close()
@@ -103,6 +109,14 @@ class Host:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
             await self._check_proxy(first=False)
 
+    async def _keep_layers(self) -> None:
+        while True:
+            await asyncio.sleep(LAYERS_CHECK_SECONDS)
+            try:
+                await asyncio.to_thread(self.layers.collect)
+            except OSError as error:
+                _log.error("old layers could not be deleted: %s", error)
+
     async def _check_proxy(self, *, first: bool) -> None:
         try:
             await asyncio.to_thread(self.proxy.start if first else self.proxy.ensure)
@@ -127,8 +141,13 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep)
     containers = ContainerManager(paths, instance, pool, launchers)
 
+    layers = LayerStore(paths, store.trash, budget_bytes(paths))
     engine = build_plan.Host(
-        store, containers, partial(runtime_tree, paths), partial(build_plan.refused_hosts, proxy)
+        store,
+        containers,
+        partial(runtime_tree, paths),
+        partial(build_plan.refused_hosts, proxy),
+        layers,
     )
     return Host(
         paths=paths,
@@ -141,6 +160,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         sandboxes=SandboxManager(paths, containers, store),
         builds=BuildManager(paths, engine),
         bases=BaseBuilder(paths, engine, partial(host_registries, paths)),
+        layers=layers,
     )
 
 

@@ -35,6 +35,7 @@ def entries(actor: Actor) -> Iterator[tuple[str, str]]:
     yield "People", "console:people"
     yield "Limits", "console:limits"
     yield "Usage", "console:usage"
+    yield "Connect an agent", "console:connect"
     if actor.is_at_least(Role.ADMIN):
         yield "API tokens", "console:tokens"
         yield "Audit log", "console:audit"

@@ -277,3 +277,30 @@ class TokenForm(Form):
                 "networks": self.networks if self.restrict_networks else None,
             },
         )
+
+
+@dataclass
+class AgentForm(Form):
+    """A token for one agent; ``client`` is the guide that it was asked for from."""
+
+    name: str = "agent"
+    access: str = "write"
+    client: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {"name": "The name", "access": "What it may do"}
+    scopes: ClassVar[Mapping[str, list[str]]] = {"read": [READ], "write": [READ, WRITE]}
+    days: ClassVar[int] = 90
+
+    @classmethod
+    def typed(cls, data: QueryDict) -> AgentForm:
+        """What was posted."""
+        return cls(data.get("name", ""), data.get("access", ""), data.get("client", ""))
+
+    def spec(self) -> TokenSpec:
+        """What is asked for. Raises ``InvalidInput``."""
+        self.refuse_unusable()
+        if self.access not in self.scopes:
+            problem = "must be chosen: reading, or reading and writing."
+            raise InvalidInput(f"access {problem}", fields={"access": problem})
+        asked = {"name": self.name, "scopes": self.scopes[self.access], "days": self.days}
+        return parse_spec(TokenSpec, asked)

@@ -6,6 +6,7 @@ from django.urls import path
 
 from orkestr_console.console import (
     urls_audit,
+    urls_connect,
     urls_limits,
     urls_people,
     urls_usage,
@@ -22,4 +23,5 @@ urlpatterns = [
     *urls_limits.urlpatterns,
     *urls_audit.urlpatterns,
     *urls_usage.urlpatterns,
+    *urls_connect.urlpatterns,
 ]

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import Max
@@ -22,7 +23,7 @@ from hostruntime.answers import BuildEvent as HostEvent
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.ids import new_id
 from orkestr_console.services.hosts import host
-from templates_app.models import Template, TemplateStatus
+from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
 from templates_app.services.record import LeaseLost, end, record
 
@@ -146,12 +147,18 @@ def hand_over(template: Template, driver: str) -> None:
         network=template.network,
         allow_domains=template.allow_domains,
         disk_mb=template.disk_mb,
+        cache=cache_of(template),
         step_timeout_seconds=step or allowed.value("step_timeout_seconds"),
         build_timeout_seconds=build or allowed.value("build_timeout_seconds"),
     )
     template.handed_over = True
     if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):
         raise LeaseLost
+
+
+def cache_of(template: Template) -> dict[str, Any]:
+    """Whose completed steps the host keeps this build's with, and whether it may take of them."""
+    return {"scope": template.team_id, "reuse": template.reuse == Reuse.FAILED}
 
 
 def past(

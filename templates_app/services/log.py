@@ -15,14 +15,19 @@ from templates_app.services.record import printed
 async def log_text(template: Template) -> AsyncGenerator[bytes]:
     """The steps with all they printed, without colours, a step at a time."""
     yield head(template).encode()
-    steps = template.steps.defer("output")
-    async for step in steps:
+    # Each call gives its connection back; Django's own asynchronous queries keep theirs.
+    for step in await database_sync_to_async(steps_of)(template):
         yield f"\n$ {step.command}\n".encode()
         text = await database_sync_to_async(output_of)(template, step.number)
         yield (text if not text or text.endswith("\n") else f"{text}\n").encode()
         yield f"# {how(step)}\n".encode()
     if template.error_message:
         yield f"\n{plain(template.error_message)}\n".encode()
+
+
+def steps_of(template: Template) -> list[BuildStep]:
+    """The steps, without what they printed."""
+    return list(template.steps.defer("output"))
 
 
 def output_of(template: Template, number: int) -> str:

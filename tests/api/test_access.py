@@ -18,6 +18,11 @@ SANDBOX = "/v1/sandboxes/sbx_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 ROUTES = {
     "/v1/templates": ("GET", "POST"),
     TEMPLATE: ("GET", "DELETE"),
+    f"{TEMPLATE}/cancel": ("POST",),
+    f"{TEMPLATE}/contents": ("GET",),
+    f"{TEMPLATE}/events": ("GET",),
+    f"{TEMPLATE}/log": ("GET",),
+    f"{TEMPLATE}/usage": ("GET",),
     "/v1/sandboxes": ("GET", "POST"),
     "/v1/sandboxes/limits": ("GET",),
     SANDBOX: ("GET", "DELETE"),
@@ -32,8 +37,6 @@ ROUTES = {
 }
 # Known to clients, and not in this release.
 LATER = {
-    f"{TEMPLATE}/cancel": "POST",
-    f"{TEMPLATE}/events": "GET",
     f"{SANDBOX}/pause": "POST",
     f"{SANDBOX}/resume": "POST",
     f"{SANDBOX}/commands": "POST",
@@ -50,6 +53,8 @@ LATER = {
 }
 CALLS = [(path, method) for path, methods in ROUTES.items() for method in methods]
 WRITES = [(path, method) for path, method in CALLS if method != "GET"]
+# To cancel takes no body, so none is read.
+BODIES = [path for path, methods in ROUTES.items() if "POST" in methods and "cancel" not in path]
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -112,7 +117,7 @@ def test_other_methods_name_those_there_are(api: Client, host: FakeHost, path: s
             assert set(ROUTES[path]) <= set(answer.headers["Allow"].split(", "))
 
 
-@pytest.mark.parametrize("path", [path for path, methods in ROUTES.items() if "POST" in methods])
+@pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("body", ["{", "", "[]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "\x00"])
 def test_a_body_that_is_no_json_object_is_refused(
     api: Client, host: FakeHost, path: str, body: str
@@ -122,7 +127,7 @@ def test_a_body_that_is_no_json_object_is_refused(
     assert answer.json()["code"] in {"malformed_json", "invalid_request", "unsupported_media_type"}
 
 
-@pytest.mark.parametrize("path", [path for path, methods in ROUTES.items() if "POST" in methods])
+@pytest.mark.parametrize("path", BODIES)
 def test_a_form_is_not_json(api: Client, host: FakeHost, path: str) -> None:
     refusal(api.post(path, {"name": "x"}), 415, "unsupported_media_type")
 

@@ -49,7 +49,7 @@ class Row:
 
 def rest(method: str, route: str, other: Expected, own: Expected = OK, **body: Any) -> Row:
     """A REST call: reading needs the read scope, everything else the write scope."""
-    read = OK if method == "GET" else NO
+    read = own if method == "GET" else NO
     callers = {"nobody": BARE, "session": BARE, "read-only": read, "token": own, "other": other}
     return Row(method, f"v1/{route}", callers, body)
 
@@ -84,6 +84,7 @@ REST = [
     rest("GET", f"{TEMPLATE}/events", GONE),
     rest("GET", f"{TEMPLATE}/events?follow=true", GONE),
     rest("GET", f"{TEMPLATE}/log", GONE),
+    rest("GET", f"{TEMPLATE}/contents", GONE, 409),
     rest("GET", f"{TEMPLATE}/usage", GONE),
     rest("GET", "sandboxes", OK),
     rest("POST", "sandboxes", OK, template="debian-12"),
@@ -162,6 +163,8 @@ CONSOLE = [
     page("GET", "team/audit/jsonl/", **ADMINS),
     page("GET", "team/usage/"),
     page("GET", "team/usage/csv/"),
+    page("GET", "connect/"),
+    page("POST", "connect/", **ADMINS, name="made", access="read"),
     page("GET", "account/"),
     page("POST", "account/name/", name="Me"),
     page("POST", "account/password/", member=400, admin=400, owner=400, other=400, current="?"),

@@ -190,7 +190,7 @@ def test_no_page_is_wider_than_a_small_phone(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     team = ("people", "limits", "usage", "tokens", "audit")
     paths = ("/templates/", "/templates/new/", "/sandboxes/", "/sandboxes/new/", "/account/")
-    for path in (*paths, "/teams/", *(f"/team/{name}/" for name in team)):
+    for path in (*paths, "/teams/", "/connect/", *(f"/team/{name}/" for name in team)):
         page.goto(path)
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{path} is {wide} px too wide"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import posixpath
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,7 +94,7 @@ class FakeHost:
         self.booted: dict[str, FakeSandbox] = {}
         self.ran: list[Ran] = []
         self.answers: dict[str, ExecResult | HostError] = {}
-        self.frames: dict[str, list[ExecFrame | HostError]] = {}
+        self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
         self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
@@ -246,6 +247,7 @@ class FakeHost:
         disk_mb: int | None = None,
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
+        cache: Mapping[str, Any] | None = None,
     ) -> BuildInfo:
         """As the client; runs to its end at once if ``by_itself``."""
         self._up()
@@ -266,6 +268,7 @@ class FakeHost:
                     "allow_domains": None if allow_domains is None else list(allow_domains),
                     "step_timeout_seconds": step_timeout_seconds,
                     "build_timeout_seconds": build_timeout_seconds,
+                    "cache": None if cache is None else dict(cache),
                 }
             )
             self.lock.notify_all()
@@ -303,6 +306,10 @@ class FakeHost:
             build.state = "cancelled"
         self.delete_image(build_id)
         return self.build(build_id)
+
+    def drop_layers(self, scope: str) -> None:
+        """As the client: nothing is kept here."""
+        self._up()
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True

@@ -14,6 +14,7 @@ from hostruntime.builds import BuildManager
 from hostruntime.egress import EgressProxy, host_registries
 from hostruntime.images import ImageStore
 from hostruntime.launcher import LauncherPool
+from hostruntime.layers import LayerStore, budget_bytes
 from hostruntime.manager import ContainerManager, lxcpath_of
 from hostruntime.network import SlotPool
 from hostruntime.paths import (
@@ -58,7 +59,14 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         stack.push_async_callback(containers.close)
         store = ImageStore(paths)
         store.recover(set())
-        host = Host(store, containers, partial(runtime_tree, paths), partial(refused_hosts, proxy))
+        layers = LayerStore(paths, store.trash, budget_bytes(paths))
+        host = Host(
+            store,
+            containers,
+            partial(runtime_tree, paths),
+            partial(refused_hosts, proxy),
+            layers,
+        )
         builds = BuildManager(paths, host)
         await builds.recover()
         bases = BaseBuilder(paths, host, partial(host_registries, paths))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
+import tarfile
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from hostruntime.build_layers import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
+from hostruntime.trees import Check
 
 
 class FakeContainers:
@@ -36,6 +40,12 @@ class FakeContainers:
         self.specs[spec.owner] = spec
         upper = self.layer(spec.owner)
         upper.mkdir(parents=True)
+        if spec.saved_disk is not None:
+            try:
+                with tarfile.open(spec.saved_disk) as saved:
+                    saved.extractall(upper, filter="fully_trusted")
+            except tarfile.ReadError as error:
+                raise OSError(errno.EUCLEAN, "Structure needs cleaning") from error
         if spec.provide is not None:
             spec.provide(upper)
         slot = Slot(0, spec.policy.mode, 0, None, None, None)
@@ -47,6 +57,20 @@ class FakeContainers:
     def disk_used(self, owner: str) -> tuple[int, int]:
         paths = list(self.layer(owner).rglob("*"))
         return sum(path.stat().st_size for path in paths if path.is_file()), len(paths)
+
+    def disk_allocated(self, owner: str) -> int:
+        return self.disk_used(owner)[0]
+
+    def flush_disk(self, owner: str) -> None:
+        """Nothing is in memory only."""
+
+    def save_disk(self, owner: str, target: Path, check: Check) -> None:
+        check()
+        with tarfile.open(target, "w") as saved:
+            saved.add(self.layer(owner), ".")
+
+    def environment(self, mode: str) -> dict[str, str]:
+        return {"MODE": mode}
 
     def kill(self, owner: str) -> None:
         """The tests' containers hold no process."""
@@ -79,7 +103,12 @@ class FakeContainers:
         env: Mapping[str, str],
         timeout: float | None,
         merge_output: bool = False,
+        stdin: int | None = None,
     ) -> AsyncGenerator[Frame, None]:
+        if argv[-1] in (SAVE_TMPFS, RESTORE_TMPFS):
+            # There are no tmpfs: nothing is to be saved.
+            yield Exited(0, None, 1)
+            return
         assert (argv[:-1], cwd, merge_output) == (["@shell", "-c"], "/root", True)
         self.ran.append(argv[-1])
         upper = self.layer(owner)

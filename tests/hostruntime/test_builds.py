@@ -17,6 +17,7 @@ from hostruntime.build_report import Refused
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
 from hostruntime.errors import InvalidRequest, NotFound
 from hostruntime.images import ImageManifest, ImageRevokedError, ImageStore
+from hostruntime.layers import LayerStore
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.trees import tree_digest
 from tests.hostruntime.fake_containers import FakeContainers, tree_of
@@ -45,6 +46,7 @@ class World:
             self.containers.as_manager(),
             lambda _: self.runtime,
             lambda _owner, _since: self.refused,
+            LayerStore(self.paths, self.store.trash, 1 << 40),
         )
         self.builds = BuildManager(self.paths, host)
 
@@ -270,7 +272,11 @@ async def test_a_defect_is_an_end_too(world: World) -> None:
 
     world.restart()
     world.builds._host = Host(
-        world.store, world.containers.as_manager(), lambda _: world.runtime, defect
+        world.store,
+        world.containers.as_manager(),
+        lambda _: world.runtime,
+        defect,
+        world.builds._host.layers,
     )
     failed = (await world.build("fail 1"))[-1]
     assert failed["code"] == "internal"

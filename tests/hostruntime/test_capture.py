@@ -6,14 +6,14 @@ import errno
 import os
 import socket
 import stat
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hostruntime import capture as capture_module
-from hostruntime.capture import MOUNT_POINTS, OPAQUE, REDIRECT, CaptureStoppedError, capture
+from hostruntime.capture import MOUNT_POINTS, OPAQUE, REDIRECT, capture
+from hostruntime.threads import Stop, StoppedError
 from hostruntime.trees import MAX_DEPTH, TreeTooDeep, measure, tree_digest
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
@@ -300,10 +300,10 @@ def test_bottomless_directories_are_refused_with_a_sentence(layers: Layers) -> N
 
 def test_a_capture_stops_when_asked(layers: Layers) -> None:
     grow(layers.base, {"f": "f"})
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(CaptureStoppedError):
-        capture(layers.base, layers.upper, layers.output, stop)
+    stop = Stop()
+    stop.event.set()
+    with pytest.raises(StoppedError):
+        capture(layers.base, layers.upper, layers.output, stop.check)
 
 
 def test_bytes_shared_with_the_base_are_counted_once(layers: Layers) -> None:

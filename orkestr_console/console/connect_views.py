@@ -1,0 +1,66 @@
+"""The page that connects an agent: snippets for the common clients, and a token to put in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import HttpResponse
+from django.shortcuts import render
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods
+
+from orkestr_console.accounts import api_tokens
+from orkestr_console.accounts.limits import envelope
+from orkestr_console.accounts.models import Role
+from orkestr_console.addresses import console_address
+from orkestr_console.console import connect
+from orkestr_console.console.limits_forms import AgentForm
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError
+
+ACCESS_WORDS = (
+    ("write", "Read and write", "Build, boot, run commands, delete."),
+    ("read", "Read only", "List and look. It is offered only the tools that change nothing."),
+)
+
+
+@never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def connect_page(request: ConsoleRequest) -> HttpResponse:
+    """The snippets; with the text of a token in them only in the answer that made it."""
+    if request.method != "POST":
+        return show(request, AgentForm())
+    form = AgentForm.typed(request.POST)
+    if not request.actor.is_at_least(Role.ADMIN):
+        return show(request, form, 403)
+    try:
+        token, text = api_tokens.create_token(request.actor, form.spec())
+    except DomainError as error:
+        form.take(error)
+        return show(request, form, error.status)
+    return show(request, form, made=token, text=text)
+
+
+def show(
+    request: ConsoleRequest, form: AgentForm, status: int = 200, *, text: str = "", **made: Any
+) -> HttpResponse:
+    """The page, with the client in front that the form was sent from."""
+    url = f"{console_address(request)}{connect.PATH}"
+    token = text or connect.PLACEHOLDER
+    guides = connect.guides(url, token)
+    keys = [guide.key for guide in guides]
+    context = {
+        "form": form,
+        "access": ACCESS_WORDS,
+        "may_make": request.actor.is_at_least(Role.ADMIN),
+        "admins": envelope(request.actor.team).admins(),
+        "url": url,
+        "exposed": connect.is_exposed(url),
+        "token": token,
+        "text": text,
+        "guides": guides,
+        "chosen": form.client if form.client in keys else keys[0],
+        **made,
+    }
+    return render(request, "console/connect.html", context, status=status)

@@ -1,0 +1,225 @@
+"""What the tools answer: the schemas that agents are shown, filled from REST's own presenters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orkestr_console.text import plain
+from sandboxes_app import presenters as sandbox_presenters
+from sandboxes_app.models import Sandbox
+from templates_app import presenters as template_presenters
+from templates_app import services as templates
+from templates_app.models import Template
+from templates_app.services import ShownStep
+
+LOG_TAIL = 4_000  # characters
+
+
+class Answer(BaseModel):
+    """The root of the answers: made of a presenter's dictionary, of which it takes its own."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class BaseAnswer(Answer):
+    """Something that a template or a sandbox can start from."""
+
+    id: str = Field(description="Pass this as base_template or template.")
+    title: str
+    description: str
+    kind: str = Field(description="'builtin', or 'template' for one of your team's own.")
+    available: bool = Field(description="False while the host still makes it.")
+
+
+class Bases(Answer):
+    """What there is to start from."""
+
+    bases: list[BaseAnswer]
+
+
+class StepAnswer(Answer):
+    """One step of a build."""
+
+    number: int
+    command: str
+    status: str = Field(description="pending, running, cached, succeeded, failed or skipped.")
+    exit_code: int | None
+    duration_ms: int | None
+
+
+class TemplateLine(Answer):
+    """A template in a list."""
+
+    id: str
+    name: str
+    status: str = Field(description="building, ready or failed.")
+    base_template: str
+    network: str
+    error_code: str | None
+    size_bytes: int | None
+    created_at: str
+    finished_at: str | None
+
+
+class TemplateAnswer(TemplateLine):
+    """A template and how its build goes."""
+
+    recipe: list[str]
+    error_message: str | None
+    refused_hosts: list[str] = Field(
+        description="Hosts that the network policy refused; add them to allow_domains."
+    )
+    queue_place: int | None = Field(description="Its place while it waits for its turn; 1 is next.")
+    steps: list[StepAnswer]
+    log_tail: str = Field(description="The end of the log; get_template_log has the rest.")
+    next_step: str = Field(description="What to do now.")
+
+
+class Templates(Answer):
+    """A page of templates, newest first."""
+
+    templates: list[TemplateLine]
+    next_cursor: str | None
+
+
+class LogPart(Answer):
+    """A part of a build's log."""
+
+    text: str
+    offset: int
+    next_offset: int | None = Field(description="Where to go on; null at the end of the log.")
+
+
+class Done(Answer):
+    """Something was done."""
+
+    id: str
+    done: str
+
+
+class SandboxAnswer(Answer):
+    """A sandbox."""
+
+    id: str
+    status: str = Field(description="starting, running, terminated or failed.")
+    template: str
+    network: str
+    cpu: float
+    memory_mb: int
+    created_at: str
+    expires_at: str = Field(description="When it ends by itself; set_sandbox_timeout moves it.")
+    metadata: dict[str, str]
+    error_message: str | None
+    boot_ms: float | None
+
+
+class Sandboxes(Answer):
+    """A page of sandboxes, newest first."""
+
+    sandboxes: list[SandboxAnswer]
+    next_cursor: str | None
+
+
+class ExecResult(Answer):
+    """A command that ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    duration_ms: int
+    omitted_bytes: int = Field(
+        description="Left out of the middle of the output. Redirect to a file and read parts of it."
+    )
+
+
+class Background(Answer):
+    """A command that runs on."""
+
+    pid: int = Field(description="Its session's leader: 'kill -- -PID' ends all of it.")
+    log_path: str = Field(description="Its output, to be read with read_file.")
+    exit_code_path: str = Field(description="There once it has ended, with its exit code.")
+
+
+class FilePart(Answer):
+    """A file, or a part of it."""
+
+    path: str
+    size: int = Field(description="Of the whole file, in bytes.")
+    offset: int
+    content: str
+    encoding: str = Field(description="'utf-8', or 'base64' for bytes that are no text.")
+    next_offset: int | None = Field(description="Where to go on; null at the end of the file.")
+
+
+class Written(Answer):
+    """A file that was written."""
+
+    path: str
+    bytes_written: int
+
+
+class DirectoryEntry(Answer):
+    """An entry of a directory."""
+
+    name: str
+    is_dir: bool
+    size: int
+    mode: int
+    modified_at: str | None
+
+
+class Directory(Answer):
+    """A directory."""
+
+    path: str
+    entries: list[DirectoryEntry]
+    omitted_entries: int
+
+
+def template_line(template: Template) -> TemplateLine:
+    """A template in a list."""
+    return TemplateLine.model_validate(template_presenters.template_summary(template))
+
+
+def template_answer(template: Template) -> TemplateAnswer:
+    """A template, its steps and the end of its log. Reads rows."""
+    steps, place = templates.list_steps(template), templates.place(template)
+    said = template_presenters.template_detail(template, steps, place)
+    extra = {
+        "queue_place": place.number if place else None,
+        "log_tail": log_tail(steps),
+        "next_step": next_step(template),
+    }
+    return TemplateAnswer.model_validate({**said, **extra})
+
+
+def log_tail(steps: list[ShownStep]) -> str:
+    """The last of what the steps that have begun printed."""
+    begun = [shown for shown in steps if shown.output or shown.step.started_at]
+    text = "\n".join(f"$ {shown.step.command}\n{plain(shown.output)}" for shown in begun)
+    return text if len(text) <= LOG_TAIL else f"…{text[-LOG_TAIL:]}"
+
+
+def next_step(template: Template) -> str:
+    """What an agent would do now."""
+    if template.is_ready:
+        return f"Call create_sandbox with template={template.pk}."
+    if not template.state.is_terminal:
+        return "Call wait_for_template; the build goes on without you."
+    if template.refused_hosts:
+        return (
+            'Call create_template again with the refused hosts and "@default" in allow_domains, or '
+            'with network="open".'
+        )
+    return (
+        "Mend the failing step and call create_template again; with reuse_failed=true the steps "
+        "before it are not run again. A failed template takes no slot."
+    )
+
+
+def sandbox_answer(sandbox: Sandbox) -> SandboxAnswer:
+    """A sandbox."""
+    said: dict[str, Any] = sandbox_presenters.sandbox_detail(sandbox)
+    return SandboxAnswer.model_validate(said)

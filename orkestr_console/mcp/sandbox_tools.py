@@ -1,0 +1,289 @@
+"""The tools for sandboxes."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hostruntime.answers import DirectoryListing, FileContent
+from orkestr_console.errors import Conflict, DomainError, ExecKilled, ExecTimeout, HostUnavailable
+from orkestr_console.ids import new_id
+from orkestr_console.mcp.answers import (
+    Background,
+    Directory,
+    DirectoryEntry,
+    ExecResult,
+    FilePart,
+    SandboxAnswer,
+    Sandboxes,
+    Written,
+    sandbox_answer,
+)
+from orkestr_console.mcp.output import Kept
+from orkestr_console.mcp.template_tools import Cursor, Limit
+from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
+from orkestr_console.validation import parse_spec
+from sandboxes_app import presenters, services
+from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
+
+MOST_ENTRIES = 1000
+# Beyond it a command is ended: nobody reads so much through a tool.
+MOST_OUTPUT = 64 * 1024 * 1024
+
+SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
+Path = Annotated[str, Field(description="An absolute path, such as '/workspace/main.py'.")]
+Command = Annotated[str, Field(description="A shell command.")]
+WorkingDirectory = Annotated[str, Field(description="Where it runs.")]
+Environment = Annotated[dict[str, str] | None, Field(description="More variables for it.")]
+
+
+async def create_sandbox(
+    ctx: Ctx,
+    template: Annotated[str, Field(description="A ready template's id, or a base's name.")],
+    size: Annotated[
+        Literal["small", "medium", "large"],
+        Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
+    ] = "small",
+    network: Annotated[
+        Literal["off", "restricted", "open"],
+        Field(description="off; restricted: package registries and the default list; open."),
+    ] = "off",
+    timeout_seconds: Annotated[int, Field(description="It ends by itself after so long.")] = 600,
+    env: Annotated[dict[str, str] | None, Field(description="Variables of its commands.")] = None,
+    metadata: Annotated[dict[str, str] | None, Field(description="Labels to find it by.")] = None,
+    allow_domains: Annotated[
+        list[str] | None,
+        Field(description="Hosts in place of the default list, for network restricted."),
+    ] = None,
+) -> SandboxAnswer:
+    """Start a sandbox, an isolated Linux container, from a template; answers when it runs.
+
+    Write files under /workspace or /tmp. Terminate it when you are done.
+    """
+    wanted = {
+        "template": template,
+        "size": size,
+        "network": network,
+        "timeout_seconds": timeout_seconds,
+        "env": env or {},
+        "metadata": metadata or {},
+        "allow_domains": allow_domains,
+    }
+    spec = parse_spec(SandboxSpec, wanted)
+    return sandbox_answer(await ask(services.create_sandbox, actor_of(ctx), spec))
+
+
+async def list_sandboxes(
+    ctx: Ctx,
+    status: Annotated[str | None, Field(description="Those of one status, as 'running'.")] = None,
+    limit: Limit = None,
+    cursor: Cursor = None,
+) -> Sandboxes:
+    """List the team's sandboxes, newest first, ended ones included."""
+    rows, following = await ask(
+        services.list_sandboxes, actor_of(ctx), status=status, limit=limit, cursor=cursor
+    )
+    return Sandboxes(sandboxes=[sandbox_answer(row) for row in rows], next_cursor=following)
+
+
+async def get_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
+    """Look at one sandbox: whether it runs, and until when."""
+    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+
+
+async def exec_command(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    command: Command,
+    cwd: WorkingDirectory = "/workspace",
+    env: Environment = None,
+    timeout_seconds: Annotated[int, Field(ge=1, le=LONGEST_EXEC)] = 60,
+) -> ExecResult:
+    """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.
+
+    Of long output the beginning and the end are kept. For what runs on, use exec_background.
+    """
+    wanted = {"command": command, "cwd": cwd, "env": env or {}, "timeout_seconds": timeout_seconds}
+    spec = parse_spec(ExecSpec, wanted)
+    frames = await ask(services.exec_stream, actor_of(ctx), sandbox_id, spec)
+    kept = {"stdout": Kept(MOST_CHARACTERS), "stderr": Kept(MOST_CHARACTERS)}
+    last: dict[str, Any] = {}
+    # Closing the stream ends the command, should the client go away.
+    async with aclosing(frames):
+        async for frame in frames:
+            last = frame
+            if frame["kind"] == "exec_chunk":
+                kept[frame["stream"]].feed(base64.b64decode(frame["data"]))
+            if sum(one.size for one in kept.values()) > MOST_OUTPUT:
+                raise with_output(
+                    ExecKilled(
+                        "The command was ended because it printed more than 64 MiB; redirect its "
+                        "output to a file and read parts of that."
+                    ),
+                    kept,
+                )
+    if last.get("kind") not in {"error", "exec_exited"}:
+        raise HostUnavailable("The host ended the command's stream without saying how it ended.")
+    if last["kind"] == "error":
+        raise with_output(failure(last), kept)
+    return ExecResult(
+        exit_code=last["code"],
+        stdout=kept["stdout"].text(),
+        stderr=kept["stderr"].text(),
+        duration_ms=last["duration_ms"],
+        omitted_bytes=sum(one.omitted for one in kept.values()),
+    )
+
+
+def failure(frame: dict[str, Any]) -> DomainError:
+    """The error that a stream ended with."""
+    if frame["code"] == "exec_timeout":
+        return ExecTimeout(f"{frame['message']} Use exec_background for what takes long.")
+    if frame["code"] == "exec_killed":
+        return ExecKilled(frame["message"], signal=frame.get("signal"))
+    return Conflict(frame["message"], code=frame["code"])
+
+
+def with_output(error: DomainError, kept: dict[str, Kept]) -> DomainError:
+    """The error with what the command had printed."""
+    error.extra |= {stream: one.text() for stream, one in kept.items()}
+    return error
+
+
+async def exec_background(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    command: Command,
+    cwd: WorkingDirectory = "/workspace",
+    env: Environment = None,
+) -> Background:
+    """Start a shell command that runs on after this call, such as a server or a long test run.
+
+    Its output goes to a file in the sandbox, which takes of the sandbox's memory.
+    """
+    place = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
+    script = (
+        f"mkdir -p {place} || exit; setsid sh -c {shlex.quote(recorded(command, place))} "
+        f">{place}/log 2>&1 </dev/null & echo $!"
+    )
+    done = await exec_command(ctx, sandbox_id, script, cwd=cwd, env=env)
+    if done.exit_code != 0 or not done.stdout.strip().isdecimal():
+        raise Conflict(
+            f"The command could not be started: {done.stderr.strip() or 'the shell said nothing'}.",
+            code="not_started",
+        )
+    return Background(pid=int(done.stdout), log_path=f"{place}/log", exit_code_path=f"{place}/exit")
+
+
+def recorded(command: str, place: str) -> str:
+    """A command in a shell of its own, whatever it does, and then its exit code in a file."""
+    shell = "$(command -v bash || echo sh)"
+    return f"{shell} -c {shlex.quote(command)}; echo $? >{place}/exit"
+
+
+async def read_file(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    path: Path,
+    offset: Annotated[int, Field(ge=0, description="Where to begin, in bytes.")] = 0,
+    limit: Annotated[
+        int, Field(ge=1, le=MOST_CHARACTERS, description="At most so many bytes.")
+    ] = MOST_CHARACTERS,
+) -> FilePart:
+    """Read a file of a sandbox, or a part of it; bytes that are no text come as base64."""
+    found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+    if not isinstance(found, FileContent):
+        raise Conflict(f"{path} is a directory; use list_files.", code="is_a_directory")
+    return file_part(path, found.content, offset, limit)
+
+
+def file_part(path: str, content: bytes, offset: int, limit: int) -> FilePart:
+    """A part of a file, as text where it is that; a character is never cut in two."""
+    part = content[offset : offset + limit]
+    rest = len(content) > offset + len(part)
+    try:
+        text, encoding = part.decode(), "utf-8"
+    except UnicodeDecodeError as error:
+        if rest and error.end == len(part) and 0 < error.start >= len(part) - 3:
+            part = part[: error.start]
+            text, encoding = part.decode(), "utf-8"
+        else:
+            text, encoding = base64.b64encode(part).decode(), "base64"
+    end = offset + len(part)
+    return FilePart(
+        path=path,
+        size=len(content),
+        offset=offset,
+        content=text,
+        encoding=encoding,
+        next_offset=end if end < len(content) else None,
+    )
+
+
+async def write_file(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    path: Path,
+    content: Annotated[str, Field(description="Text, or base64 with encoding 'base64'.")],
+    encoding: Literal["utf-8", "base64"] = "utf-8",
+    mode: Annotated[int, Field(ge=0, le=0o7777, description="Permissions, as a number.")] = 0o644,
+) -> Written:
+    """Write a file under /workspace or /tmp, whole, making its directories; at most 16 MiB."""
+    encoded = content if encoding == "base64" else base64.b64encode(content.encode()).decode()
+    spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": mode})
+    size = await ask(services.write_file, actor_of(ctx), sandbox_id, spec)
+    return Written(path=path, bytes_written=size)
+
+
+async def list_files(ctx: Ctx, sandbox_id: SandboxId, path: Path = "/workspace") -> Directory:
+    """List what is in a directory of a sandbox, with sizes and times."""
+    found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+    if not isinstance(found, DirectoryListing):
+        raise Conflict(f"{path} is a file; use read_file.", code="is_a_file")
+    entries = presenters.path_content(found)["entries"]
+    return Directory(
+        path=path,
+        entries=[DirectoryEntry.model_validate(entry) for entry in entries[:MOST_ENTRIES]],
+        omitted_entries=max(len(entries) - MOST_ENTRIES, 0),
+    )
+
+
+async def set_sandbox_timeout(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    timeout_seconds: Annotated[int, Field(description="It ends so long from now.")],
+) -> SandboxAnswer:
+    """Let a running sandbox live longer, or shorter, from now on."""
+    spec = parse_spec(TimeoutSpec, {"timeout_seconds": timeout_seconds})
+    await ask(services.set_timeout, actor_of(ctx), sandbox_id, spec)
+    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+
+
+async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
+    """End a sandbox for good; its files are gone. One that has ended stays as it is."""
+    await ask(services.terminate_sandbox, actor_of(ctx), sandbox_id)
+    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+
+
+async def get_sandbox_limits(ctx: Ctx) -> dict[str, Any]:
+    """What your team's plan allows: sizes, networks, how many at once, how long, which hosts."""
+    return presenters.limits_detail(await ask(services.limits, actor_of(ctx)))
+
+
+TOOLS = [
+    writing(create_sandbox, open_world=True),
+    reading(list_sandboxes),
+    reading(get_sandbox),
+    writing(exec_command, "exec", destructive=True, open_world=True),
+    writing(exec_background, destructive=True, open_world=True),
+    reading(read_file),
+    writing(write_file, destructive=True, idempotent=True),
+    reading(list_files),
+    writing(set_sandbox_timeout, idempotent=True),
+    writing(terminate_sandbox, destructive=True, idempotent=True),
+    reading(get_sandbox_limits),
+]

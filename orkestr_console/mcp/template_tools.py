@@ -1,0 +1,229 @@
+"""The tools for templates."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orkestr_console.accounts.actor import READ
+from orkestr_console.mcp.answers import (
+    BaseAnswer,
+    Bases,
+    Done,
+    LogPart,
+    TemplateAnswer,
+    Templates,
+    template_answer,
+    template_line,
+)
+from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
+from orkestr_console.validation import parse_spec
+from templates_app import services
+from templates_app.models import Template
+from templates_app.services import Told
+from templates_app.specs import TemplateSpec
+
+# Under the minute after which many clients give up on a call that says nothing.
+USUAL_WAIT, LONGEST_WAIT = 50, 3600
+
+TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
+Limit = Annotated[int | None, Field(ge=1, le=200, description="At most so many; 50 by default.")]
+Cursor = Annotated[str | None, Field(description="next_cursor of the page before.")]
+
+
+async def list_base_templates(ctx: Ctx) -> Bases:
+    """List what a template or a sandbox can start from: built-in bases and the team's templates.
+
+    Call this before create_template or create_sandbox if you do not know the names.
+    """
+    actor = actor_of(ctx)
+    actor.require(READ)
+    found = await ask(services.list_bases, actor)
+    return Bases(
+        bases=[
+            BaseAnswer(
+                id=base.id,
+                title=base.title,
+                description=base.description,
+                kind="builtin" if base.group == "builtin" else "template",
+                available=base.available,
+            )
+            for base in found
+        ]
+    )
+
+
+async def create_template(
+    ctx: Ctx,
+    name: Annotated[str, Field(description="A name that people will recognise.")],
+    base_template: Annotated[
+        str, Field(description="A base such as 'python-3.12', or the id of a ready template.")
+    ],
+    recipe: Annotated[
+        list[str],
+        Field(
+            description="Shell steps, run in order as root with HOME=/root. Each is a shell of "
+            "its own: cd and variables do not carry over. /workspace and /tmp are not kept."
+        ),
+    ],
+    network: Annotated[
+        Literal["restricted", "open"],
+        Field(description="restricted: package registries and the default list; open: anywhere."),
+    ] = "restricted",
+    allow_domains: Annotated[
+        list[str] | None,
+        Field(
+            description="Hosts in place of the default list, for network restricted; '@default' "
+            "among them puts the default list back beside them."
+        ),
+    ] = None,
+    step_timeout_seconds: Annotated[
+        int | None, Field(description="Less time for each step than the plan allows.")
+    ] = None,
+    build_timeout_seconds: Annotated[
+        int | None, Field(description="Less time for the build than the plan allows.")
+    ] = None,
+    reuse_failed: Annotated[
+        bool,
+        Field(
+            description="Do not run again the steps that an earlier build that failed or was "
+            "cancelled had completed, if base, network and steps are the same up to there."
+        ),
+    ] = False,
+) -> TemplateAnswer:
+    """Build a template: an image with your dependencies installed, from a base and shell steps.
+
+    Answers at once with status 'building'; call wait_for_template next. Pin versions. A template
+    never changes: to update one, build another and delete the old one.
+    """
+    wanted = {
+        "name": name,
+        "base_template": base_template,
+        "recipe": recipe,
+        "network": network,
+        "allow_domains": allow_domains,
+        "step_timeout_seconds": step_timeout_seconds,
+        "build_timeout_seconds": build_timeout_seconds,
+        "reuse": "failed" if reuse_failed else None,
+    }
+    spec = parse_spec(TemplateSpec, wanted)
+    template = await ask(services.create_template, actor_of(ctx), spec)
+    return await ask(template_answer, template)
+
+
+async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -> Templates:
+    """List the team's templates, newest first, with their status."""
+    actor = actor_of(ctx)
+    rows, following = await ask(services.list_templates, actor, limit=limit, cursor=cursor)
+    return Templates(templates=[template_line(row) for row in rows], next_cursor=following)
+
+
+async def get_template(ctx: Ctx, template_id: TemplateId) -> TemplateAnswer:
+    """Look at one template: its status, its steps, its error and the end of its build log."""
+    template = await ask(services.get_template, actor_of(ctx), template_id)
+    return await ask(template_answer, template)
+
+
+async def get_template_log(
+    ctx: Ctx,
+    template_id: TemplateId,
+    offset: Annotated[int, Field(ge=0, description="Where to begin, in characters.")] = 0,
+    limit: Annotated[int, Field(ge=1, le=MOST_CHARACTERS)] = MOST_CHARACTERS,
+) -> LogPart:
+    """Read the whole build log, a part at a time. Works while the template is still building."""
+    template = await ask(services.get_template, actor_of(ctx), template_id)
+    return await log_part(template, offset, limit)
+
+
+async def log_part(template: Template, offset: int, limit: int) -> LogPart:
+    """The characters of the log from ``offset`` on; at most ``limit`` of them."""
+    passed, found = 0, ""
+    async with aclosing(services.log_text(template)) as pieces:
+        async for piece in pieces:
+            text = piece.decode()
+            found += text[max(offset - passed, 0) :][: limit + 1 - len(found)]
+            passed += len(text)
+            if len(found) > limit:
+                return LogPart(text=found[:limit], offset=offset, next_offset=offset + limit)
+    return LogPart(text=found, offset=offset, next_offset=None)
+
+
+async def wait_for_template(
+    ctx: Ctx,
+    template_id: TemplateId,
+    timeout_seconds: Annotated[
+        int, Field(ge=1, le=LONGEST_WAIT, description="Answer after so long even if it builds on.")
+    ] = USUAL_WAIT,
+) -> TemplateAnswer:
+    """Wait until a template is ready or failed, with a progress notification for each step.
+
+    If the time is over first, the status is still 'building': call this again. The build goes on
+    whether or not anybody waits.
+    """
+    actor = actor_of(ctx)
+    template = await ask(services.get_template, actor, template_id)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await report_until_the_end(ctx, template.pk, len(template.recipe))
+    except TimeoutError:
+        pass
+    template = await ask(services.get_template, actor, template_id)
+    return await ask(template_answer, template)
+
+
+async def report_until_the_end(ctx: Ctx, template_id: str, steps: int) -> None:
+    """Report each step as the build comes to it; return when the build has ended."""
+    reported = 0.0
+    async with aclosing(services.follow_events(template_id)) as batches:
+        async for batch in batches:
+            for told in batch:
+                progress, message = progress_of(told, steps)
+                # Each must be more than the one before (MCP, "Progress").
+                if progress > reported:
+                    await ctx.report_progress(progress, steps + 1, message)
+                    reported = progress
+
+
+def progress_of(told: Told, steps: int) -> tuple[float, str]:
+    """How far a build is with an event, in steps, and what to say; 0 for one not worth a word."""
+    step = told.payload.get("step") or 0
+    command = str(told.payload.get("command", "")).partition("\n")[0][:200]
+    said: dict[str, tuple[float, str]] = {
+        "boot": (0.1, "The build container is up."),
+        "step_started": (step - 0.5, f"Step {step} of {steps} runs: {command}"),
+        "step_cached": (step, f"Step {step} of {steps} is reused: {command}"),
+        "step_finished": (step, f"Step {step} of {steps} has ended."),
+        "capture": (steps + 0.5, "The image is captured."),
+        "published": (steps + 1, "The template is ready."),
+    }
+    return said.get(told.kind, (0, ""))
+
+
+async def cancel_template(ctx: Ctx, template_id: TemplateId) -> TemplateAnswer:
+    """End a build that you no longer want, at once. The template is then 'failed'."""
+    template = await ask(services.cancel_template, actor_of(ctx), template_id)
+    return await ask(template_answer, template)
+
+
+async def delete_template(ctx: Ctx, template_id: TemplateId) -> Done:
+    """Delete a template for good; this frees its slot and its disk. Running sandboxes keep working.
+
+    A build that has not ended is cancelled first. This cannot be undone.
+    """
+    await ask(services.delete_template, actor_of(ctx), template_id)
+    return Done(id=template_id, done="The template is deleted.")
+
+
+TOOLS = [
+    reading(list_base_templates),
+    writing(create_template, open_world=True),
+    reading(list_templates),
+    reading(get_template),
+    reading(get_template_log),
+    reading(wait_for_template),
+    writing(cancel_template, destructive=True, idempotent=True),
+    writing(delete_template, destructive=True),
+]

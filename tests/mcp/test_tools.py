@@ -1,0 +1,332 @@
+"""The tools as an agent meets them: described, bounded, and refusing in one form."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from channels.db import database_sync_to_async
+from mcp import Client
+from mcp_types import CallToolResult, TextContent
+
+from hostruntime.answers import ExecFrame
+from orkestr_console.accounts.models import AuditEntry, Plan, Team
+from templates_app.models import Template
+from tests.conftest import MakeKey
+from tests.fakes.fixtures import run_queue
+from tests.fakes.host import FakeHost
+from tests.mcp.conftest import Connect
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("host")]
+
+TEMPLATE = {"name": "tools", "base_template": "debian-12", "recipe": ["one", "two"]}
+READ_ONLY = {
+    *("list_base_templates", "list_templates", "get_template", "get_template_log"),
+    *("wait_for_template", "list_sandboxes", "get_sandbox", "read_file", "list_files"),
+    "get_sandbox_limits",
+}
+WRITING = {
+    *("create_template", "cancel_template", "delete_template", "create_sandbox", "exec"),
+    *("exec_background", "write_file", "set_sandbox_timeout", "terminate_sandbox"),
+}
+
+
+def text_of(result: CallToolResult) -> str:
+    """What a model reads of a result."""
+    [block] = result.content
+    assert isinstance(block, TextContent)
+    return block.text
+
+
+async def done(client: Client, tool: str, /, **arguments: Any) -> dict[str, Any]:
+    """Call a tool that must do it; its structured answer, which its text repeats."""
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, result
+    assert isinstance(result.structured_content, dict)
+    assert json.loads(text_of(result)) == result.structured_content
+    return result.structured_content
+
+
+async def refused(client: Client, tool: str, /, **arguments: Any) -> str:
+    """Call a tool that must refuse; what it says."""
+    result = await client.call_tool(tool, arguments)
+    assert result.is_error, result
+    code, _, detail = text_of(result).partition(": ")
+    assert result.structured_content is not None
+    assert result.structured_content["code"] == code
+    assert detail
+    assert "Traceback" not in detail
+    return text_of(result)
+
+
+async def test_every_tool_says_what_it_does_and_what_it_takes(connect: Connect, key: str) -> None:
+    async with connect(key) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    assert set(tools) == READ_ONLY | WRITING
+    for name, tool in tools.items():
+        assert tool.description
+        assert len(tool.description) > 30
+        assert "ctx" not in tool.input_schema.get("properties", {})
+        assert tool.output_schema
+        assert tool.annotations is not None
+        assert tool.annotations.read_only_hint is (name in READ_ONLY), name
+    assert tools["terminate_sandbox"].annotations.destructive_hint is True  # type: ignore[union-attr]
+    assert tools["create_template"].input_schema["required"] == ["name", "base_template", "recipe"]
+
+
+async def test_a_token_for_reading_sees_and_calls_the_reading_tools_alone(
+    connect: Connect, team: Team, make_key: MakeKey, host: FakeHost
+) -> None:
+    key = await database_sync_to_async(make_key)(team, "sandboxes:read")
+    async with connect(key) as client:
+        assert {tool.name for tool in (await client.list_tools()).tools} == READ_ONLY
+        await done(client, "list_templates")
+        said = await refused(client, "create_template", **TEMPLATE)
+    assert said.startswith("insufficient_scope: ")
+    assert "sandboxes:write" in said
+    assert await database_sync_to_async(Template.objects.count)() == 0
+    denied = await database_sync_to_async(AuditEntry.objects.get)()
+    assert (denied.surface, denied.action) == ("mcp", "template.create")
+
+
+async def test_a_template_from_nothing_to_ready(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        assert (made["status"], made["queue_place"]) == ("building", 1)
+        assert "wait_for_template" in made["next_step"]
+        await database_sync_to_async(run_queue)()
+        heard: list[tuple[float, float | None, str | None]] = []
+
+        async def note(progress: float, total: float | None, message: str | None) -> None:
+            heard.append((progress, total, message))
+
+        result = await client.call_tool(
+            "wait_for_template", {"template_id": made["id"]}, progress_callback=note
+        )
+        ready = result.structured_content
+        assert ready is not None
+        assert ready["status"] == "ready"
+        assert f"template={made['id']}" in ready["next_step"]
+        assert [step["status"] for step in ready["steps"]] == ["succeeded", "succeeded"]
+        assert ready["log_tail"] == "$ one\none: done\n\n$ two\ntwo: done\n"
+        amounts = [amount for amount, _, _ in heard]
+        assert amounts == sorted(set(amounts))
+        assert [message for _, _, message in heard if message and "runs" in message] == [
+            "Step 1 of 2 runs: one",
+            "Step 2 of 2 runs: two",
+        ]
+        assert heard[-1] == (3, 3, "The template is ready.")
+        listed = await done(client, "list_templates")
+        assert [row["id"] for row in listed["templates"]] == [made["id"]]
+        await done(client, "delete_template", template_id=made["id"])
+        assert (await done(client, "list_templates"))["templates"] == []
+
+
+async def test_waiting_ends_when_its_time_does(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        waited = await done(client, "wait_for_template", template_id=made["id"], timeout_seconds=1)
+        assert waited["status"] == "building"
+        cancelled = await done(client, "cancel_template", template_id=made["id"])
+        assert (cancelled["status"], cancelled["error_code"]) == ("failed", "build_cancelled")
+
+
+async def test_a_failed_build_says_what_to_do(connect: Connect, key: str, host: FakeHost) -> None:
+    host.next_failure = {
+        "code": "network_policy_blocked",
+        "message": "Step 1 of 2 failed.",
+        "refused": ["pypi.example"],
+    }
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        failed = await done(client, "get_template", template_id=made["id"])
+    assert (failed["status"], failed["refused_hosts"]) == ("failed", ["pypi.example"])
+    assert "allow_domains" in failed["next_step"]
+
+
+async def test_a_long_log_is_read_in_parts(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        output = "".join(f"line {number} ä\n" for number in range(9000))
+        template = await database_sync_to_async(Template.objects.get)(pk=made["id"])
+        await database_sync_to_async(template.steps.filter(number=1).update)(output=output)
+        whole, offset = "", 0
+        while True:
+            part = await done(
+                client, "get_template_log", template_id=made["id"], offset=offset, limit=29_999
+            )
+            assert len(part["text"]) <= 29_999
+            whole += part["text"]
+            if (offset := part["next_offset"]) is None:
+                break
+        assert output in whole
+        looked = await done(client, "get_template", template_id=made["id"])
+        assert len(looked["log_tail"]) <= 4_001
+        log = await client.read_resource(f"orkestr://templates/{made['id']}/log")
+        assert "get_template_log, offset=30000" in log.contents[0].text  # type: ignore[union-attr]
+
+
+async def test_a_sandbox_from_start_to_end(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_sandbox", template="debian-12", metadata={"a": "b"})
+        assert (made["status"], made["metadata"]) == ("running", {"a": "b"})
+        box = {"sandbox_id": made["id"]}
+        host.frames["make"] = [
+            ExecFrame("started", pid=7),
+            ExecFrame("chunk", stream="stdout", data=b"4"),
+            ExecFrame("chunk", stream="stderr", data=b"\xff\x00!"),
+            ExecFrame("exited", code=3, duration_ms=5),
+        ]
+        ran = await done(client, "exec", **box, command="make", env={"A": "1"})
+        assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (3, "4", "\ufffd\0!")
+        await done(client, "write_file", **box, path="/workspace/x", content="ä\n")
+        read = await done(client, "read_file", **box, path="/workspace/x")
+        assert (read["content"], read["encoding"], read["next_offset"]) == ("ä\n", "utf-8", None)
+        listed = await done(client, "list_files", **box)
+        assert [entry["name"] for entry in listed["entries"]] == ["x"]
+        moved = await done(client, "set_sandbox_timeout", **box, timeout_seconds=3000)
+        assert moved["expires_at"] > made["expires_at"]
+        assert (await done(client, "terminate_sandbox", **box))["status"] == "terminated"
+        assert (await refused(client, "exec", **box, command="make")).startswith(
+            "sandbox_not_running: "
+        )
+
+
+async def test_too_much_output_is_cut_in_the_middle(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    host.frames["yes"] = [
+        ExecFrame("started", pid=7),
+        *(ExecFrame("chunk", stream="stdout", data=b"%09d\n" % n) for n in range(20_000)),
+        ExecFrame("exited", code=0, duration_ms=5),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        ran = await done(client, "exec", sandbox_id=box, command="yes")
+    assert len(ran["stdout"]) < 30_100
+    assert ran["stdout"].startswith("000000000\n")
+    assert ran["stdout"].endswith("000019999\n")
+    assert ran["omitted_bytes"] == 170_000
+
+
+async def test_what_runs_out_of_time_shows_what_it_printed(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    host.frames["slow"] = [
+        ExecFrame("started", pid=7),
+        ExecFrame("chunk", stream="stdout", data=b"so far\n"),
+        ExecFrame("error", error_code="exec_timeout", message="It took too long."),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        said = await refused(client, "exec", sandbox_id=box, command="slow")
+    assert said.startswith("exec_timeout: It took too long.")
+    assert "exec_background" in said
+    assert "so far" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", [("", "utf-8")]),
+        ("ää".encode(), [("ä", "utf-8"), ("ä", "utf-8")]),
+        (b"\xff\xfe\xfd\xfc", [("//79", "base64"), ("/A==", "base64")]),
+    ],
+)
+async def test_a_file_is_read_in_parts_that_cut_no_character(
+    connect: Connect, key: str, host: FakeHost, content: bytes, parts: list[tuple[str, str]]
+) -> None:
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        await done(
+            client,
+            "write_file",
+            sandbox_id=box,
+            path="/workspace/x",
+            content=base64.b64encode(content).decode(),
+            encoding="base64",
+        )
+        found, offset = [], 0
+        while True:
+            part = await done(
+                client, "read_file", sandbox_id=box, path="/workspace/x", offset=offset, limit=3
+            )
+            found.append((part["content"], part["encoding"]))
+            if (offset := part["next_offset"]) is None:
+                break
+    assert found == parts
+
+
+WRONG = [
+    ("create_template", {}, "name: is required."),
+    ("create_template", {**TEMPLATE, "recipe": []}, "recipe: needs at least one step"),
+    ("create_template", {**TEMPLATE, "base_template": "nope"}, "'nope' is not a base image"),
+    ("create_template", {**TEMPLATE, "network": "off"}, "network: must be one of"),
+    ("create_template", {**TEMPLATE, "nmae": "x"}, "'nmae' is no argument of this tool"),
+    ("list_templates", {"limit": 0}, "limit: must be at least 1."),
+    ("list_templates", {"cursor": "x"}, "cursor: is not one this server gave"),
+    ("create_sandbox", {"template": "debian-12", "timeout_seconds": 1}, "timeout_seconds"),
+    ("create_sandbox", {"template": "debian-12", "env": {"1": "x"}}, "no name of a variable"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "part"), WRONG)
+async def test_what_is_wrong_is_said_with_its_field(
+    connect: Connect, key: str, name: str, arguments: dict[str, Any], part: str
+) -> None:
+    async with connect(key) as client:
+        said = await refused(client, name, **arguments)
+    assert said.startswith("invalid_request: ")
+    assert part in said
+
+
+async def test_a_full_plan_says_so(connect: Connect, key: str) -> None:
+    await database_sync_to_async(Plan.objects.update)(max_templates=0)
+    async with connect(key) as client:
+        said = await refused(client, "create_template", **TEMPLATE)
+    assert said.startswith("plan_limit: ")
+
+
+async def test_a_defect_says_its_request_and_nothing_else(
+    connect: Connect, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from templates_app import services
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(services, "list_templates", broken)
+    async with connect(key) as client:
+        said = await refused(client, "list_templates")
+    assert said.startswith("internal_error: ")
+    assert "req_" in said
+    assert "secret" not in said
+
+
+async def test_hostile_text_comes_through_whole(connect: Connect, key: str, host: FakeHost) -> None:
+    hostile = "\x1b[31m\u202e\ud7ff\U000e0041 </script> \x07\x00 \u2028 {{x}}"
+    host.frames["evil"] = [
+        ExecFrame("started", pid=7),
+        ExecFrame("chunk", stream="stdout", data=hostile.encode()),
+        ExecFrame("exited", code=0, duration_ms=5),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        assert (await done(client, "exec", sandbox_id=box, command="evil"))["stdout"] == hostile
+
+
+async def test_recipes_and_prompts_can_be_read(connect: Connect, key: str) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        found = await client.read_resource(f"orkestr://templates/{made['id']}/recipe")
+        assert json.loads(found.contents[0].text)["recipe"] == ["one", "two"]  # type: ignore[union-attr]
+        templates = (await client.list_resource_templates()).resource_templates
+        assert len(templates) == 2
+        [prompt] = (await client.list_prompts()).prompts
+        got = await client.get_prompt(prompt.name, {"repository": "/src/thing"})
+        assert "/src/thing" in got.messages[0].content.text  # type: ignore[union-attr]
+        assert "create_template" in got.messages[0].content.text  # type: ignore[union-attr]
