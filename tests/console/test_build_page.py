@@ -117,6 +117,7 @@ def test_one_endless_line_stays_small(console: Client, building: Template) -> No
     url = f"/templates/{building.pk}/steps/1/lines/"
     window = console.get(url, {"first": 1, "last": 10, "at": 1})
     assert 'data-n="1"' in text(window)
+    assert "x…\n" in text(window)
     assert len(window.content) < 2_000_000
 
 
