@@ -138,7 +138,9 @@ def lines(template: Template, number: int, first: int, last: int, at: int) -> St
     begin = min(max(at - MOST_LINES // 2, first), max(last - MOST_LINES + 1, first))
     end = min(begin + MOST_LINES - 1, last)
     begin, end = narrowed(rows, begin, end, min(max(at, begin), end))
-    shown = "".join(f"{row}\n" for row in rows[begin - 1 : end])[:LARGEST_STRETCH]
+    shown = "".join(f"{row}\n" for row in rows[begin - 1 : end])
+    if len(shown) > LARGEST_STRETCH:
+        shown = f"{shown[:LARGEST_STRETCH]}…\n"
     lead = "\n".join(rows[max(begin - 200, 0) : begin - 1])[-LEAD:]
     return Stretch(shown, begin, lead)
 

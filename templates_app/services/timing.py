@@ -50,13 +50,21 @@ def parts(
         ("steps", "Steps", sum(step.duration_ms or 0 for step in steps)),
         ("scrub", "Clean", told.get("scrub", {}).get("duration_ms")),
         ("capture", "Capture", told.get("capture", {}).get("duration_ms")),
+        ("contents", "List contents", listing_ms(template)),
         ("publish", "Publish", told.get("published", {}).get("publish_ms")),
     ]
     known = sum(ms or 0 for _, _, ms in measured)
-    # Such as reading what is in the image, and waiting for the disk.
+    # Such as waiting for the disk.
     other = (template.build_ms or 0) - known
     whole = [("queue", "In the queue", waited(template)), *measured, ("other", "Other", other)]
     return [Part(name, label, round(ms)) for name, label, ms in whole if ms and ms >= 0.5]
+
+
+def listing_ms(template: Template) -> float | None:
+    """How long the host took to read what is in the image; None if it has not, or did not say."""
+    told = template.events.filter(kind="contents").values_list("payload__duration_ms", flat=True)
+    found = told.first()
+    return float(found) if isinstance(found, int | float) else None
 
 
 def waited(template: Template) -> float | None:

@@ -112,7 +112,21 @@ def test_a_link_to_a_line_finds_it(page: Page, stack: Stack) -> None:
         page.locator('.log [data-n="54322"]').click(position={"x": 20, "y": 5})
         expect(target).to_have_text("54322\n")
         assert page.url.endswith("#step-1-L54322")
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.get_by_role("button", name="Copy link to line").click()
+        copied = "() => navigator.clipboard.readText()"
+        assert page.evaluate(copied) == page.url
+        button = page.get_by_role("button", name="Copy the output of step 1")
+        button.click()
+        expect(page.locator("#step-1 [data-copy-url][data-copied]")).to_be_visible()
+        lines = str(page.evaluate(copied)).splitlines()
+        assert lines[:3] == ["1", "2", "3"]
+        assert lines[-1] == "green done"
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download the whole log").click()
+        whole = download.value.path().read_text()
+        assert "\n99999\n100000\ngreen done\n" in whole
+        assert "\x1b" not in whole
         # The server makes the same page for who has no script.
         reach(page, template, "?line=1-777")
         expect(page.locator('#step-1 .log [data-n="777"]')).to_have_text("777\n")
@@ -171,10 +185,13 @@ def test_cancel_then_retry_from_the_failed_step(page: Page, stack: Stack) -> Non
         page.get_by_role("button", name="Retry from the failed step").click()
         expect(page).not_to_have_url(re.compile(template))
         expect(page.locator("#template-side")).to_contain_text("completed steps of a build")
-        expect(page.locator("#template-badge")).to_have_attribute("data-status", "building")
-        # Whether its first step was cached or run again is the host's to say.
-        expect(page.locator("#step-2-line")).to_have_attribute(
-            "data-state", "running", timeout=BUILD_MS
+        first = page.locator("#step-1-line")
+        expect(first).to_have_attribute("data-state", "cached", timeout=BUILD_MS)
+        expect(first).to_contain_text("CACHED")
+        expect(page.locator("#step-2-line")).to_have_attribute("data-state", "running")
+        page.locator("#step-1 summary").click()
+        expect(page.locator("#step-1-quiet").get_by_role("link")).to_have_attribute(
+            "href", f"/templates/{template}/#step-1"
         )
         delete(page)
 
