@@ -241,6 +241,9 @@ def test_lost_connections_cost_no_task(worker: Worker, journal: Journal) -> None
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
+    # This process's own pool was hit as well: the tests after this begin with a new one.
+    connection.close()
+    connection.close_pool()
     put(journal, "short")
     wait_for(lambda: bool(journal.pids("end", "short")))
     wait_for(lambda: bool(journal.pids("end", "long")), 4 * LEASE)
