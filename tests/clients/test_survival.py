@@ -53,6 +53,19 @@ def test_an_agent_killed_during_a_build_fails_it_and_leaves_nothing(
     assert not any("98764" in process for process in everything_running())
 
 
+def test_a_console_stopped_during_a_build_says_that_the_host_was_lost(
+    stack: Stack, templates: Templates
+) -> None:
+    """Not that the step was killed, which is only how it ended."""
+    template = templates.create("debian-12", "sleep 98763", "true")
+    wait_for(lambda: bool(builds_running(stack)), 30, stack.explain)
+    stack.stop()
+    stack.start()
+    record = templates.finished(template)
+    assert (record["status"], record["error_code"]) == ("failed", "host_lost"), record
+    assert not any("98763" in process for process in everything_running())
+
+
 def everything_running() -> list[str]:
     return [path.read_bytes().decode(errors="replace") for path in readable_command_lines()]
 

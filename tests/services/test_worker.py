@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from django.conf import settings
@@ -242,8 +243,9 @@ def test_lost_connections_cost_no_task(worker: Worker, journal: Journal) -> None
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
     # This process's own pool was hit as well: the tests after this begin with a new one.
-    connection.close()
-    connection.close_pool()
+    database: Any = connection
+    database.close()
+    database.close_pool()
     put(journal, "short")
     wait_for(lambda: bool(journal.pids("end", "short")))
     wait_for(lambda: bool(journal.pids("end", "long")), 4 * LEASE)
