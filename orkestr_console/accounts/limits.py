@@ -40,9 +40,8 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "max_templates": Kind("Templates", "", "keeps", "templates", "delete one you no longer need"),
-    "max_concurrent_builds": Kind(
-        "Builds at once", "", "builds", "templates at once", "wait until one has finished"
-    ),
+    # What is over it waits for its turn: nobody is refused for it.
+    "max_concurrent_builds": Kind("Builds at once"),
     "max_concurrent_sandboxes": Kind(
         "Sandboxes at once", "", "runs", "sandboxes at once", "terminate one"
     ),
