@@ -40,8 +40,10 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "max_templates": Kind("Templates", "", "keeps", "templates", "delete one you no longer need"),
-    # What is over it waits for its turn: nobody is refused for it.
-    "max_concurrent_builds": Kind("Builds at once"),
+    # What is over it waits for its turn; only where none may be built is one refused.
+    "max_concurrent_builds": Kind(
+        "Builds at once", "", "builds", "templates at once", "boot from those there are"
+    ),
     "max_concurrent_sandboxes": Kind(
         "Sandboxes at once", "", "runs", "sandboxes at once", "terminate one"
     ),

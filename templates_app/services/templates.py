@@ -127,6 +127,8 @@ def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
     kept = Template.objects.for_team(held.team).counted()
     mine = kept.filter(created_by=actor.user).count() if actor.user else None
     held.require_room("max_templates", kept.count(), mine)
+    # However many build, another may wait its turn; unless there is none to wait for.
+    held.require_room("max_concurrent_builds", 0)
     held.require_room("template_disk_mb", disk_mb(held.team))
     held.require_network(spec.network)
     if spec.allow_domains is not None:

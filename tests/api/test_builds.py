@@ -103,6 +103,13 @@ def test_more_builds_than_the_plan_runs_at_once_wait(
     ]
 
 
+def test_where_none_may_be_built_none_waits_for_ever(api: Client, team: Team) -> None:
+    Plan.objects.filter(pk=team.plan_id).update(max_concurrent_builds=0)
+    said = refusal(post(api, URL, GOOD), 403, "plan_limit")
+    assert "0 of the 0 templates at once" in said["detail"]
+    assert Template.objects.count() == 0
+
+
 def test_events_are_numbered_without_a_gap(api: Client, make_template: MakeTemplate) -> None:
     template = make_template(recipe=["one", "two"])
     said = api.get(f"{URL}/{template.pk}/events").json()
