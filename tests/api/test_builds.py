@@ -103,7 +103,9 @@ def test_more_builds_than_the_plan_runs_at_once_wait(
     ]
 
 
-def test_where_none_may_be_built_none_waits_for_ever(api: Client, team: Team) -> None:
+def test_where_none_may_be_built_none_waits_for_ever(
+    api: Client, team: Team, host: FakeHost
+) -> None:
     Plan.objects.filter(pk=team.plan_id).update(max_concurrent_builds=0)
     said = refusal(post(api, URL, GOOD), 403, "plan_limit")
     assert "0 of the 0 templates at once" in said["detail"]
