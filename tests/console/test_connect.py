@@ -318,7 +318,7 @@ def endpoint() -> Iterator[str]:
         return "hello"
 
     app = guarded(server.streamable_http_app(streamable_http_path=MCP_PATH))
-    web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    web = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
     thread = threading.Thread(target=web.run)
     thread.start()
     try:
