@@ -82,6 +82,7 @@ class _Build:
     record: dict[str, Any]
     task: asyncio.Task[None] | None = None
     ending: Literal["cancelled", "host_lost"] | None = None
+    stopped: bool = False
 
     @property
     def state(self) -> State:
@@ -164,6 +165,11 @@ class BuildManager:
             build.record |= {"state": "cancelled", "error": error}
             build.save()
 
+    def going(self) -> None:
+        """The agent is about to go, and to end every command: that is why a build's step fails."""
+        for build in self._running.values():
+            build.ending = build.ending or "host_lost"
+
     async def close(self) -> None:
         """The agent is going: end every build, leaving nothing of them on the host."""
         running = list(self._running.values())
@@ -236,8 +242,9 @@ class BuildManager:
     async def _end(self, build: _Build, ending: Literal["cancelled", "host_lost"]) -> None:
         if build.task is None:
             return
-        if build.ending is None:
-            build.ending = ending
+        build.ending = build.ending or ending
+        if not build.stopped:
+            build.stopped = True
             # Before anything else: from here on it cannot publish, whatever it still does.
             if await in_thread(self._host.store.revoke, build.id):
                 # At once, not by TERM first: a step that ignores it would hold up the answer.
