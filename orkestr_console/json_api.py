@@ -77,7 +77,7 @@ def parse(body: bytes) -> Any:
     except ValueError:
         # A number of thousands of digits.
         raise MalformedJson("The body holds a number that is too long.") from None
-    _inspect(value, "", DEEPEST)
+    refuse_unusable(value, "", DEEPEST)
     return value
 
 
@@ -94,8 +94,11 @@ def _no_constant(name: str) -> NoReturn:
     raise MalformedJson(f"{name} is not a JSON number.")
 
 
-def _inspect(value: Any, path: str, depth: int) -> None:
-    """Refuse nesting deeper than ``depth``, numbers past a double, and text nothing can store."""
+def refuse_unusable(value: Any, path: str, depth: int) -> None:
+    """Refuse nesting deeper than ``depth``, numbers past a double, and text nothing can store.
+
+    ``path`` names ``value`` in what is raised: ``MalformedJson`` or ``InvalidInput``.
+    """
     if depth < 0:
         raise MalformedJson(f"The body is nested more than {DEEPEST} levels deep.")
     if isinstance(value, str):
@@ -105,10 +108,10 @@ def _inspect(value: Any, path: str, depth: int) -> None:
         for name, member in value.items():
             if problem := unusable(name):
                 raise InvalidInput(f"A field's name {problem}")
-            _inspect(member, f"{path}.{name}" if path else name, depth - 1)
+            refuse_unusable(member, f"{path}.{name}" if path else name, depth - 1)
     elif isinstance(value, list):
         for index, member in enumerate(value):
-            _inspect(member, f"{path}[{index}]", depth - 1)
+            refuse_unusable(member, f"{path}[{index}]", depth - 1)
     elif isinstance(value, float) and value in {float("inf"), float("-inf")}:
         raise MalformedJson(f"{path or 'The body'}: the number is too large.")
 

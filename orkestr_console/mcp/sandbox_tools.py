@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hostruntime.answers import DirectoryListing, FileContent
-from orkestr_console.errors import Conflict, DomainError, ExecKilled, ExecTimeout, HostUnavailable
+from orkestr_console.errors import (
+    Conflict,
+    DomainError,
+    ExecKilled,
+    ExecTimeout,
+    HostUnavailable,
+    InvalidInput,
+)
 from orkestr_console.ids import new_id
 from orkestr_console.mcp.answers import (
     Background,
@@ -233,10 +240,19 @@ async def write_file(
     mode: Annotated[int, Field(ge=0, le=0o7777, description="Permissions, as a number.")] = 0o644,
 ) -> Written:
     """Write a file under /workspace or /tmp, whole, making its directories; at most 16 MiB."""
-    encoded = content if encoding == "base64" else base64.b64encode(content.encode()).decode()
+    encoded = content if encoding == "base64" else in_base64(content)
     spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": mode})
     size = await ask(services.write_file, actor_of(ctx), sandbox_id, spec)
     return Written(path=path, bytes_written=size)
+
+
+def in_base64(text: str) -> str:
+    """A file's text as its bytes in base64. Raises ``InvalidInput`` for what is no Unicode text."""
+    try:
+        return base64.b64encode(text.encode()).decode()
+    except UnicodeEncodeError:
+        problem = "has half of a surrogate pair; send the bytes in base64, with encoding 'base64'."
+        raise InvalidInput(f"content: {problem}", fields={"content": problem}) from None
 
 
 async def list_files(ctx: Ctx, sandbox_id: SandboxId, path: Path = "/workspace") -> Directory:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
-from mcp.server.mcpserver import MCPServer
-from mcp_types import ListToolsResult
+from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import CallToolResult, InputRequiredResult, ListToolsResult
 
 from orkestr_console.accounts.actor import WRITE
+from orkestr_console.errors import NotFound
 from orkestr_console.mcp import sandbox_tools, template_tools
 from orkestr_console.mcp.resources import add_prompts, add_resources
-from orkestr_console.mcp.tool import ACTOR, ConsoleTool
+from orkestr_console.mcp.tool import ACTOR, ConsoleTool, refused
 
 INSTRUCTIONS = """\
 Orkestr runs code in isolated Linux sandboxes. A template is an image with dependencies already \
@@ -21,14 +22,30 @@ write_file and read_file; terminate_sandbox when you are done. Errors are 'code:
 and what to do'.\
 """
 TOOLS: list[ConsoleTool] = [*template_tools.TOOLS, *sandbox_tools.TOOLS]
+NAMES = frozenset(tool.name for tool in TOOLS)
 READING = frozenset(
     tool.name for tool in TOOLS if tool.annotations and tool.annotations.read_only_hint
 )
 
 
-def build_server() -> MCPServer:
+class ToolServer(MCPServer[Any]):
+    """A server that refuses a tool that there is not in the form of every other refusal."""
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        """Call a tool by its name."""
+        if name not in NAMES:
+            shown = name if len(name) <= 64 else f"{name[:64]}…"
+            return refused(
+                NotFound(f"There is no tool {shown!r}; there are {', '.join(sorted(NAMES))}.")
+            )
+        return await super().call_tool(name, arguments, context)
+
+
+def build_server() -> MCPServer[Any]:
     """A server; one for each event loop."""
-    server: MCPServer = MCPServer(
+    server = ToolServer(
         "orkestr",
         title="Orkestr Console",
         instructions=INSTRUCTIONS,

@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.errors import DomainError, Internal, InvalidInput, to_mcp_text
+from orkestr_console.json_api import DEEPEST, refuse_unusable
 from orkestr_console.validation import invalid_input
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 # What the endpoint puts into the request's scope.
 ACTOR = "orkestr.actor"
 REQUEST_ID = "orkestr.request_id"
+# Where a result has its error as data. Not in the structured content, which has to be what the
+# tool's output schema says (MCP, "Tools: Output Schema"): clients that check it throw the whole
+# error away (modelcontextprotocol/typescript-sdk, issue 1943).
+ERROR = "orkestr/error"
+# Arguments that go to a file as they are, and never into a row.
+CONTENTS = ("content",)
 # How much of a stream one answer holds, in characters: an agent's context is small.
 MOST_CHARACTERS = 30_000
 
@@ -39,6 +46,7 @@ class ConsoleTool(Tool):
         """Call it. What goes wrong is a result that says so."""
         try:
             refuse_unknown(arguments, self.parameters.get("properties", {}))
+            refuse_unstorable(arguments)
             return await super().run(arguments, context, convert_result)
         except InvalidInput as error:
             return refused(error)
@@ -56,6 +64,13 @@ def refuse_unknown(arguments: dict[str, Any], known: dict[str, Any]) -> None:
             )
 
 
+def refuse_unstorable(arguments: dict[str, Any]) -> None:
+    """Raise ``InvalidInput`` for text that REST would refuse: NUL, half of a surrogate pair."""
+    for name, value in arguments.items():
+        if name not in CONTENTS:
+            refuse_unusable(value, name, DEEPEST)
+
+
 def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:
     """What a failed call means. A defect of ours is logged and says its request's id alone."""
     cause = error.__cause__
@@ -70,13 +85,13 @@ def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:
 
 
 def refused(error: DomainError) -> CallToolResult:
-    """An error as a tool's result: for the model to read, and as data."""
+    """An error as a tool's result: for the model to read, and as data under ``ERROR``."""
     parts = [to_mcp_text(error)]
     for stream in ("stdout", "stderr"):
         if printed := str(error.extra.get(stream) or ""):
             parts.append(f"{stream}:\n{printed[-MOST_CHARACTERS:]}")
     text = TextContent(type="text", text="\n\n".join(parts))
-    return CallToolResult(is_error=True, content=[text], structured_content=error.to_wire())
+    return CallToolResult(is_error=True, content=[text], _meta={ERROR: error.to_wire()})
 
 
 def reading(function: Callable[..., Any], name: str = "") -> ConsoleTool:

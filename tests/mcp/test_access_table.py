@@ -23,6 +23,7 @@ from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.fakes.host import FakeHost
 from tests.mcp.conftest import Connect
+from tests.mcp.test_tools import error_of
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -121,8 +122,7 @@ async def test_everybody_gets_what_they_may_and_no_more(
     for holder in ("stranger", "read-only", "token"):
         async with connect(world.keys[holder]) as client:
             result = await client.call_tool(row.tool, arguments)
-            told = result.structured_content or {}
-            found[holder] = str(told["code"]) if result.is_error else OK
+            found[holder] = str(error_of(result)["code"]) if result.is_error else OK
     expected = {"stranger": row.stranger, "read-only": OK if row.reading else NO, "token": OK}
     if row.tool == "exec_background":
         # The host in memory runs nothing; that it was asked is what counts here.

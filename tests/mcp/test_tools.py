@@ -13,6 +13,7 @@ from mcp_types import CallToolResult, TextContent
 
 from hostruntime.answers import ExecFrame
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
+from orkestr_console.mcp.tool import ERROR
 from templates_app.models import Template
 from tests.conftest import MakeKey
 from tests.fakes.fixtures import run_queue
@@ -40,6 +41,13 @@ def text_of(result: CallToolResult) -> str:
     return block.text
 
 
+def error_of(result: CallToolResult) -> dict[str, Any]:
+    """A refusal as data."""
+    assert result.meta is not None
+    error: dict[str, Any] = result.meta[ERROR]
+    return error
+
+
 async def done(client: Client, tool: str, /, **arguments: Any) -> dict[str, Any]:
     """Call a tool that must do it; its structured answer, which its text repeats."""
     result = await client.call_tool(tool, arguments)
@@ -54,8 +62,10 @@ async def refused(client: Client, tool: str, /, **arguments: Any) -> str:
     result = await client.call_tool(tool, arguments)
     assert result.is_error, result
     code, _, detail = text_of(result).partition(": ")
-    assert result.structured_content is not None
-    assert result.structured_content["code"] == code
+    # Whatever it holds, clients would check it against the output schema.
+    assert result.structured_content is None
+    assert error_of(result)["code"] == code
+    assert detail.startswith(error_of(result)["detail"])
     assert detail
     assert "Traceback" not in detail
     return text_of(result)
@@ -282,6 +292,18 @@ async def test_what_is_wrong_is_said_with_its_field(
         said = await refused(client, name, **arguments)
     assert said.startswith("invalid_request: ")
     assert part in said
+
+
+@pytest.mark.parametrize("name", ["no_such_tool", "x" * 9000, "exec\x1b[2J", "__class__"])
+async def test_a_tool_that_there_is_not_is_refused_like_anything_else(
+    connect: Connect, key: str, name: str
+) -> None:
+    async with connect(key) as client:
+        said = await refused(client, name)
+    assert said.startswith("not_found: There is no tool ")
+    assert "create_template" in said
+    assert len(said) < 600
+    assert "\x1b" not in said
 
 
 async def test_a_full_plan_says_so(connect: Connect, key: str) -> None:
