@@ -15,6 +15,9 @@ from templates_app.models import Template
 from templates_app.services import ShownStep
 
 LOG_TAIL = 4_000  # characters
+# How much of a recipe goes with a template; a step is at most 8 KiB.
+MOST_RECIPE = 16_000
+LONGEST_COMMAND = 200
 
 
 class Answer(BaseModel):
@@ -43,7 +46,7 @@ class StepAnswer(Answer):
     """One step of a build."""
 
     number: int
-    command: str
+    command: str = Field(description="Its beginning; the recipe has it whole.")
     status: str = Field(description="pending, running, cached, succeeded, failed or skipped.")
     exit_code: int | None
     duration_ms: int | None
@@ -66,7 +69,10 @@ class TemplateLine(Answer):
 class TemplateAnswer(TemplateLine):
     """A template and how its build goes."""
 
-    recipe: list[str]
+    recipe: list[str] = Field(description="The steps from recipe_from on, as many as fit.")
+    recipe_next: int | None = Field(
+        description="get_template's recipe_from for the steps after these; null at the end."
+    )
     error_message: str | None
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused; add them to allow_domains."
@@ -175,7 +181,32 @@ class Directory(Answer):
 
     path: str
     entries: list[DirectoryEntry]
-    omitted_entries: int
+    total: int = Field(description="How many entries the directory has.")
+    next_offset: int | None = Field(description="Where to go on; null at the end.")
+
+
+class Size(Answer):
+    """A size of sandboxes."""
+
+    size: str
+    cpu: float
+    memory_mb: int
+    allowed: bool
+
+
+class LimitsAnswer(Answer):
+    """What the team may have."""
+
+    plan: str
+    sizes: list[Size]
+    networks: list[str]
+    max_concurrent: int = Field(description="Sandboxes at once.")
+    max_templates: int
+    max_concurrent_builds: int = Field(description="More wait for their turn.")
+    max_timeout_seconds: int
+    max_running_lifetime_seconds: int | None
+    custom_egress_allowlist: bool = Field(description="Whether allow_domains may be used.")
+    default_egress_domains: list[str] = Field(description="What network 'restricted' reaches.")
 
 
 def template_line(template: Template) -> TemplateLine:
@@ -183,11 +214,15 @@ def template_line(template: Template) -> TemplateLine:
     return TemplateLine.model_validate(template_presenters.template_summary(template))
 
 
-def template_answer(template: Template) -> TemplateAnswer:
+def template_answer(template: Template, recipe_from: int = 1) -> TemplateAnswer:
     """A template, its steps and the end of its log. Reads rows."""
     steps, place = templates.list_steps(template), templates.place(template)
     said = template_presenters.template_detail(template, steps, place)
+    recipe, following = recipe_part(template.recipe, recipe_from)
     extra = {
+        "recipe": recipe,
+        "recipe_next": following,
+        "steps": [{**step, "command": shortened(step["command"])} for step in said["steps"]],
         "queue_place": place.number if place else None,
         "log_tail": log_tail(steps),
         "next_step": next_step(template),
@@ -195,10 +230,27 @@ def template_answer(template: Template) -> TemplateAnswer:
     return TemplateAnswer.model_validate({**said, **extra})
 
 
+def recipe_part(recipe: list[str], begin: int) -> tuple[list[str], int | None]:
+    """The steps from number ``begin`` on that fit, and the number of the first that does not."""
+    part: list[str] = []
+    room = MOST_RECIPE
+    for number, step in enumerate(recipe[begin - 1 :], start=begin):
+        room -= len(step)
+        if room < 0:
+            return part, number
+        part.append(step)
+    return part, None
+
+
+def shortened(command: str) -> str:
+    """The beginning of a step."""
+    return command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]}…"
+
+
 def log_tail(steps: list[ShownStep]) -> str:
     """The last of what the steps that have begun printed."""
     begun = [shown for shown in steps if shown.output or shown.step.started_at]
-    text = "\n".join(f"$ {shown.step.command}\n{plain(shown.output)}" for shown in begun)
+    text = "\n".join(f"$ {shortened(shown.step.command)}\n{plain(shown.output)}" for shown in begun)
     return text if len(text) <= LOG_TAIL else f"…{text[-LOG_TAIL:]}"
 
 

@@ -17,6 +17,7 @@ from orkestr_console.errors import (
     ExecTimeout,
     HostUnavailable,
     InvalidInput,
+    PayloadTooLarge,
 )
 from orkestr_console.ids import new_id
 from orkestr_console.mcp.answers import (
@@ -25,6 +26,7 @@ from orkestr_console.mcp.answers import (
     DirectoryEntry,
     ExecResult,
     FilePart,
+    LimitsAnswer,
     SandboxAnswer,
     Sandboxes,
     Written,
@@ -37,7 +39,7 @@ from orkestr_console.validation import parse_spec
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
 
-MOST_ENTRIES = 1000
+USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
 # Beyond it a command is ended: nobody reads so much through a tool.
 MOST_OUTPUT = 64 * 1024 * 1024
 
@@ -87,12 +89,20 @@ async def create_sandbox(
 async def list_sandboxes(
     ctx: Ctx,
     status: Annotated[str | None, Field(description="Those of one status, as 'running'.")] = None,
+    metadata: Annotated[
+        dict[str, str] | None, Field(description="Those that have all of these labels.")
+    ] = None,
     limit: Limit = None,
     cursor: Cursor = None,
 ) -> Sandboxes:
     """List the team's sandboxes, newest first, ended ones included."""
     rows, following = await ask(
-        services.list_sandboxes, actor_of(ctx), status=status, limit=limit, cursor=cursor
+        services.list_sandboxes,
+        actor_of(ctx),
+        status=status,
+        metadata=metadata,
+        limit=limit,
+        cursor=cursor,
     )
     return Sandboxes(sandboxes=[sandbox_answer(row) for row in rows], next_cursor=following)
 
@@ -108,11 +118,14 @@ async def exec_command(
     command: Command,
     cwd: WorkingDirectory = "/workspace",
     env: Environment = None,
-    timeout_seconds: Annotated[int, Field(ge=1, le=LONGEST_EXEC)] = 60,
+    timeout_seconds: Annotated[
+        int, Field(ge=1, le=LONGEST_EXEC, description="It is ended after so long.")
+    ] = 60,
 ) -> ExecResult:
     """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.
 
-    Of long output the beginning and the end are kept. For what runs on, use exec_background.
+    Of long output the beginning and the end are kept; for all of it, redirect it to a file and use
+    read_file. For what runs on, use exec_background.
     """
     wanted = {"command": command, "cwd": cwd, "env": env or {}, "timeout_seconds": timeout_seconds}
     spec = parse_spec(ExecSpec, wanted)
@@ -201,11 +214,25 @@ async def read_file(
         int, Field(ge=1, le=MOST_CHARACTERS, description="At most so many bytes.")
     ] = MOST_CHARACTERS,
 ) -> FilePart:
-    """Read a file of a sandbox, or a part of it; bytes that are no text come as base64."""
-    found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+    """Read a file of a sandbox, or a part of it; bytes that are no text come as base64.
+
+    Of a file above 16 MiB, read parts with exec: tail -c +OFFSET FILE | head -c 30000.
+    """
+    try:
+        found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+    except PayloadTooLarge:
+        raise Conflict(too_large(path), code=PayloadTooLarge.default_code) from None
     if not isinstance(found, FileContent):
         raise Conflict(f"{path} is a directory; use list_files.", code="is_a_directory")
     return file_part(path, found.content, offset, limit)
+
+
+def too_large(path: str) -> str:
+    """What to do with a file that is too large to be read whole."""
+    return (
+        f"{path} is larger than the 16 MiB that read_file takes. Read a part of it with exec: "
+        f"tail -c +1 {shlex.quote(path)} | head -c {MOST_CHARACTERS}."
+    )
 
 
 def file_part(path: str, content: bytes, offset: int, limit: int) -> FilePart:
@@ -236,7 +263,9 @@ async def write_file(
     sandbox_id: SandboxId,
     path: Path,
     content: Annotated[str, Field(description="Text, or base64 with encoding 'base64'.")],
-    encoding: Literal["utf-8", "base64"] = "utf-8",
+    encoding: Annotated[
+        Literal["utf-8", "base64"], Field(description="How content is written.")
+    ] = "utf-8",
     mode: Annotated[int, Field(ge=0, le=0o7777, description="Permissions, as a number.")] = 0o644,
 ) -> Written:
     """Write a file under /workspace or /tmp, whole, making its directories; at most 16 MiB."""
@@ -255,16 +284,32 @@ def in_base64(text: str) -> str:
         raise InvalidInput(f"content: {problem}", fields={"content": problem}) from None
 
 
-async def list_files(ctx: Ctx, sandbox_id: SandboxId, path: Path = "/workspace") -> Directory:
-    """List what is in a directory of a sandbox, with sizes and times."""
-    found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+async def list_files(
+    ctx: Ctx,
+    sandbox_id: SandboxId,
+    path: Path = "/workspace",
+    offset: Annotated[int, Field(ge=0, description="So many entries are passed over.")] = 0,
+    limit: Annotated[
+        int, Field(ge=1, le=MOST_ENTRIES, description="At most so many entries.")
+    ] = USUAL_ENTRIES,
+) -> Directory:
+    """List what is in a directory of a sandbox, with sizes and times, by name."""
+    try:
+        found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+    except PayloadTooLarge:
+        raise Conflict(
+            f"{path} has more entries than list_files takes; use ls and head with exec.",
+            code=PayloadTooLarge.default_code,
+        ) from None
     if not isinstance(found, DirectoryListing):
         raise Conflict(f"{path} is a file; use read_file.", code="is_a_file")
     entries = presenters.path_content(found)["entries"]
+    end = offset + limit
     return Directory(
         path=path,
-        entries=[DirectoryEntry.model_validate(entry) for entry in entries[:MOST_ENTRIES]],
-        omitted_entries=max(len(entries) - MOST_ENTRIES, 0),
+        entries=[DirectoryEntry.model_validate(entry) for entry in entries[offset:end]],
+        total=len(entries),
+        next_offset=end if end < len(entries) else None,
     )
 
 
@@ -285,9 +330,10 @@ async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
     return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
 
 
-async def get_sandbox_limits(ctx: Ctx) -> dict[str, Any]:
+async def get_sandbox_limits(ctx: Ctx) -> LimitsAnswer:
     """What your team's plan allows: sizes, networks, how many at once, how long, which hosts."""
-    return presenters.limits_detail(await ask(services.limits, actor_of(ctx)))
+    found = await ask(services.limits, actor_of(ctx))
+    return LimitsAnswer.model_validate(presenters.limits_detail(found))
 
 
 TOOLS = [

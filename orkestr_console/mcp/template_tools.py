@@ -121,17 +121,25 @@ async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -
     return Templates(templates=[template_line(row) for row in rows], next_cursor=following)
 
 
-async def get_template(ctx: Ctx, template_id: TemplateId) -> TemplateAnswer:
+async def get_template(
+    ctx: Ctx,
+    template_id: TemplateId,
+    recipe_from: Annotated[
+        int, Field(ge=1, description="With a long recipe, the number of its first step shown.")
+    ] = 1,
+) -> TemplateAnswer:
     """Look at one template: its status, its steps, its error and the end of its build log."""
     template = await ask(services.get_template, actor_of(ctx), template_id)
-    return await ask(template_answer, template)
+    return await ask(template_answer, template, recipe_from)
 
 
 async def get_template_log(
     ctx: Ctx,
     template_id: TemplateId,
     offset: Annotated[int, Field(ge=0, description="Where to begin, in characters.")] = 0,
-    limit: Annotated[int, Field(ge=1, le=MOST_CHARACTERS)] = MOST_CHARACTERS,
+    limit: Annotated[
+        int, Field(ge=1, le=MOST_CHARACTERS, description="At most so many characters.")
+    ] = MOST_CHARACTERS,
 ) -> LogPart:
     """Read the whole build log, a part at a time. Works while the template is still building."""
     template = await ask(services.get_template, actor_of(ctx), template_id)

@@ -28,6 +28,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("delete_template", {"template_id": "@"}),
     ("list_templates", {"cursor": "@"}),
     ("list_sandboxes", {"status": "@"}),
+    ("list_sandboxes", {"metadata": {"a": "@"}}),
     ("create_template", {**TEMPLATE, "name": "@"}),
     ("create_template", {**TEMPLATE, "base_template": "@"}),
     ("create_template", {**TEMPLATE, "recipe": ["@"]}),

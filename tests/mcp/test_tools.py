@@ -80,6 +80,11 @@ async def test_every_tool_says_what_it_does_and_what_it_takes(connect: Connect, 
         assert len(tool.description) > 30
         assert "ctx" not in tool.input_schema.get("properties", {})
         assert tool.output_schema
+        for schema in (tool.input_schema, tool.output_schema):
+            assert schema["type"] == "object"
+        for argument, said in tool.input_schema.get("properties", {}).items():
+            assert said.get("description"), (name, argument)
+        assert tool.output_schema["properties"], name
         assert tool.annotations is not None
         assert tool.annotations.read_only_hint is (name in READ_ONLY), name
     assert tools["terminate_sandbox"].annotations.destructive_hint is True  # type: ignore[union-attr]
@@ -178,6 +183,64 @@ async def test_a_long_log_is_read_in_parts(connect: Connect, key: str, host: Fak
         assert len(looked["log_tail"]) <= 4_001
         log = await client.read_resource(f"orkestr://templates/{made['id']}/log")
         assert "get_template_log, offset=30000" in log.contents[0].text  # type: ignore[union-attr]
+
+
+async def test_a_long_recipe_is_read_in_parts(connect: Connect, key: str) -> None:
+    steps = [f"echo {number} {'x' * 8000}" for number in range(100)]
+    async with connect(key) as client:
+        made = await done(client, "create_template", **{**TEMPLATE, "recipe": steps})
+        assert len(json.dumps(made)) < 80_000
+        assert [len(step["command"]) for step in made["steps"]] == [201] * 100
+        found, start = [], 1
+        while start is not None:
+            part = await done(client, "get_template", template_id=made["id"], recipe_from=start)
+            assert len(json.dumps(part["recipe"])) < 20_000
+            found += part["recipe"]
+            start = part["recipe_next"]
+        assert found == steps
+        past = await done(client, "get_template", template_id=made["id"], recipe_from=101)
+        assert (past["recipe"], past["recipe_next"]) == ([], None)
+
+
+async def test_a_large_directory_is_listed_in_parts(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        names = [f"{number:04}" for number in range(1234)]
+        for name in names:
+            host.write_file(box, f"/workspace/{name}", b"")
+        found: list[str] = []
+        offset: int | None = 0
+        while offset is not None:
+            part = await done(client, "list_files", sandbox_id=box, offset=offset, limit=1000)
+            assert part["total"] == 1234
+            found += [entry["name"] for entry in part["entries"]]
+            offset = part["next_offset"]
+        assert found == names
+        assert len((await done(client, "list_files", sandbox_id=box))["entries"]) == 200
+
+
+async def test_a_file_too_large_to_be_read_whole_says_how_to_read_it(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        host.write_file(box, "/tmp/a b", bytes(16 * 1024 * 1024 + 1))
+        said = await refused(client, "read_file", sandbox_id=box, path="/tmp/a b")
+    assert said.startswith("payload_too_large: ")
+    assert "tail -c +1 '/tmp/a b' | head -c 30000" in said
+
+
+async def test_sandboxes_are_found_by_their_labels(connect: Connect, key: str) -> None:
+    async with connect(key) as client:
+        for user in ("alice", "bob"):
+            labels = {"user": user, "kind": "x"}
+            await done(client, "create_sandbox", template="debian-12", metadata=labels)
+        found = await done(client, "list_sandboxes", metadata={"user": "bob"})
+        assert [box["metadata"]["user"] for box in found["sandboxes"]] == ["bob"]
+        both = await done(client, "list_sandboxes", metadata={"kind": "x"}, status="running")
+        assert len(both["sandboxes"]) == 2
 
 
 async def test_a_sandbox_from_start_to_end(connect: Connect, key: str, host: FakeHost) -> None:
