@@ -1,7 +1,7 @@
 """A Template, the Steps of its build, and the Events the build told.
 
 A template is immutable: its recipe and base are written once. What changes is the build's state,
-and only through :mod:`templates_app.driver` and :mod:`templates_app.services`.
+and only through :mod:`templates_app.services`.
 """
 
 from __future__ import annotations
