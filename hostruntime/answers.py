@@ -134,6 +134,7 @@ class SandboxInfo(Answer):
 
     ``reason`` of a gone one: ``expired`` (its deadline passed), ``exited`` (its init ended, for
     example because memory ran out) or ``host_lost`` (the machine or the container went away).
+    A running one may be ``paused``.
     """
 
     id: str
@@ -145,6 +146,7 @@ class SandboxInfo(Answer):
     network: str = "off"
     reason: str | None = None
     ended_at: float | None = None
+    paused: bool = False
 
 
 @dataclass(frozen=True)

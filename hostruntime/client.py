@@ -238,6 +238,19 @@ class HostClient:
         body = {"deadline": deadline}
         return SandboxInfo.from_wire(self._json("PATCH", f"/sandboxes/{sandbox_id}", body=body))
 
+    def pause_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """Freeze a sandbox; it ends at ``deadline`` unless it is resumed (Unix seconds).
+
+        Idempotent.  Raises NotFound, ContainerGone, HostFault (then it runs on).
+        """
+        path, body = f"/sandboxes/{sandbox_id}/pause", {"deadline": deadline}
+        return SandboxInfo.from_wire(self._json("POST", path, body=body))
+
+    def resume_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """Let a paused sandbox run on until ``deadline``.  Raises NotFound, ContainerGone."""
+        path, body = f"/sandboxes/{sandbox_id}/resume", {"deadline": deadline}
+        return SandboxInfo.from_wire(self._json("POST", path, body=body))
+
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate a sandbox and forget it; idempotent."""
         self._send("DELETE", f"/sandboxes/{sandbox_id}")

@@ -103,6 +103,12 @@ class ContainerGone(Conflict):
     code = "container_gone"
 
 
+class ContainerPaused(Conflict):
+    """The container is paused: nothing runs in it until it is resumed."""
+
+    code = "container_paused"
+
+
 class FileConflict(Conflict):
     """A file operation met the wrong kind of thing (a directory, a device, an existing name)."""
 

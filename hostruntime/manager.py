@@ -30,6 +30,7 @@ from hostruntime.limits import (
     Limits,
     cgroup_layout,
     freeze_group,
+    is_frozen,
     kill_group,
     pids_below,
     pids_in,
@@ -47,6 +48,8 @@ from hostruntime.trees import Check
 
 _MONITOR_GRACE_SECONDS = 5.0
 _STRAYS_GRACE_SECONDS = 5.0
+_FREEZE_SECONDS = 5.0
+_FREEZE_LOOKS_SECONDS = 0.002
 _log = logging.getLogger(__name__)
 
 OnExit = Callable[[str], Awaitable[None]]
@@ -181,6 +184,36 @@ class ContainerManager:
                 await asyncio.to_thread(self.disks.release, owner)
         self._locks.pop(owner, None)
 
+    async def pause(self, owner: str) -> None:
+        """Freeze everything in a container; idempotent.  Its memory stays where it is.
+
+        "freezing" of a group: cgroup.freeze in the kernel's cgroup-v2.rst.  A command under way
+        stands still too, while the time it may take goes on.  Raises ContainerGone, HostFault.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._pause(owner)))
+
+    async def _pause(self, owner: str) -> None:
+        async with self._lock(owner):
+            running = self.get(owner)
+            await self.launchers.bar(running.name)
+            group = self._groups(owner).unified
+            freeze_group(group, frozen=True)
+            until = time.monotonic() + _FREEZE_SECONDS
+            while not is_frozen(group):
+                if time.monotonic() > until:
+                    self._thaw(running)
+                    raise HostFault("The kernel did not freeze the sandbox; it runs on.")
+                await asyncio.sleep(_FREEZE_LOOKS_SECONDS)
+
+    async def resume(self, owner: str) -> None:
+        """Let a paused container run on; idempotent.  Raises ContainerGone."""
+        async with self._lock(owner):
+            self._thaw(self.get(owner))
+
+    def _thaw(self, running: Running) -> None:
+        freeze_group(self._groups(running.owner).unified, frozen=False)
+        self.launchers.admit(running.name)
+
     def disk_is_full(self, owner: str) -> bool:
         """Whether next to nothing more can be written to an owner's disk."""
         return self.disks.is_full(owner)
@@ -205,14 +238,19 @@ class ContainerManager:
         """An owner's writable layer, the overlay's upper directory; ids are those of inside."""
         return self.disks.path(owner) / "upper"
 
-    def adopt(self, running: Running) -> bool:
-        """Take up a container that outlived the last agent; False when it does not run."""
+    def adopt(self, running: Running, *, paused: bool = False) -> bool:
+        """Take up a container that outlived the last agent; False when it does not run.
+
+        One that is not ``paused`` is thawed: the last agent may have died while it froze it.
+        """
         init_pid = self._groups(running.owner).init_pid()
         if init_pid is None:
             return False
         for group in self._groups(running.owner).exec_groups():
             # Whoever waited for these commands went away with the last agent.
             kill_group(group)
+        if not paused:
+            freeze_group(self._groups(running.owner).unified, frozen=False)
         self._take_up(replace(running, init_pid=init_pid))
         return True
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
+from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
 from hostruntime.images import ImageStore
 from hostruntime.limits import ContainerGroups, Limits, cgroup_layout
@@ -66,6 +66,7 @@ class Sandbox:
     reason: Reason | None = None
     ended_at: float | None = None
     slot: Mapping[str, Any] | None = None
+    paused: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         """The answer of the agent's API."""
@@ -73,6 +74,7 @@ class Sandbox:
             "id": self.request.id,
             "image": self.request.image,
             "state": self.state,
+            "paused": self.paused,
             "network": self.request.network,
             "started_at": self.started_at,
             "boot_ms": round(self.boot_ms, 2),
@@ -144,6 +146,15 @@ class SandboxManager:
                 await self._sweeper
         await self.usage.close()
 
+    async def freeze_again(self) -> None:
+        """What the records call paused is frozen, whatever the last agent had come to."""
+        for sandbox in self.list():
+            if sandbox.state == "running" and sandbox.paused:
+                try:
+                    await self.containers.pause(sandbox.request.id)
+                except HostError:
+                    _log.exception("sandbox %s cannot be paused again", sandbox.request.id)
+
     # What is asked of it -------------------------------------------------------------------
 
     def list(self) -> list[Sandbox]:
@@ -204,6 +215,36 @@ class SandboxManager:
             self._save(replace(sandbox, deadline=deadline))
             return self._sandboxes[sandbox_id]
 
+    async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Freeze a sandbox until :meth:`resume`, or the end of it at ``deadline``; idempotent.
+
+        Raises NotFound, ContainerGone, HostFault (it runs on).
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._pause(sandbox_id, deadline)))
+
+    async def _pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        async with self._lock(sandbox_id):
+            self._running(sandbox_id)
+            await self.containers.pause(sandbox_id)
+            # It may have ended while it was frozen.
+            self._save(replace(self._running(sandbox_id), paused=True, deadline=deadline))
+            return self._sandboxes[sandbox_id]
+
+    async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Let a paused sandbox run on until ``deadline``; idempotent.
+
+        Raises NotFound, ContainerGone.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._resume(sandbox_id, deadline)))
+
+    async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        async with self._lock(sandbox_id):
+            sandbox = self._running(sandbox_id)
+            # First, so that the sweep ends none that somebody has just taken up again.
+            self._save(replace(sandbox, paused=False, deadline=deadline))
+            await self.containers.resume(sandbox_id)
+            return self._sandboxes[sandbox_id]
+
     def exec(
         self,
         sandbox_id: str,
@@ -214,13 +255,13 @@ class SandboxManager:
         timeout: float | None,
     ) -> AsyncGenerator[Frame, None]:
         """Run a command with the sandbox's environment; see :meth:`ContainerManager.exec`."""
-        sandbox = self._running(sandbox_id)
+        sandbox = self._usable(sandbox_id)
         environment = {**sandbox.request.env, **env}
         return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
 
     def container_name(self, sandbox_id: str) -> str:
-        """The name file operations go by.  Raises NotFound, ContainerGone."""
-        self._running(sandbox_id)
+        """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
+        self._usable(sandbox_id)
         return self.containers.get(sandbox_id).name
 
     # How sandboxes end ---------------------------------------------------------------------
@@ -275,12 +316,18 @@ class SandboxManager:
         running = Running(
             sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
         )
-        return self.containers.adopt(running)
+        return self.containers.adopt(running, paused=sandbox.paused)
 
     def _running(self, sandbox_id: str) -> Sandbox:
         sandbox = self.get(sandbox_id)
         if sandbox.state != "running":
             raise ContainerGone(f"The sandbox {sandbox_id} is not running any more.")
+        return sandbox
+
+    def _usable(self, sandbox_id: str) -> Sandbox:
+        sandbox = self._running(sandbox_id)
+        if sandbox.paused:
+            raise ContainerPaused("The sandbox is paused; resume it first.")
         return sandbox
 
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:

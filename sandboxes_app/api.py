@@ -96,6 +96,19 @@ def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 
 @api(scope=WRITE)
+def pause_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/pause``: answers when it stands still."""
+    return json_answer({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
+
+
+@api(scope=WRITE)
+def resume_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST …/resume``: answers when it runs on."""
+    sandbox = services.resume_sandbox(request.actor, sandbox_id)
+    return json_answer(presenters.sandbox_detail(sandbox))
+
+
+@api(scope=WRITE)
 def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     """``POST …/exec``: buffered, or as server-sent events with ``stream: true``."""
     spec = read_json(request, ExecSpec)

@@ -137,6 +137,11 @@ class Sandbox(models.Model):
         """Whether commands can be run in it."""
         return self.status == SandboxStatus.RUNNING
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether it stands still until somebody resumes it."""
+        return self.status == SandboxStatus.PAUSED
+
 
 class SandboxEvent(models.Model):
     """One thing that happened to a sandbox: written in the transaction that changed it."""

@@ -31,7 +31,7 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
         "auto_resume": sandbox.auto_resume,
         "preview_auth": sandbox.preview_auth,
         "preview_auth_token": None,
-        "paused_expires_at": None,
+        "paused_expires_at": timestamp(sandbox.expires_at) if sandbox.is_paused else None,
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,
         "volume": None,

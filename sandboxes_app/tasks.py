@@ -6,7 +6,7 @@ import logging
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering
+from sandboxes_app.services import lifecycle, metering, pausing
 from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def tidy() -> None:
     note_image_bytes()
     try:
         lifecycle.reconcile()
+        pausing.settle_half_way()
         metering.collect()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)

@@ -14,6 +14,8 @@ urlpatterns = [
     path("sandboxes/limits", methods(GET=api.get_limits)),
     path(one, methods(GET=api.get_sandbox, DELETE=api.terminate_sandbox)),
     path(f"{one}/timeout", methods(POST=api.set_timeout)),
+    path(f"{one}/pause", methods(POST=api.pause_sandbox)),
+    path(f"{one}/resume", methods(POST=api.resume_sandbox)),
     path(f"{one}/exec", methods(POST=api.exec_command)),
     path(
         f"{one}/files",

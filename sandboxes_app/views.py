@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from django.contrib import messages
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
+from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.addresses import console_address
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError, HostUnavailable, NotFound
 from sandboxes_app import pages, services
 from sandboxes_app.forms import CommandForm, SandboxForm, lifetimes, sizes
+from sandboxes_app.models import Sandbox
 from sandboxes_app.pages import Entry
 from templates_app import services as template_services
 
@@ -68,13 +72,22 @@ def sandbox_detail(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 
 
 def detail_page(
-    request: ConsoleRequest, sandbox_id: str, form: CommandForm, entry: Entry | None = None
+    request: ConsoleRequest,
+    sandbox_id: str,
+    form: CommandForm,
+    entry: Entry | None = None,
+    refused: DomainError | None = None,
 ) -> HttpResponse:
-    """The page; with the command just run where there is no script to append it."""
+    """The page; with the command just run where there is no script to append it.
+
+    ``refused`` is why something that was asked of the sandbox was not done.
+    """
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     address = console_address(request)
-    context = {**pages.detail_context(sandbox, address), "form": form, "entry": entry}
-    return render(request, "sandboxes_app/detail.html", context)
+    shown = {"form": form, "entry": entry, "refused": refused}
+    context = {**pages.detail_context(sandbox, address), **shown}
+    status = refused.status if refused else 200
+    return render(request, "sandboxes_app/detail.html", context, status=status)
 
 
 @require_POST
@@ -125,6 +138,33 @@ def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
         return render(request, "sandboxes_app/terminate.html", {"sandbox": sandbox})
     services.terminate_sandbox(request.actor, sandbox_id)
     messages.success(request, f"The sandbox from {sandbox.template_name} was terminated.")
+    return redirect("sandboxes:detail", sandbox_id)
+
+
+@require_POST
+@console_page
+def sandbox_pause(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """Let it stand still; its page says so."""
+    return acted(request, sandbox_id, services.pause_sandbox)
+
+
+@require_POST
+@console_page
+def sandbox_resume(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """Let it run on."""
+    return acted(request, sandbox_id, services.resume_sandbox)
+
+
+def acted(
+    request: ConsoleRequest, sandbox_id: str, service: Callable[[Actor, str], Sandbox]
+) -> HttpResponse:
+    """Do it, and show the sandbox; or its page with why it was not done."""
+    try:
+        service(request.actor, sandbox_id)
+    except NotFound:
+        raise
+    except DomainError as error:
+        return detail_page(request, sandbox_id, CommandForm(), refused=error)
     return redirect("sandboxes:detail", sandbox_id)
 
 

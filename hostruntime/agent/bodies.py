@@ -67,7 +67,7 @@ class CollectedBody(Body):
 
 
 class DeadlineBody(Body):
-    """``PATCH /sandboxes/{id}``."""
+    """``PATCH /sandboxes/{id}``, and ``POST`` to its ``pause`` and ``resume``."""
 
     deadline: float | None
 

@@ -65,6 +65,7 @@ class Host:
         host = await asyncio.to_thread(_assemble, paths, keep)
         await host.launchers.open()
         host.sandboxes.recover()
+        await host.sandboxes.freeze_again()
         host.sandboxes.begin()
         await host.builds.recover()
         await host._check_proxy(first=True)

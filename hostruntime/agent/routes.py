@@ -53,6 +53,8 @@ def _routes() -> list[Route]:
         Route(sandbox, get_sandbox),
         Route(sandbox, patch_sandbox, methods=["PATCH"]),
         Route(sandbox, delete_sandbox, methods=["DELETE"]),
+        Route(f"{sandbox}/pause", pause_sandbox, methods=["POST"]),
+        Route(f"{sandbox}/resume", resume_sandbox, methods=["POST"]),
         Route(f"{sandbox}/exec", exec_in_sandbox, methods=["POST"]),
         Route(files, read_file),
         Route(files, write_file, methods=["PUT"]),
@@ -142,6 +144,20 @@ async def patch_sandbox(request: Request) -> Response:
     """Change when a sandbox ends."""
     body = await read_body(request, DeadlineBody)
     sandbox = await _host(request).sandboxes.set_deadline(_id(request), body.deadline)
+    return JSONResponse(sandbox.to_wire())
+
+
+async def pause_sandbox(request: Request) -> Response:
+    """Freeze a sandbox, until another moment at the latest."""
+    body = await read_body(request, DeadlineBody)
+    sandbox = await _host(request).sandboxes.pause(_id(request), body.deadline)
+    return JSONResponse(sandbox.to_wire())
+
+
+async def resume_sandbox(request: Request) -> Response:
+    """Let a frozen sandbox run on, until another moment."""
+    body = await read_body(request, DeadlineBody)
+    sandbox = await _host(request).sandboxes.resume(_id(request), body.deadline)
     return JSONResponse(sandbox.to_wire())
 
 

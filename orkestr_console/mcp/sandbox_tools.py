@@ -324,6 +324,20 @@ async def set_sandbox_timeout(
     return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
 
 
+async def pause_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
+    """Let a running sandbox stand still: its processes, memory and files stay as they are.
+
+    It takes no place among the running ones, and ends if nobody resumes it within a week. It does
+    not outlive a restart of the machine. Go on with resume_sandbox.
+    """
+    return sandbox_answer(await ask(services.pause_sandbox, actor_of(ctx), sandbox_id))
+
+
+async def resume_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
+    """Let a paused sandbox run on where it stood, for as long again as it was created for."""
+    return sandbox_answer(await ask(services.resume_sandbox, actor_of(ctx), sandbox_id))
+
+
 async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
     """End a sandbox for good; its files are gone. One that has ended stays as it is."""
     await ask(services.terminate_sandbox, actor_of(ctx), sandbox_id)
@@ -346,6 +360,8 @@ TOOLS = [
     writing(write_file, destructive=True, idempotent=True),
     reading(list_files),
     writing(set_sandbox_timeout, idempotent=True),
+    writing(pause_sandbox),
+    writing(resume_sandbox),
     writing(terminate_sandbox, destructive=True, idempotent=True),
     reading(get_sandbox_limits),
 ]

@@ -22,6 +22,7 @@ from sandboxes_app.services.lifecycle import (
     terminate_sandbox,
 )
 from sandboxes_app.services.limits import Limits, limits
+from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
 from sandboxes_app.services.template_use import TemplateUse, template_use
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "list_sandboxes",
     "mkdir",
     "move",
+    "pause_sandbox",
     "read_path",
+    "resume_sandbox",
     "set_timeout",
     "stat",
     "template_use",

@@ -164,16 +164,27 @@ def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
 
 
 def counted(teams: Iterable[Team]) -> SandboxQuerySet:
-    """The sandboxes that take one of the teams' places now."""
+    """The sandboxes that take one of the teams' places now; a paused one has a place of its own."""
     rows = Sandbox.objects.live().filter(team__in=teams)
-    return rows.filter(expires_at__gt=timezone.now())
+    return rows.filter(expires_at__gt=timezone.now()).exclude(status=SandboxStatus.PAUSED)
 
 
 def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
     """What each team uses of the limits that sandboxes count against, by team id and limit."""
-    rows = counted(teams).values("team").annotate(running=Count("pk"))
-    found = {row["team"]: row["running"] for row in rows}
-    return {team.pk: {"max_concurrent_sandboxes": found.get(team.pk, 0)} for team in teams}
+    running = per_team(counted(teams))
+    parked = per_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
+    return {
+        team.pk: {
+            "max_concurrent_sandboxes": running.get(team.pk, 0),
+            "max_snapshots": parked.get(team.pk, 0),
+        }
+        for team in teams
+    }
+
+
+def per_team(rows: SandboxQuerySet) -> dict[str, int]:
+    """How many of the rows each team has, by its id."""
+    return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
 def boot(sandbox: Sandbox) -> None:

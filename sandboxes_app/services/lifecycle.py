@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import Max, Q
 from django.utils import timezone
 from django_q.tasks import async_task
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 NO_SUCH = "There is no such sandbox in your team; check the id."
 # A create takes well under a second; a row that starts for this long was left by a killed process.
 STARTING_GRACE = timedelta(minutes=2)
+# What has a container that the host must know.
+STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
 UNKNOWN_GRACE_SECONDS = 300.0
 
@@ -54,6 +56,8 @@ def find(actor: Actor, sandbox_id: str) -> Sandbox:
 def find_running(actor: Actor, sandbox_id: str) -> Sandbox:
     """The row of a sandbox that can be used. Raises ``NotFound`` or ``Conflict``."""
     sandbox = find(actor, sandbox_id)
+    if sandbox.status == SandboxStatus.PAUSED:
+        raise Conflict("The sandbox is paused; resume it first.", code="sandbox_not_running")
     if not sandbox.is_running:
         raise Conflict(
             f"The sandbox is {sandbox.status}, not running; create another one.",
@@ -181,7 +185,7 @@ def reconcile() -> None:
     """Make rows and containers agree. Raises the host's errors when it does not answer."""
     known = {info.id: info for info in host().sandboxes()}
     old = timezone.now() - STARTING_GRACE
-    settled = Q(status=SandboxStatus.RUNNING) | Q(status=SandboxStatus.STARTING, created_at__lt=old)
+    settled = Q(status__in=STANDING) | Q(status=SandboxStatus.STARTING, created_at__lt=old)
     # Read after the host was asked: a row that was not there then cannot be missed.
     for sandbox in Sandbox.objects.filter(settled, created_at__lt=timezone.now()):
         info = known.get(sandbox.pk)
@@ -190,6 +194,13 @@ def reconcile() -> None:
         elif info is None or info.state != "running":
             settle_if_gone(sandbox)
     release_strangers([info.id for info in known.values() if info.state == "running"])
+
+
+def half_way() -> list[Sandbox]:
+    """Those that have been ``pausing`` or ``resuming`` for longer than it takes."""
+    old = timezone.now() - STARTING_GRACE
+    rows = Sandbox.objects.filter(status__in=[SandboxStatus.PAUSING, SandboxStatus.RESUMING])
+    return list(rows.annotate(changed_at=Max("events__at")).filter(changed_at__lt=old))
 
 
 def release_strangers(running: list[str]) -> None:

@@ -72,6 +72,53 @@ def prolonged(sandbox: Sandbox, expires_at: datetime) -> bool:
     )
 
 
+def pausing(sandbox: Sandbox) -> bool:
+    """It is about to stand still."""
+    return change(sandbox, "pausing", among=[SandboxStatus.RUNNING], to=SandboxStatus.PAUSING)
+
+
+def unpaused(sandbox: Sandbox) -> bool:
+    """It could not be paused, and runs on."""
+    return change(sandbox, "pause_failed", among=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING)
+
+
+def paused(sandbox: Sandbox, until: datetime) -> bool:
+    """It stands still, and ends then unless it is resumed."""
+    among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
+    return change(
+        sandbox,
+        "paused",
+        among=among,
+        to=SandboxStatus.PAUSED,
+        data={"until": until.isoformat()},
+        expires_at=until,
+    )
+
+
+def resuming(sandbox: Sandbox) -> bool:
+    """It is about to run on."""
+    return change(sandbox, "resuming", among=[SandboxStatus.PAUSED], to=SandboxStatus.RESUMING)
+
+
+def still_paused(sandbox: Sandbox) -> bool:
+    """It could not be resumed."""
+    return change(sandbox, "resume_failed", among=[SandboxStatus.RESUMING], to=SandboxStatus.PAUSED)
+
+
+def resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
+    """It runs on: a new stretch, until another moment."""
+    among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
+    return change(
+        sandbox,
+        "resumed",
+        among=among,
+        to=SandboxStatus.RUNNING,
+        data={"expires_at": expires_at.isoformat()},
+        started_at=timezone.now(),
+        expires_at=expires_at,
+    )
+
+
 def ended(sandbox: Sandbox, kind: str) -> bool:
     """It ended as it should: ``terminated`` by somebody, or ``expired``."""
     return change(sandbox, kind, among=LIVE, to=SandboxStatus.TERMINATED, ended_at=timezone.now())

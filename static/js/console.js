@@ -125,9 +125,11 @@ document.addEventListener("input", (event) => {
   if (event.target.matches("[data-filter]")) filter();
 });
 
-// A form that is under way is not sent twice; the page is left anyway once it is answered.
+// A form that is under way is not sent twice; the page is left anyway once it is answered. What its
+// dialog asked for of now is not waited for: after a deletion there is none to ask about.
 document.addEventListener("submit", (event) => {
   const form = event.target;
+  for (const part of form.querySelectorAll("[hx-trigger=opened]")) htmx.trigger(part, "htmx:abort");
   if (form.method !== "post" || form.hasAttribute("hx-post")) return;
   if (form.dataset.sent) event.preventDefault();
   form.dataset.sent = "1";

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.stack import Stack
 from tests.stack import stack as stack
@@ -31,8 +31,14 @@ class Complaints:
 
     def listen(self, page: Page) -> None:
         """Hear console errors (violations of the policy among them) and uncaught exceptions."""
-        page.on("console", lambda m: self.hear(f"{m.type}: {m.text} at {page.url}", m.type))
+        page.on("console", self.hear_message)
         page.on("pageerror", lambda error: self.said.append(f"uncaught: {error}"))
+
+    def hear_message(self, message: ConsoleMessage) -> None:
+        """Keep a message with the page and the resource that it is about."""
+        page = message.page.url if message.page else ""
+        about = message.location["url"]
+        self.hear(f"{message.type}: {message.text} ({about}) at {page}", message.type)
 
     def hear(self, text: str, kind: str) -> None:
         """Keep what is worse than a note."""

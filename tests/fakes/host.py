@@ -35,6 +35,7 @@ from hostruntime.answers import (
 from hostruntime.client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
 from hostruntime.errors import (
     ContainerGone,
+    ContainerPaused,
     FileConflict,
     FileTooLarge,
     HostError,
@@ -388,6 +389,23 @@ class FakeHost:
         box.info = replace(box.info, deadline=deadline)
         return box.info
 
+    def pause_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """As the client."""
+        return self._set_paused(sandbox_id, deadline, paused=True)
+
+    def resume_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
+        """As the client."""
+        return self._set_paused(sandbox_id, deadline, paused=False)
+
+    def _set_paused(self, sandbox_id: str, deadline: float | None, *, paused: bool) -> SandboxInfo:
+        self._up()
+        self.sandbox(sandbox_id)
+        box = self.booted[sandbox_id]
+        if box.info.state != "running":
+            raise ContainerGone("The sandbox is not running.")
+        box.info = replace(box.info, deadline=deadline, paused=paused)
+        return box.info
+
     def delete_sandbox(self, sandbox_id: str) -> None:
         """As the client."""
         self._up()
@@ -467,6 +485,8 @@ class FakeHost:
         box = self.booted[sandbox_id]
         if box.info.state != "running":
             raise ContainerGone("The sandbox is not running.")
+        if box.info.paused:
+            raise ContainerPaused("The sandbox is paused; resume it first.")
         return box
 
     # Files --------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ ROWS = [
     Row("write_file", arguments={**FILE, "content": "x"}),
     Row("list_files", reading=True, arguments=SANDBOX),
     Row("set_sandbox_timeout", arguments={**SANDBOX, "timeout_seconds": 60}),
+    Row("pause_sandbox", arguments=SANDBOX),
+    Row("resume_sandbox", arguments=SANDBOX),
     Row("terminate_sandbox", arguments=SANDBOX),
     Row("get_sandbox_limits", OK, reading=True),
 ]
@@ -127,6 +129,8 @@ async def test_everybody_gets_what_they_may_and_no_more(
     if row.tool == "exec_background":
         # The host in memory runs nothing; that it was asked is what counts here.
         expected["token"] = "host_unavailable"
+    if row.tool == "resume_sandbox":
+        expected["token"] = "sandbox_not_paused"
     assert found == expected
 
 

@@ -31,6 +31,7 @@ READ_ONLY = {
 WRITING = {
     *("create_template", "cancel_template", "delete_template", "create_sandbox", "exec"),
     *("exec_background", "write_file", "set_sandbox_timeout", "terminate_sandbox"),
+    *("pause_sandbox", "resume_sandbox"),
 }
 
 

@@ -41,6 +41,7 @@ ON_A_SANDBOX: list[tuple[str, Write]] = [
     ("file.write", lambda a, s: sandboxes.write_file(a, s, FILE)),
     ("file.write", lambda a, s: sandboxes.write_batch(a, s, BatchSpec(files=[FILE]))),
     ("file.mkdir", lambda a, s: sandboxes.mkdir(a, s, DirectorySpec(path="/workspace/d"))),
+    ("sandbox.pause", lambda a, s: sandboxes.pause_sandbox(a, s)),
     ("sandbox.terminate", lambda a, s: sandboxes.terminate_sandbox(a, s)),
 ]
 

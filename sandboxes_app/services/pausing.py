@@ -1,0 +1,118 @@
+"""Pausing a sandbox and taking it up again: its processes stand still, its memory and files stay.
+
+A paused sandbox takes one of the places that the plan has for those, instead of one of the places
+for running ones, and ends when nobody resumes it for ``LONGEST_PAUSE``. What it keeps in memory is
+still in the machine's memory: it does not outlive a restart of the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+from django.db import transaction
+from django.utils import timezone
+
+from hostruntime import errors as host_errors
+from orkestr_console.accounts.actor import WRITE, Actor
+from orkestr_console.accounts.audit import audited
+from orkestr_console.accounts.limits import hold
+from orkestr_console.errors import Conflict, PlanLimit
+from orkestr_console.services.hosts import host, told
+from sandboxes_app.models import Sandbox, SandboxStatus
+from sandboxes_app.services import state
+from sandboxes_app.services.create import counted
+from sandboxes_app.services.lifecycle import find, find_running, half_way, settle_if_gone
+
+LONGEST_PAUSE = timedelta(days=7)
+PARKED = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
+
+
+@audited("sandbox.pause", "sandbox", note=lambda s, _: {"until": s.expires_at.isoformat()})
+def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
+    """Let a running sandbox stand still; it is paused when this returns.
+
+    Raises ``NotFound``, ``Conflict`` (not running, or the plan's number of paused ones is
+    reached), ``HostUnavailable``.
+    """
+    actor.require(WRITE)
+    sandbox = find_running(actor, sandbox_id)
+    with transaction.atomic():
+        held = hold(actor.team, actor.user)
+        parked = Sandbox.objects.for_team(actor.team).filter(status__in=PARKED)
+        try:
+            held.require_room("max_snapshots", parked.count())
+        except PlanLimit as error:
+            # What clients know it as: they free a place and try again.
+            raise Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra) from None
+        if not state.pausing(sandbox):
+            raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
+    until = timezone.now() + LONGEST_PAUSE
+    try:
+        host().pause_sandbox(sandbox.pk, until.timestamp())
+    except host_errors.HostError as error:
+        if may_be_said(sandbox, error):
+            state.unpaused(sandbox)
+        raise told(error) from error
+    if not state.paused(sandbox, until):
+        raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
+    return sandbox
+
+
+@audited("sandbox.resume", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
+def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
+    """Let a paused sandbox run on, for as long again as it was created for.
+
+    Raises ``NotFound``, ``Conflict`` (not paused, or gone), ``PlanLimit`` (no place among the
+    running ones), ``HostUnavailable``.
+    """
+    actor.require(WRITE)
+    sandbox = find(actor, sandbox_id)
+    if sandbox.status != SandboxStatus.PAUSED:
+        raise Conflict(
+            f"The sandbox is {sandbox.status}, not paused; only a paused one can be resumed.",
+            code="sandbox_not_paused",
+        )
+    with transaction.atomic():
+        held = hold(actor.team, actor.user)
+        running = counted([held.team])
+        mine = running.filter(created_by=actor.user).count() if actor.user else None
+        held.require_room("max_concurrent_sandboxes", running.count(), mine)
+        if not state.resuming(sandbox):
+            raise Conflict("The sandbox has just ended.", code="sandbox_not_paused")
+    end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
+    try:
+        host().resume_sandbox(sandbox.pk, end.timestamp())
+    except host_errors.HostError as error:
+        if may_be_said(sandbox, error):
+            state.still_paused(sandbox)
+        raise told(error) from error
+    if not state.resumed(sandbox, end):
+        raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
+    return sandbox
+
+
+def may_be_said(sandbox: Sandbox, error: host_errors.HostError) -> bool:
+    """Whether a failed call left things as they were.
+
+    A host that did not answer may have done it or not: ``settle_half_way`` asks it later.
+    """
+    if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
+        return not settle_if_gone(sandbox)
+    return not isinstance(error, host_errors.HostUnavailable)
+
+
+def settle_half_way() -> None:
+    """Settle what a killed process left ``pausing`` or ``resuming``, by what the host has.
+
+    Raises the host's errors when it does not answer.
+    """
+    for sandbox in half_way():
+        if settle_if_gone(sandbox):
+            continue
+        info = host().sandbox(sandbox.pk)
+        end = datetime.fromtimestamp(info.deadline or time.time(), UTC)
+        if info.paused:
+            state.paused(sandbox, end)
+        else:
+            state.resumed(sandbox, end)

@@ -1,0 +1,162 @@
+"""Paused sandboxes: everything in them stands still, and goes on where it stood."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from hostruntime.answers import ExecResult, SandboxInfo
+from hostruntime.client import HostClient
+from hostruntime.errors import ContainerGone, ContainerPaused, NotFound
+from tests.host.agent import Agent, eventually, groups_named
+from tests.host.conftest import NewSandbox
+
+pytestmark = pytest.mark.host
+
+COUNTING = (
+    "n=0; while :; do n=$((n+1)); echo $n >/tmp/n.new; mv /tmp/n.new /tmp/n; sleep 0.02; done"
+)
+SHOWN = "cat /tmp/n; cat /workspace/kept /root/kept"
+
+
+def far() -> float:
+    return time.time() + 600
+
+
+def number(host: HostClient, sandbox: SandboxInfo) -> int:
+    return int(host.exec(sandbox.id, "cat /tmp/n").stdout)
+
+
+@pytest.fixture
+def counting(host: HostClient, new_sandbox: NewSandbox) -> SandboxInfo:
+    """A sandbox in which a process counts, and holds the number in its own memory alone."""
+    sandbox = new_sandbox()
+    host.exec(
+        sandbox.id, f"echo yes | tee /workspace/kept >/root/kept; ({COUNTING}) >/dev/null 2>&1 &"
+    )
+    for _ in eventually():
+        if number(host, sandbox) > 2:
+            break
+    return sandbox
+
+
+def test_processes_memory_and_files_come_back(host: HostClient, counting: SandboxInfo) -> None:
+    assert host.pause_sandbox(counting.id, far()).paused
+    with pytest.raises(ContainerPaused):
+        host.exec(counting.id, "true")
+    with pytest.raises(ContainerPaused):
+        host.read_path(counting.id, "/tmp/n")
+    time.sleep(1.0)
+    assert not host.resume_sandbox(counting.id, far()).paused
+    first = number(host, counting)
+    for _ in eventually():
+        if number(host, counting) > first:
+            break
+    # In a second it would have counted to some fifty more.
+    assert host.exec(counting.id, SHOWN).stdout.split()[1:] == [b"yes", b"yes"]
+
+
+def test_nothing_is_counted_while_it_is_paused(host: HostClient, counting: SandboxInfo) -> None:
+    before = number(host, counting)
+    host.pause_sandbox(counting.id, far())
+    time.sleep(2.0)
+    host.resume_sandbox(counting.id, far())
+    # Two seconds of counting are at least 60; a few steps surround the two calls.
+    assert number(host, counting) - before < 40
+
+
+def test_a_command_under_way_ends_after_the_pause(host: HostClient, sandbox: SandboxInfo) -> None:
+    results: list[ExecResult] = []
+
+    def command() -> None:
+        results.append(host.exec(sandbox.id, "echo a; sleep 0.5; echo b", timeout_seconds=30))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    time.sleep(0.2)
+    host.pause_sandbox(sandbox.id, far())
+    time.sleep(1.0)
+    assert results == []
+    host.resume_sandbox(sandbox.id, far())
+    thread.join(10)
+    assert results[0].stdout == b"a\nb\n"
+
+
+def test_others_are_served_while_one_is_paused(
+    host: HostClient, counting: SandboxInfo, new_sandbox: NewSandbox
+) -> None:
+    other = new_sandbox()
+    stop = threading.Event()
+
+    def attach_all_the_time() -> None:
+        while not stop.is_set():
+            try:
+                host.exec(counting.id, "true")
+            except ContainerPaused:
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=attach_all_the_time) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            host.pause_sandbox(counting.id, far())
+            began = time.monotonic()
+            assert host.exec(other.id, "echo here").stdout == b"here\n"
+            assert time.monotonic() - began < 5
+            host.resume_sandbox(counting.id, far())
+            time.sleep(0.02)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_paused_sandbox_ends_at_its_deadline_and_when_told(
+    host: HostClient, new_sandbox: NewSandbox, agent: Agent
+) -> None:
+    first, second = new_sandbox(), new_sandbox()
+    host.pause_sandbox(first.id, time.time() + 0.2)
+    host.pause_sandbox(second.id, far())
+    host.delete_sandbox(second.id)
+    with pytest.raises(NotFound):
+        host.sandbox(second.id)
+    for _ in eventually():
+        gone = host.sandbox(first.id)
+        if gone.state == "gone":
+            break
+    assert gone.reason == "expired"
+    with pytest.raises(ContainerGone):
+        host.resume_sandbox(first.id, far())
+    assert groups_named(f"{agent.prefix}{first.id}") == []
+    assert groups_named(f"{agent.prefix}{second.id}") == []
+
+
+def test_pausing_twice_and_resuming_twice_is_no_error(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    for _ in range(2):
+        host.pause_sandbox(sandbox.id, far())
+    for _ in range(2):
+        host.resume_sandbox(sandbox.id, far())
+    assert host.exec(sandbox.id, "echo on").stdout == b"on\n"
+
+
+def test_a_paused_sandbox_outlives_the_agent(
+    agent: Agent, host: HostClient, counting: SandboxInfo, new_sandbox: NewSandbox
+) -> None:
+    running = new_sandbox()
+    before = number(host, counting)
+    host.pause_sandbox(counting.id, far())
+    agent.kill()
+    agent.start()
+    assert host.sandbox(counting.id).paused
+    with pytest.raises(ContainerPaused):
+        host.exec(counting.id, "true")
+    assert host.exec(running.id, "echo on").stdout == b"on\n"
+    host.resume_sandbox(counting.id, far())
+    for _ in eventually():
+        if number(host, counting) > before + 2:
+            break
