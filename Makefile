@@ -1,5 +1,7 @@
 # Orkestr Console. `make run` starts everything; `make help` lists the rest.
 SHELL := /bin/bash
+# A root shell that `su` opened has the PATH of the person before it.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 .DEFAULT_GOAL := help
 .PHONY: help run down clean doctor test lint format lock bench
 

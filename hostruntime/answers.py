@@ -26,7 +26,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Health(Answer):
-    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``."""
+    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``.
+
+    ``notes`` are sentences on package managers whose registries sandboxes will not reach.
+    """
 
     version: str
     state_dir: str
@@ -34,6 +37,7 @@ class Health(Answer):
     cgroup: str
     proxy: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,14 @@ from typing import Any, Literal
 from hostruntime.assembly import Assembly
 from hostruntime.build_log import EventLog
 from hostruntime.build_plan import Cache, Host, Plan
-from hostruntime.errors import BuildFailed, HostError, ImageNotFound, InvalidRequest, NotFound
+from hostruntime.errors import (
+    BuildFailed,
+    HostError,
+    HostFull,
+    ImageNotFound,
+    InvalidRequest,
+    NotFound,
+)
 from hostruntime.images import Image, check_name
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths, read_json, write_json
@@ -120,7 +127,7 @@ class BuildManager:
     def start(self, request: BuildRequest) -> tuple[BuildStatus, bool]:
         """Start a build; return its status, and whether it is new (the same id starts once).
 
-        Raises InvalidRequest.
+        Raises InvalidRequest, and HostFull (nothing is known of it then) while the disk is full.
         """
         known = self._find(request.id)
         if known is not None:
@@ -128,6 +135,7 @@ class BuildManager:
         policy = _policy(request)
         if request.cache is not None:
             check_name(request.cache.scope)
+        self._host.containers.require_room()
         build = self._new(request.id, {"request": asdict(request)})
         work = self._run(build, request, policy)
         self._running[build.id] = build
@@ -324,7 +332,8 @@ def _note_failed(build: _Build, request: BuildRequest, error: HostError | OSErro
         )
         build.end("failed", "failed", code="base_missing", message=message)
     elif isinstance(error, HostError):
-        build.end("failed", "failed", code="internal", message=error.detail)
+        code = "no_room" if isinstance(error, HostFull) else "internal"
+        build.end("failed", "failed", code=code, message=error.detail)
     else:
         _log.error("build %s failed by a broken machine", build.id, exc_info=error)
         message = f"The host could not finish the build: {error.strerror or error}."

@@ -91,7 +91,7 @@ class Disks:
         ``saved`` is a disk of that size, made by :meth:`save`, to begin with instead.  Raises
         HostFull, HostFault, OSError; then nothing is left.
         """
-        self._require_room()
+        self.require_room()
         self.release(owner)
         source = saved or self._empty(size_mb)
         target = self.path(owner)
@@ -164,7 +164,8 @@ class Disks:
     def _image(self, owner: str) -> Path:
         return self.paths.disks / f"{owner}.img"
 
-    def _require_room(self) -> None:
+    def require_room(self) -> None:
+        """Raise HostFull when the disk is down to what nothing new may take."""
         found = os.statvfs(self.paths.root)
         if found.f_bavail * found.f_frsize < RESERVE_BYTES:
             raise HostFull(

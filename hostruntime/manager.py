@@ -214,6 +214,10 @@ class ContainerManager:
         freeze_group(self._groups(running.owner).unified, frozen=False)
         self.launchers.admit(running.name)
 
+    def require_room(self) -> None:
+        """Raise HostFull unless the host's disk has room for one more container's."""
+        self.disks.require_room()
+
     def disk_is_full(self, owner: str) -> bool:
         """Whether next to nothing more can be written to an owner's disk."""
         return self.disks.is_full(owner)

@@ -36,6 +36,7 @@ _NPM_DEFINITIONS = Path(
     "usr/local/lib/node_modules/npm/node_modules/@npmcli/config/lib/definitions/definitions.js"
 )
 _NPM_DEFAULT = re.compile(r"""Definition\(['"]registry['"],\s*\{\s*default:\s*['"]([^'"]+)['"]""")
+_MIRROR_LIST = "mirror+file:"
 _DEBIAN_COMPONENTS = frozenset({"main", "contrib", "non-free", "non-free-firmware"})
 _SUITE_ENDINGS = ("-updates", "-security", "-backports")
 
@@ -286,12 +287,26 @@ def parse_apt(listing: str) -> tuple[AptSource, ...]:
     found: dict[AptSource, None] = {}
     for line in listing.splitlines():
         site, release, component, origin = (line.split("\t") + [""] * 4)[:4]
+        site = _first_mirror(site)
         ending = next((end for end in _SUITE_ENDINGS if release.endswith(end)), "")
         codename = release.removesuffix(ending)
         foreign = origin not in ("", "Debian") or component not in _DEBIAN_COMPONENTS
         if _is_web(site) and codename.isalpha() and not foreign:
             found[AptSource(site.rstrip("/"), ending, component)] = None
     return tuple(found)
+
+
+def _first_mirror(site: str) -> str:
+    """The first web address of a mirror list, as Debian's cloud images name one (apt-transport-
+    mirror(1)); any other site as it is.
+    """
+    if not site.startswith(_MIRROR_LIST):
+        return site
+    try:
+        words = Path(site.removeprefix(_MIRROR_LIST)).read_text().split()
+    except (OSError, UnicodeDecodeError):
+        return site
+    return next((word for word in words if _is_web(word)), site)
 
 
 # Addresses --------------------------------------------------------------------------------

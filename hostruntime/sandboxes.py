@@ -274,7 +274,13 @@ class SandboxManager:
                 if sandbox.state == "running" and (sandbox.deadline or now + 1) <= now:
                     await self._end_quietly(sandbox.request.id, now)
                 elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
-                    self._drop(sandbox.request.id, sandbox.image_id)
+                    self._forget_quietly(sandbox)
+
+    def _forget_quietly(self, sandbox: Sandbox) -> None:
+        try:
+            self._drop(sandbox.request.id, sandbox.image_id)
+        except OSError:
+            _log.exception("sandbox %s is long gone and cannot be forgotten", sandbox.request.id)
 
     async def _end_quietly(self, sandbox_id: str, now: float) -> None:
         try:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from orkestr_console.egress import Allowlist
 
@@ -149,10 +157,29 @@ class FileSpec(Spec):
             raise ValueError("must be base64.") from None
 
 
+class BadRow(Spec):
+    """A row of a batch that is no file to be written."""
+
+    path: str
+
+
+def row_of_batch(given: Any) -> Any:
+    """A row by itself: what is wrong with one must not spoil the others."""
+    if not isinstance(given, dict):
+        return given
+    try:
+        return FileSpec.model_validate(given)
+    except ValidationError:
+        path = given.get("path")
+        return BadRow(path=path if isinstance(path, str) else "")
+
+
 class BatchSpec(Spec):
     """Files to be written in one call; each fails or not by itself."""
 
-    files: list[FileSpec] = Field(min_length=1, max_length=MOST_FILES)
+    files: list[Annotated[FileSpec | BadRow, BeforeValidator(row_of_batch)]] = Field(
+        min_length=1, max_length=MOST_FILES
+    )
 
 
 class DirectorySpec(Spec):

@@ -141,6 +141,14 @@ class Stack:
             self._process.wait()
             self._process = None
 
+    def down(self) -> None:
+        """What `make down` does: sandboxes end as well, data stays."""
+        done = self.manage("down")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert self._process is not None
+        self._process.wait(STOP_SECONDS)
+        self._process = None
+
     def close(self) -> None:
         """End it, sandboxes too, and remove its var directory unless it was asked to be kept."""
         try:

@@ -96,6 +96,7 @@ class Host:
             "state_dir": str(self.paths.root),
             "instance": self.instance.index,
             "cgroup": cgroup_layout().kind,
+            "notes": list(host_registries(self.paths).notes),
             "proxy": {"healthy": self.proxy_healthy, "address": f"{address}:{port}"},
             "counts": {
                 "containers": running,
@@ -160,7 +161,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         containers=containers,
         sandboxes=SandboxManager(paths, containers, store),
         builds=BuildManager(paths, engine),
-        bases=BaseBuilder(paths, engine, partial(host_registries, paths)),
+        bases=BaseBuilder(paths, engine, partial(host_registries, paths), proxy.refresh),
         layers=layers,
     )
 

@@ -16,11 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from hostruntime.assembly import Assembly
 from hostruntime.bases import cpython
 from hostruntime.bases.debian import bootstrap
-from hostruntime.bases.definitions import BASES, BaseDefinition, definition_digest
+from hostruntime.bases.definitions import (
+    ASK_NPM,
+    BASES,
+    NPM_ADDRESS,
+    BaseDefinition,
+    definition_digest,
+)
 from hostruntime.build_plan import Host, Plan
 from hostruntime.capture import capture
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
@@ -28,7 +35,7 @@ from hostruntime.image_digest import image_digest
 from hostruntime.images import ALIASES, Image, ImageManifest
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths
-from hostruntime.policy import Policy
+from hostruntime.policy import DEFAULT_LIST, Policy
 from hostruntime.registries import Registries
 from hostruntime.scrub import scrub
 from hostruntime.threads import in_thread
@@ -41,6 +48,7 @@ _STEP_TIMEOUT = 1200.0
 _BUILD_TIMEOUT = 3600.0
 _LIMITS = Limits(cpu=2.0, memory_mb=2048)
 _COMMAND_CHARACTERS = 80
+_RESTRICTED = Policy("restricted")
 _log = logging.getLogger(__name__)
 
 
@@ -74,10 +82,18 @@ class _Making:
 class BaseBuilder:
     """Makes the built-in bases of one host.  For one event loop."""
 
-    def __init__(self, paths: StatePaths, host: Host, registries: Callable[[], Registries]) -> None:
+    def __init__(
+        self,
+        paths: StatePaths,
+        host: Host,
+        registries: Callable[[], Registries],
+        learned: Callable[[], None],
+    ) -> None:
+        """``learned`` is called when ``registries`` may answer more than before."""
         self._paths = paths
         self._host = host
         self._registries = registries
+        self._learned = learned
         self._making: dict[str, _Making] = {}
         self._failed: dict[str, str] = {}
 
@@ -162,6 +178,8 @@ class BaseBuilder:
             return await self._make_from_debian(base, say)
         if base.provider == "cpython":
             return await self._make_with_python(base, say)
+        if base.provider == "npm":
+            return await self._make_with_npm(base, say)
         return await self._assemble(base, base.recipe, say)
 
     async def _make_from_debian(self, base: BaseDefinition, say: Progress) -> Image:
@@ -208,6 +226,26 @@ class BaseBuilder:
             + "; ".join(reasons)
         )
 
+    async def _make_with_npm(self, base: BaseDefinition, say: Progress) -> Image:
+        """Make it from npm's registry; a host that has no npm is told by Debian's which that is."""
+        registries = await in_thread(self._registries)
+        if registries.npm is not None:
+            return await self._assemble(base, base.recipe, say)
+        say("Asking Debian's npm for its registry")
+        asking = replace(base, name=f"{base.name}-registry")
+        store = self._host.store
+        try:
+            asked = await self._assemble(asking, ASK_NPM, lambda _: None)
+            address = (asked.tree / NPM_ADDRESS).read_text().strip()
+        finally:
+            await in_thread(store.delete, asking.name)
+        domain = urlsplit(address).hostname or ""
+        policy = Policy.parse("restricted", [DEFAULT_LIST, domain])
+        image = await self._assemble(base, base.recipe, say, policy=policy)
+        # The new base has an npm that can be asked from now on.
+        await in_thread(self._learned)
+        return image
+
     async def _pythons(self, fetched: Path, reasons: list[str], say: Progress) -> Any:
         for prefix in await in_thread(lambda: list(cpython.found_on_host())):
             yield prefix
@@ -223,6 +261,7 @@ class BaseBuilder:
         recipe: tuple[str, ...],
         say: Progress,
         python: cpython.PythonTree | None = None,
+        policy: Policy = _RESTRICTED,
     ) -> Image:
         assert base.parent is not None
         details = {"python": str(python.prefix)} if python else {}
@@ -231,7 +270,7 @@ class BaseBuilder:
             kind="base",
             base=base.parent,
             recipe=recipe,
-            policy=Policy("restricted"),
+            policy=policy,
             limits=_LIMITS,
             step_timeout=_STEP_TIMEOUT,
             build_timeout=_BUILD_TIMEOUT,

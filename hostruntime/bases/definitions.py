@@ -28,7 +28,7 @@ class BaseDefinition:
     title: str
     description: str
     parent: str | None = None
-    provider: Literal["debian", "cpython"] | None = None
+    provider: Literal["debian", "cpython", "npm"] | None = None
     packages: tuple[str, ...] = ()
     recipe: tuple[str, ...] = ()
 
@@ -85,6 +85,7 @@ _DEFINITIONS = (
         title="Node.js 22",
         description="Node.js 22 with npm on Debian 12.",
         parent="debian-12",
+        provider="npm",
         # Debian's own npm fetches the registry's Node binaries and current npm, and goes again.
         # The binary has to be in /usr/local/bin itself: npm's global prefix is two above it.
         recipe=(
@@ -98,6 +99,10 @@ _DEFINITIONS = (
         ),
     ),
 )
+
+# What a host that has no npm learns from: the registry that Debian's own is made for.
+NPM_ADDRESS = "root/npm-registry"
+ASK_NPM = (f"{_APT_INSTALL} npm", f"npm config get registry >/{NPM_ADDRESS}")
 
 BASES: Mapping[str, BaseDefinition] = {base.name: base for base in _DEFINITIONS}
 

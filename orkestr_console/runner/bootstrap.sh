@@ -6,6 +6,10 @@
 #
 # Does nothing, quickly, when everything is there. Asks for sudo only to install packages.
 set -euo pipefail
+# What apt says is read below, and not every language says it in the same words.
+export LC_ALL=C.UTF-8
+# A root shell that `su` opened has the PATH of the person before it.
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=$repo/.venv
@@ -15,7 +19,7 @@ profile=${1:-run}
 # shellcheck disable=SC2034
 run_packages="
 ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
-mmdebstrap squid-openssl|squid nftables iproute2 e2fsprogs util-linux procps tar xz-utils zstd
+mmdebstrap squid-openssl nftables apparmor iproute2 e2fsprogs util-linux procps tar xz-utils zstd
 postgresql python3
 "
 dev_packages="chromium|chromium-browser curl"
@@ -49,8 +53,8 @@ quietly() {
 check_machine() {
     case $profile in run | dev) ;; *) fail "unknown profile '$profile': use run or dev" ;; esac
     [ "$(uname -s)" = Linux ] || fail "Orkestr Console runs on Linux (this is $(uname -s))"
-    command -v apt-get >/dev/null || fail "this machine has no apt-get: Debian 12 or 13, or Ubuntu \
-24.04, is what the installer knows. Elsewhere install: $run_packages"
+    command -v apt-get >/dev/null || fail "this machine has no apt-get: Debian 12 or 13 \
+is what the installer knows. Elsewhere install: $run_packages"
 }
 
 # --- system packages ---------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hostruntime.paths import ID_BASE, ID_COUNT
+from hostruntime.egress import host_registries, proxy_obstacles
+from hostruntime.paths import ID_BASE, ID_COUNT, StatePaths
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder
 
@@ -64,6 +65,9 @@ def examine(layout: Layout) -> Iterator[Finding]:
         check_subordinate_ids,
         check_forwarding,
         check_forward_policy,
+        check_apparmor,
+        check_proxy,
+        check_registries,
         check_disk,
         check_memory,
         check_port,
@@ -238,6 +242,35 @@ def check_forward_policy(_: Layout) -> Finding:
             seen = f"table {table} drops forwarded traffic: open networks will not reach out"
             return Finding("forward policy", "warn", seen, remedy.format(table))
     return Finding("forward policy", "ok", "nothing on this machine drops forwarded traffic")
+
+
+def check_apparmor(_: Layout) -> Finding:
+    """Where the kernel has AppArmor, LXC makes each container a profile and has it loaded."""
+    if not Path("/sys/kernel/security/apparmor").is_dir():
+        return Finding("apparmor", "ok", "this kernel does not use it")
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    if shutil.which("apparmor_parser", path=path):
+        return Finding("apparmor", "ok", "profiles can be loaded")
+    remedy = "apt-get install apparmor (make run does it)"
+    return Finding("apparmor", "fail", "apparmor_parser is missing: no container starts", remedy)
+
+
+def check_proxy(_: Layout) -> Finding:
+    """Squid, as the egress proxy needs it."""
+    obstacles = proxy_obstacles()
+    if not obstacles:
+        return Finding("egress proxy", "ok", "Squid can be run")
+    return Finding("egress proxy", "fail", obstacles[0], "; ".join(obstacles[1:]))
+
+
+def check_registries(layout: Layout) -> Finding:
+    """What pip, npm and apt of this machine say is what sandboxes reach by default."""
+    paths = StatePaths(layout.state_dir)
+    notes = host_registries(paths).notes
+    if not notes:
+        return Finding("registries", "ok", "pip, npm and apt say where they fetch from")
+    remedy = "sandboxes on network restricted do without what is named here"
+    return Finding("registries", "warn", "; ".join(notes), remedy)
 
 
 def check_disk(layout: Layout) -> Finding:

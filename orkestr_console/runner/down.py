@@ -30,28 +30,27 @@ def bring_down(layout: Layout, say: Callable[[str], None]) -> None:
 
     Safe to repeat. Raises ``DownError``.
     """
-    ended = end_sandboxes(layout)
-    if ended:
-        say(f"{ended} {'sandbox' if ended == 1 else 'sandboxes'} ended")
+    running = count_sandboxes(layout)
+    # First, so that nobody makes another one, or takes what is ended here for lost.
     if stop_console(layout):
         say("console stopped")
     if layout.state_dir.exists():
         tear_down_host(layout)
+        if running:
+            say(f"{running} {'sandbox' if running == 1 else 'sandboxes'} ended")
         say("containers, mounts and networks released")
+    if layout.run.is_dir():
+        layout.all_ended.touch()
 
 
-def end_sandboxes(layout: Layout) -> int:
-    """Terminate what runs, through the agent if it answers; how many there were."""
+def count_sandboxes(layout: Layout) -> int:
+    """How many run, if the agent answers."""
     if not layout.host_socket.exists():
         return 0
     try:
         with HostClient(layout.host_socket) as host:
-            running = [found.id for found in host.sandboxes() if found.state == "running"]
-            for sandbox in running:
-                host.delete_sandbox(sandbox)
-            return len(running)
+            return sum(found.state == "running" for found in host.sandboxes())
     except HostError:
-        # No agent, or one that is failing: the teardown below ends them without it.
         return 0
 
 

@@ -51,6 +51,11 @@ class Layout:
         return self.run / "ready"
 
     @property
+    def all_ended(self) -> Path:
+        """Exists after `make down` until the next start tells the database of it."""
+        return self.run / "sandboxes-ended"
+
+    @property
     def lock(self) -> Path:
         """Held, with the owner's process id in it, by the one `manage.py up` of this var."""
         return self.run / "up.lock"

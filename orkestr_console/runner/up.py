@@ -129,10 +129,12 @@ class Console:
 
     def _prepare(self, identity: Identity) -> Credentials:
         """Bring the schema up to date and make sure the demo team exists."""
-        credentials_file = str(self._layout.console_json)
+        command = ["prepare", f"--credentials={self._layout.console_json}"]
+        if self._layout.all_ended.exists():
+            command.append("--sandboxes-ended")
         with self._display.step("schema") as step:
             prepared = subprocess.run(
-                programs.manage(self._layout, "prepare", f"--credentials={credentials_file}"),
+                programs.manage(self._layout, *command),
                 env={**os.environ, **self._layout.environment()},
                 capture_output=True,
                 text=True,
@@ -143,6 +145,7 @@ class Console:
             credentials = known_credentials(self._layout)
             if prepared.returncode != 0 or credentials is None:
                 raise StartError(f"the database could not be prepared:\n{prepared.stderr.strip()}")
+            self._layout.all_ended.unlink(missing_ok=True)
             migrated = json.loads(prepared.stdout)["migrated"]
             step.detail = f"{migrated} migrations applied" if migrated else "up to date"
         for secret in (self._layout.run / name for name in SECRETS):
@@ -173,11 +176,18 @@ class Console:
             with HostClient(socket) as host:
                 health = host.health()
             step.detail = f"instance {health.instance}, cgroups {health.cgroup}"
+        if not health.proxy.get("healthy"):
+            self._display.warn(
+                "the egress proxy does not run: networks of mode restricted reach nothing, and "
+                "bases cannot be made; `make doctor` and agent.log say more"
+            )
         with HostClient(socket) as host:
             bases = host.bases()
             for base in bases:
                 if base.state != "ready":
                     self._make_base(host, base)
+            for note in host.health().notes:
+                self._display.warn(note)
         self._report_bases([base for base in bases if base.state == "ready"])
 
     def _make_base(self, host: HostClient, base: BaseInfo) -> None:

@@ -23,6 +23,7 @@ from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import (
     LARGEST_FILE,
+    BadRow,
     BatchSpec,
     DirectorySpec,
     FileSpec,
@@ -92,8 +93,10 @@ def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> list[BatchRow
         return [write_row(sandbox, file) for file in spec.files]
 
 
-def write_row(sandbox: Sandbox, spec: FileSpec) -> BatchRow:
+def write_row(sandbox: Sandbox, spec: FileSpec | BadRow) -> BatchRow:
     """One file of a batch. Only a sandbox that is gone ends the batch."""
+    if isinstance(spec, BadRow):
+        return BatchRow(spec.path, None, InvalidInput.default_code)
     try:
         return BatchRow(spec.path, write(sandbox, spec), None)
     except host_errors.ContainerGone:

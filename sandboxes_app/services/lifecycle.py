@@ -169,6 +169,11 @@ def expire_due() -> int:
     return len(due)
 
 
+def note_all_ended() -> int:
+    """Settle every sandbox of all teams as terminated: the operator ended them all; how many."""
+    return sum(state.ended(sandbox, "terminated") for sandbox in Sandbox.objects.live())
+
+
 def settle_if_gone(sandbox: Sandbox) -> bool:
     """Bring the row up to date if the host has no running container for it; whether it has none."""
     try:

@@ -92,13 +92,18 @@ def test_a_batch_reports_each_file_and_stops_at_none(api: Client, files: str) ->
         {"path": "/etc/passwd", "content": encoded(b"no")},
         {"path": "/workspace/b", "content": "no base64!"},
         {"path": "/workspace", "content": ""},
+        {"path": "relative", "content": ""},
+        {"path": "/tmp/d", "content": "", "mode": -1},
+        {"path": 7, "content": ""},
+        {"path": "/tmp/e", "content": "", "more": True},
         {"path": "/tmp/c", "content": ""},
     ]
     said = post(api, f"{files}/batch", {"files": rows}).json()["results"]
-    assert [row["path"] for row in said] == [row["path"] for row in rows]
-    assert [row["bytes_written"] for row in said] == [2, None, None, None, 0]
+    assert [row["path"] or 7 for row in said] == [row["path"] for row in rows]
+    assert [row["bytes_written"] for row in said] == [2, *[None] * 7, 0]
     codes = [row["error"] and row["error"]["code"] for row in said]
-    assert codes == [None, "not_permitted", "invalid_request", "not_permitted", None]
+    invalid = ["invalid_request"] * 4
+    assert codes == [None, "not_permitted", "invalid_request", "not_permitted", *invalid, None]
 
 
 @pytest.mark.parametrize("count", [0, 65])

@@ -109,6 +109,27 @@ def test_a_restart_keeps_credentials_and_sandboxes_and_makes_nothing_again(
     assert re.search(r"base images +debian-12, ", said), said
 
 
+def test_down_ends_sandboxes_and_keeps_everything_else(
+    stack: Stack, sandbox: Sandbox, templates: Templates
+) -> None:
+    template = templates.ready("debian-12", "touch /root/kept")
+    credentials = stack.credentials
+    stack.down()
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert [line for line in lines if str(stack.layout.state_dir) in line] == []
+    stack.start()
+    assert stack.credentials == credentials
+    assert not stack.layout.all_ended.exists()
+    with stack.client() as client:
+        assert client.get(f"/v1/sandboxes/{sandbox.id}").json()["status"] == "terminated"
+        body = {"template": template}
+        again = client.post("/v1/sandboxes", json=body).json()["id"]
+        command = {"command": "ls /root/kept"}
+        answer = client.post(f"/v1/sandboxes/{again}/exec", json=command).json()
+        client.delete(f"/v1/sandboxes/{again}")
+    assert answer["exit_code"] == 0, answer
+
+
 def test_a_second_start_says_that_one_runs_already(stack: Stack) -> None:
     second = stack.manage("up")
     assert second.returncode == 1

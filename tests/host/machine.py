@@ -69,7 +69,7 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         )
         builds = BuildManager(paths, host)
         await builds.recover()
-        bases = BaseBuilder(paths, host, partial(host_registries, paths))
+        bases = BaseBuilder(paths, host, partial(host_registries, paths), proxy.refresh)
         yield Machine(paths, store, containers, bases, builds)
         await builds.close()
         await bases.close()

@@ -28,10 +28,15 @@ class FakeContainers:
         self.ran: list[str] = []
         self.kills = 0
         self.full = False
+        self.disk_full = False
         self.start_seconds = 0.0
 
     def as_manager(self) -> ContainerManager:
         return cast("ContainerManager", self)
+
+    def require_room(self) -> None:
+        if self.disk_full:
+            raise HostFull("The disk has less than 1 GiB left.")
 
     async def start(self, spec: ContainerSpec) -> Running:
         await asyncio.sleep(self.start_seconds)

@@ -15,7 +15,7 @@ import pytest
 from hostruntime.build_plan import Host
 from hostruntime.build_report import Refused
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
-from hostruntime.errors import InvalidRequest, NotFound
+from hostruntime.errors import HostFull, InvalidRequest, NotFound
 from hostruntime.images import ImageManifest, ImageRevokedError, ImageStore
 from hostruntime.layers import LayerStore
 from hostruntime.paths import StatePaths, read_json, write_json
@@ -256,11 +256,20 @@ async def test_a_missing_base_is_said(world: World) -> None:
     world.check_clean()
 
 
-async def test_a_full_host_fails_the_build(world: World) -> None:
+async def test_a_full_disk_takes_no_build_and_one_later(world: World) -> None:
+    world.containers.disk_full = True
+    with pytest.raises(HostFull):
+        await world.build("say x")
+    assert list(world.paths.builds.iterdir()) == []
+    world.containers.disk_full = False
+    assert (await world.build("say x"))[-1]["kind"] == "published"
+
+
+async def test_a_host_without_a_free_slot_fails_the_build(world: World) -> None:
     world.containers.full = True
     failed = (await world.build("say x"))[-1]
     assert (failed["code"], failed["message"]) == (
-        "internal",
+        "no_room",
         "There is no free slot on this host; try again.",
     )
     world.check_clean()

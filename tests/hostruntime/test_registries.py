@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hostruntime.registries import (
@@ -123,6 +125,16 @@ def test_apt_keeps_debians_own_suites_and_drops_other_vendors() -> None:
         "deb https://mirror.example/debian bookworm-updates main\n"
         "deb https://security.example/debian-security bookworm-security main\n"
     )
+
+
+def test_a_mirror_list_stands_for_its_first_mirror(tmp_path: Path) -> None:
+    listed = tmp_path / "debian.list"
+    listed.write_text(
+        "# ours\nhttps://near.example/debian\tpriority:1\nhttp://far.example/debian\n"
+    )
+    line = "mirror+file:{}\tbookworm\tmain\tDebian\n"
+    assert parse_apt(line.format(listed)) == (AptSource("https://near.example/debian", "", "main"),)
+    assert parse_apt(line.format(tmp_path / "none.list")) == ()
 
 
 def test_a_host_of_another_release_still_gives_the_bases_suites() -> None:

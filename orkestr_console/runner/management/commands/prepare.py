@@ -23,6 +23,9 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Where the demo team's credentials are kept."""
         parser.add_argument("--credentials", type=Path, required=True)
+        parser.add_argument(
+            "--sandboxes-ended", action="store_true", help="`make down` ended every sandbox"
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Print ``{"migrated": <how many migrations were applied>}``."""
@@ -30,6 +33,8 @@ class Command(BaseCommand):
         silence = io.StringIO()
         if migrated:
             call_command("migrate", interactive=False, verbosity=0, stdout=silence)
+        if options["sandboxes_ended"]:
+            call_command("note_all_ended", stdout=silence)
         call_command("collectstatic", interactive=False, verbosity=0, stdout=silence)
         call_command("create_demo", file=options["credentials"], stdout=silence)
         self.stdout.write(json.dumps({"migrated": migrated}))

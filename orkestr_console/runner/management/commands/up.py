@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 from argparse import ArgumentParser
+from subprocess import CalledProcessError
 from types import FrameType
 from typing import Any
 
@@ -38,7 +39,7 @@ class Command(BaseCommand):
         try:
             display = Display(os.fdopen(os.dup(1), "w"))
             Console(layout_from(), display, self_check=options["self_check"]).run()
-        except (StartError, PostgresError, HostError) as error:
+        except (StartError, PostgresError, HostError, OSError, CalledProcessError) as error:
             raise CommandError(f"cannot start: {error}") from error
 
 
