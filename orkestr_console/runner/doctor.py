@@ -260,7 +260,8 @@ def check_proxy(_: Layout) -> Finding:
     obstacles = proxy_obstacles()
     if not obstacles:
         return Finding("egress proxy", "ok", "Squid can be run")
-    return Finding("egress proxy", "fail", obstacles[0], "; ".join(obstacles[1:]))
+    remedy = "; ".join(obstacles[1:]) or "apt-get install squid-openssl (make run does it)"
+    return Finding("egress proxy", "fail", obstacles[0], remedy)
 
 
 def check_registries(layout: Layout) -> Finding:

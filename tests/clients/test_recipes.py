@@ -123,6 +123,21 @@ def test_no_recipe_changes_its_base(stack: Stack, templates: Templates) -> None:
     assert everything["status"] in {"ready", "failed"}
 
 
+def test_no_package_manager_changes_its_base(stack: Stack, templates: Templates) -> None:
+    """They rewrite, remove and compile anew what the base brought, in place where they can."""
+    tree = stack.layout.state_dir / "images" / "python-3.12" / "tree"
+    before = digest(tree)
+    site = "$(python -c 'import requests; print(requests.__path__[0])')"
+    templates.ready(
+        "python-3.12",
+        "pip install --force-reinstall requests",
+        f"echo '# ours' >> {site}/api.py; touch {site}/*; chmod 600 {site}/models.py",
+        "python -m compileall -q -f /usr/local/lib/python3.12/json",
+        "pip uninstall -y tqdm",
+    )
+    assert digest(tree) == before
+
+
 @pytest.mark.parametrize("step", ["kill -9 $$", "kill -SEGV $$"])
 def test_a_step_killed_by_a_signal_is_said_to_be(templates: Templates, step: str) -> None:
     failed = templates.finished(templates.create("debian-12", step))

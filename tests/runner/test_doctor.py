@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from hostruntime.registries import combine
 from orkestr_console.runner import doctor
 from orkestr_console.runner.layout import Layout, layout_from
 
@@ -76,6 +77,23 @@ def test_missing_programs_are_named_by_their_package(
     finding = doctor.check_programs(layout)
     assert finding.verdict == "fail"
     assert "apt-get install nftables squid-openssl" in finding.remedy
+
+
+def test_a_proxy_that_cannot_run_fails(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "proxy_obstacles", lambda: ["Squid cannot peek."])
+    finding = doctor.check_proxy(layout)
+    assert (finding.verdict, finding.seen) == ("fail", "Squid cannot peek.")
+    assert "squid-openssl" in finding.remedy
+
+
+def test_registries_that_nobody_can_name_are_a_warning(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = combine(None, None, [])
+    monkeypatch.setattr(doctor, "host_registries", lambda _: nothing)
+    finding = doctor.check_registries(layout)
+    assert finding.verdict == "warn"
+    assert "apt names no Debian mirror" in finding.seen
 
 
 def test_a_state_directory_on_memory_is_refused(layout: Layout, tmp_path: Path) -> None:
