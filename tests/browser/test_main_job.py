@@ -70,6 +70,13 @@ def test_from_a_recipe_to_a_command(page: Page) -> None:
     expect(page.get_by_label("Command", exact=True)).to_have_value(re.compile("exit 3$"))
     assert page.evaluate("window.neverReloaded") is True
 
+    page.get_by_role("button", name="Pause").click()
+    badge(page, "sandbox", "paused")
+    expect(page.locator("#run")).to_be_disabled()
+    page.get_by_role("button", name="Resume").click()
+    badge(page, "sandbox", "running")
+    run(page, "ls /root/", "made-here")
+
     page.get_by_role("link", name="Terminate").click()
     page.get_by_role("button", name="Terminate").click()
     badge(page, "sandbox", "terminated")

@@ -1,0 +1,63 @@
+"""Pausing and resuming through the official SDK, on a live installation."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from orkestr import OrkestrClient, Sandbox
+from orkestr.errors import SandboxNotReady
+
+from orkestr_console.runner.programs import agent_answers, web_answers
+from tests.clients.making import Sandboxes
+from tests.stack import Stack, wait_for
+
+# Holds a number in its memory alone, and tells it when it is asked.
+HOLDER = """
+import os, pathlib, time
+held = os.urandom(8).hex()
+pathlib.Path("/tmp/first").write_text(held)
+while True:
+    if pathlib.Path("/tmp/ask").exists():
+        pathlib.Path("/tmp/answer").write_text(held)
+        break
+    time.sleep(0.02)
+"""
+ANSWER = "touch /tmp/ask; while [ ! -s /tmp/answer ]; do sleep 0.02; done; cat /tmp/answer"
+
+
+def test_memory_and_files_come_back(sandboxes: Sandboxes, sdk: OrkestrClient) -> None:
+    sandbox = sandboxes.boot("python-3.12", timeout_seconds=120)
+    sandbox.files.write("/workspace/holder.py", HOLDER)
+    sandbox.exec("python /workspace/holder.py >/dev/null 2>&1 & sleep 0.3")
+    first = sandbox.exec("cat /tmp/first").stdout
+    assert len(first) == 16
+    assert sandbox.pause() == sandbox.id
+    with pytest.raises(SandboxNotReady, match="resume it first"):
+        sandbox.exec("true")
+    paused = Sandbox.get(sandbox.id, client=sdk)
+    assert paused.status == "paused"
+    assert paused.paused_expires_at is not None
+    assert paused.paused_expires_at - datetime.now(UTC) > timedelta(days=6)
+    resumed = Sandbox.resume(sandbox.id, client=sdk)
+    assert resumed.status == "running"
+    assert resumed.exec(ANSWER).stdout == first
+    assert resumed.expires_at - datetime.now(UTC) < timedelta(seconds=121)
+
+
+def test_a_paused_sandbox_survives_agent_and_web(
+    stack: Stack, sandboxes: Sandboxes, sdk: OrkestrClient
+) -> None:
+    sandbox = sandboxes.boot("debian-12")
+    sandbox.exec("echo kept > /workspace/kept")
+    sandbox.pause()
+    for program in ("agent", "web"):
+        old = stack.pid(program)
+        stack.kill(program)
+        stack.wait_until_restarted(program, old)
+    with stack.host() as host:
+        wait_for(lambda: agent_answers(stack.layout.host_socket), 30, stack.explain)
+        assert host.sandbox(sandbox.id).paused
+    wait_for(lambda: web_answers(stack.layout), 30, stack.explain)
+    resumed = Sandbox.resume(sandbox.id, client=sdk)
+    assert resumed.exec("cat /workspace/kept").stdout == "kept\n"
