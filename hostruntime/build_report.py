@@ -56,7 +56,12 @@ def ran_past_step_time(
 
 
 def ran_past_build_time(
-    seconds: float, step: int = 0, total: int = 0, command: str = "", tail: str = ""
+    seconds: float,
+    step: int = 0,
+    total: int = 0,
+    command: str = "",
+    tail: str = "",
+    refused: Sequence[Refused] = (),
 ) -> BuildFailed:
     """A build that took longer than a build may; ``step`` is 0 after the last step."""
     if step == 0:
@@ -69,7 +74,8 @@ def ran_past_build_time(
         f"The build was stopped in step {step} of {total}, {_quoted(command)}: it took longer "
         f"than {seconds:g} seconds, the longest a whole build may take."
     )
-    return _failure("build_timeout", [head, _ending(tail)], step)
+    parts = [head, _ending(tail), _refusal_hint(refused)]
+    return _failure("build_timeout", parts, step, refused)
 
 
 def out_of_memory(step: int, total: int, command: str, tail: str, memory_mb: int) -> BuildFailed:

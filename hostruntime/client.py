@@ -313,7 +313,7 @@ class HostClient:
         """Write a file whole or not at all, making missing parents; return the bytes written.
 
         ``mode`` None keeps an existing file's mode, else 0o644.  Raises FileConflict (a directory
-        or a special file is in the way), FileTooLarge (no space left).
+        or a special file is in the way), NoSpace.
         """
         params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
         answer = self._json("PUT", f"/sandboxes/{sandbox_id}/files", params=params, content=content)

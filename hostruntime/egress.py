@@ -185,8 +185,11 @@ class EgressProxy:
                 reason=decisions[-1].reason,
                 message=decisions[-1].message,
                 last_at=decisions[-1].at,
-                sent_bytes=carried.get(host, nothing).sent,
-                received_bytes=carried.get(host, nothing).received,
+                # Nothing but TLS on its own port is ever carried.
+                sent_bytes=carried.get(host, nothing).sent if port == policy.TLS_PORT else 0,
+                received_bytes=carried.get(host, nothing).received
+                if port == policy.TLS_PORT
+                else 0,
             )
             for (host, port), decisions in found.items()
         ]

@@ -109,6 +109,18 @@ class ContainerPaused(Conflict):
     code = "container_paused"
 
 
+class Exhausted(Conflict):
+    """The container's own bounds leave no room for one more process, or kill it."""
+
+    code = "sandbox_exhausted"
+
+
+class NoSpace(Conflict):
+    """The container's disk, or the memory that holds the directory, is full."""
+
+    code = "no_space"
+
+
 class FileConflict(Conflict):
     """A file operation met the wrong kind of thing (a directory, a device, an existing name)."""
 

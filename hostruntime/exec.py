@@ -31,6 +31,10 @@ GRACE_SECONDS = 2.0
 _LINGER_SECONDS = 0.05
 _POLL_SECONDS = 0.02
 _READ_BYTES = 64 * 1024
+# What commands left in the background goes on to write is read at most so fast, of so many pipes.
+_DRAIN_PAUSE_SECONDS = 0.02
+_MOST_DRAINED = 128
+_draining: dict[str, dict[int, asyncio.TimerHandle | None]] = {}
 _BACKLOG_BYTES = 1024 * 1024
 _MAX_PIPE_BYTES = 1024 * 1024  # /proc/sys/fs/pipe-max-size
 _log = logging.getLogger(__name__)
@@ -205,7 +209,7 @@ class _Session:
             if self.killing is not None:
                 await _completed(self.killing)
         finally:
-            self.output.leave_to_drain()
+            self.output.leave_to_drain(self.groups.name)
             adopt_strays(self.group, self.groups.unified)
 
     def _ended_properly(self) -> bool:
@@ -356,12 +360,11 @@ class _Output:
                 async with asyncio.timeout_at(until):
                     await self._event.wait()
 
-    def leave_to_drain(self) -> None:
+    def leave_to_drain(self, owner: str) -> None:
         """Go on reading pipes that are still open, dropping what comes, until they end."""
-        loop = asyncio.get_running_loop()
         for descriptor in self._pipes:
-            loop.remove_reader(descriptor)
-            loop.add_reader(descriptor, _drop, descriptor)
+            asyncio.get_running_loop().remove_reader(descriptor)
+            _drain(owner, descriptor)
         self._pipes.clear()
         self._paused.clear()
 
@@ -391,11 +394,44 @@ class _Output:
         os.close(descriptor)
 
 
-def _drop(descriptor: int) -> None:
+def _drain(owner: str, descriptor: int) -> None:
+    """Read a pipe at a bounded pace; of too many the oldest is closed, for its writer to notice.
+
+    Both are the agent's to bear: what writes may be an endless loop, or hold any number of pipes.
+    """
+    draining = _draining.setdefault(owner, {})
+    draining[descriptor] = None
+    asyncio.get_running_loop().add_reader(descriptor, _drop, owner, descriptor)
+    if len(draining) > _MOST_DRAINED:
+        _end_draining(owner, next(iter(draining)))
+
+
+def _drop(owner: str, descriptor: int) -> None:
     try:
         data = os.read(descriptor, _READ_BYTES)
     except BlockingIOError:
         return
     if not data:
+        _end_draining(owner, descriptor)
+        return
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(descriptor)
+    _draining[owner][descriptor] = loop.call_later(
+        _DRAIN_PAUSE_SECONDS, _drop_on, owner, descriptor
+    )
+
+
+def _drop_on(owner: str, descriptor: int) -> None:
+    _draining[owner][descriptor] = None
+    asyncio.get_running_loop().add_reader(descriptor, _drop, owner, descriptor)
+
+
+def _end_draining(owner: str, descriptor: int) -> None:
+    waiting = _draining[owner].pop(descriptor)
+    if waiting is None:
         asyncio.get_running_loop().remove_reader(descriptor)
-        os.close(descriptor)
+    else:
+        waiting.cancel()
+    os.close(descriptor)
+    if not _draining[owner]:
+        del _draining[owner]

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hostruntime.errors import HostError, HostFault, InvalidRequest
+from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.inside_files import LENGTH, PIECE_BYTES
 from hostruntime.launcher import LauncherPool
 
@@ -60,7 +60,7 @@ class FileService:
         """Write a file whole or not at all; return its size.
 
         Missing parents are made; ``mode`` None keeps an existing file's, else 0o644.  Raises
-        FileConflict, FileTooLarge (no space left), InvalidRequest.
+        FileConflict, NoSpace, InvalidRequest.
         """
         arguments = {"path": checked(path), "mode": mode}
         async with self._operation(name, "write", arguments) as peer:
@@ -70,7 +70,7 @@ class FileService:
                 async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
                     return int((await answer)["size"])
             except TimeoutError:
-                raise HostFault("The sandbox did not finish writing the file in time.") from None
+                raise Exhausted("The sandbox did not finish writing the file in time.") from None
             finally:
                 answer.cancel()
 
@@ -133,9 +133,9 @@ class _Peer:
                 (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
                 header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
         except TimeoutError:
-            raise HostFault("The sandbox did not finish the file operation in time.") from None
+            raise Exhausted("The sandbox did not finish the file operation in time.") from None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise HostFault(
+            raise Exhausted(
                 "The file operation was killed inside the sandbox: it is out of memory, or ended."
             ) from error
         if "code" in header:
@@ -148,7 +148,7 @@ class _Peer:
                 async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
                     piece = await self.reader.read(PIECE_BYTES)
             except (TimeoutError, ConnectionError) as error:
-                raise HostFault("The file could not be read to its end.") from error
+                raise Exhausted("The file could not be read to its end.") from error
             if not piece:
                 return
             yield piece
@@ -170,7 +170,7 @@ class _Peer:
             async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
                 await self.writer.drain()
         except TimeoutError:
-            raise HostFault("The sandbox did not take the file's content in time.") from None
+            raise Exhausted("The sandbox did not take the file's content in time.") from None
         except ConnectionError:
             return  # The process inside is gone: its answer, or the lack of one, says why.
 

@@ -328,8 +328,8 @@ _CODES: Mapping[int, tuple[str, str]] = {
     errno.ENXIO: ("file_conflict", "{path} is not a regular file."),
     errno.EINVAL: ("file_conflict", "{path} cannot be used like that."),
     errno.ENAMETOOLONG: ("invalid_request", "{path} is too long a name."),
-    errno.ENOSPC: ("file_too_large", "There is no space left for {path}."),
-    errno.EDQUOT: ("file_too_large", "There is no space left for {path}."),
+    errno.ENOSPC: ("no_space", "There is no space left for {path}; delete something first."),
+    errno.EDQUOT: ("no_space", "There is no space left for {path}; delete something first."),
     errno.EFBIG: ("file_too_large", "{path} would be larger than the file system allows."),
 }
 

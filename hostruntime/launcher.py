@@ -24,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from hostruntime import channel
-from hostruntime.errors import ContainerPaused, HostFault
+from hostruntime.errors import ContainerPaused, Exhausted, HostFault
 from hostruntime.run import Process, end, spawn
 
 LAUNCHERS = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
+NO_PROCESS = (
+    "The sandbox cannot start one more process: it is out of processes or memory, or is just "
+    "ending. End some of what runs in it, or use a larger size."
+)
 _ATTACHING_PAUSE_SECONDS = 0.002
 _HEADER = struct.Struct("!I")
 _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
@@ -103,6 +107,13 @@ class Link:
         ended = self.exits[number] = asyncio.get_running_loop().create_future()
         try:
             reply = await self._numbered(number, {"do": "attach", **message}, fds)
+        except LauncherLost:
+            self.exits.pop(number, None)
+            raise
+        except HostFault as error:
+            self.exits.pop(number, None)
+            _log.warning("nothing could be attached to %s: %s", message.get("name"), error)
+            raise Exhausted(NO_PROCESS) from error
         except BaseException:
             self.exits.pop(number, None)
             raise

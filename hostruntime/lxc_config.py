@@ -26,7 +26,8 @@ _MASKED_FILES = (
 )
 _MASKED_DIRECTORIES = (
     *("proc/acpi", "proc/asound", "proc/bus", "proc/fs", "proc/irq", "proc/scsi"),
-    *("sys/devices/virtual/powercap", "sys/firmware"),
+    # Loop devices say which file they are made of, which names the host's paths and its tenants.
+    *("sys/devices/virtual/block", "sys/devices/virtual/powercap", "sys/firmware"),
 )
 # Files of 4 KiB on average fill a tmpfs before its inodes run out.
 _INODES_PER_MB = 256

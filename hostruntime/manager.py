@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hostruntime.disk import Disks
-from hostruntime.errors import Conflict, ContainerGone, ExecKilled, HostFault
+from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, HostFault
 from hostruntime.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.files import FileService
 from hostruntime.launcher import LauncherPool
@@ -296,7 +296,7 @@ class ContainerManager:
                     if isinstance(frame, Exited) and frame.signal == signal.SIGKILL:
                         self._check_not_stopped(running)
                     yield frame
-        except HostFault:
+        except (Exhausted, HostFault):
             self._check_not_stopped(running)
             raise
 

@@ -77,6 +77,7 @@ _OTHER_FAMILIES = (
     *((_LOW_32, 0), (_LOW_32, 3), (_LOW_32 - 3, 4), (_LOW_32 - 1, 8)),
     *((_LOW_32, 11), (_LOW_32 - 3, 12)),
 )
+_UNIX_FAMILY = 1
 _LAST_FAMILY = 16
 
 # ioctl_tty(2): both put input into a terminal as if it had been typed.
@@ -135,6 +136,9 @@ def rules() -> Iterator[Rule]:
     for mask, value in _OTHER_FAMILIES:
         yield _bits("socket", 0, mask, value, errno.EAFNOSUPPORT)
     yield Rule("socket", errno.EAFNOSUPPORT, Argument(0, "SCMP_CMP_GT", _LAST_FAMILY))
+    # It makes a socket of the family, loading its module, before it finds that pairs are not to
+    # be had of it: only those of AF_UNIX are of use.
+    yield Rule("socketpair", errno.EAFNOSUPPORT, Argument(0, "SCMP_CMP_GT", _UNIX_FAMILY))
 
 
 def _bits(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> Rule:

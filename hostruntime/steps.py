@@ -129,10 +129,10 @@ class StepRunner:
     def _out_of_time(self, number: int, tail: str, began: float, remaining: float) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)
+        refused = self.host.refusals(plan.image_id, began)
         if plan.step_timeout <= remaining:
-            refused = self.host.refusals(plan.image_id, began)
             return ran_past_step_time(number, total, command, tail, plan.step_timeout, refused)
-        return ran_past_build_time(plan.build_timeout, number, total, command, tail)
+        return ran_past_build_time(plan.build_timeout, number, total, command, tail, refused)
 
     def _failed(self, number: int, tail: str, end: Exited, began: float) -> BuildFailed:
         plan = self.plan

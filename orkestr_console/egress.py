@@ -21,8 +21,18 @@ def usable_domains(domains: list[str] | None) -> list[str] | None:
 
 def besides_default(names: str) -> list[str] | None:
     """A person's own names, typed with blanks or commas between, beside the default list's."""
-    own = names.replace(",", " ").split()
+    own = names_in(names)
     return [DEFAULT_LIST, *own] if own else None
+
+
+def names_in(typed: str) -> list[str]:
+    """The names that a person typed, with blanks or commas between."""
+    return typed.replace(",", " ").split()
+
+
+def replaces_default(domains: list[str] | None) -> bool:
+    """Whether an allowlist stands in place of the default list, be it empty."""
+    return domains is not None and DEFAULT_LIST not in domains
 
 
 def own_names(domains: list[str] | None) -> str:

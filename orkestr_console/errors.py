@@ -205,8 +205,9 @@ class PayloadTooLarge(DomainError):
 
     default_code = "payload_too_large"
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"The body is too large: this call takes at most {limit:,} bytes.")
+    def __init__(self, limit: int, detail: str = "") -> None:
+        whole = f"The body is too large: this call takes at most {limit:,} bytes."
+        super().__init__(detail or whole)
 
 
 class UnsupportedMediaType(DomainError):

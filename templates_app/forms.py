@@ -10,7 +10,7 @@ from typing import ClassVar
 from django.http import QueryDict
 
 from orkestr_console.console.forms import Form
-from orkestr_console.egress import besides_default, own_names
+from orkestr_console.egress import besides_default, names_in, own_names, replaces_default
 from orkestr_console.errors import DomainError
 from orkestr_console.text import STEERING
 from orkestr_console.validation import parse_spec
@@ -62,6 +62,8 @@ class TemplateForm(Form):
     network: str = Network.RESTRICTED.value
     # Host names, with blanks between, that the build may reach beside the default list.
     allow_domains: str = ""
+    # Whether it may reach those alone, without the default list.
+    only_these: bool = False
     # What the build may take, in seconds and MiB; blank for what the plan gives.
     step_timeout_seconds: str = ""
     build_timeout_seconds: str = ""
@@ -91,6 +93,7 @@ class TemplateForm(Form):
             recipe=data.get("recipe", "").replace("\r\n", "\n").replace("\r", "\n"),
             network=data.get("network", ""),
             allow_domains=data.get("allow_domains", "").strip(),
+            only_these=data.get("only_these") == "on",
             step_timeout_seconds=data.get("step_timeout_seconds", "").strip(),
             build_timeout_seconds=data.get("build_timeout_seconds", "").strip(),
             disk_mb=data.get("disk_mb", "").strip(),
@@ -113,6 +116,7 @@ class TemplateForm(Form):
             recipe="\n".join(step for _, step in steps if sayable(step)),
             network=template.network,
             allow_domains=own_names(template.allow_domains),
+            only_these=replaces_default(template.allow_domains),
             step_timeout_seconds=written(template.step_timeout_seconds),
             build_timeout_seconds=written(template.build_timeout_seconds),
             disk_mb=written(template.disk_mb),
@@ -143,7 +147,11 @@ class TemplateForm(Form):
 
     def allowlist(self) -> list[str] | None:
         """What the names typed come to; on the open network they do not matter."""
-        return besides_default(self.allow_domains) if self.network == Network.RESTRICTED else None
+        if self.network != Network.RESTRICTED:
+            return None
+        return (
+            names_in(self.allow_domains) if self.only_these else besides_default(self.allow_domains)
+        )
 
     def take_limit(self, error: DomainError) -> None:
         """Put the refusal of a number at its field."""

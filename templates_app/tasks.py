@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
-from django_q.tasks import async_task
+from django.utils import timezone
+from django_q.models import Schedule
+from django_q.tasks import async_task, schedule
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
@@ -13,18 +16,28 @@ from templates_app.services import driver, queue
 
 logger = logging.getLogger(__name__)
 
+FORGET = "templates_app.tasks.forget_image"
+FORGET_AGAIN = timedelta(seconds=15)
+FORGET_TRIES = 240  # an hour
+
 
 def drive_build(template_id: str) -> None:
     """Build the template whose turn it is, or go on where another worker stopped."""
     driver.drive(template_id)
 
 
-def forget_image(image_id: str) -> None:
-    """Drop the build and the image of a deleted template; the reconcile pass tries again."""
+def forget_image(image_id: str, tries: int = 1) -> None:
+    """Drop the build and the image of a deleted template, or of a build that was cancelled.
+
+    A host that does not answer is asked again: its build would go on otherwise, for hours maybe.
+    """
     try:
         driver.forget(image_id)
     except HostError as error:
-        logger.warning("image %s stays until the next reconcile pass: %s", image_id, error.detail)
+        logger.warning("image %s stays for now (try %d): %s", image_id, tries, error.detail)
+        if tries < FORGET_TRIES:
+            soon = timezone.now() + FORGET_AGAIN
+            schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=soon)
 
 
 def resume_orphans() -> None:

@@ -86,6 +86,9 @@ async def create_template(
     build_timeout_seconds: Annotated[
         int | None, Field(description="Less time for the build than the plan allows.")
     ] = None,
+    disk_mb: Annotated[
+        int | None, Field(description="The size of the build's disk in MiB, instead of 20 GiB.")
+    ] = None,
     reuse_failed: Annotated[
         bool,
         Field(
@@ -107,6 +110,7 @@ async def create_template(
         "allow_domains": allow_domains,
         "step_timeout_seconds": step_timeout_seconds,
         "build_timeout_seconds": build_timeout_seconds,
+        "disk_mb": disk_mb,
         "reuse": "failed" if reuse_failed else None,
     }
     spec = parse_spec(TemplateSpec, wanted)

@@ -155,7 +155,7 @@ def in_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
             raise told(host_errors.ContainerGone(error.detail)) from error
         raise NotFound(error.detail, code="file_not_found") from error
     except host_errors.FileTooLarge as error:
-        raise PayloadTooLarge(LARGEST_FILE) from error
+        raise PayloadTooLarge(LARGEST_FILE, error.detail) from error
     except host_errors.HostError as error:
         raise told(error) from error
 

@@ -54,8 +54,14 @@ def find(actor: Actor, sandbox_id: str) -> Sandbox:
 
 
 def find_running(actor: Actor, sandbox_id: str) -> Sandbox:
-    """The row of a sandbox that can be used. Raises ``NotFound`` or ``Conflict``."""
+    """The row of a sandbox that can be used.
+
+    Raises ``NotFound``, ``Conflict``, and ``Forbidden`` for a token that is not for its network
+    or template.
+    """
     sandbox = find(actor, sandbox_id)
+    actor.require_network(sandbox.network)
+    actor.require_template(sandbox.template)
     if sandbox.status == SandboxStatus.PAUSED:
         raise Conflict("The sandbox is paused; resume it first.", code="sandbox_not_running")
     if not sandbox.is_running:

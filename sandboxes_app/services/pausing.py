@@ -68,6 +68,8 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     """
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
+    actor.require_network(sandbox.network)
+    actor.require_template(sandbox.template)
     if sandbox.status != SandboxStatus.PAUSED:
         raise Conflict(
             f"The sandbox is {sandbox.status}, not paused; only a paused one can be resumed.",

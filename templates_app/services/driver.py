@@ -104,20 +104,24 @@ def follow(template: Template, driver: str) -> None:
 
     Raises :class:`LeaseLost` when it is not ours any more.
     """
-    heard = time.monotonic()
+    away: float | None = None  # since when the host does not do what it is asked
     pause = 0.1
     while True:
         try:
-            for event in told_by_host(template, driver):
+            hand_over(template, driver)
+            away = None
+            for event in told_by_host(template):
                 record(template, driver, event)
-                heard, pause = time.monotonic(), 0.1
+                pause = 0.1
                 if event.kind in {"published", "failed"}:
                     return
         except host_errors.HostFull:
-            if past(heard, QUEUE_SECONDS, template, driver, "no_room", NO_ROOM):
+            away = away or time.monotonic()
+            if past(away, QUEUE_SECONDS, template, driver, "no_room", NO_ROOM):
                 return
         except host_errors.HostUnavailable:
-            if past(heard, PATIENCE_SECONDS, template, driver, "host_lost", AWAY):
+            away = away or time.monotonic()
+            if past(away, PATIENCE_SECONDS, template, driver, "host_lost", AWAY):
                 return
         except host_errors.HostError as error:
             give_up(template, driver, *reason(template, error))
@@ -126,9 +130,8 @@ def follow(template: Template, driver: str) -> None:
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
-def told_by_host(template: Template, driver: str) -> Iterator[HostEvent]:
-    """The events after the last one stored, starting the build if the host does not have it."""
-    hand_over(template, driver)
+def told_by_host(template: Template) -> Iterator[HostEvent]:
+    """The events after the last one stored."""
     last = template.events.aggregate(last=Max("host_seq"))["last"] or 0
     yield from host().build_events(template.image_id, after=last)
 

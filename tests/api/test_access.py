@@ -27,6 +27,8 @@ ROUTES = {
     "/v1/sandboxes/limits": ("GET",),
     SANDBOX: ("GET", "DELETE"),
     f"{SANDBOX}/timeout": ("POST",),
+    f"{SANDBOX}/pause": ("POST",),
+    f"{SANDBOX}/resume": ("POST",),
     f"{SANDBOX}/exec": ("POST",),
     f"{SANDBOX}/egress": ("GET",),
     f"{SANDBOX}/files": ("GET", "POST", "DELETE"),
@@ -37,8 +39,6 @@ ROUTES = {
 }
 # Known to clients, and not in this release.
 LATER = {
-    f"{SANDBOX}/pause": "POST",
-    f"{SANDBOX}/resume": "POST",
     f"{SANDBOX}/commands": "POST",
     f"{SANDBOX}/code": "POST",
     f"{SANDBOX}/metrics": "GET",
@@ -54,7 +54,12 @@ LATER = {
 CALLS = [(path, method) for path, methods in ROUTES.items() for method in methods]
 WRITES = [(path, method) for path, method in CALLS if method != "GET"]
 # To cancel takes no body, so none is read.
-BODIES = [path for path, methods in ROUTES.items() if "POST" in methods and "cancel" not in path]
+BODYLESS = ("cancel", "pause", "resume")
+BODIES = [
+    path
+    for path, methods in ROUTES.items()
+    if "POST" in methods and path.rpartition("/")[2] not in BODYLESS
+]
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 

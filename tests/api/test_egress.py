@@ -74,6 +74,28 @@ def test_a_token_for_other_networks_is_told_so_in_the_sdks_word(
     assert "only: off" in refusal(answer, 403, "network_policy_blocked")["detail"]
 
 
+@pytest.mark.parametrize(
+    "narrowed", [{"allowed_networks": ["off"]}, {"allowed_templates": ["python-3.12"]}]
+)
+def test_a_token_cannot_use_what_it_may_not_make(
+    api: Client, host: FakeHost, narrowed: dict[str, list[str]]
+) -> None:
+    box = made(api, "/v1/sandboxes", SANDBOX)
+    ApiToken.objects.update(**narrowed)
+    for path, body in (
+        ("exec", {"command": "true"}),
+        ("exec", {"command": "true", "stream": True}),
+        ("files", {"path": "/tmp/x", "content": ""}),
+        ("timeout", {"timeout_seconds": 60}),
+        ("pause", {}),
+        ("resume", {}),
+    ):
+        answer = api.post(f"{box}/{path}", body, content_type="application/json")
+        assert answer.status_code == 403, path
+    assert api.get(f"{box}/files?path=/tmp").status_code == 403
+    assert api.get(box).status_code == 200
+
+
 def test_a_failed_build_names_what_could_be_allowed(
     api: Client, console: Client, host: FakeHost
 ) -> None:

@@ -73,7 +73,7 @@ def test_a_step_that_will_not_go_is_gone(stack: Stack, templates: Templates) -> 
     template = templates.create("debian-12", STUBBORN)
     wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
     cancelled(templates, template)
-    wait_for(lambda: processes("97531") == [], 10, stack.explain)
+    wait_for(lambda: processes("97531") == [], 3, stack.explain)
     assert templates.get(template)["status"] == "failed"
 
 
@@ -173,7 +173,7 @@ def test_deleting_a_building_template_ends_its_build(stack: Stack, templates: Te
     template = templates.create("debian-12", STUBBORN)
     wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
     templates.delete(template)
-    wait_for(lambda: processes("97531") == [], 10, stack.explain)
+    wait_for(lambda: processes("97531") == [], 3, stack.explain)
     wait_for(lambda: nothing_is_left(stack), 15, stack.explain)
 
 

@@ -368,6 +368,27 @@ def test_retry_is_a_new_template_that_reuses(console: Client, building: Template
     assert building.status == "failed"
 
 
+@pytest.mark.parametrize("domains", [["a.example"], [], ["@default", "a.example"], None])
+def test_a_build_again_with_a_host_widens_the_list_by_that_alone(
+    console: Client, building: Template, domains: list[str] | None
+) -> None:
+    failed(building, allow_domains=domains)
+    address = f"/templates/new/?from={building.pk}&allow=b.example"
+    form = text(console.get(address))
+    only_these = 'name="only_these" checked' in form
+    assert only_these == (domains is not None and "@default" not in domains)
+    own = [name for name in domains or [] if name != "@default"]
+    names = " ".join([*own, "b.example"])
+    assert f'value="{names}"' in form
+    posted = {"name": "again", "base_template": "debian-12", "recipe": "true"}
+    posted |= {"network": "restricted", "allow_domains": names}
+    posted |= {"only_these": "on"} if only_these else {}
+    assert console.post("/templates/new/", posted).status_code == 302
+    new = Template.objects.exclude(pk=building.pk).get()
+    default = [] if only_these else ["@default"]
+    assert sorted(new.allow_domains or []) == sorted([*default, *own, "b.example"])
+
+
 def test_rebuild_runs_everything(console: Client, building: Template) -> None:
     Template.objects.update(status=TemplateStatus.READY)
     console.post(f"/templates/{building.pk}/again/")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ from hostruntime.errors import (
     InvalidRequest,
     NotFound,
 )
-from tests.host.agent import Agent
+from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host
@@ -197,6 +199,38 @@ def test_what_runs_in_the_background_neither_holds_the_command_nor_dies_with_it(
     time.sleep(0.5)
     assert processes(host, sandbox).count("sleep") == 2
     assert "bash" in processes(host, sandbox), "its output still has somewhere to go"
+
+
+def test_what_goes_on_writing_costs_the_agent_little(
+    agent: Agent, host: HostClient, sandbox: SandboxInfo
+) -> None:
+    def cpu_seconds() -> float:
+        fields = Path(f"/proc/{agent.pid}/stat").read_text().rpartition(")")[2].split()
+        return float((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+
+    for _ in range(4):
+        host.exec(sandbox.id, "yes & yes >&2 & echo over")
+    began = cpu_seconds()
+    time.sleep(2)
+    # Read as fast as it comes, it takes all of a processor.
+    assert cpu_seconds() - began < 0.8
+    assert host.exec(sandbox.id, "echo on").stdout == b"on\n"
+
+
+def test_pipes_left_behind_are_bounded(
+    agent: Agent, host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    sandbox = new_sandbox()
+    descriptors = Path(f"/proc/{agent.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(150):
+        host.exec(sandbox.id, "sleep 300 & echo over")
+    assert len(list(descriptors.iterdir())) - before < 150
+    assert host.exec(sandbox.id, "pgrep -c sleep").stdout == b"150\n"
+    host.delete_sandbox(sandbox.id)
+    for _ in eventually():
+        if len(list(descriptors.iterdir())) - before < 20:
+            break
 
 
 def test_the_kernels_memory_killer_is_named(host: HostClient, new_sandbox: NewSandbox) -> None:

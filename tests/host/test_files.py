@@ -6,7 +6,7 @@ import pytest
 
 from hostruntime.answers import DirectoryListing, FileContent, SandboxInfo
 from hostruntime.client import AsyncHostClient, HostClient
-from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NotFound
+from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NoSpace, NotFound
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
@@ -157,7 +157,7 @@ def test_no_space_left_is_said_and_leaves_the_old_file(
 ) -> None:
     sandbox = new_sandbox(memory_mb=64)
     host.write_file(sandbox.id, "/tmp/f", b"old")
-    with pytest.raises(FileTooLarge, match="no space"):
+    with pytest.raises(NoSpace, match="no space"):
         host.write_file(sandbox.id, "/tmp/f", b"x" * (40 * 1024 * 1024))
     assert host.exec(sandbox.id, "cat /tmp/f; ls -A /tmp").stdout == b"oldf\n"
 

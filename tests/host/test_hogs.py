@@ -80,6 +80,27 @@ def test_running_out_of_processes_is_said_by_the_kernel(
     assert processes(agent, sandbox) <= PIDS
 
 
+def test_a_sandbox_without_a_process_to_spare_says_so(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    """What goes wrong in there is the tenant's own, not a fault of the host's."""
+    full = new_sandbox()
+    fill = "while :; do sleep 60 & done"
+    host.exec(full.id, f"timeout 8 /bin/sh -c '{fill}' >/dev/null 2>&1 & sleep 3")
+    refused: list[HostError] = []
+    for ask in (
+        lambda: host.exec(full.id, ["/bin/true"]),
+        lambda: host.read_path(full.id, "/tmp"),
+        lambda: host.write_file(full.id, "/tmp/x", b"x"),
+    ):
+        try:
+            ask()
+        except HostError as error:
+            refused.append(error)
+    assert all(error.status == 409 for error in refused), refused
+    assert all("processes" in error.detail for error in refused)
+
+
 def test_running_out_of_memory_is_told_apart(host: HostClient, new_sandbox: NewSandbox) -> None:
     result = host.exec(new_sandbox(memory_mb=64).id, ["tail", "/dev/zero"])
     assert (result.signal, result.out_of_memory) == (9, True)

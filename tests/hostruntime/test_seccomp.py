@@ -73,6 +73,14 @@ def test_a_new_namespace_is_refused_whatever_else_is_asked_for(bit: int) -> None
         assert verdict(clone, flag | also) == verdict(unshare, flag | also) == errno.EPERM
 
 
+@pytest.mark.parametrize("family", range(1, 64))
+def test_pairs_of_sockets_are_of_one_family(family: int) -> None:
+    expected = 0 if family == 1 else errno.EAFNOSUPPORT
+    assert verdict(53, family) == expected
+    assert verdict(360, family, abi=I386) == expected
+    assert verdict(53, family | 1 << 35) == errno.EAFNOSUPPORT
+
+
 @pytest.mark.parametrize("family", range(64))
 def test_sockets_are_of_the_four_usual_families(family: int) -> None:
     expected = 0 if family in (1, 2, 10, 16) else errno.EAFNOSUPPORT

@@ -191,6 +191,23 @@ def _() -> None:
         raise Held(f"{len(seen)} bytes tell of none")
 
 
+@TABLE.attack("learn from the machine's disks what they are made of")
+def _() -> None:
+    disks = [
+        name
+        for where in ("block", "class/block", "dev/block")
+        for name in glob.glob(f"/sys/{where}/*")
+    ]
+    assert disks, "no disk is to be seen at all"
+    seen = b""
+    for disk in disks:
+        for file in (*glob.glob(f"{disk}/loop/*"), *glob.glob(f"{disk}/uevent")):
+            seen += Path(file).read_bytes()
+    found = [path for path in (*host_paths(), ".img") if path.encode() in seen]
+    if not found:
+        raise Held(f"{len(disks)} names, {len(seen)} bytes tell of none")
+
+
 @TABLE.attack("learn from init's environment and descriptors")
 def _() -> None:
     environment = Path("/proc/1/environ").read_bytes()
