@@ -80,7 +80,7 @@ def test_a_token_for_other_networks_is_told_so_in_the_sdks_word(
 def test_a_token_cannot_use_what_it_may_not_make(
     api: Client, host: FakeHost, narrowed: dict[str, list[str]]
 ) -> None:
-    box = made(api, "/v1/sandboxes", SANDBOX)
+    box = f"/v1/sandboxes/{made(api, '/v1/sandboxes', SANDBOX)['id']}"
     ApiToken.objects.update(**narrowed)
     for path, body in (
         ("exec", {"command": "true"}),
