@@ -24,6 +24,7 @@ from typing import Any
 
 from hostruntime import channel
 from hostruntime.errors import HostFault
+from hostruntime.gate import Gate
 from hostruntime.run import Process, end, spawn
 
 LAUNCHERS = 2
@@ -199,6 +200,7 @@ class LauncherPool:
         self._keep = tuple(keep)
         self._links: list[Link] = []
         self._replacing = asyncio.Lock()
+        self.gate = Gate()
 
     async def open(self) -> None:
         """Start the launchers.  Raises HostError, OSError."""
@@ -223,8 +225,13 @@ class LauncherPool:
     async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         """Attach a process to a container.  Raises HostFault, LauncherLost.
 
-        When the caller is cancelled the process is killed before this returns.
+        Waits while the container's gate is shut.  When the caller is cancelled the process is
+        killed before this returns.
         """
+        async with self.gate.entering(str(message["name"])):
+            return await self._attach(message, fds)
+
+    async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         link = await self._least_busy()
         task = asyncio.ensure_future(link.attach(message, fds))
         try:

@@ -276,6 +276,11 @@ def freeze_group(group: Path, frozen: bool) -> None:
         (group / "cgroup.freeze").write_text("1" if frozen else "0")
 
 
+def is_frozen(group: Path) -> bool:
+    """Whether everything in and below a group of the unified hierarchy stands still."""
+    return _flat_value(group / "cgroup.events", "frozen") > 0
+
+
 def populated(group: Path) -> bool:
     """Whether any live process is in or below a group of the unified hierarchy."""
     return _flat_value(group / "cgroup.events", "populated") > 0

@@ -6,7 +6,7 @@ import logging
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering
+from sandboxes_app.services import lifecycle, metering, snapshots
 from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
@@ -28,5 +28,6 @@ def tidy() -> None:
     try:
         lifecycle.reconcile()
         metering.collect()
+        snapshots.reconcile()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)
