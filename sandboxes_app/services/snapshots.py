@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from datetime import timedelta
+from typing import Any
 
 from django.db import transaction
 from django.db.models import Count
@@ -197,7 +198,7 @@ def origin(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
             f"The snapshot is {snapshot.status}, not ready; wait for it, or use another one.",
             code="snapshot_not_ready",
         )
-    decided = {"template": snapshot.template, "size": snapshot.size}
+    decided: dict[str, Any] = {"template": snapshot.template, "size": snapshot.size}
     if "network" not in spec.model_fields_set:
         decided["network"] = snapshot.network
     if spec.allow_domains is None and decided.get("network", spec.network) == snapshot.network:

@@ -15,8 +15,8 @@ from hostruntime.errors import ContainerGone, ExecKilled, HostFull
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
-from hostruntime.trees import Check
 from hostruntime.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
+from hostruntime.trees import Check
 
 
 class FakeContainers:
