@@ -2,48 +2,96 @@
 
 import django.db.models.deletion
 import django.utils.timezone
-import sandboxes_app.models
 from django.conf import settings
 from django.db import migrations, models
 
+import sandboxes_app.models
+
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('accounts', '0004_append_only_and_plans'),
-        ('sandboxes_app', '0002_metering'),
+        ("accounts", "0004_append_only_and_plans"),
+        ("sandboxes_app", "0002_metering"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Snapshot',
+            name="Snapshot",
             fields=[
-                ('id', models.CharField(default=sandboxes_app.models.new_snapshot_id, editable=False, max_length=40, primary_key=True, serialize=False)),
-                ('name', models.CharField(blank=True, default='', max_length=100)),
-                ('status', models.CharField(choices=[('capturing', 'Capturing'), ('ready', 'Ready'), ('failed', 'Failed')], default='capturing', max_length=16)),
-                ('template', models.CharField(max_length=64)),
-                ('template_name', models.CharField(max_length=100)),
-                ('image_id', models.CharField(max_length=64)),
-                ('size', models.CharField(max_length=16)),
-                ('cpu', models.FloatField()),
-                ('memory_mb', models.PositiveIntegerField()),
-                ('network', models.CharField(max_length=16)),
-                ('allow_domains', models.JSONField(blank=True, null=True)),
-                ('source_sandbox_id', models.CharField(max_length=40)),
-                ('size_mb', models.PositiveIntegerField(blank=True, null=True)),
-                ('region', models.CharField(max_length=32)),
-                ('node_id', models.CharField(max_length=100)),
-                ('error_message', models.TextField(blank=True, default='')),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('ready_at', models.DateTimeField(blank=True, null=True)),
-                ('deleted_at', models.DateTimeField(blank=True, null=True)),
-                ('created_by', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='snapshots', to=settings.AUTH_USER_MODEL)),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='snapshots', to='accounts.team')),
+                (
+                    "id",
+                    models.CharField(
+                        default=sandboxes_app.models.new_snapshot_id,
+                        editable=False,
+                        max_length=40,
+                        primary_key=True,
+                        serialize=False,
+                    ),
+                ),
+                ("name", models.CharField(blank=True, default="", max_length=100)),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[
+                            ("capturing", "Capturing"),
+                            ("ready", "Ready"),
+                            ("failed", "Failed"),
+                        ],
+                        default="capturing",
+                        max_length=16,
+                    ),
+                ),
+                ("template", models.CharField(max_length=64)),
+                ("template_name", models.CharField(max_length=100)),
+                ("image_id", models.CharField(max_length=64)),
+                ("size", models.CharField(max_length=16)),
+                ("cpu", models.FloatField()),
+                ("memory_mb", models.PositiveIntegerField()),
+                ("network", models.CharField(max_length=16)),
+                ("allow_domains", models.JSONField(blank=True, null=True)),
+                ("source_sandbox_id", models.CharField(max_length=40)),
+                ("size_mb", models.PositiveIntegerField(blank=True, null=True)),
+                ("region", models.CharField(max_length=32)),
+                ("node_id", models.CharField(max_length=100)),
+                ("error_message", models.TextField(blank=True, default="")),
+                (
+                    "created_at",
+                    models.DateTimeField(default=django.utils.timezone.now, editable=False),
+                ),
+                ("ready_at", models.DateTimeField(blank=True, null=True)),
+                ("deleted_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "created_by",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="snapshots",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="snapshots",
+                        to="accounts.team",
+                    ),
+                ),
             ],
             options={
-                'indexes': [models.Index(fields=['team', '-created_at', '-id'], name='sandboxes_a_team_id_4508f4_idx')],
-                'constraints': [models.CheckConstraint(condition=models.Q(('status__in', ['capturing', 'ready', 'failed'])), name='snapshot_status_known')],
+                "indexes": [
+                    models.Index(
+                        fields=["team", "-created_at", "-id"], name="sandboxes_a_team_id_4508f4_idx"
+                    )
+                ],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(("status__in", ["capturing", "ready", "failed"])),
+                        name="snapshot_status_known",
+                    )
+                ],
             },
         ),
     ]
