@@ -15,7 +15,7 @@ from sandboxes_app.specs import SnapshotSpec
 @api(scope=WRITE)
 def create_snapshot(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST /v1/sandboxes/{id}/snapshots``: answers when it can be started from."""
-    spec = read_json(request, SnapshotSpec) if request.body else SnapshotSpec()
+    spec = read_json(request, SnapshotSpec)
     snapshot = services.create_snapshot(request.actor, sandbox_id, spec)
     return json_answer(presenters.snapshot_detail(snapshot), status=201)
 

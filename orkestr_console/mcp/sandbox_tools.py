@@ -80,7 +80,8 @@ async def create_sandbox(
 ) -> SandboxAnswer:
     """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
-    Answers when it runs; give exactly one of the two. Write files under /workspace or /tmp. Terminate it when you are done.
+    Answers when it runs; give exactly one of the two. Write files under /workspace or /tmp.
+    Terminate it when you are done.
     """
     wanted = {
         "template": template,
