@@ -18,8 +18,8 @@ INSTRUCTIONS = """\
 Orkestr runs code in isolated Linux sandboxes. A template is an image with dependencies already \
 installed: create_template builds one from a base and shell steps, wait_for_template says when it \
 is ready, and create_sandbox starts a sandbox from it in milliseconds. In a sandbox, use exec, \
-write_file and read_file; terminate_sandbox when you are done. Errors are 'code: what was wrong \
-and what to do'.\
+write_file and read_file; snapshot_sandbox keeps its files, to start others from; \
+terminate_sandbox when you are done. Errors are 'code: what was wrong and what to do'.\
 """
 TOOLS: list[ConsoleTool] = [
     *template_tools.TOOLS,
