@@ -154,6 +154,19 @@ class SandboxInfo(Answer):
 
 
 @dataclass(frozen=True)
+class SnapshotInfo(Answer):
+    """A snapshot of a sandbox over ``image``; ``frozen_ms`` is how long that stood still for it."""
+
+    id: str
+    sandbox: str
+    image: str
+    disk_mb: int
+    size_bytes: int
+    created_at: float
+    frozen_ms: float = 0.0
+
+
+@dataclass(frozen=True)
 class Used:
     """CPU-seconds, and gigabyte-seconds of memory (1 GB = 10⁹ bytes)."""
 

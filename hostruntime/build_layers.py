@@ -8,23 +8,18 @@ made, where that is cheap beside what they took, for the case that a later one f
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import BinaryIO
 
 from hostruntime.build_plan import Cache, Emit, Host, Plan
 from hostruntime.disk import DiskStuckError
 from hostruntime.errors import HostError, HostFault
-from hostruntime.exec import Chunk, Exited, shell
+from hostruntime.exec import shell
 from hostruntime.images import Image
 from hostruntime.layers import DISK, TMPFS, Layer, RanStep, layer_keys
 from hostruntime.threads import Stop, in_thread
+from hostruntime.tmpfs import restore_tmpfs, save_tmpfs
 
 # What a copy is reckoned to take, and how much of a build's time copies may.
 COPY_BYTES_PER_SECOND = 200_000_000
@@ -32,18 +27,6 @@ ALWAYS_SECONDS = 0.3
 SHARE_OF_TIME = 0.15
 MAX_TMPFS_BYTES = 256 * 1024 * 1024
 _TAR_SECONDS = 60.0
-_READ = 64 * 1024
-_TMPFS = "tmp workspace dev/shm"
-_ATTRIBUTES = "--xattrs --xattrs-include=user.* --xattrs-include=security.capability"
-# Nothing at all where the tmpfs are as a container begins with them.
-SAVE_TMPFS = f"""cd / || exit
-for d in {_TMPFS}; do
-  [ -z "$(ls -Ab $d)" ] && [ "$(stat -c %a:%u:%g $d)" = 1777:0:0 ] || exec \
-    tar --create --format=posix --sparse --numeric-owner {_ATTRIBUTES} {_TMPFS}
-done"""
-RESTORE_TMPFS = (
-    f"exec tar --extract --directory=/ --preserve-permissions --numeric-owner {_ATTRIBUTES}"
-)
 _log = logging.getLogger(__name__)
 
 
@@ -96,12 +79,9 @@ class BuildLayers:
         Raises HostError, OSError when that cannot be done.
         """
         if layer.tmpfs is not None:
-            async with _fed(layer.tmpfs) as stdin:
-                code = await self._run_inside(RESTORE_TMPFS, stdin)
-                # Whatever it left behind could hold on to the pipe.
-                await self._host.containers.kill_strays(self._plan.image_id)
-            if code != 0:
-                raise HostFault(f"The archive {layer.tmpfs} could not be unpacked.")
+            await restore_tmpfs(
+                self._host.containers, self._plan.image_id, layer.tmpfs, timeout=_TAR_SECONDS
+            )
         if not layer.is_there():
             raise HostFault("Another build has replaced or deleted it meanwhile.")
 
@@ -152,7 +132,14 @@ class BuildLayers:
         layers, containers, owner = self._host.layers, self._host.containers, self._plan.image_id
         directory = await in_thread(layers.begin, owner)
         try:
-            if not await self._save_tmpfs(directory / TMPFS):
+            status = await save_tmpfs(
+                containers,
+                owner,
+                directory / TMPFS,
+                max_bytes=MAX_TMPFS_BYTES,
+                timeout=_TAR_SECONDS,
+            )
+            if status != 0:
                 return
             await containers.kill_strays(owner)
             # Not waited for when cancelled: taking the disk away ends it.
@@ -166,33 +153,6 @@ class BuildLayers:
         finally:
             await in_thread(layers.discard, directory)
 
-    async def _save_tmpfs(self, target: Path) -> bool:
-        """Write what is in the tmpfs to ``target``, if anything is; False if it is too much."""
-        with target.open("xb") as file:
-            if await self._run_inside(SAVE_TMPFS, output=file) != 0:
-                return False
-        if target.stat().st_size == 0:
-            target.unlink()
-        return True
-
-    async def _run_inside(
-        self, command: str, stdin: int | None = None, output: BinaryIO | None = None
-    ) -> int | None:
-        """Run a command; return its status, None if it took too long or wrote too much."""
-        frames = self._host.containers.exec(
-            self._plan.image_id, shell(command), cwd="/", env={}, timeout=_TAR_SECONDS, stdin=stdin
-        )
-        written = 0
-        async with aclosing(frames) as stream:
-            async for frame in stream:
-                if isinstance(frame, Exited):
-                    return frame.code
-                if isinstance(frame, Chunk) and frame.stream == "stdout" and output is not None:
-                    written += output.write(frame.data)
-                    if written > MAX_TMPFS_BYTES:
-                        break
-        return None
-
     # The end --------------------------------------------------------------------------------
 
     async def published(self) -> None:
@@ -202,26 +162,3 @@ class BuildLayers:
             await in_thread(self._host.layers.forget, build, scope, self._written)
         except (HostError, OSError) as error:
             _log.warning("the layers of build %s stay until they are collected: %s", build, error)
-
-
-@asynccontextmanager
-async def _fed(path: Path) -> AsyncIterator[int]:
-    """The end of a pipe that a file's content comes out of: no descriptor of a file goes inside."""
-    reading, writing = os.pipe()
-    with path.open("rb") as file:
-        feeding = asyncio.ensure_future(asyncio.to_thread(_feed, file.fileno(), writing))
-        try:
-            yield reading
-        finally:
-            os.close(reading)
-            await asyncio.wait([feeding])
-
-
-def _feed(source: int, target: int) -> None:
-    try:
-        # Whoever reads may go away first.
-        with contextlib.suppress(BrokenPipeError):
-            while os.sendfile(target, source, None, _READ):
-                pass
-    finally:
-        os.close(target)

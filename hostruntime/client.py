@@ -39,6 +39,7 @@ from hostruntime.answers import (
     SandboxInfo,
     UsageInfo,
 )
+from hostruntime.client_snapshots import SnapshotCalls
 from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
@@ -49,7 +50,7 @@ _STREAM_TIMEOUT = httpx.Timeout(connect=5.0, read=30.0, write=60.0, pool=30.0)
 _LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=60.0)
 
 
-class HostClient:
+class HostClient(SnapshotCalls):
     """The agent behind a Unix socket.  Every method raises HostError; HostUnavailable when down.
 
     Thread-safe.  Close it with :meth:`close` or use it as a context manager.
@@ -203,7 +204,8 @@ class HostClient:
         self,
         sandbox_id: str,
         *,
-        image: str,
+        image: str | None = None,
+        snapshot: str | None = None,
         cpu: float,
         memory_mb: int,
         disk_mb: int | None = None,
@@ -214,13 +216,14 @@ class HostClient:
     ) -> SandboxInfo:
         """Start a sandbox; the same id again answers the one there is.
 
-        Without ``disk_mb`` its disk is ten times its memory, 4 to 20 GiB.
-
-        Raises ImageNotFound, HostFull (nothing was created), InvalidRequest.
+        From an ``image``, or a ``snapshot``, which has a disk of its size.  Without ``disk_mb`` an
+        image's is ten times its memory, 4 to 20 GiB.  Raises ImageNotFound, NotFound (no such
+        snapshot), HostFull (nothing was created), InvalidRequest.
         """
         body = {
             "id": sandbox_id,
             "image": image,
+            "snapshot": snapshot,
             "limits": {"cpu": cpu, "memory_mb": memory_mb, "disk_mb": disk_mb},
             "network": network,
             "allow_domains": None if allow_domains is None else list(allow_domains),
@@ -349,9 +352,12 @@ class HostClient:
         params: Mapping[str, Any] | None = None,
         body: Mapping[str, Any] | None = None,
         content: bytes | Iterable[bytes] | None = None,
+        timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
         with _errors_told(self.socket):
-            response = self._http.request(method, path, params=params, json=body, content=content)
+            response = self._http.request(
+                method, path, params=params, json=body, content=content, timeout=timeout
+            )
         if response.is_error:
             raise _error(response)
         return response

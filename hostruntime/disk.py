@@ -12,9 +12,10 @@ bounds blocks and inodes everywhere, answers ENOSPC to that container alone, is 
 
 There is no journal and nothing is flushed: a disk does not outlive its container's boot, and an
 image is captured from what the page cache says.  Only to save a copy (:meth:`Disks.save`) is it
-made read-only for a moment, which leaves a clean file system in the file.  The loop device frees
-itself with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves
-none behind.
+made read-only for a moment, which leaves a clean file system in the file; where programs go on
+having files open (:meth:`Disks.save_open`) it is frozen instead, and the copy is put right.  The
+loop device frees itself with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a
+killed agent leaves none behind.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ _LOOP_INFO = struct.Struct("<5Q4I64s64s32s2Q")
 _LOOP_CONFIG = struct.Struct(f"<2I{_LOOP_INFO.size}s64x")
 _FS_IOC_SHUTDOWN = 0x8004587D
 _SHUTDOWN_NO_FLUSH = 2
+_FIFREEZE = 0xC0045877
+_FITHAW = 0xC0045878
+_FSCK_SECONDS = 300.0
+# e2fsck(8): nothing was wrong; what was wrong has been put right.
+_FSCK_FINE = frozenset({0, 1})
 
 
 class DiskStuckError(HostFault):
@@ -144,6 +150,33 @@ class Disks:
         finally:
             _make_writable(mounted)
 
+    def save_open(self, owner: str, target: Path, check: Check = go_on) -> None:
+        """As :meth:`save`, though files on it are open for writing; what writes to it waits.
+
+        Nobody may be in the middle of a write who is to be frozen later: freeze processes first.
+        The copy is that of a machine whose plug was pulled after everything had been written, to
+        be put right by :func:`mend`.  Raises OSError, and what ``check`` does.
+        """
+        mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(mounted, _FIFREEZE, 0)
+            try:
+                with _copied(self._image(owner), target, check):
+                    pass
+            finally:
+                fcntl.ioctl(mounted, _FITHAW, 0)
+        finally:
+            os.close(mounted)
+
+    def thaw(self, owner: str) -> None:
+        """Undo what a killed agent left of :meth:`save_open`; nothing frozen is fine."""
+        with contextlib.suppress(OSError):
+            mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(mounted, _FITHAW, 0)
+            finally:
+                os.close(mounted)
+
     def allocated(self, owner: str) -> int:
         """How many bytes of an owner's disk a copy would have to take over.  Raises OSError."""
         return max(self.used(owner)[0], self._image(owner).stat().st_blocks * 512)
@@ -180,6 +213,16 @@ class Disks:
             if not path.exists():
                 _make(path, size_mb)
         return path
+
+
+def mend(saved: Path) -> None:
+    """Make a clean file system of what :meth:`Disks.save_open` copied.
+
+    There is no journal: files that were deleted while open are in the way.  Raises HostFault.
+    """
+    done = run(["e2fsck", "-f", "-p", str(saved)], timeout=_FSCK_SECONDS, check=False)
+    if done.returncode not in _FSCK_FINE:
+        raise HostFault(f"{saved} cannot be put right: {done.text.strip()[-500:]}")
 
 
 def _make(path: Path, size_mb: int) -> None:

@@ -189,6 +189,19 @@ class ImageStore:
             (users / user).touch(mode=0o600)
         return image
 
+    def share(self, image_id: str, holder: str, user: str) -> Image:
+        """As :meth:`acquire`, of the very tree that ``holder`` uses; it may have been deleted.
+
+        Raises ImageNotFound when the holder uses none.
+        """
+        check_name(user)
+        with self._lock:
+            for directory in self._generations(_resolve(image_id)):
+                if (directory / "users" / check_name(holder)).exists():
+                    (directory / "users" / user).touch(mode=0o600)
+                    return _read_image(directory)
+        raise ImageNotFound(f"{holder} does not use the image {image_id!r} any more.")
+
     def release(self, image_id: str, user: str) -> None:
         """End ``user``'s use; an image or generation nobody can boot any more is then removed."""
         check_name(user)

@@ -17,14 +17,14 @@ import signal
 import socket
 import struct
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hostruntime import channel
-from hostruntime.errors import ContainerPaused, Exhausted, HostFault
+from hostruntime.errors import Exhausted, HostFault
+from hostruntime.gate import Gate
 from hostruntime.run import Process, end, spawn
 
 LAUNCHERS = 2
@@ -34,7 +34,6 @@ NO_PROCESS = (
     "The sandbox cannot start one more process: it is out of processes or memory, or is just "
     "ending. End some of what runs in it, or use a larger size."
 )
-_ATTACHING_PAUSE_SECONDS = 0.002
 _HEADER = struct.Struct("!I")
 _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 _log = logging.getLogger(__name__)
@@ -212,8 +211,7 @@ class LauncherPool:
         self._keep = tuple(keep)
         self._links: list[Link] = []
         self._replacing = asyncio.Lock()
-        self._attaching: Counter[str] = Counter()
-        self._barred: set[str] = set()
+        self.gate = Gate()
 
     async def open(self) -> None:
         """Start the launchers.  Raises HostError, OSError."""
@@ -238,18 +236,11 @@ class LauncherPool:
     async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         """Attach a process to a container.  Raises ContainerPaused, HostFault, LauncherLost.
 
-        When the caller is cancelled the process is killed before this returns.
+        Waits while the container's gate is shut.  When the caller is cancelled the process is
+        killed before this returns.
         """
-        name = str(message["name"])
-        if name in self._barred:
-            raise ContainerPaused("The sandbox is paused; resume it first.")
-        self._attaching[name] += 1
-        try:
+        async with self.gate.entering(str(message["name"])):
             return await self._attach(message, fds)
-        finally:
-            self._attaching[name] -= 1
-            if not self._attaching[name]:
-                del self._attaching[name]
 
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         link = await self._least_busy()
@@ -261,23 +252,9 @@ class LauncherPool:
                 await task.result().kill()
             raise
 
-    async def bar(self, name: str) -> None:
-        """Attach nothing more to a container until :meth:`admit`; wait for what is under way.
-
-        A launcher that attached to a frozen group would stand still with it, for every container:
-        LXC moves the new process there before it goes on.
-        """
-        self._barred.add(name)
-        while self._attaching[name]:
-            await asyncio.sleep(_ATTACHING_PAUSE_SECONDS)
-
-    def admit(self, name: str) -> None:
-        """Attach to a container again."""
-        self._barred.discard(name)
-
     async def forget(self, name: str) -> None:
         """Let the launchers drop what they remember of a container that has ended."""
-        self.admit(name)
+        self.gate.admit(name)
         for link in self._links:
             with contextlib.suppress(HostFault):
                 await link.request({"do": "forget", "name": name})

@@ -195,7 +195,7 @@ class ContainerManager:
     async def _pause(self, owner: str) -> None:
         async with self._lock(owner):
             running = self.get(owner)
-            await self.launchers.bar(running.name)
+            await self.launchers.gate.bar(running.name)
             group = self._groups(owner).unified
             freeze_group(group, frozen=True)
             until = time.monotonic() + _FREEZE_SECONDS
@@ -212,7 +212,7 @@ class ContainerManager:
 
     def _thaw(self, running: Running) -> None:
         freeze_group(self._groups(running.owner).unified, frozen=False)
-        self.launchers.admit(running.name)
+        self.launchers.gate.admit(running.name)
 
     def require_room(self) -> None:
         """Raise HostFull unless the host's disk has room for one more container's."""

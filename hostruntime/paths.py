@@ -9,6 +9,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
       layers/<scope>/<key>/         what a build's steps had made, to begin another with (layers.py)
+      snapshots/<snapshot id>/      a sandbox's disk and tmpfs, to start others from (snapshots.py)
       usage/<sandbox id>.json       what a sandbox has used, until collected
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
@@ -90,6 +91,11 @@ class StatePaths:
         return self.root / "layers"
 
     @property
+    def snapshots(self) -> Path:
+        """One directory per snapshot."""
+        return self.root / "snapshots"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -127,6 +133,7 @@ class StatePaths:
             self.usage,
             self.disks,
             self.layers,
+            self.snapshots,
             self.runtime,
             self.lxc,
             self.squid,

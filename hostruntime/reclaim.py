@@ -19,6 +19,8 @@ from hostruntime.limits import cgroup_layout
 from hostruntime.manager import dismantle, lxcpath_of, roots_of
 from hostruntime.network import SlotPool
 from hostruntime.paths import Instance, StatePaths, read_json
+from hostruntime.snapshots import clear_half_made, users_of_images
+from hostruntime.trash import Trash
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ def reclaim(
 
     The pool must be set up.  Raises HostError or OSError when something will not go.
     """
+    clear_half_made(paths, instance, store.trash)
     candidates = _recorded_as_running(paths.sandboxes)
     live = {owner for owner in candidates if _runs(instance, owner)}
     _dismantle_all_but(instance, live)
@@ -40,12 +43,13 @@ def reclaim(
         _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
         _dismantle_all_but(instance, live - cut_off)
     Disks(paths, instance).release_all_but(live - cut_off)
-    store.recover(live - cut_off)
+    store.recover((live - cut_off) | users_of_images(paths))
     return frozenset(live - cut_off)
 
 
-def take_down(paths: StatePaths, instance: Instance) -> None:
+def take_down(paths: StatePaths, instance: Instance, trash: Trash) -> None:
     """Stop every container of an instance and remove their groups and mounts; idempotent."""
+    clear_half_made(paths, instance, trash)
     _dismantle_all_but(instance, set())
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)

@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
-from hostruntime.images import ImageStore
+from hostruntime.images import Image, ImageStore
 from hostruntime.limits import ContainerGroups, Limits, cgroup_layout
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.usage import UsageBook
 
 Reason = Literal["expired", "exited", "host_lost"]
@@ -50,6 +51,13 @@ class SandboxRequest:
     disk_mb: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
+    # What to begin with, of :mod:`hostruntime.snapshots`; image and disk size are then its own.
+    snapshot: str | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The container's share of the machine."""
+        return Limits(self.cpu, self.memory_mb, disk_mb=self.disk_mb)
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,20 @@ class SandboxManager:
     containers: ContainerManager
     store: ImageStore
     usage: UsageBook = field(init=False)
+    snapshots: SnapshotManager = field(init=False)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.usage = UsageBook(self.paths.usage, self._groups)
+        self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
 
     # Life of the manager -------------------------------------------------------------------
 
     def recover(self) -> None:
         """Load the records; take up the sandboxes that still run, note what became of others."""
+        self.snapshots.recover()
         for directory in sorted(self.paths.sandboxes.iterdir()):
             record = read_json(directory / _RECORD)
             try:
@@ -171,7 +182,8 @@ class SandboxManager:
     async def create(self, request: SandboxRequest) -> tuple[Sandbox, bool]:
         """Start a sandbox; return it, and whether it is new (the same id starts once).
 
-        Raises InvalidRequest, ImageNotFound, HostFull; then nothing is left of it.
+        Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
+        left of it.
         """
         policy = _checked(request)
         return await asyncio.shield(asyncio.ensure_future(self._create(request, policy)))
@@ -180,25 +192,63 @@ class SandboxManager:
         async with self._lock(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
-            directory = self._directory(request.id)
-            directory.mkdir(mode=0o700, exist_ok=True)
-            try:
-                image = self.store.acquire(request.image, request.id)
-                sandbox = Sandbox(request, "starting", image.id, str(image.tree), request.deadline)
-                write_json(directory / _RECORD, asdict(sandbox))
-                running = await self.containers.start(self._spec(sandbox, policy))
-            except BaseException:
-                self._drop(request.id, request.image)
-                raise
-            self._save(_started(sandbox, running))
-            self.usage.begin(request.id, running.started_at)
-            return self._sandboxes[request.id], True
+            if request.snapshot is None:
+                return await self._begin(request, policy, None), True
+            async with self.snapshots.opened(request.snapshot) as snapshot:
+                request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
+                return await self._begin(request, policy, snapshot), True
+
+    async def _begin(
+        self, request: SandboxRequest, policy: Policy, snapshot: Snapshot | None
+    ) -> Sandbox:
+        directory = self._directory(request.id)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            image = self._image(request, snapshot)
+            sandbox = Sandbox(request, "starting", image.id, str(image.tree), request.deadline)
+            write_json(directory / _RECORD, asdict(sandbox))
+            running = await self._start(self._spec(sandbox, policy), snapshot)
+        except BaseException:
+            self._drop(request.id, request.image)
+            raise
+        self._save(_started(sandbox, running))
+        self.usage.begin(request.id, running.started_at)
+        return self._sandboxes[request.id]
+
+    def _image(self, request: SandboxRequest, snapshot: Snapshot | None) -> Image:
+        if snapshot is None:
+            return self.store.acquire(request.image, request.id)
+        return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
+
+    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> Running:
+        if snapshot is None:
+            return await self.containers.start(spec)
+        disk = self.snapshots.disk(snapshot)
+        running = await self.containers.start(replace(spec, saved_disk=disk))
+        try:
+            await self.snapshots.restore(snapshot, spec.owner)
+        except BaseException:
+            await self.containers.stop(spec.owner)
+            raise
+        return running
+
+    async def snapshot(self, sandbox_id: str, snapshot_id: str) -> tuple[Snapshot, bool]:
+        """Take a snapshot of a running sandbox, which goes on (:mod:`hostruntime.snapshots`).
+
+        Raises NotFound, ContainerGone, Conflict, HostFull, HostError.
+        """
+        sandbox = self._running(sandbox_id)
+        source = Source(sandbox_id, sandbox.image_id, sandbox.request.limits)
+        return await self.snapshots.capture(
+            snapshot_id, source, self._lock(sandbox_id), lambda: self._check_runs(sandbox_id)
+        )
 
     async def terminate(self, sandbox_id: str) -> None:
         """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
         await asyncio.shield(asyncio.ensure_future(self._terminate(sandbox_id)))
 
     async def _terminate(self, sandbox_id: str) -> None:
+        self.snapshots.interrupt(sandbox_id)
         async with self._lock(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             if sandbox is not None:
@@ -271,6 +321,8 @@ class SandboxManager:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.time()
             for sandbox in self.list():
+                if sandbox.request.id in self.snapshots.frozen:
+                    continue  # At the next pass: the others must not wait for the copy.
                 if sandbox.state == "running" and (sandbox.deadline or now + 1) <= now:
                     await self._end_quietly(sandbox.request.id, now)
                 elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
@@ -336,11 +388,13 @@ class SandboxManager:
             raise ContainerPaused("The sandbox is paused; resume it first.")
         return sandbox
 
+    def _check_runs(self, sandbox_id: str) -> None:
+        self._usable(sandbox_id)
+
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
-        limits = Limits(request.cpu, request.memory_mb, disk_mb=request.disk_mb)
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        return ContainerSpec(request.id, tree, policy, limits, directory)
+        return ContainerSpec(request.id, tree, policy, request.limits, directory)
 
     def _save(self, sandbox: Sandbox) -> None:
         self._sandboxes[sandbox.request.id] = sandbox

@@ -158,3 +158,78 @@ class SandboxEvent(models.Model):
 
     def __str__(self) -> str:
         return f"{self.sandbox_id} {self.kind}"
+
+
+class SnapshotStatus(models.TextChoices):
+    """Where a snapshot is, in the words of the wire contract."""
+
+    CAPTURING = "capturing", "Capturing"
+    READY = "ready", "Ready"
+    FAILED = "failed", "Failed"
+
+
+class SnapshotQuerySet(models.QuerySet["Snapshot"]):
+    """Snapshots, filtered."""
+
+    def for_team(self, team: Team) -> SnapshotQuerySet:
+        """Those of one team, deleted ones left out."""
+        return self.filter(team=team, deleted_at=None)
+
+    def kept(self) -> SnapshotQuerySet:
+        """Those that have, or are about to have, files on the host: they count."""
+        kept = (SnapshotStatus.CAPTURING, SnapshotStatus.READY)
+        return self.filter(status__in=kept, deleted_at=None)
+
+
+def new_snapshot_id() -> str:
+    """A fresh snapshot id, as a migration can name it."""
+    return new_id("snap")
+
+
+class Snapshot(models.Model):
+    """The files of a sandbox as they were, to start others from; no memory, no processes.
+
+    It outlives its sandbox and its template: what it needs of them is copied. A deleted one stays
+    as a row, so that deleting it again is known to be no mistake.
+    """
+
+    id = models.CharField(max_length=40, primary_key=True, default=new_snapshot_id, editable=False)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="snapshots")
+    created_by = models.ForeignKey(
+        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="snapshots"
+    )
+    name = models.CharField(max_length=100, blank=True, default="")
+    status = models.CharField(
+        max_length=16, choices=SnapshotStatus.choices, default=SnapshotStatus.CAPTURING
+    )
+    template = models.CharField(max_length=64)
+    template_name = models.CharField(max_length=100)
+    image_id = models.CharField(max_length=64)
+    size = models.CharField(max_length=16)
+    cpu = models.FloatField()
+    memory_mb = models.PositiveIntegerField()
+    network = models.CharField(max_length=16)
+    allow_domains = models.JSONField(null=True, blank=True)
+    source_sandbox_id = models.CharField(max_length=40)
+    size_mb = models.PositiveIntegerField(null=True, blank=True)
+    region = models.CharField(max_length=32)
+    node_id = models.CharField(max_length=100)
+    error_message = models.TextField(blank=True, default="")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    ready_at = models.DateTimeField(null=True, blank=True)
+    deleted_at = models.DateTimeField(null=True, blank=True)
+
+    objects = SnapshotQuerySet.as_manager()
+
+    class Meta:
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["team", "-created_at", "-id"]),
+        ]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.CheckConstraint(
+                condition=models.Q(status__in=SnapshotStatus.values), name="snapshot_status_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.id

@@ -8,7 +8,7 @@ from typing import Any
 
 from hostruntime.answers import DirectoryListing, EgressHost, FileContent, FileStat
 from orkestr_console.json_api import timestamp
-from sandboxes_app.models import Sandbox
+from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.services import BatchRow, ExecAnswer, Limits, TemplateUse
 from sandboxes_app.specs import SIZES
 
@@ -38,6 +38,27 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
         "preview_host_base": None,
         "error_message": sandbox.error_message or None,
         "boot_ms": sandbox.boot_ms,
+    }
+
+
+def snapshot_detail(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot, alone or in a list."""
+    return {
+        "id": snapshot.pk,
+        "status": snapshot.status,
+        "name": snapshot.name or None,
+        "template": snapshot.template,
+        "size": snapshot.size,
+        "cpu": snapshot.cpu,
+        "memory_mb": snapshot.memory_mb,
+        "network": snapshot.network,
+        "source_sandbox_id": snapshot.source_sandbox_id,
+        "size_mb": snapshot.size_mb,
+        "node_id": snapshot.node_id,
+        "region": snapshot.region,
+        "error_message": snapshot.error_message or None,
+        "created_at": timestamp(snapshot.created_at),
+        "ready_at": timestamp(snapshot.ready_at),
     }
 
 

@@ -18,12 +18,14 @@ from pydantic import (
 )
 
 from orkestr_console.egress import Allowlist
+from orkestr_console.text import JOINERS, readable
 
 LARGEST_COMMAND = 64 * 1024
 LARGEST_ENVIRONMENT = 64 * 1024
 LARGEST_METADATA = 16 * 1024
 LARGEST_FILE = 16 * 1024 * 1024
 LONGEST_PATH = 4096
+LONGEST_NAME = 100
 MOST_FILES = 64
 MOST_PAIRS = 64
 SHORTEST_LIFE = 10
@@ -100,7 +102,11 @@ class Spec(BaseModel):
 
 
 class SandboxSpec(Spec):
-    """A sandbox to be created. What later releases add is taken with its default only."""
+    """A sandbox to be created. What later releases add is taken with its default only.
+
+    With a snapshot the size is the snapshot's, and so are the network and its list of hosts where
+    the caller names none.
+    """
 
     template: str | None = None
     snapshot: str | None = None
@@ -124,6 +130,19 @@ class SandboxSpec(Spec):
         if bool(self.template) == bool(self.snapshot):
             raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
         return self
+
+
+def usable_label(name: str) -> str:
+    """A name a person can read, or none."""
+    if len(name := name.strip().strip(JOINERS)) > LONGEST_NAME:
+        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    return readable(name)
+
+
+class SnapshotSpec(Spec):
+    """A snapshot to be taken, and what to call it."""
+
+    name: Annotated[str, AfterValidator(usable_label)] | None = None
 
 
 class ExecSpec(Spec):

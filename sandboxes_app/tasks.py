@@ -6,7 +6,7 @@ import logging
 
 from hostruntime.errors import HostError
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering, pausing
+from sandboxes_app.services import lifecycle, metering, pausing, snapshots
 from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
@@ -29,5 +29,6 @@ def tidy() -> None:
         lifecycle.reconcile()
         pausing.settle_half_way()
         metering.collect()
+        snapshots.reconcile()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)

@@ -37,19 +37,27 @@ class SandboxBody(Body):
     """``POST /sandboxes``."""
 
     id: str
-    image: str
+    image: str | None = None
+    snapshot: str | None = None
     limits: LimitsBody
     network: str = "off"
     allow_domains: list[str] | None = None
     env: dict[str, str] = {}
     deadline: float | None = None
 
+    @model_validator(mode="after")
+    def _one_source(self) -> SandboxBody:
+        if (self.image is None) == (self.snapshot is None):
+            raise ValueError("give either image or snapshot")
+        return self
+
     def request(self) -> SandboxRequest:
         """What the sandbox manager takes."""
         domains = self.allow_domains
         return SandboxRequest(
             id=self.id,
-            image=self.image,
+            image=self.image or "",
+            snapshot=self.snapshot,
             network=self.network,
             allow_domains=None if domains is None else tuple(domains),
             cpu=self.limits.cpu,
@@ -64,6 +72,12 @@ class CollectedBody(Body):
     """``POST /usage/collected``."""
 
     ids: list[str]
+
+
+class SnapshotBody(Body):
+    """``POST /sandboxes/{id}/snapshots``."""
+
+    id: str
 
 
 class DeadlineBody(Body):

@@ -32,6 +32,7 @@ from hostruntime.policy import PolicyError
 from hostruntime.reclaim import reclaim, take_down
 from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
 from hostruntime.sandboxes import SandboxManager
+from hostruntime.snapshots import users_of_images
 
 PROXY_CHECK_SECONDS = 5.0
 LAYERS_CHECK_SECONDS = 3600.0
@@ -79,6 +80,7 @@ class Host:
         """End everything but the containers of sandboxes and the proxy, which serves them."""
         for keeper in self._keepers:
             keeper.cancel()
+        self.sandboxes.snapshots.close()
         await self.sandboxes.close()
         await self.bases.close()
         await self.builds.close()
@@ -167,7 +169,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
 
 
 def tear_down(paths: StatePaths) -> None:
-    """Stop every container and remove all the installation has on the host; images stay.
+    """Stop every container and remove all it has on the host; images and snapshots stay.
 
     No agent may run on the state directory.  Raises HostError, OSError.
     """
@@ -175,13 +177,13 @@ def tear_down(paths: StatePaths) -> None:
         return
     instance = claim_instance(paths)
     pool = SlotPool(paths, instance)
-    take_down(paths, instance)
+    store = ImageStore(paths)
+    take_down(paths, instance, store.trash)
     EgressProxy(paths, instance, pool).stop()
     pool.teardown()
-    store = ImageStore(paths)
     for directory in paths.sandboxes.iterdir():
         with contextlib.suppress(OSError):
             store.trash.discard(directory)
-    store.recover(frozenset())
+    store.recover(users_of_images(paths))
     store.trash.wait()
     release_instance(paths)

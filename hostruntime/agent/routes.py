@@ -25,6 +25,7 @@ from hostruntime.agent.bodies import (
 )
 from hostruntime.agent.host import Host
 from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
+from hostruntime.agent.routes_snapshots import snapshot_routes
 from hostruntime.egress import default_domains
 from hostruntime.errors import HostError, InvalidRequest
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
@@ -33,7 +34,8 @@ from hostruntime.routes_images import image_routes
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
-    routes = [*image_routes(host.store, host.bases, host.builds), *_routes()]
+    images = image_routes(host.store, host.bases, host.builds)
+    routes = [*images, *snapshot_routes(host.sandboxes), *_routes()]
     app = Starlette(routes=routes, exception_handlers={HostError: host_error, Exception: defect})
     app.state.host = host
     return app

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orkestr_console.text import plain
 from sandboxes_app import presenters as sandbox_presenters
-from sandboxes_app.models import Sandbox
+from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
 from templates_app.models import Template
@@ -128,6 +128,28 @@ class Sandboxes(Answer):
     next_cursor: str | None
 
 
+class SnapshotAnswer(Answer):
+    """A snapshot of a sandbox's files."""
+
+    id: str = Field(description="Pass this as snapshot to create_sandbox.")
+    status: str = Field(description="capturing, ready or failed.")
+    name: str | None
+    template: str
+    size: str = Field(description="The size of every sandbox that is started from it.")
+    network: str
+    source_sandbox_id: str
+    size_mb: int | None
+    created_at: str
+    error_message: str | None
+
+
+class Snapshots(Answer):
+    """A page of snapshots, newest first."""
+
+    snapshots: list[SnapshotAnswer]
+    next_cursor: str | None
+
+
 class ExecResult(Answer):
     """A command that ended."""
 
@@ -202,6 +224,7 @@ class LimitsAnswer(Answer):
     networks: list[str]
     max_concurrent: int = Field(description="Sandboxes at once.")
     max_templates: int
+    max_named_snapshots: int = Field(description="Snapshots that the team may keep.")
     max_concurrent_builds: int = Field(description="More wait for their turn.")
     max_timeout_seconds: int
     max_running_lifetime_seconds: int | None
@@ -275,3 +298,9 @@ def sandbox_answer(sandbox: Sandbox) -> SandboxAnswer:
     """A sandbox."""
     said: dict[str, Any] = sandbox_presenters.sandbox_detail(sandbox)
     return SandboxAnswer.model_validate(said)
+
+
+def snapshot_answer(snapshot: Snapshot) -> SnapshotAnswer:
+    """A snapshot."""
+    said: dict[str, Any] = sandbox_presenters.snapshot_detail(snapshot)
+    return SnapshotAnswer.model_validate(said)

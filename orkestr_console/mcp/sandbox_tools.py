@@ -52,15 +52,24 @@ Environment = Annotated[dict[str, str] | None, Field(description="More variables
 
 async def create_sandbox(
     ctx: Ctx,
-    template: Annotated[str, Field(description="A ready template's id, or a base's name.")],
+    template: Annotated[
+        str | None, Field(description="A ready template's id, or a base's name.")
+    ] = None,
+    snapshot: Annotated[
+        str | None,
+        Field(description="In place of template: a ready snapshot's id. It decides the size."),
+    ] = None,
     size: Annotated[
         Literal["small", "medium", "large"],
         Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
     ] = "small",
     network: Annotated[
-        Literal["off", "restricted", "open"],
-        Field(description="off; restricted: package registries and the default list; open."),
-    ] = "off",
+        Literal["off", "restricted", "open"] | None,
+        Field(
+            description="off; restricted: package registries and the default list; open. Without "
+            "one it is off, or that of the snapshot."
+        ),
+    ] = None,
     timeout_seconds: Annotated[int, Field(description="It ends by itself after so long.")] = 600,
     env: Annotated[dict[str, str] | None, Field(description="Variables of its commands.")] = None,
     metadata: Annotated[dict[str, str] | None, Field(description="Labels to find it by.")] = None,
@@ -69,18 +78,20 @@ async def create_sandbox(
         Field(description="Hosts in place of the default list, for network restricted."),
     ] = None,
 ) -> SandboxAnswer:
-    """Start a sandbox, an isolated Linux container, from a template; answers when it runs.
+    """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
-    Write files under /workspace or /tmp. Terminate it when you are done.
+    Answers when it runs; give exactly one of the two. Write files under /workspace or /tmp.
+    Terminate it when you are done.
     """
     wanted = {
         "template": template,
+        "snapshot": snapshot,
         "size": size,
-        "network": network,
         "timeout_seconds": timeout_seconds,
         "env": env or {},
         "metadata": metadata or {},
         "allow_domains": allow_domains,
+        **({} if network is None else {"network": network}),
     }
     spec = parse_spec(SandboxSpec, wanted)
     return sandbox_answer(await ask(services.create_sandbox, actor_of(ctx), spec))

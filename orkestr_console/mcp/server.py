@@ -10,7 +10,7 @@ from mcp_types import CallToolResult, InputRequiredResult, ListToolsResult
 
 from orkestr_console.accounts.actor import WRITE
 from orkestr_console.errors import NotFound
-from orkestr_console.mcp import sandbox_tools, template_tools
+from orkestr_console.mcp import sandbox_tools, snapshot_tools, template_tools
 from orkestr_console.mcp.resources import add_prompts, add_resources
 from orkestr_console.mcp.tool import ACTOR, ConsoleTool, refused
 
@@ -18,10 +18,14 @@ INSTRUCTIONS = """\
 Orkestr runs code in isolated Linux sandboxes. A template is an image with dependencies already \
 installed: create_template builds one from a base and shell steps, wait_for_template says when it \
 is ready, and create_sandbox starts a sandbox from it in milliseconds. In a sandbox, use exec, \
-write_file and read_file; terminate_sandbox when you are done. Errors are 'code: what was wrong \
-and what to do'.\
+write_file and read_file; snapshot_sandbox keeps its files, to start others from; \
+terminate_sandbox when you are done. Errors are 'code: what was wrong and what to do'.\
 """
-TOOLS: list[ConsoleTool] = [*template_tools.TOOLS, *sandbox_tools.TOOLS]
+TOOLS: list[ConsoleTool] = [
+    *template_tools.TOOLS,
+    *sandbox_tools.TOOLS,
+    *snapshot_tools.TOOLS,
+]
 NAMES = frozenset(tool.name for tool in TOOLS)
 READING = frozenset(
     tool.name for tool in TOOLS if tool.annotations and tool.annotations.read_only_hint

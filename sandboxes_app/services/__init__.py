@@ -23,6 +23,12 @@ from sandboxes_app.services.lifecycle import (
 )
 from sandboxes_app.services.limits import Limits, limits
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
+from sandboxes_app.services.snapshots import (
+    create_snapshot,
+    delete_snapshot,
+    get_snapshot,
+    list_snapshots,
+)
 from sandboxes_app.services.template_use import TemplateUse, template_use
 
 __all__ = [
@@ -32,13 +38,17 @@ __all__ = [
     "TemplateUse",
     "counts",
     "create_sandbox",
+    "create_snapshot",
     "delete_path",
+    "delete_snapshot",
     "exec_command",
     "exec_stream",
     "get_sandbox",
+    "get_snapshot",
     "limits",
     "list_egress",
     "list_sandboxes",
+    "list_snapshots",
     "mkdir",
     "move",
     "pause_sandbox",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 
 from django.conf import settings
@@ -21,8 +21,8 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
-from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus
-from sandboxes_app.services import state
+from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
+from sandboxes_app.services import snapshots, state
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.services import note_used
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
@@ -39,24 +39,30 @@ BUILT_IN = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     """A new sandbox, running.
 
-    Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template that is not ready),
+    Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template or snapshot that is not ready),
     ``PlanLimit``, ``FleetFull`` (nothing was created then), ``HostUnavailable``.
     """
     actor.require(WRITE)
     refuse_unsupported(spec)
+    snapshot: Snapshot | None = None
+    if spec.snapshot is not None:
+        spec, snapshot = snapshots.origin(actor, spec)
     actor.require_template(spec.template or "")
     actor.require_network(spec.network)
-    source = source_of(actor.team, spec.template or "")
-    sandbox = insert(actor, spec, source)
+    if snapshot is None:
+        source = source_of(actor.team, spec.template or "")
+    else:
+        source = Source(snapshot.template, snapshot.template_name, snapshot.image_id)
+    sandbox = insert(actor, spec, source, snapshot)
     try:
-        boot(sandbox)
+        boot(sandbox, snapshot)
     except host_errors.HostFull as error:
         # Clients retry this one, and count on nothing being left.
         sandbox.delete()
         raise told(error) from error
-    except host_errors.ImageNotFound:
+    except host_errors.NotFound:
         sandbox.delete()
-        raise no_image(actor.team, spec) from None
+        raise snapshots.gone(snapshot) if snapshot else no_image(actor.team, spec) from None
     except host_errors.HostError as error:
         abandon(sandbox)
         raise told(error) from error
@@ -66,7 +72,6 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
 def refuse_unsupported(spec: SandboxSpec) -> None:
     """Raise ``Unsupported`` for what this release does not do, rather than ignore it."""
     asked = {
-        "snapshot": spec.snapshot is not None,
         "volume": spec.volume is not None,
         "on_timeout": spec.on_timeout != "kill",
         "auto_resume": spec.auto_resume,
@@ -104,9 +109,11 @@ def no_image(team: Team, spec: SandboxSpec) -> Exception:
     )
 
 
-def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
+def insert(
+    actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None = None
+) -> Sandbox:
     """The row, counted against the plan under the team's lock."""
-    cpu, memory_mb = SIZES[spec.size]
+    cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
     now = timezone.now()
     with transaction.atomic():
         held = hold(actor.team, actor.user)
@@ -143,7 +150,12 @@ def insert(actor: Actor, spec: SandboxSpec, source: Source) -> Sandbox:
             kind="sandbox",
             object_id=sandbox.pk,
             name=sandbox.template_name,
-            data={"template": sandbox.template, "size": spec.size, "network": spec.network},
+            data={
+                "template": sandbox.template,
+                "size": spec.size,
+                "network": spec.network,
+                **({"snapshot": snapshot.pk} if snapshot else {}),
+            },
         )
     return sandbox
 
@@ -169,14 +181,16 @@ def counted(teams: Iterable[Team]) -> SandboxQuerySet:
     return rows.filter(expires_at__gt=timezone.now()).exclude(status=SandboxStatus.PAUSED)
 
 
-def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
+def counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
     """What each team uses of the limits that sandboxes count against, by team id and limit."""
     running = per_team(counted(teams))
     parked = per_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
+    kept = snapshots.counts(teams)
     return {
         team.pk: {
             "max_concurrent_sandboxes": running.get(team.pk, 0),
             "max_snapshots": parked.get(team.pk, 0),
+            "max_named_snapshots": kept[team.pk],
         }
         for team in teams
     }
@@ -187,11 +201,12 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
     return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
-def boot(sandbox: Sandbox) -> None:
+def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
     info = host().create_sandbox(
         sandbox.pk,
-        image=sandbox.image_id,
+        image=None if snapshot else sandbox.image_id,
+        snapshot=snapshot.pk if snapshot else None,
         cpu=sandbox.cpu,
         memory_mb=sandbox.memory_mb,
         network=sandbox.network,

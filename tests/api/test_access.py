@@ -36,6 +36,9 @@ ROUTES = {
     f"{SANDBOX}/files/move": ("POST",),
     f"{SANDBOX}/files/stat": ("GET",),
     f"{SANDBOX}/files/batch": ("POST",),
+    f"{SANDBOX}/snapshots": ("POST",),
+    "/v1/sandboxes/snapshots": ("GET",),
+    "/v1/sandboxes/snapshots/snap_01ARZ3NDEKTSV4RRFFQ69G5FAV": ("GET", "DELETE"),
 }
 # Known to clients, and not in this release.
 LATER = {
@@ -43,9 +46,7 @@ LATER = {
     f"{SANDBOX}/code": "POST",
     f"{SANDBOX}/metrics": "GET",
     f"{SANDBOX}/host": "GET",
-    f"{SANDBOX}/snapshots": "POST",
     f"{SANDBOX}/files/presign-upload": "POST",
-    "/v1/sandboxes/snapshots": "GET",
     "/v1/sandboxes/volumes": "GET",
     "/v1/sandboxes/webhooks": "GET",
     "/v1/nothing": "GET",

@@ -22,7 +22,7 @@ from orkestr_console.accounts.people import InviteSpec
 from orkestr_console.accounts.services import mint_token
 from orkestr_console.asgi import websocket_urls
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import SandboxSpec
+from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.conftest import api_client, make_user
@@ -90,6 +90,11 @@ REST = [
     rest("POST", "sandboxes", OK, template="debian-12"),
     rest("POST", "sandboxes", GONE, 409, template="<template>"),
     rest("GET", "sandboxes/limits", OK),
+    rest("POST", "sandboxes", GONE, snapshot="<snapshot>"),
+    rest("GET", "sandboxes/snapshots", OK),
+    rest("GET", "sandboxes/snapshots/<snapshot>", GONE),
+    rest("DELETE", "sandboxes/snapshots/<snapshot>", GONE),
+    rest("POST", f"{SANDBOX}/snapshots", GONE, name="kept"),
     rest("GET", SANDBOX, GONE),
     rest("DELETE", SANDBOX, GONE),
     rest("POST", f"{SANDBOX}/timeout", GONE, timeout_seconds=60),
@@ -205,6 +210,7 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
     template = templates.create_template(alices, spec)
     sandbox = sandboxes.create_sandbox(alices, SandboxSpec(template="debian-12"))
     host.write_file(sandbox.pk, "/workspace/there", b"x")
+    snapshot = sandboxes.create_snapshot(alices, sandbox.pk, SnapshotSpec())
     token, text = mint_token(team, "Test", [READ, WRITE])
     invitation, secret = people.invite(alices, InviteSpec())
     others = mint_token(Team.objects.get(slug="globex"), "Theirs", [READ, WRITE])[1]
@@ -217,6 +223,7 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
             **named,
             "template": template.pk,
             "sandbox": sandbox.pk,
+            "snapshot": snapshot.pk,
             "token": token.pk,
             "invitation": invitation.pk,
             "secret": secret,
@@ -316,7 +323,7 @@ def absent(ids: dict[str, str]) -> dict[str, str]:
 def told(answer: Any) -> str:
     """The answer without its request id and the page's one-time values."""
     text = answer.content.decode()
-    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|nonce=\S+", "", text)
+    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|snap_\w+|nonce=\S+", "", text)
     return re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
 
 

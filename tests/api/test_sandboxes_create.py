@@ -178,10 +178,6 @@ def test_what_this_release_lacks_is_refused_rather_than_ignored(
     assert nothing_is_left(host)
 
 
-def test_a_snapshot_is_not_supported_yet(api: Client, host: FakeHost) -> None:
-    refusal(post(api, URL, {"snapshot": "snap_01ARZ3NDEKTSV4RRFFQ69G5FAV"}), 400, "unsupported")
-
-
 @pytest.mark.parametrize("template", ["tmpl_01ARZ3NDEKTSV4RRFFQ69G5FAV", "tmpl_x", "tmpl_"])
 def test_an_unknown_template_is_not_found(api: Client, host: FakeHost, template: str) -> None:
     refusal(post(api, URL, {"template": template}), 404, "not_found")

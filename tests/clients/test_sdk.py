@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from orkestr import OrkestrClient, Sandbox
+from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import (
     APIError,
     AuthError,
@@ -184,3 +184,26 @@ def test_limits_describe_the_team_plan(sdk: OrkestrClient) -> None:
     assert limits.max_concurrent >= 5
     assert {size.size for size in limits.sizes} == {"small", "medium", "large"}
     assert limits.default_egress_domains
+
+
+def test_a_snapshot_is_taken_listed_forked_and_deleted(sandboxes: Sandboxes) -> None:
+    source = sandboxes.boot("debian-12", size="small")
+    source.exec("echo before | tee /root/mark /tmp/mark >/workspace/mark")
+    taken = source.snapshot(name="kept")
+    source.exec("echo after | tee /root/mark /tmp/mark >/workspace/mark")
+    assert (taken.status, taken.name, taken.source_sandbox_id) == ("ready", "kept", source.id)
+    assert taken.created_at is not None
+    assert taken.ready_at is not None
+    assert Snapshot.get(taken.id, client=sandboxes.client) == taken
+    assert taken in Snapshot.list(client=sandboxes.client)
+    forks = [Sandbox.create(snapshot=taken.id, client=sandboxes.client) for _ in range(2)]
+    sandboxes.booted += forks
+    for fork in forks:
+        done = fork.exec("cat /root/mark /tmp/mark /workspace/mark; echo mine >/root/mark")
+        assert done.stdout.split() == ["before"] * 3
+    assert source.exec("cat /root/mark").stdout == "after\n"
+    for _ in range(2):
+        Snapshot.delete(taken.id, client=sandboxes.client)
+    assert taken.id not in [one.id for one in Snapshot.list(client=sandboxes.client)]
+    with pytest.raises(OrkestrError):
+        Sandbox.create(snapshot=taken.id, client=sandboxes.client)

@@ -44,6 +44,7 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
+from tests.fakes.snapshots import FakeSnapshots
 
 TERMINAL = frozenset({"published", "failed"})
 ENDED_IN = {"published": "published", "failed": "failed"}
@@ -81,7 +82,7 @@ class Ran:
     timeout_seconds: float | None
 
 
-class FakeHost:
+class FakeHost(FakeSnapshots):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
@@ -93,6 +94,7 @@ class FakeHost:
         self.stored: dict[str, ImageInfo] = {}
         self.built: dict[str, FakeBuild] = {}
         self.booted: dict[str, FakeSandbox] = {}
+        self.taken = {}
         self.ran: list[Ran] = []
         self.answers: dict[str, ExecResult | HostError] = {}
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
@@ -354,7 +356,8 @@ class FakeHost:
         self,
         sandbox_id: str,
         *,
-        image: str,
+        image: str | None = None,
+        snapshot: str | None = None,
         cpu: float,
         memory_mb: int,
         disk_mb: int | None = None,
@@ -367,13 +370,17 @@ class FakeHost:
         self._up()
         if self.full:
             raise HostFull("There is no room.")
-        if image not in self.base_states and image not in self.stored:
+        if snapshot is not None:
+            image = self.image_of(snapshot)
+        elif image is None or (image not in self.base_states and image not in self.stored):
             raise ImageNotFound(f"There is no image {image}.")
         with self.lock:
             if sandbox_id not in self.booted:
                 now = time.time()
                 info = SandboxInfo(sandbox_id, image, "running", now, 31.5, deadline, network)
                 self.booted[sandbox_id] = FakeSandbox(info, dict(env or {}))
+                if snapshot is not None:
+                    self.restore(snapshot, self.booted[sandbox_id])
             return self.booted[sandbox_id].info
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:

@@ -11,13 +11,14 @@ from tests.fakes.host import FakeHost
 
 SHARED = sorted(
     name
-    for name in vars(FakeHost)
+    for name in dir(FakeHost)
     if not name.startswith("_") and hasattr(HostClient, name) and name != "exec_frames"
 )
 
 
 def test_it_has_all_that_services_call() -> None:
     called = {"bases", "start_build", "build_events", "create_sandbox", "exec", "read_path"}
+    called |= {"create_snapshot", "snapshots", "delete_snapshot"}
     assert called <= set(SHARED)
 
 

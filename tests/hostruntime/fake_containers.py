@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from hostruntime.build_layers import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
+from hostruntime.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.trees import Check
 
 

@@ -18,7 +18,7 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
 from orkestr_console.mcp.server import TOOLS
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import SandboxSpec
+from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.fakes.host import FakeHost
@@ -70,6 +70,10 @@ ROWS = [
     Row("resume_sandbox", arguments=SANDBOX),
     Row("terminate_sandbox", arguments=SANDBOX),
     Row("get_sandbox_limits", OK, reading=True),
+    Row("create_sandbox", arguments={"snapshot": "<snapshot>"}),
+    Row("snapshot_sandbox", arguments=SANDBOX),
+    Row("list_snapshots", OK, reading=True),
+    Row("delete_snapshot", arguments={"snapshot_id": "<snapshot>"}),
 ]
 
 
@@ -90,10 +94,16 @@ def world(plans: None, team: Team, other_team: Team, host: FakeHost) -> World:
     type(ready).objects.filter(pk=ready.pk).update(status="ready")
     sandbox = sandboxes.create_sandbox(actor, SandboxSpec(template="debian-12"))
     host.write_file(sandbox.pk, "/workspace/there", b"x")
+    snapshot = sandboxes.create_snapshot(actor, sandbox.pk, SnapshotSpec())
     host.frames["true"] = [ExecFrame("started", pid=7), ExecFrame("exited", code=0, duration_ms=1)]
     template = templates.create_template(actor, spec)
     return World(
-        ids={"<template>": template.pk, "<sandbox>": sandbox.pk, "<ready>": ready.pk},
+        ids={
+            "<template>": template.pk,
+            "<sandbox>": sandbox.pk,
+            "<ready>": ready.pk,
+            "<snapshot>": snapshot.pk,
+        },
         keys={
             "token": mint_token(team, "Test", [READ, WRITE])[1],
             "read-only": mint_token(team, "Reader", [READ])[1],

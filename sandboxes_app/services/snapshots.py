@@ -1,0 +1,236 @@
+"""Snapshots of running sandboxes: taking, reading and deleting them, and starting from one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from datetime import timedelta
+from typing import Any
+
+from django.db import transaction
+from django.db.models import Count
+from django.utils import timezone
+
+from hostruntime import errors as host_errors
+from hostruntime.answers import SnapshotInfo
+from orkestr_console.accounts import audit
+from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.audit import audited
+from orkestr_console.accounts.limits import hold
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
+from orkestr_console.ids import is_id
+from orkestr_console.services.hosts import host
+from orkestr_console.services.paging import page
+from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
+from sandboxes_app.services.commands import refused
+from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.specs import SandboxSpec, SnapshotSpec
+
+logger = logging.getLogger(__name__)
+
+NO_SUCH = "There is no such snapshot in your team; check the id."
+LOST = "The host lost the files of this snapshot; take another one."
+CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
+# The longest that the host may take over one.
+CAPTURING_GRACE = timedelta(minutes=10)
+# One this young may belong to a row that was not there yet when rows were read.
+UNKNOWN_GRACE_SECONDS = 300.0
+MEGABYTE = 1_000_000
+
+
+@audited("snapshot.create", "sandbox")
+def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapshot:
+    """The files of a running sandbox as they are now, for others to start from; it runs on.
+
+    Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, one is being taken),
+    ``FleetFull``, ``HostUnavailable``; the row then says that it failed and why.
+    """
+    actor.require(WRITE)
+    sandbox = find_running(actor, sandbox_id)
+    snapshot = insert(actor, sandbox, spec)
+    try:
+        info = host().create_snapshot(snapshot.pk, sandbox.pk)
+    except host_errors.HostError as error:
+        raise given_up(snapshot, sandbox, error) from error
+    if not settled(snapshot, info):
+        release(snapshot.pk)
+        raise Conflict("The snapshot was deleted while it was taken.", code="snapshot_not_ready")
+    return snapshot
+
+
+def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec) -> Snapshot:
+    """The row, counted against the plan under the team's lock."""
+    with transaction.atomic():
+        held = hold(actor.team, actor.user)
+        try:
+            held.require_room("max_named_snapshots", counts([held.team])[held.team.pk])
+        except PlanLimit as error:
+            code = "snapshot_cap_reached"
+            raise Conflict(error.detail, code=code, extra=error.extra) from None
+        snapshot = Snapshot.objects.create(
+            team=held.team,
+            created_by=actor.user,
+            name=spec.name or "",
+            template=sandbox.template,
+            template_name=sandbox.template_name,
+            image_id=sandbox.image_id,
+            size=sandbox.size,
+            cpu=sandbox.cpu,
+            memory_mb=sandbox.memory_mb,
+            network=sandbox.network,
+            allow_domains=sandbox.allow_domains,
+            source_sandbox_id=sandbox.pk,
+            region=sandbox.region,
+            node_id=sandbox.node_id,
+        )
+        audit.record(
+            actor,
+            "snapshot.create",
+            kind="snapshot",
+            object_id=snapshot.pk,
+            name=snapshot.name or snapshot.template_name,
+            data={"sandbox": sandbox.pk, "template": sandbox.template},
+        )
+    return snapshot
+
+
+def counts(teams: Collection[Team]) -> dict[str, int]:
+    """How many snapshots each team keeps, by team id."""
+    rows = Snapshot.objects.kept().filter(team__in=teams).values("team").annotate(kept=Count("pk"))
+    found = {row["team"]: row["kept"] for row in rows}
+    return {team.pk: found.get(team.pk, 0) for team in teams}
+
+
+def settled(snapshot: Snapshot, info: SnapshotInfo) -> bool:
+    """It is there, unless it was deleted or given up meanwhile; whether it is."""
+    rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
+    size_mb = -(-info.size_bytes // MEGABYTE)
+    changed = rows.update(status=SnapshotStatus.READY, size_mb=size_mb, ready_at=timezone.now())
+    snapshot.refresh_from_db()
+    return changed == 1
+
+
+def failed(snapshot: Snapshot, message: str) -> None:
+    """It came to nothing, or is no more."""
+    Snapshot.objects.filter(pk=snapshot.pk).update(
+        status=SnapshotStatus.FAILED, error_message=message
+    )
+
+
+def given_up(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+    """The error to tell of a capture that failed; nothing is left of it but the row."""
+    try:
+        if settle_if_gone(sandbox):
+            error = host_errors.ContainerGone(error.detail)
+    except host_errors.HostError:
+        logger.warning("sandbox %s was not looked at: the host does not answer", sandbox.pk)
+    told = refused(sandbox, error)
+    failed(snapshot, told.detail)
+    release(snapshot.pk)
+    return told
+
+
+def find(actor: Actor, snapshot_id: str) -> Snapshot:
+    """The row. Raises ``NotFound``."""
+    if is_id("snap", snapshot_id):
+        found = Snapshot.objects.for_team(actor.team).filter(pk=snapshot_id).first()
+        if found is not None:
+            return found
+    raise NotFound(NO_SUCH)
+
+
+def get_snapshot(actor: Actor, snapshot_id: str) -> Snapshot:
+    """One of the team's snapshots. Raises ``NotFound``."""
+    actor.require(READ)
+    return find(actor, snapshot_id)
+
+
+def list_snapshots(
+    actor: Actor, *, limit: int | None = None, cursor: str | None = None
+) -> tuple[list[Snapshot], str | None]:
+    """The team's snapshots, newest first, and the cursor of the next page or None."""
+    actor.require(READ)
+    return page(Snapshot.objects.for_team(actor.team), limit, cursor)
+
+
+@audited("snapshot.delete", "snapshot")
+def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
+    """Delete a snapshot; one that is deleted stays so. Sandboxes started from it run on.
+
+    Raises ``NotFound``.
+    """
+    actor.require(WRITE)
+    rows = Snapshot.objects.filter(team=actor.team, pk=snapshot_id)
+    snapshot = rows.first() if is_id("snap", snapshot_id) else None
+    if snapshot is None:
+        raise NotFound(NO_SUCH)
+    with transaction.atomic():
+        deleted = rows.filter(deleted_at=None).update(deleted_at=timezone.now())
+        if deleted:
+            name = snapshot.name or snapshot.template_name
+            audit.record(
+                actor, "snapshot.delete", kind="snapshot", object_id=snapshot.pk, name=name
+            )
+    if deleted:
+        release(snapshot.pk)
+
+
+def release(snapshot_id: str) -> None:
+    """Delete what the host has of it now, or leave it to the reconcile pass."""
+    try:
+        host().delete_snapshot(snapshot_id)
+    except host_errors.HostError as error:
+        logger.warning("snapshot %s stays until the next pass: %s", snapshot_id, error.detail)
+
+
+# Starting from one ----------------------------------------------------------------------------
+
+
+def origin(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
+    """What is asked for with all that the snapshot decides filled in, and the snapshot.
+
+    Raises ``NotFound``, ``Conflict`` (it is not ready).
+    """
+    snapshot = find(actor, spec.snapshot or "")
+    if snapshot.status != SnapshotStatus.READY:
+        raise Conflict(
+            f"The snapshot is {snapshot.status}, not ready; wait for it, or use another one.",
+            code="snapshot_not_ready",
+        )
+    decided: dict[str, Any] = {"template": snapshot.template, "size": snapshot.size}
+    if "network" not in spec.model_fields_set:
+        decided["network"] = snapshot.network
+    if spec.allow_domains is None and decided.get("network", spec.network) == snapshot.network:
+        # Never wider than what the snapshot's sandbox could reach, unless the caller says so.
+        decided["allow_domains"] = snapshot.allow_domains
+    return spec.model_copy(update=decided), snapshot
+
+
+def gone(snapshot: Snapshot) -> DomainError:
+    """The error for a snapshot that the host does not have, which the row then says."""
+    failed(snapshot, LOST)
+    return Conflict(LOST, code="snapshot_not_ready")
+
+
+# Every minute -----------------------------------------------------------------------------------
+
+
+def reconcile() -> None:
+    """Make rows and the host's snapshots agree. Raises the host's errors."""
+    now = timezone.now()
+    for late in Snapshot.objects.filter(
+        status=SnapshotStatus.CAPTURING, created_at__lt=now - CAPTURING_GRACE
+    ):
+        failed(late, CUT_OFF)
+    ready = list(Snapshot.objects.kept().filter(status=SnapshotStatus.READY))
+    known = host().snapshots()
+    there = {info.id for info in known}
+    for snapshot in ready:
+        if snapshot.pk not in there:
+            failed(snapshot, LOST)
+    # Read after the host was asked: a row that was not there then cannot be missed.
+    named = set(Snapshot.objects.kept().filter(pk__in=there).values_list("pk", flat=True))
+    for info in known:
+        if info.id not in named and info.created_at < now.timestamp() - UNKNOWN_GRACE_SECONDS:
+            release(info.id)

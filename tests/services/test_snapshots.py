@@ -1,0 +1,105 @@
+"""Snapshots: the cap under a race, and what the minute's pass puts right."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from django.db import connection
+from django.utils import timezone
+
+from orkestr_console.accounts.actor import Actor, system_actor
+from orkestr_console.accounts.models import Plan, Team
+from orkestr_console.errors import Conflict
+from sandboxes_app import services, tasks
+from sandboxes_app.models import Sandbox, Snapshot
+from sandboxes_app.specs import SandboxSpec, SnapshotSpec
+from tests.fakes.host import FakeHost
+
+
+@pytest.fixture
+def sandbox(host: FakeHost, actor: Actor) -> Sandbox:
+    return services.create_sandbox(actor, SandboxSpec(template="debian-12"))
+
+
+def aged(host: FakeHost, snapshot_id: str, seconds: float) -> None:
+    """Make the host's snapshot that much older."""
+    info, files = host.taken[snapshot_id]
+    host.taken[snapshot_id] = (replace(info, created_at=info.created_at - seconds), files)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_two_take_the_last_place(plans: None, team: Team, host: FakeHost) -> None:
+    actor = system_actor(team)
+    Plan.objects.filter(pk="team").update(max_named_snapshots=2)
+    sandbox = services.create_sandbox(actor, SandboxSpec(template="debian-12"))
+    taken, refused = list[str](), list[str]()
+    begin = threading.Barrier(6)
+
+    def take() -> None:
+        begin.wait()
+        try:
+            taken.append(services.create_snapshot(actor, sandbox.pk, SnapshotSpec()).pk)
+        except Conflict as error:
+            refused.append(error.code)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 2
+    assert refused == ["snapshot_cap_reached"] * 4
+    assert services.counts([team])[team.pk]["max_named_snapshots"] == 2
+
+
+def test_what_no_row_names_is_deleted_on_the_host_once_it_is_old(
+    host: FakeHost, actor: Actor, sandbox: Sandbox
+) -> None:
+    kept = services.create_snapshot(actor, sandbox.pk, SnapshotSpec()).pk
+    host.create_snapshot("snap_young", sandbox.pk)
+    host.create_snapshot("snap_old", sandbox.pk)
+    aged(host, kept, 400)
+    aged(host, "snap_old", 400)
+    tasks.tidy()
+    assert set(host.taken) == {kept, "snap_young"}
+
+
+def test_a_deleted_one_that_the_host_kept_goes_with_the_next_pass(
+    host: FakeHost, actor: Actor, sandbox: Sandbox
+) -> None:
+    snapshot = services.create_snapshot(actor, sandbox.pk, SnapshotSpec())
+    host.down = True
+    services.delete_snapshot(actor, snapshot.pk)
+    host.down = False
+    aged(host, snapshot.pk, 400)
+    tasks.tidy()
+    assert host.taken == {}
+
+
+def test_one_that_was_never_finished_fails_and_a_young_one_does_not(
+    host: FakeHost, actor: Actor, sandbox: Sandbox
+) -> None:
+    rows = [services.create_snapshot(actor, sandbox.pk, SnapshotSpec()) for _ in range(2)]
+    Snapshot.objects.update(status="capturing")
+    old = timezone.now() - timedelta(minutes=11)
+    Snapshot.objects.filter(pk=rows[0].pk).update(created_at=old)
+    aged(host, rows[0].pk, 660)
+    tasks.tidy()
+    statuses = dict(Snapshot.objects.values_list("pk", "status"))
+    assert statuses == {rows[0].pk: "failed", rows[1].pk: "capturing"}
+    assert set(host.taken) == {rows[1].pk}
+
+
+def test_one_whose_files_the_host_lost_fails(
+    host: FakeHost, actor: Actor, sandbox: Sandbox
+) -> None:
+    snapshot = services.create_snapshot(actor, sandbox.pk, SnapshotSpec())
+    host.taken.clear()
+    tasks.tidy()
+    snapshot.refresh_from_db()
+    assert (snapshot.status, snapshot.error_message != "") == ("failed", True)
