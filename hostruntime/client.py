@@ -14,7 +14,7 @@ import ssl
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from hostruntime.answers import (
     BaseInfo,
     BuildEvent,
     BuildInfo,
-    DirectoryEntry,
     DirectoryListing,
     EgressDecision,
     EgressHost,
@@ -39,8 +38,16 @@ from hostruntime.answers import (
     SandboxInfo,
     UsageInfo,
 )
+from hostruntime.client_answers import (
+    Collected,
+    content_of,
+    error_of,
+    errors_told,
+    exec_body,
+    stat_of,
+)
 from hostruntime.client_snapshots import SnapshotCalls
-from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
+from hostruntime.errors import HostError
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
@@ -275,7 +282,7 @@ class HostClient(SnapshotCalls):
         ``stdout`` and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone.
         """
         body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes)
-        collected = _Collected()
+        collected = Collected()
         for line in self._lines("POST", f"/sandboxes/{sandbox_id}/exec", body=body):
             collected.add(ExecFrame.from_wire(line))
         return collected.result()
@@ -303,7 +310,7 @@ class HostClient(SnapshotCalls):
         """
         params = {"path": path, "max_bytes": max_bytes}
         response = self._send("GET", f"/sandboxes/{sandbox_id}/files", params=params)
-        return _content(path, response)
+        return content_of(path, response)
 
     def write_file(
         self,
@@ -354,12 +361,12 @@ class HostClient(SnapshotCalls):
         content: bytes | Iterable[bytes] | None = None,
         timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
-        with _errors_told(self.socket):
+        with errors_told(self.socket):
             response = self._http.request(
                 method, path, params=params, json=body, content=content, timeout=timeout
             )
         if response.is_error:
-            raise _error(response)
+            raise error_of(response)
         return response
 
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -375,14 +382,14 @@ class HostClient(SnapshotCalls):
         body: Mapping[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         with (
-            _errors_told(self.socket),
+            errors_told(self.socket),
             self._http.stream(
                 method, path, params=params, json=body, timeout=_STREAM_TIMEOUT
             ) as response,
         ):
             if response.is_error:
                 response.read()
-                raise _error(response)
+                raise error_of(response)
             for line in response.iter_lines():
                 if line.strip():
                     yield json.loads(line)
@@ -448,7 +455,7 @@ class AsyncHostClient:
         params = {"path": path, "directories": "false"}
         url = f"/sandboxes/{sandbox_id}/files"
         async with self._stream("GET", url, params=params) as response:
-            yield _stat_of(path, response.headers), response.aiter_raw()
+            yield stat_of(path, response.headers), response.aiter_raw()
 
     async def write_file(
         self, sandbox_id: str, path: str, content: AsyncIterator[bytes], *, mode: int | None = None
@@ -464,30 +471,12 @@ class AsyncHostClient:
     async def _stream(
         self, method: str, path: str, **request: Any
     ) -> AsyncIterator[httpx.Response]:
-        with _errors_told(self.socket):
+        with errors_told(self.socket):
             async with self._http.stream(method, path, **request) as response:
                 if response.is_error:
                     await response.aread()
-                    raise _error(response)
+                    raise error_of(response)
                 yield response
-
-
-def exec_body(
-    command: str | Sequence[str],
-    cwd: str,
-    env: Mapping[str, str] | None,
-    timeout_seconds: float | None,
-    max_output_bytes: int | None,
-) -> dict[str, Any]:
-    """The body of an exec request."""
-    what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
-    return {
-        **what,
-        "cwd": cwd,
-        "env": dict(env or {}),
-        "timeout_seconds": timeout_seconds,
-        "max_output_bytes": max_output_bytes,
-    }
 
 
 def _no_tls() -> ssl.SSLContext:
@@ -518,92 +507,3 @@ def async_host_client(socket: Path | str) -> AsyncHostClient:
     if key not in of_loop:
         of_loop[key] = AsyncHostClient(socket)
     return of_loop[key]
-
-
-class _Collected:
-    """The frames of one exec, put together."""
-
-    def __init__(self) -> None:
-        self.streams: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        self.pid: int | None = None
-        self.last: ExecFrame | None = None
-
-    def add(self, frame: ExecFrame) -> None:
-        if frame.kind == "started":
-            self.pid = frame.pid
-        elif frame.kind == "chunk" and frame.stream in self.streams:
-            self.streams[frame.stream].append(frame.data)
-        else:
-            self.last = frame
-
-    def result(self) -> ExecResult:
-        out, err = (b"".join(self.streams[name]) for name in ("stdout", "stderr"))
-        last = self.last
-        if last is None:
-            raise ContainerGone("The host ended the command's stream before the command ended.")
-        if last.kind == "error":
-            raise _exec_error(last, out, err)
-        return ExecResult(
-            code=last.code if last.code is not None else -1,
-            signal=last.signal,
-            stdout=out,
-            stderr=err,
-            duration_ms=last.duration_ms or 0,
-            out_of_memory=last.out_of_memory,
-            truncated=last.truncated,
-            pid=self.pid,
-        )
-
-
-def _exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
-    payload: dict[str, Any] = {"code": frame.error_code, "message": frame.message}
-    payload |= {"duration_ms": frame.duration_ms}
-    if frame.signal is not None:
-        payload["signal"] = frame.signal
-    error = HostError.from_wire(payload)
-    if isinstance(error, ExecTimeout):
-        error.extra |= {"stdout": out, "stderr": err}
-    return error
-
-
-def _content(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
-    stat = _stat_of(path, response.headers)
-    if not stat.is_dir:
-        return FileContent(stat, response.content)
-    entries = tuple(DirectoryEntry.from_wire(item) for item in response.json()["entries"])
-    return DirectoryListing(stat, entries)
-
-
-def _stat_of(path: str, headers: httpx.Headers) -> FileStat:
-    return FileStat(
-        path=path,
-        exists=True,
-        is_dir=headers["x-file-type"] == "directory",
-        size=int(headers["x-file-size"]),
-        mode=int(headers["x-file-mode"], 8),
-        modified_at=float(headers["x-file-modified-at"]),
-    )
-
-
-def _error(response: httpx.Response) -> HostError:
-    try:
-        payload = response.json()
-    except ValueError:
-        payload = None
-    if not isinstance(payload, dict):
-        payload = {"detail": f"The host agent answered {response.status_code} without a reason."}
-    return HostError.from_wire(payload, response.status_code)
-
-
-@contextmanager
-def _errors_told(socket: Path) -> Iterator[None]:
-    """Turn transport failures into HostUnavailable with a sentence that says what to do."""
-    try:
-        yield
-    except httpx.TimeoutException as error:
-        raise HostUnavailable(
-            f"The host agent at {socket} did not answer in time. If this lasts, look at its log."
-        ) from error
-    except httpx.TransportError as error:
-        hint = "is it running? Start it with `make run`." if not socket.exists() else str(error)
-        raise HostUnavailable(f"The host agent at {socket} does not answer: {hint}") from error
