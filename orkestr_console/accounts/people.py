@@ -65,10 +65,15 @@ class NewPersonSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Departure:
-    """Somebody who was removed or left: ``tokens`` is how many API tokens of theirs still work."""
+    """Somebody who was removed or left.
+
+    ``tokens`` is how many API tokens of theirs still work, ``invitations`` how many of their open
+    invitations were revoked.
+    """
 
     name: str
     tokens: int
+    invitations: int
 
 
 def people_group(team_id: str) -> str:
@@ -168,24 +173,55 @@ def revoke_invitation(actor: Actor, invitation_id: str) -> None:
             raise NotFound("There is no such invitation.")
         if row.is_open():
             Invitation.objects.filter(pk=row.pk).update(revoked_at=timezone.now())
-            audit.record(
-                actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email
-            )
+            note_revoked(actor, row)
 
 
 def find_invitation(secret: str, *, locked: bool = False) -> Invitation:
     """The invitation behind a link. Raises ``NotFound`` that says why it cannot be taken."""
-    rows = Invitation.objects.select_related("team__plan")
+    rows = Invitation.objects.select_related("team__plan", "created_by")
     if locked:
+        # The team first, as whoever removes or demotes its maker does.
+        teams = Team.objects.filter(invitations__digest=digest(secret))
+        teams.select_for_update(of=("self",)).first()
         rows = rows.select_for_update(of=("self",))
     row = rows.filter(digest=digest(secret)).first()
     if row is None:
         raise NotFound("This invitation does not exist. Check that the link is complete.")
-    if row.is_open():
+    backed = is_backed(row)
+    if row.is_open() and backed:
         return row
-    word = "used" if row.accepted_at else "revoked" if row.revoked_at else None
+    word = "used" if row.accepted_at else "revoked" if row.revoked_at or not backed else None
     problem = f"has been {word} already" if word else "has expired"
     raise NotFound(f"This invitation {problem}. Ask whoever sent it for a new one.")
+
+
+def is_backed(invitation: Invitation) -> bool:
+    """Whether its maker still has the role that it gives, or more."""
+    maker = invitation.created_by
+    if maker is None or maker.is_staff:
+        return maker is not None
+    place = Membership.objects.filter(team=invitation.team_id, user=maker).first()
+    return place is not None and Role(place.role).rank >= Role(invitation.role).rank
+
+
+def withdraw(actor: Actor, place: Membership, left: Role | None) -> int:
+    """Revoke a person's open invitations for roles above ``left``, None for all; how many.
+
+    The team is locked.
+    """
+    rows = Invitation.objects.filter(team=actor.team, created_by=place.user)
+    rows = rows.filter(accepted_at=None, revoked_at=None, expires_at__gt=timezone.now())
+    above = [role for role in Role if left is None or role.rank > left.rank]
+    found = list(rows.filter(role__in=above).select_for_update(of=("self",)).order_by("pk"))
+    for row in found:
+        Invitation.objects.filter(pk=row.pk).update(revoked_at=timezone.now())
+        note_revoked(actor, row)
+    return len(found)
+
+
+def note_revoked(actor: Actor, row: Invitation) -> None:
+    """On record: the link is useless."""
+    audit.record(actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email)
 
 
 @transaction.atomic
@@ -267,7 +303,8 @@ def require_another_owner(place: Membership) -> None:
 def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
     """Make somebody a member, an admin or an owner.
 
-    Raises ``Forbidden``, ``NotFound``, and ``Conflict`` for the last owner.
+    Their open invitations for roles above the new one are revoked. Raises ``Forbidden``,
+    ``NotFound``, and ``Conflict`` for the last owner.
     """
     actor.require_role(Role.ADMIN)
     with transaction.atomic():
@@ -281,6 +318,7 @@ def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
             place.role = role
             place.save(update_fields=["role"])
             note(actor, "member.role", place, data)
+            withdraw(actor, place, role)
     return place
 
 
@@ -324,12 +362,12 @@ def leave(actor: Actor) -> Departure:
 
 
 def depart(actor: Actor, action: str, place: Membership) -> Departure:
-    """End a place in the team, which is locked."""
+    """End a place in the team, which is locked; invitations are not left behind."""
     require_another_owner(place)
     tokens = ApiToken.objects.filter(team=actor.team, created_by=place.user, revoked_at=None)
     note(actor, action, place, {"role": place.role})
     place.delete()
-    return Departure(place.user.get_full_name(), tokens.count())
+    return Departure(place.user.get_full_name(), tokens.count(), withdraw(actor, place, None))
 
 
 def note(actor: Actor, action: str, place: Membership, data: dict[str, Any]) -> None:

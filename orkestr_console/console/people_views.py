@@ -126,6 +126,7 @@ def person_remove(request: ConsoleRequest, user_id: int) -> HttpResponse:
         context["error"] = error.detail
         return render(request, "console/person_remove.html", context, status=error.status)
     left = f" {gone.tokens} API tokens they made still work." if gone.tokens else ""
+    left += f" {gone.invitations} open invitations were revoked." if gone.invitations else ""
     words = f"You left {request.actor.team.name}." if own else f"{gone.name} was removed."
     messages.success(request, f"{words}{left}")
     return redirect("console:home" if own else "console:people")

@@ -127,7 +127,7 @@ def test_whoever_goes_leaves_their_tokens_and_that_is_said(
 ) -> None:
     mint_token(team, "CI", ["sandboxes:read"], created_by=bob)
     gone = people.remove(acting(alice), bob.pk)
-    assert (gone.name, gone.tokens) == ("Bob", 1)
+    assert (gone.name, gone.tokens, gone.invitations) == ("Bob", 1, 0)
     assert roles(team) == {"Alice": "owner"}
 
 
@@ -230,6 +230,91 @@ def test_a_link_that_is_no_longer_good_says_why(alice: User, charlie: User) -> N
         people.join(charlie, secret, None)
     with pytest.raises(NotFound, match="Check that the link is complete"):
         people.join(charlie, "nothing", None)
+
+
+def test_whoever_was_removed_cannot_come_back_by_a_link_they_made(
+    team: Team, alice: User, dora: User
+) -> None:
+    kept = people.invite(acting(alice), InviteSpec())[1]
+    row, own = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))
+    gone = people.remove(acting(alice), dora.pk)
+    assert (gone.invitations, people.find_invitation(kept).created_by) == (1, alice)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, own, None)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.register(NewPersonSpec(name="Eve", email="eve@example.org"), OTHER, own, None)
+    assert roles(team) == {"Alice": "owner"}
+    entry = AuditEntry.objects.get(action="invitation.revoke")
+    assert (entry.object_id, entry.who) == (row.pk, "alice@example.org")
+
+
+def test_whoever_leaves_takes_their_links_along(alice: User, dora: User) -> None:
+    secret = people.invite(acting(dora), InviteSpec())[1]
+    people.leave(acting(dora))
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, secret, None)
+
+
+def test_a_demoted_persons_links_give_no_more_than_they_have(
+    team: Team, alice: User, charlie: User, dora: User
+) -> None:
+    high = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))[1]
+    low = people.invite(acting(dora), InviteSpec(role=Role.MEMBER))[1]
+    people.change_role(acting(alice), dora.pk, Role.MEMBER)
+    people.change_role(acting(alice), dora.pk, Role.ADMIN)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(charlie, high, None)
+    assert people.join(charlie, low, None).role == Role.MEMBER
+    assert roles(team)["Dora"] == "admin"
+
+
+def test_a_link_whose_maker_is_gone_is_useless_though_it_was_never_revoked(
+    team: Team, alice: User, dora: User
+) -> None:
+    """As those are that were left behind before departures revoked them, or made meanwhile."""
+    secret = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))[1]
+    place = Membership.objects.filter(user=dora, team=team)
+    place.update(role=Role.MEMBER)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.find_invitation(secret)
+    place.delete()
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, secret, None)
+    User.objects.filter(pk=dora.pk).update(is_staff=True)
+    assert people.find_invitation(secret).is_open()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_joining_while_the_maker_is_removed_is_before_or_after(
+    plans: None, team: Team, alice: User, dora: User
+) -> None:
+    """Both lock the team first: neither waits for the other in a circle."""
+    for name in ("eve", "fay", "gus", "hal"):
+        Membership.objects.get_or_create(user=dora, team=team, defaults={"role": Role.ADMIN})
+        secret = people.invite(acting(dora), InviteSpec())[1]
+        gate = Barrier(2)
+
+        def register(name: str = name, secret: str = secret, gate: Barrier = gate) -> str:
+            gate.wait()
+            try:
+                spec = NewPersonSpec(name=name, email=f"{name}@example.org")
+                people.register(spec, OTHER, secret, None)
+            except NotFound:
+                return "refused"
+            finally:
+                connections.close_all()
+            return "in"
+
+        def remove(gate: Barrier = gate) -> int:
+            gate.wait()
+            try:
+                return people.remove(acting(alice), dora.pk).invitations
+            finally:
+                connections.close_all()
+
+        with ThreadPoolExecutor(2) as pool:
+            joining, removing = pool.submit(register), pool.submit(remove)
+            assert (joining.result(), removing.result()) in {("in", 0), ("refused", 1)}
 
 
 def test_an_invitation_for_an_address_is_for_nobody_else(
