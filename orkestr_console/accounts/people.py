@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
@@ -26,7 +28,7 @@ from orkestr_console.accounts.limit_changes import Amount
 from orkestr_console.accounts.models import ApiToken, Invitation, Membership, Role, Team, User
 from orkestr_console.channel_layer import notify
 from orkestr_console.errors import Conflict, Forbidden, InvalidInput, NotFound
-from orkestr_console.text import readable, unreadable
+from orkestr_console.text import clean, readable, unreadable
 
 INVITATION_DAYS = 7
 MOST_OPEN_INVITATIONS = 100
@@ -224,10 +226,31 @@ def note_revoked(actor: Actor, row: Invitation) -> None:
     audit.record(actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email)
 
 
-@transaction.atomic
+@contextmanager
+def refusals(secret: str, user: User, address: str | None) -> Iterator[None]:
+    """Note with the team that ``user``, who may have no account, was refused its invitation."""
+    row = Invitation.objects.select_related("team").filter(digest=digest(secret)).first()
+    if row is None:
+        # It is no team's.
+        yield
+        return
+    with audit.denials(taker(row, user, address), "member.join", "invitation", row.pk):
+        yield
+
+
+def taker(invitation: Invitation, user: User, address: str | None) -> Actor:
+    """Whoever takes an invitation, acting in its team."""
+    return Actor(invitation.team, user, None, "console", address, frozenset({EVERYTHING}))
+
+
 def join(user: User, secret: str, address: str | None) -> Membership:
     """Take an invitation. Raises ``NotFound``, ``Forbidden`` (another's), ``Conflict`` (is in)."""
-    invitation = find_invitation(secret, locked=True)
+    with refusals(secret, user, address), transaction.atomic():
+        return take(find_invitation(secret, locked=True), user, address)
+
+
+def take(invitation: Invitation, user: User, address: str | None) -> Membership:
+    """The place that an invitation gives, which is locked. Raises ``Forbidden``, ``Conflict``."""
     if invitation.email and invitation.email != user.email:
         raise Forbidden(
             f"This invitation is for {invitation.email}, and you are signed in as {user.email}. "
@@ -239,35 +262,39 @@ def join(user: User, secret: str, address: str | None) -> Membership:
     if not made:
         raise Conflict(f"You are in {invitation.team.name} already, as {place.role}.")
     Invitation.objects.filter(pk=invitation.pk).update(accepted_at=timezone.now(), accepted_by=user)
-    actor = Actor(
-        invitation.team, user, None, "console", address, frozenset({EVERYTHING}), Role(place.role)
-    )
+    actor = taker(invitation, user, address)
     data = {"role": place.role, "invitation": invitation.pk}
     audit.record(actor, "member.join", kind="user", object_id=user.pk, name=user.email, data=data)
     tell(invitation.team_id)
     return place
 
 
-@transaction.atomic
 def register(spec: NewPersonSpec, password: str, secret: str, address: str | None) -> User:
     """A new person, who takes the invitation with it.
 
     Raises ``InvalidInput`` for an address that has an account and for a weak password.
     """
-    invitation = find_invitation(secret, locked=True)
-    email = usable_email(spec.email)
+    stranger = User(email=clean(spec.email)[: audit.LONGEST_NAME], name=spec.name)
+    with refusals(secret, stranger, address), transaction.atomic():
+        invitation = find_invitation(secret, locked=True)
+        user = User(email=free_address(spec.email, invitation), name=spec.name)
+        require_strong(password, user)
+        user.set_password(password)
+        user.save()
+        take(invitation, user, address)
+    return user
+
+
+def free_address(text: str, invitation: Invitation) -> str:
+    """The address for a new account. Raises ``InvalidInput``."""
+    email = usable_email(text)
     if invitation.email and invitation.email != email:
         sentence = f"must be {invitation.email}, whom this invitation is for."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
     if User.objects.filter(email=email).exists():
         sentence = "has an account already: sign in, then open the link again."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
-    user = User(email=email, name=spec.name)
-    require_strong(password, user)
-    user.set_password(password)
-    user.save()
-    join(user, secret, address)
-    return user
+    return email
 
 
 def require_strong(password: str, user: User) -> None:

@@ -24,20 +24,21 @@ from tests.conftest import make_user
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
 
 type Headers = list[tuple[bytes, bytes]]
+type Expected = dict[str, str | int]
 
 # Shown what there is; told to sign in; told that it is not there.
 SHOWN, IN, GONE = "shown", 4401, 4404
 
-OF_A_TEAM = {"other team": SHOWN, "member": SHOWN, "admin": SHOWN}
-OF_AN_OBJECT = {**OF_A_TEAM, "other team": GONE}
-SOCKETS: dict[str, dict[str, str | int]] = {
-    "ws/templates/": {**OF_A_TEAM},
-    "ws/templates/<str:template_id>/": {**OF_AN_OBJECT},
-    "ws/sandboxes/": {**OF_A_TEAM},
-    "ws/sandboxes/<str:sandbox_id>/": {**OF_AN_OBJECT},
+OF_A_TEAM: Expected = {"other team": SHOWN, "member": SHOWN, "admin": SHOWN}
+OF_AN_OBJECT: Expected = {**OF_A_TEAM, "other team": GONE}
+SOCKETS: dict[str, Expected] = {
+    "ws/templates/": OF_A_TEAM,
+    "ws/templates/<str:template_id>/": OF_AN_OBJECT,
+    "ws/sandboxes/": OF_A_TEAM,
+    "ws/sandboxes/<str:sandbox_id>/": OF_AN_OBJECT,
 }
 # Cookies alone open a page: without a session nobody does, whatever else they send.
-NOBODIES = {"nobody": IN, "only a token": IN}
+NOBODIES: Expected = {"nobody": IN, "only a token": IN}
 CASES = [
     pytest.param(route, caller, expected, id=f"{route} by {caller}")
     for route, callers in SOCKETS.items()

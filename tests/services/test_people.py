@@ -194,7 +194,11 @@ def test_an_invitation_is_stored_hashed_and_taken_once(
     assert people.list_invitations(acting(alice)) == []
     with pytest.raises(NotFound, match=r"has been used already\. Ask whoever sent it"):
         people.join(make_user("eve", Team.objects.get(slug="globex"), Role.MEMBER), secret, None)
-    assert [action for action, _ in actions(team)] == ["invitation.create", "member.join"]
+    assert actions(team) == [
+        ("invitation.create", "done"),
+        ("member.join", "done"),
+        ("member.join", "denied"),
+    ]
 
 
 @pytest.mark.django_db(transaction=True)
@@ -350,6 +354,30 @@ def test_a_new_account_is_refused_by_field_and_the_link_stays_good(
     assert list(refused.value.fields or ()) == [field]
     assert people.find_invitation(secret).is_open()
     assert User.objects.count() == 1
+
+
+def test_whoever_is_refused_an_invitation_is_on_record_with_its_team(
+    team: Team, alice: User, charlie: User
+) -> None:
+    row, secret = people.invite(acting(alice), InviteSpec(email="eve@example.org"))
+    with pytest.raises(Forbidden):
+        people.join(charlie, secret, "192.0.2.3")
+    with pytest.raises(InvalidInput):
+        people.register(NewPersonSpec(name="F", email="fay@example.org"), OTHER, secret, None)
+    with pytest.raises(InvalidInput):
+        people.register(NewPersonSpec(name="E", email="eve@example.org"), "hunter2", secret, None)
+    with pytest.raises(NotFound):
+        people.join(charlie, "no such link", None)
+    entries = AuditEntry.objects.filter(outcome="denied", team_id=team.pk).order_by("pk")
+    assert [(e.who, e.user_id, e.action, e.object_id) for e in entries] == [
+        ("charlie@example.org", charlie.pk, "member.join", row.pk),
+        ("fay@example.org", None, "member.join", row.pk),
+        ("eve@example.org", None, "member.join", row.pk),
+    ]
+    assert entries[0].address == "192.0.2.3"
+    written = str(list(entries.values()))
+    assert "hunter2" not in written and secret not in written
+    assert AuditEntry.objects.filter(outcome="denied").count() == 3
 
 
 def test_who_may_invite_whom(team: Team, alice: User, bob: User, dora: User) -> None:
