@@ -29,7 +29,7 @@ from django_htmx.middleware import HtmxDetails
 from orkestr_console.accounts import audit, services, sessions
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import User
-from orkestr_console.errors import MethodNotAllowed, Unauthenticated
+from orkestr_console.errors import DomainError, MethodNotAllowed, RateLimited, Unauthenticated
 from orkestr_console.json_api import no_content
 
 
@@ -108,6 +108,21 @@ def authenticate(request: HttpRequest) -> Actor:
     if scheme.lower() != "bearer":
         raise Unauthenticated("The Authorization header must be 'Bearer' and your API token.")
     return services.actor_of_token(credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR"))
+
+
+def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError | None:
+    """Why an answer that is still being sent must end, None while it may go on.
+
+    The token is looked at anew, and then by ``look`` whatever else must hold of its actor. A token
+    that calls too often still holds.
+    """
+    try:
+        look(authenticate(request))
+    except RateLimited:
+        return None
+    except DomainError as error:
+        return error
+    return None
 
 
 def refuse_method(request: HttpRequest, methods: tuple[str, ...]) -> None:

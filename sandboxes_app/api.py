@@ -6,15 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from time import monotonic
 from typing import Any
 
 from asgiref.sync import async_to_sync
+from channels.db import database_sync_to_async
 from django.conf import settings
-from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api
-from orkestr_console.errors import InvalidInput
+from orkestr_console.decorators import ApiRequest, api, ended
+from orkestr_console.errors import DomainError, InvalidInput
 from orkestr_console.json_api import json_answer, no_content, read_json, timestamp
 from orkestr_console.postgres import let_go
 from orkestr_console.services.paging import read_limit
@@ -116,36 +118,45 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
         let_go()
         # On the server's own event loop, where the response will go on reading.
-        return async_to_sync(streamed)(frames)
+        return async_to_sync(streamed)(request, frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )
 
 
-async def streamed(frames: AsyncGenerator[dict[str, Any]]) -> StreamingHttpResponse:
+async def streamed(
+    request: HttpRequest, frames: AsyncGenerator[dict[str, Any]]
+) -> StreamingHttpResponse:
     """The stream, once its first frame is there: until then, an error is an ordinary answer."""
     first = await anext(frames)
     return StreamingHttpResponse(
-        sent_events(first, frames),
+        sent_events(request, first, frames),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
 async def sent_events(
-    first: dict[str, Any], frames: AsyncGenerator[dict[str, Any]]
+    request: HttpRequest, first: dict[str, Any], frames: AsyncGenerator[dict[str, Any]]
 ) -> AsyncIterator[bytes]:
     """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
 
-    A silent command gets comments in between, as clients give up on a silent connection. However
-    this ends, the command's process tree ends with it.
+    A silent command gets comments in between, as clients give up on a silent connection; about as
+    often the token is looked at, and once it does not hold an error is the last. However this
+    ends, the command's process tree ends with it.
     """
     async with aclosing(frames):
         yield event(first)
         following = asyncio.ensure_future(anext(frames, None))
+        trusted_until = monotonic() + KEEP_ALIVE_SECONDS
         try:
             while True:
                 await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
+                if not following.done() or monotonic() >= trusted_until:
+                    if error := await database_sync_to_async(no_longer)(request):
+                        yield event({"kind": "error", "code": error.code, "message": error.detail})
+                        return
+                    trusted_until = monotonic() + KEEP_ALIVE_SECONDS
                 if not following.done():
                     yield KEEP_ALIVE
                     continue
@@ -156,6 +167,11 @@ async def sent_events(
         finally:
             following.cancel()
             await asyncio.wait({following})
+
+
+def no_longer(request: HttpRequest) -> DomainError | None:
+    """Why the token may not run the command any more, None while it may."""
+    return ended(request, lambda actor: actor.require(WRITE))
 
 
 def event(frame: dict[str, Any]) -> bytes:

@@ -6,13 +6,14 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache
+from time import monotonic
 
 from channels.db import database_sync_to_async
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api, authenticate
-from orkestr_console.errors import DomainError, InvalidInput, RateLimited
+from orkestr_console.decorators import ApiRequest, api, ended
+from orkestr_console.errors import DomainError, InvalidInput
 from orkestr_console.json_api import json_answer, no_content, read_json
 from orkestr_console.postgres import let_go
 from orkestr_console.services.paging import read_limit
@@ -24,6 +25,8 @@ from templates_app.specs import TemplateSpec
 LARGEST_RECIPE = 6 * 1024 * 1024
 LONGEST_NUMBER = 9  # digits
 KEEP_ALIVE = b": the build goes on\n\n"
+# For so long is a token believed to hold; then it is looked at again.
+LONGEST_TRUST = 10.0  # seconds
 # How long a client that lost the stream waits before it comes again, in milliseconds.
 RETRY = b"retry: 1000\n\n"
 
@@ -100,17 +103,20 @@ def read_after(request: HttpRequest) -> int:
 async def sent_events(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
     """Server-sent events (HTML Living Standard, 9.2), the numbers as their ids, until the end.
 
-    A silent build gets comments in between. Who may not read it any more gets no more of it.
+    A silent build gets comments in between. Who may not read it any more gets no more of it: after
+    at most ``LONGEST_TRUST`` seconds, an error instead.
     """
     yield RETRY
+    trusted_until = monotonic() + LONGEST_TRUST
     async with aclosing(services.follow_events(template_id, after)) as batches:
         async for batch in batches:
-            if batch:
-                yield b"".join(sent(told) for told in batch)
-            elif await database_sync_to_async(may_go_on)(request, template_id):
-                yield KEEP_ALIVE
-            else:
-                return
+            if not batch or monotonic() >= trusted_until:
+                error = await database_sync_to_async(no_longer)(request, template_id)
+                if error is not None:
+                    yield sent_error(error)
+                    return
+                trusted_until = monotonic() + LONGEST_TRUST
+            yield b"".join(sent(told) for told in batch) or KEEP_ALIVE
 
 
 @lru_cache(maxsize=1024)
@@ -120,15 +126,15 @@ def sent(told: services.Told) -> bytes:
     return f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
 
 
-def may_go_on(request: HttpRequest, template_id: str) -> bool:
-    """Whether the token still reads the template; a token that calls too often does."""
-    try:
-        services.get_template(authenticate(request), template_id)
-    except RateLimited:
-        return True
-    except DomainError:
-        return False
-    return True
+def sent_error(error: DomainError) -> bytes:
+    """Why the stream ends before the build; it has no number, so that of the last event stays."""
+    told = {"kind": "error", "code": error.code, "message": error.detail}
+    return f"event: error\ndata: {json.dumps(told, separators=(',', ':'))}\n\n".encode()
+
+
+def no_longer(request: HttpRequest, template_id: str) -> DomainError | None:
+    """Why the token does not read the template any more, None while it does."""
+    return ended(request, lambda actor: services.get_template(actor, template_id))
 
 
 @api(scope=READ)

@@ -57,17 +57,22 @@ def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
             allowed_templates=spec.templates,
             allowed_networks=list(spec.networks) if spec.networks is not None else None,
         )
-        data = {
-            "token": token.prefix,
-            "scopes": token.scopes,
-            "expires_at": expires_at.isoformat() if expires_at else None,
-            "templates": token.allowed_templates,
-            "networks": token.allowed_networks,
-        }
-        audit.record(
-            actor, "token.create", kind="token", object_id=token.pk, name=token.name, data=data
-        )
+        note_created(actor, token)
     return token, text
+
+
+def note_created(actor: Actor, token: ApiToken) -> None:
+    """On record: there is a new token, and what it may do."""
+    data = {
+        "token": token.prefix,
+        "scopes": token.scopes,
+        "expires_at": token.expires_at.isoformat() if token.expires_at else None,
+        "templates": token.allowed_templates,
+        "networks": token.allowed_networks,
+    }
+    audit.record(
+        actor, "token.create", kind="token", object_id=token.pk, name=token.name, data=data
+    )
 
 
 def list_tokens(actor: Actor) -> list[ApiToken]:

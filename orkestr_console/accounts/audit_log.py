@@ -17,6 +17,8 @@ PAGE = 50
 MOST_EXPORTED = 50_000
 
 type Text = Annotated[str, Field(max_length=254)]
+# Of the last day there is, the midnight after it is none.
+type Day = Annotated[date, Field(ge=date(1970, 1, 1), le=date(9999, 12, 30))]
 
 
 class AuditQuery(BaseModel):
@@ -28,8 +30,8 @@ class AuditQuery(BaseModel):
     action: Text = ""
     outcome: Literal["", "done", "denied"] = ""
     surface: Literal["", "console", "rest", "mcp", "system"] = ""
-    since: date | None = None
-    until: date | None = None
+    since: Day | None = None
+    until: Day | None = None
     text: Text = ""
 
 

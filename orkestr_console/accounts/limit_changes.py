@@ -6,7 +6,8 @@ blocks new ones and ends nothing that exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -186,10 +187,14 @@ def apply(row: models.Model, changes: Mapping[str, Any]) -> dict[str, list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A person who runs this server, in whichever team. Made by :func:`operator`."""
+    """A person who runs this server, in whichever team. Made by :func:`operator`.
+
+    ``home`` is the team they act for just now: what is refused of no team's is on record there.
+    """
 
     user: User
     address: str | None
+    home: Team | None = None
 
     def of(self, team: Team) -> Actor:
         """The operator acting for a team, as an owner would."""
@@ -197,11 +202,21 @@ class Operator:
         return Actor(team, self.user, None, "console", self.address, scopes, Role.OWNER)
 
 
-def operator(user: User, address: str | None) -> Operator:
+def operator(user: User, address: str | None, home: Team | None = None) -> Operator:
     """Raises ``NotFound`` for anybody else: they have no business knowing what is here."""
     if not user.is_staff:
         raise NotFound
-    return Operator(user, address)
+    return Operator(user, address, home)
+
+
+@contextmanager
+def refusals(who: Operator, action: str, kind: str, object_id: str = "") -> Iterator[None]:
+    """Note a refusal that leaves the block with the operator's team, if they act for one."""
+    if who.home is None:
+        yield
+        return
+    with audit.denials(who.of(who.home), action, kind, object_id):
+        yield
 
 
 def list_teams(_: Operator, text: str = "") -> list[Team]:
@@ -264,11 +279,11 @@ def known_plan(code: str) -> Plan:
 
 def edit_plan(who: Operator, code: str, spec: PlanSpec) -> Plan:
     """Change what a plan allows, for every team on it. Raises ``InvalidInput``, ``NotFound``."""
-    missing = {name: "is required." for name in KINDS if name not in spec.numbers}
-    wrong_sizes = choice_problem(spec.sizes, SIZES)
-    problems = {**missing, **range_problems(spec.numbers)}
-    refuse({**problems, **({"sizes": wrong_sizes} if wrong_sizes else {})})
-    with transaction.atomic():
+    with refusals(who, "plan.edit", "plan", code), transaction.atomic():
+        missing = {name: "is required." for name in KINDS if name not in spec.numbers}
+        wrong_sizes = choice_problem(spec.sizes, SIZES)
+        problems = {**missing, **range_problems(spec.numbers)}
+        refuse({**problems, **({"sizes": wrong_sizes} if wrong_sizes else {})})
         plan = Plan.objects.select_for_update().filter(pk=code).first()
         if plan is None:
             raise NotFound("There is no such plan.")
@@ -292,7 +307,10 @@ def edit_plan(who: Operator, code: str, spec: PlanSpec) -> Plan:
 
 
 def create_team(who: Operator, spec: NewTeamSpec) -> Team:
-    """A team nobody is in yet. Raises ``InvalidInput`` for a plan that does not exist."""
+    """A team nobody is in yet. Raises ``InvalidInput`` for a plan that does not exist.
+
+    Whoever calls it notes a refusal (:func:`refusals`), outside of what else they do with it.
+    """
     with transaction.atomic():
         plan = known_plan(spec.plan)
         team = Team.objects.create(name=spec.name, slug=free_slug(spec.name), plan=plan)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
@@ -26,7 +28,7 @@ from orkestr_console.accounts.limit_changes import Amount
 from orkestr_console.accounts.models import ApiToken, Invitation, Membership, Role, Team, User
 from orkestr_console.channel_layer import notify
 from orkestr_console.errors import Conflict, Forbidden, InvalidInput, NotFound
-from orkestr_console.text import readable, unreadable
+from orkestr_console.text import clean, readable, unreadable
 
 INVITATION_DAYS = 7
 MOST_OPEN_INVITATIONS = 100
@@ -65,10 +67,15 @@ class NewPersonSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Departure:
-    """Somebody who was removed or left: ``tokens`` is how many API tokens of theirs still work."""
+    """Somebody who was removed or left.
+
+    ``tokens`` is how many API tokens of theirs still work, ``invitations`` how many of their open
+    invitations were revoked.
+    """
 
     name: str
     tokens: int
+    invitations: int
 
 
 def people_group(team_id: str) -> str:
@@ -168,30 +175,82 @@ def revoke_invitation(actor: Actor, invitation_id: str) -> None:
             raise NotFound("There is no such invitation.")
         if row.is_open():
             Invitation.objects.filter(pk=row.pk).update(revoked_at=timezone.now())
-            audit.record(
-                actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email
-            )
+            note_revoked(actor, row)
 
 
 def find_invitation(secret: str, *, locked: bool = False) -> Invitation:
     """The invitation behind a link. Raises ``NotFound`` that says why it cannot be taken."""
-    rows = Invitation.objects.select_related("team__plan")
+    rows = Invitation.objects.select_related("team__plan", "created_by")
     if locked:
+        # The team first, as whoever removes or demotes its maker does.
+        teams = Team.objects.filter(invitations__digest=digest(secret))
+        teams.select_for_update(of=("self",)).first()
         rows = rows.select_for_update(of=("self",))
     row = rows.filter(digest=digest(secret)).first()
     if row is None:
         raise NotFound("This invitation does not exist. Check that the link is complete.")
-    if row.is_open():
+    backed = is_backed(row)
+    if row.is_open() and backed:
         return row
-    word = "used" if row.accepted_at else "revoked" if row.revoked_at else None
+    word = "used" if row.accepted_at else "revoked" if row.revoked_at or not backed else None
     problem = f"has been {word} already" if word else "has expired"
     raise NotFound(f"This invitation {problem}. Ask whoever sent it for a new one.")
 
 
-@transaction.atomic
+def is_backed(invitation: Invitation) -> bool:
+    """Whether its maker still has the role that it gives, or more."""
+    maker = invitation.created_by
+    if maker is None or maker.is_staff:
+        return maker is not None
+    place = Membership.objects.filter(team=invitation.team_id, user=maker).first()
+    return place is not None and Role(place.role).rank >= Role(invitation.role).rank
+
+
+def withdraw(actor: Actor, place: Membership, left: Role | None) -> int:
+    """Revoke a person's open invitations for roles above ``left``, None for all; how many.
+
+    The team is locked.
+    """
+    rows = Invitation.objects.filter(team=actor.team, created_by=place.user)
+    rows = rows.filter(accepted_at=None, revoked_at=None, expires_at__gt=timezone.now())
+    above = [role for role in Role if left is None or role.rank > left.rank]
+    found = list(rows.filter(role__in=above).select_for_update(of=("self",)).order_by("pk"))
+    for row in found:
+        Invitation.objects.filter(pk=row.pk).update(revoked_at=timezone.now())
+        note_revoked(actor, row)
+    return len(found)
+
+
+def note_revoked(actor: Actor, row: Invitation) -> None:
+    """On record: the link is useless."""
+    audit.record(actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email)
+
+
+@contextmanager
+def refusals(secret: str, user: User, address: str | None) -> Iterator[None]:
+    """Note with the team that ``user``, who may have no account, was refused its invitation."""
+    row = Invitation.objects.select_related("team").filter(digest=digest(secret)).first()
+    if row is None:
+        # It is no team's.
+        yield
+        return
+    with audit.denials(taker(row, user, address), "member.join", "invitation", row.pk):
+        yield
+
+
+def taker(invitation: Invitation, user: User, address: str | None) -> Actor:
+    """Whoever takes an invitation, acting in its team."""
+    return Actor(invitation.team, user, None, "console", address, frozenset({EVERYTHING}))
+
+
 def join(user: User, secret: str, address: str | None) -> Membership:
     """Take an invitation. Raises ``NotFound``, ``Forbidden`` (another's), ``Conflict`` (is in)."""
-    invitation = find_invitation(secret, locked=True)
+    with refusals(secret, user, address), transaction.atomic():
+        return take(find_invitation(secret, locked=True), user, address)
+
+
+def take(invitation: Invitation, user: User, address: str | None) -> Membership:
+    """The place that an invitation gives, which is locked. Raises ``Forbidden``, ``Conflict``."""
     if invitation.email and invitation.email != user.email:
         raise Forbidden(
             f"This invitation is for {invitation.email}, and you are signed in as {user.email}. "
@@ -203,35 +262,39 @@ def join(user: User, secret: str, address: str | None) -> Membership:
     if not made:
         raise Conflict(f"You are in {invitation.team.name} already, as {place.role}.")
     Invitation.objects.filter(pk=invitation.pk).update(accepted_at=timezone.now(), accepted_by=user)
-    actor = Actor(
-        invitation.team, user, None, "console", address, frozenset({EVERYTHING}), Role(place.role)
-    )
+    actor = taker(invitation, user, address)
     data = {"role": place.role, "invitation": invitation.pk}
     audit.record(actor, "member.join", kind="user", object_id=user.pk, name=user.email, data=data)
     tell(invitation.team_id)
     return place
 
 
-@transaction.atomic
 def register(spec: NewPersonSpec, password: str, secret: str, address: str | None) -> User:
     """A new person, who takes the invitation with it.
 
     Raises ``InvalidInput`` for an address that has an account and for a weak password.
     """
-    invitation = find_invitation(secret, locked=True)
-    email = usable_email(spec.email)
+    stranger = User(email=clean(spec.email)[: audit.LONGEST_NAME], name=spec.name)
+    with refusals(secret, stranger, address), transaction.atomic():
+        invitation = find_invitation(secret, locked=True)
+        user = User(email=free_address(spec.email, invitation), name=spec.name)
+        require_strong(password, user)
+        user.set_password(password)
+        user.save()
+        take(invitation, user, address)
+    return user
+
+
+def free_address(text: str, invitation: Invitation) -> str:
+    """The address for a new account. Raises ``InvalidInput``."""
+    email = usable_email(text)
     if invitation.email and invitation.email != email:
         sentence = f"must be {invitation.email}, whom this invitation is for."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
     if User.objects.filter(email=email).exists():
         sentence = "has an account already: sign in, then open the link again."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
-    user = User(email=email, name=spec.name)
-    require_strong(password, user)
-    user.set_password(password)
-    user.save()
-    join(user, secret, address)
-    return user
+    return email
 
 
 def require_strong(password: str, user: User) -> None:
@@ -267,7 +330,8 @@ def require_another_owner(place: Membership) -> None:
 def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
     """Make somebody a member, an admin or an owner.
 
-    Raises ``Forbidden``, ``NotFound``, and ``Conflict`` for the last owner.
+    Their open invitations for roles above the new one are revoked. Raises ``Forbidden``,
+    ``NotFound``, and ``Conflict`` for the last owner.
     """
     actor.require_role(Role.ADMIN)
     with transaction.atomic():
@@ -281,6 +345,7 @@ def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
             place.role = role
             place.save(update_fields=["role"])
             note(actor, "member.role", place, data)
+            withdraw(actor, place, role)
     return place
 
 
@@ -324,12 +389,12 @@ def leave(actor: Actor) -> Departure:
 
 
 def depart(actor: Actor, action: str, place: Membership) -> Departure:
-    """End a place in the team, which is locked."""
+    """End a place in the team, which is locked; invitations are not left behind."""
     require_another_owner(place)
     tokens = ApiToken.objects.filter(team=actor.team, created_by=place.user, revoked_at=None)
     note(actor, action, place, {"role": place.role})
     place.delete()
-    return Departure(place.user.get_full_name(), tokens.count())
+    return Departure(place.user.get_full_name(), tokens.count(), withdraw(actor, place, None))
 
 
 def note(actor: Actor, action: str, place: Membership, data: dict[str, Any]) -> None:

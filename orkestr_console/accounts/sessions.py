@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from django.conf import settings
 from django.contrib.auth import login
@@ -13,8 +14,9 @@ from django.utils import timezone
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.models import Membership, SignedIn, User
+from orkestr_console.accounts.services import actor_of_session
 from orkestr_console.channel_layer import notify
-from orkestr_console.errors import NotFound
+from orkestr_console.errors import Forbidden, NotFound
 
 # When a session was last used is worth knowing to this many seconds.
 SEEN_GRAIN_SECONDS = 300
@@ -60,6 +62,14 @@ def note_sign_in(email: str, address: str, *, user: User | None, error: str = ""
         return
     for team_id in Membership.objects.filter(user=person).values_list("team_id", flat=True):
         audit.record_sign_in(person.email, address, team_id, user=user, error=error)
+
+
+def note_sign_out(request: HttpRequest) -> None:
+    """Put on record that the person ends this session, in the team they act for."""
+    if isinstance(request.user, User):
+        # Whoever is in no team any more has no log to be written in.
+        with suppress(Forbidden):
+            audit.record(actor_of_session(request), "session.end", kind="session")
 
 
 def address_of(request: HttpRequest) -> str:

@@ -13,13 +13,9 @@ from django.utils.safestring import mark_safe
 from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_POST, require_safe
 
-from orkestr_console.accounts import people, second_factor, sessions
+from orkestr_console.accounts import account, second_factor, sessions
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import InvalidInput
-from orkestr_console.text import unreadable
-
-WRONG_PASSWORD = "This is not your password."  # noqa: S105 - a sentence
-LONGEST_NAME = 100
 
 
 @require_safe
@@ -56,13 +52,10 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
 def account_name(request: ConsoleRequest) -> HttpResponse:
     """What the console calls the person."""
     name = request.POST.get("name", "").strip()
-    problem = unreadable(name) or (
-        f"Your name has at most {LONGEST_NAME} characters." if len(name) > LONGEST_NAME else ""
-    )
-    if problem:
-        return show(request, 400, name=name, errors={"name": problem})
-    request.user.name = name
-    request.user.save(update_fields=["name"])
+    try:
+        account.change_name(request.actor, name)
+    except InvalidInput as error:
+        return show(request, 400, name=name, errors=error.fields)
     messages.success(request, "Your name was saved.")
     return redirect("console:account")
 
@@ -72,16 +65,12 @@ def account_name(request: ConsoleRequest) -> HttpResponse:
 @console_page
 def account_password(request: ConsoleRequest) -> HttpResponse:
     """A new password, which signs every other browser out."""
-    user, password = request.user, request.POST.get("password", "")
-    if not user.check_password(request.POST.get("current", "")):
-        return show(request, 400, errors={"current": WRONG_PASSWORD})
+    current, password = (request.POST.get(field, "") for field in ("current", "password"))
     try:
-        people.require_strong(password, user)
+        account.change_password(request.actor, current, password, request.session.session_key)
     except InvalidInput as error:
         return show(request, 400, errors=error.fields)
-    sessions.end_other_sessions(user, request.session.session_key)
-    user.set_password(password)
-    user.save(update_fields=["password"])
+    user = request.user
     sessions.forget(request)
     update_session_auth_hash(request, user)
     sessions.remember(request, user)
@@ -93,7 +82,7 @@ def account_password(request: ConsoleRequest) -> HttpResponse:
 @console_page
 def session_end(request: ConsoleRequest, session_id: int) -> HttpResponse:
     """Sign one browser out."""
-    sessions.end_session(request.user, session_id)
+    account.end_session(request.actor, session_id)
     messages.success(request, "That browser was signed out.")
     return redirect("console:account")
 
@@ -102,7 +91,7 @@ def session_end(request: ConsoleRequest, session_id: int) -> HttpResponse:
 @console_page
 def sessions_end_others(request: ConsoleRequest) -> HttpResponse:
     """Sign every other browser out."""
-    ended = sessions.end_other_sessions(request.user, request.session.session_key)
+    ended = account.end_other_sessions(request.actor, request.session.session_key)
     messages.success(request, f"{ended} other browsers were signed out.")
     return redirect("console:account")
 
@@ -111,7 +100,7 @@ def sessions_end_others(request: ConsoleRequest) -> HttpResponse:
 @console_page
 def second_factor_begin(request: ConsoleRequest) -> HttpResponse:
     """Show a secret to scan."""
-    second_factor.begin(request.user)
+    account.begin_second_factor(request.actor)
     return redirect("console:account")
 
 
@@ -120,7 +109,7 @@ def second_factor_begin(request: ConsoleRequest) -> HttpResponse:
 def second_factor_confirm(request: ConsoleRequest) -> HttpResponse:
     """Turn it on; the recovery codes are shown once."""
     try:
-        codes = second_factor.confirm(request.user, request.POST.get("code", ""))
+        codes = account.confirm_second_factor(request.actor, request.POST.get("code", ""))
     except InvalidInput as error:
         return show(request, 400, errors={"code": error.detail})
     return show(request, codes=codes)
@@ -131,8 +120,9 @@ def second_factor_confirm(request: ConsoleRequest) -> HttpResponse:
 @console_page
 def second_factor_off(request: ConsoleRequest) -> HttpResponse:
     """Turn it off, which needs the password."""
-    if not request.user.check_password(request.POST.get("current", "")):
-        return show(request, 400, errors={"off": WRONG_PASSWORD})
-    second_factor.turn_off(request.user)
+    try:
+        account.turn_off_second_factor(request.actor, request.POST.get("current", ""))
+    except InvalidInput as error:
+        return show(request, 400, errors=error.fields)
     messages.success(request, "Two-step sign-in is off.")
     return redirect("console:account")

@@ -25,6 +25,7 @@ COLUMNS = (
 )
 SURFACES = ("console", "rest", "mcp", "system")
 LARGEST_ID = 2**63 - 1
+LONGEST_ID = 19  # digits
 
 
 def typed(request: ConsoleRequest) -> dict[str, str]:
@@ -62,7 +63,8 @@ def before_of(text: str) -> int | None:
     """Where a page begins. Raises ``InvalidInput``."""
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and int(text[:20]) <= LARGEST_ID):
+    whole = text.isascii() and text.isdigit() and len(text) <= LONGEST_ID
+    if not whole or int(text) > LARGEST_ID:
         raise InvalidInput("before: is no entry of the log; start from the newest.")
     return int(text)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from django.contrib import messages
 from django.db import transaction
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_safe
 
-from orkestr_console.accounts import limit_changes, people
+from orkestr_console.accounts import audit, limit_changes, people
 from orkestr_console.accounts.limit_changes import SIZES, Operator
 from orkestr_console.accounts.limits import KINDS, build
 from orkestr_console.accounts.models import Role
@@ -24,9 +25,14 @@ from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError
 
 
-def operator_of(request: HttpRequest) -> Operator:
-    """The operator who asks. Raises ``NotFound`` for anybody else."""
-    return limit_changes.operator(request.user, request.META.get("REMOTE_ADDR"))  # type: ignore[arg-type]
+def operator_of(request: ConsoleRequest) -> Operator:
+    """The operator who asks. Raises ``NotFound`` for anybody else, a write of whom is on record."""
+    actor = request.actor
+    with ExitStack() as noting:
+        if request.method == "POST":
+            called = f"{request.method} {request.path}"
+            noting.enter_context(audit.denials(actor, "operator.call", "route", called))
+        return limit_changes.operator(request.user, actor.address, actor.team)
 
 
 @require_safe
@@ -84,7 +90,9 @@ def operator_plan(request: ConsoleRequest, code: str) -> HttpResponse:
     if request.method == "POST":
         form = PlanForm.typed(request.POST)
         try:
-            limit_changes.edit_plan(who, code, form.spec())
+            with limit_changes.refusals(who, "plan.edit", "plan", code):
+                spec = form.spec()
+            limit_changes.edit_plan(who, code, spec)
         except DomainError as error:
             form.take(error)
             status = error.status
@@ -120,9 +128,8 @@ def operator_team_new(request: ConsoleRequest) -> HttpResponse:
 
 def made_team(request: ConsoleRequest, who: Operator, form: TeamForm) -> dict[str, Any]:
     """Make the team and its owner's invitation, or neither."""
-    spec = form.spec()
-    with transaction.atomic():
-        team = limit_changes.create_team(who, spec)
+    with limit_changes.refusals(who, "team.create", "team"), transaction.atomic():
+        team = limit_changes.create_team(who, form.spec())
         owner = InviteSpec(role=Role.OWNER, email=form.email)
         invitation, secret = people.invite(who.of(team), owner)
     link = console_address(request) + reverse("console:join", args=[secret])

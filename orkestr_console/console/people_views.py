@@ -13,12 +13,14 @@ from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from orkestr_console.accounts import people, sessions
+from orkestr_console.accounts.audit import LONGEST_NAME
 from orkestr_console.accounts.models import Invitation, Membership, Role, User
 from orkestr_console.accounts.services import TEAM_KEY
 from orkestr_console.addresses import console_address
 from orkestr_console.console.people_forms import InviteForm, JoinForm, ShareForm
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError, InvalidInput, NotFound
+from orkestr_console.text import clean
 
 
 @never_cache
@@ -126,6 +128,7 @@ def person_remove(request: ConsoleRequest, user_id: int) -> HttpResponse:
         context["error"] = error.detail
         return render(request, "console/person_remove.html", context, status=error.status)
     left = f" {gone.tokens} API tokens they made still work." if gone.tokens else ""
+    left += f" {gone.invitations} open invitations were revoked." if gone.invitations else ""
     words = f"You left {request.actor.team.name}." if own else f"{gone.name} was removed."
     messages.success(request, f"{words}{left}")
     return redirect("console:home" if own else "console:people")
@@ -156,15 +159,17 @@ def teams_page(request: ConsoleRequest) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 def join(request: HttpRequest, secret: str) -> HttpResponse:
     """Take an invitation: signed in at once, else with a new account or after signing in."""
-    invitation = people.find_invitation(secret)
     user = request.user if isinstance(request.user, User) else None
-    form = JoinForm(email=invitation.email)
-    if request.method != "POST":
-        return join_page(request, invitation, form)
     address = sessions.address_of(request)
+    if request.method != "POST":
+        invitation = people.find_invitation(secret)
+        return join_page(request, invitation, JoinForm(email=invitation.email))
+    form = JoinForm.typed(request.POST)
+    asking = user or User(email=clean(form.email)[:LONGEST_NAME])
+    with people.refusals(secret, asking, address):
+        invitation = people.find_invitation(secret)
     try:
         if user is None:
-            form = JoinForm.typed(request.POST)
             user = people.register(form.spec(), form.password, secret, address)
             sessions.open_session(request, user)
         else:

@@ -108,6 +108,7 @@ def halfway_in(request: HttpRequest) -> User | None:
 @require_POST
 def sign_out(request: HttpRequest) -> HttpResponse:
     """End the session."""
+    sessions.note_sign_out(request)
     sessions.forget(request)
     logout(request)
     return redirect("console:sign_in")

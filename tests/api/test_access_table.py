@@ -1,6 +1,7 @@
 """Who may do what, everywhere: every address × every kind of caller, in one table.
 
-An address that is not in the table fails the first test, so whoever adds one decides here.
+An address that is not in the table fails the first test, so whoever adds one decides here. The
+sockets have a table of their own: ``tests/console/test_socket_access.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import Membership, Role, SignedIn, Team, User
 from orkestr_console.accounts.people import InviteSpec
 from orkestr_console.accounts.services import mint_token
-from orkestr_console.asgi import websocket_urls
 from sandboxes_app import services as sandboxes
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app import services as templates
@@ -365,14 +365,3 @@ def test_an_ended_session_is_out_at_once(world: World, alice: User) -> None:
     owner.get("/account/")
     sessions.end_other_sessions(alice, kept=None)
     assert summary(owner.get("/templates/")) == IN
-
-
-def test_the_sockets_are_in_their_own_table() -> None:
-    """``tests/console/test_live.py`` opens each as nobody, a stranger and a member."""
-    found = {str(one.pattern) for one in websocket_urls()}
-    assert found == {
-        "ws/templates/",
-        "ws/templates/<str:template_id>/",
-        "ws/sandboxes/",
-        "ws/sandboxes/<str:sandbox_id>/",
-    }

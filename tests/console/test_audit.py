@@ -61,7 +61,17 @@ def test_filters_find(console: Client, filters: dict[str, str], expected: list[s
 
 
 @pytest.mark.parametrize(
-    "filters", [{"since": "soon"}, {"outcome": "maybe"}, {"before": "x"}, {"before": "9" * 30}]
+    "filters",
+    [
+        {"since": "soon"},
+        {"since": "0001-01-01"},
+        {"until": "9999-12-31"},
+        {"outcome": "maybe"},
+        {"before": "x"},
+        {"before": "9" * 19},
+        {"before": "9" * 30},
+        {"before": "0" * 4301},
+    ],
 )
 def test_a_filter_that_cannot_be_read_is_said(console: Client, filters: dict[str, str]) -> None:
     answer = console.get(ADDRESS, filters)

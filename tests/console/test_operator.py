@@ -8,7 +8,7 @@ import pytest
 from django.test import Client
 
 from orkestr_console.accounts.limits import KINDS, envelope
-from orkestr_console.accounts.models import Plan, Team, User
+from orkestr_console.accounts.models import AuditEntry, Plan, Team, User
 
 BLANK = dict.fromkeys(KINDS, "")
 
@@ -31,6 +31,38 @@ def test_to_anybody_else_they_are_not_there(console: Client, team: Team, address
     assert console.post(path, {"plan": "enterprise", **BLANK}).status_code in {404, 405}
     team.refresh_from_db()
     assert team.plan_id == "team"
+
+
+@pytest.mark.parametrize("address", ["teams/new/", "teams/{team}/", "plans/pro/"])
+def test_a_write_of_anybody_else_is_on_record(console: Client, team: Team, address: str) -> None:
+    path = f"/operator/{address.format(team=team.pk)}"
+    console.get(path)
+    assert not AuditEntry.objects.exists()
+    console.post(path, {"plan": "enterprise", **BLANK})
+    entry = AuditEntry.objects.get()
+    assert (entry.action, entry.outcome) == ("operator.call", "denied")
+    assert (entry.team_id, entry.who) == (team.pk, "alice@example.org")
+    assert entry.object_id == f"POST {path}"
+
+
+@pytest.mark.parametrize(
+    ("path", "typed", "action"),
+    [
+        ("plans/pro/", {"name": "Pro", **BLANK, "sizes": ["small"]}, "plan.edit"),
+        ("plans/pro/", {"name": "", **BLANK}, "plan.edit"),
+        ("teams/new/", {"name": "X", "plan": "gold"}, "team.create"),
+        ("teams/new/", {"name": "", "plan": "pro"}, "team.create"),
+        ("teams/new/", {"name": "X", "plan": "pro", "email": "no address"}, "team.create"),
+    ],
+)
+def test_what_an_operator_is_refused_is_on_record(
+    operator: Client, path: str, typed: dict[str, Any], action: str
+) -> None:
+    assert operator.post(f"/operator/{path}", typed).status_code == 400
+    entry = AuditEntry.objects.get()
+    assert (entry.action, entry.outcome) == (action, "denied")
+    assert (entry.who, Team.objects.get(pk=entry.team_id).name) == ("root@example.org", "Acme")
+    assert Team.objects.count() == 2
 
 
 def test_all_teams_are_listed_and_found(operator: Client) -> None:

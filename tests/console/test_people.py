@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from orkestr_console.accounts.models import Membership, Role, Team, User
+from orkestr_console.accounts.models import AuditEntry, Membership, Role, Team, User
 from tests.conftest import make_user
 
 NEW = {"name": "Eve", "email": "eve@example.org", "password": "another long passphrase"}
@@ -201,3 +201,20 @@ def test_a_team_with_a_bad_owner_is_not_made(team: Team) -> None:
     assert answer.status_code == 400
     assert 'id="email-error"' in text(answer) and 'value="Initech"' in text(answer)
     assert not Team.objects.filter(name="Initech").exists()
+
+
+def test_a_link_that_is_no_longer_good_is_on_record_when_it_is_posted(
+    console: Client, visitor: Client, team: Team
+) -> None:
+    link = link_in(console.post("/team/people/", {"role": "member", "email": ""}))
+    assert visitor.post(link, {**NEW, "password": "short"}).status_code == 400
+    visitor.post(link, NEW)
+    stranger = Client()
+    assert stranger.get(link).status_code == 404
+    assert stranger.post(link, {**NEW, "email": "fay@example.org"}).status_code == 404
+    entries = AuditEntry.objects.filter(action="member.join", team_id=team.pk).order_by("pk")
+    assert [(e.who, e.outcome) for e in entries] == [
+        ("eve@example.org", "denied"),
+        ("eve@example.org", "done"),
+        ("fay@example.org", "denied"),
+    ]

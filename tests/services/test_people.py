@@ -127,7 +127,7 @@ def test_whoever_goes_leaves_their_tokens_and_that_is_said(
 ) -> None:
     mint_token(team, "CI", ["sandboxes:read"], created_by=bob)
     gone = people.remove(acting(alice), bob.pk)
-    assert (gone.name, gone.tokens) == ("Bob", 1)
+    assert (gone.name, gone.tokens, gone.invitations) == ("Bob", 1, 0)
     assert roles(team) == {"Alice": "owner"}
 
 
@@ -194,7 +194,11 @@ def test_an_invitation_is_stored_hashed_and_taken_once(
     assert people.list_invitations(acting(alice)) == []
     with pytest.raises(NotFound, match=r"has been used already\. Ask whoever sent it"):
         people.join(make_user("eve", Team.objects.get(slug="globex"), Role.MEMBER), secret, None)
-    assert [action for action, _ in actions(team)] == ["invitation.create", "member.join"]
+    assert actions(team) == [
+        ("invitation.create", "done"),
+        ("member.join", "done"),
+        ("member.join", "denied"),
+    ]
 
 
 @pytest.mark.django_db(transaction=True)
@@ -232,6 +236,91 @@ def test_a_link_that_is_no_longer_good_says_why(alice: User, charlie: User) -> N
         people.join(charlie, "nothing", None)
 
 
+def test_whoever_was_removed_cannot_come_back_by_a_link_they_made(
+    team: Team, alice: User, dora: User
+) -> None:
+    kept = people.invite(acting(alice), InviteSpec())[1]
+    row, own = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))
+    gone = people.remove(acting(alice), dora.pk)
+    assert (gone.invitations, people.find_invitation(kept).created_by) == (1, alice)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, own, None)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.register(NewPersonSpec(name="Eve", email="eve@example.org"), OTHER, own, None)
+    assert roles(team) == {"Alice": "owner"}
+    entry = AuditEntry.objects.get(action="invitation.revoke")
+    assert (entry.object_id, entry.who) == (row.pk, "alice@example.org")
+
+
+def test_whoever_leaves_takes_their_links_along(alice: User, dora: User) -> None:
+    secret = people.invite(acting(dora), InviteSpec())[1]
+    people.leave(acting(dora))
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, secret, None)
+
+
+def test_a_demoted_persons_links_give_no_more_than_they_have(
+    team: Team, alice: User, charlie: User, dora: User
+) -> None:
+    high = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))[1]
+    low = people.invite(acting(dora), InviteSpec(role=Role.MEMBER))[1]
+    people.change_role(acting(alice), dora.pk, Role.MEMBER)
+    people.change_role(acting(alice), dora.pk, Role.ADMIN)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(charlie, high, None)
+    assert people.join(charlie, low, None).role == Role.MEMBER
+    assert roles(team)["Dora"] == "admin"
+
+
+def test_a_link_whose_maker_is_gone_is_useless_though_it_was_never_revoked(
+    team: Team, alice: User, dora: User
+) -> None:
+    """As those are that were left behind before departures revoked them, or made meanwhile."""
+    secret = people.invite(acting(dora), InviteSpec(role=Role.ADMIN))[1]
+    place = Membership.objects.filter(user=dora, team=team)
+    place.update(role=Role.MEMBER)
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.find_invitation(secret)
+    place.delete()
+    with pytest.raises(NotFound, match="has been revoked"):
+        people.join(dora, secret, None)
+    User.objects.filter(pk=dora.pk).update(is_staff=True)
+    assert people.find_invitation(secret).is_open()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_joining_while_the_maker_is_removed_is_before_or_after(
+    plans: None, team: Team, alice: User, dora: User
+) -> None:
+    """Both lock the team first: neither waits for the other in a circle."""
+    for name in ("eve", "fay", "gus", "hal"):
+        Membership.objects.get_or_create(user=dora, team=team, defaults={"role": Role.ADMIN})
+        secret = people.invite(acting(dora), InviteSpec())[1]
+        gate = Barrier(2)
+
+        def register(name: str = name, secret: str = secret, gate: Barrier = gate) -> str:
+            gate.wait()
+            try:
+                spec = NewPersonSpec(name=name, email=f"{name}@example.org")
+                people.register(spec, OTHER, secret, None)
+            except NotFound:
+                return "refused"
+            finally:
+                connections.close_all()
+            return "in"
+
+        def remove(gate: Barrier = gate) -> int:
+            gate.wait()
+            try:
+                return people.remove(acting(alice), dora.pk).invitations
+            finally:
+                connections.close_all()
+
+        with ThreadPoolExecutor(2) as pool:
+            joining, removing = pool.submit(register), pool.submit(remove)
+            assert (joining.result(), removing.result()) in {("in", 0), ("refused", 1)}
+
+
 def test_an_invitation_for_an_address_is_for_nobody_else(
     team: Team, alice: User, charlie: User
 ) -> None:
@@ -265,6 +354,30 @@ def test_a_new_account_is_refused_by_field_and_the_link_stays_good(
     assert list(refused.value.fields or ()) == [field]
     assert people.find_invitation(secret).is_open()
     assert User.objects.count() == 1
+
+
+def test_whoever_is_refused_an_invitation_is_on_record_with_its_team(
+    team: Team, alice: User, charlie: User
+) -> None:
+    row, secret = people.invite(acting(alice), InviteSpec(email="eve@example.org"))
+    with pytest.raises(Forbidden):
+        people.join(charlie, secret, "192.0.2.3")
+    with pytest.raises(InvalidInput):
+        people.register(NewPersonSpec(name="F", email="fay@example.org"), OTHER, secret, None)
+    with pytest.raises(InvalidInput):
+        people.register(NewPersonSpec(name="E", email="eve@example.org"), "hunter2", secret, None)
+    with pytest.raises(NotFound):
+        people.join(charlie, "no such link", None)
+    entries = AuditEntry.objects.filter(outcome="denied", team_id=team.pk).order_by("pk")
+    assert [(e.who, e.user_id, e.action, e.object_id) for e in entries] == [
+        ("charlie@example.org", charlie.pk, "member.join", row.pk),
+        ("fay@example.org", None, "member.join", row.pk),
+        ("eve@example.org", None, "member.join", row.pk),
+    ]
+    assert entries[0].address == "192.0.2.3"
+    written = str(list(entries.values()))
+    assert "hunter2" not in written and secret not in written
+    assert AuditEntry.objects.filter(outcome="denied").count() == 3
 
 
 def test_who_may_invite_whom(team: Team, alice: User, bob: User, dora: User) -> None:

@@ -12,7 +12,7 @@ from django.test import override_settings
 
 from orkestr_console.accounts import tokens
 from orkestr_console.accounts.actor import READ, WRITE, Actor
-from orkestr_console.accounts.models import ApiToken, Plan, Team, User
+from orkestr_console.accounts.models import ApiToken, AuditEntry, Plan, Team, User
 from orkestr_console.accounts.services import actor_of_token, actor_of_user, mint_token
 from orkestr_console.errors import Forbidden, InsufficientScope, InvalidInput, Unauthenticated
 
@@ -117,6 +117,26 @@ def test_mint_token_prints_the_token_and_nothing_else(team: Team) -> None:
     output = io.StringIO()
     call_command("mint_token", team="acme", scope=[READ], stdout=output)
     assert actor_of_token(output.getvalue().strip(), "rest", None).scopes == {READ}
+
+
+def test_mint_token_is_on_record_and_so_is_its_refusal(team: Team) -> None:
+    output = io.StringIO()
+    call_command("mint_token", team="acme", scope=[READ], name="CI", stdout=output)
+    with pytest.raises(CommandError, match="not a scope"):
+        call_command("mint_token", team="acme", scope=["x"])
+    Team.objects.filter(pk=team.pk).update(plan="free")
+    with pytest.raises(CommandError, match="no token was made"):
+        call_command("mint_token", team="acme", scope=[READ], plan_check=True)
+    done, *refused = AuditEntry.objects.filter(team_id=team.pk, action="token.create").order_by(
+        "pk"
+    )
+    assert (done.outcome, done.who, done.object_name) == ("done", "system", "CI")
+    assert done.data["scopes"] == [READ]
+    assert output.getvalue().strip() not in str(done.data)
+    assert [(e.outcome, e.code) for e in refused] == [
+        ("denied", "invalid_request"),
+        ("denied", "plan_limit"),
+    ]
 
 
 def test_mint_token_says_which_teams_there_are(team: Team) -> None:

@@ -6,14 +6,17 @@ from datetime import timedelta
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from orkestr_console.accounts.actor import SCOPES
+from orkestr_console.accounts import audit
+from orkestr_console.accounts.actor import SCOPES, system_actor
+from orkestr_console.accounts.api_tokens import note_created
 from orkestr_console.accounts.limits import NETWORKS, envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
-from orkestr_console.errors import InvalidInput
+from orkestr_console.errors import InvalidInput, PlanLimit
 
 
 class Command(BaseCommand):
@@ -56,23 +59,32 @@ class Command(BaseCommand):
                 raise CommandError("--days must be at least 1")
             expires_at = timezone.now() + timedelta(days=days)
         team = find_team(options["team"])
-        if options["plan_check"] and envelope(team).value("max_templates") == 0:
-            raise CommandError(
-                f"team '{team.slug}' is on plan {team.plan}, which has no custom templates: "
-                "no token was made"
-            )
+        actor = system_actor(team)
         try:
-            _, text = mint_token(
-                team,
-                options["name"],
-                options["scope"],
-                expires_at=expires_at,
-                allowed_templates=options["template"],
-                allowed_networks=options["network"],
-            )
-        except InvalidInput as error:
+            with audit.denials(actor, "token.create", "token"), transaction.atomic():
+                if options["plan_check"]:
+                    require_templates(team)
+                token, text = mint_token(
+                    team,
+                    options["name"],
+                    options["scope"],
+                    expires_at=expires_at,
+                    allowed_templates=options["template"],
+                    allowed_networks=options["network"],
+                )
+                note_created(actor, token)
+        except (InvalidInput, PlanLimit) as error:
             raise CommandError(error.detail) from None
         self.stdout.write(text)
+
+
+def require_templates(team: Team) -> None:
+    """Raise ``PlanLimit`` for a team whose plan has no custom templates."""
+    if envelope(team).value("max_templates") == 0:
+        raise PlanLimit(
+            f"team '{team.slug}' is on plan {team.plan}, which has no custom templates: "
+            "no token was made"
+        )
 
 
 def find_team(word: str) -> Team:

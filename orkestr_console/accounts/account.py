@@ -1,0 +1,109 @@
+"""What a person changes about their own account, on record in the team they act for.
+
+No entry holds what was typed as a password or a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import transaction
+
+from orkestr_console.accounts import audit, people, second_factor, sessions
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.models import User
+from orkestr_console.errors import Forbidden, InvalidInput
+from orkestr_console.text import unreadable
+
+WRONG_PASSWORD = "This is not your password."  # noqa: S105 - a sentence
+LONGEST_NAME = 100
+
+
+@contextmanager
+def changing(actor: Actor, action: str) -> Iterator[User]:
+    """The person themselves, in a transaction; a refusal is on record."""
+    user = actor.user
+    if user is None:
+        raise Forbidden("An API token has no account.")
+    with audit.denials(actor, action, "user", user.pk), transaction.atomic():
+        yield user
+
+
+def note(actor: Actor, action: str, **data: object) -> None:
+    """On record: the person did this to their account."""
+    user = actor.user
+    assert user is not None
+    audit.record(actor, action, kind="user", object_id=user.pk, name=user.email, data=data)
+
+
+def refuse_wrong(user: User, password: str, field: str) -> None:
+    """Raise ``InvalidInput`` unless it is the person's password."""
+    if not user.check_password(password):
+        raise InvalidInput(WRONG_PASSWORD, fields={field: WRONG_PASSWORD})
+
+
+def change_name(actor: Actor, name: str) -> None:
+    """What the console calls the person. Raises ``InvalidInput``."""
+    with changing(actor, "account.name") as user:
+        problem = unreadable(name)
+        if len(name) > LONGEST_NAME:
+            problem = f"Your name has at most {LONGEST_NAME} characters."
+        if problem:
+            raise InvalidInput(problem, fields={"name": problem})
+        before, user.name = user.name, name
+        user.save(update_fields=["name"])
+        if before != name:
+            note(actor, "account.name", changed={"name": [before, name]})
+
+
+def change_password(actor: Actor, current: str, password: str, kept: str | None) -> None:
+    """A new password, which ends every session but ``kept``.
+
+    Raises ``InvalidInput`` for a wrong current one and a weak new one.
+    """
+    with changing(actor, "account.password") as user:
+        refuse_wrong(user, current, "current")
+        people.require_strong(password, user)
+        ended = sessions.end_other_sessions(user, kept)
+        user.set_password(password)
+        user.save(update_fields=["password"])
+        note(actor, "account.password", sessions_ended=ended)
+
+
+def end_session(actor: Actor, session_id: int) -> None:
+    """Sign one of the person's browsers out. Raises ``NotFound``."""
+    with changing(actor, "session.end") as user:
+        sessions.end_session(user, session_id)
+        note(actor, "session.end", sessions_ended=1)
+
+
+def end_other_sessions(actor: Actor, kept: str | None) -> int:
+    """Sign every other browser of the person out; how many."""
+    with changing(actor, "session.end") as user:
+        ended = sessions.end_other_sessions(user, kept)
+        note(actor, "session.end", sessions_ended=ended)
+    return ended
+
+
+def begin_second_factor(actor: Actor) -> None:
+    """A secret to be scanned. Raises ``InvalidInput`` if two-step sign-in is on already."""
+    with changing(actor, "second_factor.begin") as user:
+        second_factor.begin(user)
+        note(actor, "second_factor.begin")
+
+
+def confirm_second_factor(actor: Actor, code: str) -> list[str]:
+    """Turn it on with a first code; the recovery codes. Raises ``InvalidInput``."""
+    with changing(actor, "second_factor.on") as user:
+        codes = second_factor.confirm(user, code)
+        note(actor, "second_factor.on")
+    return codes
+
+
+def turn_off_second_factor(actor: Actor, password: str) -> None:
+    """Ask for a password alone from now on, which needs it. Raises ``InvalidInput``."""
+    with changing(actor, "second_factor.off") as user:
+        refuse_wrong(user, password, "off")
+        second_factor.turn_off(user)
+        note(actor, "second_factor.off")
