@@ -32,6 +32,7 @@ from hostruntime.paths import Instance, StatePaths, write_atomically
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
 from hostruntime.squid_config import (
+    DESCRIPTORS,
     PAGES,
     PEEK_CERTIFICATE,
     PEEK_PROBE,
@@ -268,7 +269,7 @@ class EgressProxy:
     def _launch(self) -> None:
         # A killed Squid leaves its pid behind, and a new one would take it for alive.
         (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
-        run([_squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+        run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
         deadline = time.monotonic() + _START_SECONDS
         while not self.healthy():
             if time.monotonic() > deadline:
@@ -384,6 +385,19 @@ def _squid() -> str:
     if found is None:
         raise HostUnavailable("The egress proxy is missing; install the package squid-openssl.")
     return found
+
+
+def _limit() -> tuple[str, ...]:
+    """Return what to start Squid with, as it takes no more descriptors than root may have.
+
+    Without CAP_SYS_RESOURCE (a container's root) that is not ours to raise: it takes what it gets.
+    """
+    raised = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--")
+    try:
+        run([*raised, "true"], timeout=_START_SECONDS)
+    except CommandFailed:
+        return ()
+    return raised
 
 
 def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:
