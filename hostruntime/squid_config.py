@@ -44,6 +44,9 @@ PAGES = {
 PEEK_CERTIFICATE = "peek.pem"
 PEEK_PROBE = "peek.invalid"
 TRAFFIC_LOG = "traffic.log"
+# Tunnels in which something else than TLS was said: the helper is not asked about those.
+NOT_TLS_LOG = "not-tls.log"
+OWNER_HEADER = "X-Orkestr-Owner"
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,15 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     )
     yield "acl tunnelled http_status 200"
     yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
+    # Which container a tunnel is of, the first port tells the second, whatever a client says it is.
+    yield f"request_header_access {OWNER_HEADER} deny all"
+    yield f'request_header_add {OWNER_HEADER} "%et" asked'
+    yield (
+        f'logformat not_tls {{"at":%ts.%03tu,"owner":"%{{{OWNER_HEADER}}}>ha",'
+        '"address":"%{X-Forwarded-For}>ha","host":"%>rd","port":%>rP}'
+    )
+    yield "acl is_not_tls squid_error ERR_PROTOCOL_UNKNOWN"
+    yield f"access_log stdio:{plan.log_directory}/{NOT_TLS_LOG} not_tls peeked is_not_tls"
     yield "access_log none"
 
 
