@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from ipaddress import ip_address
@@ -32,6 +33,8 @@ from hostruntime.paths import Instance, StatePaths, write_atomically
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
 from hostruntime.squid_config import (
+    DESCRIPTORS,
+    NOT_TLS_LOG,
     PAGES,
     PEEK_CERTIFICATE,
     PEEK_PROBE,
@@ -45,7 +48,7 @@ _START_SECONDS = 15.0
 _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
-_MAX_TRAFFIC_BYTES = 8 * 1024 * 1024
+_MAX_LOG_BYTES = 8 * 1024 * 1024
 _KEEP_DECISIONS_SECONDS = 7 * 86_400.0
 _PACKAGED = ("__init__.py", "policy.py", "egress_helper.py")
 _HELPER_MAIN = "import sys\nfrom hostruntime.egress_helper import main\nmain(sys.argv[1:])\n"
@@ -145,8 +148,8 @@ class EgressProxy:
         self._rotate()
 
     def _rotate(self) -> None:
-        log = self.run_dir.egress / "log" / TRAFFIC_LOG
-        if log.exists() and log.stat().st_size > _MAX_TRAFFIC_BYTES:
+        logs = [self.run_dir.egress / "log" / name for name in (TRAFFIC_LOG, NOT_TLS_LOG)]
+        if any(log.exists() and log.stat().st_size > _MAX_LOG_BYTES for log in logs):
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
     def healthy(self) -> bool:
@@ -198,12 +201,9 @@ class EgressProxy:
     def traffic(self, owner: str) -> dict[str, Traffic]:
         """Return what an owner's ended tunnels carried, by host."""
         found: dict[str, Traffic] = {}
-        for path in sorted((self.run_dir.egress / "log").glob(f"{TRAFFIC_LOG}*"), reverse=True):
-            for line in path.read_bytes().splitlines():
-                entry = _parsed(line)
-                if entry.get("owner") == owner:
-                    known = found.get(entry["host"], Traffic(0, 0, 0))
-                    found[entry["host"]] = known.plus(entry["sent"], entry["received"])
+        for entry in self._logged(TRAFFIC_LOG, owner):
+            known = found.get(entry["host"], Traffic(0, 0, 0))
+            found[entry["host"]] = known.plus(entry["sent"], entry["received"])
         return found
 
     def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
@@ -211,12 +211,18 @@ class EgressProxy:
         path = self.run_dir.decisions / f"{owner}.ndjson"
         if "/" in owner or not path.exists():
             return []
-        found: list[Decision] = []
-        for line in path.read_bytes().splitlines():
-            decision = _decision(line)
-            if decision is not None and decision.at >= since:
-                found.append(decision)
-        return found
+        found = [_decision(line) for line in path.read_bytes().splitlines()]
+        found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner)]
+        known = [decision for decision in found if decision is not None and decision.at >= since]
+        return sorted(known, key=lambda decision: decision.at)
+
+    def _logged(self, name: str, owner: str) -> Iterator[dict[str, Any]]:
+        """Yield what Squid itself has logged of an owner, oldest first."""
+        for path in sorted((self.run_dir.egress / "log").glob(f"{name}*"), reverse=True):
+            for line in path.read_bytes().splitlines():
+                entry = _parsed(line)
+                if entry.get("owner") == owner:
+                    yield entry
 
     # Parts --------------------------------------------------------------------------------
 
@@ -271,7 +277,7 @@ class EgressProxy:
     def _launch(self) -> None:
         # A killed Squid leaves its pid behind, and a new one would take it for alive.
         (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
-        run([_squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+        run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
         deadline = time.monotonic() + _START_SECONDS
         while not self.healthy():
             if time.monotonic() > deadline:
@@ -336,6 +342,13 @@ def _decision(line: bytes) -> Decision | None:
         return None
 
 
+def _not_tls(entry: dict[str, Any]) -> Decision:
+    at, owner, address = entry["at"], entry["owner"], entry["address"]
+    host, port, verdict = entry["host"], entry["port"], policy.not_tls(entry["host"])
+    why = (verdict.reason, verdict.message)
+    return Decision(at, owner, address, "CONNECT", host, port, "refused", *why)
+
+
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line)
@@ -387,6 +400,19 @@ def _squid() -> str:
     if found is None:
         raise HostUnavailable("The egress proxy is missing; install the package squid-openssl.")
     return found
+
+
+def _limit() -> tuple[str, ...]:
+    """Return what to start Squid with, as it takes no more descriptors than root may have.
+
+    Without CAP_SYS_RESOURCE (a container's root) that is not ours to raise: it takes what it gets.
+    """
+    raised = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--")
+    try:
+        run([*raised, "true"], timeout=_START_SECONDS)
+    except CommandFailed:
+        return ()
+    return raised
 
 
 def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def record(directory: Path, question: Question, entry: Entry, verdict: Verdict) 
     """Append the decision to its owner's log; a full disk changes no decision."""
     if entry.owner is None:
         return
-    at = {"at": round(time.time(), 3), "owner": entry.owner}
+    at = {"at": int(time.time() * 1000) / 1000, "owner": entry.owner}
     asked = {**asdict(question), "host": question.host[:255]}
     del asked["kind"], asked["server_name"]
     said = {"verdict": "allowed" if verdict.allowed else "refused", "reason": verdict.reason}

@@ -16,9 +16,14 @@ from pathlib import Path
 
 from hostruntime.policy import Network
 from hostruntime.run import run
+from hostruntime.squid_config import SOCKETS_PER_CONTAINER
 
 # Not Squid's usual port, which a Squid of the operator's own may hold on every address.
 PROXY_PORT = 13128
+# The set of containers that have connections to the proxy, each with their number.
+CLIENTS = "clients"
+# More than there are slots: an address that found no room in it would not be counted.
+_CLIENTS = 1024
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
 
@@ -37,6 +42,7 @@ class FirewallPlan:
     denied: tuple[Network, ...]
     permitted: tuple[Network, ...]
     mark: int
+    sockets: int = SOCKETS_PER_CONTAINER
 
 
 def proxy_mark(instance_index: int) -> int:
@@ -108,12 +114,20 @@ def _antispoof(plan: FirewallPlan) -> str:
 def _input(plan: FirewallPlan) -> str:
     # The proxy's address is nobody's but the restricted slots': not the host's other users'
     # networks, which would otherwise find a forward proxy there.
-    return f"""  chain input {{
+    # A connection that says nothing costs the proxy a descriptor all the same, so they are counted
+    # here, by address.
+    return f"""  set {CLIENTS} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic; }}
+  chain input {{
     type filter hook input priority filter - 5; policy accept;
     iifname "{plan.prefix}r*" ip saddr {plan.restricted} ip daddr {plan.proxy} \
-tcp dport {plan.proxy_port} accept
+tcp dport {plan.proxy_port} jump to_proxy
     iifname "{plan.prefix}*" reject with icmpx admin-prohibited
     iifname != "lo" ip daddr {plan.proxy} drop
+  }}
+  chain to_proxy {{
+    ct state new add @{CLIENTS} {{ ip saddr ct count over {plan.sockets} }} \
+reject with tcp reset
+    accept
   }}"""
 
 

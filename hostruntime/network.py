@@ -36,6 +36,7 @@ from hostruntime.errors import (
     HostUnavailable,
     InvalidRequest,
 )
+from hostruntime.firewall_watch import FirewallWatch
 from hostruntime.netns import (
     Link,
     destroy_namespace,
@@ -82,6 +83,7 @@ class SlotPool:
         self.instance = instance
         self.settings = settings or NetworkSettings.from_environment()
         self.run_dir = RunDir.of(instance)
+        self.firewall = FirewallWatch(self._firewall_plan())
         self._changed = threading.Condition()
         self._free: deque[int] = deque(range(MAX_SLOTS))
         self._ready: dict[Mode, deque[Slot]] = {mode: deque() for mode in MODES}
@@ -97,7 +99,7 @@ class SlotPool:
     def setup(self) -> None:
         """Put in place what all slots share; idempotent. Raises OSError or HostError."""
         self._make_directories()
-        firewall.install(self._firewall_plan())
+        self.firewall.install()
         run_ip([f"address replace {self._proxy()}/32 dev lo label lo:{self.instance.prefix}px"])
         # Networked slots with mode open need it, and only packets of theirs are let through by
         # our own table; what else the host forwards from now on is its other tables' business.
@@ -153,8 +155,8 @@ class SlotPool:
         """Give `owner` a slot in which `policy` is already in force.
 
         Raises HostFull when all slots are taken, Conflict when the owner has one, InvalidRequest
-        for an owner's name that could not be a file's, HostError or OSError when the policy
-        cannot be put in force (the owner then has no slot).
+        for an owner's name that could not be a file's, HostUnavailable while there is no firewall,
+        HostError or OSError when the policy cannot be put in force (the owner then has no slot).
         """
         if not _OWNER.fullmatch(owner):
             raise InvalidRequest(f"{owner!r} cannot own a slot: letters, digits, . _ - only.")
@@ -242,6 +244,8 @@ class SlotPool:
             self._changed.notify_all()
 
     def _enforce(self, owner: str, slot: Slot, policy: Policy) -> None:
+        if slot.address is not None:
+            self.firewall.ensure_there()
         if slot.address is not None and policy.mode == "restricted":
             entry = {"owner": owner, "domains": policy.allow_domains}
             _write_small(self._entry(slot), entry, mode=0o640)

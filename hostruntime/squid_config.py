@@ -28,6 +28,14 @@ TOO_MANY_TEXT = (
     "Refused by this sandbox's network policy: more than {most} connections at once; close some.\n"
 )
 CONNECTIONS_PER_CONTAINER = 512
+# Squid counts a connection once it has sent a request, nftables from its first packet; what is
+# between the two numbers is told why it is refused, what is above is reset.
+SOCKETS_PER_CONTAINER = CONNECTIONS_PER_CONTAINER + 64
+# A tunnel takes four: one on each side of each of the two ports. This holds 30 containers that
+# all do their worst, or 16,000 tunnels of any.
+DESCRIPTORS = 65_536
+# For the first byte, and again for the first byte in a tunnel.
+FIRST_BYTE_SECONDS = 8
 PAGES = {
     REFUSAL_PAGE: REFUSAL_TEXT,
     TOO_MANY_PAGE: TOO_MANY_TEXT.format(most=CONNECTIONS_PER_CONTAINER),
@@ -36,6 +44,9 @@ PAGES = {
 PEEK_CERTIFICATE = "peek.pem"
 PEEK_PROBE = "peek.invalid"
 TRAFFIC_LOG = "traffic.log"
+# Tunnels in which something else than TLS was said: the helper is not asked about those.
+NOT_TLS_LOG = "not-tls.log"
+OWNER_HEADER = "X-Orkestr-Owner"
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,15 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     )
     yield "acl tunnelled http_status 200"
     yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
+    # Which container a tunnel is of, the first port tells the second, whatever a client says it is.
+    yield f"request_header_access {OWNER_HEADER} deny all"
+    yield f'request_header_add {OWNER_HEADER} "%et" asked'
+    yield (
+        f'logformat not_tls {{"at":%ts.%03tu,"owner":"%{{{OWNER_HEADER}}}>ha",'
+        '"address":"%{X-Forwarded-For}>ha","host":"%>rd","port":%>rP}'
+    )
+    yield "acl is_not_tls squid_error ERR_PROTOCOL_UNKNOWN"
+    yield f"access_log stdio:{plan.log_directory}/{NOT_TLS_LOG} not_tls peeked is_not_tls"
     yield "access_log none"
 
 
@@ -159,10 +179,13 @@ def _behaviour(plan: SquidPlan) -> Iterable[str]:
     yield "cache deny all"
     yield "cache_mem 8 MB"
     yield "memory_pools off"
-    yield "max_filedescriptors 16384"
+    yield f"max_filedescriptors {DESCRIPTORS}"
     yield "via off"
     yield "pinger_enable off"
     yield "half_closed_clients off"
+    yield f"request_start_timeout {FIRST_BYTE_SECONDS} seconds"
+    yield "request_timeout 30 seconds"
+    yield "client_idle_pconn_timeout 30 seconds"
     yield "connect_timeout 20 seconds"
     yield "forward_timeout 40 seconds"
     yield "shutdown_lifetime 0 seconds"

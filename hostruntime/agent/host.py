@@ -111,6 +111,7 @@ class Host:
     async def _keep_proxy(self) -> None:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
+            await self._check_firewall()
             await self._check_proxy(first=False)
 
     async def _keep_layers(self) -> None:
@@ -120,6 +121,12 @@ class Host:
                 await asyncio.to_thread(self.layers.collect)
             except OSError as error:
                 _log.error("old layers could not be deleted: %s", error)
+
+    async def _check_firewall(self) -> None:
+        try:
+            await asyncio.to_thread(self.pool.firewall.ensure_whole)
+        except (HostError, OSError) as error:
+            _log.error("%s", error)
 
     async def _check_proxy(self, *, first: bool) -> None:
         try:

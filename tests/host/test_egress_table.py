@@ -9,18 +9,35 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 
 from hostruntime.egress import Decision, EgressProxy
+from hostruntime.netns import run_ip
 from hostruntime.network import Slot, SlotPool
 from hostruntime.paths import StatePaths
 from hostruntime.policy import Policy
-from tests.host.network import SETTINGS, from_slot, send_datagram
+from hostruntime.squid_config import OWNER_HEADER
+from tests.host.frames import (
+    BROADCAST,
+    arp_reply,
+    dns_packet,
+    mac_of,
+    overheard,
+    own_mac,
+    send_frame,
+    send_raw,
+    udp_frame,
+    udp_packet,
+)
+from tests.host.network import SETTINGS, from_slot, send_datagram, wait_until
 from tests.host.network import paths as paths
+from tests.host.network import place as place_of
 from tests.host.network import pool as pool
 from tests.host.network import proxy as proxy
 from tests.host.network import slot as slot
@@ -34,7 +51,9 @@ from tests.host.topology import (
     PRIVATE,
     RESOLVER,
     World,
+    greeting_at,
     hear,
+    hearing_at,
     in_tls,
     knock,
     through_proxy,
@@ -60,6 +79,10 @@ POLICIES = {
 }
 
 
+# Where something listens that must not be reached.
+NEIGHBOURS_PORT, HEARING_PORT, OTHER_PORT_OFFSET = 80, 9000, -5
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a case runs, and what it may need to know."""
@@ -67,6 +90,13 @@ class Place:
     slot: Slot
     proxy: tuple[str, int]
     neighbour: Slot
+    world: World
+    heard: list[bytes]
+
+    @property
+    def near(self) -> str:
+        """The neighbour's address."""
+        return str(self.neighbour.address)
 
 
 type Action = Callable[[Place], object]
@@ -104,11 +134,13 @@ def say(*lines: str) -> Action:
 
 
 def tunnel(first: bytes) -> Action:
-    """Open a tunnel to a listed host and say something in it that is no TLS."""
+    """Open a tunnel to a listed host, in another's name, and say something in it that is no TLS."""
 
     def action(place: Place) -> tuple[int, bytes]:
         with socket.create_connection(place.proxy, 10) as connection:
-            connection.sendall(b"CONNECT allowed.test:443 HTTP/1.1\r\n\r\n")
+            claim = f"{OWNER_HEADER}: table.neighbour"
+            head = f"CONNECT allowed.test:443 HTTP/1.1\r\n{claim}\r\n\r\n"
+            connection.sendall(head.encode())
             status = int(connection.recv(4000).split()[1])
             connection.sendall(first)
             if not (answer := connection.recv(100)):
@@ -153,6 +185,11 @@ def ping(address: str) -> Action:
     return action
 
 
+def ping_neighbour(place: Place) -> tuple[int, bytes]:
+    answer: tuple[int, bytes] = ping(place.near)(place)  # type: ignore[assignment]
+    return answer
+
+
 def six(address: str) -> Action:
     def action(place: Place) -> tuple[int, bytes]:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as handle:
@@ -164,11 +201,67 @@ def six(address: str) -> Action:
 
 
 def neighbour(port: int) -> Action:
-    return lambda place: (200, hear(str(place.neighbour.address), port))
+    return lambda place: (200, hear(place.near, port))
 
 
 def proxys_own(offset: int) -> Action:
     return lambda place: knock(place.proxy[0], place.proxy[1] + offset)
+
+
+def asked_raw(*, own: bool) -> Action:
+    """Ask the resolver from a raw socket, under one's own address or the neighbour's."""
+
+    def action(place: Place) -> tuple[int, bytes]:
+        source = str(place.slot.address) if own else place.near
+        send_raw(dns_packet(source, RESOLVER, "raw.test"), RESOLVER)
+        return 200, noticed(lambda: "raw.test" in place.world.asked)
+
+    return action
+
+
+def asked_in_frames(*, own: bool) -> Action:
+    """Ask the resolver in a frame of one's own making, as oneself or as the neighbour."""
+
+    def action(place: Place) -> tuple[int, bytes]:
+        mac = own_mac() if own else from_slot(place.neighbour, own_mac)
+        packet = dns_packet(str(place.slot.address) if own else place.near, RESOLVER, "frame.test")
+        send_frame(udp_frame((mac_of(place.proxy), mac), packet))
+        return 200, noticed(lambda: "frame.test" in place.world.asked)
+
+    return action
+
+
+def frames_to_the_neighbour(place: Place) -> tuple[int, bytes]:
+    """Send the neighbour frames: by way of the host, to itself, to all; as oneself, as the host."""
+    far, near = mac_of(place.proxy), from_slot(place.neighbour, own_mac)
+    for source in (str(place.slot.address), place.proxy[0], HOST, place.near):
+        for target in (far, near, BROADCAST):
+            packet = udp_packet(source, place.near, HEARING_PORT, b"forged")
+            send_frame(udp_frame((target, own_mac()), packet))
+    return 200, noticed(lambda: b"forged" in place.heard)
+
+
+def the_neighbours_address(place: Place) -> tuple[int, bytes]:
+    """Claim it by ARP for oneself, as loudly as one can; is anything that is for it sent here?"""
+
+    def meanwhile() -> None:
+        for told in (place.proxy[0], place.near, str(place.slot.address)):
+            send_frame(arp_reply(own_mac(), place.near, told))
+        assert from_slot(place.neighbour, lambda: hear(INTERNET, 443)) == GREETING
+
+    if overheard(place.near, meanwhile):
+        return 200, GREETING
+    raise TimeoutError("nothing was sent here")
+
+
+def noticed(condition: Callable[[], bool]) -> bytes:
+    """Wait a little for it; TimeoutError if it does not come true."""
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        if condition():
+            return GREETING
+        time.sleep(0.02)
+    raise TimeoutError("nobody heard of it")
 
 
 R, OPEN, OFF = "restricted", "open", "off"
@@ -228,28 +321,56 @@ TABLE = [
         "server_name_differs",
     ),
     Case("no server name", R, ask("allowed.test:443", server_name=None), CUT, "no_server_name"),
-    Case("SSH in the tunnel", R, tunnel(b"SSH-2.0-x\r\n"), CUT),
-    Case("HTTP in the tunnel", R, tunnel(b"GET / HTTP/1.1\r\nHost: allowed.test\r\n\r\n"), CUT),
+    Case("SSH in the tunnel", R, tunnel(b"SSH-2.0-x\r\n"), CUT, "not_tls"),
+    Case(
+        "HTTP in the tunnel",
+        R,
+        tunnel(b"GET / HTTP/1.1\r\nHost: allowed.test\r\n\r\n"),
+        CUT,
+        "not_tls",
+    ),
     Case("a proxy behind the proxy", R, ask("10.200.0.1:13128"), REFUSED, "address_literal"),
     Case("the proxy's inner port", R, proxys_own(1), NOWHERE),
-    Case("another port of the proxy's", R, proxys_own(-5), NOWHERE),
+    Case("another port of the proxy's", R, proxys_own(OTHER_PORT_OFFSET), NOWHERE),
     Case("TCP past the proxy", R, direct(INTERNET, 443), NOWHERE),
     Case("the metadata address", R, direct(METADATA, 80), NOWHERE),
     Case("a private address", R, direct(PRIVATE[0], 80), NOWHERE),
     Case("the host's SSH", R, direct(HOST, 22), NOWHERE),
-    Case("a neighbour", R, neighbour(443), NOWHERE),
+    Case("a neighbour", R, neighbour(80), NOWHERE),
     Case("DNS by UDP", R, datagram(RESOLVER, 53), NOWHERE),
     Case("DNS by TCP", R, direct(RESOLVER, 53), NOWHERE),
     Case("DNS elsewhere", R, datagram(OTHER_RESOLVER, 53), NOWHERE),
+    Case("DNS elsewhere by TCP", R, direct(OTHER_RESOLVER, 53), NOWHERE),
     Case("ICMP", R, ping(INTERNET), NOWHERE),
+    Case("ICMP to a neighbour", R, ping_neighbour, NOWHERE),
+    Case("ICMP to the host", R, ping(HOST), NOWHERE),
+    Case("a raw socket", R, asked_raw(own=True), NOWHERE),
+    Case("a raw socket as a neighbour", R, asked_raw(own=False), NOWHERE),
+    Case("a frame", R, asked_in_frames(own=True), NOWHERE),
+    Case("a frame as a neighbour", R, asked_in_frames(own=False), NOWHERE),
+    Case("frames to a neighbour", R, frames_to_the_neighbour, NOWHERE),
+    Case("a neighbour's address by ARP", R, the_neighbours_address, NOWHERE),
     Case("IPv6", R, six("2001:db8::10"), NOWHERE),
     Case("the outside", OPEN, direct(INTERNET, 443), REACHED),
     Case("its resolver", OPEN, datagram(RESOLVER, 53), REACHED),
+    Case("its resolver by TCP", OPEN, direct(RESOLVER, 53), REACHED),
     Case("DNS elsewhere", OPEN, datagram(OTHER_RESOLVER, 53), NOWHERE),
+    Case("DNS elsewhere by TCP", OPEN, direct(OTHER_RESOLVER, 53), NOWHERE),
+    Case("ICMP", OPEN, ping(INTERNET), REACHED),
+    Case("ICMP to the metadata", OPEN, ping(METADATA), NOWHERE),
+    Case("ICMP to a private address", OPEN, ping(PRIVATE[0]), NOWHERE),
+    Case("ICMP to a neighbour", OPEN, ping_neighbour, NOWHERE),
+    Case("ICMP to the host", OPEN, ping(HOST), NOWHERE),
+    Case("a raw socket", OPEN, asked_raw(own=True), REACHED),
+    Case("a raw socket as a neighbour", OPEN, asked_raw(own=False), NOWHERE),
+    Case("a frame", OPEN, asked_in_frames(own=True), REACHED),
+    Case("a frame as a neighbour", OPEN, asked_in_frames(own=False), NOWHERE),
+    Case("frames to a neighbour", OPEN, frames_to_the_neighbour, NOWHERE),
+    Case("a neighbour's address by ARP", OPEN, the_neighbours_address, NOWHERE),
     Case("the metadata address", OPEN, direct(METADATA, 80), NOWHERE),
     *(Case(f"private {address}", OPEN, direct(address, 80), NOWHERE) for address in PRIVATE),
     Case("the host's SSH", OPEN, direct(HOST, 22), NOWHERE),
-    Case("a neighbour", OPEN, neighbour(443), NOWHERE),
+    Case("a neighbour", OPEN, neighbour(80), NOWHERE),
     Case("the proxy", OPEN, ask("allowed.test:443"), NOWHERE),
     Case("IPv6", OPEN, six("2001:db8::10"), NOWHERE),
     Case("the outside", OFF, direct(INTERNET, 443), NOWHERE),
@@ -287,9 +408,37 @@ def place(
         again.setup()
         again.reclaim(set(owners.values()))
         proxy.ensure()
-    yield lambda mode: Place(slots[mode], pool.proxy_address(), slots["neighbour"])
+    with listeners(pool, slots["neighbour"]) as heard:
+        # So that the firewall decides, and not that there is no route.
+        way = f"route add default via {pool.proxy_address()[0]} dev eth0"
+        from_slot(slots["restricted"], lambda: run_ip([way]))
+        where, near = pool.proxy_address(), slots["neighbour"]
+        yield lambda mode: Place(slots[mode], where, near, world, heard)
     for owner in owners.values():
         pool.release(owner)
+
+
+@contextmanager
+def listeners(pool: SlotPool, near: Slot) -> Iterator[list[bytes]]:
+    """Have something listen, as can be told from beside it, wherever cases must not get to."""
+    address, port = pool.proxy_address()
+    other = port + OTHER_PORT_OFFSET
+    with ExitStack() as stack:
+        stack.enter_context(greeting_at(22))
+        stack.enter_context(greeting_at(other))
+        stack.enter_context(greeting_at(NEIGHBOURS_PORT, near.netns))
+        heard = stack.enter_context(hearing_at(HEARING_PORT, place_of(near)))
+        assert {hear(HOST, 22), hear(address, other)} == {GREETING}
+        assert from_slot(near, lambda: hear(str(near.address), NEIGHBOURS_PORT)) == GREETING
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+            handle.sendto(b"control", (str(near.address), HEARING_PORT))
+        wait_until(lambda: heard == [b"control"])
+        yield heard
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_yet(world: World) -> None:
+    world.asked.clear()
 
 
 def outcome(place: Place, action: Action) -> tuple[str, bytes]:
@@ -311,6 +460,9 @@ def test_what_is_reached_and_what_is_said(
     before = len(proxy.decisions(f"table.{case.mode}"))
     found, said = outcome(where, case.action)
     assert found == case.expected, said
+    if case.reason == "not_tls":
+        # Squid writes it down when it has let go of the connection.
+        wait_until(lambda: proxy.decisions(f"table.{R}")[-1].reason == "not_tls", 5)
     decisions = proxy.decisions(f"table.{case.mode}")[before:]
     if case.reason is not None:
         assert decisions[-1].reason == case.reason

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hostruntime.egress import EgressProxy
+from hostruntime.errors import HostUnavailable
+from hostruntime.firewall_watch import table_parts
 from hostruntime.network import READY, Slot, SlotPool
 from hostruntime.paths import StatePaths, claim_instance, release_instance
 from hostruntime.policy import Policy
+from hostruntime.run import run
 from tests.host.network import (
     RESTRICTED,
     SETTINGS,
@@ -31,6 +36,7 @@ from tests.host.network import world as world
 from tests.host.topology import (
     GREETING,
     INTERNET,
+    PRIVATE,
     World,
     hear,
     through_proxy,
@@ -64,6 +70,71 @@ def test_a_new_agent_keeps_the_living_and_clears_the_rest(world: World, tmp_path
         second.teardown()
         release_instance(paths)
     assert_nothing_is_left(second)
+
+
+def without_table(pool: SlotPool) -> None:
+    """Delete the table of the test's own instance, in the test's own network namespace."""
+    run(["nft", "delete", "table", "inet", pool.instance.nft_table], timeout=10)
+
+
+@pytest.mark.parametrize("mode", ["restricted", "open"])
+def test_a_lost_firewall_is_back_before_a_slot_is_given(
+    slot: Callable[[Policy], Slot], pool: SlotPool, mode: str
+) -> None:
+    without_table(pool)
+    assert table_parts(pool.instance.nft_table) is None
+    taken = slot(Policy.parse(mode))
+    assert table_parts(pool.instance.nft_table)
+    refused(taken, lambda: hear(PRIVATE[0], 80))
+
+
+def test_without_a_firewall_nothing_networked_starts(
+    slot: Callable[[Policy], Slot], pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_table(pool)
+    broken = replace(pool.firewall.plan, prefix='not a name "')
+    with monkeypatch.context() as patched:
+        patched.setattr(pool.firewall, "plan", broken)
+        for policy in (RESTRICTED, Policy("open"), RESTRICTED):
+            with pytest.raises(HostUnavailable, match="firewall"):
+                pool.acquire("unprotected", policy)
+            assert pool.slot_of("unprotected") is None
+        with pytest.raises(HostUnavailable, match="firewall"):
+            pool.firewall.ensure_whole()
+        slot(Policy("off"))
+    taken = slot(Policy("open"))
+    assert from_slot(taken, lambda: hear(INTERNET, 443)) == GREETING
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["flush chain inet {} forward", "delete element inet {} denied4 {{ 192.168.0.0/16 }}"],
+)
+def test_a_firewall_that_was_tampered_with_is_mended(
+    slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy, harm: str
+) -> None:
+    taken, named = slot(Policy("open")), slot(RESTRICTED)
+    # Somebody's connections to the proxy are no change of it.
+    from_slot(named, lambda: through_proxy(pool.proxy_address(), "allowed.test:443"))
+    handle = table_handle(pool)
+    pool.firewall.ensure_whole()
+    assert table_handle(pool) == handle
+    run(["nft", harm.format(pool.instance.nft_table)], timeout=10)
+    pool.firewall.ensure_whole()
+    assert table_handle(pool) != handle
+    refused(taken, lambda: hear("192.168.9.5", 80))
+
+
+def table_handle(pool: SlotPool) -> str:
+    listing = run(["nft", "-a", "list", "table", "inet", pool.instance.nft_table], timeout=10).text
+    return listing.splitlines()[0]
+
+
+def test_looking_for_the_firewall_costs_a_start_next_to_nothing(pool: SlotPool) -> None:
+    began = time.perf_counter()
+    for _ in range(100):
+        pool.firewall.ensure_there()
+    assert (time.perf_counter() - began) / 100 < 0.002
 
 
 def test_a_running_proxy_is_adopted_and_a_dead_one_replaced(

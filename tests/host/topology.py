@@ -130,6 +130,45 @@ def _resolver_socket() -> socket.socket:
     return handle
 
 
+@contextmanager
+def greeting_at(port: int, namespace: Path | None = None) -> Iterator[None]:
+    """Greet on every address of a namespace, the calling thread's own if None."""
+    make = partial(socket.create_server, ("", port), backlog=64)
+    listener = make() if namespace is None else within(namespace, make)
+    _in_background(_greet, listener, World(Path(), Path(), {}))
+    try:
+        yield
+    finally:
+        # Closed alone, a socket that somebody waits on goes on listening.
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@contextmanager
+def hearing_at(port: int, namespace: Path) -> Iterator[list[bytes]]:
+    """Take down the datagrams that reach a port of any address of a namespace."""
+    heard: list[bytes] = []
+    handle = within(namespace, partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM))
+    handle.bind(("", port))
+    handle.settimeout(0.05)
+    done = threading.Event()
+
+    def listen() -> None:
+        while not done.is_set():
+            with suppress(TimeoutError):
+                heard.append(handle.recv(2048))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        yield heard
+    finally:
+        done.set()
+        listener.join()
+        handle.close()
+
+
 def _in_background(serve: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=serve, args=arguments, daemon=True).start()
 
@@ -216,13 +255,17 @@ def _dns_name(query: bytes) -> tuple[str, int]:
 
 def ask_resolver(resolver: str, name: str, timeout: float = 1.0) -> bytes:
     """Send one A question by UDP from the calling thread's namespace; return the raw answer."""
-    head = struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0)
-    query = head + _dns_labels(name) + struct.pack("!HH", 1, 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         handle.settimeout(timeout)
         handle.connect((resolver, 53))
-        handle.send(query)
+        handle.send(dns_query(name))
         return handle.recv(2048)
+
+
+def dns_query(name: str) -> bytes:
+    """One A question, as it goes into a datagram."""
+    head = struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0)
+    return head + _dns_labels(name) + struct.pack("!HH", 1, 1)
 
 
 def hear(address: str, port: int, timeout: float = 1.0) -> bytes:
