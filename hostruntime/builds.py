@@ -194,6 +194,10 @@ class BuildManager:
         await in_thread(self._forget_old)
         await in_thread(self._host.layers.recover)
 
+    async def forget_old(self) -> None:
+        """Delete the records of builds that ended long ago."""
+        await in_thread(self._forget_old)
+
     async def drop_layers(self, scope: str) -> None:
         """Delete the layers of a scope.  Raises InvalidRequest for what is no name."""
         await in_thread(self._host.layers.drop, scope)

@@ -191,7 +191,9 @@ def ensure_schedules() -> None:
     """Make the schedule's rows what ``settings.PERIODIC_TASKS`` says, keeping when each is next."""
     wanted = {name: (func, minutes) for name, func, minutes in settings.PERIODIC_TASKS}
     with transaction.atomic():
-        Schedule.objects.exclude(name__in=wanted).delete()
+        # What is to be done once, later, stays.
+        periodic = Schedule.objects.filter(schedule_type=Schedule.MINUTES)
+        periodic.exclude(name__in=wanted).delete()
         for name, (func, minutes) in wanted.items():
             facts = {"func": func, "minutes": minutes, "schedule_type": Schedule.MINUTES}
             Schedule.objects.update_or_create(name=name, defaults={**facts, "repeats": -1})

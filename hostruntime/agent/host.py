@@ -119,8 +119,9 @@ class Host:
             await asyncio.sleep(LAYERS_CHECK_SECONDS)
             try:
                 await asyncio.to_thread(self.layers.collect)
+                await self.builds.forget_old()
             except OSError as error:
-                _log.error("old layers could not be deleted: %s", error)
+                _log.error("old layers or builds could not be deleted: %s", error)
 
     async def _check_firewall(self) -> None:
         try:

@@ -35,6 +35,8 @@ PATIENCE_SECONDS = 120.0
 # How long a build waits for room on the host before it gives up.
 QUEUE_SECONDS = 1800.0
 LONGEST_PAUSE = 2.0
+# Before a build whose driver failed is given to another.
+AGAIN_SECONDS = 1.0
 
 LOST = (
     "The host lost this build: it restarted, or was reset, while the build ran. Nothing of it is "
@@ -65,6 +67,11 @@ def drive(ticket: str) -> None:
             follow(template, driver)
     except LeaseLost:
         forget_if_ended(template)
+    except Exception:
+        # Most likely the database was away. Another driver goes on from the last event stored.
+        time.sleep(AGAIN_SECONDS)
+        queue.let_go(template, driver)
+        raise
     finally:
         queue.call_next()
 

@@ -56,6 +56,13 @@ def call_worker(template: Template) -> None:
     async_task(DRIVE, template.pk, group="builds")
 
 
+def let_go(template: Template, driver: str) -> None:
+    """A driver cannot go on with a build that still builds: another one shall, at once."""
+    mine = Template.objects.building().filter(pk=template.pk, driver=driver)
+    if mine.update(driver="", heartbeat_at=None):
+        call_worker(template)
+
+
 def call_next() -> None:
     """A build has ended: ask for a worker for the next, if one waits."""
     first = Template.objects.queued().order_by("created_at").first()

@@ -17,7 +17,7 @@ BETTER = "a better passphrase than that"
 
 
 @pytest.fixture
-def browser(alice: User) -> Client:
+def here(alice: User) -> Client:
     """A browser alice has signed in with."""
     return sign_in()[0]
 
@@ -39,51 +39,51 @@ def no_entry_has(*secrets: str) -> bool:
     return not any(secret in text for secret in secrets)
 
 
-def test_a_new_name(browser: Client, alice: User) -> None:
-    browser.post("/account/name/", {"name": "Alicia"})
+def test_a_new_name(here: Client, alice: User) -> None:
+    here.post("/account/name/", {"name": "Alicia"})
     entry = last()
     assert (entry.team_id, entry.who) == (alice.memberships.get().team_id, alice.email)
     assert (entry.object_kind, entry.object_id, entry.surface) == ("user", str(alice.pk), "console")
     assert entry.data == {"changed": {"name": ["Alice", "Alicia"]}}
-    browser.post("/account/name/", {"name": "Alicia"})
-    browser.post("/account/name/", {"name": "x" * 101})
+    here.post("/account/name/", {"name": "Alicia"})
+    here.post("/account/name/", {"name": "x" * 101})
     assert written() == [("account.name", "done"), ("account.name", "denied")]
 
 
-def test_a_new_password_and_no_word_of_it(browser: Client) -> None:
+def test_a_new_password_and_no_word_of_it(here: Client) -> None:
     sign_in(agent="Chrome")
-    browser.post("/account/password/", {"current": "wrong guess", "password": BETTER})
-    browser.post("/account/password/", {"current": PASSWORD, "password": "hunter2"})
-    browser.post("/account/password/", {"current": PASSWORD, "password": BETTER})
+    here.post("/account/password/", {"current": "wrong guess", "password": BETTER})
+    here.post("/account/password/", {"current": PASSWORD, "password": "hunter2"})
+    here.post("/account/password/", {"current": PASSWORD, "password": BETTER})
     assert written() == [("account.password", how) for how in ("denied", "denied", "done")]
     assert last().data == {"sessions_ended": 1}
     assert no_entry_has("wrong guess", "hunter2", PASSWORD, BETTER)
 
 
-def test_sessions_that_are_ended(browser: Client) -> None:
+def test_sessions_that_are_ended(here: Client) -> None:
     for agent in ("Chrome", "Safari", "Opera"):
         sign_in(agent=agent)
     row = SignedIn.objects.get(user_agent="Chrome")
-    browser.post(f"/account/sessions/{row.pk}/end/")
-    browser.post(f"/account/sessions/{row.pk}/end/")
-    browser.post("/account/sessions/end-others/")
+    here.post(f"/account/sessions/{row.pk}/end/")
+    here.post(f"/account/sessions/{row.pk}/end/")
+    here.post("/account/sessions/end-others/")
     assert last().data == {"sessions_ended": 2}
-    browser.post("/sign-out/")
+    here.post("/sign-out/")
     assert written() == [("session.end", how) for how in ("done", "denied", "done", "done")]
     Client().post("/sign-out/")
     assert len(written()) == 4
 
 
-def test_two_step_sign_in_on_and_off(browser: Client, alice: User) -> None:
-    browser.post("/account/code/begin/")
+def test_two_step_sign_in_on_and_off(here: Client, alice: User) -> None:
+    here.post("/account/code/begin/")
     device = TOTPDevice.objects.get(user=alice)
-    browser.post("/account/code/confirm/", {"code": "000000"})
+    here.post("/account/code/confirm/", {"code": "000000"})
     TOTPDevice.objects.update(throttling_failure_count=0, throttling_failure_timestamp=None)
     code = code_of(device)
-    answer: Any = browser.post("/account/code/confirm/", {"code": code})
-    browser.post("/account/code/begin/")
-    browser.post("/account/code/off/", {"current": "wrong guess"})
-    browser.post("/account/code/off/", {"current": PASSWORD})
+    answer: Any = here.post("/account/code/confirm/", {"code": code})
+    here.post("/account/code/begin/")
+    here.post("/account/code/off/", {"current": "wrong guess"})
+    here.post("/account/code/off/", {"current": PASSWORD})
     assert written() == [
         ("second_factor.begin", "done"),
         ("second_factor.on", "denied"),
@@ -96,10 +96,10 @@ def test_two_step_sign_in_on_and_off(browser: Client, alice: User) -> None:
 
 
 def test_a_refusal_is_written_with_the_team_one_acts_for(
-    browser: Client, alice: User, charlie: User
+    here: Client, alice: User, charlie: User
 ) -> None:
     theirs = charlie.memberships.get().team
     alice.memberships.create(team=theirs)
-    browser.post("/team/switch/", {"team": theirs.pk})
-    browser.post("/account/password/", {"current": "wrong guess"})
+    here.post("/team/switch/", {"team": theirs.pk})
+    here.post("/account/password/", {"current": "wrong guess"})
     assert (last().action, last().team_id) == ("account.password", theirs.pk)

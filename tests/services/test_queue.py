@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 from django.utils import timezone
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Plan
 from templates_app import services
 from templates_app.models import Template
-from templates_app.services import queue
+from templates_app.services import driver, queue
+from templates_app.services.record import record
 from templates_app.specs import TemplateSpec
 from tests.fakes.fixtures import queued
 from tests.fakes.host import FakeHost
@@ -77,8 +79,6 @@ def test_a_build_that_lost_its_driver_comes_first(actor: Actor, other_actor: Act
 
 @pytest.mark.usefixtures("at_once")
 def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: FakeHost) -> None:
-    from templates_app.services import driver
-
     for name in ("a1", "a2", "a3"):
         ask(actor, name)
     before = len(queued())
@@ -87,7 +87,32 @@ def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: Fake
     assert queued()[before:] == [queue.DRIVE]
 
 
-@pytest.mark.django_db(transaction=True)
+def test_a_driver_that_fails_leaves_the_build_to_another(
+    actor: Actor, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "AGAIN_SECONDS", 0)
+    building = ask(actor, "a1")
+    calls = 0
+
+    def fail_once(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OperationalError("the database went away")
+        real(*arguments)
+
+    real = record
+    monkeypatch.setattr(driver, "record", fail_once)
+    with pytest.raises(OperationalError):
+        driver.drive(building.pk)
+    building.refresh_from_db()
+    assert (building.driver, building.heartbeat_at) == ("", None)
+    assert building.status == "building"
+    driver.drive(building.pk)
+    building.refresh_from_db()
+    assert building.status == "ready"
+
+
 def test_takers_at_the_same_moment_keep_to_the_limit(plans: None, host: FakeHost) -> None:
     from orkestr_console.accounts.actor import system_actor
     from orkestr_console.accounts.models import Team
