@@ -15,7 +15,7 @@ import pytest
 from hostruntime.egress import EgressProxy
 from hostruntime.exec import Chunk, Exited
 from hostruntime.launcher import LauncherPool
-from hostruntime.limits import Limits
+from hostruntime.limits import Limits, cgroup_layout
 from hostruntime.manager import ContainerManager, ContainerSpec, lxcpath_of
 from hostruntime.network import SlotPool
 from hostruntime.network_settings import NetworkSettings
@@ -106,6 +106,7 @@ async def containers(root: Path) -> AsyncIterator[Containers]:
     async with AsyncExitStack() as stack:
         instance = claim_instance(paths)
         stack.callback(release_instance, paths)
+        stack.callback(cgroup_layout().remove_instance, instance.prefix)
         pool = SlotPool(paths, instance, SETTINGS)
         stack.callback(pool.teardown)
         pool.setup()
