@@ -53,8 +53,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "step_timeout_seconds": Kind("Longest build step", "s"),
     "build_timeout_seconds": Kind("Longest build", "s"),
-    "max_snapshots": Kind("Snapshots", "", "keeps", "snapshots", "delete one"),
-    "max_named_snapshots": Kind("Named snapshots", "", "keeps", "named snapshots", "delete one"),
+    "max_snapshots": Kind(
+        "Paused sandboxes", "", "keeps", "paused sandboxes", "resume or terminate one"
+    ),
+    "max_named_snapshots": Kind("Snapshots", "", "keeps", "snapshots", "delete one"),
     "max_volumes": Kind("Volumes", "", "keeps", "volumes", "delete one"),
     "api_requests_per_minute": Kind("API requests a minute for each token"),
 }
