@@ -4,15 +4,14 @@ Started by the agent as ``python -m hostruntime.containers <descriptor>``, it se
 that socket (:mod:`hostruntime.channel`) until the agent closes it:
 
 ``start``   mount a root file system and start a container on it → ``{init_pid}``
-``attach``  clone a process into a container, put it into its control group and let it go →
+``attach``  put a process into a container (:mod:`hostruntime.entering`) and let it go →
             ``{pid, pid_inside}``, and an ``exit`` message when it has ended
 ``signal``  signal an attached process
 
-Why a process of its own: python-lxc holds the GIL while it waits, and LXC clones attached
-processes without glibc's fork handlers, which a multi-threaded process would not survive.
-Why a start forks once more: LXC moves the process that starts a container into the control group
-of that container's monitor, for good.  So the launcher also goes on serving meanwhile.  LXC's
-monitors are daemons and outlive the launcher.
+Why a process of its own: python-lxc holds the GIL while it waits, and entering a container takes a
+process of one thread.  Why a start forks once more: LXC moves the process that starts a container
+into the control group of that container's monitor, for good.  So the launcher also goes on serving
+meanwhile.  LXC's monitors are daemons and outlive the launcher.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ from typing import Any, NoReturn
 import lxc
 
 from hostruntime import channel, inside_files, kernel, seccomp
+from hostruntime.entering import Confinement, Doorway, EnteringFailed, enter
 from hostruntime.inside_exec import Command, become_command
-from hostruntime.limits import pid_inside
-from hostruntime.lxc_config import APPARMOR
 from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
 
 _TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
-_NOT_CONFINED = 126
 _LOG_TAIL_BYTES = 1500
+_OPEN = b"1"
 
 
 class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
@@ -68,12 +66,12 @@ class Launcher:
 
     sock: socket.socket
     lxcpath: str
-    filter: kernel.SyscallFilter | None = None
+    confinement: Confinement
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
     userns: dict[int, int] = field(default_factory=dict)
-    containers: dict[str, lxc.Container] = field(default_factory=dict)
+    doorways: dict[str, Doorway] = field(default_factory=dict)
 
     def run(self) -> None:
         """Serve until the agent is gone, then kill what it can no longer watch."""
@@ -97,7 +95,7 @@ class Launcher:
         request = message.get("id")
         try:
             answer = self._dispatch(message, fds)
-        except (RequestFailed, OSError, KeyError, TypeError, ValueError) as error:
+        except (RequestFailed, EnteringFailed, OSError, KeyError, TypeError, ValueError) as error:
             answer = {"error": _words(error)}
         finally:
             for fd in fds:
@@ -115,7 +113,7 @@ class Launcher:
             case "signal":
                 return self._signal(int(message["target"]), int(message["signal"]))
             case "forget":
-                self.containers.pop(str(message["name"]), None)
+                self._forget(str(message["name"]))
                 return {}
         raise RequestFailed(f"There is no request called {message['do']!r}.")
 
@@ -135,6 +133,7 @@ class Launcher:
     def _start_and_exit(
         self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int, result: int
     ) -> NoReturn:
+        _close_all_but(userns_fd, result)
         try:
             answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
@@ -189,56 +188,40 @@ class Launcher:
     # Attaching -----------------------------------------------------------------------------
 
     def _attach(self, message: Mapping[str, Any], fds: list[int]) -> dict[str, Any]:
-        name, group = str(message["name"]), message.get("group")
+        name = str(message["name"])
+        group = Path(message["group"]) if message.get("group") is not None else None
         gate_out, gate_in = os.pipe()
         try:
-            pid = self._clone(name, _inside(message, fds, gate_out))
-            try:
-                if group is not None:
-                    _enter_group(Path(group), pid)
-                inside = pid_inside(pid)
-            except BaseException:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
+            inside = _inside(message, fds, gate_out)
+            pid, number_inside = enter(self._doorway(name), self.confinement, group, inside)
             self._watch(int(message["id"]), pid)
-            os.write(gate_in, b"1")
+            os.write(gate_in, _OPEN)
+        except (EnteringFailed, OSError):
+            # It may have ended; if not, the next one finds it again.
+            self._forget(name)
+            raise
         finally:
             os.close(gate_out)
             os.close(gate_in)
-        return {"pid": pid, "pid_inside": inside}
+        return {"pid": pid, "pid_inside": number_inside}
 
-    def _clone(self, name: str, inside: Callable[[None], NoReturn]) -> int:
-        container = self.containers.setdefault(name, lxc.Container(name, self.lxcpath))
-        flags, environment = self._attach_flags(), lxc.LXC_ATTACH_CLEAR_ENV
-        action = self._confined(inside)
-        pid = int(container.attach(action, None, attach_flags=flags, env_policy=environment))
-        if pid <= 0:
-            self.containers.pop(name, None)
-            raise RequestFailed("LXC could not attach to the container; it may have stopped.")
-        return pid
+    def _doorway(self, name: str) -> Doorway:
+        if name not in self.doorways:
+            self.doorways[name] = Doorway.find(name)
+        return self.doorways[name]
 
-    def _attach_flags(self) -> int:
-        """What LXC is to do: where it has a label to set, it also installs its profile."""
-        default = int(lxc.LXC_ATTACH_DEFAULT)
-        return default if self.filter is None else default & ~int(lxc.LXC_ATTACH_LSM_EXEC)
-
-    def _confined(self, inside: Callable[[None], NoReturn]) -> Callable[[None], NoReturn]:
-        if self.filter is None:
-            return inside
-        install = self.filter.install
-
-        def confine_and_run(argument: None) -> NoReturn:
-            try:
-                install()
-            except BaseException:  # noqa: BLE001 - whatever it is, nothing may run unconfined
-                os._exit(_NOT_CONFINED)
-            inside(argument)
-
-        return confine_and_run
+    def _forget(self, name: str) -> None:
+        doorway = self.doorways.pop(name, None)
+        if doorway is not None:
+            doorway.close()
 
     def _watch(self, request: int, pid: int) -> None:
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self.attached[pidfd] = _Attached(request, pid, pidfd)
         self.poller.register(pidfd, select.POLLIN)
 
@@ -257,7 +240,7 @@ class Launcher:
         return {}
 
 
-def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[None], NoReturn]:
+def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[], NoReturn]:
     """What the attached process is to do, with everything it needs already at hand."""
     if message["call"] == "exec":
         stdin, stdout, stderr, status = fds
@@ -271,17 +254,21 @@ def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[
             gate=gate,
             status=status,
         )
-        return lambda _: become_command(command)
+        return lambda: become_command(command)
     operation, arguments = str(message["operation"]), dict(message["arguments"])
     if operation not in inside_files.OPERATIONS:
         raise RequestFailed(f"There is no file operation called {operation!r}.")
     (peer,) = fds
-    return lambda _: inside_files.serve(operation, arguments, peer)
+    return lambda: inside_files.serve(operation, arguments, peer, gate)
 
 
-def _enter_group(group: Path, pid: int) -> None:
-    group.mkdir(exist_ok=True)
-    (group / "cgroup.procs").write_text(str(pid))
+def _close_all_but(*keep: int) -> None:
+    """Close what a start does not need: LXC's monitor goes through all that is left, one by one."""
+    first = 3
+    for number in sorted(keep):
+        os.closerange(first, number)
+        first = number + 1
+    os.closerange(first, 1 << 30)
 
 
 def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
@@ -296,7 +283,8 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
 
 
 def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
+    ours = isinstance(error, RequestFailed | EnteringFailed)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def _tail(log: Path) -> str:
@@ -305,13 +293,6 @@ def _tail(log: Path) -> str:
     except OSError:
         return ""
     return f"Its log ends: {text}" if text else ""
-
-
-def _own_filter() -> kernel.SyscallFilter | None:
-    """The filter for attached processes; None where LXC has to do it, along with the label."""
-    if APPARMOR.is_dir():
-        return None
-    return kernel.SyscallFilter(seccomp.program())
 
 
 def _prepare_process() -> None:
@@ -334,11 +315,13 @@ def _prepare_process() -> None:
 
 
 def main() -> None:
-    """Serve on the socket whose descriptor is the first argument; lxcpath is the second."""
+    """Serve; the arguments are a socket's descriptor, lxcpath, and an AppArmor profile if any."""
     _prepare_process()
-    with socket.socket(fileno=int(sys.argv[1])) as sock:
+    descriptor, lxcpath, *labels = sys.argv[1:]
+    confinement = Confinement.of(seccomp.program(), labels[0] if labels else None)
+    with socket.socket(fileno=int(descriptor)) as sock:
         os.set_inheritable(sock.fileno(), False)  # noqa: FBT003 - positional-only
-        Launcher(sock, sys.argv[2], _own_filter()).run()
+        Launcher(sock, lxcpath, confinement).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What an attached process does inside a container before it becomes the command.
 
-Runs in a process that LXC cloned from a launcher: paths already resolve inside the container, so
-nothing may be imported or opened lazily.  It leaves only by ``execve`` or ``_exit``.
+Runs in a process that a launcher put there (:mod:`hostruntime.entering`): paths already
+resolve inside the container, so nothing may be imported or opened lazily.  It leaves only by
+``execve`` or ``_exit``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """File operations as they run inside a container, as its root.
 
-Runs in a process that LXC cloned from a launcher, like :mod:`hostruntime.inside_exec`: every path
-is walked by the container's own kernel view, so nothing a tenant plants in its tree (links,
-mounts, devices) can lead to the host.  The process speaks to the agent over one socket: it sends
-a header (a 4-byte length and JSON), then the raw bytes of a file being read; a file being written
-arrives as length-prefixed pieces, a piece of length zero meaning that all of it was sent.
+Runs in a process that a launcher put there, like :mod:`hostruntime.inside_exec`: every path is
+walked by the container's own kernel view, so nothing a tenant plants in its tree (links, mounts,
+devices) can lead to the host.  The process speaks to the agent over one socket: it sends a header
+(a 4-byte length and JSON), then the raw bytes of a file being read; a file being written arrives as
+length-prefixed pieces, a piece of length zero meaning that all of it was sent.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a defect
         self.detail = detail
 
 
-def serve(operation: str, arguments: Mapping[str, Any], descriptor: int) -> NoReturn:
-    """Do one operation for the agent at the other end of ``descriptor``, and leave."""
+def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: int) -> NoReturn:
+    """Do one operation for the agent at the other end of ``descriptor``, and leave.
+
+    ``gate`` gives one byte when this process has its place in the container's control groups.
+    """
     try:
+        if os.read(gate, 1) != b"1":
+            os._exit(1)
         os.dup2(descriptor, _DESCRIPTOR, inheritable=False)
         os.closerange(_DESCRIPTOR + 1, 1 << 30)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Calls through this one keep the interpreter's lock, so nothing of Python changes hands meanwhile.
+_libc_locked = ctypes.PyDLL(None, use_errno=True)
 
+# The generic table's, but for x86-64.
+_SYS_CLONE = 56 if platform.machine() == "x86_64" else 220
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_OPENAT2 = 437
@@ -23,8 +28,27 @@ _SYS_MOUNT_SETATTR = 442
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
 _SECCOMP_MODE_FILTER = 2
 _SOCK_FILTER_BYTES = 8
+_CLONE_PARENT = 0x8000
+_CAPABILITY_VERSION_3 = 0x2008_0522
+
+# capability.h: the number of each capability that containers may keep (capabilities(7)).
+CAPABILITY_NUMBERS = {
+    "chown": 0,
+    "dac_override": 1,
+    "fowner": 3,
+    "fsetid": 4,
+    "kill": 5,
+    "setgid": 6,
+    "setuid": 7,
+    "setpcap": 8,
+    "net_bind_service": 10,
+    "net_raw": 13,
+    "sys_chroot": 18,
+    "setfcap": 31,
+}
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -209,6 +233,43 @@ def set_dumpable(*, dumpable: bool) -> None:
     A copy made by fork inherits it; execve starts afresh.
     """
     if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+
+
+def clone_sibling() -> int:
+    """Copy this process as fork(2) does, as a child of its *parent* (CLONE_PARENT in clone(2)).
+
+    Returns the copy's pid, and 0 in the copy.  Only for a process of one thread: nobody's handlers
+    for a fork are run, neither Python's nor the C library's.
+    """
+    arguments = (ctypes.c_long(_CLONE_PARENT | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
+    result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def drop_from_bounding_set(numbers: Iterable[int]) -> None:
+    """Make sure that no program executed from here on has these (PR_CAPBSET_DROP in prctl(2))."""
+    for number in numbers:
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno))
+
+
+def last_capability() -> int:
+    """The highest capability that this kernel knows (cap_last_cap in proc(5))."""
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+
+
+def set_capabilities(numbers: Iterable[int]) -> None:
+    """Keep these as permitted and effective, and nothing as inheritable (capset(2))."""
+    bits = sum(1 << number for number in numbers)
+    low, high = bits & 0xFFFF_FFFF, bits >> 32
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, struct.pack("6I", low, low, 0, high, high, 0)) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
 

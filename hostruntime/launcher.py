@@ -75,12 +75,15 @@ class Link:
     _reader: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, lxcpath: Path, log: Path, keep: Sequence[int]) -> Link:
+    async def open(
+        cls, lxcpath: Path, log: Path, keep: Sequence[int], apparmor: str | None
+    ) -> Link:
         """Start a launcher that also keeps these descriptors open.  Raises HostError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             fd = theirs.fileno()
             argv = [sys.executable, "-m", "hostruntime.containers", str(fd), str(lxcpath)]
+            argv += [] if apparmor is None else [apparmor]
             process = spawn(argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *keep])
         ours.setblocking(False)  # noqa: FBT003 - positional-only
         link = cls(process, ours)
@@ -202,13 +205,17 @@ class Link:
 class LauncherPool:
     """Two launchers, replaced when they die.  Belongs to one event loop.
 
-    ``keep`` are descriptors that launchers hold for as long as they live.
+    ``keep`` are descriptors that launchers hold for as long as they live; ``apparmor`` is the
+    profile of what they put into containers.
     """
 
-    def __init__(self, lxcpath: Path, log: Path, keep: Sequence[int] = ()) -> None:
+    def __init__(
+        self, lxcpath: Path, log: Path, keep: Sequence[int] = (), apparmor: str | None = None
+    ) -> None:
         self._lxcpath = lxcpath
         self._log = log
         self._keep = tuple(keep)
+        self._apparmor = apparmor
         self._links: list[Link] = []
         self._replacing = asyncio.Lock()
         self.gate = Gate()
@@ -217,7 +224,7 @@ class LauncherPool:
         """Start the launchers.  Raises HostError, OSError."""
         self._lxcpath.mkdir(mode=0o711, parents=True, exist_ok=True)
         for _ in range(LAUNCHERS):
-            self._links.append(await Link.open(self._lxcpath, self._log, self._keep))
+            self._links.append(await self._open_link())
 
     async def close(self) -> None:
         """End the launchers; containers stay."""
@@ -268,12 +275,15 @@ class LauncherPool:
             await self._replace_dead()
         return min(self._links, key=lambda link: link.load)
 
+    async def _open_link(self) -> Link:
+        return await Link.open(self._lxcpath, self._log, self._keep, self._apparmor)
+
     async def _replace_dead(self) -> None:
         async with self._replacing:
             for index, link in enumerate(self._links):
                 if not link.alive:
                     await link.close()
-                    self._links[index] = await Link.open(self._lxcpath, self._log, self._keep)
+                    self._links[index] = await self._open_link()
 
 
 def _take_message(buffer: bytearray) -> dict[str, Any] | None:

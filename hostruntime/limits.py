@@ -7,6 +7,8 @@ hierarchy can kill a process tree that forks as it is being killed (``cgroup.kil
 
 In every hierarchy the groups of instance 0 are below ``ork0``: a container's is its name, its LXC
 monitor's ``mon-`` and that name.  A command gets a child group of its own in the unified one.
+Where systemd owns a v2 hierarchy, that group is a unit of its own, which systemd has delegated
+(:mod:`hostruntime.delegation`): ``orkestr.slice/ork0.service``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from pathlib import Path
 from hostruntime.errors import HostUnavailable
 
 CGROUPS = Path("/sys/fs/cgroup")
+SYSTEMD = Path("/run/systemd/system")
+SLICE = "orkestr.slice"
+CONTROLLERS = ("cpu", "memory", "pids")
 MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
@@ -65,32 +70,42 @@ class Limits:
 
 @dataclass(frozen=True)
 class CgroupLayout:
-    """Where this machine's hierarchies are; ``v1`` maps a v1 controller to its mount point."""
+    """Where this machine's hierarchies are; ``v1`` maps a v1 controller to its mount point.
+
+    ``delegated`` says that systemd owns the hierarchy, and groups may be made in units only.
+    """
 
     kind: str
     unified: Path
     v1: Mapping[str, Path]
     hierarchies: tuple[Path, ...]
+    delegated: bool = False
+
+    def instance_group(self, name: str) -> str:
+        """What is above every group of an instance, given any name or prefix of it."""
+        instance = name.partition("-")[0]
+        return f"{SLICE}/{instance}.service" if self.delegated else instance
 
     def lxc_items(self, limits: Limits, name: str) -> list[tuple[str, str]]:
         """The LXC configuration (lxc.container.conf(5)) that puts and holds a container here."""
-        group = _instance_group(name)
+        group = self.instance_group(name)
         items = [
             ("lxc.cgroup.dir.container", f"{group}/{name}"),
             ("lxc.cgroup.dir.monitor", f"{group}/{MONITOR_PREFIX}{name}"),
             ("lxc.cgroup.dir.monitor.pivot", f"{group}/pivot"),
         ]
-        settings = self._v2_settings(limits) if self.kind == "v2" else self._v1_settings(limits)
-        return items + settings
+        v2 = self.kind == "v2"
+        return items + (self._v2_settings(limits, group) if v2 else self._v1_settings(limits))
 
-    def _v2_settings(self, limits: Limits) -> list[tuple[str, str]]:
+    def _v2_settings(self, limits: Limits, group: str) -> list[tuple[str, str]]:
         quota = round(limits.cpu * _CPU_PERIOD_US)
         items = [
             ("lxc.cgroup2.memory.max", str(limits.memory_mb * _MIB)),
             ("lxc.cgroup2.pids.max", str(limits.pids)),
             ("lxc.cgroup2.cpu.max", f"{quota} {_CPU_PERIOD_US}"),
         ]
-        if Path("/proc/swaps").read_text().count("\n") > 1:
+        # Whether there is swap now or not: it may be added while the container runs.
+        if (self.unified / group / "memory.swap.max").exists() or _has_swap():
             items.append(("lxc.cgroup2.memory.swap.max", "0"))
         return items
 
@@ -115,7 +130,7 @@ class CgroupLayout:
         """Every container with this name prefix that has a group, or whose monitor has."""
         names: set[str] = set()
         for hierarchy in self.hierarchies:
-            for entry in _entries(hierarchy / _instance_group(prefix)):
+            for entry in _entries(hierarchy / self.instance_group(prefix)):
                 name = entry.name.removeprefix(MONITOR_PREFIX)
                 if name.startswith(prefix):
                     names.add(name)
@@ -124,14 +139,14 @@ class CgroupLayout:
     def remove_instance(self, prefix: str) -> None:
         """Remove what is left of an instance's groups once none of its containers runs."""
         for hierarchy in self.hierarchies:
-            _remove_tree(hierarchy / _instance_group(prefix))
+            _remove_tree(hierarchy / self.instance_group(prefix))
 
 
 @cache
 def cgroup_layout() -> CgroupLayout:
     """This machine's layout; raises HostUnavailable when the runtime cannot work with it."""
     if (CGROUPS / "cgroup.controllers").exists():
-        return CgroupLayout("v2", CGROUPS, {}, (CGROUPS,))
+        return CgroupLayout("v2", CGROUPS, {}, (CGROUPS,), delegated=SYSTEMD.is_dir())
     unified = CGROUPS / "unified"
     if not (unified / "cgroup.controllers").exists():
         raise HostUnavailable(
@@ -159,7 +174,7 @@ class ContainerGroups:
     @property
     def unified(self) -> Path:
         """The container's group in the unified hierarchy; commands get children of it."""
-        return self.layout.unified / _instance_group(self.name) / self.name
+        return self.layout.unified / self.layout.instance_group(self.name) / self.name
 
     @property
     def monitor(self) -> Path:
@@ -178,7 +193,13 @@ class ContainerGroups:
         """Where memory is accounted."""
         if self.layout.kind == "v2":
             return self.unified
-        return self.layout.v1["memory"] / _instance_group(self.name) / self.name
+        return self.layout.v1["memory"] / self.layout.instance_group(self.name) / self.name
+
+    def for_commands(self) -> list[Path]:
+        """The container's group in every hierarchy that has one, the unified hierarchy's last."""
+        group = f"{self.layout.instance_group(self.name)}/{self.name}"
+        others = (h for h in self.layout.hierarchies if h != self.layout.unified)
+        return [*(h / group for h in others if (h / group).is_dir()), self.unified]
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here because memory ran out."""
@@ -217,15 +238,14 @@ class ContainerGroups:
 
     def _everywhere(self) -> list[Path]:
         return [
-            hierarchy / _instance_group(self.name) / name
+            hierarchy / self.layout.instance_group(self.name) / name
             for hierarchy in self.layout.hierarchies
             for name in (self.name, f"{MONITOR_PREFIX}{self.name}")
         ]
 
 
-def _instance_group(name: str) -> str:
-    """``ork0`` of ``ork0-sbx_…``."""
-    return name.partition("-")[0]
+def _has_swap() -> bool:
+    return Path("/proc/swaps").read_text().count("\n") > 1
 
 
 def pids_in(group: Path) -> list[int]:

@@ -15,7 +15,6 @@ from hostruntime.limits import CgroupLayout, Limits
 from hostruntime.paths import IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
-APPARMOR = Path("/sys/kernel/security/apparmor")
 _SHM_MB = 64
 
 # What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
@@ -53,7 +52,11 @@ CAPABILITIES = (
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """What differs from one container to the next; ``netns`` None means no network at all."""
+    """What differs from one container to the next.
+
+    ``netns`` None means no network at all; ``apparmor`` is the name of a profile that is loaded
+    (:mod:`hostruntime.apparmor`), None where the kernel has no AppArmor.
+    """
 
     name: str
     hostname: str
@@ -62,6 +65,7 @@ class ContainerConfig:
     netns: Path | None
     limits: Limits
     seccomp: Path
+    apparmor: str | None
     log: Path
 
     def items(self, layout: CgroupLayout) -> list[tuple[str, str]]:
@@ -89,8 +93,8 @@ class ContainerConfig:
             ("lxc.cap.keep", " ".join(CAPABILITIES)),
             ("lxc.seccomp.profile", str(self.seccomp)),
         ]
-        if APPARMOR.is_dir():
-            items.append(("lxc.apparmor.profile", "generated"))
+        if self.apparmor is not None:
+            items.append(("lxc.apparmor.profile", self.apparmor))
         return items
 
     def _mounts(self) -> list[tuple[str, str]]:

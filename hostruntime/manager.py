@@ -20,6 +20,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hostruntime import apparmor
 from hostruntime.disk import Disks
 from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, HostFault
 from hostruntime.exec import ExecRequest, Exited, Frame, run_command
@@ -152,7 +153,7 @@ class ContainerManager:
                 raise Conflict(f"{spec.owner} already has a running container.")
             began = time.monotonic()
             try:
-                await asyncio.to_thread(self._provide_disk, spec)
+                await asyncio.to_thread(self._prepare, spec)
                 slot = await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
                 init_pid = await self.launchers.start(self._start_message(spec, slot))
             except BaseException:
@@ -328,7 +329,10 @@ class ContainerManager:
 
     # Pieces --------------------------------------------------------------------------------
 
-    def _provide_disk(self, spec: ContainerSpec) -> None:
+    def _prepare(self, spec: ContainerSpec) -> None:
+        label = apparmor.profile_name(self.instance)
+        if label is not None:
+            apparmor.ensure_loaded(label)
         self.disks.attach(spec.owner, spec.limits.disk_size_mb, spec.saved_disk)
         if spec.provide is not None:
             upper = self.layer(spec.owner)
@@ -348,6 +352,7 @@ class ContainerManager:
             netns=slot.netns,
             limits=spec.limits,
             seccomp=profile_in(RunDir.of(self.instance).root),
+            apparmor=apparmor.profile_name(self.instance),
             log=spec.directory / "lxc.log",
         )
         rootfs = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, build_plan
+from hostruntime import __version__, apparmor, build_plan, delegation
 from hostruntime.bases import BaseBuilder
 from hostruntime.builds import BuildManager
 from hostruntime.egress import EgressProxy, host_registries
@@ -111,7 +111,7 @@ class Host:
     async def _keep_proxy(self) -> None:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
-            await self._check_firewall()
+            await self._check_walls()
             await self._check_proxy(first=False)
 
     async def _keep_layers(self) -> None:
@@ -123,9 +123,11 @@ class Host:
             except OSError as error:
                 _log.error("old layers or builds could not be deleted: %s", error)
 
-    async def _check_firewall(self) -> None:
+    async def _check_walls(self) -> None:
         try:
             await asyncio.to_thread(self.pool.firewall.ensure_whole)
+            if (label := apparmor.profile_name(self.instance)) is not None:
+                await asyncio.to_thread(apparmor.ensure_loaded, label)
         except (HostError, OSError) as error:
             _log.error("%s", error)
 
@@ -143,6 +145,10 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     cgroup_layout()
     ensure_subordinate_ids()
     instance = claim_instance(paths)
+    delegation.set_up(instance)
+    label = apparmor.profile_name(instance)
+    if label is not None:
+        apparmor.load(label)
     pool = SlotPool(paths, instance)
     pool.setup()
     build_runtime_layers(paths, pool)
@@ -150,7 +156,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     store = ImageStore(paths)
     live = reclaim(paths, instance, pool, store)
     _log.info("instance %d, %d sandboxes still run", instance.index, len(live))
-    launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep)
+    launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep, label)
     containers = ContainerManager(paths, instance, pool, launchers)
 
     layers = LayerStore(paths, store.trash, budget_bytes(paths))
@@ -189,6 +195,10 @@ def tear_down(paths: StatePaths) -> None:
     take_down(paths, instance, store.trash)
     EgressProxy(paths, instance, pool).stop()
     pool.teardown()
+    delegation.tear_down(instance)
+    label = apparmor.profile_name(instance)
+    if label is not None:
+        apparmor.unload(label)
     for directory in paths.sandboxes.iterdir():
         with contextlib.suppress(OSError):
             store.trash.discard(directory)

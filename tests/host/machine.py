@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hostruntime import delegation
+from hostruntime.apparmor import profile_name
 from hostruntime.bases import BaseBuilder
 from hostruntime.build_plan import Host, refused_hosts
 from hostruntime.builds import BuildManager
@@ -44,6 +46,8 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
     async with AsyncExitStack() as stack:
         instance = claim_instance(paths)
         stack.callback(release_instance, paths)
+        stack.callback(delegation.tear_down, instance)
+        delegation.set_up(instance)
         pool = SlotPool(paths, instance)
         stack.push_async_callback(in_thread, pool.teardown)
         await in_thread(pool.setup)
@@ -52,7 +56,9 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         stack.push_async_callback(in_thread, proxy.stop)
         await in_thread(build_runtime_layers, paths, pool)
         await in_thread(proxy.start)
-        launchers = LauncherPool(lxcpath_of(instance), root / "launcher.log")
+        launchers = LauncherPool(
+            lxcpath_of(instance), root / "launcher.log", apparmor=profile_name(instance)
+        )
         stack.push_async_callback(launchers.close)
         await launchers.open()
         containers = ContainerManager(paths, instance, pool, launchers)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from hostruntime import delegation
+from hostruntime.apparmor import profile_name
 from hostruntime.egress import EgressProxy
 from hostruntime.exec import Chunk, Exited
 from hostruntime.launcher import LauncherPool
@@ -106,6 +108,8 @@ async def containers(root: Path) -> AsyncIterator[Containers]:
     async with AsyncExitStack() as stack:
         instance = claim_instance(paths)
         stack.callback(release_instance, paths)
+        stack.callback(delegation.tear_down, instance)
+        delegation.set_up(instance)
         stack.callback(cgroup_layout().remove_instance, instance.prefix)
         pool = SlotPool(paths, instance, SETTINGS)
         stack.callback(pool.teardown)
@@ -115,7 +119,9 @@ async def containers(root: Path) -> AsyncIterator[Containers]:
         stack.callback(proxy.stop)
         proxy.start()
         build_runtime_layers(paths, pool)
-        launchers = LauncherPool(lxcpath_of(instance), root / "launcher.log")
+        launchers = LauncherPool(
+            lxcpath_of(instance), root / "launcher.log", apparmor=profile_name(instance)
+        )
         stack.push_async_callback(launchers.close)
         await launchers.open()
         manager = ContainerManager(paths, instance, pool, launchers)

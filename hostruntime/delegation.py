@@ -1,0 +1,96 @@
+"""A control group to put containers in, where systemd owns the tree.
+
+On a machine that systemd runs with cgroup v2 alone, groups may be made only below a unit that asks
+for it (``Delegate=``, systemd.resource-control(5); "Three Scenarios" in systemd's
+CGROUP_DELEGATION).  Each instance has such a unit, ``ork0.service`` in ``orkestr.slice``: systemd
+neither touches what is in it nor takes its controllers away, and it belongs to nobody's session, so
+that logging out or restarting the agent ends no container.  What the unit runs is one process that
+does nothing, to keep it; stopping the unit ends every container, as a shutdown does.
+
+Everywhere else the groups are simply made, and there is nothing to do here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hostruntime.errors import HostError, HostUnavailable
+from hostruntime.limits import CONTROLLERS, SLICE, CgroupLayout, cgroup_layout
+from hostruntime.paths import Instance
+from hostruntime.run import run
+
+_SECONDS = 60.0
+_KEEPER = "keeper"
+_PROPERTIES = (
+    "Type=exec",
+    "Delegate=yes",
+    # A sandbox that is out of memory is no reason to stop the others (the default stops the unit).
+    "OOMPolicy=continue",
+    "OOMScoreAdjust=-999",
+    # Each container has a limit of its own; the default is 15 % of what the machine may run.
+    "TasksMax=infinity",
+    # At a shutdown: what tenants run gets no say in how long it takes.
+    "TimeoutStopSec=5",
+)
+
+
+def set_up(instance: Instance) -> None:
+    """Have the group that this instance's containers go into; idempotent.
+
+    Raises HostUnavailable when systemd does not give it, or lacks a controller.
+    """
+    layout = cgroup_layout()
+    if not layout.delegated:
+        return
+    group = _group(layout, instance)
+    try:
+        if not group.is_dir():
+            _start(instance)
+        _make_room(group)
+    except (HostError, OSError) as error:
+        raise HostUnavailable(
+            f"systemd does not give this agent a control group for its containers ({group}): "
+            f"{error}. `systemctl status {_unit(instance)}` says more; the kernel needs the "
+            f"controllers {', '.join(CONTROLLERS)} (see `cgroup_disable` in /proc/cmdline)."
+        ) from error
+
+
+def tear_down(instance: Instance) -> None:
+    """Give the group back once no container is in it; idempotent.  Raises HostError."""
+    layout = cgroup_layout()
+    if not layout.delegated:
+        return
+    if _group(layout, instance).is_dir():
+        run(["systemctl", "stop", _unit(instance)], timeout=_SECONDS)
+    # The slice is every instance's.
+    if not any((layout.unified / SLICE).glob("*.service")):
+        run(["systemctl", "stop", SLICE], timeout=_SECONDS, check=False)
+
+
+def _unit(instance: Instance) -> str:
+    return Path(cgroup_layout().instance_group(instance.prefix)).name
+
+
+def _group(layout: CgroupLayout, instance: Instance) -> Path:
+    return layout.unified / layout.instance_group(instance.prefix)
+
+
+def _start(instance: Instance) -> None:
+    words = ["systemd-run", "--quiet", "--collect", f"--unit={_unit(instance)}", f"--slice={SLICE}"]
+    words += [f"--description=Sandboxes of Orkestr Console, instance {instance.index}"]
+    words += [f"--property={each}" for each in _PROPERTIES]
+    # One that was stopped a moment ago may still be on its way out.
+    run(["systemctl", "stop", _unit(instance)], timeout=_SECONDS, check=False)
+    run([*words, "catatonit", "-P"], timeout=_SECONDS)
+
+
+def _make_room(group: Path) -> None:
+    """Let containers be made in a delegated group: no process may be beside them.
+
+    "No Internal Process Constraint" in the kernel's cgroup-v2.rst.
+    """
+    keeper = group / _KEEPER
+    keeper.mkdir(exist_ok=True)
+    for pid in (group / "cgroup.procs").read_text().split():
+        (keeper / "cgroup.procs").write_text(pid)
+    (group / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
