@@ -77,14 +77,14 @@ def facts(pid: int, name: str) -> dict[str, str]:
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     found = {key: status[key].strip() for key in STATUS if key in status}
-    found |= {f"ns/{each}": os.readlink(proc / "ns" / each) for each in NAMESPACES}
+    found |= {f"ns/{each}": str((proc / "ns" / each).readlink()) for each in NAMESPACES}
     found["levels"] = str(len(status["NSpid"].split()))
     for file in ("attr/current", "oom_score_adj", "personality", "setgroups", "uid_map", "gid_map"):
         try:
             found[file] = (proc / file).read_text().strip()
         except OSError as error:
             found[file] = str(error.errno)
-    found["root"] = os.readlink(proc / "root")
+    found["root"] = str((proc / "root").readlink())
     # A command has a group of its own below the container's.
     for line in (proc / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""The profile for sandboxes: a real parser must take it, and no program be needed for it at start."""
+"""The profile for sandboxes: a real parser takes it, and no start needs a program for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_it_grants_the_capabilities_that_containers_keep_and_no_others() -> None
 
 
 def test_no_container_asks_lxc_for_a_profile_of_its_own() -> None:
-    """`generated` has LXC run apparmor_parser at each start, by the PATH that launchers have not."""
+    """`generated` has LXC run apparmor_parser by PATH, and launchers have none."""
     layout = CgroupLayout("v2", Path("/sys/fs/cgroup"), {}, (Path("/sys/fs/cgroup"),))
     for label in (None, "orkestr-3"):
         config = ContainerConfig(
