@@ -5,6 +5,9 @@ apparmor_parser(8) at every start and leaves files behind for each.  All contain
 have the same one instead: it says what a sandbox may do, is loaded when the agent starts, and
 goes with the instance.
 
+LXC takes on the profile it is given well before it executes the container's init, and still has
+capabilities to use then.  So it is given one of its own, which ends where init is executed.
+
 It is the last of several walls.  The user namespace, the system-call filter and the capabilities
 already deny what it denies; it holds if one of them does not, and it keeps mounts and the kernel's
 own files out of reach by what they are, not by how they are got at.
@@ -15,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hostruntime.errors import HostError, HostUnavailable
-from hostruntime.lxc_config import CAPABILITIES
+from hostruntime.lxc_config import CAPABILITIES, INIT
 from hostruntime.paths import Instance
 from hostruntime.run import run
 
@@ -41,13 +44,19 @@ def enabled() -> bool:
         return False
 
 
-def profile(name: str, abi: Path = _ABI) -> str:
-    """The profile's text (apparmor.d(5)).
+def start_profile(name: str) -> str:
+    """The name of the profile that LXC starts containers of profile ``name`` with."""
+    return f"{name}-start"
 
-    Processes are born under it or change to it; none is put under it for what it executes.
+
+def profile(name: str, abi: Path = _ABI) -> str:
+    """The text of both profiles (apparmor.d(5)), for containers of profile ``name``.
+
+    Nobody comes under them by what they execute, but for init.
     """
     first = f"abi <{abi.parent.name}/{abi.name}>,\n" if abi.exists() else ""
-    return first + _RULES.format(name=name, capabilities=" ".join(CAPABILITIES))
+    words = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
+    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **words)
 
 
 # `file` is everything a program does with files; which ones there are is the mount namespace's
@@ -73,11 +82,23 @@ profile {name} flags=(attach_disconnected,mediate_deleted) {{
   deny /sys/** wkl,
   deny /sys/kernel/security/** rwkl,
 }}
+
+profile {start} flags=(attach_disconnected,mediate_deleted) {{
+  capability,
+  /** rwlkm,
+  {init} px -> {name},
+  network,
+  unix,
+  signal,
+  ptrace,
+  mount,
+  umount,
+}}
 """
 
 
 def is_loaded(name: str) -> bool:
-    """Whether the kernel has a profile of this name.  Raises HostUnavailable."""
+    """Whether the kernel has the profile of this name, and its start.  Raises HostUnavailable."""
     try:
         lines = (_SECURITYFS / "profiles").read_text().splitlines()
     except OSError as error:
@@ -85,11 +106,12 @@ def is_loaded(name: str) -> bool:
             f"AppArmor is on, but {_SECURITYFS} cannot be read ({error.strerror}). Mount it: "
             "mount -t securityfs securityfs /sys/kernel/security"
         ) from error
-    return any(line.rpartition(" (")[0] == name for line in lines)
+    found = {line.rpartition(" (")[0] for line in lines}
+    return {name, start_profile(name)} <= found
 
 
 def load(name: str) -> None:
-    """Load the profile, or replace the one of that name, for running containers too.
+    """Load the profiles, or replace the one of that name, for running containers too.
 
     Raises HostUnavailable.
     """
@@ -108,13 +130,13 @@ def ensure_loaded(name: str) -> None:
 
 
 def unload(name: str) -> None:
-    """Remove the profile; nothing may run under it any more.  Raises HostUnavailable."""
-    if is_loaded(name):
-        _parse(name, "--remove")
+    """Remove the profiles; nothing may run under it any more; idempotent.  Raises HostError."""
+    if enabled():
+        run([_PARSER, "--remove"], input=profile(name).encode(), timeout=_SECONDS, check=False)
 
 
 def check() -> None:
-    """Have the profile parsed, and not loaded.  Raises HostUnavailable."""
+    """Have the profiles parsed, and not loaded.  Raises HostUnavailable."""
     _parse("orkestr", "--skip-kernel-load", "--skip-cache")
 
 

@@ -344,6 +344,7 @@ class ContainerManager:
         mounts = self.roots / name
         self.roots.mkdir(mode=0o711, parents=True, exist_ok=True)
         spec.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        label = apparmor.profile_name(self.instance)
         config = ContainerConfig(
             name=name,
             hostname=HOSTNAME,
@@ -352,7 +353,7 @@ class ContainerManager:
             netns=slot.netns,
             limits=spec.limits,
             seccomp=profile_in(RunDir.of(self.instance).root),
-            apparmor=apparmor.profile_name(self.instance),
+            apparmor=label and apparmor.start_profile(label),
             log=spec.directory / "lxc.log",
         )
         rootfs = {

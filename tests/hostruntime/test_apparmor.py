@@ -32,8 +32,10 @@ def test_a_rule_that_the_parser_does_not_know_is_told(monkeypatch: pytest.Monkey
 
 
 def test_it_grants_the_capabilities_that_containers_keep_and_no_others() -> None:
-    lines = [line for line in apparmor.profile("orkestr-0").splitlines() if "capability" in line]
+    containers, start = apparmor.profile("orkestr-0").split("\n\n")
+    lines = [line for line in containers.splitlines() if "capability" in line]
     assert lines == [f"  capability {' '.join(CAPABILITIES)},"]
+    assert "  /.orkestr/init px -> orkestr-0,\n" in start, "and LXC's own ends where init begins"
 
 
 def test_no_container_asks_lxc_for_a_profile_of_its_own() -> None:
