@@ -23,6 +23,7 @@ from hostruntime.contents import installed_packages
 from hostruntime.errors import HostError, HostFull
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
+from hostruntime.joining import take_back
 from hostruntime.layers import Layer
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
@@ -166,7 +167,9 @@ class Assembly:
     def _link(self, base: Image, tree: Path) -> Captured:
         layer = self._host.containers.layer(self._plan.image_id)
         captured = capture(base.tree, layer, tree, self._stop.check)
-        remove_residue(tree, base.tree, self._host.runtime_tree(self._plan.policy.mode))
+        lent = self._host.runtime_tree(self._plan.policy, base.tree)
+        remove_residue(tree, base.tree, lent)
+        take_back(tree, base.tree, lent)
         return captured
 
     async def _scrub(self, tree: Path) -> None:

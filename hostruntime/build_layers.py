@@ -54,7 +54,7 @@ class BuildLayers:
             base={
                 "image": self._base.tree.parent.name,
                 "digest": manifest.digest or manifest.definition,
-                "runtime": self._host.runtime_tree(plan.policy.mode).name,
+                "runtime": self._host.runtime_tree(plan.policy, self._base.tree).name,
             },
             commands=[shell(command) for command in plan.recipe],
             environment=self._host.containers.environment(plan.policy.mode),

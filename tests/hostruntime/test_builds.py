@@ -44,7 +44,7 @@ class World:
         host = Host(
             self.store,
             self.containers.as_manager(),
-            lambda _: self.runtime,
+            lambda _policy, _image: self.runtime,
             lambda _owner, _since: self.refused,
             LayerStore(self.paths, self.store.trash, 1 << 40),
         )
@@ -283,7 +283,7 @@ async def test_a_defect_is_an_end_too(world: World) -> None:
     world.builds._host = Host(
         world.store,
         world.containers.as_manager(),
-        lambda _: world.runtime,
+        lambda _policy, _image: world.runtime,
         defect,
         world.builds._host.layers,
     )
