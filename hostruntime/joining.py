@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Literal
 
 from hostruntime import kernel
@@ -343,16 +344,62 @@ def _content(name: str, directory: int) -> bytes | None:
 
 
 def _replace(name: str, directory: int, data: bytes) -> None:
-    found, temporary = status(name, directory), f".orkestr-joined-{os.getpid()}"
+    found, temporary = status(name, directory), f".orkestr-joined-{token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:  # noqa: PTH123
-        file.write(data)
-        os.fchown(file.fileno(), found.st_uid, found.st_gid)
-        os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode))
-        times = (found.st_atime_ns, found.st_mtime_ns)
-        file.flush()
-        os.utime(file.fileno(), ns=times)
+    try:
+        with open(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:  # noqa: PTH123
+            file.write(data)
+            file.flush()
+            os.fchown(file.fileno(), found.st_uid, found.st_gid)
+            os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode))
+            os.utime(file.fileno(), ns=(found.st_atime_ns, found.st_mtime_ns))
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+# Lending again ---------------------------------------------------------------------------
+
+
+def lend_again(upper: Path, lent: Path, before: Sequence[Path]) -> int:
+    """Have what is between the marks in a saved disk's files be what is lent now; how many files.
+
+    A snapshot may have been taken on another network.  ``before`` are the trees of which ours may
+    have come then; lines that are in none of them are the sandbox's own.
+    """
+    count = 0
+    with opened(upper) as root, opened(lent) as ours:
+        for joint in JOINED:
+            folder, _, name = joint.path.rpartition("/")
+            with _inner(root, folder) as there, _inner(ours, folder) as lender:
+                found = _content(name, there) if there is not None else None
+                if there is None or found is None or BEGIN not in found or END not in found:
+                    continue
+                now = _content(name, lender) if lender is not None else None
+                known = [line for tree in before for line in _lines_in(tree, joint.path)]
+                fresh = _renewed(found, now or b"", known, joint.how)
+                if fresh != found:
+                    _replace(name, there, fresh)
+                    count += 1
+    return count
+
+
+def _renewed(found: bytes, now: bytes, known: Sequence[bytes], how: str) -> bytes:
+    left = _without_marked(found, known, how)
+    if BEGIN not in now:
+        return left
+    ours = _marked(b"\n".join(_lines_of(now)))
+    if how == "place":
+        return left.replace(PLACE + b"\n", ours, 1)
+    return _ended(left) + ours if how == "certificates" else ours + left
+
+
+def _lines_in(tree: Path, path: str) -> list[bytes]:
+    with opened(tree) as root, _inner(root, path.rpartition("/")[0]) as directory:
+        found = _content(path.rpartition("/")[2], directory) if directory is not None else None
+    return _lines_of(found or b"")
 
 
 # What stays behind ------------------------------------------------------------------------

@@ -338,6 +338,8 @@ class ContainerManager:
         if label is not None:
             apparmor.ensure_loaded(label)
         self.disks.attach(spec.owner, spec.limits.disk_size_mb, spec.saved_disk)
+        if spec.saved_disk is not None and self.layer(spec.owner).is_dir():
+            self.runtime.renew(spec.policy, spec.image_tree, self.layer(spec.owner))
         if spec.provide is not None:
             upper = self.layer(spec.owner)
             upper.mkdir(mode=0o755)

@@ -12,6 +12,7 @@ content, never changed, and removed once no container has it mounted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -27,7 +28,7 @@ from pathlib import Path
 from hostruntime.authorities import java_key_store
 from hostruntime.egress import default_domains, host_registries
 from hostruntime.errors import HostUnavailable
-from hostruntime.joining import ImageFiles, Unreadable, joined, looking_into
+from hostruntime.joining import ImageFiles, Unreadable, joined, lend_again, looking_into
 from hostruntime.lent_files import (
     CA_BUNDLE,
     GIT_CONFIG,
@@ -96,6 +97,18 @@ class RuntimeTrees:
                     self._known.clear()
                 self._known[key] = tree.name
         return tree
+
+    def renew(self, policy: Policy, image: Path, upper: Path) -> None:
+        """Mend, in the writable layer of a saved disk, what it has of another network's layer.
+
+        A disk that is too full for it stays as it is.  Raises as :meth:`tree`.
+        """
+        before = [_lent_tree(self._paths, mode) for mode in MODES]
+        try:
+            lend_again(upper, self.tree(policy, image), before)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def _default_domains(paths: StatePaths) -> list[str]:
@@ -240,7 +253,10 @@ def remove_unused(paths: StatePaths, unused_seconds: float = UNUSED_SECONDS) -> 
     for path in paths.runtime.iterdir():
         kept = path in current or path.is_symlink() or path.stat().st_mtime > before
         if not kept and not any(root.endswith(f"/{path.name}") for root in mounted):
-            shutil.rmtree(path)
+            # At once: a container that begins meanwhile is to have all of it or none.
+            going = path.with_name(f".{path.name}.{next(_numbers)}.going")
+            path.rename(going)
+            shutil.rmtree(going)
 
 
 def _mounted_roots() -> list[str]:

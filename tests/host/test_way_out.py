@@ -212,6 +212,24 @@ def test_sudo_takes_its_drop_in(live: Agent, box: Box) -> None:
     assert says(live, name, "stat -c %a /etc/sudoers.d/orkestr") == "440"
 
 
+def test_a_snapshot_is_told_of_the_network_it_is_started_on(live: Agent, box: Box) -> None:
+    name = box("img_way_python")
+    says(live, name, "echo APP=own >>/etc/environment; echo fund=false >>/etc/npmrc")
+    live.client.create_snapshot("snap_way", name)
+    fork = f"sbx_way{next(NUMBERS)}"
+    live.client.create_sandbox(
+        fork, image=None, snapshot="snap_way", cpu=1.0, memory_mb=512, network="off"
+    )
+    try:
+        assert says(live, fork, "grep -ciE '^(https?_|https?-|)proxy' /etc/environment") == "0"
+        assert says(live, fork, "grep -c proxy= /etc/npmrc") == "0"
+        assert says(live, fork, "su - app -c 'echo $APP'") == "own"
+        assert says(live, fork, "tail -1 /etc/npmrc") == "fund=false"
+    finally:
+        live.client.delete_sandbox(fork)
+        live.client.delete_snapshot("snap_way")
+
+
 # What a recipe does to the same files ------------------------------------------------------
 
 COMPANY = (

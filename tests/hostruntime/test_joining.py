@@ -17,6 +17,7 @@ from hostruntime.joining import (
     PLACE,
     Unkept,
     joined,
+    lend_again,
     looking_into,
     take_back,
 )
@@ -263,6 +264,30 @@ def test_what_is_no_small_file_is_not_looked_into(tmp_path: Path) -> None:
         huge.truncate(1 << 30)
     assert take_back(build.tree, build.base, build.lent) == 0
     assert (build.tree / "etc/hosts").is_symlink()
+
+
+# Lending again ---------------------------------------------------------------------------
+
+
+def test_a_saved_disk_has_the_lines_of_the_network_it_is_started_on(tmp_path: Path) -> None:
+    build = Build(tmp_path, {"etc/hosts": "10.0.0.1 a\n"})
+    upper = grow(tmp_path / "upper", {"etc/npmrc": "fund=false\n"})
+    restricted = grow(tmp_path / "restricted", {**OURS})
+    for path in ("etc/hosts", "etc/environment", "etc/apt/sources.list"):
+        grow(upper, {path: (build.lent / path).read_text() + "# own\n"})
+    ours = {
+        "etc/hosts": marked("127.0.0.1 localhost\n::1 localhost\n") + "10.0.0.1 a\n",
+        "etc/apt/sources.list": marked("deb https://other.example/d bookworm main\n"),
+    }
+    now = grow(tmp_path / "now", {"etc/environment": marked("LANG=C.UTF-8\n"), **ours})
+    assert lend_again(upper, now, [restricted]) == 3
+    assert (upper / "etc/hosts").read_text() == ours["etc/hosts"] + "# own\n"
+    assert (upper / "etc/environment").read_text() == marked("LANG=C.UTF-8\n") + "# own\n"
+    assert (upper / "etc/apt/sources.list").read_text() == (
+        ours["etc/apt/sources.list"] + "# own\n"
+    )
+    assert (upper / "etc/npmrc").read_text() == "fund=false\n"
+    assert lend_again(upper, now, [now]) == 0
 
 
 # What stays behind ------------------------------------------------------------------------
