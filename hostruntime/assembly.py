@@ -17,12 +17,13 @@ from typing import Any
 
 from hostruntime.build_layers import BuildLayers
 from hostruntime.build_plan import Emit, Host, Plan
-from hostruntime.build_report import ran_past_build_time
+from hostruntime.build_report import not_kept, ran_past_build_time
 from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
 from hostruntime.errors import HostError, HostFull
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
+from hostruntime.joining import Unkept, take_back
 from hostruntime.layers import Layer
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
@@ -42,6 +43,7 @@ class Assembly:
         self._plan = plan
         self._emit = emit
         self._steps = StepRunner(host, plan, emit, self._remaining)
+        self._unkept = Unkept()
         self._stop = Stop()
         self._layers: BuildLayers | None = None
         self._began = time.monotonic()
@@ -95,14 +97,26 @@ class Assembly:
 
     async def _stage(self, base: Image) -> Measure:
         cached = await self._boot(base)
+        if cached:
+            await self._tell_unkept(base, cached)
         for number in range(cached + 1, len(self._plan.recipe) + 1):
-            await self._steps.run(number)
+            refused = await self._steps.run(number)
+            await self._tell_unkept(base, number)
             if self._layers is not None:
-                await self._layers.after_step(number)
+                await self._layers.after_step(number, refused)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)
         return measured
+
+    async def _tell_unkept(self, base: Image, step: int) -> None:
+        """Say what the step wrote that every container gets from its host instead."""
+        lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
+        upper = self._host.containers.layer(self._plan.image_id)
+        paths = await in_thread(self._unkept.after_step, upper, lent)
+        if paths:
+            message = not_kept(paths)
+            self._emit("not_captured", step=step, paths=paths, count=len(paths), message=message)
 
     async def _boot(self, base: Image) -> int:
         """Start the container; return how many steps it begins behind."""
@@ -166,7 +180,9 @@ class Assembly:
     def _link(self, base: Image, tree: Path) -> Captured:
         layer = self._host.containers.layer(self._plan.image_id)
         captured = capture(base.tree, layer, tree, self._stop.check)
-        remove_residue(tree, base.tree, self._host.runtime_tree(self._plan.policy.mode))
+        lent = self._host.runtime_tree(self._plan.policy, base.tree)
+        remove_residue(tree, base.tree, lent)
+        take_back(tree, base.tree, lent)
         return captured
 
     async def _scrub(self, tree: Path) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from functools import cached_property
 
 from hostruntime.build_plan import Cache, Emit, Host, Plan
+from hostruntime.build_report import Refused
 from hostruntime.disk import DiskStuckError
 from hostruntime.errors import HostError, HostFault
 from hostruntime.exec import shell
@@ -54,7 +56,7 @@ class BuildLayers:
             base={
                 "image": self._base.tree.parent.name,
                 "digest": manifest.digest or manifest.definition,
-                "runtime": self._host.runtime_tree(plan.policy.mode).name,
+                "runtime": self._host.runtime_tree(plan.policy, self._base.tree).name,
             },
             commands=[shell(command) for command in plan.recipe],
             environment=self._host.containers.environment(plan.policy.mode),
@@ -100,18 +102,20 @@ class BuildLayers:
                 command=self._plan.recipe[number - 1],
                 saved_at=step.at,
                 build=step.build,
+                refused=[one.to_wire() for one in step.refused],
             )
         self._last = time.monotonic()
         return len(self._steps)
 
     # Keeping what a step made -------------------------------------------------------------
 
-    async def after_step(self, number: int) -> None:
+    async def after_step(self, number: int, refused: Sequence[Refused]) -> None:
         """The step has succeeded and nothing runs: keep what there is, if it is worth it.
 
+        ``refused`` is what the network policy refused it all the same.
         A layer that cannot be kept is no failure of the build.  Raises DiskStuckError.
         """
-        self._steps.append(RanStep(self._plan.image_id, time.time()))
+        self._steps.append(RanStep(self._plan.image_id, time.time(), tuple(refused)))
         if number == len(self._plan.recipe) or not self._is_worth_it():
             return
         try:

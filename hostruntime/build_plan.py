@@ -27,13 +27,13 @@ class Emit(Protocol):
 class Host:
     """What an assembly needs of the host.
 
-    ``runtime_tree`` takes a network mode.  ``refusals`` takes an owner and a Unix time and says
-    which hosts the network policy has refused it since.
+    ``runtime_tree`` takes a policy and an image's tree.  ``refusals`` takes an owner and a Unix
+    time and says which hosts the network policy has refused it since.
     """
 
     store: ImageStore
     containers: ContainerManager
-    runtime_tree: Callable[[str], Path]
+    runtime_tree: Callable[[Policy, Path], Path]
     refusals: Callable[[str, float], list[Refused]]
     layers: LayerStore
 

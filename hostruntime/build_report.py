@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from hostruntime.errors import BuildFailed
 from hostruntime.exec import Exited
 
 _COMMAND_CHARACTERS = 400
 _REFUSALS = 5
-_LISTABLE = 20
+# How many of them an event carries.
+MAX_REFUSED = 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Refused:
     def can_be_listed(self) -> bool:
         """Whether naming it in ``allow_domains`` would let it through."""
         return self.reason == "not_listed"
+
+    def to_wire(self) -> dict[str, Any]:
+        """As an event and a layer's record have it."""
+        return {**asdict(self), "can_be_listed": self.can_be_listed}
+
+    @classmethod
+    def from_wire(cls, record: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_wire` wrote; raises KeyError, TypeError for anything else."""
+        return cls(str(record["host"]), int(record["port"]), str(record["reason"]))
 
 
 def step_failed(
@@ -105,12 +116,20 @@ def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFa
     return _failure("step_failed", [head, _ending(tail)], step)
 
 
+def not_kept(paths: Sequence[str]) -> str:
+    """What a step changed in vain."""
+    return (
+        f"This step changed {', '.join(paths)}. That is not kept: every sandbox gets "
+        f"{'it' if len(paths) == 1 else 'them'} from the host it runs on, as its network needs."
+    )
+
+
 def _failure(
     reason: str, parts: Sequence[str], step: int | None, refused: Sequence[Refused] = ()
 ) -> BuildFailed:
     detail = "\n\n".join(part for part in parts if part)
     listable = list(dict.fromkeys(one.host for one in refused if one.can_be_listed))
-    return BuildFailed(detail, reason=reason, step=step, refused=listable[:_LISTABLE])
+    return BuildFailed(detail, reason=reason, step=step, refused=listable[:MAX_REFUSED])
 
 
 def _quoted(command: str) -> str:

@@ -26,10 +26,11 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from hostruntime.build_report import Refused
 from hostruntime.disk import RESERVE_BYTES
 from hostruntime.errors import InvalidRequest
 from hostruntime.images import check_name
@@ -47,10 +48,26 @@ _BLOCK = 512
 
 @dataclass(frozen=True)
 class RanStep:
-    """A step that was run: by which build, and when it had ended (Unix seconds)."""
+    """A step that was run: by which build, when it had ended (Unix seconds), what it was refused.
+
+    A step that did without a host it was refused is as it is for want of that host, also where it
+    is not run again.
+    """
 
     build: str
     at: float
+    refused: tuple[Refused, ...] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        """As a layer's record has it."""
+        refused = [one.to_wire() for one in self.refused]
+        return {"build": self.build, "at": self.at, "refused": refused}
+
+    @classmethod
+    def from_wire(cls, record: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_wire` wrote; raises KeyError, TypeError for anything else."""
+        refused = tuple(Refused.from_wire(one) for one in record.get("refused", ()))
+        return cls(str(record["build"]), record["at"], refused)
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,7 @@ class LayerStore:
         Raises OSError.
         """
         sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
-        record = {"boot": self._boot, "sizes": sizes, "steps": [asdict(step) for step in steps]}
+        record = {"boot": self._boot, "sizes": sizes, "steps": [step.to_wire() for step in steps]}
         write_json(directory / _RECORD, record)
         target = self._root / check_name(scope) / key
         with self._lock:
@@ -232,7 +249,7 @@ class LayerStore:
                 return None
             names = {DISK, *record["sizes"]}
             sizes = {name: (directory / name).stat().st_size for name in names}
-            steps = tuple(RanStep(str(step["build"]), step["at"]) for step in record["steps"])
+            steps = tuple(RanStep.from_wire(step) for step in record["steps"])
         except (OSError, KeyError, TypeError):
             return None
         if sizes != record["sizes"] or not steps:

@@ -26,6 +26,7 @@ from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, H
 from hostruntime.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.files import FileService
 from hostruntime.launcher import LauncherPool
+from hostruntime.lent_files import HOSTNAME, container_environment
 from hostruntime.limits import (
     ContainerGroups,
     Limits,
@@ -43,7 +44,7 @@ from hostruntime.paths import Instance, StatePaths
 from hostruntime.policy import Policy
 from hostruntime.rootfs import unmount_rootfs
 from hostruntime.rundir import RunDir
-from hostruntime.runtime_layer import HOSTNAME, container_environment, runtime_tree
+from hostruntime.runtime_layer import RuntimeTrees
 from hostruntime.seccomp import profile_in
 from hostruntime.trees import Check
 
@@ -105,6 +106,7 @@ class ContainerManager:
     pool: SlotPool
     launchers: LauncherPool
     disks: Disks = field(init=False)
+    runtime: RuntimeTrees = field(init=False)
     on_exit: list[OnExit] = field(default_factory=list)
     _running: dict[str, Running] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class ContainerManager:
 
     def __post_init__(self) -> None:
         self.disks = Disks(self.paths, self.instance)
+        self.runtime = RuntimeTrees(self.paths)
 
     @property
     def files(self) -> FileService:
@@ -155,7 +158,8 @@ class ContainerManager:
             try:
                 await asyncio.to_thread(self._prepare, spec)
                 slot = await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
-                init_pid = await self.launchers.start(self._start_message(spec, slot))
+                message = await asyncio.to_thread(self._start_message, spec, slot)
+                init_pid = await self.launchers.start(message)
             except BaseException:
                 await self._dismantle(spec.owner)
                 await asyncio.to_thread(self.disks.release, spec.owner)
@@ -334,6 +338,8 @@ class ContainerManager:
         if label is not None:
             apparmor.ensure_loaded(label)
         self.disks.attach(spec.owner, spec.limits.disk_size_mb, spec.saved_disk)
+        if spec.saved_disk is not None and self.layer(spec.owner).is_dir():
+            self.runtime.renew(spec.policy, spec.image_tree, self.layer(spec.owner))
         if spec.provide is not None:
             upper = self.layer(spec.owner)
             upper.mkdir(mode=0o755)
@@ -359,7 +365,7 @@ class ContainerManager:
         rootfs = {
             "mounts": str(mounts),
             "image_tree": str(spec.image_tree),
-            "runtime_tree": str(runtime_tree(self.paths, slot.mode)),
+            "runtime_tree": str(self.runtime.tree(spec.policy, spec.image_tree)),
             "writable": str(self.disks.path(spec.owner)),
             "sysfs": str(slot.sysfs) if slot.sysfs is not None else None,
             "id_base": slot.id_base,

@@ -78,17 +78,18 @@ class Registries:
     apt: tuple[AptSource, ...]
     notes: tuple[str, ...]
 
-    def pip_conf(self) -> str:
-        """Return the /etc/pip.conf for containers; empty when pip's defaults are right."""
-        if self.pip is None:
-            return ""
-        index = [url for url in (self.pip.index,) if url and url != self.pip.default_index]
-        extra = [url for url in self.pip.extra if _carried(url)]
-        options = {
-            "index-url": " ".join(filter(_carried, index)),
-            "extra-index-url": "\n".join(extra),
-        }
+    def pip_conf(self, more: Mapping[str, str] | None = None) -> str:
+        """Return pip's global configuration for containers, with ``more`` options in it."""
+        options = dict(more or {})
+        if self.pip is not None:
+            index = [url for url in (self.pip.index,) if url and url != self.pip.default_index]
+            options["index-url"] = " ".join(filter(_carried, index))
+            options["extra-index-url"] = "\n".join(filter(_carried, self.pip.extra))
         return _pip_text({name: value for name, value in options.items() if value})
+
+    def carries_npm(self) -> str | None:
+        """Return npm's registry, if containers can be told of it."""
+        return self.npm.registry if self.npm is not None and _carried(self.npm.registry) else None
 
     def npmrc(self) -> str:
         """Return npm's global configuration for containers."""

@@ -1,199 +1,240 @@
 """The runtime layer: what every container sees over its image, and no image ever contains.
 
 A small tree per network mode, mounted as the topmost lower layer, so nothing of it is captured.
-It brings init, the host's certificate authorities, name resolution, and the package managers'
-configuration. Its directories show through with their own modes, which are therefore the usual
-ones, owned by id 0. A tree is named after its content (`restricted-3f2a…`), never changed, and
-removed once no container has it mounted.
+It brings init, the host's certificate authorities, name resolution, the proxy's address and the
+package managers' configuration (:mod:`hostruntime.lent_files`).
+
+A mode's tree is the same for all images (`restricted-3f2a…`).  What a container gets is that one
+joined with its image (`restricted+91bc…`, :mod:`hostruntime.joining`), with the image's owners and
+modes on every directory, for the topmost layer's are those that show.  A tree is named after its
+content, never changed, and removed once no container has it mounted.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from hostruntime.egress import host_registries
+from hostruntime.authorities import java_key_store
+from hostruntime.egress import default_domains, host_registries
 from hostruntime.errors import HostUnavailable
+from hostruntime.joining import ImageFiles, Unreadable, joined, lend_again, looking_into
+from hostruntime.lent_files import (
+    CA_BUNDLE,
+    GIT_CONFIG,
+    TRUST_STORE,
+    LayerFile,
+    git_rewrites,
+    lent_files,
+)
 from hostruntime.network import SlotPool
 from hostruntime.paths import StatePaths
-from hostruntime.policy import MODES, Mode
-from hostruntime.registries import Registries
+from hostruntime.policy import DEFAULT_LIST, MODES, Policy, PolicyError
 
-BASE_CODENAME = "bookworm"
-CA_BUNDLE = "etc/ssl/certs/ca-certificates.crt"
-HOSTNAME = "sandbox"
-_HOST_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cert.pem"))
-_HOST_LOCAL_CAS = Path("/usr/local/share/ca-certificates")
-_INIT_BINARIES = (Path("/usr/bin/catatonit"), Path("/usr/libexec/catatonit/catatonit"))
-_ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/root",
-    "LANG": "C.UTF-8",
-    "DEBIAN_FRONTEND": "noninteractive",
-    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    "PIP_ROOT_USER_ACTION": "ignore",
-    "NPM_CONFIG_GLOBALCONFIG": "/etc/npmrc",
-}
-_CA_VARIABLES = (
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "PIP_CERT",
-    "CURL_CA_BUNDLE",
-    "NODE_EXTRA_CA_CERTS",
-    "GIT_SSL_CAINFO",
-)
-_NO_PROXY = "localhost,127.0.0.1,::1"
+# A joined tree may be about to be mounted for so long.
+UNUSED_SECONDS = 3600.0
+# What a directory is made as where the image has none; all others as Debian has most of them.
+_DIRECTORY_MODES = {"root": 0o700, "root/.gnupg": 0o700, "etc/sudoers.d": 0o750}
+_REMEMBERED = 4096
+_numbers = count()
 
 
 @dataclass(frozen=True)
-class LayerFile:
-    """One file of a layer, at a path relative to its root."""
+class _Owned:
+    """Whose a directory is."""
 
-    path: str
-    data: bytes
-    mode: int = 0o644
+    mode: int
+    uid: int = 0
+    gid: int = 0
 
 
 def build_runtime_layers(paths: StatePaths, pool: SlotPool) -> None:
     """Write the three layers and make them the ones new containers get; idempotent.
 
-    Raises HostUnavailable when the host lacks init or a certificate bundle, OSError.
+    For when no container is about to start.  Raises HostUnavailable when the host lacks init or
+    a certificate bundle, OSError.
     """
-    registries = host_registries(paths)
+    registries, domains = host_registries(paths), _default_domains(paths)
     for mode in MODES:
-        files = layer_files(mode, pool, registries)
-        tree = _published(paths, mode, files)
-        _point(paths.runtime / mode, tree.name)
-    _remove_unused(paths)
+        files = lent_files(mode, pool, registries, domains)
+        name = f"{mode}-{_digest(files, {})}"
+        _publish(paths, name, files, {})
+        _point(paths.runtime / mode, name)
+    remove_unused(paths, unused_seconds=0)
 
 
-def runtime_tree(paths: StatePaths, mode: str) -> Path:
-    """Return the layer that new containers of a mode get; raises HostUnavailable before any is."""
+class RuntimeTrees:
+    """Finds the layer of each container.  Methods may be called from any thread."""
+
+    def __init__(self, paths: StatePaths) -> None:
+        self._paths = paths
+        self._lock = threading.Lock()
+        self._known: dict[tuple[object, ...], str] = {}
+
+    def tree(self, policy: Policy, image: Path) -> Path:
+        """The layer for a container on the tree ``image``; the same for the same.
+
+        Raises HostUnavailable before :func:`build_runtime_layers`, OSError.
+        """
+        lent = _lent_tree(self._paths, policy.mode)
+        found = image.stat()
+        key = (lent.name, policy.allow_domains, image, found.st_ino, found.st_ctime_ns)
+        tree = self._paths.runtime / self._known.get(key, "")
+        if key not in self._known or not _is_used_again(tree):
+            tree = _joined_tree(self._paths, policy, lent, image)
+            with self._lock:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[key] = tree.name
+        return tree
+
+    def renew(self, policy: Policy, image: Path, upper: Path) -> None:
+        """Mend, in the writable layer of a saved disk, what it has of another network's layer.
+
+        A disk that is too full for it stays as it is.  Raises as :meth:`tree`.
+        """
+        before = [_lent_tree(self._paths, mode) for mode in MODES]
+        try:
+            lend_again(upper, self.tree(policy, image), before)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def _default_domains(paths: StatePaths) -> list[str]:
+    # What is wrong with a list is for the proxy to say, which does not run on it.
+    try:
+        return default_domains(paths)
+    except (PolicyError, OSError):
+        return []
+
+
+def _lent_tree(paths: StatePaths, mode: str) -> Path:
     link = paths.runtime / mode
     if not link.is_symlink():
         raise HostUnavailable("The runtime layers are not built; restart the host agent.")
     return paths.runtime / link.readlink()
 
 
-def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
-    """Return the environment every process in a container of a mode begins with."""
-    environment = {**_ENVIRONMENT, **dict.fromkeys(_CA_VARIABLES, f"/{CA_BUNDLE}")}
-    if mode == "restricted":
-        environment |= _proxy_environment(_proxy_url(pool))
-    return environment
+def _is_used_again(tree: Path) -> bool:
+    """Whether it is still there; from now on it is not removed for an hour."""
+    try:
+        os.utime(tree)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def layer_files(mode: Mode, pool: SlotPool, registries: Registries) -> list[LayerFile]:
-    """Return what a mode's layer contains."""
-    return [
-        LayerFile(".orkestr/init", _first(_INIT_BINARIES, "catatonit").read_bytes(), 0o755),
-        LayerFile(CA_BUNDLE, _host_bundle().read_bytes()),
-        *_local_authorities(),
-        *_name_resolution(mode, pool.settings.resolvers),
-        *_package_managers(mode, pool, registries),
-    ]
+# Joining with an image --------------------------------------------------------------------
 
 
-# Contents ---------------------------------------------------------------------------------
+def _joined_tree(paths: StatePaths, policy: Policy, lent: Path, image: Path) -> Path:
+    with looking_into(image) as looked:
+        files = [
+            LayerFile(str(path.relative_to(lent)), data, stat.S_IMODE(path.stat().st_mode))
+            for path in sorted(lent.rglob("*"))
+            if path.is_file()
+            and (data := joined(str(path.relative_to(lent)), path.read_bytes(), looked)) is not None
+        ]
+        directories = _directories_like(looked, files)
+    files = [_for_policy(file, policy) for file in files]
+    bundle = next(file.data for file in files if file.path == CA_BUNDLE)
+    files.append(LayerFile(TRUST_STORE, java_key_store(bundle)))
+    name = f"{policy.mode}+{_digest(files, directories)}"
+    tree = paths.runtime / name
+    if not _is_used_again(tree):
+        _publish(paths, name, files, directories, lent)
+    return tree
 
 
-def _host_bundle() -> Path:
-    named = os.environ.get("SSL_CERT_FILE")
-    return _first((*([Path(named)] if named else []), *_HOST_BUNDLES), "ca-certificates")
+def _for_policy(file: LayerFile, policy: Policy) -> LayerFile:
+    """With the domains of the container's own list, where those of the default one are."""
+    if file.path != GIT_CONFIG or not policy.allow_domains:
+        return file
+    own = [domain for domain in policy.allow_domains if domain != DEFAULT_LIST]
+    return LayerFile(file.path, file.data + git_rewrites(own).encode(), file.mode)
 
 
-def _first(candidates: tuple[Path, ...], package: str) -> Path:
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise HostUnavailable(f"{candidates[-1]} is missing; install the package {package}.")
-
-
-def _local_authorities() -> Iterator[LayerFile]:
-    # update-ca-certificates(8), run inside by a package's postinst, rebuilds the bundle from
-    # these and the image's own.
-    if _HOST_LOCAL_CAS.is_dir():
-        for path in sorted(_HOST_LOCAL_CAS.rglob("*.crt")):
-            if path.is_file():
-                yield LayerFile(f"usr/local/share/ca-certificates/{path.name}", path.read_bytes())
-
-
-def _name_resolution(mode: Mode, resolvers: tuple[str, ...]) -> Iterator[LayerFile]:
-    hosts = f"127.0.0.1 localhost\n127.0.1.1 {HOSTNAME}\n::1 localhost ip6-localhost ip6-loopback\n"
-    yield LayerFile("etc/hosts", hosts.encode())
-    yield LayerFile("etc/hostname", f"{HOSTNAME}\n".encode())
-    servers = "".join(f"nameserver {address}\n" for address in resolvers if ":" not in address)
-    none = f"# network {mode}: no name is resolved in here\n"
-    yield LayerFile("etc/resolv.conf", (servers if mode == "open" else none).encode())
-
-
-def _package_managers(mode: Mode, pool: SlotPool, registries: Registries) -> Iterator[LayerFile]:
-    yield LayerFile("etc/npmrc", b"update-notifier=false\n" + registries.npmrc().encode())
-    if pip_conf := registries.pip_conf():
-        yield LayerFile("etc/pip.conf", pip_conf.encode())
-    if sources := registries.apt_sources(BASE_CODENAME):
-        yield LayerFile("etc/apt/sources.list", sources.encode())
-    options = 'Acquire::Languages "none";\nAcquire::Retries "3";\n'
-    if mode == "restricted":
-        url = _proxy_url(pool)
-        options += f'Acquire::http::Proxy "{url}";\nAcquire::https::Proxy "{url}";\n'
-    yield LayerFile("etc/apt/apt.conf.d/80orkestr", options.encode())
-
-
-def _proxy_url(pool: SlotPool) -> str:
-    address, port = pool.proxy_address()
-    return f"http://{address}:{port}"
-
-
-def _proxy_environment(url: str) -> Mapping[str, str]:
-    return {
-        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), url),
-        **dict.fromkeys(("no_proxy", "NO_PROXY"), _NO_PROXY),
-        "NODE_USE_ENV_PROXY": "1",
-    }
+def _directories_like(image: ImageFiles, files: Sequence[LayerFile]) -> dict[str, _Owned]:
+    found: dict[str, _Owned] = {}
+    for file in files:
+        for parent in Path(file.path).parents[:-1]:
+            with suppress(Unreadable):
+                if (there := image.directory(str(parent))) is not None:
+                    mode = stat.S_IMODE(there.st_mode)
+                    found[str(parent)] = _Owned(mode, there.st_uid, there.st_gid)
+    return found
 
 
 # Trees on disk ----------------------------------------------------------------------------
 
 
-def _published(paths: StatePaths, mode: Mode, files: list[LayerFile]) -> Path:
-    tree = paths.runtime / f"{mode}-{_digest(files)}"
+def _publish(
+    paths: StatePaths,
+    name: str,
+    files: Sequence[LayerFile],
+    directories: Mapping[str, _Owned],
+    lent: Path | None = None,
+) -> None:
+    """Make the tree of that name, if there is none; files as in ``lent`` are linked from there."""
+    tree = paths.runtime / name
     if tree.is_dir():
-        return tree
-    making = paths.runtime / f".{tree.name}.making"
+        return
+    making = paths.runtime / f".{name}.{os.getpid()}-{next(_numbers)}.making"
     shutil.rmtree(making, ignore_errors=True)
-    _directory(making)
-    # A place to mount on, so that LXC makes none in the writable layer.
-    _directory(making / "workspace")
-    for file in files:
-        _write(making, file)
-    making.rename(tree)
-    return tree
+    try:
+        _directory(making, _Owned(0o755))
+        # A place to mount on, so that LXC makes none in the writable layer.
+        _directory(making / "workspace", _Owned(0o755))
+        for file in files:
+            _write(making, file, directories, lent)
+        making.rename(tree)
+    except OSError:
+        # Another start may have been quicker.
+        shutil.rmtree(making, ignore_errors=True)
+        if not tree.is_dir():
+            raise
 
 
-def _digest(files: list[LayerFile]) -> str:
+def _digest(files: Sequence[LayerFile], directories: Mapping[str, _Owned]) -> str:
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.path):
         head = f"{file.path}\0{file.mode:o}\0{len(file.data)}\0"
         digest.update(head.encode() + file.data)
+    for path, owned in sorted(directories.items()):
+        digest.update(f"{path}\0{owned.mode:o}\0{owned.uid}\0{owned.gid}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def _write(root: Path, file: LayerFile) -> None:
+def _write(
+    root: Path, file: LayerFile, directories: Mapping[str, _Owned], lent: Path | None
+) -> None:
     target = root / file.path
     for parent in reversed(target.relative_to(root).parents[:-1]):
-        _directory(root / parent)
-    target.write_bytes(file.data)
-    target.chmod(file.mode)
+        usual = _Owned(_DIRECTORY_MODES.get(str(parent), 0o755))
+        _directory(root / parent, directories.get(str(parent), usual))
+    same = lent / file.path if lent is not None else None
+    if same is not None and same.is_file() and same.read_bytes() == file.data:
+        os.link(same, target)
+    else:
+        target.write_bytes(file.data)
+        target.chmod(file.mode)
 
 
-def _directory(path: Path) -> None:
+def _directory(path: Path, owned: _Owned) -> None:
     path.mkdir(exist_ok=True)
-    path.chmod(0o755)
+    os.chown(path, owned.uid, owned.gid)
+    path.chmod(owned.mode)
 
 
 def _point(link: Path, name: str) -> None:
@@ -204,13 +245,18 @@ def _point(link: Path, name: str) -> None:
     fresh.rename(link)
 
 
-def _remove_unused(paths: StatePaths) -> None:
-    current = {runtime_tree(paths, mode) for mode in MODES}
+def remove_unused(paths: StatePaths, unused_seconds: float = UNUSED_SECONDS) -> None:
+    """Remove the trees that no container has mounted, nor got for so long.  Raises OSError."""
+    current = {_lent_tree(paths, mode) for mode in MODES}
+    before = time.time() - unused_seconds
     mounted = _mounted_roots()
     for path in paths.runtime.iterdir():
-        kept = path in current or path.is_symlink()
+        kept = path in current or path.is_symlink() or path.stat().st_mtime > before
         if not kept and not any(root.endswith(f"/{path.name}") for root in mounted):
-            shutil.rmtree(path)
+            # At once: a container that begins meanwhile is to have all of it or none.
+            going = path.with_name(f".{path.name}.{next(_numbers)}.going")
+            path.rename(going)
+            shutil.rmtree(going)
 
 
 def _mounted_roots() -> list[str]:

@@ -7,14 +7,17 @@ killed, so that the next one, and the capture, find it still.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from hostruntime.build_output import OutputBudget, StepOutput
 from hostruntime.build_plan import Emit, Host, Plan
 from hostruntime.build_report import (
+    MAX_REFUSED,
+    Refused,
     container_stopped,
     out_of_disk,
     out_of_memory,
@@ -27,6 +30,7 @@ from hostruntime.exec import Chunk, Exited, Started, TimedOut, shell
 
 STEP_DIRECTORY = "/root"
 SILENCE_SECONDS: float = 60
+_log = logging.getLogger(__name__)
 
 
 class Silence:
@@ -73,8 +77,11 @@ class StepRunner:
     remaining: Callable[[], float]
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
-    async def run(self, number: int) -> None:
-        """Run the step of that number, the first being 1.  Raises BuildFailed."""
+    async def run(self, number: int) -> list[Refused]:
+        """Run the step of that number, the first being 1; return what it was refused.
+
+        Raises BuildFailed.
+        """
         command, total = self.plan.recipe[number - 1], len(self.plan.recipe)
         self.emit("step_started", step=number, total=total, command=command)
         began, remaining = time.time(), self.remaining()
@@ -87,6 +94,7 @@ class StepRunner:
             raise container_stopped(number, total, command, output.tail()) from None
         finally:
             output.finish()
+        refused = await self._refused_since(began)
         now_bytes, now_files = self.host.containers.disk_used(self.plan.image_id)
         self.emit(
             "step_finished",
@@ -98,11 +106,24 @@ class StepRunner:
             elided_bytes=output.elided_bytes,
             added_bytes=now_bytes - used_bytes,
             added_files=now_files - used_files,
+            refused=[one.to_wire() for one in refused[:MAX_REFUSED]],
         )
         if isinstance(end, TimedOut):
-            raise self._out_of_time(number, output.tail(), began, remaining)
+            raise self._out_of_time(number, output.tail(), remaining, refused)
         if end.code != 0:
-            raise self._failed(number, output.tail(), end, began)
+            raise self._failed(number, output.tail(), end, refused)
+        return refused[:MAX_REFUSED]
+
+    async def _refused_since(self, began: float) -> list[Refused]:
+        """What the policy refused, however the step ended: `curl … | bash` succeeds with nothing.
+
+        Not knowing it is no failure of the step.
+        """
+        try:
+            return await asyncio.to_thread(self.host.refusals, self.plan.image_id, began)
+        except OSError as error:
+            _log.error("what %s was refused cannot be read: %s", self.plan.image_id, error)
+            return []
 
     async def _execute(self, number: int, output: StepOutput, limit: float) -> Exited | TimedOut:
         frames = self.host.containers.exec(
@@ -126,20 +147,22 @@ class StepRunner:
             silence.stop()
         raise ContainerGone("The step's command went away without a word.")
 
-    def _out_of_time(self, number: int, tail: str, began: float, remaining: float) -> BuildFailed:
+    def _out_of_time(
+        self, number: int, tail: str, remaining: float, refused: Sequence[Refused]
+    ) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)
-        refused = self.host.refusals(plan.image_id, began)
         if plan.step_timeout <= remaining:
             return ran_past_step_time(number, total, command, tail, plan.step_timeout, refused)
         return ran_past_build_time(plan.build_timeout, number, total, command, tail, refused)
 
-    def _failed(self, number: int, tail: str, end: Exited, began: float) -> BuildFailed:
+    def _failed(
+        self, number: int, tail: str, end: Exited, refused: Sequence[Refused]
+    ) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)
         if end.out_of_memory:
             return out_of_memory(number, total, command, tail, plan.limits.memory_mb)
         if self.host.containers.disk_is_full(plan.image_id):
             return out_of_disk(number, total, command, tail, plan.limits.disk_size_mb)
-        refused = self.host.refusals(plan.image_id, began)
         return step_failed(number, total, command, tail, end, refused)

@@ -100,7 +100,7 @@ class Template(models.Model):
     recipe = models.JSONField()
     network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
     allow_domains = models.JSONField(null=True, blank=True)
-    # Hosts that the failing step was refused and that an allowlist could name.
+    # Hosts that a step was refused, whether it failed or not, and that an allowlist could name.
     refused_hosts = models.JSONField(default=list, blank=True)
     status = models.CharField(
         max_length=16, choices=TemplateStatus.choices, default=TemplateStatus.BUILDING
@@ -213,6 +213,8 @@ class BuildStep(models.Model):
     # Of a cached step: when it was run, and in the build of which image.
     cached_at = models.DateTimeField(null=True, blank=True)
     cached_from = models.CharField(max_length=40, blank=True, default="")
+    # Hosts that the network policy refused it; one that did without them may lack what they have.
+    refused_hosts = models.JSONField(default=list, blank=True)
 
     class Meta:
         ordering: ClassVar[list[str]] = ["number"]

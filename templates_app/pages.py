@@ -144,6 +144,7 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "steps": steps,
         "done": done,
         "running": running,
+        "refused_steps": [step for step in steps if step.refused_hosts],
         "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),

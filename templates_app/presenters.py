@@ -70,6 +70,7 @@ def step_detail(shown: ShownStep) -> dict[str, Any]:
         "elided_bytes": step.elided_bytes,
         "added_bytes": step.added_bytes,
         "added_files": step.added_files,
+        "refused_hosts": step.refused_hosts,
         "cached_at": timestamp(step.cached_at),
     }
 

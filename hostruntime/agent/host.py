@@ -30,7 +30,7 @@ from hostruntime.paths import (
 )
 from hostruntime.policy import PolicyError
 from hostruntime.reclaim import reclaim, take_down
-from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
+from hostruntime.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.sandboxes import SandboxManager
 from hostruntime.snapshots import users_of_images
 
@@ -119,6 +119,7 @@ class Host:
             await asyncio.sleep(LAYERS_CHECK_SECONDS)
             try:
                 await asyncio.to_thread(self.layers.collect)
+                await asyncio.to_thread(remove_unused, self.paths)
                 await self.builds.forget_old()
             except OSError as error:
                 _log.error("old layers or builds could not be deleted: %s", error)
@@ -163,7 +164,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     engine = build_plan.Host(
         store,
         containers,
-        partial(runtime_tree, paths),
+        containers.runtime.tree,
         partial(build_plan.refused_hosts, proxy),
         layers,
     )

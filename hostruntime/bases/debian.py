@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hostruntime.bases.definitions import DEBIAN_SUITE, BaseDefinition
 from hostruntime.errors import HostFault, HostUnavailable
+from hostruntime.joining import PLACE
 from hostruntime.registries import AptSource
 from hostruntime.run import Process, spawn
 
@@ -65,6 +66,9 @@ async def bootstrap(
         _end(process)
     if process.returncode != 0:
         raise HostFault(f"Debian could not be bootstrapped. mmdebstrap said: {_tail(log)}")
+    if sources:
+        # A container is told of the mirrors of the host it runs on.
+        (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
     for name, (mode, text) in _ADDED_FILES.items():
         (target / name).write_text(text)
         (target / name).chmod(mode)

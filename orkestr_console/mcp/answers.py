@@ -50,6 +50,9 @@ class StepAnswer(Answer):
     status: str = Field(description="pending, running, cached, succeeded, failed or skipped.")
     exit_code: int | None
     duration_ms: int | None
+    refused_hosts: list[str] = Field(
+        description="Hosts that the network policy refused it, though it may have succeeded."
+    )
 
 
 class TemplateLine(Answer):
@@ -280,7 +283,7 @@ def log_tail(steps: list[ShownStep]) -> str:
 def next_step(template: Template) -> str:
     """What an agent would do now."""
     if template.is_ready:
-        return f"Call create_sandbox with template={template.pk}."
+        return f"Call create_sandbox with template={template.pk}.{warning(template)}"
     if not template.state.is_terminal:
         return "Call wait_for_template; the build goes on without you."
     if template.refused_hosts:
@@ -291,6 +294,25 @@ def next_step(template: Template) -> str:
     return (
         "Mend the failing step and call create_template again; with reuse_failed=true the steps "
         "before it are not run again. A failed template takes no slot."
+    )
+
+
+def warning(template: Template) -> str:
+    """What a template that is ready may lack; empty if nothing was refused."""
+    steps = [step for step in template.steps.defer("output") if step.refused_hosts]
+    if not steps:
+        return ""
+    hosts = dict.fromkeys(host for step in steps for host in step.refused_hosts)
+    numbers = ", ".join(str(step.number) for step in steps)
+    remedy = (
+        'call create_template again with that and "@default" in allow_domains, or with '
+        if template.refused_hosts
+        else "use https addresses of public hosts, or call create_template again with "
+    )
+    return (
+        f" But the network policy refused {', '.join(hosts)} while it was built (step {numbers}), "
+        "and the build went on: look at the log whether the image has what the recipe was to "
+        f'install. If not, {remedy}network="open".'
     )
 
 

@@ -6,6 +6,7 @@ nothing more, and the event's row is in the same transaction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, Te
 from templates_app.services.metering import count_build, note_image_bytes
 
 LONGEST_MESSAGE = 16 * 1024
+MOST_REFUSED_HOSTS = 40
 
 
 class LeaseLost(Exception):  # noqa: N818 - it is news, not a mistake
@@ -81,6 +83,7 @@ def step_cached(template: Template, event: HostEvent) -> None:
         cached_at=moment(data["saved_at"]),
         cached_from=str(data.get("build", "")),
     )
+    note_refused(template, event)
     tell_progress(template.pk)
 
 
@@ -104,7 +107,27 @@ def step_finished(template: Template, event: HostEvent) -> None:
         added_bytes=data.get("added_bytes"),
         added_files=data.get("added_files"),
     )
+    note_refused(template, event)
     tell_progress(template.pk)
+
+
+def note_refused(template: Template, event: HostEvent) -> None:
+    """What the network policy refused the step, however it ended."""
+    refused = event.data.get("refused") or []
+    if refused:
+        hosts = list(dict.fromkeys(str(one["host"]) for one in refused))
+        step_of(template, event).update(refused_hosts=hosts)
+        add_refused_hosts(
+            template, [str(one["host"]) for one in refused if one.get("can_be_listed")]
+        )
+
+
+def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
+    """Add to what another build could be allowed."""
+    row = Template.objects.filter(pk=template.pk)
+    known = row.values_list("refused_hosts", flat=True).get()
+    together = list(dict.fromkeys([*known, *hosts]))
+    row.update(refused_hosts=together[:MOST_REFUSED_HOSTS])
 
 
 def contents(template: Template, event: HostEvent) -> None:
@@ -129,8 +152,7 @@ def published(template: Template, event: HostEvent) -> None:
 
 def failed(template: Template, event: HostEvent) -> None:
     """The build ended without an image: say why, and which steps never ran."""
-    refused = event.data.get("refused") or []
-    Template.objects.filter(pk=template.pk).update(refused_hosts=refused)
+    add_refused_hosts(template, event.data.get("refused") or [])
     fail(template, str(event.data.get("code", "internal")), str(event.data.get("message", "")))
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import pytest
 from django.test import Client
 
+from hostruntime.answers import BuildEvent as HostEvent
 from hostruntime.answers import EgressHost
 from orkestr_console.accounts.models import ApiToken, Team
 from templates_app.models import Template
+from templates_app.services.record import record
 from tests.api.asking import refusal
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
@@ -112,6 +114,42 @@ def test_a_failed_build_names_what_could_be_allowed(
     assert "Build again with get.example.org allowed" in page
     form = console.get(f"/templates/new/?from={template['id']}&allow=get.example.org")
     assert 'value="get.example.org"' in form.content.decode()
+
+
+def test_a_build_that_went_on_without_a_host_says_so_everywhere(
+    api: Client, console: Client, host: FakeHost
+) -> None:
+    host.refused = [
+        {"host": "get.example.org", "port": 443, "reason": "not_listed", "can_be_listed": True},
+        {"host": "192.0.2.7", "port": 80, "reason": "not_https", "can_be_listed": False},
+    ]
+    template = made(api, "/v1/templates", TEMPLATE)
+    run_queue()
+    said = api.get(f"/v1/templates/{template['id']}").json()
+    assert (said["status"], said["refused_hosts"]) == ("ready", ["get.example.org"])
+    assert said["steps"][0]["refused_hosts"] == ["get.example.org", "192.0.2.7"]
+    (line,) = api.get("/v1/templates").json()["templates"]
+    assert line["refused_hosts"] == ["get.example.org"]
+    page = console.get(f"/templates/{template['id']}/").content.decode()
+    assert "was refused <code>get.example.org, 192.0.2.7</code> and went on" in page
+    assert "Build again with get.example.org allowed" in page
+
+
+def test_a_reused_step_is_still_without_what_it_was_refused(api: Client, host: FakeHost) -> None:
+    host.by_itself = False
+    template = made(api, "/v1/templates", TEMPLATE)
+    image = Template.objects.get(pk=template["id"])
+    refused = {"host": "get.example.org", "port": 443, "reason": "not_listed"}
+    event = HostEvent(
+        1,
+        1.0,
+        "step_cached",
+        {"step": 1, "saved_at": 1.0, "refused": [{**refused, "can_be_listed": True}]},
+    )
+    Template.objects.update(driver="here")
+    record(image, "here", event)
+    said = api.get(f"/v1/templates/{template['id']}").json()
+    assert said["refused_hosts"] == said["steps"][0]["refused_hosts"] == ["get.example.org"]
 
 
 def test_what_a_sandbox_asked_for_is_listed(

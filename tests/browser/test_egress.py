@@ -22,7 +22,7 @@ def test_a_refused_build_names_the_host_and_offers_to_allow_it(page: Page) -> No
     badge(page, "template", "failed", BUILD_MS)
     banner = page.locator("#template-banner")
     expect(banner).to_contain_text("Step 2 of 2 failed")
-    expect(banner).to_contain_text(f"The network policy refused {UNLISTED} during that step")
+    expect(banner).to_contain_text(f"The network policy refused {UNLISTED} during the build")
     failed = page.url
     page.get_by_role("link", name=f"Build again with {UNLISTED} allowed").click()
     expect(page.get_by_label("Recipe", exact=True)).to_have_value(f"true\n{FETCH}")

@@ -103,6 +103,8 @@ class FakeHost(FakeSnapshots):
         self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
         self.next_failure: dict[str, Any] | None = None
+        # What each step that succeeds was refused all the same.
+        self.refused: list[dict[str, Any]] = []
         self.streams = 0
         self._epoch = 0
 
@@ -150,6 +152,7 @@ class FakeHost(FakeSnapshots):
             duration_ms=7,
             output_bytes=len(text.encode()),
             elided_bytes=0,
+            refused=self.refused,
         )
 
     def stop_streams(self) -> None:

@@ -24,7 +24,7 @@ from hostruntime.paths import (
     claim_instance,
     release_instance,
 )
-from hostruntime.runtime_layer import build_runtime_layers, runtime_tree
+from hostruntime.runtime_layer import build_runtime_layers
 from hostruntime.threads import in_thread
 
 
@@ -69,7 +69,7 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         host = Host(
             store,
             containers,
-            partial(runtime_tree, paths),
+            containers.runtime.tree,
             partial(refused_hosts, proxy),
             layers,
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 from hostruntime import kernel
@@ -30,6 +31,7 @@ RESOLVER = "203.0.113.53"
 OTHER_RESOLVER = "203.0.113.54"
 METADATA = "169.254.169.254"
 PRIVATE = ("10.99.0.5", "172.16.9.5", "192.168.9.5", "100.64.9.5")
+SITE = "registry.test"
 GREETING = b"this is the internet\n"
 
 
@@ -38,7 +40,8 @@ class World:
     """The namespaces, what the resolver answers, and what the internet has heard.
 
     ``aliases`` are CNAMEs; a name in ``turns`` gets another answer each time it is asked for, with
-    no time to live, and its address in ``names`` when they are used up.
+    no time to live, and its address in ``names`` when they are used up.  ``sites`` are the
+    directories that are served over HTTPS, by the names they are asked for with.
     """
 
     internet: Path
@@ -49,6 +52,7 @@ class World:
     reached: list[str] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     turns: dict[str, list[list[str]]] = field(default_factory=dict)
+    sites: dict[str, Path] = field(default_factory=dict)
 
 
 @contextmanager
@@ -73,7 +77,18 @@ def _certificate(directory: Path) -> Path:
     """A self-signed certificate and its key, as every server of the internet shows it."""
     path = directory / "internet.pem"
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    out = ["-days", "2", "-subj", "/CN=internet", "-keyout", "-", "-out", "-"]
+    out = [
+        "-days",
+        "2",
+        "-subj",
+        "/CN=internet",
+        "-addext",
+        f"subjectAltName=DNS:{SITE}",
+        "-keyout",
+        "-",
+        "-out",
+        "-",
+    ]
     made = run(["openssl", "req", "-x509", *key, *out], timeout=20)
     path.write_bytes(made.stdout)
     return path
@@ -188,6 +203,8 @@ def _greet(listener: socket.socket, world: World) -> None:
 def _greet_over_tls(listener: socket.socket, world: World) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(world.certificate)
+    # Which name it is asked for with (server_name in RFC 6066).
+    context.sni_callback = lambda tunnel, name, _: setattr(tunnel, "asked_for", name)
     while True:
         try:
             connection, (peer, _) = listener.accept()
@@ -195,14 +212,25 @@ def _greet_over_tls(listener: socket.socket, world: World) -> None:
             return
         world.peers.append(peer)
         world.reached.append(connection.getsockname()[0])
-        _in_background(_greet_one_over_tls, connection, context)
+        _in_background(_greet_one_over_tls, connection, context, world)
 
 
-def _greet_one_over_tls(connection: socket.socket, context: ssl.SSLContext) -> None:
+class _Site(SimpleHTTPRequestHandler):
+    """Serves a directory, without a word."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        """Nobody reads it."""
+
+
+def _greet_one_over_tls(connection: socket.socket, context: ssl.SSLContext, world: World) -> None:
     with connection, suppress(OSError):
         connection.settimeout(10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with context.wrap_socket(connection, server_side=True) as tunnel:
+            site = world.sites.get(getattr(tunnel, "asked_for", None) or "")
+            if site is not None:
+                _Site(tunnel, ("", 0), None, directory=str(site))  # type: ignore[arg-type]
+                return
             tunnel.sendall(GREETING)
             # Asked for so many bytes, it sends them: what a benchmark measures throughput with.
             block = bytes(256 * 1024)

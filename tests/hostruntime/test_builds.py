@@ -44,7 +44,7 @@ class World:
         host = Host(
             self.store,
             self.containers.as_manager(),
-            lambda _: self.runtime,
+            lambda _policy, _image: self.runtime,
             lambda _owner, _since: self.refused,
             LayerStore(self.paths, self.store.trash, 1 << 40),
         )
@@ -183,6 +183,29 @@ async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
     assert failed["message"].endswith("The end of its output:\nE: nope")
 
 
+async def test_what_a_step_was_refused_is_told_though_it_succeeded(world: World) -> None:
+    world.refused = [
+        Refused("example.org", 443, "not_listed"),
+        Refused("10.0.0.1", 80, "not_https"),
+    ]
+    events = await world.build("say hello")
+    finished = next(event for event in events if event["kind"] == "step_finished")
+    assert events[-1]["kind"] == "published"
+    assert finished["refused"] == [
+        {"host": "example.org", "port": 443, "reason": "not_listed", "can_be_listed": True},
+        {"host": "10.0.0.1", "port": 80, "reason": "not_https", "can_be_listed": False},
+    ]
+
+
+async def test_a_step_that_changes_what_the_host_lends_is_told_that_it_is_in_vain(
+    world: World,
+) -> None:
+    events = await world.build("write etc/conf x", "write etc/resolv.conf theirs", "say done")
+    (told,) = [event for event in events if event["kind"] == "not_captured"]
+    assert (told["step"], told["paths"]) == (2, ["/etc/resolv.conf"])
+    assert told["message"].startswith("This step changed /etc/resolv.conf. That is not kept")
+
+
 async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
     world.refused = [
         Refused("example.org", 443, "not_listed"),
@@ -283,7 +306,7 @@ async def test_a_defect_is_an_end_too(world: World) -> None:
     world.builds._host = Host(
         world.store,
         world.containers.as_manager(),
-        lambda _: world.runtime,
+        lambda _policy, _image: world.runtime,
         defect,
         world.builds._host.layers,
     )

@@ -12,6 +12,7 @@ import pytest
 
 from hostruntime import layers as layers_module
 from hostruntime.build_plan import Cache
+from hostruntime.build_report import Refused
 from hostruntime.errors import InvalidRequest
 from hostruntime.layers import (
     DEFAULT_BUDGET_BYTES,
@@ -262,6 +263,19 @@ async def test_a_failed_builds_steps_are_not_run_again(world: World) -> None:
     tree = world.store.get("img_2").tree
     assert [(tree / f"etc/{name}").read_text() for name in "abc"] == ["1", "2", "3"]
     world.check_clean("img_2")
+
+
+async def test_what_a_step_was_refused_is_still_told_when_it_is_not_run(world: World) -> None:
+    world.refused = [Refused("example.org", 443, "not_listed")]
+    await build(world, "img_1", *FIRST)
+    world.refused = []
+    events = await build(world, "img_2", *FIRST[:2], "write etc/c 3")
+    told = {
+        event["step"]: [one["host"] for one in event["refused"]]
+        for event in events
+        if event["kind"] in {"step_cached", "step_finished"}
+    }
+    assert told == {1: ["example.org"], 2: ["example.org"], 3: []}
 
 
 async def test_who_ran_a_step_is_still_known_in_the_next_generation(world: World) -> None:

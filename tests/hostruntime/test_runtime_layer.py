@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hostruntime import runtime_layer
+from hostruntime import lent_files, runtime_layer
 from hostruntime.errors import HostUnavailable
+from hostruntime.lent_files import container_environment
 from hostruntime.network import SlotPool
 from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import Instance, StatePaths
-from hostruntime.policy import MODES, deny_list
+from hostruntime.policy import MODES, Mode, Policy, deny_list
 from hostruntime.registries import AptSource, NpmAnswer, PipAnswer, Registries, combine
-from hostruntime.runtime_layer import (
-    build_runtime_layers,
-    container_environment,
-    runtime_tree,
-)
+from hostruntime.run import run
+from hostruntime.runtime_layer import RuntimeTrees, build_runtime_layers, remove_unused
+from tests.hostruntime.trees_help import grow
 
 PIP = PipAnswer("https://mirror.example/simple", (), "https://index.example/simple/", None)
 NPM = NpmAnswer("https://npm.example/", ())
 APT = [AptSource("http://debs.example/debian", "", "main")]
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\naG9zdA==\n-----END CERTIFICATE-----"
 SETTINGS = NetworkSettings(deny_list(), (), ("198.51.100.53", "2001:db8::53"))
 
 
@@ -40,13 +42,15 @@ def pool(paths: StatePaths) -> SlotPool:
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Stand in for the host's files and for its package managers' answers."""
     (tmp_path / "init").write_bytes(b"init")
-    (tmp_path / "bundle").write_bytes(b"authorities")
+    (tmp_path / "bundle").write_text(CERTIFICATE)
     (tmp_path / "cas" / "deep").mkdir(parents=True)
     (tmp_path / "cas" / "deep" / "edge.crt").write_bytes(b"edge")
-    monkeypatch.setattr(runtime_layer, "_INIT_BINARIES", (tmp_path / "init",))
-    monkeypatch.setattr(runtime_layer, "_HOST_LOCAL_CAS", tmp_path / "cas")
+    monkeypatch.setattr(lent_files, "_INIT_BINARIES", (tmp_path / "init",))
+    monkeypatch.setattr(lent_files, "_HOST_LOCAL_CAS", tmp_path / "cas")
+    monkeypatch.setattr(lent_files, "_HOST_PUBLIC_CAS", tmp_path / "public")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "bundle"))
     answer(monkeypatch, combine(PIP, NPM, APT))
+    monkeypatch.setattr(runtime_layer, "default_domains", lambda _: ["github.com"])
     yield tmp_path
 
 
@@ -56,114 +60,190 @@ def answer(monkeypatch: pytest.MonkeyPatch, registries: Registries) -> None:
 
 def texts(tree: Path) -> dict[str, str]:
     found = (path for path in tree.rglob("*") if path.is_file())
-    return {str(path.relative_to(tree)): path.read_text() for path in found}
+    return {str(path.relative_to(tree)): path.read_text(errors="replace") for path in found}
 
 
-def test_every_mode_has_the_same_files_but_its_own_way_out(
-    paths: StatePaths, pool: SlotPool
-) -> None:
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image with nothing in it that anything is joined with."""
+    return grow(tmp_path / "image", {"etc/": None, "root/": None})
+
+
+def tree_for(
+    paths: StatePaths, image: Path, mode: Mode = "restricted", domains: tuple[str, ...] = ()
+) -> Path:
+    return RuntimeTrees(paths).tree(Policy(mode, domains or None), image)
+
+
+def test_every_mode_has_its_own_way_out(paths: StatePaths, pool: SlotPool, image: Path) -> None:
     build_runtime_layers(paths, pool)
-    trees = {mode: texts(runtime_tree(paths, mode)) for mode in MODES}
-    assert len({frozenset(files) for files in trees.values()}) == 1
-    differing = {
-        name for name in trees["off"] if len({files[name] for files in trees.values()}) > 1
-    }
-    assert differing == {"etc/resolv.conf", "etc/apt/apt.conf.d/80orkestr"}
+    trees = {mode: texts(tree_for(paths, image, mode)) for mode in MODES}
+    assert trees["off"].keys() == trees["open"].keys() < trees["restricted"].keys()
     assert trees["open"]["etc/resolv.conf"] == "nameserver 198.51.100.53\n"
     assert "nameserver" not in trees["off"]["etc/resolv.conf"]
     assert "nameserver" not in trees["restricted"]["etc/resolv.conf"]
-    proxy = 'Acquire::https::Proxy "http://10.203.0.1:13128";'
-    assert [proxy in trees[mode]["etc/apt/apt.conf.d/80orkestr"] for mode in MODES] == [
-        False,
-        True,
-        False,
-    ]
+    told = {
+        mode: {path for path, text in files.items() if "10.203.0.1" in text}
+        for mode, files in trees.items()
+    }
+    assert told == {
+        "off": set(),
+        "open": set(),
+        "restricted": {
+            "etc/apt/apt.conf.d/80orkestr",
+            "etc/environment",
+            "etc/profile.d/00-orkestr.sh",
+            "etc/npmrc",
+            "usr/local/etc/npmrc",
+            "etc/xdg/pip/pip.conf",
+            ".orkestr/gitconfig",
+            ".yarnrc.yml",
+            "root/.gnupg/dirmngr.conf",
+        },
+    }
 
 
 def test_package_managers_are_configured_as_the_hosts_are(
-    paths: StatePaths, pool: SlotPool
+    paths: StatePaths, pool: SlotPool, image: Path
 ) -> None:
     build_runtime_layers(paths, pool)
-    files = texts(runtime_tree(paths, "restricted"))
-    assert files["etc/pip.conf"] == "[global]\nindex-url = https://mirror.example/simple\n\n"
+    files = texts(tree_for(paths, image))
+    pip = files["etc/xdg/pip/pip.conf"]
+    assert "index-url = https://mirror.example/simple\n" in pip
+    assert "proxy = http://10.203.0.1:13128\n" in pip
     assert "registry=https://npm.example/\n" in files["etc/npmrc"]
-    assert files["etc/apt/sources.list"] == "deb https://debs.example/debian bookworm main\n"
-    assert files["etc/ssl/certs/ca-certificates.crt"] == "authorities"
+    assert "npmRegistryServer: https://npm.example/\n" in files[".yarnrc.yml"]
+    sources = files["etc/apt/sources.list"].splitlines()
+    assert sources[1:-1] == ["deb https://debs.example/debian bookworm main"]
+    assert CERTIFICATE in files["etc/ssl/certs/ca-certificates.crt"]
     assert files["usr/local/share/ca-certificates/edge.crt"] == "edge"
     assert files[".orkestr/init"] == "init"
 
 
 def test_nothing_is_configured_that_the_host_does_not_know(
-    paths: StatePaths, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+    paths: StatePaths, pool: SlotPool, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer(monkeypatch, combine(None, None, []))
     build_runtime_layers(paths, pool)
-    files = texts(runtime_tree(paths, "open"))
-    assert not {"etc/pip.conf", "etc/apt/sources.list"} & set(files)
+    files = texts(tree_for(paths, image, "open"))
+    assert "index-url" not in files["etc/xdg/pip/pip.conf"]
+    assert not {"etc/apt/sources.list", ".yarnrc.yml"} & set(files)
 
 
-def test_directories_show_through_with_their_usual_modes(paths: StatePaths, pool: SlotPool) -> None:
+def test_directories_show_through_with_the_images_owners_and_modes(
+    paths: StatePaths, pool: SlotPool, image: Path
+) -> None:
     build_runtime_layers(paths, pool)
-    tree = runtime_tree(paths, "open")
-    directories = [tree, *(path for path in tree.rglob("*") if path.is_dir())]
-    assert {path.stat().st_mode & 0o7777 for path in directories} == {0o755}
-    assert {path.stat().st_uid for path in tree.rglob("*")} == {0}
-    modes = {path.name: path.stat().st_mode & 0o7777 for path in tree.rglob("*") if path.is_file()}
-    assert modes.pop("init") == 0o755
-    assert set(modes.values()) == {0o644}
+    (image / "etc/ssl").mkdir()
+    (image / "etc/ssl").chmod(0o711)
+    os.chown(image / "root", 33, 44)
+    (image / "root").chmod(0o750)
+    tree = tree_for(paths, image)
+    found = {
+        str(path.relative_to(tree)): (stat.S_IMODE(mode.st_mode), mode.st_uid, mode.st_gid)
+        for path in tree.rglob("*")
+        if path.is_dir() and (mode := path.stat())
+    }
+    assert found.pop("etc/ssl") == (0o711, 0, 0)
+    assert found.pop("root") == (0o750, 33, 44)
+    assert found.pop("root/.gnupg") == (0o700, 0, 0)
+    assert found.pop("etc/sudoers.d") == (0o750, 0, 0)
+    assert set(found.values()) == {(0o755, 0, 0)}
+    assert stat.S_IMODE((tree / ".orkestr/init").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tree / "etc/sudoers.d/orkestr").stat().st_mode) == 0o440
+
+
+def test_a_directory_that_is_a_link_in_the_image_is_left_alone(
+    paths: StatePaths, pool: SlotPool, tmp_path: Path
+) -> None:
+    build_runtime_layers(paths, pool)
+    image = grow(tmp_path / "other", {"etc/": None, "srv/own/": None})
+    (image / "root").symlink_to("srv/own")
+    (image / "usr").symlink_to("/srv")
+    files = texts(tree_for(paths, image))
+    assert not any(path.startswith(("root/", "usr/")) for path in files)
+    assert "etc/hosts" in files
 
 
 def test_the_same_host_gives_the_same_trees_and_a_changed_one_new_trees(
-    paths: StatePaths, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+    paths: StatePaths, pool: SlotPool, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_runtime_layers(paths, pool)
-    before = {mode: runtime_tree(paths, mode) for mode in MODES}
-    build_runtime_layers(paths, pool)
-    assert before == {mode: runtime_tree(paths, mode) for mode in MODES}
+    before = {mode: tree_for(paths, image, mode) for mode in MODES}
+    assert before == {mode: tree_for(paths, image, mode) for mode in MODES}
     answer(monkeypatch, combine(None, NPM, APT))
     build_runtime_layers(paths, pool)
-    after = {mode: runtime_tree(paths, mode) for mode in MODES}
-    assert not set(after.values()) & set(before.values())
     assert not any(tree.exists() for tree in before.values()), "no container had them mounted"
-    assert sorted(path.name for path in paths.runtime.iterdir()) == sorted(
-        (*MODES, *(tree.name for tree in after.values()))
-    )
+    after = {mode: tree_for(paths, image, mode) for mode in MODES}
+    assert not set(after.values()) & set(before.values())
 
 
-def test_a_tree_a_container_has_mounted_is_kept(
-    paths: StatePaths, pool: SlotPool, monkeypatch: pytest.MonkeyPatch
+def test_images_without_files_of_their_own_share_a_tree(
+    paths: StatePaths, pool: SlotPool, image: Path, tmp_path: Path
 ) -> None:
     build_runtime_layers(paths, pool)
-    used = runtime_tree(paths, "open")
+    alike = grow(tmp_path / "alike", {"etc/": None, "root/": None, "opt/x": "theirs"})
+    other = grow(tmp_path / "other", {"etc/hosts": "10.0.0.7 db\n", "root/": None})
+    trees = RuntimeTrees(paths)
+    policy = Policy("restricted")
+    assert trees.tree(policy, alike) == trees.tree(policy, image) != trees.tree(policy, other)
+    init = [trees.tree(policy, one) / ".orkestr/init" for one in (image, other)]
+    assert init[0].stat().st_ino == init[1].stat().st_ino
+
+
+def test_git_takes_the_https_of_the_containers_own_list(
+    paths: StatePaths, pool: SlotPool, image: Path
+) -> None:
+    build_runtime_layers(paths, pool)
+    config = tree_for(paths, image, domains=("@default", "git.corp.example")) / ".orkestr/gitconfig"
+    asked = ["git", "config", "--file", str(config), "--get-urlmatch", "http.proxy"]
+    said = [
+        run([*asked, url], timeout=10).text.strip() for url in ("https://a", "http://localhost")
+    ]
+    assert said == ["http://10.203.0.1:13128", ""]
+    text = config.read_text()
+    assert "insteadOf = git@git.corp.example:\n" in text
+    assert "insteadOf = ssh://git@github.com/\n" in text
+
+
+def test_a_tree_a_container_has_mounted_or_just_got_is_kept(
+    paths: StatePaths, pool: SlotPool, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_runtime_layers(paths, pool)
+    used, unused = tree_for(paths, image, "open"), tree_for(paths, image, "off")
+    remove_unused(paths)
+    assert used.is_dir()
+    assert unused.is_dir(), "it may be about to be mounted"
     monkeypatch.setattr(runtime_layer, "_mounted_roots", lambda: [f"/somewhere/{used.name}"])
-    answer(monkeypatch, combine(None, None, []))
     build_runtime_layers(paths, pool)
     assert used.is_dir()
-    assert runtime_tree(paths, "open") != used
+    assert not unused.exists()
+    assert tree_for(paths, image, "off") == unused
+    assert unused.is_dir()
 
 
-def test_a_half_made_tree_is_made_anew(paths: StatePaths, pool: SlotPool) -> None:
+def test_a_half_made_tree_is_made_anew(paths: StatePaths, pool: SlotPool, image: Path) -> None:
     build_runtime_layers(paths, pool)
-    tree = runtime_tree(paths, "off")
-    half = tree.with_name(f".{tree.name}.making")
+    tree = tree_for(paths, image, "off")
+    half = tree.with_name(f".{tree.name}.1-1.making")
     tree.rename(half)
     (half / "etc" / "stray").write_text("x")
     build_runtime_layers(paths, pool)
     assert not half.exists()
-    assert not (runtime_tree(paths, "off") / "etc" / "stray").exists()
+    assert not (tree_for(paths, image, "off") / "etc" / "stray").exists()
 
 
 def test_what_the_host_lacks_is_named_with_its_package(
     paths: StatePaths, pool: SlotPool, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(HostUnavailable, match="not built"):
-        runtime_tree(paths, "off")
+        tree_for(paths, host, "off")
     (host / "init").unlink()
     with pytest.raises(HostUnavailable, match="install the package catatonit"):
         build_runtime_layers(paths, pool)
     (host / "init").touch()
     (host / "bundle").unlink()
-    monkeypatch.setattr(runtime_layer, "_HOST_BUNDLES", (host / "nowhere",))
+    monkeypatch.setattr(lent_files, "_HOST_BUNDLES", (host / "nowhere",))
     with pytest.raises(HostUnavailable, match="install the package ca-certificates"):
         build_runtime_layers(paths, pool)
 
@@ -174,5 +254,8 @@ def test_only_restricted_processes_are_told_of_the_proxy(pool: SlotPool) -> None
         assert environment["HOME"] == "/root"
         assert environment["PIP_CERT"] == "/etc/ssl/certs/ca-certificates.crt"
         assert ("https_proxy" in environment) is (mode == "restricted")
-    assert environments["off"] == environments["open"]
+    trust = "-Djavax.net.ssl.trustStore=/.orkestr/cacerts.jks"
+    assert environments["open"] == environments["off"] | {"JAVA_TOOL_OPTIONS": trust}
+    java = environments["restricted"]["JAVA_TOOL_OPTIONS"].split()
+    assert {trust, "-Dhttps.proxyHost=10.203.0.1", "-Dhttps.proxyPort=13128"} <= set(java)
     assert environments["restricted"]["HTTPS_PROXY"] == "http://10.203.0.1:13128"

@@ -164,6 +164,23 @@ async def test_a_failed_build_says_what_to_do(connect: Connect, key: str, host: 
     assert "allow_domains" in failed["next_step"]
 
 
+async def test_a_template_that_may_lack_something_says_what_to_do(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    host.refused = [
+        {"host": "pypi.example", "port": 443, "reason": "not_listed", "can_be_listed": True}
+    ]
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        ready = await done(client, "wait_for_template", template_id=made["id"])
+    assert (ready["status"], ready["refused_hosts"]) == ("ready", ["pypi.example"])
+    assert ready["steps"][0]["refused_hosts"] == ["pypi.example"]
+    assert ready["next_step"].startswith("Call create_sandbox")
+    assert "the network policy refused pypi.example" in ready["next_step"]
+    assert "allow_domains" in ready["next_step"]
+
+
 async def test_a_long_log_is_read_in_parts(connect: Connect, key: str, host: FakeHost) -> None:
     async with connect(key) as client:
         made = await done(client, "create_template", **TEMPLATE)
