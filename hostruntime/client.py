@@ -45,6 +45,7 @@ from hostruntime.client_answers import (
     errors_told,
     exec_body,
     stat_of,
+    timeouts,
 )
 from hostruntime.client_snapshots import SnapshotCalls
 from hostruntime.errors import HostError
@@ -52,8 +53,8 @@ from hostruntime.errors import HostError
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream says something at least every 10 s (a blank line), so silence means a dead agent.
-_TIMEOUT = httpx.Timeout(connect=5.0, read=60.0, write=60.0, pool=30.0)
-_STREAM_TIMEOUT = httpx.Timeout(connect=5.0, read=30.0, write=60.0, pool=30.0)
+_TIMEOUT = timeouts(read=60.0)
+_STREAM_TIMEOUT = timeouts(read=30.0)
 _LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=60.0)
 
 
@@ -84,9 +85,9 @@ class HostClient(SnapshotCalls):
 
     # The host ------------------------------------------------------------------------------
 
-    def health(self) -> Health:
-        """What the agent is and how it is."""
-        return Health.from_wire(self._json("GET", "/health"))
+    def health(self, *, seconds: float = 60.0) -> Health:
+        """What the agent is and how it is; it has so long to answer (:func:`timeouts`)."""
+        return Health.from_wire(self._json("GET", "/health", timeout=timeouts(read=seconds)))
 
     def default_domains(self) -> list[str]:
         """The default allowlist of the restricted network."""

@@ -18,6 +18,13 @@ from hostruntime.answers import (
     FileStat,
 )
 from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
+from hostruntime.patience import scaled
+
+
+def timeouts(*, read: float) -> httpx.Timeout:
+    """How long to wait for the agent, which may not be looked at from here; ``read`` in seconds."""
+    limits = {"connect": 5.0, "read": read, "write": 60.0, "pool": 30.0}
+    return httpx.Timeout(**{name: scaled(seconds) for name, seconds in limits.items()})
 
 
 def exec_body(

@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 
 from hostruntime.answers import SnapshotInfo
+from hostruntime.client_answers import timeouts
 
 # All of a sandbox's disk is copied before the answer comes.
-_CAPTURE_TIMEOUT = httpx.Timeout(connect=5.0, read=600.0, write=60.0, pool=30.0)
+_CAPTURE_TIMEOUT = timeouts(read=600.0)
 
 
 class SnapshotCalls:

@@ -11,10 +11,13 @@ import socket
 import struct
 from ipaddress import IPv4Address
 
+from hostruntime.patience import scaled
+
 _NETLINK_NETFILTER = 12
 _IPCTNL_MSG_CT_DELETE = (1 << 8) | 2  # NFNL_SUBSYS_CTNETLINK
 _NLM_F_REQUEST_ACK = 0x1 | 0x4
 _NLMSG_ERROR = 2
+_ANSWER_SECONDS = 5.0
 _NLA_F_NESTED = 0x8000
 _CTA_TUPLE_ORIG, _CTA_TUPLE_IP, _CTA_IP_V4_SRC = 1, 1, 1
 _CTA_FILTER, _CTA_FILTER_ORIG_FLAGS, _CTA_FILTER_REPLY_FLAGS = 25, 1, 2
@@ -44,7 +47,7 @@ def _attribute(kind: int, payload: bytes) -> bytes:
 def _ask(message: bytes) -> bytes:
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as handle:
-        handle.settimeout(5.0)
+        handle.settimeout(scaled(_ANSWER_SECONDS))
         handle.bind((0, 0))
         handle.send(message)
         return handle.recv(4096)

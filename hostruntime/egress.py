@@ -30,6 +30,7 @@ from hostruntime.firewall import proxy_mark
 from hostruntime.network import SlotPool
 from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import Instance, StatePaths, write_atomically
+from hostruntime.patience import Patience
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
 from hostruntime.squid_config import (
@@ -47,6 +48,7 @@ PROXY_USER = "proxy"
 _START_SECONDS = 15.0
 _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
+_MOST_OF_AN_ANSWER = 8192
 _POLL_SECONDS = 0.02
 _MAX_LOG_BYTES = 8 * 1024 * 1024
 _KEEP_DECISIONS_SECONDS = 7 * 86_400.0
@@ -136,8 +138,8 @@ class EgressProxy:
         for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
             for pid in self.processes():
                 _send(pid, sent)
-            deadline = time.monotonic() + patience
-            while self.processes() and time.monotonic() < deadline:
+            ending = Patience(patience, self.processes)
+            while self.processes() and not ending.spent():
                 time.sleep(_POLL_SECONDS)
 
     def ensure(self) -> None:
@@ -160,17 +162,35 @@ class EgressProxy:
             return False
 
     def _refuses(self) -> bool:
-        with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
-            probe.sendall(b"CONNECT probe.invalid:443 HTTP/1.0\r\n\r\n")
-            answer = probe.makefile("rb").read(8192)
         # Squid would also refuse with a dead helper; these are the helper's own words.
-        return NO_POLICY.encode() in answer
+        return self._says("probe.invalid", NO_POLICY.encode())
 
     def _passes_on(self) -> bool:
         """Tell whether the first port reaches the second, as Squid first doubts for a second."""
+        return self._says(PEEK_PROBE, b" 200 ")
+
+    def _says(self, host: str, words: bytes) -> bool:
+        """Tell whether these are in the beginning of the answer to a CONNECT.  Raises OSError.
+
+        Squid and helpers that are at work on it are waited for: a busy machine is no reason to
+        start them anew, which cuts every tunnel.
+        """
+        patience = Patience(_PROBE_SECONDS, lambda: [*self.processes(), *self.helpers()])
+        answer = b""
         with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
-            probe.sendall(f"CONNECT {PEEK_PROBE}:443 HTTP/1.0\r\n\r\n".encode())
-            return b" 200 " in probe.makefile("rb").readline()
+            probe.settimeout(patience.pause)
+            probe.sendall(f"CONNECT {host}:443 HTTP/1.0\r\n\r\n".encode())
+            while words not in answer and len(answer) < _MOST_OF_AN_ANSWER:
+                try:
+                    piece = probe.recv(_MOST_OF_AN_ANSWER)
+                except TimeoutError:
+                    if patience.spent():
+                        raise
+                    continue
+                if not piece:
+                    break
+                answer += piece
+        return words in answer
 
     def hosts(self, owner: str) -> list[HostUse]:
         """Return what an owner asked for and what came of it by host, refused ones first."""
@@ -278,10 +298,12 @@ class EgressProxy:
         # A killed Squid leaves its pid behind, and a new one would take it for alive.
         (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
         run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
-        deadline = time.monotonic() + _START_SECONDS
+        patience = Patience(_START_SECONDS, lambda: [*self.processes(), *self.helpers()])
         while not self.healthy():
-            if time.monotonic() > deadline:
-                raise HostUnavailable(f"The egress proxy does not answer. {self._last_words()}")
+            if patience.spent():
+                raise HostUnavailable(
+                    f"The egress proxy does not answer; it {patience.why}. {self._last_words()}"
+                )
             time.sleep(_POLL_SECONDS)
 
     def processes(self) -> list[int]:

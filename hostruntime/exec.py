@@ -24,7 +24,15 @@ from typing import Literal
 from hostruntime.errors import CwdNotFound
 from hostruntime.inside_exec import SHELL
 from hostruntime.launcher import Attached, LauncherPool, close_all
-from hostruntime.limits import ContainerGroups, adopt_strays, kill_group, populated, signal_group
+from hostruntime.limits import (
+    ContainerGroups,
+    adopt_strays,
+    kill_group,
+    pids_below,
+    populated,
+    signal_group,
+)
+from hostruntime.patience import Patience, scaled
 
 GRACE_SECONDS = 2.0
 # How long output is waited for after the command itself has ended (`cmd > >(tee log)`).
@@ -179,7 +187,7 @@ class _Session:
             await asyncio.shield(self.killing)
         self.output.drain_now()
         if not self.output.closed():
-            await self.output.linger(_LINGER_SECONDS)
+            await self.output.linger(scaled(_LINGER_SECONDS))
         for chunk in self.output.take():
             yield chunk
 
@@ -230,8 +238,8 @@ async def kill_tree(group: Path) -> None:
     while populated(group) and loop.time() < until:
         await asyncio.sleep(_POLL_SECONDS)
     kill_group(group)
-    until = loop.time() + GRACE_SECONDS
-    while populated(group) and loop.time() < until:
+    patience = Patience(GRACE_SECONDS, lambda: pids_below(group))
+    while populated(group) and not patience.spent():
         await asyncio.sleep(_POLL_SECONDS)
     if populated(group):
         _log.error("processes in %s survive SIGKILL; they wait for the kernel", group)

@@ -17,10 +17,11 @@ from typing import Any
 
 from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.inside_files import LENGTH, PIECE_BYTES
-from hostruntime.launcher import LauncherPool
+from hostruntime.launcher import Attached, LauncherPool
+from hostruntime.patience import Patience
 
 MAX_PATH_BYTES = 4096
-# How long one step may take without anything moving; file systems inside are all local.
+# How long one step may take without the process inside doing anything (hostruntime.patience).
 _STEP_TIMEOUT_SECONDS = 60.0
 _END_TIMEOUT_SECONDS = 5.0
 
@@ -64,10 +65,10 @@ class FileService:
         """
         arguments = {"path": checked(path), "mode": mode}
         async with self._operation(name, "write", arguments) as peer:
-            answer = asyncio.ensure_future(peer.header(timeout=None))
+            answer = asyncio.ensure_future(peer.answer())
             try:
                 await peer.upload(content, until=answer)
-                async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
+                async with peer.patience():
                     return int((await answer)["size"])
             except TimeoutError:
                 raise Exhausted("The sandbox did not finish writing the file in time.") from None
@@ -110,11 +111,11 @@ class FileService:
                 raise
         reader, writer = await asyncio.open_connection(sock=ours, limit=2 * PIECE_BYTES)
         try:
-            yield _Peer(reader, writer)
+            yield _Peer(reader, writer, attached)
         finally:
             writer.transport.abort()
             with contextlib.suppress(TimeoutError, HostError):
-                async with asyncio.timeout(_END_TIMEOUT_SECONDS):
+                async with Patience(_END_TIMEOUT_SECONDS, lambda: [attached.pid]):
                     await asyncio.shield(attached.ended)
             if not attached.ended.done():
                 await attached.kill()
@@ -126,14 +127,25 @@ class _Peer:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    process: Attached
 
-    async def header(self, timeout: float | None = _STEP_TIMEOUT_SECONDS) -> dict[str, Any]:
+    def patience(self) -> Patience:
+        """For one step."""
+        return Patience(_STEP_TIMEOUT_SECONDS, lambda: [self.process.pid])
+
+    async def header(self) -> dict[str, Any]:
+        """The answer of the process inside.  Raises HostError."""
         try:
-            async with asyncio.timeout(timeout):
-                (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
-                header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
+            async with self.patience():
+                return await self.answer()
         except TimeoutError:
             raise Exhausted("The sandbox did not finish the file operation in time.") from None
+
+    async def answer(self) -> dict[str, Any]:
+        """The same, however long it takes."""
+        try:
+            (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
+            header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise Exhausted(
                 "The file operation was killed inside the sandbox: it is out of memory, or ended."
@@ -145,7 +157,7 @@ class _Peer:
     async def pieces(self) -> AsyncIterator[bytes]:
         while True:
             try:
-                async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
+                async with self.patience():
                     piece = await self.reader.read(PIECE_BYTES)
             except (TimeoutError, ConnectionError) as error:
                 raise Exhausted("The file could not be read to its end.") from error
@@ -167,7 +179,7 @@ class _Peer:
 
     async def _drained(self) -> None:
         try:
-            async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
+            async with self.patience():
                 await self.writer.drain()
         except TimeoutError:
             raise Exhausted("The sandbox did not take the file's content in time.") from None

@@ -17,6 +17,7 @@ import threading
 
 from hostruntime import firewall
 from hostruntime.errors import HostError, HostUnavailable
+from hostruntime.patience import scaled
 from hostruntime.run import run
 
 _NETLINK_NETFILTER = 12
@@ -26,6 +27,7 @@ _NFTA_TABLE_NAME, _NFTA_TABLE_USE = 1, 3
 _NLM_F_REQUEST = 0x1
 _NLMSG_ERROR = 2
 _TIMEOUT = 20.0
+_ANSWER_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +91,7 @@ def table_parts(table: str) -> int | None:
     head = struct.pack("=IHHII", 16 + len(body), _NFT_MSG_GETTABLE, _NLM_F_REQUEST, 1, 0)
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as handle:
-        handle.settimeout(5.0)
+        handle.settimeout(scaled(_ANSWER_SECONDS))
         handle.bind((0, 0))
         handle.send(head + body)
         return _parts(handle.recv(4096))

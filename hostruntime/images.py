@@ -34,6 +34,7 @@ from hostruntime import kernel
 from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.image_digest import image_digest
 from hostruntime.paths import StatePaths, read_json, write_atomically
+from hostruntime.patience import scaled
 from hostruntime.trash import Trash
 from hostruntime.trees import Check, Measure, go_on, links_elsewhere, measure, tree_digest
 
@@ -41,7 +42,7 @@ __all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
 
 # Names that clients still use for an image that has another name now.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
-RECONCILE_AGE_SECONDS = 600.0
+RECONCILE_AGE_SECONDS = scaled(600.0)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CONDEMNED = "condemned"
 CONTENTS = "contents.json"

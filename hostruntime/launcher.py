@@ -25,6 +25,7 @@ from typing import Any
 from hostruntime import channel
 from hostruntime.errors import Exhausted, HostFault
 from hostruntime.gate import Gate
+from hostruntime.patience import Patience, tree_of
 from hostruntime.run import Process, end, spawn
 
 LAUNCHERS = 2
@@ -99,7 +100,7 @@ class Link:
         """Send a request and wait for its answer.
 
         Raises LauncherLost, or HostFault with what the launcher says went wrong.  A launcher
-        that does not answer in time is killed: LXC hangs in it.
+        that neither answers nor does anything is killed: LXC hangs in it.
         """
         return await self._numbered(next(self._ids), message, fds)
 
@@ -126,11 +127,13 @@ class Link:
     ) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.pending[request] = answer
+        patience = Patience(_REQUEST_TIMEOUT_SECONDS, self._processes)
         try:
-            async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
+            async with patience:
                 await self._send({"id": request, **message}, fds)
                 reply = await answer
         except TimeoutError:
+            _log.error("launcher %d is ended: it %s", self.process.pid, patience.why)
             self.process.kill()
             raise LauncherLost("LXC did not answer; the launcher was restarted.") from None
         finally:
@@ -138,6 +141,11 @@ class Link:
         if "error" in reply:
             raise HostFault(str(reply["error"]))
         return reply
+
+    def _processes(self) -> list[int]:
+        """The launcher, and what it has forked that has not become something else yet."""
+        own = _executable(self.process.pid)
+        return tree_of(self.process.pid, lambda pid: _executable(pid) == own)
 
     async def close(self) -> None:
         """End the launcher; it kills what is still attached through it."""
@@ -316,6 +324,15 @@ async def _writable(sock: socket.socket) -> None:
         await ready.wait()
     finally:
         loop.remove_writer(sock)
+
+
+def _executable(pid: int) -> tuple[int, int] | None:
+    """Which file a process runs, as device and inode; None if it has ended."""
+    try:
+        found = Path(f"/proc/{pid}/exe").stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lost() -> LauncherLost:

@@ -41,6 +41,7 @@ from hostruntime.limits import (
 from hostruntime.lxc_config import ContainerConfig
 from hostruntime.network import Slot, SlotPool
 from hostruntime.paths import Instance, StatePaths
+from hostruntime.patience import Patience, scaled
 from hostruntime.policy import Policy
 from hostruntime.rootfs import unmount_rootfs
 from hostruntime.rundir import RunDir
@@ -50,6 +51,7 @@ from hostruntime.trees import Check
 
 _MONITOR_GRACE_SECONDS = 5.0
 _STRAYS_GRACE_SECONDS = 5.0
+_BUSY_GROUPS_SECONDS = 2.0
 _FREEZE_SECONDS = 5.0
 _FREEZE_LOOKS_SECONDS = 0.002
 _log = logging.getLogger(__name__)
@@ -203,9 +205,9 @@ class ContainerManager:
             await self.launchers.gate.bar(running.name)
             group = self._groups(owner).unified
             freeze_group(group, frozen=True)
-            until = time.monotonic() + _FREEZE_SECONDS
+            patience = Patience(_FREEZE_SECONDS, lambda: pids_below(group))
             while not is_frozen(group):
-                if time.monotonic() > until:
+                if patience.spent():
                     self._thaw(running)
                     raise HostFault("The kernel did not freeze the sandbox; it runs on.")
                 await asyncio.sleep(_FREEZE_LOOKS_SECONDS)
@@ -431,7 +433,8 @@ class ContainerManager:
 def dismantle(groups: ContainerGroups, mounts: Path) -> None:
     """Kill whatever runs in a container, remove its control groups, unmount its root; idempotent.
 
-    Blocks for up to some seconds.  Raises HostFault when processes or mounts will not go.
+    Blocks for some seconds, and for as long as they take to die.  Raises HostFault when processes
+    or mounts will not go.
     """
     monitors = pids_in(groups.monitor)
     kill_group(groups.unified)
@@ -440,7 +443,7 @@ def dismantle(groups: ContainerGroups, mounts: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _wait_for(pid, _MONITOR_GRACE_SECONDS)
-    if not groups.remove():
+    if not groups.remove(scaled(_BUSY_GROUPS_SECONDS)):
         _log.warning(
             "control groups of %s are still busy; the next start removes them", groups.name
         )
@@ -460,21 +463,25 @@ def _kill_all_but(groups: ContainerGroups, init_pid: int) -> None:
         signal_group(groups.unified, signal.SIGKILL, keep)
     finally:
         freeze_group(groups.unified, frozen=False)
-    until = time.monotonic() + _STRAYS_GRACE_SECONDS
-    while set(pids_below(groups.unified)) - keep and time.monotonic() < until:
+    patience = Patience(_STRAYS_GRACE_SECONDS, lambda: set(pids_below(groups.unified)) - keep)
+    while set(pids_below(groups.unified)) - keep and not patience.spent():
         signal_group(groups.unified, signal.SIGKILL, keep)
         time.sleep(0.005)
 
 
 def _wait_for(pid: int, seconds: float) -> bool:
-    """Wait for a process that is not our child to end; True when it has."""
+    """Wait for a process that is not our child; False if it does nothing and does not end."""
     pidfd = _pidfd(pid)
     if pidfd is None:
         return True
     try:
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
-        return bool(poller.poll(seconds * 1000))
+        patience = Patience(seconds, lambda: [pid])
+        while not patience.spent():
+            if poller.poll(patience.pause * 1000):
+                return True
+        return False
     finally:
         os.close(pidfd)
 

@@ -47,6 +47,7 @@ from hostruntime.netns import (
 )
 from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_atomically
+from hostruntime.patience import scaled
 from hostruntime.policy import MODES, Mode, Policy
 from hostruntime.rundir import RunDir
 
@@ -224,7 +225,7 @@ class SlotPool:
 
     def _any_index(self) -> int:
         """Return a free index, at the cost of another mode's ready slot if need be."""
-        deadline = time.monotonic() + _WAIT_FOR_RECYCLING_SECONDS
+        deadline = time.monotonic() + scaled(_WAIT_FOR_RECYCLING_SECONDS)
         self._waiting += 1
         try:
             while not self._free:

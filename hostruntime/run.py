@@ -1,7 +1,7 @@
 """The only place that starts programs on the host.
 
 Programs get a minimal environment (nothing of the agent's own leaks into them), a session of
-their own (so that a timeout kills the program *and* its children), and stdin from /dev/null
+their own (so that giving up on one kills the program *and* its children), and stdin from /dev/null
 unless given input.  A failure carries the command line and the end of what it said.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from hostruntime.errors import HostFault
+from hostruntime.patience import Patience, scaled, tree_of
 
 MINIMAL_ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -27,6 +28,7 @@ MINIMAL_ENVIRONMENT: Mapping[str, str] = {
     "HOME": "/root",
 }
 _TAIL_BYTES = 2000
+_LINGER_SECONDS = 2.0
 
 Process = subprocess.Popen[bytes]
 """A program started by :func:`spawn`."""
@@ -48,7 +50,7 @@ class Completed:
 
 
 class CommandFailed(HostFault):
-    """A program exited non-zero, was killed, timed out or could not be started."""
+    """A program exited non-zero, was killed, hung or could not be started."""
 
     def __init__(self, argv: Sequence[str], why: str, output: bytes = b"") -> None:
         tail = output[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
@@ -70,26 +72,28 @@ def run(
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
-    ``timeout`` is in seconds (None waits for ever: only for programs that cannot hang).  ``env``
-    is laid over :data:`MINIMAL_ENVIRONMENT`.  ``on_line`` is called, from another thread, with
-    each line of stdout and stderr as it is written.
+    ``timeout`` is how many seconds it may do nothing, it and what it started; the time it works
+    does not count, up to ten times as much (:class:`hostruntime.patience.Patience`).  None waits
+    for ever: only for programs that cannot hang.  ``env`` is laid over
+    :data:`MINIMAL_ENVIRONMENT`.  ``on_line`` is called, from another thread, with each line of
+    stdout and stderr as it is written.
 
-    Raises :class:`CommandFailed` if it cannot start, times out (its process group is killed), or
-    ``check`` is set and the status is not zero.
+    Raises :class:`CommandFailed` if it cannot start, is given up on (its process group is killed),
+    or ``check`` is set and the status is not zero.
     """
     process = _popen(argv, stdin=subprocess.PIPE if input is not None else None, env=env, cwd=cwd)
     readers = [_Reader(process.stdout, on_line), _Reader(process.stderr, on_line)]
     try:
         _feed(process, input)
-        process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        _kill_group(process)
-        _join(readers)
-        raise CommandFailed(argv, f"did not end within {timeout:g} s", readers[1].data) from None
+        why = _hung(process, timeout)
     except BaseException:
         _kill_group(process)
         raise
+    if why:
+        _kill_group(process)
     out, err = _join(readers)
+    if why:
+        raise CommandFailed(argv, why, err)
     if check and process.returncode != 0:
         raise CommandFailed(argv, _how_it_ended(process.returncode), err or out)
     return Completed(tuple(argv), process.returncode, out, err)
@@ -112,13 +116,25 @@ def spawn(
         return _popen(argv, stdout=sink, stderr=sink, env=env, cwd=cwd, pass_fds=pass_fds)
 
 
-def end(process: Process, patience: float) -> None:
-    """Wait that many seconds for a program to end by itself, then kill it; reap it."""
-    try:
-        process.wait(patience)
-    except subprocess.TimeoutExpired:
+def end(process: Process, timeout: float) -> None:
+    """Wait for a program to end by itself, kill it if it does nothing for so long; reap it."""
+    if _hung(process, timeout):
         process.kill()
         process.wait()
+
+
+def _hung(process: Process, timeout: float | None) -> str:
+    """Wait for a program; why it was given up on, if so: nothing when it has ended."""
+    if timeout is None:
+        process.wait()
+        return ""
+    patience = Patience(timeout, lambda: tree_of(process.pid))
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience.pause)
+            return ""
+        if patience.spent():
+            return patience.why
 
 
 def _popen(
@@ -170,8 +186,11 @@ class _Reader:
                     self._on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def join(self) -> bytes:
-        # A daemonised grandchild may keep the pipe open after the program itself has ended.
-        self._thread.join(timeout=2.0)
+        # A daemonised grandchild may keep the pipe open after the program itself has ended; but
+        # what was written before must be here, however slowly this thread gets its turn.
+        patience = Patience(scaled(_LINGER_SECONDS), sign=lambda: len(self._chunks))
+        while self._thread.is_alive() and not patience.spent():
+            self._thread.join(patience.pause)
         return self.data
 
 
@@ -180,13 +199,17 @@ def _join(readers: Sequence[_Reader]) -> tuple[bytes, bytes]:
 
 
 def _feed(process: Process, data: bytes | None) -> None:
-    if data is None or process.stdin is None:
+    """Write a program's input, in a thread: one that hangs does not read."""
+    pipe = process.stdin
+    if data is None or pipe is None:
         return
-    try:
-        with process.stdin as pipe:
+
+    def write() -> None:
+        # It may end without reading everything; its exit status says whether that is bad.
+        with contextlib.suppress(BrokenPipeError), pipe:
             pipe.write(data)
-    except BrokenPipeError:
-        return  # It ended without reading everything; its exit status says whether that is bad.
+
+    threading.Thread(target=write, daemon=True).start()
 
 
 def _kill_group(process: Process) -> None:

@@ -35,9 +35,10 @@ from hostruntime.disk import RESERVE_BYTES, Disks, mend
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
 from hostruntime.images import ImageStore
 from hostruntime.layers import DISK, TMPFS
-from hostruntime.limits import Limits, cgroup_layout, freeze_group, is_frozen
+from hostruntime.limits import Limits, cgroup_layout, freeze_group, is_frozen, pids_below
 from hostruntime.manager import ContainerManager
 from hostruntime.paths import Instance, StatePaths, read_json, write_json
+from hostruntime.patience import Patience
 from hostruntime.threads import Stop, in_thread
 from hostruntime.tmpfs import CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.trash import Trash
@@ -315,9 +316,9 @@ def frozen(group: Path) -> Iterator[None]:
     """Everything in a control group stands still in here.  Blocks; raises HostFault."""
     freeze_group(group, frozen=True)
     try:
-        until = time.monotonic() + FREEZE_SECONDS
+        patience = Patience(FREEZE_SECONDS, lambda: pids_below(group))
         while not is_frozen(group):
-            if time.monotonic() > until:
+            if patience.spent():
                 raise HostFault("A process of the sandbox waits for the kernel; try again.")
             time.sleep(_POLL_SECONDS)
         yield

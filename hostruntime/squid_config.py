@@ -9,11 +9,13 @@ ClientHello that names the same host; it is never decrypted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from hostruntime.patience import slowness
 from hostruntime.policy import Network
 
 REFUSAL_PAGE = "ERR_ORKESTR_REFUSED"
@@ -34,8 +36,9 @@ SOCKETS_PER_CONTAINER = CONNECTIONS_PER_CONTAINER + 64
 # A tunnel takes four: one on each side of each of the two ports. This holds 30 containers that
 # all do their worst, or 16,000 tunnels of any.
 DESCRIPTORS = 65_536
-# For the first byte, and again for the first byte in a tunnel.
-FIRST_BYTE_SECONDS = 8
+# For the first byte, and again for the first byte in a tunnel.  On a slow machine four or sixteen
+# times as long, but not by the exact measure: a new configuration is a new Squid, and cuts tunnels.
+FIRST_BYTE_SECONDS = 8 * 4 ** min(2, round(math.log(slowness(), 4)))
 PAGES = {
     REFUSAL_PAGE: REFUSAL_TEXT,
     TOO_MANY_PAGE: TOO_MANY_TEXT.format(most=CONNECTIONS_PER_CONTAINER),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,7 @@ from typing import BinaryIO
 from hostruntime.errors import HostFault
 from hostruntime.exec import Chunk, Exited, shell
 from hostruntime.manager import ContainerManager
+from hostruntime.patience import Patience, scaled
 
 _READ = 64 * 1024
 _TMPFS = "tmp workspace dev/shm"
@@ -40,12 +41,13 @@ async def save_tmpfs(
 ) -> int | None:
     """Write what is in the tmpfs to the new file ``target``, which is not there if nothing is.
 
-    Returns the archiver's status, 0 or :data:`CHANGED` when there is an archive, and None if it
-    took longer than ``timeout`` seconds or would be more than ``max_bytes``.
+    Returns the archiver's status, 0 or :data:`CHANGED` when there is an archive, and None if
+    nothing was written for ``timeout`` seconds or would be more than ``max_bytes``.
     """
     with target.open("xb") as file:
+        patience = Patience(scaled(timeout), sign=lambda: file.tell())
         status = await _run_inside(
-            containers, owner, SAVE_TMPFS, timeout, output=file, max_bytes=max_bytes
+            containers, owner, SAVE_TMPFS, patience, output=file, max_bytes=max_bytes
         )
     if target.stat().st_size == 0:
         target.unlink()
@@ -57,10 +59,12 @@ async def restore_tmpfs(
 ) -> None:
     """Fill the tmpfs of a container that has just been started.
 
-    Everything but its init is killed then.  Raises HostError, OSError when it cannot be done.
+    Everything but its init is killed then.  Raises HostError, OSError when it cannot be done, or
+    when nothing was read for ``timeout`` seconds.
     """
-    async with _fed(archive) as stdin:
-        status = await _run_inside(containers, owner, RESTORE_TMPFS, timeout, stdin=stdin)
+    async with _fed(archive) as (stdin, taken):
+        patience = Patience(scaled(timeout), sign=taken)
+        status = await _run_inside(containers, owner, RESTORE_TMPFS, patience, stdin=stdin)
         # Whatever it left behind could hold on to the pipe.
         await containers.kill_strays(owner)
     if status != 0:
@@ -71,36 +75,41 @@ async def _run_inside(
     containers: ContainerManager,
     owner: str,
     command: str,
-    timeout: float,
+    patience: Patience,
     *,
     stdin: int | None = None,
     output: BinaryIO | None = None,
     max_bytes: int = 0,
 ) -> int | None:
-    """Run a command; return its status, None if it took too long or wrote too much."""
-    frames = containers.exec(owner, shell(command), cwd="/", env={}, timeout=timeout, stdin=stdin)
+    """Run a command; return its status, None if it did not get on or wrote too much."""
+    frames = containers.exec(owner, shell(command), cwd="/", env={}, timeout=None, stdin=stdin)
     written = 0
-    async with aclosing(frames) as stream:
-        async for frame in stream:
-            if isinstance(frame, Exited):
-                return frame.code
-            if isinstance(frame, Chunk) and frame.stream == "stdout" and output is not None:
-                written += len(frame.data)
-                if written > max_bytes:
-                    break
-                # The disk may be slow: that is no matter to the event loop.
-                await asyncio.to_thread(output.write, frame.data)
+    with contextlib.suppress(TimeoutError):
+        async with aclosing(frames) as stream, patience:
+            async for frame in stream:
+                if isinstance(frame, Exited):
+                    return frame.code
+                if isinstance(frame, Chunk) and frame.stream == "stdout" and output is not None:
+                    written += len(frame.data)
+                    if written > max_bytes:
+                        break
+                    # The disk may be slow: that is no matter to the event loop.
+                    await asyncio.to_thread(output.write, frame.data)
     return None
 
 
 @asynccontextmanager
-async def _fed(path: Path) -> AsyncIterator[int]:
-    """The end of a pipe that a file's content comes out of: no descriptor of a file goes inside."""
+async def _fed(path: Path) -> AsyncIterator[tuple[int, Callable[[], int]]]:
+    """The end of a pipe that a file's content comes out of, and how much of it has been taken.
+
+    No descriptor of a file goes inside.
+    """
     reading, writing = os.pipe()
     with path.open("rb") as file:
-        feeding = asyncio.ensure_future(asyncio.to_thread(_feed, file.fileno(), writing))
+        source = file.fileno()
+        feeding = asyncio.ensure_future(asyncio.to_thread(_feed, source, writing))
         try:
-            yield reading
+            yield reading, lambda: os.lseek(source, 0, os.SEEK_CUR)
         finally:
             os.close(reading)
             await asyncio.wait([feeding])

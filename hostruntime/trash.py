@@ -52,7 +52,7 @@ class Trash:
                 self._thread.start()
             self._wake.notify_all()
 
-    def wait(self, timeout: float = 60.0) -> bool:
+    def wait(self, timeout: float | None = None) -> bool:
         """Wait until the trash has been emptied (seconds); False if it still has not been."""
         with self._wake:
             return self._wake.wait_for(lambda: not (self._asked or self._busy), timeout)

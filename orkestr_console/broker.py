@@ -33,6 +33,7 @@ from django_q.models import OrmQ
 from django_q.signing import SignedPackage
 from psycopg import sql
 
+from hostruntime.patience import scaled
 from orkestr_console.postgres import connection_arguments
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ HEARTBEAT_SECONDS = settings.TASK_LEASE_SECONDS / 4
 # How long the pusher must have been watching before it believes that a lease has ended.
 SETTLED_SECONDS = 2 * HEARTBEAT_SECONDS
 POLL_SECONDS = 1.0
-LONGEST_GAP_SECONDS = 5.0
+LONGEST_GAP_SECONDS = scaled(5.0)
 WAKE = "orkestr_tasks"
 NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 LONG = ":long"

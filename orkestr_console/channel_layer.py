@@ -28,6 +28,7 @@ from channels.db import database_sync_to_async
 from channels.layers import BaseChannelLayer
 from django.db import connection
 
+from hostruntime.patience import scaled
 from orkestr_console.postgres import connection_arguments
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Hub:
         """Return once notices are heard. Raises ``TimeoutError`` when PostgreSQL is not there."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen_forever(), name="notices")
-        async with asyncio.timeout(LISTEN_SECONDS):
+        async with asyncio.timeout(scaled(LISTEN_SECONDS)):
             await self._listening.wait()
 
     async def _listen_forever(self) -> None:

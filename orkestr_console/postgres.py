@@ -9,13 +9,15 @@ from typing import Any
 
 from django.db import connection, connections
 
+from hostruntime.patience import scaled
+
 # A peer that vanished without a word is noticed within half a minute (libpq's parameters).
 KEEPALIVE: dict[str, Any] = {
     "keepalives": 1,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "connect_timeout": 10,
+    "connect_timeout": round(scaled(10)),
 }
 
 

@@ -34,6 +34,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.logger import globalLogBeginner
 from zope.interface import implementer
 
+from hostruntime.patience import scaled
 from orkestr_console.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
 from orkestr_console.ids import new_id
 
@@ -267,7 +268,7 @@ class ConsoleServer(Server):  # type: ignore[misc]
             ping_timeout=30,
             websocket_max_message_size=64 * 1024,
             websocket_max_frame_size=64 * 1024,
-            application_close_timeout=5,
+            application_close_timeout=round(scaled(5)),
             server_name="",
         )
         self.failure: str | None = None

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import dj_database_url
 from django.utils.csp import CSP
 
+from hostruntime.patience import scaled
 from orkestr_console import machine
 
 BASE_DIR = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ DATABASES: dict[str, Any] = {
 }
 DATABASES["default"].setdefault("OPTIONS", {}).update(
     {
-        "pool": {"min_size": 1, "max_size": 16, "timeout": 15, "max_idle": 300},
+        "pool": {"min_size": 1, "max_size": 16, "timeout": scaled(15), "max_idle": 300},
         "application_name": "orkestr",
     }
 )
@@ -241,7 +242,7 @@ Q_CLUSTER: dict[str, Any] = {
     "label": "Queue",
 }
 # A killed worker's task comes back after so many seconds.
-TASK_LEASE_SECONDS = float(os.environ.get("ORKESTR_TASK_LEASE") or 15)
+TASK_LEASE_SECONDS = float(os.environ.get("ORKESTR_TASK_LEASE") or scaled(15))
 # Groups of tasks that take minutes: so many workers are kept from them, for everything else.
 LONG_TASKS = ("builds",)
 RESERVED_WORKERS = 2

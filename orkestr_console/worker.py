@@ -35,6 +35,7 @@ from django_q.conf import Conf
 from django_q.models import Schedule
 from django_q.worker import worker as run_tasks
 
+from hostruntime.patience import Patience
 from orkestr_console.broker import PgBroker
 from orkestr_console.leases import LeasedResults, LeasedTasks, LeaseKeeper
 from orkestr_console.sockets import SocketEvent, SocketQueue
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 STALE_SECONDS = 2 * settings.TASK_LEASE_SECONDS
 WATCH_SECONDS = 0.5
-# Less than what the process manager waits before it kills.
+# Less than what the process manager waits before it kills. Not for as long as they work: what is
+# cut off comes back when its lease ends.
 STOP_SECONDS = 8.0
 RESTART_SECONDS = 1.0
 
@@ -62,18 +64,32 @@ def die_with(parent: int) -> None:
 
 
 class Pulse:
-    """When sentinel and pusher last did something, in shared memory that nobody locks."""
+    """How often sentinel and pusher came round, in shared memory that nobody locks."""
 
     def __init__(self) -> None:
-        self._beats = RawArray("d", [time.monotonic()] * 2)
+        self._beats = RawArray("L", 2)
+        self._pids = RawArray("L", 2)
+        # What the watchdog has seen of them, and since when it waits for more.
+        self._seen = [0, 0]
+        self._patience = [self._anew(0), self._anew(1)]
 
     def beat(self, which: int) -> None:
-        """Sentinel (0) or pusher (1) is alive now."""
-        self._beats[which] = time.monotonic()
+        """Sentinel (0) or pusher (1) is alive now; it is the calling process."""
+        self._beats[which] += 1
+        self._pids[which] = os.getpid()
 
-    def age(self) -> float:
-        """Seconds since the one that has been silent longest."""
-        return time.monotonic() - min(float(beat) for beat in self._beats)
+    def stuck(self) -> str:
+        """What is seen of one that comes round no more, and does nothing else either, if so."""
+        for which in (0, 1):
+            if self._beats[which] != self._seen[which]:
+                self._seen[which] = self._beats[which]
+                self._patience[which] = self._anew(which)
+            elif self._patience[which].spent():
+                return self._patience[which].why
+        return ""
+
+    def _anew(self, which: int) -> Patience:
+        return Patience(STALE_SECONDS, lambda: [pid for pid in [self._pids[which]] if pid])
 
 
 class PulsingBroker(PgBroker):
@@ -173,8 +189,8 @@ class Watchdog:
             if group.exitcode is not None:
                 logger.error("the worker group has ended (%s): starting anew", group.exitcode)
                 return
-            if pulse.age() > STALE_SECONDS:
-                logger.error("the worker group is stuck: starting anew")
+            if seen := pulse.stuck():
+                logger.error("the worker group is stuck, it %s: starting anew", seen)
                 return
 
 

@@ -25,6 +25,7 @@ from hostruntime.agent.host import Host, tear_down
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
 from hostruntime.paths import StatePaths
+from hostruntime.patience import scaled
 
 _LOCK_SECONDS = 10.0
 _REQUESTS_GRACE_SECONDS = 1
@@ -139,7 +140,8 @@ def _only_agent(paths: StatePaths) -> Iterator[int]:
     """
     descriptor = os.open(paths.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        until = time.monotonic() + _LOCK_SECONDS
+        # Not for as long as the other works: it may be there to stay.
+        until = time.monotonic() + scaled(_LOCK_SECONDS)
         while not _try_lock(descriptor):
             if time.monotonic() > until:
                 pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip()

@@ -35,6 +35,7 @@ from hostruntime.image_digest import image_digest
 from hostruntime.images import ALIASES, Image, ImageManifest
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths
+from hostruntime.patience import scaled
 from hostruntime.policy import DEFAULT_LIST, Policy
 from hostruntime.registries import Registries
 from hostruntime.scrub import scrub
@@ -272,8 +273,8 @@ class BaseBuilder:
             recipe=recipe,
             policy=policy,
             limits=_LIMITS,
-            step_timeout=_STEP_TIMEOUT,
-            build_timeout=_BUILD_TIMEOUT,
+            step_timeout=scaled(_STEP_TIMEOUT),
+            build_timeout=scaled(_BUILD_TIMEOUT),
             directory=self._paths.builds / base.name,
             provide=partial(cpython.provide, python) if python else None,
             definition=definition_digest(base),

@@ -16,10 +16,12 @@ from pathlib import Path
 from hostruntime.bases.definitions import DEBIAN_SUITE, BaseDefinition
 from hostruntime.errors import HostFault, HostUnavailable
 from hostruntime.joining import PLACE
+from hostruntime.patience import Patience, tree_of
 from hostruntime.registries import AptSource
 from hostruntime.run import Process, spawn
 
-_TIMEOUT_SECONDS = 1800.0
+# It downloads, and may wait for a mirror.
+_IDLE_SECONDS = 300.0
 _POLL_SECONDS = 0.2
 _LOG_TAIL = 2000
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -57,11 +59,14 @@ async def bootstrap(
         raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
     log = target.with_name(f"{target.name}.log")
     process = spawn(_confined(_command(base, target, sources)), log=log)
+    patience = Patience(
+        _IDLE_SECONDS, lambda: tree_of(process.pid), sign=lambda: log.stat().st_size
+    )
     try:
-        async with asyncio.timeout(_TIMEOUT_SECONDS):
+        async with patience:
             await _watched(process, log, progress)
     except TimeoutError:
-        raise HostFault(f"mmdebstrap did not end within {_TIMEOUT_SECONDS:g} s.") from None
+        raise HostFault(f"mmdebstrap {patience.why}; it said: {_tail(log)}") from None
     finally:
         _end(process)
     if process.returncode != 0:

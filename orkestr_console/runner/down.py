@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +12,13 @@ from pathlib import Path
 
 from hostruntime.client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.patience import Patience, tree_of
+from hostruntime.run import CommandFailed, run
 from orkestr_console.runner.confine import mount_points
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder
 
+# How long what ends may do nothing; the time it works does not count.
 STOP_SECONDS = 90
 TEARDOWN_SECONDS = 120
 
@@ -60,10 +62,13 @@ def stop_console(layout: Layout) -> bool:
     if process is None:
         return False
     os.kill(process, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
+    patience = Patience(STOP_SECONDS, lambda: tree_of(process))
     while holder(layout) is not None:
-        if time.monotonic() > deadline:
-            raise DownError(f"process {process} did not stop within {STOP_SECONDS} s: see its logs")
+        if patience.spent():
+            raise DownError(
+                f"process {process} does not stop: it {patience.why}. See {layout.log}; "
+                f"`kill -9 {process}` ends it and everything it runs"
+            )
         time.sleep(0.1)
     return True
 
@@ -71,16 +76,15 @@ def stop_console(layout: Layout) -> bool:
 def tear_down_host(layout: Layout) -> None:
     """Have the host runtime remove everything of this state directory from the host."""
     command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(layout.state_dir)]
-    done = subprocess.run(
-        [*command, "--socket", str(layout.host_socket), "teardown"],
-        cwd=layout.tree,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=TEARDOWN_SECONDS,
-    )
-    if done.returncode != 0:
-        raise DownError(f"the host could not be cleaned: {done.stderr.strip()[-2000:]}")
+    try:
+        run(
+            [*command, "--socket", str(layout.host_socket), "teardown"],
+            cwd=layout.tree,
+            env=os.environ,
+            timeout=TEARDOWN_SECONDS,
+        )
+    except CommandFailed as error:
+        raise DownError(f"the host could not be cleaned: {error}") from error
 
 
 def remove_state(layout: Layout) -> None:

@@ -21,14 +21,22 @@ from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
+from hostruntime.patience import Patience, scaled, tree_of
 from orkestr_console.runner.layout import Layout, StartError
 
 LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 3
 TAIL_LINES = 20
 DO_NOT_WAIT = False
-# A program that crashes as it starts may only have come too early: supervisord tries it again.
-PATIENCE_SECONDS = 6.0
+# A program that crashes as it starts may only have come too early: supervisord tries it again,
+# after one second, then two, then three.
+MOST_CRASHES = 4
+START_SECONDS = 15
+STOP_SECONDS = 60
+# How often the operator is told what is still waited for.
+TELL_SECONDS = 15.0
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Keeper:
                 # Ctrl-C reaches `up` alone, which then stops everything in order.
                 start_new_session=True,
             )
-        if not wait_until(self._socket.exists, 15, self._process):
+        if not wait_until(self._socket.exists, START_SECONDS, self._process):
             raise StartError(f"the process manager did not start:\n{self.tail('supervisord.out')}")
 
     def _write_config(self) -> None:
@@ -105,7 +113,7 @@ class Keeper:
             "startsecs": "1",
             "startretries": "8",
             "stopsignal": program.stop_signal,
-            "stopwaitsecs": str(program.stop_seconds),
+            "stopwaitsecs": str(round(scaled(program.stop_seconds))),
             "stopasgroup": group,
             "killasgroup": group,
             "redirect_stderr": "true",
@@ -116,28 +124,48 @@ class Keeper:
 
     def launch(self, name: str) -> None:
         """Start one program and return at once; :meth:`await_ready` says whether it crashes."""
-        log = self._log(name)
-        self._seen[name] = log.stat().st_size if log.exists() else 0
+        self._seen[name] = self._written(name)
         self.revive(name)
 
-    def await_ready(self, name: str, ready: Callable[[], bool], seconds: float) -> None:
+    def await_ready(
+        self, name: str, ready: Callable[[], bool], seconds: float, say: Say = lambda _: None
+    ) -> None:
         """Wait until ``ready()``. Raises ``StartError`` with the end of the program's log.
 
-        A program that keeps crashing as it starts is given up on soon; one that is slow gets
-        ``seconds``.
+        A program that keeps crashing as it starts is given up on soon; one that is slow is waited
+        for as long as it works, and one that does nothing gets ``seconds``
+        (:class:`hostruntime.patience.Patience`). ``say`` is told now and then that it takes time.
         """
-        began = time.monotonic()
-        first_crash: float | None = None
+        patience = Patience(
+            seconds, lambda: tree_of(self.states()[name][1]), sign=lambda: self._written(name)
+        )
+        starts: set[int] = set()
+        began = told = time.monotonic()
         while not ready():
-            now = time.monotonic()
-            down = self.states()[name][0] in {"BACKOFF", "FATAL", "EXITED"}
-            first_crash = now if down and first_crash is None else first_crash
-            crashed = down and first_crash is not None and now > first_crash + PATIENCE_SECONDS
-            if crashed or now > began + seconds:
-                what = "crashed as it started" if crashed else f"is not ready after {seconds:.0f} s"
-                end = tail(self._log(name), self._seen[name])
-                raise StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
+            if self._crashed(name, starts):
+                raise self._not_ready(name, "crashed as it started")
+            if patience.spent():
+                raise self._not_ready(name, f"is not ready: it {patience.why}")
+            if time.monotonic() > told + TELL_SECONDS:
+                told = time.monotonic()
+                say(f"waiting for {name}, at work for {told - began:.0f} s")
             time.sleep(0.05)
+
+    def _crashed(self, name: str, starts: set[int]) -> bool:
+        """Whether a program will not come up; collects in ``starts`` when it was started, each."""
+        info = next(info for info in self._all() if info["name"] == name)
+        starts |= {info["start"]} - {0}
+        down = info["statename"] in {"BACKOFF", "FATAL", "EXITED"}
+        crashes = len(starts) - (0 if down else 1)
+        return info["statename"] == "FATAL" or crashes >= MOST_CRASHES
+
+    def _not_ready(self, name: str, what: str) -> StartError:
+        end = tail(self._log(name), self._seen[name])
+        return StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
+
+    def _written(self, name: str) -> int:
+        log = self._log(name)
+        return log.stat().st_size if log.exists() else 0
 
     def _log(self, name: str) -> Path:
         return self._layout.log / f"{name}.log"
@@ -162,13 +190,19 @@ class Keeper:
         if self._process is None:
             return
         self._process.terminate()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
+        if not wait_until(lambda: not self.alive(), STOP_SECONDS, self._process):
             # Its programs go with it, each by its own parent-death signal.
             self._process.kill()
             self._process.wait()
         self._socket.unlink(missing_ok=True)
+
+    def pids(self) -> list[int]:
+        """Every process of every program; none when supervisord does not answer."""
+        try:
+            running = [pid for _, pid in self.states().values() if pid]
+        except (OSError, xmlrpc.client.Error):
+            return []
+        return [pid for program in running for pid in tree_of(program)]
 
     def tail(self, log: str) -> str:
         """The end of one file of the log directory."""
@@ -186,10 +220,10 @@ class Keeper:
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes]) -> bool:
-    """Poll ``ready`` ten times a second for ``seconds``, or until ``process`` has ended."""
-    deadline = time.monotonic() + seconds
+    """Poll ``ready`` ten times a second until ``process`` has ended, or does nothing so long."""
+    patience = Patience(seconds, lambda: tree_of(process.pid))
     while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
+        if process.poll() is not None or patience.spent():
             return False
         time.sleep(0.1)
     return True

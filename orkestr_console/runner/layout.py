@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostruntime.patience import named_slowness, slowness
 from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
@@ -78,6 +79,8 @@ class Layout:
             "ORKESTR_HOST_SOCKET": str(self.host_socket),
             "DATABASE_URL": self.database_url or self.cluster.url,
             "PORT": str(self.port),
+            # One measure for all: some wait for what others do.
+            "ORKESTR_PATIENCE": f"{slowness():.1f}",
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -103,8 +106,12 @@ class Layout:
 def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
     """The layout that the environment asks for, with the defaults of the README.
 
-    Raises ``StartError`` for a ``PORT`` that is no port.
+    Raises ``StartError`` for a ``PORT`` that is no port, an ``ORKESTR_PATIENCE`` that is no number.
     """
+    try:
+        named_slowness(environment)
+    except ValueError as error:
+        raise StartError(str(error)) from None
     var = Path(environment.get("ORKESTR_VAR") or TREE / "var").absolute()
     port = environment.get("PORT") or "8000"
     if not port.isdecimal() or not 0 < int(port) < 65536:

@@ -23,6 +23,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
+from hostruntime.patience import Patience, scaled, tree_of
 from orkestr_console.runner.account import USER, confined, ensure_user, give
 
 SERVER_USER = "postgres"
@@ -30,6 +31,8 @@ DATABASE = "orkestr"
 DISTRIBUTION = Path("/usr/lib/postgresql")
 # sun_path of unix(7) is 108 bytes with its NUL; PostgreSQL adds "/.s.PGSQL.5432.lock".
 LONGEST_SOCKET_DIRECTORY = 108 - 20
+CONNECT_SECONDS = 10
+IDLE_SECONDS = 30
 
 
 class PostgresError(Exception):
@@ -130,7 +133,11 @@ class Cluster:
 
     def _connect(self, user: str) -> psycopg.Connection:
         return psycopg.connect(
-            host=str(self.sockets), user=user, dbname="postgres", autocommit=True, connect_timeout=3
+            host=str(self.sockets),
+            user=user,
+            dbname="postgres",
+            autocommit=True,
+            connect_timeout=round(scaled(CONNECT_SECONDS)),
         )
 
 
@@ -198,15 +205,23 @@ def temporary_cluster(directory: Path) -> Iterator[Cluster]:
             yield cluster
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(30)
+            _wait_until_it_ends(server)
             shutil.rmtree(directory)
 
 
 def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
+    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
     while not cluster.answers():
-        if server.poll() is not None or time.monotonic() > deadline:
+        if server.poll() is not None or patience.spent():
             raise PostgresError(f"the test database did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
+    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
+    while server.poll() is None:
+        if patience.spent():
+            raise PostgresError(f"the test database did not stop: it {patience.why}")
         time.sleep(0.05)
 
 

@@ -9,16 +9,20 @@ import httpx
 
 from hostruntime.client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.patience import scaled
 from orkestr_console.runner.account import USER, Identity
 from orkestr_console.runner.keeper import Program
 from orkestr_console.runner.layout import Layout
 
-# How a start waits before it says that something is wrong. The first start of the agent makes its
-# pool of network namespaces and reclaims what a killed one left.
+# How long a program may do nothing as it starts before something must be wrong; the time it works
+# does not count. The first start of the agent makes its pool of network namespaces and reclaims
+# what a killed one left.
 AGENT_SECONDS = 120
 DATABASE_SECONDS = 60
 WEB_SECONDS = 120
 WORKER_SECONDS = 120
+# A request that takes longer is made again: meanwhile nobody sees whether the program has crashed.
+ANSWER_SECONDS = 10
 
 
 def postgres(layout: Layout) -> Program:
@@ -55,7 +59,9 @@ def web_answers(layout: Layout) -> bool:
     """Whether the web process serves requests now."""
     try:
         return httpx.get(
-            f"http://127.0.0.1:{layout.port}/healthz", timeout=2, trust_env=False
+            f"http://127.0.0.1:{layout.port}/healthz",
+            timeout=scaled(ANSWER_SECONDS),
+            trust_env=False,
         ).is_success
     except httpx.HTTPError:
         return False
@@ -65,7 +71,7 @@ def agent_answers(socket: Path) -> bool:
     """Whether the host agent serves requests on ``socket`` now."""
     try:
         with HostClient(socket) as host:
-            host.health()
+            host.health(seconds=ANSWER_SECONDS)
     except HostError:
         return False
     return True

@@ -10,11 +10,15 @@ from typing import Any
 
 import httpx
 
+from hostruntime.patience import Patience, Pids, scaled
+
 NAME = "self-check"
 BASE = "debian-12"
 RECIPE = ("echo baked > /root/.self-check", 'test "$(cat /root/.self-check)" = baked')
 COMMAND = "cat /root/.self-check"
+# How long nothing may come of the build, nor any program of the installation work on it.
 BUILD_SECONDS = 120
+ANSWER_SECONDS = 60
 
 
 class SelfCheckError(Exception):
@@ -23,18 +27,22 @@ class SelfCheckError(Exception):
 
 @dataclass
 class SelfCheck:
-    """One run against ``url``; ``times`` has a row (what, seconds) for each step that passed."""
+    """One run against ``url``; ``times`` has a row (what, seconds) for each step that passed.
+
+    ``pids`` are the installation's processes, where they can be seen.
+    """
 
     url: str
     api_key: str
     say: Callable[[str], None]
+    pids: Pids = tuple
     times: list[tuple[str, float]] = field(default_factory=list)
 
     def run(self) -> None:
         """Build, boot, exec, terminate, delete; leaves nothing. Raises ``SelfCheckError``."""
         headers = {"Authorization": f"Bearer {self.api_key}"}
         with httpx.Client(
-            base_url=self.url, headers=headers, timeout=60, trust_env=False
+            base_url=self.url, headers=headers, timeout=scaled(ANSWER_SECONDS), trust_env=False
         ) as client:
             self._client = client
             self._remove_leftovers()
@@ -57,15 +65,29 @@ class SelfCheck:
         return template
 
     def _wait_until_ready(self, template: str) -> None:
-        deadline = time.monotonic() + BUILD_SECONDS
-        while time.monotonic() < deadline:
+        """Follow the build by what it tells, for as long as it tells something or is worked on."""
+        events = 0
+        patience = Patience(scaled(BUILD_SECONDS), self.pids, sign=lambda: events)
+        while not patience.spent():
             found = self._call("GET", f"/v1/templates/{template}")
             if found["status"] == "ready":
                 return
             if found["status"] == "failed":
                 raise SelfCheckError(f"the template failed: {found.get('error_message')}")
+            events = self._follow(template, events)
             time.sleep(0.1)
-        raise SelfCheckError(f"the template was still building after {BUILD_SECONDS} s")
+        raise SelfCheckError(
+            f"the template is still {found['status']}, and the installation {patience.why}"
+        )
+
+    def _follow(self, template: str, after: int) -> int:
+        """Say what the build is at; the number of its last event."""
+        page = self._call("GET", f"/v1/templates/{template}/events?after={after}")
+        for event in page["events"]:
+            after = event["seq"]
+            if event["kind"] == "step_started":
+                self.say(f"step {event['step']} of {event['total']}")
+        return after
 
     def _use(self, template: str) -> None:
         with self._timed("boot a sandbox from it"):

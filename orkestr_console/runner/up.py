@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -123,7 +124,7 @@ class Console:
         cluster = self._layout.cluster
         with self._display.step("database") as step:
             self._keeper.launch("postgres")
-            self._keeper.await_ready("postgres", cluster.answers, programs.DATABASE_SECONDS)
+            self._await("database", "postgres", cluster.answers, programs.DATABASE_SECONDS)
             cluster.ensure_database()
             step.detail = f"private PostgreSQL in {cluster.data}"
 
@@ -159,9 +160,13 @@ class Console:
         with self._display.step("web, worker") as step:
             for name in ("web", "worker"):
                 self._keeper.launch(name)
-            self._keeper.await_ready("web", answers, programs.WEB_SECONDS)
-            self._keeper.await_ready("worker", self._worker_runs, programs.WORKER_SECONDS)
+            self._await("web, worker", "web", answers, programs.WEB_SECONDS)
+            self._await("web, worker", "worker", self._worker_runs, programs.WORKER_SECONDS)
             step.detail = f"answering at {self._layout.url}/"
+
+    def _await(self, label: str, program: str, ready: Callable[[], bool], seconds: float) -> None:
+        say = partial(self._display.progress, label)
+        self._keeper.await_ready(program, ready, seconds, say)
 
     def _worker_runs(self) -> bool:
         return self._keeper.states()["worker"][0] == "RUNNING"
@@ -172,7 +177,7 @@ class Console:
         with self._display.step("host agent") as step:
             self._keeper.launch("agent")
             answers = partial(programs.agent_answers, socket)
-            self._keeper.await_ready("agent", answers, programs.AGENT_SECONDS)
+            self._await("host agent", "agent", answers, programs.AGENT_SECONDS)
             with HostClient(socket) as host:
                 health = host.health()
             step.detail = f"instance {health.instance}, cgroups {health.cgroup}"
@@ -213,6 +218,7 @@ class Console:
             f"http://127.0.0.1:{self._layout.port}",
             credentials.api_key,
             partial(self._display.progress, "self-check"),
+            self._keeper.pids,
         )
         try:
             with self._display.step("self-check") as step:

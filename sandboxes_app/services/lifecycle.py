@@ -12,6 +12,7 @@ from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
+from hostruntime.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -28,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 NO_SUCH = "There is no such sandbox in your team; check the id."
 # A create takes well under a second; a row that starts for this long was left by a killed process.
-STARTING_GRACE = timedelta(minutes=2)
+STARTING_GRACE = timedelta(seconds=scaled(120))
 # What has a container that the host must know.
 STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
-UNKNOWN_GRACE_SECONDS = 300.0
+UNKNOWN_GRACE_SECONDS = scaled(300.0)
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:

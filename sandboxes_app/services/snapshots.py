@@ -13,6 +13,7 @@ from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import SnapshotInfo
+from hostruntime.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -33,9 +34,9 @@ NO_SUCH = "There is no such snapshot in your team; check the id."
 LOST = "The host lost the files of this snapshot; take another one."
 CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
 # The longest that the host may take over one.
-CAPTURING_GRACE = timedelta(minutes=10)
+CAPTURING_GRACE = timedelta(seconds=scaled(600))
 # One this young may belong to a row that was not there yet when rows were read.
-UNKNOWN_GRACE_SECONDS = 300.0
+UNKNOWN_GRACE_SECONDS = scaled(300.0)
 MEGABYTE = 1_000_000
 
 

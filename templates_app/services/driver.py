@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import BuildEvent as HostEvent
+from hostruntime.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.ids import new_id
 from orkestr_console.services.hosts import host
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 3.0
 # How long the host may be away (restarting, upgrading) before its build counts as lost.
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = scaled(120.0)
 # How long a build waits for room on the host before it gives up.
 QUEUE_SECONDS = 1800.0
 LONGEST_PAUSE = 2.0
@@ -43,8 +44,9 @@ LOST = (
     "left. Build the template again."
 )
 AWAY = (
-    "The sandbox host did not answer for two minutes, so the build was given up. Nothing of it "
-    "is kept. Build the template again, or ask your operator to look at the host agent."
+    f"The sandbox host did not answer for {PATIENCE_SECONDS / 60:.0f} minutes, so the build was "
+    "given up. Nothing of it is kept. Build the template again, or ask your operator to look at "
+    "the host agent."
 )
 NO_ROOM = (
     "The host had no room for the build for half an hour. Build the template again when fewer "

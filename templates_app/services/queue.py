@@ -23,12 +23,13 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 from django_q.tasks import async_task
 
+from hostruntime.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
 from templates_app.models import Template, TemplateStatus
 
 # A driver not heard of for this long is dead; shorter than the queue's own redelivery.
-LEASE = timedelta(seconds=12)
+LEASE = timedelta(seconds=scaled(12))
 # The advisory lock of those who take a build: the bytes of "build".
 TAKING = 0x6275696C64
 DRIVE = "templates_app.tasks.drive_build"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from orkestr_console.runner.keeper import Keeper, Program, tail
 from orkestr_console.runner.layout import Layout, StartError, layout_from
+from tests.programs import WORKING
 from tests.stack import wait_for
 
 
@@ -28,9 +31,17 @@ def shell(script: str) -> list[str]:
 
 @pytest.fixture
 def keeper(layout: Layout) -> Iterator[Keeper]:
+    up = shlex.quote(str(layout.run / "up"))
+    working = layout.run / "working.py"
+    working.write_text(WORKING)
+    slowly = shlex.join([sys.executable, str(working), "8"])
     programs = [
-        Program("steady", shell(f"echo up > {shlex.quote(str(layout.run / 'up'))}; sleep 60"), 1),
+        Program("steady", shell(f"echo up > {up}; sleep 60"), 1),
         Program("broken", shell("echo 100% of no use; exit 3"), 2),
+        Program("slow", shell(f"{slowly}; echo up > {up}; sleep 60"), 3),
+        Program("hung", shell("echo last words; exec sleep 60"), 4),
+        Program("busy", shell("while :; do :; done"), 5),
+        Program("late", shell("sleep 1.2; exit 3"), 6),
     ]
     made = Keeper(layout, programs)
     made.start()
@@ -54,6 +65,55 @@ def test_a_program_that_crashes_is_given_up_on_with_its_own_words(keeper: Keeper
     keeper.launch("broken")
     with pytest.raises(StartError, match=r"broken crashed as it started(.|\n)*100% of no use"):
         keeper.await_ready("broken", lambda: False, 30)
+
+
+def test_a_program_that_runs_for_a_while_before_it_crashes_is_given_up_on(keeper: Keeper) -> None:
+    """supervisord takes it for one that runs, and starts it again at once, for ever."""
+    keeper.launch("late")
+    with pytest.raises(StartError, match="late crashed as it started"):
+        keeper.await_ready("late", lambda: False, 30)
+
+
+def test_a_program_that_is_slow_is_waited_for(
+    keeper: Keeper, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orkestr_console.runner.keeper.TELL_SECONDS", 0.5)
+    told: list[str] = []
+    keeper.launch("slow")
+    keeper.await_ready("slow", lambda: is_up(layout), 0.8, told.append)
+    assert len(told) >= 2
+    assert re.fullmatch(r"waiting for slow, at work for \d+ s", told[-1])
+
+
+def test_a_program_that_does_nothing_is_given_up_on(keeper: Keeper) -> None:
+    keeper.launch("hung")
+    seen = r"hung is not ready: it did nothing for 0\.8 s \(sleep \(\d+\) sleeps\)(.|\n)*last words"
+    with pytest.raises(StartError, match=seen):
+        keeper.await_ready("hung", lambda: False, 0.8)
+
+
+def test_a_program_that_is_busy_for_ever_is_given_up_on(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostruntime.patience.slowness", lambda: 1.0)
+    keeper.launch("busy")
+    with pytest.raises(StartError, match="busy is not ready: it was still at work after"):
+        keeper.await_ready("busy", lambda: False, 0.3)
+
+
+def test_a_manager_that_takes_its_time_to_start_and_to_stop_is_waited_for(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports a lot: on a machine twenty times slower it is at work for longer than this."""
+    monkeypatch.setattr("orkestr_console.runner.keeper.START_SECONDS", 0.4)
+    monkeypatch.setattr("orkestr_console.runner.keeper.STOP_SECONDS", 2.0)
+    made = Keeper(layout, [Program("steady", shell("sleep 60"), 1)])
+    made.start()
+    made.launch("steady")
+    wait_for(lambda: bool(made.pids()), 10)
+    made.stop()
+    assert not made.alive()
+    assert made.pids() == []
 
 
 def test_a_killed_program_is_started_again(keeper: Keeper, layout: Layout) -> None:

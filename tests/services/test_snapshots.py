@@ -15,6 +15,7 @@ from orkestr_console.accounts.models import Plan, Team
 from orkestr_console.errors import Conflict
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
+from sandboxes_app.services.snapshots import CAPTURING_GRACE, UNKNOWN_GRACE_SECONDS
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from tests.fakes.host import FakeHost
 
@@ -22,6 +23,10 @@ from tests.fakes.host import FakeHost
 @pytest.fixture
 def sandbox(host: FakeHost, actor: Actor) -> Sandbox:
     return services.create_sandbox(actor, SandboxSpec(template="debian-12"))
+
+
+# More than what the passes bear with, which is longer on a slow machine.
+OLD = UNKNOWN_GRACE_SECONDS + 100
 
 
 def aged(host: FakeHost, snapshot_id: str, seconds: float) -> None:
@@ -63,8 +68,8 @@ def test_what_no_row_names_is_deleted_on_the_host_once_it_is_old(
     kept = services.create_snapshot(actor, sandbox.pk, SnapshotSpec()).pk
     host.create_snapshot("snap_young", sandbox.pk)
     host.create_snapshot("snap_old", sandbox.pk)
-    aged(host, kept, 400)
-    aged(host, "snap_old", 400)
+    aged(host, kept, OLD)
+    aged(host, "snap_old", OLD)
     tasks.tidy()
     assert set(host.taken) == {kept, "snap_young"}
 
@@ -76,7 +81,7 @@ def test_a_deleted_one_that_the_host_kept_goes_with_the_next_pass(
     host.down = True
     services.delete_snapshot(actor, snapshot.pk)
     host.down = False
-    aged(host, snapshot.pk, 400)
+    aged(host, snapshot.pk, OLD)
     tasks.tidy()
     assert host.taken == {}
 
@@ -86,9 +91,9 @@ def test_one_that_was_never_finished_fails_and_a_young_one_does_not(
 ) -> None:
     rows = [services.create_snapshot(actor, sandbox.pk, SnapshotSpec()) for _ in range(2)]
     Snapshot.objects.update(status="capturing")
-    old = timezone.now() - timedelta(minutes=11)
-    Snapshot.objects.filter(pk=rows[0].pk).update(created_at=old)
-    aged(host, rows[0].pk, 660)
+    late = CAPTURING_GRACE + timedelta(minutes=1)
+    Snapshot.objects.filter(pk=rows[0].pk).update(created_at=timezone.now() - late)
+    aged(host, rows[0].pk, late.total_seconds())
     tasks.tidy()
     statuses = dict(Snapshot.objects.values_list("pk", "status"))
     assert statuses == {rows[0].pk: "failed", rows[1].pk: "capturing"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from argparse import ArgumentParser
 from typing import Any
 
@@ -30,7 +29,7 @@ class Command(BaseCommand):
             if options["remove"]:
                 remove_state(layout)
                 self._say(f"{layout.var} removed")
-        except (StartError, DownError, OSError, subprocess.TimeoutExpired) as error:
+        except (StartError, DownError, OSError) as error:
             raise CommandError(str(error)) from error
         self._say("done")
 
