@@ -243,7 +243,9 @@ def ask_npm(node_tree: Path | None = None) -> NpmAnswer | None:
     if (npm := shutil.which("npm")) is not None:
         try:
             command = [npm, "config", "list", "--json"]
-            return parse_npm(run(command, env=_environment(), timeout=_TIMEOUT).text)
+            # To read its configuration, npm would make its cache in the home and log into it.
+            apart = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
+            return parse_npm(run(command, env=_environment() | apart, timeout=_TIMEOUT).text)
         except (CommandFailed, ValueError, KeyError):
             pass
     definitions = node_tree / _NPM_DEFINITIONS if node_tree is not None else None

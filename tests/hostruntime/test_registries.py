@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hostruntime.registries import (
     NpmAnswer,
     PipAnswer,
     ask_apt,
+    ask_npm,
+    ask_pip,
     combine,
     parse_apt,
     parse_npm,
@@ -90,6 +93,16 @@ def test_npm_says_its_registry_and_those_of_scopes() -> None:
 def test_npm_that_answers_something_else_is_an_error(listing: str) -> None:
     with pytest.raises((ValueError, KeyError)):
         parse_npm(listing)
+
+
+def test_asking_leaves_nothing_in_a_fresh_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bool(ask_npm()) == bool(shutil.which("npm"))
+    assert ask_pip()
+    assert ask_apt()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_npms_default_is_found_in_its_own_table() -> None:
