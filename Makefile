@@ -7,7 +7,11 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 BOOTSTRAP := orkestr_console/runner/bootstrap.sh
 PYTHON := .venv/bin/python
-AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -EH)
+NO_SUDO := sh -c "echo 'orkestr: this needs root: start again as root, or install sudo' >&2; exit 1"
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || { command -v sudo >/dev/null && echo sudo -EH; } || echo no)
+ifeq ($(AS_ROOT),no)
+AS_ROOT := $(NO_SUDO)
+endif
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16

@@ -7,11 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-ENVIRONMENT = Path(__file__).resolve().parent / ".venv"
+TREE = Path(__file__).resolve().parent
+ENVIRONMENT = TREE / ".venv"
 
 
 def main() -> None:
     """Run a command, in the virtual environment that `make run` made."""
+    leave_no_bytecode_in_anothers_clone()
     try:
         from django.core.management import execute_from_command_line
     except ImportError:
@@ -21,6 +23,13 @@ def main() -> None:
         execute_from_command_line(sys.argv)
     except PermissionError as error:
         sys.exit(f"manage.py: only root may use {error.filename}: say `sudo ./manage.py …`.")
+
+
+def leave_no_bytecode_in_anothers_clone() -> None:
+    """Write no directories of root's between somebody's own files, nor let programs we start."""
+    if os.geteuid() != TREE.stat().st_uid:
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def go_into_the_environment() -> None:

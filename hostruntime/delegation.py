@@ -32,6 +32,8 @@ _PROPERTIES = (
     # At a shutdown: what tenants run gets no say in how long it takes.
     "TimeoutStopSec=5",
 )
+# Which controllers the group has that this runs in (cgroups(7)).
+_SAY_CONTROLLERS = 'cat "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/cgroup.controllers"'
 
 
 def set_up(instance: Instance) -> None:
@@ -94,3 +96,29 @@ def _make_room(group: Path) -> None:
     for pid in (group / "cgroup.procs").read_text().split():
         (keeper / "cgroup.procs").write_text(pid)
     (group / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
+
+
+def check() -> None:
+    """Have systemd run a unit like ours for a moment.  Raises HostUnavailable.
+
+    Where there is nothing to be delegated, all is well.
+    """
+    if cgroup_layout().delegated:
+        _check_unit()
+
+
+def _check_unit() -> None:
+    words = ["systemd-run", "--quiet", "--collect", "--wait", "--pipe"]
+    words += [f"--property={each}" for each in _PROPERTIES]
+    try:
+        given = run([*words, "sh", "-c", _SAY_CONTROLLERS], timeout=_SECONDS).text.split()
+    except HostError as error:
+        raise HostUnavailable(
+            f"systemd does not run a unit of ours: {error.detail} See `systemctl status`, and "
+            "that dbus is installed and runs."
+        ) from error
+    if missing := [name for name in CONTROLLERS if name not in given]:
+        raise HostUnavailable(
+            f"systemd delegates no {' or '.join(missing)} controller: look for cgroup_disable in "
+            "/proc/cmdline, take it out of the boot loader's configuration, and reboot."
+        )

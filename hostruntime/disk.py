@@ -225,6 +225,23 @@ def mend(saved: Path) -> None:
         raise HostFault(f"{saved} cannot be put right: {done.text.strip()[-500:]}")
 
 
+def mount_nameless(directory: Path, target: Path, size_mb: int) -> None:
+    """Mount an empty disk, made as all are, at ``target``: it is gone with the mount.
+
+    Its file is on the file system of ``directory`` and in no directory (O_TMPFILE in open(2)).
+    Raises HostFault, OSError.
+    """
+    image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(image, size_mb * MIB)
+        name = f"/proc/{os.getpid()}/fd/{image}"
+        run([*_MKE2FS, "-O", _FEATURES, "-E", _EXTENDED, name], timeout=_MKFS_SECONDS)
+        with _loop_device(image) as device:
+            kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
+    finally:
+        os.close(image)
+
+
 def _make(path: Path, size_mb: int) -> None:
     """mke2fs(8), into place when it is whole."""
     temporary = path.with_suffix(".new")

@@ -43,6 +43,7 @@ from hostruntime.squid_config import (
     SquidPlan,
     squid_config,
 )
+from hostruntime.squid_log import telling_lines
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
@@ -297,13 +298,18 @@ class EgressProxy:
     def _launch(self) -> None:
         # A killed Squid leaves its pid behind, and a new one would take it for alive.
         (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
-        run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+        log = self.run_dir.egress / "log" / "cache.log"
+        earlier = log.stat().st_size if log.exists() else 0
+        try:
+            run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+        except CommandFailed as error:
+            why = telling_lines(error.output.decode(errors="replace")) or error.detail
+            raise HostUnavailable(f"The egress proxy does not start. {why}") from error
         patience = Patience(_START_SECONDS, lambda: [*self.processes(), *self.helpers()])
         while not self.healthy():
             if patience.spent():
-                raise HostUnavailable(
-                    f"The egress proxy does not answer; it {patience.why}. {self._last_words()}"
-                )
+                why = telling_lines(_text_from(log, earlier))
+                raise HostUnavailable(f"The egress proxy does not answer; it {patience.why}. {why}")
             time.sleep(_POLL_SECONDS)
 
     def processes(self) -> list[int]:
@@ -315,10 +321,6 @@ class EgressProxy:
         """Return the helpers' processes."""
         wanted = os.fsencode(self.run_dir.egress / "helper.pyz")
         return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
-
-    def _last_words(self) -> str:
-        log = self.run_dir.egress / "log" / "cache.log"
-        return log.read_text(errors="replace")[-1000:].strip() if log.exists() else ""
 
 
 def proxy_obstacles() -> list[str]:
@@ -443,6 +445,15 @@ def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:
     texts = {info["local"] for link in listing for info in link.get("addr_info", [])}
     known = (*settings.denied, *settings.permitted)
     return tuple(sorted(t for t in texts if not policy.is_denied(ip_address(t), known)))
+
+
+def _text_from(log: Path, offset: int) -> str:
+    """What was written into a log after its first ``offset`` bytes."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as opened:
+        opened.seek(offset)
+        return opened.read().decode(errors="replace")
 
 
 def _directory(path: Path, user: str, mode: int) -> None:

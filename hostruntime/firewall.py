@@ -7,12 +7,9 @@ its interface by the host's route to it, which is what `fib saddr . iif` checks.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
-from pathlib import Path
 
 from hostruntime.policy import Network
 from hostruntime.run import run
@@ -174,56 +171,3 @@ def _masquerade(plan: FirewallPlan) -> str:
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {plan.open} oifname != "{plan.prefix}*" masquerade
   }}"""
-
-
-# What else on the host may be in the way ---------------------------------------------------
-
-
-def firewall_conflicts() -> list[str]:
-    """Return sentences about other firewall rules that would cut slots off; raises CommandFailed.
-
-    A packet passes only if every table's chain lets it, so a foreign chain whose policy is drop
-    has to let slots through on its own.
-    """
-    listing = run(["nft", "-j", "list", "chains"], timeout=_TIMEOUT).stdout or b"{}"
-    items = json.loads(listing).get("nftables", [])
-    chains = [item["chain"] for item in items if "chain" in item]
-    return [
-        *(text for chain in chains if (text := _conflict(chain)) is not None),
-        *_legacy_conflicts(),
-    ]
-
-
-def _conflict(chain: dict[str, object]) -> str | None:
-    hook, table = chain.get("hook"), str(chain.get("table"))
-    if chain.get("policy") != "drop" or table.startswith("orkestr_"):
-        return None
-    where = f"The firewall chain {chain.get('family')} {table} {chain.get('name')}"
-    return _consequence(where, str(hook))
-
-
-def _consequence(where: str, hook: str) -> str | None:
-    if hook == "forward":
-        return (
-            f"{where} drops forwarded packets by default: sandboxes with network open reach "
-            f'nothing. Let interfaces named "ork*-o*" through it, in both directions.'
-        )
-    if hook == "input":
-        return (
-            f"{where} drops incoming packets by default: sandboxes with network restricted do not "
-            f"reach the egress proxy. Accept TCP port {PROXY_PORT} from "
-            f'interfaces named "ork*-r*" in it.'
-        )
-    return None
-
-
-def _legacy_conflicts() -> list[str]:
-    tables = Path("/proc/net/ip_tables_names")
-    if not tables.exists() or "filter" not in tables.read_text().split():
-        return []
-    if shutil.which("iptables-legacy") is None:
-        return ["Legacy iptables rules are loaded, and without iptables-legacy they are unreadable"]
-    rules = run(["iptables-legacy", "-S"], timeout=_TIMEOUT).text.splitlines()
-    hooks = [name.lower() for name in ("FORWARD", "INPUT") if f"-P {name} DROP" in rules]
-    found = (_consequence(f"The legacy iptables chain {hook.upper()}", hook) for hook in hooks)
-    return [text for text in found if text is not None]

@@ -11,10 +11,11 @@ import configparser
 import functools
 import json
 import os
+import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,12 +27,14 @@ from hostruntime.policy import TLS_PORT, canonical_host
 from hostruntime.run import CommandFailed, run
 
 _TIMEOUT = 60.0
-_PASSED_ON = ("PIP_", "UV_", "NPM_CONFIG_", "npm_config_")
+_PASSED_ON = ("PIP_", "UV_", "NPM_CONFIG_", "npm_config_", "APT_CONFIG")
 # What pip itself falls back to, and where that index keeps its files (pip's own constants).
 _PIP_DEFAULTS = (
     "from pip._internal.models.index import PyPI as i; print(i.simple_url, i.file_storage_domain)"
 )
 _APT_FORMAT = "$(SITE)\t$(RELEASE)\t$(COMPONENT)\t$(ORIGIN)"
+# How apt writes an origin that it has not learned yet.
+_UNKNOWN = frozenset({"", "$(ORIGIN)"})
 _NPM_DEFINITIONS = Path(
     "usr/local/lib/node_modules/npm/node_modules/@npmcli/config/lib/definitions/definitions.js"
 )
@@ -240,7 +243,9 @@ def ask_npm(node_tree: Path | None = None) -> NpmAnswer | None:
     if (npm := shutil.which("npm")) is not None:
         try:
             command = [npm, "config", "list", "--json"]
-            return parse_npm(run(command, env=_environment(), timeout=_TIMEOUT).text)
+            # To read its configuration, npm would make its cache in the home and log into it.
+            apart = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
+            return parse_npm(run(command, env=_environment() | apart, timeout=_TIMEOUT).text)
         except (CommandFailed, ValueError, KeyError):
             pass
     definitions = node_tree / _NPM_DEFINITIONS if node_tree is not None else None
@@ -275,26 +280,68 @@ def _npm_urls(npm: NpmAnswer | None) -> list[str]:
 
 
 def ask_apt() -> tuple[AptSource, ...]:
-    """Ask apt for the Debian suites the host uses; empty without apt."""
+    """Ask apt for the Debian suites the host uses; empty without apt.
+
+    Asked twice: what it has lists of, whose origin it knows, and all that it is configured with,
+    as a machine that never ran `apt-get update` (an image, a container) has no lists.
+    """
+    ask = ["apt-get", "indextargets", "--format", _APT_FORMAT]
     try:
-        listing = run(["apt-get", "indextargets", "--format", _APT_FORMAT], timeout=_TIMEOUT)
+        fetched = run(ask, env=_environment(), timeout=_TIMEOUT)
+        configured = run([*ask, "--no-release-info"], env=_environment(), timeout=_TIMEOUT)
     except CommandFailed:
         return ()
-    return parse_apt(listing.text)
+    return parse_apt(fetched.text + configured.text, on_debian=_on_debian())
 
 
-def parse_apt(listing: str) -> tuple[AptSource, ...]:
-    """Read `apt-get indextargets`, keeping Debian's own suites, not other vendors' lists."""
+def parse_apt(listing: str, *, on_debian: bool = True) -> tuple[AptSource, ...]:
+    """Read `apt-get indextargets`, keeping Debian's own suites, not other vendors' lists.
+
+    Where apt knows no origin it is told by its site's other suites; on another distribution than
+    Debian, what is unknown is none of Debian's.
+    """
+    targets = [_target(line) for line in listing.splitlines()]
+    origins = {
+        (site, release): origin for site, release, _, origin in targets if origin not in _UNKNOWN
+    }
+    debians = {site for (site, _), origin in origins.items() if origin == "Debian"}
+    if on_debian:
+        known = {site for site, _ in origins}
+        debians |= _like_debians([target for target in targets if target[0] not in known], debians)
     found: dict[AptSource, None] = {}
-    for line in listing.splitlines():
-        site, release, component, origin = (line.split("\t") + [""] * 4)[:4]
-        site = _first_mirror(site)
+    for site, release, component, _ in targets:
         ending = next((end for end in _SUITE_ENDINGS if release.endswith(end)), "")
-        codename = release.removesuffix(ending)
-        foreign = origin not in ("", "Debian") or component not in _DEBIAN_COMPONENTS
-        if _is_web(site) and codename.isalpha() and not foreign:
-            found[AptSource(site.rstrip("/"), ending, component)] = None
+        ours = site in debians and origins.get((site, release), "Debian") == "Debian"
+        named = component in _DEBIAN_COMPONENTS and release.removesuffix(ending).isalpha()
+        if ours and named and _is_web(site):
+            found[AptSource(site, ending, component)] = None
     return tuple(found)
+
+
+_Target = tuple[str, str, str, str]
+
+
+def _target(line: str) -> _Target:
+    """Site, release, component and origin of a line."""
+    site, release, component, origin = (line.split("\t") + [""] * 4)[:4]
+    return _first_mirror(site).rstrip("/"), release, component, origin
+
+
+def _like_debians(unknown: Sequence[_Target], known: Set[str]) -> set[str]:
+    """The sites that may be Debian's mirrors among those whose origin apt has not learned yet.
+
+    Debian has updates and security suites; vendors that name theirs after Debian's have not.
+    """
+    updated = {site for site, release, *_ in unknown if release.endswith(_SUITE_ENDINGS)}
+    return updated if updated or known else {site for site, *_ in unknown}
+
+
+def _on_debian() -> bool:
+    """Whether this is Debian, by os-release(5)."""
+    try:
+        return platform.freedesktop_os_release()["ID"] == "debian"
+    except OSError:
+        return False
 
 
 def _first_mirror(site: str) -> str:

@@ -139,7 +139,7 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
     for network in (*plan.denied, *(ip_address(text) for text in plan.local_addresses)):
         yield f"acl denied_address dst {network}"
     yield f"deny_info 403:{TOO_MANY_PAGE} too_many"
-    yield "acl resolves dst 0.0.0.0/0 ::/0"
+    yield "acl resolves dst all"
     yield f"deny_info 503:{UNREACHABLE_PAGES[0]} resolves"
     yield "acl refused http_status 403"
     yield f"acl too_many maxconn {CONNECTIONS_PER_CONTAINER}"

@@ -96,7 +96,7 @@ def verify(paths: Sequence[str], *, static: bool) -> int:
     return conclude(verdicts)
 
 
-def environment(scratch: Path, database_url: str) -> dict[str, str]:
+def environment(scratch: Path, database_url: str, tree: Path = TREE) -> dict[str, str]:
     """The operator's environment, pointed away from any installation of theirs."""
     own = {
         "DATABASE_URL": database_url,
@@ -106,7 +106,20 @@ def environment(scratch: Path, database_url: str) -> dict[str, str]:
         "HOME": os.environ.get("HOME") or "/root",
     }
     inherited = {name: value for name, value in os.environ.items() if name not in {"PORT"}}
-    return {**inherited, **own}
+    return {**inherited, **own, **caches(scratch, tree)}
+
+
+def caches(scratch: Path, tree: Path) -> dict[str, str]:
+    """What keeps the tools' caches out of a clone that is not root's; nothing where it is."""
+    if os.geteuid() == tree.stat().st_uid:
+        return {}
+    return {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_ADDOPTS": f"-o cache_dir={scratch}/pytest-cache",
+        "MYPY_CACHE_DIR": str(scratch / "mypy"),
+        "RUFF_CACHE_DIR": str(scratch / "ruff"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"),
+    }
 
 
 def pytest_arguments(scratch: Path, paths: Sequence[str]) -> list[str]:

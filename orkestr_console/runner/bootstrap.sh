@@ -10,6 +10,8 @@ set -euo pipefail
 export LC_ALL=C.UTF-8
 # A root shell that `su` opened has the PATH of the person before it.
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# The web process, another user, must be able to read what is installed here.
+umask 022
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=$repo/.venv
@@ -22,16 +24,26 @@ ca-certificates git gcc libc6-dev pkg-config lxc lxc-dev uidmap catatonit
 mmdebstrap squid-openssl nftables apparmor iproute2 e2fsprogs util-linux procps tar xz-utils zstd
 postgresql python3
 "
-dev_packages="chromium|chromium-browser curl"
+dev_packages="chromium|chromium-browser curl strace"
 
 say() { printf '  %s\n' "$*"; }
 fail() { printf '\n  orkestr: %s\n' "$*" >&2; exit 1; }
 
+# sudo takes these from the environment, and apt-get needs them where there is a proxy.
+proxies() {
+    local name
+    for name in {http,https,ftp,no,all}_proxy {HTTP,HTTPS,FTP,NO,ALL}_PROXY; do
+        [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"
+    done
+}
+
 as_root() {
+    local kept
     if [ "$(id -u)" = 0 ]; then
         "$@"
     elif command -v sudo >/dev/null; then
-        sudo "$@"
+        mapfile -t kept < <(proxies)
+        if [ "${#kept[@]}" = 0 ]; then sudo "$@"; else sudo env "${kept[@]}" "$@"; fi
     else
         fail "this needs root to run: $* — start again as root, or install sudo"
     fi
@@ -85,6 +97,9 @@ installable() {
 # Debian makes and starts a main PostgreSQL cluster, and starts squid and lxc-net, as they are
 # installed. None of that is wanted: this project runs its own, privately.
 policy=/usr/sbin/policy-rc.d
+policy_text='#!/bin/sh
+# Of orkestr_console/runner/bootstrap.sh, while it installs packages.
+exit 101'
 release_daemons() { as_root rm -f "$policy"; }
 hold_daemons() {
     as_root install -d -m 755 /etc/postgresql-common/createcluster.d
@@ -92,8 +107,9 @@ hold_daemons() {
         printf 'create_main_cluster = false\n' |
             as_root tee /etc/postgresql-common/createcluster.d/orkestr.conf >/dev/null
     fi
-    if [ ! -e "$policy" ]; then
-        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    # Ours from a run that was killed would keep every daemon off for ever.
+    if [ ! -e "$policy" ] || [ "$(cat "$policy")" = "$policy_text" ]; then
+        printf '%s\n' "$policy_text" | as_root tee "$policy" >/dev/null
         as_root chmod 755 "$policy"
         trap release_daemons EXIT
     fi
@@ -110,14 +126,21 @@ keep_off_at_boot() {
     done
 }
 
+# Once a run: a machine may know nothing of its mirrors' packages yet, or only old ones.
+update_lists() {
+    [ -z "${lists_updated:-}" ] || return 0
+    quietly as_root apt-get -q update ||
+        fail "apt-get update failed (above): the machine needs a working apt mirror"
+    lists_updated=yes
+}
+
 install_packages() {
     local missing need packages=()
     missing=$(missing_from "$@")
     [ -n "$missing" ] || return 0
     say "system packages: installing" $missing
     hold_daemons
-    quietly as_root apt-get -q update ||
-        fail "apt-get update failed (above): the machine needs a working apt mirror"
+    update_lists
     for need in $missing; do packages+=("$(installable "$need")"); done
     quietly as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -q -y \
         --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" ||
@@ -151,13 +174,14 @@ find_python() {
 
 install_python() {
     local version
+    update_lists
     for version in 3.12 3.13; do
         if apt-cache show "python$version-venv" >/dev/null 2>&1; then
             install_packages "python$version" "python$version-venv" "python$version-dev"
             return
         fi
     done
-    say "python: this Debian has none new enough; asking uv for 3.12"
+    say "python: this Debian has none new enough; uv fetches 3.12 from where its builds are released"
     install_packages python3 python3-venv
     local tools
     tools=$(mktemp -d)
@@ -223,6 +247,8 @@ ensure_venv() {
     lock=$repo/requirements.txt
     [ "$profile" = dev ] && lock=$repo/requirements-dev.txt
     up_to_date && return
+    [ ! -e "$venv" ] || [ -w "$venv/bin" ] ||
+        fail "$venv belongs to $(stat -c %U "$venv"): start again as that user, or remove it"
     if ! { [ -x "$venv/bin/python" ] && usable_python "$venv/bin/python" >/dev/null; }; then
         ensure_python
         say "python: $("$python" --version | cut -d' ' -f2) at $python"
@@ -234,6 +260,9 @@ ensure_venv() {
     [ "$profile" = dev ] && stamp_of "$repo/requirements.txt" >"$venv/.orkestr-run"
     stamp_of "$lock" >"$venv/.orkestr-$profile"
 }
+
+# For its tests, which source it.
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 check_machine
 if [ "$profile" = dev ]; then

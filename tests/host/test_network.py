@@ -13,7 +13,6 @@ import pytest
 
 from hostruntime.egress import EgressProxy, proxy_obstacles
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
-from hostruntime.firewall import firewall_conflicts
 from hostruntime.netns import interface_exists, run_ip, within
 from hostruntime.network import Slot, SlotPool, interfaces_named
 from hostruntime.paths import MAX_SLOTS, StatePaths
@@ -398,23 +397,6 @@ def test_slots_run_out_by_name_and_come_back(pool: SlotPool) -> None:
 
 
 # What the doctor asks ---------------------------------------------------------------------
-
-
-def test_other_firewalls_in_the_way_are_named(world: World) -> None:
-    assert firewall_conflicts() == []
-    chains = "".join(
-        f"chain {hook} {{ type filter hook {hook} priority 0; policy {policy}; }}\n"
-        for hook, policy in (("forward", "drop"), ("input", "drop"), ("output", "drop"))
-    )
-    run(["nft", "-f", "-"], input=f"table ip other {{ {chains} }}".encode(), timeout=10)
-    try:
-        forward, incoming = firewall_conflicts()
-    finally:
-        run(["nft", "delete", "table", "ip", "other"], timeout=10)
-    assert "ip other forward" in forward
-    assert "network open" in forward
-    assert "ip other input" in incoming
-    assert "network restricted" in incoming
 
 
 def test_this_machine_can_run_the_proxy() -> None:

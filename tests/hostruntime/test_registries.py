@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from hostruntime.registries import (
     AptSource,
     NpmAnswer,
     PipAnswer,
+    ask_apt,
+    ask_npm,
+    ask_pip,
     combine,
     parse_apt,
     parse_npm,
@@ -90,6 +95,16 @@ def test_npm_that_answers_something_else_is_an_error(listing: str) -> None:
         parse_npm(listing)
 
 
+def test_asking_leaves_nothing_in_a_fresh_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bool(ask_npm()) == bool(shutil.which("npm"))
+    assert ask_pip()
+    assert ask_apt()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_npms_default_is_found_in_its_own_table() -> None:
     source = "  registry: new Definition('registry', {\n    default: 'https://npm.example/',\n"
     assert parse_npm_definitions(source) == NpmAnswer("https://npm.example/", ())
@@ -125,6 +140,69 @@ def test_apt_keeps_debians_own_suites_and_drops_other_vendors() -> None:
         "deb https://mirror.example/debian bookworm-updates main\n"
         "deb https://security.example/debian-security bookworm-security main\n"
     )
+
+
+def test_a_suite_without_lists_yet_is_told_by_its_site() -> None:
+    listing = (
+        "http://mirror.example/debian\tbookworm\tmain\tDebian\n"
+        "https://vendor.example/apt\tbookworm\tmain\tVendor Inc\n"
+        # And all that is configured, whose origin is not looked up.
+        "http://mirror.example/debian\tbookworm\tmain\t$(ORIGIN)\n"
+        "http://mirror.example/debian\tbookworm-updates\tmain\t$(ORIGIN)\n"
+        "https://vendor.example/apt\tbookworm\tmain\t$(ORIGIN)\n"
+        "https://other.example/apt\tbookworm\tmain\t$(ORIGIN)\n"
+    )
+    assert parse_apt(listing) == (
+        AptSource("http://mirror.example/debian", "", "main"),
+        AptSource("http://mirror.example/debian", "-updates", "main"),
+    )
+
+
+APT_SOURCES = """
+deb https://mirror.example/debian bookworm main contrib
+deb https://mirror.example/debian bookworm-updates main
+deb https://security.example/debian-security bookworm-security main
+deb [trusted=yes] https://vendor.example/stable/debian bookworm main
+"""
+
+
+@pytest.fixture
+def fresh_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An apt that has never fetched a list; the file of its sources."""
+    (tmp_path / "lists" / "partial").mkdir(parents=True)
+    sources, configuration = tmp_path / "sources.list", tmp_path / "apt.conf"
+    sources.write_text(APT_SOURCES)
+    configuration.write_text(
+        f'Dir::State::lists "{tmp_path}/lists";\n'
+        f'Dir::Etc::sourcelist "{sources}";\nDir::Etc::sourceparts "/dev/null";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(configuration))
+    return sources
+
+
+def test_apt_that_never_fetched_a_list_still_names_its_mirrors(fresh_apt: Path) -> None:
+    assert ask_apt() == (
+        AptSource("https://mirror.example/debian", "", "main"),
+        AptSource("https://mirror.example/debian", "", "contrib"),
+        AptSource("https://mirror.example/debian", "-updates", "main"),
+        AptSource("https://security.example/debian-security", "-security", "main"),
+    )
+
+
+def test_a_lone_mirror_without_lists_is_debians(fresh_apt: Path) -> None:
+    fresh_apt.write_text("deb https://mirror.example/debian bookworm main\n")
+    assert ask_apt() == (AptSource("https://mirror.example/debian", "", "main"),)
+
+
+def test_what_another_distribution_has_no_lists_of_is_not_debians(
+    fresh_apt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh_apt.write_text(
+        "deb https://mirror.example/ubuntu noble main universe\n"
+        "deb https://mirror.example/ubuntu noble-updates main\n"
+    )
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "ubuntu"})
+    assert ask_apt() == ()
 
 
 def test_a_mirror_list_stands_for_its_first_mirror(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""What this machine lacks, in plain words: each check names what to do about it.
+
+What the kernel can do is tried, as a file or a version that promises it may not be true; nothing
+of the machine is changed by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from orkestr_console.runner.doctor import cgroups, kernel, machine, network, software
+from orkestr_console.runner.doctor.finding import Finding, unseen
+from orkestr_console.runner.doctor.network import port_is_free
+from orkestr_console.runner.layout import Layout
+
+__all__ = ["Finding", "examine", "port_is_free"]
+
+Check = Callable[[Layout], Finding]
+
+BEFORE: tuple[Check, ...] = (
+    machine.check_root,
+    kernel.check_architecture,
+    kernel.check_kernel,
+    kernel.check_modules,
+    machine.check_state_directory,
+    machine.check_writable,
+    kernel.check_namespaces,
+    kernel.check_limits,
+)
+AFTER: tuple[Check, ...] = (
+    cgroups.check_cgroups,
+    cgroups.check_delegation,
+    software.check_programs,
+    software.check_postgres,
+    software.check_lxc_binding,
+    software.check_subordinate_ids,
+    software.check_apparmor,
+    network.check_forwarding,
+    network.check_firewalls,
+    network.check_proxy,
+    network.check_registries,
+    network.check_port,
+    machine.check_disk,
+    machine.check_memory,
+    machine.check_clock,
+    machine.check_tree,
+)
+
+
+def examine(layout: Layout) -> Iterator[Finding]:
+    """Every check in turn; none of them changes the machine."""
+    yield from (_ask(check, layout) for check in BEFORE)
+    yield from kernel.tried(layout)
+    yield from (_ask(check, layout) for check in AFTER)
+
+
+def _ask(check: Check, layout: Layout) -> Finding:
+    try:
+        return check(layout)
+    except PermissionError:
+        return unseen(check.__name__.removeprefix("check_").replace("_", " "))

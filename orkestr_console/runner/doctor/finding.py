@@ -1,0 +1,45 @@
+"""What a check says, and what several checks ask."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Verdict = Literal["ok", "warn", "fail"]
+
+AS_ROOT = "run it as root, or with sudo"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's verdict, what was seen, and what to do unless all is well."""
+
+    name: str
+    verdict: Verdict
+    seen: str
+    remedy: str = ""
+
+
+def unseen(name: str) -> Finding:
+    """The finding of a check that only root can make."""
+    return Finding(name, "warn", "cannot be seen without root", AS_ROOT)
+
+
+def is_root() -> bool:
+    """Whether this process may ask what only root may ask."""
+    return os.geteuid() == 0
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the nearest directory above it that exists."""
+    return path if path.exists() else existing(path.parent)
+
+
+def read_number(path: Path) -> int:
+    """The number a sysctl file holds; 0 when there is none."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,158 @@
+"""What the kernel can do, by trying it, and what may keep it from doing so."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hostruntime.squid_config import DESCRIPTORS
+from hostruntime.trials import TRIALS
+from orkestr_console.runner.doctor.finding import Finding, existing, is_root, read_number, unseen
+from orkestr_console.runner.layout import Layout
+
+OLDEST_KERNEL = (5, 19)
+NEWER = f"boot Linux {'.'.join(map(str, OLDEST_KERNEL))} or later"
+TRIED_ON = {"x86_64": "amd64", "aarch64": "arm64"}
+MODULES = Path("/lib/modules")
+SYSCTLS = Path("/proc/sys")
+NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
+# Each sandbox takes one of each.
+FEW_NAMESPACES = 256
+FEW_PIDS = 32_768
+_SECONDS = 300
+
+_STATE = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
+# What is well, and what to do where it is not, for each of hostruntime.trials.
+_WELL = {
+    "openat2": "paths are opened below a directory",
+    "user namespaces": "made, as containers' are",
+    "id-mapped mounts": "the state directory's file system takes them",
+    "loop devices": "a file was mounted as a disk",
+    "overlay": "a container's root was mounted and written to",
+    "cgroup.kill": "a group's processes were killed at once",
+    "setns": "a container's namespaces are entered by a pidfd",
+    "network": "a pair of interfaces and a firewall were made",
+}
+_REMEDIES = {
+    "openat2": NEWER,
+    "user namespaces": "sysctl -w user.max_user_namespaces=15000; a kernel with CONFIG_USER_NS",
+    "id-mapped mounts": f"{_STATE}; {NEWER}",
+    "loop devices": "modprobe loop",
+    "overlay": f"modprobe overlay; {_STATE}; {NEWER}",
+    "cgroup.kill": f"{NEWER}, with cgroup v2 mounted",
+    "setns": NEWER,
+    "network": "modprobe -a veth nf_tables nft_ct; a kernel with NF_TABLES_INET and NFT_FIB_INET",
+}
+
+
+def check_kernel(_: Layout) -> Finding:
+    """ID-mapped mounts of ext4 need Linux 5.12, and overlayfs over them 5.19."""
+    release = os.uname().release
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if numbers >= OLDEST_KERNEL:
+        return Finding("kernel", "ok", f"Linux {release} has overlayfs over id-mapped mounts")
+    wanted = ".".join(map(str, OLDEST_KERNEL))
+    return Finding("kernel", "fail", f"Linux {release} is older than {wanted}", NEWER)
+
+
+def check_architecture(_: Layout) -> Finding:
+    """The system-call filter knows the numbers of these."""
+    machine = platform.machine()
+    if machine not in TRIED_ON:
+        known = " or ".join(TRIED_ON)
+        return Finding("architecture", "fail", f"{machine} is not known", f"use {known}")
+    if sys.maxsize < 2**32:
+        return Finding("architecture", "fail", "this Python is 32-bit", "use a 64-bit system")
+    return Finding("architecture", "ok", TRIED_ON[machine])
+
+
+def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
+    """Without the running kernel's modules, it can do no more than what is loaded already."""
+    release = os.uname().release
+    if (modules / release).is_dir():
+        return Finding("kernel modules", "ok", f"those of Linux {release} are installed")
+    others = sorted(path.name for path in modules.glob("*")) if modules.is_dir() else []
+    if not others:
+        return Finding(
+            "kernel modules", "ok", "none: what is needed is built in, or it fails below"
+        )
+    return Finding(
+        "kernel modules",
+        "warn",
+        f"those of the running Linux {release} are gone; there are those of {', '.join(others)}",
+        "reboot: the kernel was upgraded, and what is not loaded yet cannot be loaded any more",
+    )
+
+
+def tried(layout: Layout) -> Iterator[Finding]:
+    """One finding for each trial (:mod:`hostruntime.trials`); only root can try."""
+    if not is_root():
+        yield unseen("kernel features")
+        return
+    answers = try_everything(existing(layout.state_dir), layout.tree)
+    lost = check_modules(layout)
+    for name in TRIALS:
+        error = answers.get(name, "the trial itself ended early")
+        if error is None:
+            yield Finding(name, "ok", _WELL[name])
+        else:
+            remedy = lost.remedy or _REMEDIES[name]
+            yield Finding(name, "fail", " ".join(error.split()), remedy)
+
+
+def try_everything(directory: Path, tree: Path) -> dict[str, str | None]:
+    """Run the trials in a process of their own; each one's error, or None."""
+    argv = [sys.executable, "-m", "hostruntime.trials", str(directory)]
+    done = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
+    answers = (json.loads(line) for line in done.stdout.splitlines())
+    return {answer["name"]: answer["error"] for answer in answers}
+
+
+def check_namespaces(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
+    """Each sandbox takes a namespace of every kind; distributions restrict users, not root."""
+    limits = {kind: read_number(sysctls / f"user/max_{kind}_namespaces") for kind in NAMESPACES}
+    kind, least = min(limits.items(), key=lambda item: item[1])
+    if least < FEW_NAMESPACES:
+        seen = f"user.max_{kind}_namespaces is {least}, and each sandbox takes one"
+        remedy = f"sysctl -w user.max_{kind}_namespaces=15000"
+        return Finding("namespaces", "warn" if least else "fail", seen, remedy)
+    return Finding("namespaces", "ok", f"up to {least} of each kind{_restrictions(sysctls)}")
+
+
+def _restrictions(sysctls: Path) -> str:
+    # Ubuntu's (since 23.10) and Debian's own (off since Debian 11).
+    restricted = {
+        "apparmor_restrict_unprivileged_userns": "1",
+        "unprivileged_userns_clone": "0",
+    }
+    set_here = [
+        f"kernel.{name}={value}"
+        for name, value in restricted.items()
+        if (path := sysctls / "kernel" / name).exists() and path.read_text().strip() == value
+    ]
+    if not set_here:
+        return ""
+    return f"; {' and '.join(set_here)} does not matter, as the agent makes them as root"
+
+
+def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
+    """Limits of the whole machine that sandboxes and the proxy would meet."""
+    wanted = {"kernel/pid_max": FEW_PIDS, "fs/nr_open": DESCRIPTORS}
+    low = {name: least for name, least in wanted.items() if read_number(sysctls / name) < least}
+    if low:
+        named = {name.replace("/", "."): least for name, least in low.items()}
+        seen = ", ".join(
+            f"{name.replace('/', '.')} is {read_number(sysctls / name)}" for name in low
+        )
+        remedy = f"sysctl -w {' '.join(f'{name}={least}' for name, least in named.items())}"
+        return Finding("limits", "warn", seen, remedy)
+    watchers = read_number(sysctls / "fs/inotify/max_user_instances")
+    # All containers' user namespaces are root's, whose pool this is (ucounts in namespaces(7)).
+    seen = f"all sandboxes together watch files {watchers} times (fs.inotify.max_user_instances)"
+    return Finding("limits", "ok", seen)

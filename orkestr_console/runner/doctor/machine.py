@@ -1,0 +1,113 @@
+"""The machine itself: who asks, where things are kept, disk, memory and clock."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from hostruntime.kernel import mount_points
+from orkestr_console.runner.doctor.finding import AS_ROOT, Finding, existing, is_root
+from orkestr_console.runner.layout import Layout
+
+GIB = 1024**3
+BASES_NEED = 4 * GIB
+# Their lower layers cannot be id-mapped, or they cannot be an overlay's at all.
+UNFIT = frozenset({"overlay", "nfs", "nfs4", "tmpfs", "9p", "fuse", "vfat"})
+# What is written when software is installed; an installed machine is younger than neither.
+WRITTEN = (Path("/var/lib/dpkg/status"), Path(__file__))
+_DAY = 86_400.0
+
+
+def check_root(_: Layout) -> Finding:
+    """Everything that touches containers, mounts and the network needs root."""
+    if is_root():
+        return Finding("root", "ok", "running as root")
+    return Finding("root", "warn", "not root: some checks below see less", AS_ROOT)
+
+
+def check_state_directory(layout: Layout) -> Finding:
+    """Images are run from here, and are the lower layers of containers' roots."""
+    name, place = "state directory", existing(layout.state_dir)
+    kind, flags = filesystem_of(place), os.statvfs(place).f_flag
+    elsewhere = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
+    if kind in UNFIT:
+        seen = f"{layout.state_dir} is on {kind}, which cannot carry sandboxes"
+        return Finding(name, "fail", seen, elsewhere)
+    for flag, word, option in (
+        (os.ST_RDONLY, "read-only", "rw"),
+        (os.ST_NOEXEC, "mounted noexec, and bases are run in it as they are made", "exec"),
+    ):
+        if flags & flag:
+            remedy = f"mount -o remount,{option} {mount_point(place)}, or {elsewhere}"
+            return Finding(name, "fail", f"{layout.state_dir} is {word}", remedy)
+    return Finding(name, "ok", f"{layout.state_dir} is on {kind}")
+
+
+def check_writable(layout: Layout, run: Path = Path("/run")) -> Finding:
+    """What else is written to (noexec, nosuid and nodev do no harm there)."""
+    for place in (run, existing(layout.var), Path("/etc"), Path("/tmp")):
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            remedy = f"mount -o remount,rw {mount_point(place)}"
+            return Finding("writable", "fail", f"{place} is read-only", remedy)
+    return Finding("writable", "ok", f"{run}, /etc, /tmp and {layout.var}")
+
+
+def check_disk(layout: Layout) -> Finding:
+    """Base images take about 2 GB, and every template its own changes."""
+    free = shutil.disk_usage(existing(layout.state_dir)).free
+    seen = f"{free / GIB:.1f} GiB free at {layout.state_dir}"
+    if free >= BASES_NEED:
+        return Finding("disk space", "ok", seen)
+    remedy = "free some, or set ORKESTR_STATE_DIR to a larger disk"
+    return Finding("disk space", "fail" if free < GIB else "warn", seen, remedy)
+
+
+def check_memory(_: Layout) -> Finding:
+    """A small sandbox may use 1 GiB, and the console itself some 400 MiB."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = int(found[1]) * 1024 if found else 0
+    seen = f"{free / GIB:.1f} GiB available"
+    if free >= 2 * GIB:
+        return Finding("memory", "ok", seen)
+    return Finding("memory", "warn", seen, "have 2 GiB or more, or run few sandboxes at a time")
+
+
+def check_clock(_: Layout, written: Iterable[Path] = WRITTEN) -> Finding:
+    """A clock that is behind makes every certificate and package list invalid."""
+    newest = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
+    now = time.time()
+    today = time.strftime("%Y-%m-%d %H:%M", time.gmtime(now))
+    if now > newest - _DAY:
+        return Finding("clock", "ok", f"{today} UTC")
+    behind = time.strftime("%Y-%m-%d", time.gmtime(newest))
+    seen = f"{today} UTC, though files here were written on {behind}: HTTPS and apt will fail"
+    return Finding("clock", "fail", seen, "timedatectl set-ntp true, or set it with date --set")
+
+
+def check_tree(layout: Layout) -> Finding:
+    """Web and worker run as a user of their own, who must be able to read the clone."""
+    if layout.tree.stat().st_mode & 0o005 == 0o005:
+        return Finding("tree", "ok", f"{layout.tree} is readable by the orkestr user")
+    remedy = f"chmod -R go+rX {layout.tree}"
+    return Finding("tree", "warn", f"{layout.tree} is closed to the orkestr user", remedy)
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that ``path`` is or would be on (proc(5), mountinfo)."""
+    device = existing(path).stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == wanted:
+            return rest.split()[0]
+    return "an unknown filesystem"
+
+
+def mount_point(path: Path) -> Path:
+    """Where the mount begins that ``path`` is on."""
+    above = {path, *path.parents}
+    return max(above & set(mount_points(Path("/"))), key=lambda point: len(point.parts))

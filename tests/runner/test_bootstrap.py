@@ -1,0 +1,112 @@
+"""The installer, its functions run one by one; sudo, apt and dpkg are programs of the test's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orkestr_console.runner.layout import TREE
+
+SCRIPT = TREE / "orkestr_console/runner/bootstrap.sh"
+SOMEBODY = 54_321
+PROXIES = {"https_proxy": "http://proxy.example:3128", "NO_PROXY": "localhost,.example"}
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A directory to put programs into, which come first; anybody may look into it."""
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    return tmp_path
+
+
+def program(programs: Path, name: str, text: str) -> None:
+    path = programs / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def bash(
+    programs: Path, text: str, *, user: int | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run functions of the installer."""
+    path = f"{programs}:{os.environ['PATH']}"
+    # Handed over as text, as the clone may be closed to `user`.
+    source = SCRIPT.read_text().replace('"${BASH_SOURCE[0]}"', '"$here"')
+    sourced = source.replace('[ "$here" = "$0" ] || return 0', "return 0")
+    assert sourced != source
+    (programs / "bootstrap.sh").write_text(sourced)
+    command = f"here={SCRIPT}; . {programs}/bootstrap.sh; {text}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd="/",
+        user=user,
+        env={"PATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_sudo_is_given_the_proxies_that_it_would_drop(programs: Path) -> None:
+    program(programs, "sudo", 'exec env -i PATH="$PATH" "$@"')
+    done = bash(programs, "as_root printenv https_proxy NO_PROXY", user=SOMEBODY, **PROXIES)
+    assert done.stdout.splitlines() == list(PROXIES.values()), done.stderr
+
+
+def test_sudo_is_asked_for_the_command_alone_where_there_is_no_proxy(programs: Path) -> None:
+    program(programs, "sudo", 'echo "sudo $*"')
+    assert bash(programs, "as_root apt-get update", user=SOMEBODY).stdout == "sudo apt-get update\n"
+
+
+def test_root_needs_no_sudo(programs: Path) -> None:
+    program(programs, "sudo", "exit 9")
+    assert bash(programs, "as_root echo done").stdout == "done\n"
+
+
+def test_a_machine_without_lists_is_updated_before_apt_is_asked_for_a_python(
+    programs: Path,
+) -> None:
+    """Once, however many packages are then installed."""
+    program(programs, "apt-get", f'echo "apt-get $*" >>{programs}/said; touch {programs}/lists')
+    program(programs, "apt-cache", f"[ -e {programs}/lists ] && echo '  Candidate: 3.13'")
+    program(programs, "dpkg-query", "exit 1")
+    program(programs, "systemctl", "exit 0")
+    done = bash(programs, "hold_daemons() { :; }; install_python && update_lists")
+    assert done.returncode == 0, done.stderr
+    said = (programs / "said").read_text().splitlines()
+    assert said[0] == "apt-get -q update"
+    assert sum("update" in line for line in said) == 1
+    assert said[1].endswith("python3.12 python3.12-venv python3.12-dev")
+
+
+def test_an_environment_that_is_roots_is_told_instead_of_half_installed(programs: Path) -> None:
+    (programs / "venv" / "bin").mkdir(parents=True)
+    done = bash(programs, f"venv={programs}/venv; ensure_venv", user=SOMEBODY)
+    assert done.returncode == 1
+    assert "venv belongs to root: start again as that user, or remove it" in done.stderr
+
+
+def test_the_hold_of_a_run_that_was_killed_is_taken_off_and_anothers_is_not(
+    programs: Path,
+) -> None:
+    policy = programs / "policy-rc.d"
+    hold = f"installed() {{ :; }}; install() {{ :; }}; policy={policy}; hold_daemons"
+    # Killed: it leaves the file.
+    bash(programs, f"{hold}; kill -KILL $$")
+    assert "exit 101" in policy.read_text()
+    assert bash(programs, hold).returncode == 0
+    assert not policy.exists()
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    assert bash(programs, hold).returncode == 0
+    assert policy.exists()
+
+
+def test_what_is_installed_can_be_read_by_the_web_process(programs: Path) -> None:
+    made = programs / "made"
+    subprocess.run(
+        ["bash", "-c", f"umask 077; here={SCRIPT}; . {SCRIPT}; touch {made}"], check=True
+    )
+    assert made.stat().st_mode & 0o777 == 0o644
