@@ -79,7 +79,7 @@ _LANGUAGE_PACKAGES = (
     Rule("uv cache", _home(".cache"), ("uv",)),
     Rule("pipenv cache", _home(".cache"), ("pipenv",)),
     Rule("Poetry cache", _home(".cache/pypoetry"), ("cache", "artifacts")),
-    Rule("PDM cache", _home(".cache/pdm"), ("http", "hashes*", "metadata", "wheels", "publish")),
+    Rule("PDM cache", _home(".cache/pdm"), ("http", "hashes*", "metadata", "wheels")),
     # `npm cache clean`; npx and `pnpm dlx` ask it, too, for what they then run from elsewhere.
     Rule("npm cache", _home(".npm"), ("_logs", "_update-notifier-last-checked")),
     Rule("npm cache", _home(".npm"), ("_cacache",), unless_beside=("_npx",)),
