@@ -50,7 +50,7 @@ def give_identity(image: Path, upper: Path, *, machine_id: bool = True) -> None:
     ):
         if etc is None:
             return
-        if machine_id and _is_blank("machine-id", etc):
+        if machine_id and _has_none("machine-id", etc):
             with _shown("etc", below, above) as own:
                 _write("machine-id", f"{secrets.token_hex(16)}\n".encode(), 0o444, own)
         with opened_if_directory("ssh", etc) as ssh:
@@ -61,9 +61,9 @@ def give_identity(image: Path, upper: Path, *, machine_id: bool = True) -> None:
                     _write_key(name, make(), keys)
 
 
-def _is_blank(name: str, directory: int) -> bool:
+def _has_none(name: str, directory: int) -> bool:
     found = _status(name, directory)
-    return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == 0
+    return found is None or (stat.S_ISREG(found.st_mode) and found.st_size == 0)
 
 
 def _wants_keys(ssh: int) -> bool:

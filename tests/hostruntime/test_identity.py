@@ -72,8 +72,11 @@ def test_directories_are_the_images_own(image: Path, upper: Path) -> None:
     [
         ({"bin/sh": "x"}, set()),
         ({"etc/machine-id": "0123"}, set()),
-        ({"etc/machine-id": "", "etc/ssh/ssh_config": "client"}, {"etc/machine-id"}),
-        ({"etc/ssh/sshd_config": "", "etc/ssh/ssh_host_ecdsa_key": "kept"}, set()),
+        ({"etc/hostname": "h", "etc/ssh/ssh_config": "client"}, {"etc/machine-id"}),
+        (
+            {"etc/machine-id": "0", "etc/ssh/sshd_config": "", "etc/ssh/ssh_host_ecdsa_key": "k"},
+            set(),
+        ),
     ],
 )
 def test_nothing_is_given_that_is_not_needed(

@@ -255,9 +255,9 @@ SERVICES = (
         "vsftpd", "service vsftpd start", "curl -s ftp://localhost/ --user a:b -m 5; test $? = 67"
     ),
     _service("cron", "service cron start", "pgrep cron"),
-    _service("rsyslog", "service rsyslog start && logger hello", "grep -q hello /var/log/syslog"),
+    _service("rsyslog", "rsyslogd && logger hello", "grep -q hello /var/log/syslog"),
     _service("supervisor", "service supervisor start", "supervisorctl status"),
-    _service("unbound", "service unbound start", "pgrep unbound"),
+    _service("unbound dns-root-data", "service unbound start", "pgrep unbound"),
     _service("dnsmasq", "service dnsmasq start", "pgrep dnsmasq"),
     _service(
         "slapd ldap-utils",
