@@ -267,7 +267,9 @@ SERVICES = (
     _service("varnish", "service varnish start", "pgrep varnishd"),
     _service("snmpd", "service snmpd start", "pgrep snmpd"),
     _service("proftpd-core", "service proftpd start", "pgrep proftpd"),
-    _service("fail2ban", "service fail2ban start", "fail2ban-client ping"),
+    _service(
+        "fail2ban", "touch /var/log/auth.log && service fail2ban start", "fail2ban-client ping"
+    ),
     _service("munin-node", "service munin-node start", "pgrep -f munin-node"),
     _service(
         "dbus",
