@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # A root shell that `su` opened has the PATH of the person before it.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 .DEFAULT_GOAL := help
-.PHONY: help run down clean doctor test lint format lock bench
+.PHONY: help run down clean doctor test lint format lock bench recipes
 
 BOOTSTRAP := orkestr_console/runner/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -35,6 +35,10 @@ doctor: ## say in plain words what this machine lacks
 test: ## install what is missing, then lint, types, and every test on a real stack
 	@$(BOOTSTRAP) dev
 	@$(AS_ROOT) $(PYTHON) -m tests.verify
+
+recipes: ## build and use a table of real recipes (half an hour, some gigabytes fetched)
+	@$(BOOTSTRAP) dev
+	@$(AS_ROOT) $(PYTHON) -m tests.verify --only tests tests/recipes
 
 lint: ## ruff and mypy alone
 	@$(BOOTSTRAP) dev

@@ -21,6 +21,7 @@ from hostruntime.build_report import not_kept, ran_past_build_time
 from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
 from hostruntime.errors import HostError, HostFull
+from hostruntime.identity import give_identity
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
 from hostruntime.joining import Unkept, take_back
@@ -154,10 +155,15 @@ class Assembly:
                 policy=plan.policy,
                 limits=plan.limits,
                 directory=plan.directory,
-                provide=plan.provide,
+                provide=None if saved_disk else partial(self._provide, base),
                 saved_disk=saved_disk,
             )
         )
+
+    def _provide(self, base: Image, upper: Path) -> None:
+        give_identity(base.tree, upper, machine_id=False)
+        if self._plan.provide is not None:
+            self._plan.provide(upper)
 
     async def _capture(self, base: Image) -> Measure:
         plan, began = self._plan, time.monotonic()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.limits import CgroupLayout, Limits
-from hostruntime.paths import IDS_PER_SLOT
+from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
 _SHM_MB = 64
@@ -87,9 +87,12 @@ class ContainerConfig:
         ]
 
     def _confinement(self) -> list[tuple[str, str]]:
+        inside, outside, count = FAR_IDS
         items = [
             ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
+            ("lxc.idmap", f"u {inside} {outside} {count}"),
+            ("lxc.idmap", f"g {inside} {outside} {count}"),
             ("lxc.cap.keep", " ".join(CAPABILITIES)),
             ("lxc.seccomp.profile", str(self.seccomp)),
         ]

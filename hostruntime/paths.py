@@ -41,6 +41,11 @@ MAX_SLOTS = 256
 IDS_PER_SLOT = 65_536
 ID_BASE = 1_000_000_000
 ID_COUNT = MAX_INSTANCES * MAX_SLOTS * IDS_PER_SLOT
+# Archives hold files of ids from all over 31 bits, and tar(1) as root gives them to those.  So the
+# ids from IDS_PER_SLOT on are mapped too, for all slots to the same: (inside, outside, count).
+# They are owners of files: no process can have one as its real id (seccomp.py), and no two
+# containers see the same file system.  LXC wants an id of its own after the last, within a C int.
+FAR_IDS = (IDS_PER_SLOT, ID_BASE + ID_COUNT, 2**31 - 1 - IDS_PER_SLOT)
 CLAIMS = Path("/run/orkestr/instances")
 
 
@@ -256,7 +261,7 @@ def ensure_subordinate_ids(
 
     LXC itself does not need it: as root it writes the maps without newuidmap.
     """
-    line = f"root:{ID_BASE}:{ID_COUNT}"
+    line = f"root:{ID_BASE}:{ID_COUNT + FAR_IDS[2]}"
     for path in files:
         text = path.read_text() if path.exists() else ""
         if line not in text.splitlines():

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime import kernel
-from hostruntime.paths import IDS_PER_SLOT
+from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
 
 # The writable layer is on a file system of its own: without xino, files of the image would have
 # another device number than the directories they are in, and look like mount points.
@@ -56,7 +56,8 @@ def id_extents(id_base: int) -> list[tuple[int, int, int]]:
     The last one lets the mounter's own id 0 through: overlayfs makes its work files as root,
     which an idmapped mount would otherwise refuse, and the overlay would be read-only.
     """
-    return [(0, id_base, IDS_PER_SLOT), (IDS_PER_SLOT, 0, 1)]
+    beyond = FAR_IDS[0] + FAR_IDS[2]
+    return [(0, id_base, IDS_PER_SLOT), FAR_IDS, (beyond, 0, 1)]
 
 
 def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:

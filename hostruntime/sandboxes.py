@@ -15,11 +15,13 @@ import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
+from hostruntime.identity import give_identity
 from hostruntime.images import Image, ImageStore
 from hostruntime.limits import ContainerGroups, Limits, cgroup_layout
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
@@ -224,7 +226,7 @@ class SandboxManager:
         if snapshot is None:
             return await self.containers.start(spec)
         disk = self.snapshots.disk(snapshot)
-        running = await self.containers.start(replace(spec, saved_disk=disk))
+        running = await self.containers.start(replace(spec, saved_disk=disk, provide=None))
         try:
             await self.snapshots.restore(snapshot, spec.owner)
         except BaseException:
@@ -394,7 +396,8 @@ class SandboxManager:
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        return ContainerSpec(request.id, tree, policy, request.limits, directory)
+        provide = partial(give_identity, tree)
+        return ContainerSpec(request.id, tree, policy, request.limits, directory, provide)
 
     def _save(self, sandbox: Sandbox) -> None:
         self._sandboxes[sandbox.request.id] = sandbox

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from hostruntime.paths import write_atomically
+from hostruntime.paths import IDS_PER_SLOT, write_atomically
 
 # clone(2), unshare(2): a nested user namespace would give all capabilities back.
 _NAMESPACE_FLAGS = {
@@ -80,6 +80,15 @@ _OTHER_FAMILIES = (
 _UNIX_FAMILY = 1
 _LAST_FAMILY = 16
 
+# The calls that give a process another real id, by which the kernel finds the user whose epoll
+# watches, pipes and passed descriptors it counts (struct user_struct).  Their first argument is
+# that id; for these two, all bits set means "as it is".
+_REAL_ID_OR_NONE = ("setreuid", "setreuid32", "setresuid", "setresuid32")
+_REAL_ID = ("setuid", "setuid32")
+_FAR_BITS = [1 << bit for bit in range(16, 31)]
+_TOP_BIT = 1 << 31
+_LAST_ID = IDS_PER_SLOT - 1
+
 # ioctl_tty(2): both put input into a terminal as if it had been typed.
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
@@ -129,6 +138,10 @@ def rules() -> Iterator[Rule]:
     for call in ("clone", "unshare"):
         yield from (_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
     yield _bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
+    # Those beyond are all containers' (FAR_IDS), and what is counted would be counted together.
+    yield from (Rule(call, errno.EINVAL, Argument(0, "SCMP_CMP_GT", _LAST_ID)) for call in _REAL_ID)
+    for call in _REAL_ID_OR_NONE:
+        yield from (_bits(call, 0, _TOP_BIT | bit, bit, errno.EINVAL) for bit in _FAR_BITS)
     # The kernel looks at 32 bits of these; with all 64 compared, a bit above would get it through.
     yield from (_bits("ioctl", 1, _LOW_32, what) for what in (_TIOCSTI, _TIOCLINUX))
     # For i386, libseccomp also denies making sockets by socketcall(2), whose arguments are in

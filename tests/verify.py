@@ -27,6 +27,8 @@ TREE = Path(__file__).resolve().parents[1]
 TESTS = TREE / "tests"
 # Last, and in this order: each needs more of the machine than the one before.
 HEAVY = ("host", "clients", "browser")
+# By commands of their own: `make bench`, `make recipes`.
+APART = ("benchmarks", "recipes")
 SCRATCH_PREFIX = "orkestr-test-"
 STATIC: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "."],
@@ -127,7 +129,7 @@ def pytest_arguments(scratch: Path, paths: Sequence[str]) -> list[str]:
     quick = sorted(
         str(path.relative_to(TREE))
         for path in TESTS.iterdir()
-        if path.name not in {*HEAVY, "benchmarks", "fakes", "__pycache__"}
+        if path.name not in {*HEAVY, *APART, "fakes", "__pycache__"}
         and (path.is_dir() or path.name.startswith("test_"))
     )
     heavy = [f"tests/{name}" for name in HEAVY if (TESTS / name).is_dir()]

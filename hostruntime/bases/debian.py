@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -25,24 +26,6 @@ _IDLE_SECONDS = 300.0
 _POLL_SECONDS = 0.2
 _LOG_TAIL = 2000
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# Manuals and translations are of no use in a sandbox; licences stay.  apt inside keeps to it.
-_DPKG_OPTIONS = (
-    "path-exclude=/usr/share/man/*",
-    "path-exclude=/usr/share/info/*",
-    "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/locale/*",
-)
-_ADDED_FILES = {
-    # There is no init in a container: packages must not try to start their daemons
-    # (invoke-rc.d(8), and Debian's policy-rc.d interface).
-    "usr/sbin/policy-rc.d": (0o755, "#!/bin/sh\nexit 101\n"),
-    # The first would be in mmdebstrap's way; the second keeps progress bars out of build logs.
-    "etc/apt/apt.conf.d/70orkestr": (
-        0o644,
-        'APT::Keep-Downloaded-Packages "false";\nDpkg::Use-Pty "0";\n',
-    ),
-}
 
 
 async def bootstrap(
@@ -74,14 +57,21 @@ async def bootstrap(
     if sources:
         # A container is told of the mirrors of the host it runs on.
         (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
-    for name, (mode, text) in _ADDED_FILES.items():
-        (target / name).write_text(text)
-        (target / name).chmod(mode)
+    _add(base, target)
     log.unlink()
 
 
+def _add(base: BaseDefinition, target: Path) -> None:
+    for directory in base.directories:
+        (target / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
+    for name, mode, text in base.files:
+        (target / name).write_text(text)
+        (target / name).chmod(mode)
+
+
 def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -> list[str]:
-    options = [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
+    options = [f"--dpkgopt={option}" for option in base.dpkg_options]
+    options += [f"--essential-hook={_answered(answer)}" for answer in base.debconf]
     if _KEYRING.is_file():
         options.append(f"--keyring={_KEYRING}")
     return [
@@ -98,6 +88,11 @@ def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -
             for source in sources
         ),
     ]
+
+
+def _answered(answer: str) -> str:
+    """A shell command that answers a question before its package asks (mmdebstrap(1), HOOKS)."""
+    return f'printf "%s\\n" {shlex.quote(answer)} | chroot "$1" debconf-set-selections'
 
 
 def _confined(command: Sequence[str]) -> list[str]:

@@ -20,8 +20,10 @@ DEBIAN_SUITE = "bookworm"
 class BaseDefinition:
     """One base.  ``provider`` names the code that brings what no recipe can fetch.
 
-    ``packages`` are Debian's, installed by mmdebstrap.  Recipe steps may contain ``{packages}``
-    where the provider says which more are needed.
+    ``packages`` are Debian's, installed by mmdebstrap with ``dpkg_options`` (dpkg.cfg's) and with
+    the answers ``debconf`` (debconf-set-selections(1)); ``directories`` are made, and ``files``
+    written (path, mode, text), over that.  Recipe steps may contain ``{packages}`` where the
+    provider says which more are needed.
     """
 
     name: str
@@ -30,10 +32,48 @@ class BaseDefinition:
     parent: str | None = None
     provider: Literal["debian", "cpython", "npm"] | None = None
     packages: tuple[str, ...] = ()
+    dpkg_options: tuple[str, ...] = ()
+    debconf: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    files: tuple[tuple[str, int, str], ...] = ()
     recipe: tuple[str, ...] = ()
 
 
 _APT_INSTALL = "apt-get update && apt-get install -y --no-install-recommends"
+
+# Over the minimal system: what recipes and agents reach for without thinking, and what programs
+# that come from elsewhere than Debian expect of every machine.
+_DEBIAN_PACKAGES = (
+    # To fetch, to check and add the keys of other repositories, to unpack, to look around.
+    *("ca-certificates", "curl", "wget", "git", "openssh-client", "gnupg"),
+    *("bzip2", "unzip", "xz-utils", "less", "procps"),
+    # Install scripts ask which Debian this is, become another user, and want a UTF-8 locale with
+    # a language; getprotobyname(3) and getservbyname(3) want their tables.
+    *("lsb-release", "sudo", "locales", "netbase"),
+    # Node's binaries, which Playwright brings too, are linked to it.
+    "libatomic1",
+)
+# Manuals and translations are of no use in a sandbox; licences stay.  apt inside keeps to it.
+_DPKG_OPTIONS = (
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/locale/*",
+    # locale-gen(8) reads it.
+    "path-include=/usr/share/locale/locale.alias",
+)
+_DEBIAN_FILES = (
+    # There is no init in a container: packages must not try to start their daemons
+    # (invoke-rc.d(8), and Debian's policy-rc.d interface).
+    ("usr/sbin/policy-rc.d", 0o755, "#!/bin/sh\nexit 101\n"),
+    # The first would be in mmdebstrap's way; the second keeps progress bars out of build logs.
+    (
+        "etc/apt/apt.conf.d/70orkestr",
+        0o644,
+        'APT::Keep-Downloaded-Packages "false";\nDpkg::Use-Pty "0";\n',
+    ),
+)
 
 # Finds a library that is missing, or too old, before a person's recipe does.
 _LOAD_EVERY_MODULE = (
@@ -49,9 +89,13 @@ _DEFINITIONS = (
         title="Debian 12",
         description="Debian 12 (bookworm) with curl and git. apt works.",
         provider="debian",
-        # Over the minimal system: what recipes and agents reach for without thinking.  gpg adds
-        # the keys of other repositories; the rest unpacks and looks around.
-        packages=("ca-certificates", "curl", "git", "gpg", "less", "procps", "unzip", "xz-utils"),
+        packages=_DEBIAN_PACKAGES,
+        dpkg_options=_DPKG_OPTIONS,
+        debconf=("locales locales/locales_to_be_generated multiselect en_US.UTF-8 UTF-8",),
+        # Left out by the options above, but update-alternatives(1) links into them, and no JRE
+        # installs without.
+        directories=tuple(f"usr/share/man/man{section}" for section in range(1, 10)),
+        files=_DEBIAN_FILES,
     ),
     BaseDefinition(
         name="python-3.12-bare",

@@ -13,7 +13,7 @@ import pytest
 from hostruntime.answers import SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.limits import cgroup_layout, pids_below
-from hostruntime.paths import IDS_PER_SLOT
+from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.neighbour import FILES
@@ -98,9 +98,13 @@ def test_the_ranges_of_ids_are_apart(agent: Agent, pair: tuple[SandboxInfo, Sand
     bases = []
     for sandbox in pair:
         for name in ("uid_map", "gid_map"):
-            inside, outside, count = (host_status(agent, sandbox) / name).read_text().split()
-            assert (inside, count) == ("0", str(IDS_PER_SLOT))
-            bases.append(int(outside))
+            own, far = (host_status(agent, sandbox) / name).read_text().splitlines()
+            inside, outside, count = map(int, own.split())
+            assert (inside, count) == (0, IDS_PER_SLOT)
+            bases.append(outside)
+            # Owners of files alone, the same for all: no process's, and beyond every slot's.
+            assert tuple(map(int, far.split())) == FAR_IDS
+            assert outside + count <= FAR_IDS[1]
     assert bases[0] == bases[1]
     assert bases[2] == bases[3]
     assert abs(bases[0] - bases[2]) >= IDS_PER_SLOT

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime import kernel, seccomp
+from hostruntime.paths import FAR_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -49,6 +50,33 @@ def verdict(number: int, *arguments: int, abi: int = X86_64) -> int:
 @pytest.mark.parametrize("number", [0, 1, 9, 39, 59, 61, 101, 161, 202, 257, 303, 434, 437, 451])
 def test_the_usual_calls_are_allowed(number: int) -> None:
     assert verdict(number) == 0
+
+
+# setuid, setreuid, setresuid: of x86-64, then of i386 (setuid32 …).
+_BECOMING = [(105, X86_64), (113, X86_64), (117, X86_64), (213, I386), (203, I386), (208, I386)]
+_FAR = [65_536, 65_537, 70_000, 1_234_567, 1 << 30, 2**31 - 2]
+
+
+@pytest.mark.parametrize(("number", "abi"), _BECOMING)
+def test_no_process_becomes_one_of_the_ids_that_all_containers_share(number: int, abi: int) -> None:
+    for far in (*_FAR, *(far | 1 << 32 for far in _FAR), *(far | 2**64 - 2**32 for far in _FAR)):
+        assert verdict(number, far, 0xFFFF_FFFF, 0, abi=abi) == errno.EINVAL, far
+    for near in (0, 1, 1000, 65_534, 65_535):
+        assert verdict(number, near, near, near, abi=abi) == 0, near
+
+
+@pytest.mark.parametrize(("number", "abi"), [one for one in _BECOMING if one[0] not in {105, 213}])
+def test_a_real_id_may_stay_as_it_is(number: int, abi: int) -> None:
+    assert verdict(number, 0xFFFF_FFFF, 1000, 0xFFFF_FFFF, abi=abi) == 0
+
+
+def test_ids_of_files_alone_are_apart_from_every_slots() -> None:
+    inside, outside, count = FAR_IDS
+    assert inside == IDS_PER_SLOT
+    assert outside >= ID_BASE + ID_COUNT
+    assert outside + count < 2**32 - 1
+    # LXC keeps the next one, in a C int, for itself.
+    assert inside + count < 2**31
 
 
 @pytest.mark.parametrize("number", [165, 166, 155, 308, 246, 175, 321, 298, 323, 250, 304, 169])

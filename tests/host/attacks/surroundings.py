@@ -16,6 +16,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -302,13 +303,22 @@ def _() -> None:
 
 def give_away(uid: int) -> None:
     with tempfile.NamedTemporaryFile(dir="/workspace") as file:
-        os.chown(file.name, 65_535, 65_535)  # The control: the last id that there is.
+        os.chown(file.name, 2**31 - 2, 2**31 - 2)  # The control: the last id that there is.
         os.chown(file.name, uid, uid)
 
 
-TABLE.add("give a file to an id of the host", partial(give_away, 70_000), "EINVAL")
-TABLE.add("give a file to another container's id", partial(give_away, 1_000_000_000), "EINVAL")
-TABLE.add("become an id of the host", partial(os.setuid, 1_000_000_000), "EINVAL")
+def become(call: Callable[..., None], *uids: int) -> None:
+    os.setresuid(-1, 0, -1)  # The control: what changes nothing.
+    call(*uids)
+
+
+TABLE.add("give a file to an id of the host", partial(give_away, 2**31 - 1), "EINVAL")
+TABLE.add("give a file to nobody's id", partial(give_away, 2**32 - 2), "EINVAL")
+# Those from 65,536 on own files, and are the same for all containers.
+for far in (65_536, 70_000, 1_000_000_000, 2**31 - 2):
+    TABLE.add(f"setuid to {far}", partial(become, os.setuid, far), "EINVAL")
+    TABLE.add(f"setreuid to {far}", partial(become, os.setreuid, far, -1), "EINVAL")
+    TABLE.add(f"setresuid to {far}", partial(become, os.setresuid, far, far, far), "EINVAL")
 
 KEPT = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 31}
 
