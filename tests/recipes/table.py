@@ -114,8 +114,13 @@ PYTHON_TOOLS = (
     Recipe(
         "hatch",
         "python-3.12",
-        ("pip install hatch", "cd /root && hatch new app && cd app && hatch run python -V"),
-        ("cd /root/app && hatch run python -c 'import app'",),
+        (
+            "pip install hatch",
+            f'{_PYTHON} && printf \'[project]\\nname="app"\\nversion="0.1.0"\\n'
+            '[tool.hatch.envs.default]\\nskip-install=true\\ndependencies=["humanize"]\\n\' '
+            f"> pyproject.toml && hatch run {_HUMANIZE}",
+        ),
+        (f"cd /root/app && hatch run {_HUMANIZE}",),
     ),
     *(_uv(mode) for mode in ("clone", "copy", "hardlink", "symlink")),
     Recipe(
