@@ -309,7 +309,7 @@ def test_bytes_shared_with_the_base_are_counted_once(layers: Layers) -> None:
     grow(layers.base, {"big": "b" * 40_960, "same-as-big-by/": None})
     os.link(layers.base / "big", layers.base / "same-as-big-by/link")
     grow(layers.upper, {"own": "o" * 8_192})
-    result = layers.capture()
+    layers.capture()
     found = measure(layers.output)
     assert found.shared_bytes == 40_960
     assert found.file_count == 3
