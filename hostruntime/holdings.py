@@ -55,7 +55,10 @@ class Holdings:
 
         A tree that was brought here from elsewhere has other inodes than its record says.
         """
-        with suppress(OSError, ValueError, KeyError), (directory / NAME).open("rb") as file:
+        with (
+            suppress(OSError, ValueError, KeyError, TypeError),
+            (directory / NAME).open("rb") as file,
+        ):
             header = json.loads(file.readline(_LONGEST_HEADER))
             counts = header["own_count"], header["given_count"]
             whole = file.tell() + 2 * sum(counts) * _ITEM == os.fstat(file.fileno()).st_size
@@ -131,17 +134,24 @@ def reclaimable_bytes(holdings: Holdings, directories: Collection[Path]) -> int 
     """
     others = {path.name: Holdings.of(path) for path in directories if path != holdings.directory}
     known = [other for other in others.values() if other is not None]
+    unknown = [path for path in directories if others.get(path.name, holdings) is None]
     there = {other.word for other in known} | others.keys()
+    if any(_published_at(path) >= _published_at(holdings.directory) for path in unknown):
+        return None  # It may have been made over this one.
     if len(holdings.lineage) == 1 or holdings.lineage[-2] in there:
         above = [other for other in known if holdings.word in other.lineage]
         if not above:
             return holdings.own_blocks * BLOCK_BYTES
         return _without(holdings.own(), above, holdings) * BLOCK_BYTES
-    if None in others.values():
+    if unknown:
         return None
     # What it was given is its own by now, but for what others have of the same ancestors.
     related = [other for other in known if holdings.is_related(other)]
     return _without(holdings.own() | holdings.given(), related, holdings) * BLOCK_BYTES
+
+
+def _published_at(directory: Path) -> int:
+    return (directory / "image.json").stat().st_mtime_ns
 
 
 def _without(rest: dict[int, int], relatives: list[Holdings], holdings: Holdings) -> int:

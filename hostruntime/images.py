@@ -49,6 +49,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CONDEMNED = "condemned"
 CONTENTS = "contents.json"
 _DIGEST = "digest"
+# To read the records of all images between two deletions of one.
+_ATTEMPTS = 5
 Directories = list[Path]
 Ids = list[str]
 
@@ -162,7 +164,7 @@ class ImageStore:
         an image that was made before records were kept, and for one whose base has gone while
         there are such.
         """
-        while True:
+        for _ in range(_ATTEMPTS):
             image, names = self.get(image_id), self._directories()
             kept = self._usage
             if kept[0] != names:
@@ -172,11 +174,12 @@ class ImageStore:
                 if directory.name not in kept[1]:
                     freed = self._freed_with(directory, names)
                     if freed is None:
-                        return measure(image.tree)
+                        break
                     size = image.manifest.size_bytes
                     found = Measure(size, image.manifest.file_count, size - freed)
                     kept[1][directory.name] = found
                 return kept[1][directory.name]
+        return measure(self.get(image_id).tree)
 
     def _freed_with(self, directory: Path, names: Collection[str]) -> int | None:
         holdings = Holdings.of(directory)
