@@ -259,7 +259,7 @@ def test_how_far_the_image_is_is_on_the_page_and_comes_live(
     assert shown in text(console.get(url))
     assert shown in pages.fragments(building, url)["template-phases"]
     tell(building, "progress", phase="publish", files=7, bytes=5_000)
-    assert "Writing it to disk: 7 files, 5\u202fkB" in text(console.get(url))
+    assert "Writing it to disk: 7 files, 5.00\u202fkB" in text(console.get(url))
     Template.objects.update(status=TemplateStatus.READY)
     assert "Writing it to disk" not in text(console.get(url))
 
