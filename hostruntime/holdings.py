@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 from array import array
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,26 +73,44 @@ class Holdings:
         """What the image is called in lineages."""
         return self.lineage[-1]
 
-    def own(self) -> dict[int, int]:
-        """Its own inodes and their blocks.  Raises OSError."""
-        return self._pairs(0, self.own_count)
+    def own(self) -> Inodes:
+        """Its own inodes.  Raises OSError."""
+        return self._inodes(0, self.own_count)
 
-    def given(self) -> dict[int, int]:
-        """The inodes it was given by the image below, and their blocks.  Raises OSError."""
-        return self._pairs(self.own_count, self.given_count)
+    def given(self) -> Inodes:
+        """The inodes it was given by the image below.  Raises OSError."""
+        return self._inodes(self.own_count, self.given_count)
 
     def is_related(self, other: Holdings) -> bool:
         """Whether both may have something of a common ancestor, or one of the other."""
         roots = {self.lineage[0], other.lineage[0]}
         return len(roots) == 1 or _UNKNOWN in roots
 
-    def _pairs(self, skip: int, count: int) -> dict[int, int]:
-        inodes, blocks = array("Q"), array("Q")
+    def _inodes(self, skip: int, count: int) -> Inodes:
+        found = Inodes(array("Q"), array("Q"))
         with (self.directory / NAME).open("rb") as file:
             file.seek(self.arrays_at + 2 * skip * _ITEM)
-            inodes.frombytes(file.read(count * _ITEM))
-            blocks.frombytes(file.read(count * _ITEM))
-        return dict(zip(inodes, blocks, strict=True))
+            found.numbers.frombytes(file.read(count * _ITEM))
+            found.blocks.frombytes(file.read(count * _ITEM))
+        return found
+
+
+@dataclass(frozen=True)
+class Inodes:
+    """Inode numbers in order, and the disk blocks of each."""
+
+    numbers: array[int]
+    blocks: array[int]
+
+    def blocks_without(self, others: Iterable[Inodes]) -> int:
+        """The blocks of those that none of the others has; no more are asked for than it takes."""
+        rest = set(self.numbers)
+        for other in others:
+            rest.difference_update(other.numbers)
+            if not rest:
+                return 0
+        pairs = zip(self.numbers, self.blocks, strict=True)
+        return sum(blocks for number, blocks in pairs if number in rest)
 
 
 def write_holdings(directory: Path, below: Path | None, found: Inventory) -> None:
@@ -138,32 +156,26 @@ def reclaimable_bytes(holdings: Holdings, directories: Collection[Path]) -> int 
     there = {other.word for other in known} | others.keys()
     if any(_published_at(path) >= _published_at(holdings.directory) for path in unknown):
         return None  # It may have been made over this one.
-    if len(holdings.lineage) == 1 or holdings.lineage[-2] in there:
-        above = [other for other in known if holdings.word in other.lineage]
-        if not above:
-            return holdings.own_blocks * BLOCK_BYTES
-        return _without(holdings.own(), above, holdings) * BLOCK_BYTES
-    if unknown:
-        return None
-    # What it was given is its own by now, but for what others have of the same ancestors.
-    related = [other for other in known if holdings.is_related(other)]
-    return _without(holdings.own() | holdings.given(), related, holdings) * BLOCK_BYTES
+    above = [other for other in known if holdings.word in other.lineage]
+    freed = holdings.own_blocks
+    if above:
+        freed = holdings.own().blocks_without(other.given() for other in above)
+    if len(holdings.lineage) > 1 and holdings.lineage[-2] not in there:
+        if unknown:
+            return None
+        # What it was given is its own by now, but for what others have of the same ancestors.
+        related = [other for other in known if holdings.is_related(other)]
+        freed += holdings.given().blocks_without(_in_common(related, holdings))
+    return freed * BLOCK_BYTES
 
 
 def _published_at(directory: Path) -> int:
     return (directory / "image.json").stat().st_mtime_ns
 
 
-def _without(rest: dict[int, int], relatives: list[Holdings], holdings: Holdings) -> int:
-    """The blocks that remain when what relatives have is taken away."""
-    for relative in relatives:
-        for inode in _in_common(relative, holdings):
-            rest.pop(inode, None)
-    return sum(rest.values())
-
-
-def _in_common(relative: Holdings, holdings: Holdings) -> Iterator[int]:
-    """What two images may both have: a relative's own inodes only if it is below."""
-    yield from relative.given()
-    if relative.word in holdings.lineage:
-        yield from relative.own()
+def _in_common(related: Collection[Holdings], holdings: Holdings) -> Iterator[Inodes]:
+    """What others may have that an image was given: their own only if they are below it."""
+    for other in related:
+        yield other.given()
+        if other.word in holdings.lineage:
+            yield other.own()
