@@ -48,11 +48,12 @@ format: ## rewrite the code the way `make lint` wants it
 	@$(BOOTSTRAP) dev
 	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix .
 
-bench: ## measure boots, first answers, the egress proxy, and what hogs cost others
+bench: ## measure boots, first answers, the egress proxy, what hogs cost others, captures
 	@$(BOOTSTRAP) dev
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.egress
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.hogs
+	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.capture
 
 lock: ## compile the requirement locks anew
 	@$(BOOTSTRAP) run

@@ -102,6 +102,8 @@ class BuildEvent:
     output     ``step``, ``text`` (at most 64 KiB)
     …finished  ``exit_code``, ``signal``, ``duration_ms``, ``output_bytes``, ``elided_bytes``;
                ``added_bytes``, ``added_files``: what it added to the disk, perhaps negative
+    progress   ``phase`` (capture, scrub, contents or publish), ``files`` and ``bytes`` that it has
+               dealt with; every second of a phase that takes longer
     scrub      ``removed_bytes``, ``duration_ms``, ``removed``: [{``what``, ``bytes``, ``files``}]
     capture    ``size_bytes``, ``file_count``, ``shared_bytes``, ``duration_ms``
     contents   ``digest``, ``packages``: {dpkg, pip, npm: [[name, version]]}, ``truncated``,

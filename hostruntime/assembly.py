@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from hostruntime.joining import Unkept, take_back
 from hostruntime.layers import Layer
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
+from hostruntime.progress import Progress, telling
 from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
 from hostruntime.threads import Stop, in_thread, to_the_end
-from hostruntime.trees import Measure, measure
+from hostruntime.trees import Inventory, Measure, inventory
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Assembly:
         self._began = time.monotonic()
         self._flushing: asyncio.Future[None]
         self._digest: str | None = None
+        self._captured = Captured()
         self.publish_ms = 0
 
     async def run(self) -> Image:
@@ -166,14 +169,18 @@ class Assembly:
             self._plan.provide(upper)
 
     async def _capture(self, base: Image) -> Measure:
-        plan, began = self._plan, time.monotonic()
+        plan, began, done = self._plan, time.monotonic(), Progress()
         staged = await in_thread(self._host.store.staging, plan.image_id)
         tree = staged / "tree"
-        captured = await self._stop.in_thread(self._link, base, tree)
+        async with self._telling("capture", done):
+            self._captured = await self._stop.in_thread(self._link, base, tree, done)
         linked = time.monotonic()
-        await self._scrub(tree)
+        async with self._telling("scrub", done):
+            await self._scrub(tree)
         scrubbed = time.monotonic()
-        measured = await self._stop.in_thread(measure, tree, captured.linked, self._stop.check)
+        async with self._telling("capture", done):
+            found = await self._stop.in_thread(self._take_stock, base)
+        measured = found.measure()
         self._emit(
             "capture",
             size_bytes=measured.size_bytes,
@@ -183,13 +190,24 @@ class Assembly:
         )
         return measured
 
-    def _link(self, base: Image, tree: Path) -> Captured:
+    def _telling(self, phase: str, done: Progress) -> AbstractAsyncContextManager[None]:
+        """Say every second how far a phase is that is not over sooner."""
+        return telling(
+            lambda: self._emit("progress", phase=phase, files=done.files, bytes=done.bytes)
+        )
+
+    def _link(self, base: Image, tree: Path, done: Progress) -> Captured:
         layer = self._host.containers.layer(self._plan.image_id)
-        captured = capture(base.tree, layer, tree, self._stop.check)
+        captured = capture(base.tree, layer, tree, self._stop.check, done)
         lent = self._host.runtime_tree(self._plan.policy, base.tree)
         remove_residue(tree, base.tree, lent)
         take_back(tree, base.tree, lent)
         return captured
+
+    def _take_stock(self, base: Image) -> Inventory:
+        found = inventory(self._staged / "tree", self._stop.check)
+        self._host.store.keep_holdings(self._staged, base, found)
+        return found
 
     async def _scrub(self, tree: Path) -> None:
         began = time.monotonic()
@@ -209,15 +227,17 @@ class Assembly:
         # Not waited for when cancelled: it may take as long as the disk does, and changes nothing.
         self._flushing = asyncio.ensure_future(asyncio.to_thread(self._host.store.flush))
         self._flushing.add_done_callback(_retrieve)
-        began = time.monotonic()
-        contents = await self._stop.in_thread(self._read_contents, base)
+        began, done = time.monotonic(), Progress()
+        async with self._telling("contents", done):
+            contents = await self._stop.in_thread(self._read_contents, base, done)
         self._digest = str(contents["digest"])
         self._emit("contents", **contents, duration_ms=_since(began))
 
-    def _read_contents(self, base: Image) -> dict[str, Any]:
+    def _read_contents(self, base: Image, done: Progress) -> dict[str, Any]:
         tree, check = self._staged / "tree", self._stop.check
         below = self._host.store.digest(base, check)
-        digest = image_digest(tree, base.tree, below, check)
+        known, self._captured = self._captured.known, Captured()
+        digest = image_digest(tree, base.tree, below, check, known=known, progress=done)
         contents = {"digest": digest, **installed_packages(tree, check).to_json()}
         write_json(self._staged / CONTENTS, contents)
         return contents
@@ -236,7 +256,8 @@ class Assembly:
             digest=self._digest,
             details=plan.details,
         )
-        await asyncio.shield(self._flushing)
+        async with self._telling("publish", Progress(measured.file_count, measured.size_bytes)):
+            await asyncio.shield(self._flushing)
         image = await in_thread(partial(store.publish, flushed=True), self._staged, manifest)
         self.publish_ms = _since(began)
         return image

@@ -28,7 +28,8 @@ class Host:
     """What an assembly needs of the host.
 
     ``runtime_tree`` takes a policy and an image's tree.  ``refusals`` takes an owner and a Unix
-    time and says which hosts the network policy has refused it since.
+    time and says which hosts the network policy has refused it since; it reads files, so it is for
+    a thread.
     """
 
     store: ImageStore

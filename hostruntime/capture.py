@@ -1,9 +1,10 @@
 """Turning a stopped container's writable layer into a new tree over its base.
 
 The new tree has a hard link for every file the container did not touch, and the writable layer's
-own files: renamed where the layer is on the same file system, otherwise copied within the kernel,
-holes as holes and links as links, and unlinked at once so that the copied pages need no writing
-back.  What the layer says in overlayfs's language is read as
+own files: renamed where the layer is on the same file system, otherwise copied, holes as holes and
+links as links.  A large file is unlinked as soon as it is copied, so that its pages need no writing
+back; for a small one that would cost more than it saves.  What a small file holds is noted in
+passing, for the digest of the image.  What the layer says in overlayfs's language is read as
 Documentation/filesystems/overlayfs.rst of the kernel defines it:
 
 * a character device 0/0 is a whiteout: the base's entry of that name is gone;
@@ -31,7 +32,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime.sparse import copy_range, data_extents
+from hostruntime.copying import SMALL_BYTES, Copier, copy_special, kept, opened_file
+from hostruntime.known_contents import KnownContents
+from hostruntime.progress import Progress
 from hostruntime.trees import (
     MAX_DEPTH,
     Check,
@@ -47,8 +50,6 @@ from hostruntime.trees import (
 )
 
 _PATH_MAX = 4096
-_COPY_BYTES = 16 * 1024 * 1024
-CAPABILITY = "security.capability"
 OPAQUE = "trusted.overlay.opaque"
 REDIRECT = "trusted.overlay.redirect"
 # What the runtime brings or mounts over, whatever the layer has there.
@@ -64,23 +65,31 @@ MOUNT_POINTS: Mapping[str, int] = {
 
 @dataclass
 class Captured:
-    """What a capture did, and the inode numbers the new tree shares with the base."""
+    """What a capture did.  ``known`` has of the small files that were copied what they hold."""
 
-    linked: set[int] = field(default_factory=set)
+    known: KnownContents = field(default_factory=KnownContents)
     moved: int = 0
     copied: int = 0
     left_out: int = 0
 
 
-def capture(base: Path, upper: Path, output: Path, check: Check = go_on) -> Captured:
+def capture(
+    base: Path,
+    upper: Path,
+    output: Path,
+    check: Check = go_on,
+    progress: Progress | None = None,
+) -> Captured:
     """Make ``output`` (which must not exist) from ``base`` and ``upper``; ``upper`` is used up.
 
-    ``base`` and ``output`` are on one filesystem.  Raises :class:`TreeTooDeep`, OSError, and what
+    ``base`` and ``output`` are on one filesystem.  ``progress`` counts the new tree's names, and
+    the bytes that were copied.  Raises :class:`TreeTooDeep`, OSError, and what
     ``check`` does; a half-made ``output`` is the caller's to remove.
     """
     output.mkdir(mode=0o700)
     with opened(base) as base_fd, opened(upper) as upper_fd, opened(output) as output_fd:
-        walk = _Walk(base_fd, output_fd, check)
+        walk = _Walk(base_fd, output_fd, check, progress or Progress())
+        walk.here = os.fstat(upper_fd).st_dev == os.fstat(output_fd).st_dev
         walk.merge_root(upper_fd, output_fd)
     return walk.result
 
@@ -88,14 +97,19 @@ def capture(base: Path, upper: Path, output: Path, check: Check = go_on) -> Capt
 class _Walk:
     """One capture under way.  Each method fills one directory of the new tree."""
 
-    def __init__(self, base_root: int, output_root: int, check: Check) -> None:
+    # Whether the layer is on the new tree's own file system.
+    here = False
+
+    def __init__(self, base_root: int, output_root: int, check: Check, progress: Progress) -> None:
         self._base_root = base_root
         self._output_root = output_root
         self._check = check
+        self._progress = progress
         # Where the walk is, and where the files with several names were copied to, by inode.
         self._path: list[str] = []
         self._copies: dict[int, str] = {}
         self.result = Captured()
+        self._copier = Copier(check, self.result.known, progress)
 
     def merge_root(self, upper: int, output: int) -> None:
         hidden = NOT_CAPTURED | MOUNT_POINTS.keys()
@@ -155,7 +169,6 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
         self._check()
-        linked = self.result.linked
         for entry in entries(base):
             name = entry.name
             if name in hidden:
@@ -166,40 +179,54 @@ class _Walk:
                     self._link_all(inner, made, depth + 1, frozenset())
                     _copy_metadata(inner, made)
                 continue
+            self._progress.files += 1
             try:
                 os.link(name, name, src_dir_fd=base, dst_dir_fd=output, follow_symlinks=False)
-                linked.add(entry.inode())
             except OSError as error:
                 if error.errno != errno.EMLINK:
                     raise
-                _copy(name, base, output, self._check)
+                self._copier.copy(name, base, output)
                 self.result.copied += 1
 
     def _move(self, entry: os.DirEntry[str], upper: int, output: int) -> None:
-        if not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
-            kind = status(entry.name, upper)
+        name, is_file = entry.name, entry.is_file(follow_symlinks=False)
+        if not (is_file or entry.is_symlink()):
+            kind = status(name, upper)
             if not stat.S_ISFIFO(kind.st_mode):
                 self.result.left_out += not _is_whiteout(kind)
                 return
-        _strip_attributes(entry.name, upper)
-        try:
-            os.rename(entry.name, entry.name, src_dir_fd=upper, dst_dir_fd=output)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self._carry_over(entry.name, upper, output)
+        if self.here:
+            _strip_attributes(name, upper)
+            os.rename(name, name, src_dir_fd=upper, dst_dir_fd=output)
+        elif is_file:
+            descriptor = opened_file(name, upper)
+            try:
+                self._carry_over(name, os.fstat(descriptor), descriptor, upper, output)
+            finally:
+                os.close(descriptor)
+        else:
+            self._carry_over(name, status(name, upper), None, upper, output)
         self.result.moved += 1
+        self._progress.files += 1
 
-    def _carry_over(self, name: str, upper: int, output: int) -> None:
-        """Move a file to another file system; other names of one that was moved become links."""
-        found = status(name, upper)
+    def _carry_over(
+        self, name: str, found: os.stat_result, descriptor: int | None, upper: int, output: int
+    ) -> None:
+        """Copy to another file system; other names of what was copied become links.
+
+        ``descriptor`` is that of a regular file.
+        """
         if not self._linked_to_copy(found.st_ino, name, output):
-            _copy(name, upper, output, self._check)
-            path = "/".join([*self._path, name])
+            if descriptor is None:
+                copy_special(name, upper, output, found)
+            else:
+                self._copier.copy_file(descriptor, found, name, output)
+            path = "/".join([*self._path, name]) if found.st_nlink > 1 else ""
             # By a longer path the copy could not be found again: each name gets one of its own.
-            if found.st_nlink > 1 and len(os.fsencode(path)) < _PATH_MAX:
+            if path and len(os.fsencode(path)) < _PATH_MAX:
                 self._copies[found.st_ino] = path
-        os.unlink(name, dir_fd=upper)
+        if found.st_size > SMALL_BYTES:
+            os.unlink(name, dir_fd=upper)
 
     def _linked_to_copy(self, inode: int, name: str, output: int) -> bool:
         copy = self._copies.get(inode)
@@ -250,13 +277,9 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
         raise
 
 
-def _kept(attribute: str) -> bool:
-    return attribute == CAPABILITY or not attribute.startswith(("trusted.", "security."))
-
-
 def _strip_attributes(name: str, dir_fd: int) -> None:
     for attribute in attributes(name, dir_fd):
-        if not _kept(attribute):
+        if not kept(attribute):
             os.removexattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
 
 
@@ -265,40 +288,7 @@ def _copy_metadata(source: int, target: int) -> None:
     found = os.fstat(source)
     os.fchown(target, found.st_uid, found.st_gid)
     for attribute in os.listxattr(source):
-        if _kept(attribute):
+        if kept(attribute):
             os.setxattr(target, attribute, os.getxattr(source, attribute))
     os.fchmod(target, stat.S_IMODE(found.st_mode))
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def _copy(name: str, source: int, target: int, check: Check) -> None:
-    """Copy a file, symlink or FIFO with all that belongs to it; ``check`` may end it."""
-    found = status(name, source)
-    if stat.S_ISREG(found.st_mode):
-        _copy_content(name, source, target, check)
-    elif stat.S_ISLNK(found.st_mode):
-        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-    else:
-        os.mkfifo(name, dir_fd=target)
-    os.chown(name, found.st_uid, found.st_gid, dir_fd=target, follow_symlinks=False)
-    for attribute in filter(_kept, attributes(name, source)):
-        value = os.getxattr(child_path(name, source), attribute, follow_symlinks=False)
-        os.setxattr(child_path(name, target), attribute, value, follow_symlinks=False)
-    if not stat.S_ISLNK(found.st_mode):
-        os.chmod(child_path(name, target), stat.S_IMODE(found.st_mode))  # noqa: PTH101 - by descriptor
-    times = (found.st_atime_ns, found.st_mtime_ns)
-    os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
-
-
-def _copy_content(name: str, source: int, target: int, check: Check) -> None:
-    reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    writing = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with (
-        open(os.open(name, reading, dir_fd=source), "rb") as old,  # noqa: PTH123 - a descriptor
-        open(os.open(name, writing, 0o600, dir_fd=target), "wb") as new,  # noqa: PTH123
-    ):
-        for start, end in data_extents(old.fileno()):
-            for offset in range(start, end, _COPY_BYTES):
-                check()
-                copy_range(old.fileno(), new.fileno(), offset, min(offset + _COPY_BYTES, end))
-        os.ftruncate(new.fileno(), os.fstat(old.fileno()).st_size)

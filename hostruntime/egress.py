@@ -25,6 +25,7 @@ from typing import Any
 
 import hostruntime
 from hostruntime import policy, registries
+from hostruntime.egress_log import entries_of
 from hostruntime.errors import HostUnavailable
 from hostruntime.firewall import proxy_mark
 from hostruntime.network import SlotPool
@@ -228,22 +229,22 @@ class EgressProxy:
         return found
 
     def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
-        """Return what an owner's container asked for and was answered, oldest first."""
+        """Return what an owner's container asked for and was answered, oldest first.
+
+        Reads files, as far back as `since` (Unix seconds): not for an event loop.
+        """
         path = self.run_dir.decisions / f"{owner}.ndjson"
         if "/" in owner or not path.exists():
             return []
-        found = [_decision(line) for line in path.read_bytes().splitlines()]
-        found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner)]
-        known = [decision for decision in found if decision is not None and decision.at >= since]
+        found = [_decision(entry) for entry in entries_of(path, owner, since)]
+        found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner, since)]
+        known = [decision for decision in found if decision is not None]
         return sorted(known, key=lambda decision: decision.at)
 
-    def _logged(self, name: str, owner: str) -> Iterator[dict[str, Any]]:
+    def _logged(self, name: str, owner: str, since: float = 0.0) -> Iterator[dict[str, Any]]:
         """Yield what Squid itself has logged of an owner, oldest first."""
         for path in sorted((self.run_dir.egress / "log").glob(f"{name}*"), reverse=True):
-            for line in path.read_bytes().splitlines():
-                entry = _parsed(line)
-                if entry.get("owner") == owner:
-                    yield entry
+            yield from entries_of(path, owner, since)
 
     # Parts --------------------------------------------------------------------------------
 
@@ -359,10 +360,10 @@ def host_registries(paths: StatePaths) -> registries.Registries:
     return registries.host_registries(paths.images / "node-22" / "tree")
 
 
-def _decision(line: bytes) -> Decision | None:
+def _decision(entry: dict[str, Any]) -> Decision | None:
     try:
-        return Decision(**json.loads(line))
-    except (ValueError, TypeError):
+        return Decision(**entry)
+    except TypeError:
         return None
 
 
@@ -371,14 +372,6 @@ def _not_tls(entry: dict[str, Any]) -> Decision:
     host, port, verdict = entry["host"], entry["port"], policy.not_tls(entry["host"])
     why = (verdict.reason, verdict.message)
     return Decision(at, owner, address, "CONNECT", host, port, "refused", *why)
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
 
 
 def _make_certificate(path: Path) -> None:

@@ -14,7 +14,8 @@ a file the SHA-256 (hexadecimal) of each of its 64 KiB blocks that is not all ze
 offset before it (8 bytes, big-endian): what is a hole costs nothing and counts as zeros.
 
 Times and inode numbers count for nothing, nor which names are one file.  Files that are still the
-base's are not even looked at, so a digest costs what the image's own files do.
+base's are not even looked at, so a digest costs what the image's own files do; and of those that a
+capture has just written it already knows what they hold (:mod:`hostruntime.known_contents`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from hostruntime.known_contents import BLOCK, ContentHash, KnownContents
+from hostruntime.progress import Progress
 from hostruntime.sparse import data_extents
 from hostruntime.trees import (
     MAX_DEPTH,
@@ -43,23 +46,29 @@ from hostruntime.trees import (
 )
 
 VERSION = "orkestr-image-1"
-_BLOCK = 64 * 1024
-_READ = 16 * _BLOCK
-_ZEROS = bytes(_BLOCK)
+_READ = 16 * BLOCK
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TYPES = {stat.S_IFDIR: b"d", stat.S_IFREG: b"f", stat.S_IFLNK: b"l", stat.S_IFIFO: b"p"}
 
 
 def image_digest(
-    tree: Path, base: Path | None = None, base_digest: str = "", check: Check = go_on
+    tree: Path,
+    base: Path | None = None,
+    base_digest: str = "",
+    check: Check = go_on,
+    *,
+    known: KnownContents | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """The digest of ``tree``, which was made over ``base``, whose digest is ``base_digest``.
 
-    Raises TreeTooDeep, OSError, and what ``check`` does.
+    What is ``known`` of the tree's files is not read again.  ``progress`` counts the names that
+    are looked at, and their bytes.  Raises TreeTooDeep, OSError, and what ``check`` does.
     """
     with ExitStack() as stack:
         root = stack.enter_context(opened(tree))
         below = stack.enter_context(opened(base)) if base is not None else None
-        listing = _Listing(check)
+        listing = _Listing(check, known or KnownContents(), progress or Progress())
         listing.record([VERSION.encode(), base_digest.encode()])
         listing.entry(b"/", ".", root)
         listing.visit(root, below, b"", 0)
@@ -69,8 +78,10 @@ def image_digest(
 class _Listing:
     """The records written so far, as their hash."""
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Check, known: KnownContents, progress: Progress) -> None:
         self._check = check
+        self._known = known
+        self._progress = progress
         self._hash = hashlib.sha256()
         # Of files with several names, so that each is read once.
         self._contents: dict[int, bytes] = {}
@@ -79,7 +90,7 @@ class _Listing:
         return f"sha256:{self._hash.hexdigest()}"
 
     def record(self, fields: Iterable[bytes]) -> None:
-        self._hash.update(b"".join(field + b"\0" for field in fields) + b"\n")
+        self._hash.update(b"\0".join([*fields, b"\n"]))
 
     def visit(self, tree: int, base: int | None, path: bytes, depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -107,15 +118,21 @@ class _Listing:
 
     def entry(self, path: bytes, name: str, dir_fd: int) -> None:
         found = status(name, dir_fd)
-        kind = _TYPES.get(stat.S_IFMT(found.st_mode), b"?")
-        size = 0 if kind == b"d" else found.st_size
-        numbers = (f"{stat.S_IMODE(found.st_mode):o}", found.st_uid, found.st_gid, size)
-        fields = [b"+", path, kind, *(str(number).encode() for number in numbers)]
-        fields.append(self._content(name, dir_fd, found))
-        for attribute in sorted(attributes(name, dir_fd)):
-            with contextlib.suppress(OSError):
-                value = os.getxattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
-                fields += [os.fsencode(attribute), value.hex().encode()]
+        mode, size = found.st_mode, found.st_size
+        kind = _TYPES.get(stat.S_IFMT(mode), b"?")
+        if kind == b"d":
+            size = 0
+        else:
+            self._progress.files += 1
+            self._progress.bytes += size
+        numbers = b"%o\0%d\0%d\0%d" % (stat.S_IMODE(mode), found.st_uid, found.st_gid, size)
+        fields = [b"+", path, kind, numbers]
+        known = self._known.digest_of(found)
+        if known is not None:
+            fields.append(known.hex().encode())
+        else:
+            fields.append(self._content(name, dir_fd, found))
+            fields += _attribute_fields(name, dir_fd)
         self.record(fields)
 
     def _content(self, name: str, dir_fd: int, found: os.stat_result) -> bytes:
@@ -123,33 +140,37 @@ class _Listing:
             return os.fsencode(os.readlink(name, dir_fd=dir_fd))
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
             return b""
-        known = self._contents.get(found.st_ino)
-        if known is None:
-            known = self._read(name, dir_fd, found.st_size)
+        content = self._contents.get(found.st_ino)
+        if content is None:
+            content = self._read(name, dir_fd, found.st_size).hex().encode()
             if found.st_nlink > 1:
-                self._contents[found.st_ino] = known
-        return known
+                self._contents[found.st_ino] = content
+        return content
 
     def _read(self, name: str, dir_fd: int, size: int) -> bytes:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        content = hashlib.sha256()
-        descriptor = os.open(name, flags, dir_fd=dir_fd)
+        content = ContentHash()
+        descriptor = os.open(name, _READING, dir_fd=dir_fd)
         try:
             done = 0
-            for start, end in [(0, size)] if size <= _BLOCK else data_extents(descriptor):
-                done = max(done, start - start % _BLOCK)
+            for start, end in [(0, size)] if size <= BLOCK else data_extents(descriptor):
+                done = max(done, start - start % BLOCK)
                 while done < end:
                     self._check()
                     want = min(_READ, end - done)
-                    data = memoryview(os.pread(descriptor, want + -want % _BLOCK, done))
+                    data = os.pread(descriptor, want + -want % BLOCK, done)
                     if not data:
                         break
-                    for offset in range(0, len(data), _BLOCK):
-                        block = data[offset : offset + _BLOCK]
-                        if block != _ZEROS[: len(block)]:
-                            content.update((done + offset).to_bytes(8, "big"))
-                            content.update(block)
+                    content.add(data, done)
                     done += len(data)
         finally:
             os.close(descriptor)
-        return content.hexdigest().encode()
+        return content.digest()
+
+
+def _attribute_fields(name: str, dir_fd: int) -> list[bytes]:
+    fields: list[bytes] = []
+    for attribute in sorted(attributes(name, dir_fd)):
+        with contextlib.suppress(OSError):
+            value = os.getxattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
+            fields += [os.fsencode(attribute), value.hex().encode()]
+    return fields

@@ -6,6 +6,7 @@ On disk, under ``images/``::
       tree/                   the root tree
       image.json              the manifest, readable JSON
       contents.json           its digest and packages, as the build's event said
+      inodes                  what it holds, by inode (holdings.py)
       digest                  the digest of an image that was made without, once asked for
       users/<user>            an empty file for each sandbox or build that runs on it
       condemned               there once it has been deleted while in use
@@ -32,11 +33,12 @@ from typing import Any, Literal
 
 from hostruntime import kernel
 from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.holdings import Holdings, reclaimable_bytes, write_holdings
 from hostruntime.image_digest import image_digest
 from hostruntime.paths import StatePaths, read_json, write_atomically
 from hostruntime.patience import scaled
 from hostruntime.trash import Trash
-from hostruntime.trees import Check, Measure, go_on, links_elsewhere, measure, tree_digest
+from hostruntime.trees import Check, Inventory, Measure, go_on, measure, tree_digest
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
 
@@ -47,6 +49,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CONDEMNED = "condemned"
 CONTENTS = "contents.json"
 _DIGEST = "digest"
+# To read the records of all images between two deletions of one.
+_ATTEMPTS = 5
 Directories = list[Path]
 Ids = list[str]
 
@@ -115,6 +119,8 @@ class ImageStore:
         self._paths = paths
         self._lock = threading.RLock()
         self._digesting = threading.Lock()
+        # What images give back, as long as there are exactly these directories.
+        self._usage: tuple[frozenset[str], dict[str, Measure]] = frozenset(), {}
         self._revoked: set[str] = set()
         self.trash = trash or Trash(paths)
 
@@ -152,12 +158,42 @@ class ImageStore:
         }
 
     def usage(self, image_id: str) -> Measure:
-        """Measure the image now; its ``shared_bytes`` are shared with any other image.
+        """The image's sizes; its ``shared_bytes`` are shared with any other image there is now.
 
-        Slow (it reads every inode).  ``size_bytes - shared_bytes`` is what deleting it frees.
+        ``size_bytes - shared_bytes`` is what deleting it frees.  Slow (it reads every inode) for
+        an image that was made before records were kept, and for one whose base has gone while
+        there are such.
         """
-        tree = self.get(image_id).tree
-        return measure(tree, links_elsewhere(tree))
+        for _ in range(_ATTEMPTS):
+            image, names = self.get(image_id), self._directories()
+            kept = self._usage
+            if kept[0] != names:
+                kept = self._usage = names, {}
+            directory = image.tree.parent
+            with contextlib.suppress(FileNotFoundError):  # Some image was deleted meanwhile.
+                if directory.name not in kept[1]:
+                    freed = self._freed_with(directory, names)
+                    if freed is None:
+                        break
+                    size = image.manifest.size_bytes
+                    found = Measure(size, image.manifest.file_count, size - freed)
+                    kept[1][directory.name] = found
+                return kept[1][directory.name]
+        return measure(self.get(image_id).tree)
+
+    def _freed_with(self, directory: Path, names: Collection[str]) -> int | None:
+        holdings = Holdings.of(directory)
+        if holdings is None:
+            return None
+        return reclaimable_bytes(holdings, [self._paths.images / name for name in names])
+
+    def _directories(self) -> frozenset[str]:
+        with os.scandir(self._paths.images) as scan:
+            return frozenset(entry.name for entry in scan if not entry.is_symlink())
+
+    def keep_holdings(self, staged: Path, below: Image | None, found: Inventory) -> None:
+        """Write down what the image in ``staged`` was found to hold.  Raises OSError."""
+        write_holdings(staged, below.tree.parent if below is not None else None, found)
 
     def digest(self, image: Image, check: Check = go_on) -> str:
         """The image's digest; that of one made without is computed the first time, and kept.

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from hostruntime.errors import HostFault
 # Descriptors are held open from the root of a walk down to where it is.  No real tree comes near.
 MAX_DEPTH = 200
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_BLOCK = 512  # the unit of st_blocks (stat(2))
+BLOCK_BYTES = 512  # the unit of st_blocks (stat(2))
 _READ = 1 << 20
 
 
@@ -46,7 +46,7 @@ class TreeTooDeep(HostFault):
 class Measure:
     """What a tree holds.  Bytes are disk blocks, an inode counted once however often linked.
 
-    ``shared_bytes`` is the part whose inodes are also another tree's; ``size_bytes`` includes it.
+    ``shared_bytes`` is the part whose inodes are also linked elsewhere; ``size_bytes`` includes it.
     ``file_count`` counts names that are not directories.
     """
 
@@ -111,7 +111,7 @@ class Freed:
 
 def freed_by_unlinking(found: os.stat_result) -> Freed:
     """What goes with one name of a file: a file that is linked elsewhere gives nothing back."""
-    return Freed(found.st_blocks * _BLOCK if found.st_nlink == 1 else 0, 1)
+    return Freed(found.st_blocks * BLOCK_BYTES if found.st_nlink == 1 else 0, 1)
 
 
 def remove(name: str, dir_fd: int, check: Check = go_on) -> Freed:
@@ -127,7 +127,7 @@ def _remove(name: str, dir_fd: int, check: Check, depth: int) -> Freed:
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=dir_fd)
         return freed_by_unlinking(found)
-    freed = Freed(found.st_blocks * _BLOCK)
+    freed = Freed(found.st_blocks * BLOCK_BYTES)
     with opened(name, dir_fd) as inner:
         for entry in entries(inner):
             freed += _remove(entry.name, inner, check, depth + 1)
@@ -135,12 +135,33 @@ def _remove(name: str, dir_fd: int, check: Check, depth: int) -> Freed:
     return freed
 
 
-def measure(tree: Path, shared: Set[int] = frozenset(), check: Check = go_on) -> Measure:
-    """Count what ``tree`` holds; ``shared`` are the inode numbers that belong to others too.
+@dataclass(frozen=True)
+class Inventory:
+    """What is in a tree: its inodes with their disk blocks, and how many names are no directories.
 
-    Raises :class:`TreeTooDeep`, OSError.
+    ``linked`` are the inodes that have more names than the tree itself holds.
+    """
+
+    blocks: Mapping[int, int]
+    linked: Set[int]
+    file_count: int
+
+    def measure(self) -> Measure:
+        """The sizes; what is linked elsewhere is shared."""
+        common = sum(map(self.blocks.__getitem__, self.linked))
+        return Measure(
+            sum(self.blocks.values()) * BLOCK_BYTES, self.file_count, common * BLOCK_BYTES
+        )
+
+
+def inventory(tree: Path, check: Check = go_on) -> Inventory:
+    """Look at every inode of ``tree`` once, by stat(2).
+
+    Raises :class:`TreeTooDeep`, OSError, and what ``check`` does.
     """
     blocks: dict[int, int] = {}
+    # Of files with several names: how many have not been met yet.
+    missing: dict[int, int] = {}
     names = 0
 
     def visit(dir_fd: int, depth: int) -> None:
@@ -158,37 +179,26 @@ def measure(tree: Path, shared: Set[int] = frozenset(), check: Check = go_on) ->
                     continue
                 names += 1
                 check()
-                if entry.inode() not in blocks:
-                    blocks[entry.inode()] = entry.stat(follow_symlinks=False).st_blocks
+                inode = entry.inode()
+                if inode in missing:
+                    missing[inode] -= 1
+                else:
+                    found = entry.stat(follow_symlinks=False)
+                    blocks[inode] = found.st_blocks
+                    if found.st_nlink > 1:
+                        missing[inode] = found.st_nlink - 1
         for name in directories:
             with opened(name, dir_fd) as inner:
                 visit(inner, depth + 1)
 
     with opened(tree) as root:
         visit(root, 0)
-    common = sum(count for inode, count in blocks.items() if inode in shared)
-    return Measure(sum(blocks.values()) * _BLOCK, names, common * _BLOCK)
+    return Inventory(blocks, {inode for inode, count in missing.items() if count > 0}, names)
 
 
-def links_elsewhere(tree: Path) -> set[int]:
-    """The inode numbers in ``tree`` that have more names than the tree itself holds."""
-    names: dict[int, int] = {}
-    links: dict[int, int] = {}
-
-    def visit(dir_fd: int) -> None:
-        for entry in entries(dir_fd):
-            if is_directory(entry):
-                with opened(entry.name, dir_fd) as inner:
-                    visit(inner)
-                continue
-            found = status(entry.name, dir_fd)
-            if found.st_nlink > 1:
-                names[found.st_ino] = names.get(found.st_ino, 0) + 1
-                links[found.st_ino] = found.st_nlink
-
-    with opened(tree) as root:
-        visit(root)
-    return {inode for inode, count in links.items() if count > names[inode]}
+def measure(tree: Path, check: Check = go_on) -> Measure:
+    """The sizes of ``tree``; raises as :func:`inventory`."""
+    return inventory(tree, check).measure()
 
 
 def tree_digest(tree: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from functools import lru_cache
 from time import monotonic
+from weakref import WeakKeyDictionary
 
 from channels.db import database_sync_to_async
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -29,6 +29,8 @@ KEEP_ALIVE = b": the build goes on\n\n"
 LONGEST_TRUST = 10.0  # seconds
 # How long a client that lost the stream waits before it comes again, in milliseconds.
 RETRY = b"retry: 1000\n\n"
+# Those who watch one build share its events (services.events): so what was made of them.
+_sent: WeakKeyDictionary[services.Told, bytes] = WeakKeyDictionary()
 
 
 @api(scope=WRITE)
@@ -119,11 +121,14 @@ async def sent_events(request: HttpRequest, template_id: str, after: int) -> Asy
             yield b"".join(sent(told) for told in batch) or KEEP_ALIVE
 
 
-@lru_cache(maxsize=1024)
 def sent(told: services.Told) -> bytes:
-    """One event, made once for all who watch."""
-    data = json.dumps(presenters.event_detail(told), separators=(",", ":"))
-    return f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
+    """One event, made once for all who watch, and kept for as long as the event itself is."""
+    known = _sent.get(told)
+    if known is None:
+        data = json.dumps(presenters.event_detail(told), separators=(",", ":"))
+        known = f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
+        _sent[told] = known
+    return known
 
 
 def sent_error(error: DomainError) -> bytes:

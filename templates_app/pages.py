@@ -149,6 +149,7 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),
         "silence": timing.silence(template, running),
+        "progress": timing.progress(template) if done == len(steps) else None,
         "origins": origins(template, steps),
         "place": services.place(template),
         "completed": again.completed(template),

@@ -40,7 +40,7 @@ from hostruntime.policy import DEFAULT_LIST, Policy
 from hostruntime.registries import Registries
 from hostruntime.scrub import scrub
 from hostruntime.threads import in_thread
-from hostruntime.trees import Measure, measure
+from hostruntime.trees import Inventory, Measure, inventory
 
 __all__ = ["BASES", "BaseBuilder", "BaseDefinition", "BaseStatus", "definition_digest"]
 
@@ -191,11 +191,12 @@ class BaseBuilder:
             registries = await in_thread(self._registries)
             fresh = staged / "bootstrap"
             await bootstrap(base, fresh, registries.apt, say)
-            measured = await in_thread(_finish_tree, fresh, staged / "tree")
+            found = await in_thread(_finish_tree, fresh, staged / "tree")
             await in_thread(store.trash.discard, fresh)
+            await in_thread(store.keep_holdings, staged, None, found)
             digest = await in_thread(image_digest, staged / "tree")
             details = {"made_in_seconds": _elapsed(began)}
-            manifest = replace(_manifest(base, measured, details), digest=digest)
+            manifest = replace(_manifest(base, found.measure(), details), digest=digest)
             image = await in_thread(store.publish, staged, manifest)
         except BaseException:
             await in_thread(store.trash.discard, staged)
@@ -299,14 +300,14 @@ def _listening(making: _Making, progress: Progress) -> Iterator[None]:
         making.listeners.remove(progress)
 
 
-def _finish_tree(fresh: Path, tree: Path) -> Measure:
+def _finish_tree(fresh: Path, tree: Path) -> Inventory:
     """What a template's capture does, over nothing: devices out, mount points in, scrubbed."""
     nothing = fresh.with_name("nothing")
     nothing.mkdir()
     capture(nothing, fresh, tree)
     nothing.rmdir()
     scrub(tree)
-    return measure(tree)
+    return inventory(tree)
 
 
 def _manifest(base: BaseDefinition, measured: Measure, details: dict[str, Any]) -> ImageManifest:

@@ -23,11 +23,13 @@ from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, readin
 from orkestr_console.validation import parse_spec
 from templates_app import services
 from templates_app.models import Template
-from templates_app.services import Told
+from templates_app.services import Told, timing
 from templates_app.specs import TemplateSpec
 
 # Under the minute after which many clients give up on a call that says nothing.
 USUAL_WAIT, LONGEST_WAIT = 50, 3600
+# What a build tells between its last step and its end.
+MAKING = ("progress", "capture")
 
 TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
 Limit = Annotated[int | None, Field(ge=1, le=200, description="At most so many; 50 by default.")]
@@ -193,6 +195,9 @@ async def report_until_the_end(ctx: Ctx, template_id: str, steps: int) -> None:
         async for batch in batches:
             for told in batch:
                 progress, message = progress_of(told, steps)
+                if told.kind in MAKING:
+                    # How much is still to come nobody knows: a little further, never to the end.
+                    progress = max(progress, reported + (steps + 0.95 - reported) / 100)
                 # Each must be more than the one before (MCP, "Progress").
                 if progress > reported:
                     await ctx.report_progress(progress, steps + 1, message)
@@ -209,9 +214,16 @@ def progress_of(told: Told, steps: int) -> tuple[float, str]:
         "step_cached": (step, f"Step {step} of {steps} is reused: {command}"),
         "step_finished": (step, f"Step {step} of {steps} has ended."),
         "capture": (steps + 0.5, "The image is captured."),
+        "progress": (steps, made(told)),
         "published": (steps + 1, "The template is ready."),
     }
     return said.get(told.kind, (0, ""))
+
+
+def made(told: Told) -> str:
+    """How far the image is."""
+    progress = timing.progress_of(told.payload)
+    return f"{progress.label}: {progress.files:,} files, {progress.bytes / 1e6:,.0f} MB so far."
 
 
 async def cancel_template(ctx: Ctx, template_id: TemplateId) -> TemplateAnswer:

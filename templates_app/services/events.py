@@ -144,9 +144,11 @@ class Tail:
         return True
 
     async def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and let go of what was read: it may be megabytes."""
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
+        # The task and this refer to each other, so this is freed whenever cycles are looked for.
+        self._events.clear()
 
     async def _read_on(self) -> None:
         """Look whenever there is a notice; the first look is once notices can be heard."""

@@ -157,7 +157,7 @@ def failed(template: Template, event: HostEvent) -> None:
 
 
 def ignore(template: Template, event: HostEvent) -> None:
-    """Boot, silence, scrub and capture are kept as events and change nothing."""
+    """Boot, silence, progress, scrub and capture are kept as events and change nothing."""
     tell_progress(template.pk)
 
 

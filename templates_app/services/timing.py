@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from templates_app.models import BuildEvent, BuildStep, Template
+from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 
 MILLISECOND = timedelta(milliseconds=1)
-# Too large to be read again with every change, and the page needs them not.
-LARGE = ("output", "contents")
+# Too large or too many to be read again with every change, and the page needs them not.
+LARGE = ("output", "contents", "progress")
+PHASES = {
+    "capture": "Capturing",
+    "scrub": "Cleaning up",
+    "contents": "Listing what is in it",
+    "publish": "Writing it to disk",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,17 @@ class Silence:
     since: datetime
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far the making of the image is: what it is at, in words, and what it has dealt with."""
+
+    label: str
+    files: int
+    bytes: int
+
+
 def build_events(template: Template) -> list[BuildEvent]:
-    """Everything that a build told, but for what its steps printed and what its image holds."""
+    """What a build told, but for its steps' output, its image's contents and how far it was."""
     return list(template.events.exclude(kind__in=LARGE))
 
 
@@ -71,6 +86,20 @@ def waited(template: Template) -> float | None:
     """How long a build was in the queue, in milliseconds; None while it is."""
     ended = template.started_at or template.finished_at
     return (ended - template.created_at) / MILLISECOND if ended else None
+
+
+def progress(template: Template) -> Progress | None:
+    """How far the host last said the image is; None before it has, and once the build has ended."""
+    if template.status != TemplateStatus.BUILDING:
+        return None
+    last = template.events.filter(kind="progress").order_by("-seq").first()
+    return progress_of(last.payload) if last is not None else None
+
+
+def progress_of(payload: dict[str, Any]) -> Progress:
+    """What an event of that kind says."""
+    label = PHASES.get(str(payload.get("phase")), "Making the image")
+    return Progress(label, int(payload.get("files", 0)), int(payload.get("bytes", 0)))
 
 
 def silence(template: Template, running: BuildStep | None) -> Silence | None:

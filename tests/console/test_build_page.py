@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
-from templates_app import services
+from templates_app import pages, services
 from templates_app.models import BuildEvent, Template, TemplateStatus
 from templates_app.services import output
 from templates_app.specs import TemplateSpec
@@ -245,6 +245,23 @@ def test_a_silent_step_says_so_until_it_prints(console: Client, building: Templa
     assert f'No output for <time data-since="{since}">2\xa0minutes</time>' in page
     tell(building, "output", step=1, text="there\n")
     assert "No output for" not in text(console.get(f"/templates/{building.pk}/"))
+
+
+def test_how_far_the_image_is_is_on_the_page_and_comes_live(
+    console: Client, building: Template
+) -> None:
+    building.steps.update(status="succeeded", duration_ms=1)
+    Template.objects.update(started_at=timezone.now())
+    url = f"/templates/{building.pk}/"
+    assert "files," not in text(console.get(url))
+    tell(building, "progress", phase="capture", files=120_000, bytes=1_230_000_000)
+    shown = "Capturing: 120,000 files, 1.23\u202fGB"
+    assert shown in text(console.get(url))
+    assert shown in pages.fragments(building, url)["template-phases"]
+    tell(building, "progress", phase="publish", files=7, bytes=5_000)
+    assert "Writing it to disk: 7 files, 5.00\u202fkB" in text(console.get(url))
+    Template.objects.update(status=TemplateStatus.READY)
+    assert "Writing it to disk" not in text(console.get(url))
 
 
 def test_a_cached_step_says_whose_work_it_is(

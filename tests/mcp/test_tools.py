@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from typing import Any, cast
 
 import pytest
 from channels.db import database_sync_to_async
@@ -13,8 +15,11 @@ from mcp_types import CallToolResult, TextContent
 
 from hostruntime.answers import ExecFrame
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
-from orkestr_console.mcp.tool import ERROR
+from orkestr_console.mcp import template_tools
+from orkestr_console.mcp.tool import ERROR, Ctx
+from templates_app import services
 from templates_app.models import Template
+from templates_app.services import Told
 from tests.conftest import MakeKey
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
@@ -139,6 +144,35 @@ async def test_a_template_from_nothing_to_ready(connect: Connect, key: str, host
         assert [row["id"] for row in listed["templates"]] == [made["id"]]
         await done(client, "delete_template", template_id=made["id"])
         assert (await done(client, "list_templates"))["templates"] == []
+
+
+async def test_the_making_of_an_image_is_told_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each amount is more than the one before, whatever the build counts, and none is the end."""
+    heard: list[tuple[float, float, str]] = []
+
+    async def events(_: str) -> AsyncGenerator[list[Told]]:
+        counts = [(phase, n) for phase in ("capture", "contents") for n in range(0, 400, 2)]
+        now = datetime.now(UTC)
+        yield [Told(1, "step_finished", now, {"step": 2})]
+        for number, (phase, n) in enumerate(counts, 2):
+            said = {"phase": phase, "files": n * 1000, "bytes": n * 1_000_000}
+            yield [Told(number, "progress", now, said)]
+        yield [Told(500, "capture", now, {}), Told(501, "published", now, {})]
+
+    class Listener:
+        async def report_progress(self, progress: float, total: float, message: str) -> None:
+            heard.append((progress, total, message))
+
+    monkeypatch.setattr(services, "follow_events", events)
+    await template_tools.report_until_the_end(cast("Ctx", Listener()), "tmpl_x", 2)
+    assert len(heard) == 403
+    amounts = [amount for amount, _, _ in heard]
+    assert amounts == sorted(set(amounts))
+    assert (amounts[0], max(amounts[1:-1]) < 2.95, amounts[-1]) == (2, True, 3)
+    messages = [message for _, _, message in heard]
+    assert messages[2] == "Capturing: 2,000 files, 2 MB so far."
+    assert messages[400] == "Listing what is in it: 398,000 files, 398 MB so far."
+    assert messages[401] == "The image is captured."
 
 
 async def test_waiting_ends_when_its_time_does(connect: Connect, key: str, host: FakeHost) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
+from django.test import RequestFactory
 
 from orkestr_console.accounts.actor import system_actor
 from orkestr_console.accounts.models import Team
-from templates_app import services
+from templates_app import api as templates_api
+from templates_app import presenters, services
 from templates_app.events import tell_progress
 from templates_app.models import Template
 from templates_app.services import events
@@ -44,6 +48,60 @@ def say(template_id: str, *texts: str) -> None:
     for text in texts:
         append(template, "output", {"step": 1, "text": text})
     tell_progress(template_id)
+
+
+async def test_what_was_sent_is_kept_no_longer_than_what_it_was_made_of(building: str) -> None:
+    """A long log that is read again and again leaves nothing in the web process."""
+    text, count = "x" * 32_000, 600
+    await sync_to_async(say)(building, *[f"{number}{text}" for number in range(count)])
+    await sync_to_async(finish)(building)
+    request = RequestFactory().get("/")
+
+    async def read() -> int:
+        parts = [len(part) async for part in templates_api.sent_events(request, building, 0)]
+        await asyncio.sleep(0)
+        return sum(parts)
+
+    await read()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        assert await read() > count * len(text)
+        left = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert left < 2_000_000
+    assert len(templates_api._sent) == 0
+
+
+async def test_those_who_watch_share_what_is_sent(
+    building: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    real = presenters.event_detail
+
+    def detail(told: services.Told) -> dict[str, Any]:
+        made.append(told.seq)
+        return real(told)
+
+    monkeypatch.setattr(presenters, "event_detail", detail)
+    request = RequestFactory().get("/")
+
+    async def watch() -> bytes:
+        return b"".join([part async for part in templates_api.sent_events(request, building, 0)])
+
+    watchers = [asyncio.create_task(watch()) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    await sync_to_async(say)(building, "a", "b")
+    await sync_to_async(finish)(building)
+    (same,) = {part.replace(templates_api.KEEP_ALIVE, b"") for part in await gather(watchers)}
+    assert same.count(b"event: output") == 2
+    assert len(made) == len(set(made)) >= 3
+
+
+async def gather(tasks: list[asyncio.Task[bytes]]) -> list[bytes]:
+    async with asyncio.timeout(20):
+        return await asyncio.gather(*tasks)
 
 
 def finish(template_id: str) -> None:
