@@ -32,6 +32,7 @@ from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
 from hostruntime.threads import Stop, in_thread, to_the_end
 from hostruntime.trees import Measure, measure
+from hostruntime.uncaptured import Uncaptured
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Assembly:
         self._emit = emit
         self._steps = StepRunner(host, plan, emit, self._remaining)
         self._unkept = Unkept()
+        self._uncaptured = Uncaptured(host.containers, plan.image_id)
         self._stop = Stop()
         self._layers: BuildLayers | None = None
         self._began = time.monotonic()
@@ -100,11 +102,14 @@ class Assembly:
         cached = await self._boot(base)
         if cached:
             await self._tell_unkept(base, cached)
+            await self._uncaptured.look(cached)
         for number in range(cached + 1, len(self._plan.recipe) + 1):
             refused = await self._steps.run(number)
             await self._tell_unkept(base, number)
+            await self._uncaptured.look(number)
             if self._layers is not None:
                 await self._layers.after_step(number, refused)
+        self._uncaptured.tell(self._emit)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from hostruntime.errors import BuildFailed
 from hostruntime.exec import Exited
+from hostruntime.hidden import odd_characters, shown
 
 _COMMAND_CHARACTERS = 400
 _REFUSALS = 5
@@ -48,7 +49,7 @@ def step_failed(
     else:
         how = f"was killed by signal {end.signal} ({_signal_name(end.signal)})"
     head = f"Step {step} of {total} failed: {_quoted(command)} {how}."
-    parts = [head, _ending(tail), _refusal_hint(refused)]
+    parts = [head, odd_characters(command), _ending(tail), _refusal_hint(refused)]
     # Nearly always why: a program that can do without what it was refused does not fail.
     reason = "network_policy_blocked" if refused else "step_failed"
     return _failure(reason, parts, step, refused)
@@ -133,10 +134,10 @@ def _failure(
 
 
 def _quoted(command: str) -> str:
-    text = command.strip()
+    text = command.strip(" \t\n")
     if len(text) > _COMMAND_CHARACTERS:
         text = text[:_COMMAND_CHARACTERS] + "…"
-    return f"`{text}`"
+    return f"`{shown(text)}`"
 
 
 def _ending(tail: str) -> str:

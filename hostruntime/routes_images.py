@@ -28,7 +28,7 @@ from hostruntime.threads import in_thread
 
 _NDJSON = "application/x-ndjson"
 _MAX_STEPS = 100
-_MAX_STEP_BYTES = 8 * 1024
+_MAX_STEP_BYTES = 256 * 1024
 
 
 class _Body(BaseModel):

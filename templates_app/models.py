@@ -215,6 +215,8 @@ class BuildStep(models.Model):
     cached_from = models.CharField(max_length=40, blank=True, default="")
     # Hosts that the network policy refused it; one that did without them may lack what they have.
     refused_hosts = models.JSONField(default=list, blank=True)
+    # Sentences for who wrote the step: what it did has not the effect that they may think it has.
+    warnings = models.JSONField(default=list, blank=True)
 
     class Meta:
         ordering: ClassVar[list[str]] = ["number"]

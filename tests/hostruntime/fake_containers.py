@@ -20,7 +20,7 @@ from hostruntime.trees import Check
 
 
 class FakeContainers:
-    """Understands: write, say, moan, fail, fill, signal, oom, sleep, vanish."""
+    """Understands: write, remove, say, moan, fail, fill, signal, oom, sleep, vanish."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ContainerSpec] = {}
@@ -74,6 +74,11 @@ class FakeContainers:
         with tarfile.open(target, "w") as saved:
             saved.add(self.layer(owner), ".")
 
+    async def names_in(self, owner: str, directory: str) -> list[str]:
+        await asyncio.sleep(0)
+        path = self.layer(owner) / directory.lstrip("/")
+        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
+
     def environment(self, mode: str) -> dict[str, str]:
         return {"MODE": mode}
 
@@ -125,6 +130,8 @@ class FakeContainers:
             path = upper / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        elif word == "remove":
+            (upper / rest).unlink()
         elif word == "say":
             yield Chunk("stdout", rest.encode() + b"\n")
         elif word == "moan":

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from hostruntime.build_plan import Host
-from hostruntime.build_report import Refused
+from hostruntime.build_report import Refused, step_failed
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
 from hostruntime.errors import HostFull, InvalidRequest, NotFound
+from hostruntime.exec import Exited
 from hostruntime.images import ImageManifest, ImageRevokedError, ImageStore
 from hostruntime.layers import LayerStore
 from hostruntime.paths import StatePaths, read_json, write_json
@@ -176,6 +177,54 @@ async def test_how_a_step_ended_is_said(world: World, step: str, code: str, word
     assert (failed["code"], failed["step"]) == (code, 1)
     assert words in failed["message"]
     world.check_clean()
+
+
+@pytest.mark.parametrize(
+    ("command", "quoted", "named"),
+    [
+        ("fail\u00a0it", "`fail⟨U+00A0⟩it`", "U+00A0, no-break space (line 1, character 5)"),
+        ("true\nec\u200bho", "`true\nec⟨U+200B⟩ho`", "zero width space (line 2, character 3)"),
+        ("a\rb", "`a⟨U+000D⟩b`", "U+000D, a control character (line 1, character 2)"),
+        (
+            "echo \u201chi\u201d",
+            "`echo \u201chi\u201d`",
+            "\u201c U+201C (line 1, character 6), \u201d U+201D",
+        ),
+    ],
+)
+def test_a_character_that_cannot_be_seen_is_shown_and_placed(
+    command: str, quoted: str, named: str
+) -> None:
+    said = step_failed(1, 1, command, "", Exited(127, None, 5), ()).detail
+    assert quoted in said
+    assert named in said
+
+
+def test_a_step_of_letters_in_any_language_has_nothing_odd() -> None:
+    said = step_failed(1, 1, "echo 'äé 日本 😀'\n\tfalse", "", Exited(1, None, 5), ()).detail
+    assert said.startswith(
+        "Step 1 of 1 failed: `echo 'äé 日本 😀'\n\tfalse` exited with status 1.\n\nIt"
+    )
+
+
+async def test_what_is_left_in_memory_is_told_once_at_its_step(world: World) -> None:
+    events = await world.build(
+        "write workspace/app/x 1",
+        "write tmp/tmp.AbCdEfGhIj 1",
+        "write workspace/app/y 2",
+        "write tmp/kept 3",
+    )
+    told = [event for event in events if event["kind"] == "not_captured"]
+    assert [(event["step"], event["paths"]) for event in told] == [
+        (1, ["/workspace/app"]),
+        (4, ["/tmp/kept"]),
+    ]
+    assert "This step left /workspace/app." in told[0]["message"]
+
+
+async def test_what_a_later_step_takes_away_is_not_told(world: World) -> None:
+    events = await world.build("write tmp/archive 1", "remove tmp/archive", "say hello")
+    assert [event for event in events if event["kind"] == "not_captured"] == []
 
 
 async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
