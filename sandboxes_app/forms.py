@@ -12,6 +12,7 @@ from orkestr_console.accounts.limits import Envelope
 from orkestr_console.console.forms import Form
 from orkestr_console.egress import besides_default
 from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
+from orkestr_console.script import unix_lines
 from orkestr_console.validation import parse_spec
 from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
 
@@ -74,7 +75,7 @@ class SandboxForm(Form):
             size=data.get("size", ""),
             network=data.get("network", ""),
             timeout_seconds=data.get("timeout_seconds", "").strip(),
-            env=data.get("env", "").replace("\r\n", "\n"),
+            env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
         )
 
@@ -123,9 +124,9 @@ class CommandForm(Form):
 
     @classmethod
     def typed(cls, data: QueryDict) -> CommandForm:
-        """What was posted; a shell wants its lines to end in LF."""
+        """What was posted; browsers end lines with CR LF."""
         return cls(
-            command=data.get("command", "").replace("\r\n", "\n"),
+            command=unix_lines(data.get("command", "")),
             cwd=data.get("cwd", "").strip() or "/workspace",
             timeout_seconds=data.get("timeout_seconds", "").strip() or COMMAND_SECONDS,
         )

@@ -18,9 +18,9 @@ from pydantic import (
 )
 
 from orkestr_console.egress import Allowlist
-from orkestr_console.text import JOINERS, readable
+from orkestr_console.script import usable_script
+from orkestr_console.text import JOINERS, place, readable
 
-LARGEST_COMMAND = 64 * 1024
 LARGEST_ENVIRONMENT = 64 * 1024
 LARGEST_METADATA = 16 * 1024
 LARGEST_FILE = 16 * 1024 * 1024
@@ -49,8 +49,9 @@ def usable_environment(env: dict[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"{name!r} is no name of a variable: letters, digits and '_', not first a digit."
             )
-        if "\0" in value:
-            raise ValueError(f"{name} must not contain NUL characters.")
+        if (at := value.find("\0")) >= 0:
+            where = place(value, at)
+            raise ValueError(f"{name} must not contain NUL characters; take out \\0, {where}.")
     if sum(len(name) + len(value.encode()) for name, value in env.items()) > LARGEST_ENVIRONMENT:
         raise ValueError(f"is larger than {LARGEST_ENVIRONMENT:,} bytes altogether.")
     return env
@@ -67,25 +68,12 @@ def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-def usable_command(command: str) -> str:
-    """A command the shell can be given."""
-    if not command.strip():
-        raise ValueError("is blank; send a shell command.")
-    if "\0" in command:
-        raise ValueError("must not contain NUL characters.")
-    if len(command.encode()) > LARGEST_COMMAND:
-        raise ValueError(
-            f"is longer than {LARGEST_COMMAND:,} bytes; write it to a file and run that."
-        )
-    return command
-
-
 def usable_path(path: str) -> str:
     """An absolute path."""
     if not path.startswith("/"):
         raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
-    if "\0" in path:
-        raise ValueError("must not contain NUL characters.")
+    if (at := path.find("\0")) >= 0:
+        raise ValueError(f"must not contain NUL characters; take out \\0, {place(path, at)}.")
     if len(path.encode()) > LONGEST_PATH:
         raise ValueError(f"is longer than {LONGEST_PATH:,} bytes.")
     return path
@@ -148,7 +136,7 @@ class SnapshotSpec(Spec):
 class ExecSpec(Spec):
     """A command to be run; ``timeout_seconds`` ends its whole process tree."""
 
-    command: Annotated[str, AfterValidator(usable_command)]
+    command: Annotated[str, AfterValidator(usable_script)]
     cwd: Path = "/workspace"
     env: Environment = Field(default_factory=dict)
     timeout_seconds: int = Field(default=60, ge=1, le=LONGEST_EXEC)

@@ -72,6 +72,7 @@ def step_detail(shown: ShownStep) -> dict[str, Any]:
         "added_files": step.added_files,
         "refused_hosts": step.refused_hosts,
         "cached_at": timestamp(step.cached_at),
+        "warnings": step.warnings,
     }
 
 

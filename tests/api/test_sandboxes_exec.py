@@ -122,7 +122,7 @@ def test_a_host_that_is_away_leaves_the_sandbox_as_it_is(
         ({"command": ""}, "command", "blank"),
         ({"command": " \n "}, "command", "blank"),
         ({"command": "a\0b"}, "command", "NUL"),
-        ({"command": "x" * 65_537}, "command", "65,536"),
+        ({"command": "x" * 262_145}, "command", "262,144"),
         ({"command": "true", "cwd": ""}, "cwd", "absolute"),
         ({"command": "true", "cwd": "src"}, "cwd", "absolute"),
         ({"command": "true", "cwd": "/" + "x" * 5000}, "cwd", "4,096"),

@@ -99,6 +99,7 @@ class FakeHost(FakeSnapshots):
         self.answers: dict[str, ExecResult | HostError] = {}
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
+        self.modes: dict[tuple[str, str], int | None] = {}
         self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
@@ -536,6 +537,7 @@ class FakeHost(FakeSnapshots):
         data = content if isinstance(content, bytes) else b"".join(content)
         self._make_parents(box, path)
         box.files[path] = data
+        self.modes[sandbox_id, path] = mode
         return len(data)
 
     def delete_path(self, sandbox_id: str, path: str) -> None:
