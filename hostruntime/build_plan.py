@@ -51,8 +51,8 @@ class Plan:
     """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
 
     ``provide`` is called with the writable layer's directory before the container starts, in a
-    thread, to put files in.  Without a ``cache`` no layers are kept.  ``details`` and
-    ``definition`` go into the manifest.
+    thread, to put files in.  Without a ``cache`` no layers are kept.  ``env`` is baked into the
+    image (:mod:`hostruntime.environment`).  ``details`` and ``definition`` go into the manifest.
     """
 
     image_id: str
@@ -66,6 +66,7 @@ class Plan:
     directory: Path
     provide: Callable[[Path], None] | None = None
     cache: Cache | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
     definition: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

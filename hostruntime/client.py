@@ -157,11 +157,13 @@ class HostClient(SnapshotCalls):
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
         cache: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> BuildInfo:
         """Start a build whose image will have its id; the same id again changes nothing.
 
         ``cache`` has ``scope`` (whose layers it keeps and may use: a plain name) and ``reuse``:
         whether steps that an earlier build of the scope ran the same way are not run again.
+        ``env`` is baked into the image.
         """
         body = {
             "id": build_id,
@@ -173,6 +175,7 @@ class HostClient(SnapshotCalls):
             "step_timeout_seconds": step_timeout_seconds,
             "build_timeout_seconds": build_timeout_seconds,
             "cache": None if cache is None else dict(cache),
+            "env": dict(env or {}),
         }
         return BuildInfo.from_wire(self._json("POST", "/builds", body=body))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -69,12 +69,17 @@ class Silence:
 
 @dataclass
 class StepRunner:
-    """Runs the steps of one build.  ``remaining`` says how many seconds the build has left."""
+    """Runs the steps of one build.
+
+    ``remaining`` says how many seconds the build has left, ``environment`` what a step that begins
+    now has beside what the host gives.
+    """
 
     host: Host
     plan: Plan
     emit: Emit
     remaining: Callable[[], float]
+    environment: Callable[[], Awaitable[Mapping[str, str]]]
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
     async def run(self, number: int) -> list[Refused]:
@@ -130,7 +135,7 @@ class StepRunner:
             self.plan.image_id,
             shell(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
-            env={},
+            env=await self.environment(),
             timeout=limit,
             merge_output=True,
         )

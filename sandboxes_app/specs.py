@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,10 +17,10 @@ from pydantic import (
 )
 
 from orkestr_console.egress import Allowlist
+from orkestr_console.environment import Environment
 from orkestr_console.script import usable_script
 from orkestr_console.text import JOINERS, place, readable
 
-LARGEST_ENVIRONMENT = 64 * 1024
 LARGEST_METADATA = 16 * 1024
 LARGEST_FILE = 16 * 1024 * 1024
 LONGEST_PATH = 4096
@@ -31,30 +30,12 @@ MOST_PAIRS = 64
 SHORTEST_LIFE = 10
 LONGEST_EXEC = 3600
 
-# POSIX.1-2017, 8.1: what a shell can name.
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-
 Size = Literal["small", "medium", "large"]
 SIZES: dict[str, tuple[float, int]] = {
     "small": (1.0, 1024),
     "medium": (2.0, 4096),
     "large": (4.0, 8192),
 }
-
-
-def usable_environment(env: dict[str, str]) -> dict[str, str]:
-    """Variables that a process can be given."""
-    for name, value in env.items():
-        if not _VARIABLE.fullmatch(name):
-            raise ValueError(
-                f"{name!r} is no name of a variable: letters, digits and '_', not first a digit."
-            )
-        if (at := value.find("\0")) >= 0:
-            where = place(value, at)
-            raise ValueError(f"{name} must not contain NUL characters; take out \\0, {where}.")
-    if sum(len(name) + len(value.encode()) for name, value in env.items()) > LARGEST_ENVIRONMENT:
-        raise ValueError(f"is larger than {LARGEST_ENVIRONMENT:,} bytes altogether.")
-    return env
 
 
 def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
@@ -80,7 +61,6 @@ def usable_path(path: str) -> str:
 
 
 Path = Annotated[str, AfterValidator(usable_path)]
-Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]
 
 
 class Spec(BaseModel):

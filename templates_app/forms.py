@@ -14,6 +14,7 @@ from django.http import QueryDict
 
 from orkestr_console.console.forms import Form
 from orkestr_console.egress import besides_default, names_in, own_names, replaces_default
+from orkestr_console.environment import as_typed, not_typed, typed_environment
 from orkestr_console.errors import DomainError
 from orkestr_console.script import unix_lines
 from orkestr_console.text import STEERING
@@ -66,6 +67,8 @@ class TemplateForm(Form):
     base_template: str = "python-3.12"
     recipe: str = ""
     network: str = Network.RESTRICTED.value
+    # ``NAME=value`` lines, baked into the image.
+    env: str = ""
     # Host names, with blanks between, that the build may reach beside the default list.
     allow_domains: str = ""
     # Whether it may reach those alone, without the default list.
@@ -77,12 +80,15 @@ class TemplateForm(Form):
     reuse: str = ""
     # Steps of the template this one starts from that have what a person would not see.
     left_out: tuple[int, ...] = ()
+    # Of its variables those that a line cannot say.
+    left_out_env: tuple[str, ...] = ()
 
     labels: ClassVar[Mapping[str, str]] = {
         "name": "The name",
         "base_template": "The base image",
         "recipe": "The recipe",
         "network": "The network",
+        "env": "The environment",
         "allow_domains": "The list of hosts",
         "step_timeout_seconds": "The time for a step",
         "build_timeout_seconds": "The time for the build",
@@ -98,6 +104,7 @@ class TemplateForm(Form):
             base_template=data.get("base_template", ""),
             recipe=unix_lines(data.get("recipe", "")),
             network=data.get("network", ""),
+            env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
             only_these=data.get("only_these") == "on",
             step_timeout_seconds=data.get("step_timeout_seconds", "").strip(),
@@ -121,11 +128,13 @@ class TemplateForm(Form):
             base_template=template.base_template,
             recipe="\n".join(fenced(step) for _, step in steps if sayable(step)),
             network=template.network,
+            env=as_typed(template.env),
             allow_domains=own_names(template.allow_domains),
             only_these=replaces_default(template.allow_domains),
             step_timeout_seconds=written(template.step_timeout_seconds),
             build_timeout_seconds=written(template.build_timeout_seconds),
             disk_mb=written(template.disk_mb),
+            left_out_env=not_typed(template.env),
             left_out=tuple(number for number, step in steps if not sayable(step)),
         )
 
@@ -139,6 +148,7 @@ class TemplateForm(Form):
                 "base_template": self.base_template,
                 "recipe": [step.command for step in steps_of(self.recipe)],
                 "network": self.network,
+                "env": typed_environment(self.env),
                 "allow_domains": self.allowlist(),
                 **{name: whole_number(getattr(self, name)) for name in NUMBERS},
                 "reuse": self.reuse or None,

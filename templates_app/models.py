@@ -100,6 +100,8 @@ class Template(models.Model):
     recipe = models.JSONField()
     network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
     allow_domains = models.JSONField(null=True, blank=True)
+    # Baked into the image: what every step, and every command of a sandbox made from it, has.
+    env = models.JSONField(default=dict, blank=True)
     # Hosts that a step was refused, whether it failed or not, and that an allowlist could name.
     refused_hosts = models.JSONField(default=list, blank=True)
     status = models.CharField(

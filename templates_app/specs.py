@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from orkestr_console.egress import Allowlist
+from orkestr_console.environment import Environment
 from orkestr_console.script import usable_step
 from orkestr_console.text import JOINERS, readable
 from templates_app.models import LONGEST_NAME
@@ -63,6 +64,8 @@ class TemplateSpec(BaseModel):
     network: Literal["restricted", "open"] = Field(default="restricted")
     # What the build may reach in place of the default list; ``@default`` in it stands for that.
     allow_domains: Allowlist = None
+    # Baked into the image, for every step and for every command of a sandbox made from it.
+    env: Environment = Field(default_factory=dict)
     # Less than the plan allows, in seconds and MiB.
     step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
     build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None

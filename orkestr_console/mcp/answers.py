@@ -77,6 +77,7 @@ class TemplateAnswer(TemplateLine):
     recipe_next: int | None = Field(
         description="get_template's recipe_from for the steps after these; null at the end."
     )
+    env: dict[str, str] = Field(description="What is baked in; a sandbox's own comes over it.")
     error_message: str | None
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused; add them to allow_domains."

@@ -123,6 +123,10 @@ def test_a_ready_template_of_the_team_is_a_base(api: Client, make_template: Make
         ({**GOOD, "network": "off"}, "network", "restricted"),
         ({**GOOD, "network": "OPEN"}, "network", "restricted"),
         ({**GOOD, "network": None}, "network", "restricted"),
+        ({**GOOD, "env": ["A=b"]}, "env", "must be an object"),
+        ({**GOOD, "env": {"A": 1}}, "env.A", "must be a string"),
+        ({**GOOD, "env": {"A B": "x"}}, "env", "'A B' is no name of a variable"),
+        ({**GOOD, "env": {"A": "x" * 70_000}}, "env", "65,536"),
         ({**GOOD, "colour": "red"}, "colour", "not a known field"),
         ({**GOOD, "status": "ready"}, "status", "not a known field"),
         ({}, "name", "required"),
@@ -195,6 +199,17 @@ def test_what_only_looks_like_another_tools_is_a_step(
     api: Client, host: FakeHost, step: str
 ) -> None:
     assert post(api, URL, {**GOOD, "recipe": [step]}).status_code == 201
+
+
+def test_the_environment_is_kept_shown_and_built_with(
+    api: Client, host: FakeHost, make_template: MakeTemplate
+) -> None:
+    env = {"PATH": "/opt/x/bin:$PATH", "_x": "ü=\n"}
+    template = make_template(env=env)
+    said = api.get(f"{URL}/{template.pk}").json()
+    assert said["env"] == env
+    assert host.built[template.image_id].request["env"] == env
+    assert post(api, URL, GOOD).json()["env"] == {}
 
 
 def test_a_body_that_is_no_json_is_malformed(api: Client, host: FakeHost) -> None:

@@ -78,6 +78,23 @@ def test_what_is_left_in_memory_is_told_at_the_step(templates: Templates) -> Non
     assert "This step left /tmp/x." in third[0]
 
 
+def test_what_a_recipe_writes_to_etc_environment_counts(
+    templates: Templates, sandboxes: Sandboxes
+) -> None:
+    template = templates.ready(
+        "debian-12",
+        "echo 'APP_HOME=/opt/app' >> /etc/environment",
+        'test "$APP_HOME $KIND" = "/opt/app baked"',
+        env={"KIND": "baked", "PATH": "$PATH:/opt/app/bin"},
+    )
+    sandbox = sandboxes.boot(template)
+    assert (
+        sandbox.exec("echo [$APP_HOME] $KIND ${PATH##*:}").stdout
+        == "[/opt/app] baked /opt/app/bin\n"
+    )
+    assert sandbox.exec("echo $KIND", env={"KIND": "own"}).stdout == "own\n"
+
+
 def test_a_daemon_is_stopped_before_the_capture(templates: Templates, sandboxes: Sandboxes) -> None:
     """One that writes for as long as it lives: what it wrote last is from before the next step."""
     daemon = "i=0; while :; do i=$((i + 1)); echo $i > /root/beat; sleep 0.01; done"

@@ -185,6 +185,35 @@ def test_a_steps_warning_is_at_the_step_and_on_the_ready_page(
     assert "This step left &lt;b&gt;/workspace/app" in page.partition(said)[2]
 
 
+def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None:
+    typed = "PATH=/opt/x/bin:$PATH\r\n# no\r\n\r\nAPP=a=b\r\n"
+    console.post("/templates/new/", {**GOOD, "env": typed})
+    template = Template.objects.get()
+    assert template.env == {"PATH": "/opt/x/bin:$PATH", "APP": "a=b"}
+    assert "APP=a=b</small>" in text(console.get(f"/templates/{template.pk}/"))
+    template.env["KEY"] = "two\nlines"
+    template.save()
+    form = TemplateForm.like(template)
+    assert (form.env, form.left_out_env) == ("APP=a=b\nPATH=/opt/x/bin:$PATH", ("KEY",))
+    page = text(console.get(f"/templates/new/?from={template.pk}"))
+    assert "The variable KEY cannot be shown" in page
+    console.post(f"/templates/{template.pk}/again/")
+    assert Template.objects.order_by("created_at").last().env == template.env  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [("A=1\nnonsense", "Line 2 is not of the form"), ("1A=1", "is no name of a variable")],
+)
+def test_a_variable_that_is_none_is_said_at_its_field(
+    console: Client, env: str, sentence: str
+) -> None:
+    answer = console.post("/templates/new/", {**GOOD, "env": env})
+    assert answer.status_code == 400
+    assert sentence in answer.context["form"].errors["env"]
+    assert 'id="env-error"' in text(answer)
+
+
 def test_deleting_asks_first(console: Client, building: Template) -> None:
     assert "Delete “data-stack”?" in text(console.get(f"/templates/{building.pk}/delete/"))
     assert Template.objects.exists()

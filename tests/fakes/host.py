@@ -255,6 +255,7 @@ class FakeHost(FakeSnapshots):
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
         cache: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> BuildInfo:
         """As the client; runs to its end at once if ``by_itself``."""
         self._up()
@@ -276,6 +277,7 @@ class FakeHost(FakeSnapshots):
                     "step_timeout_seconds": step_timeout_seconds,
                     "build_timeout_seconds": build_timeout_seconds,
                     "cache": None if cache is None else dict(cache),
+                    "env": dict(env or {}),
                 }
             )
             self.lock.notify_all()

@@ -227,6 +227,39 @@ async def test_what_a_later_step_takes_away_is_not_told(world: World) -> None:
     assert [event for event in events if event["kind"] == "not_captured"] == []
 
 
+async def test_the_environment_is_baked_and_every_step_has_it(world: World) -> None:
+    await world.build("say 1", env={"A": "1", "MODE": "$MODE-x"})
+    await world.build(
+        "say 2",
+        "write etc/environment B=file\nA=file\nHTTP_PROXY=http://x\n",
+        "say 3",
+        build_id="img_2",
+        base_image="img_1",
+        env={"C": "own"},
+    )
+    await world.build("say 4", build_id="img_3", base_image="img_2", env={"B": "last"})
+    first, second, _, third, fourth = world.containers.environments
+    assert first == {"MODE": "restricted-x", "A": "1"}
+    assert second == {"MODE": "restricted-x", "A": "1", "C": "own"}
+    assert third == {**second, "A": "file", "B": "file"}
+    assert fourth == {**third, "B": "last"}
+    assert world.store.get("img_1").manifest.env == {"A": "1", "MODE": "$MODE-x"}
+    again = ImageStore(world.paths).get("img_3")
+    assert again.manifest.env == {"A": "file", "B": "last", "C": "own", "MODE": "$MODE-x"}
+
+
+async def test_an_environment_that_has_become_too_large_is_said(world: World) -> None:
+    for number in range(2):
+        events = await world.build(
+            "say x",
+            build_id=f"img_{number + 1}",
+            base_image="img_1" if number else "debian-12",
+            env={f"A{number}": "x" * 70_000},
+        )
+    assert "The environment is over 131072 bytes" in events[-1]["message"]
+    world.check_clean("img_2")
+
+
 async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
     failed = (await world.build("moan E: \x1b[31mnope\x1b[0m"))[-1]
     assert failed["message"].endswith("The end of its output:\nE: nope")

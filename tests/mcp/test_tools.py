@@ -462,6 +462,13 @@ async def test_permissions_that_are_none_are_refused(
         assert host.modes == {}
 
 
+async def test_an_agent_bakes_variables_in(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE, env={"PATH": "/opt/x:$PATH"})
+        assert made["env"] == {"PATH": "/opt/x:$PATH"}
+        assert (await done(client, "create_template", **TEMPLATE))["env"] == {}
+
+
 async def test_a_step_that_no_answer_has_room_for_is_shown_in_part(
     connect: Connect, key: str
 ) -> None:
