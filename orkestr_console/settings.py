@@ -203,6 +203,10 @@ SILENCED_SYSTEM_CHECKS = [
     ),
 ]
 
+# --- Long answers ---------------------------------------------------------------------------------
+# Whether clients that wait hear 1xx answers: not behind a proxy that takes one for the answer.
+INTERIM_ANSWERS = os.environ.get("ORKESTR_INTERIM_ANSWERS", "").lower() not in {"off", "0", "no"}
+
 # --- Bodies ---------------------------------------------------------------------------------------
 # The largest body any call takes (a 16 MiB file in base64, with its JSON around it).
 LARGEST_BODY = 24 * 1024 * 1024

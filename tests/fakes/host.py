@@ -286,10 +286,10 @@ class FakeHost(FakeSnapshots):
         return self.build(build_id)
 
     def _end_build(self, build_id: str) -> None:
-        if self.next_failure is None:
+        failure, self.next_failure = self.next_failure, None
+        if failure is None:
             self.finish(build_id)
         else:
-            failure, self.next_failure = self.next_failure, None
             self.emit(build_id, "failed", **failure)
 
     def build(self, build_id: str) -> BuildInfo:
@@ -457,6 +457,18 @@ class FakeHost(FakeSnapshots):
         if isinstance(answer, HostError):
             raise answer
         return answer
+
+    async def exec_to_end(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        return self.exec(sandbox_id, command, cwd=cwd, env=env, timeout_seconds=timeout_seconds)
 
     async def exec_frames(
         self,
