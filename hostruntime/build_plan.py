@@ -36,6 +36,8 @@ class Host:
     runtime_tree: Callable[[Policy, Path], Path]
     refusals: Callable[[str, float], list[Refused]]
     layers: LayerStore
+    # As ``refusals``, sentences about allowed hosts that could not be reached.
+    unreached: Callable[[str, float], list[str]] = lambda _owner, _since: []
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,9 @@ def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]
     """What an owner's container was refused since a Unix time, each once."""
     refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
     return list(dict.fromkeys(Refused(d.host, d.port, d.reason) for d in refused))
+
+
+def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:
+    """What kept an owner's container from allowed hosts since a Unix time, each once."""
+    found = (d for d in proxy.decisions(owner, since) if d.verdict == "unreached")
+    return list(dict.fromkeys(d.message for d in found))

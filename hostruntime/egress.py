@@ -34,7 +34,11 @@ from hostruntime.patience import Patience
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
 from hostruntime.squid_config import (
+    BROKEN_LOG,
     DESCRIPTORS,
+    LOGS,
+    NO_ADDRESS_LOG,
+    NO_ADDRESS_PAGE,
     NOT_TLS_LOG,
     PAGES,
     PEEK_CERTIFICATE,
@@ -44,6 +48,7 @@ from hostruntime.squid_config import (
     squid_config,
 )
 from hostruntime.squid_log import telling_lines
+from hostruntime.unreached import Unreached, broken_tunnels, without_address
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
@@ -51,6 +56,7 @@ _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
 _MOST_OF_AN_ANSWER = 8192
 _POLL_SECONDS = 0.02
+_CUT_SECONDS = 15.0
 _MAX_LOG_BYTES = 8 * 1024 * 1024
 _KEEP_DECISIONS_SECONDS = 7 * 86_400.0
 _PACKAGED = ("__init__.py", "policy.py", "egress_helper.py")
@@ -62,7 +68,10 @@ _ALLOWLIST = Path(__file__).with_name("data") / "egress-allowlist.txt"
 
 @dataclass(frozen=True)
 class Decision:
-    """One answer of the proxy; `at` in Unix seconds, `verdict` is allowed or refused."""
+    """One answer of the proxy; `at` in Unix seconds.
+
+    `verdict` is allowed, refused, or unreached: allowed, and then not to be reached.
+    """
 
     at: float
     owner: str
@@ -77,7 +86,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class HostUse:
-    """What one container did with one host and port; ``reason`` and ``message`` are the latest."""
+    """What one container did with one host and port; ``reason`` and ``message`` are the latest.
+
+    ``unreached`` counts what was allowed and came to nothing.
+    """
 
     host: str
     port: int
@@ -88,6 +100,7 @@ class HostUse:
     last_at: float
     sent_bytes: int
     received_bytes: int
+    unreached: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ class EgressProxy:
         self._rotate()
 
     def _rotate(self) -> None:
-        logs = [self.run_dir.egress / "log" / name for name in (TRAFFIC_LOG, NOT_TLS_LOG)]
+        logs = [self.run_dir.egress / "log" / name for name in LOGS]
         if any(log.exists() and log.stat().st_size > _MAX_LOG_BYTES for log in logs):
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
@@ -194,7 +207,7 @@ class EgressProxy:
         return words in answer
 
     def hosts(self, owner: str) -> list[HostUse]:
-        """Return what an owner asked for and what came of it by host, refused ones first."""
+        """Return what an owner asked for and what came of it by host, what failed first."""
         found: dict[tuple[str, int], list[Decision]] = {}
         for decision in self.decisions(owner):
             found.setdefault((decision.host, decision.port), []).append(decision)
@@ -214,10 +227,11 @@ class EgressProxy:
                 received_bytes=carried.get(host, nothing).received
                 if port == policy.TLS_PORT
                 else 0,
+                unreached=sum(one.verdict == "unreached" for one in decisions),
             )
             for (host, port), decisions in found.items()
         ]
-        return sorted(uses, key=lambda use: (use.refused == 0, -use.last_at))
+        return sorted(uses, key=lambda use: (not use.refused, not use.unreached, -use.last_at))
 
     def traffic(self, owner: str) -> dict[str, Traffic]:
         """Return what an owner's ended tunnels carried, by host."""
@@ -230,19 +244,39 @@ class EgressProxy:
     def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
         """Return what an owner's container asked for and was answered, oldest first."""
         path = self.run_dir.decisions / f"{owner}.ndjson"
-        if "/" in owner or not path.exists():
+        if "/" in owner:
             return []
-        found = [_decision(line) for line in path.read_bytes().splitlines()]
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        found = [_decision(line) for line in lines]
         found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner)]
+        refused = [one for one in found if one is not None and one.reason in policy.CUT]
+        found += [
+            _came_to_nothing(owner, one)
+            for one in self._unreached(owner)
+            # A tunnel that the policy cut looks like one that failed.
+            if not any(
+                cut.host == one.host and abs(cut.at - one.at) < _CUT_SECONDS for cut in refused
+            )
+        ]
         known = [decision for decision in found if decision is not None and decision.at >= since]
         return sorted(known, key=lambda decision: decision.at)
 
-    def _logged(self, name: str, owner: str) -> Iterator[dict[str, Any]]:
-        """Yield what Squid itself has logged of an owner, oldest first."""
+    def _unreached(self, owner: str) -> list[Unreached]:
+        named = [
+            entry
+            for entry in self._logged(NO_ADDRESS_LOG, owner)
+            if str(entry.get("error", "")).endswith(NO_ADDRESS_PAGE)
+        ]
+        tunnels = list(self._logged(TRAFFIC_LOG, owner))
+        failures = self._logged(BROKEN_LOG) if tunnels else ()
+        return [*without_address(named), *broken_tunnels(tunnels, failures)]
+
+    def _logged(self, name: str, owner: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield what Squid itself has logged, or that of one owner, oldest first."""
         for path in sorted((self.run_dir.egress / "log").glob(f"{name}*"), reverse=True):
             for line in path.read_bytes().splitlines():
                 entry = _parsed(line)
-                if entry.get("owner") == owner:
+                if entry and (owner is None or entry.get("owner") == owner):
                     yield entry
 
     # Parts --------------------------------------------------------------------------------
@@ -371,6 +405,11 @@ def _not_tls(entry: dict[str, Any]) -> Decision:
     host, port, verdict = entry["host"], entry["port"], policy.not_tls(entry["host"])
     why = (verdict.reason, verdict.message)
     return Decision(at, owner, address, "CONNECT", host, port, "refused", *why)
+
+
+def _came_to_nothing(owner: str, one: Unreached) -> Decision:
+    why = (one.reason, one.message)
+    return Decision(one.at, owner, "", "CONNECT", one.host, one.port, "unreached", *why)
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

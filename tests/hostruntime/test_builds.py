@@ -32,6 +32,7 @@ class World:
         self.paths = StatePaths(root / "state").ensure()
         self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
         self.refused: list[Refused] = []
+        self.unreached: list[str] = []
         self.containers = FakeContainers()
         self.restart()
         staged = self.store.staging("debian-12")
@@ -48,6 +49,7 @@ class World:
             lambda _policy, _image: self.runtime,
             lambda _owner, _since: self.refused,
             LayerStore(self.paths, self.store.trash, 1 << 40),
+            lambda _owner, _since: self.unreached,
         )
         self.builds = BuildManager(self.paths, host)
 
@@ -306,6 +308,14 @@ async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> No
     assert failed["code"] == "network_policy_blocked"
     assert "use https:// addresses" in failed["message"]
     assert "refused" not in failed
+
+
+async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None:
+    world.unreached = ["a.test is allowed, but could not be reached: it refused the connection"]
+    failed = (await world.build("fail 7"))[-1]
+    assert (failed["code"], "refused" in failed) == ("step_failed", False)
+    assert f"with the policy's leave: {world.unreached[0]}." in failed["message"]
+    assert "network policy refused" not in failed["message"]
 
 
 async def test_a_step_that_takes_too_long(world: World) -> None:
