@@ -44,6 +44,7 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
+from tests.fakes.commands import Ran
 from tests.fakes.snapshots import FakeSnapshots
 
 TERMINAL = frozenset({"published", "failed"})
@@ -69,17 +70,6 @@ class FakeSandbox:
     env: dict[str, str]
     files: dict[str, bytes] = field(default_factory=dict)
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A command that was run."""
-
-    sandbox: str
-    command: str | Sequence[str]
-    cwd: str
-    env: dict[str, str]
-    timeout_seconds: float | None
 
 
 class FakeHost(FakeSnapshots):
