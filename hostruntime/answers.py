@@ -308,11 +308,13 @@ class EgressHost(Answer):
     last_at: float
     sent_bytes: int
     received_bytes: int
+    # Of what was allowed that which came to nothing: no address, refused, timed out, no TLS.
+    unreached: int = 0
 
 
 @dataclass(frozen=True)
 class EgressDecision(Answer):
-    """One answer of the egress proxy; ``verdict`` is allowed or refused."""
+    """One answer of the egress proxy; ``verdict`` is allowed, refused or unreached."""
 
     at: float
     owner: str

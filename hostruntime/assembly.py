@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,17 @@ from hostruntime.build_plan import Emit, Host, Plan
 from hostruntime.build_report import not_kept, ran_past_build_time
 from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
+from hostruntime.environment import (
+    ETC_ENVIRONMENT,
+    MAX_FILE_BYTES,
+    Environment,
+    baked,
+    check_environment,
+    decoded,
+    file_of,
+    resolved,
+    written,
+)
 from hostruntime.errors import HostError, HostFull
 from hostruntime.identity import give_identity
 from hostruntime.image_digest import image_digest
@@ -34,6 +45,7 @@ from hostruntime.scrub import RULES, remove_residue, scrub
 from hostruntime.steps import StepRunner
 from hostruntime.threads import Stop, in_thread, to_the_end
 from hostruntime.trees import Inventory, Measure, inventory
+from hostruntime.uncaptured import Uncaptured
 
 _log = logging.getLogger(__name__)
 
@@ -45,14 +57,17 @@ class Assembly:
         self._host = host
         self._plan = plan
         self._emit = emit
-        self._steps = StepRunner(host, plan, emit, self._remaining)
+        self._steps = StepRunner(host, plan, emit, self._remaining, self._environment)
         self._unkept = Unkept()
+        self._uncaptured = Uncaptured(host.containers, plan.image_id)
         self._stop = Stop()
         self._layers: BuildLayers | None = None
         self._began = time.monotonic()
         self._flushing: asyncio.Future[None]
         self._digest: str | None = None
         self._captured = Captured()
+        self._base_env: Mapping[str, str] = {}
+        self._base_file = self._lent_file = ""
         self.publish_ms = 0
 
     async def run(self) -> Image:
@@ -97,17 +112,46 @@ class Assembly:
     def _remaining(self) -> float:
         return max(0.0, self._began + self._plan.build_timeout - time.monotonic())
 
+    async def _environment(self) -> Mapping[str, str]:
+        """What the step that begins now has: what is baked so far, over what the host gives."""
+        try:
+            data = await self._host.containers.text_of(
+                self._plan.image_id, ETC_ENVIRONMENT, MAX_FILE_BYTES + 1
+            )
+        except HostError:
+            # There is none, or no process can be started: the step itself will say so.
+            data = b""
+        return resolved(self._host_env, self._baked(decoded(data)))
+
+    def _baked(self, file: str) -> Environment:
+        """The image's environment with this /etc/environment: the base's, that, the template's."""
+        before = f"{self._base_file}\n{self._lent_file}"
+        own = written(file, before, self._host_env)
+        return baked(baked(self._base_env, own), self._plan.env)
+
+    @property
+    def _host_env(self) -> Mapping[str, str]:
+        return self._host.containers.environment(self._plan.policy.mode)
+
     # Phases -------------------------------------------------------------------------------
 
     async def _stage(self, base: Image) -> Measure:
+        self._base_env = base.manifest.env
+        self._base_file = await in_thread(file_of, base.tree)
+        lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
+        self._lent_file = await in_thread(file_of, lent)
+        check_environment(self._baked(self._base_file))
         cached = await self._boot(base)
         if cached:
             await self._tell_unkept(base, cached)
+            await self._uncaptured.look(cached)
         for number in range(cached + 1, len(self._plan.recipe) + 1):
             refused = await self._steps.run(number)
             await self._tell_unkept(base, number)
+            await self._uncaptured.look(number)
             if self._layers is not None:
                 await self._layers.after_step(number, refused)
+        self._uncaptured.tell(self._emit)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)
@@ -254,6 +298,7 @@ class Assembly:
             shared_bytes=measured.shared_bytes,
             definition=plan.definition,
             digest=self._digest,
+            env=self._baked(await in_thread(file_of, self._staged / "tree")),
             details=plan.details,
         )
         async with self._telling("publish", Progress(measured.file_count, measured.size_bytes)):

@@ -16,6 +16,7 @@ from functools import cached_property
 from hostruntime.build_plan import Cache, Emit, Host, Plan
 from hostruntime.build_report import Refused
 from hostruntime.disk import DiskStuckError
+from hostruntime.environment import baked
 from hostruntime.errors import HostError, HostFault
 from hostruntime.exec import shell
 from hostruntime.images import Image
@@ -59,7 +60,10 @@ class BuildLayers:
                 "runtime": self._host.runtime_tree(plan.policy, self._base.tree).name,
             },
             commands=[shell(command) for command in plan.recipe],
-            environment=self._host.containers.environment(plan.policy.mode),
+            environment={
+                **self._host.containers.environment(plan.policy.mode),
+                **baked(manifest.env, plan.env),
+            },
             network={
                 "mode": plan.policy.mode,
                 "allow_domains": None if domains is None else sorted(domains),

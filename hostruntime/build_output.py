@@ -25,6 +25,9 @@ _TAIL_BYTES = 16 * 1024
 _REPLACEMENT_BYTES = 3  # U+FFFD in UTF-8
 # Control sequences of ECMA-48: CSI, OSC (ended by BEL or ST), and the two-byte escapes.
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+# A CR that a message quotes ("set: -\\r: invalid option") draws nothing over; it is what was wrong.
+_QUOTED_CR = re.compile("\r(?=[:'\"\u2019\u201d])")
+_SHOWN_CR = "\u27e8U+000D\u27e9"
 
 
 class OutputBudget:
@@ -122,14 +125,16 @@ class StepOutput:
 
 def readable_tail(text: str) -> str:
     """The last :data:`TAIL_LINES` lines of a terminal's text, at most TAIL_CHARACTERS."""
-    lines = [
-        line.rstrip("\r").rpartition("\r")[2].rstrip()
-        for line in _CONTROL.sub("", text).replace("\0", "\ufffd").split("\n")
-    ]
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in _seen(text).split("\n")]
     tail = "\n".join("\n".join(lines).strip("\n").split("\n")[-TAIL_LINES:])
     if len(tail) <= TAIL_CHARACTERS:
         return tail
     return "…" + tail[-TAIL_CHARACTERS:]
+
+
+def _seen(text: str) -> str:
+    text = _CONTROL.sub("", text).replace("\0", "\ufffd")
+    return _QUOTED_CR.sub(_SHOWN_CR, text)
 
 
 def _in_words(size_bytes: int) -> str:

@@ -37,6 +37,8 @@ class Host:
     runtime_tree: Callable[[Policy, Path], Path]
     refusals: Callable[[str, float], list[Refused]]
     layers: LayerStore
+    # As ``refusals``, sentences about allowed hosts that could not be reached.
+    unreached: Callable[[str, float], list[str]] = lambda _owner, _since: []
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Plan:
     """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
 
     ``provide`` is called with the writable layer's directory before the container starts, in a
-    thread, to put files in.  Without a ``cache`` no layers are kept.  ``details`` and
-    ``definition`` go into the manifest.
+    thread, to put files in.  Without a ``cache`` no layers are kept.  ``env`` is baked into the
+    image (:mod:`hostruntime.environment`).  ``details`` and ``definition`` go into the manifest.
     """
 
     image_id: str
@@ -67,6 +69,7 @@ class Plan:
     directory: Path
     provide: Callable[[Path], None] | None = None
     cache: Cache | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
     definition: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,3 +78,9 @@ def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]
     """What an owner's container was refused since a Unix time, each once."""
     refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
     return list(dict.fromkeys(Refused(d.host, d.port, d.reason) for d in refused))
+
+
+def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:
+    """What kept an owner's container from allowed hosts since a Unix time, each once."""
+    found = (d for d in proxy.decisions(owner, since) if d.verdict == "unreached")
+    return list(dict.fromkeys(d.message for d in found))

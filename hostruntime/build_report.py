@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from hostruntime.errors import BuildFailed
 from hostruntime.exec import Exited
+from hostruntime.hidden import odd_characters, shown
 
 _COMMAND_CHARACTERS = 400
 _REFUSALS = 5
@@ -40,7 +41,13 @@ class Refused:
 
 
 def step_failed(
-    step: int, total: int, command: str, tail: str, end: Exited, refused: Sequence[Refused]
+    step: int,
+    total: int,
+    command: str,
+    tail: str,
+    end: Exited,
+    refused: Sequence[Refused],
+    unreached: Sequence[str] = (),
 ) -> BuildFailed:
     """A step that exited non-zero or was killed by a signal."""
     if end.signal is None:
@@ -48,7 +55,8 @@ def step_failed(
     else:
         how = f"was killed by signal {end.signal} ({_signal_name(end.signal)})"
     head = f"Step {step} of {total} failed: {_quoted(command)} {how}."
-    parts = [head, _ending(tail), _refusal_hint(refused)]
+    hints = [_refusal_hint(refused), _unreached_hint(unreached)]
+    parts = [head, odd_characters(command), _ending(tail), *hints]
     # Nearly always why: a program that can do without what it was refused does not fail.
     reason = "network_policy_blocked" if refused else "step_failed"
     return _failure(reason, parts, step, refused)
@@ -133,10 +141,10 @@ def _failure(
 
 
 def _quoted(command: str) -> str:
-    text = command.strip()
+    text = command.strip(" \t\n")
     if len(text) > _COMMAND_CHARACTERS:
         text = text[:_COMMAND_CHARACTERS] + "…"
-    return f"`{text}`"
+    return f"`{shown(text)}`"
 
 
 def _ending(tail: str) -> str:
@@ -149,6 +157,14 @@ def _refusal_hint(refused: Sequence[Refused]) -> str:
     names = ", ".join(f"{one.host}:{one.port}" for one in refused[:_REFUSALS])
     more = f" and {len(refused) - _REFUSALS} more" if len(refused) > _REFUSALS else ""
     return f"During this step the network policy refused: {names}{more}. {_remedy(refused)}"
+
+
+def _unreached_hint(unreached: Sequence[str]) -> str:
+    """No policy is to blame for these, and no list would help."""
+    if not unreached:
+        return ""
+    shown = "; ".join(unreached[:_REFUSALS])
+    return f"During this step, with the policy's leave: {shown}. No allowlist changes that."
 
 
 def _remedy(refused: Sequence[Refused]) -> str:

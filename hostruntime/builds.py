@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class BuildRequest:
     """What to build.  ``network`` is restricted or open; timeouts are in seconds.
 
     ``cache`` says where the build keeps its layers; None keeps none, and begins with none.
+    ``env`` is baked into the image.
     """
 
     id: str
@@ -67,6 +68,7 @@ class BuildRequest:
     step_timeout_seconds: float = 600.0
     build_timeout_seconds: float = 1800.0
     cache: Cache | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,7 @@ def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
         build_timeout=request.build_timeout_seconds,
         directory=directory,
         cache=request.cache,
+        env=request.env,
     )
 
 

@@ -13,10 +13,10 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -157,11 +157,13 @@ class HostClient(SnapshotCalls):
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
         cache: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> BuildInfo:
         """Start a build whose image will have its id; the same id again changes nothing.
 
         ``cache`` has ``scope`` (whose layers it keeps and may use: a plain name) and ``reuse``:
         whether steps that an earlier build of the scope ran the same way are not run again.
+        ``env`` is baked into the image.
         """
         body = {
             "id": build_id,
@@ -173,6 +175,7 @@ class HostClient(SnapshotCalls):
             "step_timeout_seconds": step_timeout_seconds,
             "build_timeout_seconds": build_timeout_seconds,
             "cache": None if cache is None else dict(cache),
+            "env": dict(env or {}),
         }
         return BuildInfo.from_wire(self._json("POST", "/builds", body=body))
 
@@ -438,6 +441,32 @@ class AsyncHostClient:
             async for line in response.aiter_lines():
                 if line.strip():
                     yield ExecFrame.from_wire(json.loads(line))
+
+    async def exec_to_end(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """As :meth:`HostClient.exec`; cancelled, it ends the command."""
+        frames = self.exec_frames(
+            sandbox_id,
+            command,
+            cwd=cwd,
+            env=env,
+            timeout_seconds=timeout_seconds,
+            max_output_bytes=max_output_bytes,
+        )
+        collected = Collected()
+        # An async generator, whatever its annotation says: closing it ends the command.
+        async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
+            async for frame in stream:
+                collected.add(frame)
+        return collected.result()
 
     async def build_events(self, build_id: str, after: int = 0) -> AsyncIterator[BuildEvent]:
         """The events after number ``after``, until the terminal one."""

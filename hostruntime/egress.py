@@ -35,7 +35,11 @@ from hostruntime.patience import Patience
 from hostruntime.policy import NO_POLICY
 from hostruntime.run import CommandFailed, run
 from hostruntime.squid_config import (
+    BROKEN_LOG,
     DESCRIPTORS,
+    LOGS,
+    NO_ADDRESS_LOG,
+    NO_ADDRESS_PAGE,
     NOT_TLS_LOG,
     PAGES,
     PEEK_CERTIFICATE,
@@ -45,6 +49,7 @@ from hostruntime.squid_config import (
     squid_config,
 )
 from hostruntime.squid_log import telling_lines
+from hostruntime.unreached import Unreached, broken_tunnels, without_address
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
@@ -52,6 +57,7 @@ _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
 _MOST_OF_AN_ANSWER = 8192
 _POLL_SECONDS = 0.02
+_CUT_SECONDS = 15.0
 _MAX_LOG_BYTES = 8 * 1024 * 1024
 _KEEP_DECISIONS_SECONDS = 7 * 86_400.0
 _PACKAGED = ("__init__.py", "policy.py", "egress_helper.py")
@@ -63,7 +69,10 @@ _ALLOWLIST = Path(__file__).with_name("data") / "egress-allowlist.txt"
 
 @dataclass(frozen=True)
 class Decision:
-    """One answer of the proxy; `at` in Unix seconds, `verdict` is allowed or refused."""
+    """One answer of the proxy; `at` in Unix seconds.
+
+    `verdict` is allowed, refused, or unreached: allowed, and then not to be reached.
+    """
 
     at: float
     owner: str
@@ -78,7 +87,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class HostUse:
-    """What one container did with one host and port; ``reason`` and ``message`` are the latest."""
+    """What one container did with one host and port; ``reason`` and ``message`` are the latest.
+
+    ``unreached`` counts what was allowed and came to nothing.
+    """
 
     host: str
     port: int
@@ -89,6 +101,7 @@ class HostUse:
     last_at: float
     sent_bytes: int
     received_bytes: int
+    unreached: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class EgressProxy:
         self._rotate()
 
     def _rotate(self) -> None:
-        logs = [self.run_dir.egress / "log" / name for name in (TRAFFIC_LOG, NOT_TLS_LOG)]
+        logs = [self.run_dir.egress / "log" / name for name in LOGS]
         if any(log.exists() and log.stat().st_size > _MAX_LOG_BYTES for log in logs):
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
@@ -195,7 +208,7 @@ class EgressProxy:
         return words in answer
 
     def hosts(self, owner: str) -> list[HostUse]:
-        """Return what an owner asked for and what came of it by host, refused ones first."""
+        """Return what an owner asked for and what came of it by host, what failed first."""
         found: dict[tuple[str, int], list[Decision]] = {}
         for decision in self.decisions(owner):
             found.setdefault((decision.host, decision.port), []).append(decision)
@@ -215,10 +228,11 @@ class EgressProxy:
                 received_bytes=carried.get(host, nothing).received
                 if port == policy.TLS_PORT
                 else 0,
+                unreached=sum(one.verdict == "unreached" for one in decisions),
             )
             for (host, port), decisions in found.items()
         ]
-        return sorted(uses, key=lambda use: (use.refused == 0, -use.last_at))
+        return sorted(uses, key=lambda use: (not use.refused, not use.unreached, -use.last_at))
 
     def traffic(self, owner: str) -> dict[str, Traffic]:
         """Return what an owner's ended tunnels carried, by host."""
@@ -234,15 +248,35 @@ class EgressProxy:
         Reads files, as far back as `since` (Unix seconds): not for an event loop.
         """
         path = self.run_dir.decisions / f"{owner}.ndjson"
-        if "/" in owner or not path.exists():
+        if "/" in owner:
             return []
         found = [_decision(entry) for entry in entries_of(path, owner, since)]
         found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner, since)]
+        refused = [one for one in found if one is not None and one.reason in policy.CUT]
+        found += [
+            _came_to_nothing(owner, one)
+            for one in self._unreached(owner, since)
+            # A tunnel that the policy cut looks like one that failed.
+            if not any(
+                cut.host == one.host and abs(cut.at - one.at) < _CUT_SECONDS for cut in refused
+            )
+        ]
         known = [decision for decision in found if decision is not None]
         return sorted(known, key=lambda decision: decision.at)
 
-    def _logged(self, name: str, owner: str, since: float = 0.0) -> Iterator[dict[str, Any]]:
-        """Yield what Squid itself has logged of an owner, oldest first."""
+    def _unreached(self, owner: str, since: float) -> list[Unreached]:
+        named = [
+            entry
+            for entry in self._logged(NO_ADDRESS_LOG, owner, since)
+            if str(entry.get("error", "")).endswith(NO_ADDRESS_PAGE)
+        ]
+        tunnels = list(self._logged(TRAFFIC_LOG, owner, since))
+        # Whose a failure was only its tunnel says, which is logged when it ends.
+        failures = self._logged(BROKEN_LOG, None, since - _CUT_SECONDS) if tunnels else ()
+        return [*without_address(named), *broken_tunnels(tunnels, failures)]
+
+    def _logged(self, name: str, owner: str | None, since: float = 0.0) -> Iterator[dict[str, Any]]:
+        """Yield what Squid itself has logged of an owner, or of everybody, oldest first."""
         for path in sorted((self.run_dir.egress / "log").glob(f"{name}*"), reverse=True):
             yield from entries_of(path, owner, since)
 
@@ -372,6 +406,11 @@ def _not_tls(entry: dict[str, Any]) -> Decision:
     host, port, verdict = entry["host"], entry["port"], policy.not_tls(entry["host"])
     why = (verdict.reason, verdict.message)
     return Decision(at, owner, address, "CONNECT", host, port, "refused", *why)
+
+
+def _came_to_nothing(owner: str, one: Unreached) -> Decision:
+    why = (one.reason, one.message)
+    return Decision(one.at, owner, "", "CONNECT", one.host, one.port, "unreached", *why)
 
 
 def _make_certificate(path: Path) -> None:

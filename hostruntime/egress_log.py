@@ -22,8 +22,8 @@ _PIECE = 1024**2
 _DISORDER_SECONDS = 5.0
 
 
-def entries_of(path: Path, owner: str, since: float) -> list[dict[str, Any]]:
-    """An owner's entries not older than a Unix time, oldest first; none of a missing file."""
+def entries_of(path: Path, owner: str | None, since: float) -> list[dict[str, Any]]:
+    """An owner's entries, or everybody's, since a Unix time, oldest first; none without a file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def entries_of(path: Path, owner: str, since: float) -> list[dict[str, Any]]:
         if os.fstat(descriptor).st_mtime < since - _DISORDER_SECONDS:
             return []
         for lines in _backwards(descriptor):
-            if owner.encode() in lines:
+            if owner is None or owner.encode() in lines:
                 found += reversed(list(_of_owner(lines, owner, since)))
             if len(found) >= MOST_ENTRIES or _first_at(lines) < since - _DISORDER_SECONDS:
                 break
@@ -56,12 +56,12 @@ def _backwards(descriptor: int) -> Iterator[bytes]:
             yield data[cut:]
 
 
-def _of_owner(lines: bytes, owner: str, since: float) -> Iterator[dict[str, Any]]:
-    wanted = owner.encode()
+def _of_owner(lines: bytes, owner: str | None, since: float) -> Iterator[dict[str, Any]]:
+    wanted = (owner or "").encode()
     for line in lines.split(b"\n"):
-        if wanted in line:
+        if line and wanted in line:
             entry = _parsed(line)
-            if entry.get("owner") == owner and _at(entry) >= since:
+            if owner in (None, entry.get("owner")) and entry and _at(entry) >= since:
                 yield entry
 
 

@@ -44,6 +44,9 @@ _DRAIN_PAUSE_SECONDS = 0.02
 _MOST_DRAINED = 128
 _draining: dict[str, dict[int, asyncio.TimerHandle | None]] = {}
 _BACKLOG_BYTES = 1024 * 1024
+_MAX_ARGUMENT_BYTES = 128 * 1024
+_PART_CHARACTERS = 30_000  # of at most four bytes each (RFC 3629)
+_SHELL_NAME = "bash"
 _MAX_PIPE_BYTES = 1024 * 1024  # /proc/sys/fs/pipe-max-size
 _log = logging.getLogger(__name__)
 _tags = itertools.count(1)
@@ -87,8 +90,20 @@ Frame = Started | Chunk | Exited | TimedOut
 
 
 def shell(command: str) -> list[str]:
-    """The argv that runs ``command`` through bash where the image has it, else /bin/sh."""
-    return [SHELL, "-c", command]
+    """The argv that runs ``command`` through bash where the image has it, else /bin/sh.
+
+    The kernel takes no single argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).  A longer command
+    goes in parts that the shell puts together, and drops, before it runs it.
+    """
+    if len(command.encode()) < _MAX_ARGUMENT_BYTES:
+        return [SHELL, "-c", command]
+    parts = [
+        command[begin : begin + _PART_CHARACTERS]
+        for begin in range(0, len(command), _PART_CHARACTERS)
+    ]
+    whole = "".join(f"${{{number}}}" for number in range(1, len(parts) + 1))
+    # The shift comes with the command in one argument: it is expanded before there is none.
+    return [SHELL, "-c", f'eval "shift {len(parts)}; {whole}"', _SHELL_NAME, *parts]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class ImageManifest:
 
     ``shared_bytes`` is the part of ``size_bytes`` that was hard-linked from ``base`` when the
     image was made.  ``definition`` identifies the recipe of a built-in base, ``digest`` what is in
-    the tree (:mod:`hostruntime.image_digest`).
+    the tree (:mod:`hostruntime.image_digest`), ``env`` what its commands begin
+    with (:mod:`hostruntime.environment`).
     """
 
     id: str
@@ -74,6 +75,7 @@ class ImageManifest:
     definition: str | None = None
     digest: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written to disk and sent to clients."""
@@ -93,6 +95,7 @@ class ImageManifest:
             definition=record.get("definition"),
             digest=record.get("digest"),
             details=record.get("details") or {},
+            env=record.get("env") or {},
         )
 
 

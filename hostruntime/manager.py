@@ -307,6 +307,21 @@ class ContainerManager:
             self._check_not_stopped(running)
             raise
 
+    async def text_of(self, owner: str, path: str, max_bytes: int) -> bytes:
+        """The beginning of a file of a container, read from inside.  Raises HostError."""
+        async with self.files.read(self.get(owner).name, path, directories=False) as opened:
+            data = b""
+            async for piece in opened.content:
+                data += piece
+                if len(data) >= max_bytes:
+                    break
+            return data[:max_bytes]
+
+    async def names_in(self, owner: str, directory: str) -> list[str]:
+        """What is in a directory of a container, seen from inside.  Raises HostError."""
+        async with self.files.read(self.get(owner).name, directory) as opened:
+            return [str(entry["name"]) for entry in opened.entries or ()]
+
     def environment(self, mode: str) -> dict[str, str]:
         """What every process in a container of a network mode begins with."""
         return container_environment(mode, self.pool)

@@ -250,6 +250,10 @@ def judge_hello(host: str, server_name: str) -> Verdict:
     return Verdict(allowed=True, reason="allowed", message=f"{host} is named in the tunnel too")
 
 
+# The reasons for which a tunnel is cut that had been opened.
+CUT = frozenset({"no_server_name", "server_name_differs", "not_tls"})
+
+
 def not_tls(host: str) -> Verdict:
     """Judge a tunnel to ``host`` that begins with no TLS ClientHello: what it asks is hidden."""
     text = f"what was said to {host} is not TLS: only HTTPS is allowed"

@@ -22,13 +22,14 @@ from hostruntime.bases import BASES, BaseBuilder
 from hostruntime.build_log import KEEP_ALIVE_SECONDS
 from hostruntime.build_plan import Cache
 from hostruntime.builds import BuildManager, BuildRequest
+from hostruntime.environment import check_environment
 from hostruntime.errors import HostError, HostFault, ImageNotFound, InvalidRequest
 from hostruntime.images import ALIASES, Image, ImageStore
 from hostruntime.threads import in_thread
 
 _NDJSON = "application/x-ndjson"
 _MAX_STEPS = 100
-_MAX_STEP_BYTES = 8 * 1024
+_MAX_STEP_BYTES = 256 * 1024
 
 
 class _Body(BaseModel):
@@ -56,6 +57,7 @@ class _BuildBody(_Body):
     step_timeout_seconds: float = Field(default=600.0, gt=0)
     build_timeout_seconds: float = Field(default=1800.0, gt=0)
     cache: _Cache | None = None
+    env: dict[str, str] = {}
 
 
 class _ReconcileBody(_Body):
@@ -209,6 +211,7 @@ def _build_request(body: _BuildBody) -> BuildRequest:
                 f"recipe: step {number} must be a command of 1 to {_MAX_STEP_BYTES} bytes "
                 "without NUL."
             )
+    check_environment(body.env)
     return BuildRequest(
         id=body.id,
         base_image=body.base_image,
@@ -221,6 +224,7 @@ def _build_request(body: _BuildBody) -> BuildRequest:
         step_timeout_seconds=body.step_timeout_seconds,
         build_timeout_seconds=body.build_timeout_seconds,
         cache=None if body.cache is None else Cache(body.cache.scope, body.cache.reuse),
+        env=body.env,
     )
 
 

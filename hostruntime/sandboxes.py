@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from hostruntime.environment import check_environment, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
 from hostruntime.identity import give_identity
@@ -34,7 +35,6 @@ from hostruntime.usage import UsageBook
 Reason = Literal["expired", "exited", "host_lost"]
 SWEEP_SECONDS = 0.5
 KEEP_GONE_SECONDS = 86_400.0
-MAX_ENV_BYTES = 128 * 1024
 _RECORD = "sandbox.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class Sandbox:
     ended_at: float | None = None
     slot: Mapping[str, Any] | None = None
     paused: bool = False
+    # What is baked into its image (hostruntime.environment).
+    image_env: Mapping[str, str] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         """The answer of the agent's API."""
@@ -207,7 +209,14 @@ class SandboxManager:
         directory.mkdir(mode=0o700, exist_ok=True)
         try:
             image = self._image(request, snapshot)
-            sandbox = Sandbox(request, "starting", image.id, str(image.tree), request.deadline)
+            sandbox = Sandbox(
+                request,
+                "starting",
+                image.id,
+                str(image.tree),
+                request.deadline,
+                image_env=image.manifest.env,
+            )
             write_json(directory / _RECORD, asdict(sandbox))
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
@@ -306,9 +315,13 @@ class SandboxManager:
         env: Mapping[str, str],
         timeout: float | None,
     ) -> AsyncGenerator[Frame, None]:
-        """Run a command with the sandbox's environment; see :meth:`ContainerManager.exec`."""
+        """Run a command with the environment of the image, the sandbox and its own, in this order.
+
+        See :meth:`ContainerManager.exec`.
+        """
         sandbox = self._usable(sandbox_id)
-        environment = {**sandbox.request.env, **env}
+        host = self.containers.environment(sandbox.request.network)
+        environment = {**resolved(host, sandbox.image_env), **sandbox.request.env, **env}
         return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
 
     def container_name(self, sandbox_id: str) -> str:
@@ -441,14 +454,3 @@ def _checked(request: SandboxRequest) -> Policy:
         return Policy.parse(request.network, request.allow_domains)
     except PolicyError as error:
         raise InvalidRequest(str(error)) from error
-
-
-def check_environment(env: Mapping[str, str]) -> None:
-    """Raise InvalidRequest unless these can be environment variables (environ(7))."""
-    for name, value in env.items():
-        if not name or "=" in name or "\0" in name:
-            raise InvalidRequest(f"{name!r} cannot be the name of an environment variable.")
-        if "\0" in value:
-            raise InvalidRequest(f"The environment variable {name} contains a NUL character.")
-    if sum(len(name) + len(value) for name, value in env.items()) > MAX_ENV_BYTES:
-        raise InvalidRequest(f"The environment is over {MAX_ENV_BYTES} bytes.")

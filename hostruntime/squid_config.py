@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hostruntime.patience import slowness
 from hostruntime.policy import Network
+from hostruntime.unreached import CONNECT_SECONDS
 
 REFUSAL_PAGE = "ERR_ORKESTR_REFUSED"
 # Squid expands %o to the helper's message, escaped for HTML (deny_info, errorpage macros).
@@ -25,6 +26,9 @@ REFUSAL_TEXT = "Refused by this sandbox's network policy: %o.\n"
 # refusal, and from anything the host itself might answer.
 UNREACHABLE_PAGES = ("ERR_CANNOT_FORWARD", "ERR_DNS_FAIL", "ERR_CONNECT_FAIL")
 UNREACHABLE_TEXT = "Allowed by the network policy, but %H could not be reached from this host.\n"
+NO_ADDRESS_PAGE = "ERR_ORKESTR_NO_ADDRESS"
+NO_ADDRESS = "could not be reached from this host: its name has no address (DNS)"
+NO_ADDRESS_TEXT = f"Allowed by the network policy, but %H {NO_ADDRESS}.\n"
 TOO_MANY_PAGE = "ERR_ORKESTR_TOO_MANY"
 TOO_MANY_TEXT = (
     "Refused by this sandbox's network policy: more than {most} connections at once; close some.\n"
@@ -41,6 +45,7 @@ DESCRIPTORS = 65_536
 FIRST_BYTE_SECONDS = 8 * 4 ** min(2, round(math.log(slowness(), 4)))
 PAGES = {
     REFUSAL_PAGE: REFUSAL_TEXT,
+    NO_ADDRESS_PAGE: NO_ADDRESS_TEXT,
     TOO_MANY_PAGE: TOO_MANY_TEXT.format(most=CONNECTIONS_PER_CONTAINER),
     **dict.fromkeys(UNREACHABLE_PAGES, UNREACHABLE_TEXT),
 }
@@ -49,6 +54,10 @@ PEEK_PROBE = "peek.invalid"
 TRAFFIC_LOG = "traffic.log"
 # Tunnels in which something else than TLS was said: the helper is not asked about those.
 NOT_TLS_LOG = "not-tls.log"
+# Allowed hosts without an address, and connections to allowed hosts that failed.
+NO_ADDRESS_LOG = "no-address.log"
+BROKEN_LOG = "broken.log"
+LOGS = (TRAFFIC_LOG, NOT_TLS_LOG, NO_ADDRESS_LOG, BROKEN_LOG)
 OWNER_HEADER = "X-Orkestr-Owner"
 
 
@@ -110,7 +119,8 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     # The second port learns from the first, and from nobody else, whose tunnel it is.
     yield "forwarded_for truncate"
     yield (
-        'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","sent":%>st,"received":%<st}'
+        'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","via":"%<lp",'
+        '"sent":%>st,"received":%<st}'
     )
     yield "acl tunnelled http_status 200"
     yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
@@ -123,6 +133,19 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     )
     yield "acl is_not_tls squid_error ERR_PROTOCOL_UNKNOWN"
     yield f"access_log stdio:{plan.log_directory}/{NOT_TLS_LOG} not_tls peeked is_not_tls"
+    yield (
+        'logformat no_address {"at":%ts.%03tu,"owner":"%et","host":"%>rd","port":%>rP,'
+        '"error":"%err_code"}'
+    )
+    yield "acl unavailable http_status 503"
+    yield (
+        f"access_log stdio:{plan.log_directory}/{NO_ADDRESS_LOG} no_address asked unavailable "
+        "!probe"
+    )
+    yield ('logformat broken {"at":%ts.%03tu,"via":"%>p","host":"%>rd","status":%>Hs,"ms":%tr}')
+    # One line a tunnel: what fails in one has no status that an ACL could look at.
+    yield "acl went_well http_status 200"
+    yield f"access_log stdio:{plan.log_directory}/{BROKEN_LOG} broken peeked !went_well !probe"
     yield "access_log none"
 
 
@@ -140,7 +163,7 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
         yield f"acl denied_address dst {network}"
     yield f"deny_info 403:{TOO_MANY_PAGE} too_many"
     yield "acl resolves dst all"
-    yield f"deny_info 503:{UNREACHABLE_PAGES[0]} resolves"
+    yield f"deny_info 503:{NO_ADDRESS_PAGE} resolves"
     yield "acl refused http_status 403"
     yield f"acl too_many maxconn {CONNECTIONS_PER_CONTAINER}"
     yield "http_access deny manager"
@@ -157,6 +180,7 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
         yield f"deny_info 403:{REFUSAL_PAGE} {name}"
     # Clients do not show the body of a refused CONNECT; some do show its headers.
     yield 'reply_header_add X-Orkestr-Egress "%\'{message}note" refused'
+    yield f'reply_header_add X-Orkestr-Egress "allowed, but {NO_ADDRESS}" unavailable'
     for header in ("X-Squid-Error", "X-Cache", "X-Cache-Lookup"):
         yield f"reply_header_access {header} deny all"
     yield f"tcp_outgoing_mark {plan.mark:#x} peeked"
@@ -189,6 +213,6 @@ def _behaviour(plan: SquidPlan) -> Iterable[str]:
     yield f"request_start_timeout {FIRST_BYTE_SECONDS} seconds"
     yield "request_timeout 30 seconds"
     yield "client_idle_pconn_timeout 30 seconds"
-    yield "connect_timeout 20 seconds"
+    yield f"connect_timeout {CONNECT_SECONDS} seconds"
     yield "forward_timeout 40 seconds"
     yield "shutdown_lifetime 0 seconds"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -69,12 +69,17 @@ class Silence:
 
 @dataclass
 class StepRunner:
-    """Runs the steps of one build.  ``remaining`` says how many seconds the build has left."""
+    """Runs the steps of one build.
+
+    ``remaining`` says how many seconds the build has left, ``environment`` what a step that begins
+    now has beside what the host gives.
+    """
 
     host: Host
     plan: Plan
     emit: Emit
     remaining: Callable[[], float]
+    environment: Callable[[], Awaitable[Mapping[str, str]]]
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
     async def run(self, number: int) -> list[Refused]:
@@ -94,7 +99,7 @@ class StepRunner:
             raise container_stopped(number, total, command, output.tail()) from None
         finally:
             output.finish()
-        refused = await self._refused_since(began)
+        refused = await self._asked_of_proxy(self.host.refusals, began)
         now_bytes, now_files = self.host.containers.disk_used(self.plan.image_id)
         self.emit(
             "step_finished",
@@ -111,16 +116,19 @@ class StepRunner:
         if isinstance(end, TimedOut):
             raise self._out_of_time(number, output.tail(), remaining, refused)
         if end.code != 0:
-            raise self._failed(number, output.tail(), end, refused)
+            unreached = await self._asked_of_proxy(self.host.unreached, began)
+            raise self._failed(number, output.tail(), end, refused, unreached)
         return refused[:MAX_REFUSED]
 
-    async def _refused_since(self, began: float) -> list[Refused]:
+    async def _asked_of_proxy[T](
+        self, ask: Callable[[str, float], list[T]], began: float
+    ) -> list[T]:
         """What the policy refused, however the step ended: `curl … | bash` succeeds with nothing.
 
-        Not knowing it is no failure of the step.
+        Or which allowed hosts were not reached.  Not knowing it is no failure of the step.
         """
         try:
-            return await asyncio.to_thread(self.host.refusals, self.plan.image_id, began)
+            return await asyncio.to_thread(ask, self.plan.image_id, began)
         except OSError as error:
             _log.error("what %s was refused cannot be read: %s", self.plan.image_id, error)
             return []
@@ -130,7 +138,7 @@ class StepRunner:
             self.plan.image_id,
             shell(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
-            env={},
+            env=await self.environment(),
             timeout=limit,
             merge_output=True,
         )
@@ -157,7 +165,12 @@ class StepRunner:
         return ran_past_build_time(plan.build_timeout, number, total, command, tail, refused)
 
     def _failed(
-        self, number: int, tail: str, end: Exited, refused: Sequence[Refused]
+        self,
+        number: int,
+        tail: str,
+        end: Exited,
+        refused: Sequence[Refused],
+        unreached: Sequence[str],
     ) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)
@@ -165,4 +178,4 @@ class StepRunner:
             return out_of_memory(number, total, command, tail, plan.limits.memory_mb)
         if self.host.containers.disk_is_full(plan.image_id):
             return out_of_disk(number, total, command, tail, plan.limits.disk_size_mb)
-        return step_failed(number, total, command, tail, end, refused)
+        return step_failed(number, total, command, tail, end, refused, unreached)

@@ -7,6 +7,7 @@ until the view has read it. Here
   for ``STALLED_SECONDS`` is cut off;
 * a body over the limit is refused with 413 as soon as its length is known or passed, and one below
   it waits in a file until the application asks for it;
+* a client that waits long for the answer to an API call hears every nine seconds that it comes;
 * SIGTERM closes the door, asks WebSockets to come back later (1012), lets running requests finish
   for ``GRACE_SECONDS``, and then ends the process.
 """
@@ -35,6 +36,7 @@ from twisted.logger import globalLogBeginner
 from zope.interface import implementer
 
 from hostruntime.patience import scaled
+from orkestr_console import interim
 from orkestr_console.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
 from orkestr_console.ids import new_id
 
@@ -139,6 +141,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         self.drain = Drain()
         self._received = 0
         self._refused = False
+        self._interim: Any = None
 
     def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
         """The headers are in; ``length`` is None for a chunked body."""
@@ -165,7 +168,26 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         Daphne takes ``Daphne-Root-Path`` from anybody, and every link would begin with it.
         """
         self.requestHeaders.removeHeader(b"daphne-root-path")
+        answer = interim.interim_answer(
+            protocol=self.clientproto,
+            path=self.path,
+            agent=self.getHeader(b"user-agent") or b"",
+            connection=self.getHeader(b"connection") or b"",
+        )
+        if answer is not None and settings.INTERIM_ANSWERS:
+            self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
         return super().process()
+
+    def _keep_waiting(self, answer: bytes) -> None:
+        """Say that the answer still comes, and again after a while."""
+        self.channel.transport.write(answer)
+        self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
+
+    def _stop_waiting(self) -> None:
+        """The answer is there, or nobody waits for it."""
+        if self._interim is not None and self._interim.active():
+            self._interim.cancel()
+        self._interim = None
 
     def basic_error(self, status: int, status_text: bytes, body: str) -> None:
         """What Daphne says without the application, in the form of every other error."""
@@ -186,6 +208,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
 
     def handle_reply(self, message: Message) -> None:
         """A piece of the response; from the first on, the transport tells us when it is full."""
+        self._stop_waiting()
         starts = message["type"] == "http.response.start"
         if starts and not self.finished and self.channel is not None and self.producer is None:
             self.registerProducer(self.drain, streaming=True)
@@ -199,6 +222,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802 - Twisted's name
         """The client has gone."""
+        self._stop_waiting()
         self.drain.stopProducing()
         super().connectionLost(reason)
 

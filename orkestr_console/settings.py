@@ -203,11 +203,15 @@ SILENCED_SYSTEM_CHECKS = [
     ),
 ]
 
+# --- Long answers ---------------------------------------------------------------------------------
+# Whether clients that wait hear 1xx answers: not behind a proxy that takes one for the answer.
+INTERIM_ANSWERS = os.environ.get("ORKESTR_INTERIM_ANSWERS", "").lower() not in {"off", "0", "no"}
+
 # --- Bodies ---------------------------------------------------------------------------------------
 # The largest body any call takes (a 16 MiB file in base64, with its JSON around it).
 LARGEST_BODY = 24 * 1024 * 1024
-# What a call takes that does not say more.
-USUAL_BODY = 1024 * 1024
+# What a call takes that does not say more: a command of 256 KiB, each character as JSON's \\u0000.
+USUAL_BODY = 2 * 1024 * 1024
 DATA_UPLOAD_MAX_MEMORY_SIZE = LARGEST_BODY
 FILE_UPLOAD_MAX_MEMORY_SIZE = USUAL_BODY
 

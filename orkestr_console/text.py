@@ -26,6 +26,9 @@ STEERING = re.compile(f"[{_UNSEEN}]|(?<![^\x00-\x7f])[{JOINERS}]|[{JOINERS}](?![
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
 )
+# A CR that a message quotes ("set: -\\r: invalid option") draws nothing over; it is what was wrong.
+_QUOTED_CR = re.compile("\r(?=[:'\"\u2019\u201d])")
+_SHOWN_CR = "\u27e8U+000D\u27e9"
 
 
 def unusable(text: str) -> str | None:
@@ -33,13 +36,21 @@ def unusable(text: str) -> str | None:
 
     PostgreSQL's ``text`` holds no NUL, and half of a surrogate pair has no UTF-8 (RFC 3629).
     """
-    if "\0" in text:
-        return "must not contain NUL characters."
+    if (at := text.find("\0")) >= 0:
+        return f"must not contain NUL characters; take out \\0, {place(text, at)}."
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return "must not contain half of a surrogate pair."
+    except UnicodeEncodeError as error:
+        half, where = f"\\u{ord(text[error.start]):04x}", place(text, error.start)
+        return f"must not contain half of a surrogate pair; take out {half}, {where}."
     return None
+
+
+def place(text: str, index: int) -> str:
+    """Where ``text[index]`` is, as people count: ``character 5``, ``line 2, character 5``."""
+    line, begin = text.count("\n", 0, index) + 1, text.rfind("\n", 0, index) + 1
+    character = f"character {index - begin + 1}"
+    return f"line {line}, {character}" if "\n" in text else character
 
 
 def unreadable(name: str) -> str | None:
@@ -77,5 +88,5 @@ def clean(text: str) -> str:
 
 def plain(text: str) -> str:
     """A program's output without colours, and of lines drawn over again the last state."""
-    lines = _ESCAPES.sub("", text).split("\n")
+    lines = _QUOTED_CR.sub(_SHOWN_CR, _ESCAPES.sub("", text)).split("\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)

@@ -11,7 +11,9 @@ from django.http import QueryDict
 from orkestr_console.accounts.limits import Envelope
 from orkestr_console.console.forms import Form
 from orkestr_console.egress import besides_default
+from orkestr_console.environment import typed_environment
 from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
+from orkestr_console.script import unix_lines
 from orkestr_console.validation import parse_spec
 from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
 
@@ -74,7 +76,7 @@ class SandboxForm(Form):
             size=data.get("size", ""),
             network=data.get("network", ""),
             timeout_seconds=data.get("timeout_seconds", "").strip(),
-            env=data.get("env", "").replace("\r\n", "\n"),
+            env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
         )
 
@@ -91,7 +93,7 @@ class SandboxForm(Form):
                 "size": self.size,
                 "network": self.network,
                 "timeout_seconds": whole(self.timeout_seconds),
-                "env": environment(self.env),
+                "env": typed_environment(self.env),
                 "allow_domains": self.allowlist(),
             },
         )
@@ -123,9 +125,9 @@ class CommandForm(Form):
 
     @classmethod
     def typed(cls, data: QueryDict) -> CommandForm:
-        """What was posted; a shell wants its lines to end in LF."""
+        """What was posted; browsers end lines with CR LF."""
         return cls(
-            command=data.get("command", "").replace("\r\n", "\n"),
+            command=unix_lines(data.get("command", "")),
             cwd=data.get("cwd", "").strip() or "/workspace",
             timeout_seconds=data.get("timeout_seconds", "").strip() or COMMAND_SECONDS,
         )
@@ -146,17 +148,3 @@ class CommandForm(Form):
 def whole(text: str) -> int | str:
     """The number a field holds; text that is none stays, for the spec to refuse."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
-
-
-def environment(text: str) -> dict[str, str]:
-    """``NAME=value`` lines. Raises ``InvalidInput`` naming the line that is none."""
-    found: dict[str, str] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, equals, value = line.partition("=")
-        if not equals:
-            sentence = f"Line {number} is not of the form NAME=value."
-            raise InvalidInput(sentence, fields={"env": sentence})
-        found[name.strip()] = value
-    return found

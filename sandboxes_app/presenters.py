@@ -157,6 +157,7 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
                 "port": use.port,
                 "allowed": use.allowed,
                 "refused": use.refused,
+                "unreached": use.unreached,
                 "reason": use.reason,
                 "message": use.message,
                 "sent_bytes": use.sent_bytes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,10 +17,10 @@ from pydantic import (
 )
 
 from orkestr_console.egress import Allowlist
-from orkestr_console.text import JOINERS, readable
+from orkestr_console.environment import Environment
+from orkestr_console.script import usable_script
+from orkestr_console.text import JOINERS, place, readable
 
-LARGEST_COMMAND = 64 * 1024
-LARGEST_ENVIRONMENT = 64 * 1024
 LARGEST_METADATA = 16 * 1024
 LARGEST_FILE = 16 * 1024 * 1024
 LONGEST_PATH = 4096
@@ -31,29 +30,12 @@ MOST_PAIRS = 64
 SHORTEST_LIFE = 10
 LONGEST_EXEC = 3600
 
-# POSIX.1-2017, 8.1: what a shell can name.
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-
 Size = Literal["small", "medium", "large"]
 SIZES: dict[str, tuple[float, int]] = {
     "small": (1.0, 1024),
     "medium": (2.0, 4096),
     "large": (4.0, 8192),
 }
-
-
-def usable_environment(env: dict[str, str]) -> dict[str, str]:
-    """Variables that a process can be given."""
-    for name, value in env.items():
-        if not _VARIABLE.fullmatch(name):
-            raise ValueError(
-                f"{name!r} is no name of a variable: letters, digits and '_', not first a digit."
-            )
-        if "\0" in value:
-            raise ValueError(f"{name} must not contain NUL characters.")
-    if sum(len(name) + len(value.encode()) for name, value in env.items()) > LARGEST_ENVIRONMENT:
-        raise ValueError(f"is larger than {LARGEST_ENVIRONMENT:,} bytes altogether.")
-    return env
 
 
 def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
@@ -67,32 +49,18 @@ def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-def usable_command(command: str) -> str:
-    """A command the shell can be given."""
-    if not command.strip():
-        raise ValueError("is blank; send a shell command.")
-    if "\0" in command:
-        raise ValueError("must not contain NUL characters.")
-    if len(command.encode()) > LARGEST_COMMAND:
-        raise ValueError(
-            f"is longer than {LARGEST_COMMAND:,} bytes; write it to a file and run that."
-        )
-    return command
-
-
 def usable_path(path: str) -> str:
     """An absolute path."""
     if not path.startswith("/"):
         raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
-    if "\0" in path:
-        raise ValueError("must not contain NUL characters.")
+    if (at := path.find("\0")) >= 0:
+        raise ValueError(f"must not contain NUL characters; take out \\0, {place(path, at)}.")
     if len(path.encode()) > LONGEST_PATH:
         raise ValueError(f"is longer than {LONGEST_PATH:,} bytes.")
     return path
 
 
 Path = Annotated[str, AfterValidator(usable_path)]
-Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]
 
 
 class Spec(BaseModel):
@@ -148,7 +116,7 @@ class SnapshotSpec(Spec):
 class ExecSpec(Spec):
     """A command to be run; ``timeout_seconds`` ends its whole process tree."""
 
-    command: Annotated[str, AfterValidator(usable_command)]
+    command: Annotated[str, AfterValidator(usable_script)]
     cwd: Path = "/workspace"
     env: Environment = Field(default_factory=dict)
     timeout_seconds: int = Field(default=60, ge=1, le=LONGEST_EXEC)

@@ -1,9 +1,12 @@
-"""The form of a new template: one build step per line."""
+"""The form of a new template: one build step per line, or between two lines of backticks.
+
+What is pasted with a script's first line, ``#!``, is one step altogether.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +14,17 @@ from django.http import QueryDict
 
 from orkestr_console.console.forms import Form
 from orkestr_console.egress import besides_default, names_in, own_names, replaces_default
+from orkestr_console.environment import as_typed, not_typed, typed_environment
 from orkestr_console.errors import DomainError
+from orkestr_console.script import unix_lines
 from orkestr_console.text import STEERING
 from orkestr_console.validation import parse_spec
 from templates_app.models import Network, Template
 from templates_app.specs import TemplateSpec
 
 NUMBERS = ("step_timeout_seconds", "build_timeout_seconds", "disk_mb")
+# As in Markdown (CommonMark, "Fenced code blocks"): as many or more of them end it.
+_FENCE = re.compile(r"(`{3,})[^`]*", re.ASCII)
 _STEP_FIELD = re.compile(r"recipe\[(\d+)\]", re.ASCII)
 
 
@@ -60,6 +67,8 @@ class TemplateForm(Form):
     base_template: str = "python-3.12"
     recipe: str = ""
     network: str = Network.RESTRICTED.value
+    # ``NAME=value`` lines, baked into the image.
+    env: str = ""
     # Host names, with blanks between, that the build may reach beside the default list.
     allow_domains: str = ""
     # Whether it may reach those alone, without the default list.
@@ -69,14 +78,17 @@ class TemplateForm(Form):
     build_timeout_seconds: str = ""
     disk_mb: str = ""
     reuse: str = ""
-    # Steps of the template this one starts from that one line each cannot say.
+    # Steps of the template this one starts from that have what a person would not see.
     left_out: tuple[int, ...] = ()
+    # Of its variables those that a line cannot say.
+    left_out_env: tuple[str, ...] = ()
 
     labels: ClassVar[Mapping[str, str]] = {
         "name": "The name",
         "base_template": "The base image",
         "recipe": "The recipe",
         "network": "The network",
+        "env": "The environment",
         "allow_domains": "The list of hosts",
         "step_timeout_seconds": "The time for a step",
         "build_timeout_seconds": "The time for the build",
@@ -90,8 +102,9 @@ class TemplateForm(Form):
         return cls(
             name=data.get("name", ""),
             base_template=data.get("base_template", ""),
-            recipe=data.get("recipe", "").replace("\r\n", "\n").replace("\r", "\n"),
+            recipe=unix_lines(data.get("recipe", "")),
             network=data.get("network", ""),
+            env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
             only_these=data.get("only_these") == "on",
             step_timeout_seconds=data.get("step_timeout_seconds", "").strip(),
@@ -113,13 +126,15 @@ class TemplateForm(Form):
         return cls(
             name=template.name,
             base_template=template.base_template,
-            recipe="\n".join(step for _, step in steps if sayable(step)),
+            recipe="\n".join(fenced(step) for _, step in steps if sayable(step)),
             network=template.network,
+            env=as_typed(template.env),
             allow_domains=own_names(template.allow_domains),
             only_these=replaces_default(template.allow_domains),
             step_timeout_seconds=written(template.step_timeout_seconds),
             build_timeout_seconds=written(template.build_timeout_seconds),
             disk_mb=written(template.disk_mb),
+            left_out_env=not_typed(template.env),
             left_out=tuple(number for number, step in steps if not sayable(step)),
         )
 
@@ -133,6 +148,7 @@ class TemplateForm(Form):
                 "base_template": self.base_template,
                 "recipe": [step.command for step in steps_of(self.recipe)],
                 "network": self.network,
+                "env": typed_environment(self.env),
                 "allow_domains": self.allowlist(),
                 **{name: whole_number(getattr(self, name)) for name in NUMBERS},
                 "reuse": self.reuse or None,
@@ -188,18 +204,46 @@ def whole_number(typed: str) -> int | str | None:
 def steps_of(recipe: str) -> list[Step]:
     """The steps of a recipe: a line each, but one that ends in ``\\`` goes on on the next.
 
-    Blank lines and lines that begin with ``#`` are left out.
+    Blank lines and lines that begin with ``#`` are left out. Lines between two of backticks are
+    one step as they are, and so is a whole recipe that begins as a script does.
     """
+    if recipe.startswith("#!"):
+        return [Step(1, recipe)]
     steps: list[Step] = []
-    begun: Step | None = None
-    for number, line in enumerate(recipe.split("\n"), start=1):
-        if begun is None and is_remark(line):
-            continue
-        begun = Step(begun.line, f"{begun.command}\n{line}") if begun else Step(number, line)
-        if not line.endswith("\\"):
-            steps.append(begun)
-            begun = None
-    return [*steps, begun] if begun else steps
+    lines = enumerate(recipe.split("\n"), start=1)
+    for number, line in lines:
+        if fence := _FENCE.fullmatch(line.rstrip()):
+            steps.append(Step(number + 1, "\n".join(block(lines, len(fence[1])))))
+        elif not is_remark(line):
+            steps.append(Step(number, "\n".join(continued(line, lines))))
+    return steps
+
+
+def block(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
+    """The lines up to one of at least so many backticks, or up to the last there is."""
+    for _, line in lines:
+        if re.fullmatch(rf"`{{{backticks},}}", line.rstrip()):
+            return
+        yield line
+
+
+def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+    """A line, and those it goes on on."""
+    yield line
+    if line.endswith("\\"):
+        for _, following in lines:
+            yield following
+            if not following.endswith("\\"):
+                return
+
+
+def fenced(step: str) -> str:
+    """A step as the recipe's text says it: as it is, or between lines of backticks."""
+    if [found.command for found in steps_of(step)] == [step] and not step.startswith("#!"):
+        return step
+    longest = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}\n{step}\n{fence}"
 
 
 def is_remark(line: str) -> bool:
@@ -208,5 +252,5 @@ def is_remark(line: str) -> bool:
 
 
 def sayable(step: str) -> bool:
-    """Whether the recipe's text can say this step, with nothing in it that cannot be seen."""
-    return not STEERING.search(step) and [found.command for found in steps_of(step)] == [step]
+    """Whether a person who reads the step sees all that is in it."""
+    return not STEERING.search(step)

@@ -100,6 +100,8 @@ class Template(models.Model):
     recipe = models.JSONField()
     network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
     allow_domains = models.JSONField(null=True, blank=True)
+    # Baked into the image: what every step, and every command of a sandbox made from it, has.
+    env = models.JSONField(default=dict, blank=True)
     # Hosts that a step was refused, whether it failed or not, and that an allowlist could name.
     refused_hosts = models.JSONField(default=list, blank=True)
     status = models.CharField(
@@ -215,6 +217,8 @@ class BuildStep(models.Model):
     cached_from = models.CharField(max_length=40, blank=True, default="")
     # Hosts that the network policy refused it; one that did without them may lack what they have.
     refused_hosts = models.JSONField(default=list, blank=True)
+    # Sentences for who wrote the step: what it did has not the effect that they may think it has.
+    warnings = models.JSONField(default=list, blank=True)
 
     class Meta:
         ordering: ClassVar[list[str]] = ["number"]

@@ -210,7 +210,8 @@ def fragments(
     }
     html["delete-means"] = render_to_string("templates_app/_delete.html#means", context)
     for step in context["steps"]:
-        mark = (step.status, step.duration_ms, step.added_bytes, context["silence"])
+        warned = len(step.warnings)
+        mark = (step.status, step.duration_ms, step.added_bytes, warned, context["silence"])
         if seen.get(step.number) != mark:
             seen[step.number] = mark
             html |= step_fragments(context, step)
@@ -223,7 +224,7 @@ def step_fragments(context: dict[str, Any], step: BuildStep) -> dict[str, str]:
         f"step-{step.number}-{part}": render_to_string(
             f"{PARTIALS}#step-{part}", {**context, "step": step}
         )
-        for part in ("line", "quiet")
+        for part in ("line", "warnings", "quiet")
     }
 
 

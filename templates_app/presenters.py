@@ -22,6 +22,7 @@ def template_summary(template: Template) -> dict[str, Any]:
         "recipe": template.recipe,
         "network": template.network,
         "allow_domains": template.allow_domains,
+        "env": template.env,
         "refused_hosts": template.refused_hosts,
         "error_message": template.error_message or None,
         "error_code": template.error_code or None,
@@ -72,6 +73,7 @@ def step_detail(shown: ShownStep) -> dict[str, Any]:
         "added_files": step.added_files,
         "refused_hosts": step.refused_hosts,
         "cached_at": timestamp(step.cached_at),
+        "warnings": step.warnings,
     }
 
 

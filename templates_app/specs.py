@@ -7,11 +7,13 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from orkestr_console.egress import Allowlist
+from orkestr_console.environment import Environment
+from orkestr_console.script import usable_step
 from orkestr_console.text import JOINERS, readable
 from templates_app.models import LONGEST_NAME
 
 MOST_STEPS = 100
-LARGEST_STEP = 8 * 1024
+LARGEST_RECIPE = 1024 * 1024  # bytes, all steps together
 SMALLEST_DISK_MB, LARGEST_DISK_MB = 256, 20_480
 
 
@@ -25,20 +27,6 @@ def usable_name(name: str) -> str:
     return readable(name)
 
 
-def usable_step(step: str) -> str:
-    """A step the shell can be given."""
-    if not step.strip():
-        raise ValueError("is blank; remove it or write a command.")
-    if "\0" in step:
-        raise ValueError("must not contain NUL characters.")
-    if (size := len(step.encode())) > LARGEST_STEP:
-        raise ValueError(
-            f"has {size:,} bytes; a step takes at most {LARGEST_STEP:,}. "
-            "Split it, or fetch a script and run that."
-        )
-    return step
-
-
 def usable_recipe(recipe: list[str]) -> list[str]:
     """At least one step, and not too many."""
     if not recipe:
@@ -46,6 +34,10 @@ def usable_recipe(recipe: list[str]) -> list[str]:
     if len(recipe) > MOST_STEPS:
         raise ValueError(
             f"has {len(recipe)} steps; a template takes at most {MOST_STEPS}. Join some with '&&'."
+        )
+    if (size := sum(len(step.encode()) for step in recipe)) > LARGEST_RECIPE:
+        raise ValueError(
+            f"has {size:,} bytes, and may have {LARGEST_RECIPE:,}. Fetch what is long in a step."
         )
     return recipe
 
@@ -72,6 +64,8 @@ class TemplateSpec(BaseModel):
     network: Literal["restricted", "open"] = Field(default="restricted")
     # What the build may reach in place of the default list; ``@default`` in it stands for that.
     allow_domains: Allowlist = None
+    # Baked into the image, for every step and for every command of a sandbox made from it.
+    env: Environment = Field(default_factory=dict)
     # Less than the plan allows, in seconds and MiB.
     step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
     build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None

@@ -7,9 +7,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
+from hostruntime.environment import check_environment
 from hostruntime.errors import InvalidRequest
 from hostruntime.exec import shell
-from hostruntime.sandboxes import SandboxRequest, check_environment
+from hostruntime.sandboxes import SandboxRequest
 
 MAX_TIMEOUT_SECONDS = 86_400.0
 _DEFAULT_EXEC_TIMEOUT_SECONDS = 60.0

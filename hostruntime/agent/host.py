@@ -167,6 +167,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         containers.runtime.tree,
         partial(build_plan.refused_hosts, proxy),
         layers,
+        partial(build_plan.unreached_hosts, proxy),
     )
     return Host(
         paths=paths,

@@ -15,7 +15,7 @@ from templates_app.models import Template
 from templates_app.services import ShownStep
 
 LOG_TAIL = 4_000  # characters
-# How much of a recipe goes with a template; a step is at most 8 KiB.
+# How much of a recipe goes with a template, in characters.
 MOST_RECIPE = 16_000
 LONGEST_COMMAND = 200
 
@@ -53,6 +53,7 @@ class StepAnswer(Answer):
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused it, though it may have succeeded."
     )
+    warnings: list[str] = Field(description="What the step did in vain, and what to do instead.")
 
 
 class TemplateLine(Answer):
@@ -76,6 +77,7 @@ class TemplateAnswer(TemplateLine):
     recipe_next: int | None = Field(
         description="get_template's recipe_from for the steps after these; null at the end."
     )
+    env: dict[str, str] = Field(description="What is baked in; a sandbox's own comes over it.")
     error_message: str | None
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused; add them to allow_domains."
@@ -257,15 +259,24 @@ def template_answer(template: Template, recipe_from: int = 1) -> TemplateAnswer:
 
 
 def recipe_part(recipe: list[str], begin: int) -> tuple[list[str], int | None]:
-    """The steps from number ``begin`` on that fit, and the number of the first that does not."""
+    """The steps from number ``begin`` on that fit, and the number of the first that does not.
+
+    Of one that no answer has room for it is the beginning.
+    """
     part: list[str] = []
     room = MOST_RECIPE
     for number, step in enumerate(recipe[begin - 1 :], start=begin):
-        room -= len(step)
-        if room < 0:
+        if len(step) > room and part:
             return part, number
-        part.append(step)
+        room -= len(step)
+        part.append(step if len(step) <= MOST_RECIPE else beginning(step))
     return part, None
+
+
+def beginning(step: str) -> str:
+    """As much of a long step as an answer has room for, and how much is missing."""
+    left = len(step) - MOST_RECIPE
+    return f"{step[:MOST_RECIPE]}\n[… {left:,} more characters; GET /v1/templates/ID has them …]"
 
 
 def shortened(command: str) -> str:

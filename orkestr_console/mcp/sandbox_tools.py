@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -42,6 +43,7 @@ from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, T
 USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
 # Beyond it a command is ended: nobody reads so much through a tool.
 MOST_OUTPUT = 64 * 1024 * 1024
+OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
 Path = Annotated[str, Field(description="An absolute path, such as '/workspace/main.py'.")]
@@ -139,7 +141,11 @@ async def exec_command(
     read_file. For what runs on, use exec_background.
     """
     wanted = {"command": command, "cwd": cwd, "env": env or {}, "timeout_seconds": timeout_seconds}
-    spec = parse_spec(ExecSpec, wanted)
+    return await run_to_the_end(ctx, sandbox_id, parse_spec(ExecSpec, wanted))
+
+
+async def run_to_the_end(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResult:
+    """What came of a command."""
     frames = await ask(services.exec_stream, actor_of(ctx), sandbox_id, spec)
     kept = {"stdout": Kept(MOST_CHARACTERS), "stderr": Kept(MOST_CHARACTERS)}
     last: dict[str, Any] = {}
@@ -196,12 +202,10 @@ async def exec_background(
 
     Its output goes to a file in the sandbox, which takes of the sandbox's memory.
     """
+    spec = parse_spec(ExecSpec, {"command": command, "cwd": cwd, "env": env or {}})
     place = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
-    script = (
-        f"mkdir -p {place} || exit; setsid sh -c {shlex.quote(recorded(command, place))} "
-        f">{place}/log 2>&1 </dev/null & echo $!"
-    )
-    done = await exec_command(ctx, sandbox_id, script, cwd=cwd, env=env)
+    recorded = spec.model_copy(update={"command": in_background(spec.command, place)})
+    done = await run_to_the_end(ctx, sandbox_id, recorded)
     if done.exit_code != 0 or not done.stdout.strip().isdecimal():
         raise Conflict(
             f"The command could not be started: {done.stderr.strip() or 'the shell said nothing'}.",
@@ -210,10 +214,17 @@ async def exec_background(
     return Background(pid=int(done.stdout), log_path=f"{place}/log", exit_code_path=f"{place}/exit")
 
 
-def recorded(command: str, place: str) -> str:
-    """A command in a shell of its own, whatever it does, and then its exit code in a file."""
-    shell = "$(command -v bash || echo sh)"
-    return f"{shell} -c {shlex.quote(command)}; echo $? >{place}/exit"
+def in_background(command: str, place: str) -> str:
+    """A script that runs a command in a session of its own, and then writes its exit code.
+
+    The command goes there in a file: quoted inside of quotes it would soon be too long.
+    """
+    end = f"END-{place.rpartition('/')[2]}"
+    return (
+        f"mkdir -p {place} && cat >{place}/command <<'{end}' || exit\n{command}\n{end}\n"
+        f"setsid sh -c '$(command -v bash || echo sh) {place}/command; echo $? >{place}/exit' "
+        f">{place}/log 2>&1 </dev/null & echo $!"
+    )
 
 
 async def read_file(
@@ -277,13 +288,23 @@ async def write_file(
     encoding: Annotated[
         Literal["utf-8", "base64"], Field(description="How content is written.")
     ] = "utf-8",
-    mode: Annotated[int, Field(ge=0, le=0o7777, description="Permissions, as a number.")] = 0o644,
+    mode: Annotated[
+        str, Field(description="Permissions in octal, as chmod has them: '644', '755' or '0755'.")
+    ] = "644",
 ) -> Written:
     """Write a file under /workspace or /tmp, whole, making its directories; at most 16 MiB."""
     encoded = content if encoding == "base64" else in_base64(content)
-    spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": mode})
+    spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": permissions(mode)})
     size = await ask(services.write_file, actor_of(ctx), sandbox_id, spec)
     return Written(path=path, bytes_written=size)
+
+
+def permissions(mode: str) -> int:
+    """The number that octal digits stand for. Raises ``InvalidInput`` for what is none."""
+    if not OCTAL.fullmatch(mode):
+        problem = "must be permissions in octal, such as '644' or '755'."
+        raise InvalidInput(f"mode: {problem}", fields={"mode": problem})
+    return int(mode.removeprefix("0o"), 8)
 
 
 def in_base64(text: str) -> str:

@@ -82,6 +82,14 @@ async def create_template(
             "among them puts the default list back beside them."
         ),
     ] = None,
+    env: Annotated[
+        dict[str, str] | None,
+        Field(
+            description="Variables baked into the image, for every step and every command of a "
+            "sandbox made from it; $PATH in PATH's value stands for the usual one. No secrets: "
+            "whoever uses the template can read them."
+        ),
+    ] = None,
     step_timeout_seconds: Annotated[
         int | None, Field(description="Less time for each step than the plan allows.")
     ] = None,
@@ -110,6 +118,7 @@ async def create_template(
         "recipe": recipe,
         "network": network,
         "allow_domains": allow_domains,
+        "env": env or {},
         "step_timeout_seconds": step_timeout_seconds,
         "build_timeout_seconds": build_timeout_seconds,
         "disk_mb": disk_mb,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import codecs
 import signal
@@ -10,20 +11,26 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
+from asgiref.sync import async_to_sync
 from channels.db import database_sync_to_async
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import ExecFrame, ExecResult
+from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.errors import DomainError, ExecKilled
-from orkestr_console.services.hosts import async_host, host, told
+from orkestr_console.postgres import let_go
+from orkestr_console.services.hosts import async_host, told
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import ExecSpec
 
 # What an error repeats of the output, so that a command that was stopped still shows its work.
 KEPT_OUTPUT = 64 * 1024
+LEFT_OUT = (
+    "\n[… output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
+)
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,51 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
+    let_go()
     try:
-        result = host().exec(
-            sandbox.pk,
-            spec.command,
-            cwd=spec.cwd,
-            env={**sandbox.env, **spec.env},
-            timeout_seconds=spec.timeout_seconds,
-        )
+        # On the server's own event loop, which cancels it when the client goes away.
+        result = async_to_sync(to_the_end)(sandbox, spec)
     except host_errors.HostError as error:
         raise refused(sandbox, error) from error
+    except asyncio.CancelledError:
+        note_abandoned(actor, sandbox)
+        raise
     if result.signal is not None:
         raise killed(result)
+    return answered(result)
+
+
+async def to_the_end(sandbox: Sandbox, spec: ExecSpec) -> ExecResult:
+    """What came of a command; cancelled, it ends it. Raises the host's errors."""
+    return await async_host().exec_to_end(
+        sandbox.pk,
+        spec.command,
+        cwd=spec.cwd,
+        env={**sandbox.env, **spec.env},
+        timeout_seconds=spec.timeout_seconds,
+    )
+
+
+def note_abandoned(actor: Actor, sandbox: Sandbox) -> None:
+    """Whoever asked for a command went away, and it was ended: put that on record."""
+    audit.record(
+        actor,
+        "sandbox.exec",
+        kind="sandbox",
+        object_id=sandbox.pk,
+        name=sandbox.template_name,
+        data={"ended": "the client went away"},
+    )
+
+
+def answered(result: ExecResult) -> ExecAnswer:
+    """The answer; output that was cut says so itself, as not every client shows ``truncated``."""
+    printed = {"stdout": text(result.stdout), "stderr": text(result.stderr)}
+    if result.truncated:
+        cut = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
+        printed[cut] += LEFT_OUT
     return ExecAnswer(
-        stdout=text(result.stdout),
-        stderr=text(result.stderr),
+        **printed,
         exit_code=result.code,
         duration_ms=result.duration_ms,
         truncated=result.truncated,
@@ -116,7 +153,21 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator
     :func:`exec_command`, but only at once or before the first frame.
     """
     actor.require(WRITE)
-    return frames_of(find_running(actor, sandbox_id), spec)
+    sandbox = find_running(actor, sandbox_id)
+    return noted_if_abandoned(actor, sandbox, frames_of(sandbox, spec))
+
+
+async def noted_if_abandoned(
+    actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]]
+) -> AsyncGenerator[dict[str, Any]]:
+    """The frames; that nobody waited for the last of them is put on record."""
+    try:
+        async with aclosing(frames):
+            async for frame in frames:
+                yield frame
+    except (GeneratorExit, asyncio.CancelledError):
+        await asyncio.shield(database_sync_to_async(note_abandoned)(actor, sandbox))
+        raise
 
 
 async def frames_of(sandbox: Sandbox, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:

@@ -1,10 +1,26 @@
 // The recipe editor: a gutter that numbers steps, a live count, and examples filled in place.
 // The rules are those of templates_app/forms.py.
 function steps(text) {
-  let inside = false;
-  return text.split("\n").map((line) => {
-    const begins = !inside && line.trim() !== "" && !line.trimStart().startsWith("#");
-    inside = (inside || begins) && line.endsWith("\\");
+  const lines = text.split("\n");
+  if (text.startsWith("#!")) return lines.map((_, index) => index === 0);
+  let goesOn = false;
+  let fence = 0; // how many backticks end the step that is one of several lines
+  let first = false;
+  return lines.map((line) => {
+    const backticks = line.match(/^(`{3,})[^`]*$/)?.[1].length ?? 0;
+    if (fence) {
+      const ends = backticks >= fence && line.trimEnd() === "`".repeat(backticks);
+      const begins = first && !ends;
+      first = false;
+      if (ends) fence = 0;
+      return begins;
+    }
+    if (!goesOn && backticks) {
+      [fence, first] = [backticks, true];
+      return false;
+    }
+    const begins = !goesOn && line.trim() !== "" && !line.trimStart().startsWith("#");
+    goesOn = (goesOn || begins) && line.endsWith("\\");
     return begins;
   });
 }

@@ -30,6 +30,7 @@ def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> Templ
         recipe=list(template.recipe),
         network=template.network,
         allow_domains=template.allow_domains,
+        env=dict(template.env),
         step_timeout_seconds=template.step_timeout_seconds,
         build_timeout_seconds=template.build_timeout_seconds,
         disk_mb=template.disk_mb,

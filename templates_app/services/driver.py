@@ -160,6 +160,7 @@ def hand_over(template: Template, driver: str) -> None:
         allow_domains=template.allow_domains,
         disk_mb=template.disk_mb,
         cache=cache_of(template),
+        env=template.env,
         step_timeout_seconds=step or allowed.value("step_timeout_seconds"),
         build_timeout_seconds=build or allowed.value("build_timeout_seconds"),
     )

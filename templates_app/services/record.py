@@ -130,6 +130,14 @@ def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
     row.update(refused_hosts=together[:MOST_REFUSED_HOSTS])
 
 
+def warned(template: Template, event: HostEvent) -> None:
+    """Something that a step did has not the effect that its author may think it has."""
+    for step in step_of(template, event):
+        step.warnings = [*step.warnings, str(event.data.get("message", ""))]
+        step.save(update_fields=["warnings"])
+    tell_progress(template.pk)
+
+
 def contents(template: Template, event: HostEvent) -> None:
     """What the image will hold."""
     Template.objects.filter(pk=template.pk).update(contents=event.data)
@@ -166,6 +174,7 @@ HANDLERS = {
     "step_cached": step_cached,
     "output": output,
     "step_finished": step_finished,
+    "not_captured": warned,
     "contents": contents,
     "published": published,
     "failed": failed,

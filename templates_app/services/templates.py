@@ -86,6 +86,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
             recipe=spec.recipe,
             network=spec.network,
             allow_domains=spec.allow_domains,
+            env=spec.env,
             step_timeout_seconds=spec.step_timeout_seconds,
             build_timeout_seconds=spec.build_timeout_seconds,
             disk_mb=spec.disk_mb,

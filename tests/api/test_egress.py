@@ -159,11 +159,14 @@ def test_what_a_sandbox_asked_for_is_listed(
     assert api.get(f"/v1/sandboxes/{box}/egress").json() == {"hosts": []}
     host.egress[str(box)] = [
         EgressHost("evil.example", 443, 0, 3, "not_listed", "evil.example is no", 1.0, 0, 0),
+        EgressHost("gone.example", 443, 1, 0, "no_address", "no address", 2.0, 10, 39, 1),
         EgressHost("fine.example", 443, 2, 0, "allowed", "fine", 2.0, 1200, 34_000),
     ]
-    (first, second) = api.get(f"/v1/sandboxes/{box}/egress").json()["hosts"]
+    (first, gone, second) = api.get(f"/v1/sandboxes/{box}/egress").json()["hosts"]
     assert (first["host"], first["refused"], second["received_bytes"]) == ("evil.example", 3, 34000)
+    assert (gone["unreached"], gone["reason"], second["unreached"]) == (1, "no_address", 0)
     page = console.get(f"/sandboxes/{box}/egress/").content.decode()
+    assert '</i>Not reached</span><small class="help">no address</small>' in page
     assert page.index("evil.example is no") < page.index("fine.example")
     refusal(other_api.get(f"/v1/sandboxes/{box}/egress"), 404, "not_found")
 

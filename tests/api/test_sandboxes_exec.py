@@ -16,6 +16,7 @@ from django.test import AsyncClient, Client
 
 from hostruntime.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
+from orkestr_console.accounts.models import AuditEntry
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from tests.api.asking import post, refusal
@@ -30,6 +31,21 @@ def box(api: Client, host: FakeHost) -> str:
 
 def run(api: Client, box: str, command: str = "make", **fields: Any) -> Any:
     return post(api, f"{box}/exec", {"command": command, **fields})
+
+
+@pytest.mark.parametrize(
+    ("out", "err", "cut"), [(b"a" * 100, b"b", "stdout"), (b"a", b"b" * 100, "stderr")]
+)
+def test_output_that_is_cut_says_so_in_itself(
+    api: Client, host: FakeHost, box: str, out: bytes, err: bytes, cut: str
+) -> None:
+    host.answers["make"] = ExecResult(0, None, out, err, 41, truncated=True)
+    said = run(api, box).json()
+    assert said["truncated"] is True
+    assert said[cut].endswith(
+        "output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
+    )
+    assert "left out" not in said["stderr" if cut == "stdout" else "stdout"]
 
 
 def test_a_command_answers_its_output_and_how_it_ended(
@@ -122,7 +138,7 @@ def test_a_host_that_is_away_leaves_the_sandbox_as_it_is(
         ({"command": ""}, "command", "blank"),
         ({"command": " \n "}, "command", "blank"),
         ({"command": "a\0b"}, "command", "NUL"),
-        ({"command": "x" * 65_537}, "command", "65,536"),
+        ({"command": "x" * 262_145}, "command", "262,144"),
         ({"command": "true", "cwd": ""}, "cwd", "absolute"),
         ({"command": "true", "cwd": "src"}, "cwd", "absolute"),
         ({"command": "true", "cwd": "/" + "x" * 5000}, "cwd", "4,096"),
@@ -268,6 +284,22 @@ async def test_a_host_that_goes_away_under_a_stream_ends_it_with_an_error_frame(
     ]
 
 
+def exec_scope(box: str, key: str, body: bytes) -> Any:
+    """The ASGI scope of a call that runs a command."""
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": f"/v1/sandboxes/{box}/exec",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"authorization", f"Bearer {key}".encode()),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ],
+    }
+
+
 async def test_a_reader_that_leaves_ends_the_command(
     stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -283,18 +315,8 @@ async def test_a_reader_that_leaves_ends_the_command(
     monkeypatch.setattr(host, "exec_frames", endless)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     body = b'{"command": "make", "stream": true}'
-    scope: Any = {
-        "type": "http",
-        "method": "POST",
-        "path": f"/v1/sandboxes/{created.json()['id']}/exec",
-        "query_string": b"",
-        "headers": [
-            (b"host", b"localhost"),
-            (b"authorization", f"Bearer {key}".encode()),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-        ],
-    }
+    box = created.json()["id"]
+    scope = exec_scope(box, key, body)
     to_server: asyncio.Queue[Any] = asyncio.Queue()
     from_server: asyncio.Queue[Any] = asyncio.Queue()
     server = asyncio.create_task(ASGIHandler()(scope, to_server.get, from_server.put))
@@ -306,6 +328,42 @@ async def test_a_reader_that_leaves_ends_the_command(
         await to_server.put({"type": "http.disconnect"})
         await ended.wait()
         await asyncio.gather(server, return_exceptions=True)
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
+    assert [entry.data async for entry in entries] == [
+        {"stream": True},
+        {"ended": "the client went away"},
+    ]
+
+
+async def test_a_client_that_waits_and_goes_away_ends_the_command(
+    stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(*args: object, **kwargs: object) -> ExecResult:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        raise AssertionError
+
+    monkeypatch.setattr(host, "exec_to_end", endless)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    box = created.json()["id"]
+    to_server: asyncio.Queue[Any] = asyncio.Queue()
+    body = b'{"command": "make secrets"}'
+    scope = exec_scope(box, key, body)
+    from_server: asyncio.Queue[Any] = asyncio.Queue()
+    server = asyncio.create_task(ASGIHandler()(scope, to_server.get, from_server.put))
+    async with asyncio.timeout(20):
+        await to_server.put({"type": "http.request", "body": body})
+        await begun.wait()
+        await to_server.put({"type": "http.disconnect"})
+        await ended.wait()
+        await asyncio.gather(server, return_exceptions=True)
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box)
+    assert [entry.data async for entry in entries] == [{"ended": "the client went away"}]
 
 
 async def test_a_silent_command_keeps_the_connection_alive(

@@ -8,7 +8,7 @@ import pytest
 from django.test import Client
 
 from orkestr_console.accounts.models import Plan, Team
-from templates_app.api import LARGEST_RECIPE
+from templates_app.api import LARGEST_TEMPLATE
 from templates_app.models import BuildStep, Template
 from tests.api.asking import post, refusal
 from tests.conftest import MakeKey, api_client
@@ -106,12 +106,27 @@ def test_a_ready_template_of_the_team_is_a_base(api: Client, make_template: Make
         ({**GOOD, "recipe": ["true", None]}, "recipe[1]", "must be a string"),
         ({**GOOD, "recipe": ["true", ""]}, "recipe[1]", "blank"),
         ({**GOOD, "recipe": ["true", " \n\t"]}, "recipe[1]", "blank"),
-        ({**GOOD, "recipe": ["true", "x" * 8193]}, "recipe[1]", "8,192"),
-        ({**GOOD, "recipe": ["é" * 4097]}, "recipe[0]", "8,192"),
-        ({**GOOD, "recipe": ["echo a\0b"]}, "recipe[0]", "NUL"),
+        ({**GOOD, "recipe": ["true", "x" * 262_145]}, "recipe[1]", "262,144"),
+        ({**GOOD, "recipe": ["é" * 131_073]}, "recipe[0]", "262,144"),
+        ({**GOOD, "recipe": ["x" * 262_144] * 4 + ["y"]}, "recipe", "1,048,576"),
+        ({**GOOD, "recipe": ["echo a\0b"]}, "recipe[0]", "take out \\0, character 7"),
+        ({**GOOD, "recipe": ["true\necho a\0"]}, "recipe[0]", "line 2, character 7"),
+        ({**GOOD, "recipe": ["\u200b \u200b"]}, "recipe[0]", "(U+200B)"),
+        ({**GOOD, "recipe": ["RUN apt-get update"]}, "recipe[0]", "without RUN"),
+        ({**GOOD, "recipe": ["# syntax=docker\n\n  FROM debian"]}, "recipe[0]", "base_template"),
+        ({**GOOD, "recipe": ["true", "ENV A=1"]}, "recipe[1]", "template's 'env'"),
+        ({**GOOD, "recipe": ["COPY . /app"]}, "recipe[0]", "fetch it (git clone"),
+        ({**GOOD, "recipe": ["ADD a.tar /"]}, "recipe[0]", "curl"),
+        ({**GOOD, "recipe": ["WORKDIR\t/app"]}, "recipe[0]", "cd DIRECTORY"),
+        ({**GOOD, "recipe": ['CMD ["true"]']}, "recipe[0]", "sandbox's exec"),
+        ({**GOOD, "recipe": ["$ pip install x"]}, "recipe[0]", "prompt"),
         ({**GOOD, "network": "off"}, "network", "restricted"),
         ({**GOOD, "network": "OPEN"}, "network", "restricted"),
         ({**GOOD, "network": None}, "network", "restricted"),
+        ({**GOOD, "env": ["A=b"]}, "env", "must be an object"),
+        ({**GOOD, "env": {"A": 1}}, "env.A", "must be a string"),
+        ({**GOOD, "env": {"A B": "x"}}, "env", "'A B' is no name of a variable"),
+        ({**GOOD, "env": {"A": "x" * 70_000}}, "env", "65,536"),
         ({**GOOD, "colour": "red"}, "colour", "not a known field"),
         ({**GOOD, "status": "ready"}, "status", "not a known field"),
         ({}, "name", "required"),
@@ -145,7 +160,8 @@ def test_a_name_is_kept_without_the_spaces_around_it(api: Client, host: FakeHost
 
 
 def test_the_largest_recipe_is_taken(api: Client, host: FakeHost) -> None:
-    recipe = ["x" * 8192] * 100
+    # Each character of these takes six of JSON's.
+    recipe = ["x" + "\x01" * 262_143] * 4
     said = post(api, URL, {**GOOD, "recipe": recipe})
     assert said.status_code == 201
     assert said.json()["recipe"] == recipe
@@ -154,6 +170,46 @@ def test_the_largest_recipe_is_taken(api: Client, host: FakeHost) -> None:
 def test_a_step_is_kept_as_it_is(api: Client, host: FakeHost) -> None:
     step = "  cat <<'E'\n\ta \\ $b \"c\"\nE\n"
     assert post(api, URL, {**GOOD, "recipe": [step]}).json()["recipe"] == [step]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (
+            "set -e\r\nif true; then\r\n  echo two\r\nfi\r\n",
+            "set -e\nif true; then\n  echo two\nfi\n",
+        ),
+        # A file of Windows, split at its line feeds.
+        ("pip install x\r", "pip install x"),
+        ("printf 'a\rb'", "printf 'a\rb'"),
+    ],
+)
+def test_lines_end_as_the_shell_wants_them(
+    api: Client, host: FakeHost, sent: str, kept: str
+) -> None:
+    said = post(api, URL, {**GOOD, "recipe": [sent]}).json()
+    assert said["recipe"] == [kept]
+    assert said["steps"][0]["command"] == kept
+
+
+@pytest.mark.parametrize(
+    "step", ["RUN=1 true", "RUNNER x", "run x", "echo RUN x", "FROM", "$HOME/x", "true\nRUN x"]
+)
+def test_what_only_looks_like_another_tools_is_a_step(
+    api: Client, host: FakeHost, step: str
+) -> None:
+    assert post(api, URL, {**GOOD, "recipe": [step]}).status_code == 201
+
+
+def test_the_environment_is_kept_shown_and_built_with(
+    api: Client, host: FakeHost, make_template: MakeTemplate
+) -> None:
+    env = {"PATH": "/opt/x/bin:$PATH", "_x": "ü=\n"}
+    template = make_template(env=env)
+    said = api.get(f"{URL}/{template.pk}").json()
+    assert said["env"] == env
+    assert host.built[template.image_id].request["env"] == env
+    assert post(api, URL, GOOD).json()["env"] == {}
 
 
 def test_a_body_that_is_no_json_is_malformed(api: Client, host: FakeHost) -> None:
@@ -169,7 +225,7 @@ def test_another_content_type_is_refused(api: Client, host: FakeHost, kind: str)
 
 
 def test_a_body_that_is_too_large_is_refused(api: Client, host: FakeHost) -> None:
-    refusal(post(api, URL, {**GOOD, "name": "x" * LARGEST_RECIPE}), 413, "payload_too_large")
+    refusal(post(api, URL, {**GOOD, "name": "x" * LARGEST_TEMPLATE}), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize("status", ["building", "failed"])

@@ -32,7 +32,9 @@ def test_an_allowed_host_is_no_longer_refused(templates: Templates) -> None:
     )
     assert failed["status"] == "failed"
     assert "network policy refused" not in failed["error_message"]
-    assert "could not be reached" in failed["error_message"] or "503" in failed["error_message"]
+    said = f"{UNLISTED} is allowed, but could not be reached: its name has no address"
+    assert said in failed["error_message"]
+    assert failed["error_code"] == "step_failed"
 
 
 def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -> None:

@@ -126,6 +126,12 @@ async def test_a_command_runs_on_in_the_background(connect: Connect) -> None:
         assert ended.structured_content["content"] == "5\n"
         log = await done(client, "read_file", **name, path=begun["log_path"])
         assert log["content"] == "it's b\n"
+        # As much as a step may be, and each of its characters quoted.
+        long = f"#{'!' * 250_000}{chr(39) * 11_000}\r\necho $0 | wc -l; exit 6\r\n"
+        begun = await done(client, "exec_background", **name, command=long)
+        wait = f"while [ ! -s {begun['exit_code_path']} ]; do sleep 0.1; done"
+        shown = f"{wait}; cat {begun['exit_code_path']} {begun['log_path']}"
+        assert (await done(client, "exec", **name, command=shown))["stdout"] == "6\n1\n"
         stays = await done(client, "exec_background", **name, command="sleep 300 & sleep 300")
         alive = await done(client, "exec", **name, command=f"kill -0 {stays['pid']} && echo yes")
         assert alive["stdout"] == "yes\n"

@@ -59,6 +59,42 @@ def test_steps_mean_what_they_mean_in_a_shell(templates: Templates, sandboxes: S
     assert sandbox.exec("ls -A /tmp /workspace").stdout == "/tmp:\n\n/workspace:\n"
 
 
+def test_an_install_script_is_pasted_whole(templates: Templates, sandboxes: Sandboxes) -> None:
+    """As Windows ends its lines, and as large as a step may be."""
+    line = "echo \"line 'of' the script\" >> /root/log\r\n"
+    script = "#!/bin/bash\r\nset -e\r\n" + line * ((256 * 1024 - 40) // len(line))
+    template = templates.ready("debian-12", script)
+    done = sandboxes.boot(template).exec("sort /root/log | uniq -c")
+    assert done.stdout.split(maxsplit=1) == [str(script.count(line)), "line 'of' the script\n"]
+
+
+def test_what_is_left_in_memory_is_told_at_the_step(templates: Templates) -> None:
+    shown = templates.get(
+        templates.ready("debian-12", "mkdir /workspace/app", "true", "echo x > /tmp/x; mktemp")
+    )
+    first, second, third = (step["warnings"] for step in shown["steps"])
+    assert "This step left /workspace/app." in first[0]
+    assert second == []
+    assert "This step left /tmp/x." in third[0]
+
+
+def test_what_a_recipe_writes_to_etc_environment_counts(
+    templates: Templates, sandboxes: Sandboxes
+) -> None:
+    template = templates.ready(
+        "debian-12",
+        "echo 'APP_HOME=/opt/app' >> /etc/environment",
+        'test "$APP_HOME $KIND" = "/opt/app baked"',
+        env={"KIND": "baked", "PATH": "$PATH:/opt/app/bin"},
+    )
+    sandbox = sandboxes.boot(template)
+    assert (
+        sandbox.exec("echo [$APP_HOME] $KIND ${PATH##*:}").stdout
+        == "[/opt/app] baked /opt/app/bin\n"
+    )
+    assert sandbox.exec("echo $KIND", env={"KIND": "own"}).stdout == "own\n"
+
+
 def test_a_daemon_is_stopped_before_the_capture(templates: Templates, sandboxes: Sandboxes) -> None:
     """One that writes for as long as it lives: what it wrote last is from before the next step."""
     daemon = "i=0; while :; do i=$((i + 1)); echo $i > /root/beat; sleep 0.01; done"

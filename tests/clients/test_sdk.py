@@ -79,6 +79,19 @@ def test_a_command_over_its_time_is_ended_with_its_children(sandbox: Sandbox) ->
     assert sandbox.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 9876[5]").stdout == "0\n"
 
 
+def test_a_command_may_take_longer_than_the_sdk_waits(sandbox: Sandbox) -> None:
+    """It gives up on 30 s of silence; interim answers are none."""
+    done = sandbox.exec("sleep 40; echo done", timeout_seconds=100)
+    assert (done.stdout, done.exit_code) == ("done\n", 0)
+
+
+def test_much_output_is_whole_or_says_that_it_is_not(sandbox: Sandbox) -> None:
+    done = sandbox.exec("head -c 15000000 /dev/zero | tr '\\0' a; echo END")
+    assert len(done.stdout) == 15_000_004
+    done = sandbox.exec("head -c 20000000 /dev/zero | tr '\\0' a; echo END")
+    assert "was left out here" in done.stdout[-200:]
+
+
 def test_a_streamed_command_over_its_time_says_so(sandbox: Sandbox) -> None:
     with pytest.raises(ExecTimeout):
         list(sandbox.exec_stream("echo started; sleep 60", timeout_seconds=1))

@@ -41,8 +41,9 @@ def test_a_new_template_builds_the_steps_that_were_typed(console: Client) -> Non
         ({"name": "a\0b"}, "name", "must not contain"),
         ({"recipe": "# nothing\n\n"}, "recipe", "needs at least one step"),
         ({"recipe": "true\n" * 101}, "recipe", "has 101 steps"),
-        ({"recipe": "true\n# no\n" + "x" * 8193}, "recipe", "Line 3 has 8,193 bytes"),
-        ({"recipe": "true\na\0b"}, "recipe", "must not contain NUL"),
+        ({"recipe": "true\n# no\n" + "x" * 262_145}, "recipe", "Line 3 has 262,145 bytes"),
+        ({"recipe": "true\na\0b"}, "recipe", "take out \\0, line 2, character 2"),
+        ({"recipe": "true\n\nRUN true"}, "recipe", "Line 3 begins with RUN, as in a Dockerfile"),
         ({"network": "off"}, "network", "must be one of"),
         ({"base_template": "windows"}, "base_template", "is not a base image here"),
         ({"base_template": ""}, "base_template", "is required"),
@@ -97,11 +98,40 @@ def test_a_continued_line_is_one_step() -> None:
     ]
 
 
+SCRIPT = "#!/bin/bash\nset -e\n\nif true; then\n  echo a \\\n    b\nfi\n"
+
+
+def test_a_script_that_is_pasted_whole_is_one_step(console: Client) -> None:
+    console.post("/templates/new/", {**GOOD, "recipe": SCRIPT.replace("\n", "\r\n")})
+    assert Template.objects.get().recipe == [SCRIPT]
+
+
+def test_lines_between_backticks_are_one_step() -> None:
+    recipe = f"true\n```bash\n{SCRIPT}```\necho `id`\n````\na\n```\nb\n````  \n```\nlast"
+    steps = [(step.line, step.command) for step in steps_of(recipe)]
+    assert steps == [
+        (1, "true"),
+        (3, SCRIPT.removesuffix("\n")),
+        (11, "echo `id`"),
+        (13, "a\n```\nb"),
+        (18, "last"),
+    ]
+
+
 def test_a_template_can_be_built_again_from_its_form(console: Client, building: Template) -> None:
-    building.recipe = ["a && \\\nb", "two\nlines", "#no", "c"]
+    building.recipe = [
+        "a && \\\nb",
+        "two\nlines",
+        "#no",
+        "c",
+        "x\n```\ny",
+        "#!/bin/sh\nd",
+        "e\u200b",
+    ]
     form = TemplateForm.like(building)
-    assert form.recipe == "a && \\\nb\nc"
-    assert form.left_out == (2, 3)
+    assert form.recipe.startswith("a && \\\nb\n```\ntwo\nlines\n```\n```\n#no\n```\nc\n````\nx\n")
+    assert [step.command for step in steps_of(form.recipe)] == building.recipe[:-1]
+    assert form.left_out == (7,)
     page = text(console.get(f"/templates/new/?from={building.pk}"))
     assert "pip install pandas\necho done" in page
 
@@ -142,6 +172,46 @@ def test_a_ready_template_says_how_to_use_it(console: Client, building: Template
     assert f"/sandboxes/new/?template={building.pk}" in page
     assert "http://testserver/v1/sandboxes" in page
     assert "1.24\u202fGB" in page
+
+
+def test_a_steps_warning_is_at_the_step_and_on_the_ready_page(
+    console: Client, building: Template, host: FakeHost
+) -> None:
+    building.steps.filter(number=2).update(warnings=["This step left <b>/workspace/app</b>."])
+    Template.objects.update(status=TemplateStatus.READY)
+    page = text(console.get(f"/templates/{building.pk}/"))
+    assert "<b>Step 2 has a warning</b>" in page
+    said = '<div class="step-warnings" id="step-2-warnings"><p>'
+    assert "This step left &lt;b&gt;/workspace/app" in page.partition(said)[2]
+
+
+def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None:
+    typed = "PATH=/opt/x/bin:$PATH\r\n# no\r\n\r\nAPP=a=b\r\n"
+    console.post("/templates/new/", {**GOOD, "env": typed})
+    template = Template.objects.get()
+    assert template.env == {"PATH": "/opt/x/bin:$PATH", "APP": "a=b"}
+    assert "APP=a=b</small>" in text(console.get(f"/templates/{template.pk}/"))
+    template.env["KEY"] = "two\nlines"
+    template.save()
+    form = TemplateForm.like(template)
+    assert (form.env, form.left_out_env) == ("APP=a=b\nPATH=/opt/x/bin:$PATH", ("KEY",))
+    page = text(console.get(f"/templates/new/?from={template.pk}"))
+    assert "The variable KEY cannot be shown" in page
+    console.post(f"/templates/{template.pk}/again/")
+    assert Template.objects.order_by("created_at").last().env == template.env  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [("A=1\nnonsense", "Line 2 is not of the form"), ("1A=1", "is no name of a variable")],
+)
+def test_a_variable_that_is_none_is_said_at_its_field(
+    console: Client, env: str, sentence: str
+) -> None:
+    answer = console.post("/templates/new/", {**GOOD, "env": env})
+    assert answer.status_code == 400
+    assert sentence in answer.context["form"].errors["env"]
+    assert 'id="env-error"' in text(answer)
 
 
 def test_deleting_asks_first(console: Client, building: Template) -> None:

@@ -44,6 +44,7 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
+from tests.fakes.commands import Ran
 from tests.fakes.snapshots import FakeSnapshots
 
 TERMINAL = frozenset({"published", "failed"})
@@ -71,17 +72,6 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A command that was run."""
-
-    sandbox: str
-    command: str | Sequence[str]
-    cwd: str
-    env: dict[str, str]
-    timeout_seconds: float | None
-
-
 class FakeHost(FakeSnapshots):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
@@ -99,6 +89,7 @@ class FakeHost(FakeSnapshots):
         self.answers: dict[str, ExecResult | HostError] = {}
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
+        self.modes: dict[tuple[str, str], int | None] = {}
         self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
@@ -254,6 +245,7 @@ class FakeHost(FakeSnapshots):
         step_timeout_seconds: float = 600.0,
         build_timeout_seconds: float = 1800.0,
         cache: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> BuildInfo:
         """As the client; runs to its end at once if ``by_itself``."""
         self._up()
@@ -275,6 +267,7 @@ class FakeHost(FakeSnapshots):
                     "step_timeout_seconds": step_timeout_seconds,
                     "build_timeout_seconds": build_timeout_seconds,
                     "cache": None if cache is None else dict(cache),
+                    "env": dict(env or {}),
                 }
             )
             self.lock.notify_all()
@@ -283,10 +276,10 @@ class FakeHost(FakeSnapshots):
         return self.build(build_id)
 
     def _end_build(self, build_id: str) -> None:
-        if self.next_failure is None:
+        failure, self.next_failure = self.next_failure, None
+        if failure is None:
             self.finish(build_id)
         else:
-            failure, self.next_failure = self.next_failure, None
             self.emit(build_id, "failed", **failure)
 
     def build(self, build_id: str) -> BuildInfo:
@@ -455,6 +448,18 @@ class FakeHost(FakeSnapshots):
             raise answer
         return answer
 
+    async def exec_to_end(
+        self,
+        sandbox_id: str,
+        command: str | Sequence[str],
+        *,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = 60.0,
+        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        return self.exec(sandbox_id, command, cwd=cwd, env=env, timeout_seconds=timeout_seconds)
+
     async def exec_frames(
         self,
         sandbox_id: str,
@@ -536,6 +541,7 @@ class FakeHost(FakeSnapshots):
         data = content if isinstance(content, bytes) else b"".join(content)
         self._make_parents(box, path)
         box.files[path] = data
+        self.modes[sandbox_id, path] = mode
         return len(data)
 
     def delete_path(self, sandbox_id: str, path: str) -> None:

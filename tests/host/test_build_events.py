@@ -36,6 +36,42 @@ def build(host: HostClient) -> Iterator[Build]:
             host.cancel_build(name)
 
 
+def test_what_is_baked_in_is_there_in_steps_sandboxes_and_snapshots(
+    build: Build, host: HostClient, new_sandbox: NewSandbox, agent: Agent
+) -> None:
+    events = build(
+        "mkdir -p /opt/x/bin && printf '#!/bin/sh\\necho tool $A' > /opt/x/bin/tool",
+        "chmod +x /opt/x/bin/tool && tool > /root/said",
+        "echo 'APP_HOME=/opt/app' >> /etc/environment; echo 'A=file' >> /etc/environment",
+        "echo $APP_HOME $A >> /root/said",
+        env={"PATH": "/opt/x/bin:$PATH", "A": "template"},
+    )
+    published = one(events, "published")
+    image = str(published["image"])
+    shown = "cat /root/said; tool; echo [$APP_HOME] $B; command -v ls"
+    expected = b"tool template\n/opt/app template\ntool %s\n[/opt/app] %s\n/usr/bin/ls\n"
+    box = new_sandbox(image=image, env={"B": "sandbox"})
+    assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
+    assert host.exec(box.id, shown, env={"A": "a", "B": "b"}).stdout == expected % (b"a", b"b")
+    snapshot = f"snap_told{time.time_ns():x}"
+    host.create_snapshot(box.id, snapshot)
+    try:
+        copy = new_sandbox(image=None, snapshot=snapshot, env={"A": "copy"})
+        assert host.exec(copy.id, shown).stdout == expected % (b"copy", b"")
+        agent.kill()
+        agent.start()
+        assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
+        host.delete_sandbox(copy.id)
+    finally:
+        host.delete_snapshot(snapshot)
+    # One that is built on it has what it has, and adds to it.
+    events = build("tool", base_image=image, env={"PATH": "/opt/y:$PATH"})
+    said = "".join(str(event.data["text"]) for event in events if event.kind == "output")
+    assert said == "tool template\n"
+    above = new_sandbox(image=str(one(events, "published")["image"]))
+    assert host.exec(above.id, "echo $PATH $APP_HOME").stdout.startswith(b"/opt/y:/opt/x/bin:/usr/")
+
+
 def one(events: list[BuildEvent], kind: str) -> dict[str, object]:
     (found,) = [event.data for event in events if event.kind == kind]
     return found

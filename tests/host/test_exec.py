@@ -145,11 +145,25 @@ def test_output_over_the_cap_is_dropped_without_disturbing_the_command(
     assert host.exec(sandbox.id, "cat /workspace/done").stdout == b"done\n"
 
 
-def test_a_long_command_works_and_a_too_long_one_says_why(
+def test_a_script_of_256_kib_runs_as_a_short_one_does(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    assert host.exec(sandbox.id, "echo " + "x" * 100_000).code == 0
-    too_long = host.exec(sandbox.id, "echo " + "x" * 200_000)
+    # The kernel takes 128 KiB less a byte in one argument (MAX_ARG_STRLEN).
+    for size in (131_071, 131_072, 256 * 1024):
+        end = "\nset -- a; cat <<E\n$# $0 ü $LINENO\nE\nexit 3\n"
+        filler = "# é '\"$`\\ \n"
+        lines = (size - len(end.encode())) // len(filler.encode())
+        script = (filler * lines + end).encode()
+        padded = " " * (size - len(script)) + script.decode()
+        result = host.exec(sandbox.id, padded)
+        assert (result.stdout, result.code) == (f"1 bash ü {lines + 2}\n".encode(), 3), size
+    assert host.exec(sandbox.id, "echo 'x" * 40_001).code == 2
+
+
+def test_a_list_of_words_with_one_that_is_too_long_says_why(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    too_long = host.exec(sandbox.id, ["echo", "x" * 200_000])
     assert too_long.code == 126
     assert b"Argument list too long" in too_long.stderr
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from hostruntime.errors import ContainerGone, ExecKilled, HostFull
+from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
@@ -20,12 +20,13 @@ from hostruntime.trees import Check
 
 
 class FakeContainers:
-    """Understands: write, say, moan, fail, fill, signal, oom, sleep, vanish."""
+    """Understands: write, remove, say, moan, fail, fill, signal, oom, sleep, vanish."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ContainerSpec] = {}
         self.halted: set[str] = set()
         self.ran: list[str] = []
+        self.environments: list[dict[str, str]] = []
         self.kills = 0
         self.full = False
         self.disk_full = False
@@ -74,6 +75,18 @@ class FakeContainers:
         with tarfile.open(target, "w") as saved:
             saved.add(self.layer(owner), ".")
 
+    async def text_of(self, owner: str, path: str, max_bytes: int) -> bytes:
+        await asyncio.sleep(0)
+        file = self.layer(owner) / path.lstrip("/")
+        if not file.is_file():
+            raise NotFound("There is no such file.")
+        return file.read_bytes()[:max_bytes]
+
+    async def names_in(self, owner: str, directory: str) -> list[str]:
+        await asyncio.sleep(0)
+        path = self.layer(owner) / directory.lstrip("/")
+        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
+
     def environment(self, mode: str) -> dict[str, str]:
         return {"MODE": mode}
 
@@ -116,6 +129,7 @@ class FakeContainers:
             return
         assert (argv[:-1], cwd, merge_output) == (["@shell", "-c"], "/root", True)
         self.ran.append(argv[-1])
+        self.environments.append(dict(env))
         upper = self.layer(owner)
         yield Started(2)
         word, _, rest = argv[-1].partition(" ")
@@ -125,6 +139,8 @@ class FakeContainers:
             path = upper / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        elif word == "remove":
+            (upper / rest).unlink()
         elif word == "say":
             yield Chunk("stdout", rest.encode() + b"\n")
         elif word == "moan":

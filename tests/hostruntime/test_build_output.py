@@ -144,5 +144,13 @@ def test_the_tail_shows_what_a_terminal_would() -> None:
     assert readable_tail(text) == "ERROR: no\n100%\ndone"
 
 
+def test_the_tail_hides_no_character_that_a_message_quotes() -> None:
+    said = "bash: line 1: set: -\r: invalid option\n/usr/bin/env: ‘python3\r’: No such file\n"
+    assert readable_tail(said) == (
+        "bash: line 1: set: -⟨U+000D⟩: invalid option\n"
+        "/usr/bin/env: ‘python3⟨U+000D⟩’: No such file"
+    )
+
+
 def test_an_empty_tail_is_empty() -> None:
     assert readable_tail("\n\n") == ""

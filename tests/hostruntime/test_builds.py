@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from hostruntime.build_plan import Host
-from hostruntime.build_report import Refused
+from hostruntime.build_report import Refused, step_failed
 from hostruntime.builds import KEEP_SECONDS, BuildManager, BuildRequest
 from hostruntime.errors import HostFull, InvalidRequest, NotFound
+from hostruntime.exec import Exited
 from hostruntime.images import ImageManifest, ImageRevokedError, ImageStore
 from hostruntime.layers import LayerStore
 from hostruntime.paths import StatePaths, read_json, write_json
@@ -31,6 +32,7 @@ class World:
         self.paths = StatePaths(root / "state").ensure()
         self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
         self.refused: list[Refused] = []
+        self.unreached: list[str] = []
         self.containers = FakeContainers()
         self.restart()
         staged = self.store.staging("debian-12")
@@ -47,6 +49,7 @@ class World:
             lambda _policy, _image: self.runtime,
             lambda _owner, _since: self.refused,
             LayerStore(self.paths, self.store.trash, 1 << 40),
+            lambda _owner, _since: self.unreached,
         )
         self.builds = BuildManager(self.paths, host)
 
@@ -178,6 +181,87 @@ async def test_how_a_step_ended_is_said(world: World, step: str, code: str, word
     world.check_clean()
 
 
+@pytest.mark.parametrize(
+    ("command", "quoted", "named"),
+    [
+        ("fail\u00a0it", "`fail⟨U+00A0⟩it`", "U+00A0, no-break space (line 1, character 5)"),
+        ("true\nec\u200bho", "`true\nec⟨U+200B⟩ho`", "zero width space (line 2, character 3)"),
+        ("a\rb", "`a⟨U+000D⟩b`", "U+000D, a control character (line 1, character 2)"),
+        (
+            "echo \u201chi\u201d",
+            "`echo \u201chi\u201d`",
+            "\u201c U+201C (line 1, character 6), \u201d U+201D",
+        ),
+    ],
+)
+def test_a_character_that_cannot_be_seen_is_shown_and_placed(
+    command: str, quoted: str, named: str
+) -> None:
+    said = step_failed(1, 1, command, "", Exited(127, None, 5), ()).detail
+    assert quoted in said
+    assert named in said
+
+
+def test_a_step_of_letters_in_any_language_has_nothing_odd() -> None:
+    said = step_failed(1, 1, "echo 'äé 日本 😀'\n\tfalse", "", Exited(1, None, 5), ()).detail
+    assert said.startswith(
+        "Step 1 of 1 failed: `echo 'äé 日本 😀'\n\tfalse` exited with status 1.\n\nIt"
+    )
+
+
+async def test_what_is_left_in_memory_is_told_once_at_its_step(world: World) -> None:
+    events = await world.build(
+        "write workspace/app/x 1",
+        "write tmp/tmp.AbCdEfGhIj 1",
+        "write workspace/app/y 2",
+        "write tmp/kept 3",
+    )
+    told = [event for event in events if event["kind"] == "not_captured"]
+    assert [(event["step"], event["paths"]) for event in told] == [
+        (1, ["/workspace/app"]),
+        (4, ["/tmp/kept"]),
+    ]
+    assert "This step left /workspace/app." in told[0]["message"]
+
+
+async def test_what_a_later_step_takes_away_is_not_told(world: World) -> None:
+    events = await world.build("write tmp/archive 1", "remove tmp/archive", "say hello")
+    assert [event for event in events if event["kind"] == "not_captured"] == []
+
+
+async def test_the_environment_is_baked_and_every_step_has_it(world: World) -> None:
+    await world.build("say 1", env={"A": "1", "MODE": "$MODE-x"})
+    await world.build(
+        "say 2",
+        "write etc/environment B=file\nA=file\nHTTP_PROXY=http://x\n",
+        "say 3",
+        build_id="img_2",
+        base_image="img_1",
+        env={"C": "own"},
+    )
+    await world.build("say 4", build_id="img_3", base_image="img_2", env={"B": "last"})
+    first, second, _, third, fourth = world.containers.environments
+    assert first == {"MODE": "restricted-x", "A": "1"}
+    assert second == {"MODE": "restricted-x", "A": "1", "C": "own"}
+    assert third == {**second, "A": "file", "B": "file"}
+    assert fourth == {**third, "B": "last"}
+    assert world.store.get("img_1").manifest.env == {"A": "1", "MODE": "$MODE-x"}
+    again = ImageStore(world.paths).get("img_3")
+    assert again.manifest.env == {"A": "file", "B": "last", "C": "own", "MODE": "$MODE-x"}
+
+
+async def test_an_environment_that_has_become_too_large_is_said(world: World) -> None:
+    for number in range(2):
+        events = await world.build(
+            "say x",
+            build_id=f"img_{number + 1}",
+            base_image="img_1" if number else "debian-12",
+            env={f"A{number}": "x" * 70_000},
+        )
+    assert "The environment is over 131072 bytes" in events[-1]["message"]
+    world.check_clean("img_2")
+
+
 async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
     failed = (await world.build("moan E: \x1b[31mnope\x1b[0m"))[-1]
     assert failed["message"].endswith("The end of its output:\nE: nope")
@@ -224,6 +308,14 @@ async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> No
     assert failed["code"] == "network_policy_blocked"
     assert "use https:// addresses" in failed["message"]
     assert "refused" not in failed
+
+
+async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None:
+    world.unreached = ["a.test is allowed, but could not be reached: it refused the connection"]
+    failed = (await world.build("fail 7"))[-1]
+    assert (failed["code"], "refused" in failed) == ("step_failed", False)
+    assert f"with the policy's leave: {world.unreached[0]}." in failed["message"]
+    assert "network policy refused" not in failed["message"]
 
 
 async def test_a_step_that_takes_too_long(world: World) -> None:

@@ -305,6 +305,7 @@ async def test_all_of_a_recipe_may_have_been_run(world: World) -> None:
         (FIRST, {"network": "open"}, []),
         (FIRST, {"allow_domains": ("example.org",)}, []),
         (FIRST, {"disk_mb": 512}, []),
+        (FIRST, {"env": {"A": "1"}}, []),
         (FIRST, {"base_image": "img_base"}, []),
         (FIRST, {"cache": Cache("team_2", reuse=True)}, []),
         (FIRST, {"cache": Cache("team_1", reuse=False)}, []),

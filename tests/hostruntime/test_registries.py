@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import hostruntime
+from hostruntime.policy import matches, parse_domain_list
 from hostruntime.registries import (
     AptSource,
     NpmAnswer,
@@ -16,12 +18,14 @@ from hostruntime.registries import (
     ask_npm,
     ask_pip,
     combine,
+    host_registries,
     parse_apt,
     parse_npm,
     parse_npm_definitions,
     parse_pip,
 )
 
+ALLOWLIST = Path(hostruntime.__file__).with_name("data") / "egress-allowlist.txt"
 DEFAULTS = "https://index.example/simple files.example\n"
 
 
@@ -239,3 +243,29 @@ def test_a_host_without_package_managers_allows_none_and_says_so() -> None:
     assert registries.domains == ()
     assert len(registries.notes) == 3
     assert registries.pip_conf() == registries.npmrc() == registries.apt_sources("x") == ""
+
+
+@pytest.mark.parametrize(
+    ("language", "hosts"),
+    [
+        ("Rust", "index.crates.io static.crates.io static.rust-lang.org sh.rustup.rs"),
+        ("Ruby", "rubygems.org index.rubygems.org"),
+        ("Go", "proxy.golang.org sum.golang.org go.dev dl.google.com"),
+        ("Maven", "repo.maven.apache.org repo1.maven.org plugins.gradle.org services.gradle.org"),
+        (".NET", "api.nuget.org dot.net builds.dotnet.microsoft.com"),
+        ("conda", "conda.anaconda.org repo.anaconda.com micro.mamba.pm"),
+        ("PHP", "repo.packagist.org getcomposer.org codeload.github.com"),
+        ("R", "cloud.r-project.org cran.r-project.org cran.rstudio.com bioconductor.org"),
+    ],
+)
+def test_the_default_list_has_the_registries_of_each_language(language: str, hosts: str) -> None:
+    listed = parse_domain_list(ALLOWLIST.read_text())
+    found = {host: matches(host, listed) for host in hosts.split()}
+    assert None not in found.values(), language
+
+
+def test_what_the_host_is_asked_for_is_not_written_down() -> None:
+    asked = host_registries(Path("/nonexistent")).domains
+    listed = parse_domain_list(ALLOWLIST.read_text())
+    assert asked
+    assert [host for host in asked if matches(host, listed)] == []

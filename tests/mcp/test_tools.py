@@ -468,3 +468,50 @@ async def test_recipes_and_prompts_can_be_read(connect: Connect, key: str) -> No
         got = await client.get_prompt(prompt.name, {"repository": "/src/thing"})
         assert "/src/thing" in got.messages[0].content.text  # type: ignore[union-attr]
         assert "create_template" in got.messages[0].content.text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [("755", 0o755), ("0755", 0o755), ("0o600", 0o600), ("4755", 0o4755), (None, 0o644)],
+)
+async def test_permissions_are_octal_as_agents_write_them(
+    connect: Connect, key: str, host: FakeHost, mode: str | None, kept: int
+) -> None:
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        given = {} if mode is None else {"mode": mode}
+        wanted = {"sandbox_id": box, "path": "/workspace/run.sh", "content": "true\n", **given}
+        await done(client, "write_file", **wanted)
+        assert host.modes[box, "/workspace/run.sh"] == kept
+
+
+@pytest.mark.parametrize("mode", ["", "rwxr-xr-x", "789", "u+x", "77777", "-755", "7\u0665", 755])
+async def test_permissions_that_are_none_are_refused(
+    connect: Connect, key: str, host: FakeHost, mode: str | int
+) -> None:
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        wanted = {"sandbox_id": box, "path": "/workspace/run.sh", "content": "", "mode": mode}
+        assert (await client.call_tool("write_file", wanted)).is_error
+        assert host.modes == {}
+
+
+async def test_an_agent_bakes_variables_in(connect: Connect, key: str, host: FakeHost) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE, env={"PATH": "/opt/x:$PATH"})
+        assert made["env"] == {"PATH": "/opt/x:$PATH"}
+        assert (await done(client, "create_template", **TEMPLATE))["env"] == {}
+
+
+async def test_a_step_that_no_answer_has_room_for_is_shown_in_part(
+    connect: Connect, key: str
+) -> None:
+    async with connect(key) as client:
+        recipe = ["true", "x" * 100_000, "false"]
+        made = await done(client, "create_template", **{**TEMPLATE, "recipe": recipe})
+        assert made["recipe"] == ["true"]
+        part = await done(
+            client, "get_template", template_id=made["id"], recipe_from=made["recipe_next"]
+        )
+        assert part["recipe"][0].startswith("x" * 16_000 + "\n[… 84,000 more characters")
+        assert part["recipe_next"] == 3

@@ -1,0 +1,92 @@
+"""What is baked into an image's environment, and what a process makes of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hostruntime.environment import (
+    MAX_FILE_BYTES,
+    baked,
+    file_of,
+    read_lines,
+    resolved,
+    written,
+)
+from tests.hostruntime.trees_help import grow
+
+HOST = {"PATH": "/usr/bin:/bin", "HOME": "/root", "http_proxy": "http://10.0.0.1:3128"}
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("/opt/x/bin:$PATH", "/opt/x/bin:/usr/bin:/bin"),
+        ("${PATH}:/opt/x", "/usr/bin:/bin:/opt/x"),
+        ("/only", "/only"),
+        ("/a:$PATHS:${PAT}", "/a:$PATHS:${PAT}"),
+        ("$PATH:$PATH", "/usr/bin:/bin:$PATH"),
+        ("$HOME/bin", "$HOME/bin"),
+        ("", ""),
+    ],
+)
+def test_a_variable_stands_for_itself_in_its_value(value: str, path: str) -> None:
+    assert resolved(HOST, {"PATH": value}) == {**HOST, "PATH": path}
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("/x/lib:$LD_LIBRARY_PATH", "/x/lib"), ("${LD_LIBRARY_PATH}:/x", "/x"), ("a$b", "a$b")],
+)
+def test_of_a_variable_that_was_not_there_no_empty_entry_is_left(value: str, found: str) -> None:
+    assert resolved({}, {"LD_LIBRARY_PATH": value}) == {"LD_LIBRARY_PATH": found}
+
+
+def test_a_template_on_a_template_adds_to_what_that_has() -> None:
+    first = baked({}, {"PATH": "/one:$PATH", "A": "1", "C": "$C-c"})
+    second = baked(first, {"PATH": "/two:$PATH", "A": "2", "C": "c2"})
+    assert second == {"PATH": "/two:/one:$PATH", "A": "2", "C": "c2"}
+    assert resolved(HOST, second)["PATH"] == "/two:/one:/usr/bin:/bin"
+
+
+def test_etc_environment_is_read_as_pam_does() -> None:
+    text = (
+        '# APP=no\n\n  APP_HOME=/opt/app  \nexport QUOTED="a b"\nSINGLE=\'x\'\nHALF="y\nE=\n'
+        'bad name=1\n1A=1\nno\nPATH="/a:$PATH"\nPATH=/b:$PATH\nNUL=a\0b\nCR=1\r\n'
+    )
+    assert read_lines(text) == {
+        "APP_HOME": "/opt/app",
+        "QUOTED": "a b",
+        "SINGLE": "x",
+        "HALF": "y",
+        "E": "",
+        "PATH": "/b:/a:$PATH",
+        "CR": "1",
+    }
+
+
+def test_only_what_the_recipe_wrote_is_its_own() -> None:
+    before = "A=1\nB=1\n"
+    after = f"A=1\nB=2\nhttps_proxy=http://other\nHOME=/root\nLANG=de_DE\n{'x' * 10}\n"
+    assert written(after, before, HOST) == {"B": "2", "LANG": "de_DE"}
+
+
+def test_the_file_is_read_through_no_link_and_not_without_end(tmp_path: Path) -> None:
+    tree = grow(tmp_path / "plain", {"etc/environment": "A=1\n"})
+    assert file_of(tree) == "A=1\n"
+    assert file_of(grow(tmp_path / "none", {"etc/x": ""})) == ""
+    assert file_of(grow(tmp_path / "nothing", {"x": ""})) == ""
+    linked = grow(tmp_path / "linked", {"etc/x": ""})
+    (linked / "etc/environment").symlink_to(tree / "etc/environment")
+    assert file_of(linked) == ""
+    elsewhere = grow(tmp_path / "elsewhere", {"x": ""})
+    (elsewhere / "etc").symlink_to(tree / "etc")
+    assert file_of(elsewhere) == ""
+    pipe = grow(tmp_path / "pipe", {"etc/x": ""})
+    os.mkfifo(pipe / "etc/environment")
+    assert file_of(pipe) == ""
+    large = grow(tmp_path / "large", {"etc/environment": "A=1\n" * MAX_FILE_BYTES})
+    assert len(file_of(large)) <= MAX_FILE_BYTES
+    assert read_lines(file_of(large)) == {"A": "1"}
