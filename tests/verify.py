@@ -27,8 +27,8 @@ TREE = Path(__file__).resolve().parents[1]
 TESTS = TREE / "tests"
 # Last, and in this order: each needs more of the machine than the one before.
 HEAVY = ("host", "clients", "browser")
-# By commands of their own: `make bench`, `make recipes`.
-APART = ("benchmarks", "recipes")
+# By commands of their own: `make bench`, `make recipes`, `make test-vm`.
+APART = ("benchmarks", "recipes", "vm")
 SCRATCH_PREFIX = "orkestr-test-"
 STATIC: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "."],

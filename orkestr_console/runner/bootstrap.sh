@@ -3,6 +3,7 @@
 #
 #   bootstrap.sh run    what `make run` needs
 #   bootstrap.sh dev    that, and what `make test` needs
+#   bootstrap.sh vm     that, and what `make test-vm` needs
 #
 # Does nothing, quickly, when everything is there. Asks for sudo only to install packages.
 set -euo pipefail
@@ -25,6 +26,7 @@ mmdebstrap squid-openssl nftables apparmor iproute2 e2fsprogs util-linux procps 
 postgresql python3
 "
 dev_packages="chromium|chromium-browser curl strace"
+vm_packages="qemu-system-x86 openssh-client"
 
 say() { printf '  %s\n' "$*"; }
 fail() { printf '\n  orkestr: %s\n' "$*" >&2; exit 1; }
@@ -63,7 +65,7 @@ quietly() {
 }
 
 check_machine() {
-    case $profile in run | dev) ;; *) fail "unknown profile '$profile': use run or dev" ;; esac
+    case $profile in run | dev | vm) ;; *) fail "unknown profile '$profile': use run, dev or vm" ;; esac
     [ "$(uname -s)" = Linux ] || fail "Orkestr Console runs on Linux (this is $(uname -s))"
     command -v apt-get >/dev/null || fail "this machine has no apt-get: Debian 12 or 13 \
 is what the installer knows. Elsewhere install: $run_packages"
@@ -265,11 +267,11 @@ ensure_venv() {
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 check_machine
-if [ "$profile" = dev ]; then
-    install_packages $run_packages $dev_packages
-else
-    install_packages $run_packages
-fi
+case $profile in
+    run) install_packages $run_packages ;;
+    dev) install_packages $run_packages $dev_packages ;;
+    vm) install_packages $run_packages $vm_packages && profile=dev ;;  # the same virtual environment
+esac
 ensure_venv
 # The web process runs as a user who may not write here: compile for it beforehand.
 "$venv/bin/python" -m compileall -q "$repo"/{hostruntime,orkestr_console,templates_app,sandboxes_app} || true
