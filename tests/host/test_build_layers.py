@@ -39,8 +39,10 @@ echo work > /workspace/w; echo shm > /dev/shm/s; chmod 700 /workspace
 )
 LOOK = r"""
 cat /root/runs | wc -l
+# A file of the base has a name for each image there is, deleted ones that still go among them.
 for d in /srv /tmp /workspace /dev/shm /usr/share; do
-  find $d -printf '%p %y %m %U %G %n %s %l\n' | grep -v ' d .* [0-9]* $' | sort
+  links=%n; [ $d = /usr/share ] && links=-
+  find $d -printf "%p %y %m %U %G $links %s %l\n" | grep -v ' d .* [0-9]* $' | sort
   find $d -type d -printf '%p %y %m %U %G\n' | sort
 done
 find /srv /tmp/d -newermt @0 -type f -printf '%p %T@\n' | grep old
