@@ -54,7 +54,7 @@ def test_what_is_baked_in_is_there_in_steps_sandboxes_and_snapshots(
     assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
     assert host.exec(box.id, shown, env={"A": "a", "B": "b"}).stdout == expected % (b"a", b"b")
     snapshot = f"snap_told{time.time_ns():x}"
-    host.create_snapshot(box.id, snapshot)
+    host.create_snapshot(snapshot, sandbox_id=box.id)
     try:
         copy = new_sandbox(image=None, snapshot=snapshot, env={"A": "copy"})
         assert host.exec(copy.id, shown).stdout == expected % (b"copy", b"")
