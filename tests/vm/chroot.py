@@ -58,10 +58,11 @@ def inside(
     env: Mapping[str, str] | None = None,
     on_line: Say | None = None,
 ) -> Completed:
-    """Run a program in ``root`` with /proc; nothing it started outlives it.
+    """Run a program in ``root`` with /proc and its own host name; nothing it started outlives it.
 
     Raises CommandFailed.
     """
-    fence = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    command = [*fence, f"--root={root}", "--wd=/", *argv]
+    fence = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    named = ["sh", "-c", 'hostname "$(cat /etc/hostname)" && exec "$@"', "sh"]
+    command = [*fence, f"--root={root}", "--wd=/", *named, *argv]
     return run(command, timeout=timeout, env=env, on_line=on_line)

@@ -22,6 +22,11 @@ BUILD_SECONDS = 3600.0
 EXEC_SECONDS = 600
 ATTACKS = "/workspace/attacks"
 STATE = f"{INSTALLED}/var/host"
+# Read with the tables: the tree may change in the half hour until they are compared.
+PROGRAMS = {"tests/__init__.py": ""} | {
+    str(path.relative_to(TREE)): path.read_text()
+    for path in (TREE / "tests/host/__init__.py", *(TREE / "tests/host/attacks").glob("*.py"))
+}
 FETCH = f"python3 -c \"import urllib.request as u; u.urlopen('https://{UNLISTED}/x')\""
 # Goes on after a fork that failed, so that it is this program which says how many there were.
 FORKS = (
@@ -167,10 +172,8 @@ def attack(clients: Clients, console: Console, table: Table, program: str) -> in
 
 
 def _outcomes(console: Console, sandbox: Sandbox, program: str) -> dict[str, Outcome]:
-    paths = [TREE / "tests/host/__init__.py", *(TREE / "tests/host/attacks").glob("*.py")]
-    files = {f"{ATTACKS}/{path.relative_to(TREE)}": path.read_text() for path in paths}
     run(sandbox, f"mkdir -p {ATTACKS}/tests/host/attacks")
-    sandbox.files.write_batch({**files, f"{ATTACKS}/tests/__init__.py": ""})
+    sandbox.files.write_batch({f"{ATTACKS}/{name}": text for name, text in PROGRAMS.items()})
     told = {
         "HOST_PIDS": console.guest.root("pgrep -d: -f hostruntime.agent").out.strip(),
         "HOST_PATHS": ":".join([STATE, f"{STATE}/images", "/run/orkestr"]),
