@@ -32,8 +32,6 @@ TESTS = TREE / "tests"
 HEAVY = ("host", "clients", "browser")
 # By commands of their own: `make bench`, `make recipes`, `make test-vm`.
 APART = ("benchmarks", "recipes", "vm")
-# By commands of their own: `make bench`, `make recipes`.
-APART = ("benchmarks", "recipes")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
 OTHER = TREE / ".venv-other/bin/python"
