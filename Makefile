@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # A root shell that `su` opened has the PATH of the person before it.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 .DEFAULT_GOAL := help
-.PHONY: help run down clean doctor test test-vm lint format lock bench recipes
+.PHONY: help run down clean doctor test test-pythons test-vm lint format lock bench recipes
 
 BOOTSTRAP := orkestr_console/runner/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -14,7 +14,7 @@ AS_ROOT := $(NO_SUDO)
 endif
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 21
 
 run: ## install what is missing, start everything, serve until Ctrl-C (PORT=8000)
 	@$(BOOTSTRAP) run
@@ -34,7 +34,13 @@ doctor: ## say in plain words what this machine lacks
 
 test: ## install what is missing, then lint, types, and every test on a real stack
 	@$(BOOTSTRAP) dev
+	@$(BOOTSTRAP) other
 	@$(AS_ROOT) $(PYTHON) -m tests.verify
+
+test-pythons: ## the host runtime's tests, all of them on Python 3.12 and again on 3.13
+	@$(BOOTSTRAP) dev
+	@$(BOOTSTRAP) other
+	@$(AS_ROOT) $(PYTHON) -m tests.verify --only pythons
 
 recipes: ## build and use a table of real recipes (half an hour, some gigabytes fetched)
 	@$(BOOTSTRAP) dev

@@ -10,9 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from orkestr_console.runner.confine import mount_points
+from tests.processes import command_lines
 
 CLAIMS = Path("/run/orkestr/instances")
 CGROUPS = Path("/sys/fs/cgroup")
+# By themselves, or in a unit that systemd has delegated; LXC's own choice would be its payload.
+CGROUP_NAMES = ("ork[0-9]*", "*/ork[0-9]*", "*/lxc.payload.ork*", "lxc.payload.ork*")
 
 
 def leftovers(root: Path, before: frozenset[str] = frozenset()) -> list[str]:
@@ -21,30 +24,32 @@ def leftovers(root: Path, before: frozenset[str] = frozenset()) -> list[str]:
     Names of the host runtime count when they were not in ``before`` and no living installation
     elsewhere has claimed their instance number.
     """
+    # Asked on both sides of the look: an installation elsewhere may start or end meanwhile.
     foreign = foreign_instances(root)
-    named = [name for name in host_names() if name not in before and _instance(name) not in foreign]
+    new = host_names() - before
+    foreign |= foreign_instances(root)
+    named = sorted(name for name in new if _instance(name) not in foreign)
     mounts = [f"mount {path}" for path in _mounts() if path.is_relative_to(root)]
     loops = [f"loop device on {path}" for path in _loops() if path.is_relative_to(root)]
     return [*named, *mounts, *loops, *processes_of(root)]
 
 
 def host_names() -> frozenset[str]:
-    """Every link, network namespace, nft table and cgroup named the way the host runtime names."""
+    """Every link, namespace, nft table, cgroup and profile named the way the host runtime names."""
     links = (f"link {path.name}" for path in Path("/sys/class/net").glob("ork*"))
     spaces = (f"netns {path.name}" for path in Path("/run/netns").glob("ork*"))
-    cgroups = (
-        f"cgroup {path}"
-        for pattern in ("ork*", "*/ork*", "*/lxc.payload.ork*", "lxc.payload.ork*")
-        for path in CGROUPS.glob(pattern)
-    )
-    return frozenset([*links, *spaces, *cgroups, *_tables()])
+    cgroups = (f"cgroup {path}" for pattern in CGROUP_NAMES for path in CGROUPS.glob(pattern))
+    return frozenset([*links, *spaces, *cgroups, *_tables(), *_profiles()])
 
 
 def foreign_instances(root: Path) -> set[str]:
     """Instance numbers claimed by state directories that exist outside ``root``."""
     found = set()
     for claim in CLAIMS.glob("[0-9]*"):
-        holder = Path(claim.read_text().strip())
+        try:
+            holder = Path(claim.read_text().strip())
+        except FileNotFoundError:
+            continue
         if holder.exists() and not holder.is_relative_to(root):
             found.add(claim.name)
     return found
@@ -52,20 +57,23 @@ def foreign_instances(root: Path) -> set[str]:
 
 def processes_of(root: Path) -> list[str]:
     """Processes other than this one whose command line names a path in ``root``."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue
-        if f"{root}/" in line and int(entry.parent.name) not in {os.getpid(), os.getppid()}:
-            found.append(f"process {entry.parent.name}: {line}")
-    return found
+    return [
+        f"process {pid}: {line}"
+        for pid, line in command_lines().items()
+        if f"{root}/" in line and pid not in {os.getpid(), os.getppid()}
+    ]
 
 
 def _tables() -> Iterator[str]:
     listed = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True)
     yield from (line for line in listed.stdout.splitlines() if "orkestr_" in line)
+
+
+def _profiles() -> Iterator[str]:
+    # One to a line, and its mode (securityfs of AppArmor); not there where it is off.
+    with suppress(OSError):
+        loaded = Path("/sys/kernel/security/apparmor/profiles").read_text().splitlines()
+        yield from (f"profile {line}" for line in loaded if line.startswith("orkestr-"))
 
 
 def _mounts() -> list[Path]:
@@ -79,5 +87,5 @@ def _loops() -> Iterator[Path]:
 
 
 def _instance(name: str) -> str:
-    found = re.search(r"(?:ork|orkestr_)(\d+)", name)
+    found = re.search(r"(?:ork|orkestr[_-])(\d+)", name)
     return found[1] if found else ""

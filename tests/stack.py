@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -160,16 +161,31 @@ class Stack:
 
 
 def free_port() -> int:
-    """A TCP port nobody uses now.
+    """A TCP port nobody uses now, and that no other run of the suite is given before this one ends.
 
     Below the range that outgoing connections take theirs from (``ip_local_port_range``, ip(7)):
     one of those may have it again while the console restarts.
     """
     for _ in range(100):
         port = random.randrange(18000, 32000)
-        if port_is_free(port):
+        if _reserve(port) and port_is_free(port):
             return port
     raise AssertionError("no free port in a hundred tries")
+
+
+_reserved: list[socket.socket] = []
+
+
+def _reserve(port: int) -> bool:
+    """Hold an abstract Unix socket of the port's name (unix(7)) for the rest of this process."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0orkestr-test-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _reserved.append(claim)
+    return True
 
 
 def wait_for(

@@ -3,6 +3,9 @@
 Style, types and migrations first, then all of pytest in one session: the quick tests, the ones
 that need real LXC, the official clients, the browser. The databases and installations that the
 tests use are made in one scratch directory, and nothing of them may be left on the host.
+
+Then the host runtime's tests marked `pythons` again, on the other Python that the project supports,
+where bootstrap.sh found one; `--only pythons` runs all of the host runtime's on each.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,9 @@ TESTS = TREE / "tests"
 HEAVY = ("host", "clients", "browser")
 # By commands of their own: `make bench`, `make recipes`, `make test-vm`.
 APART = ("benchmarks", "recipes", "vm")
+# What differs from one Python to the next is the runtime that forks, clones and enters.
+RUNTIME = ("tests/hostruntime", "tests/host")
+OTHER = TREE / ".venv-other/bin/python"
 SCRATCH_PREFIX = "orkestr-test-"
 STATIC: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "."],
@@ -45,12 +51,12 @@ class Verdicts:
     environment: dict[str, str]
     failed: list[str] = field(default_factory=list)
 
-    def run(self, name: str, arguments: Sequence[str]) -> None:
-        """Run one check with this Python, its output straight to ours."""
+    def run(self, name: str, arguments: Sequence[str], python: str = sys.executable) -> None:
+        """Run one check with a Python, this one if none is named, its output straight to ours."""
         say(f"== {name}")
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, *arguments],
+            [python, *arguments],
             cwd=TREE,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -69,7 +75,7 @@ def say(line: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when everything holds and nothing is left behind."""
     parser = argparse.ArgumentParser(prog="python -m tests.verify")
-    parser.add_argument("--only", choices=["static", "tests"])
+    parser.add_argument("--only", choices=["static", "tests", "pythons"])
     parser.add_argument("paths", nargs="*", help="give pytest these instead of everything")
     options = parser.parse_args(argv)
     if options.only == "static":
@@ -77,20 +83,50 @@ def main(argv: Sequence[str]) -> int:
         for name, arguments in STATIC.items():
             verdicts.run(name, arguments)
         return conclude(verdicts)
-    return verify(options.paths, static=options.only is None)
+    if options.only == "pythons":
+        return verify(pythons)
+    if options.only == "tests":
+        return verify(lambda verdicts, scratch: tests(verdicts, scratch, options.paths))
+    return verify(everything)
 
 
-def verify(paths: Sequence[str], *, static: bool) -> int:
-    """Run the checks against a database and scratch directory of their own."""
+def everything(verdicts: Verdicts, scratch: Path) -> None:
+    """All that must hold, the quickest to say no first."""
+    for name, arguments in (STATIC | {"migrations": MIGRATIONS}).items():
+        verdicts.run(name, arguments)
+    tests(verdicts, scratch)
+    on_the_other_python(verdicts, scratch, "-m", "pythons", *RUNTIME)
+
+
+def pythons(verdicts: Verdicts, scratch: Path) -> None:
+    """The whole of the host runtime's tests on each Python there is."""
+    tests(verdicts, scratch, RUNTIME)
+    on_the_other_python(verdicts, scratch, *RUNTIME)
+
+
+def tests(verdicts: Verdicts, scratch: Path, paths: Sequence[str] = ()) -> None:
+    """All tests, or those of ``paths``."""
+    verdicts.run("pytest", pytest_arguments(scratch, paths))
+
+
+def on_the_other_python(verdicts: Verdicts, scratch: Path, *arguments: str) -> None:
+    """Tests on the Python that this one is not; without one they are said not to have been run."""
+    if not OTHER.exists():
+        say("== pytest on another Python: NOT RUN, for want of one (`make test` says why)")
+        return
+    asked = [str(OTHER), "-c", "import platform; print(platform.python_version())"]
+    version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    verdicts.run(f"pytest on Python {version}", pytest_arguments(scratch, arguments), str(OTHER))
+
+
+def verify(checks: Callable[[Verdicts, Path], None]) -> int:
+    """Run checks against a database and scratch directory of their own."""
     before = host_names()
     ensure_user()
     with scratch_directory() as scratch:
         with temporary_cluster(scratch / "postgres") as cluster:
             verdicts = Verdicts(environment(scratch, cluster.url))
-            if static:
-                for name, arguments in (STATIC | {"migrations": MIGRATIONS}).items():
-                    verdicts.run(name, arguments)
-            verdicts.run("pytest", pytest_arguments(scratch, paths))
+            checks(verdicts, scratch)
         left = leftovers(scratch, before)
     for name in left:
         say(f"left behind: {name}")

@@ -4,6 +4,7 @@
 #   bootstrap.sh run    what `make run` needs
 #   bootstrap.sh dev    that, and what `make test` needs
 #   bootstrap.sh vm     that, and what `make test-vm` needs
+#   bootstrap.sh other  after dev: the same in .venv-other, for the other Python that is usable
 #
 # Does nothing, quickly, when everything is there. Asks for sudo only to install packages.
 set -euo pipefail
@@ -17,6 +18,8 @@ umask 022
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=$repo/.venv
 profile=${1:-run}
+# The Pythons that are usable, the preferred one first.
+versions="3.12 3.13"
 
 # One line per need; `a|b` is satisfied by either and installs the first that apt knows.
 # shellcheck disable=SC2034
@@ -65,7 +68,7 @@ quietly() {
 }
 
 check_machine() {
-    case $profile in run | dev | vm) ;; *) fail "unknown profile '$profile': use run, dev or vm" ;; esac
+    case $profile in run | dev | other | vm) ;; *) fail "unknown profile '$profile': run, dev, other or vm" ;; esac
     [ "$(uname -s)" = Linux ] || fail "Orkestr Console runs on Linux (this is $(uname -s))"
     command -v apt-get >/dev/null || fail "this machine has no apt-get: Debian 12 or 13 \
 is what the installer knows. Elsewhere install: $run_packages"
@@ -152,12 +155,13 @@ install_packages() {
 
 # --- python ------------------------------------------------------------------------------------
 
-# Usable: 3.12 or 3.13, with venv, and with the headers that building the lxc binding needs.
+# Usable: of a wanted version, with venv, and with the headers that building the lxc binding needs.
 usable_python() {
-    "$1" - 2>/dev/null <<'PY'
+    # shellcheck disable=SC2086
+    "$1" - $versions 2>/dev/null <<'PY'
 import ensurepip, pathlib, sys, sysconfig, venv
 header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
-if not ((3, 12) <= sys.version_info[:2] <= (3, 13) and header.exists()):
+if not ("%d.%d" % sys.version_info[:2] in sys.argv[1:] and header.exists()):
     sys.exit(1)
 print(sys.executable)
 PY
@@ -175,31 +179,50 @@ find_python() {
 }
 
 install_python() {
-    local version
+    local version wanted=${versions%% *}
     update_lists
-    for version in 3.12 3.13; do
+    for version in $versions; do
         if apt-cache show "python$version-venv" >/dev/null 2>&1; then
             install_packages "python$version" "python$version-venv" "python$version-dev"
             return
         fi
     done
-    say "python: this Debian has none new enough; uv fetches 3.12 from where its builds are released"
-    install_packages python3 python3-venv
-    local tools
+    say "python: this Debian has no ${versions// / or }; uv fetches $wanted from where its builds are released"
+    local tools uv=$repo/.venv/bin/uv
     tools=$(mktemp -d)
-    python3 -m venv "$tools"
-    locked uv >"$tools/uv.txt"
-    "$tools/bin/pip" -qq install --require-hashes -r "$tools/uv.txt"
-    "$tools/bin/uv" python install 3.12 || fail "uv could not fetch a Python. Install Python 3.12 \
-or 3.13 with its headers yourself and start again with ORKESTR_PYTHON=/path/to/python3.12"
+    if ! [ -x "$uv" ]; then
+        install_packages python3 python3-venv
+        python3 -m venv "$tools"
+        locked uv >"$tools/uv.txt"
+        "$tools/bin/pip" -qq install --require-hashes -r "$tools/uv.txt"
+        uv=$tools/bin/uv
+    fi
+    "$uv" python install "$wanted" || fail "uv could not fetch a Python. Install Python \
+${versions// / or } with its headers yourself and start again with ORKESTR_PYTHON=/path/to/python$wanted"
     rm -rf "$tools"
 }
 
 ensure_python() {
     python=$(find_python) && return
     install_python
-    python=$(find_python) || fail "no usable Python 3.12 or 3.13 (with venv and Python.h) was found. \
-Install one and start again with ORKESTR_PYTHON=/path/to/python3.12"
+    python=$(find_python) || fail "no usable Python ${versions// / or } (with venv and Python.h) was \
+found. Install one and start again with ORKESTR_PYTHON=/path/to/python${versions%% *}"
+}
+
+# From here on only what .venv is not counts as usable, and has an environment of its own.
+choose_other_python() {
+    local first
+    first=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+        fail "there is no .venv yet: run bootstrap.sh dev first"
+    versions=$(tr ' ' '\n' <<<"$versions" | grep -vxF "$first")
+    venv=$repo/.venv-other
+}
+
+other_python_can_be_had() {
+    usable_python "$venv/bin/python" >/dev/null || (ensure_python) && return
+    rm -rf "$venv"
+    say "python $versions: cannot be had here (above), so NOTHING IS TESTED ON IT"
+    return 1
 }
 
 # --- the virtual environment -------------------------------------------------------------------
@@ -212,7 +235,7 @@ stamp_of() { sha256sum "$1" | cut -d' ' -f1; }
 up_to_date() {
     [ -x "$venv/bin/python" ] && [ -f "$venv/.orkestr-$profile" ] &&
         [ "$(cat "$venv/.orkestr-$profile")" = "$(stamp_of "$lock")" ] &&
-        "$venv/bin/python" -c '' 2>/dev/null
+        usable_python "$venv/bin/python" >/dev/null
 }
 
 # uv does not read pip's configuration; a mirror that the machine gives pip is given to uv here.
@@ -247,7 +270,7 @@ install_locked() {
 
 ensure_venv() {
     lock=$repo/requirements.txt
-    [ "$profile" = dev ] && lock=$repo/requirements-dev.txt
+    [ "$profile" = run ] || lock=$repo/requirements-dev.txt
     up_to_date && return
     [ ! -e "$venv" ] || [ -w "$venv/bin" ] ||
         fail "$venv belongs to $(stat -c %U "$venv"): start again as that user, or remove it"
@@ -269,9 +292,14 @@ ensure_venv() {
 check_machine
 case $profile in
     run) install_packages $run_packages ;;
-    dev) install_packages $run_packages $dev_packages ;;
+    dev | other) install_packages $run_packages $dev_packages ;;
     vm) install_packages $run_packages $vm_packages && profile=dev ;;  # the same virtual environment
 esac
+if [ "$profile" = other ]; then
+    choose_other_python
+    # A second opinion: where it cannot be had, the tests on the first one still count.
+    other_python_can_be_had || exit 0
+fi
 ensure_venv
 # The web process runs as a user who may not write here: compile for it beforehand.
 "$venv/bin/python" -m compileall -q "$repo"/{hostruntime,orkestr_console,templates_app,sandboxes_app} || true

@@ -16,7 +16,8 @@ function stateOf(log) {
 
 const stepOf = (element) => element.closest("[data-step]");
 const logOf = (step) => step.querySelector(".log");
-const atEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END;
+const toGo = (log) => log.scrollHeight - log.scrollTop - log.clientHeight;
+const atEnd = (log) => toGo(log) < NEAR_END;
 const isRunning = (step) => step.querySelector(".step-line").dataset.state === "running";
 const newest = (log) => log.querySelector(":scope > .lines:not(.window)");
 const several = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -106,7 +107,9 @@ function scrolled(log) {
   if (state.paused) {
     // Back at the end, with nothing held back: followed again. Else the button says how much came.
     if (!up && atEnd(log) && !state.held.length) pause(log, false);
-  } else if (up && !atEnd(log) && isRunning(step)) {
+  } else if (up && toGo(log) > 2 && isRunning(step)) {
+    // At the first pixels of it: a scroll takes some frames, and output that came between two of
+    // them would take the reader back to the end. (A log that has become higher stays at its end.)
     pause(log, true);
   }
 }

@@ -370,17 +370,22 @@ async def test_a_silent_command_keeps_the_connection_alive(
     stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "KEEP_ALIVE_SECONDS", 0.05)
+    kept_alive = asyncio.Event()
 
     async def silent(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
         yield STARTED
-        await asyncio.sleep(0.3)
+        await kept_alive.wait()
         yield EXITED
 
     monkeypatch.setattr(host, "exec_frames", silent)
     answer = await opened(stream_api, host)
-    parts = [part async for part in answer.streaming_content]
-    comments = [part for part in parts if part.startswith(b":")]
-    assert len(comments) >= 2
+    parts, comments = [], []
+    async with asyncio.timeout(30):
+        async for part in answer.streaming_content:
+            parts.append(part)
+            comments += [part] if part.startswith(b":") else []
+            if len(comments) == 2:
+                kept_alive.set()
     assert [json.loads(part[6:])["kind"] for part in parts if part not in comments] == [
         "exec_started",
         "exec_exited",

@@ -182,9 +182,9 @@ def test_were_it_not_escaped_the_policy_would_stop_it_and_say_so(
     """So that the silence above means something."""
     page = opened
     page.goto("/templates/", wait_until="networkidle")
-    page.evaluate(
-        "text => document.querySelector('main').insertAdjacentHTML('beforeend', text)", RUNS
-    )
-    page.wait_for_timeout(300)
+    with page.expect_console_message(lambda said: "Content Security Policy" in said.text):
+        page.evaluate(
+            "text => document.querySelector('main').insertAdjacentHTML('beforeend', text)", RUNS
+        )
     assert page.evaluate("window.x55z") is None
     complaints.allow("Content Security Policy")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,12 +12,13 @@ import pytest
 
 from tests.clients.making import Sandboxes, Templates
 from tests.clients.streaming import events_of
+from tests.processes import commands_with, own_mark
 from tests.stack import Stack, wait_for
 
 # Refused by name before anybody resolves it: no packet leaves for it.
 FETCH = "python3 -c \"import urllib.request as u; u.urlopen('https://nowhere.invalid/x')\""
 # Forgets its parent, ignores what can be ignored, and goes on in a session of its own.
-STUBBORN = "trap '' TERM INT HUP; (setsid sh -c 'trap \"\" TERM; sleep 97531' &) ; sleep 97531"
+STUBBORN = "trap '' TERM INT HUP; (setsid sh -c 'trap \"\" TERM; sleep {0}' &) ; sleep {0}"
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,6 @@ def test_each_failure_has_its_own_code(
     assert (last["kind"], last["code"]) == ("failed", code)
 
 
-def processes(mark: str) -> list[str]:
-    """The command lines that have ``mark`` in them, of the whole machine."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found += [line] if mark in line else []
-    return found
-
-
 def cancel(templates: Templates, template: str) -> httpx.Response:
     return templates.client.post(f"/v1/templates/{template}/cancel", json={})
 
@@ -70,10 +58,11 @@ def cancelled(templates: Templates, template: str) -> dict[str, Any]:
 
 
 def test_a_step_that_will_not_go_is_gone(stack: Stack, templates: Templates) -> None:
-    template = templates.create("debian-12", STUBBORN)
-    wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
+    mark = own_mark()
+    template = templates.create("debian-12", STUBBORN.format(mark))
+    wait_for(lambda: len(commands_with(f"sleep {mark}")) >= 2, 30, stack.explain)
     cancelled(templates, template)
-    wait_for(lambda: processes("97531") == [], 3, stack.explain)
+    wait_for(lambda: commands_with(mark) == [], 30, stack.explain)
     assert templates.get(template)["status"] == "failed"
 
 
@@ -170,10 +159,11 @@ def cancel_late(stack: Stack, template: str, delay: float) -> httpx.Response:
 
 
 def test_deleting_a_building_template_ends_its_build(stack: Stack, templates: Templates) -> None:
-    template = templates.create("debian-12", STUBBORN)
-    wait_for(lambda: len(processes("sleep 97531")) >= 2, 30, stack.explain)
+    mark = own_mark()
+    template = templates.create("debian-12", STUBBORN.format(mark))
+    wait_for(lambda: len(commands_with(f"sleep {mark}")) >= 2, 30, stack.explain)
     templates.delete(template)
-    wait_for(lambda: processes("97531") == [], 3, stack.explain)
+    wait_for(lambda: commands_with(mark) == [], 30, stack.explain)
     wait_for(lambda: nothing_is_left(stack), 15, stack.explain)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tests.clients.making import Sandboxes, Templates
@@ -17,16 +18,34 @@ MODULE = "import math, pathlib; print(len(pathlib.Path('/root/ballast').read_byt
 
 
 def used(path: Path) -> int:
-    """Bytes in use on the filesystem of ``path``, as df(1) counts them."""
+    """Bytes that what is in ``path`` takes of the disk, as du(1) counts them: each file once.
+
+    What a loop device still has open counts as well, although it has no name any more.
+    """
     subprocess.run(["sync", "-f", path], check=True)
-    state = os.statvfs(path)
-    return (state.f_blocks - state.f_bfree) * state.f_frsize
+    command = ["du", "--summarize", "--one-file-system", "--block-size=1", str(path)]
+    named = int(subprocess.run(command, capture_output=True, check=True).stdout.split()[0])
+    return named + sum(size for name, size in loop_files() if name.is_relative_to(path))
+
+
+def loop_files() -> Iterator[tuple[Path, int]]:
+    """The deleted files that loop devices have open, and how large they can be."""
+    for device in Path("/sys/block").glob("loop*"):
+        with suppress(OSError):
+            name = (device / "loop/backing_file").read_text().strip()
+            if name.endswith(" (deleted)"):
+                yield (
+                    Path(name.removesuffix(" (deleted)")),
+                    int((device / "size").read_text()) * 512,
+                )
 
 
 def test_a_template_is_deleted_under_a_sandbox_and_its_space_comes_back(
     stack: Stack, templates: Templates, sandboxes: Sandboxes
 ) -> None:
     state = stack.layout.state_dir
+    # What earlier tests deleted is gone from the disk a little later.
+    wait_for(lambda: not any((state / "trash").iterdir()), 30, stack.explain)
     before = used(state)
     template = templates.ready(
         "python-3.12-bare",
@@ -45,8 +64,8 @@ def test_a_template_is_deleted_under_a_sandbox_and_its_space_comes_back(
     assert sandbox.exec(f'python -c "{MODULE}"').stdout == f"{BALLAST}\n"
     sandbox.terminate()
     wait_for(lambda: not image.exists(), 30, stack.explain)
-    wait_for(lambda: used(state) - before < 16 * MEBIBYTE, 30, stack.explain)
     wait_for(lambda: not any((state / "trash").iterdir()), 30, stack.explain)
+    wait_for(lambda: used(state) - before < 16 * MEBIBYTE, 30, stack.explain)
 
 
 def template_image(stack: Stack) -> Path:

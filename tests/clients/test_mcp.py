@@ -193,13 +193,19 @@ async def test_two_agents_at_once_do_not_mix(connect: Connect) -> None:
 async def test_long_commands_hold_up_nobody(connect: Connect) -> None:
     async with connect() as client:
         box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        command = "echo >>begun; until [ -e go ]; do sleep 0.2; done; echo late"
         slow = [
-            asyncio.create_task(done(client, "exec", sandbox_id=box, command="sleep 4; echo late"))
+            asyncio.create_task(done(client, "exec", sandbox_id=box, command=command))
             for _ in range(30)
         ]
-        await asyncio.sleep(0.5)
+        while True:
+            begun = await done(client, "exec", sandbox_id=box, command="cat begun | wc -l")
+            if begun["stdout"] == "30\n":
+                break
+            assert not any(task.done() for task in slow)
         assert (await done(client, "list_templates"))["templates"] is not None
         assert not any(task.done() for task in slow)
+        await done(client, "write_file", sandbox_id=box, path="/workspace/go", content="")
         assert {answer["stdout"] for answer in await asyncio.gather(*slow)} == {"late\n"}
         await done(client, "terminate_sandbox", sandbox_id=box)
 
@@ -230,7 +236,7 @@ async def test_an_agent_that_leaves_ends_its_command(connect: Connect) -> None:
             async with asyncio.timeout(1):
                 await client.call_tool("exec", {"sandbox_id": box, "command": "sleep 55"})
     async with connect() as client:
-        for _ in range(50):
+        for _ in range(300):
             ran = await done(client, "exec", sandbox_id=box, command=count("sleep"))
             if ran["stdout"] == "0\n":
                 break

@@ -14,6 +14,7 @@ from orkestr import OrkestrClient, Sandbox
 
 from tests.clients.making import Sandboxes, Templates
 from tests.leftovers import processes_of
+from tests.processes import commands_with, own_mark
 from tests.stack import Stack, wait_for
 
 
@@ -41,7 +42,8 @@ def test_a_worker_killed_during_a_build_lets_it_finish_once(
 def test_an_agent_killed_during_a_build_fails_it_and_leaves_nothing(
     stack: Stack, templates: Templates
 ) -> None:
-    template = templates.create("debian-12", "sleep 98764", "true")
+    mark = own_mark()
+    template = templates.create("debian-12", f"sleep {mark}", "true")
     wait_for(lambda: bool(builds_running(stack)), 30, stack.explain)
     agent = stack.pid("agent")
     stack.kill("agent")
@@ -50,28 +52,21 @@ def test_an_agent_killed_during_a_build_fails_it_and_leaves_nothing(
     assert record["status"] == "failed"
     assert record["error_code"] == "host_lost", record
     wait_for(lambda: builds_running(stack) == set(), 30, stack.explain)
-    assert not any("98764" in process for process in everything_running())
+    assert commands_with(mark) == []
 
 
 def test_a_console_stopped_during_a_build_says_that_the_host_was_lost(
     stack: Stack, templates: Templates
 ) -> None:
     """Not that the step was killed, which is only how it ended."""
-    template = templates.create("debian-12", "sleep 98763", "true")
+    mark = own_mark()
+    template = templates.create("debian-12", f"sleep {mark}", "true")
     wait_for(lambda: bool(builds_running(stack)), 30, stack.explain)
     stack.stop()
     stack.start()
     record = templates.finished(template)
     assert (record["status"], record["error_code"]) == ("failed", "host_lost"), record
-    assert not any("98763" in process for process in everything_running())
-
-
-def everything_running() -> list[str]:
-    return [path.read_bytes().decode(errors="replace") for path in readable_command_lines()]
-
-
-def readable_command_lines() -> list[Path]:
-    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert commands_with(mark) == []
 
 
 def test_sandboxes_outlive_agent_worker_and_web(stack: Stack, sandbox: Sandbox) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from hostruntime.client import HostClient
 from hostruntime.errors import HostUnavailable
+from hostruntime.limits import SLICE, cgroup_layout
+from tests.processes import command_lines
 
 REPO = Path(__file__).resolve().parents[2]
 STATE = REPO / "var" / "test-host"
@@ -45,13 +47,11 @@ class Agent:
             )
         self._wait_until_it_serves()
 
-    def stop(self) -> float:
-        """SIGTERM; return how many seconds the agent took to end."""
-        began = time.monotonic()
+    def stop(self) -> None:
+        """SIGTERM, at which it must end well within what a process manager waits (10 s)."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(10) == 0
-        return time.monotonic() - began
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
@@ -113,11 +113,23 @@ def an_agent(state: Path = STATE) -> Iterator[Agent]:
             agent.tear_down()
 
 
+def instance_groups(instance: str) -> list[Path]:
+    """What is above the groups of an instance (``ork0``) in each hierarchy it may be in."""
+    names = (instance, f"*/{instance}", f"{SLICE}/{instance}.service")
+    return [path for name in names for path in CGROUPS.glob(name)]
+
+
 def groups_named(prefix: str) -> list[str]:
     """Every cgroup of a container whose name starts so, in any hierarchy."""
     instance = prefix.partition("-")[0]
-    roots = [*CGROUPS.glob(f"*/{instance}"), CGROUPS / instance]
+    roots = instance_groups(instance)
     return [str(path) for root in roots for path in root.glob(f"*{prefix}*")]
+
+
+def init_of(agent: Agent, sandbox_id: str) -> int:
+    """The host's pid of a sandbox's init."""
+    group = cgroup_layout().container(f"{agent.prefix}{sandbox_id}").unified
+    return int((group / "cgroup.procs").read_text().split()[0])
 
 
 def mounts_below(path: Path) -> list[str]:
@@ -127,18 +139,14 @@ def mounts_below(path: Path) -> list[str]:
 
 def children_named(prefix: str) -> list[str]:
     """LXC monitors and inits of containers with this prefix that are running."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if "[lxc monitor]" in line and f" {prefix}" in line:
-            found.append(f"{entry.parent.name}: {line}")
-    return found
+    return [
+        f"{pid}: {line}"
+        for pid, line in command_lines().items()
+        if "[lxc monitor]" in line and f" {prefix}" in line
+    ]
 
 
-def eventually(seconds: float = 5.0) -> Iterator[None]:
+def eventually(seconds: float = 30.0) -> Iterator[None]:
     """Loop body runs until it breaks, or fails after a while: ``for _ in eventually(): …``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

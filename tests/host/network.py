@@ -20,6 +20,7 @@ from hostruntime.network_settings import NetworkSettings
 from hostruntime.paths import StatePaths, claim_instance, release_instance
 from hostruntime.policy import Policy, deny_list
 from hostruntime.run import run
+from tests.host.agent import mounts_below
 from tests.host.topology import (
     INTERNET,
     METADATA,
@@ -100,10 +101,12 @@ def slot(pool: SlotPool, request: pytest.FixtureRequest) -> Iterator[Callable[[P
 def assert_nothing_is_left(pool: SlotPool) -> None:
     assert interfaces_named(pool.instance.prefix) == []
     assert not pool.run_dir.root.exists()
-    assert str(pool.run_dir.root) not in Path("/proc/self/mountinfo").read_text()
-    tables = run(["nft", "list", "tables"], timeout=10).text
-    assert pool.instance.nft_table not in tables
-    assert pool.proxy_address()[0] not in run(["ip", "address"], timeout=10).text
+    assert mounts_below(pool.run_dir.root) == []
+    # Word for word: instance 1 is not gone only because 12 is there.
+    tables = run(["nft", "list", "tables"], timeout=10).text.splitlines()
+    assert f"table inet {pool.instance.nft_table}" not in tables
+    addresses = run(["ip", "-o", "address"], timeout=10).text.split()
+    assert not [one for one in addresses if one.partition("/")[0] == pool.proxy_address()[0]]
 
 
 def place(slot: Slot) -> Path:

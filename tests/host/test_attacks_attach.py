@@ -19,7 +19,7 @@ from tests.host.attackers import HELPER, PLACE
 from tests.host.attacks.spy import ATTEMPTS
 from tests.host.conftest import NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 _ENVIRONMENT = {"PYTHONPATH": PLACE, "PYTHONDONTWRITEBYTECODE": "1"}
 

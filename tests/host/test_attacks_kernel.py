@@ -24,19 +24,22 @@ pytestmark = pytest.mark.host
 _SETTINGS = ("core_pattern", "modprobe", "panic", "hostname", "domainname", "sysrq")
 
 _FILES = (
-    *("/proc/sys/vm/overcommit_memory", "/proc/sys/vm/mmap_min_addr", "/proc/modules"),
+    *("/proc/sys/vm/overcommit_memory", "/proc/sys/vm/mmap_min_addr"),
     *("/proc/sys/net/ipv4/ip_forward", "/proc/swaps", "/sys/class/net/lo/mtu"),
     *("/sys/kernel/rcu_expedited", "/sys/kernel/uevent_helper"),
 )
 
 
 def state_of_the_host() -> dict[str, object]:
-    """What the attacks would have changed if one had worked."""
+    """What the attacks would have changed if one had worked, and nothing that others change."""
     files = [*(f"/proc/sys/kernel/{name}" for name in _SETTINGS), *_FILES]
+    modules = Path("/proc/modules")
     return {
         **{path: Path(path).read_text() if Path(path).exists() else None for path in files},
-        "groups": sorted(map(str, Path("/sys/fs/cgroup").iterdir())),
-        "mounts": mounts_below(Path("/root")) + mounts_below(Path("/proc")),
+        "dummy": modules.exists() and "\ndummy " in f"\n{modules.read_text()}",
+        "groups": [str(path) for path in Path("/sys/fs/cgroup").iterdir() if path.name == "x"],
+        "mounts": [path for path in mounts_below(Path("/root")) if path.startswith("/root/tmp")],
+        "mounts in proc": mounts_below(Path("/proc")),
     }
 
 

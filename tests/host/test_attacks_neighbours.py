@@ -57,7 +57,7 @@ def seen(agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]) -> dict[str, list[
     host, (one, other) = agent.client, pair
     with ThreadPoolExecutor(1) as pool:
         leaving = pool.submit(program, host, one, "leave", **_SECRET)
-        for _ in eventually(20):
+        for _ in eventually():
             assert not leaving.done(), leaving.result()
             if host.stat(one.id, "/workspace/ready").exists:
                 break

@@ -104,20 +104,27 @@ def test_while_everything_is_captured(agent: Agent, host: HostClient, build_id: 
     check_cancelled(agent, build_id)
 
 
-@pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
+WAITS = (0.0, 0.3, 0.6)
+
+
+@pytest.mark.parametrize("wait", WAITS)
 def test_while_everything_is_scrubbed(
     agent: Agent, host: HostClient, build_id: str, wait: float
 ) -> None:
     start(host, build_id, LITTER)
     await_event(host, build_id, "step_finished")
     time.sleep(wait)
-    assert host.cancel_build(build_id, keep_published=True).state == "cancelled"
-    check_cancelled(agent, build_id)
+    if host.cancel_build(build_id, keep_published=True).state == "published":
+        # This machine was quicker; the shortest wait is one that none is.
+        assert wait > min(WAITS)
+        assert host.image(build_id).id == build_id
+    else:
+        check_cancelled(agent, build_id)
 
 
 def test_at_any_instant_around_the_publishing(agent: Agent, host: HostClient) -> None:
     """Never an image after a cancellation was answered, never one lost before."""
-    wait, outcomes = 0.2, {"published": 0, "cancelled": 0}
+    wait, outcomes = 0.1, {"published": 0, "cancelled": 0}
     for number in range(30):
         name = f"img_race{time.time_ns():x}{number}"
         start(host, name, "echo x > /srv/x")
@@ -125,7 +132,9 @@ def test_at_any_instant_around_the_publishing(agent: Agent, host: HostClient) ->
         time.sleep(wait)
         state = host.cancel_build(name, keep_published=True).state
         outcomes[state] += 1
-        wait *= 0.9 if state == "published" else 1.1
+        # To the instant by leaps, as fast or slow as this machine may be, and then around it.
+        step = 1.1 if all(outcomes.values()) else 2
+        wait = wait / step if state == "published" else wait * step
         if state == "published":
             assert host.image(name).id == name
             assert host.cancel_build(name).state == "cancelled"

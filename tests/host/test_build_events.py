@@ -14,7 +14,7 @@ from hostruntime.errors import HostError, NotFound
 from tests.host.agent import Agent
 from tests.host.conftest import BASE, NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 Build = Callable[..., list[BuildEvent]]
 

@@ -112,7 +112,8 @@ def test_silent_connections_are_one_containers_problem(
     try:
         began_other = time.monotonic()
         assert from_slot(other, lambda: through_proxy(where, "allowed.test:443"))[1] == GREETING
-        assert time.monotonic() - began_other < 3
+        # Not only once the proxy has shown the silent ones out.
+        assert time.monotonic() - began_other < FIRST_BYTE_SECONDS
         # As many again may come as the proxy has lost patience with meanwhile.
         rounds = 1 + int((began_other - began) / FIRST_BYTE_SECONDS)
         assert len(ends) <= SOCKETS_PER_CONTAINER * rounds

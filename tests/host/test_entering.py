@@ -18,7 +18,7 @@ from hostruntime.rundir import RUN_ROOT
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "pid_for_children", "user", "uts")
 # Of /proc/<pid>/status (proc(5)): who the process is, and what it may do.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +21,10 @@ from hostruntime.errors import (
     NotFound,
 )
 from tests.host.agent import Agent, eventually
+from tests.host.commands import Command
 from tests.host.conftest import NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 
 def processes(host: HostClient, sandbox: SandboxInfo) -> str:
@@ -175,23 +175,24 @@ def test_a_timeout_kills_a_tree_that_forked_twice_and_ignores_sigterm(
         "trap '' TERM; echo begun; (setsid sh -c \"trap '' TERM; (sleep 301 &) ; sleep 302\" &); "
         "sleep 303"
     )
-    began = time.monotonic()
     with pytest.raises(ExecTimeout) as caught:
         host.exec(sandbox.id, command, timeout_seconds=0.5)
-    took = time.monotonic() - began
-    assert 2.4 < took < 20, "half a second, and two of grace"
     assert caught.value.extra["stdout"] == b"begun\n"
-    assert 2400 < caught.value.extra["duration_ms"] < 20_000
+    assert caught.value.extra["duration_ms"] > 2400, "half a second, and two of grace"
     assert processes(host, sandbox) == "init"
 
 
 def test_a_timeout_asks_first(host: HostClient, sandbox: SandboxInfo) -> None:
     command = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done"
-    began = time.monotonic()
-    with pytest.raises(ExecTimeout) as caught:
-        host.exec(sandbox.id, command, timeout_seconds=0.5)
-    assert caught.value.extra["stdout"] == b"bye\n"
-    assert time.monotonic() - began < 2
+    took = []
+    for _ in range(3):
+        with pytest.raises(ExecTimeout) as caught:
+            host.exec(sandbox.id, command, timeout_seconds=0.5)
+        assert caught.value.extra["stdout"] == b"bye\n"
+        took.append(caught.value.extra["duration_ms"])
+        if took[-1] < 2500:
+            return
+    raise AssertionError(f"it waited for the two seconds of grace to pass: {took}")
 
 
 def test_a_timeout_ends_a_tree_that_forks_for_ever(
@@ -206,14 +207,15 @@ def test_a_timeout_ends_a_tree_that_forks_for_ever(
 def test_what_runs_in_the_background_neither_holds_the_command_nor_dies_with_it(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    began = time.monotonic()
-    left = "tail -f /dev/null & while :; do echo x; sleep 0.1; done &"
-    result = host.exec(sandbox.id, f"{left} echo over")
-    assert time.monotonic() - began < 2
+    writing = "while :; do printf '%01000d\\n' 1; echo >>/tmp/lines; done"
+    left = f"tail -f /dev/null & {{ {writing}; }} &"
+    result = host.exec(sandbox.id, f"{left} echo over", timeout_seconds=30)
     assert b"over\n" in result.stdout
-    time.sleep(0.5)
+    # Three times what a pipe holds: its output still has somewhere to go.
+    for _ in eventually():
+        if int(host.exec(sandbox.id, "cat /tmp/lines | wc -l").stdout) > 200:
+            break
     assert "tail" in processes(host, sandbox)
-    assert "bash" in processes(host, sandbox), "its output still has somewhere to go"
 
 
 def test_what_goes_on_writing_costs_the_agent_little(
@@ -268,10 +270,11 @@ def test_many_at_once_keep_their_output_apart(host: HostClient, sandbox: Sandbox
 def test_terminating_a_sandbox_ends_the_commands_in_it(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    threading.Timer(0.5, host.delete_sandbox, [sandbox.id]).start()
-    with pytest.raises(ExecKilled) as caught:
-        host.exec(sandbox.id, "sleep 306")
-    assert caught.value.signal == 9
+    command = Command(host, sandbox.id, "sleep 306")
+    host.delete_sandbox(sandbox.id)
+    command.join()
+    assert isinstance(command.error, ExecKilled)
+    assert command.error.signal == 9
 
 
 def test_there_is_no_exec_where_there_is_no_sandbox(host: HostClient, sandbox: SandboxInfo) -> None:
@@ -283,12 +286,15 @@ def test_there_is_no_exec_where_there_is_no_sandbox(host: HostClient, sandbox: S
 
 
 async def test_frames_come_as_they_are_written(agent: Agent, sandbox: SandboxInfo) -> None:
-    arrived: list[tuple[str, float]] = []
+    """The second chunk is written once the first has been read, so they cannot come together."""
+    arrived: list[str] = []
+    command = "echo a; until [ -e /workspace/read ]; do sleep 0.02; done; echo b >&2; exit 4"
     async with AsyncHostClient(agent.socket) as client:
-        async for frame in client.exec_frames(sandbox.id, "echo a; sleep 0.6; echo b >&2; exit 4"):
-            arrived.append((frame.kind, time.monotonic()))
-    assert [kind for kind, _ in arrived] == ["started", "chunk", "chunk", "exited"]
-    assert arrived[2][1] - arrived[1][1] > 0.4
+        async for frame in client.exec_frames(sandbox.id, command):
+            arrived.append(frame.kind)
+            if arrived == ["started", "chunk"]:
+                await asyncio.to_thread(agent.client.write_file, sandbox.id, "/workspace/read", b"")
+    assert arrived == ["started", "chunk", "chunk", "exited"]
 
 
 async def test_going_away_kills_the_tree(
@@ -300,7 +306,7 @@ async def test_going_away_kills_the_tree(
             if frame.kind == "chunk":
                 break
         await frames.aclose()  # type: ignore[attr-defined]
-    for _ in range(100):
+    for _ in range(600):
         await asyncio.sleep(0.05)
         if "sleep" not in await asyncio.to_thread(processes, host, sandbox):
             return

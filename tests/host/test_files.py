@@ -10,7 +10,7 @@ from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NoSpa
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 ODD = bytes(range(256)) * 100
 

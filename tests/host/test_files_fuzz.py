@@ -23,7 +23,7 @@ from hostruntime.trees import tree_digest
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 # What a person can be told of a path; anything else is a defect of ours.
 SAID = (NotFound, FileConflict, FileTooLarge, InvalidRequest)

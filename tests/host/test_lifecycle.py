@@ -20,12 +20,15 @@ from tests.host.agent import (
     children_named,
     eventually,
     groups_named,
+    init_of,
     is_running,
     mounts_below,
 )
+from tests.host.commands import Command
 from tests.host.conftest import BASE, NewSandbox
+from tests.processes import command_lines
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
 RUN = Path("/run/orkestr")
 
@@ -174,8 +177,9 @@ def test_root_inside_has_no_power_outside(
 
 def test_a_deadline_ends_a_sandbox(agent: Agent, host: HostClient, new_sandbox: NewSandbox) -> None:
     prefix = agent.prefix
-    sandbox = new_sandbox(deadline=time.time() + 1.5)
+    sandbox = new_sandbox()
     host.exec(sandbox.id, "sleep 401 & true")
+    sandbox = host.set_deadline(sandbox.id, time.time() + 0.7)
     for _ in eventually():
         if host.sandbox(sandbox.id).state == "gone":
             break
@@ -183,7 +187,7 @@ def test_a_deadline_ends_a_sandbox(agent: Agent, host: HostClient, new_sandbox: 
     assert found.reason == "expired"
     assert found.ended_at is not None
     assert sandbox.deadline is not None
-    assert 0 <= found.ended_at - sandbox.deadline < 1.5
+    assert 0 <= found.ended_at - sandbox.deadline < 10
     with pytest.raises(ContainerGone):
         host.exec(sandbox.id, "true")
     with pytest.raises(ContainerGone):
@@ -193,13 +197,18 @@ def test_a_deadline_ends_a_sandbox(agent: Agent, host: HostClient, new_sandbox: 
 
 
 def test_a_deadline_can_be_moved_and_taken_away(host: HostClient, new_sandbox: NewSandbox) -> None:
-    sandbox = new_sandbox(deadline=time.time() + 1)
-    host.set_deadline(sandbox.id, time.time() + 100)
-    time.sleep(1.6)
+    sandbox, other = new_sandbox(), new_sandbox()
+    soon = time.time() + 1.5
+    for one in (sandbox, other):
+        host.set_deadline(one.id, soon)
+    host.set_deadline(sandbox.id, time.time() + 1000)
+    for _ in eventually():
+        if host.sandbox(other.id).state == "gone":
+            break
     assert host.sandbox(sandbox.id).state == "running"
     assert host.set_deadline(sandbox.id, None).deadline is None
     host.set_deadline(sandbox.id, time.time() - 5)
-    for _ in eventually(3):
+    for _ in eventually():
         if host.sandbox(sandbox.id).state == "gone":
             break
     with pytest.raises(ContainerGone):
@@ -210,7 +219,7 @@ def test_a_sandbox_whose_init_dies_is_gone_and_cleared_away(
     agent: Agent, host: HostClient, new_sandbox: NewSandbox
 ) -> None:
     prefix, sandbox = agent.prefix, new_sandbox()
-    os.kill(init_of(prefix, sandbox), signal.SIGKILL)
+    os.kill(init_of(agent, sandbox.id), signal.SIGKILL)
     for _ in eventually():
         if host.sandbox(sandbox.id).state == "gone":
             break
@@ -218,15 +227,6 @@ def test_a_sandbox_whose_init_dies_is_gone_and_cleared_away(
     assert traces(agent, prefix, sandbox.id) == [str(agent.state / "sandboxes" / sandbox.id)]
     host.delete_sandbox(sandbox.id)
     assert traces(agent, prefix, sandbox.id) == []
-
-
-def init_of(prefix: str, sandbox: SandboxInfo) -> int:
-    group = next(
-        Path(path)
-        for path in groups_named(f"{prefix}{sandbox.id}")
-        if "/unified/" in path and "/mon-" not in path
-    )
-    return int((group / "cgroup.procs").read_text().split()[0])
 
 
 # The agent's own life ---------------------------------------------------------------------------
@@ -245,14 +245,14 @@ def test_sandboxes_survive_a_restart_of_the_agent(
 ) -> None:
     sandbox = new_sandbox(env={"KEPT": "yes"}, deadline=time.time() + 300, network="open")
     host.exec(sandbox.id, "echo data > /workspace/f; sleep 402 & true")
-    assert restarted.stop() < 3
+    restarted.stop()
     assert init_of_is_alive(sandbox)
     restarted.start()
     assert host.sandbox(sandbox.id) == sandbox
     found = host.exec(sandbox.id, "cat /workspace/f; echo $KEPT; cat /proc/*/comm | grep sleep")
     assert found.stdout == b"data\nyes\nsleep\n"
     host.set_deadline(sandbox.id, time.time())
-    for _ in eventually(3):
+    for _ in eventually():
         if host.sandbox(sandbox.id).state == "gone":
             break
 
@@ -265,21 +265,11 @@ def test_sandboxes_survive_the_agents_sudden_death_and_its_commands_do_not(
     restarted: Agent, host: HostClient, new_sandbox: NewSandbox
 ) -> None:
     sandbox = new_sandbox()
-    begun = threading.Event()
-
-    def run() -> None:
-        begun.set()
-        with suppress(HostError):
-            host.exec(sandbox.id, "sleep 403 & sleep 404")
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    begun.wait()
-    time.sleep(0.5)
+    command = Command(host, sandbox.id, "sleep 403 & sleep 404")
     restarted.kill()
-    thread.join()
+    command.join()
     restarted.start()
-    for _ in eventually(3):
+    for _ in eventually():
         names = host.exec(sandbox.id, ["sh", "-c", "cat /proc/*/comm"]).stdout
         if b"sleep" not in names:
             break
@@ -289,19 +279,10 @@ def test_sandboxes_survive_the_agents_sudden_death_and_its_commands_do_not(
 def test_stopping_the_agent_ends_running_commands_in_time(
     restarted: Agent, host: HostClient, new_sandbox: NewSandbox
 ) -> None:
-    sandbox = new_sandbox()
-    command = "trap '' TERM; while :; do sleep 1; done"
-
-    def run() -> None:
-        with suppress(HostError):
-            host.exec(sandbox.id, command)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    time.sleep(0.4)
-    assert restarted.stop() < 3
-    thread.join(5)
-    assert not thread.is_alive()
+    command = Command(host, new_sandbox().id, "trap '' TERM; while :; do sleep 1; done")
+    restarted.stop()
+    command.join(30)
+    assert not command.is_alive()
 
 
 @pytest.mark.parametrize("delay", [0.002, 0.012, 0.022, 0.04])
@@ -332,9 +313,9 @@ def test_a_launcher_that_dies_is_replaced(
 ) -> None:
     sandbox = new_sandbox()
     for pid in agent.children():
-        if "hostruntime.containers" in Path(f"/proc/{pid}/cmdline").read_text():
+        if "hostruntime.containers" in command_lines().get(pid, ""):
             os.kill(pid, signal.SIGKILL)
-    for _ in eventually(5):
+    for _ in eventually():
         with suppress(HostError):
             if host.exec(sandbox.id, "echo on").stdout == b"on\n":
                 break
@@ -345,7 +326,7 @@ def test_containers_hold_nothing_of_the_agent(
     agent: Agent, host: HostClient, sandbox: SandboxInfo
 ) -> None:
     """A monitor or init that kept the agent's socket or lock would outlive and block it."""
-    init = init_of(agent.prefix, sandbox)
+    init = init_of(agent, sandbox.id)
     monitor = int(Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in (init, monitor):
         assert is_running(pid)

@@ -14,12 +14,12 @@ import pytest
 from hostruntime.answers import SandboxInfo, SnapshotInfo
 from hostruntime.client import HostClient
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
-from tests.host.agent import Agent
+from hostruntime.limits import cgroup_layout, is_frozen
+from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE, NewSandbox
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
-CGROUPS = Path("/sys/fs/cgroup")
 _numbers = count(1)
 Take = Callable[[str], SnapshotInfo]
 
@@ -56,14 +56,11 @@ def traces(agent: Agent, snapshot_id: str) -> list[Path]:
     return sorted({path.resolve() for path in (*users, *kept)})
 
 
-def frozen_groups() -> list[Path]:
-    """The control groups that stand still now."""
-    found = []
-    for events in CGROUPS.glob("**/ork*/**/cgroup.events"):
-        with suppress(OSError):
-            if "frozen 1" in events.read_text():
-                found.append(events.parent)
-    return found
+def frozen(prefix: str) -> list[str]:
+    """The containers of this agent's that stand still now."""
+    layout = cgroup_layout()
+    names = layout.container_names(prefix)
+    return [name for name in names if is_frozen(layout.container(name).unified)]
 
 
 WRITE_EVERYWHERE = """
@@ -96,21 +93,26 @@ def test_a_fork_has_what_was_there_and_nothing_of_what_came_after(
 
 
 def test_the_source_goes_on_with_its_processes_and_the_files_they_have_open(
-    host: HostClient, sandbox: SandboxInfo, new_sandbox: NewSandbox, take: Take
+    agent: Agent, host: HostClient, sandbox: SandboxInfo, new_sandbox: NewSandbox, take: Take
 ) -> None:
     script = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done"
     run(
         host, sandbox.id, f"setsid sh -c '{script}' >/root/log 2>&1 </dev/null & echo $! >/root/pid"
     )
     # Deleted while it is open: without a journal its blocks would be lost in the copy.
-    holder = "exec 3>/root/gone; rm /root/gone; head -c 1000000 /dev/zero >&3; exec sleep 1000"
-    run(host, sandbox.id, f"setsid sh -c '{holder}' >/dev/null 2>&1 </dev/null & sleep 0.3")
+    holder = (
+        "exec 3>/root/gone; rm /root/gone; head -c 1000000 /dev/zero >&3; touch /root/on; "
+        "exec sleep 1000"
+    )
+    run(host, sandbox.id, f"setsid sh -c '{holder}' >/dev/null 2>&1 </dev/null &")
+    run(host, sandbox.id, "until [ -e /root/on ] && [ -s /root/log ]; do sleep 0.02; done")
     snapshot = take(sandbox.id)
     assert snapshot.frozen_ms > 0
     seen = int(run(host, sandbox.id, "kill -0 $(cat /root/pid) && tail -n1 /root/log"))
-    time.sleep(0.3)
-    assert int(run(host, sandbox.id, "tail -n1 /root/log")) > seen
-    assert frozen_groups() == []
+    for _ in eventually():
+        if int(run(host, sandbox.id, "tail -n1 /root/log")) > seen:
+            break
+    assert frozen(agent.prefix) == []
     forked = fork(new_sandbox, snapshot)
     lines = run(host, forked.id, "cat /root/log").split()
     assert lines == [str(number) for number in range(1, len(lines) + 1)]
@@ -205,7 +207,7 @@ def test_an_agent_killed_while_all_is_frozen_lets_go_at_its_next_start(
     agent: Agent, host: HostClient, sandbox: SandboxInfo
 ) -> None:
     run(host, sandbox.id, "head -c 600000000 /dev/urandom >/root/large; echo 1 >/root/mark")
-    name = f"snap_test{time.time_ns():x}"
+    name, prefix = f"snap_test{time.time_ns():x}", agent.prefix
 
     def ask() -> None:
         with suppress(HostError):
@@ -220,9 +222,9 @@ def test_an_agent_killed_while_all_is_frozen_lets_go_at_its_next_start(
         time.sleep(0.001)
     agent.kill()
     asking.join()
-    assert frozen_groups() != []
+    assert frozen(prefix) == [f"{prefix}{sandbox.id}"]
     agent.start()
-    assert frozen_groups() == []
+    assert frozen(agent.prefix) == []
     assert run(host, sandbox.id, "echo 2 >>/root/mark; sync; cat /root/mark").split() == ["1", "2"]
     assert traces(agent, name) == []
 
@@ -233,11 +235,11 @@ def test_what_cannot_be_taken_leaves_nothing(
     names = [f"snap_test{time.time_ns():x}{number}" for number in range(3)]
     with pytest.raises(NotFound):
         host.create_snapshot(names[0], "sbx_nobody")
-    ended = new_sandbox(deadline=time.time() + 0.5)
-    until = time.monotonic() + 10
-    while host.sandbox(ended.id).state == "running":
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    ended = new_sandbox()
+    host.set_deadline(ended.id, time.time())
+    for _ in eventually():
+        if host.sandbox(ended.id).state == "gone":
+            break
     with pytest.raises(ContainerGone):
         host.create_snapshot(names[1], ended.id)
     with pytest.raises(InvalidRequest):
@@ -247,7 +249,7 @@ def test_what_cannot_be_taken_leaves_nothing(
     with pytest.raises(HostError, match="status 7"):
         host.create_snapshot(names[2], sandbox.id)
     assert [trace for name in names for trace in traces(agent, name)] == []
-    assert frozen_groups() == []
+    assert frozen(agent.prefix) == []
     assert run(host, sandbox.id, "cat /tmp/x") == "x"
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.agent import Agent, children_named, groups_named, mounts_below
+from tests.host.agent import (
+    Agent,
+    children_named,
+    groups_named,
+    instance_groups,
+    mounts_below,
+)
 from tests.host.conftest import BASE
 
 pytestmark = pytest.mark.host
@@ -26,7 +32,7 @@ def everything(number: int) -> list[str]:
         *re.findall(rf"\b10\.{200 + number}\.\S+", addresses),
         *(line for line in tables.splitlines() if line.endswith(f"orkestr_{number}")),
         *groups_named(prefix),
-        *map(str, Path("/sys/fs/cgroup").glob(f"*/ork{number}")),
+        *map(str, instance_groups(f"ork{number}")),
         *mounts_below(run),
         *map(str, run.glob("*")),
         *children_named(prefix),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -46,11 +47,12 @@ async def test_small_output_arrives_whole_and_soon(sink: Sink) -> None:
 
 
 async def test_no_more_than_ten_pieces_a_second_while_it_runs(sink: Sink) -> None:
+    began = time.monotonic()
     for _ in range(50):
         sink.output.feed(b"x")
         await asyncio.sleep(0.01)
     sink.output.finish()
-    assert 3 <= len(sink.pieces) <= 7
+    assert 3 <= len(sink.pieces) <= 2 + 10 * (time.monotonic() - began)
     assert sink.text == "x" * 50
 
 

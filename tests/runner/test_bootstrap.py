@@ -82,6 +82,30 @@ def test_a_machine_without_lists_is_updated_before_apt_is_asked_for_a_python(
     assert said[1].endswith("python3.12 python3.12-venv python3.12-dev")
 
 
+@pytest.mark.parametrize(("first", "other"), [("3.12", "3.13"), ("3.13", "3.12")])
+def test_the_other_python_is_the_one_that_is_not_in_use(
+    programs: Path, first: str, other: str
+) -> None:
+    (programs / "bin").mkdir()
+    program(programs / "bin", "python", f"echo {first}")
+    choose = f"venv={programs}; repo={programs}; choose_other_python"
+    done = bash(programs, f"{choose}; echo $versions $venv")
+    assert done.stdout == f"{other} {programs}/.venv-other\n", done.stderr
+
+
+def test_where_there_is_no_other_python_that_is_said_and_no_old_one_stays(programs: Path) -> None:
+    old = programs / "venv"
+    (old / "bin").mkdir(parents=True)
+    program(old / "bin", "python", "exit 1")
+    given = f"venv={old}; versions=3.13; find_python() {{ return 1; }}"
+    nowhere = "install_python() { fail none is to be had; }"
+    done = bash(programs, f"{given}; {nowhere}; other_python_can_be_had || echo not run")
+    assert "none is to be had" in done.stderr
+    said = "python 3.13: cannot be had here (above), so NOTHING IS TESTED ON IT"
+    assert done.stdout == f"  {said}\nnot run\n"
+    assert not old.exists()
+
+
 def test_an_environment_that_is_roots_is_told_instead_of_half_installed(programs: Path) -> None:
     (programs / "venv" / "bin").mkdir(parents=True)
     done = bash(programs, f"venv={programs}/venv; ensure_venv", user=SOMEBODY)

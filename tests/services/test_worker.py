@@ -169,9 +169,7 @@ def test_the_task_of_a_killed_worker_comes_back(worker: Worker, journal: Journal
     wait_for(lambda: bool(journal.pids("start", "victim")))
     (pid,) = journal.pids("start", "victim")
     os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
     wait_for(lambda: len(journal.pids("start", "victim")) == 2, 3 * LEASE + 5)
-    assert time.monotonic() - killed < 2 * LEASE + 2
     wait_for(lambda: bool(journal.pids("end", "victim")))
     assert journal.counted("start")["victim"] == 2
 
@@ -180,12 +178,13 @@ def test_workers_killed_while_idle_hold_nobody_up(worker: Worker, journal: Journ
     for pid in worker.workers():
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
-    began = time.monotonic()
-    for number in range(10):
+    for number in range(20):
         put(journal, f"t{number}")
-    wait_for(lambda: sum(journal.counted("end").values()) == 10)
-    assert time.monotonic() - began < LEASE
-    assert set(journal.counted("start").values()) == {1}
+    wait_for(lambda: sum(journal.counted("end").values()) == 20)
+    # One that a dead worker had been given would come back after its lease, behind all the others.
+    started = [int(line[1].removeprefix("t")) for line in journal.lines() if line[0] == "start"]
+    assert all(abs(place - number) < 2 * WORKERS for place, number in enumerate(started)), started
+    assert len(started) == len(set(started))
 
 
 @pytest.mark.parametrize("which", [-1, -2], ids=["pusher", "monitor"])

@@ -1,0 +1,32 @@
+"""Processes as tests see them: those of others on the machine come and end while one looks."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+_numbers = count()
+
+
+def command_lines() -> dict[int, str]:
+    """The command line of each process that is there, words apart by blanks, by process id."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+def own_mark() -> str:
+    """Digits that no command line has but those of who asked, good as the seconds of a `sleep`."""
+    # Another run of the suite has a process of another number (at most 4194304, proc(5)).
+    return f"9{os.getpid():07}{next(_numbers):03}"
+
+
+def commands_with(mark: str) -> list[str]:
+    """The command lines that have ``mark`` in them."""
+    return [line for line in command_lines().values() if mark in line]
