@@ -338,6 +338,12 @@ def _prepare_process() -> None:
     # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
+    # These the kernel also counts for whoever made a user namespace, which is root: a container at
+    # its limit would leave none to any program of the host's root (UCOUNT_RLIMIT_COUNTS).
+    for counted in (resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE):
+        _, most = resource.getrlimit(counted)
+        if most != resource.RLIM_INFINITY:
+            resource.setrlimit(counted, (most // 2,) * 2)
     # The kernel writes a core where the host's core_pattern says, which may be a program there.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # An attached process is born with this memory image, and for a moment with credentials that
