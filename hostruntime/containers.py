@@ -40,6 +40,7 @@ _TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
 _LOG_TAIL_BYTES = 1500
 _OPEN = b"1"
+_SIGNALS_AT_ONCE = 4096
 
 
 class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
@@ -56,7 +57,6 @@ class _Attached:
 @dataclass
 class _Starting:
     request: int
-    pid: int
     result: bytes = b""
 
 
@@ -67,6 +67,7 @@ class Launcher:
     sock: socket.socket
     lxcpath: str
     confinement: Confinement
+    ended: int = field(default_factory=lambda: kernel.signal_descriptor(signal.SIGCHLD))
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
@@ -76,14 +77,18 @@ class Launcher:
     def run(self) -> None:
         """Serve until the agent is gone, then kill what it can no longer watch."""
         self.poller.register(self.sock, select.POLLIN)
+        self.poller.register(self.ended, select.POLLIN)
         try:
             while True:
                 for fd, _ in self.poller.poll():
                     if fd == self.sock.fileno():
                         self._serve_one()
+                    elif fd == self.ended:
+                        os.read(self.ended, _SIGNALS_AT_ONCE)
+                        self._reap()
                     elif fd in self.starting:
                         self._report_start(fd)
-                    else:
+                    elif fd in self.attached:
                         self._report_exit(fd)
         except channel.ChannelClosed:
             for process in self.attached.values():
@@ -123,17 +128,24 @@ class Launcher:
         plan = _rootfs_plan(message["rootfs"])
         userns_fd = self._userns_fd(plan.id_base)
         result_out, result_in = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            self._start_and_exit(message, plan, userns_fd, result_in)
-        os.close(result_in)
-        self.starting[result_out] = _Starting(int(message["id"]), pid)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._start_and_exit(message, plan, userns_fd, result_in)
+        except OSError:
+            os.close(result_out)
+            raise
+        finally:
+            os.close(result_in)
+        self.starting[result_out] = _Starting(int(message["id"]))
         self.poller.register(result_out, select.POLLIN)
 
     def _start_and_exit(
         self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int, result: int
     ) -> NoReturn:
         _close_all_but(userns_fd, result)
+        # LXC waits for children, and init has the signals blocked that this has.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
             answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
@@ -166,7 +178,6 @@ class Launcher:
         self.poller.unregister(fd)
         os.close(fd)
         del self.starting[fd]
-        os.waitpid(starting.pid, 0)
         answer = {"error": "The process that was starting the container died."}
         if starting.result:
             answer = json.loads(starting.result)
@@ -225,18 +236,40 @@ class Launcher:
         self.attached[pidfd] = _Attached(request, pid, pidfd)
         self.poller.register(pidfd, select.POLLIN)
 
+    def _reap(self) -> None:
+        """Wait for all that have ended, whoever made them.
+
+        A command is a child of this process, and so may make more of them (CLONE_PARENT in
+        clone(2)).  One that nobody waits for would keep its container from ever ending
+        (pid_namespaces(7)).
+        """
+        known = {process.pid: process for process in self.attached.values()}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                if pid in known:
+                    self._report(known[pid], status)
+
     def _report_exit(self, pidfd: int) -> None:
-        process = self.attached.pop(pidfd)
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        _, status = os.waitpid(process.pid, 0)
+        self._reap()
+        # What is traced is for its tracer to wait for, who may take for ever (ptrace(2)).
+        process = self.attached.get(pidfd)
+        status = kernel.exit_status(process.pid) if process is not None else None
+        # None, too, of another one that has the descriptor of one that was reaped just now.
+        if process is not None and status is not None:
+            self._report(process, status)
+
+    def _report(self, process: _Attached, status: int) -> None:
+        del self.attached[process.pidfd]
+        self.poller.unregister(process.pidfd)
+        os.close(process.pidfd)
         channel.send(self.sock, {"exit": process.request, "status": status})
 
     def _signal(self, target: int, number: int) -> dict[str, Any]:
-        # Not yet waited for, so its pid cannot be somebody else's.
         for process in self.attached.values():
             if process.request == target:
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process.pidfd, number)
         return {}
 
 
@@ -305,6 +338,12 @@ def _prepare_process() -> None:
     # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
+    # These the kernel also counts for whoever made a user namespace, which is root: a container at
+    # its limit would leave none to any program of the host's root (UCOUNT_RLIMIT_COUNTS).
+    for counted in (resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE):
+        _, most = resource.getrlimit(counted)
+        if most != resource.RLIM_INFINITY:
+            resource.setrlimit(counted, (most // 2,) * 2)
     # The kernel writes a core where the host's core_pattern says, which may be a program there.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # An attached process is born with this memory image, and for a moment with credentials that

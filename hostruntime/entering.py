@@ -127,12 +127,12 @@ def _put_into_groups(pid: int, doorway: Doorway, group: Path | None) -> None:
 def _born_inside(doorway: Doorway, confinement: Confinement, inside: Callable[[], NoReturn]) -> int:
     report_out, report_in = os.pipe()
     try:
-        herald = os.fork()
-        if herald == 0:
-            _lead_in(doorway, confinement, inside, report_in)
-    finally:
-        os.close(report_in)
-    try:
+        try:
+            herald = os.fork()
+            if herald == 0:
+                _lead_in(doorway, confinement, inside, report_in)
+        finally:
+            os.close(report_in)
         report = os.read(report_out, _MOST_REPORTED)
     finally:
         os.close(report_out)
@@ -175,6 +175,8 @@ def _become_root_inside() -> None:
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
+    # That made it what fs.suid_dumpable says (proc(5)), and 1 would let root inside look into it.
+    kernel.set_dumpable(dumpable=False)
 
 
 def _confine(confinement: Confinement, label: int | None) -> None:

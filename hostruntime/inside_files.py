@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -27,7 +28,7 @@ LENGTH = struct.Struct("!I")
 PIECE_BYTES = 256 * 1024
 MAX_ENTRIES = 50_000
 HOME = "/workspace"
-_DESCRIPTOR = 3
+_DESCRIPTOR, _GATE = 3, 4
 _TEMPORARY = ".ork-"
 
 
@@ -46,10 +47,11 @@ def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: i
     ``gate`` gives one byte when this process has its place in the container's control groups.
     """
     try:
-        if os.read(gate, 1) != b"1":
+        # First all that is the launcher's, with the gate's other end: were that to die now, nobody
+        # else would have it.
+        _keep_only(descriptor, gate)
+        if os.read(_GATE, 1) != b"1":
             os._exit(1)
-        os.dup2(descriptor, _DESCRIPTOR, inheritable=False)
-        os.closerange(_DESCRIPTOR + 1, 1 << 30)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
@@ -57,6 +59,15 @@ def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: i
             perform(operation, arguments, peer)
     finally:
         os._exit(0)
+
+
+def _keep_only(*descriptors: int) -> None:
+    """Give these the first numbers after the standard ones', and close all others."""
+    above = _DESCRIPTOR + len(descriptors)
+    high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, above) for each in descriptors]
+    for number, each in enumerate(high, _DESCRIPTOR):
+        os.dup2(each, number, inheritable=False)
+    os.closerange(above, 1 << 30)
 
 
 def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -> None:

@@ -35,6 +35,7 @@ PLACE = b"# orkestr: the lines of the host it runs on come here"
 MAX_BYTES = 4 * 1024 * 1024
 _ESSENTIAL = (".orkestr/", CA_BUNDLE, "etc/hosts", "etc/hostname", "etc/resolv.conf")
 _BENEATH = kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CERTIFICATES = "etc/ssl/certs"
 
 
@@ -333,14 +334,24 @@ def _inner(root: int, path: str) -> Iterator[int | None]:
 
 
 def _content(name: str, directory: int) -> bytes | None:
-    """What is in a regular file of a bounded size; None for anything else, or nothing."""
-    with contextlib.suppress(FileNotFoundError):
-        what = status(name, directory)
-        if stat.S_ISREG(what.st_mode) and what.st_size <= 2 * MAX_BYTES:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(name, flags, dir_fd=directory), "rb") as file:  # noqa: PTH123
-                return file.read()
-    return None
+    """What is in a regular file of a bounded size; None for anything else, or nothing.
+
+    A build's container may be at work on it: it can become a pipe after it was looked at, which
+    is not to be waited for, or grow while it is read.
+    """
+    try:
+        if not stat.S_ISREG(status(name, directory).st_mode):
+            return None
+        found = os.open(name, _READING, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    with open(found, "rb") as file:  # noqa: PTH123 - a descriptor
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            return None
+        data = file.read(2 * MAX_BYTES + 1)
+    return data if len(data) <= 2 * MAX_BYTES else None
 
 
 def _replace(name: str, directory: int, data: bytes) -> None:

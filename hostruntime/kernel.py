@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _PR_SET_SECCOMP = 22
 _PR_CAPBSET_DROP = 24
 _SECCOMP_MODE_FILTER = 2
 _SOCK_FILTER_BYTES = 8
+_SIGSET_BYTES = 128
 _CLONE_PARENT = 0x8000
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
@@ -249,6 +251,29 @@ def clone_sibling() -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
     return result
+
+
+def signal_descriptor(number: signal.Signals) -> int:
+    """A descriptor to read where a signal has come, which is blocked from now on (signalfd(2)).
+
+    What is forked inherits the block; what is executed does, too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    wanted = (1 << (number - 1)).to_bytes(_SIGSET_BYTES, sys.byteorder)
+    result: int = _libc.signalfd(-1, wanted, os.O_NONBLOCK | os.O_CLOEXEC)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def exit_status(pid: int) -> int | None:
+    """The wait status (wait(2)) of a process that has ended and is not waited for yet, or None.
+
+    The last field of stat (proc(5)), for those who may look into it.  Raises OSError.
+    """
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[-1]) if state == "Z" else None
 
 
 def drop_from_bounding_set(numbers: Iterable[int]) -> None:

@@ -91,12 +91,20 @@ class RuntimeTrees:
         key = (lent.name, policy.allow_domains, image, found.st_ino, found.st_ctime_ns)
         tree = self._paths.runtime / self._known.get(key, "")
         if key not in self._known or not _is_used_again(tree):
-            tree = _joined_tree(self._paths, policy, lent, image)
+            alike = self._alike(policy, image) or lent
+            tree = _joined_tree(self._paths, policy, lent, image, alike)
             with self._lock:
                 if len(self._known) >= _REMEMBERED:
                     self._known.clear()
                 self._known[key] = tree.name
         return tree
+
+    def _alike(self, policy: Policy, image: Path) -> Path | None:
+        """A tree with almost all of the same files: that of the same image with no own domains.
+
+        Every container may have a list of its own, and an image's part of a tree be large.
+        """
+        return self.tree(Policy(policy.mode), image) if policy.allow_domains else None
 
     def renew(self, policy: Policy, image: Path, upper: Path) -> None:
         """Mend, in the writable layer of a saved disk, what it has of another network's layer.
@@ -138,7 +146,7 @@ def _is_used_again(tree: Path) -> bool:
 # Joining with an image --------------------------------------------------------------------
 
 
-def _joined_tree(paths: StatePaths, policy: Policy, lent: Path, image: Path) -> Path:
+def _joined_tree(paths: StatePaths, policy: Policy, lent: Path, image: Path, alike: Path) -> Path:
     with looking_into(image) as looked:
         files = [
             LayerFile(str(path.relative_to(lent)), data, stat.S_IMODE(path.stat().st_mode))
@@ -153,7 +161,7 @@ def _joined_tree(paths: StatePaths, policy: Policy, lent: Path, image: Path) -> 
     name = f"{policy.mode}+{_digest(files, directories)}"
     tree = paths.runtime / name
     if not _is_used_again(tree):
-        _publish(paths, name, files, directories, lent)
+        _publish(paths, name, files, directories, alike)
     return tree
 
 
@@ -184,9 +192,9 @@ def _publish(
     name: str,
     files: Sequence[LayerFile],
     directories: Mapping[str, _Owned],
-    lent: Path | None = None,
+    alike: Path | None = None,
 ) -> None:
-    """Make the tree of that name, if there is none; files as in ``lent`` are linked from there."""
+    """Make the tree of that name, if there is none; files as in ``alike`` are linked from there."""
     tree = paths.runtime / name
     if tree.is_dir():
         return
@@ -197,7 +205,7 @@ def _publish(
         # A place to mount on, so that LXC makes none in the writable layer.
         _directory(making / "workspace", _Owned(0o755))
         for file in files:
-            _write(making, file, directories, lent)
+            _write(making, file, directories, alike)
         making.rename(tree)
     except OSError:
         # Another start may have been quicker.
@@ -213,22 +221,34 @@ def _digest(files: Sequence[LayerFile], directories: Mapping[str, _Owned]) -> st
         digest.update(head.encode() + file.data)
     for path, owned in sorted(directories.items()):
         digest.update(f"{path}\0{owned.mode:o}\0{owned.uid}\0{owned.gid}\0".encode())
-    return digest.hexdigest()[:16]
+    # Of what strangers wrote: none may be made to look like another's.
+    return digest.hexdigest()[:32]
 
 
 def _write(
-    root: Path, file: LayerFile, directories: Mapping[str, _Owned], lent: Path | None
+    root: Path, file: LayerFile, directories: Mapping[str, _Owned], alike: Path | None
 ) -> None:
     target = root / file.path
     for parent in reversed(target.relative_to(root).parents[:-1]):
         usual = _Owned(_DIRECTORY_MODES.get(str(parent), 0o755))
         _directory(root / parent, directories.get(str(parent), usual))
-    same = lent / file.path if lent is not None else None
-    if same is not None and same.is_file() and same.read_bytes() == file.data:
-        os.link(same, target)
-    else:
+    same = alike / file.path if alike is not None else None
+    if same is None or not same.is_file() or same.read_bytes() != file.data:
+        same = None
+    if same is None or not _linked(same, target):
         target.write_bytes(file.data)
         target.chmod(file.mode)
+
+
+def _linked(same: Path, target: Path) -> bool:
+    """Link a file; False if the file system allows it no more names (65,000 on ext4)."""
+    try:
+        os.link(same, target)
+    except OSError as error:
+        if error.errno != errno.EMLINK:
+            raise
+        return False
+    return True
 
 
 def _directory(path: Path, owned: _Owned) -> None:

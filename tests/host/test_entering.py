@@ -15,7 +15,7 @@ from hostruntime.answers import SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.limits import cgroup_layout, pids_below
 from hostruntime.rundir import RUN_ROOT
-from tests.host.agent import Agent, eventually
+from tests.host.agent import Agent, eventually, is_running
 from tests.host.conftest import NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]
@@ -155,5 +155,8 @@ def test_a_container_that_has_ended_is_not_entered(
     init = cgroup_layout().container(container_of(agent, sandbox)).init_pid()
     assert init is not None
     os.kill(init, 9)
+    for _ in eventually():
+        if not is_running(init):
+            break
     with pytest.raises(Exception, match=r"sandbox|running|ended"):
         host.exec(sandbox.id, ["true"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from base64 import b64encode
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from hostruntime import joining
 from hostruntime.authorities import certificates, java_key_store, without_certificates
 from hostruntime.joining import (
     BEGIN,
@@ -21,6 +24,7 @@ from hostruntime.joining import (
     looking_into,
     take_back,
 )
+from hostruntime.trees import opened
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
 BUNDLE = "etc/ssl/certs/ca-certificates.crt"
@@ -305,6 +309,53 @@ def test_what_no_sandbox_will_see_is_told_once_at_the_step_that_wrote_it(tmp_pat
     # Copied up by a chown, and not changed.
     grow(upper, {"etc/profile.d/00-orkestr.sh": OURS["etc/profile.d/00-orkestr.sh"]})
     assert unkept.after_step(upper, build.lent) == []
+
+
+def swapped(monkeypatch: pytest.MonkeyPatch, name: str, swap: Callable[[int], None]) -> None:
+    """Have a step that still runs put something else there once the file has been looked at."""
+
+    def status(looked_at: str, directory: int) -> os.stat_result:
+        found = os.stat(looked_at, dir_fd=directory, follow_symlinks=False)
+        if looked_at == name:
+            swap(directory)
+        return found
+
+    monkeypatch.setattr(joining, "status", status)
+
+
+def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Build(tmp_path, {})
+    upper = grow(tmp_path / "upper", {"etc/resolv.conf": "nameserver 192.0.2.53\n"})
+
+    def pipe(directory: int) -> None:
+        if not (upper / "etc/resolv.conf").is_fifo():
+            os.unlink("resolv.conf", dir_fd=directory)
+            os.mkfifo("resolv.conf", dir_fd=directory)
+
+    with opened(build.lent / "etc") as lent:
+        assert joining._content("resolv.conf", lent) == OURS["etc/resolv.conf"].encode()
+    swapped(monkeypatch, "resolv.conf", pipe)
+    with ThreadPoolExecutor(1) as pool, opened(upper / "etc") as etc:
+        reading = pool.submit(joining._content, "resolv.conf", etc)
+        try:
+            assert reading.result(10) is None
+        finally:
+            # Its other end: whoever waits for that goes on.
+            os.close(os.open(upper / "etc/resolv.conf", os.O_RDWR | os.O_NONBLOCK))
+    assert (upper / "etc/resolv.conf").is_fifo(), "it was swapped"
+
+
+@pytest.mark.parametrize("size", [2 * MAX_BYTES, 2 * MAX_BYTES + 1])
+def test_a_file_that_grows_as_it_is_read_is_read_no_further_than_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    upper = grow(tmp_path / "upper", {"hosts": "a"})
+    swapped(monkeypatch, "hosts", lambda _: os.truncate(upper / "hosts", size))
+    with opened(upper) as root:
+        found = joining._content("hosts", root)
+    assert (found is None) == (size > 2 * MAX_BYTES)
 
 
 # Certificates -----------------------------------------------------------------------------

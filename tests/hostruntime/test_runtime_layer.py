@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -204,6 +205,34 @@ def test_git_takes_the_https_of_the_containers_own_list(
     text = config.read_text()
     assert "insteadOf = git@git.corp.example:\n" in text
     assert "insteadOf = ssh://git@github.com/\n" in text
+
+
+def test_trees_that_differ_in_the_containers_own_list_share_all_other_files(
+    paths: StatePaths, pool: SlotPool, tmp_path: Path
+) -> None:
+    """Else a few kilobytes of a stranger's list would cost the host what its image is joined of."""
+    build_runtime_layers(paths, pool)
+    image = grow(tmp_path / "large", {"etc/hosts": "10.0.0.7 db\n" * 100_000})
+    trees = [tree_for(paths, image, domains=(f"{n}.example",)) for n in range(3)]
+    assert len(set(trees)) == 3
+    for path in (path for path in trees[0].rglob("*") if path.is_file()):
+        name = path.relative_to(trees[0])
+        inodes = {(tree / name).stat().st_ino for tree in trees}
+        assert len(inodes) == (3 if name == Path(".orkestr/gitconfig") else 1), name
+
+
+def test_a_file_that_can_have_no_more_names_is_written_anew(
+    paths: StatePaths, pool: SlotPool, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_runtime_layers(paths, pool)
+
+    def too_many(*_: object) -> None:
+        raise OSError(errno.EMLINK, "Too many links")
+
+    monkeypatch.setattr(os, "link", too_many)
+    tree = tree_for(paths, image)
+    assert (tree / ".orkestr/init").read_bytes() == b"init"
+    assert stat.S_IMODE((tree / ".orkestr/init").stat().st_mode) == 0o755
 
 
 def test_a_tree_a_container_has_mounted_or_just_got_is_kept(

@@ -1,0 +1,111 @@
+"""Attacks on the launchers by how a process ends: they are the parents of tenants' commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hostruntime.answers import SandboxInfo
+from hostruntime.client import HostClient
+from hostruntime.limits import cgroup_layout
+from tests.host.agent import Agent, eventually
+from tests.host.conftest import NewSandbox
+from tests.host.test_entering import container_of, find
+
+pytestmark = pytest.mark.host
+
+# Seizes what it is told of, and never waits for it: an ended tracee stays for its tracer.
+_TRACER = """
+import ctypes, os, platform, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+wanted = sys.argv[1].encode()
+while True:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\\0")
+        except OSError:
+            continue
+        if words[:2] == [b"sleep", wanted] and libc.ptrace(0x4206, int(pid), 0, 0) == 0:
+            open("/workspace/held", "w").write(pid)
+            time.sleep(600)
+"""
+# A child of this process's own parent, which is outside; it ends at once.
+_SIBLINGS = """
+import ctypes, os, signal
+libc = ctypes.PyDLL(None)
+number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+me = os.getpid()
+made = libc.syscall(number, 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
+if os.getpid() != me:
+    os._exit(7)
+try:
+    os.waitpid(made, 0)
+    print("its own child")
+except ChildProcessError:
+    print("made", made)
+"""
+
+
+@pytest.fixture
+def hostile(new_sandbox: NewSandbox, attackers: str) -> SandboxInfo:
+    return new_sandbox(image=attackers, network="off")
+
+
+def zombies(agent: Agent) -> list[int]:
+    """The launchers' children that have ended and that nobody has waited for."""
+    found = []
+    for launcher in agent.children():
+        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [int(pid)] if state == "Z" else []
+    return found
+
+
+@pytest.fixture
+def untouched(agent: Agent) -> Iterator[None]:
+    before = agent.children()
+    yield
+    assert agent.children() == before, "a launcher had to be replaced"
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_command_that_its_tracer_does_not_let_go_holds_up_nobody(
+    agent: Agent, host: HostClient, hostile: SandboxInfo, sandbox: SandboxInfo
+) -> None:
+    held = ["sleep", "4.25"]
+    with ThreadPoolExecutor(6) as pool:
+        argv = ["python3", "-c", _TRACER, held[1]]
+        tracing = pool.submit(host.exec, hostile.id, argv, timeout_seconds=60)
+        holding = pool.submit(host.exec, hostile.id, held, timeout_seconds=60)
+        pid = find(container_of(agent, hostile), held[1])
+        for _ in eventually(30):
+            if pid in zombies(agent):
+                break
+        # Several at once, so that both launchers have to do with it.
+        others = [pool.submit(host.exec, sandbox.id, ["echo", "on"]) for _ in range(12)]
+        assert {other.result(20).stdout for other in others} == {b"on\n"}
+        assert holding.result(20).code == 0
+        assert pid in zombies(agent), "it was held all the while"
+        assert not tracing.done()
+        host.delete_sandbox(hostile.id)
+    for _ in eventually(10):
+        if pid not in zombies(agent):
+            break
+
+
+@pytest.mark.usefixtures("untouched")
+def test_children_that_a_command_makes_the_launcher_have_do_not_keep_a_container(
+    agent: Agent, host: HostClient, hostile: SandboxInfo
+) -> None:
+    for _ in range(4):
+        result = host.exec(hostile.id, ["python3", "-c", _SIBLINGS])
+        assert result.stdout.startswith(b"made "), result
+    init = cgroup_layout().container(container_of(agent, hostile)).init_pid()
+    host.delete_sandbox(hostile.id)
+    for _ in eventually(10):
+        if not Path(f"/proc/{init}").exists():
+            break
+    assert zombies(agent) == []
