@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from django.test import Client
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
+from orkestr_console.environment import as_typed, not_typed, typed_environment
 from templates_app.forms import TemplateForm, steps_of
 from templates_app.models import Template, TemplateStatus
 from tests.fakes.fixtures import queued
@@ -199,6 +201,14 @@ def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None
     assert "The variable KEY cannot be shown" in page
     console.post(f"/templates/{template.pk}/again/")
     assert Template.objects.order_by("created_at").last().env == template.env  # type: ignore[union-attr]
+
+
+def test_thousands_of_variables_are_typed_at_once() -> None:
+    env = {f"v{number}": "" for number in range(9000)} | {"KEY": "two\nlines"}
+    began = time.process_time()
+    assert typed_environment(as_typed(env)) == {name: "" for name in env if name != "KEY"}
+    assert not_typed(env) == ("KEY",)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(
