@@ -15,7 +15,7 @@ from mcp_types import CallToolResult, TextContent
 
 from hostruntime.answers import ExecFrame
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
-from orkestr_console.mcp import template_tools
+from orkestr_console.mcp import sandbox_tools, template_tools
 from orkestr_console.mcp.tool import ERROR, Ctx
 from templates_app import services
 from templates_app.models import Template
@@ -337,6 +337,28 @@ async def test_too_much_output_is_cut_in_the_middle(
     assert ran["stdout"].startswith("000000000\n")
     assert ran["stdout"].endswith("000019999\n")
     assert ran["omitted_bytes"] == 170_000
+
+
+async def test_a_command_that_prints_without_end_is_ended_and_on_record_as_that(
+    connect: Connect, key: str, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_tools, "MOST_OUTPUT", 100)
+    host.frames["yes"] = [
+        ExecFrame("started", pid=7),
+        *(ExecFrame("chunk", stream="stdout", data=b"y\n" * 40) for _ in "123"),
+        ExecFrame("exited", code=0, duration_ms=5),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        said = await refused(client, "exec", sandbox_id=box, command="yes")
+    assert said.startswith("exec_killed: The command was ended because it printed more")
+    assert "y\ny\n" in said
+    assert host.ended_early == ["yes"]
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
+    assert [entry.data async for entry in entries] == [
+        {"stream": True},
+        {"ended": sandbox_tools.TOO_MUCH},
+    ]
 
 
 async def test_what_runs_out_of_time_shows_what_it_printed(
