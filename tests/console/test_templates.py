@@ -204,6 +204,19 @@ def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None
     assert Template.objects.order_by("created_at").last().env == template.env  # type: ignore[union-attr]
 
 
+def test_of_many_variables_and_hosts_a_page_names_some(console: Client, host: FakeHost) -> None:
+    console.post("/templates/new/", {**GOOD, "env": "\n".join(f"V{n}=<{n}>" for n in range(1200))})
+    template = Template.objects.get()
+    hosts = [f"h{number}.example" for number in range(40)]
+    template.steps.filter(number=1).update(refused_hosts=hosts)
+    Template.objects.update(status=TemplateStatus.READY, refused_hosts=hosts)
+    page = text(console.get(f"/templates/{template.pk}/"))
+    assert "V39=&lt;39&gt;</small><small>and 1,160 more</small>" in page
+    assert "V40=" not in page
+    assert "h3.example, h4.example and 35 more</code> and went on" in page
+    assert "h4.example and 35 more allowed</a>" in page
+
+
 def test_thousands_of_variables_are_typed_at_once() -> None:
     env = {f"v{number}": "" for number in range(9000)} | {"KEY": "two\nlines"}
     began = time.process_time()

@@ -18,7 +18,7 @@ from orkestr_console.accounts.models import AuditEntry, Plan, Team
 from orkestr_console.mcp import sandbox_tools, template_tools
 from orkestr_console.mcp.tool import ERROR, Ctx
 from templates_app import services
-from templates_app.models import Template
+from templates_app.models import BuildStep, Template
 from templates_app.services import Told
 from tests.conftest import MakeKey
 from tests.fakes.fixtures import run_queue
@@ -196,6 +196,28 @@ async def test_a_failed_build_says_what_to_do(connect: Connect, key: str, host: 
         failed = await done(client, "get_template", template_id=made["id"])
     assert (failed["status"], failed["refused_hosts"]) == ("failed", ["pypi.example"])
     assert "allow_domains" in failed["next_step"]
+
+
+async def test_a_step_that_went_on_without_a_host_is_not_why_another_failed(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    host.refused = [
+        {"host": "stats.example", "port": 443, "reason": "not_listed", "can_be_listed": True}
+    ]
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        steps = BuildStep.objects.filter(number=2)
+        await database_sync_to_async(Template.objects.update)(
+            status="failed", error_code="step_failed"
+        )
+        await database_sync_to_async(steps.update)(status="failed", refused_hosts=[])
+        failed = await done(client, "get_template", template_id=made["id"])
+        assert failed["refused_hosts"] == ["stats.example"]
+        assert failed["next_step"].startswith("Mend the failing step")
+        await database_sync_to_async(steps.update)(refused_hosts=["stats.example"])
+        failed = await done(client, "get_template", template_id=made["id"])
+        assert "allow_domains" in failed["next_step"]
 
 
 async def test_a_template_that_may_lack_something_says_what_to_do(
