@@ -63,14 +63,20 @@ def step_failed(
 
 
 def ran_past_step_time(
-    step: int, total: int, command: str, tail: str, seconds: float, refused: Sequence[Refused] = ()
+    step: int,
+    total: int,
+    command: str,
+    tail: str,
+    seconds: float,
+    refused: Sequence[Refused] = (),
+    unreached: Sequence[str] = (),
 ) -> BuildFailed:
     """A step that took longer than a step may."""
     head = (
         f"Step {step} of {total} was stopped: {_quoted(command)} was still running after "
         f"{seconds:g} seconds, the longest a step may take."
     )
-    parts = [head, _ending(tail), _refusal_hint(refused)]
+    parts = [head, _ending(tail), _refusal_hint(refused), _unreached_hint(unreached)]
     return _failure("step_timeout", parts, step, refused)
 
 
@@ -81,6 +87,7 @@ def ran_past_build_time(
     command: str = "",
     tail: str = "",
     refused: Sequence[Refused] = (),
+    unreached: Sequence[str] = (),
 ) -> BuildFailed:
     """A build that took longer than a build may; ``step`` is 0 after the last step."""
     if step == 0:
@@ -93,7 +100,7 @@ def ran_past_build_time(
         f"The build was stopped in step {step} of {total}, {_quoted(command)}: it took longer "
         f"than {seconds:g} seconds, the longest a whole build may take."
     )
-    parts = [head, _ending(tail), _refusal_hint(refused)]
+    parts = [head, _ending(tail), _refusal_hint(refused), _unreached_hint(unreached)]
     return _failure("build_timeout", parts, step, refused)
 
 

@@ -47,7 +47,7 @@ from hostruntime.client_answers import (
     stat_of,
     timeouts,
 )
-from hostruntime.client_snapshots import SnapshotCalls
+from hostruntime.client_snapshots import CAPTURE_TIMEOUT, SnapshotCalls
 from hostruntime.errors import HostError
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
@@ -241,7 +241,10 @@ class HostClient(SnapshotCalls):
             "env": dict(env or {}),
             "deadline": deadline,
         }
-        return SandboxInfo.from_wire(self._json("POST", "/sandboxes", body=body))
+        # All of a snapshot's disk is copied before the answer comes.
+        timeout = _TIMEOUT if snapshot is None else CAPTURE_TIMEOUT
+        answer = self._json("POST", "/sandboxes", body=body, timeout=timeout)
+        return SandboxInfo.from_wire(answer)
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:
         """One sandbox; raises NotFound."""

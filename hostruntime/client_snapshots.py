@@ -11,7 +11,7 @@ from hostruntime.answers import SnapshotInfo
 from hostruntime.client_answers import timeouts
 
 # All of a sandbox's disk is copied before the answer comes.
-_CAPTURE_TIMEOUT = timeouts(read=600.0)
+CAPTURE_TIMEOUT = timeouts(read=600.0)
 
 
 class SnapshotCalls:
@@ -27,7 +27,7 @@ class SnapshotCalls:
         made.
         """
         path, body = f"/sandboxes/{sandbox_id}/snapshots", {"id": snapshot_id}
-        answer = self._json("POST", path, body=body, timeout=_CAPTURE_TIMEOUT)
+        answer = self._json("POST", path, body=body, timeout=CAPTURE_TIMEOUT)
         return SnapshotInfo.from_wire(answer)
 
     def snapshots(self) -> list[SnapshotInfo]:

@@ -22,6 +22,8 @@ MAX_ENV_BYTES = 128 * 1024
 MAX_FILE_BYTES = 64 * 1024
 ETC_ENVIRONMENT = "/etc/environment"
 _LINE = re.compile(r"[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.ASCII)
+# One pattern for all names: re keeps 512, and to make one for each of thousands takes seconds.
+_REFERENCE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})", re.ASCII)
 # Which proxy there is depends on a sandbox's network, and not on that of the build.
 _OF_THE_NETWORK = frozenset(
     {"http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "node_use_env_proxy"}
@@ -49,7 +51,9 @@ def _filled(name: str, value: str, before: str) -> str:
 
     An empty entry of a list of directories is the working directory (environ(7)).
     """
-    reference = re.search(rf"\$(?:{name}(?![A-Za-z0-9_])|\{{{name}\}})", value, re.ASCII)
+    reference = next(
+        (found for found in _REFERENCE.finditer(value) if name in found.groups()), None
+    )
     if reference is None:
         return value
     head, tail = value[: reference.start()], value[reference.end() :]

@@ -113,10 +113,10 @@ class StepRunner:
             added_files=now_files - used_files,
             refused=[one.to_wire() for one in refused[:MAX_REFUSED]],
         )
-        if isinstance(end, TimedOut):
-            raise self._out_of_time(number, output.tail(), remaining, refused)
-        if end.code != 0:
+        if isinstance(end, TimedOut) or end.code != 0:
             unreached = await self._asked_of_proxy(self.host.unreached, began)
+            if isinstance(end, TimedOut):
+                raise self._out_of_time(number, output.tail(), remaining, refused, unreached)
             raise self._failed(number, output.tail(), end, refused, unreached)
         return refused[:MAX_REFUSED]
 
@@ -156,13 +156,18 @@ class StepRunner:
         raise ContainerGone("The step's command went away without a word.")
 
     def _out_of_time(
-        self, number: int, tail: str, remaining: float, refused: Sequence[Refused]
+        self,
+        number: int,
+        tail: str,
+        remaining: float,
+        refused: Sequence[Refused],
+        unreached: Sequence[str],
     ) -> BuildFailed:
         plan = self.plan
-        command, total = plan.recipe[number - 1], len(plan.recipe)
+        step = (number, len(plan.recipe), plan.recipe[number - 1], tail)
         if plan.step_timeout <= remaining:
-            return ran_past_step_time(number, total, command, tail, plan.step_timeout, refused)
-        return ran_past_build_time(plan.build_timeout, number, total, command, tail, refused)
+            return ran_past_step_time(*step, plan.step_timeout, refused, unreached)
+        return ran_past_build_time(plan.build_timeout, *step, refused, unreached)
 
     def _failed(
         self,

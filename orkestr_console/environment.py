@@ -47,12 +47,17 @@ def typed_environment(text: str) -> dict[str, str]:
 
 def as_typed(env: Mapping[str, str]) -> str:
     """The lines that say ``env``, but for values that are no line (:func:`not_typed`)."""
-    return "\n".join(f"{name}={env[name]}" for name in env if name not in not_typed(env))
+    return "\n".join(f"{name}={value}" for name, value in env.items() if is_line(value))
 
 
 def not_typed(env: Mapping[str, str]) -> tuple[str, ...]:
     """The names of variables whose values a line cannot say, or a person not see."""
-    return tuple(name for name, value in env.items() if "\n" in value or STEERING.search(value))
+    return tuple(name for name, value in env.items() if not is_line(value))
+
+
+def is_line(value: str) -> bool:
+    """Whether a line can say a value, and a person who reads it sees all of it."""
+    return "\n" not in value and not STEERING.search(value)
 
 
 Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]

@@ -9,6 +9,7 @@ the character made visible.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # Zero-width joiner and non-joiner: emoji and Persian need them, between letters that are not ASCII.
 JOINERS = "\u200c\u200d"
@@ -90,3 +91,9 @@ def plain(text: str) -> str:
     """A program's output without colours, and of lines drawn over again the last state."""
     lines = _QUOTED_CR.sub(_SHOWN_CR, _ESCAPES.sub("", text)).split("\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -239,7 +239,9 @@ def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
 
 def fenced(step: str) -> str:
     """A step as the recipe's text says it: as it is, or between lines of backticks."""
-    if [found.command for found in steps_of(step)] == [step] and not step.startswith("#!"):
+    # One that ends in a backslash would go on on the line of the step after it.
+    alone = not step.startswith("#!") and not step.endswith("\\")
+    if alone and [found.command for found in steps_of(step)] == [step]:
         return step
     longest = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
     fence = "`" * (longest + 1)

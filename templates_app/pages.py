@@ -20,6 +20,8 @@ PARTIALS = "templates_app/_detail.html"
 # A page opens with the ends of its logs: much of those that are open, a little of the others.
 OPEN_LINES, OPEN_CHARACTERS = 1000, 512 * 1024
 CLOSED_LINES, CLOSED_CHARACTERS = 4000, 64 * 1024
+# The side is drawn anew with every change, and 64 KiB of environment may be thousands.
+MOST_VARIABLES = 40
 DONE = (StepStatus.SUCCEEDED, StepStatus.CACHED)
 # These have printed nothing.
 SILENT = (StepStatus.PENDING, StepStatus.CACHED, StepStatus.SKIPPED)
@@ -145,6 +147,8 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "done": done,
         "running": running,
         "refused_steps": [step for step in steps if step.refused_hosts],
+        "variables": list(template.env.items())[:MOST_VARIABLES],
+        "more_variables": max(len(template.env) - MOST_VARIABLES, 0),
         "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),

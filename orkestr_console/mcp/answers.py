@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orkestr_console.text import plain
+from orkestr_console.text import few, plain
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
-from templates_app.models import Template
+from templates_app.models import StepStatus, Template
 from templates_app.services import ShownStep
 
 LOG_TAIL = 4_000  # characters
@@ -297,7 +297,7 @@ def next_step(template: Template) -> str:
         return f"Call create_sandbox with template={template.pk}.{warning(template)}"
     if not template.state.is_terminal:
         return "Call wait_for_template; the build goes on without you."
-    if template.refused_hosts:
+    if template.refused_hosts and failed_for_network(template):
         return (
             'Call create_template again with the refused hosts and "@default" in allow_domains, or '
             'with network="open".'
@@ -308,20 +308,28 @@ def next_step(template: Template) -> str:
     )
 
 
+def failed_for_network(template: Template) -> bool:
+    """Whether the step that failed was refused something, rather than one that went on."""
+    if template.error_code == "network_policy_blocked":
+        return True
+    failed = template.steps.filter(status=StepStatus.FAILED).exclude(refused_hosts=[])
+    return failed.exists()
+
+
 def warning(template: Template) -> str:
     """What a template that is ready may lack; empty if nothing was refused."""
     steps = [step for step in template.steps.defer("output") if step.refused_hosts]
     if not steps:
         return ""
-    hosts = dict.fromkeys(host for step in steps for host in step.refused_hosts)
-    numbers = ", ".join(str(step.number) for step in steps)
+    hosts = list(dict.fromkeys(host for step in steps for host in step.refused_hosts))
+    numbers = few([str(step.number) for step in steps])
     remedy = (
         'call create_template again with that and "@default" in allow_domains, or with '
         if template.refused_hosts
         else "use https addresses of public hosts, or call create_template again with "
     )
     return (
-        f" But the network policy refused {', '.join(hosts)} while it was built (step {numbers}), "
+        f" But the network policy refused {few(hosts)} while it was built (step {numbers}), "
         "and the build went on: look at the log whether the image has what the recipe was to "
         f'install. If not, {remedy}network="open".'
     )

@@ -43,6 +43,10 @@ from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, T
 USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
 # Beyond it a command is ended: nobody reads so much through a tool.
 MOST_OUTPUT = 64 * 1024 * 1024
+TOO_MUCH = (
+    "The command was ended because it printed more than 64 MiB; redirect its output to a file and "
+    "read parts of that."
+)
 OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
@@ -156,13 +160,8 @@ async def run_to_the_end(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResul
             if frame["kind"] == "exec_chunk":
                 kept[frame["stream"]].feed(base64.b64decode(frame["data"]))
             if sum(one.size for one in kept.values()) > MOST_OUTPUT:
-                raise with_output(
-                    ExecKilled(
-                        "The command was ended because it printed more than 64 MiB; redirect its "
-                        "output to a file and read parts of that."
-                    ),
-                    kept,
-                )
+                # Raised by the stream again, once that has ended the command and noted why.
+                await frames.athrow(with_output(ExecKilled(TOO_MUCH), kept))
     if last.get("kind") not in {"error", "exec_exited"}:
         raise HostUnavailable("The host ended the command's stream without saying how it ended.")
     if last["kind"] == "error":

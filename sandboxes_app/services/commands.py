@@ -28,6 +28,8 @@ from sandboxes_app.specs import ExecSpec
 
 # What an error repeats of the output, so that a command that was stopped still shows its work.
 KEPT_OUTPUT = 64 * 1024
+# The frames that a command's stream ends with.
+LAST = ("exec_exited", "error")
 LEFT_OUT = (
     "\n[… output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
 )
@@ -83,15 +85,15 @@ async def to_the_end(sandbox: Sandbox, spec: ExecSpec) -> ExecResult:
     )
 
 
-def note_abandoned(actor: Actor, sandbox: Sandbox) -> None:
-    """Whoever asked for a command went away, and it was ended: put that on record."""
+def note_abandoned(actor: Actor, sandbox: Sandbox, why: str = "the client went away") -> None:
+    """Nobody waits for a command any more, and it was ended: put that on record."""
     audit.record(
         actor,
         "sandbox.exec",
         kind="sandbox",
         object_id=sandbox.pk,
         name=sandbox.template_name,
-        data={"ended": "the client went away"},
+        data={"ended": why},
     )
 
 
@@ -149,8 +151,9 @@ def killed_by(number: int, *, memory: bool) -> str:
 def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
     """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
 
-    Close the iterator early and the command's process tree is killed. Raises like
-    :func:`exec_command`, but only at once or before the first frame.
+    Close the iterator early and the command's process tree is killed; who has had enough of it
+    throws a ``DomainError`` in, which goes on record as why. Raises like :func:`exec_command`, but
+    only at once or before the first frame.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
@@ -160,13 +163,21 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator
 async def noted_if_abandoned(
     actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]]
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The frames; that nobody waited for the last of them is put on record."""
+    """The frames; that nobody waited for the last of them is put on record, and why."""
+    ended = False
     try:
         async with aclosing(frames):
             async for frame in frames:
-                yield frame
+                ended = frame["kind"] in LAST
+                try:
+                    yield frame
+                except DomainError as error:
+                    await database_sync_to_async(note_abandoned)(actor, sandbox, error.detail)
+                    raise
     except (GeneratorExit, asyncio.CancelledError):
-        await asyncio.shield(database_sync_to_async(note_abandoned)(actor, sandbox))
+        # One that has had the last frame often leaves before it hears that there is no other.
+        if not ended:
+            await asyncio.shield(database_sync_to_async(note_abandoned)(actor, sandbox))
         raise
 
 

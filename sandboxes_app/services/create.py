@@ -19,6 +19,7 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
@@ -203,6 +204,8 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
 
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
+    # A disk that is copied takes as long as it does.
+    let_go()
     info = host().create_sandbox(
         sandbox.pk,
         image=None if snapshot else sandbox.image_id,

@@ -21,6 +21,7 @@ from orkestr_console.accounts.limits import hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
 from orkestr_console.ids import is_id
+from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
@@ -50,6 +51,7 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     snapshot = insert(actor, sandbox, spec)
+    let_go()
     try:
         info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:

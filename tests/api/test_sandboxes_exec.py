@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from django.test import AsyncClient, Client
 from hostruntime.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
 from orkestr_console.accounts.models import AuditEntry
+from orkestr_console.accounts.services import actor_of_token
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
+from sandboxes_app.services import exec_stream
+from sandboxes_app.specs import ExecSpec
 from tests.api.asking import post, refusal
 from tests.fakes.host import FakeHost
 
@@ -333,6 +337,27 @@ async def test_a_reader_that_leaves_ends_the_command(
         {"stream": True},
         {"ended": "the client went away"},
     ]
+
+
+async def test_a_reader_that_has_the_last_frame_left_nothing_undone(
+    stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The official client closes the connection at once, before the stream has ended."""
+
+    async def ended(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
+        yield STARTED
+        yield EXITED
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(host, "exec_frames", ended)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    box = created.json()["id"]
+    actor = await sync_to_async(actor_of_token)(key, "rest", "192.0.2.1")
+    frames = await sync_to_async(exec_stream)(actor, box, ExecSpec(command="make"))
+    async with aclosing(frames):
+        assert [(await anext(frames))["kind"] for _ in "12"] == ["exec_started", "exec_exited"]
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box)
+    assert [entry.data async for entry in entries] == [{"stream": True}]
 
 
 async def test_a_client_that_waits_and_goes_away_ends_the_command(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
+from django.db import connection
 from django.test import Client
 from django.utils import timezone
 
@@ -247,3 +250,27 @@ def test_a_smaller_plan_allows_fewer_sizes(other_api: Client, host: FakeHost) ->
         "medium": True,
         "large": False,
     }
+
+
+def test_what_the_host_takes_long_for_holds_no_connection(
+    plans: None, api: Client, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many waiting calls as the pool has connections would leave none for anybody else."""
+    held: dict[str, bool] = {}
+
+    def watched(name: str) -> Callable[..., Any]:
+        ask = getattr(host, name)
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            held[name] = connection.connection is not None
+            return ask(*args, **kwargs)
+
+        return asked
+
+    names = ("create_sandbox", "create_snapshot", "pause_sandbox", "resume_sandbox")
+    for name in names:
+        monkeypatch.setattr(host, name, watched(name))
+    box = post(api, URL, {"template": "debian-12"}).json()["id"]
+    for call in ("snapshots", "pause", "resume"):
+        assert post(api, f"{URL}/{box}/{call}", {}).status_code < 300, call
+    assert held == dict.fromkeys(names, False)

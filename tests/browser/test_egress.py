@@ -13,7 +13,7 @@ from tests.browser.test_main_job import BUILD_MS, badge, delete, new_template, r
 pytestmark = [pytest.mark.live, pytest.mark.browser]
 
 # Refused by name before anybody resolves it: no packet leaves for it.
-UNLISTED = "nowhere.invalid"
+UNLISTED = "downloads-of-a-name-that-is-long.nowhere-to-be-found.invalid"
 FETCH = f"python3 -c \"import urllib.request as u; u.urlopen('https://{UNLISTED}/x')\""
 
 
@@ -23,6 +23,8 @@ def test_a_refused_build_names_the_host_and_offers_to_allow_it(page: Page) -> No
     banner = page.locator("#template-banner")
     expect(banner).to_contain_text("Step 2 of 2 failed")
     expect(banner).to_contain_text(f"The network policy refused {UNLISTED} during the build")
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     failed = page.url
     page.get_by_role("link", name=f"Build again with {UNLISTED} allowed").click()
     expect(page.get_by_label("Recipe", exact=True)).to_have_value(f"true\n{FETCH}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from django.test import Client
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
+from orkestr_console.environment import as_typed, not_typed, typed_environment
 from templates_app.forms import TemplateForm, steps_of
 from templates_app.models import Template, TemplateStatus
 from tests.fakes.fixtures import queued
@@ -123,15 +125,16 @@ def test_a_template_can_be_built_again_from_its_form(console: Client, building: 
         "a && \\\nb",
         "two\nlines",
         "#no",
+        "echo \\",
         "c",
         "x\n```\ny",
         "#!/bin/sh\nd",
         "e\u200b",
     ]
     form = TemplateForm.like(building)
-    assert form.recipe.startswith("a && \\\nb\n```\ntwo\nlines\n```\n```\n#no\n```\nc\n````\nx\n")
+    assert form.recipe.startswith("a && \\\nb\n```\ntwo\nlines\n```\n```\n#no\n```\n")
     assert [step.command for step in steps_of(form.recipe)] == building.recipe[:-1]
-    assert form.left_out == (7,)
+    assert form.left_out == (8,)
     page = text(console.get(f"/templates/new/?from={building.pk}"))
     assert "pip install pandas\necho done" in page
 
@@ -199,6 +202,27 @@ def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None
     assert "The variable KEY cannot be shown" in page
     console.post(f"/templates/{template.pk}/again/")
     assert Template.objects.order_by("created_at").last().env == template.env  # type: ignore[union-attr]
+
+
+def test_of_many_variables_and_hosts_a_page_names_some(console: Client, host: FakeHost) -> None:
+    console.post("/templates/new/", {**GOOD, "env": "\n".join(f"V{n}=<{n}>" for n in range(1200))})
+    template = Template.objects.get()
+    hosts = [f"h{number}.example" for number in range(40)]
+    template.steps.filter(number=1).update(refused_hosts=hosts)
+    Template.objects.update(status=TemplateStatus.READY, refused_hosts=hosts)
+    page = text(console.get(f"/templates/{template.pk}/"))
+    assert "V39=&lt;39&gt;</small><small>and 1,160 more</small>" in page
+    assert "V40=" not in page
+    assert "h3.example, h4.example and 35 more</code> and went on" in page
+    assert "h4.example and 35 more allowed</a>" in page
+
+
+def test_thousands_of_variables_are_typed_at_once() -> None:
+    env = {f"v{number}": "" for number in range(9000)} | {"KEY": "two\nlines"}
+    began = time.process_time()
+    assert typed_environment(as_typed(env)) == {name: "" for name in env if name != "KEY"}
+    assert not_typed(env) == ("KEY",)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,11 @@ async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None
 
 
 async def test_a_step_that_takes_too_long(world: World) -> None:
+    # What waits for a host that does not answer often waits for longer than a step may.
+    world.unreached = ["a.test is allowed, but could not be reached: it did not answer"]
     failed = (await world.build("sleep 5", step_timeout_seconds=0.05))[-1]
     assert (failed["code"], failed["step"]) == ("step_timeout", 1)
+    assert f"with the policy's leave: {world.unreached[0]}." in failed["message"]
     assert "still running after 0.05 seconds" in failed["message"]
     world.check_clean()
 

@@ -15,10 +15,10 @@ from mcp_types import CallToolResult, TextContent
 
 from hostruntime.answers import ExecFrame
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
-from orkestr_console.mcp import template_tools
+from orkestr_console.mcp import sandbox_tools, template_tools
 from orkestr_console.mcp.tool import ERROR, Ctx
 from templates_app import services
-from templates_app.models import Template
+from templates_app.models import BuildStep, Template
 from templates_app.services import Told
 from tests.conftest import MakeKey
 from tests.fakes.fixtures import run_queue
@@ -198,6 +198,28 @@ async def test_a_failed_build_says_what_to_do(connect: Connect, key: str, host: 
     assert "allow_domains" in failed["next_step"]
 
 
+async def test_a_step_that_went_on_without_a_host_is_not_why_another_failed(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    host.refused = [
+        {"host": "stats.example", "port": 443, "reason": "not_listed", "can_be_listed": True}
+    ]
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        steps = BuildStep.objects.filter(number=2)
+        await database_sync_to_async(Template.objects.update)(
+            status="failed", error_code="step_failed"
+        )
+        await database_sync_to_async(steps.update)(status="failed", refused_hosts=[])
+        failed = await done(client, "get_template", template_id=made["id"])
+        assert failed["refused_hosts"] == ["stats.example"]
+        assert failed["next_step"].startswith("Mend the failing step")
+        await database_sync_to_async(steps.update)(refused_hosts=["stats.example"])
+        failed = await done(client, "get_template", template_id=made["id"])
+        assert "allow_domains" in failed["next_step"]
+
+
 async def test_a_template_that_may_lack_something_says_what_to_do(
     connect: Connect, key: str, host: FakeHost
 ) -> None:
@@ -337,6 +359,28 @@ async def test_too_much_output_is_cut_in_the_middle(
     assert ran["stdout"].startswith("000000000\n")
     assert ran["stdout"].endswith("000019999\n")
     assert ran["omitted_bytes"] == 170_000
+
+
+async def test_a_command_that_prints_without_end_is_ended_and_on_record_as_that(
+    connect: Connect, key: str, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_tools, "MOST_OUTPUT", 100)
+    host.frames["yes"] = [
+        ExecFrame("started", pid=7),
+        *(ExecFrame("chunk", stream="stdout", data=b"y\n" * 40) for _ in "123"),
+        ExecFrame("exited", code=0, duration_ms=5),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        said = await refused(client, "exec", sandbox_id=box, command="yes")
+    assert said.startswith("exec_killed: The command was ended because it printed more")
+    assert "y\ny\n" in said
+    assert host.ended_early == ["yes"]
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
+    assert [entry.data async for entry in entries] == [
+        {"stream": True},
+        {"ended": sandbox_tools.TOO_MUCH},
+    ]
 
 
 async def test_what_runs_out_of_time_shows_what_it_printed(

@@ -12,6 +12,7 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
+from orkestr_console import text as texts
 from orkestr_console.console.ansi import rendered
 from orkestr_console.text import visible
 
@@ -135,6 +136,12 @@ def visible_text(value: object) -> str | list[str]:
     Of a list each member, so before ``join``, which escapes.
     """
     return [visible(str(one)) for one in value] if isinstance(value, list) else visible(str(value))
+
+
+@register.filter
+def few(names: list[str]) -> str:
+    """As many names as anybody reads, as :func:`visible_text` has them."""
+    return texts.few([visible(name) for name in names])
 
 
 @register.filter
