@@ -48,8 +48,8 @@ def test_what_is_baked_in_is_there_in_steps_sandboxes_and_snapshots(
     )
     published = one(events, "published")
     image = str(published["image"])
-    shown = "cat /root/said; tool; echo [$APP_HOME] $B; command -v ls"
-    expected = b"tool template\n/opt/app template\ntool %s\n[/opt/app] %s\n/usr/bin/ls\n"
+    shown = 'cat /root/said; tool; echo "[$APP_HOME] [$B]"; command -v ls'
+    expected = b"tool template\n/opt/app template\ntool %s\n[/opt/app] [%s]\n/usr/bin/ls\n"
     box = new_sandbox(image=image, env={"B": "sandbox"})
     assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
     assert host.exec(box.id, shown, env={"A": "a", "B": "b"}).stdout == expected % (b"a", b"b")
