@@ -500,7 +500,17 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _pids() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    """The host's processes: those of a container may call themselves what they like."""
+    own = _pid_namespace("self")
+    found = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [int(pid) for pid in found if _pid_namespace(pid) == own]
+
+
+def _pid_namespace(pid: str) -> str | None:
+    try:
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError:
+        return None
 
 
 def _command_line(pid: int) -> bytes:
