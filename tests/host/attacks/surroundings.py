@@ -155,7 +155,9 @@ def read(path: str) -> None:
 
 SECRETS = {
     **dict.fromkeys(("kallsyms", "keys", "key-users", "interrupts", "timer_list"), ("held",)),
-    **dict.fromkeys(("kcore", "sched_debug", "latency_stats"), ("held",)),
+    **dict.fromkeys(("sched_debug", "latency_stats"), ("held",)),
+    # Empty, and where there is AppArmor not to be opened either.
+    "kcore": ("held", "EACCES"),
     **dict.fromkeys(("acpi", "bus", "fs", "irq"), ("held",)),
     **dict.fromkeys(("kmsg", "kpagecount", "kpageflags", "slabinfo"), ("EACCES", "EPERM")),
     **dict.fromkeys(("vmallocinfo", "pagetypeinfo"), ("EACCES", "EPERM")),
