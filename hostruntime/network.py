@@ -28,6 +28,7 @@ from pathlib import Path
 
 from hostruntime import firewall, kernel
 from hostruntime.conntrack import forget_connections
+from hostruntime.direct import Listener
 from hostruntime.errors import (
     Conflict,
     HostError,
@@ -50,6 +51,7 @@ from hostruntime.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_
 from hostruntime.patience import scaled
 from hostruntime.policy import MODES, Mode, Policy
 from hostruntime.rundir import RunDir
+from hostruntime.stub_resolver import StubResolver
 
 PROXY_GROUP = "proxy"
 # How many namespaces wait, made, for a container of each mode.
@@ -67,7 +69,7 @@ class Slot:
     """One place: `id_base` is the host id of container root; `netns`, `sysfs` are mounted."""
 
     index: int
-    mode: str
+    mode: Mode
     id_base: int
     netns: Path | None
     sysfs: Path | None
@@ -85,6 +87,7 @@ class SlotPool:
         self.settings = settings or NetworkSettings.from_environment()
         self.run_dir = RunDir.of(instance)
         self.firewall = FirewallWatch(self._firewall_plan())
+        self.resolver = StubResolver()
         self._changed = threading.Condition()
         self._free: deque[int] = deque(range(MAX_SLOTS))
         self._ready: dict[Mode, deque[Slot]] = {mode: deque() for mode in MODES}
@@ -119,6 +122,7 @@ class SlotPool:
             if owner in live_owners and self._whole(slot):
                 self._assigned[owner] = slot
                 self._free.remove(slot.index)
+                self._attend(slot)
         self._destroy_leftovers(kept=set(self._assigned.values()))
         self._closing = False
         self._recycler = threading.Thread(target=self._recycle, name="slots", daemon=True)
@@ -132,6 +136,7 @@ class SlotPool:
             self._changed.notify_all()
         if recycler is not None:
             recycler.join()
+        self.resolver.close()
 
     def teardown(self) -> None:
         """Remove every namespace, interface, address, rule and file of the instance.
@@ -321,9 +326,28 @@ class SlotPool:
 
     def _make(self, slot: Slot) -> None:
         make_namespace(self.run_dir, self._name(slot.index), self._link(slot))
+        self._attend(slot)
+
+    def _attend(self, slot: Slot) -> None:
+        """Have the names heard of that a container asks DNS for which has none."""
+        if slot.mode == "open" or slot.netns is None:
+            return
+        listener = Listener(self.run_dir, slot.mode, slot.address, partial(self._owner_of, slot))
+        try:
+            self.resolver.attend(slot.netns, listener.hear)
+        except OSError as error:
+            # Its programs are told as before that there is no resolver, and nobody why.
+            _log.warning("no names are heard of in slot %d: %s", slot.index, error)
+
+    def _owner_of(self, slot: Slot) -> str | None:
+        with self._changed:
+            found = (owner for owner, taken in self._assigned.items() if taken == slot)
+            return next(found, None)
 
     def _destroy(self, slot: Slot) -> None:
         link = self._link(slot)
+        if slot.netns is not None:
+            self.resolver.leave(slot.netns)
         destroy_namespace(self.run_dir, self._name(slot.index), link.host_end if link else None)
         if slot.mode == "open" and slot.address is not None:
             forget_connections(IPv4Address(slot.address))
@@ -438,6 +462,8 @@ class SlotPool:
             os.chown(directory, 0, _proxy_gid())
             # Set-group-id: whatever root writes here belongs to the proxy's group.
             directory.chmod(0o2750)
+        self.run_dir.direct.mkdir(exist_ok=True)
+        self.run_dir.direct.chmod(0o700)
 
 
 def run_ip_quietly(commands: list[str]) -> None:
