@@ -310,7 +310,7 @@ class EgressHost(Answer):
     received_bytes: int
     # Of what was allowed that which came to nothing: no address, refused, timed out, no TLS.
     unreached: int = 0
-    # Asked for past the proxy: by DNS, which names no port (0).
+    # Asked for past the proxy: by DNS, which names no port (0), or an address that was tried.
     direct: bool = False
 
 

@@ -21,7 +21,8 @@ MAX_REFUSED = 20
 class Refused:
     """A host that the network policy refused; ``reason`` is the policy's word for why.
 
-    ``direct``: it was asked for past the proxy, by DNS, which names no port (0).
+    ``direct``: it was asked for past the proxy, by DNS, which names no port (0), or is an address
+    that was tried.
     """
 
     host: str
@@ -45,8 +46,10 @@ class Refused:
         return cls(host, port, reason, bool(record.get("direct")))
 
     def __str__(self) -> str:
-        """The host with its port, or that it is not known."""
-        return f"{self.host} (by DNS)" if self.direct else f"{self.host}:{self.port}"
+        """The host with its port, and how it was asked for if not by the proxy."""
+        if self.port == 0:
+            return f"{self.host} (by DNS)"
+        return f"{self.host}:{self.port}{' (past the proxy)' if self.direct else ''}"
 
 
 def step_failed(

@@ -2,7 +2,8 @@
 
 Names that its resolver was asked for (:mod:`hostruntime.stub_resolver`).  Asking is a refusal
 where the policy would not have let the host through, and where it would, a mistake of the
-program's, which should have asked the proxy.
+program's, which should have asked the proxy.  And addresses that it tried by itself, as the
+firewall saw them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hostruntime.egress_helper import read_entry
+from hostruntime.firewall import Attempt
 from hostruntime.policy import Mode, Verdict, canonical_host, matches
 from hostruntime.rundir import RunDir
 
@@ -53,20 +55,8 @@ class Listener:
         if host is None or owner is None:
             return
         verdict = judge(self.mode, self._listed(), host)
-        entry = {
-            "at": int(time.time() * 1000) / 1000,
-            "owner": owner,
-            "address": self.address or "",
-            "method": "DNS",
-            "host": host,
-            # A question names no port.
-            "port": 0,
-            "verdict": "unreached" if verdict.allowed else "refused",
-            "reason": verdict.reason,
-            "message": verdict.message,
-            "direct": True,
-        }
-        _append(self.run_dir, owner, json.dumps(entry) + "\n")
+        # A question names no port.
+        _append(self.run_dir, owner, (self.address or "", "DNS", host, 0), verdict)
 
     def _listed(self) -> frozenset[str]:
         now = time.monotonic()
@@ -99,11 +89,40 @@ def judge(mode: Mode, domains: frozenset[str], host: str) -> Verdict:
     return Verdict(allowed=True, reason="past_proxy", message=text)
 
 
-def _append(run_dir: RunDir, owner: str, line: str) -> None:
-    """Add to an owner's record, up to a size; a full disk is nobody's failure."""
+def record_attempt(run_dir: RunDir, owner: str, attempt: Attempt) -> None:
+    """Record that an owner's container tried an address by itself."""
+    kind, where = attempt.protocol.upper(), f"{attempt.address}:{attempt.port}"
+    text = (
+        f"{kind} to {where} went past the proxy, which is the only way out: have the program "
+        "connect by host name through the address in $HTTPS_PROXY, or use network open"
+    )
+    verdict = Verdict(allowed=False, reason="past_proxy", message=text)
+    what = (attempt.source, kind, attempt.address, attempt.port)
+    _append(run_dir, owner, what, verdict)
+
+
+def _append(run_dir: RunDir, owner: str, what: tuple[str, str, str, int], verdict: Verdict) -> None:
+    """Add to an owner's record, up to a size; a full disk is nobody's failure.
+
+    ``what``: the container's address, and the method, host and port that it asked for.
+    """
+    address, method, host, port = what
+    entry = {
+        "at": int(time.time() * 1000) / 1000,
+        "owner": owner,
+        "address": address,
+        "method": method,
+        "host": host,
+        "port": port,
+        "verdict": "unreached" if verdict.allowed else "refused",
+        "reason": verdict.reason,
+        "message": verdict.message,
+        "direct": True,
+    }
+    line = json.dumps(entry) + "\n"
     try:
         with (run_dir.direct / f"{owner}.ndjson").open("a") as log:
             if log.tell() < MAX_LOG_BYTES:
                 log.write(line)
     except OSError as error:
-        _log.warning("what %s asked DNS for could not be recorded: %s", owner, error)
+        _log.warning("what %s asked for past the proxy could not be recorded: %s", owner, error)

@@ -83,7 +83,7 @@ class Decision:
     verdict: str
     reason: str
     message: str
-    # Asked for past the proxy: by DNS, with port 0.
+    # Asked for past the proxy: by DNS, with port 0, or an address that was tried.
     direct: bool = False
 
 
@@ -92,7 +92,7 @@ class HostUse:
     """What one container did with one host and port; ``reason`` and ``message`` are the latest.
 
     ``unreached`` counts what was allowed and came to nothing.  ``direct``: it was asked for past
-    the proxy, by DNS, which names no port (0).
+    the proxy: by DNS, which names no port (0), or an address that was tried.
     """
 
     host: str
@@ -254,6 +254,7 @@ class EgressProxy:
         """
         if "/" in owner:
             return []
+        self.pool.record_attempts(owner)
         records = (self.run_dir.decisions, self.run_dir.direct)
         found = [
             _decision(entry)

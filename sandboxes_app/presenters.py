@@ -151,7 +151,7 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
 def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
     """What a sandbox did with each host; ``reason`` and ``message`` are of the latest answer.
 
-    ``direct`` ones it asked for past the proxy, by DNS, which names no port (0).
+    ``direct`` ones it asked for past the proxy: by DNS, which names no port (0), or by address.
     """
     return {
         "hosts": [

@@ -14,15 +14,24 @@ import pytest
 from hostruntime.direct import MAX_LOG_BYTES
 from hostruntime.egress import EgressProxy
 from hostruntime.network import Slot, SlotPool
-from hostruntime.paths import StatePaths, claim_instance, release_instance
+from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
 from hostruntime.policy import Policy
+from hostruntime.run import run
 from hostruntime.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
-from tests.host.network import RESTRICTED, SETTINGS, from_slot, place, refused, wait_until
+from tests.host.network import (
+    RESTRICTED,
+    SETTINGS,
+    from_slot,
+    place,
+    refused,
+    send_datagram,
+    wait_until,
+)
 from tests.host.network import paths as paths
 from tests.host.network import pool as pool
 from tests.host.network import slot as slot
 from tests.host.network import world as world
-from tests.host.topology import World, ask_resolver, dns_query
+from tests.host.topology import INTERNET, PRIVATE, RESOLVER, World, ask_resolver, dns_query, hear
 
 pytestmark = pytest.mark.host
 
@@ -34,6 +43,82 @@ FLOOD = 20_000
 def records(pool: SlotPool, paths: StatePaths) -> EgressProxy:
     """Reads what is recorded; the proxy itself does not run."""
     return EgressProxy(paths, pool.instance, pool)
+
+
+def test_an_address_that_is_tried_is_refused_and_recorded(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy, world: World
+) -> None:
+    mine, near = slot(RESTRICTED), slot(RESTRICTED)
+    owner, heard = owner_of(pool, mine), len(world.reached)
+    # The kernel may take a second until a new interface carries anything.
+    wait_until(lambda: isinstance(refused(mine, partial(hear, INTERNET, 443)), ConnectionError))
+    began = time.monotonic()
+    refused(mine, lambda: hear(INTERNET, 443))
+    assert time.monotonic() - began < 0.5
+    refused(mine, lambda: send_datagram(PRIVATE[0], 4000))
+    found = {(one.method, one.host, one.port): one for one in records.decisions(owner)}
+    assert set(found) == {("TCP", INTERNET, 443), ("UDP", PRIVATE[0], 4000)}
+    for one in found.values():
+        assert (one.verdict, one.reason, one.direct) == ("refused", "past_proxy", True)
+        assert "$HTTPS_PROXY" in one.message
+    # Once each, whoever asks again; and again if it is tried again.
+    assert len(records.decisions(owner)) == 2
+    refused(mine, lambda: hear(INTERNET, 443))
+    assert [one.refused for one in records.hosts(owner) if one.host == INTERNET] == [2]
+    assert records.decisions(owner_of(pool, near)) == []
+    assert len(world.reached) == heard
+
+
+def test_without_the_firewall_a_restricted_slot_reaches_nothing_either(
+    pool: SlotPool, slot: Callable[[Policy], Slot], world: World
+) -> None:
+    mine, heard = slot(RESTRICTED), len(world.reached)
+    run(["nft", "delete", "table", "inet", pool.instance.nft_table], timeout=10)
+    try:
+        refused(mine, lambda: hear(INTERNET, 443))
+        refused(mine, partial(ask_resolver, RESOLVER, "elsewhere.test"))
+        world.asked.clear()
+    finally:
+        pool.firewall.ensure_there()
+    assert len(world.reached) == heard
+
+
+def test_a_scan_fills_nobody_elses_record(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    noisy, quiet = slot(RESTRICTED), slot(RESTRICTED)
+
+    def scan() -> float:
+        began = time.monotonic()
+        for port in range(1, FLOOD):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+                handle.sendto(b"?", (INTERNET, port))
+        return time.monotonic() - began
+
+    took = from_slot(noisy, scan)
+    refused(quiet, lambda: hear(INTERNET, 443))
+    assert [one.port for one in records.decisions(owner_of(pool, quiet))] == [443]
+    assert 16 <= len(records.decisions(owner_of(pool, noisy))) <= 40 + took
+
+
+def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
+    pool: SlotPool, records: EgressProxy
+) -> None:
+    mine = pool.acquire("tried.first", RESTRICTED)
+    refused(mine, lambda: hear(INTERNET, 443))
+    pool.release("tried.first")
+    assert pool.settle(30)
+    names = [f"tried.{number}" for number in range(MAX_SLOTS)]
+    try:
+        given = [pool.acquire(name, RESTRICTED).address for name in names[: MAX_SLOTS - 8]]
+        assert mine.address in given
+        heirs = names[given.index(mine.address)]
+        assert records.decisions(heirs) == []
+        assert [one.host for one in records.decisions("tried.first")] == [INTERNET]
+    finally:
+        for name in names:
+            pool.release(name)
+        assert pool.settle(60)
 
 
 def owner_of(pool: SlotPool, taken: Slot) -> str:
@@ -200,11 +285,19 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         first.close()
         assert first.resolver.attended() == set()
         refused(taken["kept"], partial(ask_resolver, ADDRESS, "meanwhile.test"))
+        # As whoever turns the host's own off and on would.
+        end = f"{first.instance.prefix}r{taken['kept'].index}"
+        forwards = Path(f"/proc/sys/net/ipv4/conf/{end}/forwarding")
+        forwards.write_text("1")
         second.setup()
         second.reclaim({"kept"})
+        assert forwards.read_text() == "0\n"
+        refused(taken["kept"], lambda: hear(INTERNET, 443))
         assert asks(taken["kept"], "after.test") == 3
-        wait_until(lambda: len(records.decisions("kept")) == 2)
-        assert [one.host for one in records.decisions("kept")] == ["before.test", "after.test"]
+        expected = ["before.test", INTERNET, "after.test"]
+        wait_until(
+            lambda: sorted(one.host for one in records.decisions("kept")) == sorted(expected)
+        )
         second.release("kept")
         assert second.settle(30)
         assert place(taken["kept"]) not in second.resolver.attended()

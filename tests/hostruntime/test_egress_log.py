@@ -105,7 +105,7 @@ def proxy(tmp_path: Path) -> EgressProxy:
     run_dir = RunDir(tmp_path)
     (run_dir.egress / "log").mkdir(parents=True)
     run_dir.decisions.mkdir()
-    pool = cast("SlotPool", SimpleNamespace(run_dir=run_dir))
+    pool = cast("SlotPool", SimpleNamespace(run_dir=run_dir, record_attempts=lambda _: None))
     return EgressProxy(StatePaths(tmp_path), Instance(0), pool)
 
 
