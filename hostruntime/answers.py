@@ -310,11 +310,16 @@ class EgressHost(Answer):
     received_bytes: int
     # Of what was allowed that which came to nothing: no address, refused, timed out, no TLS.
     unreached: int = 0
+    # Asked for past the proxy: by DNS, which names no port (0), or an address that was tried.
+    direct: bool = False
 
 
 @dataclass(frozen=True)
 class EgressDecision(Answer):
-    """One answer of the egress proxy; ``verdict`` is allowed, refused or unreached."""
+    """One answer of the egress proxy, or to what was asked past it (``direct``).
+
+    ``verdict`` is allowed, refused or unreached.
+    """
 
     at: float
     owner: str
@@ -325,3 +330,4 @@ class EgressDecision(Answer):
     address: str = ""
     method: str = ""
     message: str = ""
+    direct: bool = False

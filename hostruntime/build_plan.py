@@ -77,7 +77,7 @@ class Plan:
 def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]:
     """What an owner's container was refused since a Unix time, each once."""
     refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
-    return list(dict.fromkeys(Refused(d.host, d.port, d.reason) for d in refused))
+    return list(dict.fromkeys(Refused(d.host, d.port, d.reason, d.direct) for d in refused))
 
 
 def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:

@@ -19,11 +19,16 @@ MAX_REFUSED = 20
 
 @dataclass(frozen=True)
 class Refused:
-    """A host that the network policy refused; ``reason`` is the policy's word for why."""
+    """A host that the network policy refused; ``reason`` is the policy's word for why.
+
+    ``direct``: it was asked for past the proxy, by DNS, which names no port (0), or is an address
+    that was tried.
+    """
 
     host: str
     port: int
     reason: str
+    direct: bool = False
 
     @property
     def can_be_listed(self) -> bool:
@@ -37,7 +42,14 @@ class Refused:
     @classmethod
     def from_wire(cls, record: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_wire` wrote; raises KeyError, TypeError for anything else."""
-        return cls(str(record["host"]), int(record["port"]), str(record["reason"]))
+        host, port, reason = str(record["host"]), int(record["port"]), str(record["reason"])
+        return cls(host, port, reason, bool(record.get("direct")))
+
+    def __str__(self) -> str:
+        """The host with its port, and how it was asked for if not by the proxy."""
+        if self.port == 0:
+            return f"{self.host} (by DNS)"
+        return f"{self.host}:{self.port}{' (past the proxy)' if self.direct else ''}"
 
 
 def step_failed(
@@ -161,7 +173,7 @@ def _ending(tail: str) -> str:
 def _refusal_hint(refused: Sequence[Refused]) -> str:
     if not refused:
         return ""
-    names = ", ".join(f"{one.host}:{one.port}" for one in refused[:_REFUSALS])
+    names = ", ".join(map(str, refused[:_REFUSALS]))
     more = f" and {len(refused) - _REFUSALS} more" if len(refused) > _REFUSALS else ""
     return f"During this step the network policy refused: {names}{more}. {_remedy(refused)}"
 
@@ -178,11 +190,26 @@ def _remedy(refused: Sequence[Refused]) -> str:
     if any(one.can_be_listed for one in refused):
         return (
             'If the step needs that, build again with it in "allow_domains" (beside "@default", '
-            'the default list), or with network "open".'
+            f'the default list){_direct_remedy(refused)}, or with network "open".'
+        )
+    if all(one.reason == "network_off" for one in refused):
+        return (
+            'This build has network "off". If the step needs that, build again with network '
+            '"restricted" and the host in "allow_domains", or with network "open".'
         )
     if all(one.reason == "not_https" for one in refused):
         return "Only HTTPS passes: use https:// addresses."
     return 'Only HTTPS to public hosts, by name, passes; network "open" takes other ports.'
+
+
+def _direct_remedy(refused: Sequence[Refused]) -> str:
+    """What else a program needs that asks DNS: the list alone would change nothing for it."""
+    if not any(one.direct and one.can_be_listed for one in refused):
+        return ""
+    return (
+        " and have the program that asked DNS use the proxy (the address in $HTTPS_PROXY, in its "
+        "environment or as a proxy setting of its own)"
+    )
 
 
 def _signal_name(number: int) -> str:

@@ -83,13 +83,16 @@ class Decision:
     verdict: str
     reason: str
     message: str
+    # Asked for past the proxy: by DNS, with port 0, or an address that was tried.
+    direct: bool = False
 
 
 @dataclass(frozen=True)
 class HostUse:
     """What one container did with one host and port; ``reason`` and ``message`` are the latest.
 
-    ``unreached`` counts what was allowed and came to nothing.
+    ``unreached`` counts what was allowed and came to nothing.  ``direct``: it was asked for past
+    the proxy: by DNS, which names no port (0), or an address that was tried.
     """
 
     host: str
@@ -102,6 +105,7 @@ class HostUse:
     sent_bytes: int
     received_bytes: int
     unreached: int = 0
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,7 @@ class EgressProxy:
                 if port == policy.TLS_PORT
                 else 0,
                 unreached=sum(one.verdict == "unreached" for one in decisions),
+                direct=decisions[-1].direct,
             )
             for (host, port), decisions in found.items()
         ]
@@ -247,10 +252,15 @@ class EgressProxy:
 
         Reads files, as far back as `since` (Unix seconds): not for an event loop.
         """
-        path = self.run_dir.decisions / f"{owner}.ndjson"
         if "/" in owner:
             return []
-        found = [_decision(entry) for entry in entries_of(path, owner, since)]
+        self.pool.record_attempts(owner)
+        records = (self.run_dir.decisions, self.run_dir.direct)
+        found = [
+            _decision(entry)
+            for record in records
+            for entry in entries_of(record / f"{owner}.ndjson", owner, since)
+        ]
         found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner, since)]
         refused = [one for one in found if one is not None and one.reason in policy.CUT]
         found += [
@@ -324,7 +334,8 @@ class EgressProxy:
 
     def _forget_old_decisions(self) -> None:
         oldest = time.time() - _KEEP_DECISIONS_SECONDS
-        for path in self.run_dir.decisions.glob("*.ndjson"):
+        records = (self.run_dir.decisions, self.run_dir.direct)
+        for path in (path for record in records for path in record.glob("*.ndjson")):
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
 

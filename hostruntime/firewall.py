@@ -7,9 +7,11 @@ its interface by the host's route to it, which is what `fib saddr . iif` checks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Any
 
 from hostruntime.policy import Network
 from hostruntime.run import run
@@ -19,8 +21,12 @@ from hostruntime.squid_config import SOCKETS_PER_CONTAINER
 PROXY_PORT = 13128
 # The set of containers that have connections to the proxy, each with their number.
 CLIENTS = "clients"
+# What restricted containers tried past the proxy, and how much of its rate each has used.
+PAST_PROXY, PACE = "attempts", "pace"
 # More than there are slots: an address that found no room in it would not be counted.
 _CLIENTS = 1024
+_ATTEMPTS = 65536
+_RATE = "1/second burst 32 packets"
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
 
@@ -59,10 +65,47 @@ def remove(table: str) -> None:
     run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A connection, or a datagram, that a slot's address tried past the proxy."""
+
+    source: str
+    protocol: str
+    address: str
+    port: int
+
+
+def take_attempts(table: str) -> list[Attempt]:
+    """Return what was tried since this was last called; raises CommandFailed.
+
+    Only what is returned is taken out of the set, so nothing is lost that comes meanwhile.
+    """
+    listing = run(["nft", "-j", "list", "set", "inet", table, PAST_PROXY], timeout=_TIMEOUT).stdout
+    found = [_attempts_in(item["set"]) for item in json.loads(listing)["nftables"] if "set" in item]
+    attempts = [one for each in found for one in each]
+    if attempts:
+        keys = ", ".join(
+            f"{one.source} . {one.protocol} . {one.address} . {one.port}" for one in attempts
+        )
+        text = f"delete element inet {table} {PAST_PROXY} {{ {keys} }}\n"
+        # One may have timed out since, and then none is deleted: they are told twice.
+        run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT, check=False)
+    return attempts
+
+
+def _attempts_in(listed: Mapping[str, Any]) -> list[Attempt]:
+    keys = [item["elem"]["val"]["concat"] for item in listed.get("elem", [])]
+    return [
+        Attempt(str(source), str(protocol), str(address), int(port))
+        for source, protocol, address, port in keys
+    ]
+
+
 def ruleset(plan: FirewallPlan) -> str:
     """Return the table as nft(8) reads it."""
     return f"""table inet {plan.table} {{
 {_named_sets(plan)}
+{_past_proxy(plan)}
 {_antispoof(plan)}
 {_input(plan)}
 {_forward(plan)}
@@ -105,6 +148,25 @@ def _antispoof(plan: FirewallPlan) -> str:
     type filter hook prerouting priority raw; policy accept;
     iifname "{plan.prefix}*" meta nfproto ipv6 drop
     iifname "{plan.prefix}*" fib saddr . iif oif missing drop
+    iifname "{plan.prefix}r*" ip daddr != {plan.proxy} jump past_proxy
+  }}"""
+
+
+def _past_proxy(plan: FirewallPlan) -> str:
+    # Refused here and not further on, because an interface that forwards nothing (netns.py) lets
+    # such packets vanish, and programs wait. By reset, since ICMP is sent to an address but once a
+    # second (icmp_ratelimit, icmp(7)). Each container is noted at a rate of its own, so that none
+    # fills the set with what it scans.
+    return f"""  set {PACE} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic,timeout; \
+timeout 1m; }}
+  set {PAST_PROXY} {{ type ipv4_addr . inet_proto . ipv4_addr . inet_service; \
+size {_ATTEMPTS}; flags dynamic,timeout; timeout 5m; }}
+  chain past_proxy {{
+    ip daddr 224.0.0.0/3 drop
+    meta l4proto {{ tcp, udp }} add @{PACE} {{ ip saddr limit rate {_RATE} }} \
+update @{PAST_PROXY} {{ ip saddr . meta l4proto . ip daddr . th dport }}
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx admin-prohibited
   }}"""
 
 

@@ -23,6 +23,7 @@ from hostruntime.errors import HostUnavailable
 from hostruntime.network import SlotPool
 from hostruntime.policy import Mode
 from hostruntime.registries import Registries
+from hostruntime.stub_resolver import ADDRESS as STUB
 
 BASE_CODENAME = "bookworm"
 CA_BUNDLE = "etc/ssl/certs/ca-certificates.crt"
@@ -152,7 +153,9 @@ def _name_resolution(mode: Mode, resolvers: tuple[str, ...]) -> Iterator[LayerFi
     yield LayerFile("etc/hosts", hosts.encode())
     yield LayerFile("etc/hostname", f"{HOSTNAME}\n".encode())
     servers = "".join(f"nameserver {address}\n" for address in resolvers if ":" not in address)
-    none = f"# network {mode}: no name is resolved in here\n"
+    # It knows no name; who asks for one is told so at once, and it is recorded.
+    none = f"# network {mode}: no name is resolved in here\nnameserver {STUB}\n"
+    none += "options timeout:1 attempts:1\n"
     yield LayerFile("etc/resolv.conf", (servers if mode == "open" else none).encode())
 
 

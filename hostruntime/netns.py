@@ -42,13 +42,14 @@ _SYSCTLS_INSIDE = {
 class Link:
     """A networked namespace's interface: its host end, its address, the way out.
 
-    `default_route` sends everything to `gateway`; without it the gateway itself is all there is.
+    Everything is sent to `gateway`. What is not for the gateway itself goes no further unless
+    `forwarded`: the kernel then refuses it where it comes in, whatever the firewall says.
     """
 
     host_end: str
     address: IPv4Address
     gateway: IPv4Address
-    default_route: bool
+    forwarded: bool
 
 
 def make_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
@@ -145,6 +146,7 @@ def _connect(namespace: Path, link: Link) -> None:
     for key, value in (
         (f"net/ipv6/conf/{host_end}/disable_ipv6", "1"),
         (f"net/ipv4/conf/{host_end}/rp_filter", "1"),
+        (f"net/ipv4/conf/{host_end}/forwarding", "1" if link.forwarded else "0"),
         (f"net/ipv4/conf/{host_end}/send_redirects", "0"),
         (f"net/ipv4/conf/{host_end}/accept_redirects", "0"),
     ):
@@ -154,9 +156,8 @@ def _connect(namespace: Path, link: Link) -> None:
         f"address add {link.address}/32 dev eth0",
         "link set eth0 up",
         f"route add {link.gateway}/32 dev eth0 src {link.address}",
+        f"route add default via {link.gateway} dev eth0 src {link.address}",
     ]
-    if link.default_route:
-        commands.append(f"route add default via {link.gateway} dev eth0 src {link.address}")
     within(namespace, lambda: run_ip(commands))
 
 

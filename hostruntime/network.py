@@ -28,6 +28,7 @@ from pathlib import Path
 
 from hostruntime import firewall, kernel
 from hostruntime.conntrack import forget_connections
+from hostruntime.direct import Listener, record_attempt
 from hostruntime.errors import (
     Conflict,
     HostError,
@@ -50,6 +51,7 @@ from hostruntime.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_
 from hostruntime.patience import scaled
 from hostruntime.policy import MODES, Mode, Policy
 from hostruntime.rundir import RunDir
+from hostruntime.stub_resolver import StubResolver
 
 PROXY_GROUP = "proxy"
 # How many namespaces wait, made, for a container of each mode.
@@ -67,7 +69,7 @@ class Slot:
     """One place: `id_base` is the host id of container root; `netns`, `sysfs` are mounted."""
 
     index: int
-    mode: str
+    mode: Mode
     id_base: int
     netns: Path | None
     sysfs: Path | None
@@ -85,11 +87,15 @@ class SlotPool:
         self.settings = settings or NetworkSettings.from_environment()
         self.run_dir = RunDir.of(instance)
         self.firewall = FirewallWatch(self._firewall_plan())
+        self.resolver = StubResolver()
         self._changed = threading.Condition()
         self._free: deque[int] = deque(range(MAX_SLOTS))
         self._ready: dict[Mode, deque[Slot]] = {mode: deque() for mode in MODES}
         self._assigned: dict[str, Slot] = {}
         self._doomed: deque[Slot] = deque()
+        self._attempts = threading.Lock()
+        # Who has, or was the last to have, an address that is not free yet.
+        self._held: dict[str, str] = {}
         self._recycler: threading.Thread | None = None
         self._closing = False
         self._busy = 0
@@ -117,8 +123,7 @@ class SlotPool:
             return
         for slot, owner in self._recorded():
             if owner in live_owners and self._whole(slot):
-                self._assigned[owner] = slot
-                self._free.remove(slot.index)
+                self._adopt(owner, slot)
         self._destroy_leftovers(kept=set(self._assigned.values()))
         self._closing = False
         self._recycler = threading.Thread(target=self._recycle, name="slots", daemon=True)
@@ -132,6 +137,7 @@ class SlotPool:
             self._changed.notify_all()
         if recycler is not None:
             recycler.join()
+        self.resolver.close()
 
     def teardown(self) -> None:
         """Remove every namespace, interface, address, rule and file of the instance.
@@ -201,6 +207,24 @@ class SlotPool:
         """Return where restricted containers find the egress proxy."""
         return str(self._proxy()), firewall.PROXY_PORT
 
+    def record_attempts(self, reader: str | None = None) -> None:
+        """Have what restricted containers tried past the proxy in their owners' records.
+
+        ``reader`` is whose record is to be read, if only one's. To be called every few seconds,
+        for the firewall forgets, and in a thread.
+        """
+        if reader is not None and reader not in self._held.copy().values():
+            return
+        with self._attempts:
+            try:
+                found = firewall.take_attempts(self.instance.nft_table)
+            except (HostError, OSError) as error:
+                _log.warning("what went past the proxy cannot be read: %s", error)
+                return
+            for attempt in found:
+                if (owner := self._held.get(attempt.source)) is not None:
+                    record_attempt(self.run_dir, owner, attempt)
+
     # Taking -------------------------------------------------------------------------------
 
     def _take(self, owner: str, mode: Mode) -> Slot:
@@ -248,6 +272,7 @@ class SlotPool:
         if slot.address is not None:
             self.firewall.ensure_there()
         if slot.address is not None and policy.mode == "restricted":
+            self._held[slot.address] = owner
             entry = {"owner": owner, "domains": policy.allow_domains}
             _write_small(self._entry(slot), entry, mode=0o640)
         _write_small(self._record(slot), {"index": slot.index, "mode": slot.mode, "owner": owner})
@@ -321,9 +346,43 @@ class SlotPool:
 
     def _make(self, slot: Slot) -> None:
         make_namespace(self.run_dir, self._name(slot.index), self._link(slot))
+        self._attend(slot)
+
+    def _adopt(self, owner: str, slot: Slot) -> None:
+        """Take up what an earlier agent has left to a container that lives."""
+        self._assigned[owner] = slot
+        self._free.remove(slot.index)
+        self._attend(slot)
+        link = self._link(slot)
+        if link is not None and slot.mode == "restricted":
+            self._held[str(link.address)] = owner
+            # Turning the host's own on, as we do, turns every interface's on.
+            write_sysctl(f"net/ipv4/conf/{link.host_end}/forwarding", "0", optional=True)
+
+    def _attend(self, slot: Slot) -> None:
+        """Have the names heard of that a container asks DNS for which has none."""
+        if slot.mode == "open" or slot.netns is None:
+            return
+        listener = Listener(self.run_dir, slot.mode, slot.address, partial(self._owner_of, slot))
+        try:
+            self.resolver.attend(slot.netns, listener.hear)
+        except OSError as error:
+            # Its programs are told as before that there is no resolver, and nobody why.
+            _log.warning("no names are heard of in slot %d: %s", slot.index, error)
+
+    def _owner_of(self, slot: Slot) -> str | None:
+        with self._changed:
+            found = (owner for owner, taken in self._assigned.items() if taken == slot)
+            return next(found, None)
 
     def _destroy(self, slot: Slot) -> None:
         link = self._link(slot)
+        if slot.netns is not None:
+            self.resolver.leave(slot.netns)
+        if slot.address is not None and slot.address in self._held:
+            # Before somebody else gets it.
+            self.record_attempts()
+            del self._held[slot.address]
         destroy_namespace(self.run_dir, self._name(slot.index), link.host_end if link else None)
         if slot.mode == "open" and slot.address is not None:
             forget_connections(IPv4Address(slot.address))
@@ -395,7 +454,8 @@ class SlotPool:
             host_end=f"{self.instance.prefix}{slot.mode[0]}{slot.index}",
             address=IPv4Address(slot.address),
             gateway=self._proxy(),
-            default_route=slot.mode == "open",
+            # So that what a restricted one tries is seen here; nothing of it is let through.
+            forwarded=slot.mode == "open",
         )
 
     def _name(self, index: int) -> str:
@@ -438,6 +498,8 @@ class SlotPool:
             os.chown(directory, 0, _proxy_gid())
             # Set-group-id: whatever root writes here belongs to the proxy's group.
             directory.chmod(0o2750)
+        self.run_dir.direct.mkdir(exist_ok=True)
+        self.run_dir.direct.chmod(0o700)
 
 
 def run_ip_quietly(commands: list[str]) -> None:

@@ -13,6 +13,7 @@ Network namespaces and who has them are gone after a reboot, and so is `/run`::
         defaults.json              the default allowlist
         entries/<address>.json     who has a restricted address, and what it may reach
         decisions/<owner>.ndjson   proxy:proxy, what was asked and what was answered
+        direct/<owner>.ndjson      root:root, what was asked for past the proxy
 """
 
 from __future__ import annotations
@@ -70,3 +71,8 @@ class RunDir:
     def decisions(self) -> Path:
         """One log per owner."""
         return self.egress / "decisions"
+
+    @property
+    def direct(self) -> Path:
+        """One log per owner, of what went past the proxy."""
+        return self.egress / "direct"

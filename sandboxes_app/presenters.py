@@ -149,7 +149,10 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
 
 
 def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
-    """What a sandbox did with each host; ``reason`` and ``message`` are of the latest answer."""
+    """What a sandbox did with each host; ``reason`` and ``message`` are of the latest answer.
+
+    ``direct`` ones it asked for past the proxy: by DNS, which names no port (0), or by address.
+    """
     return {
         "hosts": [
             {
@@ -158,6 +161,7 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
                 "allowed": use.allowed,
                 "refused": use.refused,
                 "unreached": use.unreached,
+                "direct": use.direct,
                 "reason": use.reason,
                 "message": use.message,
                 "sent_bytes": use.sent_bytes,

@@ -112,6 +112,7 @@ class Host:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
             await self._check_walls()
+            await asyncio.to_thread(self.pool.record_attempts)
             await self._check_proxy(first=False)
 
     async def _keep_layers(self) -> None:

@@ -9,13 +9,13 @@ from sandboxes_app.services.lifecycle import get_sandbox
 
 
 def list_egress(actor: Actor, sandbox_id: str) -> list[EgressHost]:
-    """The hosts a restricted sandbox asked for, refused ones first; none on other networks.
+    """The hosts a sandbox asked for, refused ones first; none on network open.
 
     Raises ``NotFound``, ``HostUnavailable``.
     """
     actor.require(READ)
     sandbox = get_sandbox(actor, sandbox_id)
-    if sandbox.network != "restricted":
+    if sandbox.network == "open":
         return []
     with errors_told():
         return host().egress_hosts(sandbox.pk)

@@ -6,7 +6,7 @@ nothing more, and the event's row is in the same transaction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -120,6 +120,21 @@ def note_refused(template: Template, event: HostEvent) -> None:
         add_refused_hosts(
             template, [str(one["host"]) for one in refused if one.get("can_be_listed")]
         )
+        if past := [str(one["host"]) for one in refused if _needs_more_than_a_list(one)]:
+            warn(template, event, went_past_the_proxy(list(dict.fromkeys(past))))
+
+
+def _needs_more_than_a_list(refused: Mapping[str, Any]) -> bool:
+    return bool(refused.get("direct") and refused.get("can_be_listed"))
+
+
+def went_past_the_proxy(hosts: Sequence[str]) -> str:
+    """What to do for a program that asked DNS, which the proxy's list is nothing to."""
+    return (
+        f"This step asked DNS for {', '.join(hosts)}, past the proxy. In allow_domains alone "
+        f"{'it' if len(hosts) == 1 else 'they'} would not be reached: the program also needs the "
+        "address in $HTTPS_PROXY as its proxy."
+    )
 
 
 def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
@@ -132,10 +147,15 @@ def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
 
 def warned(template: Template, event: HostEvent) -> None:
     """Something that a step did has not the effect that its author may think it has."""
-    for step in step_of(template, event):
-        step.warnings = [*step.warnings, str(event.data.get("message", ""))]
-        step.save(update_fields=["warnings"])
+    warn(template, event, str(event.data.get("message", "")))
     tell_progress(template.pk)
+
+
+def warn(template: Template, event: HostEvent, text: str) -> None:
+    """Add a warning to the event's step."""
+    for step in step_of(template, event):
+        step.warnings = [*step.warnings, text]
+        step.save(update_fields=["warnings"])
 
 
 def contents(template: Template, event: HostEvent) -> None:

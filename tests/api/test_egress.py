@@ -122,17 +122,30 @@ def test_a_build_that_went_on_without_a_host_says_so_everywhere(
     host.refused = [
         {"host": "get.example.org", "port": 443, "reason": "not_listed", "can_be_listed": True},
         {"host": "192.0.2.7", "port": 80, "reason": "not_https", "can_be_listed": False},
+        {
+            "host": "keys.example.org",
+            "port": 0,
+            "reason": "not_listed",
+            "can_be_listed": True,
+            "direct": True,
+        },
     ]
     template = made(api, "/v1/templates", TEMPLATE)
     run_queue()
     said = api.get(f"/v1/templates/{template['id']}").json()
-    assert (said["status"], said["refused_hosts"]) == ("ready", ["get.example.org"])
-    assert said["steps"][0]["refused_hosts"] == ["get.example.org", "192.0.2.7"]
+    listable = ["get.example.org", "keys.example.org"]
+    assert (said["status"], said["refused_hosts"]) == ("ready", listable)
+    everything = ["get.example.org", "192.0.2.7", "keys.example.org"]
+    assert said["steps"][0]["refused_hosts"] == everything
+    (warning,) = said["steps"][0]["warnings"]
+    assert "asked DNS for keys.example.org, past the proxy" in warning
+    assert "$HTTPS_PROXY" in warning
     (line,) = api.get("/v1/templates").json()["templates"]
-    assert line["refused_hosts"] == ["get.example.org"]
+    assert line["refused_hosts"] == listable
     page = console.get(f"/templates/{template['id']}/").content.decode()
-    assert "was refused <code>get.example.org, 192.0.2.7</code> and went on" in page
-    assert "Build again with get.example.org allowed" in page
+    assert f"was refused <code>{', '.join(everything)}</code> and went on" in page
+    assert "Build again with get.example.org, keys.example.org allowed" in page
+    assert "asked DNS for keys.example.org, past the proxy" in page
 
 
 def test_a_reused_step_is_still_without_what_it_was_refused(api: Client, host: FakeHost) -> None:
@@ -161,11 +174,16 @@ def test_what_a_sandbox_asked_for_is_listed(
         EgressHost("evil.example", 443, 0, 3, "not_listed", "evil.example is no", 1.0, 0, 0),
         EgressHost("gone.example", 443, 1, 0, "no_address", "no address", 2.0, 10, 39, 1),
         EgressHost("fine.example", 443, 2, 0, "allowed", "fine", 2.0, 1200, 34_000),
+        EgressHost("past.example", 0, 0, 0, "past_proxy", "set", 2.0, 0, 0, 7, direct=True),
     ]
-    (first, gone, second) = api.get(f"/v1/sandboxes/{box}/egress").json()["hosts"]
+    (first, gone, second, past) = api.get(f"/v1/sandboxes/{box}/egress").json()["hosts"]
     assert (first["host"], first["refused"], second["received_bytes"]) == ("evil.example", 3, 34000)
     assert (gone["unreached"], gone["reason"], second["unreached"]) == (1, "no_address", 0)
+    assert (first["direct"], past["direct"], past["unreached"]) == (False, True, 7)
     page = console.get(f"/sandboxes/{box}/egress/").content.decode()
+    row = page[page.index("past.example") :].partition("</tr>")[0]
+    assert "direct</span>" in row
+    assert ("example:0" in row, "<td>7</td>" in row) == (False, True)
     assert '</i>Not reached</span><small class="help">no address</small>' in page
     assert page.index("evil.example is no") < page.index("fine.example")
     refusal(other_api.get(f"/v1/sandboxes/{box}/egress"), 404, "not_found")

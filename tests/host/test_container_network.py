@@ -229,14 +229,20 @@ def test_restricted_gets_out_by_name_alone(act: Callable[[Scenario], None]) -> N
         assert answers["unlisted"][1][0] == answers["plain"][1][0] == 403
         assert "only HTTPS is allowed" in answers["plain"][1][1]
         direct = {answers[name][0] for name in ("direct", "metadata", "host")}
-        assert direct == {"ENETUNREACH"}
+        assert direct == {"ECONNREFUSED"}
         assert answers["name"][0] != "ok"
-        verdicts = [(d.host, d.verdict) for d in parts.proxy.decisions("box.restricted")]
-        assert verdicts == [
+        decisions = parts.proxy.decisions("box.restricted")
+        assert [(d.host, d.verdict) for d in decisions if not d.direct] == [
             ("allowed.test", "allowed"),
             ("elsewhere.test", "refused"),
             ("allowed.test", "refused"),
         ]
+        assert {(d.method, d.host, d.verdict) for d in decisions if d.direct} == {
+            ("TCP", INTERNET, "refused"),
+            ("TCP", METADATA, "refused"),
+            ("TCP", HOST, "refused"),
+            ("DNS", "allowed.test", "unreached"),
+        }
 
     act(scenario)
 

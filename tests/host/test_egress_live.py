@@ -116,6 +116,17 @@ def kill_squid(number: Instance) -> None:
     wait_until(lambda: not any(is_running(pid) for pid in killed), 2)
 
 
+def test_what_is_tried_past_the_proxy_is_heard_of(live: Agent, box: Callable[[str], str]) -> None:
+    name, near = box("restricted"), box("restricted")
+    name_asked = "import socket\ntry: socket.gethostbyname('elsewhere.test')\nexcept OSError: pass"
+    says(live, name, name_asked)
+    assert says(live, name, DIRECT).startswith(b"closed")
+    found = {(one.method, one.host, one.port) for one in live.client.egress_decisions(name)}
+    assert found == {("DNS", "elsewhere.test", 0), ("TCP", INTERNET, 80)}
+    assert all(use.direct and use.refused for use in live.client.egress_hosts(name))
+    assert live.client.egress_decisions(near) == []
+
+
 def test_a_killed_proxy_is_closed_and_comes_back(live: Agent, box: Callable[[str], str]) -> None:
     name, number = box("restricted"), instance(live)
     assert says(live, name, ASK) == GREETING

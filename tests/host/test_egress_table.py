@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,12 @@ from functools import partial
 import pytest
 
 from hostruntime.egress import Decision, EgressProxy
-from hostruntime.netns import run_ip
+from hostruntime.netns import write_sysctl
 from hostruntime.network import Slot, SlotPool
 from hostruntime.paths import StatePaths
 from hostruntime.policy import Policy
 from hostruntime.squid_config import OWNER_HEADER
+from hostruntime.stub_resolver import ADDRESS as STUB
 from tests.host.frames import (
     BROADCAST,
     arp_reply,
@@ -51,6 +53,7 @@ from tests.host.topology import (
     PRIVATE,
     RESOLVER,
     World,
+    ask_resolver,
     greeting_at,
     hear,
     hearing_at,
@@ -92,6 +95,7 @@ class Place:
     neighbour: Slot
     world: World
     heard: list[bytes]
+    recorded: Callable[[str], list[Decision]]
 
     @property
     def near(self) -> str:
@@ -104,7 +108,7 @@ type Action = Callable[[Place], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One attempt: ``expected`` is "reached", "refused" (403), "cut" or "nowhere"."""
+    """One attempt: ``expected`` is "reached", "refused" (403), "cut", "nowhere" or no name."""
 
     name: str
     mode: str
@@ -264,8 +268,23 @@ def noticed(condition: Callable[[], bool]) -> bytes:
     raise TimeoutError("nobody heard of it")
 
 
+def knows_no(name: str) -> Action:
+    """Ask the container's own resolver; all it says is that there is no such name."""
+
+    def action(place: Place) -> tuple[int, bytes]:
+        # NXDOMAIN, the question, and no record (RFC 1035, section 4.1.1).
+        said = (0x8183, 1, 0, 0, 0)
+        answer = ask_resolver(STUB, name)
+        wait_until(lambda: bool(place.recorded(name)))
+        found = struct.unpack_from("!HHHHH", answer, 2) == said and not place.world.asked
+        return (0 if found else 200), answer
+
+    return action
+
+
 R, OPEN, OFF = "restricted", "open", "off"
 REACHED, REFUSED, CUT, NOWHERE = "reached", "refused", "cut", "nowhere"
+NO_NAME = "0"
 TABLE = [
     Case("a listed host", R, ask("allowed.test:443"), REACHED, "allowed"),
     Case("in capitals", R, ask("ALLOWED.Test:443"), REACHED, "allowed"),
@@ -337,6 +356,9 @@ TABLE = [
     Case("a private address", R, direct(PRIVATE[0], 80), NOWHERE),
     Case("the host's SSH", R, direct(HOST, 22), NOWHERE),
     Case("a neighbour", R, neighbour(80), NOWHERE),
+    Case("its resolver, for a host", R, knows_no("other.test"), NO_NAME, "not_listed"),
+    Case("its resolver, for a listed host", R, knows_no("allowed.test"), NO_NAME, "past_proxy"),
+    Case("its resolver by TCP", R, direct(STUB, 53), NOWHERE),
     Case("DNS by UDP", R, datagram(RESOLVER, 53), NOWHERE),
     Case("DNS by TCP", R, direct(RESOLVER, 53), NOWHERE),
     Case("DNS elsewhere", R, datagram(OTHER_RESOLVER, 53), NOWHERE),
@@ -354,6 +376,7 @@ TABLE = [
     Case("the outside", OPEN, direct(INTERNET, 443), REACHED),
     Case("its resolver", OPEN, datagram(RESOLVER, 53), REACHED),
     Case("its resolver by TCP", OPEN, direct(RESOLVER, 53), REACHED),
+    Case("the others' resolver", OPEN, knows_no("allowed.test"), NOWHERE),
     Case("DNS elsewhere", OPEN, datagram(OTHER_RESOLVER, 53), NOWHERE),
     Case("DNS elsewhere by TCP", OPEN, direct(OTHER_RESOLVER, 53), NOWHERE),
     Case("ICMP", OPEN, ping(INTERNET), REACHED),
@@ -374,9 +397,28 @@ TABLE = [
     Case("the proxy", OPEN, ask("allowed.test:443"), NOWHERE),
     Case("IPv6", OPEN, six("2001:db8::10"), NOWHERE),
     Case("the outside", OFF, direct(INTERNET, 443), NOWHERE),
+    Case("its own resolver", OFF, knows_no("allowed.test"), NO_NAME, "network_off"),
     Case("DNS", OFF, datagram(RESOLVER, 53), NOWHERE),
     Case("the proxy", OFF, ask("allowed.test:443"), NOWHERE),
     Case("ICMP", OFF, ping(INTERNET), NOWHERE),
+]
+
+
+# Those of which the firewall has something to tell.
+PAST = [
+    case
+    for case in TABLE
+    if case.mode == R
+    and case.name
+    in {
+        "TCP past the proxy",
+        "the metadata address",
+        "a private address",
+        "the host's SSH",
+        "a neighbour",
+        "DNS by UDP",
+        "DNS by TCP",
+    }
 ]
 
 
@@ -404,16 +446,30 @@ def place(
     if request.param != "at first":
         for pid in proxy.processes():
             os.kill(pid, signal.SIGKILL)
+        pool.resolver.close()
         again = SlotPool(paths, pool.instance, SETTINGS)
+        request.addfinalizer(again.close)
         again.setup()
         again.reclaim(set(owners.values()))
         proxy.ensure()
     with listeners(pool, slots["neighbour"]) as heard:
-        # So that the firewall decides, and not that there is no route.
-        way = f"route add default via {pool.proxy_address()[0]} dev eth0"
-        from_slot(slots["restricted"], lambda: run_ip([way]))
+        # So that the firewall decides, and not that its interface forwards nothing.
+        end = f"{pool.instance.prefix}r{slots['restricted'].index}"
+        write_sysctl(f"net/ipv4/conf/{end}/forwarding", "1")
         where, near = pool.proxy_address(), slots["neighbour"]
-        yield lambda mode: Place(slots[mode], where, near, world, heard)
+
+        def at(mode: str) -> Place:
+            owner = owners[mode]
+            return Place(
+                slots[mode],
+                where,
+                near,
+                world,
+                heard,
+                lambda host: [one for one in proxy.decisions(owner) if one.host == host],
+            )
+
+        yield at
     for owner in owners.values():
         pool.release(owner)
 
@@ -468,11 +524,16 @@ def test_what_is_reached_and_what_is_said(
         assert decisions[-1].reason == case.reason
         assert_said(case, decisions[-1], said)
     elif case.expected == NOWHERE:
-        assert decisions == []
+        assert all(one.direct and one.verdict == "refused" for one in decisions)
+        assert (case in PAST) <= bool(decisions)
 
 
 def assert_said(case: Case, decision: Decision, said: bytes) -> None:
     """A refusal says in one line whose it is, which host, and what to do."""
+    if case.expected == NO_NAME:
+        assert decision.direct
+        assert decision.verdict == ("unreached" if case.reason == "past_proxy" else "refused")
+        return
     assert decision.verdict == ("allowed" if case.expected == REACHED else "refused")
     if case.expected == REFUSED:
         line = said.rpartition(b"\r\n\r\n")[2].decode()

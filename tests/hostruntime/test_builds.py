@@ -275,9 +275,11 @@ async def test_what_a_step_was_refused_is_told_though_it_succeeded(world: World)
     events = await world.build("say hello")
     finished = next(event for event in events if event["kind"] == "step_finished")
     assert events[-1]["kind"] == "published"
+    listed = {"host": "example.org", "port": 443, "reason": "not_listed", "direct": False}
+    plain = {"host": "10.0.0.1", "port": 80, "reason": "not_https", "direct": False}
     assert finished["refused"] == [
-        {"host": "example.org", "port": 443, "reason": "not_listed", "can_be_listed": True},
-        {"host": "10.0.0.1", "port": 80, "reason": "not_https", "can_be_listed": False},
+        {**listed, "can_be_listed": True},
+        {**plain, "can_be_listed": False},
     ]
 
 
@@ -308,6 +310,23 @@ async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> No
     assert failed["code"] == "network_policy_blocked"
     assert "use https:// addresses" in failed["message"]
     assert "refused" not in failed
+
+
+async def test_what_was_asked_of_dns_is_told_with_what_its_program_needs(world: World) -> None:
+    world.refused = [Refused("keys.example", 0, "not_listed", direct=True)]
+    failed = (await world.build("fail 2"))[-1]
+    assert (failed["code"], failed["refused"]) == ("network_policy_blocked", ["keys.example"])
+    assert "the network policy refused: keys.example (by DNS)." in failed["message"]
+    for part in ('"allow_domains"', "$HTTPS_PROXY", 'network "open"'):
+        assert part in failed["message"]
+
+
+async def test_a_build_without_network_is_told_which_to_take(world: World) -> None:
+    world.refused = [Refused("keys.example", 0, "network_off", direct=True)]
+    failed = (await world.build("fail 2", network="off"))[-1]
+    assert (failed["code"], "refused" in failed) == ("network_policy_blocked", False)
+    assert 'has network "off"' in failed["message"]
+    assert "$HTTPS_PROXY" not in failed["message"]
 
 
 async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None:

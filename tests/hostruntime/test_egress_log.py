@@ -21,6 +21,7 @@ from hostruntime.egress import EgressProxy
 from hostruntime.egress_log import entries_of
 from hostruntime.network import SlotPool
 from hostruntime.paths import Instance, StatePaths
+from hostruntime.rundir import RunDir
 from hostruntime.squid_config import NOT_TLS_LOG
 from tests.hostruntime.test_builds import World
 
@@ -101,10 +102,10 @@ def test_reading_ends_after_so_much(
 @pytest.fixture
 def proxy(tmp_path: Path) -> EgressProxy:
     """One whose logs are there, though it does not run."""
-    run_dir = SimpleNamespace(decisions=tmp_path / "decisions", egress=tmp_path / "egress")
-    run_dir.decisions.mkdir()
+    run_dir = RunDir(tmp_path)
     (run_dir.egress / "log").mkdir(parents=True)
-    pool = cast("SlotPool", SimpleNamespace(run_dir=run_dir))
+    run_dir.decisions.mkdir()
+    pool = cast("SlotPool", SimpleNamespace(run_dir=run_dir, record_attempts=lambda _: None))
     return EgressProxy(StatePaths(tmp_path), Instance(0), pool)
 
 

@@ -20,6 +20,7 @@ from hostruntime.policy import MODES, Mode, Policy, deny_list
 from hostruntime.registries import AptSource, NpmAnswer, PipAnswer, Registries, combine
 from hostruntime.run import run
 from hostruntime.runtime_layer import RuntimeTrees, build_runtime_layers, remove_unused
+from hostruntime.stub_resolver import ADDRESS as STUB
 from tests.hostruntime.trees_help import grow
 
 PIP = PipAnswer("https://mirror.example/simple", (), "https://index.example/simple/", None)
@@ -81,8 +82,8 @@ def test_every_mode_has_its_own_way_out(paths: StatePaths, pool: SlotPool, image
     trees = {mode: texts(tree_for(paths, image, mode)) for mode in MODES}
     assert trees["off"].keys() == trees["open"].keys() < trees["restricted"].keys()
     assert trees["open"]["etc/resolv.conf"] == "nameserver 198.51.100.53\n"
-    assert "nameserver" not in trees["off"]["etc/resolv.conf"]
-    assert "nameserver" not in trees["restricted"]["etc/resolv.conf"]
+    for mode in ("off", "restricted"):
+        assert f"\nnameserver {STUB}\n" in trees[mode]["etc/resolv.conf"]
     told = {
         mode: {path for path, text in files.items() if "10.203.0.1" in text}
         for mode, files in trees.items()

@@ -1,0 +1,307 @@
+"""What goes past the proxy is recorded: the resolver that knows no name, in slots of a world."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hostruntime.direct import MAX_LOG_BYTES
+from hostruntime.egress import EgressProxy
+from hostruntime.network import Slot, SlotPool
+from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
+from hostruntime.policy import Policy
+from hostruntime.run import run
+from hostruntime.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
+from tests.host.network import (
+    RESTRICTED,
+    SETTINGS,
+    from_slot,
+    place,
+    refused,
+    send_datagram,
+    wait_until,
+)
+from tests.host.network import paths as paths
+from tests.host.network import pool as pool
+from tests.host.network import slot as slot
+from tests.host.network import world as world
+from tests.host.topology import INTERNET, PRIVATE, RESOLVER, World, ask_resolver, dns_query, hear
+
+pytestmark = pytest.mark.host
+
+OFF = Policy("off")
+FLOOD = 20_000
+
+
+@pytest.fixture(scope="module")
+def records(pool: SlotPool, paths: StatePaths) -> EgressProxy:
+    """Reads what is recorded; the proxy itself does not run."""
+    return EgressProxy(paths, pool.instance, pool)
+
+
+def test_an_address_that_is_tried_is_refused_and_recorded(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy, world: World
+) -> None:
+    mine, near = slot(RESTRICTED), slot(RESTRICTED)
+    owner, heard = owner_of(pool, mine), len(world.reached)
+    # The kernel may take a second until a new interface carries anything.
+    wait_until(lambda: isinstance(refused(mine, partial(hear, INTERNET, 443)), ConnectionError))
+    began = time.monotonic()
+    refused(mine, lambda: hear(INTERNET, 443))
+    assert time.monotonic() - began < 0.5
+    refused(mine, lambda: send_datagram(PRIVATE[0], 4000))
+    found = {(one.method, one.host, one.port): one for one in records.decisions(owner)}
+    assert set(found) == {("TCP", INTERNET, 443), ("UDP", PRIVATE[0], 4000)}
+    for one in found.values():
+        assert (one.verdict, one.reason, one.direct) == ("refused", "past_proxy", True)
+        assert "$HTTPS_PROXY" in one.message
+    # Once each, whoever asks again; and again if it is tried again.
+    assert len(records.decisions(owner)) == 2
+    refused(mine, lambda: hear(INTERNET, 443))
+    assert [one.refused for one in records.hosts(owner) if one.host == INTERNET] == [2]
+    assert records.decisions(owner_of(pool, near)) == []
+    assert len(world.reached) == heard
+
+
+def test_without_the_firewall_a_restricted_slot_reaches_nothing_either(
+    pool: SlotPool, slot: Callable[[Policy], Slot], world: World
+) -> None:
+    mine, heard = slot(RESTRICTED), len(world.reached)
+    run(["nft", "delete", "table", "inet", pool.instance.nft_table], timeout=10)
+    try:
+        refused(mine, lambda: hear(INTERNET, 443))
+        refused(mine, partial(ask_resolver, RESOLVER, "elsewhere.test"))
+        world.asked.clear()
+    finally:
+        pool.firewall.ensure_there()
+    assert len(world.reached) == heard
+
+
+def test_a_scan_fills_nobody_elses_record(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    noisy, quiet = slot(RESTRICTED), slot(RESTRICTED)
+
+    def scan() -> float:
+        began = time.monotonic()
+        for port in range(1, FLOOD):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+                handle.sendto(b"?", (INTERNET, port))
+        return time.monotonic() - began
+
+    took = from_slot(noisy, scan)
+    refused(quiet, lambda: hear(INTERNET, 443))
+    assert [one.port for one in records.decisions(owner_of(pool, quiet))] == [443]
+    assert 16 <= len(records.decisions(owner_of(pool, noisy))) <= 40 + took
+
+
+def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
+    pool: SlotPool, records: EgressProxy
+) -> None:
+    mine = pool.acquire("tried.first", RESTRICTED)
+    refused(mine, lambda: hear(INTERNET, 443))
+    pool.release("tried.first")
+    assert pool.settle(30)
+    names = [f"tried.{number}" for number in range(MAX_SLOTS)]
+    try:
+        given = [pool.acquire(name, RESTRICTED).address for name in names[: MAX_SLOTS - 8]]
+        assert mine.address in given
+        heirs = names[given.index(mine.address)]
+        assert records.decisions(heirs) == []
+        assert [one.host for one in records.decisions("tried.first")] == [INTERNET]
+    finally:
+        for name in names:
+            pool.release(name)
+        assert pool.settle(60)
+
+
+def owner_of(pool: SlotPool, taken: Slot) -> str:
+    return next(owner for owner, slot in pool._assigned.items() if slot == taken)
+
+
+def asks(taken: Slot, name: str) -> int:
+    """Ask the slot's resolver; the answer's code (RFC 1035, section 4.1.1)."""
+    answer = from_slot(taken, partial(ask_resolver, ADDRESS, name))
+    return int(struct.unpack_from("!H", answer, 2)[0]) & 0x000F
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "verdict", "reason"),
+    [
+        (RESTRICTED, "elsewhere.test", "refused", "not_listed"),
+        (RESTRICTED, "www.allowed.test", "unreached", "past_proxy"),
+        (OFF, "elsewhere.test", "refused", "network_off"),
+    ],
+)
+def test_a_name_is_denied_to_exist_and_recorded(
+    pool: SlotPool,
+    slot: Callable[[Policy], Slot],
+    records: EgressProxy,
+    world: World,
+    policy: Policy,
+    name: str,
+    verdict: str,
+    reason: str,
+) -> None:
+    world.asked.clear()
+    mine, near = slot(policy), slot(policy)
+    owner = owner_of(pool, mine)
+    assert asks(mine, name) == 3
+    wait_until(lambda: bool(records.decisions(owner)))
+    (found,) = records.decisions(owner)
+    assert (found.host, found.port, found.method, found.direct) == (name, 0, "DNS", True)
+    assert (found.verdict, found.reason, found.owner) == (verdict, reason, owner)
+    (use,) = records.hosts(owner)
+    assert (use.direct, use.refused, use.unreached) == (
+        True,
+        verdict == "refused",
+        reason[0] == "p",
+    )
+    assert records.decisions(owner_of(pool, near)) == []
+    assert world.asked == []
+
+
+def test_open_has_its_own_resolver_and_a_free_slot_records_nothing(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    refused(slot(Policy("open")), partial(ask_resolver, ADDRESS, "elsewhere.test"))
+    assert pool.settle(30)
+    before = sorted(path.name for path in pool.run_dir.direct.iterdir())
+    assert asks(pool._ready["restricted"][0], "elsewhere.test") == 3
+    mine = slot(RESTRICTED)
+    assert asks(mine, "later.test") == 3
+    owner = owner_of(pool, mine)
+    wait_until(lambda: bool(records.decisions(owner)))
+    after = sorted(path.name for path in pool.run_dir.direct.iterdir())
+    assert after == sorted([*before, f"{owner}.ndjson"])
+    assert [one.host for one in records.decisions(owner)] == ["later.test"]
+
+
+def test_both_kinds_of_address_are_one_question(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    mine = slot(RESTRICTED)
+
+    def ask_both() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+            handle.settimeout(5)
+            handle.connect((ADDRESS, PORT))
+            for kind in (1, 28):
+                handle.send(dns_query("pair.test")[:-4] + struct.pack("!HH", kind, 1))
+            for _ in range(2):
+                handle.recv(512)
+
+    for _ in range(3):
+        from_slot(mine, ask_both)
+    assert asks(mine, "last.test") == 3
+    wait_until(lambda: "last.test" in str(records.decisions(owner_of(pool, mine))))
+    found = [one.host for one in records.decisions(owner_of(pool, mine))]
+    assert found == ["pair.test"] * 3 + ["last.test"]
+
+
+def test_a_flood_is_bounded_and_the_neighbours_own(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    noisy, quiet = slot(RESTRICTED), slot(RESTRICTED)
+
+    def flood() -> float:
+        began = time.monotonic()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+            for number in range(FLOOD):
+                handle.sendto(dns_query(f"n{number}.flood.test"), (ADDRESS, PORT))
+        return time.monotonic() - began
+
+    took = from_slot(noisy, flood)
+    began = time.monotonic()
+    assert asks(quiet, "calm.test") == 3
+    assert time.monotonic() - began < 0.5
+    recorded = len(records.decisions(owner_of(pool, noisy)))
+    assert BURST / 2 < recorded <= BURST + (took + 2) * PER_SECOND
+    assert (pool.run_dir.direct / f"{owner_of(pool, noisy)}.ndjson").stat().st_size < MAX_LOG_BYTES
+    wait_until(lambda: len(records.decisions(owner_of(pool, quiet))) == 1)
+    # It is heard again when it has been quiet itself.
+    wait_until(lambda: _answered(noisy, "sorry.test"))
+
+
+def _answered(taken: Slot, name: str) -> bool:
+    try:
+        return asks(taken, name) == 3
+    except TimeoutError:
+        return False
+
+
+def test_a_record_has_a_largest_size(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    mine = slot(RESTRICTED)
+    record = pool.run_dir.direct / f"{owner_of(pool, mine)}.ndjson"
+    assert asks(mine, "first.test") == 3
+    wait_until(record.exists)
+    with record.open("a") as log:
+        log.write("\n" * MAX_LOG_BYTES)
+    size = record.stat().st_size
+    for _ in range(3):
+        assert asks(mine, "second.test") == 3
+    near = slot(RESTRICTED)
+    assert asks(near, "other.test") == 3
+    wait_until(lambda: bool(records.decisions(owner_of(pool, near))))
+    assert record.stat().st_size == size
+
+
+def test_a_resolver_of_the_containers_own_finds_room(slot: Callable[[Policy], Slot]) -> None:
+    mine = slot(RESTRICTED)
+
+    def serve() -> bytes:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            handle.bind(("0.0.0.0", PORT))
+            handle.settimeout(5)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"own", ("127.0.0.1", PORT))
+                return handle.recv(10)
+
+    assert from_slot(mine, serve) == b"own"
+    assert asks(mine, "elsewhere.test") == 3
+
+
+def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
+    world: World, tmp_path: Path
+) -> None:
+    paths = StatePaths(tmp_path / "state").ensure()
+    first = SlotPool(paths, claim_instance(paths), SETTINGS)
+    second = SlotPool(paths, first.instance, SETTINGS)
+    records = EgressProxy(paths, first.instance, second)
+    try:
+        first.setup()
+        first.reclaim(set())
+        taken = {name: first.acquire(name, RESTRICTED) for name in ("kept", "dead")}
+        assert asks(taken["kept"], "before.test") == 3
+        first.close()
+        assert first.resolver.attended() == set()
+        refused(taken["kept"], partial(ask_resolver, ADDRESS, "meanwhile.test"))
+        # As whoever turns the host's own off and on would.
+        end = f"{first.instance.prefix}r{taken['kept'].index}"
+        forwards = Path(f"/proc/sys/net/ipv4/conf/{end}/forwarding")
+        forwards.write_text("1")
+        second.setup()
+        second.reclaim({"kept"})
+        assert forwards.read_text() == "0\n"
+        refused(taken["kept"], lambda: hear(INTERNET, 443))
+        assert asks(taken["kept"], "after.test") == 3
+        expected = ["before.test", INTERNET, "after.test"]
+        wait_until(
+            lambda: sorted(one.host for one in records.decisions("kept")) == sorted(expected)
+        )
+        second.release("kept")
+        assert second.settle(30)
+        assert place(taken["kept"]) not in second.resolver.attended()
+    finally:
+        second.teardown()
+        release_instance(paths)
+    assert second.resolver.attended() == set()

@@ -1,0 +1,108 @@
+"""Programs that ignore the proxy, in real sandboxes and builds: told at once, and recorded.
+
+Nobody but the container's own resolver is asked for these names: no packet leaves for them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from hostruntime.answers import BuildEvent, EgressDecision
+from hostruntime.client import HostClient
+from tests.host.agent import Agent
+from tests.host.conftest import NewSandbox
+from tests.host.test_build_events import Build
+from tests.host.test_build_events import build as build
+
+pytestmark = pytest.mark.host
+
+ASK = "getent hosts {}; echo $?"
+# glibc waits five seconds for a resolver that does not answer, and asks twice (resolv.conf(5)).
+AT_ONCE_MS = 2_000
+
+
+def asked(host: HostClient, owner: str) -> list[EgressDecision]:
+    return [one for one in host.egress_decisions(owner) if one.direct]
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "verdict", "reason"),
+    [
+        ("restricted", "nowhere.invalid", "refused", "not_listed"),
+        ("restricted", "listed.invalid", "unreached", "past_proxy"),
+        ("off", "nowhere.invalid", "refused", "network_off"),
+    ],
+)
+def test_a_sandbox_is_told_at_once_and_heard_of(
+    host: HostClient, new_sandbox: NewSandbox, network: str, name: str, verdict: str, reason: str
+) -> None:
+    listed = ["listed.invalid"] if network == "restricted" else None
+    box, near = (new_sandbox(network=network, allow_domains=listed) for _ in range(2))
+    done = host.exec(box.id, ASK.format(name))
+    assert done.stdout == b"2\n"
+    assert done.duration_ms < AT_ONCE_MS
+    (found,) = asked(host, box.id)
+    assert (found.host, found.verdict, found.reason) == (name, verdict, reason)
+    (use,) = host.egress_hosts(box.id)
+    assert (use.host, use.direct, use.port) == (name, True, 0)
+    assert host.egress_decisions(near.id) == []
+
+
+def test_sandboxes_outlive_the_agent_and_are_heard_of_again(
+    host: HostClient, new_sandbox: NewSandbox, agent: Agent
+) -> None:
+    boxes = [new_sandbox(network=network) for network in ("restricted", "off")]
+    agent.kill()
+    agent.start()
+    for box in boxes:
+        assert host.exec(box.id, ASK.format("again.invalid")).stdout == b"2\n"
+        assert [one.host for one in asked(host, box.id)] == ["again.invalid"]
+    # One that was made ready by the new agent, and one that it has to make.
+    for box in [new_sandbox(network="off") for _ in range(10)]:
+        assert host.exec(box.id, ASK.format("new.invalid")).stdout == b"2\n"
+        assert [one.host for one in asked(host, box.id)] == ["new.invalid"]
+
+
+def test_a_flood_takes_nobody_elses_time(host: HostClient, new_sandbox: NewSandbox) -> None:
+    noisy, quiet = (new_sandbox(network="restricted") for _ in range(2))
+    question = r"\0\7\1\0\0\1\0\0\0\0\0\0\5flood\7invalid\0\0\1\0\1"
+    flood = (
+        f"exec 3>/dev/udp/127.0.0.53/53; for i in {{1..20000}}; do printf '{question}' >&3; done"
+    )
+    host.exec(noisy.id, flood)
+    done = host.exec(quiet.id, ASK.format("calm.invalid"))
+    assert done.stdout == b"2\n"
+    assert done.duration_ms < AT_ONCE_MS
+    assert [one.host for one in asked(host, quiet.id)] == ["calm.invalid"]
+    assert {one.host for one in asked(host, noisy.id)} == {"flood.invalid"}
+    assert len(asked(host, noisy.id)) < 5_000
+
+
+def failed(events: list[BuildEvent]) -> dict[str, object]:
+    assert events[-1].kind == "failed"
+    return events[-1].data
+
+
+def test_a_build_names_the_step_and_what_its_program_needs(build: Build) -> None:
+    events = build("getent hosts first.invalid || true", "getent hosts nowhere.invalid")
+    said = failed(events)
+    assert (said["code"], said["step"]) == ("network_policy_blocked", 2)
+    assert said["refused"] == ["nowhere.invalid"]
+    assert "the network policy refused: nowhere.invalid (by DNS)." in str(said["message"])
+    for part in ("$HTTPS_PROXY", '"allow_domains"', 'network "open"'):
+        assert part in str(said["message"])
+    first = next(event.data for event in events if event.kind == "step_finished")
+    assert [(one["host"], one["direct"]) for one in first["refused"]] == [("first.invalid", True)]
+
+
+def test_an_allowed_name_is_no_refusal(build: Build) -> None:
+    said = failed(build("getent hosts nowhere.invalid", allow_domains=["nowhere.invalid"]))
+    assert (said["code"], "refused" in said) == ("step_failed", False)
+    assert "nowhere.invalid is allowed, but through the proxy alone" in str(said["message"])
+    assert "$HTTPS_PROXY" in str(said["message"])
+
+
+def test_a_build_without_network_says_so(build: Build) -> None:
+    said = failed(build("getent hosts nowhere.invalid", network="off"))
+    assert (said["code"], "refused" in said) == ("network_policy_blocked", False)
+    assert 'has network "off"' in str(said["message"])
