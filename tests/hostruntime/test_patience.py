@@ -185,13 +185,16 @@ def test_measuring_is_quick_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_process_that_is_not_given_the_cpu_knows_it() -> None:
-    """Beside a hog, with a third of its weight, it gets a quarter of a CPU."""
+    """Beside a hog it gets half a CPU; less where its weight counts beyond its session.
+
+    Between sessions it does not: "The autogroup feature" in sched(7).
+    """
     code = "from hostruntime.patience import _contention; sum(range(10**7)); print(_contention())"
     cpu = str(min(os.sched_getaffinity(0)))
     with running(["taskset", "-c", cpu, *python(BUSY)]):
         argv = ["taskset", "-c", cpu, "nice", "-n", "5", sys.executable, "-c", code]
         said = run(argv, timeout=60, cwd=Path(module.__file__).parents[1]).text
-    assert float(said) > 2
+    assert float(said) > 1.3
 
 
 @pytest.mark.parametrize("text", ["slow", "0", "-3", "nan", "1e9"])
