@@ -29,6 +29,7 @@ from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.quotas import Quota, RunningCommands
 from hostruntime.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.usage import UsageBook
 
@@ -113,6 +114,7 @@ class SandboxManager:
     store: ImageStore
     usage: UsageBook = field(init=False)
     snapshots: SnapshotManager = field(init=False)
+    commands: RunningCommands = field(default_factory=RunningCommands)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
@@ -314,15 +316,25 @@ class SandboxManager:
         cwd: str,
         env: Mapping[str, str],
         timeout: float | None,
+        quota: Quota | None = None,
     ) -> AsyncGenerator[Frame, None]:
         """Run a command with the environment of the image, the sandbox and its own, in this order.
 
-        See :meth:`ContainerManager.exec`.
+        See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame.
         """
         sandbox = self._usable(sandbox_id)
         host = self.containers.environment(sandbox.request.network)
         environment = {**resolved(host, sandbox.image_env), **sandbox.request.env, **env}
-        return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+        frames = self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+        return self._counted(frames, quota)
+
+    async def _counted(
+        self, frames: AsyncGenerator[Frame, None], quota: Quota | None
+    ) -> AsyncGenerator[Frame, None]:
+        with self.commands.one_more(quota):
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    yield frame
 
     def container_name(self, sandbox_id: str) -> str:
         """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
