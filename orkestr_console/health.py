@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from django.core.exceptions import DisallowedHost, RequestDataTooBig
 from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -19,6 +21,7 @@ from orkestr_console.errors import (
     to_json_response,
     to_response,
 )
+from orkestr_console.postgres import unavailable
 from orkestr_console.settings import LARGEST_BODY
 
 
@@ -73,6 +76,12 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
-    """500, with the request id to quote and nothing of the traceback."""
+    """500, with the request id to quote and nothing of the traceback.
+
+    Or 503, where it is a middleware that cannot reach the database. Django calls this while it
+    handles the exception.
+    """
+    if (away := unavailable(sys.exception())) is not None:
+        return to_response(request, away)
     error = Internal(extra={"request_id": getattr(request, "request_id", None)})
     return to_json_response(error) if is_api(request) else to_console_response(None, error)

@@ -26,6 +26,7 @@ from orkestr_console.errors import (
     to_json_response,
     to_response,
 )
+from orkestr_console.postgres import unavailable
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
@@ -156,4 +157,5 @@ class DomainErrors:
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
         """Django calls this with whatever the view raised."""
-        return to_response(request, error) if isinstance(error, DomainError) else None
+        told = error if isinstance(error, DomainError) else unavailable(error)
+        return to_response(request, told) if told is not None else None

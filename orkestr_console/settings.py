@@ -123,6 +123,10 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
     }
 )
 
+# How long a request waits for a connection of the pool before it is told to come back. Workers,
+# which nobody waits for, have none.
+REQUEST_POOL_SECONDS = 1.5
+
 # --- Sign-in --------------------------------------------------------------------------------------
 LOGIN_BACKEND = "django.contrib.auth.backends.ModelBackend"
 AUTHENTICATION_BACKENDS = ["axes.backends.AxesStandaloneBackend", LOGIN_BACKEND]

@@ -21,7 +21,7 @@ from orkestr_console.accounts.limits import hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
 from orkestr_console.ids import is_id
-from orkestr_console.postgres import let_go
+from orkestr_console.postgres import persistently
 from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
@@ -51,7 +51,6 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     snapshot = insert(actor, sandbox, spec)
-    let_go()
     try:
         info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
@@ -109,16 +108,17 @@ def settled(snapshot: Snapshot, info: SnapshotInfo) -> bool:
     """It is there, unless it was deleted or given up meanwhile; whether it is."""
     rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
     size_mb = -(-info.size_bytes // MEGABYTE)
-    changed = rows.update(status=SnapshotStatus.READY, size_mb=size_mb, ready_at=timezone.now())
-    snapshot.refresh_from_db()
-    return changed == 1
+    ready = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
+    persistently(lambda: rows.update(**ready))
+    persistently(snapshot.refresh_from_db)
+    # Whoever deleted it or gave it up left another status, or when.
+    return snapshot.status == SnapshotStatus.READY and snapshot.deleted_at is None
 
 
 def failed(snapshot: Snapshot, message: str) -> None:
     """It came to nothing, or is no more."""
-    Snapshot.objects.filter(pk=snapshot.pk).update(
-        status=SnapshotStatus.FAILED, error_message=message
-    )
+    rows = Snapshot.objects.filter(pk=snapshot.pk)
+    persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
 
 
 def given_up(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
