@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from http import HTTPStatus
 
 from django.core.exceptions import DisallowedHost, RequestDataTooBig
-from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 
@@ -22,14 +22,29 @@ from orkestr_console.errors import (
     to_response,
 )
 from orkestr_console.postgres import unavailable
+from orkestr_console.services.readiness import is_ready, readiness
 from orkestr_console.settings import LARGEST_BODY
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
-    """200 when requests are answered and the database is reached."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
+    """200 while requests are answered. Asks nobody, so it says nothing of anything else."""
     return JsonResponse({"status": "ok"})
+
+
+def readyz(request: HttpRequest) -> JsonResponse:
+    """200 when all that requests need answers, else 503: each thing, and since when it was well.
+
+    What :mod:`orkestr_console.services.readiness` saw last: this waits for nothing.
+    """
+    readiness.start()
+    checks = readiness.checks()
+    ready = is_ready(checks)
+    told = {name: check.to_wire() for name, check in checks.items()}
+    return JsonResponse(
+        {"status": "ready" if ready else "not_ready", "checks": told},
+        status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
+    )
 
 
 @csrf_exempt

@@ -191,7 +191,7 @@ CONSOLE = [
     page("POST", "operator/plans/pro/", **OPERATORS, name="Pro"),
 ]
 # For everybody, and telling nothing: health, and what answers an unknown address.
-PUBLIC = {"healthz", r"^v1(?:/.*)?$"}
+PUBLIC = {"healthz", "readyz", r"^v1(?:/.*)?$"}
 
 
 @dataclass

@@ -31,7 +31,9 @@ class Command(BaseCommand):
         # Here, because it installs an event loop that no other command wants.
         from orkestr_console.asgi import application
         from orkestr_console.server import build_server, leave
+        from orkestr_console.services.readiness import readiness
 
+        readiness.start()
         server = build_server(application, options["address"] or everywhere(), options["port"])
         server.run()
         if server.failure:
