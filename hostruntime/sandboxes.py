@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from hostruntime import clock
 from hostruntime.environment import check_environment, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
@@ -72,6 +73,9 @@ class Sandbox:
     image_id: str
     image_tree: str
     deadline: float | None
+    # The same by :mod:`hostruntime.clock`, and of which boot: what counts.
+    due: float | None = None
+    boot: str = ""
     started_at: float = 0.0
     boot_ms: float = 0.0
     reason: Reason | None = None
@@ -91,10 +95,28 @@ class Sandbox:
             "network": self.request.network,
             "started_at": self.started_at,
             "boot_ms": round(self.boot_ms, 2),
-            "deadline": self.deadline,
+            "deadline": self.deadline if self.state == "gone" else self.end,
             "reason": self.reason,
             "ended_at": self.ended_at,
         }
+
+    @property
+    def end(self) -> float | None:
+        """When it ends, in Unix seconds by the clock as it goes now."""
+        now = clock.deadline_of(self.due)
+        # As it was asked for, while the clock has not been set.
+        same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
+        return self.deadline if same else now
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is over, however the clock was set meanwhile."""
+        return self.due is not None and self.due <= clock.elapsed()
+
+    def until(self, deadline: float | None) -> Sandbox:
+        """The same with another end, in Unix seconds."""
+        due = clock.due(deadline)
+        return replace(self, deadline=deadline, due=due, boot=clock.this_boot())
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Sandbox:
@@ -136,6 +158,9 @@ class SandboxManager:
                 # Not a record: the agent died before there was one.
                 self.store.trash.discard(directory)
                 continue
+            if sandbox.state == "running" and sandbox.boot != clock.this_boot():
+                # Written by an agent that knew no other clock.
+                sandbox = sandbox.until(sandbox.deadline)
             if sandbox.state == "running" and not self._adopt(sandbox):
                 sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
             if sandbox.state == "starting":
@@ -216,9 +241,9 @@ class SandboxManager:
                 "starting",
                 image.id,
                 str(image.tree),
-                request.deadline,
+                None,
                 image_env=image.manifest.env,
-            )
+            ).until(request.deadline)
             write_json(directory / _RECORD, asdict(sandbox))
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
@@ -275,7 +300,7 @@ class SandboxManager:
         """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
         async with self._lock(sandbox_id):
             sandbox = self._running(sandbox_id)
-            self._save(replace(sandbox, deadline=deadline))
+            self._save(sandbox.until(deadline))
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -290,7 +315,7 @@ class SandboxManager:
             self._running(sandbox_id)
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
-            self._save(replace(self._running(sandbox_id), paused=True, deadline=deadline))
+            self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -304,7 +329,7 @@ class SandboxManager:
         async with self._lock(sandbox_id):
             sandbox = self._running(sandbox_id)
             # First, so that the sweep ends none that somebody has just taken up again.
-            self._save(replace(sandbox, paused=False, deadline=deadline))
+            self._save(replace(sandbox, paused=False).until(deadline))
             await self.containers.resume(sandbox_id)
             return self._sandboxes[sandbox_id]
 
@@ -350,8 +375,8 @@ class SandboxManager:
             for sandbox in self.list():
                 if sandbox.request.id in self.snapshots.frozen:
                     continue  # At the next pass: the others must not wait for the copy.
-                if sandbox.state == "running" and (sandbox.deadline or now + 1) <= now:
-                    await self._end_quietly(sandbox.request.id, now)
+                if sandbox.state == "running" and sandbox.is_over:
+                    await self._end_quietly(sandbox.request.id)
                 elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
                     self._forget_quietly(sandbox)
 
@@ -361,12 +386,12 @@ class SandboxManager:
         except OSError:
             _log.exception("sandbox %s is long gone and cannot be forgotten", sandbox.request.id)
 
-    async def _end_quietly(self, sandbox_id: str, now: float) -> None:
+    async def _end_quietly(self, sandbox_id: str) -> None:
         try:
             async with self._lock(sandbox_id):
                 sandbox = self._sandboxes.get(sandbox_id)
                 # Its deadline may have been moved while we waited for the lock.
-                if sandbox is not None and (sandbox.deadline or now + 1) <= now:
+                if sandbox is not None and sandbox.is_over:
                     await self.usage.read(sandbox_id)
                     await self.containers.stop(sandbox_id)
                     self._end(sandbox, "expired")
@@ -388,7 +413,8 @@ class SandboxManager:
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
-        self._save(replace(sandbox, state="gone", reason=reason, ended_at=time.time()))
+        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
+        self._save(replace(gone, ended_at=time.time()))
 
     # Pieces --------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class Agent:
         self.socket = state / "sock"
         self.process: subprocess.Popen[bytes] | None = None
         self.client = HostClient(self.socket)
+        # More variables for it, from its next start on.
+        self.environment: dict[str, str] = {}
 
     @property
     def pid(self) -> int:
@@ -43,7 +45,12 @@ class Agent:
     def start(self) -> None:
         with (self.state / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                self._command(), cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=REPO,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self._wait_until_it_serves()
 
