@@ -118,7 +118,16 @@ DATABASES: dict[str, Any] = {
 }
 DATABASES["default"].setdefault("OPTIONS", {}).update(
     {
-        "pool": {"min_size": 1, "max_size": 16, "timeout": scaled(15), "max_idle": 300},
+        "pool": {
+            "min_size": 1,
+            "max_size": 16,
+            "timeout": scaled(15),
+            "max_idle": 300,
+            # A lost connection is tried for again at growing intervals for so long; then whoever
+            # next needs one tries at once. With the usual five minutes, a pool that was full when
+            # the database went may be empty for minutes after it has come back.
+            "reconnect_timeout": 3,
+        },
         "application_name": "orkestr",
     }
 )
