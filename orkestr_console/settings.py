@@ -71,6 +71,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.middleware.request_id",
+    "orkestr_console.middleware.release_database",
     *(["orkestr_console.middleware.client_address"] if _https else []),
     "orkestr_console.middleware.browser_rules",
     "django.middleware.security.SecurityMiddleware",

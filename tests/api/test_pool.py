@@ -7,13 +7,16 @@ would else be all that the server can do.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from django.db import connection, transaction
 
 from hostruntime.answers import ExecFrame
 from orkestr_console.accounts.models import Team, User
+from orkestr_console.asgi import application
 from orkestr_console.postgres import ConnectionHeldError
 from orkestr_console.services import hosts
 from sandboxes_app import tasks as sandbox_tasks
@@ -135,3 +138,35 @@ def test_a_host_cannot_be_asked_inside_of_a_transaction(
         Sandbox.objects.count()
         hosts.host().bases()
     assert hosts.host().bases()
+
+
+@pytest.fixture
+def closed(plans: None, key: str) -> str:
+    """A token, with nothing held by who made it."""
+    connection.close()
+    return key
+
+
+@pytest.mark.parametrize("path", ["/v1/templates", "/v1/sandboxes/limits", "/sign-in/"])
+async def test_nothing_is_held_while_an_answer_is_sent(
+    host: FakeHost, closed: str, path: str
+) -> None:
+    """Which takes as long as whoever reads it."""
+    headers = [(b"host", b"testserver"), (b"authorization", f"Bearer {closed}".encode())]
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": b""}
+    asked = iter([{"type": "http.request", "body": b"", "more_body": False}])
+    held: dict[str, int] = {}
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(asked, None)) is not None:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        held[message["type"]] = in_use()
+
+    # What is an event here is one to every server.
+    app: Any = application
+    await app({**scope, "headers": headers}, receive, send)
+    assert held == {"http.response.start": 0, "http.response.body": 0}

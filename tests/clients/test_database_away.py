@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import html
-import os
 import re
-import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from tests.stack import Stack, wait_for
 MCP = "/api/sandboxes/mcp"
 ACCEPT = {"Accept": "application/json, text/event-stream"}
 AWAY = "database_unavailable"
+# More than what a command takes to end, and a request waits for a connection.
+RESTART_SECONDS = 6
 RECIPE = "pip install pandas\necho 'a step with \"quotes\" & <angles>'"
 
 
@@ -114,8 +115,7 @@ def test_a_restart_under_load_is_a_503_at_worst_and_loses_no_command(
             stop = asyncio.Event()
             readers = [asyncio.ensure_future(load(stack, during, stop)) for _ in range(6)]
             await asyncio.sleep(2)
-            old = stack.pid("postgres")
-            await asyncio.to_thread(restart, stack, old)
+            await asyncio.to_thread(restart, stack)
             done = list(await asyncio.gather(*runs))
             await asyncio.to_thread(wait_for, lambda: answers(stack), 60, stack.explain)
             await asyncio.sleep(2)
@@ -127,15 +127,15 @@ def test_a_restart_under_load_is_a_503_at_worst_and_loses_no_command(
 
     runs, during, afterwards = asyncio.run(everything())
     assert [(run.status_code, run.json().get("stdout")) for run in runs] == [(200, "kept\n")] * 20
-    assert set(during) <= {"fine", "away"}, during
+    # It was noticed, and told in one way.
+    assert set(during) == {"fine", "away"}, during
     assert set(afterwards) == {"fine"}
 
 
-def restart(stack: Stack, old: int) -> None:
-    """Stop the database as an upgrade does, and wait for it to be started again."""
-
-    os.kill(old, signal.SIGINT)
-    stack.wait_until_restarted("postgres", old, 60)
+def restart(stack: Stack) -> None:
+    """Stop the database as an upgrade does, while commands end and others read."""
+    with database_down(stack):
+        time.sleep(RESTART_SECONDS)
 
 
 def test_while_it_is_down_each_surface_says_so_and_loses_nothing(
