@@ -133,9 +133,9 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
     }
 )
 
-# How long a request waits for a connection of the pool before it is told to come back. Workers,
-# which nobody waits for, have none.
-REQUEST_POOL_SECONDS = 1.5
+# How long a request waits for a connection of the pool before it is told to come back: not for
+# long, but on a slow machine for as long as one takes to be made. Workers have no pool.
+REQUEST_POOL_SECONDS = scaled(1.5)
 
 # --- Sign-in --------------------------------------------------------------------------------------
 LOGIN_BACKEND = "django.contrib.auth.backends.ModelBackend"
