@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import httpx
+import psycopg
 import pytest
 
 from tests.clients.making import Sandboxes
@@ -137,6 +138,56 @@ def test_commands_of_a_web_process_that_died_count_no_more(
         wait_for(lambda: host.commands() == {}, 60, stack.explain)
     stack.wait_until_restarted("web", web, 60)
     wait_for(lambda: answers(stack), 60, stack.explain)
+
+
+@contextmanager
+def team_locked(stack: Stack, key: str) -> Iterator[None]:
+    """Hold the row that each create of the key's team waits for, each with a connection."""
+    with psycopg.connect(stack.layout.cluster.url) as holder:
+        lookup = key.split("_")[1]
+        row = "SELECT id FROM accounts_team WHERE id = (%s) FOR UPDATE"
+        team = "SELECT team_id FROM accounts_apitoken WHERE lookup = %s"
+        found = holder.execute(team, [lookup]).fetchone()
+        assert found is not None
+        holder.execute(row, [found[0]])
+        yield
+        holder.rollback()
+
+
+def test_an_exhausted_pool_is_a_503_that_health_notices_and_that_heals(
+    stack: Stack, neighbour: str
+) -> None:
+    async def create(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/sandboxes", json={"template": "debian-12"})
+
+    def refused() -> httpx.Response:
+        headers = {"Authorization": f"Bearer {neighbour}"}
+        url = f"{stack.url}/v1/sandboxes"
+        return httpx.get(url, headers=headers, timeout=30, trust_env=False)
+
+    def ready() -> httpx.Response:
+        return httpx.get(f"{stack.url}/readyz", timeout=30, trust_env=False)
+
+    async def everything() -> list[httpx.Response]:
+        async with calling(stack, stack.api_key) as team:
+            with team_locked(stack, stack.api_key):
+                asked = [asyncio.ensure_future(create(team)) for _ in range(24)]
+                await asyncio.to_thread(wait_for, lambda: refused().status_code == 503, 60)
+                answer = await asyncio.to_thread(refused)
+                assert answer.json()["code"] == "database_unavailable"
+                assert int(answer.headers["Retry-After"]) > 0
+                await asyncio.to_thread(wait_for, lambda: ready().status_code == 503, 60)
+                assert ready().json()["checks"]["database"]["state"] != "ok"
+            done = await asyncio.gather(*asked)
+            for one in done:
+                if one.is_success:
+                    await team.delete(f"/v1/sandboxes/{one.json()['id']}")
+            return list(done)
+
+    made = asyncio.run(everything())
+    # Those that waited were served; those for whom there was no connection were told so.
+    assert {answer.status_code for answer in made} == {201, 503}
+    wait_for(lambda: refused().status_code == 200 and ready().status_code == 200, 60)
 
 
 def answers(stack: Stack) -> bool:
