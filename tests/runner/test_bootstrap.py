@@ -84,7 +84,7 @@ def test_a_machine_without_lists_is_updated_before_apt_is_asked_for_a_python(
 
 
 def test_another_apt_is_waited_for_and_what_else_fails_is_shown_at_once(programs: Path) -> None:
-    """Debian's own apt-get, in directories of the test's, so that nothing of the machine is held."""
+    """Debian's own apt-get, in directories of the test's: nothing of the machine is held."""
     lists = programs / "state" / "lists"
     (lists / "partial").mkdir(parents=True)
     (programs / "apt.conf").write_text(
