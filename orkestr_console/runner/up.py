@@ -17,7 +17,7 @@ from hostruntime.errors import HostError
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
 from orkestr_console.runner.display import Display
-from orkestr_console.runner.doctor import port_is_free
+from orkestr_console.runner.doctor import listening_fault
 from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, StartError
 from orkestr_console.runner.lock import only_one
@@ -54,7 +54,7 @@ class Console:
         self._refuse_unless_root()
         self._layout.prepare()
         with only_one(self._layout):
-            self._refuse_unless_port_is_free()
+            self._refuse_unless_it_can_listen()
             ensure_user()
             if self._layout.database_url is None:
                 self._layout.cluster.create()
@@ -68,12 +68,14 @@ class Console:
                 "containers, mounts and networks need root: start with `make run`, or with sudo"
             )
 
-    def _refuse_unless_port_is_free(self) -> None:
-        port = self._layout.port
-        if not port_is_free(port):
-            raise StartError(
-                f"port {port} is in use by another program. "
-                f"Choose another: make run PORT={port + 1}"
+    def _refuse_unless_it_can_listen(self) -> None:
+        layout = self._layout
+        if (fault := listening_fault(layout.port, layout.listen)) is not None:
+            raise StartError(f"port {': '.join(fault)}")
+        if layout.hidden_from_public_url:
+            self._display.warn(
+                f"ORKESTR_PUBLIC_URL is {layout.url}, but the console listens on this machine "
+                "alone: set ORKESTR_LISTEN to an address that others reach, or to `all`"
             )
 
     def _choose_identity(self) -> Identity:
@@ -215,7 +217,7 @@ class Console:
 
     def _check(self, credentials: Credentials) -> None:
         check = SelfCheck(
-            f"http://127.0.0.1:{self._layout.port}",
+            self._layout.local_url,
             credentials.api_key,
             partial(self._display.progress, "self-check"),
             self._keeper.pids,

@@ -102,13 +102,13 @@ time.sleep(3)
     holder = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    conf = {"APT_CONFIG": str(programs / "apt.conf")}
+    conf = str(programs / "apt.conf")
     with holder:
-        done = bash(programs, "update_lists", **conf)
+        done = bash(programs, "update_lists", APT_CONFIG=conf)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("waiting for process") == 1
     (programs / "none").write_text("nonsense\n")
-    done = bash(programs, "update_lists", **conf)
+    done = bash(programs, "update_lists", APT_CONFIG=conf)
     assert done.returncode == 1
     assert "waiting" not in done.stdout
     assert "nonsense" in done.stderr or "Malformed" in done.stderr
