@@ -40,6 +40,8 @@ START_SECONDS = 15
 STOP_SECONDS = 60
 # An answer of supervisord's own takes a moment, but its machine may be busy.
 CALL_SECONDS = 30
+# Between two looks at what starts. On a slow machine looking itself takes from what is waited for.
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 # How often the operator is told what is still waited for.
 TELL_SECONDS = 15.0
 
@@ -164,6 +166,7 @@ class Keeper:
         )
         starts: set[int] = set()
         began = told = time.monotonic()
+        pause = SHORTEST_PAUSE_SECONDS
         while not ready():
             if self._crashed(name, starts):
                 raise self._not_ready(name, "crashed as it started")
@@ -172,7 +175,8 @@ class Keeper:
             if time.monotonic() > told + TELL_SECONDS:
                 told = time.monotonic()
                 say(f"waiting for {name}, at work for {told - began:.0f} s")
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(pause * 1.2, LONGEST_PAUSE_SECONDS)
 
     def _crashed(self, name: str, starts: set[int]) -> bool:
         """Whether a program will not come up; collects in ``starts`` when it was started, each."""
