@@ -49,7 +49,8 @@ class Refused:
         """The host with its port, and how it was asked for if not by the proxy."""
         if self.port == 0:
             return f"{self.host} (by DNS)"
-        return f"{self.host}:{self.port}{' (past the proxy)' if self.direct else ''}"
+        past = self.direct and self.reason != "network_off"
+        return f"{self.host}:{self.port}{' (past the proxy)' if past else ''}"
 
 
 def step_failed(
