@@ -24,6 +24,7 @@ from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
 from sandboxes_app.services import snapshots, state
+from sandboxes_app.services.driving import driving
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.services import note_used
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
@@ -206,17 +207,18 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
     # A disk that is copied takes as long as it does.
     let_go()
-    info = host().create_sandbox(
-        sandbox.pk,
-        image=None if snapshot else sandbox.image_id,
-        snapshot=snapshot.pk if snapshot else None,
-        cpu=sandbox.cpu,
-        memory_mb=sandbox.memory_mb,
-        network=sandbox.network,
-        allow_domains=sandbox.allow_domains,
-        env=sandbox.env,
-        deadline=sandbox.expires_at.timestamp(),
-    )
+    with driving(sandbox):
+        info = host().create_sandbox(
+            sandbox.pk,
+            image=None if snapshot else sandbox.image_id,
+            snapshot=snapshot.pk if snapshot else None,
+            cpu=sandbox.cpu,
+            memory_mb=sandbox.memory_mb,
+            network=sandbox.network,
+            allow_domains=sandbox.allow_domains,
+            env=sandbox.env,
+            deadline=sandbox.expires_at.timestamp(),
+        )
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.
         host().delete_sandbox(sandbox.pk)
