@@ -10,6 +10,7 @@ from django.db.models import Max
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.console.ansi import Rendered, drawn
 from templates_app import services
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
@@ -147,6 +148,8 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "done": done,
         "running": running,
         "refused_steps": [step for step in steps if step.refused_hosts],
+        # Looked up for those pages alone that have something to offer by it.
+        "allowed": envelope(template.team) if template.refused_hosts else None,
         "variables": list(template.env.items())[:MOST_VARIABLES],
         "more_variables": max(len(template.env) - MOST_VARIABLES, 0),
         "phases": {event.kind for event in events},
