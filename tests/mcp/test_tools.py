@@ -237,6 +237,69 @@ async def test_a_template_that_may_lack_something_says_what_to_do(
     assert "allow_domains" in ready["next_step"]
 
 
+PAST = [
+    {
+        "host": "keys.example",
+        "port": 0,
+        "reason": "not_listed",
+        "can_be_listed": True,
+        "direct": True,
+    },
+    {
+        "host": "192.0.2.7",
+        "port": 443,
+        "reason": "past_proxy",
+        "can_be_listed": False,
+        "direct": True,
+    },
+]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_what_went_past_the_proxy_says_which_setting_its_program_needs(
+    connect: Connect, key: str, host: FakeHost, failed: bool
+) -> None:
+    host.refused = PAST
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        if failed:
+            await database_sync_to_async(Template.objects.update)(
+                status="failed", error_code="network_policy_blocked"
+            )
+        said = await done(client, "get_template", template_id=made["id"])
+    warnings = said["steps"][0]["warnings"]
+    assert len(warnings) == 2
+    for warning in warnings:
+        assert "$HTTPS_PROXY" in warning
+        # The same words as on the step, which REST and the console show.
+        assert warning.replace("This step", "Step 1") in said["next_step"]
+    assert ("Call create_sandbox" in said["next_step"]) is not failed
+
+
+@pytest.mark.parametrize("open_too", [True, False])
+async def test_nothing_is_advised_that_the_plan_refuses(
+    connect: Connect, key: str, host: FakeHost, open_too: bool
+) -> None:
+    host.refused = PAST[:1]
+    await database_sync_to_async(Plan.objects.update)(
+        custom_egress_allowlist=False, allow_open_network=open_too
+    )
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE)
+        await database_sync_to_async(run_queue)()
+        for status in ("ready", "failed"):
+            await database_sync_to_async(Template.objects.update)(
+                status=status, error_code="network_policy_blocked" if status == "failed" else ""
+            )
+            said = await done(client, "get_template", template_id=made["id"])
+            advice = said["next_step"].partition("In allow_domains alone")[0]
+            assert "has the default allowlist only" in advice
+            assert "allow_domains" not in advice
+            assert ("network 'open'" in advice) is open_too
+            assert "larger plan" in advice
+
+
 async def test_a_long_log_is_read_in_parts(connect: Connect, key: str, host: FakeHost) -> None:
     async with connect(key) as client:
         made = await done(client, "create_template", **TEMPLATE)
