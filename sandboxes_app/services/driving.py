@@ -1,10 +1,10 @@
 """Rows on their way from one state to the next, and whether the process that drives them lives.
 
-To start a sandbox from a large snapshot, or to take one, takes as long as the host's disk needs.  So
-what is on its way is judged by its driver, never by its age: for as long as the call to the host
-lasts the driver says every few seconds that it lives (``driven_at``), and what nobody has driven for
-:data:`SILENCE` was left by a process that was killed.  A call to the host that hangs is the host's
-own to end (:mod:`hostruntime.patience`).
+To start a sandbox from a large snapshot, or to take one, takes as long as the host's disk needs.
+So what is on its way is judged by its driver, never by its age: for as long as the call to the host
+lasts the driver says every few seconds that it lives (``driven_at``), and what nobody has driven
+for :data:`SILENCE` was left by a process that was killed.  A call to the host that hangs is the
+host's own to end (:mod:`hostruntime.patience`).
 """
 
 from __future__ import annotations
