@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from hostruntime.identity import give_identity
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
 from hostruntime.joining import Unkept, take_back
-from hostruntime.layers import Layer
+from hostruntime.layers import Layer, RanStep
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
 from hostruntime.progress import Progress, telling
@@ -143,31 +143,44 @@ class Assembly:
         check_environment(self._baked(self._base_file))
         cached = await self._boot(base)
         if cached:
-            await self._tell_unkept(base, cached)
-            await self._uncaptured.look(cached)
-        for number in range(cached + 1, len(self._plan.recipe) + 1):
+            await self._take_up(base, cached)
+        for number in range(len(cached) + 1, len(self._plan.recipe) + 1):
             refused = await self._steps.run(number)
-            await self._tell_unkept(base, number)
-            await self._uncaptured.look(number)
+            unkept = await self._unkept_of_step(base)
+            self._tell_unkept(number, unkept)
+            left = await self._uncaptured.look(number)
             if self._layers is not None:
-                await self._layers.after_step(number, refused)
+                await self._layers.after_step(number, refused, left, unkept)
         self._uncaptured.tell(self._emit)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)
         return measured
 
-    async def _tell_unkept(self, base: Image, step: int) -> None:
-        """Say what the step wrote that every container gets from its host instead."""
+    async def _take_up(self, base: Image, cached: Sequence[RanStep]) -> None:
+        """Say of each step that is not run again what it did in vain."""
+        self._uncaptured.take_up([step.left for step in cached])
+        # What nobody is known to have left is as old as the last of them.
+        await self._uncaptured.look(len(cached))
+        unclaimed = set(await self._unkept_of_step(base))
+        for number, step in enumerate(cached, 1):
+            self._tell_unkept(number, step.unkept)
+            unclaimed -= set(step.unkept)
+        self._tell_unkept(len(cached), sorted(unclaimed))
+
+    async def _unkept_of_step(self, base: Image) -> list[str]:
+        """What was written since this was last asked that every container gets from its host."""
         lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         upper = self._host.containers.layer(self._plan.image_id)
-        paths = await in_thread(self._unkept.after_step, upper, lent)
+        return await in_thread(self._unkept.after_step, upper, lent)
+
+    def _tell_unkept(self, step: int, paths: Sequence[str]) -> None:
         if paths:
             message = not_kept(paths)
             self._emit("not_captured", step=step, paths=paths, count=len(paths), message=message)
 
-    async def _boot(self, base: Image) -> int:
-        """Start the container; return how many steps it begins behind."""
+    async def _boot(self, base: Image) -> Sequence[RanStep]:
+        """Start the container; return the steps that it begins behind."""
         plan, began, layer = self._plan, time.monotonic(), None
         if plan.cache is not None:
             self._layers = BuildLayers(self._host, plan, plan.cache, base, self._emit, self._stop)
@@ -176,7 +189,7 @@ class Assembly:
         if running is None:
             layer, running = None, await self._start(base)
         self._emit("boot", boot_ms=round(running.boot_ms, 1), duration_ms=_since(began))
-        return self._layers.begun(layer) if self._layers is not None else 0
+        return self._layers.begun(layer) if self._layers is not None else ()
 
     async def _start_from_layer(self, base: Image, layer: Layer) -> Running | None:
         """Start where the layer was; None, and nothing started, if that cannot be done."""
