@@ -18,7 +18,7 @@ from typing import Any
 
 from hostruntime.build_layers import BuildLayers
 from hostruntime.build_plan import Emit, Host, Plan
-from hostruntime.build_report import not_kept, ran_past_build_time
+from hostruntime.build_report import environment_too_large, not_kept, ran_past_build_time
 from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
 from hostruntime.environment import (
@@ -27,12 +27,13 @@ from hostruntime.environment import (
     Environment,
     baked,
     check_environment,
+    check_variables,
     decoded,
     file_of,
     resolved,
     written,
 )
-from hostruntime.errors import HostError, HostFull
+from hostruntime.errors import HostError, HostFull, InvalidRequest
 from hostruntime.identity import give_identity
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
@@ -68,6 +69,8 @@ class Assembly:
         self._captured = Captured()
         self._base_env: Mapping[str, str] = {}
         self._base_file = self._lent_file = ""
+        # The last step that was run, 0 before the first: what /etc/environment holds is its work.
+        self._ran = 0
         self.publish_ms = 0
 
     async def run(self) -> Image:
@@ -121,7 +124,18 @@ class Assembly:
         except HostError:
             # There is none, or no process can be started: the step itself will say so.
             data = b""
-        return resolved(self._host_env, self._baked(decoded(data)))
+        return self._usable(decoded(data))
+
+    def _usable(self, file: str) -> Environment:
+        """The environment with this /etc/environment.  Raises BuildFailed if no process can."""
+        own = self._baked(file)
+        found = resolved(self._host_env, own)
+        try:
+            check_environment(own)
+            check_variables(found)
+        except InvalidRequest as error:
+            raise environment_too_large(self._ran, error.detail) from error
+        return found
 
     def _baked(self, file: str) -> Environment:
         """The image's environment with this /etc/environment: the base's, that, the template's."""
@@ -140,12 +154,13 @@ class Assembly:
         self._base_file = await in_thread(file_of, base.tree)
         lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         self._lent_file = await in_thread(file_of, lent)
-        check_environment(self._baked(self._base_file))
+        self._usable(self._base_file)
         cached = await self._boot(base)
         if cached:
             await self._take_up(base, cached)
         for number in range(len(cached) + 1, len(self._plan.recipe) + 1):
             refused = await self._steps.run(number)
+            self._ran = number
             unkept = await self._unkept_of_step(base)
             self._tell_unkept(number, unkept)
             left = await self._uncaptured.look(number)
@@ -295,7 +310,10 @@ class Assembly:
         below = self._host.store.digest(base, check)
         known, self._captured = self._captured.known, Captured()
         digest = image_digest(tree, base.tree, below, check, known=known, progress=done)
-        contents = {"digest": digest, **installed_packages(tree, check).to_json()}
+        file = file_of(tree)
+        self._usable(file)
+        found = installed_packages(tree, check).to_json()
+        contents = {"digest": digest, **found, "env": self._baked(file)}
         write_json(self._staged / CONTENTS, contents)
         return contents
 

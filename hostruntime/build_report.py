@@ -135,6 +135,13 @@ def out_of_disk(step: int, total: int, command: str, tail: str, disk_mb: int) ->
     return _failure("out_of_disk", [head, _ending(tail)], step)
 
 
+def environment_too_large(step: int, why: str) -> BuildFailed:
+    """An environment that no process can be given; ``step`` wrote it, 0 if none did yet."""
+    said = f"Step {step} wrote too much to /etc/environment. " if step else ""
+    said += "Nothing can be run with the environment of this image. "
+    return _failure("environment_too_large", [f"{said}{why}"], step or None)
+
+
 def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFailed:
     """A step that ended its own container."""
     head = (

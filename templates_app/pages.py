@@ -150,8 +150,7 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "refused_steps": [step for step in steps if step.refused_hosts],
         # Looked up for those pages alone that have something to offer by it.
         "allowed": envelope(template.team) if template.refused_hosts else None,
-        "variables": list(template.env.items())[:MOST_VARIABLES],
-        "more_variables": max(len(template.env) - MOST_VARIABLES, 0),
+        **variables(template),
         "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),
@@ -162,6 +161,17 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "completed": again.completed(template),
         "address": address,
     }
+
+
+def variables(template: Template) -> dict[str, Any]:
+    """The first of a template's own variables, then of those it has from elsewhere."""
+    own, baked = template.env, template.baked_env or {}
+    # PATH may be both: what it comes to with what it stands on.
+    inherited = {name: value for name, value in baked.items() if own.get(name) != value}
+    shown = list(own.items())[:MOST_VARIABLES]
+    others = list(inherited.items())[: MOST_VARIABLES - len(shown)]
+    more = len(own) + len(inherited) - len(shown) - len(others)
+    return {"variables": shown, "inherited": others, "more_variables": more}
 
 
 def capture_state(template: Template, done: int) -> str:

@@ -78,7 +78,11 @@ class TemplateAnswer(TemplateLine):
     recipe_next: int | None = Field(
         description="get_template's recipe_from for the steps after these; null at the end."
     )
-    env: dict[str, str] = Field(description="What is baked in; a sandbox's own comes over it.")
+    env: dict[str, str] = Field(description="The template's own variables.")
+    baked_env: dict[str, str] | None = Field(
+        description="All that the image has baked in, its base's variables too; a sandbox's own "
+        "come over it. Null until it is built."
+    )
     error_message: str | None
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused; add them to allow_domains."

@@ -58,8 +58,8 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     sandbox = insert(actor, spec, source, snapshot)
     try:
         boot(sandbox, snapshot)
-    except host_errors.HostFull as error:
-        # Clients retry this one, and count on nothing being left.
+    except (host_errors.HostFull, host_errors.InvalidRequest) as error:
+        # Clients ask again, for the same or for something else, and count on nothing being left.
         sandbox.delete()
         raise told(error) from error
     except host_errors.NotFound:

@@ -13,6 +13,8 @@ from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django.utils import timezone
 from django_q.tasks import async_task
 
+from hostruntime import environment
+from hostruntime.errors import InvalidRequest
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -72,6 +74,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     actor.require_template(spec.base_template)
     actor.require_network(spec.network)
     source = resolve_base(actor.team, spec.base_template)
+    check_environment(source, spec)
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
@@ -121,6 +124,14 @@ def resolve_base(team: Team, name: str) -> Source:
         raise InvalidInput(
             f"base_template: {sentence}", fields={"base_template": sentence}
         ) from None
+
+
+def check_environment(source: Source, spec: TemplateSpec) -> None:
+    """Raise ``InvalidInput`` for an ``env`` that is too large with what the base has baked in."""
+    try:
+        environment.check_environment(environment.baked(source.env, spec.env))
+    except InvalidRequest as error:
+        raise InvalidInput(f"env: {error.detail}", fields={"env": error.detail}) from None
 
 
 def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:

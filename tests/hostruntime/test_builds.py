@@ -258,8 +258,46 @@ async def test_an_environment_that_has_become_too_large_is_said(world: World) ->
             base_image="img_1" if number else "debian-12",
             env={f"A{number}": "x" * 70_000},
         )
-    assert "The environment is over 131072 bytes" in events[-1]["message"]
+    assert events[-1]["code"] == "environment_too_large"
+    assert "140,004 bytes altogether, and may have 131,072" in events[-1]["message"]
+    assert world.containers.ran == ["say x"]
     world.check_clean("img_2")
+
+
+async def test_a_variable_that_has_become_too_large_is_said(world: World) -> None:
+    """Each is less than the kernel takes, and so is what is baked in; what it stands on is not."""
+    below = {"A": "1", "MODE": "x" * 65_000}
+    await world.build("say x", env=below)
+    grown = {"MODE": "é" * 33_100 + "$MODE"}
+    events = await world.build("say y", build_id="img_2", base_image="img_1", env=grown)
+    assert events[-1]["code"] == "environment_too_large"
+    assert "environment variable MODE would have 131,206 bytes" in events[-1]["message"]
+    assert world.containers.ran == ["say x"]
+    world.check_clean("img_2")
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_a_step_that_bakes_too_much_is_said(world: World, last: bool) -> None:
+    lines = "".join(f"B{number}={'x' * 6_000}\n" for number in range(10))
+    steps = [f"write etc/environment {lines}", *([] if last else ["say after"])]
+    events = await world.build("say before", *steps, env={"A": "x" * 90_000})
+    failed = events[-1]
+    assert (failed["code"], failed["step"]) == ("environment_too_large", 2)
+    assert failed["message"].startswith("Step 2 wrote too much to /etc/environment.")
+    assert "say after" not in world.containers.ran
+    world.check_clean()
+
+
+async def test_what_is_baked_is_among_the_contents(world: World) -> None:
+    await world.build("say 1", env={"A": "1"})
+    events = await world.build(
+        "write etc/environment B=2\n",
+        build_id="img_2",
+        base_image="img_1",
+        env={"A": "$A:own"},
+    )
+    (told,) = [event for event in events if event["kind"] == "contents"]
+    assert told["env"] == {"A": "1:own", "B": "2"} == world.store.get("img_2").manifest.env
 
 
 async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:

@@ -277,6 +277,19 @@ async def test_what_went_past_the_proxy_says_which_setting_its_program_needs(
     assert ("Call create_sandbox" in said["next_step"]) is not failed
 
 
+async def test_what_is_baked_in_is_shown_as_rest_does(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    async with connect(key) as client:
+        made = await done(client, "create_template", **TEMPLATE, env={"A": "1"})
+        assert (made["env"], made["baked_env"]) == ({"A": "1"}, None)
+        await database_sync_to_async(run_queue)()
+        baked = {"A": "1", "B": "its base's"}
+        await database_sync_to_async(Template.objects.update)(contents={"env": baked})
+        ready = await done(client, "get_template", template_id=made["id"])
+    assert (ready["env"], ready["baked_env"]) == ({"A": "1"}, baked)
+
+
 @pytest.mark.parametrize("open_too", [True, False])
 async def test_nothing_is_advised_that_the_plan_refuses(
     connect: Connect, key: str, host: FakeHost, open_too: bool
