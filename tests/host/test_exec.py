@@ -95,6 +95,40 @@ def test_the_environment_is_clean_and_layered(
     assert not {"VIRTUAL_ENV", "PYTEST_CURRENT_TEST", "PYTHONPATH", "container"} & set(environment)
 
 
+@pytest.mark.parametrize(
+    ("script", "printed", "code"),
+    [
+        ("#!/usr/bin/perl\nprint 6 * 7, qq(\n); exit 3;", b"42\n", 3),
+        (
+            "#! /usr/bin/env perl\nmy $x = '\"$HOME\" `id` \\\\ %s';\nprint $x;",
+            b'"$HOME" `id` \\ %s',
+            0,
+        ),
+        ("#!/bin/sh -e\necho begun\nfalse\necho never", b"begun\n", 1),
+        ("#!/usr/bin/env -S bash -eu\necho begun\necho $UNKNOWN\necho never", b"begun\n", 1),
+        ("#!/bin/bash\nfalse\necho ${BASH_VERSION:+bash}", b"bash\n", 0),
+        ("#!/usr/bin/env bash\nfalse\necho on", b"on\n", 0),
+        ("#!/usr/bin/perl\n# " + "é" * 70_000 + "\nprint 'large';", b"large", 0),
+        ("#!/no/such/interpreter\n", b"", 127),
+    ],
+)
+def test_a_script_is_run_by_the_interpreter_that_it_names(
+    host: HostClient, sandbox: SandboxInfo, script: str, printed: bytes, code: int
+) -> None:
+    done = host.exec(sandbox.id, script)
+    assert (done.stdout, done.code) == (printed, code)
+    assert host.exec(sandbox.id, "ls -A /tmp").stdout == b""
+
+
+def test_a_script_that_is_killed_is_ended_with_all_that_it_started(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    with pytest.raises(ExecTimeout):
+        host.exec(sandbox.id, "#!/usr/bin/perl\nsystem('sleep 600');", timeout_seconds=1)
+    assert "perl" not in processes(host, sandbox)
+    assert "sleep" not in processes(host, sandbox)
+
+
 def test_a_variable_may_be_as_large_as_the_kernel_takes_and_no_larger(
     host: HostClient, new_sandbox: NewSandbox
 ) -> None:
