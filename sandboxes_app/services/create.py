@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from datetime import timedelta
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -115,30 +116,12 @@ def insert(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None = None
 ) -> Sandbox:
     """The row, counted against the plan under the team's lock."""
-    cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
-    now = timezone.now()
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
         team = held.team
         sandbox = Sandbox.objects.create(
-            team=team,
-            created_by=actor.user,
-            template=spec.template or "",
-            template_name=source.name[:100],
-            image_id=source.image_id,
-            network=spec.network,
-            allow_domains=spec.allow_domains if spec.network == "restricted" else None,
-            size=spec.size,
-            cpu=cpu,
-            memory_mb=memory_mb,
-            env=spec.env,
-            metadata=spec.metadata,
-            timeout_seconds=spec.timeout_seconds,
-            region=settings.REGION,
-            node_id=NODE,
-            created_at=now,
-            expires_at=now + timedelta(seconds=spec.timeout_seconds),
+            team=team, created_by=actor.user, **columns(spec, source, snapshot)
         )
         SandboxEvent.objects.create(
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
@@ -160,6 +143,29 @@ def insert(
             },
         )
     return sandbox
+
+
+def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dict[str, Any]:
+    """What is asked for, as the row has it."""
+    cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
+    now = timezone.now()
+    return {
+        "template": spec.template or "",
+        "template_name": source.name[:100],
+        "image_id": source.image_id,
+        "network": spec.network,
+        "allow_domains": spec.allow_domains if spec.network == "restricted" else None,
+        "size": spec.size,
+        "cpu": cpu,
+        "memory_mb": memory_mb,
+        "env": spec.env,
+        "metadata": spec.metadata,
+        "timeout_seconds": spec.timeout_seconds,
+        "region": settings.REGION,
+        "node_id": NODE,
+        "created_at": now,
+        "expires_at": now + timedelta(seconds=spec.timeout_seconds),
+    }
 
 
 def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:

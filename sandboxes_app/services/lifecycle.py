@@ -210,8 +210,9 @@ def reconcile() -> None:
 def half_way() -> list[Sandbox]:
     """Those that are ``pausing`` or ``resuming``, and nobody is at it."""
     rows = Sandbox.objects.filter(status__in=[SandboxStatus.PAUSING, SandboxStatus.RESUMING])
-    changed = rows.annotate(changed_at=Max("events__at"))
-    return [sandbox for sandbox in changed if left_alone(sandbox, sandbox.changed_at)]
+    changed = dict(rows.annotate(changed_at=Max("events__at")).values_list("pk", "changed_at"))
+    found = rows.filter(pk__in=changed)
+    return [sandbox for sandbox in found if left_alone(sandbox, changed[sandbox.pk])]
 
 
 def release_strangers(running: list[str]) -> None:

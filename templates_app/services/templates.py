@@ -80,26 +80,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         check_limits(actor, held, spec)
         check_times(held, spec)
         team = held.team
-        template = Template.objects.create(
-            team=team,
-            created_by=actor.user,
-            name=spec.name,
-            base_template=spec.base_template,
-            base_image=source.image_id,
-            recipe=spec.recipe,
-            network=spec.network,
-            allow_domains=spec.allow_domains,
-            env=spec.env,
-            step_timeout_seconds=spec.step_timeout_seconds,
-            build_timeout_seconds=spec.build_timeout_seconds,
-            disk_mb=spec.disk_mb,
-            reuse=spec.reuse or "",
-        )
-        BuildStep.objects.bulk_create(
-            BuildStep(template=template, number=number, command=command)
-            for number, command in enumerate(spec.recipe, start=1)
-        )
-        append(template, "queued", {})
+        template = insert(actor, team, spec, source)
         # The queue is in this database, so the task exists exactly if the template does.
         queue.call_worker(template)
         note_used(spec.base_template)
@@ -112,6 +93,31 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
             name=template.name,
             data={"base": spec.base_template, "steps": len(spec.recipe), "network": spec.network},
         )
+    return template
+
+
+def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Template:
+    """The rows of a template, its steps, and the first of its events."""
+    template = Template.objects.create(
+        team=team,
+        created_by=actor.user,
+        name=spec.name,
+        base_template=spec.base_template,
+        base_image=source.image_id,
+        recipe=spec.recipe,
+        network=spec.network,
+        allow_domains=spec.allow_domains,
+        env=spec.env,
+        step_timeout_seconds=spec.step_timeout_seconds,
+        build_timeout_seconds=spec.build_timeout_seconds,
+        disk_mb=spec.disk_mb,
+        reuse=spec.reuse or "",
+    )
+    BuildStep.objects.bulk_create(
+        BuildStep(template=template, number=number, command=command)
+        for number, command in enumerate(spec.recipe, start=1)
+    )
+    append(template, "queued", {})
     return template
 
 
