@@ -341,15 +341,9 @@ async def test_a_reader_that_leaves_ends_the_command(
     ]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_command_that_the_servers_end_cuts_off_says_so(
-    stream_api: AsyncApi,
-    host: FakeHost,
-    monkeypatch: pytest.MonkeyPatch,
-    key: str,
-    stream: bool,
-) -> None:
-    monkeypatch.setattr(closing, "_stopped", False)
+@pytest.fixture
+def hanging(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Every command runs on for long; set once one runs."""
     begun = asyncio.Event()
 
     async def endless(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
@@ -364,20 +358,31 @@ async def test_a_command_that_the_servers_end_cuts_off_says_so(
 
     monkeypatch.setattr(host, "exec_frames", endless)
     monkeypatch.setattr(host, "exec_to_end", waited_for)
+    return begun
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_command_that_the_servers_end_cuts_off_says_so(
+    stream_api: AsyncApi,
+    hanging: asyncio.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    stream: bool,
+) -> None:
+    monkeypatch.setattr(closing, "_stopped", False)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     box = created.json()["id"]
     body = json.dumps({"command": "make", "stream": stream}).encode()
     to_server: asyncio.Queue[Any] = asyncio.Queue()
     from_server: asyncio.Queue[Any] = asyncio.Queue()
-    task = asyncio.create_task(
-        ASGIHandler()(exec_scope(box, key, body), to_server.get, from_server.put)
-    )
+    answer = ASGIHandler()(exec_scope(box, key, body), to_server.get, from_server.put)
+    task = asyncio.create_task(answer)
     server = build_server(ASGIHandler(), ["127.0.0.1"], 0)
     # As when it serves this one request.
     server.connections = {"one": {"application_instance": task}}
     async with asyncio.timeout(20):
         await to_server.put({"type": "http.request", "body": body})
-        await begun.wait()
+        await hanging.wait()
         server.kill_all_applications()
         await asyncio.gather(task, return_exceptions=True)
     entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
