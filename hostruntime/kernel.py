@@ -52,6 +52,17 @@ CAPABILITY_NUMBERS = {
     "setfcap": 31,
 }
 
+# All that a container has of its own (namespaces(7)): what its init is in, and who enters it.
+ALL_NAMESPACES = (
+    os.CLONE_NEWUSER
+    | os.CLONE_NEWNS
+    | os.CLONE_NEWPID
+    | os.CLONE_NEWNET
+    | os.CLONE_NEWIPC
+    | os.CLONE_NEWUTS
+    | os.CLONE_NEWCGROUP
+)
+
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
