@@ -174,11 +174,19 @@ class EgressProxy:
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
     def healthy(self) -> bool:
-        """Tell whether Squid and its helper answer: a request of ours must be refused by both."""
+        """Tell whether Squid and its helper answer: a request of ours must be refused by both.
+
+        And whether Squid's master lives: the process that serves would go on without it, but
+        nobody would start it again, nor have it rotate its logs (squid(8), `-k`).
+        """
         try:
-            return self._refuses() and self._passes_on()
+            return self._has_master() and self._refuses() and self._passes_on()
         except OSError:
             return False
+
+    def _has_master(self) -> bool:
+        text = (self.run_dir.egress / "squid.pid").read_text().strip()
+        return text.isdecimal() and int(text) in self.processes()
 
     def _refuses(self) -> bool:
         # Squid would also refuse with a dead helper; these are the helper's own words.
@@ -473,13 +481,22 @@ def _limit() -> tuple[str, ...]:
     """Return what to start Squid with, as it takes no more descriptors than root may have.
 
     Without CAP_SYS_RESOURCE (a container's root) that is not ours to raise: it takes what it gets.
+    And unlike the agent, whose child it is, it is no process that the kernel must spare when
+    memory ends (choom(1)): tenants talk to it, and it is started again.
     """
-    raised = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--")
+    wanted = (
+        ("choom", "-n", "0", "--"),
+        ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--"),
+    )
+    return tuple(word for prefix in wanted if _is_allowed(prefix) for word in prefix)
+
+
+def _is_allowed(prefix: tuple[str, ...]) -> bool:
     try:
-        run([*raised, "true"], timeout=_START_SECONDS)
+        run([*prefix, "true"], timeout=_START_SECONDS)
     except CommandFailed:
-        return ()
-    return raised
+        return False
+    return True
 
 
 def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:

@@ -10,11 +10,13 @@ from typing import Any
 
 from channels.auth import AuthMiddlewareStack
 from channels.routing import ProtocolTypeRouter, URLRouter
+from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
 from orkestr_console.addresses import MCP_PATH
 from orkestr_console.channel_layer import SERVICE_RESTART
+from orkestr_console.listening import ForwardedBy
 from orkestr_console.postgres import unavailable
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
@@ -70,7 +72,7 @@ class Sockets:
 # Channels routes with Django's patterns, whose types know only views.
 anything_else: Any = nowhere
 
-application = ProtocolTypeRouter(
+protocols: Any = ProtocolTypeRouter(
     {
         "http": by_path,
         "websocket": Sockets(
@@ -78,3 +80,5 @@ application = ProtocolTypeRouter(
         ),
     }
 )
+# Before everything, so that HTTP, MCP and WebSockets are told the same.
+application = ForwardedBy(protocols, settings.TRUSTED_PROXIES)

@@ -67,7 +67,7 @@ def worker_answers(layout: Layout) -> bool:
 
 def is_well(layout: Layout, thing: str) -> bool:
     """What ``/readyz`` says of one thing; False while there is nobody to say it."""
-    address = f"http://127.0.0.1:{layout.port}/readyz"
+    address = f"{layout.local_url}/readyz"
     try:
         answer = httpx.get(address, timeout=scaled(ANSWER_SECONDS), trust_env=False)
         return bool(answer.json()["checks"][thing]["state"] == "ok")

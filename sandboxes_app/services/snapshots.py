@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from datetime import timedelta
 from typing import Any
 
 from django.db import transaction
@@ -26,6 +25,7 @@ from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
 from sandboxes_app.services.commands import refused
+from sandboxes_app.services.driving import driving, left_alone
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 NO_SUCH = "There is no such snapshot in your team; check the id."
 LOST = "The host lost the files of this snapshot; take another one."
 CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
-# The longest that the host may take over one.
-CAPTURING_GRACE = timedelta(seconds=scaled(600))
 # One this young may belong to a row that was not there yet when rows were read.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
 MEGABYTE = 1_000_000
@@ -52,7 +50,8 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     sandbox = find_running(actor, sandbox_id)
     snapshot = insert(actor, sandbox, spec)
     try:
-        info = host().create_snapshot(snapshot.pk, sandbox.pk)
+        with driving(snapshot):
+            info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
         raise given_up(snapshot, sandbox, error) from error
     if not settled(snapshot, info):
@@ -119,6 +118,13 @@ def failed(snapshot: Snapshot, message: str) -> None:
     """It came to nothing, or is no more."""
     rows = Snapshot.objects.filter(pk=snapshot.pk)
     persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
+
+
+def never_finished(snapshot: Snapshot) -> None:
+    """Who was to take it is gone."""
+    Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING).update(
+        status=SnapshotStatus.FAILED, error_message=CUT_OFF
+    )
 
 
 def given_up(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
@@ -222,10 +228,9 @@ def gone(snapshot: Snapshot) -> DomainError:
 def reconcile() -> None:
     """Make rows and the host's snapshots agree. Raises the host's errors."""
     now = timezone.now()
-    for late in Snapshot.objects.filter(
-        status=SnapshotStatus.CAPTURING, created_at__lt=now - CAPTURING_GRACE
-    ):
-        failed(late, CUT_OFF)
+    for capturing in Snapshot.objects.filter(status=SnapshotStatus.CAPTURING):
+        if left_alone(capturing, capturing.created_at):
+            never_finished(capturing)
     ready = list(Snapshot.objects.kept().filter(status=SnapshotStatus.READY))
     known = host().snapshots()
     there = {info.id for info in known}

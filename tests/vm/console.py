@@ -65,6 +65,12 @@ class Console:
         assert "self-check" in said.text, said.text[-4000:]
         return said.text
 
+    def errors(self) -> list[str]:
+        """What the agent, the worker and the web process logged as an error, so far."""
+        logs = f"{TREE}/var/log/agent.log {TREE}/var/log/web.log {TREE}/var/log/worker.log"
+        found = self.guest.root(f"grep -hE ' (ERROR|CRITICAL) ' {logs}", check=False)
+        return found.out.splitlines()
+
     def stop(self) -> None:
         """What Ctrl-C does, unless it has stopped already. AssertionError if it does not."""
         self.guest.root(f"kill -INT $(cat {TREE}/var/run/up.lock)", check=False)
@@ -106,9 +112,9 @@ class Console:
                 yield clients
 
     def _output(self) -> Started:
-        said = self.guest.root(
-            f"cat {OUTPUT}; test ! -e {TREE}/var/run/ready || echo {SERVING}", check=False
-        )
+        # The file alone may be from before a reboot.
+        served = f"test -e {TREE}/var/run/ready && pgrep -f '[m]anage.py up' >/dev/null"
+        said = self.guest.root(f"cat {OUTPUT}; {served} && echo {SERVING}", check=False)
         return Started(said.out, serving=SERVING in said.out)
 
 

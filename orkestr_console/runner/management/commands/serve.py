@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
 from typing import Any
 
 from django.conf import settings
@@ -22,7 +21,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--address",
             action="append",
-            help="listen on this address alone (may be repeated); every address if not given",
+            help="listen on this address (may be repeated); ORKESTR_LISTEN's if not given",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -34,7 +33,7 @@ class Command(BaseCommand):
         from orkestr_console.services.readiness import readiness
 
         readiness.start()
-        server = build_server(application, options["address"] or everywhere(), options["port"])
+        server = build_server(application, options["address"] or settings.LISTEN, options["port"])
         server.run()
         if server.failure:
             raise CommandError(f"cannot listen on port {options['port']}: {server.failure}")
@@ -51,8 +50,3 @@ def use_request_settings() -> None:
     connections.settings["default"]["OPTIONS"]["pool"]["timeout"] = settings.REQUEST_POOL_SECONDS
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def everywhere() -> list[str]:
-    """The address that stands for all of this machine's, in both families where both exist."""
-    return ["::"] if socket.has_dualstack_ipv6() else ["0.0.0.0"]  # noqa: S104 - meant
