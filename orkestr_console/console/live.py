@@ -17,8 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -49,16 +47,7 @@ LARGEST_FRAME = 60 * 1024
 MORE = "+"
 BREATH = 0.1  # seconds between two answers, however many notices there were
 
-# Pages are read in threads of their own: in the one that Channels would share among all sockets,
-# a page that takes long, or that waits for a connection, would keep everybody's from their news.
-READERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="live pages")
-
 type Message = dict[str, Any]
-
-
-def reading[R](look: Callable[[], R]) -> Awaitable[R]:
-    """What ``look`` finds in the rows, from a thread that lets go of its connection."""
-    return database_sync_to_async(look, thread_sensitive=False, executor=READERS)()
 
 
 class LivePage(LosesNotices, AsyncWebsocketConsumer):
@@ -87,7 +76,7 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
             return
         try:
             # Joined before the first reading, so that nothing falls between the two.
-            self._joined = await reading(self._groups)
+            self._joined = await database_sync_to_async(self._groups)()
             for group in self._joined:
                 await self.channel_layer.group_add(group, self.channel_name)
         except (Unauthenticated, Forbidden):
@@ -140,7 +129,7 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
                     await self._news.wait()
             self._news.clear()
             try:
-                for message in await reading(self._changes):
+                for message in await database_sync_to_async(self._changes)():
                     await self._say(message)
             except (Unauthenticated, Forbidden):
                 await self.close(code=UNAUTHENTICATED)

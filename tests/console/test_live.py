@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -293,32 +292,6 @@ async def test_a_page_in_a_session_that_is_ended_elsewhere_closes(
     await heard(socket)
     await sync_to_async(sessions.end_other_sessions)(alice, None)
     assert await closed(socket) == 4401
-
-
-async def test_a_page_that_takes_long_to_read_keeps_no_other_from_its_news(
-    opened: Open,
-    console: Client,
-    building: Template,
-    host: FakeHost,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    entered, let_go = threading.Event(), threading.Event()
-    read = TemplatePage.changes
-
-    def slow(page: TemplatePage, actor: Actor) -> list[Any]:
-        entered.set()
-        let_go.wait(60)
-        return read(page, actor)
-
-    monkeypatch.setattr(TemplatePage, "changes", slow)
-    try:
-        await opened(f"/ws/templates/{building.pk}/", console)
-        await asyncio.to_thread(entered.wait, 60)
-        listed = await opened("/ws/templates/", console)
-        await swapped(listed, 'data-status="building"')
-        assert not let_go.is_set()
-    finally:
-        let_go.set()
 
 
 async def test_while_the_database_is_away_a_page_is_asked_to_come_back(
