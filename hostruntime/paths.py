@@ -144,6 +144,7 @@ class StatePaths:
             self.squid,
         ):
             directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)
         return self
 
 
@@ -195,7 +196,9 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
 
     Raises :class:`HostUnavailable` when all sixteen are taken.
     """
-    claims.mkdir(mode=0o755, parents=True, exist_ok=True)
+    claims.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Not for others even to open: who opened the lock could hold it against every agent (flock(2)).
+    claims.chmod(0o700)
     remembered = _remembered_index(paths)
     order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
     with _locked(claims / ".lock"):
@@ -249,9 +252,12 @@ def _routed(subnet: IPv4Network) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def ensure_subordinate_ids(
