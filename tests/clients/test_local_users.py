@@ -161,7 +161,7 @@ def busy(stack: Stack, templates: Templates, sandboxes: Sandboxes) -> Busy:
 def own(user: str, busy: Busy) -> dict[str, str | None]:
     """What a user may do besides; None for everything at and below."""
     var = busy.var
-    return {
+    everybodys: dict[str, dict[str, str | None]] = {
         "nobody": {},
         "proxy": {str(busy.run / "egress"): None},
         "postgres": {str(var / "pg"): None, str(var / "run/pg"): None},
@@ -172,7 +172,8 @@ def own(user: str, busy: Busy) -> dict[str, str | None]:
             str(var / "run/pg"): "x",
             str(var / "run/pg/.s.PGSQL.5432"): "c",
         },
-    }[user]
+    }
+    return everybodys[user]
 
 
 @pytest.mark.parametrize("user", USERS)
