@@ -7,7 +7,8 @@ commits, and only then tells the host of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from django.db import transaction
 from django.db.models import F, Max
@@ -16,7 +17,7 @@ from django.utils import timezone
 from hostruntime.answers import HeldInfo, Reconciliation, StandingInfo
 from hostruntime.installation import InstallationMismatch, StateUnclaimed
 from orkestr_console.accounts import audit
-from orkestr_console.accounts.limit_changes import Operator
+from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.installation.models import Installation, new_word
 from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import errors_told, host
@@ -143,7 +144,7 @@ def held() -> list[HeldInfo]:
 
 def restore(key: str, operator: Operator | None = None) -> HeldInfo:
     """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
-    with errors_told():
+    with noting(operator, "quarantine.restore", key), errors_told():
         thing = host().restore_held(key)
     if operator is not None:
         record(operator, "quarantine.restore", thing.name, thing.kind)
@@ -152,10 +153,20 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
-    with errors_told():
+    with noting(operator, "quarantine.delete", key), errors_told():
         host().delete_held(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")
+
+
+@contextmanager
+def noting(operator: Operator | None, action: str, key: str) -> Iterator[None]:
+    """Note in the audit log what an operator is refused."""
+    if operator is None:
+        yield
+        return
+    with refusals(operator, action, "host", key):
+        yield
 
 
 def record(operator: Operator, action: str, name: str, note: str) -> None:
