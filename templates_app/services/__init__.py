@@ -11,7 +11,7 @@ from templates_app.services.events import (
     read_events,
 )
 from templates_app.services.log import log_text
-from templates_app.services.lost import IMAGE_LOST, note_lost, settle_images
+from templates_app.services.lost import IMAGE_LOST, give_image, note_lost, settle_images
 from templates_app.services.metering import note_image_bytes
 from templates_app.services.queue import Place, place
 from templates_app.services.templates import (
@@ -44,6 +44,7 @@ __all__ = [
     "delete_template",
     "follow_events",
     "get_template",
+    "give_image",
     "list_bases",
     "list_steps",
     "list_templates",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from django.db import transaction
+from django.utils import timezone
 
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import Conflict
 from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import host
+from orkestr_console.services.hosts import errors_told, host
 from templates_app.events import tell_changed
-from templates_app.models import Template, TemplateStatus
+from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.record import append
 
 IMAGE_LOST = "image_lost"
@@ -56,3 +59,41 @@ def note_back(template: Template) -> None:
         if held.update(status=TemplateStatus.READY, error_code="", error_message=""):
             append(template, "image_restored", {})
             tell_changed(template.pk, template.team_id)
+
+
+# What stands for the recipe of an image that only its files are left of.
+UNKNOWN_RECIPE = "# Put back by the operator; what the recipe was is not known."
+
+
+def give_image(team: Team, image_id: str, name: str) -> Template:
+    """A template of a team for an image that no row names, which an operator has put back.
+
+    Raises ``NotFound`` (the host has no such image), ``Conflict`` (a template has it already).
+    """
+    with errors_told():
+        image = host().image(image_id)
+    now = timezone.now()
+    with transaction.atomic():
+        if Template.objects.filter(image_id=image_id).exists():
+            raise Conflict(f"A template has the image {image_id} already.")
+        template = Template.objects.create(
+            team=team,
+            name=name,
+            base_template=image.base or "debian-12",
+            base_image=image.base or "debian-12",
+            recipe=[UNKNOWN_RECIPE],
+            status=TemplateStatus.READY,
+            image_id=image_id,
+            handed_over=True,
+            size_bytes=image.size_bytes,
+            file_count=image.file_count,
+            shared_bytes=image.shared_bytes,
+            started_at=now,
+            finished_at=now,
+        )
+        BuildStep.objects.create(
+            template=template, number=1, command=UNKNOWN_RECIPE, status=StepStatus.SUCCEEDED
+        )
+        append(template, "image_restored", {})
+        tell_changed(template.pk, team.pk)
+    return template

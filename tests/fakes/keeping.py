@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hostruntime.answers import HeldInfo, ImageInfo, Reconciliation, SnapshotInfo, StandingInfo
-from hostruntime.errors import NotFound
+from hostruntime.errors import ImageNotFound, NotFound
 from hostruntime.images import RECONCILE_MOST
 from hostruntime.installation import Claim, InstallationBook
 from hostruntime.paths import StatePaths
@@ -84,6 +84,13 @@ class FakeKeeping:
             done += surplus[:RECONCILE_MOST]
             waiting += surplus[RECONCILE_MOST:]
         return Reconciliation(done, waiting)
+
+    def image(self, image_id: str) -> ImageInfo:
+        """As the client."""
+        self._up()
+        if image_id not in self.stored:
+            raise ImageNotFound(f"There is no image {image_id}.")
+        return self.stored[image_id]
 
     def quarantine(self) -> list[HeldInfo]:
         """As the client."""

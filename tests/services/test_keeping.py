@@ -18,6 +18,7 @@ from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app.models import Template
+from templates_app.services import give_image
 from templates_app.tasks import reconcile_images
 from tests.fakes.host import FakeHost
 from tests.services.test_snapshots import OLD, aged
@@ -219,6 +220,23 @@ def test_a_lost_snapshot_is_ready_again_when_it_is_back(host: FakeHost, actor: A
     snapshot.refresh_from_db()
     assert (snapshot.status, snapshot.error_message) == ("ready", "")
     assert set(host.taken) == {snapshot.pk}
+
+
+def test_an_image_is_given_to_a_team_as_a_template(
+    image: Template, host: FakeHost, actor: Actor
+) -> None:
+    host.stored["img_unknown"] = image_like("img_unknown")
+    a_pass()
+    call_command(
+        "quarantine", "restore", "image.img_unknown", team=actor.team.slug, name="once more"
+    )
+    given = Template.objects.get(image_id="img_unknown")
+    assert (given.team, given.name, given.status) == (actor.team, "once more", "ready")
+    assert services.create_sandbox(actor, SandboxSpec(template=given.pk)).status == "running"
+    a_pass()
+    assert "img_unknown" in host.stored
+    with pytest.raises(Conflict, match="already"):
+        give_image(actor.team, "img_unknown", "twice")
 
 
 @pytest.mark.django_db(transaction=True)

@@ -7,8 +7,10 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from orkestr_console.accounts.management.commands.mint_token import find_team
 from orkestr_console.errors import DomainError
 from orkestr_console.installation import services
+from templates_app.services import give_image
 
 
 class Command(BaseCommand):
@@ -21,6 +23,9 @@ class Command(BaseCommand):
         parser.add_argument("action", choices=["list", "restore", "delete"])
         parser.add_argument("key", nargs="*", help="as `list` shows it, such as image.img_01J…")
 
+        parser.add_argument("--team", help="with restore: give an image to this team as a template")
+        parser.add_argument("--name", default="Put back", help="with --team: the template's name")
+
     def handle(self, *args: Any, **options: Any) -> None:
         """Do it, and say what was done."""
         keys: list[str] = options["key"]
@@ -30,7 +35,7 @@ class Command(BaseCommand):
             if options["action"] == "list":
                 self._list()
             for key in keys:
-                self._do(options["action"], key)
+                self._do(options["action"], key, options["team"], options["name"])
         except DomainError as error:
             raise CommandError(error.detail) from error
 
@@ -42,10 +47,14 @@ class Command(BaseCommand):
         if not held:
             self.stdout.write("Nothing is in quarantine.")
 
-    def _do(self, action: str, key: str) -> None:
+    def _do(self, action: str, key: str, team: str | None, name: str) -> None:
         if action == "restore":
+            owner = find_team(team) if team else None
             thing = services.restore(key)
             self.stdout.write(f"{thing.kind} {thing.name} was put back.")
+            if owner is not None and thing.kind == "image":
+                template = give_image(owner, thing.name, name)
+                self.stdout.write(f"It is template {template.pk} of {owner.name}.")
         else:
             services.delete(key)
             self.stdout.write(f"{key} was deleted.")
