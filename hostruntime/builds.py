@@ -338,7 +338,7 @@ class BuildManager:
                 raise BadRecord(directory / _RECORD, "it is the record of another build")
             return _Build(directory.name, directory, _log_of(directory), dict(record))
         except BadRecord as error:
-            self._host.store.quarantine.add(directory, "build", "damaged", error.detail)
+            self._host.store.quarantine.add_damaged(directory, "build", error.detail)
             return None
 
     def _get(self, build_id: str) -> _Build:

@@ -409,9 +409,9 @@ class ImageStore:
                 try:
                     _read_image(entry)
                 except ImageNotFound:
-                    self.quarantine.add(entry, "image", "damaged", f"{entry} has no manifest")
+                    self.quarantine.add_damaged(entry, "image", f"{entry} has no manifest")
                 except BadRecord as error:
-                    self.quarantine.add(entry, "image", "damaged", error.detail)
+                    self.quarantine.add_damaged(entry, "image", error.detail)
 
     def restore(self, held: Held) -> Image:
         """Put an image back that was set aside: it stays, whether or not a row names it.

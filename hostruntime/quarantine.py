@@ -102,13 +102,27 @@ class Quarantine:
             key = f"{key}~{time.time_ns()}"
         held = Held(key, kind, path.name, reason, detail, time.time(), size_bytes)
         entry = self._root / key
-        entry.mkdir(mode=0o700)
-        write_json(entry / _WHY, asdict(held))
-        path.rename(entry / _CONTENT)
+        try:
+            entry.mkdir(mode=0o700)
+            write_json(entry / _WHY, asdict(held))
+            path.rename(entry / _CONTENT)
+        except OSError:
+            self._trash.discard(entry)
+            raise
         _sync(path.parent)
         _sync(self._root)
         _log.error("%s %s was set aside, not deleted: %s", kind, path.name, detail)
         return held
+
+    def add_damaged(self, path: Path, kind: Kind, detail: str) -> None:
+        """:meth:`add` what cannot be believed; where that fails (a full disk) it stays, unused.
+
+        It must keep nobody from serving the rest.
+        """
+        try:
+            self.add(path, kind, "damaged", detail)
+        except OSError as error:
+            _log.error("%s is left where it is, and not used: %s (%s)", path, detail, error)
 
     def list(self) -> Things:
         """Everything here, the oldest first."""

@@ -133,7 +133,7 @@ class SandboxManager:
                 sandbox = read_sandbox(directory)
             except BadRecord as error:
                 # Whatever ran has been ended: the pass at start takes it for nobody's, too.
-                self.store.quarantine.add(directory, "sandbox", "damaged", error.detail)
+                self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
                 continue
             if sandbox is None:
                 # The agent died before there was a record.

@@ -115,7 +115,7 @@ class SnapshotManager:
             try:
                 one = read_snapshot(directory)
             except BadRecord as error:
-                self.store.quarantine.add(directory, "snapshot", "damaged", error.detail)
+                self.store.quarantine.add_damaged(directory, "snapshot", error.detail)
             else:
                 self._snapshots[one.id] = one
 
@@ -193,7 +193,11 @@ class SnapshotManager:
             del self._snapshots[one.id]
             detail = "no snapshot of the database has this name"
             add, directory = self.store.quarantine.add, self._directory(one.id)
-            await in_thread(add, directory, "snapshot", "unknown", detail, one.size_bytes)
+            try:
+                await in_thread(add, directory, "snapshot", "unknown", detail, one.size_bytes)
+            except OSError:
+                self._snapshots[one.id] = one
+                raise
         return [one.id for one in surplus[:most]], [one.id for one in surplus[most:]]
 
     def restore_held(self, held: Held) -> Snapshot:

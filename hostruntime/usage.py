@@ -143,7 +143,7 @@ class UsageBook:
             try:
                 meter = read_meter(path)
             except BadRecord as error:
-                self.quarantine.add(path, "usage", "damaged", error.detail)
+                self.quarantine.add_damaged(path, "usage", error.detail)
                 continue
             if meter is None:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -230,6 +231,28 @@ def test_an_entry_without_its_content_is_no_entry(store: ImageStore, paths: Stat
     assert again.trash.wait()
     assert list(paths.quarantine.iterdir()) == []
     assert again.exists("img_one")
+
+
+def test_what_cannot_be_set_aside_keeps_nobody_from_the_rest(
+    store: ImageStore, paths: StatePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    publish(store, "img_good")
+    publish(store, "img_bad")
+    (paths.images / "img_bad/image.json").write_text("{}")
+    monkeypatch.setattr("hostruntime.quarantine.write_json", full)
+    again = ImageStore(paths)
+    again.recover(set())
+    assert [image.id for image in again.list()] == ["img_good"]
+    assert (paths.images / "img_bad/tree/etc/file").read_text() == "x"
+    with pytest.raises(OSError, match="No space"):
+        again.reconcile(set(), older_than=-1)
+    assert again.exists("img_good")
+    monkeypatch.undo()
+    again.recover(set())
+    assert [held.name for held in again.quarantine.list()] == ["img_bad"]
 
 
 @pytest.mark.parametrize("days", ["none", "0", "-1", "nan", "1e9"])
