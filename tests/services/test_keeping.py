@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -108,6 +109,8 @@ def wrong(
     sandbox = services.create_sandbox(actor, SandboxSpec(template="debian-12"))
     snapshot = services.create_snapshot(actor, sandbox.pk, SnapshotSpec()).pk
     aged(host, snapshot, OLD)
+    box = host.booted[sandbox.pk]
+    box.info = replace(box.info, started_at=box.info.started_at - OLD)
     if request.param == "older":
         restored(3, host)
         Snapshot.objects.all().delete()
