@@ -7,6 +7,7 @@ commits, and only then tells the host of it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,6 +24,10 @@ from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import errors_told, host
 
 logger = logging.getLogger(__name__)
+
+# For as long as the mark is being changed, which takes two calls.
+TRIES = 20
+PAUSE_SECONDS = 0.5
 
 
 def current() -> Installation:
@@ -82,21 +87,30 @@ def reconcile(
 ) -> Reconciliation | None:
     """Have the host set aside some of what is not named; None when it may not.
 
-    Raises the host's errors when it does not answer.
+    Waits a little while another task changes the mark. Raises the host's errors when it does not
+    answer.
     """
-    row = current()
-    if row.mismatch or not row.confirmed:
-        return None
-    let_go()
-    try:
-        done = host().reconcile(row.claim(), images=images, snapshots=snapshots)
-    except InstallationMismatch as error:
-        # The mark may have changed since it was read: the next pass comes soon.
-        logger.warning("the host set nothing aside: %s", error.detail)
-        return None
-    if done.set_aside:
-        logger.error("set aside, as no row names them: %s", ", ".join(done.set_aside))
-    return done
+    for _ in range(TRIES):
+        row = current()
+        if row.mismatch:
+            return None
+        let_go()
+        if row.confirmed:
+            try:
+                done = host().reconcile(row.claim(), images=images, snapshots=snapshots)
+            except InstallationMismatch as error:
+                logger.warning("the host set nothing aside: %s", error.detail)
+            else:
+                if done.set_aside:
+                    logger.error("set aside, as no row names them: %s", ", ".join(done.set_aside))
+                return done
+        pause()
+    return None
+
+
+def pause() -> None:
+    """Let the other task go on."""
+    time.sleep(PAUSE_SECONDS)
 
 
 def note_waiting(many: int) -> None:

@@ -179,6 +179,24 @@ def test_the_hosts_word_is_asked_anew_in_every_call(image: Template, host: FakeH
     assert set(host.stored) == {image.image_id}
 
 
+def test_a_pass_waits_for_another_that_changes_the_mark(
+    image: Template, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin on the same minute."""
+    host.stored["img_unknown"] = image_like("img_unknown")
+    installation.advanced(Installation.objects.get())
+    waited = []
+
+    def other_goes_on() -> None:
+        waited.append(True)
+        tasks.tidy()
+
+    monkeypatch.setattr(installation, "pause", other_goes_on)
+    reconcile_images()
+    assert len(waited) == 1
+    assert [held.key for held in installation.held()] == ["image.img_unknown"]
+
+
 def test_an_image_that_is_gone_makes_its_template_failed_and_back(
     image: Template, host: FakeHost, actor: Actor
 ) -> None:
