@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from hostruntime.build_layers import BuildLayers
 from hostruntime.build_plan import Emit, Host, Plan
-from hostruntime.build_report import not_kept, ran_past_build_time
+from hostruntime.build_report import environment_too_large, not_kept, ran_past_build_time
 from hostruntime.capture import Captured, capture
 from hostruntime.contents import installed_packages
 from hostruntime.environment import (
@@ -27,17 +27,18 @@ from hostruntime.environment import (
     Environment,
     baked,
     check_environment,
+    check_variables,
     decoded,
     file_of,
     resolved,
     written,
 )
-from hostruntime.errors import HostError, HostFull
+from hostruntime.errors import HostError, HostFull, InvalidRequest
 from hostruntime.identity import give_identity
 from hostruntime.image_digest import image_digest
 from hostruntime.images import CONTENTS, Image, ImageManifest
 from hostruntime.joining import Unkept, take_back
-from hostruntime.layers import Layer
+from hostruntime.layers import Layer, RanStep
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import write_json
 from hostruntime.progress import Progress, telling
@@ -68,6 +69,8 @@ class Assembly:
         self._captured = Captured()
         self._base_env: Mapping[str, str] = {}
         self._base_file = self._lent_file = ""
+        # The last step that was run, 0 before the first: what /etc/environment holds is its work.
+        self._ran = 0
         self.publish_ms = 0
 
     async def run(self) -> Image:
@@ -121,7 +124,18 @@ class Assembly:
         except HostError:
             # There is none, or no process can be started: the step itself will say so.
             data = b""
-        return resolved(self._host_env, self._baked(decoded(data)))
+        return self._usable(decoded(data))
+
+    def _usable(self, file: str) -> Environment:
+        """The environment with this /etc/environment.  Raises BuildFailed if no process can."""
+        own = self._baked(file)
+        found = resolved(self._host_env, own)
+        try:
+            check_environment(own)
+            check_variables(found)
+        except InvalidRequest as error:
+            raise environment_too_large(self._ran, error.detail) from error
+        return found
 
     def _baked(self, file: str) -> Environment:
         """The image's environment with this /etc/environment: the base's, that, the template's."""
@@ -140,34 +154,48 @@ class Assembly:
         self._base_file = await in_thread(file_of, base.tree)
         lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         self._lent_file = await in_thread(file_of, lent)
-        check_environment(self._baked(self._base_file))
+        self._usable(self._base_file)
         cached = await self._boot(base)
         if cached:
-            await self._tell_unkept(base, cached)
-            await self._uncaptured.look(cached)
-        for number in range(cached + 1, len(self._plan.recipe) + 1):
+            await self._take_up(base, cached)
+        for number in range(len(cached) + 1, len(self._plan.recipe) + 1):
             refused = await self._steps.run(number)
-            await self._tell_unkept(base, number)
-            await self._uncaptured.look(number)
+            self._ran = number
+            unkept = await self._unkept_of_step(base)
+            self._tell_unkept(number, unkept)
+            left = await self._uncaptured.look(number)
             if self._layers is not None:
-                await self._layers.after_step(number, refused)
+                await self._layers.after_step(number, refused, left, unkept)
         self._uncaptured.tell(self._emit)
         await self._host.containers.halt(self._plan.image_id)
         measured = await self._capture(base)
         await self._describe(base)
         return measured
 
-    async def _tell_unkept(self, base: Image, step: int) -> None:
-        """Say what the step wrote that every container gets from its host instead."""
+    async def _take_up(self, base: Image, cached: Sequence[RanStep]) -> None:
+        """Say of each step that is not run again what it did in vain."""
+        self._uncaptured.take_up([step.left for step in cached])
+        # What nobody is known to have left is as old as the last of them.
+        await self._uncaptured.look(len(cached))
+        unclaimed = set(await self._unkept_of_step(base))
+        for number, step in enumerate(cached, 1):
+            self._tell_unkept(number, step.unkept)
+            unclaimed -= set(step.unkept)
+        self._tell_unkept(len(cached), sorted(unclaimed))
+
+    async def _unkept_of_step(self, base: Image) -> list[str]:
+        """What was written since this was last asked that every container gets from its host."""
         lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         upper = self._host.containers.layer(self._plan.image_id)
-        paths = await in_thread(self._unkept.after_step, upper, lent)
+        return await in_thread(self._unkept.after_step, upper, lent)
+
+    def _tell_unkept(self, step: int, paths: Sequence[str]) -> None:
         if paths:
             message = not_kept(paths)
             self._emit("not_captured", step=step, paths=paths, count=len(paths), message=message)
 
-    async def _boot(self, base: Image) -> int:
-        """Start the container; return how many steps it begins behind."""
+    async def _boot(self, base: Image) -> Sequence[RanStep]:
+        """Start the container; return the steps that it begins behind."""
         plan, began, layer = self._plan, time.monotonic(), None
         if plan.cache is not None:
             self._layers = BuildLayers(self._host, plan, plan.cache, base, self._emit, self._stop)
@@ -176,7 +204,7 @@ class Assembly:
         if running is None:
             layer, running = None, await self._start(base)
         self._emit("boot", boot_ms=round(running.boot_ms, 1), duration_ms=_since(began))
-        return self._layers.begun(layer) if self._layers is not None else 0
+        return self._layers.begun(layer) if self._layers is not None else ()
 
     async def _start_from_layer(self, base: Image, layer: Layer) -> Running | None:
         """Start where the layer was; None, and nothing started, if that cannot be done."""
@@ -282,7 +310,10 @@ class Assembly:
         below = self._host.store.digest(base, check)
         known, self._captured = self._captured.known, Captured()
         digest = image_digest(tree, base.tree, below, check, known=known, progress=done)
-        contents = {"digest": digest, **installed_packages(tree, check).to_json()}
+        file = file_of(tree)
+        self._usable(file)
+        found = installed_packages(tree, check).to_json()
+        contents = {"digest": digest, **found, "env": self._baked(file)}
         write_json(self._staged / CONTENTS, contents)
         return contents
 

@@ -95,8 +95,8 @@ class BuildLayers:
         """It turned out to be of no use."""
         self._host.layers.discard(layer.directory)
 
-    def begun(self, layer: Layer | None) -> int:
-        """The container runs: tell which steps are not run; return how many."""
+    def begun(self, layer: Layer | None) -> Sequence[RanStep]:
+        """The container runs: tell which steps are not run; return what is known of them."""
         self._steps = list(layer.steps) if layer is not None else []
         for number, step in enumerate(self._steps, 1):
             self._emit(
@@ -109,17 +109,21 @@ class BuildLayers:
                 refused=[one.to_wire() for one in step.refused],
             )
         self._last = time.monotonic()
-        return len(self._steps)
+        return tuple(self._steps)
 
     # Keeping what a step made -------------------------------------------------------------
 
-    async def after_step(self, number: int, refused: Sequence[Refused]) -> None:
+    async def after_step(
+        self, number: int, refused: Sequence[Refused], left: Sequence[str], unkept: Sequence[str]
+    ) -> None:
         """The step has succeeded and nothing runs: keep what there is, if it is worth it.
 
-        ``refused`` is what the network policy refused it all the same.
-        A layer that cannot be kept is no failure of the build.  Raises DiskStuckError.
+        ``refused`` is what the network policy refused it all the same, ``left`` and ``unkept`` what
+        it did in vain.  A layer that cannot be kept is no failure of the build.  Raises
+        DiskStuckError.
         """
-        self._steps.append(RanStep(self._plan.image_id, time.time(), tuple(refused)))
+        vain = (tuple(left), tuple(unkept))
+        self._steps.append(RanStep(self._plan.image_id, time.time(), tuple(refused), *vain))
         if number == len(self._plan.recipe) or not self._is_worth_it():
             return
         try:

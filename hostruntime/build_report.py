@@ -49,7 +49,8 @@ class Refused:
         """The host with its port, and how it was asked for if not by the proxy."""
         if self.port == 0:
             return f"{self.host} (by DNS)"
-        return f"{self.host}:{self.port}{' (past the proxy)' if self.direct else ''}"
+        past = self.direct and self.reason != "network_off"
+        return f"{self.host}:{self.port}{' (past the proxy)' if past else ''}"
 
 
 def step_failed(
@@ -132,6 +133,13 @@ def out_of_disk(step: int, total: int, command: str, tail: str, disk_mb: int) ->
         f"MiB, and one file for every 16 KiB of it; remove in a step what later ones do not need."
     )
     return _failure("out_of_disk", [head, _ending(tail)], step)
+
+
+def environment_too_large(step: int, why: str) -> BuildFailed:
+    """An environment that no process can be given; ``step`` wrote it, 0 if none did yet."""
+    said = f"Step {step} wrote too much to /etc/environment. " if step else ""
+    said += "Nothing can be run with the environment of this image. "
+    return _failure("environment_too_large", [f"{said}{why}"], step or None)
 
 
 def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFailed:

@@ -3,7 +3,7 @@
 Names that its resolver was asked for (:mod:`hostruntime.stub_resolver`).  Asking is a refusal
 where the policy would not have let the host through, and where it would, a mistake of the
 program's, which should have asked the proxy.  And addresses that it tried by itself, as the
-firewall saw them.
+firewall saw them, or with network `off` its own namespace (:mod:`hostruntime.nowhere`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def asked_host(name: str) -> str | None:
 def judge(mode: Mode, domains: frozenset[str], host: str) -> Verdict:
     """What there is to say of a host that was asked for by DNS."""
     if mode == "off":
-        text = f"{host} was asked for, and nothing is reached with network off"
-        return Verdict(allowed=False, reason="network_off", message=text)
+        return _off(f"{host} was asked for")
     if matches(host, domains) is None:
         text = (
             f"{host} is not on its allowlist, and {ADVICE}, and add the host to allow_domains; "
@@ -89,16 +88,27 @@ def judge(mode: Mode, domains: frozenset[str], host: str) -> Verdict:
     return Verdict(allowed=True, reason="past_proxy", message=text)
 
 
-def record_attempt(run_dir: RunDir, owner: str, attempt: Attempt) -> None:
+def record_attempt(run_dir: RunDir, owner: str, mode: Mode, attempt: Attempt) -> None:
     """Record that an owner's container tried an address by itself."""
     kind, where = attempt.protocol.upper(), f"{attempt.address}:{attempt.port}"
+    if mode == "off":
+        source, verdict = "", _off(f"{kind} to {where} was tried")
+    else:
+        source, verdict = attempt.source, _past_proxy(f"{kind} to {where}")
+    _append(run_dir, owner, (source, kind, attempt.address, attempt.port), verdict)
+
+
+def _off(what: str) -> Verdict:
+    text = f"{what}, and nothing is reached with network off"
+    return Verdict(allowed=False, reason="network_off", message=text)
+
+
+def _past_proxy(what: str) -> Verdict:
     text = (
-        f"{kind} to {where} went past the proxy, which is the only way out: have the program "
+        f"{what} went past the proxy, which is the only way out: have the program "
         "connect by host name through the address in $HTTPS_PROXY, or use network open"
     )
-    verdict = Verdict(allowed=False, reason="past_proxy", message=text)
-    what = (attempt.source, kind, attempt.address, attempt.port)
-    _append(run_dir, owner, what, verdict)
+    return Verdict(allowed=False, reason="past_proxy", message=text)
 
 
 def _append(run_dir: RunDir, owner: str, what: tuple[str, str, str, int], verdict: Verdict) -> None:

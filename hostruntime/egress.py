@@ -174,11 +174,19 @@ class EgressProxy:
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
     def healthy(self) -> bool:
-        """Tell whether Squid and its helper answer: a request of ours must be refused by both."""
+        """Tell whether Squid and its helper answer: a request of ours must be refused by both.
+
+        And whether Squid's master lives: the process that serves would go on without it, but
+        nobody would start it again, nor have it rotate its logs (squid(8), `-k`).
+        """
         try:
-            return self._refuses() and self._passes_on()
+            return self._has_master() and self._refuses() and self._passes_on()
         except OSError:
             return False
+
+    def _has_master(self) -> bool:
+        text = (self.run_dir.egress / "squid.pid").read_text().strip()
+        return text.isdecimal() and int(text) in self.processes()
 
     def _refuses(self) -> bool:
         # Squid would also refuse with a dead helper; these are the helper's own words.

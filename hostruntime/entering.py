@@ -27,15 +27,6 @@ from hostruntime import kernel
 from hostruntime.limits import cgroup_layout, pid_inside
 from hostruntime.lxc_config import CAPABILITIES
 
-_NAMESPACES = (
-    os.CLONE_NEWUSER
-    | os.CLONE_NEWNS
-    | os.CLONE_NEWPID
-    | os.CLONE_NEWNET
-    | os.CLONE_NEWIPC
-    | os.CLONE_NEWUTS
-    | os.CLONE_NEWCGROUP
-)
 _KEPT = frozenset(kernel.CAPABILITY_NUMBERS[name] for name in CAPABILITIES)
 _LABELS = (Path("/proc/self/attr/apparmor/current"), Path("/proc/self/attr/current"))
 _MOST_REPORTED = 4096
@@ -149,7 +140,7 @@ def _lead_in(
     """Join the container, confined, and leave one process there; what became of it is reported."""
     try:
         label = _open_label() if confinement.label is not None else None
-        os.setns(doorway.pidfd, _NAMESPACES)
+        os.setns(doorway.pidfd, kernel.ALL_NAMESPACES)
         _become_root_inside()
         _confine(confinement, label)
         pid = kernel.clone_sibling()

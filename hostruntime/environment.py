@@ -19,6 +19,10 @@ from hostruntime.errors import InvalidRequest
 from hostruntime.trees import opened, opened_if_directory
 
 MAX_ENV_BYTES = 128 * 1024
+# MAX_ARG_STRLEN of execve(2) on pages of 4 KiB: name, "=", value and the NUL that ends it.  For all
+# of them together and the arguments there are 2 MiB (a quarter of the stack), which is more than
+# what an image, a sandbox, a command and its text may have.
+MAX_VARIABLE_BYTES = 128 * 1024
 MAX_FILE_BYTES = 64 * 1024
 ETC_ENVIRONMENT = "/etc/environment"
 _LINE = re.compile(r"[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.ASCII)
@@ -69,8 +73,26 @@ def check_environment(env: Mapping[str, str]) -> None:
             raise InvalidRequest(f"{name!r} cannot be the name of an environment variable.")
         if "\0" in value:
             raise InvalidRequest(f"The environment variable {name} contains a NUL character.")
-    if sum(len(name) + len(value) for name, value in env.items()) > MAX_ENV_BYTES:
-        raise InvalidRequest(f"The environment is over {MAX_ENV_BYTES} bytes.")
+    check_variables(env)
+    if (size := sum(_bytes(name) + _bytes(value) for name, value in env.items())) > MAX_ENV_BYTES:
+        raise InvalidRequest(
+            f"The environment has {size:,} bytes altogether, and may have {MAX_ENV_BYTES:,}; put "
+            "what is large into a file."
+        )
+
+
+def check_variables(env: Mapping[str, str]) -> None:
+    """Raise InvalidRequest for a variable that the kernel gives no process (execve(2))."""
+    for name, value in env.items():
+        if (size := _bytes(name) + _bytes(value) + 2) > MAX_VARIABLE_BYTES:
+            raise InvalidRequest(
+                f"The environment variable {name} would have {size:,} bytes, with what it stands "
+                f"on, and the kernel takes {MAX_VARIABLE_BYTES:,} at most; put it into a file."
+            )
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 # /etc/environment ---------------------------------------------------------------------------

@@ -47,6 +47,12 @@ _BACKLOG_BYTES = 1024 * 1024
 _MAX_ARGUMENT_BYTES = 128 * 1024
 _PART_CHARACTERS = 30_000  # of at most four bytes each (RFC 3629)
 _SHELL_NAME = "bash"
+# Those that bash can stand in for.
+_SHELLS = frozenset({"bash", "dash", "sh"})
+# The file must stay until the script has ended: some interpreters look at it again.
+_RUN_SCRIPT = (
+    'f=$(mktemp) && printf %s "$@" >"$f" && chmod 700 "$f" || exit; "$f"; s=$?; rm -f "$f"; exit $s'
+)
 _MAX_PIPE_BYTES = 1024 * 1024  # /proc/sys/fs/pipe-max-size
 _log = logging.getLogger(__name__)
 _tags = itertools.count(1)
@@ -92,18 +98,35 @@ Frame = Started | Chunk | Exited | TimedOut
 def shell(command: str) -> list[str]:
     """The argv that runs ``command`` through bash where the image has it, else /bin/sh.
 
+    A script whose first line names another interpreter, or options, is run by that, from a file
+    (execve(2), "Interpreter scripts").
+
     The kernel takes no single argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).  A longer command
     goes in parts that the shell puts together, and drops, before it runs it.
     """
+    if _names_its_interpreter(command):
+        return [SHELL, "-c", _RUN_SCRIPT, _SHELL_NAME, *_parts_of(command)]
     if len(command.encode()) < _MAX_ARGUMENT_BYTES:
         return [SHELL, "-c", command]
-    parts = [
-        command[begin : begin + _PART_CHARACTERS]
-        for begin in range(0, len(command), _PART_CHARACTERS)
-    ]
+    parts = _parts_of(command)
     whole = "".join(f"${{{number}}}" for number in range(1, len(parts) + 1))
     # The shift comes with the command in one argument: it is expanded before there is none.
     return [SHELL, "-c", f'eval "shift {len(parts)}; {whole}"', _SHELL_NAME, *parts]
+
+
+def _parts_of(command: str) -> list[str]:
+    begins = range(0, len(command), _PART_CHARACTERS)
+    return [command[begin : begin + _PART_CHARACTERS] for begin in begins]
+
+
+def _names_its_interpreter(command: str) -> bool:
+    """Whether a script's first line asks for more than a shell without options."""
+    if not command.startswith("#!"):
+        return False
+    words = command.partition("\n")[0].removeprefix("#!").split()
+    if words and words[0].rpartition("/")[2] == "env":
+        words = words[1:]
+    return len(words) != 1 or words[0].rpartition("/")[2] not in _SHELLS
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ PAST_PROXY, PACE = "attempts", "pace"
 # More than there are slots: an address that found no room in it would not be counted.
 _CLIENTS = 1024
 _ATTEMPTS = 65536
-_RATE = "1/second burst 32 packets"
+RATE = "1/second burst 32 packets"
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
 
@@ -75,29 +75,31 @@ class Attempt:
     port: int
 
 
-def take_attempts(table: str) -> list[Attempt]:
+def take_attempts(table: str, family: str = "inet") -> list[Attempt]:
     """Return what was tried since this was last called; raises CommandFailed.
 
-    Only what is returned is taken out of the set, so nothing is lost that comes meanwhile.
+    Of the calling thread's network namespace.  Only what is returned is taken out of the set, so
+    nothing is lost that comes meanwhile.
     """
-    listing = run(["nft", "-j", "list", "set", "inet", table, PAST_PROXY], timeout=_TIMEOUT).stdout
+    listing = run(["nft", "-j", "list", "set", family, table, PAST_PROXY], timeout=_TIMEOUT).stdout
     found = [_attempts_in(item["set"]) for item in json.loads(listing)["nftables"] if "set" in item]
     attempts = [one for each in found for one in each]
     if attempts:
         keys = ", ".join(
             f"{one.source} . {one.protocol} . {one.address} . {one.port}" for one in attempts
         )
-        text = f"delete element inet {table} {PAST_PROXY} {{ {keys} }}\n"
+        text = f"delete element {family} {table} {PAST_PROXY} {{ {keys} }}\n"
         # One may have timed out since, and then none is deleted: they are told twice.
         run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT, check=False)
     return attempts
 
 
 def _attempts_in(listed: Mapping[str, Any]) -> list[Attempt]:
-    keys = [item["elem"]["val"]["concat"] for item in listed.get("elem", [])]
+    # One that does not time out is not wrapped (libnftables-json(5)).
+    elements = [item.get("elem", {"val": item})["val"] for item in listed.get("elem", [])]
     return [
         Attempt(str(source), str(protocol), str(address), int(port))
-        for source, protocol, address, port in keys
+        for source, protocol, address, port in (element["concat"] for element in elements)
     ]
 
 
@@ -163,7 +165,7 @@ timeout 1m; }}
 size {_ATTEMPTS}; flags dynamic,timeout; timeout 5m; }}
   chain past_proxy {{
     ip daddr 224.0.0.0/3 drop
-    meta l4proto {{ tcp, udp }} add @{PACE} {{ ip saddr limit rate {_RATE} }} \
+    meta l4proto {{ tcp, udp }} add @{PACE} {{ ip saddr limit rate {RATE} }} \
 update @{PAST_PROXY} {{ ip saddr . meta l4proto . ip daddr . th dport }}
     meta l4proto tcp reject with tcp reset
     reject with icmpx admin-prohibited

@@ -51,23 +51,28 @@ class RanStep:
     """A step that was run: by which build, when it had ended (Unix seconds), what it was refused.
 
     A step that did without a host it was refused is as it is for want of that host, also where it
-    is not run again.
+    is not run again.  The same goes for what it did in vain: what it had ``left`` where nothing is
+    captured, and what it wrote that is not kept (``unkept``), both as absolute paths inside.
     """
 
     build: str
     at: float
     refused: tuple[Refused, ...] = ()
+    left: tuple[str, ...] = ()
+    unkept: tuple[str, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """As a layer's record has it."""
         refused = [one.to_wire() for one in self.refused]
-        return {"build": self.build, "at": self.at, "refused": refused}
+        vain = {"left": list(self.left), "unkept": list(self.unkept)}
+        return {"build": self.build, "at": self.at, "refused": refused, **vain}
 
     @classmethod
     def from_wire(cls, record: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_wire` wrote; raises KeyError, TypeError for anything else."""
         refused = tuple(Refused.from_wire(one) for one in record.get("refused", ()))
-        return cls(str(record["build"]), record["at"], refused)
+        left, unkept = (tuple(map(str, record.get(name, ()))) for name in ("left", "unkept"))
+        return cls(str(record["build"]), record["at"], refused, left, unkept)
 
 
 @dataclass(frozen=True)

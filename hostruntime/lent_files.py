@@ -47,6 +47,16 @@ _ENVIRONMENT = {
     # It would be refused once a week, by a host that nobody asked for.
     "YARN_ENABLE_TELEMETRY": "0",
 }
+# So that with network off programs use what they have, and say at once what they lack: without it
+# some ask for minutes, and npx does not run even what is in its cache.  Those that have such a
+# switch and no variable for it are told in their files.
+_OFFLINE = {
+    "UV_OFFLINE": "1",
+    "COREPACK_ENABLE_NETWORK": "0",
+    "CARGO_NET_OFFLINE": "true",
+    "CONDA_OFFLINE": "true",
+    "HF_HUB_OFFLINE": "1",
+}
 # What a login sets by itself, for whom it logs in.
 _OF_A_LOGIN = frozenset({"PATH", "HOME"})
 _CA_VARIABLES = (
@@ -85,6 +95,8 @@ def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
     environment = {**_ENVIRONMENT, **dict.fromkeys(_CA_VARIABLES, f"/{CA_BUNDLE}")}
     if mode == "restricted":
         environment |= _proxy_environment(_proxy_url(pool))
+    if mode == "off":
+        environment |= _OFFLINE
     if java := _java_options(mode, pool):
         environment["JAVA_TOOL_OPTIONS"] = " ".join(java)
     return environment
@@ -161,27 +173,44 @@ def _name_resolution(mode: Mode, resolvers: tuple[str, ...]) -> Iterator[LayerFi
 
 def _package_managers(mode: Mode, pool: SlotPool, registries: Registries) -> Iterator[LayerFile]:
     url = _proxy_url(pool) if mode == "restricted" else None
-    npmrc = f"update-notifier=false\n{registries.npmrc()}cafile=/{CA_BUNDLE}\n"
-    if url:
-        npmrc += f"proxy={url}\nhttps-proxy={url}\nnoproxy={_NO_PROXY}\n"
-    yield LayerFile("etc/npmrc", npmrc.encode())
+    npmrc = _npmrc(mode, url, registries).encode()
+    yield LayerFile("etc/npmrc", npmrc)
     # Where npm looks that was not told of the other (NPM_CONFIG_GLOBALCONFIG): its prefix.
-    yield LayerFile("usr/local/etc/npmrc", npmrc.encode())
+    yield LayerFile("usr/local/etc/npmrc", npmrc)
     # Read before /etc/pip.conf (pip's user guide, "Configuration"), which is the image's.
     options = {"cert": f"/{CA_BUNDLE}", **({"proxy": url} if url else {})}
+    if mode == "off":
+        # It has no such switch, and says why it finds nothing only when it tries again.
+        options["retries"] = "1"
     yield LayerFile("etc/xdg/pip/pip.conf", registries.pip_conf(options).encode())
     if sources := registries.apt_sources(BASE_CODENAME):
         yield LayerFile("etc/apt/sources.list", sources.encode())
-    apt = 'Acquire::Languages "none";\nAcquire::Retries "3";\n'
+    yield LayerFile("etc/apt/apt.conf.d/80orkestr", _apt_conf(mode, url).encode())
+    if yarn := _yarnrc(mode, url, registries):
+        yield LayerFile(".yarnrc.yml", yarn.encode())
+
+
+def _npmrc(mode: Mode, url: str | None, registries: Registries) -> str:
+    npmrc = f"update-notifier=false\n{registries.npmrc()}cafile=/{CA_BUNDLE}\n"
+    if url:
+        npmrc += f"proxy={url}\nhttps-proxy={url}\nnoproxy={_NO_PROXY}\n"
+    return npmrc + ("offline=true\n" if mode == "off" else "")
+
+
+def _apt_conf(mode: Mode, url: str | None) -> str:
+    apt = f'Acquire::Languages "none";\nAcquire::Retries "{0 if mode == "off" else 3}";\n'
     if url:
         apt += f'Acquire::http::Proxy "{url}";\nAcquire::https::Proxy "{url}";\n'
-    yield LayerFile("etc/apt/apt.conf.d/80orkestr", apt.encode())
-    # Yarn 2 and later looks in every directory above a project, and reads no npmrc.
+    return apt
+
+
+def _yarnrc(mode: Mode, url: str | None, registries: Registries) -> str:
+    """For Yarn 2 and later, which looks in every directory above a project, and at no npmrc."""
     registry = registries.carries_npm()
     yarn = [f"npmRegistryServer: {registry}"] if registry else []
     yarn += [f"httpProxy: {url}", f"httpsProxy: {url}"] if url else []
-    if yarn:
-        yield LayerFile(".yarnrc.yml", "".join(f"{line}\n" for line in yarn).encode())
+    yarn += ["enableNetwork: false"] if mode == "off" else []
+    return "".join(f"{line}\n" for line in yarn)
 
 
 def _environment_files(environment: Mapping[str, str]) -> Iterator[LayerFile]:

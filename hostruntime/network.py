@@ -25,7 +25,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from hostruntime import firewall, kernel
+from hostruntime import firewall, kernel, nowhere
 from hostruntime.conntrack import forget_connections
 from hostruntime.direct import Listener, record_attempt
 from hostruntime.errors import (
@@ -93,8 +93,8 @@ class SlotPool:
         self._assigned: dict[str, Slot] = {}
         self._doomed: deque[Slot] = deque()
         self._attempts = threading.Lock()
-        # Who has, or was the last to have, an address that is not free yet.
-        self._held: dict[str, str] = {}
+        # Who has, or was the last to have, a slot without a free way out that is not free yet.
+        self._held: dict[Slot, str] = {}
         self._recycler: threading.Thread | None = None
         self._closing = False
         self._busy = 0
@@ -207,22 +207,43 @@ class SlotPool:
         return str(self._proxy()), firewall.PROXY_PORT
 
     def record_attempts(self, reader: str | None = None) -> None:
-        """Have what restricted containers tried past the proxy in their owners' records.
+        """Have what containers tried past the proxy, or without one, in their owners' records.
 
-        ``reader`` is whose record is to be read, if only one's. To be called every few seconds,
-        for the firewall forgets, and in a thread.
+        ``reader`` is whose record is to be read, if only one's. To be called every few seconds
+        without one, for the firewall forgets (not so a slot that is off), and in a thread.
         """
-        if reader is not None and reader not in self._held.copy().values():
-            return
+        held = self._held.copy()
+        modes = {slot.mode for slot, owner in held.items() if owner == reader}
+        if reader is None or "restricted" in modes:
+            self._record_restricted()
+        for slot, owner in held.items():
+            if slot.mode == "off" and owner == reader:
+                self._record_off(slot, owner)
+
+    def _record_restricted(self) -> None:
         with self._attempts:
             try:
                 found = firewall.take_attempts(self.instance.nft_table)
             except (HostError, OSError) as error:
                 _log.warning("what went past the proxy cannot be read: %s", error)
                 return
+            owners = {slot.address: owner for slot, owner in self._held.copy().items()}
             for attempt in found:
-                if (owner := self._held.get(attempt.source)) is not None:
-                    record_attempt(self.run_dir, owner, attempt)
+                if (owner := owners.get(attempt.source)) is not None:
+                    record_attempt(self.run_dir, owner, "restricted", attempt)
+
+    def _record_off(self, slot: Slot, owner: str) -> None:
+        with self._attempts:
+            # Meanwhile it may be gone, and what was tried in it recorded.
+            if slot.netns is None or self._held.get(slot) != owner:
+                return
+            try:
+                found = nowhere.take_attempts(slot.netns)
+            except (HostError, OSError) as error:
+                _log.warning("what was tried in slot %d cannot be read: %s", slot.index, error)
+                return
+            for attempt in found:
+                record_attempt(self.run_dir, owner, "off", attempt)
 
     # Taking -------------------------------------------------------------------------------
 
@@ -270,8 +291,9 @@ class SlotPool:
     def _enforce(self, owner: str, slot: Slot, policy: Policy) -> None:
         if slot.address is not None:
             self.firewall.ensure_there()
+        if slot.mode != "open":
+            self._held[slot] = owner
         if slot.address is not None and policy.mode == "restricted":
-            self._held[slot.address] = owner
             entry = {"owner": owner, "domains": policy.allow_domains}
             _write_small(self._entry(slot), entry, mode=0o640)
         _write_small(self._record(slot), {"index": slot.index, "mode": slot.mode, "owner": owner})
@@ -352,16 +374,23 @@ class SlotPool:
         self._assigned[owner] = slot
         self._free.remove(slot.index)
         self._attend(slot)
+        if slot.mode != "open":
+            self._held[slot] = owner
         link = self._link(slot)
         if link is not None and slot.mode == "restricted":
-            self._held[str(link.address)] = owner
             # Turning the host's own on, as we do, turns every interface's on.
             write_sysctl(f"net/ipv4/conf/{link.host_end}/forwarding", "0", optional=True)
 
     def _attend(self, slot: Slot) -> None:
-        """Have the names heard of that a container asks DNS for which has none."""
+        """Have the names heard of that a container asks DNS for which has none, and addresses."""
         if slot.mode == "open" or slot.netns is None:
             return
+        if slot.mode == "off":
+            try:
+                nowhere.lead_nowhere(slot.netns)
+            except (HostError, OSError) as error:
+                # What its programs try fails as well, and nobody is told.
+                _log.warning("nothing is heard of what slot %d tries: %s", slot.index, error)
         listener = Listener(self.run_dir, slot.mode, slot.address, partial(self._owner_of, slot))
         try:
             self.resolver.attend(slot.netns, listener.hear)
@@ -378,10 +407,10 @@ class SlotPool:
         link = self._link(slot)
         if slot.netns is not None:
             self.resolver.leave(slot.netns)
-        if slot.address is not None and slot.address in self._held:
+        if (owner := self._held.get(slot)) is not None:
             # Before somebody else gets it.
-            self.record_attempts()
-            del self._held[slot.address]
+            self.record_attempts(owner)
+            self._held.pop(slot, None)
         destroy_namespace(self.run_dir, self._name(slot.index), link.host_end if link else None)
         if slot.mode == "open" and slot.address is not None:
             forget_connections(IPv4Address(slot.address))

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.environment import check_environment, resolved
+from hostruntime.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
 from hostruntime.identity import give_identity
@@ -222,6 +222,7 @@ class SandboxManager:
                 request.deadline,
                 image_env=image.manifest.env,
             )
+            check_variables(self._environment(sandbox))
             write_json(directory / _RECORD, asdict(sandbox))
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
@@ -322,12 +323,17 @@ class SandboxManager:
     ) -> AsyncGenerator[Frame, None]:
         """Run a command with the environment of the image, the sandbox and its own, in this order.
 
-        See :meth:`ContainerManager.exec`.
+        See :meth:`ContainerManager.exec`.  Raises InvalidRequest for an environment that no process
+        can have.
         """
         sandbox = self._usable(sandbox_id)
-        host = self.containers.environment(sandbox.request.network)
-        environment = {**resolved(host, sandbox.image_env), **sandbox.request.env, **env}
+        environment = {**self._environment(sandbox), **env}
+        check_variables(environment)
         return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+
+    def _environment(self, sandbox: Sandbox) -> Environment:
+        host = self.containers.environment(sandbox.request.network)
+        return {**resolved(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
         """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""

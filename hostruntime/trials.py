@@ -21,6 +21,7 @@ from pathlib import Path
 from hostruntime import disk, firewall, kernel
 from hostruntime.errors import HostError
 from hostruntime.paths import ID_BASE, IDS_PER_SLOT
+from hostruntime.patience import Patience, tree_of
 from hostruntime.policy import deny_list
 from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs
 from hostruntime.run import run
@@ -31,15 +32,6 @@ _DISK_MB = 8
 # In every trial an empty tmpfs of its own, nobody else's.
 _SCRATCH = Path("/run")
 _CGROUPS = Path("/sys/fs/cgroup")
-_NAMESPACES = (
-    os.CLONE_NEWUSER
-    | os.CLONE_NEWNS
-    | os.CLONE_NEWPID
-    | os.CLONE_NEWNET
-    | os.CLONE_NEWIPC
-    | os.CLONE_NEWUTS
-    | os.CLONE_NEWCGROUP
-)
 
 
 class TrialError(Exception):
@@ -106,7 +98,7 @@ def cgroup_kill(_: Path) -> None:
             (group / "cgroup.procs").write_text(str(victim))
             (group / "cgroup.kill").write_text("1")
         finally:
-            killed = _status(victim, 1.0) == -signal.SIGKILL
+            killed = _status(victim, Patience(1.0, lambda: [victim])) == -signal.SIGKILL
     finally:
         group.rmdir()
     if not killed:
@@ -118,7 +110,7 @@ def enter_by_pidfd(_: Path) -> None:
     ready, told = os.pipe()
 
     def live_apart() -> None:
-        os.unshare(_NAMESPACES)
+        os.unshare(kernel.ALL_NAMESPACES)
         os.write(told, b"1")
         signal.pause()
 
@@ -128,7 +120,7 @@ def enter_by_pidfd(_: Path) -> None:
         if os.read(ready, 1) != b"1":
             raise TrialError("the kernel refused new namespaces (unshare(2))")
         handle = os.pidfd_open(target)
-        os.setns(handle, _NAMESPACES)
+        os.setns(handle, kernel.ALL_NAMESPACES)
     finally:
         os.kill(target, signal.SIGKILL)
         os.waitpid(target, 0)
@@ -172,10 +164,11 @@ def attempt(trial: Callable[[Path], None], directory: Path) -> str | None:
     child = _fork(lambda: _in_private(trial, directory, writing))
     os.close(writing)
     with os.fdopen(reading, "rb") as said:
-        status = _status(child, _SECONDS)
+        patience = Patience(_SECONDS, lambda: tree_of(child))
+        status = _status(child, patience)
         error = said.read(_ERROR_BYTES).decode("utf-8", "replace")
     if status is None:
-        return f"it did not end within {_SECONDS:g} s"
+        return f"it {patience.why}"
     return error or (f"it was killed by signal {-status}" if status else None)
 
 
@@ -201,10 +194,9 @@ def _fork(action: Callable[[], object]) -> int:
     return child
 
 
-def _status(child: int, seconds: float) -> int | None:
-    """How a child ended within that time, negative for a signal; None if it had to be killed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def _status(child: int, patience: Patience) -> int | None:
+    """How a child ended, negative for a signal; None if it had to be killed."""
+    while not patience.spent():
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)

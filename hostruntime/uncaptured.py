@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from hostruntime.build_plan import Emit
 from hostruntime.errors import HostError
@@ -29,8 +30,14 @@ class Uncaptured:
         self._owner = owner
         self._left_by: dict[str, int] = {}
 
-    async def look(self, step: int) -> None:
-        """The step has ended: what is there now and was not before is its own."""
+    def take_up(self, left: Sequence[Sequence[str]]) -> None:
+        """The build begins behind steps that are not run again; what each of them had left."""
+        for number, paths in enumerate(left, 1):
+            self._left_by |= dict.fromkeys(paths, number)
+
+    async def look(self, step: int) -> tuple[str, ...]:
+        """The step has ended: what is there now and was not before is its own, and returned."""
+        own: list[str] = []
         for directory in DIRECTORIES:
             try:
                 names = await self._containers.names_in(self._owner, directory)
@@ -38,10 +45,13 @@ class Uncaptured:
                 # Too many to be listed, or out of memory: nothing that a build should end for.
                 continue
             paths = {f"{directory}/{name}" for name in names if not _OWN_RUBBISH.fullmatch(name)}
-            gone = [path for path in self._left_by if path.startswith(f"{directory}/")]
-            for path in set(gone) - paths:
+            known = {path for path in self._left_by if path.startswith(f"{directory}/")}
+            for path in known - paths:
                 del self._left_by[path]
-            self._left_by |= dict.fromkeys(paths - set(gone), step)
+            fresh = sorted(paths - known)
+            self._left_by |= dict.fromkeys(fresh, step)
+            own += fresh
+        return tuple(own)
 
     def tell(self, emit: Emit) -> None:
         """One event for each step that left something which is there still."""

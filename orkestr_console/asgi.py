@@ -10,10 +10,12 @@ from typing import Any
 
 from channels.auth import AuthMiddlewareStack
 from channels.routing import ProtocolTypeRouter, URLRouter
+from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
 from orkestr_console.addresses import MCP_PATH
+from orkestr_console.listening import ForwardedBy
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
@@ -51,7 +53,7 @@ async def nowhere(scope: Any, receive: Any, send: Any) -> None:
 # Channels routes with Django's patterns, whose types know only views.
 anything_else: Any = nowhere
 
-application = ProtocolTypeRouter(
+protocols: Any = ProtocolTypeRouter(
     {
         "http": by_path,
         "websocket": AuthMiddlewareStack(
@@ -59,3 +61,5 @@ application = ProtocolTypeRouter(
         ),
     }
 )
+# Before everything, so that HTTP, MCP and WebSockets are told the same.
+application = ForwardedBy(protocols, settings.TRUSTED_PROXIES)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from http import HTTPStatus
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -93,22 +91,6 @@ def browser_rules(get_response: Handler) -> Handler:
         kept = "no-store" if passing else "private, no-cache"
         response.headers.setdefault("Cache-Control", kept)
         return response
-
-    return middleware
-
-
-def client_address(get_response: Handler) -> Handler:
-    """Take the client's address from the proxy in front: the audit log and lock-outs need it.
-
-    The proxy appends to ``X-Forwarded-For`` what it saw; what is before that the client may claim.
-    Only installed where the public address is https, which this process never speaks itself.
-    """
-
-    def middleware(request: HttpRequest) -> HttpResponseBase:
-        seen = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
-        with suppress(ValueError):
-            request.META["REMOTE_ADDR"] = str(ip_address(seen))
-        return get_response(request)
 
     return middleware
 

@@ -36,7 +36,7 @@ from twisted.logger import globalLogBeginner
 from zope.interface import implementer
 
 from hostruntime.patience import scaled
-from orkestr_console import interim
+from orkestr_console import closing, interim
 from orkestr_console.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
 from orkestr_console.ids import new_id
 
@@ -403,6 +403,7 @@ class ConsoleServer(Server):  # type: ignore[misc]
 
     def kill_all_applications(self) -> Any:
         """Cancel what still runs; the reactor's stop waits for this."""
+        closing.note_stopped()
         for task in self._applications():
             task.cancel()
 

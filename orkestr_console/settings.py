@@ -3,7 +3,7 @@
 ``DATABASE_URL``, ``PORT``, ``ORKESTR_VAR``, ``ORKESTR_STATE_DIR``, ``ORKESTR_HOST_SOCKET``,
 ``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``,
 ``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``,
-``ORKESTR_REGION``.
+``ORKESTR_REGION``, ``ORKESTR_LISTEN``, ``ORKESTR_TRUSTED_PROXIES``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import dj_database_url
 from django.utils.csp import CSP
 
 from hostruntime.patience import scaled
-from orkestr_console import machine
+from orkestr_console import listening, machine
 
 BASE_DIR = Path(__file__).resolve().parents[1]
 VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
@@ -40,6 +40,11 @@ TOKEN_PEPPER = machine.secret("ORKESTR_TOKEN_PEPPER", VAR / "run/token_pepper")
 # --- Who we are, as browsers see it ---------------------------------------------------------------
 _public = urlsplit(PUBLIC_URL)
 _https = _public.scheme == "https"
+LISTEN = listening.listen_addresses(os.environ.get("ORKESTR_LISTEN"))
+# Nobody where there is no proxy: only one that ends TLS has something to say.
+TRUSTED_PROXIES = (
+    listening.trusted_proxies(os.environ.get("ORKESTR_TRUSTED_PROXIES")) if _https else []
+)
 ALLOWED_HOSTS = machine.allowed_hosts(_public.hostname, os.environ.get("ORKESTR_ALLOWED_HOSTS", ""))
 CSRF_TRUSTED_ORIGINS = [f"{_public.scheme}://{_public.netloc}"]
 ROOT_URLCONF = "orkestr_console.urls"
@@ -72,7 +77,6 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.middleware.request_id",
-    *(["orkestr_console.middleware.client_address"] if _https else []),
     "orkestr_console.middleware.browser_rules",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.

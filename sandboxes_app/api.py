@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from time import monotonic
 from typing import Any
@@ -124,9 +124,7 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     )
 
 
-async def streamed(
-    request: HttpRequest, frames: AsyncGenerator[dict[str, Any]]
-) -> StreamingHttpResponse:
+async def streamed(request: HttpRequest, frames: services.CommandStream) -> StreamingHttpResponse:
     """The stream, once its first frame is there: until then, an error is an ordinary answer."""
     first = await anext(frames)
     return StreamingHttpResponse(
@@ -137,7 +135,7 @@ async def streamed(
 
 
 async def sent_events(
-    request: HttpRequest, first: dict[str, Any], frames: AsyncGenerator[dict[str, Any]]
+    request: HttpRequest, first: dict[str, Any], frames: services.CommandStream
 ) -> AsyncIterator[bytes]:
     """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
 
@@ -154,6 +152,7 @@ async def sent_events(
                 await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
                 if not following.done() or monotonic() >= trusted_until:
                     if error := await database_sync_to_async(no_longer)(request):
+                        frames.why = error.detail
                         yield event({"kind": "error", "code": error.code, "message": error.detail})
                         return
                     trusted_until = monotonic() + KEEP_ALIVE_SECONDS

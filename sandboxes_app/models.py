@@ -96,6 +96,8 @@ class Sandbox(models.Model):
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    # When the process that starts, pauses or resumes it last said that it lives.
+    driven_at = models.DateTimeField(null=True, blank=True)
     started_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField()
     ended_at = models.DateTimeField(null=True, blank=True)
@@ -216,6 +218,8 @@ class Snapshot(models.Model):
     node_id = models.CharField(max_length=100)
     error_message = models.TextField(blank=True, default="")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    # When the process that takes it last said that it lives.
+    driven_at = models.DateTimeField(null=True, blank=True)
     ready_at = models.DateTimeField(null=True, blank=True)
     deleted_at = models.DateTimeField(null=True, blank=True)
 

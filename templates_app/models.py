@@ -127,7 +127,7 @@ class Template(models.Model):
     file_count = models.BigIntegerField(null=True, blank=True)
     shared_bytes = models.BigIntegerField(null=True, blank=True)
     build_ms = models.BigIntegerField(null=True, blank=True)
-    # What is in the image, as the host told it: its digest, packages, and what the scrub removed.
+    # What is in the image, as the host told it: its digest, packages, and what is baked in.
     contents = models.JSONField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -157,6 +157,14 @@ class Template(models.Model):
     def state(self) -> TemplateStatus:
         """The status as the enumeration, with its tone."""
         return TemplateStatus(self.status)
+
+    @property
+    def baked_env(self) -> dict[str, str] | None:
+        """What is baked into the image: its base's, /etc/environment's and its own variables.
+
+        None while there is no image, and of one whose host did not tell yet.
+        """
+        return (self.contents or {}).get("env")
 
     @property
     def is_ready(self) -> bool:

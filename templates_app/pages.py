@@ -10,6 +10,7 @@ from django.db.models import Max
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.console.ansi import Rendered, drawn
 from templates_app import services
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
@@ -147,8 +148,9 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "done": done,
         "running": running,
         "refused_steps": [step for step in steps if step.refused_hosts],
-        "variables": list(template.env.items())[:MOST_VARIABLES],
-        "more_variables": max(len(template.env) - MOST_VARIABLES, 0),
+        # Looked up for those pages alone that have something to offer by it.
+        "allowed": envelope(template.team) if template.refused_hosts else None,
+        **variables(template),
         "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),
@@ -159,6 +161,17 @@ def facts(template: Template, address: str) -> dict[str, Any]:
         "completed": again.completed(template),
         "address": address,
     }
+
+
+def variables(template: Template) -> dict[str, Any]:
+    """The first of a template's own variables, then of those it has from elsewhere."""
+    own, baked = template.env, template.baked_env or {}
+    # PATH may be both: what it comes to with what it stands on.
+    inherited = {name: value for name, value in baked.items() if own.get(name) != value}
+    shown = list(own.items())[:MOST_VARIABLES]
+    others = list(inherited.items())[: MOST_VARIABLES - len(shown)]
+    more = len(own) + len(inherited) - len(shown) - len(others)
+    return {"variables": shown, "inherited": others, "more_variables": more}
 
 
 def capture_state(template: Template, done: int) -> str:

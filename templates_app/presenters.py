@@ -46,9 +46,14 @@ def template_summary(template: Template) -> dict[str, Any]:
 def template_detail(
     template: Template, steps: Iterable[ShownStep], place: Place | None
 ) -> dict[str, Any]:
-    """One template, with its place in the queue if it waits, and the steps of its build."""
+    """One template, with its place in the queue if it waits, and the steps of its build.
+
+    ``baked_env`` is what the image has in the end: its base's variables, those of its recipe's
+    /etc/environment, and its own ``env`` over them.
+    """
     return {
         **template_summary(template),
+        "baked_env": template.baked_env,
         "queue": place and {"place": place.number, "waits_for": place.waits_for},
         "steps": [step_detail(step) for step in steps],
     }

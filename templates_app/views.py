@@ -52,6 +52,7 @@ def prefilled(request: ConsoleRequest) -> TemplateForm:
     if source := request.GET.get("from"):
         form = TemplateForm.like(services.get_template(request.actor, source))
         form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
+        form.network = "open" if request.GET.get("network") == "open" else form.network
         form.reuse = "failed" if request.GET.get("reuse") == "failed" else ""
         return form
     form = TemplateForm.preset(request.GET.get("preset", ""))

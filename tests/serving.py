@@ -30,7 +30,7 @@ TREE = Path(__file__).resolve().parents[1]
 class Serving:
     """One web process. ``url`` is where it answers."""
 
-    def __init__(self, var: Path, database: dict[str, Any]) -> None:
+    def __init__(self, var: Path, database: dict[str, Any], **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = var / "web.log"
@@ -44,11 +44,12 @@ class Serving:
             "ORKESTR_TOKEN_PEPPER": settings.TOKEN_PEPPER,
             "ORKESTR_PUBLIC_URL": "",
             "PORT": str(self.port),
+            **environment,
         }
         self.manage("collectstatic", "--noinput", "-v0")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "manage.py", "serve", "--address=127.0.0.1"],
+                [sys.executable, "manage.py", "serve"],
                 cwd=TREE,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

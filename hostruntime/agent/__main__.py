@@ -28,6 +28,7 @@ from hostruntime.paths import StatePaths
 from hostruntime.patience import scaled
 
 _LOCK_SECONDS = 10.0
+_TOLD_EVERY = 25
 _REQUESTS_GRACE_SECONDS = 1
 _SOCKET_MODE = 0o660
 _log = logging.getLogger("hostruntime.agent")
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.action == "teardown":
             if paths.root.is_dir():
                 with _only_agent(paths):
-                    tear_down(paths.ensure())
+                    tear_down(paths.ensure(), _tell)
             return 0
         with _only_agent(paths.ensure()) as lock:
             asyncio.run(_serve(paths, options.socket, options.socket_group, lock))
@@ -54,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
     return 0
+
+
+def _tell(done: int, of: int) -> None:
+    """Say on standard output how far the teardown is; the log goes elsewhere."""
+    if done == of or done % _TOLD_EVERY == 0:
+        print(f"ended {done} of {of} containers", flush=True)  # noqa: T201 - the command's answer
 
 
 def _parser() -> argparse.ArgumentParser:

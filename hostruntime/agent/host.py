@@ -30,7 +30,7 @@ from hostruntime.paths import (
 )
 from hostruntime.policy import PolicyError
 from hostruntime.quarantine import keep_days
-from hostruntime.reclaim import reclaim, take_down
+from hostruntime.reclaim import Told, reclaim, take_down
 from hostruntime.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.sandboxes import SandboxManager
 from hostruntime.snapshots import users_of_images
@@ -188,17 +188,18 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     )
 
 
-def tear_down(paths: StatePaths) -> None:
+def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:
     """Stop every container and remove all it has on the host; images and snapshots stay.
 
-    No agent may run on the state directory.  Raises HostError, OSError.
+    ``told`` hears how many of how many containers are gone.  No agent may run on the state
+    directory.  Raises HostError, OSError.
     """
     if not paths.instance_file.exists():
         return
     instance = claim_instance(paths)
     pool = SlotPool(paths, instance)
     store = ImageStore(paths)
-    take_down(paths, instance, store.trash)
+    take_down(paths, instance, store.trash, told)
     EgressProxy(paths, instance, pool).stop()
     pool.teardown()
     delegation.tear_down(instance)

@@ -176,9 +176,39 @@ class Envelope:
         """Raise ``PlanLimit`` unless the plan has custom egress allowlists."""
         if not self.plan.custom_egress_allowlist:
             raise PlanLimit(
-                f"allow_domains: the {self.plan.name} plan has the default allowlist only; leave "
+                f"allow_domains: {self.default_list_alone}; leave "
                 "it out, or ask your administrator for a larger plan."
             )
+
+    @property
+    def default_list_alone(self) -> str:
+        """That there are no custom egress allowlists, as the beginning of a sentence."""
+        return f"the {self.plan.name} plan has the default allowlist only"
+
+    @property
+    def may_list(self) -> bool:
+        """Whether a host can be allowed by naming it."""
+        return self.plan.custom_egress_allowlist and "restricted" in self.networks
+
+    @property
+    def may_open(self) -> bool:
+        """Whether the open network can be used."""
+        return "open" in self.networks
+
+    def instead_of_listing(self) -> str:
+        """What there is to do about a host that cannot be allowed by name, in two sentences."""
+        why, ask = self.default_list_alone, "ask your administrator for a larger plan"
+        if "restricted" not in self.networks:
+            why, ask = "your team's admins do not allow the network 'restricted'", ""
+        elif not self.may_open and "open" in networks_of(self.plan):
+            ask = f"ask {self.admins()} to allow the network 'open'"
+        ways = [
+            "Fetch what is needed from a host on the default list" if ask else "",
+            "build with network 'open'" if self.may_open else "",
+            ask or f"ask {self.admins()}",
+        ]
+        said = ", or ".join(way for way in ways if way)
+        return f"{why[:1].upper()}{why[1:]}. {said[:1].upper()}{said[1:]}."
 
     def _refuse_choice(
         self, what: str, asked: str, allowed: Sequence[str], planned: Sequence[str]

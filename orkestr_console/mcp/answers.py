@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orkestr_console.accounts.limits import envelope
 from orkestr_console.text import few, plain
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
@@ -77,7 +78,11 @@ class TemplateAnswer(TemplateLine):
     recipe_next: int | None = Field(
         description="get_template's recipe_from for the steps after these; null at the end."
     )
-    env: dict[str, str] = Field(description="What is baked in; a sandbox's own comes over it.")
+    env: dict[str, str] = Field(description="The template's own variables.")
+    baked_env: dict[str, str] | None = Field(
+        description="All that the image has baked in, its base's variables too; a sandbox's own "
+        "come over it. Null until it is built."
+    )
     error_message: str | None
     refused_hosts: list[str] = Field(
         description="Hosts that the network policy refused; add them to allow_domains."
@@ -292,19 +297,30 @@ def log_tail(steps: list[ShownStep]) -> str:
 
 
 def next_step(template: Template) -> str:
-    """What an agent would do now."""
+    """What an agent would do now. Reads rows."""
     if template.is_ready:
         return f"Call create_sandbox with template={template.pk}.{warning(template)}"
     if not template.state.is_terminal:
         return "Call wait_for_template; the build goes on without you."
-    if template.refused_hosts and failed_for_network(template):
-        return (
-            'Call create_template again with the refused hosts and "@default" in allow_domains, or '
-            'with network="open".'
-        )
+    for_network = failed_for_network(template)
+    advice = " ".join(templates.direct_advice(template)) if for_network else ""
+    if template.refused_hosts and for_network:
+        return " ".join((to_be_reached(template), advice)).strip()
+    mend = f"Mend the failing step ({advice})" if advice else "Mend the failing step"
     return (
-        "Mend the failing step and call create_template again; with reuse_failed=true the steps "
+        f"{mend} and call create_template again; with reuse_failed=true the steps "
         "before it are not run again. A failed template takes no slot."
+    )
+
+
+def to_be_reached(template: Template) -> str:
+    """How the hosts that a build was refused could be reached, as far as the plan goes."""
+    allowed = envelope(template.team)
+    if not allowed.may_list:
+        return f"{allowed.instead_of_listing()} Then call create_template again."
+    other = ', or with network="open"' if allowed.may_open else ""
+    return (
+        f'Call create_template again with the refused hosts and "@default" in allow_domains{other}.'
     )
 
 
@@ -324,14 +340,16 @@ def warning(template: Template) -> str:
     hosts = list(dict.fromkeys(host for step in steps for host in step.refused_hosts))
     numbers = few([str(step.number) for step in steps])
     remedy = (
-        'call create_template again with that and "@default" in allow_domains, or with '
+        to_be_reached(template)
         if template.refused_hosts
-        else "use https addresses of public hosts, or call create_template again with "
+        else "Use https addresses of public hosts, or call create_template again with "
+        'network="open".'
     )
+    advice = "".join(f" {sentence}" for sentence in templates.direct_advice(template))
     return (
         f" But the network policy refused {few(hosts)} while it was built (step {numbers}), "
         "and the build went on: look at the log whether the image has what the recipe was to "
-        f'install. If not, {remedy}network="open".'
+        f"install. If not: {remedy}{advice}"
     )
 
 

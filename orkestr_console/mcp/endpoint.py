@@ -84,7 +84,8 @@ async def admitted(request: Request) -> Actor:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise Unauthenticated
-    actor = await ask(services.actor_of_token, token.strip(" "), "mcp", address_of(request))
+    address = request.client.host if request.client else None
+    actor = await ask(services.actor_of_token, token.strip(" "), "mcp", address)
     actor.require(READ)
     return actor
 
@@ -101,14 +102,6 @@ def refuse_other_sites(request: Request) -> None:
     own = {f"http://{host}", f"https://{host}", *settings.CSRF_TRUSTED_ORIGINS}
     if origin and origin not in own:
         raise Forbidden("Pages of other sites may not call this server.")
-
-
-def address_of(request: Request) -> str | None:
-    """The client's address; behind a TLS proxy, what the proxy saw."""
-    if settings.SESSION_COOKIE_SECURE:
-        seen = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
-        return seen or None
-    return request.client.host if request.client else None
 
 
 @dataclass

@@ -20,6 +20,8 @@ venv=$repo/.venv
 profile=${1:-run}
 # The Pythons that are usable, the preferred one first.
 versions="3.12 3.13"
+# Seconds that others' work with apt, or on this clone, is waited for.
+longest_wait=3600
 
 # One line per need; `a|b` is satisfied by either and installs the first that apt knows.
 # shellcheck disable=SC2034
@@ -51,19 +53,6 @@ as_root() {
         if [ "${#kept[@]}" = 0 ]; then sudo "$@"; else sudo env "${kept[@]}" "$@"; fi
     else
         fail "this needs root to run: $* — start again as root, or install sudo"
-    fi
-}
-
-# Run a talkative command; what it said is shown only if it fails.
-quietly() {
-    local said
-    said=$(mktemp)
-    if "$@" >"$said" 2>&1 </dev/null; then
-        rm -f "$said"
-    else
-        tail -n 30 "$said" >&2
-        rm -f "$said"
-        return 1
     fi
 }
 
@@ -131,10 +120,30 @@ keep_off_at_boot() {
     done
 }
 
+# apt-get, once no other one works: a machine that has just booted updates itself, for one. What it
+# said is shown only if it fails.
+apt_get() {
+    local said told='' began=$SECONDS
+    said=$(mktemp)
+    until as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
+        apt-get -q "$@" >"$said" 2>&1 </dev/null; do
+        if ! grep -q '^E: Could not get lock' "$said" || [ $((SECONDS - began)) -ge "$longest_wait" ]; then
+            tail -n 30 "$said" >&2
+            rm -f "$said"
+            return 1
+        fi
+        [ -n "$told" ] ||
+            say "system packages: waiting for $(sed -n 's/^E: .* held by //p' "$said" | head -n1), which uses apt"
+        told=yes
+        sleep 2
+    done
+    rm -f "$said"
+}
+
 # Once a run: a machine may know nothing of its mirrors' packages yet, or only old ones.
 update_lists() {
     [ -z "${lists_updated:-}" ] || return 0
-    quietly as_root apt-get -q update ||
+    apt_get update ||
         fail "apt-get update failed (above): the machine needs a working apt mirror"
     lists_updated=yes
 }
@@ -147,8 +156,7 @@ install_packages() {
     hold_daemons
     update_lists
     for need in $missing; do packages+=("$(installable "$need")"); done
-    quietly as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -q -y \
-        --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" ||
+    apt_get -y --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" ||
         fail "apt-get could not install ${packages[*]} (above)"
     keep_off_at_boot "${packages[@]}"
 }
@@ -286,10 +294,21 @@ ensure_venv() {
     stamp_of "$lock" >"$venv/.orkestr-$profile"
 }
 
+# Two at once in one clone would each remove what the other installs. The lock is this program's own
+# for as long as it lives, and what it starts must not keep it (flock(2)).
+one_at_a_time() {
+    exec {lock_fd}<"$repo/orkestr_console/runner/bootstrap.sh"
+    flock --nonblock "$lock_fd" && return
+    say "waiting for another start of this clone, which installs what is missing"
+    flock --timeout "$longest_wait" "$lock_fd" ||
+        fail "another start of this clone has been installing for an hour: end it and start again"
+}
+
 # For its tests, which source it.
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 check_machine
+one_at_a_time
 case $profile in
     run) install_packages $run_packages ;;
     dev | other) install_packages $run_packages $dev_packages ;;

@@ -22,6 +22,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hostruntime import kernel
+
 SYSTEM_DIRECTORIES = (
     *("/", "/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr", "/usr/local"),
     *("/run", "/tmp", "/var", "/var/lib", "/var/log", "/var/tmp"),
@@ -50,8 +52,9 @@ def blocked_directory(user: str, path: Path) -> Path | None:
 def outermost(paths: Iterable[Path]) -> list[Path]:
     """The distinct paths that do not lie inside another of them, in a stable order."""
     kept: list[Path] = []
+    # Sorted by their parts, what lies inside a path follows it: one look back is enough.
     for path in sorted(set(paths)):
-        if not any(path.is_relative_to(other) for other in kept):
+        if not kept or not path.is_relative_to(kept[-1]):
             kept.append(path)
     return kept
 
@@ -63,18 +66,14 @@ def mount_points(mountinfo: str) -> list[Path]:
 
 
 def unneeded_mounts(mounts: Iterable[Path], needs: Sequence[Path]) -> list[Path]:
-    """The mounts that lead neither to a need nor to the system's own directories."""
+    """The mounts that lead neither to a need nor to the system's own directories, outermost."""
     wanted = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
+    leading = {above for path in wanted for above in (path, *path.parents)}
     return [
         mount
-        for mount in outermost(m for m in mounts if not leads_to(m, wanted))
-        if not any(mount.is_relative_to(kernel) for kernel in KERNEL_DIRECTORIES)
+        for mount in outermost(set(mounts) - leading)
+        if not any(mount.is_relative_to(own) for own in KERNEL_DIRECTORIES)
     ]
-
-
-def leads_to(mount: Path, wanted: Iterable[Path]) -> bool:
-    """Whether one of ``wanted`` is the mount point or lies below it."""
-    return any(path.is_relative_to(mount) for path in wanted)
 
 
 def enter_private_view(user: str, needs: Sequence[Path]) -> None:
@@ -106,14 +105,20 @@ def detach_unneeded(needs: Sequence[Path]) -> None:
 
     A sandbox that ends removes its mount points, and the kernel then takes the mounts on them away
     here too (detach_mounts, rmdir(2)): one that is gone by the time its turn comes is no failure.
+    By the system call, which takes along what is mounted below: umount(8) reads the table of mounts
+    for each of its arguments, and there are some thousands where there are hundreds of sandboxes.
+    Raises ``OSError``.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
         if not doomed:
             return
-        last = attempt == _ATTEMPTS
-        argv = ["umount", "--lazy", "--recursive", *map(str, doomed)]
-        subprocess.run(argv, check=last, stdin=subprocess.DEVNULL, capture_output=not last)
+        for mount in doomed:
+            try:
+                kernel.umount(mount, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
+            except OSError:
+                if attempt == _ATTEMPTS:
+                    raise
 
 
 def _run(*argv: str | Path) -> None:

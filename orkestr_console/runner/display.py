@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -24,7 +24,10 @@ class Step:
 
 
 class Display:
-    """Prints steps from several threads without mixing their lines."""
+    """Prints steps from several threads without mixing their lines.
+
+    A terminal that has gone, or a file on a full disk, must not end what it would have told of.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -58,11 +61,12 @@ class Display:
             if self._progress.get(label) == message:
                 return
             self._progress[label] = message
-            if self._moving:
-                self._draw()
-            else:
-                self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}\n")
-                self._stream.flush()
+            with suppress(OSError):
+                if self._moving:
+                    self._draw()
+                else:
+                    self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}\n")
+                    self._stream.flush()
 
     def _forget(self, label: str) -> None:
         with self._lock:
@@ -74,7 +78,7 @@ class Display:
 
     def line(self, text: str = "") -> None:
         """Print a line above the moving one."""
-        with self._lock:
+        with self._lock, suppress(OSError):
             self._stream.write(f"{CLEAR_LINE if self._moving else ''}{text}\n")
             if self._moving:
                 self._draw()

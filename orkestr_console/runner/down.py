@@ -37,7 +37,7 @@ def bring_down(layout: Layout, say: Callable[[str], None]) -> None:
     if stop_console(layout):
         say("console stopped")
     if layout.state_dir.exists():
-        tear_down_host(layout)
+        tear_down_host(layout, say)
         if running:
             say(f"{running} {'sandbox' if running == 1 else 'sandboxes'} ended")
         say("containers, mounts and networks released")
@@ -73,8 +73,16 @@ def stop_console(layout: Layout) -> bool:
     return True
 
 
-def tear_down_host(layout: Layout) -> None:
-    """Have the host runtime remove everything of this state directory from the host."""
+def tear_down_host(layout: Layout, say: Callable[[str], None]) -> None:
+    """Have the host runtime remove everything of this state directory from the host.
+
+    Raises ``DownError``.
+    """
+
+    def on_line(line: str) -> None:
+        if line.startswith("ended "):
+            say(line)
+
     command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(layout.state_dir)]
     try:
         run(
@@ -82,6 +90,7 @@ def tear_down_host(layout: Layout) -> None:
             cwd=layout.tree,
             env=os.environ,
             timeout=TEARDOWN_SECONDS,
+            on_line=on_line,
         )
     except CommandFailed as error:
         raise DownError(f"the host could not be cleaned: {error}") from error

@@ -7,19 +7,24 @@ the kernel to be stopped when supervisord dies (PR_SET_PDEATHSIG, prctl(2)), and
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import xmlrpc.client
+from collections import deque
 from collections.abc import Callable, Sequence
 from configparser import RawConfigParser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
 
 from hostruntime.patience import Patience, scaled, tree_of
 from orkestr_console.runner.layout import Layout, StartError
@@ -33,10 +38,18 @@ DO_NOT_WAIT = False
 MOST_CRASHES = 4
 START_SECONDS = 15
 STOP_SECONDS = 60
+# An answer of supervisord's own takes a moment, but its machine may be busy.
+CALL_SECONDS = 30
+# Between two looks at what starts. On a slow machine looking itself takes from what is waited for.
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 # How often the operator is told what is still waited for.
 TELL_SECONDS = 15.0
 
 Say = Callable[[str], None]
+
+
+class ManagerSilent(Exception):  # noqa: N818 - what it is
+    """supervisord does not answer: it has ended, or hangs."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +74,35 @@ class Keeper:
         self._socket = layout.run / "supervisor.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._seen: dict[str, int] = {}
+        self._said: deque[str] = deque(maxlen=TAIL_LINES)
 
     def start(self) -> None:
         """Start supervisord itself, with no program running yet. Raises ``StartError``."""
         self._socket.unlink(missing_ok=True)
         self._write_config()
         command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(self._config)]
-        with (self._layout.log / "supervisord.out").open("wb") as output:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig=TERM", "--", *command],
-                cwd=self._layout.tree,
-                env={**os.environ, **self._layout.environment()},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C reaches `up` alone, which then stops everything in order.
-                start_new_session=True,
-            )
+        self._process = subprocess.Popen(
+            ["setpriv", "--pdeathsig=TERM", "--", *command],
+            cwd=self._layout.tree,
+            env={**os.environ, **self._layout.environment()},
+            stdin=subprocess.DEVNULL,
+            # Not into a file: it dies of an error it cannot write down, as on a full disk.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches `up` alone, which then stops everything in order.
+            start_new_session=True,
+        )
+        threading.Thread(target=self._hear, args=[self._process.stdout], daemon=True).start()
         if not wait_until(self._socket.exists, START_SECONDS, self._process):
-            raise StartError(f"the process manager did not start:\n{self.tail('supervisord.out')}")
+            raise StartError(f"the process manager did not start:\n{self.last_words()}")
+
+    def _hear(self, output: IO[bytes]) -> None:
+        with output:
+            self._said.extend(line.decode(errors="replace").rstrip() for line in output)
+
+    def last_words(self) -> str:
+        """The end of what supervisord itself said outside its log, indented for a terminal."""
+        return _indented(list(self._said))
 
     def _write_config(self) -> None:
         config = RawConfigParser()
@@ -87,6 +110,8 @@ class Keeper:
             "logfile": str(self._layout.log / "supervisord.log"),
             "pidfile": str(self._layout.run / "supervisord.pid"),
             "user": "root",
+            # What it logs is in its log; standard output is for what it cannot log.
+            "silent": "true",
         }
         config["unix_http_server"] = {"file": str(self._socket), "chmod": "0700"}
         config["rpcinterface:supervisor"] = {
@@ -141,6 +166,7 @@ class Keeper:
         )
         starts: set[int] = set()
         began = told = time.monotonic()
+        pause = SHORTEST_PAUSE_SECONDS
         while not ready():
             if self._crashed(name, starts):
                 raise self._not_ready(name, "crashed as it started")
@@ -149,7 +175,8 @@ class Keeper:
             if time.monotonic() > told + TELL_SECONDS:
                 told = time.monotonic()
                 say(f"waiting for {name}, at work for {told - began:.0f} s")
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(pause * 1.2, LONGEST_PAUSE_SECONDS)
 
     def _crashed(self, name: str, starts: set[int]) -> bool:
         """Whether a program will not come up; collects in ``starts`` when it was started, each."""
@@ -170,9 +197,13 @@ class Keeper:
     def _log(self, name: str) -> Path:
         return self._layout.log / f"{name}.log"
 
-    def states(self) -> dict[str, tuple[str, int]]:
-        """Each program's supervisord state name and process id (0 when not running)."""
-        return {info["name"]: (info["statename"], info["pid"]) for info in self._all()}
+    def states(self, seconds: float | None = None) -> dict[str, tuple[str, int]]:
+        """Each program's supervisord state name and process id (0 when not running).
+
+        Raises ``ManagerSilent`` when there is no answer in ``seconds``, by default in a time that
+        a slow machine has more of.
+        """
+        return {info["name"]: (info["statename"], info["pid"]) for info in self._all(seconds)}
 
     def revive(self, name: str) -> None:
         """Start a program, be it one that supervisord has given up on; silent if it crashes."""
@@ -180,6 +211,22 @@ class Keeper:
             self._call("startProcess", name, DO_NOT_WAIT)
         except xmlrpc.client.Fault:
             return
+
+    def replace(self, name: str) -> None:
+        """Kill a program that hangs, and all it started; supervisord starts it again."""
+        for pid in tree_of(self.states()[name][1]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kill a supervisord that hangs; its programs go with it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def manager(self) -> list[int]:
+        """supervisord's process, while there is one."""
+        return [self._process.pid] if self._process is not None else []
 
     def alive(self) -> bool:
         """Whether supervisord itself runs."""
@@ -200,7 +247,7 @@ class Keeper:
         """Every process of every program; none when supervisord does not answer."""
         try:
             running = [pid for _, pid in self.states().values() if pid]
-        except (OSError, xmlrpc.client.Error):
+        except ManagerSilent:
             return []
         return [pid for program in running for pid in tree_of(program)]
 
@@ -208,15 +255,34 @@ class Keeper:
         """The end of one file of the log directory."""
         return tail(self._layout.log / log)
 
-    def _all(self) -> list[dict[str, Any]]:
-        answer = self._call("getAllProcessInfo")
+    def _all(self, seconds: float | None = None) -> list[dict[str, Any]]:
+        answer = self._call("getAllProcessInfo", seconds=seconds)
         return answer if isinstance(answer, list) else []
 
-    def _call(self, method: str, *arguments: object) -> object:
+    def _call(self, method: str, *arguments: object, seconds: float | None = None) -> object:
         transport = SupervisorTransport(None, None, f"unix://{self._socket}")
-        # The address is a formality: the transport goes to the socket.
-        with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
-            return getattr(server.supervisor, method)(*arguments)
+        limit = scaled(CALL_SECONDS) if seconds is None else seconds
+        transport._get_connection = lambda: _Connection(str(self._socket), limit)
+        try:
+            # The address is a formality: the transport goes to the socket.
+            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
+                return getattr(server.supervisor, method)(*arguments)
+        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+            raise ManagerSilent(f"the process manager does not answer: {error}") from error
+
+
+class _Connection(UnixStreamHTTPConnection):  # type: ignore[misc]
+    """supervisord's own, which would wait for ever for an answer."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("localhost")
+        self.socketfile = path
+        self._seconds = seconds
+
+    def connect(self) -> None:
+        """Connect to the Unix socket."""
+        super().connect()
+        self.sock.settimeout(self._seconds)
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes]) -> bool:
@@ -235,5 +301,8 @@ def tail(log: Path, offset: int = 0) -> str:
         return "    (it wrote nothing)"
     with log.open("rb") as stream:
         stream.seek(max(offset, log.stat().st_size - 64 * 1024))
-        lines = stream.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return _indented(stream.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def _indented(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"

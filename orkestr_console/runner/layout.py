@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hostruntime.patience import named_slowness, slowness
+from orkestr_console.listening import listen_addresses, trusted_proxies
 from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
@@ -30,6 +32,7 @@ class Layout:
     host_socket: Path
     port: int
     database_url: str | None
+    listen: tuple[str, ...] = ("127.0.0.1",)
 
     @property
     def run(self) -> Path:
@@ -71,6 +74,22 @@ class Layout:
         """Where a browser on this machine finds the console."""
         return os.environ.get("ORKESTR_PUBLIC_URL", f"http://127.0.0.1:{self.port}").rstrip("/")
 
+    @property
+    def local_url(self) -> str:
+        """Where a program on this machine reaches the web process."""
+        address = self.listen[0]
+        reached = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(address, address)  # noqa: S104
+        return f"http://{f'[{reached}]' if ':' in reached else reached}:{self.port}"
+
+    @property
+    def hidden_from_public_url(self) -> bool:
+        """Whether others are told an address at which, without a proxy, nothing answers."""
+        public = urlsplit(self.url)
+        local = {"localhost", "127.0.0.1", "::1"}
+        return (
+            public.scheme == "http" and public.hostname not in local and set(self.listen) <= local
+        )
+
     def environment(self) -> dict[str, str]:
         """What every program of the installation gets on top of the operator's environment."""
         return {
@@ -110,10 +129,12 @@ class Layout:
 def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
     """The layout that the environment asks for, with the defaults of the README.
 
-    Raises ``StartError`` for a ``PORT`` that is no port, an ``ORKESTR_PATIENCE`` that is no number.
+    Raises ``StartError``, with what to write instead, for one that cannot be meant.
     """
     try:
         named_slowness(environment)
+        listen = listen_addresses(environment.get("ORKESTR_LISTEN"))
+        trusted_proxies(environment.get("ORKESTR_TRUSTED_PROXIES"))
     except ValueError as error:
         raise StartError(str(error)) from None
     var = Path(environment.get("ORKESTR_VAR") or TREE / "var").absolute()
@@ -127,4 +148,5 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
         host_socket=Path(environment.get("ORKESTR_HOST_SOCKET") or var / "run/host.sock"),
         port=int(port),
         database_url=environment.get("DATABASE_URL") or None,
+        listen=tuple(listen),
     )

@@ -124,6 +124,15 @@ class Cluster:
             return False
         return True
 
+    def responds(self) -> bool:
+        """Whether the server says anything at all, be it that it takes no connection now."""
+        try:
+            self._connect(SERVER_USER).close()
+        except psycopg.OperationalError as error:
+            # What the server itself says; libpq's own words for its silence have no severity.
+            return "FATAL" in str(error)
+        return True
+
     def ensure_database(self) -> None:
         """Make the role and the database the console uses, if missing. The server must answer."""
         with self._connect(SERVER_USER) as connection:

@@ -59,7 +59,7 @@ def web_answers(layout: Layout) -> bool:
     """Whether the web process serves requests now."""
     try:
         return httpx.get(
-            f"http://127.0.0.1:{layout.port}/healthz",
+            f"{layout.local_url}/healthz",
             timeout=scaled(ANSWER_SECONDS),
             trust_env=False,
         ).is_success

@@ -17,7 +17,8 @@ from hostruntime.errors import HostError
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
 from orkestr_console.runner.display import Display
-from orkestr_console.runner.doctor import port_is_free
+from orkestr_console.runner.doctor import listening_fault
+from orkestr_console.runner.guard import Guard
 from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, StartError
 from orkestr_console.runner.lock import only_one
@@ -30,8 +31,6 @@ from orkestr_console.runner.summary import (
 )
 
 MEBIBYTE = 1024**2
-WATCH_SECONDS = 1.0
-REVIVE_SECONDS = 15.0
 # What Django keeps in var/run and the unprivileged processes must be able to read.
 SECRETS = ("secret_key", "token_pepper")
 
@@ -56,7 +55,7 @@ class Console:
         os.umask(0o022)
         self._layout.prepare()
         with only_one(self._layout):
-            self._refuse_unless_port_is_free()
+            self._refuse_unless_it_can_listen()
             ensure_user()
             if self._layout.database_url is None:
                 self._layout.cluster.create()
@@ -70,12 +69,14 @@ class Console:
                 "containers, mounts and networks need root: start with `make run`, or with sudo"
             )
 
-    def _refuse_unless_port_is_free(self) -> None:
-        port = self._layout.port
-        if not port_is_free(port):
-            raise StartError(
-                f"port {port} is in use by another program. "
-                f"Choose another: make run PORT={port + 1}"
+    def _refuse_unless_it_can_listen(self) -> None:
+        layout = self._layout
+        if (fault := listening_fault(layout.port, layout.listen)) is not None:
+            raise StartError(f"port {': '.join(fault)}")
+        if layout.hidden_from_public_url:
+            self._display.warn(
+                f"ORKESTR_PUBLIC_URL is {layout.url}, but the console listens on this machine "
+                "alone: set ORKESTR_LISTEN to an address that others reach, or to `all`"
             )
 
     def _choose_identity(self) -> Identity:
@@ -97,7 +98,7 @@ class Console:
         pool = ThreadPoolExecutor(max_workers=1)
         try:
             self._start(pool, identity)
-            self._watch()
+            Guard(self._layout, self._keeper, self._display).run()
         except KeyboardInterrupt:
             self._display.line("\n  Stopping. Sandboxes keep running; `make down` ends them.")
         finally:
@@ -217,7 +218,7 @@ class Console:
 
     def _check(self, credentials: Credentials) -> None:
         check = SelfCheck(
-            f"http://127.0.0.1:{self._layout.port}",
+            self._layout.local_url,
             credentials.api_key,
             partial(self._display.progress, "self-check"),
             self._keeper.pids,
@@ -230,29 +231,3 @@ class Console:
         except SelfCheckError as error:
             self._display.warn(f"the self-check failed: {error}")
             self._display.warn(f"the console serves all the same; see {self._layout.log}")
-
-    def _watch(self) -> None:
-        """Say when a program stops and comes back. Raises ``StartError`` if the keeper dies."""
-        known = self._keeper.states()
-        while True:
-            time.sleep(WATCH_SECONDS)
-            if not self._keeper.alive():
-                raise StartError(
-                    f"the process manager has ended:\n{self._keeper.tail('supervisord.log')}"
-                )
-            now = self._keeper.states()
-            for name, (state, pid) in now.items():
-                if state == "FATAL" != known[name][0]:
-                    tail = self._keeper.tail(f"{name}.log")
-                    self._display.warn(f"{name} keeps failing; its log ends with:\n{tail}")
-                elif state == "RUNNING" and pid != known[name][1]:
-                    self._display.warn(f"{name} had ended and was started again (process {pid})")
-            self._revive(now)
-            known = now
-
-    def _revive(self, states: dict[str, tuple[str, int]]) -> None:
-        """supervisord gives up after a while; a disk that is full now may not be later."""
-        if int(time.monotonic()) % int(REVIVE_SECONDS) == 0:
-            for name, (state, _) in states.items():
-                if state == "FATAL":
-                    self._keeper.revive(name)

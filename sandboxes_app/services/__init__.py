@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sandboxes_app.services.commands import ExecAnswer, exec_command, exec_stream
+from sandboxes_app.services.commands import (
+    CommandStream,
+    ExecAnswer,
+    exec_command,
+    exec_stream,
+)
 from sandboxes_app.services.create import counts, create_sandbox
 from sandboxes_app.services.egress import list_egress
 from sandboxes_app.services.files import (
@@ -33,6 +38,7 @@ from sandboxes_app.services.template_use import TemplateUse, template_use
 
 __all__ = [
     "BatchRow",
+    "CommandStream",
     "ExecAnswer",
     "Limits",
     "TemplateUse",

@@ -19,6 +19,7 @@ from hostruntime.answers import ExecFrame, ExecResult
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
+from orkestr_console.closing import why_cut_off
 from orkestr_console.errors import DomainError, ExecKilled
 from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import async_host, told
@@ -67,7 +68,7 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     except host_errors.HostError as error:
         raise refused(sandbox, error) from error
     except asyncio.CancelledError:
-        note_abandoned(actor, sandbox)
+        note_abandoned(actor, sandbox, why_cut_off())
         raise
     if result.signal is not None:
         raise killed(result)
@@ -85,7 +86,7 @@ async def to_the_end(sandbox: Sandbox, spec: ExecSpec) -> ExecResult:
     )
 
 
-def note_abandoned(actor: Actor, sandbox: Sandbox, why: str = "the client went away") -> None:
+def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
     """Nobody waits for a command any more, and it was ended: put that on record."""
     audit.record(
         actor,
@@ -147,8 +148,38 @@ def killed_by(number: int, *, memory: bool) -> str:
     return f"The command was killed by {name}."
 
 
+class CommandStream(AsyncGenerator[dict[str, Any]]):
+    """The frames of a command. Closing it ends the command, and puts on record why.
+
+    ``why`` is a sentence of who closes it; without one it was the client, or the server's end.
+    """
+
+    def __init__(self, frames: AsyncGenerator[dict[str, Any]]) -> None:
+        self.why = ""
+        self._frames = frames
+
+    @classmethod
+    def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
+        """The stream of a command that starts when its first frame is asked for."""
+        stream = cls(frames_of(sandbox, spec))
+        stream._frames = noted_if_abandoned(actor, sandbox, stream._frames, stream)
+        return stream
+
+    async def asend(self, value: None) -> dict[str, Any]:
+        """The next frame."""
+        return await self._frames.asend(value)
+
+    async def athrow(self, *error: Any) -> dict[str, Any]:
+        """Raise an error where the frames come from."""
+        return await self._frames.athrow(*error)
+
+    async def aclose(self) -> None:
+        """End the command, if it has not ended."""
+        await self._frames.aclose()
+
+
 @audited("sandbox.exec", "sandbox", note=lambda *_: {"stream": True})
-def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
+def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
     """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
 
     Close the iterator early and the command's process tree is killed; who has had enough of it
@@ -157,14 +188,15 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> AsyncGenerator
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    return noted_if_abandoned(actor, sandbox, frames_of(sandbox, spec))
+    return CommandStream.of(actor, sandbox, spec)
 
 
 async def noted_if_abandoned(
-    actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]]
+    actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
 ) -> AsyncGenerator[dict[str, Any]]:
     """The frames; that nobody waited for the last of them is put on record, and why."""
     ended = False
+    note = database_sync_to_async(note_abandoned)
     try:
         async with aclosing(frames):
             async for frame in frames:
@@ -172,12 +204,12 @@ async def noted_if_abandoned(
                 try:
                     yield frame
                 except DomainError as error:
-                    await database_sync_to_async(note_abandoned)(actor, sandbox, error.detail)
+                    await note(actor, sandbox, error.detail)
                     raise
     except (GeneratorExit, asyncio.CancelledError):
         # One that has had the last frame often leaves before it hears that there is no other.
         if not ended:
-            await asyncio.shield(database_sync_to_async(note_abandoned)(actor, sandbox))
+            await asyncio.shield(note(actor, sandbox, stream.why or why_cut_off()))
         raise
 
 

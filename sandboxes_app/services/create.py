@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from datetime import timedelta
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -25,6 +26,7 @@ from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
 from sandboxes_app.services import snapshots, state
+from sandboxes_app.services.driving import driving
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.models import Template
 from templates_app.services import note_lost, note_used
@@ -59,8 +61,8 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     sandbox = insert(actor, spec, source, snapshot)
     try:
         boot(sandbox, snapshot)
-    except host_errors.HostFull as error:
-        # Clients retry this one, and count on nothing being left.
+    except (host_errors.HostFull, host_errors.InvalidRequest) as error:
+        # Clients ask again, for the same or for something else, and count on nothing being left.
         sandbox.delete()
         raise told(error) from error
     except host_errors.NotFound:
@@ -120,30 +122,12 @@ def insert(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None = None
 ) -> Sandbox:
     """The row, counted against the plan under the team's lock."""
-    cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
-    now = timezone.now()
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
         team = held.team
         sandbox = Sandbox.objects.create(
-            team=team,
-            created_by=actor.user,
-            template=spec.template or "",
-            template_name=source.name[:100],
-            image_id=source.image_id,
-            network=spec.network,
-            allow_domains=spec.allow_domains if spec.network == "restricted" else None,
-            size=spec.size,
-            cpu=cpu,
-            memory_mb=memory_mb,
-            env=spec.env,
-            metadata=spec.metadata,
-            timeout_seconds=spec.timeout_seconds,
-            region=settings.REGION,
-            node_id=NODE,
-            created_at=now,
-            expires_at=now + timedelta(seconds=spec.timeout_seconds),
+            team=team, created_by=actor.user, **columns(spec, source, snapshot)
         )
         SandboxEvent.objects.create(
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
@@ -165,6 +149,29 @@ def insert(
             },
         )
     return sandbox
+
+
+def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dict[str, Any]:
+    """What is asked for, as the row has it."""
+    cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
+    now = timezone.now()
+    return {
+        "template": spec.template or "",
+        "template_name": source.name[:100],
+        "image_id": source.image_id,
+        "network": spec.network,
+        "allow_domains": spec.allow_domains if spec.network == "restricted" else None,
+        "size": spec.size,
+        "cpu": cpu,
+        "memory_mb": memory_mb,
+        "env": spec.env,
+        "metadata": spec.metadata,
+        "timeout_seconds": spec.timeout_seconds,
+        "region": settings.REGION,
+        "node_id": NODE,
+        "created_at": now,
+        "expires_at": now + timedelta(seconds=spec.timeout_seconds),
+    }
 
 
 def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
@@ -212,17 +219,18 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
     # A disk that is copied takes as long as it does.
     let_go()
-    info = host().create_sandbox(
-        sandbox.pk,
-        image=None if snapshot else sandbox.image_id,
-        snapshot=snapshot.pk if snapshot else None,
-        cpu=sandbox.cpu,
-        memory_mb=sandbox.memory_mb,
-        network=sandbox.network,
-        allow_domains=sandbox.allow_domains,
-        env=sandbox.env,
-        deadline=sandbox.expires_at.timestamp(),
-    )
+    with driving(sandbox):
+        info = host().create_sandbox(
+            sandbox.pk,
+            image=None if snapshot else sandbox.image_id,
+            snapshot=snapshot.pk if snapshot else None,
+            cpu=sandbox.cpu,
+            memory_mb=sandbox.memory_mb,
+            network=sandbox.network,
+            allow_domains=sandbox.allow_domains,
+            env=sandbox.env,
+            deadline=sandbox.expires_at.timestamp(),
+        )
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.
         host().delete_sandbox(sandbox.pk)

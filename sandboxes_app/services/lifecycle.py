@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from django.db import transaction
-from django.db.models import Max, Q
+from django.db.models import Max
 from django.utils import timezone
 from django_q.tasks import async_task
 
@@ -23,13 +23,12 @@ from orkestr_console.services.hosts import errors_told, host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
 from sandboxes_app.services import metering, state
+from sandboxes_app.services.driving import left_alone
 from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
 
 NO_SUCH = "There is no such sandbox in your team; check the id."
-# A create takes well under a second; a row that starts for this long was left by a killed process.
-STARTING_GRACE = timedelta(seconds=scaled(120))
 # What has a container that the host must know.
 STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
@@ -197,23 +196,24 @@ def settle_if_gone(sandbox: Sandbox) -> bool:
 def reconcile() -> None:
     """Make rows and containers agree. Raises the host's errors when it does not answer."""
     known = {info.id: info for info in host().sandboxes()}
-    old = timezone.now() - STARTING_GRACE
-    settled = Q(status__in=STANDING) | Q(status=SandboxStatus.STARTING, created_at__lt=old)
+    looked_at = (*STANDING, SandboxStatus.STARTING)
     # Read after the host was asked: a row that was not there then cannot be missed.
-    for sandbox in Sandbox.objects.filter(settled, created_at__lt=timezone.now()):
+    for sandbox in Sandbox.objects.filter(status__in=looked_at, created_at__lt=timezone.now()):
         info = known.get(sandbox.pk)
         if sandbox.status == SandboxStatus.STARTING:
-            state.broken(sandbox, state.LOST)
+            if left_alone(sandbox, sandbox.created_at):
+                state.never_started(sandbox)
         elif info is None or info.state != "running":
             settle_if_gone(sandbox)
     release_strangers([info.id for info in known.values() if info.state == "running"])
 
 
 def half_way() -> list[Sandbox]:
-    """Those that have been ``pausing`` or ``resuming`` for longer than it takes."""
-    old = timezone.now() - STARTING_GRACE
+    """Those that are ``pausing`` or ``resuming``, and nobody is at it."""
     rows = Sandbox.objects.filter(status__in=[SandboxStatus.PAUSING, SandboxStatus.RESUMING])
-    return list(rows.annotate(changed_at=Max("events__at")).filter(changed_at__lt=old))
+    changed = dict(rows.annotate(changed_at=Max("events__at")).values_list("pk", "changed_at"))
+    found = rows.filter(pk__in=changed)
+    return [sandbox for sandbox in found if left_alone(sandbox, changed[sandbox.pk])]
 
 
 def release_strangers(running: list[str]) -> None:

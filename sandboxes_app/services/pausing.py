@@ -23,6 +23,7 @@ from orkestr_console.services.hosts import host, told
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.services.create import counted
+from sandboxes_app.services.driving import driving
 from sandboxes_app.services.lifecycle import find, find_running, half_way, settle_if_gone
 
 LONGEST_PAUSE = timedelta(days=7)
@@ -51,7 +52,8 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     until = timezone.now() + LONGEST_PAUSE
     let_go()
     try:
-        host().pause_sandbox(sandbox.pk, until.timestamp())
+        with driving(sandbox):
+            host().pause_sandbox(sandbox.pk, until.timestamp())
     except host_errors.HostError as error:
         if may_be_said(sandbox, error):
             state.unpaused(sandbox)
@@ -87,7 +89,8 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
     let_go()
     try:
-        host().resume_sandbox(sandbox.pk, end.timestamp())
+        with driving(sandbox):
+            host().resume_sandbox(sandbox.pk, end.timestamp())
     except host_errors.HostError as error:
         if may_be_said(sandbox, error):
             state.still_paused(sandbox)

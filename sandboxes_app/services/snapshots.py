@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from datetime import timedelta
 from typing import Any
 
 from django.db import transaction
@@ -13,7 +12,6 @@ from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import SnapshotInfo
-from hostruntime.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -27,6 +25,7 @@ from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
 from sandboxes_app.services.commands import refused
+from sandboxes_app.services.driving import driving, left_alone
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 NO_SUCH = "There is no such snapshot in your team; check the id."
 LOST = "The host lost the files of this snapshot; take another one."
 CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
-# The longest that the host may take over one.
-CAPTURING_GRACE = timedelta(seconds=scaled(600))
 MEGABYTE = 1_000_000
 
 
@@ -52,7 +49,8 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     snapshot = insert(actor, sandbox, spec)
     let_go()
     try:
-        info = host().create_snapshot(snapshot.pk, sandbox.pk)
+        with driving(snapshot):
+            info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
         raise given_up(snapshot, sandbox, error) from error
     if not settled(snapshot, info):
@@ -117,6 +115,13 @@ def failed(snapshot: Snapshot, message: str) -> None:
     """It came to nothing, or is no more."""
     Snapshot.objects.filter(pk=snapshot.pk).update(
         status=SnapshotStatus.FAILED, error_message=message
+    )
+
+
+def never_finished(snapshot: Snapshot) -> None:
+    """Who was to take it is gone."""
+    Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING).update(
+        status=SnapshotStatus.FAILED, error_message=CUT_OFF
     )
 
 
@@ -224,11 +229,9 @@ def reconcile() -> None:
 
     For a host whose state is this database's. What no row names is set aside, not deleted.
     """
-    now = timezone.now()
-    for late in Snapshot.objects.filter(
-        status=SnapshotStatus.CAPTURING, created_at__lt=now - CAPTURING_GRACE
-    ):
-        failed(late, CUT_OFF)
+    for capturing in Snapshot.objects.filter(status=SnapshotStatus.CAPTURING):
+        if left_alone(capturing, capturing.created_at):
+            never_finished(capturing)
     ready = list(Snapshot.objects.kept().filter(status=SnapshotStatus.READY))
     known = host().snapshots()
     there = {info.id for info in known}

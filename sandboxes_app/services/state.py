@@ -124,12 +124,17 @@ def ended(sandbox: Sandbox, kind: str) -> bool:
     return change(sandbox, kind, among=LIVE, to=SandboxStatus.TERMINATED, ended_at=timezone.now())
 
 
-def broken(sandbox: Sandbox, message: str) -> bool:
+def never_started(sandbox: Sandbox) -> bool:
+    """Who was to start it is gone."""
+    return broken(sandbox, LOST, among=[SandboxStatus.STARTING])
+
+
+def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE) -> bool:
     """It ended as it should not."""
     return change(
         sandbox,
         "failed",
-        among=LIVE,
+        among=among,
         to=SandboxStatus.FAILED,
         data={"reason": message},
         ended_at=timezone.now(),

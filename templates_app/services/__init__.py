@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from templates_app.services.bases import BaseChoice, Source, list_bases, reclaimable_bytes, resolve
+from templates_app.services.direct import advice as direct_advice
 from templates_app.services.events import (
     EventPage,
     Told,
@@ -42,6 +43,7 @@ __all__ = [
     "counts",
     "create_template",
     "delete_template",
+    "direct_advice",
     "follow_events",
     "get_template",
     "give_image",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hostruntime.answers import BaseInfo
@@ -33,11 +34,15 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for: ``image_id`` on the host, ``name`` for people, ``id`` as asked."""
+    """What a name stands for: ``image_id`` on the host, ``name`` for people, ``id`` as asked.
+
+    ``env`` is what is baked into the image, as far as that is known here.
+    """
 
     id: str
     name: str
     image_id: str
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_bases(actor: Actor) -> list[BaseChoice]:
@@ -103,7 +108,7 @@ def own_template(team: Team, template_id: str) -> Source:
             "error and build a new one.",
             code="template_not_ready",
         )
-    return Source(row.pk, row.name, row.image_id)
+    return Source(row.pk, row.name, row.image_id, row.baked_env or row.env)
 
 
 def unknown_base(name: str, known: dict[str, BaseInfo], field: str) -> InvalidInput:

@@ -6,7 +6,7 @@ nothing more, and the event's row is in the same transaction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from django.utils import timezone
 from hostruntime.answers import BuildEvent as HostEvent
 from templates_app.events import tell_changed, tell_progress
 from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
+from templates_app.services.direct import past_the_proxy
 from templates_app.services.metering import count_build, note_image_bytes
 
 LONGEST_MESSAGE = 16 * 1024
@@ -120,21 +121,8 @@ def note_refused(template: Template, event: HostEvent) -> None:
         add_refused_hosts(
             template, [str(one["host"]) for one in refused if one.get("can_be_listed")]
         )
-        if past := [str(one["host"]) for one in refused if _needs_more_than_a_list(one)]:
-            warn(template, event, went_past_the_proxy(list(dict.fromkeys(past))))
-
-
-def _needs_more_than_a_list(refused: Mapping[str, Any]) -> bool:
-    return bool(refused.get("direct") and refused.get("can_be_listed"))
-
-
-def went_past_the_proxy(hosts: Sequence[str]) -> str:
-    """What to do for a program that asked DNS, which the proxy's list is nothing to."""
-    return (
-        f"This step asked DNS for {', '.join(hosts)}, past the proxy. In allow_domains alone "
-        f"{'it' if len(hosts) == 1 else 'they'} would not be reached: the program also needs the "
-        "address in $HTTPS_PROXY as its proxy."
-    )
+        for text in past_the_proxy(refused, "This step"):
+            warn(template, event, text)
 
 
 def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django.utils import timezone
 from django_q.tasks import async_task
 
+from hostruntime import environment
+from hostruntime.errors import InvalidRequest
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -72,31 +74,13 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     actor.require_template(spec.base_template)
     actor.require_network(spec.network)
     source = resolve_base(actor.team, spec.base_template)
+    check_environment(source, spec)
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
         check_times(held, spec)
         team = held.team
-        template = Template.objects.create(
-            team=team,
-            created_by=actor.user,
-            name=spec.name,
-            base_template=spec.base_template,
-            base_image=source.image_id,
-            recipe=spec.recipe,
-            network=spec.network,
-            allow_domains=spec.allow_domains,
-            env=spec.env,
-            step_timeout_seconds=spec.step_timeout_seconds,
-            build_timeout_seconds=spec.build_timeout_seconds,
-            disk_mb=spec.disk_mb,
-            reuse=spec.reuse or "",
-        )
-        BuildStep.objects.bulk_create(
-            BuildStep(template=template, number=number, command=command)
-            for number, command in enumerate(spec.recipe, start=1)
-        )
-        append(template, "queued", {})
+        template = insert(actor, team, spec, source)
         # The queue is in this database, so the task exists exactly if the template does.
         queue.call_worker(template)
         note_used(spec.base_template)
@@ -112,6 +96,31 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     return template
 
 
+def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Template:
+    """The rows of a template, its steps, and the first of its events."""
+    template = Template.objects.create(
+        team=team,
+        created_by=actor.user,
+        name=spec.name,
+        base_template=spec.base_template,
+        base_image=source.image_id,
+        recipe=spec.recipe,
+        network=spec.network,
+        allow_domains=spec.allow_domains,
+        env=spec.env,
+        step_timeout_seconds=spec.step_timeout_seconds,
+        build_timeout_seconds=spec.build_timeout_seconds,
+        disk_mb=spec.disk_mb,
+        reuse=spec.reuse or "",
+    )
+    BuildStep.objects.bulk_create(
+        BuildStep(template=template, number=number, command=command)
+        for number, command in enumerate(spec.recipe, start=1)
+    )
+    append(template, "queued", {})
+    return template
+
+
 def resolve_base(team: Team, name: str) -> Source:
     """The base's image. Somebody else's template is as unknown as one that never was."""
     try:
@@ -121,6 +130,14 @@ def resolve_base(team: Team, name: str) -> Source:
         raise InvalidInput(
             f"base_template: {sentence}", fields={"base_template": sentence}
         ) from None
+
+
+def check_environment(source: Source, spec: TemplateSpec) -> None:
+    """Raise ``InvalidInput`` for an ``env`` that is too large with what the base has baked in."""
+    try:
+        environment.check_environment(environment.baked(source.env, spec.env))
+    except InvalidRequest as error:
+        raise InvalidInput(f"env: {error.detail}", fields={"env": error.detail}) from None
 
 
 def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:

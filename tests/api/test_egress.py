@@ -9,7 +9,7 @@ from django.test import Client
 
 from hostruntime.answers import BuildEvent as HostEvent
 from hostruntime.answers import EgressHost
-from orkestr_console.accounts.models import ApiToken, Team
+from orkestr_console.accounts.models import ApiToken, Plan, Team, TeamLimits
 from templates_app.models import Template
 from templates_app.services.record import record
 from tests.api.asking import refusal
@@ -114,6 +114,43 @@ def test_a_failed_build_names_what_could_be_allowed(
     assert "Build again with get.example.org allowed" in page
     form = console.get(f"/templates/new/?from={template['id']}&allow=get.example.org")
     assert 'value="get.example.org"' in form.content.decode()
+
+
+@pytest.mark.parametrize("open_too", [True, False])
+@pytest.mark.parametrize("failed", [True, False])
+def test_no_button_offers_what_the_plan_refuses(
+    api: Client, console: Client, host: FakeHost, open_too: bool, failed: bool
+) -> None:
+    Plan.objects.update(custom_egress_allowlist=False, allow_open_network=open_too)
+    refused = {"host": "get.example.org", "port": 443, "reason": "not_listed"}
+    host.refused = [{**refused, "can_be_listed": True}]
+    template = made(api, "/v1/templates", TEMPLATE)
+    run_queue()
+    if failed:
+        Template.objects.update(status="failed", error_message="Step 1 failed.")
+    page = console.get(f"/templates/{template['id']}/").content.decode()
+    assert "get.example.org allowed</a>" not in page
+    assert "has the default allowlist only" in page
+    assert "larger plan" in page
+    link = f"/templates/new/?from={template['id']}&amp;network=open"
+    assert (link in page) is open_too
+    if open_too:
+        form = console.get(link.replace("&amp;", "&")).content.decode()
+        assert 'value="open" checked' in form
+
+
+def test_what_the_teams_admins_do_not_allow_is_theirs_to_be_asked_for(
+    api: Client, console: Client, host: FakeHost, team: Team
+) -> None:
+    Plan.objects.update(custom_egress_allowlist=False, allow_open_network=True)
+    TeamLimits.objects.create(team=team, allowed_networks=["off", "restricted"])
+    refused = {"host": "get.example.org", "port": 443, "reason": "not_listed"}
+    host.refused = [{**refused, "can_be_listed": True}]
+    template = made(api, "/v1/templates", TEMPLATE)
+    run_queue()
+    page = console.get(f"/templates/{template['id']}/").content.decode()
+    assert "to allow the network &#x27;open&#x27;" in page
+    assert "&amp;network=open" not in page
 
 
 def test_a_build_that_went_on_without_a_host_says_so_everywhere(

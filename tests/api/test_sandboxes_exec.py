@@ -17,8 +17,10 @@ from django.test import AsyncClient, Client
 
 from hostruntime.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
+from orkestr_console import closing
 from orkestr_console.accounts.models import AuditEntry
 from orkestr_console.accounts.services import actor_of_token
+from orkestr_console.server import build_server
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import exec_stream
@@ -337,6 +339,55 @@ async def test_a_reader_that_leaves_ends_the_command(
         {"stream": True},
         {"ended": "the client went away"},
     ]
+
+
+@pytest.fixture
+def hanging(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Every command runs on for long; set once one runs."""
+    begun = asyncio.Event()
+
+    async def endless(*args: object, **kwargs: object) -> AsyncIterator[ExecFrame]:
+        yield STARTED
+        begun.set()
+        await asyncio.sleep(60)
+
+    async def waited_for(*args: object, **kwargs: object) -> ExecResult:
+        begun.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(host, "exec_frames", endless)
+    monkeypatch.setattr(host, "exec_to_end", waited_for)
+    return begun
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_command_that_the_servers_end_cuts_off_says_so(
+    stream_api: AsyncApi,
+    hanging: asyncio.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    stream: bool,
+) -> None:
+    monkeypatch.setattr(closing, "_stopped", False)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    box = created.json()["id"]
+    body = json.dumps({"command": "make", "stream": stream}).encode()
+    to_server: asyncio.Queue[Any] = asyncio.Queue()
+    from_server: asyncio.Queue[Any] = asyncio.Queue()
+    answer = ASGIHandler()(exec_scope(box, key, body), to_server.get, from_server.put)
+    task = asyncio.create_task(answer)
+    server = build_server(ASGIHandler(), ["127.0.0.1"], 0)
+    # As when it serves this one request.
+    server.connections = {"one": {"application_instance": task}}
+    async with asyncio.timeout(20):
+        await to_server.put({"type": "http.request", "body": body})
+        await hanging.wait()
+        server.kill_all_applications()
+        await asyncio.gather(task, return_exceptions=True)
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
+    last = [entry.data async for entry in entries][-1]
+    assert last == {"ended": "the server was stopped"}
 
 
 async def test_a_reader_that_has_the_last_frame_left_nothing_undone(

@@ -13,7 +13,7 @@ from hostruntime.errors import ContainerGone, HostFault, HostUnavailable
 from orkestr_console.accounts.models import Plan, Team
 from sandboxes_app import tasks
 from sandboxes_app.models import Sandbox, SandboxEvent
-from sandboxes_app.services.lifecycle import STARTING_GRACE
+from sandboxes_app.services.driving import SILENCE
 from tests.api.asking import post, refusal
 from tests.fakes.host import FakeHost
 
@@ -138,7 +138,7 @@ def test_a_host_that_did_not_answer_is_asked_later(
     assert status(api, box) == "pausing"
     tasks.tidy()
     assert status(api, box) == "pausing"
-    SandboxEvent.objects.filter(sandbox=box).update(at=timezone.now() - 2 * STARTING_GRACE)
+    SandboxEvent.objects.filter(sandbox=box).update(at=timezone.now() - 2 * SILENCE)
     tasks.tidy()
     assert status(api, box) == ("paused" if done else "running")
 

@@ -14,12 +14,15 @@ from channels.layers import get_channel_layer
 from django.http import HttpRequest
 from django.test import RequestFactory
 
+from hostruntime.answers import ExecFrame
 from orkestr_console.accounts import rates
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.accounts.models import ApiToken
+from orkestr_console.accounts.models import ApiToken, AuditEntry
 from orkestr_console.accounts.services import revoke_token
 from orkestr_console.errors import RateLimited
 from sandboxes_app import api as sandboxes_api
+from sandboxes_app import services as sandboxes
+from sandboxes_app.specs import ExecSpec, SandboxSpec
 from templates_app import api as templates_api
 from templates_app import services as templates
 from templates_app.models import Template
@@ -93,24 +96,38 @@ async def test_the_events_of_a_build(
 
 
 @pytest.mark.parametrize("how", [CHATTY, SILENT])
-async def test_the_output_of_a_command(request_of: HttpRequest, how: str) -> None:
+async def test_the_output_of_a_command(
+    request_of: HttpRequest,
+    actor: Actor,
+    host: FakeHost,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
     killed = asyncio.Event()
 
-    async def frames() -> AsyncGenerator[dict[str, Any]]:
+    async def frames(*_: object, **__: object) -> AsyncGenerator[ExecFrame]:
         try:
             while True:
-                yield {"kind": "stdout", "data": "eA=="}
+                yield ExecFrame("chunk", stream="stdout", data=b"x")
                 await asyncio.sleep(0.01 if how == CHATTY else 3600)
         finally:
             killed.set()
 
-    running = frames()
+    monkeypatch.setattr(host, "exec_frames", frames)
+    create = sync_to_async(sandboxes.create_sandbox)
+    box = await create(actor, SandboxSpec(template="debian-12"))
+    running = await sync_to_async(sandboxes.exec_stream)(actor, box.pk, ExecSpec(command="make"))
     parts = sandboxes_api.sent_events(request_of, await anext(running), running)
     before, after = await told_until_the_end(parts)
     assert (sandboxes_api.KEEP_ALIVE in before) == (how == SILENT)
     assert said(after[-1])["kind"] == "error"
     assert "has been revoked" in said(after[-1])["message"]
     assert killed.is_set()
+    # And not that the client went away, who is still there and reads it.
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box.pk).order_by("id")
+    begun, over = [entry.data async for entry in entries]
+    assert begun == {"stream": True}
+    assert over == {"ended": said(after[-1])["message"]}
 
 
 async def test_a_token_that_calls_too_often_still_holds(

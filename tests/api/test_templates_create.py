@@ -201,6 +201,42 @@ def test_what_only_looks_like_another_tools_is_a_step(
     assert post(api, URL, {**GOOD, "recipe": [step]}).status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("own", "sentence"),
+    [
+        ({"B": "y" * 60_000}, "140,002 bytes altogether"),
+        ({"A": "ü" * 30_000 + ":$A"}, "variable A would have 140,004 bytes"),
+    ],
+)
+def test_an_environment_that_its_base_makes_too_large_is_refused(
+    api: Client, make_template: MakeTemplate, own: dict[str, str], sentence: str
+) -> None:
+    base = make_template(env={})
+    Template.objects.update(status="ready", contents={"env": {"A": "x" * 80_000}})
+    before = Template.objects.count()
+    answer = post(api, URL, {**GOOD, "base_template": base.pk, "env": own})
+    error = refusal(answer, 400, "invalid_request")
+    assert sentence in error["fields"]["env"]
+    assert Template.objects.count() == before
+    answer = post(api, URL, {**GOOD, "base_template": base.pk, "env": {"B": "y" * 50_000}})
+    assert answer.status_code == 201
+
+
+def test_what_is_baked_in_is_shown_with_what_is_inherited(
+    api: Client, console: Client, make_template: MakeTemplate
+) -> None:
+    template = make_template(env={"OWN": "1", "PATH": "/own:$PATH"})
+    at = f"{URL}/{template.pk}"
+    assert api.get(at).json()["baked_env"] is None
+    baked = {"OWN": "1", "PATH": "/own:/base:$PATH", "BASES": "<2>"}
+    Template.objects.update(status="ready", contents={"env": baked})
+    said = api.get(at).json()
+    assert (said["env"], said["baked_env"]) == ({"OWN": "1", "PATH": "/own:$PATH"}, baked)
+    page = console.get(f"/templates/{template.pk}/").content.decode()
+    assert page.index("OWN=1") < page.index("from its base") < page.index("BASES=&lt;2&gt;")
+    assert "PATH=/own:/base:$PATH" in page
+
+
 def test_the_environment_is_kept_shown_and_built_with(
     api: Client, host: FakeHost, make_template: MakeTemplate
 ) -> None:

@@ -72,11 +72,14 @@ class Agent:
             for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         ]
 
-    def tear_down(self) -> None:
+    def tear_down(self) -> str:
+        """Take everything down; what the command told of it."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(20)
-        subprocess.run([*self._command(), "teardown"], cwd=REPO, check=True, timeout=120)
+        command = [*self._command(), "teardown"]
+        done = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, timeout=600)
+        return done.stdout.decode()
 
     def log(self) -> str:
         return (self.state / "agent.log").read_text()

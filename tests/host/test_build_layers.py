@@ -125,6 +125,35 @@ def test_the_image_is_the_same_as_well(build: Build) -> None:
     assert digest(reused) == digest(plain)
 
 
+def test_what_a_reused_step_did_in_vain_is_told_at_that_step(build: Build) -> None:
+    steps = (
+        "echo one > /workspace/one; echo nameserver 192.0.2.1 > /etc/resolv.conf",
+        "echo two > /workspace/two; echo gone > /tmp/gone",
+        "rm /tmp/gone; echo own > /etc/hostname",
+        "true",
+    )
+
+    def told(events: list[BuildEvent]) -> list[tuple[int, list[str]]]:
+        found = [event.data for event in events if event.kind == "not_captured"]
+        return sorted((one["step"], one["paths"]) for one in found)
+
+    expected = [
+        (1, ["/etc/resolv.conf"]),
+        (1, ["/workspace/one"]),
+        (2, ["/workspace/two"]),
+        (3, ["/etc/hostname"]),
+    ]
+    _, plain = build(*steps, "true", cache=None)
+    assert told(plain) == expected
+    build(*steps, "false")
+    # The second layer is taken from a disk that was put back.
+    _, again = build(*steps, "echo new > /tmp/new", "false")
+    assert cached(again) == [1, 2, 3, 4]
+    _, reused = build(*steps, "echo new > /tmp/new", "true")
+    assert cached(reused) == [1, 2, 3, 4, 5]
+    assert told(reused) == [*expected, (5, ["/tmp/new"])]
+
+
 def test_a_published_reuse_is_what_a_sandbox_sees(
     host: HostClient, build: Build, new_sandbox: NewSandbox
 ) -> None:

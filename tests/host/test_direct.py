@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from hostruntime import nowhere
 from hostruntime.direct import MAX_LOG_BYTES
 from hostruntime.egress import EgressProxy
 from hostruntime.network import Slot, SlotPool
@@ -19,6 +22,7 @@ from hostruntime.policy import Policy
 from hostruntime.run import run
 from hostruntime.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
 from tests.host.network import (
+    HOST_SECOND,
     RESTRICTED,
     SETTINGS,
     from_slot,
@@ -31,7 +35,17 @@ from tests.host.network import paths as paths
 from tests.host.network import pool as pool
 from tests.host.network import slot as slot
 from tests.host.network import world as world
-from tests.host.topology import INTERNET, PRIVATE, RESOLVER, World, ask_resolver, dns_query, hear
+from tests.host.topology import (
+    HOST,
+    INTERNET,
+    METADATA,
+    PRIVATE,
+    RESOLVER,
+    World,
+    ask_resolver,
+    dns_query,
+    hear,
+)
 
 pytestmark = pytest.mark.host
 
@@ -101,6 +115,16 @@ def test_a_scan_fills_nobody_elses_record(
     assert 16 <= len(records.decisions(owner_of(pool, noisy))) <= 40 + took
 
 
+def test_with_network_off_what_was_tried_is_known_when_the_slot_is_gone(
+    pool: SlotPool, records: EgressProxy
+) -> None:
+    mine = pool.acquire("off.first", OFF)
+    refused(mine, lambda: hear(INTERNET, 443))
+    pool.release("off.first")
+    assert pool.settle(30)
+    assert [one.host for one in records.decisions("off.first")] == [INTERNET]
+
+
 def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
     pool: SlotPool, records: EgressProxy
 ) -> None:
@@ -119,6 +143,96 @@ def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
         for name in names:
             pool.release(name)
         assert pool.settle(60)
+
+
+def test_with_network_off_what_is_tried_is_refused_at_once_and_recorded(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy, world: World
+) -> None:
+    mine, near = slot(OFF), slot(OFF)
+    owner, heard = owner_of(pool, mine), len(world.reached)
+    began = time.monotonic()
+    for address, port in ((INTERNET, 443), (HOST, 443), (pool.proxy_address()[0], 13128)):
+        assert isinstance(refused(mine, partial(hear, address, port)), ConnectionError)
+    for address in (PRIVATE[0], RESOLVER, METADATA):
+        refused(mine, partial(send_datagram, address, 4000))
+    refused(mine, partial(send_datagram, "224.0.0.251", 5353))
+    assert time.monotonic() - began < 0.5
+    found = records.decisions(owner)
+    assert {(one.method, one.host, one.port) for one in found} == {
+        ("TCP", INTERNET, 443),
+        ("TCP", HOST, 443),
+        ("TCP", pool.proxy_address()[0], 13128),
+        ("UDP", PRIVATE[0], 4000),
+        ("UDP", RESOLVER, 4000),
+        ("UDP", METADATA, 4000),
+    }
+    assert {(one.verdict, one.reason, one.direct) for one in found} == {
+        ("refused", "network_off", True)
+    }
+    assert all("network off" in one.message for one in found)
+    assert len(records.decisions(owner)) == len(found)
+    refused(mine, lambda: hear(INTERNET, 443))
+    assert [one.refused for one in records.hosts(owner) if one.host == INTERNET] == [2]
+    assert records.decisions(owner_of(pool, near)) == []
+    assert len(world.reached) == heard
+
+
+def test_with_network_off_nothing_gets_out_without_the_table_either(
+    pool: SlotPool, slot: Callable[[Policy], Slot], world: World
+) -> None:
+    mine, heard = slot(OFF), len(world.reached)
+    links = json.loads(from_slot(mine, lambda: run(["ip", "-j", "link"], timeout=10)).stdout)
+    assert [link["ifname"] for link in links] == ["lo"]
+    arrived = received(HOST_SECOND)
+    from_slot(mine, lambda: run(["nft", "flush", "ruleset"], timeout=10))
+    for address, port in ((INTERNET, 443), (HOST, 443), (pool.proxy_address()[0], 13128)):
+        refused(mine, partial(hear, address, port))
+    for address in (PRIVATE[0], RESOLVER, METADATA, HOST_SECOND, "127.0.0.1"):
+        refused(mine, partial(send_datagram, address, 4000))
+    assert len(world.reached) == heard
+    assert received(HOST_SECOND) == arrived
+    # A new agent finds the table gone.
+    nowhere.lead_nowhere(place(mine))
+    assert isinstance(refused(mine, lambda: hear(INTERNET, 443)), ConnectionError)
+
+
+def received(address: str) -> int:
+    """Packets for addresses that are not its own, or forwarded, that this world's host has seen."""
+    text = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split()[1:] for line in text if line.startswith("Ip:"))
+    counted = dict(zip(names, map(int, values), strict=True))
+    return counted["ForwDatagrams"] + counted["InAddrErrors"]
+
+
+def test_with_network_off_a_scan_is_bounded_and_loopback_is_free(
+    pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
+) -> None:
+    mine = slot(OFF)
+
+    def scan() -> float:
+        began = time.monotonic()
+        for port in range(1, FLOOD):
+            with (
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle,
+                suppress(PermissionError),
+            ):
+                handle.sendto(b"?", (INTERNET, port))
+        return time.monotonic() - began
+
+    took = from_slot(mine, scan)
+    found = records.decisions(owner_of(pool, mine))
+    assert 16 <= len(found) <= min(40 + took, nowhere.MOST)
+
+    def serve_and_ask() -> bytes:
+        with (
+            socket.create_server(("0.0.0.0", 8080)) as server,
+            socket.create_connection(("127.9.9.9", 8080), 5) as client,
+        ):
+            server.accept()[0].sendall(b"mine")
+            return client.recv(10)
+
+    assert from_slot(mine, serve_and_ask) == b"mine"
+    assert len(records.decisions(owner_of(pool, mine))) == len(found)
 
 
 def owner_of(pool: SlotPool, taken: Slot) -> str:
@@ -281,6 +395,8 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         first.setup()
         first.reclaim(set())
         taken = {name: first.acquire(name, RESTRICTED) for name in ("kept", "dead")}
+        taken["off"] = first.acquire("off", OFF)
+        refused(taken["off"], lambda: hear(INTERNET, 443))
         assert asks(taken["kept"], "before.test") == 3
         first.close()
         assert first.resolver.attended() == set()
@@ -290,7 +406,7 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         forwards = Path(f"/proc/sys/net/ipv4/conf/{end}/forwarding")
         forwards.write_text("1")
         second.setup()
-        second.reclaim({"kept"})
+        second.reclaim({"kept", "off"})
         assert forwards.read_text() == "0\n"
         refused(taken["kept"], lambda: hear(INTERNET, 443))
         assert asks(taken["kept"], "after.test") == 3
@@ -298,7 +414,10 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         wait_until(
             lambda: sorted(one.host for one in records.decisions("kept")) == sorted(expected)
         )
+        refused(taken["off"], lambda: hear(INTERNET, 80))
+        assert sorted(one.port for one in records.decisions("off")) == [80, 443]
         second.release("kept")
+        second.release("off")
         assert second.settle(30)
         assert place(taken["kept"]) not in second.resolver.attended()
     finally:

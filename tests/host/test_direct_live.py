@@ -48,6 +48,30 @@ def test_a_sandbox_is_told_at_once_and_heard_of(
     assert host.egress_decisions(near.id) == []
 
 
+# Documentation's own (RFC 5737): nobody is there, and nothing gets out.
+TRY = "bash -c 'exec 3<>/dev/tcp/192.0.2.1/443'; echo $?"
+
+
+def test_an_address_that_is_tried_with_network_off_is_heard_of(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    box, near = (new_sandbox(network="off") for _ in range(2))
+    done = host.exec(box.id, TRY)
+    assert done.stdout == b"1\n"
+    assert done.duration_ms < AT_ONCE_MS
+    (use,) = host.egress_hosts(box.id)
+    assert (use.host, use.port, use.direct, use.refused) == ("192.0.2.1", 443, True, 1)
+    assert use.reason == "network_off"
+    assert host.egress_decisions(near.id) == []
+
+
+def test_a_build_without_network_names_the_address_it_tried(build: Build) -> None:
+    said = failed(build("true", "echo > /dev/tcp/192.0.2.1/443", network="off"))
+    assert (said["code"], said["step"]) == ("network_policy_blocked", 2)
+    assert "the network policy refused: 192.0.2.1:443. " in str(said["message"])
+    assert 'has network "off"' in str(said["message"])
+
+
 def test_sandboxes_outlive_the_agent_and_are_heard_of_again(
     host: HostClient, new_sandbox: NewSandbox, agent: Agent
 ) -> None:

@@ -22,7 +22,7 @@ from hostruntime.errors import (
 )
 from tests.host.agent import Agent, eventually
 from tests.host.commands import Command
-from tests.host.conftest import NewSandbox
+from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
@@ -93,6 +93,78 @@ def test_the_environment_is_clean_and_layered(
     assert "/usr/bin" in environment["PATH"]
     # Of the agent's own, or of the tests', nothing.
     assert not {"VIRTUAL_ENV", "PYTEST_CURRENT_TEST", "PYTHONPATH", "container"} & set(environment)
+
+
+@pytest.mark.parametrize(
+    ("script", "printed", "code"),
+    [
+        ("#!/usr/bin/perl\nprint 6 * 7, qq(\n); exit 3;", b"42\n", 3),
+        (
+            "#! /usr/bin/env perl\nmy $x = '\"$HOME\" `id` \\\\ %s';\nprint $x;",
+            b'"$HOME" `id` \\ %s',
+            0,
+        ),
+        ("#!/bin/sh -e\necho begun\nfalse\necho never", b"begun\n", 1),
+        ("#!/usr/bin/env -S bash -eu\necho begun\necho $UNKNOWN\necho never", b"begun\n", 1),
+        ("#!/bin/bash\nfalse\necho ${BASH_VERSION:+bash}", b"bash\n", 0),
+        ("#!/usr/bin/env bash\nfalse\necho on", b"on\n", 0),
+        ("#!/usr/bin/perl\n# " + "é" * 70_000 + "\nprint 'large';", b"large", 0),
+        ("#!/no/such/interpreter\n", b"", 127),
+    ],
+)
+def test_a_script_is_run_by_the_interpreter_that_it_names(
+    host: HostClient, sandbox: SandboxInfo, script: str, printed: bytes, code: int
+) -> None:
+    done = host.exec(sandbox.id, script)
+    assert (done.stdout, done.code) == (printed, code)
+    assert host.exec(sandbox.id, "ls -A /tmp").stdout == b""
+
+
+def test_a_script_that_is_killed_is_ended_with_all_that_it_started(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    with pytest.raises(ExecTimeout):
+        host.exec(sandbox.id, "#!/usr/bin/perl\nsystem('sleep 600');", timeout_seconds=1)
+    assert "perl" not in processes(host, sandbox)
+    assert "sleep" not in processes(host, sandbox)
+
+
+def test_a_variable_may_be_as_large_as_the_kernel_takes_and_no_larger(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    """MAX_ARG_STRLEN of execve(2), in bytes: 128 KiB with the name, "=" and NUL."""
+    sandbox = new_sandbox(env={"B": "x" * 60_000})
+    largest = "x" * (128 * 1024 - 3)
+    measure = 'echo "${#A}"'
+    assert host.exec(sandbox.id, measure, env={"A": largest}).stdout == b"131069\n"
+    for value in (f"{largest}x", "é" * 65_600):
+        with pytest.raises(InvalidRequest, match="variable A would have 131,"):
+            host.exec(sandbox.id, measure, env={"A": value})
+        with pytest.raises(InvalidRequest, match="variable A would have 131,"):
+            new_sandbox(env={"A": value})
+
+
+def test_an_environment_grown_over_templates_is_refused_or_works(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    """Template over template over template, a sandbox and a command, each with all it may have."""
+    names = [f"img_env{number}_{time.time_ns():x}" for number in range(4)]
+    base, ends = BASE, []
+    for name in names:
+        grown = {"GROWN": "x" * 40_000 + ":$GROWN"}
+        host.start_build(name, base_image=base, recipe=["true"], network="restricted", env=grown)
+        ends.append(list(host.build_events(name))[-1])
+        base = name if ends[-1].kind == "published" else base
+    try:
+        assert [end.kind for end in ends] == ["published"] * 3 + ["failed"]
+        assert ends[-1].data["code"] == "environment_too_large"
+        assert "GROWN" in ends[-1].data["message"]
+        box = new_sandbox(image=base, env={"OWN": "y" * 65_000})
+        done = host.exec(box.id, 'echo "${#GROWN} ${#OWN} ${#A}"', env={"A": "z" * 65_000})
+        assert done.stdout == b"120002 65000 65000\n"
+    finally:
+        for name in names:
+            host.delete_image(name)
 
 
 @pytest.mark.parametrize("env", [{"A=B": "x"}, {"": "x"}, {"A": "nul\0"}])

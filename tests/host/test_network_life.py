@@ -158,6 +158,18 @@ def test_a_running_proxy_is_adopted_and_a_dead_one_replaced(
     assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
 
 
+def test_a_proxy_whose_master_was_killed_is_replaced(proxy: EgressProxy) -> None:
+    """What serves goes on without it for a while, and would never be started again."""
+    master = int((proxy.run_dir.egress / "squid.pid").read_text())
+    assert master in proxy.processes()
+    os.kill(master, signal.SIGKILL)
+    proxy.ensure()
+    successor = int((proxy.run_dir.egress / "squid.pid").read_text())
+    assert successor != master
+    assert successor in proxy.processes()
+    assert proxy.healthy()
+
+
 def test_a_dead_helper_means_refused_until_squid_has_started_another(
     slot: Callable[[Policy], Slot], pool: SlotPool, proxy: EgressProxy
 ) -> None:

@@ -46,7 +46,9 @@ def test_after_a_teardown_nothing_is_left_but_images(agent: Agent) -> None:
     for name, network in (("sbx_down1", "off"), ("sbx_down2", "restricted"), ("sbx_down3", "open")):
         agent.client.create_sandbox(name, image=BASE, cpu=1, memory_mb=256, network=network)
     assert len(everything(number)) > 10
-    agent.tear_down()
+    told = re.fullmatch(r"ended (\d+) of (\d+) containers", agent.tear_down().splitlines()[-1])
+    assert told is not None
+    assert int(told[1]) == int(told[2]) >= 3
     assert everything(number) == []
     assert [path.name for path in (agent.state / "sandboxes").iterdir()] == []
     agent.tear_down()

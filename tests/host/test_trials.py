@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_trial_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
 
     assert attempt(die_with_a_disk, tmp_path) == "it was killed by signal 9"
     wait_until(lambda: left_by(tmp_path) == [], 5)
+
+
+def test_a_trial_is_followed_and_given_up_on_only_when_it_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "_SECONDS", 0.5)
+
+    def work(_: Path) -> None:
+        while time.process_time() < 1.5:
+            pass
+
+    assert attempt(work, tmp_path) is None
+    said = attempt(lambda _: time.sleep(600), tmp_path)
+    assert said is not None
+    assert said.startswith("it did nothing for 0.5 s (")
 
 
 def in_a_user_namespace_without(kind: str, directory: Path) -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from hostruntime.images import ImageStore
 from hostruntime.progress import Progress
 from hostruntime.scrub import scrub
 from hostruntime.trees import Check
-from tests.hostruntime.test_builds import World
+from tests.hostruntime.build_world import World
 
 
 @pytest.fixture

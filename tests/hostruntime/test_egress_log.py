@@ -23,7 +23,7 @@ from hostruntime.network import SlotPool
 from hostruntime.paths import Instance, StatePaths
 from hostruntime.rundir import RunDir
 from hostruntime.squid_config import NOT_TLS_LOG
-from tests.hostruntime.test_builds import World
+from tests.hostruntime.build_world import World
 
 MIB = 1024**2
 

@@ -25,8 +25,8 @@ from hostruntime.layers import (
 from hostruntime.manager import ContainerSpec, Running
 from hostruntime.paths import StatePaths, read_json, write_json
 from hostruntime.trash import Trash
+from tests.hostruntime.build_world import World
 from tests.hostruntime.fake_containers import tree_of
-from tests.hostruntime.test_builds import World
 
 MIB = 1 << 20
 KEYS = ["a" * 64, "b" * 64, "c" * 64]

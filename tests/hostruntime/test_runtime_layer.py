@@ -132,6 +132,30 @@ def test_nothing_is_configured_that_the_host_does_not_know(
     assert not {"etc/apt/sources.list", ".yarnrc.yml"} & set(files)
 
 
+def test_with_network_off_each_program_is_told_so_and_the_image_has_the_last_word(
+    paths: StatePaths, pool: SlotPool, image: Path
+) -> None:
+    build_runtime_layers(paths, pool)
+    grow(image, {"etc/npmrc": "offline=false\n"})
+    trees = {mode: texts(tree_for(paths, image, mode)) for mode in MODES}
+    said = {
+        "etc/npmrc": "\noffline=true\n",
+        "usr/local/etc/npmrc": "\noffline=true\n",
+        "etc/xdg/pip/pip.conf": "\nretries = 1\n",
+        ".yarnrc.yml": "\nenableNetwork: false\n",
+        "etc/apt/apt.conf.d/80orkestr": '\nAcquire::Retries "0";\n',
+        "etc/environment": "\nUV_OFFLINE=1\n",
+        "etc/profile.d/00-orkestr.sh": '\n[ -n "${UV_OFFLINE+set}" ] || export UV_OFFLINE=1\n',
+    }
+    for path, line in said.items():
+        assert {mode: line in trees[mode][path] for mode in MODES} == {
+            "off": True,
+            "restricted": False,
+            "open": False,
+        }, path
+    assert trees["off"]["etc/npmrc"].endswith("\noffline=false\n")
+
+
 def test_directories_show_through_with_the_images_owners_and_modes(
     paths: StatePaths, pool: SlotPool, image: Path
 ) -> None:
@@ -285,7 +309,11 @@ def test_only_restricted_processes_are_told_of_the_proxy(pool: SlotPool) -> None
         assert environment["PIP_CERT"] == "/etc/ssl/certs/ca-certificates.crt"
         assert ("https_proxy" in environment) is (mode == "restricted")
     trust = "-Djavax.net.ssl.trustStore=/.orkestr/cacerts.jks"
-    assert environments["open"] == environments["off"] | {"JAVA_TOOL_OPTIONS": trust}
+    told_off = {name for name in environments["off"] if "OFFLINE" in name}
+    assert {"UV_OFFLINE", "HF_HUB_OFFLINE", "CARGO_NET_OFFLINE"} <= told_off
+    assert not told_off & (environments["open"].keys() | environments["restricted"].keys())
+    assert environments["open"].keys() - environments["off"].keys() == {"JAVA_TOOL_OPTIONS"}
+    assert environments["open"]["JAVA_TOOL_OPTIONS"] == trust
     java = environments["restricted"]["JAVA_TOOL_OPTIONS"].split()
     assert {trust, "-Dhttps.proxyHost=10.203.0.1", "-Dhttps.proxyPort=13128"} <= set(java)
     assert environments["restricted"]["HTTPS_PROXY"] == "http://10.203.0.1:13128"

@@ -137,13 +137,13 @@ PYTHON_TOOLS = (
             '# dependencies = ["humanize"]\\n'
             "# ///\\nimport humanize\\nprint(humanize.naturalsize(1))\\n' > s.py && uv run s.py",
         ),
-        ("uv run --offline /root/app/s.py | grep '1 Byte'",),
+        ("uv run /root/app/s.py | grep '1 Byte'",),
     ),
     Recipe(
         "uvx",
         "python-3.12",
         (f"pip install uv && {_PYTHON} && uvx cowsay -t hello",),
-        ("uvx --offline cowsay -t hello | grep hello",),
+        ("uvx cowsay -t hello | grep hello",),
     ),
     Recipe(
         "uv-tool",
@@ -203,7 +203,7 @@ NODE_TOOLS = (
         "npx",
         "node-22",
         ("npx -y semver 1.2.3",),
-        ("npx --offline semver -i minor 1.2.3 | grep 1.3.0",),
+        ("npx semver -i minor 1.2.3 | grep 1.3.0",),
         quick=True,
     ),
 )

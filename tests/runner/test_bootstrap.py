@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,52 @@ def test_a_machine_without_lists_is_updated_before_apt_is_asked_for_a_python(
     assert said[0] == "apt-get -q update"
     assert sum("update" in line for line in said) == 1
     assert said[1].endswith("python3.12 python3.12-venv python3.12-dev")
+
+
+def test_another_apt_is_waited_for_and_what_else_fails_is_shown_at_once(programs: Path) -> None:
+    """Debian's own apt-get, in directories of the test's: nothing of the machine is held."""
+    lists = programs / "state" / "lists"
+    (lists / "partial").mkdir(parents=True)
+    (programs / "apt.conf").write_text(
+        f'Dir::State "{programs}/state";\nDir::Cache "{programs}/cache";\n'
+        f'Dir::Etc::SourceList "{programs}/none";\nDir::Etc::SourceParts "{programs}/none.d";\n'
+    )
+    (programs / "none.d").mkdir()
+    holding = f"""
+import fcntl, time
+lock = open({str(lists / "lock")!r}, "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(3)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    conf = str(programs / "apt.conf")
+    with holder:
+        done = bash(programs, "update_lists", APT_CONFIG=conf)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("waiting for process") == 1
+    (programs / "none").write_text("nonsense\n")
+    done = bash(programs, "update_lists", APT_CONFIG=conf)
+    assert done.returncode == 1
+    assert "waiting" not in done.stdout
+    assert "nonsense" in done.stderr or "Malformed" in done.stderr
+
+
+def test_of_two_starts_of_one_clone_the_second_waits(programs: Path) -> None:
+    clone = programs / "orkestr_console" / "runner"
+    clone.mkdir(parents=True)
+    (clone / "bootstrap.sh").touch()
+    taken = f"repo={programs}; one_at_a_time"
+    mark = "until [ -e {0} ]; do sleep 0.05; done".format
+    first = (
+        f"({taken}; echo first; touch {programs}/a; {mark(programs / 'b')}; sleep 1; echo done) &"
+    )
+    both = f"{first} {mark(programs / 'a')}; touch {programs}/b; {taken}; echo second; wait"
+    said = bash(programs, both).stdout.splitlines()
+    assert [said[0], *said[-2:]] == ["first", "done", "second"]
+    assert "waiting for another start of this clone" in said[1]
 
 
 @pytest.mark.parametrize(("first", "other"), [("3.12", "3.13"), ("3.13", "3.12")])

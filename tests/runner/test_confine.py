@@ -104,6 +104,43 @@ def test_a_mount_made_by_another_is_not_kept_alive(private: Path) -> None:
     assert str(other) not in done.stdout
 
 
+def test_the_work_of_confining_grows_with_the_mounts_and_not_with_their_square(
+    private: Path,
+) -> None:
+    """Hundreds of sandboxes have thousands of mounts, and a web process that ended is awaited."""
+    few, many = (work_among(private, mounts) for mounts in (300, 3000))
+    assert many < 14 * few
+
+
+def work_among(private: Path, mounts: int) -> float:
+    """The processor time in seconds of confining a program where there are so many mounts."""
+    own = private.parent / f"own{mounts}"
+    own.mkdir()
+    script = f"""
+import os, resource, subprocess
+from pathlib import Path
+from hostruntime import kernel
+for number in range({mounts}):
+    path = Path({str(own)!r}, str(number))
+    path.mkdir()
+    kernel.mount("orkestr-test", path, "tmpfs", 0, "size=4k")
+def spent():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+def confine(*command):
+    before = spent()
+    left = subprocess.run([*{confining(private / "tree")!r}, *command], capture_output=True)
+    assert left.returncode == 0, left.stderr
+    return spent() - before, left.stdout
+assert {str(own)!r} not in confine("cat", "/proc/self/mountinfo")[1].decode()
+print(min(confine("true")[0] for _ in range(2)))
+"""
+    alone = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", script]
+    done = subprocess.run(alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
 def test_outermost_keeps_no_path_inside_another() -> None:
     paths = [Path("/a/b"), Path("/a"), Path("/ab"), Path("/a/b/c"), Path("/a")]
     assert outermost(paths) == [Path("/a"), Path("/ab")]

@@ -308,6 +308,12 @@ def test_a_taken_port_names_the_next_one() -> None:
     assert f"PORT={port + 1}" in finding.remedy
 
 
+def test_an_address_that_is_not_this_machines_is_said_before_anything_starts() -> None:
+    named = layout_from({"ORKESTR_LISTEN": "192.0.2.77", "ORKESTR_VAR": "/nowhere"})
+    finding = network.check_port(named)
+    assert (finding.verdict, finding.seen) == ("fail", "192.0.2.77 is no address of this machine")
+
+
 def test_a_firewall_in_the_way_is_a_warning_with_its_remedy(layout: Layout) -> None:
     rules = (
         b"table ip f { chain f { type filter hook forward priority filter; policy drop; \n } \n }"

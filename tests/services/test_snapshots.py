@@ -16,7 +16,7 @@ from orkestr_console.accounts.models import Plan, Team
 from orkestr_console.errors import Conflict
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
-from sandboxes_app.services.snapshots import CAPTURING_GRACE
+from sandboxes_app.services.driving import SILENCE
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from tests.fakes.host import FakeHost
 
@@ -93,7 +93,7 @@ def test_one_that_was_never_finished_fails_and_a_young_one_does_not(
 ) -> None:
     rows = [services.create_snapshot(actor, sandbox.pk, SnapshotSpec()) for _ in range(2)]
     Snapshot.objects.update(status="capturing")
-    late = CAPTURING_GRACE + timedelta(minutes=1)
+    late = 5 * SILENCE + timedelta(minutes=1)
     Snapshot.objects.filter(pk=rows[0].pk).update(created_at=timezone.now() - late)
     aged(host, rows[0].pk, late.total_seconds())
     tasks.tidy()

@@ -65,6 +65,12 @@ class Console:
         assert "self-check" in said.text, said.text[-4000:]
         return said.text
 
+    def errors(self) -> list[str]:
+        """What the agent, the worker and the web process logged as an error, so far."""
+        logs = f"{TREE}/var/log/agent.log {TREE}/var/log/web.log {TREE}/var/log/worker.log"
+        found = self.guest.root(f"grep -hE ' (ERROR|CRITICAL) ' {logs}", check=False)
+        return found.out.splitlines()
+
     def stop(self) -> None:
         """What Ctrl-C does, unless it has stopped already. AssertionError if it does not."""
         self.guest.root(f"kill -INT $(cat {TREE}/var/run/up.lock)", check=False)

@@ -52,6 +52,7 @@ class Trial:
         with self._clients() as clients:
             check("that sandbox answers still", partial(self._answers_still, clients))
         check("the kernel log: no denial but the attacks', no complaint", self._log_is_clean)
+        check("the product's own logs: no error", self._nothing_went_wrong)
         check("reboot without make down", self._reboot)
         check("nothing of it is on the machine after the reboot", self._nothing_left)
         check("make run after the reboot", console.start)
@@ -62,6 +63,7 @@ class Trial:
         check("nothing is left on the machine", self._nothing_left)
         check("make doctor afterwards", console.doctor)
         check("the kernel log since the reboot", self._log_is_clean)
+        check("the product's own logs since the reboot", self._nothing_went_wrong)
 
     # Stages -----------------------------------------------------------------------------
 
@@ -187,6 +189,11 @@ class Trial:
         log = self._kernel_log()
         bad = [*complaints(log), *sorted(denials(log) - self._excused)]
         assert bad == [], "\n".join(bad)
+
+    def _nothing_went_wrong(self) -> None:
+        """Every sandbox may have started all the same: what failed behind them is found here."""
+        bad = self._console.errors()
+        assert bad == [], "\n".join(bad[:20])
 
     @contextmanager
     def _clients(self) -> Iterator[Clients | None]:

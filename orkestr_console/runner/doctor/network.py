@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from hostruntime.egress import host_registries, proxy_obstacles
@@ -67,18 +68,37 @@ def check_port(layout: Layout) -> Finding:
     """The console's port; it is no fault if this very installation serves on it."""
     if holder(layout) is not None:
         return Finding("port", "ok", f"{layout.port}: this console serves on it")
-    if port_is_free(layout.port):
+    if (fault := listening_fault(layout.port, layout.listen)) is None:
         return Finding("port", "ok", f"{layout.port} is free")
-    remedy = f"choose another: make run PORT={layout.port + 1}"
-    return Finding("port", "fail", f"{layout.port} is in use by another program", remedy)
+    return Finding("port", "fail", *fault)
+
+
+def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
+    """What keeps a server from listening on ``port`` of these addresses, and what to do."""
+    for address in addresses:
+        error = _refusal(address, port)
+        if error == errno.EADDRNOTAVAIL:
+            return f"{address} is no address of this machine", "put right ORKESTR_LISTEN"
+        if error == errno.EACCES:
+            return f"{port} may not be listened on", f"choose another: make run PORT={port + 8000}"
+        if error:
+            seen = f"{port} is in use by another program"
+            return seen, f"choose another: make run PORT={port + 1}"
+    return None
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen on ``port`` of every address now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    """Whether a server could listen on ``port`` of every IPv4 address now."""
+    return _refusal("0.0.0.0", port) == 0  # noqa: S104 - released at once
+
+
+def _refusal(address: str, port: int) -> int:
+    """The error number of bind(2), 0 if it is granted."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind((address, port))
         except OSError as error:
-            return error.errno not in {errno.EADDRINUSE, errno.EACCES}
-    return True
+            return error.errno or errno.EIO
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 from django.conf import settings
@@ -20,7 +19,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--address",
             action="append",
-            help="listen on this address alone (may be repeated); every address if not given",
+            help="listen on this address (may be repeated); ORKESTR_LISTEN's if not given",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -29,13 +28,8 @@ class Command(BaseCommand):
         from orkestr_console.asgi import application
         from orkestr_console.server import build_server, leave
 
-        server = build_server(application, options["address"] or everywhere(), options["port"])
+        server = build_server(application, options["address"] or settings.LISTEN, options["port"])
         server.run()
         if server.failure:
             raise CommandError(f"cannot listen on port {options['port']}: {server.failure}")
         leave(0)
-
-
-def everywhere() -> list[str]:
-    """The address that stands for all of this machine's, in both families where both exist."""
-    return ["::"] if socket.has_dualstack_ipv6() else ["0.0.0.0"]  # noqa: S104 - meant

@@ -1,0 +1,55 @@
+"""What programs of a build asked for past the proxy, and which setting they need instead.
+
+To be on an allowlist is nothing to a program that does not ask the proxy. The words are the same on
+the step, on the page, and in what an agent is told to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orkestr_console.text import few
+from templates_app.models import Template
+
+# The events that carry what a step was refused.
+KINDS = ("step_finished", "step_cached")
+
+
+def past_the_proxy(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
+    """What to do for the programs of ``who`` ("This step") that were refused so, in sentences.
+
+    ``refused`` are hosts as the host's events have them.
+    """
+    direct = [one for one in refused if one.get("direct")]
+    names = listed(one for one in direct if one.get("can_be_listed"))
+    addresses = listed(one for one in direct if one.get("reason") == "past_proxy")
+    sentences = []
+    if names:
+        them = "it" if len(names) == 1 else "they"
+        sentences.append(
+            f"{who} asked DNS for {few(names)}, past the proxy. In allow_domains alone {them} "
+            "would not be reached: the program also needs the address in $HTTPS_PROXY as its proxy."
+        )
+    if addresses:
+        sentences.append(
+            f"{who} tried {few(addresses)} by address, past the proxy, which is the only way out: "
+            "the program needs the address in $HTTPS_PROXY as its proxy, and has to ask for a host "
+            "by name."
+        )
+    return sentences
+
+
+def listed(refused: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The hosts, each once."""
+    return list(dict.fromkeys(str(one["host"]) for one in refused))
+
+
+def advice(template: Template) -> list[str]:
+    """What to do for each step of a build whose programs went past the proxy."""
+    events = template.events.filter(kind__in=KINDS, payload__has_key="refused").order_by("seq")
+    return [
+        sentence
+        for step, payload in events.values_list("step", "payload")
+        for sentence in past_the_proxy(payload["refused"] or (), f"Step {step}")
+    ]
