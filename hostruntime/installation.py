@@ -80,6 +80,10 @@ class StateUnclaimed(Conflict):
 
 
 _STANDING = TypeAdapter(Standing)
+_EMPTY = (
+    "The state directory is new or empty, and the database has had another: its disk may not be "
+    "mounted."
+)
 _DAMAGED = "The state directory's own record of which installation it belongs to is damaged."
 _FOREIGN = (
     "The state directory belongs to another installation (or to an earlier database of this one: "
@@ -106,29 +110,31 @@ class InstallationBook:
         """Take down the database's new mark, if the two have been together until now.
 
         ``empty`` says that the state holds nothing of any tenant's, ``known`` that the database
-        knows some of what it holds: then a state that nobody has claimed is the database's.  Raises
-        InstallationMismatch, StateUnclaimed, OSError.
+        knows some of what it holds.  A state that nobody has claimed is the database's if it knows
+        it, or if both are new.  Raises InstallationMismatch, StateUnclaimed, OSError.
         """
         with self._lock:
             found = self.read()
             why = _difference(found, claim)
-            if not why and not found.id and not (empty or known):
-                raise StateUnclaimed(_UNCLAIMED)
+            both_new = empty and not claim.previous
+            if not why and not found.id and not (both_new or known):
+                raise StateUnclaimed(_EMPTY if empty else _UNCLAIMED)
             if why:
                 self._say(found, why)
                 raise InstallationMismatch(why)
             return self._write(Standing(claim.id, claim.epoch, claim.mark))
 
-    def refuse(self) -> None:
-        """The state is not the database's, which knows nothing of what it holds.
+    def refuse(self, *, empty: bool) -> None:
+        """The state is not the database's, which knows nothing of what it holds, or it is empty.
 
         Raises InstallationMismatch, OSError.
         """
+        why = _EMPTY if empty else _UNCLAIMED
         with self._lock:
             found = self.read()
             if not found.id:
-                self._say(found, _UNCLAIMED)
-        raise InstallationMismatch(found.mismatch or _UNCLAIMED)
+                self._say(found, why)
+        raise InstallationMismatch(found.mismatch if found.id else why)
 
     def require(self, claim: Claim) -> None:
         """Raise InstallationMismatch unless this very mark was agreed on last."""

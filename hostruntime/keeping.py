@@ -40,10 +40,15 @@ class Keeping:
 
     # Whose the state is --------------------------------------------------------------------
 
-    async def agree(self, claim: Claim, *, known: bool) -> Standing:
-        """Take down the database's new mark (:meth:`InstallationBook.agree`)."""
+    async def agree(self, claim: Claim, *, known: bool | None) -> Standing:
+        """Take down the database's new mark (:meth:`InstallationBook.agree`).
+
+        ``known`` is None as long as nobody has looked.
+        """
         empty = not self.snapshots.list() and not await in_thread(self._templates)
-        return await in_thread(partial(self.book.agree, claim, empty=empty, known=known))
+        if known is False:
+            await in_thread(partial(self.book.refuse, empty=empty))
+        return await in_thread(partial(self.book.agree, claim, empty=empty, known=bool(known)))
 
     async def reconcile(
         self, claim: Claim, images: Collection[str] | None, snapshots: Collection[str] | None

@@ -217,8 +217,12 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
     # Not for others even to open: who opened the lock could hold it against every agent (flock(2)).
     claims.chmod(0o700)
     remembered = _remembered_index(paths)
-    order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
     with _locked(claims / ".lock"):
+        if remembered is None:
+            # Its record may be bad, and what runs has the number's name all the same.
+            own = (n for n in range(MAX_INSTANCES) if _holder(claims / str(n)) == paths.root)
+            remembered = next(own, None)
+        order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
         for index in order:
             if _claimable(claims / str(index), paths, fresh=index != remembered):
                 write_atomically(claims / str(index), f"{paths.root}\n".encode())

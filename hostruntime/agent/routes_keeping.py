@@ -52,9 +52,7 @@ def keeping_routes(keeping: Keeping) -> list[Route]:
 
     async def agree(request: Request) -> Response:
         body = await read_body(request, AgreeBody)
-        if body.known is False:
-            keeping.book.refuse()
-        agreed = await keeping.agree(body.claim(), known=bool(body.known))
+        agreed = await keeping.agree(body.claim(), known=body.known)
         return JSONResponse(agreed.to_wire())
 
     async def adopt(request: Request) -> Response:

@@ -46,9 +46,9 @@ class FakeKeeping:
     def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
         """As the client."""
         self._up()
-        if known is False:
-            self.book.refuse()
         empty = not self.stored and not self.taken
+        if known is False:
+            self.book.refuse(empty=empty)
         agreed = self.book.agree(claim, empty=empty, known=bool(known))
         return StandingInfo.from_wire(agreed.to_wire())
 

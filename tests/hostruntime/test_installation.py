@@ -29,7 +29,7 @@ def agree(book: InstallationBook, claim: Claim) -> None:
 
 
 def agreed_until(book: InstallationBook, epoch: int) -> None:
-    book.agree(claim(1), empty=True, known=False)
+    book.agree(Claim("ours", 1, "ours1"), empty=True, known=False)
     for number in range(2, epoch + 1):
         agree(book, claim(number))
 
@@ -79,11 +79,23 @@ def test_a_state_that_nobody_has_claimed_is_not_anybodys(book: InstallationBook)
         book.agree(claim(1), empty=False, known=False)
     assert book.read().mismatch == ""
     with pytest.raises(InstallationMismatch, match="knows none"):
-        book.refuse()
+        book.refuse(empty=False)
     assert "knows none" in book.read().mismatch
     # The right database is put in place.
     book.agree(claim(7), empty=False, known=True)
     book.require(claim(7))
+
+
+def test_an_empty_state_beside_a_database_that_is_not_new_is_a_disk_that_is_not_mounted(
+    book: InstallationBook,
+) -> None:
+    with pytest.raises(StateUnclaimed, match="mounted"):
+        book.agree(claim(7), empty=True, known=False)
+    with pytest.raises(InstallationMismatch, match="mounted"):
+        book.refuse(empty=True)
+    assert "mounted" in book.read().mismatch
+    book.adopt(claim(8))
+    book.require(claim(8))
 
 
 def test_an_operators_word_counts(book: InstallationBook) -> None:

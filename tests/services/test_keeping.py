@@ -170,6 +170,23 @@ def test_a_state_from_before_there_were_ids_is_claimed_by_its_own_rows_alone(
     assert "knows none" in Installation.objects.get().mismatch
 
 
+def test_a_state_directory_that_is_not_there_loses_no_rows(image: Template, host: FakeHost) -> None:
+    """Its disk is not mounted, say; the agent has made an empty one in its place."""
+    path, kept = host.book._path, dict(host.stored)
+    record = path.read_bytes()
+    path.unlink()
+    host.stored.clear()
+    a_pass()
+    image.refresh_from_db()
+    assert image.status == "ready"
+    assert "mounted" in Installation.objects.get().mismatch
+    # It is mounted.
+    path.write_bytes(record)
+    host.stored.update(kept)
+    a_pass()
+    assert not installation.is_apart()
+
+
 def test_the_hosts_word_is_asked_anew_in_every_call(image: Template, host: FakeHost) -> None:
     """The worker of an older database, that has not heard of it yet, does no harm."""
     row = Installation.objects.get()
