@@ -38,6 +38,7 @@ from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_roo
 
 _TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
+_OOM_SCORE_ADJ = 300
 _LOG_TAIL_BYTES = 1500
 _OPEN = b"1"
 _SIGNALS_AT_ONCE = 4096
@@ -344,6 +345,10 @@ def _prepare_process() -> None:
         _, most = resource.getrlimit(counted)
         if most != resource.RLIM_INFINITY:
             resource.setrlimit(counted, (most // 2,) * 2)
+    # When the machine's memory ends, what runs in a container goes before what serves everybody; as
+    # root's word it is also the least that anybody in there may ask for (proc(5)).
+    with contextlib.suppress(PermissionError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE_ADJ))
     # The kernel writes a core where the host's core_pattern says, which may be a program there.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # An attached process is born with this memory image, and for a moment with credentials that

@@ -481,13 +481,22 @@ def _limit() -> tuple[str, ...]:
     """Return what to start Squid with, as it takes no more descriptors than root may have.
 
     Without CAP_SYS_RESOURCE (a container's root) that is not ours to raise: it takes what it gets.
+    And unlike the agent, whose child it is, it is no process that the kernel must spare when
+    memory ends (choom(1)): tenants talk to it, and it is started again.
     """
-    raised = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--")
+    wanted = (
+        ("choom", "-n", "0", "--"),
+        ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--"),
+    )
+    return tuple(word for prefix in wanted if _is_allowed(prefix) for word in prefix)
+
+
+def _is_allowed(prefix: tuple[str, ...]) -> bool:
     try:
-        run([*raised, "true"], timeout=_START_SECONDS)
+        run([*prefix, "true"], timeout=_START_SECONDS)
     except CommandFailed:
-        return ()
-    return raised
+        return False
+    return True
 
 
 def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:

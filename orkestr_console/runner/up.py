@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 from hostruntime.answers import BaseInfo
 from hostruntime.client import HostClient
@@ -31,6 +33,7 @@ from orkestr_console.runner.summary import (
 )
 
 MEBIBYTE = 1024**2
+OOM_SCORE_ADJ = -900
 # What Django keeps in var/run and the unprivileged processes must be able to read.
 SECRETS = ("secret_key", "token_pepper")
 
@@ -53,8 +56,11 @@ class Console:
         self._refuse_unless_root()
         # What is made without a mode of its own is no matter of who starts it, and how.
         os.umask(0o022)
+        spare_from_the_oom_killer()
         self._layout.prepare()
         with only_one(self._layout):
+            # One that was killed leaves it.
+            self._layout.ready.unlink(missing_ok=True)
             self._refuse_unless_it_can_listen()
             ensure_user()
             if self._layout.database_url is None:
@@ -231,3 +237,13 @@ class Console:
         except SelfCheckError as error:
             self._display.warn(f"the self-check failed: {error}")
             self._display.warn(f"the console serves all the same; see {self._layout.log}")
+
+
+def spare_from_the_oom_killer() -> None:
+    """Have the kernel take this process and what it starts last, when memory ends (proc(5)).
+
+    Sandboxes are not among it: their launcher says so (hostruntime.containers).
+    """
+    with contextlib.suppress(OSError):
+        # Not ours to say in a container whose root may not.
+        Path("/proc/self/oom_score_adj").write_text(f"{OOM_SCORE_ADJ}\n")

@@ -14,7 +14,7 @@ from orkestr import OrkestrClient, Sandbox
 
 from tests.clients.making import Sandboxes, Templates
 from tests.leftovers import processes_of
-from tests.processes import commands_with, own_mark
+from tests.processes import command_lines, commands_with, own_mark
 from tests.stack import Stack, wait_for
 
 
@@ -123,6 +123,32 @@ def test_down_ends_sandboxes_and_keeps_everything_else(
         answer = client.post(f"/v1/sandboxes/{again}/exec", json=command).json()
         client.delete(f"/v1/sandboxes/{again}")
     assert answer["exit_code"] == 0, answer
+
+
+CAP_SYS_RESOURCE = 24
+
+
+def test_when_memory_ends_sandboxes_go_before_what_serves_everybody(
+    stack: Stack, sandbox: Sandbox
+) -> None:
+    def score(pid: int | str) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    programs = [stack.pid(name) for name in ("postgres", "agent", "web", "worker")]
+    least = max(map(score, programs))
+    # Where root may: here it may be a container's.
+    mine = int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16)
+    may = bool(mine >> CAP_SYS_RESOURCE & 1)
+    assert not may or least < 0
+    mark = own_mark()
+    lowering = (
+        "echo 0 > /proc/self/oom_score_adj; cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
+    )
+    told = sandbox.exec(f"(sleep {mark} >/dev/null 2>&1 &); {lowering}")
+    inside = [score(pid) for pid, line in command_lines().items() if mark in line]
+    assert inside
+    assert min(inside) > max(least, 0)
+    assert not may or [int(line) > 0 for line in told.stdout.split()] == [True, True], told
 
 
 def test_a_second_start_says_that_one_runs_already(stack: Stack) -> None:

@@ -79,7 +79,7 @@ def facts(pid: int, name: str) -> dict[str, str]:
     found = {key: status[key].strip() for key in STATUS if key in status}
     found |= {f"ns/{each}": str((proc / "ns" / each).readlink()) for each in NAMESPACES}
     found["levels"] = str(len(status["NSpid"].split()))
-    for file in ("attr/current", "oom_score_adj", "personality", "setgroups", "uid_map", "gid_map"):
+    for file in ("attr/current", "personality", "setgroups", "uid_map", "gid_map"):
         try:
             found[file] = (proc / file).read_text().strip()
         except OSError as error:

@@ -112,9 +112,9 @@ class Console:
                 yield clients
 
     def _output(self) -> Started:
-        said = self.guest.root(
-            f"cat {OUTPUT}; test ! -e {TREE}/var/run/ready || echo {SERVING}", check=False
-        )
+        # The file alone may be from before a reboot.
+        served = f"test -e {TREE}/var/run/ready && pgrep -f '[m]anage.py up' >/dev/null"
+        said = self.guest.root(f"cat {OUTPUT}; {served} && echo {SERVING}", check=False)
         return Started(said.out, serving=SERVING in said.out)
 
 
