@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import nowhere
+from hostruntime import firewall, nowhere
 from hostruntime.direct import MAX_LOG_BYTES
 from hostruntime.egress import EgressProxy
 from hostruntime.network import Slot, SlotPool
@@ -202,6 +202,28 @@ def received(address: str) -> int:
     names, values = (line.split()[1:] for line in text if line.startswith("Ip:"))
     counted = dict(zip(names, map(int, values), strict=True))
     return counted["ForwDatagrams"] + counted["InAddrErrors"]
+
+
+def test_with_network_off_who_sends_nothing_costs_no_look(
+    pool: SlotPool,
+    slot: Callable[[Policy], Slot],
+    records: EgressProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[str] = []
+    take = firewall.take_attempts
+
+    def counted(table: str, family: str = "inet") -> list[firewall.Attempt]:
+        looked.append(family)
+        return take(table, family)
+
+    monkeypatch.setattr(firewall, "take_attempts", counted)
+    silent, busy = slot(OFF), slot(OFF)
+    assert records.decisions(owner_of(pool, silent)) == []
+    assert "ip" not in looked
+    refused(busy, partial(send_datagram, PRIVATE[0], 4000))
+    assert [one.port for one in records.decisions(owner_of(pool, busy))] == [4000]
+    assert looked.count("ip") == 1
 
 
 def test_with_network_off_a_scan_is_bounded_and_loopback_is_free(
