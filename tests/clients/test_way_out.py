@@ -72,8 +72,7 @@ def test_what_is_installed_by_another_way_is_there(
 def test_a_jvm_goes_through_the_proxy_and_trusts_what_the_host_does(templates: Templates) -> None:
     ask = "$(npm config get registry)"
     recipe = (
-        "mkdir -p /usr/share/man/man1 && apt-get update && "
-        "apt-get install -y --no-install-recommends openjdk-17-jdk-headless",
+        "apt-get update && apt-get install -y --no-install-recommends openjdk-17-jdk-headless",
         f"cat >/root/T.java <<'END'\n{JAVA}END",
         f"test 200 = $(java /root/T.java {ask})",
     )

@@ -24,7 +24,7 @@ def _apt(packages: str) -> str:
     return f"apt-get update && apt-get install -y --no-install-recommends {packages}"
 
 
-def _service(packages: str, start: str, probe: str, *more: str) -> Recipe:
+def _service(packages: str, start: str, probe: str, *more: str, quick: bool = False) -> Recipe:
     """A service of Debian's: installed, and in the sandbox started and asked for something."""
     wait = f"for _ in $(seq 75); do ({probe}) && exit 0; sleep 0.2; done"
     tell = "tail -n 20 $(find /var/log -type f -size +0) >&2; exit 1"
@@ -33,6 +33,7 @@ def _service(packages: str, start: str, probe: str, *more: str) -> Recipe:
         "debian-12",
         (_apt(packages), *more),
         (f"{start} && {{ {wait}; {tell}; }}",),
+        quick=quick,
     )
 
 
@@ -171,6 +172,7 @@ PYTHON_TOOLS = (
         "python-3.12",
         ("pip install playwright",),
         ("playwright --version",),
+        quick=True,
     ),
 )
 
@@ -217,6 +219,7 @@ SERVICES = (
         "bind9",
         "ls -ld /var/cache/bind | grep 'root bind' && named-checkconf && service named start",
         "ss -lun 2>/dev/null | grep -q ':53 ' || pgrep named",
+        quick=True,
     ),
     _service("apache2", "service apache2 start", "curl -sf localhost | grep -q Apache2"),
     _service("nginx", "service nginx start", "curl -sf localhost | grep -q nginx"),
