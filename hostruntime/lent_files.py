@@ -45,8 +45,10 @@ _ENVIRONMENT = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_ROOT_USER_ACTION": "ignore",
     "NPM_CONFIG_GLOBALCONFIG": "/etc/npmrc",
-    # It would be refused once a week, by a host that nobody asked for.
+    # These would be refused, and told of, for hosts that nobody asked for.
     "YARN_ENABLE_TELEMETRY": "0",
+    "DENO_NO_UPDATE_CHECK": "1",
+    "NEXT_TELEMETRY_DISABLED": "1",
 }
 # So that with network off programs use what they have, and say at once what they lack: without it
 # some ask for minutes, and npx does not run even what is in its cache.  Those that have such a
