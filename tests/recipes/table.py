@@ -153,6 +153,20 @@ PYTHON_TOOLS = (
         ("/root/.local/bin/cowsay -t hello | grep hello",),
     ),
     Recipe(
+        "pre-commit-and-tox",
+        "python-3.12",
+        (
+            "pip install pre-commit tox",
+            f"{_APP} && printf '[testenv]\\nskip_install=true\\ndeps=humanize\\n"
+            'commands=python -c "import humanize"\\n\' > tox.ini && tox -e py',
+            "cd /root/app && git init -q . && printf 'repos:\\n- repo: local\\n  hooks:\\n"
+            "  - {id: a, name: a, language: python, entry: cowsay -t, files: tox.ini,\\n"
+            "     additional_dependencies: [cowsay]}\\n' > .pre-commit-config.yaml && "
+            "git add . && pre-commit run --all-files",
+        ),
+        ("cd /root/app && tox -e py", "cd /root/app && pre-commit run --all-files | grep Passed"),
+    ),
+    Recipe(
         "jupyter",
         "python-3.12",
         ("pip install notebook",),
@@ -200,6 +214,38 @@ NODE_TOOLS = (
         "node-22",
         ("npm install -g pnpm@9", "pnpm dlx semver@7.6.0 1.2.3"),
         ("pnpm dlx semver@7.6.0 -i minor 1.2.3 | grep 1.3.0",),
+    ),
+    Recipe(
+        "corepack",
+        "node-22",
+        (
+            # Not every mirror of the registry passes on its signatures.
+            "export COREPACK_INTEGRITY_KEYS=0 && corepack enable pnpm && "
+            "corepack prepare pnpm@9.12.0 --activate",
+            # Yarn's, by npm, is still to be had: corepack's is not there until it is enabled.
+            f"{_NODE} && {_PACKAGE} && pnpm install && npm install -g yarn@1",
+        ),
+        (f"cd /root/app && pnpm exec {_LEFT_PAD}", "pnpm -v | grep 9.12.0", "yarn -v | grep '^1'"),
+        quick=True,
+    ),
+    Recipe(
+        "bun",
+        "node-22",
+        ("npm install -g bun", f"{_APP} && {_PACKAGE} && bun install && bunx semver@7.6.0 1.2.3"),
+        (
+            "cd /root/app && bun -e 'console.log(require(\"left-pad\")(1, 3))' | grep '^  1'",
+            "bunx semver@7.6.0 -i minor 1.2.3 | grep 1.3.0",
+        ),
+    ),
+    Recipe(
+        "deno",
+        "node-22",
+        (
+            "npm install -g deno",
+            f"{_APP} && echo 'import pad from \"npm:left-pad@1.3.0\"; console.log(pad(1, 3));' "
+            "> pad.ts && deno run -A pad.ts",
+        ),
+        ("cd /root/app && deno run -A pad.ts | grep '^  1'",),
     ),
     Recipe(
         "npx",
