@@ -86,6 +86,15 @@ def test_a_template_that_did_without_a_host_is_ready_and_says_which(templates: T
     assert record["steps"][0]["refused_hosts"] == [UNLISTED]
 
 
+def test_a_step_that_went_without_an_allowed_host_is_warned_of(templates: Templates) -> None:
+    step = f"curl -fsSL https://{UNLISTED}/install.sh | bash"
+    made = templates.create("debian-12", step, allow_domains=[UNLISTED])
+    record = templates.finished(made)
+    assert (record["status"], record["refused_hosts"]) == ("ready", [])
+    (warning,) = record["steps"][0]["warnings"]
+    assert f"{UNLISTED} is allowed, but could not be reached: its name has no address" in warning
+
+
 def test_a_companys_authority_is_trusted_in_its_sandboxes(
     templates: Templates, sandboxes: Sandboxes
 ) -> None:
