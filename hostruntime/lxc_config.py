@@ -22,11 +22,15 @@ _SHM_MB = 64
 _MASKED_FILES = (
     *("interrupts", "kallsyms", "kcore", "key-users", "keys"),
     *("latency_stats", "sched_debug", "timer_list"),
+    # What every disk of the machine is and does, each tenant's among them.
+    *("diskstats", "partitions"),
 )
 _MASKED_DIRECTORIES = (
     *("proc/acpi", "proc/asound", "proc/bus", "proc/fs", "proc/irq", "proc/scsi"),
     # Loop devices say which file they are made of, which names the host's paths and its tenants.
     *("sys/devices/virtual/block", "sys/devices/virtual/powercap", "sys/firmware"),
+    # What is mounted on each, and how much was written to it since.
+    *("sys/fs/ext4", "sys/fs/xfs", "sys/fs/btrfs"),
 )
 # Files of 4 KiB on average fill a tmpfs before its inodes run out.
 _INODES_PER_MB = 256

@@ -5,7 +5,8 @@ As a *profile* it is a deny list in LXC's second format (lxc.container.conf(5),
 libseccomp compiles, to be installed in each attached process: LXC would read and compile the
 profile anew for every one of them, which takes some 3 ms.  Both cover every ABI the processor
 runs (on x86-64 also i386 and x32, on arm64 also arm); names that an architecture or an older
-libseccomp does not know are passed over.
+libseccomp does not know are passed over.  Calls newer than this table are not there for attached
+processes, which is to say for all but init, by their number: nobody has looked at them.
 
 The container's user namespace already takes most of the power from these calls.  Denying them
 keeps the code behind them, which is where the kernel's holes have been, out of reach altogether.
@@ -18,6 +19,7 @@ import errno
 import hashlib
 import os
 import platform
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -52,7 +54,15 @@ _ABSENT = (
     "mount_setattr",
     "memfd_secret",
     "modify_ldt",
+    # One pool for the machine (fs.aio-max-nr): programs then read and write in threads.
+    "io_setup",
+    *("statmount", "listmount", "open_tree_attr"),
+    *("lsm_get_self_attr", "lsm_set_self_attr", "lsm_list_modules"),
 )
+# removexattrat(2) of Linux 6.13. Numbers are the same everywhere since 5.0.
+_LAST_NUMBER = 466
+# From statmount to lsm_list_modules, for a libseccomp that has no names for them.
+_UNNAMED = (457, 461)
 
 _FORBIDDEN = (
     # Mounts and namespaces.
@@ -79,6 +89,16 @@ _OTHER_FAMILIES = (
 )
 _UNIX_FAMILY = 1
 _LAST_FAMILY = 16
+# netlink(7): NETLINK_ROUTE (0) and NETLINK_SOCK_DIAG (4) are what ip, ss and the C library use.
+# The others carry the whole machine's events, or load the module that they are for: 1, 2 and 3, 5,
+# 6 and 7, 8 to 15, 16 to 31, the last there can be.
+_OTHER_NETLINK = (
+    *((_LOW_32, 1), (_LOW_32 - 1, 2), (_LOW_32, 5), (_LOW_32 - 1, 6)),
+    *((_LOW_32 - 7, 8), (_LOW_32 - 15, 16)),
+)
+# Protocols of IP that are modules of their own: DCCP, SCTP, UDP-Lite, MPTCP (IANA's numbers, and
+# in.h's). No other family has any of these.
+_OTHER_PROTOCOLS = (33, 132, 136, 262)
 
 # The calls that give a process another real id, by which the kernel finds the user whose epoll
 # watches, pipes and passed descriptors it counts (struct user_struct).  Their first argument is
@@ -89,8 +109,9 @@ _FAR_BITS = [1 << bit for bit in range(16, 31)]
 _TOP_BIT = 1 << 31
 _LAST_ID = IDS_PER_SLOT - 1
 
-# ioctl_tty(2): both put input into a terminal as if it had been typed.
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+# ioctl_tty(2): two put input into a terminal as if it had been typed, one gives it another line
+# discipline, each of which is a module.
+_TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 
 
 _LIBRARY = "libseccomp.so.2"
@@ -114,20 +135,22 @@ class Argument:
 
 @dataclass(frozen=True)
 class Rule:
-    """A call that fails with ``error``, always or on one condition."""
+    """A call that fails with ``error``, if all conditions on its arguments hold."""
 
     name: str
     error: int
-    argument: Argument | None = None
+    arguments: tuple[Argument, ...] = ()
 
     def line(self) -> str:
         """The rule in an LXC profile."""
-        text = f"{self.name} errno {self.error}"
-        if (a := self.argument) is None:
-            return text
-        # LXC takes the mask last, libseccomp first.
-        mask = f",{a.mask}" if a.operation == "SCMP_CMP_MASKED_EQ" else ""
-        return f"{text} [{a.index},{a.value},{a.operation}{mask}]"
+        conditions = "".join(map(_condition, self.arguments))
+        return f"{self.name} errno {self.error}" + (f" {conditions}" if conditions else "")
+
+
+def _condition(a: Argument) -> str:
+    # LXC takes the mask last, libseccomp first.
+    mask = f",{a.mask}" if a.operation == "SCMP_CMP_MASKED_EQ" else ""
+    return f"[{a.index},{a.value},{a.operation}{mask}]"
 
 
 def rules() -> Iterator[Rule]:
@@ -139,24 +162,39 @@ def rules() -> Iterator[Rule]:
         yield from (_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
     yield _bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
     # Those beyond are all containers' (FAR_IDS), and what is counted would be counted together.
-    yield from (Rule(call, errno.EINVAL, Argument(0, "SCMP_CMP_GT", _LAST_ID)) for call in _REAL_ID)
+    beyond = (Argument(0, "SCMP_CMP_GT", _LAST_ID),)
+    yield from (Rule(call, errno.EINVAL, beyond) for call in _REAL_ID)
     for call in _REAL_ID_OR_NONE:
         yield from (_bits(call, 0, _TOP_BIT | bit, bit, errno.EINVAL) for bit in _FAR_BITS)
     # The kernel looks at 32 bits of these; with all 64 compared, a bit above would get it through.
-    yield from (_bits("ioctl", 1, _LOW_32, what) for what in (_TIOCSTI, _TIOCLINUX))
+    terminals = (_TIOCSTI, _TIOCLINUX, _TIOCSETD)
+    yield from (_bits("ioctl", 1, _LOW_32, what) for what in terminals)
+    yield from _socket_rules()
+
+
+def _socket_rules() -> Iterator[Rule]:
     # For i386, libseccomp also denies making sockets by socketcall(2), whose arguments are in
     # memory: programs have not done so since 2016.
     for mask, value in _OTHER_FAMILIES:
         yield _bits("socket", 0, mask, value, errno.EAFNOSUPPORT)
-    yield Rule("socket", errno.EAFNOSUPPORT, Argument(0, "SCMP_CMP_GT", _LAST_FAMILY))
+    yield Rule("socket", errno.EAFNOSUPPORT, (Argument(0, "SCMP_CMP_GT", _LAST_FAMILY),))
+    for protocol in _OTHER_PROTOCOLS:
+        yield _bits("socket", 2, _LOW_32, protocol, errno.EPROTONOSUPPORT)
+    for mask, value in _OTHER_NETLINK:
+        both = (_masked(0, _LOW_32, _LAST_FAMILY), _masked(2, mask, value))
+        yield Rule("socket", errno.EPROTONOSUPPORT, both)
     # It makes a socket of the family, loading its module, before it finds that pairs are not to
     # be had of it: only those of AF_UNIX are of use.
-    yield Rule("socketpair", errno.EAFNOSUPPORT, Argument(0, "SCMP_CMP_GT", _UNIX_FAMILY))
+    yield Rule("socketpair", errno.EAFNOSUPPORT, (Argument(0, "SCMP_CMP_GT", _UNIX_FAMILY),))
 
 
 def _bits(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> Rule:
     """Deny when ``argument & mask == value``."""
-    return Rule(name, error, Argument(argument, "SCMP_CMP_MASKED_EQ", value, mask))
+    return Rule(name, error, (_masked(argument, mask, value),))
+
+
+def _masked(argument: int, mask: int, value: int) -> Argument:
+    return Argument(argument, "SCMP_CMP_MASKED_EQ", value, mask)
 
 
 # As LXC's profile -------------------------------------------------------------------------
@@ -205,7 +243,7 @@ def program() -> bytes:
             _check(library.seccomp_arch_add(context, abi))
         for rule in rules():
             _add(library, context, rule)
-        return _exported(library, context)
+        return _newer_calls_absent() + _exported(library, context)
     finally:
         library.seccomp_release(context)
 
@@ -214,15 +252,38 @@ def _add(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
     number = library.seccomp_syscall_resolve_name(rule.name.encode())
     if number == _UNKNOWN:
         return
-    comparisons = (_Comparison * 1)()
-    if (a := rule.argument) is not None:
+    count = len(rule.arguments)
+    comparisons = (_Comparison * max(count, 1))()
+    for at, a in enumerate(rule.arguments):
         pair = (a.mask, a.value) if a.operation == "SCMP_CMP_MASKED_EQ" else (a.value, 0)
-        comparisons[0] = _Comparison(a.index, _OPERATIONS[a.operation], *pair)
-    count = 0 if rule.argument is None else 1
+        comparisons[at] = _Comparison(a.index, _OPERATIONS[a.operation], *pair)
     action = _ERRNO | rule.error
     result = library.seccomp_rule_add_array(context, action, number, count, comparisons)
     # A call that none of the architectures has.
     _check(0 if result == _DOMAIN_ERROR else result)
+
+
+def _newer_calls_absent() -> bytes:
+    """What runs before libseccomp's program: instructions of classic BPF (bpf_common.h, filter.h).
+
+    Load the call's number, the first word of struct seccomp_data; refuse it above the last that is
+    known, and within those that have no name everywhere.  x32's are all above.
+    """
+    if platform.machine() != "x86_64":
+        # arm has calls of its own high above (ARM_NR_BASE), which programs need.
+        return b""
+    load, greater, at_least, result = 0x20, 0x25, 0x35, 0x06
+    first, last = _UNNAMED
+    return b"".join(
+        struct.pack("=HBBI", *instruction)
+        for instruction in (
+            (load, 0, 0, 0),
+            (greater, 2, 0, _LAST_NUMBER),
+            (at_least, 0, 2, first),
+            (greater, 1, 0, last),
+            (result, 0, 0, _ERRNO | errno.ENOSYS),
+        )
+    )
 
 
 def _exported(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:

@@ -46,6 +46,7 @@ from hostruntime.errors import (
 )
 from hostruntime.quotas import Quota
 from tests.fakes.commands import FakeCommands, Ran
+from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
 
 TERMINAL = frozenset({"published", "failed"})
@@ -73,7 +74,7 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-class FakeHost(FakeCommands, FakeSnapshots):
+class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
@@ -92,7 +93,6 @@ class FakeHost(FakeCommands, FakeSnapshots):
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
         self.modes: dict[tuple[str, str], int | None] = {}
-        self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
         self.next_failure: dict[str, Any] | None = None
@@ -221,15 +221,6 @@ class FakeHost(FakeCommands, FakeSnapshots):
             if not in_use:
                 self.stored.pop(image_id, None)
             return not in_use
-
-    def reconcile_images(self, keep: Sequence[str]) -> list[str]:
-        """As the client, for images of any age."""
-        self._up()
-        self.kept.append(list(keep))
-        gone = [image for image in self.stored if image not in keep]
-        for image in gone:
-            del self.stored[image]
-        return gone
 
     # Builds -------------------------------------------------------------------------------
 

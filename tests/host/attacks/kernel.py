@@ -314,6 +314,22 @@ FAMILIES = {
 for name, (family, kind_of_socket, protocol) in FAMILIES.items():
     attempt = partial(open_socket, family, kind_of_socket, protocol)
     TABLE.add(f"a socket of family {name}", attempt, "EAFNOSUPPORT")
+PROTOCOLS = {
+    "DCCP": (socket.AF_INET, 6, 33),
+    "SCTP": (socket.AF_INET, socket.SOCK_STREAM, 132),
+    "UDP-Lite": (socket.AF_INET, socket.SOCK_DGRAM, 136),
+    "MPTCP": (socket.AF_INET6, socket.SOCK_STREAM, 262),
+    "netlink XFRM": (socket.AF_NETLINK, socket.SOCK_RAW, 6),
+    "netlink NETFILTER": (socket.AF_NETLINK, socket.SOCK_RAW, 12),
+    "netlink KOBJECT_UEVENT, with everybody's events": (
+        *(socket.AF_NETLINK, socket.SOCK_DGRAM),
+        15,
+    ),
+    "netlink GENERIC": (socket.AF_NETLINK, socket.SOCK_RAW, 16),
+}
+for name, (family, kind_of_socket, protocol) in PROTOCOLS.items():
+    attempt = partial(open_socket, family, kind_of_socket, protocol)
+    TABLE.add(f"a socket of {name}", attempt, "EPROTONOSUPPORT")
 TABLE.add("a raw IPv4 socket", partial(open_socket, 2, 3, 1), "EPERM")
 TABLE.add("a raw IPv6 socket", partial(open_socket, 10, 3, 58), "EPERM")
 
@@ -345,6 +361,18 @@ def type_into_terminal(request: int) -> None:
 TABLE.add("put words into a terminal (TIOCSTI)", partial(type_into_terminal, 0x5412), "EPERM")
 TABLE.add("TIOCSTI with a bit above", partial(type_into_terminal, 0x1_0000_5412), "EPERM")
 TABLE.add("TIOCLINUX", partial(type_into_terminal, 0x541C), "EPERM")
+TABLE.add("another line discipline (TIOCSETD)", partial(type_into_terminal, 0x5423), "EPERM")
+
+
+@TABLE.attack("take the machine's asynchronous requests (io_setup)", "ENOSYS")
+def _() -> None:
+    context = ctypes.c_ulong(0)
+    syscall(number(206, 0), 65_536, ctypes.addressof(context))
+
+
+for number_of_call in (457, 458, 461, 467, 468, 500):
+    attempt = partial(syscall, number_of_call, 0, 0, 0, 0, 0, 0)
+    TABLE.add(f"call number {number_of_call}, which no one has looked at", attempt, "ENOSYS")
 
 
 @TABLE.attack("have page zero mapped (personality)")

@@ -158,7 +158,7 @@ SECRETS = {
     **dict.fromkeys(("sched_debug", "latency_stats"), ("held",)),
     # Empty, and where there is AppArmor not to be opened either.
     "kcore": ("held", "EACCES"),
-    **dict.fromkeys(("acpi", "bus", "fs", "irq"), ("held",)),
+    **dict.fromkeys(("acpi", "bus", "fs", "irq", "diskstats", "partitions"), ("held",)),
     **dict.fromkeys(("kmsg", "kpagecount", "kpageflags", "slabinfo"), ("EACCES", "EPERM")),
     **dict.fromkeys(("vmallocinfo", "pagetypeinfo"), ("EACCES", "EPERM")),
 }
@@ -166,7 +166,16 @@ for name, refusals in SECRETS.items():
     TABLE.add(
         f"read /proc/{name}", partial(read, f"/proc/{name}"), *refusals, *absent(f"/proc/{name}")
     )
-for name in ("firmware", "kernel/debug", "kernel/tracing", "kernel/security", "fs/cgroup"):
+for name in (
+    "firmware",
+    "kernel/debug",
+    "kernel/tracing",
+    "kernel/security",
+    "fs/cgroup",
+    "fs/ext4",
+    "fs/xfs",
+    "fs/btrfs",
+):
     TABLE.add(
         f"read /sys/{name}",
         partial(read, f"/sys/{name}"),
