@@ -42,7 +42,7 @@ test-pythons: ## the host runtime's tests, all of them on Python 3.12 and again 
 	@$(BOOTSTRAP) other
 	@$(AS_ROOT) $(PYTHON) -m tests.verify --only pythons
 
-recipes: ## build and use a table of real recipes (half an hour, some gigabytes fetched)
+recipes: ## build and use two tables of real recipes (an hour and more, gigabytes fetched)
 	@$(BOOTSTRAP) dev
 	@$(AS_ROOT) $(PYTHON) -m tests.verify --only tests tests/recipes
 

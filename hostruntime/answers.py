@@ -288,6 +288,37 @@ class FileContent:
 
 
 @dataclass(frozen=True)
+class StandingInfo(Answer):
+    """Which installation the host's state is of; ``mismatch`` is why nothing is reconciled."""
+
+    id: str = ""
+    epoch: int = 0
+    mismatch: str = ""
+    since: float | None = None
+
+
+@dataclass(frozen=True)
+class Reconciliation(Answer):
+    """The ids of what a pass set aside, and of what waits for the next one or an operator."""
+
+    set_aside: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HeldInfo(Answer):
+    """Something in quarantine; ``reason`` is unknown or damaged, ``detail`` says why in words."""
+
+    key: str
+    kind: str
+    name: str
+    reason: str
+    detail: str
+    at: float
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class DirectoryListing:
     """A directory that was read, sorted by name."""
 

@@ -330,7 +330,7 @@ class Assembly:
             definition=plan.definition,
             digest=self._digest,
             env=self._baked(await in_thread(file_of, self._staged / "tree")),
-            details=plan.details,
+            details=dict(plan.details),
         )
         async with self._telling("publish", Progress(measured.file_count, measured.size_bytes)):
             await asyncio.shield(self._flushing)

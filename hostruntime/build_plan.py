@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hostruntime.build_report import Refused
+from hostruntime.build_report import NotReached, Refused
 from hostruntime.egress import EgressProxy
 from hostruntime.images import ImageStore
 from hostruntime.layers import LayerStore
@@ -37,8 +37,8 @@ class Host:
     runtime_tree: Callable[[Policy, Path], Path]
     refusals: Callable[[str, float], list[Refused]]
     layers: LayerStore
-    # As ``refusals``, sentences about allowed hosts that could not be reached.
-    unreached: Callable[[str, float], list[str]] = lambda _owner, _since: []
+    # As ``refusals``, the allowed hosts that could not be reached.
+    unreached: Callable[[str, float], list[NotReached]] = lambda _owner, _since: []
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]
     return list(dict.fromkeys(Refused(d.host, d.port, d.reason, d.direct) for d in refused))
 
 
-def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[str]:
+def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[NotReached]:
     """What kept an owner's container from allowed hosts since a Unix time, each once."""
     found = (d for d in proxy.decisions(owner, since) if d.verdict == "unreached")
-    return list(dict.fromkeys(d.message for d in found))
+    return list(dict.fromkeys(NotReached(d.message, d.direct) for d in found))

@@ -60,7 +60,7 @@ def step_failed(
     tail: str,
     end: Exited,
     refused: Sequence[Refused],
-    unreached: Sequence[str] = (),
+    unreached: Sequence[NotReached] = (),
 ) -> BuildFailed:
     """A step that exited non-zero or was killed by a signal."""
     if end.signal is None:
@@ -82,7 +82,7 @@ def ran_past_step_time(
     tail: str,
     seconds: float,
     refused: Sequence[Refused] = (),
-    unreached: Sequence[str] = (),
+    unreached: Sequence[NotReached] = (),
 ) -> BuildFailed:
     """A step that took longer than a step may."""
     head = (
@@ -100,7 +100,7 @@ def ran_past_build_time(
     command: str = "",
     tail: str = "",
     refused: Sequence[Refused] = (),
-    unreached: Sequence[str] = (),
+    unreached: Sequence[NotReached] = (),
 ) -> BuildFailed:
     """A build that took longer than a build may; ``step`` is 0 after the last step."""
     if step == 0:
@@ -151,6 +151,23 @@ def container_stopped(step: int, total: int, command: str, tail: str) -> BuildFa
     return _failure("step_failed", [head, _ending(tail)], step)
 
 
+@dataclass(frozen=True)
+class NotReached:
+    """An allowed host that could not be reached, in a sentence without its full stop.
+
+    ``direct``: it was asked for past the proxy.
+    """
+
+    message: str
+    direct: bool = False
+
+
+def went_without(unreached: Sequence[NotReached]) -> str:
+    """What a step that succeeded did not get."""
+    shown = "; ".join(one.message for one in unreached[:_REFUSALS])
+    return f"This step succeeded, with something missing perhaps: {shown}."
+
+
 def not_kept(paths: Sequence[str]) -> str:
     """What a step changed in vain."""
     return (
@@ -186,11 +203,11 @@ def _refusal_hint(refused: Sequence[Refused]) -> str:
     return f"During this step the network policy refused: {names}{more}. {_remedy(refused)}"
 
 
-def _unreached_hint(unreached: Sequence[str]) -> str:
+def _unreached_hint(unreached: Sequence[NotReached]) -> str:
     """No policy is to blame for these, and no list would help."""
     if not unreached:
         return ""
-    shown = "; ".join(unreached[:_REFUSALS])
+    shown = "; ".join(one.message for one in unreached[:_REFUSALS])
     return f"During this step, with the policy's leave: {shown}. No allowlist changes that."
 
 

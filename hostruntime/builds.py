@@ -18,7 +18,9 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
+
+from pydantic import ConfigDict, TypeAdapter, with_config
 
 from hostruntime.assembly import Assembly
 from hostruntime.build_log import EventLog
@@ -33,8 +35,9 @@ from hostruntime.errors import (
 )
 from hostruntime.images import Image, check_name
 from hostruntime.limits import Limits
-from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.paths import StatePaths, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.threads import in_thread
 
 State = Literal["running", "published", "failed", "cancelled"]
@@ -69,6 +72,22 @@ class BuildRequest:
     build_timeout_seconds: float = 1800.0
     cache: Cache | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+# What else a record has is kept as it is.
+@with_config(ConfigDict(**{**STRICT, "extra": "allow"}))
+class _Record(TypedDict):
+    """``build.json``."""
+
+    id: str
+    state: State
+    created_at: float
+    finished_at: NotRequired[float]
+    request: NotRequired[dict[str, Any] | None]
+    error: NotRequired[dict[str, Any] | None]
+
+
+_RECORDS: TypeAdapter[_Record] = TypeAdapter(_Record)
 
 
 @dataclass(frozen=True)
@@ -188,11 +207,11 @@ class BuildManager:
     async def recover(self) -> None:
         """The pass at start: settle the builds that were running, forget those long finished."""
         for directory in sorted(self._directory.iterdir()):
-            record = read_json(directory / _RECORD)
-            if record is None:
+            build = self._read(directory)
+            if build is None:
                 await in_thread(self._host.store.trash.discard, directory)
-            elif record.get("state") == "running":
-                await self._settle(_Build(directory.name, directory, _log_of(directory), record))
+            elif build.state == "running":
+                await self._settle(build)
         await in_thread(self._forget_old)
         await in_thread(self._host.layers.recover)
 
@@ -306,9 +325,21 @@ class BuildManager:
         with contextlib.suppress(InvalidRequest):
             name = self._host.store.staging_path(build_id).name
             directory = self._directory / name
-            if (record := read_json(directory / _RECORD)) is not None:
-                return _Build(name, directory, _log_of(directory), record)
+            return self._read(directory)
         return None
+
+    def _read(self, directory: Path) -> _Build | None:
+        """The build in a directory; one whose record cannot be believed is set aside, and none."""
+        try:
+            record = read_record(directory / _RECORD, _RECORDS)
+            if record is None:
+                return None
+            if record["id"] != directory.name:
+                raise BadRecord(directory / _RECORD, "it is the record of another build")
+            return _Build(directory.name, directory, _log_of(directory), dict(record))
+        except BadRecord as error:
+            self._host.store.quarantine.add_damaged(directory, "build", error.detail)
+            return None
 
     def _get(self, build_id: str) -> _Build:
         build = self._find(build_id)
@@ -318,8 +349,9 @@ class BuildManager:
 
     def _forget_old(self) -> None:
         for directory in self._directory.iterdir():
-            record = read_json(directory / _RECORD) or {}
-            if float(record.get("finished_at", time.time())) < time.time() - KEEP_SECONDS:
+            build = self._read(directory)
+            finished = None if build is None else build.record.get("finished_at")
+            if finished is not None and finished < time.time() - KEEP_SECONDS:
                 shutil.rmtree(directory)
 
 
@@ -378,7 +410,12 @@ def _policy(request: BuildRequest) -> Policy:
 
 
 def _log_of(directory: Path) -> EventLog:
-    return EventLog(directory / _EVENTS)
+    """The events of a build.  Raises BadRecord when they are none."""
+    path = directory / _EVENTS
+    try:
+        return EventLog(path)
+    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
+        raise BadRecord(path, "it does not hold a build's events") from error
 
 
 def _without_envelope(event: Mapping[str, Any]) -> dict[str, Any]:

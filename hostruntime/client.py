@@ -47,6 +47,7 @@ from hostruntime.client_answers import (
     stat_of,
     timeouts,
 )
+from hostruntime.client_keeping import KeepingCalls
 from hostruntime.client_snapshots import CAPTURE_TIMEOUT, SnapshotCalls
 from hostruntime.errors import HostError
 
@@ -58,7 +59,7 @@ _STREAM_TIMEOUT = timeouts(read=30.0)
 _LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=60.0)
 
 
-class HostClient(SnapshotCalls):
+class HostClient(SnapshotCalls, KeepingCalls):
     """The agent behind a Unix socket.  Every method raises HostError; HostUnavailable when down.
 
     Thread-safe.  Close it with :meth:`close` or use it as a context manager.
@@ -135,11 +136,6 @@ class HostClient(SnapshotCalls):
     def delete_image(self, image_id: str) -> bool:
         """Delete an image; True when it is gone, False when its last user has to go first."""
         return self._send("DELETE", f"/images/{image_id}").status_code == 204
-
-    def reconcile_images(self, keep: Sequence[str]) -> list[str]:
-        """Delete old template images that are not in ``keep``; return the ids deleted."""
-        answer = self._json("POST", "/images/reconcile", body={"keep": list(keep)})
-        return [str(image) for image in answer.get("deleted", [])]
 
     # Builds --------------------------------------------------------------------------------
 

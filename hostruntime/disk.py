@@ -8,7 +8,8 @@ bounds blocks and inodes everywhere, answers ENOSPC to that container alone, is 
 
     <state dir>/disks/<size>.ext4        an empty one, made once, to copy
     <state dir>/disks/<owner>.img        sparse: takes what was written, at most its size
-    /run/orkestr/<n>/disks/<owner>/      where it is mounted, ids as inside (0 = root)
+    /run/orkestr/<n>/disks/<owner>/      where it is mounted, ids as inside (0 = root): for root
+                                         alone, at every level
 
 There is no journal and nothing is flushed: a disk does not outlive its container's boot, and an
 image is captured from what the page cache says.  Only to save a copy (:meth:`Disks.save`) is it
@@ -85,7 +86,7 @@ class Disks:
     @property
     def mounts(self) -> Path:
         """Where disks are mounted."""
-        return RunDir.of(self.instance).root / "disks"
+        return RunDir.of(self.instance).disks
 
     def path(self, owner: str) -> Path:
         """Where an owner's disk is mounted, if it has one."""
@@ -102,9 +103,11 @@ class Disks:
         source = saved or self._empty(size_mb)
         target = self.path(owner)
         try:
-            target.mkdir(mode=0o700, parents=True)
+            target.mkdir(mode=0o700)
             with _copied(source, self._image(owner)) as image, _loop_device(image) as device:
                 kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
+            # What is mounted has a mode of its own, and hides that of the mount point.
+            target.chmod(0o700)
         except BaseException:
             self.release(owner)
             raise

@@ -10,18 +10,23 @@ On disk, under ``images/``::
       digest                  the digest of an image that was made without, once asked for
       users/<user>            an empty file for each sandbox or build that runs on it
       condemned               there once it has been deleted while in use
+      kept                    there once it was put back from quarantine, until a row names it
     debian-12 -> debian-12@1732…   a base: a link to its current generation
     debian-12@1732…/          the same layout
 
 A base can be made anew under its name while sandboxes run on the old one; the link is what
 publishing replaces.  An image that is deleted while in use stays on disk, unseen, until its last
 user has gone.  Everything is on disk, so it all holds when the agent starts again.
+
+An image that nobody names, and one whose manifest cannot be believed, are not deleted but set aside
+(:mod:`hostruntime.quarantine`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import threading
@@ -29,14 +34,18 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime import kernel
-from hostruntime.errors import Conflict, HostError, HostFault, ImageNotFound, InvalidRequest
+from hostruntime.errors import Conflict, HostError, ImageNotFound, InvalidRequest
 from hostruntime.holdings import Holdings, reclaimable_bytes, write_holdings
 from hostruntime.image_digest import image_digest
-from hostruntime.paths import StatePaths, read_json, write_atomically
+from hostruntime.paths import StatePaths, write_atomically
 from hostruntime.patience import scaled
+from hostruntime.quarantine import Held, Quarantine
+from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.trash import Trash
 from hostruntime.trees import Check, Inventory, Measure, go_on, measure, tree_digest
 
@@ -45,14 +54,19 @@ __all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
 # Names that clients still use for an image that has another name now.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
 RECONCILE_AGE_SECONDS = scaled(600.0)
+# So many are set aside in one pass without an operator's word.
+RECONCILE_MOST = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-_CONDEMNED = "condemned"
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_RECORD = "image.json"
+_CONDEMNED, _KEPT = "condemned", "kept"
 CONTENTS = "contents.json"
 _DIGEST = "digest"
 # To read the records of all images between two deletions of one.
 _ATTEMPTS = 5
 Directories = list[Path]
 Ids = list[str]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class ImageManifest:
     with (:mod:`hostruntime.environment`).
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     id: str
     kind: Literal["base", "template"]
     base: str | None
@@ -74,29 +90,12 @@ class ImageManifest:
     shared_bytes: int
     definition: str | None = None
     digest: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written to disk and sent to clients."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ImageManifest:
-        """Read a manifest; raises KeyError when a field is missing."""
-        return cls(
-            id=record["id"],
-            kind=record["kind"],
-            base=record["base"],
-            created_at=record["created_at"],
-            size_bytes=record["size_bytes"],
-            file_count=record["file_count"],
-            shared_bytes=record["shared_bytes"],
-            definition=record.get("definition"),
-            digest=record.get("digest"),
-            details=record.get("details") or {},
-            env=record.get("env") or {},
-        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,9 @@ class Image:
     id: str
     tree: Path
     manifest: ImageManifest
+
+
+_MANIFEST = TypeAdapter(ImageManifest)
 
 
 class ImageRevokedError(HostError):
@@ -125,12 +127,17 @@ class ImageStore:
         # What images give back, as long as there are exactly these directories.
         self._usage: tuple[frozenset[str], dict[str, Measure]] = frozenset(), {}
         self._revoked: set[str] = set()
+        self._said: set[str] = set()
         self.trash = trash or Trash(paths)
+        self.quarantine = Quarantine(paths, self.trash)
 
     # Reading ------------------------------------------------------------------------------
 
     def get(self, image_id: str) -> Image:
-        """The image of that id or alias; raises ImageNotFound, also once it has been deleted."""
+        """The image of that id or alias; raises ImageNotFound, also once it has been deleted.
+
+        Raises BadRecord for one whose manifest cannot be believed.
+        """
         directory = self._current(image_id)
         if directory is None:
             raise ImageNotFound(
@@ -144,12 +151,18 @@ class ImageStore:
         return self._current(image_id) is not None
 
     def list(self) -> list[Image]:
-        """Every image that can be booted, oldest first."""
+        """Every image that can be booted, oldest first; one that is damaged is left out."""
         names = [entry.name for entry in self._paths.images.iterdir() if "@" not in entry.name]
         found = []
         for name in names:
-            with contextlib.suppress(ImageNotFound):  # Deleted while we look.
+            try:
                 found.append(self.get(name))
+            except ImageNotFound:
+                continue  # Deleted while we look.
+            except BadRecord as error:
+                if name not in self._said:
+                    self._said.add(name)
+                    _log.error("image %s is left out: %s", name, error)
         return sorted(found, key=lambda image: image.manifest.created_at)
 
     def users(self, image_id: str) -> set[str]:
@@ -208,8 +221,10 @@ class ImageStore:
             return image.manifest.digest
         kept = image.tree.parent / _DIGEST
         with self._digesting:
-            with contextlib.suppress(FileNotFoundError):
-                return kept.read_text()
+            with contextlib.suppress(OSError):
+                found = kept.read_text(errors="replace")
+                if _SHA256.fullmatch(found):
+                    return found
             digest = image_digest(image.tree, check=check)
             write_atomically(kept, digest.encode())
             return digest
@@ -251,6 +266,11 @@ class ImageStore:
                     (directory / "users" / user).unlink()
                 self._remove_if_unused(directory)
 
+    def release_all(self, user: str) -> None:
+        """:meth:`release` of whatever image ``user`` uses."""
+        for mark in self._paths.images.glob(f"*/users/{check_name(user)}"):
+            self.release(mark.parents[1].name.partition("@")[0], user)
+
     # Making and deleting ------------------------------------------------------------------
 
     def staging(self, image_id: str) -> Path:
@@ -278,10 +298,10 @@ class ImageStore:
         """
         check_name(manifest.id)
         write_atomically(
-            staged / "image.json", json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
+            staged / _RECORD, json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
         if flushed:
-            _sync(staged / "image.json")
+            _sync(staged / _RECORD)
             _sync(staged)
         else:
             self.flush()
@@ -347,22 +367,78 @@ class ImageStore:
                 self._remove_if_unused(directory)
             return not self._generations(_resolve(image_id))
 
-    def reconcile(self, keep: Collection[str], older_than: float = RECONCILE_AGE_SECONDS) -> Ids:
-        """Delete template images not in ``keep`` and older than that many seconds; return them."""
+    def reconcile(
+        self,
+        keep: Collection[str],
+        most: int = RECONCILE_MOST,
+        older_than: float = RECONCILE_AGE_SECONDS,
+    ) -> tuple[Ids, Ids]:
+        """Set aside template images not in ``keep`` and older than that many seconds.
+
+        At most ``most`` of them, and none that is in use.  Returns those, and those that wait.
+        Raises OSError.
+        """
         cutoff = time.time() - older_than
-        surplus = [
-            image.id
-            for image in self.list()
-            if image.manifest.kind == "template"
-            and image.id not in keep
-            and image.manifest.created_at < cutoff
-        ]
-        for image_id in surplus:
-            self.delete(image_id)
-        return surplus
+        images = [image for image in self.list() if image.manifest.kind == "template"]
+        surplus = []
+        for image in images:
+            mark = image.tree.parent / _KEPT
+            if image.id in keep:
+                mark.unlink(missing_ok=True)
+            elif image.manifest.created_at < cutoff and not mark.exists():
+                surplus.append(image)
+        idle = [image for image in surplus if not self.users(image.id)]
+        for image in idle[:most]:
+            self._set_aside_unknown(image)
+        return [image.id for image in idle[:most]], [image.id for image in idle[most:]]
+
+    def _set_aside_unknown(self, image: Image) -> None:
+        with self._lock:
+            directory = image.tree.parent
+            if self._current(image.id) == directory and not self.users(image.id):
+                detail = "no template of the database names this image"
+                size = image.manifest.size_bytes
+                self.quarantine.add(directory, "image", "unknown", detail, size)
+
+    def set_aside_damaged(self) -> None:
+        """Set aside every image whose manifest cannot be believed.  Raises OSError."""
+        with self._lock:
+            for entry in list(self._paths.images.iterdir()):
+                if entry.is_symlink() or entry.name.startswith("."):
+                    continue
+                try:
+                    _read_image(entry)
+                except ImageNotFound:
+                    self.quarantine.add_damaged(entry, "image", f"{entry} has no manifest")
+                except BadRecord as error:
+                    self.quarantine.add_damaged(entry, "image", error.detail)
+
+    def restore(self, held: Held) -> Image:
+        """Put an image back that was set aside: it stays, whether or not a row names it.
+
+        Raises Conflict (there is another one, or its manifest is still bad), OSError.
+        """
+        content = self.quarantine.content(held)
+        if "@" in held.name:
+            raise Conflict("A built-in base is made anew when the console starts; start it again.")
+        with self._lock:
+            target = self._paths.images / held.name
+            if os.path.lexists(target):
+                raise Conflict(f"There is an image {held.name} already.")
+            try:
+                _read_image(content, held.name)
+            except (ImageNotFound, BadRecord) as error:
+                raise Conflict(f"The image is still damaged. {error.detail}") from error
+            (content / _KEPT).touch(mode=0o600)
+            content.rename(target)
+            _sync(self._paths.images)
+        self.quarantine.forget(held)
+        return _read_image(target)
 
     def recover(self, live_users: Collection[str]) -> None:
         """The pass at start: forget users that are gone, drop half-made and unused trees."""
+        self.quarantine.recover()
+        self.set_aside_damaged()
         with self._lock:
             for entry in list(self._paths.images.iterdir()):
                 if entry.is_symlink():
@@ -370,10 +446,7 @@ class ImageStore:
                 for user in _users(entry):
                     if user.name not in live_users:
                         user.unlink()
-                if not (entry / "image.json").is_file():
-                    self.trash.discard(entry)
-                else:
-                    self._remove_if_unused(entry)
+                self._remove_if_unused(entry)
             for staged in list(self._paths.staging.iterdir()):
                 self.trash.discard(staged)
         self.trash.empty()
@@ -386,8 +459,8 @@ class ImageStore:
             return None
         entry = self._paths.images / name
         directory = entry.parent / entry.readlink() if entry.is_symlink() else entry
-        readable = (directory / "image.json").is_file()
-        return directory if readable and not (directory / _CONDEMNED).exists() else None
+        there = os.path.lexists(directory / _RECORD)
+        return directory if there and not (directory / _CONDEMNED).exists() else None
 
     def _generations(self, name: str) -> Directories:
         if _NAME.fullmatch(name) is None:
@@ -423,14 +496,16 @@ def _users(directory: Path) -> Iterator[Path]:
         yield from list((directory / "users").iterdir())
 
 
-def _read_image(directory: Path) -> Image:
-    record = read_json(directory / "image.json")
-    if record is None:
-        raise ImageNotFound(f"The image {directory.name.partition('@')[0]} has just been deleted.")
-    try:
-        manifest = ImageManifest.from_json(record)
-    except KeyError as error:
-        raise HostFault(f"{directory / 'image.json'} lacks {error}; delete the image.") from error
+def _read_image(directory: Path, name: str | None = None) -> Image:
+    """The image in a directory, of that name or its own.  Raises ImageNotFound, BadRecord."""
+    path, named = directory / _RECORD, (name or directory.name).partition("@")[0]
+    manifest = read_record(path, _MANIFEST)
+    if manifest is None:
+        raise ImageNotFound(f"The image {named} has just been deleted.")
+    if manifest.id != named:
+        raise BadRecord(path, f"it is the manifest of {manifest.id[:100]!r}")
+    if not (directory / "tree").is_dir():
+        raise BadRecord(path, "its tree is gone")
     return Image(manifest.id, directory / "tree", manifest)
 
 

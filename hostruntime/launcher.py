@@ -230,7 +230,6 @@ class LauncherPool:
 
     async def open(self) -> None:
         """Start the launchers.  Raises HostError, OSError."""
-        self._lxcpath.mkdir(mode=0o711, parents=True, exist_ok=True)
         for _ in range(LAUNCHERS):
             self._links.append(await self._open_link())
 

@@ -255,7 +255,7 @@ class LayerStore:
             names = {DISK, *record["sizes"]}
             sizes = {name: (directory / name).stat().st_size for name in names}
             steps = tuple(RanStep.from_wire(step) for step in record["steps"])
-        except (OSError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError, ValueError, AttributeError):
             return None
         if sizes != record["sizes"] or not steps:
             return None

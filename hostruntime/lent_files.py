@@ -1,9 +1,10 @@
 """What a container is lent over its image, as data: which files, with what in them, by mode.
 
 A process finds its way out by whatever it happens to look at.  What the agent runs has the
-environment of :func:`container_environment`; all else (`sudo`, `su -`, cron, logins, daemons)
-starts from nothing, so the same is said where each of them looks: PAM's /etc/environment, sudo's
-and the shells' drop-ins, and the files of those programs that read no variable.
+environment of :func:`container_environment`; all else (`sudo`, `su -`, cron, logins, services)
+starts from nothing, so the same is said where each of them looks: PAM's /etc/environment, the
+drop-ins of sudo, of shells and of service scripts, and the files of those programs that read no
+variable.
 
 Files that an image may well have itself are only *our part* of them here;
 :mod:`hostruntime.joining` puts the two together.
@@ -44,8 +45,10 @@ _ENVIRONMENT = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_ROOT_USER_ACTION": "ignore",
     "NPM_CONFIG_GLOBALCONFIG": "/etc/npmrc",
-    # It would be refused once a week, by a host that nobody asked for.
+    # These would be refused, and told of, for hosts that nobody asked for.
     "YARN_ENABLE_TELEMETRY": "0",
+    "DENO_NO_UPDATE_CHECK": "1",
+    "NEXT_TELEMETRY_DISABLED": "1",
 }
 # So that with network off programs use what they have, and say at once what they lack: without it
 # some ask for minutes, and npx does not run even what is in its cache.  Those that have such a
@@ -223,6 +226,9 @@ def _environment_files(environment: Mapping[str, str]) -> Iterator[LayerFile]:
         for name, value in said.items()
     )
     yield LayerFile("etc/profile.d/00-orkestr.sh", shell.encode())
+    # service(8) starts scripts with hardly a variable; they read what is in here as they begin
+    # (init-functions of Debian's sysvinit-utils).
+    yield LayerFile("usr/lib/lsb/init-functions.d/00-orkestr", shell.encode())
     keep = f'Defaults env_keep += "{" ".join(said)}"\n'
     yield LayerFile("etc/sudoers.d/orkestr", keep.encode(), 0o440)
 

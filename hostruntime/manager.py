@@ -91,12 +91,12 @@ class Running:
 
 def roots_of(instance: Instance) -> Path:
     """Where the roots of an instance's containers are mounted."""
-    return RunDir.of(instance).root / "roots"
+    return RunDir.of(instance).roots
 
 
 def lxcpath_of(instance: Instance) -> Path:
     """LXC's directory, which LXC wants a container's root to be able to enter."""
-    return RunDir.of(instance).root / "lxc"
+    return RunDir.of(instance).lxc
 
 
 @dataclass
@@ -365,7 +365,6 @@ class ContainerManager:
     def _start_message(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
         name = self.name_of(spec.owner)
         mounts = self.roots / name
-        self.roots.mkdir(mode=0o711, parents=True, exist_ok=True)
         spec.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         label = apparmor.profile_name(self.instance)
         config = ContainerConfig(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import grp
 import json
 import logging
-import os
 import re
 import shutil
 import socket
@@ -105,7 +104,7 @@ class SlotPool:
 
     def setup(self) -> None:
         """Put in place what all slots share; idempotent. Raises OSError or HostError."""
-        self._make_directories()
+        self.run_dir.ensure(_proxy_gid())
         self.firewall.install()
         run_ip([f"address replace {self._proxy()}/32 dev lo label lo:{self.instance.prefix}px"])
         # Networked slots with mode open need it, and only packets of theirs are let through by
@@ -512,23 +511,6 @@ class SlotPool:
             permitted=self.settings.permitted,
             mark=firewall.proxy_mark(self.instance.index),
         )
-
-    def _make_directories(self) -> None:
-        for directory, mode in (
-            (self.run_dir.root, 0o755),
-            (self.run_dir.netns, 0o700),
-            (self.run_dir.sysfs, 0o700),
-            (self.run_dir.slots, 0o700),
-        ):
-            directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(mode)
-        for directory in (self.run_dir.egress, self.run_dir.entries):
-            directory.mkdir(exist_ok=True)
-            os.chown(directory, 0, _proxy_gid())
-            # Set-group-id: whatever root writes here belongs to the proxy's group.
-            directory.chmod(0o2750)
-        self.run_dir.direct.mkdir(exist_ok=True)
-        self.run_dir.direct.chmod(0o700)
 
 
 def run_ip_quietly(commands: list[str]) -> None:

@@ -10,11 +10,13 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
       layers/<scope>/<key>/         what a build's steps had made, to begin another with (layers.py)
       snapshots/<snapshot id>/      a sandbox's disk and tmpfs, to start others from (snapshots.py)
+      quarantine/<kind>.<name>/     what was set aside instead of deleted (quarantine.py)
       usage/<sandbox id>.json       what a sandbox has used, until collected
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
       squid/                        generated configuration, logs, pid
       instance.json                 which instance number this state directory has
+      installation.json             which installation's it is, and since when (installation.py)
 
 A container's directory holds ``lxc.log``.
 
@@ -34,7 +36,10 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from hostruntime.errors import HostUnavailable
+from hostruntime.records import BadRecord, read_record
 
 MAX_INSTANCES = 16
 MAX_SLOTS = 256
@@ -47,6 +52,7 @@ ID_COUNT = MAX_INSTANCES * MAX_SLOTS * IDS_PER_SLOT
 # containers see the same file system.  LXC wants an id of its own after the last, within a C int.
 FAR_IDS = (IDS_PER_SLOT, ID_BASE + ID_COUNT, 2**31 - 1 - IDS_PER_SLOT)
 CLAIMS = Path("/run/orkestr/instances")
+_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,11 @@ class StatePaths:
         return self.root / "snapshots"
 
     @property
+    def quarantine(self) -> Path:
+        """What was set aside instead of deleted."""
+        return self.root / "quarantine"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -121,6 +132,11 @@ class StatePaths:
         return self.root / "instance.json"
 
     @property
+    def installation_file(self) -> Path:
+        """Which installation's this state is."""
+        return self.root / "installation.json"
+
+    @property
     def pid_file(self) -> Path:
         """The running agent's pid, locked while it runs."""
         return self.root / "agent.pid"
@@ -139,11 +155,13 @@ class StatePaths:
             self.disks,
             self.layers,
             self.snapshots,
+            self.quarantine,
             self.runtime,
             self.lxc,
             self.squid,
         ):
             directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)
         return self
 
 
@@ -195,10 +213,16 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
 
     Raises :class:`HostUnavailable` when all sixteen are taken.
     """
-    claims.mkdir(mode=0o755, parents=True, exist_ok=True)
+    claims.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Not for others even to open: who opened the lock could hold it against every agent (flock(2)).
+    claims.chmod(0o700)
     remembered = _remembered_index(paths)
-    order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
     with _locked(claims / ".lock"):
+        if remembered is None:
+            # Its record may be bad, and what runs has the number's name all the same.
+            own = (n for n in range(MAX_INSTANCES) if _holder(claims / str(n)) == paths.root)
+            remembered = next(own, None)
+        order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
         for index in order:
             if _claimable(claims / str(index), paths, fresh=index != remembered):
                 write_atomically(claims / str(index), f"{paths.root}\n".encode())
@@ -217,7 +241,7 @@ def release_instance(paths: StatePaths, claims: Path = CLAIMS) -> None:
         return
     with _locked(claims / ".lock"):
         claim = claims / str(index)
-        if claim.is_file() and claim.read_text().strip() == str(paths.root):
+        if _holder(claim) == paths.root:
             claim.unlink()
     paths.instance_file.unlink(missing_ok=True)
 
@@ -229,12 +253,20 @@ def _remembered_index(paths: StatePaths) -> int | None:
 
 
 def _claimable(claim: Path, paths: StatePaths, *, fresh: bool) -> bool:
-    holder = Path(claim.read_text().strip()) if claim.is_file() else None
+    holder = _holder(claim)
     if holder == paths.root:
         return True
     if holder is not None and (holder / "instance.json").exists():
         return False
     return not fresh or not _routed(Instance(int(claim.name)).subnet)
+
+
+def _holder(claim: Path) -> Path | None:
+    """The state directory that a claim names; None if it names none."""
+    if not claim.is_file():
+        return None
+    named = claim.read_text(errors="replace").strip()
+    return Path(named) if named.startswith("/") and "\0" not in named else None
 
 
 def _routed(subnet: IPv4Network) -> bool:
@@ -249,9 +281,12 @@ def _routed(subnet: IPv4Network) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def ensure_subordinate_ids(
@@ -288,9 +323,11 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a small record; None when there is none, or when it is not a JSON object."""
+    """Read a small record that is a hint; None when there is none that is a JSON object.
+
+    What somebody's work hangs on is read by :func:`hostruntime.records.read_record`.
+    """
     try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_record(path, _OBJECT)
+    except BadRecord:
         return None
-    return record if isinstance(record, dict) else None

@@ -20,7 +20,9 @@ from hostruntime.images import ImageStore
 from hostruntime.limits import cgroup_layout, kill_group
 from hostruntime.manager import dismantle, lxcpath_of, roots_of
 from hostruntime.network import SlotPool
-from hostruntime.paths import Instance, StatePaths, read_json
+from hostruntime.paths import Instance, StatePaths
+from hostruntime.records import BadRecord
+from hostruntime.sandboxes import read_sandbox
 from hostruntime.snapshots import clear_half_made, users_of_images
 from hostruntime.trash import Trash
 
@@ -71,8 +73,13 @@ def take_down(
 def _recorded_as_running(sandboxes: Path) -> set[str]:
     found: set[str] = set()
     for directory in sandboxes.iterdir():
-        record = read_json(directory / "sandbox.json") or {}
-        if record.get("state") == "running":
+        try:
+            sandbox = read_sandbox(directory)
+        except BadRecord as error:
+            # Nobody could say whose it is, what it may reach, or when it ends.
+            _log.error("sandbox %s is ended if it runs: %s", directory.name, error)
+            continue
+        if sandbox is not None and sandbox.state == "running":
             found.add(directory.name)
     return found
 

@@ -8,8 +8,8 @@ unprivileged mounts, Documentation/filesystems/overlayfs.rst).
 
 The mount points are under ``/run/orkestr/<instance>/roots/<container name>/`` rather than in the
 state directory: LXC's child walks to the root as the container's root, which must not be able to
-enter the state directory (or the home directory it may be in).  Each is owned by the container's
-root and closed to everybody else::
+enter the state directory (or the home directory it may be in), and can pass through these
+(:mod:`hostruntime.rundir`).  Each is owned by the container's root and closed to everybody else::
 
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
     roots/<name>/rw         the container's disk, holding upper/ and work/

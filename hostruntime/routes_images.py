@@ -60,10 +60,6 @@ class _BuildBody(_Body):
     env: dict[str, str] = {}
 
 
-class _ReconcileBody(_Body):
-    keep: tuple[str, ...]
-
-
 def image_routes(store: ImageStore, bases: BaseBuilder, builds: BuildManager) -> list[Route]:
     """The routes of the contract under /bases, /images, /builds and /layers."""
     return [*_base_routes(bases), *_store_routes(store), *_build_routes(builds)]
@@ -111,13 +107,8 @@ def _store_routes(store: ImageStore) -> list[Route]:
         gone = await in_thread(store.delete, request.path_params["id"])
         return Response(status_code=204) if gone else JSONResponse({"state": "in_use"}, 202)
 
-    async def reconcile(request: Request) -> Response:
-        body = await _read(request, _ReconcileBody)
-        return JSONResponse({"deleted": await in_thread(store.reconcile, set(body.keep))})
-
     return [
         Route("/images", list_images, methods=["GET"]),
-        Route("/images/reconcile", reconcile, methods=["POST"]),
         Route("/images/{id}", get_image, methods=["GET"]),
         Route("/images/{id}/usage", usage, methods=["GET"]),
         Route("/images/{id}", delete_image, methods=["DELETE"]),

@@ -17,7 +17,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
@@ -27,8 +29,9 @@ from hostruntime.images import Image, ImageStore
 from hostruntime.limits import ContainerGroups, Limits, cgroup_layout
 from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
-from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.paths import StatePaths, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.usage import UsageBook
 
@@ -43,6 +46,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SandboxRequest:
     """What to create; ``deadline`` is in Unix seconds, None for no end."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     id: str
     image: str
@@ -65,6 +70,8 @@ class SandboxRequest:
 @dataclass(frozen=True)
 class Sandbox:
     """A sandbox as it is now."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     request: SandboxRequest
     state: Literal["starting", "running", "gone"]
@@ -95,13 +102,8 @@ class Sandbox:
             "ended_at": self.ended_at,
         }
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Sandbox:
-        """Read a record; raises TypeError or KeyError when it is not one."""
-        request = dict(record["request"])
-        domains = request.get("allow_domains")
-        request["allow_domains"] = None if domains is None else tuple(domains)
-        return cls(**{**record, "request": SandboxRequest(**request)})
+
+_SANDBOX = TypeAdapter(Sandbox)
 
 
 @dataclass
@@ -118,7 +120,7 @@ class SandboxManager:
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.usage = UsageBook(self.paths.usage, self._groups)
+        self.usage = UsageBook(self.paths.usage, self._groups, self.store.quarantine)
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
 
     # Life of the manager -------------------------------------------------------------------
@@ -127,11 +129,14 @@ class SandboxManager:
         """Load the records; take up the sandboxes that still run, note what became of others."""
         self.snapshots.recover()
         for directory in sorted(self.paths.sandboxes.iterdir()):
-            record = read_json(directory / _RECORD)
             try:
-                sandbox = Sandbox.from_record(record or {})
-            except (KeyError, TypeError):
-                # Not a record: the agent died before there was one.
+                sandbox = read_sandbox(directory)
+            except BadRecord as error:
+                # Whatever ran has been ended: the pass at start takes it for nobody's, too.
+                self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
+                continue
+            if sandbox is None:
+                # The agent died before there was a record.
                 self.store.trash.discard(directory)
                 continue
             if sandbox.state == "running" and not self._adopt(sandbox):
@@ -435,6 +440,21 @@ class SandboxManager:
 
     def _lock(self, sandbox_id: str) -> asyncio.Lock:
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+
+def read_sandbox(directory: Path) -> Sandbox | None:
+    """The sandbox of a directory, None without a record.  Raises BadRecord."""
+    path = directory / _RECORD
+    sandbox = read_record(path, _SANDBOX)
+    if sandbox is None:
+        return None
+    if sandbox.request.id != directory.name:
+        raise BadRecord(path, f"it is the record of {sandbox.request.id[:100]!r}")
+    try:
+        _checked(sandbox.request)
+    except InvalidRequest as error:
+        raise BadRecord(path, error.detail) from error
+    return sandbox
 
 
 def _started(sandbox: Sandbox, running: Running) -> Sandbox:

@@ -5,6 +5,7 @@ A snapshot is a directory, published by one rename and flushed to disk::
     snapshots/<id>/disk.ext4        the sandbox's disk (disk.py), sparse
     snapshots/<id>/tmpfs.tar        what was in /workspace, /tmp and /dev/shm, if anything was
     snapshots/<id>/snapshot.json    of which sandbox, over which image, when
+    snapshots/<id>/kept             there once it was put back from quarantine
     snapshots/.<id>/                one being made; ``source.json`` names the sandbox
 
 The image below is used by the snapshot as by a sandbox (user ``snapshot.<id>``), so that its tree
@@ -25,11 +26,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.disk import RESERVE_BYTES, Disks, mend
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
@@ -38,7 +41,9 @@ from hostruntime.layers import DISK, TMPFS
 from hostruntime.limits import Limits, cgroup_layout, freeze_group, is_frozen, pids_below
 from hostruntime.manager import ContainerManager
 from hostruntime.paths import Instance, StatePaths, read_json, write_json
-from hostruntime.patience import Patience
+from hostruntime.patience import Patience, scaled
+from hostruntime.quarantine import Held
+from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.threads import Stop, in_thread
 from hostruntime.tmpfs import CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.trash import Trash
@@ -46,11 +51,16 @@ from hostruntime.trash import Trash
 ARCHIVE_SECONDS = 300.0
 FREEZE_SECONDS = 10.0
 _POLL_SECONDS = 0.001
-_RECORD, _SOURCE = "snapshot.json", "source.json"
+_RECORD, _SOURCE, _KEPT = "snapshot.json", "source.json", "kept"
+# One this young may belong to a row that was not there yet when rows were read.
+RECONCILE_AGE_SECONDS = scaled(300.0)
 # What tar adds to the content: a header for each file, and sums that are rounded up.
 _ARCHIVE_SHARE = 1.25
 _MIB = 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+
+
+Ids = list[str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Source:
 class Snapshot:
     """A snapshot on disk; ``frozen_ms`` is how long its sandbox stood still for it."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     id: str
     sandbox: str
     image_id: str
@@ -79,10 +91,8 @@ class Snapshot:
         wire = asdict(self)
         return {**wire, "image": wire.pop("image_id"), "frozen_ms": round(self.frozen_ms, 2)}
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Snapshot:
-        """Read a record; raises TypeError when it is not one."""
-        return cls(**record)
+
+_SNAPSHOT = TypeAdapter(Snapshot)
 
 
 @dataclass
@@ -100,8 +110,14 @@ class SnapshotManager:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def recover(self) -> None:
-        """Load the records."""
-        self._snapshots = {one.id: one for one in _on_disk(self.paths)}
+        """Load the records; set aside what cannot be believed.  Raises OSError."""
+        for directory in _directories(self.paths):
+            try:
+                one = read_snapshot(directory)
+            except BadRecord as error:
+                self.store.quarantine.add_damaged(directory, "snapshot", error.detail)
+            else:
+                self._snapshots[one.id] = one
 
     def close(self) -> None:
         """End the captures under way."""
@@ -160,6 +176,48 @@ class SnapshotManager:
             snapshot = self._snapshots.pop(snapshot_id, None)
             if snapshot is not None:
                 await in_thread(self._discard, self._directory(snapshot.id), snapshot)
+
+    async def reconcile(self, keep: Collection[str], most: int) -> tuple[Ids, Ids]:
+        """Set aside ``most`` snapshots that are not in ``keep``, are old enough and not in use.
+
+        Returns those, and those that wait.  Raises OSError.
+        """
+        youngest, surplus = time.time() - RECONCILE_AGE_SECONDS, []
+        for one in self.list():
+            mark = self._directory(one.id) / _KEPT
+            if one.id in keep:
+                mark.unlink(missing_ok=True)
+            elif one.created_at < youngest and not mark.exists() and not self._users[one.id]:
+                surplus.append(one)
+        for one in surplus[:most]:
+            del self._snapshots[one.id]
+            detail = "no snapshot of the database has this name"
+            add, directory = self.store.quarantine.add, self._directory(one.id)
+            try:
+                await in_thread(add, directory, "snapshot", "unknown", detail, one.size_bytes)
+            except OSError:
+                self._snapshots[one.id] = one
+                raise
+        return [one.id for one in surplus[:most]], [one.id for one in surplus[most:]]
+
+    def restore_held(self, held: Held) -> Snapshot:
+        """Put back a snapshot that was set aside: it stays, whether or not a row names it.
+
+        Raises Conflict (there is another one, or its record is still bad), OSError.
+        """
+        content, target = self.store.quarantine.content(held), self._directory(held.name)
+        if os.path.lexists(target):
+            raise Conflict(f"There is a snapshot {held.name} already.")
+        try:
+            one = read_snapshot(content, held.name)
+        except BadRecord as error:
+            raise Conflict(f"The snapshot is still damaged. {error.detail}") from error
+        (content / _KEPT).touch(mode=0o600)
+        content.rename(target)
+        _sync(self.paths.snapshots)
+        self._snapshots[one.id] = one
+        self.store.quarantine.forget(held)
+        return one
 
     # Starting from one ---------------------------------------------------------------------
 
@@ -296,8 +354,10 @@ def user_of(snapshot_id: str) -> str:
 
 
 def users_of_images(paths: StatePaths) -> frozenset[str]:
-    """The names of all snapshots there are, as users of images."""
-    return frozenset(user_of(one.id) for one in _on_disk(paths))
+    """The names of all snapshots there are, as users of images; those set aside are among them."""
+    held = (one.name.removeprefix("snapshot.") for one in paths.quarantine.glob("snapshot.*"))
+    names = [directory.name for directory in _directories(paths)]
+    return frozenset(user_of(name.partition("~")[0]) for name in (*names, *held))
 
 
 def clear_half_made(paths: StatePaths, instance: Instance, trash: Trash) -> None:
@@ -336,13 +396,21 @@ def _disk_errors() -> Iterator[None]:
         raise HostFault(f"The snapshot could not be written: {error.strerror}.") from error
 
 
-def _on_disk(paths: StatePaths) -> list[Snapshot]:
-    found = []
-    for directory in sorted(paths.snapshots.glob("[!.]*")):
-        record = read_json(directory / _RECORD)
-        if record is not None and (directory / DISK).is_file():
-            found.append(Snapshot.from_record(record))
-    return found
+def _directories(paths: StatePaths) -> list[Path]:
+    return sorted(paths.snapshots.glob("[!.]*"))
+
+
+def read_snapshot(directory: Path, name: str | None = None) -> Snapshot:
+    """The snapshot in a directory, of that name or its own.  Raises BadRecord."""
+    path = directory / _RECORD
+    one = read_record(path, _SNAPSHOT)
+    if one is None:
+        raise BadRecord(path, "it is gone")
+    if one.id != (name or directory.name):
+        raise BadRecord(path, f"it is the record of {one.id[:100]!r}")
+    if not (directory / DISK).is_file():
+        raise BadRecord(path, "its disk is gone")
+    return one
 
 
 def _sync(path: Path) -> None:

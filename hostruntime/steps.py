@@ -17,6 +17,7 @@ from hostruntime.build_output import OutputBudget, StepOutput
 from hostruntime.build_plan import Emit, Host, Plan
 from hostruntime.build_report import (
     MAX_REFUSED,
+    NotReached,
     Refused,
     container_stopped,
     out_of_disk,
@@ -24,6 +25,7 @@ from hostruntime.build_report import (
     ran_past_build_time,
     ran_past_step_time,
     step_failed,
+    went_without,
 )
 from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled
 from hostruntime.exec import Chunk, Exited, Started, TimedOut, shell
@@ -113,12 +115,18 @@ class StepRunner:
             added_files=now_files - used_files,
             refused=[one.to_wire() for one in refused[:MAX_REFUSED]],
         )
-        if isinstance(end, TimedOut) or end.code != 0:
-            unreached = await self._asked_of_proxy(self.host.unreached, began)
-            if isinstance(end, TimedOut):
-                raise self._out_of_time(number, output.tail(), remaining, refused, unreached)
+        unreached = await self._asked_of_proxy(self.host.unreached, began)
+        if isinstance(end, TimedOut):
+            raise self._out_of_time(number, output.tail(), remaining, refused, unreached)
+        if end.code != 0:
             raise self._failed(number, output.tail(), end, refused, unreached)
+        self._tell_missing(number, unreached)
         return refused[:MAX_REFUSED]
+
+    def _tell_missing(self, number: int, unreached: Sequence[NotReached]) -> None:
+        # Many a program asks DNS first, and then the proxy after all.
+        if missing := [one for one in unreached if not one.direct]:
+            self.emit("not_reached", step=number, message=went_without(missing))
 
     async def _asked_of_proxy[T](
         self, ask: Callable[[str, float], list[T]], began: float
@@ -161,7 +169,7 @@ class StepRunner:
         tail: str,
         remaining: float,
         refused: Sequence[Refused],
-        unreached: Sequence[str],
+        unreached: Sequence[NotReached],
     ) -> BuildFailed:
         plan = self.plan
         step = (number, len(plan.recipe), plan.recipe[number - 1], tail)
@@ -175,7 +183,7 @@ class StepRunner:
         tail: str,
         end: Exited,
         refused: Sequence[Refused],
-        unreached: Sequence[str],
+        unreached: Sequence[NotReached],
     ) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)

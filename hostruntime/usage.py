@@ -19,12 +19,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.days import by_day
 from hostruntime.limits import ContainerGroups
-from hostruntime.paths import read_json, write_json
+from hostruntime.paths import write_json
+from hostruntime.quarantine import Quarantine
+from hostruntime.records import STRICT, BadRecord, read_record
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
@@ -56,6 +61,8 @@ class Meter:
     not outlive the machine's boot.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     id: str
     read_at: float
     cpu_us: int = 0
@@ -64,11 +71,6 @@ class Meter:
     days: dict[str, list[float]] = field(default_factory=dict)
     ended_at: float | None = None
     saved_at: float = 0.0
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Meter:
-        """Read a record; raises TypeError when it is not one."""
-        return cls(**record)
 
     def add(self, reading: Reading, now: float) -> None:
         """Count what was used since the last reading; ``now`` is the reading's Unix time."""
@@ -101,15 +103,37 @@ class Meter:
         return {"id": self.id, "ended": self.ended_at is not None, "before": before, "days": days}
 
 
+_METER = TypeAdapter(Meter)
+
+
+def read_meter(path: Path) -> Meter | None:
+    """The meter in a file, None without one.  Raises BadRecord."""
+    meter = read_record(path, _METER)
+    if meter is None:
+        return None
+    if meter.id != path.stem:
+        raise BadRecord(path, f"it is the record of {meter.id[:100]!r}")
+    if any(len(sums) != 2 for sums in (meter.before, *meter.days.values())):
+        raise BadRecord(path, "its sums are not two numbers each")
+    for day in meter.days:
+        try:
+            date.fromisoformat(day)
+        except ValueError as error:
+            raise BadRecord(path, f"{day[:20]!r} is no day") from error
+    return meter
+
+
 @dataclass
 class UsageBook:
     """The meters of one host's sandboxes.  For one event loop; :meth:`recover` comes first.
 
-    ``groups`` gives the control groups of a sandbox by its id.
+    ``groups`` gives the control groups of a sandbox by its id; ``quarantine`` takes what cannot be
+    believed.
     """
 
     directory: Path
     groups: Callable[[str], ContainerGroups]
+    quarantine: Quarantine
     _meters: dict[str, Meter] = field(default_factory=dict)
     _sampler: asyncio.Task[None] | None = None
 
@@ -117,9 +141,11 @@ class UsageBook:
         """Load the sums; what does not run (``running``: id → Unix time of start) has ended."""
         for path in sorted(self.directory.glob("*.json")):
             try:
-                meter = Meter.from_record(read_json(path) or {})
-            except TypeError:
-                path.unlink(missing_ok=True)
+                meter = read_meter(path)
+            except BadRecord as error:
+                self.quarantine.add_damaged(path, "usage", error.detail)
+                continue
+            if meter is None:
                 continue
             self._meters[meter.id] = meter
             if meter.ended_at is None and meter.id not in running:

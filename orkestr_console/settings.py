@@ -66,6 +66,7 @@ INSTALLED_APPS = [
     "django_q",
     "orkestr_console.runner",
     "orkestr_console.accounts",
+    "orkestr_console.installation",
     *(["orkestr_console.console"] if find_spec("orkestr_console.console") else []),
     "templates_app",
     "sandboxes_app",
@@ -257,7 +258,7 @@ RESERVED_WORKERS = 2
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
     ("Resume builds whose driver is gone", "templates_app.tasks.resume_orphans", 1),
-    ("Delete images that no template names", "templates_app.tasks.reconcile_images", 15),
+    ("Set aside images that no template names", "templates_app.tasks.reconcile_images", 15),
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]
 

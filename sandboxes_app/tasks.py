@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 from hostruntime.errors import HostError
+from orkestr_console.installation import services as installation
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering, pausing, snapshots
-from templates_app.services import note_image_bytes
+from sandboxes_app.services import lifecycle, metering, pausing, snapshots, standing
+from templates_app.services import note_image_bytes, settle_images
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,24 @@ def release_sandbox(sandbox_id: str) -> None:
 
 def tidy() -> None:
     """Every minute: settle what has expired, make rows and containers agree, count what is used."""
+    answers = True
+    try:
+        if not installation.agree(standing.knows_some):
+            # What the rows say is of another state: nothing is settled, and nothing released.
+            return
+    except HostError as error:
+        logger.warning("sandboxes were not reconciled: %s", error.detail)
+        answers = False
     lifecycle.expire_due()
     note_image_bytes()
+    if answers:
+        reconcile()
+
+
+def reconcile() -> None:
+    """Make what the rows say and what is on the host agree."""
     try:
+        settle_images()
         lifecycle.reconcile()
         pausing.settle_half_way()
         metering.collect()

@@ -18,7 +18,7 @@ LONGEST_NAME = 100
 
 
 class TemplateStatus(models.TextChoices):
-    """Where a template is: ``building`` → ``ready`` | ``failed``."""
+    """Where a template is: ``building`` → ``ready`` | ``failed``, and back if an image is lost."""
 
     BUILDING = "building", "Building"
     READY = "ready", "Ready"
@@ -31,7 +31,7 @@ class TemplateStatus(models.TextChoices):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether it never changes again."""
+        """Whether the build has ended. A ready one still fails if the host loses its image."""
         return self is not TemplateStatus.BUILDING
 
 

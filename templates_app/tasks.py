@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 
+from django.db.models import Q
 from django.utils import timezone
 from django_q.models import Schedule
 from django_q.tasks import async_task, schedule
 
 from hostruntime.errors import HostError
-from orkestr_console.services.hosts import host
+from orkestr_console.installation import services as installation
 from templates_app.models import Template, TemplateStatus
 from templates_app.services import driver, queue
+from templates_app.services.lost import IMAGE_LOST
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,14 @@ def resume_orphans() -> None:
 
 
 def reconcile_images() -> None:
-    """Delete the images that no template names. The host keeps those younger than 10 minutes."""
-    # What a build that did not end well left behind nobody can boot.
-    live = Template.objects.exclude(status=TemplateStatus.FAILED)
+    """Have the host set aside images that no template names, and that are older than 10 minutes."""
+    # What a build that did not end well left behind nobody can boot; one that was lost may be back.
+    live = Template.objects.exclude(Q(status=TemplateStatus.FAILED) & ~Q(error_code=IMAGE_LOST))
     keep = list(live.values_list("image_id", flat=True))
     try:
-        deleted = host().reconcile_images(keep)
+        done = installation.reconcile(images=keep)
     except HostError as error:
         logger.warning("images were not reconciled: %s", error.detail)
         return
-    if deleted:
-        logger.info("deleted %d images that no template names: %s", len(deleted), deleted)
+    if done is not None:
+        installation.note_waiting(len(done.waiting))

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[logs.handler()])
     # One line a request says nothing that the answer did not.
     logging.getLogger("uvicorn.access").disabled = True
+    # LXC goes through directories as others, and images keep the modes they are made with.
+    os.umask(0o022)
     try:
         paths = StatePaths(options.state_dir.resolve())
         if options.action == "teardown":

@@ -29,6 +29,7 @@ from hostruntime.paths import (
     release_instance,
 )
 from hostruntime.policy import PolicyError
+from hostruntime.quarantine import keep_days
 from hostruntime.reclaim import Told, reclaim, take_down
 from hostruntime.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.sandboxes import SandboxManager
@@ -145,6 +146,8 @@ class Host:
 
 def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     cgroup_layout()
+    # Said now, and not to whoever reconciles.
+    keep_days()
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)

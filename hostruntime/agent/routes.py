@@ -25,17 +25,22 @@ from hostruntime.agent.bodies import (
 )
 from hostruntime.agent.host import Host
 from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
+from hostruntime.agent.routes_keeping import keeping_routes
 from hostruntime.agent.routes_snapshots import snapshot_routes
 from hostruntime.egress import default_domains
 from hostruntime.errors import HostError, InvalidRequest
 from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.installation import InstallationBook
+from hostruntime.keeping import Keeping
 from hostruntime.routes_images import image_routes
 
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
     images = image_routes(host.store, host.bases, host.builds)
-    routes = [*images, *snapshot_routes(host.sandboxes), *_routes()]
+    keeping = Keeping(InstallationBook(host.paths), host.store, host.sandboxes.snapshots)
+    snapshots = snapshot_routes(host.sandboxes)
+    routes = [*images, *snapshots, *keeping_routes(keeping), *_routes()]
     app = Starlette(routes=routes, exception_handlers={HostError: host_error, Exception: defect})
     app.state.host = host
     return app

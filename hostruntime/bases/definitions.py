@@ -127,7 +127,7 @@ _DEFINITIONS = (
     BaseDefinition(
         name="node-22",
         title="Node.js 22",
-        description="Node.js 22 with npm on Debian 12.",
+        description="Node.js 22 with npm and corepack on Debian 12.",
         parent="debian-12",
         provider="npm",
         # Debian's own npm fetches the registry's Node binaries and current npm, and goes again.
@@ -135,10 +135,13 @@ _DEFINITIONS = (
         recipe=(
             f"{_APT_INSTALL} npm",
             'npm install --no-save --prefix /tmp/node "node-linux-$(node -p process.arch)@22" && '
-            "npm install --global --prefix /usr/local npm@10 && "
+            "npm install --global --prefix /usr/local npm@10 corepack && "
             "cp -R --no-preserve=ownership /tmp/node/node_modules/node-linux-*/bin "
             "/tmp/node/node_modules/node-linux-*/include /usr/local/",
-            "apt-get purge -y --auto-remove npm nodejs && hash -r && "
+            # Node 22 comes with corepack alone.  What the package brings beside it would be in the
+            # way of `npm install -g yarn`, until somebody asks for it.
+            "apt-get purge -y --auto-remove npm nodejs && hash -r && corepack disable && "
+            "! command -v yarn && ! command -v pnpm && "
             'test /usr/local = "$(npm prefix --global)" && node --version && npm --version',
         ),
     ),

@@ -23,6 +23,7 @@ from orkestr_console.console.limits_forms import AgreementForm, PlanForm, TeamFo
 from orkestr_console.console.limits_views import counts
 from orkestr_console.decorators import ConsoleRequest, console_page
 from orkestr_console.errors import DomainError
+from orkestr_console.installation import services as installation
 
 
 def operator_of(request: ConsoleRequest) -> Operator:
@@ -47,6 +48,7 @@ def operator_page(request: ConsoleRequest) -> HttpResponse:
         "teams": [(team, used[team.pk]) for team in teams],
         "plans": limit_changes.list_plans(who),
         "q": text,
+        "apart": installation.current().mismatch,
     }
     return render(request, "console/operator.html", context)
 

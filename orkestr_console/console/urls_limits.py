@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import URLPattern, path
 
-from orkestr_console.console import limits_views, operator_views, token_views
+from orkestr_console.console import limits_views, operator_storage, operator_views, token_views
 
 urlpatterns: list[URLPattern] = [
     path("team/limits/", limits_views.limits_page, name="limits"),
@@ -14,4 +14,18 @@ urlpatterns: list[URLPattern] = [
     path("operator/teams/new/", operator_views.operator_team_new, name="operator_team_new"),
     path("operator/teams/<str:team_id>/", operator_views.operator_team, name="operator_team"),
     path("operator/plans/<str:code>/", operator_views.operator_plan, name="operator_plan"),
+    path("operator/storage/", operator_storage.storage_page, name="operator_storage"),
+    path(
+        "operator/storage/accept/", operator_storage.storage_accept, name="operator_storage_accept"
+    ),
+    path(
+        "operator/storage/<str:key>/restore/",
+        operator_storage.storage_restore,
+        name="operator_storage_restore",
+    ),
+    path(
+        "operator/storage/<str:key>/delete/",
+        operator_storage.storage_delete,
+        name="operator_storage_delete",
+    ),
 ]

@@ -74,7 +74,8 @@ def choose_identity(tree: Path, *more: Path) -> Identity:
     reason = (trial.stderr.strip().splitlines() or ["no reason given"])[-1]
     return Identity(
         "root",
-        tuple(dropping("root")),
+        # Root without power passes where the user would have only as one of its group.
+        tuple(dropping("root", group=USER)),
         f"web and worker run as root without capabilities, because the user '{USER}' cannot use "
         f"{tree} ({reason}). To fix: chmod -R go+rX {tree}, or clone somewhere like /opt.",
     )

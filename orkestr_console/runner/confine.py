@@ -12,6 +12,7 @@ namespace first, so that it never keeps one alive (mount_namespaces(7)).
 from __future__ import annotations
 
 import argparse
+import grp
 import os
 import pwd
 import re
@@ -124,11 +125,15 @@ def _run(*argv: str | Path) -> None:
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
 
 
-def dropping(user: str, *, stop_signal: str = "TERM") -> list[str]:
-    """The setpriv(1) command that becomes ``user`` for good and dies with its parent."""
+def dropping(user: str, *, stop_signal: str = "TERM", group: str | None = None) -> list[str]:
+    """The setpriv(1) command that becomes ``user`` for good and dies with its parent.
+
+    With ``group`` it is in that group alone, in place of the user's own.
+    """
     entry = pwd.getpwnam(user)
+    groups = ["--init-groups"] if group is None else [f"--groups={grp.getgrnam(group).gr_gid}"]
     return [
-        *("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--init-groups"),
+        *("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", *groups),
         *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"),
         *(f"--pdeathsig={stop_signal}", "--"),
     ]

@@ -104,7 +104,10 @@ class Layout:
         }
 
     def prepare(self) -> None:
-        """Make the directories that everything else expects. Raises ``StartError``."""
+        """Make the directories that everything else expects, closed to who has no business there.
+
+        Raises ``StartError``.
+        """
         for path in (self.tree, self.var, self.state_dir):
             if UNUSABLE & set(str(path)):
                 raise StartError(
@@ -118,8 +121,9 @@ class Layout:
             )
         for directory in (self.var, self.run, self.log):
             directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(0o755)
-        self.log.chmod(0o750)
+            # Passed through by the web's user and PostgreSQL's, each to what is theirs; not listed.
+            directory.chmod(0o711)
+        self.log.chmod(0o700)
 
 
 def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:

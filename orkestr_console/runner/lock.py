@@ -17,6 +17,8 @@ def only_one(layout: Layout) -> Iterator[None]:
     Raises ``StartError`` if another process holds it.
     """
     with layout.lock.open("a+") as stream:
+        # Who could open it, if only to read, could hold it against us (flock(2)).
+        layout.lock.chmod(0o600)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,6 +7,7 @@ throw-away cluster made in DIRECTORY, with ``DATABASE_URL`` set, and removes it 
 from __future__ import annotations
 
 import argparse
+import grp
 import os
 import pwd
 import shutil
@@ -54,6 +55,8 @@ class Cluster:
     def create(self) -> bool:
         """Make the cluster if there is none yet; whether one was made. Needs root.
 
+        The user of the console must be there (:func:`ensure_user`).
+
         Raises ``PostgresError``.
         """
         self._prepare_sockets()
@@ -75,9 +78,10 @@ class Cluster:
                 f"{self.sockets} is too long a path for a Unix socket: set ORKESTR_VAR shorter"
             )
         _server_user_exists()
-        self.sockets.mkdir(parents=True, exist_ok=True)
-        self.sockets.chmod(0o755)
-        give(self.sockets, SERVER_USER)
+        self.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Nobody else may even connect, and so take the server's connections.
+        os.chown(self.sockets, pwd.getpwnam(SERVER_USER).pw_uid, grp.getgrnam(USER).gr_gid)
+        self.sockets.chmod(0o710)
 
     def _initdb(self, directory: Path) -> None:
         initdb = [

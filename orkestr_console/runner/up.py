@@ -54,6 +54,8 @@ class Console:
         up is stopped again.
         """
         self._refuse_unless_root()
+        # What is made without a mode of its own is no matter of who starts it, and how.
+        os.umask(0o022)
         spare_from_the_oom_killer()
         self._layout.prepare()
         with only_one(self._layout):

@@ -20,6 +20,7 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.installation import services as installation
 from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
@@ -27,7 +28,8 @@ from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, Sandbox
 from sandboxes_app.services import snapshots, state
 from sandboxes_app.services.driving import driving
 from sandboxes_app.specs import SIZES, SandboxSpec
-from templates_app.services import note_used
+from templates_app.models import Template
+from templates_app.services import note_lost, note_used
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 
 FAILED_TO_START = (
@@ -102,10 +104,14 @@ def source_of(team: Team, name: str) -> Source:
 
 def no_image(team: Team, spec: SandboxSpec) -> Exception:
     """The error for an image that the host does not have."""
+    name = spec.template or ""
     try:
-        resolve(team, spec.template or "", field="template")
+        resolve(team, name, field="template")
     except Exception as error:  # noqa: BLE001 - whatever it finds wrong is the answer
         return error
+    template = Template.objects.for_team(team).filter(pk=name).first()
+    if template is not None and not installation.is_apart():
+        note_lost(template)
     return Conflict(
         "The image of this template is gone from the host; build the template again.",
         code="template_not_ready",

@@ -33,6 +33,7 @@ NO_SUCH = "There is no such sandbox in your team; check the id."
 STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
+STRANGERS_AT_ONCE = 5
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
@@ -216,11 +217,19 @@ def half_way() -> list[Sandbox]:
 
 
 def release_strangers(running: list[str]) -> None:
-    """Free the containers that no live row names, but those that may just be starting."""
+    """Free containers that no live row names, but those that may just be starting.
+
+    A few at a time: if it is the rows that are wrong, somebody is to notice.
+    """
+    released = 0
     named = set(Sandbox.objects.live().filter(pk__in=running).values_list("pk", flat=True))
     for sandbox_id in running:
         if sandbox_id in named:
             continue
         since = datetime.fromtimestamp(host().sandbox(sandbox_id).started_at, UTC)
         if timezone.now() - since > timedelta(seconds=UNKNOWN_GRACE_SECONDS):
+            logger.error("sandbox %s runs and no row names it: it is ended", sandbox_id)
             release(sandbox_id)
+            released += 1
+        if released == STRANGERS_AT_ONCE:
+            return

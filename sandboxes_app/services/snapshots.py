@@ -7,12 +7,11 @@ from collections.abc import Collection
 from typing import Any
 
 from django.db import transaction
-from django.db.models import Count
+from django.db.models import Count, Q
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import SnapshotInfo
-from hostruntime.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -20,6 +19,7 @@ from orkestr_console.accounts.limits import hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
 from orkestr_console.ids import is_id
+from orkestr_console.installation import services as installation
 from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 NO_SUCH = "There is no such snapshot in your team; check the id."
 LOST = "The host lost the files of this snapshot; take another one."
 CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
-# One this young may belong to a row that was not there yet when rows were read.
-UNKNOWN_GRACE_SECONDS = scaled(300.0)
 MEGABYTE = 1_000_000
 
 
@@ -218,7 +216,8 @@ def origin(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
 
 def gone(snapshot: Snapshot) -> DomainError:
     """The error for a snapshot that the host does not have, which the row then says."""
-    failed(snapshot, LOST)
+    if not installation.is_apart():
+        failed(snapshot, LOST)
     return Conflict(LOST, code="snapshot_not_ready")
 
 
@@ -226,8 +225,10 @@ def gone(snapshot: Snapshot) -> DomainError:
 
 
 def reconcile() -> None:
-    """Make rows and the host's snapshots agree. Raises the host's errors."""
-    now = timezone.now()
+    """Make rows and the host's snapshots agree. Raises the host's errors.
+
+    For a host whose state is this database's. What no row names is set aside, not deleted.
+    """
     for capturing in Snapshot.objects.filter(status=SnapshotStatus.CAPTURING):
         if left_alone(capturing, capturing.created_at):
             never_finished(capturing)
@@ -237,8 +238,14 @@ def reconcile() -> None:
     for snapshot in ready:
         if snapshot.pk not in there:
             failed(snapshot, LOST)
-    # Read after the host was asked: a row that was not there then cannot be missed.
-    named = set(Snapshot.objects.kept().filter(pk__in=there).values_list("pk", flat=True))
-    for info in known:
-        if info.id not in named and info.created_at < now.timestamp() - UNKNOWN_GRACE_SECONDS:
-            release(info.id)
+    lost = Q(status=SnapshotStatus.FAILED, error_message=LOST, deleted_at=None)
+    # An operator has put it back.
+    Snapshot.objects.filter(lost, pk__in=there).update(
+        status=SnapshotStatus.READY, error_message=""
+    )
+    for deleted in Snapshot.objects.filter(pk__in=there).exclude(deleted_at=None):
+        # The host was away when somebody deleted it.
+        release(deleted.pk)
+    # A row is there before the host begins, and what is young the host keeps.
+    named = list(Snapshot.objects.kept().values_list("pk", flat=True))
+    installation.reconcile(snapshots=named)

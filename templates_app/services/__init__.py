@@ -12,6 +12,7 @@ from templates_app.services.events import (
     read_events,
 )
 from templates_app.services.log import log_text
+from templates_app.services.lost import IMAGE_LOST, give_image, note_lost, settle_images
 from templates_app.services.metering import note_image_bytes
 from templates_app.services.queue import Place, place
 from templates_app.services.templates import (
@@ -29,6 +30,7 @@ from templates_app.services.templates import (
 )
 
 __all__ = [
+    "IMAGE_LOST",
     "BaseChoice",
     "EventPage",
     "Place",
@@ -44,15 +46,18 @@ __all__ = [
     "direct_advice",
     "follow_events",
     "get_template",
+    "give_image",
     "list_bases",
     "list_steps",
     "list_templates",
     "log_text",
     "note_image_bytes",
+    "note_lost",
     "note_used",
     "place",
     "read_events",
     "reclaimable_bytes",
     "resolve",
+    "settle_images",
     "template_usage",
 ]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from orkestr_console.accounts.actor import Actor
 from templates_app.models import StepStatus, Template
+from templates_app.services.lost import IMAGE_LOST
 from templates_app.services.templates import create_template, get_template
 from templates_app.specs import TemplateSpec
 
@@ -40,7 +41,8 @@ def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> Templ
 
 def completed(template: Template) -> int:
     """How many steps of a build that did not end well need not be run again."""
-    if template.status != "failed":
+    if template.status != "failed" or template.error_code == IMAGE_LOST:
+        # A build that did end well keeps none.
         return 0
     done = (StepStatus.SUCCEEDED, StepStatus.CACHED)
     return template.steps.filter(status__in=done).count()

@@ -204,7 +204,8 @@ def give_up(template: Template, driver: str, code: str, message: str) -> None:
             raise LeaseLost
         end(template, code, message)
     try:
-        host().cancel_build(template.image_id)
+        # What it has published nobody asked to delete: the row may be an old one, from a backup.
+        host().cancel_build(template.image_id, keep_published=True)
     except host_errors.HostError:
         logger.warning("could not cancel build %s; the reconcile pass will", template.pk)
 

@@ -183,6 +183,7 @@ HANDLERS = {
     "output": output,
     "step_finished": step_finished,
     "not_captured": warned,
+    "not_reached": warned,
     "contents": contents,
     "published": published,
     "failed": failed,

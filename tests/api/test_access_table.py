@@ -189,6 +189,12 @@ CONSOLE = [
     page("POST", "operator/teams/<team>/", **OPERATORS, plan="enterprise"),
     page("GET", "operator/plans/pro/", **OPERATORS),
     page("POST", "operator/plans/pro/", **OPERATORS, name="Pro"),
+    page("GET", "operator/storage/", **OPERATORS),
+    page("GET", "operator/storage/accept/", **OPERATORS),
+    page("POST", "operator/storage/accept/", **OPERATORS),
+    page("POST", "operator/storage/image.img_one/restore/", **OPERATORS),
+    page("GET", "operator/storage/image.img_one/delete/", **OPERATORS),
+    page("POST", "operator/storage/image.img_one/delete/", **OPERATORS),
 ]
 # For everybody, and telling nothing: health, and what answers an unknown address.
 PUBLIC = {"healthz", r"^v1(?:/.*)?$"}

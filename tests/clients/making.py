@@ -15,9 +15,10 @@ BUILD_SECONDS = 300
 
 @dataclass
 class Templates:
-    """Template calls of the REST API."""
+    """Template calls of the REST API, and how long a build may take."""
 
     client: httpx.Client
+    build_seconds: float = BUILD_SECONDS
     made: list[str] = field(default_factory=list)
 
     def create(self, base: str, *recipe: str, **fields: Any) -> str:
@@ -39,9 +40,9 @@ class Templates:
 
     def finished(self, template: str) -> dict[str, Any]:
         """The template once it builds no more."""
-        deadline = time.monotonic() + BUILD_SECONDS
+        deadline = time.monotonic() + self.build_seconds
         while (record := self.get(template))["status"] == "building":
-            assert time.monotonic() < deadline, f"still building after {BUILD_SECONDS} s"
+            assert time.monotonic() < deadline, f"still building after {self.build_seconds} s"
             time.sleep(0.1)
         return record
 

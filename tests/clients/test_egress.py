@@ -26,6 +26,21 @@ def test_a_build_that_is_refused_a_host_says_which_and_how_to_allow_it(
     assert failed["error_code"] == "network_policy_blocked"
 
 
+def test_a_key_server_that_gpg_asks_dns_for_is_named(templates: Templates) -> None:
+    """GnuPG's dirmngr is told of the proxy, and asks DNS first all the same."""
+    step = (
+        "apt-get update && apt-get install -y --no-install-recommends gnupg dirmngr && "
+        f"gpg --keyserver hkps://keys.{UNLISTED} --recv-keys "
+        "0xF23C5A6CF475977595C89F51BA6932366A755776"
+    )
+    failed = templates.finished(templates.create("debian-12", step))
+    message = failed["error_message"]
+    assert f"the network policy refused: keys.{UNLISTED} (by DNS)" in message
+    assert 'network "open"' in message
+    assert failed["error_code"] == "network_policy_blocked"
+    assert failed["refused_hosts"] == [f"keys.{UNLISTED}"]
+
+
 def test_an_allowed_host_is_no_longer_refused(templates: Templates) -> None:
     failed = templates.finished(
         templates.create("python-3.12-bare", FETCH, allow_domains=["@default", UNLISTED])

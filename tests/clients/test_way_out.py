@@ -72,8 +72,7 @@ def test_what_is_installed_by_another_way_is_there(
 def test_a_jvm_goes_through_the_proxy_and_trusts_what_the_host_does(templates: Templates) -> None:
     ask = "$(npm config get registry)"
     recipe = (
-        "mkdir -p /usr/share/man/man1 && apt-get update && "
-        "apt-get install -y --no-install-recommends openjdk-17-jdk-headless",
+        "apt-get update && apt-get install -y --no-install-recommends openjdk-17-jdk-headless",
         f"cat >/root/T.java <<'END'\n{JAVA}END",
         f"test 200 = $(java /root/T.java {ask})",
     )
@@ -85,6 +84,15 @@ def test_a_template_that_did_without_a_host_is_ready_and_says_which(templates: T
     record = templates.finished(made)
     assert (record["status"], record["refused_hosts"]) == ("ready", [UNLISTED])
     assert record["steps"][0]["refused_hosts"] == [UNLISTED]
+
+
+def test_a_step_that_went_without_an_allowed_host_is_warned_of(templates: Templates) -> None:
+    step = f"curl -fsSL https://{UNLISTED}/install.sh | bash"
+    made = templates.create("debian-12", step, allow_domains=[UNLISTED])
+    record = templates.finished(made)
+    assert (record["status"], record["refused_hosts"]) == ("ready", [])
+    (warning,) = record["steps"][0]["warnings"]
+    assert f"{UNLISTED} is allowed, but could not be reached: its name has no address" in warning
 
 
 def test_a_companys_authority_is_trusted_in_its_sandboxes(

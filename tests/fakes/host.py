@@ -45,6 +45,7 @@ from hostruntime.errors import (
     NotFound,
 )
 from tests.fakes.commands import Ran
+from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
 
 TERMINAL = frozenset({"published", "failed"})
@@ -72,7 +73,7 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-class FakeHost(FakeSnapshots):
+class FakeHost(FakeSnapshots, FakeKeeping):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
@@ -90,7 +91,6 @@ class FakeHost(FakeSnapshots):
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
         self.ended_early: list[str] = []
         self.modes: dict[tuple[str, str], int | None] = {}
-        self.kept: list[list[str]] = []
         self.used: dict[str, UsageInfo] = {}
         self.egress: dict[str, list[EgressHost]] = {}
         self.next_failure: dict[str, Any] | None = None
@@ -219,15 +219,6 @@ class FakeHost(FakeSnapshots):
             if not in_use:
                 self.stored.pop(image_id, None)
             return not in_use
-
-    def reconcile_images(self, keep: Sequence[str]) -> list[str]:
-        """As the client, for images of any age."""
-        self._up()
-        self.kept.append(list(keep))
-        gone = [image for image in self.stored if image not in keep]
-        for image in gone:
-            del self.stored[image]
-        return gone
 
     # Builds -------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 class Agent:
     """One agent process on one state directory."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, *, umask: int = -1) -> None:
         self.state = state
+        self._umask = umask
         self.socket = state / "sock"
         self.process: subprocess.Popen[bytes] | None = None
         self.client = HostClient(self.socket)
@@ -43,7 +44,12 @@ class Agent:
     def start(self) -> None:
         with (self.state / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                self._command(), cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=REPO,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                umask=self._umask,
             )
         self._wait_until_it_serves()
 

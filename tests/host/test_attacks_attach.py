@@ -181,6 +181,7 @@ def test_a_commands_environment_is_what_it_was_given_and_nothing_of_the_hosts(
         *("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"),
         *("GIT_SSL_CAINFO", "YARN_ENABLE_TELEMETRY", "UV_OFFLINE", "COREPACK_ENABLE_NETWORK"),
         *("CARGO_NET_OFFLINE", "CONDA_OFFLINE", "HF_HUB_OFFLINE"),
+        *("DENO_NO_UPDATE_CHECK", "NEXT_TELEMETRY_DISABLED"),
     }
 
 

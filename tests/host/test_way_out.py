@@ -36,17 +36,51 @@ BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 PATH = "PATH=/usr/local/bin:/usr/bin:/bin"
 # Named by hand: what is refused by name is never asked for.
 UNLISTED = "nowhere.invalid"
+# Its parent is the registry's.
+POM = f"""\
+<project>
+  <modelVersion>4.0.0</modelVersion>
+  <parent><groupId>hello</groupId><artifactId>parent</artifactId><version>1</version></parent>
+  <artifactId>app</artifactId>
+  <repositories><repository><id>site</id><url>{URL}/maven</url></repository></repositories>
+</project>
+"""
+PARENT = """\
+<project>
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>hello</groupId><artifactId>parent</artifactId><version>1</version>
+  <packaging>pom</packaging>
+</project>
+"""
 TOOLS = (
-    "apt-get update && apt-get install -y --no-install-recommends sudo wget git",
+    "apt-get update && apt-get install -y --no-install-recommends sudo wget git cron",
     "useradd --create-home --shell /bin/bash app",
 )
-IMAGES = {"img_way_python": "python-3.12-bare", "img_way_node": "node-22"}
+JAVA = (
+    "apt-get install -y --no-install-recommends maven default-jre-headless",
+    f"mkdir /opt/app && cat >/opt/app/pom.xml <<'END'\n{POM}END",
+)
+IMAGES = {
+    "img_way_python": ("python-3.12-bare", TOOLS),
+    "img_way_node": ("node-22", TOOLS),
+    "img_way_java": ("debian-12", (*TOOLS, *JAVA)),
+}
 WAYS = {
     "exec": "sh -c '{}'",
     "sudo": "sudo -u app -H sh -c '{}'",
     "su -": "su - app -c '{}'",
     "env -i": f"env -i {PATH} HOME=/root sh -c '{{}}'",
     "login": "env -i HOME=/root bash -l -c '{}'",
+    "cron": (
+        f"cat >/etc/cron.d/ask <<'END'\n{PATH}\n"
+        "@reboot root ({}) >/root/said 2>&1; touch /root/done\nEND\n"
+        "service cron start >/dev/null 2>&1 && until test -e /root/done; do sleep 0.1; done; "
+        "cat /root/said"
+    ),
+    "service": (
+        "cat >/etc/init.d/ask <<'END' && chmod 755 /etc/init.d/ask && service ask start\n"
+        "#!/bin/sh\nset -eu\n. /lib/lsb/init-functions\nHOME=/root\n{}\nEND\n"
+    ),
 }
 ASK = {
     "git": f"git ls-remote {URL}/repo.git HEAD | cut -c 41-",
@@ -55,7 +89,16 @@ ASK = {
     "wget": f"wget -qO- {URL}/file",
     "pip": "cd $(mktemp -d) && pip download -q --no-deps hello && ls",
     "npm": f"npm view --registry={URL}/npm/ hello version",
+    "curl": f"curl -s {URL}/file",
+    "python": (
+        'python3 -c "import urllib.request as u; '
+        f'print(u.urlopen(\\"{URL}/file\\").read().decode())"'
+    ),
+    "maven": "mvn -B -q -f /opt/app validate >/tmp/$$ 2>&1 && echo served || tail -n 5 /tmp/$$",
 }
+IMAGE = {"npm": "img_way_node", "maven": "img_way_java"}
+# These have no file of their own to be told in.
+BY_ENVIRONMENT = {"curl", "python", "maven"}
 SAID = {
     "git": "\tHEAD",
     "git by ssh": "\tHEAD",
@@ -63,6 +106,9 @@ SAID = {
     "wget": "served",
     "pip": "hello-1.0-py3-none-any.whl",
     "npm": "1.0.0",
+    "curl": "served",
+    "python": "served",
+    "maven": "served",
 }
 NUMBERS = count(1)
 Box = Callable[..., str]
@@ -72,10 +118,10 @@ Box = Callable[..., str]
 def trees(agent: Agent) -> Iterator[dict[str, Path]]:
     """Real images with a person in them, made on the agent that reaches the mirrors."""
     made = {image: f"{image}_{time.time_ns():x}" for image in IMAGES}
-    for image, base in IMAGES.items():
+    for image, (base, recipe) in IMAGES.items():
         for _ in agent.client.ensure_base(base):
             pass
-        built(agent.client, made[image], *TOOLS, base=base)
+        built(agent.client, made[image], *recipe, base=base)
     yield {image: agent.state / "images" / name / "tree" for image, name in made.items()}
     for name in made.values():
         agent.client.delete_image(name)
@@ -91,7 +137,7 @@ def built(host: HostClient, name: str, *recipe: str, base: str) -> list[dict[str
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry, as files: an index of pip's, one of npm's, a repository and a file."""
+    """A registry, as files: indexes of pip's, npm's and Maven's, a repository and a file."""
     root = tmp_path_factory.mktemp("site")
     (root / "file").write_text("served\n")
     _wheel(root / "hello-1.0-py3-none-any.whl")
@@ -103,6 +149,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     version = {"name": "hello", "version": "1.0.0", "dist": {"tarball": f"{URL}/none.tgz"}}
     document = {"name": "hello", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}
     (root / "npm/hello").write_text(json.dumps(document))
+    (root / "maven/hello/parent/1").mkdir(parents=True)
+    (root / "maven/hello/parent/1/parent-1.pom").write_text(PARENT)
     _repository(root / "repo.git")
     return root
 
@@ -178,13 +226,15 @@ def says(live: Agent, name: str, command: str) -> str:
     return (done.stdout + done.stderr).decode(errors="replace").strip("\n")
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tool", ASK)
+@pytest.mark.parametrize(
+    ("tool", "way"),
+    [(tool, way) for tool in ASK for way in WAYS if way != "env -i" or tool not in BY_ENVIRONMENT],
+)
 def test_a_program_finds_the_registry_however_it_was_started(
     live: Agent, box: Box, tool: str, way: str
 ) -> None:
-    name = box("img_way_node" if tool == "npm" else "img_way_python")
-    assert says(live, name, WAYS[way].format(ASK[tool])) == SAID[tool]
+    name = box(IMAGE.get(tool, "img_way_python"))
+    assert says(live, name, WAYS[way].format(ASK[tool])).strip() == SAID[tool].strip()
 
 
 @pytest.mark.parametrize("way", WAYS)

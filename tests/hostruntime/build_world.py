@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hostruntime.build_plan import Host
-from hostruntime.build_report import Refused
+from hostruntime.build_report import NotReached, Refused
 from hostruntime.builds import BuildManager, BuildRequest
 from hostruntime.images import ImageManifest, ImageStore
 from hostruntime.layers import LayerStore
@@ -26,7 +26,7 @@ class World:
         self.paths = StatePaths(root / "state").ensure()
         self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
         self.refused: list[Refused] = []
-        self.unreached: list[str] = []
+        self.unreached: list[NotReached] = []
         self.containers = FakeContainers()
         self.restart()
         staged = self.store.staging("debian-12")

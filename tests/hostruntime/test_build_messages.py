@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build_report import Refused, step_failed
+from hostruntime.build_report import NotReached, Refused, step_failed
 from hostruntime.exec import Exited
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
@@ -157,19 +157,31 @@ async def test_a_build_without_network_is_told_which_to_take(world: World) -> No
 
 
 async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None:
-    world.unreached = ["a.test is allowed, but could not be reached: it refused the connection"]
+    why = "a.test is allowed, but could not be reached: it refused the connection"
+    world.unreached = [NotReached(why)]
     failed = (await world.build("fail 7"))[-1]
     assert (failed["code"], "refused" in failed) == ("step_failed", False)
-    assert f"with the policy's leave: {world.unreached[0]}." in failed["message"]
+    assert f"with the policy's leave: {why}." in failed["message"]
     assert "network policy refused" not in failed["message"]
+
+
+async def test_a_step_that_did_without_an_allowed_host_says_so(world: World) -> None:
+    """`curl … | bash` of a host that is down succeeds with nothing."""
+    why = "a.test is allowed, but could not be reached: it refused the connection"
+    world.unreached = [NotReached(why), NotReached("b.test was asked of DNS", direct=True)]
+    events = await world.build("write a 1")
+    (told,) = [event for event in events if event["kind"] == "not_reached"]
+    assert (told["step"], why in told["message"], "b.test" in told["message"]) == (1, True, False)
+    assert events[-1]["kind"] == "published"
 
 
 async def test_a_step_that_takes_too_long(world: World) -> None:
     # What waits for a host that does not answer often waits for longer than a step may.
-    world.unreached = ["a.test is allowed, but could not be reached: it did not answer"]
+    why = "a.test is allowed, but could not be reached: it did not answer"
+    world.unreached = [NotReached(why)]
     failed = (await world.build("sleep 5", step_timeout_seconds=0.05))[-1]
     assert (failed["code"], failed["step"]) == ("step_timeout", 1)
-    assert f"with the policy's leave: {world.unreached[0]}." in failed["message"]
+    assert f"with the policy's leave: {why}." in failed["message"]
     assert "still running after 0.05 seconds" in failed["message"]
     world.check_clean()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from hostruntime.errors import Conflict, ImageNotFound, InvalidRequest
 from hostruntime.images import Image, ImageManifest, ImageStore
 from hostruntime.paths import StatePaths
+from hostruntime.quarantine import DEFAULT_DAYS, keep_days
 from hostruntime.trash import Trash
+from hostruntime.trees import tree_digest
 from tests.hostruntime.trees_help import grow
 
 
@@ -178,14 +181,86 @@ def test_recovery_clears_what_a_killed_agent_left(paths: StatePaths) -> None:
     assert list(paths.staging.iterdir()) == list(paths.trash.iterdir()) == []
 
 
-def test_reconcile_deletes_old_templates_nobody_knows(store: ImageStore) -> None:
+def test_what_nobody_knows_is_set_aside_a_few_at_a_time(store: ImageStore) -> None:
     publish(store, "debian-12", kind="base")
-    for name in ("img_kept", "img_orphan", "img_used"):
+    unknown = [f"img_orphan{number}" for number in range(5)]
+    for name in ("img_kept", "img_used", *unknown):
         publish(store, name)
     store.acquire("img_used", "sbx_1")
-    assert store.reconcile({"img_kept"}) == []
-    assert sorted(store.reconcile({"img_kept"}, older_than=-1)) == ["img_orphan", "img_used"]
-    assert {image.id for image in store.list()} == {"debian-12", "img_kept"}
+    assert store.reconcile({"img_kept"}) == ([], []), "they are young"
+    first, waiting = store.reconcile({"img_kept"}, most=3, older_than=-1)
+    assert sorted([*first, *waiting]) == unknown
+    assert len(first) == 3
+    assert {held.name for held in store.quarantine.list()} == set(first)
+    assert store.reconcile({"img_kept"}, most=3, older_than=-1) == (waiting, [])
+    assert {image.id for image in store.list()} == {"debian-12", "img_kept", "img_used"}
+
+
+def test_what_was_put_back_stays_until_a_row_names_it(store: ImageStore) -> None:
+    publish(store, "img_one")
+    tree = store.get("img_one").tree
+    digest = tree_digest(tree)
+    store.reconcile(set(), older_than=-1)
+    assert not tree.exists()
+    (held,) = store.quarantine.list()
+    store.restore(held)
+    assert store.quarantine.list() == []
+    assert tree_digest(store.get("img_one").tree) == digest
+    assert store.reconcile(set(), older_than=-1) == ([], [])
+    # Once a row has named it, it is as any other.
+    assert store.reconcile({"img_one"}, older_than=-1) == ([], [])
+    assert store.reconcile(set(), older_than=-1) == (["img_one"], [])
+
+
+def test_quarantine_is_emptied_after_days_and_not_before(store: ImageStore) -> None:
+    publish(store, "img_one")
+    store.reconcile(set(), older_than=-1)
+    assert store.quarantine.purge(days=1.0) == []
+    assert [held.name for held in store.quarantine.purge(days=-1.0)] == ["img_one"]
+    assert store.trash.wait()
+    assert store.quarantine.list() == []
+
+
+def test_an_entry_without_its_content_is_no_entry(store: ImageStore, paths: StatePaths) -> None:
+    publish(store, "img_one")
+    store.reconcile(set(), older_than=-1)
+    # An agent that was killed as it put the image back.
+    (paths.quarantine / "image.img_one/content").rename(paths.images / "img_one")
+    again = ImageStore(paths)
+    again.recover(set())
+    assert again.trash.wait()
+    assert list(paths.quarantine.iterdir()) == []
+    assert again.exists("img_one")
+
+
+def test_what_cannot_be_set_aside_keeps_nobody_from_the_rest(
+    store: ImageStore, paths: StatePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    publish(store, "img_good")
+    publish(store, "img_bad")
+    (paths.images / "img_bad/image.json").write_text("{}")
+    monkeypatch.setattr("hostruntime.quarantine.write_json", full)
+    again = ImageStore(paths)
+    again.recover(set())
+    assert [image.id for image in again.list()] == ["img_good"]
+    assert (paths.images / "img_bad/tree/etc/file").read_text() == "x"
+    with pytest.raises(OSError, match="No space"):
+        again.reconcile(set(), older_than=-1)
+    assert again.exists("img_good")
+    monkeypatch.undo()
+    again.recover(set())
+    assert [held.name for held in again.quarantine.list()] == ["img_bad"]
+
+
+@pytest.mark.parametrize("days", ["none", "0", "-1", "nan", "1e9"])
+def test_days_that_are_none_are_refused(days: str) -> None:
+    with pytest.raises(InvalidRequest, match="ORKESTR_QUARANTINE_DAYS"):
+        keep_days({"ORKESTR_QUARANTINE_DAYS": days})
+    assert keep_days({}) == DEFAULT_DAYS
+    assert keep_days({"ORKESTR_QUARANTINE_DAYS": "2.5"}) == 2.5
 
 
 def test_a_failed_publication_shows_nothing(

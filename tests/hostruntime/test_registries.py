@@ -248,6 +248,7 @@ def test_a_host_without_package_managers_allows_none_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("language", "hosts"),
     [
+        ("Yarn", "repo.yarnpkg.com"),
         ("Rust", "index.crates.io static.crates.io static.rust-lang.org sh.rustup.rs"),
         ("Ruby", "rubygems.org index.rubygems.org"),
         ("Go", "proxy.golang.org sum.golang.org go.dev dl.google.com"),

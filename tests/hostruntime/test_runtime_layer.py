@@ -95,6 +95,7 @@ def test_every_mode_has_its_own_way_out(paths: StatePaths, pool: SlotPool, image
             "etc/apt/apt.conf.d/80orkestr",
             "etc/environment",
             "etc/profile.d/00-orkestr.sh",
+            "usr/lib/lsb/init-functions.d/00-orkestr",
             "etc/npmrc",
             "usr/local/etc/npmrc",
             "etc/xdg/pip/pip.conf",

@@ -11,6 +11,9 @@ import pytest
 from hostruntime import usage
 from hostruntime.days import by_day
 from hostruntime.limits import CgroupLayout, ContainerGroups
+from hostruntime.paths import StatePaths
+from hostruntime.quarantine import Quarantine
+from hostruntime.trash import Trash
 from hostruntime.usage import Meter, Reading, UsageBook
 
 MIDNIGHT = datetime(2026, 11, 24, tzinfo=UTC).timestamp()
@@ -22,8 +25,8 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.layout = CgroupLayout("v2", root / "cgroup", {}, (root / "cgroup",))
-        self.sums = root / "usage"
-        self.sums.mkdir()
+        self.paths = StatePaths(root / "state").ensure()
+        self.sums = self.paths.usage
 
     def groups(self, sandbox_id: str) -> ContainerGroups:
         return self.layout.container(f"ork0-{sandbox_id}")
@@ -35,7 +38,7 @@ class Machine:
         (group / "memory.current").write_text(f"{memory_bytes}\n")
 
     def book(self) -> UsageBook:
-        return UsageBook(self.sums, self.groups)
+        return UsageBook(self.sums, self.groups, Quarantine(self.paths, Trash(self.paths)))
 
 
 @pytest.fixture

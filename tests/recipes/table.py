@@ -24,7 +24,7 @@ def _apt(packages: str) -> str:
     return f"apt-get update && apt-get install -y --no-install-recommends {packages}"
 
 
-def _service(packages: str, start: str, probe: str, *more: str) -> Recipe:
+def _service(packages: str, start: str, probe: str, *more: str, quick: bool = False) -> Recipe:
     """A service of Debian's: installed, and in the sandbox started and asked for something."""
     wait = f"for _ in $(seq 75); do ({probe}) && exit 0; sleep 0.2; done"
     tell = "tail -n 20 $(find /var/log -type f -size +0) >&2; exit 1"
@@ -33,6 +33,7 @@ def _service(packages: str, start: str, probe: str, *more: str) -> Recipe:
         "debian-12",
         (_apt(packages), *more),
         (f"{start} && {{ {wait}; {tell}; }}",),
+        quick=quick,
     )
 
 
@@ -152,6 +153,20 @@ PYTHON_TOOLS = (
         ("/root/.local/bin/cowsay -t hello | grep hello",),
     ),
     Recipe(
+        "pre-commit-and-tox",
+        "python-3.12",
+        (
+            "pip install pre-commit tox",
+            f"{_APP} && printf '[testenv]\\nskip_install=true\\ndeps=humanize\\n"
+            'commands=python -c "import humanize"\\n\' > tox.ini && tox -e py',
+            "cd /root/app && git init -q . && printf 'repos:\\n- repo: local\\n  hooks:\\n"
+            "  - {id: a, name: a, language: python, entry: cowsay -t, files: tox.ini,\\n"
+            "     additional_dependencies: [cowsay]}\\n' > .pre-commit-config.yaml && "
+            "git add . && pre-commit run --all-files",
+        ),
+        ("cd /root/app && tox -e py", "cd /root/app && pre-commit run --all-files | grep Passed"),
+    ),
+    Recipe(
         "jupyter",
         "python-3.12",
         ("pip install notebook",),
@@ -171,6 +186,7 @@ PYTHON_TOOLS = (
         "python-3.12",
         ("pip install playwright",),
         ("playwright --version",),
+        quick=True,
     ),
 )
 
@@ -200,6 +216,38 @@ NODE_TOOLS = (
         ("pnpm dlx semver@7.6.0 -i minor 1.2.3 | grep 1.3.0",),
     ),
     Recipe(
+        "corepack",
+        "node-22",
+        (
+            # Not every mirror of the registry passes on its signatures.
+            "export COREPACK_INTEGRITY_KEYS=0 && corepack enable pnpm && "
+            "corepack prepare pnpm@9.12.0 --activate",
+            # Yarn's, by npm, is still to be had: corepack's is not there until it is enabled.
+            f"{_NODE} && {_PACKAGE} && pnpm install && npm install -g yarn@1",
+        ),
+        (f"cd /root/app && pnpm exec {_LEFT_PAD}", "pnpm -v | grep 9.12.0", "yarn -v | grep '^1'"),
+        quick=True,
+    ),
+    Recipe(
+        "bun",
+        "node-22",
+        ("npm install -g bun", f"{_APP} && {_PACKAGE} && bun install && bunx semver@7.6.0 1.2.3"),
+        (
+            "cd /root/app && bun -e 'console.log(require(\"left-pad\")(1, 3))' | grep '^  1'",
+            "bunx semver@7.6.0 -i minor 1.2.3 | grep 1.3.0",
+        ),
+    ),
+    Recipe(
+        "deno",
+        "node-22",
+        (
+            "npm install -g deno",
+            f"{_APP} && echo 'import pad from \"npm:left-pad@1.3.0\"; console.log(pad(1, 3));' "
+            "> pad.ts && deno run -A pad.ts",
+        ),
+        ("cd /root/app && deno run -A pad.ts | grep '^  1'",),
+    ),
+    Recipe(
         "npx",
         "node-22",
         ("npx -y semver 1.2.3",),
@@ -217,6 +265,7 @@ SERVICES = (
         "bind9",
         "ls -ld /var/cache/bind | grep 'root bind' && named-checkconf && service named start",
         "ss -lun 2>/dev/null | grep -q ':53 ' || pgrep named",
+        quick=True,
     ),
     _service("apache2", "service apache2 start", "curl -sf localhost | grep -q Apache2"),
     _service("nginx", "service nginx start", "curl -sf localhost | grep -q nginx"),

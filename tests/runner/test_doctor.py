@@ -20,10 +20,22 @@ from typing import NamedTuple
 import pytest
 
 from hostruntime import apparmor, delegation
+from hostruntime.installation import Claim, InstallationBook, InstallationMismatch
+from hostruntime.paths import StatePaths
+from hostruntime.quarantine import Quarantine
 from hostruntime.registries import combine
 from hostruntime.run import Completed, run
+from hostruntime.trash import Trash
 from hostruntime.trials import TRIALS
-from orkestr_console.runner.doctor import cgroups, examine, kernel, machine, network, software
+from orkestr_console.runner.doctor import (
+    cgroups,
+    examine,
+    keeping,
+    kernel,
+    machine,
+    network,
+    software,
+)
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import TREE, Layout, layout_from
 
@@ -430,3 +442,32 @@ def test_who_is_not_root_is_told_what_cannot_be_seen(tmp_path: Path) -> None:
         assert (verdict, seen) == ("warn", "cannot be seen without root")
         assert "sudo" in remedy
     assert findings["kernel"][0] == "ok"
+
+
+# What is kept -----------------------------------------------------------------------------
+
+
+def test_a_database_that_is_not_the_states_is_said(layout: Layout) -> None:
+    paths = StatePaths(layout.state_dir)
+    layout.state_dir.parent.mkdir(parents=True, exist_ok=True)
+    assert keeping.check_installation(layout).verdict == "ok"
+    assert keeping.check_quarantine(layout).verdict == "ok"
+    book = InstallationBook(paths.ensure())
+    book.agree(Claim("ours", 1, "one"), empty=True, known=False)
+    assert keeping.check_installation(layout).verdict == "ok"
+    with pytest.raises(InstallationMismatch):
+        book.agree(Claim("anothers", 9, "two"), empty=False, known=False)
+    found = keeping.check_installation(layout)
+    assert found.verdict == "fail"
+    assert "another installation" in found.seen
+    assert "installation accept" in found.remedy
+
+
+def test_what_was_set_aside_is_named(layout: Layout) -> None:
+    paths = StatePaths(layout.state_dir).ensure()
+    (paths.images / "img_one").mkdir()
+    Quarantine(paths, Trash(paths)).add(paths.images / "img_one", "image", "damaged", "it is bad")
+    found = keeping.check_quarantine(layout)
+    assert found.verdict == "warn"
+    assert "image.img_one (damaged)" in found.seen
+    assert "quarantine list" in found.remedy

@@ -10,13 +10,13 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
+from hostruntime.snapshots import RECONCILE_AGE_SECONDS
 from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Plan, Team
 from orkestr_console.errors import Conflict
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.services.driving import SILENCE
-from sandboxes_app.services.snapshots import UNKNOWN_GRACE_SECONDS
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from tests.fakes.host import FakeHost
 
@@ -27,7 +27,7 @@ def sandbox(host: FakeHost, actor: Actor) -> Sandbox:
 
 
 # More than what the passes bear with, which is longer on a slow machine.
-OLD = UNKNOWN_GRACE_SECONDS + 100
+OLD = RECONCILE_AGE_SECONDS + 100
 
 
 def aged(host: FakeHost, snapshot_id: str, seconds: float) -> None:
@@ -63,7 +63,7 @@ def test_no_two_take_the_last_place(plans: None, team: Team, host: FakeHost) -> 
     assert services.counts([team])[team.pk]["max_named_snapshots"] == 2
 
 
-def test_what_no_row_names_is_deleted_on_the_host_once_it_is_old(
+def test_what_no_row_names_is_set_aside_on_the_host_once_it_is_old(
     host: FakeHost, actor: Actor, sandbox: Sandbox
 ) -> None:
     kept = services.create_snapshot(actor, sandbox.pk, SnapshotSpec()).pk
@@ -73,6 +73,7 @@ def test_what_no_row_names_is_deleted_on_the_host_once_it_is_old(
     aged(host, "snap_old", OLD)
     tasks.tidy()
     assert set(host.taken) == {kept, "snap_young"}
+    assert [held.key for held in host.quarantine()] == ["snapshot.snap_old"]
 
 
 def test_a_deleted_one_that_the_host_kept_goes_with_the_next_pass(

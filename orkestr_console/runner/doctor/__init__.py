@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from orkestr_console.runner.doctor import cgroups, kernel, machine, network, software
+from orkestr_console.runner.doctor import cgroups, keeping, kernel, machine, network, software
 from orkestr_console.runner.doctor.finding import Finding, unseen
 from orkestr_console.runner.doctor.network import listening_fault, port_is_free
 from orkestr_console.runner.layout import Layout
@@ -44,6 +44,8 @@ AFTER: tuple[Check, ...] = (
     machine.check_memory,
     machine.check_clock,
     machine.check_tree,
+    keeping.check_installation,
+    keeping.check_quarantine,
 )
 
 

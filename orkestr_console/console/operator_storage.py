@@ -1,0 +1,87 @@
+"""What the host set aside instead of deleting it, for an operator to put back or delete."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
+
+from orkestr_console.console.operator_views import operator_of
+from orkestr_console.decorators import ConsoleRequest, console_page
+from orkestr_console.errors import DomainError
+from orkestr_console.installation import services
+
+PAGE = "console:operator_storage"
+
+
+@never_cache
+@require_safe
+@console_page
+def storage_page(request: ConsoleRequest) -> HttpResponse:
+    """Whether database and state directory belong together, and what is in quarantine."""
+    operator_of(request)
+    context: dict[str, Any] = {"installation": services.current()}
+    try:
+        things = services.held()
+    except DomainError as error:
+        context["error"] = error.detail
+    else:
+        context["things"] = [(one, datetime.fromtimestamp(one.at, UTC)) for one in things]
+    return render(request, "console/operator_storage.html", context)
+
+
+@require_POST
+@console_page
+def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
+    """Put something back."""
+    who = operator_of(request)
+    try:
+        thing = services.restore(key, who)
+    except DomainError as error:
+        messages.error(request, error.detail)
+    else:
+        messages.success(request, f"The {thing.kind} {thing.name} was put back.")
+    return redirect(PAGE)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
+    """Delete something for good, once that was confirmed."""
+    who = operator_of(request)
+    if request.method != "POST":
+        context = {"key": key, "heading": "Delete it for good?", "action": "Delete for good"}
+        return render(request, "console/operator_storage_sure.html", context)
+    try:
+        services.delete(key, who)
+    except DomainError as error:
+        messages.error(request, error.detail)
+    else:
+        messages.success(request, f"{key} was deleted.")
+    return redirect(PAGE)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@console_page
+def storage_accept(request: ConsoleRequest) -> HttpResponse:
+    """Say that database and state directory belong together, once that was confirmed."""
+    who = operator_of(request)
+    if request.method != "POST":
+        context = {
+            "installation": services.current(),
+            "heading": "Do they belong together?",
+            "action": "They belong together",
+        }
+        return render(request, "console/operator_storage_sure.html", context)
+    try:
+        services.adopt(who)
+    except DomainError as error:
+        messages.error(request, error.detail)
+    else:
+        messages.success(request, "Database and state directory belong together from now on.")
+    return redirect(PAGE)

@@ -1,0 +1,19 @@
+"""Whether the rows have anything to do with what is on the host."""
+
+from __future__ import annotations
+
+from orkestr_console.postgres import let_go
+from orkestr_console.services.hosts import host
+from sandboxes_app.models import Snapshot
+from templates_app.models import Template
+
+
+def knows_some() -> bool:
+    """Whether any row names an image or a snapshot that the host has. Raises the host's errors."""
+    let_go()
+    images = [image.id for image in host().images() if image.kind == "template"]
+    snapshots = [one.id for one in host().snapshots()]
+    return (
+        Template.objects.filter(image_id__in=images).exists()
+        or Snapshot.objects.filter(pk__in=snapshots).exists()
+    )

@@ -1,0 +1,99 @@
+"""Templates whose image the host has not: said where it is seen, and taken back when it returns."""
+
+from __future__ import annotations
+
+from django.db import transaction
+from django.utils import timezone
+
+from orkestr_console.accounts.models import Team
+from orkestr_console.errors import Conflict
+from orkestr_console.postgres import let_go
+from orkestr_console.services.hosts import errors_told, host
+from templates_app.events import tell_changed
+from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
+from templates_app.services.record import append
+
+IMAGE_LOST = "image_lost"
+MESSAGE = (
+    "The image of this template is gone from the host, or was damaged there. Rebuild the template: "
+    "its recipe is still here. Sandboxes that run from it are not touched."
+)
+
+
+def settle_images() -> None:
+    """Make ready templates and the host's images agree. Raises the host's errors.
+
+    For a host whose state is this database's.
+    """
+    # Before the host is asked: what is ready now it must have.
+    ready = list(Template.objects.ready())
+    let_go()
+    there = {image.id for image in host().images()}
+    for template in ready:
+        if template.image_id not in there:
+            note_lost(template)
+    lost = Template.objects.filter(status=TemplateStatus.FAILED, error_code=IMAGE_LOST)
+    for template in lost.filter(image_id__in=there):
+        note_back(template)
+
+
+def note_lost(template: Template) -> bool:
+    """A ready template has lost its image: it failed, with a way out; whether it was ready."""
+    with transaction.atomic():
+        held = Template.objects.filter(pk=template.pk, status=TemplateStatus.READY)
+        changed = held.update(
+            status=TemplateStatus.FAILED, error_code=IMAGE_LOST, error_message=MESSAGE
+        )
+        if changed:
+            append(template, "image_lost", {"code": IMAGE_LOST, "message": MESSAGE})
+            tell_changed(template.pk, template.team_id)
+    return changed == 1
+
+
+def note_back(template: Template) -> None:
+    """An image that was lost is there again: an operator has put it back."""
+    with transaction.atomic():
+        held = Template.objects.filter(
+            pk=template.pk, status=TemplateStatus.FAILED, error_code=IMAGE_LOST
+        )
+        if held.update(status=TemplateStatus.READY, error_code="", error_message=""):
+            append(template, "image_restored", {})
+            tell_changed(template.pk, template.team_id)
+
+
+# What stands for the recipe of an image that only its files are left of.
+UNKNOWN_RECIPE = "# Put back by the operator; what the recipe was is not known."
+
+
+def give_image(team: Team, image_id: str, name: str) -> Template:
+    """A template of a team for an image that no row names, which an operator has put back.
+
+    Raises ``NotFound`` (the host has no such image), ``Conflict`` (a template has it already).
+    """
+    with errors_told():
+        image = host().image(image_id)
+    now = timezone.now()
+    with transaction.atomic():
+        if Template.objects.filter(image_id=image_id).exists():
+            raise Conflict(f"A template has the image {image_id} already.")
+        template = Template.objects.create(
+            team=team,
+            name=name,
+            base_template=image.base or "debian-12",
+            base_image=image.base or "debian-12",
+            recipe=[UNKNOWN_RECIPE],
+            status=TemplateStatus.READY,
+            image_id=image_id,
+            handed_over=True,
+            size_bytes=image.size_bytes,
+            file_count=image.file_count,
+            shared_bytes=image.shared_bytes,
+            started_at=now,
+            finished_at=now,
+        )
+        BuildStep.objects.create(
+            template=template, number=1, command=UNKNOWN_RECIPE, status=StepStatus.SUCCEEDED
+        )
+        append(template, "image_restored", {})
+        tell_changed(template.pk, team.pk)
+    return template

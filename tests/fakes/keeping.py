@@ -1,0 +1,117 @@
+"""The part of the host agent in memory that is about reconciliation and quarantine."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hostruntime.answers import HeldInfo, ImageInfo, Reconciliation, SnapshotInfo, StandingInfo
+from hostruntime.errors import ImageNotFound, NotFound
+from hostruntime.images import RECONCILE_MOST
+from hostruntime.installation import Claim, InstallationBook
+from hostruntime.paths import StatePaths
+from hostruntime.snapshots import RECONCILE_AGE_SECONDS
+
+
+class FakeKeeping:
+    """``KeepingCalls``, over a real book; images are of any age."""
+
+    lock: threading.Condition
+    _up: Callable[[], None]
+    stored: dict[str, ImageInfo]
+    taken: dict[str, tuple[SnapshotInfo, dict[str, bytes]]]
+
+    @cached_property
+    def _directory(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="orkestr-fake-")
+
+    @property
+    def book(self) -> InstallationBook:
+        return InstallationBook(StatePaths(Path(self._directory.name)))
+
+    @cached_property
+    def held(self) -> dict[str, tuple[HeldInfo, Any]]:
+        return {}
+
+    def installation(self) -> StandingInfo:
+        """As the client."""
+        self._up()
+        return StandingInfo.from_wire(self.book.read().to_wire())
+
+    def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
+        """As the client."""
+        self._up()
+        empty = not self.stored and not self.taken
+        if known is False:
+            self.book.refuse(empty=empty)
+        agreed = self.book.agree(claim, empty=empty, known=bool(known))
+        return StandingInfo.from_wire(agreed.to_wire())
+
+    def adopt(self, claim: Claim) -> StandingInfo:
+        """As the client."""
+        self._up()
+        return StandingInfo.from_wire(self.book.adopt(claim).to_wire())
+
+    def reconcile(
+        self,
+        claim: Claim,
+        *,
+        images: Sequence[str] | None = None,
+        snapshots: Sequence[str] | None = None,
+    ) -> Reconciliation:
+        """As the client."""
+        self._up()
+        self.book.require(claim)
+        done, waiting = [], []
+        kinds: list[tuple[str, dict[str, Any], Sequence[str] | None]] = [
+            ("snapshot", self.taken, snapshots),
+            ("image", self.stored, images),
+        ]
+        for kind, there, named in kinds:
+            surplus = [] if named is None else [one for one in there if one not in named]
+            if kind == "snapshot":
+                oldest = time.time() - RECONCILE_AGE_SECONDS
+                surplus = [one for one in surplus if there[one][0].created_at < oldest]
+            for name in surplus[:RECONCILE_MOST]:
+                key = f"{kind}.{name}"
+                info = HeldInfo(key, kind, name, "unknown", "nobody names it", time.time(), 10**6)
+                self.held[key] = (info, there.pop(name))
+            done += surplus[:RECONCILE_MOST]
+            waiting += surplus[RECONCILE_MOST:]
+        return Reconciliation(done, waiting)
+
+    def image(self, image_id: str) -> ImageInfo:
+        """As the client."""
+        self._up()
+        if image_id not in self.stored:
+            raise ImageNotFound(f"There is no image {image_id}.")
+        return self.stored[image_id]
+
+    def quarantine(self) -> list[HeldInfo]:
+        """As the client."""
+        self._up()
+        return [info for info, _ in self.held.values()]
+
+    def restore_held(self, key: str) -> HeldInfo:
+        """As the client."""
+        info, content = self._held(key)
+        there: dict[str, Any] = self.stored if info.kind == "image" else self.taken
+        there[info.name] = content
+        del self.held[key]
+        return info
+
+    def delete_held(self, key: str) -> None:
+        """As the client."""
+        self._held(key)
+        del self.held[key]
+
+    def _held(self, key: str) -> tuple[HeldInfo, Any]:
+        self._up()
+        if key not in self.held:
+            raise NotFound(f"There is nothing called {key!r} in quarantine.")
+        return self.held[key]
