@@ -369,12 +369,12 @@ def _() -> None:
     syscall(number(206, 0), 65_536, ctypes.addressof(context))
 
 
-def call(which: int) -> None:
+def unknown_call(which: int) -> None:
     syscall(which, 0, 0, 0, 0, 0, 0)
 
 
 for which in (457, 458, 461, 467, 468, 500):
-    TABLE.add(f"call {which}, which nobody has looked at", partial(call, which), "ENOSYS")
+    TABLE.add(f"call {which}, which nobody has looked at", partial(unknown_call, which), "ENOSYS")
 
 
 @TABLE.attack("have page zero mapped (personality)")
