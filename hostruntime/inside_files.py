@@ -102,11 +102,8 @@ def _answer(peer: socket.socket, header: Mapping[str, Any]) -> None:
 
 def _read(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path, cap = str(arguments["path"]), arguments.get("max_bytes")
-    # Opening a FIFO would wait for its other end, a device may act on being opened.
-    _require_readable(path, Path(path).stat().st_mode)
-    with _opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as fd:
+    with _readable(path) as fd:
         found = os.fstat(fd)
-        _require_readable(path, found.st_mode)
         if stat.S_ISDIR(found.st_mode):
             if arguments.get("directories") is False:
                 raise Refusal("file_conflict", f"{path} is a directory, not a file.")
@@ -300,6 +297,36 @@ def _opened(path: str | Path, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[int]:
+    """A file or directory, opened for reading once it is known to be one of the sandbox's.
+
+    Opening a FIFO would wait for its other end, a device may act on being opened.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        _require_readable(path, os.fstat(place).st_mode)
+        _require_not_ours(path, place)
+        with _opened(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as fd:
+            yield fd
+    finally:
+        os.close(place)
+
+
+def _require_not_ours(path: str, place: int) -> None:
+    """Refuse what /proc tells of this process, and the host's interpreter that it runs (proc(5)).
+
+    Its descriptors are sockets, its root and directory are the container's.
+    """
+    tells = Path(f"/proc/self/fd/{place}").readlink().is_relative_to(f"/proc/{os.getpid()}")
+    if tells or os.path.samestat(os.fstat(place), Path("/proc/self/exe").stat()):
+        raise Refusal(
+            "not_found",
+            f"{path} would be of the process that reads files, which is none of the sandbox's. Run "
+            "a command to read it there.",
+        )
 
 
 def _described(path: str, found: os.stat_result) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Console:
         self._display = display
         self._self_check = self_check
         self._began = time.monotonic()
+        self._stopping = False
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM.
@@ -110,6 +111,7 @@ class Console:
         finally:
             # A second Ctrl-C must not leave half of it running.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._stopping = True
             self._layout.ready.unlink(missing_ok=True)
             self._keeper.stop()
             pool.shutdown(cancel_futures=True)
@@ -196,7 +198,7 @@ class Console:
         with HostClient(socket) as host:
             bases = host.bases()
             for base in bases:
-                if base.state != "ready":
+                if base.state != "ready" and not self._stopping:
                     self._make_base(host, base)
             for note in host.health().notes:
                 self._display.warn(note)
@@ -213,7 +215,8 @@ class Console:
                         step.detail = f"{event.image.get('size_bytes', 0) / MEBIBYTE:.0f} MiB"
         except HostError as error:
             # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
-            self._display.warn(f"{label} could not be made, and is not offered: {error}")
+            if not self._stopping:
+                self._display.warn(f"{label} could not be made, and is not offered: {error}")
 
     def _report_bases(self, ready: list[BaseInfo]) -> None:
         if ready:

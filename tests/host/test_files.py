@@ -124,7 +124,17 @@ def test_missing_is_told_apart(host: HostClient, sandbox: SandboxInfo) -> None:
 def test_files_of_proc_are_read_though_they_have_no_size(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    assert content(host, sandbox, "/proc/self/status").startswith(b"Name:")
+    assert content(host, sandbox, "/proc/1/status").startswith(b"Name:")
+
+
+@pytest.mark.parametrize("name", ["maps", "environ", "cmdline", "status", "fd", "mountinfo", "exe"])
+def test_what_reads_files_tells_nothing_of_itself(
+    host: HostClient, sandbox: SandboxInfo, name: str
+) -> None:
+    """Its memory map names the host's interpreter and libraries, its descriptors the agent's."""
+    for way in ("self", "thread-self"):
+        with pytest.raises(NotFound, match="none of the sandbox's"):
+            content(host, sandbox, f"/proc/{way}/{name}")
 
 
 def test_a_file_over_the_cap_is_refused_and_a_stream_is_not(
