@@ -28,7 +28,10 @@ class Answer:
 class Health(Answer):
     """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``.
 
-    ``notes`` are sentences on package managers whose registries sandboxes will not reach.
+    ``notes`` are sentences on package managers whose registries sandboxes will not reach, and on
+    the disk when it is short of room or read-only.  ``room`` has its ``level`` (well, low, critical
+    or read_only), ``free_bytes`` and ``free_files``, what is reserved of each, how many containers
+    are ``held`` for it, and whether there is ``ballast``.
     """
 
     version: str
@@ -38,6 +41,7 @@ class Health(Answer):
     proxy: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    room: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,9 @@ class SandboxInfo(Answer):
     """A sandbox; ``state`` is running or gone.
 
     ``reason`` of a gone one: ``expired`` (its deadline passed), ``exited`` (its init ended, for
-    example because memory ran out) or ``host_lost`` (the machine or the container went away).
-    A running one may be ``paused``.
+    example because memory ran out), ``out_of_disk`` (the machine's disk was running out, and this
+    took more than others) or ``host_lost`` (the machine or the container went away).  A running one
+    may be ``paused``, or ``held`` (it stands still until the machine's disk has room again).
     """
 
     id: str
@@ -153,6 +158,7 @@ class SandboxInfo(Answer):
     reason: str | None = None
     ended_at: float | None = None
     paused: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import shutil
 import time
@@ -41,11 +42,17 @@ from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.threads import in_thread
 
 State = Literal["running", "published", "failed", "cancelled"]
+Ending = Literal["cancelled", "host_lost", "no_room"]
 KEEP_SECONDS = 7 * 86_400.0
 CANCELLED = "The build was cancelled."
 HOST_LOST = (
     "The host agent stopped while the template was being built, and the build with it. "
     "Nothing is left of it; build the template again."
+)
+NO_ROOM = (
+    "The machine ran out of disk while the template was being built, and the build took the most "
+    "of it, so it was ended. Nothing is left of it; build the template again when the operator has "
+    "made room."
 )
 DEFECT = "The host could not finish the build because of a defect; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"
@@ -109,7 +116,7 @@ class _Build:
     log: EventLog
     record: dict[str, Any]
     task: asyncio.Task[None] | None = None
-    ending: Literal["cancelled", "host_lost"] | None = None
+    ending: Ending | None = None
     stopped: bool = False
 
     @property
@@ -272,7 +279,13 @@ class BuildManager:
             publish_ms=publish_ms,
         )
 
-    async def _end(self, build: _Build, ending: Literal["cancelled", "host_lost"]) -> None:
+    async def end_for_room(self, build_id: str) -> None:
+        """End a build, now, because the machine is out of disk."""
+        build = self._running.get(build_id)
+        if build is not None:
+            await self._end(build, "no_room")
+
+    async def _end(self, build: _Build, ending: Ending) -> None:
         if build.task is None:
             return
         build.ending = build.ending or ending
@@ -372,6 +385,8 @@ def _note_failed(build: _Build, request: BuildRequest, error: HostError | OSErro
     elif isinstance(error, HostError):
         code = "no_room" if isinstance(error, HostFull) else "internal"
         build.end("failed", "failed", code=code, message=error.detail)
+    elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        build.end("failed", "failed", code="no_room", message=NO_ROOM)
     else:
         _log.error("build %s failed by a broken machine", build.id, exc_info=error)
         message = f"The host could not finish the build: {error.strerror or error}."
@@ -382,6 +397,8 @@ def _note_ended(build: _Build) -> None:
     """What ended it was asked for, or the agent's own end."""
     if build.ending == "cancelled":
         build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+    elif build.ending == "no_room":
+        build.end("failed", "failed", code="no_room", message=NO_ROOM)
     else:
         build.end("failed", "failed", code="host_lost", message=HOST_LOST)
 

@@ -27,22 +27,21 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostruntime import kernel
-from hostruntime.errors import HostFault, HostFull
+from hostruntime.errors import HostError, HostFault
 from hostruntime.paths import Instance, StatePaths
+from hostruntime.room import Room
 from hostruntime.run import run
 from hostruntime.rundir import RunDir
 from hostruntime.sparse import copy_whole
 from hostruntime.trees import Check, go_on
 
 MIB = 1024 * 1024
-# Below this much room on the state directory's file system nothing new is started.
-RESERVE_BYTES = 1024 * MIB
 _BLOCK = 4096
 _MKFS_SECONDS = 120.0
 # Named one by one, so that no machine's mke2fs.conf(5) decides; no journal among them.
@@ -75,12 +74,35 @@ class DiskStuckError(HostFault):
     """A disk stayed read-only: its container cannot go on."""
 
 
+@dataclass(frozen=True)
+class DiskSize:
+    """What a disk takes of the host's, and what is in use of it, what is only in memory included.
+
+    In bytes.  ext4 counts as used what it has promised room to (delayed allocation).
+    """
+
+    allocated: int
+    used: int
+
+    @property
+    def whole(self) -> int:
+        """What it takes once everything is written."""
+        return max(self.allocated, self.used)
+
+    @property
+    def unwritten(self) -> int:
+        """What of it the host's disk has not been asked for yet, at most."""
+        return self.whole - self.allocated
+
+
 @dataclass
 class Disks:
     """The disks of one installation, by owner.  Everything blocks for some milliseconds."""
 
     paths: StatePaths
     instance: Instance
+    # What the watch of the room has found (hostruntime.room_watch), None while there is enough.
+    refusal: Callable[[], HostError] | None = None
     _making: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -96,7 +118,7 @@ class Disks:
         """Give ``owner`` an empty disk of ``size_mb`` MiB, in place of any it has; its path.
 
         ``saved`` is a disk of that size, made by :meth:`save`, to begin with instead.  Raises
-        HostFull, HostFault, OSError; then nothing is left.
+        HostFull, HostUnavailable, HostFault, OSError; then nothing is left.
         """
         self.require_room()
         self.release(owner)
@@ -185,6 +207,17 @@ class Disks:
         """How many bytes of an owner's disk a copy would have to take over.  Raises OSError."""
         return max(self.used(owner)[0], self._image(owner).stat().st_blocks * 512)
 
+    def sizes(self) -> dict[str, DiskSize]:
+        """What each owner's disk takes of the host's, as far as it is there."""
+        found: dict[str, DiskSize] = {}
+        for image in self.paths.disks.glob("*.img"):
+            owner = image.stem
+            with contextlib.suppress(OSError):
+                allocated = image.stat().st_blocks * 512
+                used = self.used(owner)[0] if self.path(owner).is_mount() else 0
+                found[owner] = DiskSize(allocated, used)
+        return found
+
     def used(self, owner: str) -> tuple[int, int]:
         """How many bytes and inodes of an owner's disk are in use.  Raises OSError."""
         found = os.statvfs(self.path(owner))
@@ -201,14 +234,14 @@ class Disks:
     def _image(self, owner: str) -> Path:
         return self.paths.disks / f"{owner}.img"
 
-    def require_room(self) -> None:
-        """Raise HostFull when the disk is down to what nothing new may take."""
-        found = os.statvfs(self.paths.root)
-        if found.f_bavail * found.f_frsize < RESERVE_BYTES:
-            raise HostFull(
-                f"The disk under {self.paths.root} has less than {RESERVE_BYTES // MIB} MiB left. "
-                "Delete templates or sandboxes, or make room on it."
-            )
+    def require_room(self, size_bytes: int = 0) -> None:
+        """Raise HostFull when so much would be of what nothing new may take.
+
+        HostUnavailable when nothing can be written at all.  Raises OSError.
+        """
+        if self.refusal is not None:
+            raise self.refusal()
+        Room.of(self.paths.root).require(size_bytes)
 
     def _empty(self, size_mb: int) -> Path:
         """An empty file system of this size, made the first time."""

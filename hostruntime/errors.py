@@ -17,6 +17,7 @@
      ├─ BuildFailed              409 build_failed        (+ ``reason``, ``step``)
      ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry
      ├─ HostUnavailable          503 host_unavailable    the agent does not answer
+     │   └─ Held                 503 held                stands still until the host has room again
      └─ HostFault                500 internal            a defect or a broken machine
 
 A leaf module: it imports nothing of the project.  ``detail`` is always a sentence that says what
@@ -187,6 +188,12 @@ class HostUnavailable(HostError):
 
     code = "host_unavailable"
     status = 503
+
+
+class Held(HostUnavailable):
+    """The container stands still until the machine has room again; nothing of it is lost."""
+
+    code = "held"
 
 
 class HostFault(HostError):

@@ -268,7 +268,7 @@ class LauncherPool:
 
     async def forget(self, name: str) -> None:
         """Let the launchers drop what they remember of a container that has ended."""
-        self.gate.admit(name)
+        await self.gate.forget(name)
         for link in self._links:
             with contextlib.suppress(HostFault):
                 await link.request({"do": "forget", "name": name})

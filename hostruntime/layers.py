@@ -31,15 +31,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from hostruntime.build_report import Refused
-from hostruntime.disk import RESERVE_BYTES
 from hostruntime.errors import InvalidRequest
 from hostruntime.images import check_name
 from hostruntime.paths import StatePaths, read_json, write_json
+from hostruntime.room import Room
 from hostruntime.trash import Trash
 
 KEEP_SECONDS = 7 * 86_400.0
 DEFAULT_BUDGET_BYTES = 20 * 1024**3
 DEFAULT_SHARE = 0.10
+# Times what is reserved of the disk: with less left there are no layers.
+SHARES_LEFT = 2.0
 DISK, TMPFS = "disk.ext4", "tmpfs.tar"
 _RECORD = "layer.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -173,9 +175,8 @@ class LayerStore:
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether a layer of that size may be written: never on the last gigabytes of the disk."""
-        found = os.statvfs(self._root)
-        left = found.f_bavail * found.f_frsize - size_bytes
-        return size_bytes <= self._budget and left > 2 * RESERVE_BYTES
+        left = Room.of(self._root).less(size_bytes)
+        return size_bytes <= self._budget and not left.read_only and left.shares > SHARES_LEFT
 
     def begin(self, build: str) -> Path:
         """An empty directory to write a layer in, to be given to :meth:`add` or :meth:`discard`."""

@@ -111,6 +111,7 @@ class ContainerManager:
     runtime: RuntimeTrees = field(init=False)
     on_exit: list[OnExit] = field(default_factory=list)
     _running: dict[str, Running] = field(default_factory=dict)
+    _held: set[str] = field(default_factory=set)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _monitors: dict[str, int] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -218,8 +219,34 @@ class ContainerManager:
             self._thaw(self.get(owner))
 
     def _thaw(self, running: Running) -> None:
-        freeze_group(self._groups(running.owner).unified, frozen=False)
+        if running.owner not in self._held:
+            freeze_group(self._groups(running.owner).unified, frozen=False)
         self.launchers.gate.admit(running.name)
+
+    async def hold(self, owner: str, words: str | None) -> None:
+        """Freeze a container until :meth:`let_go`, whether or not it is paused as well; idempotent.
+
+        Who wants something of it is told ``words``; without any, they wait.  What is in the kernel
+        already is not waited for: a long write(2) goes on to its end.  Raises ContainerGone.
+        """
+        running = self.get(owner)
+        self._held.add(owner)
+        await self.launchers.gate.hold(running.name, words)
+        if owner in self._held and self._running.get(owner) is running:
+            freeze_group(self._groups(owner).unified, frozen=True)
+
+    async def let_go(self, owner: str) -> None:
+        """Let a container that was held run on; idempotent.  Waits for who copies its disk."""
+        self._held.discard(owner)
+        name, gate = self.name_of(owner), self.launchers.gate
+        await gate.let_go(name)
+        async with gate.shut(name):
+            if owner not in self._held and not gate.is_barred(name):
+                freeze_group(self._groups(owner).unified, frozen=False)
+
+    def held(self) -> set[str]:
+        """Whose containers are held."""
+        return set(self._held)
 
     def require_room(self) -> None:
         """Raise HostFull unless the host's disk has room for one more container's."""
@@ -406,6 +433,7 @@ class ContainerManager:
 
     def _forget(self, owner: str) -> None:
         self._running.pop(owner, None)
+        self._held.discard(owner)
         pidfd = self._monitors.pop(owner, None)
         if pidfd is not None:
             asyncio.get_running_loop().remove_reader(pidfd)

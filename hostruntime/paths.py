@@ -15,6 +15,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
       squid/                        generated configuration, logs, pid
+      ballast                       room for when there is none (ballast.py)
       instance.json                 which instance number this state directory has
       installation.json             which installation's it is, and since when (installation.py)
 
@@ -125,6 +126,11 @@ class StatePaths:
     def squid(self) -> Path:
         """The egress proxy's configuration, logs and pid file."""
         return self.root / "squid"
+
+    @property
+    def ballast(self) -> Path:
+        """Room that is let go of when there is no other."""
+        return self.root / "ballast"
 
     @property
     def instance_file(self) -> Path:

@@ -37,7 +37,7 @@ from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.usage import UsageBook
 
-Reason = Literal["expired", "exited", "host_lost"]
+Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
 SWEEP_SECONDS = 0.5
 KEEP_GONE_SECONDS = 86_400.0
 _RECORD = "sandbox.json"
@@ -141,6 +141,8 @@ class SandboxManager:
     commands: RunningCommands = field(default_factory=RunningCommands)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    # Those that are being ended, and why.
+    _ending: dict[str, Reason] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -204,6 +206,11 @@ class SandboxManager:
 
     # What is asked of it -------------------------------------------------------------------
 
+    def to_wire(self, sandbox: Sandbox) -> dict[str, Any]:
+        """The answer of the agent's API, and whether it stands still for want of room."""
+        held = sandbox.request.id in self.containers.held()
+        return {**sandbox.to_wire(), "held": held}
+
     def list(self) -> list[Sandbox]:
         """Every sandbox, running ones and those gone within the last day."""
         return list(self._sandboxes.values())
@@ -228,6 +235,7 @@ class SandboxManager:
         async with self._lock(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
+            self.containers.require_room()
             if request.snapshot is None:
                 return await self._begin(request, policy, None), True
             async with self.snapshots.opened(request.snapshot) as snapshot:
@@ -416,7 +424,21 @@ class SandboxManager:
             sandbox = self._sandboxes.get(owner)
             if sandbox is not None and sandbox.state == "running":
                 await self.containers.stop(owner)
-                self._end(sandbox, "exited")
+                self._end(sandbox, self._ending.pop(owner, "exited"))
+
+    async def end_for_room(self, sandbox_id: str) -> None:
+        """End a sandbox, now, because the machine is out of disk and this one takes the most.
+
+        Raises HostFault if the kernel will not.
+        """
+        self._ending[sandbox_id] = "out_of_disk"
+        self.snapshots.interrupt(sandbox_id)
+        # Before anything that may have to wait: what is killed writes nothing more.
+        self.containers.kill(sandbox_id)
+        try:
+            await self._on_exit(sandbox_id)
+        finally:
+            self._ending.pop(sandbox_id, None)
 
     def _end(self, sandbox: Sandbox, reason: Reason) -> None:
         directory = self._directory(sandbox.request.id)

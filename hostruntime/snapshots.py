@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.disk import RESERVE_BYTES, Disks, mend
+from hostruntime.disk import Disks, mend
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
 from hostruntime.images import ImageStore
 from hostruntime.layers import DISK, TMPFS
@@ -44,7 +44,7 @@ from hostruntime.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.patience import Patience, scaled
 from hostruntime.quarantine import Held
 from hostruntime.records import STRICT, BadRecord, read_record
-from hostruntime.threads import Stop, in_thread
+from hostruntime.threads import Stop, StoppedError, in_thread
 from hostruntime.tmpfs import CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.trash import Trash
 
@@ -106,6 +106,7 @@ class SnapshotManager:
     frozen: set[str] = field(default_factory=set)
     _snapshots: dict[str, Snapshot] = field(default_factory=dict)
     _stops: dict[str, tuple[str, Stop]] = field(default_factory=dict)
+    _short: set[str] = field(default_factory=set)
     _users: Counter[str] = field(default_factory=Counter)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -152,14 +153,25 @@ class SnapshotManager:
             return self._snapshots[snapshot_id], False
         if any(sandbox == source.sandbox for sandbox, _ in self._stops.values()):
             raise Conflict("A snapshot of this sandbox is being taken; try again when it is done.")
+        self._require_room(0)
         stop = Stop()
         self._stops[snapshot_id] = (source.sandbox, stop)
         try:
             async with self._used(snapshot_id):
                 made = await self._capture(snapshot_id, source, turn, still_runs, stop)
+        except StoppedError as error:
+            if snapshot_id not in self._short:
+                raise
+            raise HostFull("The host's disk became full while the copy was made.") from error
         finally:
             del self._stops[snapshot_id]
+            self._short.discard(snapshot_id)
         return made, True
+
+    def make_room(self) -> None:
+        """The disk is short: end the captures under way, which then raise HostFull."""
+        self._short.update(self._stops)
+        self.close()
 
     def interrupt(self, sandbox_id: str) -> None:
         """The sandbox is to end: do not keep it waiting for a snapshot."""
@@ -340,9 +352,12 @@ class SnapshotManager:
         self.store.release(snapshot.image_id, user_of(snapshot.id))
 
     def _require_room(self, size_bytes: int) -> None:
-        found = os.statvfs(self.paths.root)
-        if found.f_bavail * found.f_frsize - size_bytes < RESERVE_BYTES:
-            raise HostFull("The host's disk has no room for another copy of this sandbox's disk.")
+        try:
+            self.containers.disks.require_room(size_bytes)
+        except HostFull as error:
+            raise HostFull(
+                "The host's disk has no room for another copy of this sandbox's disk."
+            ) from error
 
     def _directory(self, snapshot_id: str) -> Path:
         return self.paths.snapshots / snapshot_id

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from hostruntime import __version__, apparmor, build_plan, delegation
+from hostruntime.ballast import Ballast
 from hostruntime.bases import BaseBuilder
 from hostruntime.builds import BuildManager
 from hostruntime.egress import EgressProxy, host_registries
@@ -31,6 +32,8 @@ from hostruntime.paths import (
 from hostruntime.policy import PolicyError
 from hostruntime.quarantine import keep_days
 from hostruntime.reclaim import Told, reclaim, take_down
+from hostruntime.room import Room
+from hostruntime.room_watch import RoomWatch
 from hostruntime.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.sandboxes import SandboxManager
 from hostruntime.snapshots import users_of_images
@@ -55,8 +58,13 @@ class Host:
     builds: BuildManager
     bases: BaseBuilder
     layers: LayerStore
+    room: RoomWatch = field(init=False)
     proxy_healthy: bool = False
     _keepers: tuple[asyncio.Task[None], ...] = ()
+
+    def __post_init__(self) -> None:
+        ballast = Ballast(self.paths.ballast)
+        self.room = RoomWatch(self.paths.root, self.containers, ballast, self)
 
     @classmethod
     async def open(cls, paths: StatePaths, keep: Sequence[int] = ()) -> Host:
@@ -74,6 +82,7 @@ class Host:
         host._keepers = (
             asyncio.create_task(host._keep_proxy(), name="egress proxy"),
             asyncio.create_task(host._keep_layers(), name="layers"),
+            asyncio.create_task(host.room.run(), name="room on the disk"),
         )
         return host
 
@@ -99,7 +108,8 @@ class Host:
             "state_dir": str(self.paths.root),
             "instance": self.instance.index,
             "cgroup": cgroup_layout().kind,
-            "notes": list(host_registries(self.paths).notes),
+            "notes": [*host_registries(self.paths).notes, *self.room.notes()],
+            "room": self.room.to_wire(),
             "proxy": {"healthy": self.proxy_healthy, "address": f"{address}:{port}"},
             "counts": {
                 "containers": running,
@@ -108,6 +118,31 @@ class Host:
                 "images": len(self.store.list()),
             },
         }
+
+    # What the watch of the room asks for -----------------------------------------------------
+
+    async def drop_what_can_be(self) -> None:
+        """Begin nothing more that takes room, and delete what is made again."""
+        self.sandboxes.snapshots.make_room()
+        await asyncio.to_thread(self.layers.collect)
+        self.store.trash.empty()
+
+    def is_build(self, owner: str) -> bool:
+        """Whether what an owner runs is a build, of a template or of a base."""
+        return owner not in self.sandboxes.live()
+
+    async def end_for_room(self, owner: str) -> None:
+        """End what an owner runs, and tell them why.  Raises HostError, OSError."""
+        if owner in self.sandboxes.live():
+            await self.sandboxes.end_for_room(owner)
+        elif owner in self.builds.users():
+            await self.builds.end_for_room(owner)
+        else:
+            self.containers.kill(owner)
+
+    def capturing(self) -> list[str]:
+        """The builds whose container has ended, and whose tree is being made; the newest last."""
+        return [one for one in self.builds.users() if one not in self.containers.running()]
 
     async def _keep_proxy(self) -> None:
         while True:
@@ -148,6 +183,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     cgroup_layout()
     # Said now, and not to whoever reconciles.
     keep_days()
+    Room.of(paths.root)
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)
@@ -211,4 +247,5 @@ def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:
             store.trash.discard(directory)
     store.recover(users_of_images(paths))
     store.trash.wait()
+    paths.ballast.unlink(missing_ok=True)
     release_instance(paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from hostruntime.errors import HostError, HostFault
+from hostruntime.errors import HostError, HostFault, HostFull, HostUnavailable
 
 KEEP_ALIVE_SECONDS = 10.0
 _log = logging.getLogger(__name__)
@@ -89,6 +90,19 @@ async def host_error(request: Request, error: Exception) -> Response:
         _log.error("%s %s failed: %s", request.method, request.url.path, error.detail)
     headers = {"Retry-After": "2"} if error.status == HostError.from_wire({}, 503).status else None
     return JSONResponse(error.to_wire(), error.status, headers)
+
+
+async def disk_error(request: Request, error: Exception) -> Response:
+    """Answer that the machine's own disk is full, or read-only; any other is a defect."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        told: HostError = HostFull("The host's disk is full; try again when there is room on it.")
+    elif number == errno.EROFS:
+        told = HostUnavailable("The host's disk is mounted read-only; its operator has to mend it.")
+    else:
+        return await defect(request, error)
+    _log.error("%s %s failed: %s", request.method, request.url.path, error)
+    return await host_error(request, told)
 
 
 async def defect(request: Request, error: Exception) -> Response:

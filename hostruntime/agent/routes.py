@@ -24,7 +24,7 @@ from hostruntime.agent.bodies import (
     read_body,
 )
 from hostruntime.agent.host import Host
-from hostruntime.agent.responses import NdjsonResponse, defect, host_error, line
+from hostruntime.agent.responses import NdjsonResponse, defect, disk_error, host_error, line
 from hostruntime.agent.routes_keeping import keeping_routes
 from hostruntime.agent.routes_snapshots import snapshot_routes
 from hostruntime.egress import default_domains
@@ -41,7 +41,8 @@ def application(host: Host) -> Starlette:
     keeping = Keeping(InstallationBook(host.paths), host.store, host.sandboxes.snapshots)
     snapshots = snapshot_routes(host.sandboxes)
     routes = [*images, *snapshots, *keeping_routes(keeping), *_routes()]
-    app = Starlette(routes=routes, exception_handlers={HostError: host_error, Exception: defect})
+    handlers = {HostError: host_error, OSError: disk_error, Exception: defect}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.host = host
     return app
 
@@ -133,7 +134,8 @@ async def usage_collected(request: Request) -> Response:
 async def list_sandboxes(request: Request) -> Response:
     """Every sandbox."""
     sandboxes = _host(request).sandboxes.list()
-    return JSONResponse({"sandboxes": [sandbox.to_wire() for sandbox in sandboxes]})
+    to_wire = _host(request).sandboxes.to_wire
+    return JSONResponse({"sandboxes": [to_wire(sandbox) for sandbox in sandboxes]})
 
 
 async def create_sandbox(request: Request) -> Response:
@@ -145,7 +147,8 @@ async def create_sandbox(request: Request) -> Response:
 
 async def get_sandbox(request: Request) -> Response:
     """One sandbox."""
-    return JSONResponse(_host(request).sandboxes.get(_id(request)).to_wire())
+    sandboxes = _host(request).sandboxes
+    return JSONResponse(sandboxes.to_wire(sandboxes.get(_id(request))))
 
 
 async def patch_sandbox(request: Request) -> Response:

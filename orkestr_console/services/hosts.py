@@ -98,6 +98,8 @@ def told(error: host_errors.HostError) -> DomainError:
     match error:
         case host_errors.HostFull():
             return FleetFull()
+        case host_errors.Held():
+            return HostUnavailable(error.detail)
         case host_errors.HostUnavailable():
             return HostUnavailable()
         case host_errors.ExecTimeout():

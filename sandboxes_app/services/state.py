@@ -19,6 +19,10 @@ EXITED = (
     "The sandbox's own processes ended it, most likely because it ran out of memory. Choose a "
     "larger size if so."
 )
+OUT_OF_DISK = (
+    "The machine's disk was running out, and this sandbox took more of it than the others, so it "
+    "was ended. Ask the operator for room, or write less to its disk, before you run it again."
+)
 
 
 def change(
@@ -164,4 +168,5 @@ def gone(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
     """Settle a sandbox whose container is no more, by what the host knows of it."""
     if info is not None and info.reason == "expired":
         return ended(sandbox, "expired")
-    return broken(sandbox, EXITED if info is not None and info.reason == "exited" else LOST)
+    reasons = {"exited": EXITED, "out_of_disk": OUT_OF_DISK}
+    return broken(sandbox, reasons.get(info.reason or "", LOST) if info is not None else LOST)

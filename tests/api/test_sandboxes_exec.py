@@ -16,7 +16,7 @@ from django.db import connections
 from django.test import AsyncClient, Client
 
 from hostruntime.answers import ExecFrame, ExecResult
-from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
+from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, Held, HostUnavailable
 from hostruntime.quotas import Quota
 from orkestr_console import closing
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
@@ -115,6 +115,16 @@ def test_a_directory_that_is_not_there_is_said_to_be_missing(
 ) -> None:
     host.answers["make"] = CwdNotFound("There is no directory /nowhere in the sandbox.")
     assert "/nowhere" in refusal(run(api, box, cwd="/nowhere"), 400, "cwd_not_found")["detail"]
+
+
+def test_one_that_stands_still_for_want_of_room_says_so_and_is_there_yet(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = Held("The machine is short of disk room.")
+    answer = run(api, box)
+    assert "short of disk room" in refusal(answer, 503, "host_unavailable")["detail"]
+    assert answer.headers["Retry-After"]
+    assert Sandbox.objects.get().status == "running"
 
 
 def test_a_container_that_goes_away_under_a_command_settles_the_row(

@@ -217,17 +217,23 @@ def test_one_whose_time_is_over_takes_no_slot(api: Client, host: FakeHost, team:
 
 
 @pytest.mark.parametrize(
-    ("reason", "status"), [("expired", "terminated"), ("exited", "failed"), ("host_lost", "failed")]
+    ("reason", "status", "words"),
+    [
+        ("expired", "terminated", None),
+        ("exited", "failed", "ran out of memory"),
+        ("host_lost", "failed", "The host lost this sandbox"),
+        ("out_of_disk", "failed", "The machine's disk was running out"),
+    ],
 )
 def test_one_that_ended_by_itself_is_settled_by_the_next_command(
-    api: Client, host: FakeHost, reason: str, status: str
+    api: Client, host: FakeHost, reason: str, status: str, words: str | None
 ) -> None:
     box = boot(api)
     host.end(box, reason)
     refusal(post(api, f"{URL}/{box}/exec", {"command": "true"}), 409, "sandbox_not_running")
     said = api.get(f"{URL}/{box}").json()
     assert said["status"] == status
-    assert (said["error_message"] is None) == (status == "terminated")
+    assert said["error_message"] is None if words is None else words in said["error_message"]
 
 
 def test_limits_are_the_plans(api: Client, host: FakeHost, team: Team) -> None:

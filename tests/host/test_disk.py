@@ -124,7 +124,7 @@ def test_nothing_starts_on_a_host_without_room(
     paths = StatePaths(tmp_path).ensure()
     instance = claim_instance(paths)
     try:
-        monkeypatch.setattr("hostruntime.disk.RESERVE_BYTES", 1 << 60)
+        monkeypatch.setattr("hostruntime.room._bytes_kept", lambda size: size)
         with pytest.raises(HostFull, match="Delete templates or sandboxes, or make room"):
             Disks(paths, instance).attach("sbx_1", 16)
         assert list(paths.disks.iterdir()) == []

@@ -208,7 +208,7 @@ def test_over_the_budget_the_longest_unused_go_first(tmp_path: Path) -> None:
 def test_on_a_short_disk_there_are_none(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.put("team_1", KEYS[0])
     assert shelf.store.has_room(MIB)
-    monkeypatch.setattr(layers_module, "RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(layers_module, "SHARES_LEFT", 1e9)
     assert not shelf.store.has_room(0)
     shelf.store.collect()
     assert shelf.kept() == set()

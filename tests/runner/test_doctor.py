@@ -24,6 +24,7 @@ from hostruntime.installation import Claim, InstallationBook, InstallationMismat
 from hostruntime.paths import StatePaths
 from hostruntime.quarantine import Quarantine
 from hostruntime.registries import combine
+from hostruntime.room import Room
 from hostruntime.run import Completed, run
 from hostruntime.trash import Trash
 from hostruntime.trials import TRIALS
@@ -38,14 +39,6 @@ from orkestr_console.runner.doctor import (
 )
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import TREE, Layout, layout_from
-
-
-class Usage(NamedTuple):
-    """What shutil.disk_usage answers."""
-
-    total: int
-    used: int
-    free: int
 
 
 class Uname(NamedTuple):
@@ -359,8 +352,9 @@ def test_registries_that_nobody_can_name_are_a_warning(
 def test_a_full_disk_warns_and_then_fails(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, gibibytes: float, verdict: str
 ) -> None:
-    free = int(gibibytes * machine.GIB)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(0, 0, free))
+    free, gib = int(gibibytes * machine.GIB), machine.GIB
+    room = Room(layout.state_dir, 20 * gib, free, 0, 0, reserve_bytes=gib, reserve_files=0)
+    monkeypatch.setattr(Room, "of", lambda _path: room)
     finding = machine.check_disk(layout)
     assert finding.verdict == verdict
     assert bool(finding.remedy) == (verdict != "ok")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from hostruntime.kernel import mount_points
+from hostruntime.room import Level, Room
 from orkestr_console.runner.doctor.finding import AS_ROOT, Finding, existing, is_root
 from orkestr_console.runner.layout import Layout
 
 GIB = 1024**3
-BASES_NEED = 4 * GIB
+BASES_NEED = 3 * GIB
 # Their lower layers cannot be id-mapped, or they cannot be an overlay's at all.
 UNFIT = frozenset({"overlay", "nfs", "nfs4", "tmpfs", "9p", "fuse", "vfat"})
 # What is written when software is installed; an installed machine is younger than neither.
@@ -57,13 +57,16 @@ def check_writable(layout: Layout, run: Path = Path("/run")) -> Finding:
 
 
 def check_disk(layout: Layout) -> Finding:
-    """Base images take about 2 GB, and every template its own changes."""
-    free = shutil.disk_usage(existing(layout.state_dir)).free
-    seen = f"{free / GIB:.1f} GiB free at {layout.state_dir}"
-    if free >= BASES_NEED:
+    """Base images take about 2 GB, and every template its own changes, beside what is reserved."""
+    room = Room.of(existing(layout.state_dir))
+    kept = f"{room.reserve_bytes / GIB:.1f} GiB are reserved"
+    seen = f"{room.free_bytes / GIB:.1f} GiB free at {layout.state_dir}, of which {kept}"
+    if room.files and room.free_files < 2 * room.reserve_files:
+        seen += f"; {room.free_files} inodes free"
+    if room.level is Level.WELL and room.free_bytes - room.reserve_bytes >= BASES_NEED:
         return Finding("disk space", "ok", seen)
-    remedy = "free some, or set ORKESTR_STATE_DIR to a larger disk"
-    return Finding("disk space", "fail" if free < GIB else "warn", seen, remedy)
+    remedy = "free some, set ORKESTR_STATE_DIR to a larger disk, or ORKESTR_RESERVE_GIB to less"
+    return Finding("disk space", "warn" if room.level is Level.WELL else "fail", seen, remedy)
 
 
 def check_memory(_: Layout) -> Finding:

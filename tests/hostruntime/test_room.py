@@ -1,0 +1,121 @@
+"""How much of a file system is reserved, and what that means for who wants some of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hostruntime.ballast import Ballast, ballast_bytes
+from hostruntime.errors import Held, HostFull, HostUnavailable, InvalidRequest
+from hostruntime.gate import Gate
+from hostruntime.room import Level, Room, _bytes_kept
+from hostruntime.room_watch import Growth
+
+GIB, MIB = 1024**3, 1024**2
+ROOM = Room(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 200_000)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [(1000 * GIB, 8 * GIB), (100 * GIB, 5 * GIB), (10 * GIB, GIB), (2 * GIB, int(0.4 * GIB))],
+)
+def test_a_twentieth_is_kept_within_bounds(size: int, kept: int) -> None:
+    assert _bytes_kept(size) == kept
+
+
+def test_the_reserve_is_the_operators_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORKESTR_RESERVE_GIB", "0.5")
+    assert _bytes_kept(100 * GIB) == GIB // 2
+    monkeypatch.setenv("ORKESTR_RESERVE_GIB", "500")
+    assert _bytes_kept(100 * GIB) == 90 * GIB
+    for bad in ("much", "-1", "0", "nan", "inf"):
+        monkeypatch.setenv("ORKESTR_RESERVE_GIB", bad)
+        with pytest.raises(InvalidRequest, match="takes a number of GiB"):
+            _bytes_kept(GIB)
+
+
+@pytest.mark.parametrize(
+    ("free", "files", "level"),
+    [
+        (6 * GIB, 300_000, Level.WELL),
+        (4 * GIB, 300_000, Level.LOW),
+        (2 * GIB, 300_000, Level.CRITICAL),
+        (6 * GIB, 150_000, Level.LOW),
+        (6 * GIB, 50_000, Level.CRITICAL),
+    ],
+)
+def test_blocks_and_inodes_count_alike(free: int, files: int, level: Level) -> None:
+    assert replace(ROOM, free_bytes=free, free_files=files).level is level
+
+
+def test_a_file_system_that_counts_no_inodes_has_enough_of_them() -> None:
+    room = replace(ROOM, files=0, free_files=0, reserve_files=0)
+    assert room.level is Level.WELL
+    assert "inodes" not in str(replace(room, free_bytes=0).fault).partition(", less")[0]
+
+
+def test_who_wants_some_of_it_is_told_what_is_left() -> None:
+    ROOM.require(45 * GIB)
+    with pytest.raises(HostFull):
+        ROOM.require(46 * GIB)
+    with pytest.raises(HostFull, match="has 1024 MiB and 3000000 inodes left"):
+        replace(ROOM, free_bytes=GIB).require()
+    with pytest.raises(HostUnavailable, match="mounted read-only"):
+        replace(ROOM, read_only=True).require()
+
+
+def test_ballast_is_of_the_size_of_the_file_system() -> None:
+    assert ballast_bytes(ROOM) == 256 * MIB
+    assert ballast_bytes(replace(ROOM, size_bytes=3 * GIB)) == 96 * MIB
+
+
+def test_ballast_is_let_go_of_and_taken(tmp_path: Path) -> None:
+    ballast = Ballast(tmp_path / "ballast")
+    small = replace(ROOM, size_bytes=GIB, free_bytes=GIB, reserve_bytes=200 * MIB)
+    ballast.balance(replace(small, free_bytes=300 * MIB))
+    assert not ballast.is_held
+    ballast.balance(small)
+    assert ballast.path.stat().st_blocks * 512 >= 32 * MIB
+    ballast.balance(replace(small, free_bytes=60 * MIB))
+    assert ballast.is_held
+    ballast.balance(replace(small, free_bytes=40 * MIB))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_was_there_before_has_grown_by_what_was_written_since() -> None:
+    growth = Growth()
+    growth.note({"a": 10 * MIB, "b": GIB})
+    growth.note({"a": 30 * MIB, "b": GIB, "c": 5 * MIB})
+    assert growth.of_late() == {"a": 20 * MIB, "b": 0, "c": 5 * MIB}
+    assert growth.largest_first(1) == ["a", "c"]
+    assert growth.largest_first(8 * MIB) == ["a"]
+    growth.begin_anew()
+    assert growth.largest_first(1) == []
+
+
+def test_who_is_held_is_told_or_waits() -> None:
+    async def run() -> None:
+        gate = Gate()
+        await gate.hold("told", "there is no room")
+        with pytest.raises(Held, match="there is no room"):
+            async with gate.entering("told"):
+                pass
+        await gate.hold("waits", None)
+
+        async def enter() -> None:
+            async with gate.entering("waits"):
+                pass
+
+        entering = asyncio.create_task(enter())
+        await asyncio.sleep(0)
+        assert not entering.done()
+        await gate.forget("waits")
+        await asyncio.wait_for(entering, 5)
+        await gate.let_go("told")
+        async with gate.entering("told"):
+            pass
+
+    asyncio.run(run())
