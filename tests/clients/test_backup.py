@@ -83,9 +83,15 @@ def test_a_backup_serves_again_on_an_empty_installation(
     of_base = sandboxes.boot("debian-12")
     of_base.exec("echo base > /root/base")
     base_snapshot = of_base.snapshot()
+    building = templates.create("debian-12", "sleep 900")
+    wait_for(
+        lambda: any(event["kind"] == "step_started" for event in templates.events(building)), 60
+    )
     assert "Backup 2" in manage(stack, "backup", str(place))
     # Work went on, and goes on.
     assert source.exec("cat /root/kept").stdout == "kept\nmore\n"
+    templates.client.post(f"/v1/templates/{building}/cancel")
+    templates.finished(building)
     password, api_key = stack.credentials.password, stack.credentials.api_key
     assert "Restored" in manage(second, "restore", str(place))
     second.start()
@@ -97,6 +103,8 @@ def test_a_backup_serves_again_on_an_empty_installation(
         check_what_came_back(client, made, snapshot.id, base_snapshot.id)
         # What ran is not in a backup, and nothing says that it runs.
         assert Sandbox.get(source.id, client=client).status == "terminated"
+    with second.client() as plain:
+        assert Templates(plain).finished(building)["error_code"] == "host_lost"
     assert "nothing is reconciled" not in (second.layout.log / "worker.log").read_text()
     # And it can be backed up itself, into the same directory: nothing of it is new.
     assert " 0 new (0 MiB)" in manage(second, "backup", str(place))

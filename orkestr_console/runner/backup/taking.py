@@ -66,7 +66,7 @@ def back_up(layout: Layout, directory: Path, keep: int, vault: Vault, say: Say) 
 def prepare(layout: Layout, directory: Path) -> None:
     """Make the directory root's alone. Raises BackupError for one that cannot be meant."""
     for inside, what in ((layout.var, "ORKESTR_VAR"), (layout.state_dir, "ORKESTR_STATE_DIR")):
-        if directory.is_relative_to(inside):
+        if directory.resolve().is_relative_to(inside.resolve()):
             raise BackupError(
                 f"{directory} is inside {what} ({inside}), and would go with what it is a backup "
                 "of: use a directory on another disk"
