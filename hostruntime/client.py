@@ -50,13 +50,16 @@ from hostruntime.client_answers import (
 from hostruntime.client_keeping import KeepingCalls
 from hostruntime.client_snapshots import CAPTURE_TIMEOUT, SnapshotCalls
 from hostruntime.errors import HostError
+from hostruntime.quotas import Quota
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream says something at least every 10 s (a blank line), so silence means a dead agent.
 _TIMEOUT = timeouts(read=60.0)
 _STREAM_TIMEOUT = timeouts(read=30.0)
-_LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=32, keepalive_expiry=60.0)
+# As many as are asked for: whoever asks has a bound of their own, and a command keeps one for as
+# long as it runs.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=60.0)
 
 
 class HostClient(SnapshotCalls, KeepingCalls):
@@ -290,6 +293,11 @@ class HostClient(SnapshotCalls, KeepingCalls):
             collected.add(ExecFrame.from_wire(line))
         return collected.result()
 
+    def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
+        """How many commands run of each scope that has any; it has so long to answer."""
+        answer = self._json("GET", "/commands", timeout=timeouts(read=seconds))
+        return {str(scope): int(many) for scope, many in answer["scopes"].items()}
+
     # Usage ---------------------------------------------------------------------------------
 
     def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
@@ -429,13 +437,14 @@ class AsyncHostClient:
         env: Mapping[str, str] | None = None,
         timeout_seconds: float | None = 60.0,
         max_output_bytes: int | None = None,
+        quota: Quota | None = None,
     ) -> AsyncIterator[ExecFrame]:
         """Run a command, yielding its frames; close the iterator early to kill it.
 
         A frame of kind ``error`` or ``exited`` is the last.  Raises only what happened before
-        the command started.
+        the command started; TooManyCommands if it would be one more than ``quota`` allows.
         """
-        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes)
+        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes, quota)
         async with self._stream("POST", f"/sandboxes/{sandbox_id}/exec", json=body) as response:
             async for line in response.aiter_lines():
                 if line.strip():
@@ -450,8 +459,9 @@ class AsyncHostClient:
         env: Mapping[str, str] | None = None,
         timeout_seconds: float | None = 60.0,
         max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+        quota: Quota | None = None,
     ) -> ExecResult:
-        """As :meth:`HostClient.exec`; cancelled, it ends the command."""
+        """As :meth:`HostClient.exec`, within a ``quota``; cancelled, it ends the command."""
         frames = self.exec_frames(
             sandbox_id,
             command,
@@ -459,6 +469,7 @@ class AsyncHostClient:
             env=env,
             timeout_seconds=timeout_seconds,
             max_output_bytes=max_output_bytes,
+            quota=quota,
         )
         collected = Collected()
         # An async generator, whatever its annotation says: closing it ends the command.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hostruntime.answers import (
 )
 from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
 from hostruntime.patience import scaled
+from hostruntime.quotas import Quota
 
 
 def timeouts(*, read: float) -> httpx.Timeout:
@@ -33,6 +35,7 @@ def exec_body(
     env: Mapping[str, str] | None,
     timeout_seconds: float | None,
     max_output_bytes: int | None,
+    quota: Quota | None = None,
 ) -> dict[str, Any]:
     """The body of an exec request."""
     what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
@@ -42,6 +45,7 @@ def exec_body(
         "env": dict(env or {}),
         "timeout_seconds": timeout_seconds,
         "max_output_bytes": max_output_bytes,
+        "quota": None if quota is None else asdict(quota),
     }
 
 

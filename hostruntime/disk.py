@@ -103,6 +103,7 @@ class Disks:
         source = saved or self._empty(size_mb)
         target = self.path(owner)
         try:
+            RunDir.of(self.instance).ensure_disks()
             target.mkdir(mode=0o700)
             with _copied(source, self._image(owner)) as image, _loop_device(image) as device:
                 kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)

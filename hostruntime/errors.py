@@ -13,6 +13,7 @@
      ├─ FileTooLarge             413 file_too_large
      ├─ ExecTimeout              408 exec_timeout        ran past its time and was killed
      ├─ ExecKilled               409 exec_killed         killed by a signal (+ ``signal``)
+     ├─ TooManyCommands          429 too_many_commands   (+ ``running``) of the caller's scope
      ├─ BuildFailed              409 build_failed        (+ ``reason``, ``step``)
      ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry
      ├─ HostUnavailable          503 host_unavailable    the agent does not answer
@@ -154,6 +155,19 @@ class ExecKilled(HostError):
         return value if isinstance(value, int) else None
 
 
+class TooManyCommands(HostError):
+    """As many commands of the scope run as may; nothing was run."""
+
+    code = "too_many_commands"
+    status = 429
+
+    @property
+    def running(self) -> int:
+        """How many run."""
+        value = self.extra.get("running")
+        return value if isinstance(value, int) else 0
+
+
 class BuildFailed(HostError):
     """A build ended without an image; ``reason`` is the build's own failure code."""
 
@@ -190,6 +204,7 @@ _BY_STATUS: Mapping[int, type[HostError]] = {
     409: Conflict,
     413: FileTooLarge,
     422: InvalidRequest,
+    429: TooManyCommands,
     503: HostUnavailable,
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hostruntime.limits import CgroupLayout, Limits
 from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.rootfs import DEVICES
 
 INIT = "/.orkestr/init -P"
 _SHM_MB = 64
@@ -83,7 +84,8 @@ class ContainerConfig:
             ("lxc.tty.max", "0"),
             # The other end of a console would be LXC's monitor, outside the container's limits.
             ("lxc.console.path", "none"),
-            ("lxc.pty.max", "1024"),
+            # There are 4,096 on the machine (kernel.pty.max), for everybody.
+            ("lxc.pty.max", "64"),
             *self._confinement(),
             *self._mounts(),
             *self._network(),
@@ -112,8 +114,15 @@ class ContainerConfig:
             ("lxc.mount.entry", _tmpfs("workspace", self.limits.workspace_size_mb)),
             ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
             ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
-            *(("lxc.mount.entry", entry) for entry in _masks(Path("/"))),
+            # In place before LXC would bind the host's.
+            *(("lxc.mount.entry", _device(self.devices, name)) for name in DEVICES),
+            *(("lxc.mount.entry", entry) for entry in _masks(Path("/"), self.devices)),
         ]
+
+    @property
+    def devices(self) -> Path:
+        """The container's own device nodes (:mod:`hostruntime.rootfs`)."""
+        return self.root.parent / "dev"
 
     def _network(self) -> list[tuple[str, str]]:
         if self.netns is None:
@@ -127,11 +136,15 @@ def _tmpfs(target: str, size_mb: int) -> str:
     return f"tmpfs {target} tmpfs {options} 0 0"
 
 
-def _masks(host: Path) -> Iterator[str]:
+def _device(devices: Path, name: str) -> str:
+    return f"{devices / name} dev/{name} none bind,create=file 0 0"
+
+
+def _masks(host: Path, devices: Path) -> Iterator[str]:
     """Mounts that hide those of the masked paths that this kernel has."""
     for name in _MASKED_FILES:
         if (host / "proc" / name).exists():
-            yield f"/dev/null proc/{name} none bind,ro 0 0"
+            yield f"{devices / 'null'} proc/{name} none bind,ro 0 0"
     for path in _MASKED_DIRECTORIES:
         if (host / path).is_dir():
             # A container without a network of its own has no /sys.

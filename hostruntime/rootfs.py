@@ -13,6 +13,7 @@ enter the state directory (or the home directory it may be in), and can pass thr
 
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
     roots/<name>/rw         the container's disk, holding upper/ and work/
+    roots/<name>/dev        its own device nodes
     roots/<name>/merged     what the container gets, with the slot's sysfs on /sys
 """
 
@@ -22,6 +23,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,15 @@ from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
 # The writable layer is on a file system of its own: without xino, files of the image would have
 # another device number than the directories they are in, and look like mount points.
 _OPTIONS = "redirect_dir=on,index=off,metacopy=off,xino=on"
+
+
+# What LXC gives a container, by the numbers of the kernel's devices.txt.  Its own would be the
+# host's: one inode for all, whose locks and events every container could pass on to every other.
+DEVICES = {
+    **{"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)},
+    "tty": (5, 0),
+}
+_DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
         kernel.bind_idmapped(plan.runtime_tree, plan.mounts / "runtime", userns_fd, read_only=True)
         kernel.bind_idmapped(plan.writable, plan.mounts / "rw", userns_fd)
         _mount_overlay(plan)
+        _make_devices(plan.mounts / "dev")
         if plan.sysfs is not None:
             _bind_sysfs(plan.sysfs, plan.merged)
     except BaseException:
@@ -84,11 +96,11 @@ def unmount_rootfs(mounts: Path) -> None:
 
     Raises OSError when something cannot be unmounted.
     """
-    for name in ("merged/sys", "merged", "rw", "runtime", "image"):
+    for name in ("merged/sys", "merged", "dev", "rw", "runtime", "image"):
         _unmount_all(mounts / name)
     for point in kernel.mount_points(mounts):
         kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
-    for name in ("merged", "rw", "runtime", "image", "."):
+    for name in ("merged", "dev", "rw", "runtime", "image", "."):
         with contextlib.suppress(FileNotFoundError):
             (mounts / name).rmdir()
 
@@ -96,7 +108,7 @@ def unmount_rootfs(mounts: Path) -> None:
 def _make_directories(plan: RootfsPlan) -> None:
     plan.mounts.mkdir(mode=0o700, exist_ok=True)
     os.chown(plan.mounts, plan.id_base, plan.id_base)
-    for name in ("image", "runtime", "rw", "merged"):
+    for name in ("image", "runtime", "rw", "dev", "merged"):
         (plan.mounts / name).mkdir(mode=0o755, exist_ok=True)
     plan.writable.mkdir(mode=0o755, exist_ok=True)
     (plan.writable / "upper").mkdir(mode=0o755, exist_ok=True)
@@ -120,6 +132,16 @@ def _mount_overlay(plan: RootfsPlan) -> None:
 
 def _overlay(target: Path, options: str) -> None:
     kernel.mount("overlay", target, "overlay", kernel.MS_NODEV, options)
+
+
+def _make_devices(directory: Path) -> None:
+    kernel.mount(
+        "devices", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NOEXEC, _DEVICE_OPTIONS
+    )
+    for name, numbers in DEVICES.items():
+        os.mknod(directory / name, stat.S_IFCHR, os.makedev(*numbers))
+        # Not by the mode it is made with: a umask takes from that.
+        (directory / name).chmod(0o666)
 
 
 def _bind_sysfs(source: Path, merged: Path) -> None:

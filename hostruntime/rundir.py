@@ -63,6 +63,12 @@ class RunDir:
             make_directory(directory, 0o2750, proxy_gid)
         make_directory(self.direct, 0o700)
 
+    def ensure_disks(self) -> None:
+        """Make the directory of disks and those above it; idempotent.  Raises OSError."""
+        for directory in (self.root.parent, self.root):
+            make_directory(directory, 0o711)
+        make_directory(self.disks, 0o700)
+
     @property
     def roots(self) -> Path:
         """Where the roots of containers are mounted."""

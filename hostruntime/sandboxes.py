@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from hostruntime import clock
 from hostruntime.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
@@ -31,6 +32,7 @@ from hostruntime.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.network import Slot
 from hostruntime.paths import StatePaths, write_json
 from hostruntime.policy import Policy, PolicyError
+from hostruntime.quotas import Quota, RunningCommands
 from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.usage import UsageBook
@@ -78,6 +80,9 @@ class Sandbox:
     image_id: str
     image_tree: str
     deadline: float | None
+    # The same by :mod:`hostruntime.clock`, and of which boot: what counts.
+    due: float | None = None
+    boot: str = ""
     started_at: float = 0.0
     boot_ms: float = 0.0
     reason: Reason | None = None
@@ -97,10 +102,28 @@ class Sandbox:
             "network": self.request.network,
             "started_at": self.started_at,
             "boot_ms": round(self.boot_ms, 2),
-            "deadline": self.deadline,
+            "deadline": self.deadline if self.state == "gone" else self.end,
             "reason": self.reason,
             "ended_at": self.ended_at,
         }
+
+    @property
+    def end(self) -> float | None:
+        """When it ends, in Unix seconds by the clock as it goes now."""
+        now = clock.deadline_of(self.due)
+        # As it was asked for, while the clock has not been set.
+        same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
+        return self.deadline if same else now
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is over, however the clock was set meanwhile."""
+        return self.due is not None and self.due <= clock.elapsed()
+
+    def until(self, deadline: float | None) -> Sandbox:
+        """The same with another end, in Unix seconds."""
+        due = clock.due(deadline)
+        return replace(self, deadline=deadline, due=due, boot=clock.this_boot())
 
 
 _SANDBOX = TypeAdapter(Sandbox)
@@ -115,6 +138,7 @@ class SandboxManager:
     store: ImageStore
     usage: UsageBook = field(init=False)
     snapshots: SnapshotManager = field(init=False)
+    commands: RunningCommands = field(default_factory=RunningCommands)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
@@ -139,6 +163,9 @@ class SandboxManager:
                 # The agent died before there was a record.
                 self.store.trash.discard(directory)
                 continue
+            if sandbox.state == "running" and sandbox.boot != clock.this_boot():
+                # Written by an agent that knew no other clock.
+                sandbox = sandbox.until(sandbox.deadline)
             if sandbox.state == "running" and not self._adopt(sandbox):
                 sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
             if sandbox.state == "starting":
@@ -219,9 +246,9 @@ class SandboxManager:
                 "starting",
                 image.id,
                 str(image.tree),
-                request.deadline,
+                None,
                 image_env=image.manifest.env,
-            )
+            ).until(request.deadline)
             check_variables(self._environment(sandbox))
             write_json(directory / _RECORD, asdict(sandbox))
             running = await self._start(self._spec(sandbox, policy), snapshot)
@@ -279,7 +306,7 @@ class SandboxManager:
         """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
         async with self._lock(sandbox_id):
             sandbox = self._running(sandbox_id)
-            self._save(replace(sandbox, deadline=deadline))
+            self._save(sandbox.until(deadline))
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -294,7 +321,7 @@ class SandboxManager:
             self._running(sandbox_id)
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
-            self._save(replace(self._running(sandbox_id), paused=True, deadline=deadline))
+            self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -308,7 +335,7 @@ class SandboxManager:
         async with self._lock(sandbox_id):
             sandbox = self._running(sandbox_id)
             # First, so that the sweep ends none that somebody has just taken up again.
-            self._save(replace(sandbox, paused=False, deadline=deadline))
+            self._save(replace(sandbox, paused=False).until(deadline))
             await self.containers.resume(sandbox_id)
             return self._sandboxes[sandbox_id]
 
@@ -320,16 +347,26 @@ class SandboxManager:
         cwd: str,
         env: Mapping[str, str],
         timeout: float | None,
+        quota: Quota | None = None,
     ) -> AsyncGenerator[Frame, None]:
         """Run a command with the environment of the image, the sandbox and its own, in this order.
 
-        See :meth:`ContainerManager.exec`.  Raises InvalidRequest for an environment that no process
-        can have.
+        See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
+        for an environment that no process can have.
         """
         sandbox = self._usable(sandbox_id)
         environment = {**self._environment(sandbox), **env}
         check_variables(environment)
-        return self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+        frames = self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+        return self._counted(frames, quota)
+
+    async def _counted(
+        self, frames: AsyncGenerator[Frame, None], quota: Quota | None
+    ) -> AsyncGenerator[Frame, None]:
+        with self.commands.one_more(quota):
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    yield frame
 
     def _environment(self, sandbox: Sandbox) -> Environment:
         host = self.containers.environment(sandbox.request.network)
@@ -349,8 +386,8 @@ class SandboxManager:
             for sandbox in self.list():
                 if sandbox.request.id in self.snapshots.frozen:
                     continue  # At the next pass: the others must not wait for the copy.
-                if sandbox.state == "running" and (sandbox.deadline or now + 1) <= now:
-                    await self._end_quietly(sandbox.request.id, now)
+                if sandbox.state == "running" and sandbox.is_over:
+                    await self._end_quietly(sandbox.request.id)
                 elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
                     self._forget_quietly(sandbox)
 
@@ -360,12 +397,12 @@ class SandboxManager:
         except OSError:
             _log.exception("sandbox %s is long gone and cannot be forgotten", sandbox.request.id)
 
-    async def _end_quietly(self, sandbox_id: str, now: float) -> None:
+    async def _end_quietly(self, sandbox_id: str) -> None:
         try:
             async with self._lock(sandbox_id):
                 sandbox = self._sandboxes.get(sandbox_id)
                 # Its deadline may have been moved while we waited for the lock.
-                if sandbox is not None and (sandbox.deadline or now + 1) <= now:
+                if sandbox is not None and sandbox.is_over:
                     await self.usage.read(sandbox_id)
                     await self.containers.stop(sandbox_id)
                     self._end(sandbox, "expired")
@@ -387,7 +424,8 @@ class SandboxManager:
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
-        self._save(replace(sandbox, state="gone", reason=reason, ended_at=time.time()))
+        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
+        self._save(replace(gone, ended_at=time.time()))
 
     # Pieces --------------------------------------------------------------------------------
 

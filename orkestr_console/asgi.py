@@ -15,7 +15,9 @@ from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
 from orkestr_console.addresses import MCP_PATH
+from orkestr_console.channel_layer import SERVICE_RESTART
 from orkestr_console.listening import ForwardedBy
+from orkestr_console.postgres import unavailable
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
@@ -50,14 +52,31 @@ async def nowhere(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "websocket.close"})
 
 
+class Sockets:
+    """The sockets; while the database is away they are closed as by a restart: pages come back."""
+
+    def __init__(self, routed: Any) -> None:
+        self._routed = routed
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one (ASGI)."""
+        try:
+            await self._routed(scope, receive, send)
+        except Exception as error:
+            # The channel layer says with a TimeoutError that nothing can be heard.
+            if not isinstance(error, TimeoutError) and unavailable(error) is None:
+                raise
+            await send({"type": "websocket.close", "code": SERVICE_RESTART})
+
+
 # Channels routes with Django's patterns, whose types know only views.
 anything_else: Any = nowhere
 
 protocols: Any = ProtocolTypeRouter(
     {
         "http": by_path,
-        "websocket": AuthMiddlewareStack(
-            URLRouter([*websocket_urls(), re_path("", anything_else)])
+        "websocket": Sockets(
+            AuthMiddlewareStack(URLRouter([*websocket_urls(), re_path("", anything_else)]))
         ),
     }
 )

@@ -9,8 +9,8 @@ time after which it runs again whether or not the first run goes on. Here a task
 * The worker that runs it renews the lease (:mod:`orkestr_console.leases`) and deletes the row when
   it is done. A worker that is killed renews nothing, so its task comes back within ``LEASE``.
 * Every renewal names the lease it renews, so a worker that has lost its lease learns of it.
-* After a pause of its own (PostgreSQL was away, the machine slept) the pusher lets running
-  workers renew first, before it takes any lease to have ended.
+* After a pause of its own (PostgreSQL was away, the machine slept), or when the database's clock
+  was set, the pusher lets running workers renew first, before it takes any lease to have ended.
 
 A task may still run twice, after a crash: it must bear that. It must also keep its own state on
 its own row, because the queue forgets a task once it has run, however it ended.
@@ -29,7 +29,7 @@ from django.conf import settings
 from django.db import connection as django_connection
 from django.db.models import QuerySet
 from django_q.brokers import Broker
-from django_q.models import OrmQ
+from django_q.models import OrmQ, Schedule
 from django_q.signing import SignedPackage
 from psycopg import sql
 
@@ -53,13 +53,20 @@ BUSY = sql.SQL("SELECT id, key FROM {} WHERE id = ANY(%s) AND lock > now()").for
 CLAIM = sql.SQL(
     "UPDATE {table} SET lock = now() + %(lease)s WHERE id IN ("
     " SELECT id FROM {table} WHERE key = %(key)s"
-    " AND (lock = %(never)s OR (%(settled)s AND lock < now()))"
+    " AND (lock = %(never)s OR (%(settled)s AND lock < %(now)s)"
+    # Nobody has a lease for so long: it is of before the clock was set back, and not renewed since.
+    " OR (%(settled)s AND lock > %(now)s + 2 * %(lease)s))"
     " ORDER BY id LIMIT %(room)s FOR UPDATE SKIP LOCKED"
     ") RETURNING id, payload, lock"
 ).format(table=TABLE)
 RENEW = sql.SQL(
     "UPDATE {} SET lock = now() + %s WHERE id = %s AND lock = %s RETURNING lock"
 ).format(TABLE)
+# After the clock was set back, what runs by the clock would not run until it is as late again.
+SCHEDULE = sql.SQL(
+    "UPDATE {} SET next_run = now() WHERE schedule_type = %s"
+    " AND next_run > now() + make_interval(mins => minutes)"
+).format(sql.Identifier(Schedule._meta.db_table))
 FINISH = sql.SQL("DELETE FROM {} WHERE id = %s AND lock = %s").format(TABLE)
 
 type Connection = psycopg.Connection[tuple[Any, ...]]
@@ -103,8 +110,11 @@ class PgBroker(Broker):  # type: ignore[misc]
     def __init__(self, list_key: str | None = None) -> None:
         super().__init__(list_key)
         self._queue: Connection | None = None
+        # By the monotonic clock.
         self._watching_since = 0.0
         self._last_look = 0.0
+        # How far the database's clock is from it.
+        self._ahead: float | None = None
         self._leased: set[int] = set()
 
     def enqueue(self, task: str) -> int:
@@ -131,15 +141,31 @@ class PgBroker(Broker):  # type: ignore[misc]
 
     def _watch(self) -> Connection:
         """The pusher's connection, listening; notes since when it has watched without a gap."""
-        now = time.time()
+        now = time.monotonic()
         if self._queue is None:
             self._queue = connect("queue")
             self._queue.execute(sql.SQL("LISTEN {}").format(sql.Identifier(WAKE)))
-            self._watching_since = now
+            self._watching_since, self._ahead = now, None
         elif now - self._last_look > LONGEST_GAP_SECONDS:
             self._watching_since = now
         self._last_look = now
         return self._queue
+
+    def _clock(self, queue: Connection) -> datetime:
+        """The time by the database. That it was set, or that the machine slept, is noted.
+
+        What a round compares with is this one reading: the clock may be set in the midst of it.
+        """
+        row = queue.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        now: datetime = row[0]
+        ahead = now.timestamp() - time.monotonic()
+        if self._ahead is not None and abs(ahead - self._ahead) > LONGEST_GAP_SECONDS:
+            logger.warning("the clock was set by %+.0f s", ahead - self._ahead)
+            self._watching_since = time.monotonic()
+            queue.execute(SCHEDULE, [Schedule.MINUTES])
+        self._ahead = ahead
+        return now
 
     def _let_go(self) -> None:
         if self._queue is not None:
@@ -148,22 +174,25 @@ class PgBroker(Broker):  # type: ignore[misc]
 
     def _claim(self, queue: Connection) -> list[tuple[str, str]]:
         """Lease as many tasks as there are free workers, short ones first."""
+        now = self._clock(queue)
         busy = queue.execute(BUSY, [list(self._leased)]).fetchall()
         self._leased = {task for task, _ in busy}
         room = settings.Q_CLUSTER["workers"] - len(busy)
-        claimed = self._lease(queue, self.list_key, room)
+        claimed = self._lease(queue, self.list_key, room, now)
         long = sum(key.endswith(LONG) for _, key in busy)
         room_for_long = settings.Q_CLUSTER["workers"] - settings.RESERVED_WORKERS - long
         room = min(room - len(claimed), room_for_long)
-        claimed += self._lease(queue, f"{self.list_key}{LONG}", room)
+        claimed += self._lease(queue, f"{self.list_key}{LONG}", room, now)
         return claimed
 
-    def _lease(self, queue: Connection, key: str, room: int) -> list[tuple[str, str]]:
+    def _lease(
+        self, queue: Connection, key: str, room: int, now: datetime
+    ) -> list[tuple[str, str]]:
         if room <= 0:
             return []
-        settled = time.time() - self._watching_since > SETTLED_SECONDS
+        settled = time.monotonic() - self._watching_since > SETTLED_SECONDS
         wanted = {"lease": LEASE, "key": key, "never": NEVER, "settled": settled, "room": room}
-        rows = queue.execute(CLAIM, wanted).fetchall()
+        rows = queue.execute(CLAIM, {**wanted, "now": now}).fetchall()
         self._leased.update(task for task, _, _ in rows)
         return [(str(Lease(task, until)), payload) for task, payload, until in sorted(rows)]
 

@@ -31,6 +31,7 @@ from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import User
 from orkestr_console.errors import DomainError, MethodNotAllowed, RateLimited, Unauthenticated
 from orkestr_console.json_api import no_content
+from orkestr_console.postgres import unavailable
 
 
 class ApiRequest(HttpRequest):
@@ -114,7 +115,8 @@ def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError 
     """Why an answer that is still being sent must end, None while it may go on.
 
     The token is looked at anew, and then by ``look`` whatever else must hold of its actor. A token
-    that calls too often still holds.
+    that calls too often still holds, and so does one that cannot be looked at because the database
+    is away for a moment: nobody can have revoked it meanwhile.
     """
     try:
         look(authenticate(request))
@@ -122,6 +124,9 @@ def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError 
         return None
     except DomainError as error:
         return error
+    except Exception as error:
+        if unavailable(error) is None:
+            raise
     return None
 
 

@@ -20,6 +20,7 @@
      ├─ ExecKilled                   409 exec_killed           (+ ``signal``)
      ├─ NetworkPolicyBlocked         403 network_policy_blocked
      ├─ HostUnavailable              503 host_unavailable      (+ ``Retry-After``)
+     ├─ DatabaseUnavailable          503 database_unavailable  (+ ``Retry-After``)
      ├─ FleetFull                    503 fleet_full_retry      (+ ``Retry-After``), nothing made
      └─ Internal                     500 internal_error        a defect of ours
 
@@ -36,6 +37,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.middleware.csrf import get_token
 from django.template.loader import render_to_string
 
 STATUS_OF: Mapping[str, HTTPStatus] = {
@@ -58,8 +60,14 @@ STATUS_OF: Mapping[str, HTTPStatus] = {
     "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
     "internal_error": HTTPStatus.INTERNAL_SERVER_ERROR,
     "host_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+    "database_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
     "fleet_full_retry": HTTPStatus.SERVICE_UNAVAILABLE,
 }
+
+
+# Fields that no page shows again, not even hidden.
+PASSWORDS = {"password", "current", "code"}
+TOKEN_FIELD = "csrfmiddlewaretoken"  # noqa: S105 - a name
 
 
 class DomainError(Exception):
@@ -222,8 +230,11 @@ class RateLimited(DomainError):
 
     default_code = "rate_limited"
 
-    def __init__(self, detail: str = "", *, retry_after: int = 1) -> None:
-        super().__init__(detail or "Too many requests; slow down.", retry_after=retry_after)
+    def __init__(
+        self, detail: str = "", *, retry_after: int = 1, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        detail = detail or "Too many requests; slow down."
+        super().__init__(detail, retry_after=retry_after, extra=extra)
 
 
 class ExecTimeout(DomainError):
@@ -248,6 +259,19 @@ class HostUnavailable(DomainError):
     default_detail = "The sandbox host does not answer just now; try again in a moment."
 
     def __init__(self, detail: str = "", *, retry_after: int = 5) -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class DatabaseUnavailable(DomainError):
+    """The database restarts, is down, or has no connection free; trying again later helps."""
+
+    default_code = "database_unavailable"
+    default_detail = (
+        "The console's database cannot be reached just now: it restarts, or too much is asked of "
+        "it at once. Try again in a moment."
+    )
+
+    def __init__(self, detail: str = "", *, retry_after: int = 2) -> None:
         super().__init__(detail, retry_after=retry_after)
 
 
@@ -277,12 +301,40 @@ def to_console_response(request: HttpRequest | None, error: DomainError) -> Http
     """How the console says it: the page ``errors/error.html`` with ``error`` and ``status``.
 
     Without ``request`` the page says nothing of the person or team, which a page about a broken
-    database could not look up.
+    database could not look up; that is how ``DatabaseUnavailable`` is told.
     """
+    if isinstance(error, DatabaseUnavailable) and request is not None:
+        return away(request, error)
     ref = error.extra.get("request_id") or getattr(request, "request_id", None)
     context = {"error": error, "status": error.status, "ref": ref}
     page = render_to_string("errors/error.html", context, request)
     return HttpResponse(page, status=error.status, headers=error.all_headers())
+
+
+def away(request: HttpRequest, error: DatabaseUnavailable) -> HttpResponse:
+    """The same where the database is away: nothing that was sent is lost.
+
+    The page can send a form again as it was. What a script asked for is a notice, and what the
+    person typed stays where it is.
+    """
+    context: dict[str, Any] = {"error": error, "status": error.status, "again": None}
+    if "HX-Request" in request.headers:
+        page = render_to_string("errors/_away.html", context)
+    else:
+        context["ref"] = getattr(request, "request_id", None)
+        context["again"] = {"address": request.get_full_path(), "method": request.method}
+        if request.method == "POST":
+            context["again"] |= {"token": get_token(request), "fields": sent(request)}
+        page = render_to_string("errors/error.html", context)
+    return HttpResponse(page, status=error.status, headers=error.all_headers())
+
+
+def sent(request: HttpRequest) -> list[tuple[str, str]] | None:
+    """The fields of a form to be sent again; None where a page should not repeat them."""
+    if PASSWORDS & set(request.POST):
+        return None
+    named = [(name, values) for name, values in request.POST.lists() if name != TOKEN_FIELD]
+    return [(name, str(value)) for name, values in named for value in values]
 
 
 def to_mcp_text(error: DomainError) -> str:

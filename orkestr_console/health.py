@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from http import HTTPStatus
+
 from django.core.exceptions import DisallowedHost, RequestDataTooBig
-from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 
@@ -19,14 +21,30 @@ from orkestr_console.errors import (
     to_json_response,
     to_response,
 )
+from orkestr_console.postgres import unavailable
+from orkestr_console.services.readiness import is_ready, readiness
 from orkestr_console.settings import LARGEST_BODY
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
-    """200 when requests are answered and the database is reached."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
+    """200 while requests are answered. Asks nobody, so it says nothing of anything else."""
     return JsonResponse({"status": "ok"})
+
+
+def readyz(request: HttpRequest) -> JsonResponse:
+    """200 when all that requests need answers, else 503: each thing, and since when it was well.
+
+    What :mod:`orkestr_console.services.readiness` saw last: this waits for nothing.
+    """
+    readiness.start()
+    checks = readiness.checks()
+    ready = is_ready(checks)
+    told = {name: check.to_wire() for name, check in checks.items()}
+    return JsonResponse(
+        {"status": "ready" if ready else "not_ready", "checks": told},
+        status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
+    )
 
 
 @csrf_exempt
@@ -73,6 +91,12 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
-    """500, with the request id to quote and nothing of the traceback."""
+    """500, with the request id to quote and nothing of the traceback.
+
+    Or 503, where it is a middleware that cannot reach the database. Django calls this while it
+    handles the exception.
+    """
+    if (away := unavailable(sys.exception())) is not None:
+        return to_response(request, away)
     error = Internal(extra={"request_id": getattr(request, "request_id", None)})
     return to_json_response(error) if is_api(request) else to_console_response(None, error)

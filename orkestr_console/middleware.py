@@ -1,7 +1,7 @@
 """What every request passes.
 
-A request id, rules for browsers, the client's address, a refusal of unusable text, errors made
-answers.
+A request id, the database's connection given back, rules for browsers, the client's address, a
+refusal of unusable text, errors made answers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from orkestr_console.errors import (
     to_json_response,
     to_response,
 )
+from orkestr_console.postgres import let_go, unavailable
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
@@ -42,6 +43,21 @@ def request_id(get_response: Handler) -> Handler:
         response = get_response(request)
         response.headers[REQUEST_ID] = chosen
         return response
+
+    return middleware
+
+
+def release_database(get_response: Handler) -> Handler:
+    """Give the request's database connection back before the answer is sent, not after.
+
+    Whoever reads slowly may take a minute over a large page, and would have a connection that long.
+    """
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        try:
+            return get_response(request)
+        finally:
+            let_go()
 
     return middleware
 
@@ -138,4 +154,5 @@ class DomainErrors:
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
         """Django calls this with whatever the view raised."""
-        return to_response(request, error) if isinstance(error, DomainError) else None
+        told = error if isinstance(error, DomainError) else unavailable(error)
+        return to_response(request, told) if told is not None else None

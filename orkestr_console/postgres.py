@@ -1,15 +1,25 @@
-"""A plain PostgreSQL connection beside Django's own, for LISTEN and for leases.
+"""Connections to PostgreSQL: those of Django's pool, and plain ones for LISTEN and for leases.
 
-Such a connection is held for as long as its owner lives, which one from Django's pool must not be.
+A plain one is held for as long as its owner lives, which one from the pool must not be: with as
+many slow calls as the pool has connections, nobody else would be served. So nothing slow is waited
+for with a pooled connection in hand (:func:`before_waiting`), and a database that cannot be had
+just now is told as that, and not as a defect (:func:`unavailable`).
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
-from django.db import connection, connections
+import psycopg
+from django.db import DatabaseError, InterfaceError, connection, connections
 
 from hostruntime.patience import scaled
+from orkestr_console.errors import DatabaseUnavailable
+
+logger = logging.getLogger(__name__)
 
 # A peer that vanished without a word is noticed within half a minute (libpq's parameters).
 KEEPALIVE: dict[str, Any] = {
@@ -19,6 +29,17 @@ KEEPALIVE: dict[str, Any] = {
     "keepalives_count": 3,
     "connect_timeout": round(scaled(10)),
 }
+
+# How long what has happened elsewhere is tried to be noted: a restart takes a few seconds.
+NOTING_SECONDS = 20.0
+LONGEST_PAUSE = 1.0
+# Classes of SQLSTATE that say that the server cannot work just now (PostgreSQL manual, appendix A):
+# connection exceptions, too few resources, operator intervention (a shutdown), system errors.
+AWAY = ("08", "53", "57P", "58")
+
+
+class ConnectionHeldError(RuntimeError):
+    """A defect of ours: something slow is waited for inside of a transaction."""
 
 
 def connection_arguments(purpose: str) -> dict[str, Any]:
@@ -58,3 +79,53 @@ def let_go() -> None:
     """
     if not connection.in_atomic_block:
         connection.close()
+
+
+def before_waiting() -> None:
+    """Give this thread's connection back to the pool: what follows may take long.
+
+    The next statement takes one again. Raises ``ConnectionHeldError`` inside of a transaction,
+    which could not be taken up again, and would keep its locks and its connection from everybody.
+    """
+    # The transaction that Django wraps a test in is none of ours.
+    if any(not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+        raise ConnectionHeldError("a host is asked, or waited for, inside of a transaction")
+    let_go()
+
+
+def unavailable(error: BaseException | None) -> DatabaseUnavailable | None:
+    """What to tell of an error that says that the database cannot be had just now, else None.
+
+    That is: no connection of the pool came free in time, or the server went away or does not let
+    anybody in (``AWAY``). An error in a statement of ours is a defect, and gets None.
+    """
+    if isinstance(error, DatabaseError | InterfaceError):
+        error = error.__cause__ or error
+    if isinstance(error, psycopg.InterfaceError | InterfaceError):
+        return DatabaseUnavailable()
+    if not isinstance(error, psycopg.Error):
+        return None
+    # Without an SQLSTATE it is libpq that says it, or the pool, in which nothing came free in time.
+    lost = error.sqlstate is None and isinstance(error, psycopg.OperationalError)
+    return DatabaseUnavailable() if lost or (error.sqlstate or "").startswith(AWAY) else None
+
+
+def persistently[R](note: Callable[[], R]) -> R:
+    """What ``note`` answers, tried again while the database is away: for what has happened already.
+
+    A command has run and a container has started whether or not that can be written down at once.
+    ``note`` must bear to be done twice, should the answer to its commit be what was lost. Raises
+    what it raises after ``NOTING_SECONDS``, and at once inside of a transaction.
+    """
+    until, pause = time.monotonic() + scaled(NOTING_SECONDS), 0.1
+    while True:
+        try:
+            return note()
+        except (DatabaseError, InterfaceError) as error:
+            inside = connection.in_atomic_block
+            if inside or unavailable(error) is None or time.monotonic() > until:
+                raise
+            logger.warning("the database is away, what happened is noted later: %s", error)
+            connection.close()
+        time.sleep(pause)
+        pause = min(pause * 2, LONGEST_PAUSE)

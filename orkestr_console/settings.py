@@ -77,6 +77,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.middleware.request_id",
+    "orkestr_console.middleware.release_database",
     "orkestr_console.middleware.browser_rules",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.
@@ -123,10 +124,23 @@ DATABASES: dict[str, Any] = {
 }
 DATABASES["default"].setdefault("OPTIONS", {}).update(
     {
-        "pool": {"min_size": 1, "max_size": 16, "timeout": scaled(15), "max_idle": 300},
+        "pool": {
+            "min_size": 1,
+            "max_size": 16,
+            "timeout": scaled(15),
+            "max_idle": 300,
+            # A lost connection is tried for again at growing intervals for so long; then whoever
+            # next needs one tries at once. With the usual five minutes, a pool that was full when
+            # the database went may be empty for minutes after it has come back.
+            "reconnect_timeout": 3,
+        },
         "application_name": "orkestr",
     }
 )
+
+# How long a request waits for a connection of the pool before it is told to come back: not for
+# long, but on a slow machine for as long as one takes to be made. Workers have no pool.
+REQUEST_POOL_SECONDS = scaled(1.5)
 
 # --- Sign-in --------------------------------------------------------------------------------------
 LOGIN_BACKEND = "django.contrib.auth.backends.ModelBackend"

@@ -27,6 +27,7 @@ def existing(module: str) -> bool:
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", health.healthz),
+    path("readyz", health.readyz),
     *(path("v1/", include(module)) for module in REST if existing(module)),
     re_path(r"^v1(?:/.*)?$", health.unknown_route),
     *(path(prefix, include(module)) for module, prefix in CONSOLE.items() if existing(module)),

@@ -9,7 +9,6 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
-from asgiref.sync import async_to_sync
 from channels.db import database_sync_to_async
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -18,7 +17,7 @@ from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.decorators import ApiRequest, api, ended
 from orkestr_console.errors import DomainError, InvalidInput
 from orkestr_console.json_api import json_answer, no_content, read_json, timestamp
-from orkestr_console.postgres import let_go
+from orkestr_console.services.hosts import awaited
 from orkestr_console.services.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
@@ -116,9 +115,8 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     spec = read_json(request, ExecSpec)
     if spec.stream:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
-        let_go()
         # On the server's own event loop, where the response will go on reading.
-        return async_to_sync(streamed)(request, frames)
+        return awaited(streamed, request, frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )

@@ -135,6 +135,7 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
         "regions": [{"id": limits.region, "label": limits.region}],
         "networks": list(allowed.networks),
         "max_concurrent": allowed.value("max_concurrent_sandboxes"),
+        "max_concurrent_commands": allowed.value("max_concurrent_commands"),
         "max_templates": allowed.value("max_templates"),
         "max_concurrent_builds": allowed.value("max_concurrent_builds"),
         "max_snapshots": allowed.value("max_snapshots"),

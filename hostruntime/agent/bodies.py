@@ -10,6 +10,7 @@ from starlette.requests import Request
 from hostruntime.environment import check_environment
 from hostruntime.errors import InvalidRequest
 from hostruntime.exec import shell
+from hostruntime.quotas import Quota
 from hostruntime.sandboxes import SandboxRequest
 
 MAX_TIMEOUT_SECONDS = 86_400.0
@@ -87,6 +88,13 @@ class DeadlineBody(Body):
     deadline: float | None
 
 
+class QuotaBody(Body):
+    """How many commands of a scope may run at once (:mod:`hostruntime.quotas`)."""
+
+    scope: Annotated[str, Field(min_length=1, max_length=128)]
+    most: Annotated[int, Field(ge=0)]
+
+
 class ExecBody(Body):
     """``POST /sandboxes/{id}/exec``: a ``command`` for the shell, or an ``argv``."""
 
@@ -96,6 +104,7 @@ class ExecBody(Body):
     env: dict[str, str] = {}
     timeout_seconds: Seconds | None = _DEFAULT_EXEC_TIMEOUT_SECONDS
     max_output_bytes: Annotated[int, Field(ge=0)] | None = None
+    quota: QuotaBody | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecBody:
@@ -109,6 +118,10 @@ class ExecBody(Body):
     def words(self) -> list[str]:
         """The argv to run."""
         return self.argv if self.argv is not None else shell(self.command or "")
+
+    def of_scope(self) -> Quota | None:
+        """What it counts against."""
+        return None if self.quota is None else Quota(self.quota.scope, self.quota.most)
 
 
 class MkdirBody(Body):

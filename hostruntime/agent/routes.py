@@ -55,6 +55,7 @@ def _routes() -> list[Route]:
         Route("/egress/hosts", egress_hosts),
         Route("/usage", usage),
         Route("/usage/collected", usage_collected, methods=["POST"]),
+        Route("/commands", running_commands),
         Route("/sandboxes", list_sandboxes),
         Route("/sandboxes", create_sandbox, methods=["POST"]),
         Route(sandbox, get_sandbox),
@@ -178,7 +179,12 @@ async def exec_in_sandbox(request: Request) -> Response:
     """Run a command; what is wrong before it runs is an error answer, later an error line."""
     body = await read_body(request, ExecBody)
     frames = _host(request).sandboxes.exec(
-        _id(request), body.words(), cwd=body.cwd, env=body.env, timeout=body.timeout_seconds
+        _id(request),
+        body.words(),
+        cwd=body.cwd,
+        env=body.env,
+        timeout=body.timeout_seconds,
+        quota=body.of_scope(),
     )
     started = await anext(frames)
     return NdjsonResponse(_exec_lines(started, frames, body))
@@ -218,6 +224,11 @@ def _frame(frame: Frame) -> dict[str, Any]:
                 "The command ran past its time and was killed, with everything it had started."
             )
             return {"kind": "error", "code": "exec_timeout", "message": message, **asdict(frame)}
+
+
+async def running_commands(request: Request) -> Response:
+    """How many commands run of each scope that has any."""
+    return JSONResponse({"scopes": _host(request).sandboxes.commands.by_scope()})
 
 
 # Files -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, Concatenate
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
 from orkestr_console.errors import DomainError, ExecKilled, ExecTimeout
+from orkestr_console.postgres import persistently
 from orkestr_console.text import clean
 
 LONGEST_NAME = 254
@@ -103,7 +104,10 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
     try:
         yield
     except DomainError as error:
-        if error.status < FIRST_FAILURE:
+        told = error
+        if isinstance(error, HAPPENED):
+            persistently(lambda: denied(actor, action, told, kind=kind, object_id=object_id))
+        elif error.status < FIRST_FAILURE:
             denied(actor, action, error, kind=kind, object_id=object_id)
         raise
 
@@ -125,7 +129,8 @@ def audited[**P, R](
             with denials(actor, action, kind, subject):
                 answer = service(actor, *args, **kwargs)
             if note is not None:
-                record(actor, action, kind=kind, object_id=subject, data=note(answer, args[-1]))
+                data = note(answer, args[-1])
+                persistently(lambda: record(actor, action, kind=kind, object_id=subject, data=data))
             return answer
 
         return noting

@@ -47,6 +47,9 @@ KINDS: Mapping[str, Kind] = {
     "max_concurrent_sandboxes": Kind(
         "Sandboxes at once", "", "runs", "sandboxes at once", "terminate one"
     ),
+    "max_concurrent_commands": Kind(
+        "Commands at once", "", "runs", "commands at once", "wait until one has ended"
+    ),
     "max_timeout_seconds": Kind("Longest sandbox lifetime", "s"),
     "template_disk_mb": Kind(
         "Disk for templates", "MB", "keeps", "megabytes of templates", "delete a template"

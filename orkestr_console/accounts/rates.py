@@ -16,7 +16,8 @@ from orkestr_console.errors import RateLimited
 
 LEVEL = (
     "LEAST(%(most)s::float8, b.level"
-    " + EXTRACT(EPOCH FROM clock_timestamp() - b.at) * %(most)s::float8 / 60)"
+    # A clock that was set back gives nothing, and takes nothing either.
+    " + GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - b.at), 0) * %(most)s::float8 / 60)"
 )
 TAKE = sql.SQL(
     "INSERT INTO {table} AS b (token_id, level, at)"

@@ -35,6 +35,7 @@ from orkestr_console.accounts.services import actor_of_session
 from orkestr_console.accounts.sessions import person_group
 from orkestr_console.channel_layer import SERVICE_RESTART, LosesNotices
 from orkestr_console.errors import Forbidden, NotFound, Unauthenticated
+from orkestr_console.postgres import unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
             await self.close(code=UNAUTHENTICATED)
         except NotFound:
             await self._say_gone()
+        except Exception as error:
+            # The page comes back, and reads anew, once there is a database again.
+            if unavailable(error) is None:
+                raise
+            await self.close(code=SERVICE_RESTART)
         else:
             self._news.set()
             self._teller = asyncio.create_task(self._tell())
@@ -131,8 +137,9 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
             except NotFound:
                 await self._say_gone()
                 return
-            except Exception:
-                logger.exception("cannot tell a page its news")
+            except Exception as error:
+                if unavailable(error) is None:
+                    logger.exception("cannot tell a page its news")
                 await self.close(code=SERVICE_RESTART)
                 return
             await asyncio.sleep(BREATH)

@@ -233,6 +233,7 @@ class LimitsAnswer(Answer):
     sizes: list[Size]
     networks: list[str]
     max_concurrent: int = Field(description="Sandboxes at once.")
+    max_concurrent_commands: int = Field(description="Commands at once, in all sandboxes.")
     max_templates: int
     max_named_snapshots: int = Field(description="Snapshots that the team may keep.")
     max_concurrent_builds: int = Field(description="More wait for their turn.")

@@ -28,6 +28,7 @@ from orkestr_console.errors import DomainError, Forbidden, MethodNotAllowed, Una
 from orkestr_console.ids import new_id
 from orkestr_console.mcp.server import build_server
 from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, ask
+from orkestr_console.postgres import unavailable
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -48,9 +49,12 @@ async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     async with ThreadSensitiveContext():
         try:
             actor = await admitted(request)
-        except DomainError as error:
-            wire = {**error.to_wire(), "request_id": request_id}
-            refusal = JSONResponse(wire, error.status, error.all_headers())
+        except Exception as error:
+            told = error if isinstance(error, DomainError) else unavailable(error)
+            if told is None:
+                raise
+            wire = {**told.to_wire(), "request_id": request_id}
+            refusal = JSONResponse(wire, told.status, told.all_headers())
             await refusal(scope, receive, answer)
             return
         known = {**scope, ACTOR: actor, REQUEST_ID: request_id}

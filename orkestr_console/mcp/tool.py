@@ -18,6 +18,7 @@ from starlette.requests import Request
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.errors import DomainError, Internal, InvalidInput, to_mcp_text
 from orkestr_console.json_api import DEEPEST, refuse_unusable
+from orkestr_console.postgres import unavailable
 from orkestr_console.validation import invalid_input
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:
     cause = error.__cause__
     if isinstance(cause, DomainError):
         return cause
+    if (away := unavailable(cause)) is not None:
+        return away
     if isinstance(cause, ValidationError) and not isinstance(error, UnexpectedToolError):
         return invalid_input(cause)
     request_id = request_of(context).scope.get(REQUEST_ID, "")

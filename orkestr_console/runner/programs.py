@@ -56,14 +56,22 @@ def manage(layout: Layout, *arguments: str) -> list[str]:
 
 
 def web_answers(layout: Layout) -> bool:
-    """Whether the web process serves requests now."""
+    """Whether the web process serves requests now, and reaches the database."""
+    return is_well(layout, "database")
+
+
+def worker_answers(layout: Layout) -> bool:
+    """Whether the worker takes tasks now, as the web process sees it."""
+    return is_well(layout, "worker")
+
+
+def is_well(layout: Layout, thing: str) -> bool:
+    """What ``/readyz`` says of one thing; False while there is nobody to say it."""
+    address = f"{layout.local_url}/readyz"
     try:
-        return httpx.get(
-            f"{layout.local_url}/healthz",
-            timeout=scaled(ANSWER_SECONDS),
-            trust_env=False,
-        ).is_success
-    except httpx.HTTPError:
+        answer = httpx.get(address, timeout=scaled(ANSWER_SECONDS), trust_env=False)
+        return bool(answer.json()["checks"][thing]["state"] == "ok")
+    except (httpx.HTTPError, ValueError, KeyError):
         return False
 
 

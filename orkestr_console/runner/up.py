@@ -178,15 +178,13 @@ class Console:
             for name in ("web", "worker"):
                 self._keeper.launch(name)
             self._await("web, worker", "web", answers, programs.WEB_SECONDS)
-            self._await("web, worker", "worker", self._worker_runs, programs.WORKER_SECONDS)
+            takes = partial(programs.worker_answers, self._layout)
+            self._await("web, worker", "worker", takes, programs.WORKER_SECONDS)
             step.detail = f"answering at {self._layout.url}/"
 
     def _await(self, label: str, program: str, ready: Callable[[], bool], seconds: float) -> None:
         say = partial(self._display.progress, label)
         self._keeper.await_ready(program, ready, seconds, say)
-
-    def _worker_runs(self) -> bool:
-        return self._keeper.states()["worker"][0] == "RUNNING"
 
     def _start_host(self) -> None:
         """Start the agent, then make the base images it lacks; in a thread of its own."""

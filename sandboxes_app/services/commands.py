@@ -11,24 +11,27 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
-from asgiref.sync import async_to_sync
 from channels.db import database_sync_to_async
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import ExecFrame, ExecResult
+from hostruntime.quotas import Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
+from orkestr_console.accounts.limits import build, envelope
 from orkestr_console.closing import why_cut_off
-from orkestr_console.errors import DomainError, ExecKilled
-from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import async_host, told
+from orkestr_console.errors import DomainError, ExecKilled, PlanLimit, RateLimited
+from orkestr_console.postgres import persistently
+from orkestr_console.services.hosts import async_host, awaited, told
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import ExecSpec
 
 # What an error repeats of the output, so that a command that was stopped still shows its work.
 KEPT_OUTPUT = 64 * 1024
+# When one that was refused may try again: commands are short, most of them.
+BUSY_SECONDS = 2
 # The frames that a command's stream ends with.
 LAST = ("exec_exited", "error")
 LEFT_OUT = (
@@ -57,14 +60,15 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     """Run a command to its end.
 
     Raises ``NotFound``, ``Conflict`` (not running), ``ExecTimeout``, ``ExecKilled``,
-    ``InvalidInput`` for a working directory that does not exist.
+    ``RateLimited`` when as many of the team's commands run as its plan allows, ``InvalidInput``
+    for a working directory that does not exist.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    let_go()
     try:
-        # On the server's own event loop, which cancels it when the client goes away.
-        result = async_to_sync(to_the_end)(sandbox, spec)
+        result = awaited(to_the_end, sandbox, spec, quota_of(actor))
+    except host_errors.TooManyCommands as error:
+        raise too_many(actor, error) from error
     except host_errors.HostError as error:
         raise refused(sandbox, error) from error
     except asyncio.CancelledError:
@@ -75,7 +79,22 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     return answered(result)
 
 
-async def to_the_end(sandbox: Sandbox, spec: ExecSpec) -> ExecResult:
+def quota_of(actor: Actor) -> Quota:
+    """How many commands the actor's team may run at once: the host that runs them counts them."""
+    return Quota(actor.team.pk, build(actor.team).value("max_concurrent_commands"))
+
+
+def too_many(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
+    """The error for a command that is one too many. Reads rows, to say whom to ask for more."""
+    try:
+        envelope(actor.team).require_room("max_concurrent_commands", error.running)
+    except PlanLimit as limit:
+        return RateLimited(limit.detail, retry_after=BUSY_SECONDS, extra=limit.extra)
+    # The limit was raised, just now.
+    return RateLimited(error.detail, retry_after=1)
+
+
+async def to_the_end(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
     """What came of a command; cancelled, it ends it. Raises the host's errors."""
     return await async_host().exec_to_end(
         sandbox.pk,
@@ -83,18 +102,21 @@ async def to_the_end(sandbox: Sandbox, spec: ExecSpec) -> ExecResult:
         cwd=spec.cwd,
         env={**sandbox.env, **spec.env},
         timeout_seconds=spec.timeout_seconds,
+        quota=quota,
     )
 
 
 def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
     """Nobody waits for a command any more, and it was ended: put that on record."""
-    audit.record(
-        actor,
-        "sandbox.exec",
-        kind="sandbox",
-        object_id=sandbox.pk,
-        name=sandbox.template_name,
-        data={"ended": why},
+    persistently(
+        lambda: audit.record(
+            actor,
+            "sandbox.exec",
+            kind="sandbox",
+            object_id=sandbox.pk,
+            name=sandbox.template_name,
+            data={"ended": why},
+        )
     )
 
 
@@ -161,7 +183,7 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
     @classmethod
     def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
         """The stream of a command that starts when its first frame is asked for."""
-        stream = cls(frames_of(sandbox, spec))
+        stream = cls(frames_of(actor, sandbox, spec))
         stream._frames = noted_if_abandoned(actor, sandbox, stream._frames, stream)
         return stream
 
@@ -213,14 +235,18 @@ async def noted_if_abandoned(
         raise
 
 
-async def frames_of(sandbox: Sandbox, spec: ExecSpec) -> AsyncGenerator[dict[str, Any]]:
+async def frames_of(
+    actor: Actor, sandbox: Sandbox, spec: ExecSpec
+) -> AsyncGenerator[dict[str, Any]]:
     """The frames of a command, which starts when the first is asked for."""
+    quota = await database_sync_to_async(quota_of)(actor)
     started = async_host().exec_frames(
         sandbox.pk,
         spec.command,
         cwd=spec.cwd,
         env={**sandbox.env, **spec.env},
         timeout_seconds=spec.timeout_seconds,
+        quota=quota,
     )
     # An async generator, whatever the client calls it: closing it ends the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
@@ -236,6 +262,9 @@ async def frames_of(sandbox: Sandbox, spec: ExecSpec) -> AsyncGenerator[dict[str
                 begun = True
                 for shown in to_wire(frame, whole):
                     yield shown
+    except host_errors.TooManyCommands as error:
+        # Before any frame: it is the first thing that is looked at.
+        raise await database_sync_to_async(too_many)(actor, error) from error
     except host_errors.HostError as error:
         domain = await database_sync_to_async(refused)(sandbox, error)
         if not begun:

@@ -21,7 +21,7 @@ from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, InvalidInput, Unsupported
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import let_go
+from orkestr_console.postgres import persistently
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
@@ -35,6 +35,8 @@ from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source,
 FAILED_TO_START = (
     "The host could not start the sandbox. Try again; if it stays, tell your operator."
 )
+# A page that shows a count among others does not wait for it as long as for what was asked.
+COUNTING_SECONDS = 2.0
 NODE = socket.gethostname()
 # Lower case and short, which the ids of templates and images are not.
 BUILT_IN = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
@@ -63,10 +65,10 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
         boot(sandbox, snapshot)
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
         # Clients ask again, for the same or for something else, and count on nothing being left.
-        sandbox.delete()
+        persistently(sandbox.delete)
         raise told(error) from error
     except host_errors.NotFound:
-        sandbox.delete()
+        persistently(sandbox.delete)
         raise snapshots.gone(snapshot) if snapshot else no_image(actor.team, spec) from None
     except host_errors.HostError as error:
         abandon(sandbox)
@@ -200,14 +202,24 @@ def counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
     running = per_team(counted(teams))
     parked = per_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
     kept = snapshots.counts(teams)
+    commands = commands_running()
     return {
         team.pk: {
+            **({} if commands is None else {"max_concurrent_commands": commands.get(team.pk, 0)}),
             "max_concurrent_sandboxes": running.get(team.pk, 0),
             "max_snapshots": parked.get(team.pk, 0),
             "max_named_snapshots": kept[team.pk],
         }
         for team in teams
     }
+
+
+def commands_running() -> dict[str, int] | None:
+    """How many commands run of each team that has any, by its id; None if the host is silent."""
+    try:
+        return host().commands(seconds=COUNTING_SECONDS)
+    except host_errors.HostError:
+        return None
 
 
 def per_team(rows: SandboxQuerySet) -> dict[str, int]:
@@ -217,8 +229,6 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
 
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
-    # A disk that is copied takes as long as it does.
-    let_go()
     with driving(sandbox):
         info = host().create_sandbox(
             sandbox.pk,

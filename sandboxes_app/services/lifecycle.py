@@ -50,7 +50,7 @@ def find(actor: Actor, sandbox_id: str) -> Sandbox:
     if sandbox is None:
         raise NotFound(NO_SUCH)
     if sandbox.expires_at <= timezone.now() and sandbox.status in LIVE:
-        expire(sandbox)
+        settle_overdue(sandbox)
     return sandbox
 
 
@@ -91,7 +91,7 @@ def list_sandboxes(
         raise InvalidInput(f"status: {sentence}", fields={"status": sentence})
     rows = Sandbox.objects.for_team(actor.team)
     for sandbox in rows.live().filter(expires_at__lte=timezone.now()):
-        expire(sandbox)
+        settle_overdue(sandbox)
     if status:
         rows = rows.filter(status=status)
     if metadata:
@@ -160,8 +160,29 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
     return end
 
 
+def settle_overdue(sandbox: Sandbox) -> None:
+    """Settle one whose time is over by this clock, which may have been set meanwhile.
+
+    The host counts the seconds (:mod:`hostruntime.clock`): what it says is left is left, and the
+    row gets the moment at which that is now. While it does not answer the row stays as it is.
+    """
+    try:
+        info = host().sandbox(sandbox.pk)
+    except host_errors.NotFound:
+        info = None
+    except host_errors.HostError as error:
+        logger.warning("sandbox %s is not settled yet: %s", sandbox.pk, error.detail)
+        return
+    end = info.deadline if info is not None and info.state == "running" else None
+    if end is None or end <= timezone.now().timestamp():
+        expire(sandbox)
+        return
+    sandbox.expires_at = datetime.fromtimestamp(end, UTC)
+    Sandbox.objects.filter(pk=sandbox.pk, status__in=LIVE).update(expires_at=sandbox.expires_at)
+
+
 def expire(sandbox: Sandbox) -> None:
-    """Settle one whose time is over. The host ends the container by its own clock as well."""
+    """Settle one whose time is over. The host ends the container by itself as well."""
     if state.ended(sandbox, "expired"):
         async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
     else:
@@ -169,10 +190,10 @@ def expire(sandbox: Sandbox) -> None:
 
 
 def expire_due() -> int:
-    """Settle every sandbox whose time is over, of all teams; how many."""
+    """Settle every sandbox whose time is over, of all teams; how many there were."""
     due = list(Sandbox.objects.live().filter(expires_at__lte=timezone.now()))
     for sandbox in due:
-        expire(sandbox)
+        settle_overdue(sandbox)
     return len(due)
 
 

@@ -18,7 +18,6 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
 from orkestr_console.errors import Conflict, PlanLimit
-from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host, told
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
@@ -50,7 +49,6 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
         if not state.pausing(sandbox):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
     until = timezone.now() + LONGEST_PAUSE
-    let_go()
     try:
         with driving(sandbox):
             host().pause_sandbox(sandbox.pk, until.timestamp())
@@ -87,7 +85,6 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
         if not state.resuming(sandbox):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_paused")
     end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
-    let_go()
     try:
         with driving(sandbox):
             host().resume_sandbox(sandbox.pk, end.timestamp())

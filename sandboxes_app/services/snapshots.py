@@ -20,7 +20,7 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
 from orkestr_console.ids import is_id
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import let_go
+from orkestr_console.postgres import persistently
 from orkestr_console.services.hosts import host
 from orkestr_console.services.paging import page
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
@@ -47,7 +47,6 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     snapshot = insert(actor, sandbox, spec)
-    let_go()
     try:
         with driving(snapshot):
             info = host().create_snapshot(snapshot.pk, sandbox.pk)
@@ -106,16 +105,17 @@ def settled(snapshot: Snapshot, info: SnapshotInfo) -> bool:
     """It is there, unless it was deleted or given up meanwhile; whether it is."""
     rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
     size_mb = -(-info.size_bytes // MEGABYTE)
-    changed = rows.update(status=SnapshotStatus.READY, size_mb=size_mb, ready_at=timezone.now())
-    snapshot.refresh_from_db()
-    return changed == 1
+    ready = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
+    persistently(lambda: rows.update(**ready))
+    persistently(snapshot.refresh_from_db)
+    # Whoever deleted it or gave it up left another status, or when.
+    return snapshot.status == SnapshotStatus.READY and snapshot.deleted_at is None
 
 
 def failed(snapshot: Snapshot, message: str) -> None:
     """It came to nothing, or is no more."""
-    Snapshot.objects.filter(pk=snapshot.pk).update(
-        status=SnapshotStatus.FAILED, error_message=message
-    )
+    rows = Snapshot.objects.filter(pk=snapshot.pk)
+    persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
 
 
 def never_finished(snapshot: Snapshot) -> None:

@@ -10,6 +10,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from hostruntime.answers import SandboxInfo
+from orkestr_console.postgres import persistently
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
 
@@ -48,9 +49,26 @@ def change(
     return True
 
 
+def settle(sandbox: Sandbox, kind: str, *, to: SandboxStatus, **changes: Any) -> bool:
+    """The same for what has happened on the host already, however long the database is away.
+
+    Done again because the answer was lost, it finds the row as it should be, which counts.
+    """
+    tries = 0
+
+    def once() -> bool:
+        nonlocal tries
+        tries += 1
+        if change(sandbox, kind, to=to, **changes):
+            return True
+        return tries > 1 and Sandbox.objects.filter(pk=sandbox.pk, status=to).exists()
+
+    return persistently(once)
+
+
 def started(sandbox: Sandbox, info: SandboxInfo) -> bool:
     """It runs."""
-    return change(
+    return settle(
         sandbox,
         "running",
         among=[SandboxStatus.STARTING],
@@ -62,7 +80,7 @@ def started(sandbox: Sandbox, info: SandboxInfo) -> bool:
 
 def prolonged(sandbox: Sandbox, expires_at: datetime) -> bool:
     """It runs on, until another moment."""
-    return change(
+    return settle(
         sandbox,
         "timeout_set",
         among=[SandboxStatus.RUNNING],
@@ -79,13 +97,13 @@ def pausing(sandbox: Sandbox) -> bool:
 
 def unpaused(sandbox: Sandbox) -> bool:
     """It could not be paused, and runs on."""
-    return change(sandbox, "pause_failed", among=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING)
+    return settle(sandbox, "pause_failed", among=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING)
 
 
 def paused(sandbox: Sandbox, until: datetime) -> bool:
     """It stands still, and ends then unless it is resumed."""
     among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
-    return change(
+    return settle(
         sandbox,
         "paused",
         among=among,
@@ -102,13 +120,13 @@ def resuming(sandbox: Sandbox) -> bool:
 
 def still_paused(sandbox: Sandbox) -> bool:
     """It could not be resumed."""
-    return change(sandbox, "resume_failed", among=[SandboxStatus.RESUMING], to=SandboxStatus.PAUSED)
+    return settle(sandbox, "resume_failed", among=[SandboxStatus.RESUMING], to=SandboxStatus.PAUSED)
 
 
 def resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
     """It runs on: a new stretch, until another moment."""
     among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
-    return change(
+    return settle(
         sandbox,
         "resumed",
         among=among,
@@ -131,7 +149,7 @@ def never_started(sandbox: Sandbox) -> bool:
 
 def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE) -> bool:
     """It ended as it should not."""
-    return change(
+    return settle(
         sandbox,
         "failed",
         among=among,

@@ -16,7 +16,7 @@ from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import Max
-from django.utils import timezone
+from django.db.models.functions import Now
 
 from hostruntime import errors as host_errors
 from hostruntime.answers import BuildEvent as HostEvent
@@ -102,7 +102,7 @@ def heartbeat(template: Template, driver: str) -> Iterator[None]:
 def renew(template: Template, driver: str) -> None:
     """Say that the driver lives. The database being away for a moment is no reason to stop."""
     try:
-        Template.objects.filter(pk=template.pk, driver=driver).update(heartbeat_at=timezone.now())
+        Template.objects.filter(pk=template.pk, driver=driver).update(heartbeat_at=Now())
     except Exception:
         logger.warning("could not renew the lease of %s", template.pk, exc_info=True)
         connection.close()

@@ -22,6 +22,7 @@ from channels.db import database_sync_to_async
 from channels.layers import get_channel_layer
 
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.postgres import unavailable
 from templates_app.events import template_group
 from templates_app.models import Template, TemplateStatus
 from templates_app.services.templates import get_template
@@ -33,6 +34,7 @@ HIGHEST_LIMIT = 1000
 # How much a reader keeps for viewers that are a little behind, in events.
 KEPT = 256
 BREATH = 0.1  # seconds between two looks, however many notices there were
+AWAY_SECONDS = 1.0
 # Should a notice be lost, a look is taken all the same.
 LONGEST_WAIT = 10.0
 
@@ -96,9 +98,11 @@ async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list
         while not await tail.begun():
             yield []
         while True:
-            page = tail.after(after)
+            page = tail.after(after) or await read_page(template_id, after)
             if page is None:
-                page = await database_sync_to_async(page_of)(template_id, after, USUAL_LIMIT)
+                yield []
+                await asyncio.sleep(AWAY_SECONDS)
+                continue
             if page.events:
                 after = page.events[-1].seq
                 yield page.events
@@ -106,6 +110,16 @@ async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list
                 return
             if not page.events and not await tail.changed(after):
                 yield []
+
+
+async def read_page(template_id: str, after: int) -> EventPage | None:
+    """The next events from their rows; None while the database is away, which ends no stream."""
+    try:
+        return await database_sync_to_async(page_of)(template_id, after, USUAL_LIMIT)
+    except Exception as error:
+        if unavailable(error) is None:
+            raise
+        return None
 
 
 class Tail:
@@ -152,17 +166,24 @@ class Tail:
 
     async def _read_on(self) -> None:
         """Look whenever there is a notice; the first look is once notices can be heard."""
-        async with noticed(template_group(self._template_id)) as news:
-            while not self._ended:
-                news.clear()
-                try:
-                    await self._look()
-                except Exception:
+        while not self._ended:
+            # None can be heard while the database is away.
+            with suppress(TimeoutError):
+                async with noticed(template_group(self._template_id)) as news:
+                    await self._look_at(news)
+
+    async def _look_at(self, news: asyncio.Event) -> None:
+        while not self._ended:
+            news.clear()
+            try:
+                await self._look()
+            except Exception as error:
+                if unavailable(error) is None:
                     logger.exception("the events of %s cannot be read just now", self._template_id)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LONGEST_WAIT):
-                        await news.wait()
-                await asyncio.sleep(BREATH)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_WAIT):
+                    await news.wait()
+            await asyncio.sleep(BREATH)
 
     async def _look(self) -> None:
         if self._last is None:

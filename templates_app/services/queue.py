@@ -19,8 +19,7 @@ from typing import Literal
 
 from django.db import connection, transaction
 from django.db.models import Q
-from django.db.models.functions import Coalesce
-from django.utils import timezone
+from django.db.models.functions import Coalesce, Now
 from django_q.tasks import async_task
 
 from hostruntime.patience import scaled
@@ -88,15 +87,15 @@ def take(driver: str, ticket: str) -> Template | None:
 
 def claim(template_id: str, driver: str) -> bool:
     """Write ``driver`` on a building row that has no live one; whether that came about."""
-    now = timezone.now()
+    now = Now()
     free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
     begun = Coalesce("started_at", now)
     return bool(free.update(driver=driver, heartbeat_at=now, started_at=begun))
 
 
 def abandoned() -> Q:
-    """Builds that nobody follows now."""
-    return Q(heartbeat_at=None) | Q(heartbeat_at__lt=timezone.now() - LEASE)
+    """Builds that nobody follows now, by the database's clock, which writes heartbeats too."""
+    return Q(heartbeat_at=None) | Q(heartbeat_at__lt=Now() - LEASE)
 
 
 def orphan(ticket: str) -> str | None:
@@ -144,6 +143,6 @@ def place(template: Template) -> Place | None:
 
 def waiting_long() -> list[str]:
     """The builds that nobody follows: those begun whose driver is gone, and those never taken."""
-    stale = timezone.now() - LEASE
+    stale = Now() - LEASE
     lost = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
     return list(Template.objects.building().filter(lost).values_list("pk", flat=True))

@@ -197,7 +197,7 @@ CONSOLE = [
     page("POST", "operator/storage/image.img_one/delete/", **OPERATORS),
 ]
 # For everybody, and telling nothing: health, and what answers an unknown address.
-PUBLIC = {"healthz", r"^v1(?:/.*)?$"}
+PUBLIC = {"healthz", "readyz", r"^v1(?:/.*)?$"}
 
 
 @dataclass

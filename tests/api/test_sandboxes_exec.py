@@ -17,8 +17,9 @@ from django.test import AsyncClient, Client
 
 from hostruntime.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, HostUnavailable
+from hostruntime.quotas import Quota
 from orkestr_console import closing
-from orkestr_console.accounts.models import AuditEntry
+from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import actor_of_token
 from orkestr_console.server import build_server
 from sandboxes_app import api as views
@@ -475,3 +476,28 @@ async def test_a_sandbox_that_does_not_run_streams_nothing(
     await sync_to_async(Sandbox.objects.update)(status="terminated")
     box = await sync_to_async(Sandbox.objects.get)()
     refusal(await stream_api.stream(box.pk), 409, "sandbox_not_running")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.usefixtures("plans")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_command_past_those_that_may_run_at_once_is_a_429_that_says_whose_limit(
+    api: Client, host: FakeHost, box: str, team: Team, *, stream: bool
+) -> None:
+    TeamLimits.objects.create(team=team, max_concurrent_commands=1)
+    with host.running.one_more(Quota(team.pk, 99)):
+        answer = run(api, box, stream=stream)
+        said = refusal(answer, 429, "rate_limited")
+        assert int(answer["Retry-After"]) > 0
+        assert (said["limit"], said["used"], said["max"]) == ("max_concurrent_commands", 1, 1)
+        assert "1 of the 1 commands at once that your team's admins allow" in said["detail"]
+    assert host.ran == []
+    assert run(api, box).status_code == 200
+
+
+def test_another_teams_commands_count_for_nobody_else(
+    api: Client, host: FakeHost, box: str, team: Team, other_team: Team
+) -> None:
+    TeamLimits.objects.create(team=team, max_concurrent_commands=1)
+    with host.running.one_more(Quota(other_team.pk, 99)):
+        assert run(api, box).status_code == 200

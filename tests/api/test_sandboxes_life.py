@@ -13,6 +13,7 @@ from django.test import Client
 from django.utils import timezone
 
 from orkestr_console.accounts.models import Plan, Team
+from sandboxes_app import tasks
 from sandboxes_app.models import Sandbox, SandboxEvent
 from tests.api.asking import post, refusal
 from tests.fakes.fixtures import run_queue
@@ -28,9 +29,11 @@ def boot(api: Client, **changes: object) -> str:
     return str(answer.json()["id"])
 
 
-def age(box: str) -> None:
-    """Let a sandbox's time be over."""
-    Sandbox.objects.filter(pk=box).update(expires_at=timezone.now() - timedelta(seconds=1))
+def age(host: FakeHost, box: str) -> None:
+    """Let a sandbox's time be over, on the host as well, which has not ended it yet."""
+    end = timezone.now() - timedelta(seconds=1)
+    host.set_deadline(box, end.timestamp())
+    Sandbox.objects.filter(pk=box).update(expires_at=end)
 
 
 def test_a_sandbox_is_read_as_it_was_created(api: Client, host: FakeHost) -> None:
@@ -191,7 +194,7 @@ def test_one_whose_time_is_over_is_terminated_as_soon_as_anybody_looks(
     api: Client, host: FakeHost
 ) -> None:
     box = boot(api)
-    age(box)
+    age(host, box)
     refusal(post(api, f"{URL}/{box}/exec", {"command": "true"}), 409, "sandbox_not_running")
     assert api.get(f"{URL}/{box}").json()["status"] == "terminated"
     assert host.ran == []
@@ -202,14 +205,14 @@ def test_one_whose_time_is_over_is_terminated_as_soon_as_anybody_looks(
 
 def test_the_list_shows_none_as_running_whose_time_is_over(api: Client, host: FakeHost) -> None:
     over, alive = boot(api), boot(api)
-    age(over)
+    age(host, over)
     rows = api.get(URL, {"status": "running"}).json()["sandboxes"]
     assert [row["id"] for row in rows] == [alive]
 
 
 def test_one_whose_time_is_over_takes_no_slot(api: Client, host: FakeHost, team: Team) -> None:
     Plan.objects.filter(pk=team.plan_id).update(max_concurrent_sandboxes=1)
-    age(boot(api))
+    age(host, boot(api))
     boot(api)
 
 
@@ -274,3 +277,32 @@ def test_what_the_host_takes_long_for_holds_no_connection(
     for call in ("snapshots", "pause", "resume"):
         assert post(api, f"{URL}/{box}/{call}", {}).status_code < 300, call
     assert held == dict.fromkeys(names, False)
+
+
+def test_a_clock_that_was_set_forward_ends_nothing_early(api: Client, host: FakeHost) -> None:
+    """The host counts seconds: while it says that some are left, they are."""
+    box = boot(api)
+    end = timezone.now() + timedelta(minutes=9)
+    Sandbox.objects.filter(pk=box).update(expires_at=timezone.now() - timedelta(minutes=51))
+    host.set_deadline(box, end.timestamp())
+    assert api.get(f"{URL}/{box}").json()["status"] == "running"
+    assert Sandbox.objects.get(pk=box).expires_at == end
+    assert tidied(box) == "running"
+    host.set_deadline(box, timezone.now().timestamp())
+    Sandbox.objects.filter(pk=box).update(expires_at=timezone.now() - timedelta(minutes=51))
+    assert tidied(box) == "terminated"
+
+
+def tidied(box: str) -> str:
+    """The status that the pass of every minute leaves."""
+    tasks.tidy()
+    return str(Sandbox.objects.get(pk=box).status)
+
+
+def test_a_host_that_is_away_ends_nothing(api: Client, host: FakeHost) -> None:
+    box = boot(api)
+    age(host, box)
+    host.down = True
+    assert api.get(f"{URL}/{box}").json()["status"] == "running"
+    host.down = False
+    assert api.get(f"{URL}/{box}").json()["status"] == "terminated"

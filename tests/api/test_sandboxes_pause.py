@@ -89,7 +89,9 @@ def test_it_has_a_place_of_its_own(api: Client, host: FakeHost, team: Team) -> N
 def test_one_that_nobody_resumes_ends(api: Client, host: FakeHost) -> None:
     box = boot(api)
     post(api, f"{URL}/{box}/pause", {})
-    Sandbox.objects.filter(pk=box).update(expires_at=timezone.now() - timedelta(seconds=1))
+    end = timezone.now() - timedelta(seconds=1)
+    Sandbox.objects.filter(pk=box).update(expires_at=end)
+    host.pause_sandbox(box, end.timestamp())
     assert status(api, box) == "terminated"
 
 

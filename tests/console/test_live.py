@@ -8,21 +8,24 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import psycopg
 import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
 from channels.testing import WebsocketCommunicator
 from django.conf import settings
+from django.db import OperationalError
 from django.test import Client
 
 from orkestr_console.accounts import people, sessions
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Membership, User
 from orkestr_console.asgi import application
-from orkestr_console.channel_layer import LOST
+from orkestr_console.channel_layer import LOST, SERVICE_RESTART
 from sandboxes_app import services as sandboxes
 from sandboxes_app.models import Sandbox
 from templates_app import services as templates
+from templates_app.consumers import TemplatePage
 from templates_app.models import BuildEvent, Template
 from templates_app.services import driver
 from tests.fakes.host import FakeHost
@@ -289,3 +292,14 @@ async def test_a_page_in_a_session_that_is_ended_elsewhere_closes(
     await heard(socket)
     await sync_to_async(sessions.end_other_sessions)(alice, None)
     assert await closed(socket) == 4401
+
+
+async def test_while_the_database_is_away_a_page_is_asked_to_come_back(
+    opened: Open, console: Client, building: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OperationalError("the server closed the connection") from psycopg.OperationalError()
+
+    monkeypatch.setattr(TemplatePage, "groups_of", away)
+    page = await opened(f"/ws/templates/{building.pk}/", console)
+    assert await closed(page) == SERVICE_RESTART

@@ -30,6 +30,7 @@ def plans(transactional_db: None) -> None:
     migrations = "orkestr_console.accounts.migrations"
     import_module(f"{migrations}.0002_plans").add_plans(apps, None)
     import_module(f"{migrations}.0004_append_only_and_plans").add_numbers(apps, None)
+    import_module(f"{migrations}.0005_commands_at_once").add_commands(apps, None)
 
 
 def queued() -> list[str]:

@@ -44,7 +44,8 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
-from tests.fakes.commands import Ran
+from hostruntime.quotas import Quota
+from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
 
@@ -73,10 +74,11 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-class FakeHost(FakeSnapshots, FakeKeeping):
+class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lock = threading.Condition()
         self.down = False
         self.full = False
@@ -448,8 +450,10 @@ class FakeHost(FakeSnapshots, FakeKeeping):
         env: Mapping[str, str] | None = None,
         timeout_seconds: float | None = 60.0,
         max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
+        quota: Quota | None = None,
     ) -> ExecResult:
-        return self.exec(sandbox_id, command, cwd=cwd, env=env, timeout_seconds=timeout_seconds)
+        with self.running.one_more(quota):
+            return self.exec(sandbox_id, command, cwd=cwd, env=env, timeout_seconds=timeout_seconds)
 
     async def exec_frames(
         self,
@@ -460,9 +464,11 @@ class FakeHost(FakeSnapshots, FakeKeeping):
         env: Mapping[str, str] | None = None,
         timeout_seconds: float | None = 60.0,
         max_output_bytes: int | None = None,
+        quota: Quota | None = None,
     ) -> AsyncIterator[ExecFrame]:
         """What ``frames`` has for the command; an error among them is raised."""
-        self._note(sandbox_id, command, cwd, env, timeout_seconds)
+        with self.running.one_more(quota):
+            self._note(sandbox_id, command, cwd, env, timeout_seconds)
         told = False
         try:
             for frame in self.frames[str(command)]:

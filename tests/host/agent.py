@@ -31,6 +31,8 @@ class Agent:
         self.socket = state / "sock"
         self.process: subprocess.Popen[bytes] | None = None
         self.client = HostClient(self.socket)
+        # More variables for it, from its next start on.
+        self.environment: dict[str, str] = {}
 
     @property
     def pid(self) -> int:
@@ -46,6 +48,7 @@ class Agent:
             self.process = subprocess.Popen(
                 self._command(),
                 cwd=REPO,
+                env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

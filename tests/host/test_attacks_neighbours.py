@@ -110,19 +110,66 @@ def test_the_ranges_of_ids_are_apart(agent: Agent, pair: tuple[SandboxInfo, Sand
     assert abs(bases[0] - bases[2]) >= IDS_PER_SLOT
 
 
-def test_no_mount_but_the_kernels_own_is_shared(
-    agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]
-) -> None:
-    """By device and root (mountinfo in proc(5)): the usual nodes of /dev, and nothing else."""
+def test_no_mount_is_shared(agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]) -> None:
+    """By device and root (mountinfo in proc(5)), the nodes of /dev among them."""
     mounts = []
     for sandbox in pair:
         lines = (host_status(agent, sandbox) / "mountinfo").read_text().splitlines()
         mounts.append({tuple(line.split()[2:4]): line for line in lines})
-    shared = {key: mounts[0][key] for key in mounts[0].keys() & mounts[1].keys()}
-    assert shared, "the usual nodes"
-    assert all(" - devtmpfs " in line for line in shared.values()), shared
-    nodes = {key[1] for key in shared}
-    assert nodes == {"/full", "/null", "/random", "/tty", "/urandom", "/zero"}
+    assert {key: mounts[0][key] for key in mounts[0].keys() & mounts[1].keys()} == {}
+    nodes = {root for _, root in mounts[0]}
+    assert {"/full", "/null", "/random", "/tty", "/urandom", "/zero"} <= nodes
+
+
+# Each was one inode of the host's for all containers.
+NODES = """
+import fcntl, json, os, sys
+paths = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "ptmx")]
+taken = []
+for path in paths:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        continue
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        continue
+    taken.append(path)
+print(json.dumps(taken), flush=True)
+if sys.argv[1:]:
+    open("/workspace/locked", "w").close()
+    while not os.path.exists("/workspace/unlock"):
+        import time; time.sleep(0.05)
+"""
+
+
+def test_locks_on_devices_say_nothing_to_another_container(
+    agent: Agent, pair: tuple[SandboxInfo, SandboxInfo]
+) -> None:
+    """Nor do events of inotify, which are an inode's, too."""
+    host, (one, other) = agent.client, pair
+
+    def locks(sandbox: SandboxInfo, *words: str) -> list[str]:
+        done = host.exec(sandbox.id, ["python3", "-c", NODES, *words])
+        assert done.code == 0, done.stderr
+        return list(json.loads(done.stdout.splitlines()[0]))
+
+    free = locks(other)
+    assert {"/dev/null", "/dev/urandom"} <= set(free)
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(locks, one, "hold")
+        for _ in eventually():
+            assert not holding.done(), holding.result()
+            if host.stat(one.id, "/workspace/locked").exists:
+                break
+        try:
+            # The control: in its own container they are held.
+            assert "/dev/urandom" not in locks(one)
+            assert locks(other) == free
+        finally:
+            host.write_file(one.id, "/workspace/unlock", b"")
+        assert set(holding.result()) == set(free)
 
 
 def test_a_container_of_another_uid_cannot_signal_or_look_from_the_host_side(

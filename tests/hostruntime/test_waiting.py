@@ -162,6 +162,7 @@ def proxy(bursts: int) -> Iterator[egress.EgressProxy]:
         made.pool = cast("Any", SimpleNamespace(proxy_address=lambda: ("127.0.0.1", port)))
         made.processes = lambda: [process.pid]  # type: ignore[method-assign]
         made.helpers = list  # type: ignore[method-assign]
+        made._has_master = lambda: True  # type: ignore[method-assign]
         try:
             yield made
         finally:

@@ -6,12 +6,15 @@ import base64
 import json
 from typing import Any
 
+import psycopg
 import pytest
 from channels.db import database_sync_to_async
+from django.db import OperationalError
 from mcp import Client
 from mcp_types import CallToolResult, TextContent
 
 from hostruntime.answers import ExecFrame
+from hostruntime.quotas import Quota
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
 from orkestr_console.mcp import sandbox_tools
 from orkestr_console.mcp.tool import ERROR
@@ -369,3 +372,22 @@ async def test_permissions_that_are_none_are_refused(
         wanted = {"sandbox_id": box, "path": "/workspace/run.sh", "content": "", "mode": mode}
         assert (await client.call_tool("write_file", wanted)).is_error
         assert host.modes == {}
+
+
+async def test_a_command_too_many_and_a_database_that_is_away_are_told_as_rest_tells_them(
+    connect: Connect, key: str, host: FakeHost, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await database_sync_to_async(Plan.objects.update)(max_concurrent_commands=1)
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        with host.running.one_more(Quota(team.pk, 99)):
+            refused = await client.call_tool("exec", {"sandbox_id": box, "command": "true"})
+        assert error_of(refused)["code"] == "rate_limited"
+        assert error_of(refused)["limit"] == "max_concurrent_commands"
+
+        def away(*_: object, **__: object) -> None:
+            raise OperationalError("closed") from psycopg.OperationalError("closed")
+
+        monkeypatch.setattr(services, "list_bases", away)
+        told = await client.call_tool("list_base_templates", {})
+    assert (error_of(told)["code"], error_of(told)["retry_after"]) == ("database_unavailable", 2)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from django.db import Error, connection, transaction
 
-from orkestr_console.accounts import audit
+from orkestr_console.accounts import audit, limit_changes
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.limit_changes import LimitsSpec
 from orkestr_console.accounts.models import AuditEntry, Outcome
 from orkestr_console.accounts.services import actor_of_user
 from orkestr_console.errors import DomainError, NotFound
@@ -112,9 +113,9 @@ def test_templates_made_and_deleted_are_on_record(host: FakeHost, actor: Actor) 
     assert (last().action, last().object_name) == ("template.delete", "tools")
 
 
-def test_an_entry_is_there_exactly_if_what_it_describes_is(host: FakeHost, actor: Actor) -> None:
+def test_an_entry_is_there_exactly_if_what_it_describes_is(console_actor: Actor) -> None:
     with pytest.raises(ZeroDivisionError), transaction.atomic():
-        templates.create_template(actor, TEMPLATE)
+        limit_changes.set_team_limits(console_actor, LimitsSpec())
         raise ZeroDivisionError
     assert not AuditEntry.objects.exists()
 

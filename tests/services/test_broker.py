@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 from django.conf import settings
 from django.db import transaction
-from django_q.models import OrmQ
+from django.utils import timezone
+from django_q.models import OrmQ, Schedule
 from django_q.signing import SignedPackage
 
 from orkestr_console import broker as module
@@ -154,3 +156,58 @@ def test_the_pusher_survives_the_loss_of_its_connection(
     task = put(broker)
     assert leased(broker) == []
     assert [lease.task for lease in leased(broker)] == [task]
+
+
+HOUR = 3600.0
+
+
+def shift_lease(task: int, seconds: float) -> None:
+    """What a clock that is set makes of a lease: its end is so much further away."""
+    row = OrmQ.objects.get(pk=task)
+    OrmQ.objects.filter(pk=task).update(lock=row.lock + timedelta(seconds=seconds))
+
+
+def test_a_clock_set_forward_ends_no_lease(
+    broker: PgBroker, queue: psycopg.Connection[Any]
+) -> None:
+    task = put(broker)
+    (lease,) = leased(broker)
+    settle(broker)
+    # The database's clock goes an hour before the monotonic one, more than at the last look.
+    assert broker._ahead is not None
+    broker._ahead -= HOUR
+    shift_lease(task, -HOUR)
+    assert leased(broker) == [], "its worker has had no time to renew it"
+    assert Lease(task, lease.until - timedelta(seconds=HOUR)).renewed(queue) is not None
+    settle(broker)
+    assert leased(broker) == []
+
+
+def test_a_clock_set_back_keeps_no_lease_of_a_dead_worker(broker: PgBroker) -> None:
+    task = put(broker)
+    leased(broker)
+    settle(broker)
+    assert broker._ahead is not None
+    broker._ahead += HOUR
+    shift_lease(task, HOUR)
+    assert leased(broker) == [], "its worker may live"
+    settle(broker)
+    assert [lease.task for lease in leased(broker)] == [task]
+
+
+def test_a_clock_set_back_keeps_nothing_from_running_on_schedule(broker: PgBroker) -> None:
+    broker.dequeue()
+    soon = timezone.now() + timedelta(seconds=HOUR)
+    facts = {"name": "x", "func": "x", "next_run": soon}
+    every = Schedule.objects.create(schedule_type=Schedule.MINUTES, minutes=1, **facts)
+    once = Schedule.objects.create(schedule_type=Schedule.ONCE, **facts)
+    broker.dequeue()
+    every.refresh_from_db()
+    assert every.next_run == soon
+    assert broker._ahead is not None
+    broker._ahead += HOUR
+    broker.dequeue()
+    every.refresh_from_db()
+    once.refresh_from_db()
+    assert every.next_run <= timezone.now()
+    assert once.next_run == soon

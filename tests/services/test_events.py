@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import psycopg
 import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
+from django.db import OperationalError
 from django.test import RequestFactory
 
 from orkestr_console.accounts.actor import system_actor
@@ -214,3 +216,24 @@ async def test_a_reader_that_fails_tries_again(
         while not await tail.changed(1):
             pass
     assert failures == []
+
+
+async def test_a_database_that_is_away_for_a_moment_ends_no_stream(
+    building: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = events.page_of, iter(range(6))
+
+    def away(*asked: Any) -> services.EventPage:
+        if next(fails, None) is not None:
+            raise OperationalError("closed") from psycopg.OperationalError("closed")
+        return real(*asked)
+
+    monkeypatch.setattr(events, "page_of", away)
+    monkeypatch.setattr(events, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(events, "AWAY_SECONDS", 0.1)
+    await sync_to_async(say)(building, "a", "b")
+    await sync_to_async(finish)(building)
+    async with asyncio.timeout(60):
+        told = [one.kind async for batch in events.follow_events(building, 0) for one in batch]
+    assert told[-3:] == ["output", "output", "published"]
+    assert next(fails, None) is None

@@ -327,9 +327,8 @@ PROTOCOLS = {
     ),
     "netlink GENERIC": (socket.AF_NETLINK, socket.SOCK_RAW, 16),
 }
-for name, (family, kind_of_socket, protocol) in PROTOCOLS.items():
-    attempt = partial(open_socket, family, kind_of_socket, protocol)
-    TABLE.add(f"a socket of {name}", attempt, "EPROTONOSUPPORT")
+for name, arguments in PROTOCOLS.items():
+    TABLE.add(f"a socket of {name}", partial(open_socket, *arguments), "EPROTONOSUPPORT")
 TABLE.add("a raw IPv4 socket", partial(open_socket, 2, 3, 1), "EPERM")
 TABLE.add("a raw IPv6 socket", partial(open_socket, 10, 3, 58), "EPERM")
 
@@ -370,9 +369,12 @@ def _() -> None:
     syscall(number(206, 0), 65_536, ctypes.addressof(context))
 
 
-for number_of_call in (457, 458, 461, 467, 468, 500):
-    attempt = partial(syscall, number_of_call, 0, 0, 0, 0, 0, 0)
-    TABLE.add(f"call number {number_of_call}, which no one has looked at", attempt, "ENOSYS")
+def unknown_call(which: int) -> None:
+    syscall(which, 0, 0, 0, 0, 0, 0)
+
+
+for which in (457, 458, 461, 467, 468, 500):
+    TABLE.add(f"call {which}, which nobody has looked at", partial(unknown_call, which), "ENOSYS")
 
 
 @TABLE.attack("have page zero mapped (personality)")

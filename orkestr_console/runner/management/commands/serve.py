@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import connections
 
 
 class Command(BaseCommand):
@@ -24,12 +26,27 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Serve; never returns."""
+        use_request_settings()
         # Here, because it installs an event loop that no other command wants.
         from orkestr_console.asgi import application
         from orkestr_console.server import build_server, leave
+        from orkestr_console.services.readiness import readiness
 
+        readiness.start()
         server = build_server(application, options["address"] or settings.LISTEN, options["port"])
         server.run()
         if server.failure:
             raise CommandError(f"cannot listen on port {options['port']}: {server.failure}")
         leave(0)
+
+
+def use_request_settings() -> None:
+    """Make of the process what requests need, before there is a pool or a connection.
+
+    Whoever waits is told soon that it is no use (:mod:`orkestr_console.postgres`). Each request
+    under way has a socket of its client's and maybe one to the host, so as many files are allowed
+    as the system lets us have.
+    """
+    connections.settings["default"]["OPTIONS"]["pool"]["timeout"] = settings.REQUEST_POOL_SECONDS
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
