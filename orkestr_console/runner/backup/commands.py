@@ -43,7 +43,7 @@ class Teller:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + TELL_SECONDS
-            self.say(f"… {self.progress.bytes / _MIB:.0f} MiB copied")
+            self.say(f"… {self.progress.bytes / _MIB:.0f} MiB, with what is holes in files")
 
 
 @contextmanager

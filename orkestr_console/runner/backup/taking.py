@@ -21,7 +21,6 @@ KEEP = 7
 # Files of the installation's run directory; and what stands for two of them in the environment.
 SECRETS = {"secret_key": "ORKESTR_SECRET_KEY", "token_pepper": "ORKESTR_TOKEN_PEPPER"}
 ALLOWLIST = "egress-allowlist.txt"
-_MIB = 1024 * 1024
 Say = Callable[[str], None]
 
 
@@ -59,7 +58,7 @@ def back_up(layout: Layout, directory: Path, keep: int, vault: Vault, say: Say) 
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             vault.clear_partial()
-    copied = f"{len(taken.copied)} new ({vault.progress.bytes / _MIB:.0f} MiB)"
+    copied = f"{len(taken.copied)} new"
     return Made(made, f"{len(taken.stored)} images and snapshots, {copied}", taken.lost)
 
 
