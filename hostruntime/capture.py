@@ -32,7 +32,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime.copying import SMALL_BYTES, Copier, copy_special, kept, opened_file
+from hostruntime.copying import (
+    SMALL_BYTES,
+    Copier,
+    copy_metadata,
+    copy_special,
+    kept,
+    opened_file,
+)
 from hostruntime.known_contents import KnownContents
 from hostruntime.progress import Progress
 from hostruntime.trees import (
@@ -118,7 +125,7 @@ class _Walk:
             with _made(name, output) as directory:
                 os.fchmod(directory, mode)
                 os.utime(directory, ns=(0, 0))
-        _copy_metadata(upper, output)
+        copy_metadata(upper, output)
 
     def _merge(
         self, base: int | None, upper: int, output: int, depth: int, hidden: frozenset[str]
@@ -147,7 +154,7 @@ class _Walk:
             self._path.append(name)
             self._merge(base, inner, made, depth, frozenset())
             self._path.pop()
-            _copy_metadata(inner, made)
+            copy_metadata(inner, made)
 
     @contextmanager
     def _shown_through(self, name: str, inner: int, parent: int | None) -> Iterator[int | None]:
@@ -177,7 +184,7 @@ class _Walk:
             if entry.is_dir(follow_symlinks=False):
                 with opened(name, base) as inner, _made(name, output) as made:
                     self._link_all(inner, made, depth + 1, frozenset())
-                    _copy_metadata(inner, made)
+                    copy_metadata(inner, made)
                 continue
             self._progress.files += 1
             try:
@@ -281,14 +288,3 @@ def _strip_attributes(name: str, dir_fd: int) -> None:
     for attribute in attributes(name, dir_fd):
         if not kept(attribute):
             os.removexattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
-
-
-def _copy_metadata(source: int, target: int) -> None:
-    """Give the directory ``target`` what ``source`` has; last, for filling it changes its times."""
-    found = os.fstat(source)
-    os.fchown(target, found.st_uid, found.st_gid)
-    for attribute in os.listxattr(source):
-        if kept(attribute):
-            os.setxattr(target, attribute, os.getxattr(source, attribute))
-    os.fchmod(target, stat.S_IMODE(found.st_mode))
-    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))

@@ -113,3 +113,14 @@ def copy_special(name: str, source: int, target: int, found: os.stat_result) -> 
         os.chmod(child_path(name, target), stat.S_IMODE(found.st_mode))  # noqa: PTH101 - by descriptor
     times = (found.st_atime_ns, found.st_mtime_ns)
     os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
+
+
+def copy_metadata(source: int, target: int) -> None:
+    """Give the directory ``target`` what ``source`` has; last, for filling it changes its times."""
+    found = os.fstat(source)
+    os.fchown(target, found.st_uid, found.st_gid)
+    for attribute in os.listxattr(source):
+        if kept(attribute):
+            os.setxattr(target, attribute, os.getxattr(source, attribute))
+    os.fchmod(target, stat.S_IMODE(found.st_mode))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))

@@ -24,7 +24,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,32 +59,43 @@ def image_digest(
     *,
     known: KnownContents | None = None,
     progress: Progress | None = None,
+    linked: dict[int, bytes] | None = None,
+    only: Collection[str] | None = None,
 ) -> str:
     """The digest of ``tree``, which was made over ``base``, whose digest is ``base_digest``.
 
     What is ``known`` of the tree's files is not read again.  ``progress`` counts the names that
-    are looked at, and their bytes.  Raises TreeTooDeep, OSError, and what ``check`` does.
+    are looked at, and their bytes.  ``linked``, given again with other trees that share files with
+    this one, keeps what those hold, by inode; nothing may write to them meanwhile.  With
+    ``only``, no other names in the tree itself count.  Raises TreeTooDeep, OSError, and what
+    ``check`` does.
     """
     with ExitStack() as stack:
         root = stack.enter_context(opened(tree))
         below = stack.enter_context(opened(base)) if base is not None else None
-        listing = _Listing(check, known or KnownContents(), progress or Progress())
+        listing = _Listing(check, known or KnownContents(), progress or Progress(), linked)
         listing.record([VERSION.encode(), base_digest.encode()])
         listing.entry(b"/", ".", root)
-        listing.visit(root, below, b"", 0)
+        listing.visit(root, below, b"", 0, only)
     return listing.digest()
 
 
 class _Listing:
     """The records written so far, as their hash."""
 
-    def __init__(self, check: Check, known: KnownContents, progress: Progress) -> None:
+    def __init__(
+        self,
+        check: Check,
+        known: KnownContents,
+        progress: Progress,
+        linked: dict[int, bytes] | None,
+    ) -> None:
         self._check = check
         self._known = known
         self._progress = progress
         self._hash = hashlib.sha256()
         # Of files with several names, so that each is read once.
-        self._contents: dict[int, bytes] = {}
+        self._contents = {} if linked is None else linked
 
     def digest(self) -> str:
         return f"sha256:{self._hash.hexdigest()}"
@@ -92,11 +103,18 @@ class _Listing:
     def record(self, fields: Iterable[bytes]) -> None:
         self._hash.update(b"\0".join([*fields, b"\n"]))
 
-    def visit(self, tree: int, base: int | None, path: bytes, depth: int) -> None:
+    def visit(
+        self,
+        tree: int,
+        base: int | None,
+        path: bytes,
+        depth: int,
+        only: Collection[str] | None = None,
+    ) -> None:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
         old = {} if base is None else {entry.name: entry for entry in entries(base)}
-        new = {entry.name: entry for entry in entries(tree)}
+        new = {entry.name: entry for entry in entries(tree) if only is None or entry.name in only}
         for name in sorted(old.keys() | new.keys(), key=os.fsencode):
             self._check()
             there = path + b"/" + os.fsencode(name)

@@ -49,7 +49,7 @@ from hostruntime.records import STRICT, BadRecord, read_record
 from hostruntime.trash import Trash
 from hostruntime.trees import Check, Inventory, Measure, go_on, measure, tree_digest
 
-__all__ = ["Image", "ImageManifest", "ImageStore", "tree_digest"]
+__all__ = ["Image", "ImageManifest", "ImageStore", "read_image", "tree_digest"]
 
 # Names that clients still use for an image that has another name now.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
@@ -144,7 +144,7 @@ class ImageStore:
                 f"There is no image {image_id!r} on this host. It may have been deleted, or it "
                 "is a built-in base that has not been built yet."
             )
-        return _read_image(directory)
+        return read_image(directory)
 
     def exists(self, image_id: str) -> bool:
         """Whether :meth:`get` would find it."""
@@ -254,7 +254,7 @@ class ImageStore:
             for directory in self._generations(_resolve(image_id)):
                 if (directory / "users" / check_name(holder)).exists():
                     (directory / "users" / user).touch(mode=0o600)
-                    return _read_image(directory)
+                    return read_image(directory)
         raise ImageNotFound(f"{holder} does not use the image {image_id!r} any more.")
 
     def release(self, image_id: str, user: str) -> None:
@@ -313,7 +313,7 @@ class ImageStore:
             else:
                 directory = self._publish_template(staged, manifest.id)
             _sync(self._paths.images)
-        return _read_image(directory)
+        return read_image(directory)
 
     def revoke(self, image_id: str) -> bool:
         """From now on nothing is published under this id; False if something already has been.
@@ -407,7 +407,7 @@ class ImageStore:
                 if entry.is_symlink() or entry.name.startswith("."):
                     continue
                 try:
-                    _read_image(entry)
+                    read_image(entry)
                 except ImageNotFound:
                     self.quarantine.add_damaged(entry, "image", f"{entry} has no manifest")
                 except BadRecord as error:
@@ -426,14 +426,14 @@ class ImageStore:
             if os.path.lexists(target):
                 raise Conflict(f"There is an image {held.name} already.")
             try:
-                _read_image(content, held.name)
+                read_image(content, held.name)
             except (ImageNotFound, BadRecord) as error:
                 raise Conflict(f"The image is still damaged. {error.detail}") from error
             (content / _KEPT).touch(mode=0o600)
             content.rename(target)
             _sync(self._paths.images)
         self.quarantine.forget(held)
-        return _read_image(target)
+        return read_image(target)
 
     def recover(self, live_users: Collection[str]) -> None:
         """The pass at start: forget users that are gone, drop half-made and unused trees."""
@@ -496,7 +496,7 @@ def _users(directory: Path) -> Iterator[Path]:
         yield from list((directory / "users").iterdir())
 
 
-def _read_image(directory: Path, name: str | None = None) -> Image:
+def read_image(directory: Path, name: str | None = None) -> Image:
     """The image in a directory, of that name or its own.  Raises ImageNotFound, BadRecord."""
     path, named = directory / _RECORD, (name or directory.name).partition("@")[0]
     manifest = read_record(path, _MANIFEST)

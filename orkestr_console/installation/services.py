@@ -16,7 +16,8 @@ from django.db.models import F, Max
 from django.utils import timezone
 
 from hostruntime.answers import HeldInfo, Reconciliation, StandingInfo
-from hostruntime.installation import InstallationMismatch, StateUnclaimed
+from hostruntime.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.paths import StatePaths
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.installation.models import Installation, new_word
@@ -129,15 +130,36 @@ def adopt(operator: Operator | None = None) -> Installation:
     with errors_told():
         seen = host().installation()
     with transaction.atomic():
-        most = Installation.objects.aggregate(most=Max("epoch"))["most"] or 0
-        row = current()
-        row.epoch, row.previous, row.mark = max(most, seen.epoch) + 1, "", new_word()
-        row.confirmed = False
-        row.save()
+        row = marked_anew(seen.epoch)
         if operator is not None:
             record(operator, "installation.adopt", row.pk, seen.mismatch)
     with errors_told():
         host().adopt(row.claim())
+    return confirmed(row)
+
+
+def adopt_restored(paths: StatePaths) -> Installation:
+    """:func:`adopt`, of a state directory that was restored with the database; no host runs yet.
+
+    Raises ``OSError``.
+    """
+    row = marked_anew(0)
+    InstallationBook(paths).adopt(row.claim())
+    return confirmed(row)
+
+
+def marked_anew(seen: int) -> Installation:
+    """The row with a mark that follows on no other, later than the epoch that was seen."""
+    most = Installation.objects.aggregate(most=Max("epoch"))["most"] or 0
+    row = current()
+    row.epoch, row.previous, row.mark = max(most, seen) + 1, "", new_word()
+    row.confirmed = False
+    row.save()
+    return row
+
+
+def confirmed(row: Installation) -> Installation:
+    """The row, now that the host has taken down its mark."""
     row.confirmed, row.mismatch, row.mismatch_at = True, "", None
     row.save()
     return row

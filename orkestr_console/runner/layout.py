@@ -60,6 +60,11 @@ class Layout:
         return self.run / "sandboxes-ended"
 
     @property
+    def restoring(self) -> Path:
+        """Exists, with the backup's name in it, until a restore is whole: nothing starts before."""
+        return self.var / "restoring"
+
+    @property
     def lock(self) -> Path:
         """Held, with the owner's process id in it, by the one `manage.py up` of this var."""
         return self.run / "up.lock"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -133,6 +133,29 @@ class Cluster:
             return "FATAL" in str(error)
         return True
 
+    def end_orphan(self) -> None:
+        """End a server whose parent was killed before it could stop with it.
+
+        For who holds the installation's lock. Raises ``PostgresError`` if it stays.
+        """
+        pid = self._server_pid()
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGINT)
+        patience = Patience(IDLE_SECONDS, lambda: tree_of(pid))
+        while self._server_pid() is not None:
+            if patience.spent():
+                raise PostgresError(f"the server of {self.data}, process {pid}, does not stop")
+            time.sleep(0.05)
+
+    def _server_pid(self) -> int | None:
+        """The process that serves this data now, as it says itself (postmaster.pid)."""
+        with suppress(OSError, ValueError, IndexError):
+            pid = int((self.data / "postmaster.pid").read_text().splitlines()[0])
+            if os.fsencode(self.data) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return pid
+        return None
+
     def ensure_database(self) -> None:
         """Make the role and the database the console uses, if missing. The server must answer."""
         with self._connect(SERVER_USER) as connection:
@@ -203,30 +226,44 @@ def temporary_cluster(directory: Path) -> Iterator[Cluster]:
     directory.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(directory / "data", directory / "sockets")
     cluster.create()
-    log = directory / "postgres.log"
-    with log.open("wb") as output:
+    try:
+        quick = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        with serving(cluster, directory / "postgres.log", **quick):
+            yield cluster
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
+    """Run the cluster's server for as long as the block lasts, with its database made.
+
+    ``settings`` are server parameters. Raises ``PostgresError`` if it does not come up.
+    """
+    cluster.end_orphan()
+    with log.open("ab") as output:
         server = subprocess.Popen(
-            cluster.command(fsync="off", synchronous_commit="off", full_page_writes="off"),
+            # From the first moment, though what drops its rights sets it anew (prctl(2)).
+            ["setpriv", "--pdeathsig=TERM", "--", *cluster.command(**settings)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            _wait_until_it_answers(cluster, server, log)
-            cluster.ensure_database()
-            yield cluster
-        finally:
-            server.send_signal(signal.SIGINT)
-            _wait_until_it_ends(server)
-            shutil.rmtree(directory)
+    try:
+        _wait_until_it_answers(cluster, server, log)
+        cluster.ensure_database()
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)
+        _wait_until_it_ends(server)
 
 
 def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
     patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
     while not cluster.answers():
         if server.poll() is not None or patience.spent():
-            raise PostgresError(f"the test database did not start: {log.read_text()[-2000:]}")
+            raise PostgresError(f"the database did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
@@ -234,7 +271,7 @@ def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
     patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
     while server.poll() is None:
         if patience.spent():
-            raise PostgresError(f"the test database did not stop: it {patience.why}")
+            raise PostgresError(f"the database did not stop: it {patience.why}")
         time.sleep(0.05)
 
 

@@ -62,6 +62,7 @@ class Console:
         with only_one(self._layout):
             # One that was killed leaves it.
             self._layout.ready.unlink(missing_ok=True)
+            self._refuse_what_is_half_restored()
             self._refuse_unless_it_can_listen()
             ensure_user()
             if self._layout.database_url is None:
@@ -74,6 +75,13 @@ class Console:
         if os.geteuid() != 0:
             raise StartError(
                 "containers, mounts and networks need root: start with `make run`, or with sudo"
+            )
+
+    def _refuse_what_is_half_restored(self) -> None:
+        if self._layout.restoring.exists():
+            raise StartError(
+                "a restore into this installation was not finished: repeat `./manage.py restore "
+                "DIRECTORY`, or give it up with `make clean`"
             )
 
     def _refuse_unless_it_can_listen(self) -> None:

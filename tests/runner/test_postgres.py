@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.postgres import Cluster, PostgresError, temporary_cluster
+from tests.stack import wait_for
 
 
 @pytest.fixture
@@ -42,3 +46,19 @@ def test_a_socket_path_too_long_is_refused_before_anything_is_made(tmp_path: Pat
     with pytest.raises(PostgresError, match="ORKESTR_VAR"):
         cluster.create()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_whose_parent_was_killed_at_once_is_ended(directory: Path) -> None:
+    """It has not said yet that it wants to end with its parent (prctl(2))."""
+    cluster = Cluster(directory / "data", directory / "sockets")
+    directory.mkdir()
+    ensure_user()
+    cluster.create()
+    cluster.end_orphan()
+    server = subprocess.Popen(cluster.command(), stderr=subprocess.DEVNULL)
+    wait_for(cluster.answers, 60)
+    cluster.end_orphan()
+    assert server.wait(60) == 0
+    # The number in the file may be somebody else's by now.
+    (cluster.data / "postmaster.pid").write_text(f"{os.getpid()}\n")
+    cluster.end_orphan()

@@ -1,0 +1,146 @@
+"""The database in a backup: one custom-format archive of pg_dump(1), of one instant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from hostruntime.run import run
+from orkestr_console.runner.backup.errors import BackupError
+from orkestr_console.runner.layout import Layout
+from orkestr_console.runner.lock import holder, only_one
+from orkestr_console.runner.postgres import DISTRIBUTION, serving
+
+# How long pg_dump or pg_restore may do nothing; the time they work does not count.
+IDLE_SECONDS = 300
+CONNECT_SECONDS = 30
+# libpq's environment variables that are not called as the parameter is, in capitals (libpq-envars).
+_VARIABLES = {
+    "dbname": "PGDATABASE",
+    "application_name": "PGAPPNAME",
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+}
+_READY_IMAGES = "SELECT image_id FROM templates_app_template WHERE status = 'ready'"
+_READY_SNAPSHOTS = (
+    "SELECT id FROM sandboxes_app_snapshot WHERE status = 'ready' AND deleted_at IS NULL"
+)
+_MIGRATIONS = "SELECT app || '.' || name FROM django_migrations ORDER BY 1"
+_INSTALLATION = "SELECT id FROM installation_installation"
+_TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
+             WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"""
+
+
+@dataclass(frozen=True)
+class Dumped:
+    """What a dump holds: ``images`` and ``snapshots`` that its rows count on, by their names.
+
+    ``server`` is the major version of PostgreSQL.
+    """
+
+    server: int
+    installation: str
+    migrations: list[str]
+    images: list[str]
+    snapshots: list[str]
+
+
+@contextmanager
+def database(layout: Layout) -> Iterator[str]:
+    """The URL of the installation's database, started for the time if the console does not run.
+
+    Raises BackupError, StartError (the console is being started), PostgresError.
+    """
+    if layout.database_url is not None:
+        yield layout.database_url
+    elif holder(layout) is not None:
+        if not layout.cluster.answers():
+            raise BackupError("the console's database does not answer just now; try again")
+        yield layout.cluster.url
+    elif not (layout.cluster.data / "PG_VERSION").exists():
+        raise BackupError(
+            f"there is no installation in {layout.var}: set ORKESTR_VAR (and DATABASE_URL) as for "
+            "the console"
+        )
+    else:
+        with only_one(layout), serving(layout.cluster, layout.log / "postgres.log"):
+            yield layout.cluster.url
+
+
+def dump(url: str, target: Path) -> Dumped:
+    """Write the archive, and say what its rows name: both see the same instant.
+
+    Raises BackupError, CommandFailed, psycopg.Error.
+    """
+    with psycopg.connect(url, connect_timeout=CONNECT_SECONDS) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        connection.read_only = True
+        (snapshot,) = _column(connection, "SELECT pg_export_snapshot()")
+        dumped = Dumped(
+            server=connection.info.server_version // 10_000,
+            installation="".join(_column(connection, _INSTALLATION)),
+            migrations=_column(connection, _MIGRATIONS),
+            images=_column(connection, _READY_IMAGES),
+            snapshots=_column(connection, _READY_SNAPSHOTS),
+        )
+        program = _program("pg_dump", dumped.server)
+        options = ["--format=custom", "--no-owner", "--no-privileges", f"--snapshot={snapshot}"]
+        run(
+            [str(program), *options, f"--file={target}"],
+            timeout=IDLE_SECONDS,
+            env=environment(url),
+        )
+    return dumped
+
+
+def load(url: str, archive: Path, server: int) -> None:
+    """Fill a database from an archive of a server of that version, wholly or not at all.
+
+    What is there of the same names is replaced. Raises BackupError, CommandFailed.
+    """
+    options = ["--clean", "--if-exists", "--no-owner", "--no-privileges", "--single-transaction"]
+    run(
+        [
+            *(str(_program("pg_restore", server)), *options, "--exit-on-error"),
+            *(f"--dbname={conninfo_to_dict(url)['dbname']}", str(archive)),
+        ],
+        timeout=IDLE_SECONDS,
+        env=environment(url),
+    )
+
+
+def is_empty(url: str) -> bool:
+    """Whether a database has no tables. Raises psycopg.Error."""
+    with psycopg.connect(url, connect_timeout=CONNECT_SECONDS) as connection:
+        row = connection.execute(_TABLES).fetchone()
+        return row is None or row[0] == 0
+
+
+def environment(url: str) -> Mapping[str, str]:
+    """The connection as libpq's environment: a password is nothing for a command line."""
+    parameters = conninfo_to_dict(url)
+    return {
+        _VARIABLES.get(name, f"PG{name.replace('_', '').upper()}"): str(value)
+        for name, value in parameters.items()
+        if value is not None
+    }
+
+
+def _column(connection: psycopg.Connection, query: str) -> list[str]:
+    return [str(row[0]) for row in connection.execute(query.encode()).fetchall()]
+
+
+def _program(name: str, server: int) -> Path:
+    """The program of that server's version, or the oldest that is newer. Raises BackupError."""
+    found = {int(path.parents[1].name): path for path in DISTRIBUTION.glob(f"*/bin/{name}")}
+    fit = [version for version in found if version >= server]
+    if not fit:
+        raise BackupError(
+            f"the database is PostgreSQL {server}, whose {name} is not installed: "
+            f"apt-get install postgresql-client-{server}"
+        )
+    return found[min(fit)]

@@ -1,0 +1,167 @@
+"""`manage.py restore`: bring a backup back into an installation that is empty.
+
+Everything is read and held against its digest first; then ``restoring`` in the var directory says
+that it has begun, and the console does not start until it is whole.  A repeat begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from django.core.management import call_command
+from django.db import connection, connections
+from django.db.backends.postgresql.base import DatabaseWrapper
+from django.db.migrations.loader import MigrationLoader
+
+from hostruntime.backups import Vault
+from hostruntime.paths import StatePaths
+from orkestr_console.installation.services import adopt_restored
+from orkestr_console.runner.account import ensure_user
+from orkestr_console.runner.backup import manifest
+from orkestr_console.runner.backup.database import is_empty, load
+from orkestr_console.runner.backup.errors import BackupError
+from orkestr_console.runner.backup.manifest import Manifest
+from orkestr_console.runner.backup.taking import SECRETS, Say
+from orkestr_console.runner.layout import Layout
+from orkestr_console.runner.lock import only_one
+from orkestr_console.runner.postgres import serving
+
+
+def restore(layout: Layout, directory: Path, name: str | None, vault: Vault, say: Say) -> Manifest:
+    """Restore the backup of that name, or the newest; return its manifest.
+
+    Raises BackupError, StartError (the console runs), PostgresError, HostError, OSError. What was
+    not whole before is not used by anything, and a repeat replaces it.
+    """
+    backup = chosen(directory, name)
+    with manifest.locked(directory, alone=False):
+        layout.prepare()
+        with only_one(layout):
+            ensure_user()
+            refuse_unless_empty(layout)
+            say(f"verifying {backup.name}")
+            found = verified(backup, vault)
+            layout.restoring.write_text(f"{backup}\n")
+            say("images and snapshots")
+            restore_state(layout, backup, found, vault)
+            say("database")
+            restore_keys(layout, backup)
+            restore_database(layout, backup, found)
+            # No container is here: the next start tells the database.
+            layout.all_ended.touch()
+            os.sync()
+            layout.restoring.unlink()
+    return found
+
+
+def chosen(directory: Path, name: str | None) -> Path:
+    """The backup to restore. Raises BackupError where there is none of that name."""
+    whole = manifest.backups(directory) if directory.is_dir() else []
+    if name is not None:
+        whole = [backup for backup in whole if backup.name == name]
+    if not whole:
+        named = f" called {name}" if name is not None else ""
+        raise BackupError(f"there is no whole backup{named} in {directory}")
+    return whole[-1]
+
+
+def refuse_unless_empty(layout: Layout) -> None:
+    """Raise BackupError where there is anything that a restore would have to replace."""
+    if layout.restoring.exists():
+        return
+    kinds = ("images", "snapshots", "sandboxes", "disks", "quarantine")
+    used = [path for kind in kinds for path in (layout.state_dir / kind).glob("*")]
+    if used:
+        full = f"{used[0].parent} is not empty"
+    elif layout.database_url is None and layout.cluster.data.exists():
+        full = f"there is a database in {layout.cluster.data}"
+    elif layout.database_url is not None and not is_empty(layout.database_url):
+        full = "the database of DATABASE_URL has tables"
+    else:
+        return
+    raise BackupError(
+        f"this installation is not empty ({full}), and a restore replaces nothing: restore into a "
+        "new one, with ORKESTR_VAR=… and PORT=…, or say `make clean` first if nothing here is "
+        "needed any more"
+    )
+
+
+def verified(backup: Path, vault: Vault) -> Manifest:
+    """The manifest of a backup that is all there, and is for this console. Raises BackupError."""
+    found = manifest.read(backup)
+    damaged = vault.damaged(found.stored)
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise BackupError(f"the backup is damaged, and nothing was restored:\n  {listed}")
+    unknown = set(found.migrations) - known_migrations()
+    if unknown:
+        raise BackupError(
+            f"the backup was made by a newer version of the console (it knows {min(unknown)}): "
+            "restore with that version"
+        )
+    for name, variable in SECRETS.items():
+        named = os.environ.get(variable)
+        if named and named != (backup / manifest.KEYS / name).read_text():
+            raise BackupError(
+                f"{variable} is set and is not the backup's: sign-ins or tokens would not hold. "
+                "Leave it out, or set it to what it was"
+            )
+    return found
+
+
+def known_migrations() -> set[str]:
+    """The migrations that this version of the console has, as the database writes them down."""
+    loader = MigrationLoader(None)
+    replaced = (old for one in loader.disk_migrations.values() for old in one.replaces)
+    return {f"{app}.{name}" for app, name in (*loader.disk_migrations, *replaced)}
+
+
+def restore_state(layout: Layout, backup: Path, found: Manifest, vault: Vault) -> None:
+    """Images, snapshots and the operator's own list. Raises OSError."""
+    paths = StatePaths(layout.state_dir).ensure()
+    for directory in (paths.images, paths.snapshots):
+        # What an earlier attempt left.
+        shutil.rmtree(directory)
+        directory.mkdir(mode=0o700)
+    vault.restore(found.stored, paths)
+    for path in (backup / manifest.STATE).glob("*"):
+        shutil.copyfile(path, layout.state_dir / path.name)
+
+
+def restore_keys(layout: Layout, backup: Path) -> None:
+    """Put keys and credentials where the console looks for them. Raises OSError."""
+    for path in (backup / manifest.KEYS).iterdir():
+        target = layout.run / path.name
+        target.unlink(missing_ok=True)
+        target.touch(mode=0o600)
+        shutil.copyfile(path, target)
+
+
+def restore_database(layout: Layout, backup: Path, found: Manifest) -> None:
+    """Make the database, and have its rows own the restored state.
+
+    Raises BackupError, PostgresError, CommandFailed, OSError.
+    """
+    if layout.database_url is not None:
+        fill(layout, layout.database_url, backup, found)
+        return
+    # What an earlier attempt left.
+    layout.cluster.end_orphan()
+    shutil.rmtree(layout.cluster.data, ignore_errors=True)
+    layout.cluster.create()
+    with serving(layout.cluster, layout.log / "postgres.log"):
+        fill(layout, layout.cluster.url, backup, found)
+
+
+def fill(layout: Layout, url: str, backup: Path, found: Manifest) -> None:
+    """Load the archive, bring the schema up to date, and agree on whose the state is."""
+    load(url, backup / manifest.DUMP, found.server)
+    try:
+        call_command("migrate", interactive=False, verbosity=0)
+        adopt_restored(StatePaths(layout.state_dir))
+    finally:
+        connection.close()
+        if isinstance(pooled := connections["default"], DatabaseWrapper):
+            pooled.close_pool()

@@ -1,0 +1,176 @@
+"""`manage.py backup`: copy what is new, beside a console that goes on working."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostruntime import kernel
+from hostruntime.backups import Stored, Taken, Vault
+from hostruntime.paths import StatePaths
+from orkestr_console.runner.backup import manifest
+from orkestr_console.runner.backup.database import Dumped, database, dump
+from orkestr_console.runner.backup.errors import BackupError
+from orkestr_console.runner.layout import Layout
+
+KEEP = 7
+# Files of the installation's run directory; and what stands for two of them in the environment.
+SECRETS = {"secret_key": "ORKESTR_SECRET_KEY", "token_pepper": "ORKESTR_TOKEN_PEPPER"}
+ALLOWLIST = "egress-allowlist.txt"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A backup that is whole. ``lost`` is what the database names and the disk has no more."""
+
+    name: str
+    text: str
+    lost: list[str]
+
+
+def back_up(layout: Layout, directory: Path, keep: int, vault: Vault, say: Say) -> Made:
+    """Make a backup in ``directory``, and drop all but the last ``keep``.
+
+    Raises BackupError, StartError, PostgresError, HostError, psycopg.Error, OSError; then no backup
+    was made, and a repeat goes on with what had been copied.
+    """
+    prepare(layout, directory)
+    with manifest.locked(directory, alone=True):
+        staged = directory / manifest.NEW
+        try:
+            vault.prepare()
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(mode=0o700)
+            say("database")
+            with database(layout) as url:
+                dumped = dump(url, staged / manifest.DUMP)
+            refuse_anothers(directory, dumped)
+            copy_small(layout, staged)
+            say("images and snapshots")
+            taken = vault.take(StatePaths(layout.state_dir), dumped.images, dumped.snapshots)
+            made = complete(directory, staged, dumped, taken)
+            prune(directory, keep, vault)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            vault.clear_partial()
+    copied = f"{len(taken.copied)} new"
+    return Made(made, f"{len(taken.stored)} images and snapshots, {copied}", taken.lost)
+
+
+def prepare(layout: Layout, directory: Path) -> None:
+    """Make the directory root's alone. Raises BackupError for one that cannot be meant."""
+    for inside, what in ((layout.var, "ORKESTR_VAR"), (layout.state_dir, "ORKESTR_STATE_DIR")):
+        if directory.resolve().is_relative_to(inside.resolve()):
+            raise BackupError(
+                f"{directory} is inside {what} ({inside}), and would go with what it is a backup "
+                "of: use a directory on another disk"
+            )
+    if directory.exists() and not directory.is_dir():
+        raise BackupError(f"{directory} is not a directory")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    strange = {path.name for path in directory.iterdir()} - {"lost+found", manifest.NEW}
+    if strange and not (directory / "images").is_dir():
+        raise BackupError(
+            f"{directory} holds something else ({min(strange)}): use a new or empty directory"
+        )
+    os.chown(directory, 0, 0)
+    directory.chmod(0o700)
+
+
+def refuse_anothers(directory: Path, dumped: Dumped) -> None:
+    """What is found again by its name must be of the same installation. Raises BackupError."""
+    # Empty of a console that has never served.
+    owners = {manifest.installation_of(backup) for backup in manifest.backups(directory)} - {""}
+    if owners - {dumped.installation}:
+        raise BackupError(
+            f"{directory} holds backups of another installation: use a directory of its own"
+        )
+
+
+def copy_small(layout: Layout, staged: Path) -> None:
+    """Copy keys, credentials, and what the operator added. Raises BackupError, OSError."""
+    keys = staged / manifest.KEYS
+    keys.mkdir(mode=0o700)
+    for name, variable in SECRETS.items():
+        value = os.environ.get(variable) or secret_in(layout.run / name)
+        (keys / name).write_text(value)
+    if layout.console_json.exists():
+        shutil.copyfile(layout.console_json, keys / layout.console_json.name)
+    if (layout.state_dir / ALLOWLIST).exists():
+        (staged / manifest.STATE).mkdir(mode=0o700)
+        shutil.copyfile(layout.state_dir / ALLOWLIST, staged / manifest.STATE / ALLOWLIST)
+
+
+def secret_in(path: Path) -> str:
+    """The secret in a file of the run directory. Raises BackupError where there is none."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        raise BackupError(
+            f"there is no {path}: set ORKESTR_VAR, and the other variables, as for the console"
+        ) from None
+
+
+def complete(directory: Path, staged: Path, dumped: Dumped, taken: Taken) -> str:
+    """Flush and publish the backup by one rename; its name. Raises OSError."""
+    made_at = time.time()
+    manifest.write(
+        staged,
+        manifest.Manifest(
+            version=manifest.VERSION,
+            made_at=made_at,
+            installation=dumped.installation,
+            server=dumped.server,
+            migrations=dumped.migrations,
+            stored=taken.stored,
+            lost=taken.lost,
+        ),
+    )
+    kernel.syncfs(staged)
+    stamp = time.strftime("%Y-%m-%dT%H.%M.%SZ", time.gmtime(made_at))
+    name, number = stamp, 1
+    while (directory / name).exists():
+        name, number = f"{stamp}-{number}", number + 1
+    staged.rename(directory / name)
+    kernel.syncfs(directory)
+    return name
+
+
+def prune(directory: Path, keep: int, vault: Vault) -> None:
+    """Drop all but the last ``keep`` backups, and what only they named.
+
+    Nothing of images is dropped while one of those that stay cannot be read. Raises OSError.
+    """
+    whole = manifest.backups(directory)
+    for old in whole[:-keep]:
+        doomed = directory / manifest.NEW
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+    kept = whole[-keep:]
+    if not any(map(manifest.damaged_files, kept)):
+        vault.prune({one.path for backup in kept for one in manifest.read(backup).stored})
+
+
+def verify(directory: Path, vault: Vault, say: Say) -> list[str]:
+    """Read every backup in a directory; what is damaged, as paths with the reason.
+
+    Raises BackupError where there is none, OSError.
+    """
+    if not directory.is_dir() or not (whole := manifest.backups(directory)):
+        raise BackupError(f"there is no whole backup in {directory}")
+    with manifest.locked(directory, alone=False):
+        damaged: list[str] = []
+        stored: dict[str, Stored] = {}
+        for backup in whole:
+            say(backup.name)
+            wrong = manifest.damaged_files(backup)
+            damaged += wrong
+            if not wrong:
+                stored |= {one.path: one for one in manifest.read(backup).stored}
+        say("images and snapshots")
+        return damaged + vault.damaged(stored.values())

@@ -1,0 +1,59 @@
+"""`manage.py backup`: a backup of this installation, made while it runs, or verified."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from hostruntime.backups import Vault
+from orkestr_console.runner.backup.commands import Teller, in_words
+from orkestr_console.runner.backup.taking import KEEP, back_up, verify
+from orkestr_console.runner.layout import layout_from
+
+
+class Command(BaseCommand):
+    """Make one, or read all that are there."""
+
+    help = "Back this installation up into a directory, copying only what is new there."
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """The directory, and what to do with it."""
+        parser.add_argument("directory", type=Path, help="root's alone; on another disk")
+        parser.add_argument(
+            "--verify",
+            action="store_true",
+            help="only read it, and name what is damaged",
+        )
+        parser.add_argument(
+            "--keep", type=int, default=KEEP, help=f"how many backups stay there (default {KEEP})"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Exit status 0 when a backup was made, or nothing is damaged."""
+        directory: Path = options["directory"].absolute()
+        if options["keep"] < 1:
+            raise CommandError("--keep takes 1 or more")
+        teller = Teller(self.stdout)
+        vault = Vault(directory, teller.tick)
+        teller.progress = vault.progress
+        with in_words("backup", directory):
+            if options["verify"]:
+                self._verify(directory, vault, teller)
+            else:
+                self._make(directory, options["keep"], vault, teller)
+
+    def _verify(self, directory: Path, vault: Vault, teller: Teller) -> None:
+        damaged = verify(directory, vault, teller.say)
+        if damaged:
+            raise CommandError("damaged in {}:\n  {}".format(directory, "\n  ".join(damaged)))
+        self.stdout.write("Everything is what was put there.")
+
+    def _make(self, directory: Path, keep: int, vault: Vault, teller: Teller) -> None:
+        made = back_up(layout_from(), directory, keep, vault, teller.say)
+        self.stdout.write(f"Backup {made.name}: the database, {made.text}.")
+        for lost in made.lost:
+            self.stdout.write(f"Not in it, as it was gone from the disk: {lost}.")
