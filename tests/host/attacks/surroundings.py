@@ -166,23 +166,12 @@ for name, refusals in SECRETS.items():
     TABLE.add(
         f"read /proc/{name}", partial(read, f"/proc/{name}"), *refusals, *absent(f"/proc/{name}")
     )
-for name in (
-    "firmware",
-    "kernel/debug",
-    "kernel/tracing",
-    "kernel/security",
-    "fs/cgroup",
-    "fs/ext4",
-    "fs/xfs",
-    "fs/btrfs",
-):
-    TABLE.add(
-        f"read /sys/{name}",
-        partial(read, f"/sys/{name}"),
-        "held",
-        "EACCES",
-        *absent(f"/sys/{name}"),
-    )
+# Modules: each is there once one of its file systems was mounted on the machine.
+MODULES = ("fs/ext4", "fs/xfs", "fs/btrfs")
+SYSTEM = ("firmware", "kernel/debug", "kernel/tracing", "kernel/security", "fs/cgroup", *MODULES)
+for name in SYSTEM:
+    refusals = ("held", "EACCES", *absent(f"/sys/{name}"), *(["ENOENT"] if name in MODULES else []))
+    TABLE.add(f"read /sys/{name}", partial(read, f"/sys/{name}"), *refusals)
 
 
 @TABLE.attack("find the host's paths in mounts, environments and command lines")
