@@ -40,11 +40,14 @@ def readyz(request: HttpRequest) -> JsonResponse:
     checks = readiness.checks()
     ready = is_ready(checks)
     told = {name: check.to_wire() for name, check in checks.items()}
-    return JsonResponse(
+    answer = JsonResponse(
         {"status": "ready" if ready else "not_ready", "checks": told},
         status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
         headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
     )
+    # No error of ours, though Django's log takes each 5xx for one; and a start asks often.
+    answer._has_been_logged = True  # type: ignore[attr-defined]
+    return answer
 
 
 @csrf_exempt

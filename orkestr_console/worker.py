@@ -33,6 +33,7 @@ from django.db import Error, connections, transaction
 from django_q.cluster import Sentinel
 from django_q.conf import Conf
 from django_q.models import Schedule
+from django_q.tasks import async_task
 from django_q.worker import worker as run_tasks
 
 from hostruntime.patience import Patience
@@ -215,6 +216,15 @@ def ensure_schedules() -> None:
             Schedule.objects.update_or_create(name=name, defaults={**facts, "repeats": -1})
 
 
+def begin_settling() -> None:
+    """Have the first task ask the host what is left of what the rows say.
+
+    Where no agent has ever run there is nothing to be settled, and nobody to ask.
+    """
+    if settings.HOST_SOCKET.exists():
+        async_task(settings.SETTLING_TASK)
+
+
 def import_tasks() -> None:
     """Import what tasks run once, before the forks, rather than in each worker's first task."""
     for _, func, _ in settings.PERIODIC_TASKS:
@@ -228,6 +238,7 @@ def run_worker() -> None:
     while True:
         try:
             ensure_schedules()
+            begin_settling()
             break
         except Error as error:
             logger.warning("the database cannot be reached, trying again: %s", error)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from hostruntime.errors import HostError
+from hostruntime.patience import Patience
 from orkestr_console.installation import services as installation
+from orkestr_console.postgres import let_go
 from orkestr_console.services.hosts import host
 from sandboxes_app.services import lifecycle, metering, pausing, snapshots, standing
 from templates_app.services import note_image_bytes, settle_images
 
 logger = logging.getLogger(__name__)
+# A host that is still starting takes up its containers first.
+HOST_SECONDS = 60
 
 
 def release_sandbox(sandbox_id: str) -> None:
@@ -22,13 +27,27 @@ def release_sandbox(sandbox_id: str) -> None:
         logger.warning("sandbox %s stays until the next pass: %s", sandbox_id, error.detail)
 
 
-def tidy() -> None:
-    """Every minute: settle what has expired, make rows and containers agree, count what is used."""
+def settle_at_start() -> None:
+    """When the workers start: tidy at once, or as soon as the host answers.
+
+    The schedule first looks after half a minute, in which rows would name what a reboot ended.
+    """
+    patience = Patience(HOST_SECONDS)
+    while not tidy() and not patience.spent():
+        let_go()
+        time.sleep(1)
+
+
+def tidy() -> bool:
+    """Every minute: settle what has expired, make rows and containers agree, count what is used.
+
+    False if the host did not answer.
+    """
     answers = True
     try:
         if not installation.agree(standing.knows_some):
             # What the rows say is of another state: nothing is settled, and nothing released.
-            return
+            return True
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)
         answers = False
@@ -36,6 +55,7 @@ def tidy() -> None:
     note_image_bytes()
     if answers:
         reconcile()
+    return answers
 
 
 def reconcile() -> None:

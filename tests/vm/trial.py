@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from tests.vm.machine import Machine
 from tests.vm.places import VmError
 
 REBOOT_SECONDS = 600.0
+# Ten on an ordinary machine.
+SETTLED_SECONDS = 120.0
 ENDED = {"terminated", "failed"}
 _DENIED = re.compile(r'apparmor="DENIED"')
 # What the kernel says when it has gone wrong itself.
@@ -169,8 +172,11 @@ class Trial:
 
     def _said(self, clients: Clients | None) -> None:
         old = needed(self._running, "no sandbox")
-        status = Sandbox.get(old.id, client=_has(clients).sdk).status
-        assert status in ENDED, status
+        # As soon as the workers have asked the host, which is not before the console serves.
+        deadline = time.monotonic() + SETTLED_SECONDS
+        while (status := Sandbox.get(old.id, client=_has(clients).sdk).status) not in ENDED:
+            assert time.monotonic() < deadline, status
+            time.sleep(1)
 
     def _templates_boot(self, clients: Clients | None) -> None:
         assert self._templates, "no template was built"
