@@ -16,7 +16,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.faults.cell import Cell, Known, Result, run_cell
+import httpx
+
+from tests.faults.cell import AWAY, Cell, Known, Result, run_cell
 from tests.faults.installation import Installation, installed
 from tests.faults.moments import MOMENTS
 from tests.faults.processes import PROCESSES, Process
@@ -29,8 +31,11 @@ SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when nothing was wrong in any cell."""
     options = read_options(argv)
+    # Whatever asks it to stop, also where a shell has it ignore that: nothing is left behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1))
     results: list[Result] = []
-    moments = [name for name in MOMENTS if name in options.moment]
+    moments = options.moment
     try:
         with installed() as installation:
             for result in run(installation, options, moments):
@@ -68,9 +73,10 @@ def run(
     Cell.settle_seconds = options.settle
     known = Known(settled_holdings(installation))
     chosen = [process for process in PROCESSES if process.name in options.process]
-    for how in (SIGNALS[name] for name in options.signal):
-        for process in chosen:
-            for moment in moments:
+    # A moment at a time, so that what was interrupted says something of every process.
+    for moment in moments:
+        for how in (SIGNALS[name] for name in options.signal):
+            for process in chosen:
                 yield one(installation, known, process, how, moment)
 
 
@@ -83,7 +89,7 @@ def one(
         return Result(process.name, how.name, moment, skipped=reason)
     try:
         return run_cell(installation, known, process, how, moment)
-    except Exception as error:
+    except (AssertionError, httpx.HTTPError, *AWAY) as error:
         say(f"{traceback.format_exc()}\n{installation.stack.explain()}")
         wrong = f"the cell could not be run to its end: {error}"
         # As an operator would: stop it, start it again, and see what there is then.

@@ -98,7 +98,7 @@ def results(calls: Iterable[Call]) -> list[Answer]:
 class Probe:
     """Asks the same again and again in a thread, and knows since when all answers were good."""
 
-    PAUSE_SECONDS = 0.2
+    PAUSE_SECONDS = 0.4
 
     def __init__(self, what: str, ask: Callable[[], httpx.Response | tuple[str, str]]) -> None:
         self.what = what

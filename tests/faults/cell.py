@@ -14,6 +14,7 @@ import httpx
 import psycopg
 
 from hostruntime.errors import HostError
+from hostruntime.patience import scaled
 from orkestr_console.runner.keeper import ManagerSilent
 from tests.faults.calls import CUT, SILENCE, Answer, Probe, results
 from tests.faults.installation import Installation
@@ -185,7 +186,7 @@ class Cell:
         limit = max(self.settle_seconds - (time.monotonic() - since), 1.0)
         if self._within(limit, lambda: not self._rows()):
             seconds = max(time.monotonic() - since, 0.0)
-            if seconds > TARGET_SECONDS:
+            if seconds > scaled(TARGET_SECONDS):
                 self.wrong.append(f"rows were wrong for {seconds:.0f} s, such as {self._last}")
             return seconds
         rows = self._rows()
@@ -260,14 +261,16 @@ class Cell:
         return costs in breaks or (own and "sandbox" in breaks)
 
     def _leftovers(self) -> list[str]:
-        if self._within(TARGET_SECONDS, lambda: not of_the_ended(self.installation)):
+        if self._within(scaled(TARGET_SECONDS), lambda: not of_the_ended(self.installation)):
             return []
         return [f"left of what has ended: {what}" for what in of_the_ended(self.installation)]
 
     def _tidy(self) -> None:
         """Delete what the cell made; nothing may be left of it, and nothing else be gone."""
         self.installation.tidy()
-        if self._within(TIDY_SECONDS, lambda: holdings(self.installation) == self.known.holdings):
+        if self._within(
+            scaled(TIDY_SECONDS), lambda: holdings(self.installation) == self.known.holdings
+        ):
             return
         now, before = holdings(self.installation), self.known.holdings
         self.wrong += [f"left behind: {what}" for what in sorted(now - before)][:MOST_TOLD]

@@ -142,7 +142,7 @@ def _links(installation: Installation) -> Iterator[str]:
 
 def _files(installation: Installation) -> Iterator[str]:
     state, run = installation.stack.layout.state_dir, installation.run_dir
-    for kind in ("disks", "staging", "snapshots", "images", "trash", "quarantine"):
+    for kind in ("disks", "staging", "snapshots", "images", "quarantine"):
         yield from (f"{kind} {path.name}" for path in (state / kind).iterdir())
     for directory in (state / "builds").iterdir():
         kept = {"build.json", "events.ndjson", "lxc.log"}
