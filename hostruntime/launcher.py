@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hostruntime import channel
-from hostruntime.errors import Exhausted, HostFault
+from hostruntime.errors import Exhausted, HostFault, HostUnavailable
 from hostruntime.gate import Gate
 from hostruntime.patience import Patience, tree_of
 from hostruntime.run import Process, end, spawn
@@ -40,8 +40,11 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 _log = logging.getLogger(__name__)
 
 
-class LauncherLost(HostFault):
-    """A launcher process died while it was needed."""
+class LauncherLost(HostUnavailable):
+    """A launcher process died, or was ended, while it was needed: another is there at once.
+
+    What was to be started is undone, and what was attached has ended.
+    """
 
 
 @dataclass
@@ -135,7 +138,9 @@ class Link:
         except TimeoutError:
             _log.error("launcher %d is ended: it %s", self.process.pid, patience.why)
             self.process.kill()
-            raise LauncherLost("LXC did not answer; the launcher was restarted.") from None
+            raise LauncherLost(
+                "What starts containers and commands hung, and was replaced; try again."
+            ) from None
         finally:
             self.pending.pop(request, None)
         if "error" in reply:
@@ -270,7 +275,7 @@ class LauncherPool:
         """Let the launchers drop what they remember of a container that has ended."""
         await self.gate.forget(name)
         for link in self._links:
-            with contextlib.suppress(HostFault):
+            with contextlib.suppress(HostFault, LauncherLost):
                 await link.request({"do": "forget", "name": name})
 
     def pids(self) -> list[int]:
@@ -335,7 +340,7 @@ def _executable(pid: int) -> tuple[int, int] | None:
 
 
 def _lost() -> LauncherLost:
-    return LauncherLost("The process that starts containers died; it is being restarted.")
+    return LauncherLost("What starts containers and commands died, and is replaced; try again.")
 
 
 def close_all(descriptors: Sequence[int]) -> None:
