@@ -30,8 +30,8 @@ TREE = Path(__file__).resolve().parents[1]
 TESTS = TREE / "tests"
 # Last, and in this order: each needs more of the machine than the one before.
 HEAVY = ("host", "clients", "browser")
-# By commands of their own: `make bench`, `make recipes`, `make test-vm`.
-APART = ("benchmarks", "recipes", "vm")
+# By commands of their own: `make bench`, `make faults`, `make recipes`, `make test-vm`.
+APART = ("benchmarks", "faults", "recipes", "vm")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
 OTHER = TREE / ".venv-other/bin/python"

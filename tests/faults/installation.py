@@ -7,7 +7,7 @@ are a template and a snapshot of the team whose work is struck at.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ RESTART_TRIES = 12
 # A client that gets no answer and no interim one for so long gives up, as the SDK does.
 CLIENT_SECONDS = 30.0
 BASE = "debian-12"
+# Of what a team makes; bases are listed too, and everybody's.
+OWN_IDS = ("sbx_", "tmpl_", "snap_")
 MINT = """
 from orkestr_console.accounts.models import Plan, Team
 from orkestr_console.accounts.services import mint_token
@@ -62,8 +64,10 @@ class Installation:
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
+        self._database: psycopg.Connection[tuple[Any, ...]] | None = None
         self.run_dir = RunDir.of(self.instance)
         self.key, key = self._mint()
+        self._delete_all(keep=())
         self.neighbour = self._make_neighbour(key)
         self.kept = self._make_kept()
 
@@ -81,9 +85,15 @@ class Installation:
         )
 
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """What the database says, past the console."""
-        with psycopg.connect(self.stack.layout.cluster.url, connect_timeout=10) as connection:
-            return list(connection.execute(query, parameters))
+        """What the database says, past the console. Raises psycopg's errors while it is away."""
+        if self._database is not None:
+            # It may have been struck since, and come back.
+            with suppress(psycopg.Error):
+                return list(self._database.execute(query, parameters))
+            self._database.close()
+        place = self.stack.layout.cluster.url
+        self._database = psycopg.connect(place, connect_timeout=10, autocommit=True)
+        return list(self._database.execute(query, parameters))
 
     def image_of(self, template: str) -> str:
         """The id of a template's image, and of its build on the host."""
@@ -171,18 +181,26 @@ class Installation:
 
     def tidy(self) -> None:
         """Delete all that the struck team has but what is kept, as its people would."""
+        self._delete_all(keep=(self.kept.template, self.kept.snapshot))
+
+    def _delete_all(self, keep: Collection[str]) -> None:
         with self.client() as client:
-            for kind, address, keep in (
-                ("sandboxes", "/v1/sandboxes", None),
-                ("templates", "/v1/templates", self.kept.template),
-                ("snapshots", "/v1/sandboxes/snapshots", self.kept.snapshot),
+            for kind, address in (
+                ("sandboxes", "/v1/sandboxes"),
+                ("templates", "/v1/templates"),
+                ("snapshots", "/v1/sandboxes/snapshots"),
             ):
-                for row in client.get(address, params={"limit": 200}).json()[kind]:
-                    if row.get("status") != "terminated" and row["id"] not in {keep, BASE}:
+                rows = client.get(address, params={"limit": 200}).json()[kind]
+                own = [row for row in rows if row["id"].startswith(OWN_IDS)]
+                for row in own:
+                    # What has ended stays as history.
+                    if row["status"] != "terminated" and row["id"] not in keep:
                         client.delete(f"{address}/{row['id']}")
 
     def close(self) -> None:
         """Delete what was made for all cells."""
+        if self._database is not None:
+            self._database.close()
         with self.client(self.neighbour.key) as client:
             for sandbox in (self.neighbour.sandbox, self.neighbour.paused):
                 client.delete(f"/v1/sandboxes/{sandbox}")

@@ -144,17 +144,14 @@ def creates(installation: Installation, client: Client) -> Scene:
     ask = partial(client.post, "/v1/sandboxes", json={"template": BASE})
     calls = [Call("create", ask) for _ in range(BURST)]
 
-    def new() -> list[str]:
-        return [one for one in ids(installation) if one not in before]
+    def new() -> dict[str, str]:
+        return {one: status for one, status in ids(installation).items() if one not in before}
 
-    def status(which: str) -> int:
-        return sum(ids(installation)[one] == which for one in new())
+    def over() -> bool:
+        return all(call.answer for call in calls)
 
-    until(
-        lambda: status("running") >= 1 and status("starting") >= 1,
-        lambda: all(call.answer for call in calls),
-    )
-    return Scene(new(), calls, still=lambda: not all(call.answer for call in calls))
+    until(lambda: {"starting", "running"} <= set(new().values()), over)
+    return Scene(list(new()), calls, still=lambda: not over())
 
 
 def ids(installation: Installation) -> dict[str, str]:

@@ -102,10 +102,10 @@ def squids(installation: Installation) -> tuple[list[int], list[int], list[int]]
 
 
 def backend(installation: Installation, _: list[str]) -> list[int]:
-    """The server process of one of the web's connections."""
+    """The server process of one of the connections that web and worker have."""
     query = (
-        "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' "
-        "AND pid <> pg_backend_pid() AND application_name <> 'orkestr queue' ORDER BY pid LIMIT 1"
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'orkestr' "
+        "AND usename = 'orkestr' ORDER BY backend_start LIMIT 1"
     )
     return [int(pid) for (pid,) in installation.rows(query)]
 
