@@ -29,7 +29,7 @@ UPLOAD_BYTES = 8_000_000
 DISK_BYTES = 200_000_000
 LINES = "for i in $(seq 80); do echo line $i; sleep 0.1; done"
 # Many small files, as packages are, so that what is made of them takes a moment.
-FILES = "mkdir /opt/many && cd /opt/many && seq 30000 | split -l 1 -a 5"
+FILES = "mkdir /opt/many && cd /opt/many && seq 15000 | split -l 1 -a 5"
 
 type Client = httpx.Client
 
@@ -84,13 +84,13 @@ def capture(installation: Installation, client: Client) -> Scene:
 
 
 def scrub(installation: Installation, client: Client) -> Scene:
-    """The image has been scrubbed, and is being counted and described."""
-    return build(installation, client, [FILES], "scrub", "contents")
+    """The image has been scrubbed, and is being counted."""
+    return build(installation, client, [FILES], "scrub", "capture")
 
 
 def publish(installation: Installation, client: Client) -> Scene:
-    """All that is left is that the image gets its name."""
-    return build(installation, client, [FILES], "contents", "published")
+    """The image is whole; it is described, written out, and gets its name."""
+    return build(installation, client, [FILES], "capture", "published")
 
 
 def build(
