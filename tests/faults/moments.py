@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 
 import httpx
 
@@ -23,8 +22,9 @@ from tests.faults.installation import BASE, Installation
 
 REACH_SECONDS = 60.0
 LOOK_SECONDS = 0.003
-BURST = 6
+BURST = 4
 TOGGLED = 4
+MOST_TIMES = 10
 UPLOAD_BYTES = 8_000_000
 DISK_BYTES = 200_000_000
 LINES = "for i in $(seq 80); do echo line $i; sleep 0.1; done"
@@ -139,19 +139,32 @@ def ended(record: dict[str, str]) -> tuple[str, str]:
 
 
 def creates(installation: Installation, client: Client) -> Scene:
-    """A burst of creates, of which some have been answered or are about to be."""
+    """A burst of creates, of which some have been answered and others begun."""
     before = set(ids(installation))
+    struck = threading.Event()
     ask = partial(client.post, "/v1/sandboxes", json={"template": BASE})
-    calls = [Call("create", ask) for _ in range(BURST)]
+    calls = [Call("create", partial(again_and_again, ask, struck)) for _ in range(BURST)]
 
     def new() -> dict[str, str]:
         return {one: status for one, status in ids(installation).items() if one not in before}
 
-    def over() -> bool:
-        return all(call.answer for call in calls)
+    until(lambda: {"starting", "running"} <= set(new().values()), all_answered(calls))
+    found = sorted(new().items(), key=lambda item: item[1] != "starting")
+    return Scene([one for one, _ in found], calls, go_on=struck.set)
 
-    until(lambda: {"starting", "running"} <= set(new().values()), over)
-    return Scene(list(new()), calls, still=lambda: not over())
+
+def again_and_again(ask: Callable[[], httpx.Response], struck: threading.Event) -> httpx.Response:
+    """Ask until the strike, or the first refusal, or often enough; the last answer."""
+    for _ in range(MOST_TIMES):
+        answer = ask()
+        if struck.is_set() or not answer.is_success:
+            break
+    return answer
+
+
+def all_answered(calls: list[Call]) -> Callable[[], bool]:
+    """Whether nobody waits any more."""
+    return lambda: all(call.answer for call in calls)
 
 
 def ids(installation: Installation) -> dict[str, str]:
@@ -229,34 +242,51 @@ def pause(installation: Installation, client: Client) -> Scene:
     """Sandboxes are paused and resumed again and again, and one is on its way just now."""
     sandboxes = [installation.boot(client) for _ in range(TOGGLED)]
     struck = threading.Event()
-    calls = [Call("pause", partial(toggled, client, one, struck)) for one in sandboxes]
+
+    def toggle(sandbox: str) -> httpx.Response:
+        paused = client.post(f"/v1/sandboxes/{sandbox}/pause")
+        if struck.is_set() or not paused.is_success:
+            return paused
+        return client.post(f"/v1/sandboxes/{sandbox}/resume")
+
+    asks = [partial(again_and_again, partial(toggle, one), struck) for one in sandboxes]
+    calls = [Call("pause", ask) for ask in asks]
+    on_the_way = {"pausing", "resuming"}
     until(
-        lambda: any(ids(installation)[one] in {"pausing", "resuming"} for one in sandboxes),
-        lambda: all(call.answer for call in calls),
+        lambda: bool(on_the_way & {ids(installation)[one] for one in sandboxes}),
+        all_answered(calls),
     )
     return Scene(sandboxes, calls, go_on=struck.set)
 
 
-def toggled(client: Client, sandbox: str, struck: threading.Event) -> httpx.Response:
-    """Pause and resume until the strike, or the first that was refused."""
-    for number in count():
-        verb = "resume" if number % 2 else "pause"
-        answer = client.post(f"/v1/sandboxes/{sandbox}/{verb}")
-        if struck.is_set() or not answer.is_success:
-            break
-    return answer
-
-
 def delete(installation: Installation, client: Client) -> Scene:
-    """A burst of deletes of sandboxes, of which one has ended by its row and others run."""
-    sandboxes = [installation.boot(client) for _ in range(BURST)]
-    calls = [Call("delete", partial(client.delete, f"/v1/sandboxes/{one}")) for one in sandboxes]
+    """Sandboxes are made and deleted, and one has ended by its row but not yet on the host."""
+    before = set(ids(installation))
+    struck = threading.Event()
+    disks = installation.stack.layout.state_dir / "disks"
+    found: list[str] = []
 
-    def over() -> bool:
-        return all(call.answer for call in calls)
+    def make_and_delete() -> httpx.Response:
+        made = client.post("/v1/sandboxes", json={"template": BASE})
+        if struck.is_set() or not made.is_success:
+            return made
+        return client.delete(f"/v1/sandboxes/{made.json()['id']}")
 
-    until(lambda: any(ids(installation)[one] == "terminated" for one in sandboxes), over)
-    return Scene(sandboxes[::-1], calls, still=lambda: not over())
+    calls = [
+        Call("delete", partial(again_and_again, make_and_delete, struck)) for _ in range(BURST)
+    ]
+
+    def one_is_half_gone() -> bool:
+        ended = [
+            one
+            for one, status in ids(installation).items()
+            if status == "terminated" and one not in before
+        ]
+        found[:] = [one for one in ended if (disks / f"{one}.img").exists()]
+        return bool(found)
+
+    until(one_is_half_gone, all_answered(calls))
+    return Scene(found, calls, go_on=struck.set)
 
 
 MOMENTS: dict[str, Reach] = {

@@ -76,14 +76,14 @@ def launchers(installation: Installation, _: list[str]) -> list[int]:
 
 
 def monitors(installation: Installation, subjects: list[str]) -> list[int]:
-    """LXC's monitors of the moment's containers, the first of those there are."""
-    names = {f"{installation.instance.prefix}{owner}" for owner in subjects}
-    found = [
-        pid
+    """LXC's monitor of the first of the moment's containers that has one."""
+    found = {
+        line.split()[-1]: pid
         for pid, line in command_lines().items()
-        if line.startswith("[lxc monitor]") and line.split()[-1] in names
-    ]
-    return found[:1]
+        if line.startswith("[lxc monitor]")
+    }
+    names = [f"{installation.instance.prefix}{owner}" for owner in subjects]
+    return [found[name] for name in names if name in found][:1]
 
 
 def inits(installation: Installation, subjects: list[str]) -> list[int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterable, Sequence
 
+from hostruntime.patience import slowness
 from tests.faults.cell import Result
+from tests.verify import TREE
 
 
 def text_of(result: Result) -> str:
@@ -17,6 +21,12 @@ def text_of(result: Result) -> str:
 
 def _seconds(value: float | None) -> str:
     return "never" if value is None else f"{value:.1f}"
+
+
+def commit() -> str:
+    """What was tried."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(asked, cwd=TREE, capture_output=True, text=True).stdout.strip()
 
 
 def markdown(results: Sequence[Result], moments: Iterable[str]) -> str:
@@ -52,6 +62,8 @@ def markdown(results: Sequence[Result], moments: Iterable[str]) -> str:
     bad = sum(bool(one.wrong) for one in results)
     ran = sum(not one.skipped for one in results)
     parts = [
+        f"Commit {commit()}, {os.cpu_count()} CPUs with a load of {os.getloadavg()[2]:.0f}, "
+        f"{slowness():.1f} times slower than an ordinary machine.",
         f"{ran} cells, {bad} wrong. In each: seconds from the strike until everything answered / "
         "from then until no row was wrong.",
         "\n".join(table),
