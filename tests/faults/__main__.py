@@ -87,6 +87,9 @@ def one(
     if how not in process.signals:
         reason = f"need not be noticed: {process.why_not}"
         return Result(process.name, how.name, moment, skipped=reason)
+    if moment in process.absent:
+        reason = "a build's container has ended before its image is made"
+        return Result(process.name, how.name, moment, skipped=reason)
     try:
         return run_cell(installation, known, process, how, moment)
     except (AssertionError, httpx.HTTPError, *AWAY) as error:

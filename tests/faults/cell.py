@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -19,8 +19,8 @@ from orkestr_console.runner.keeper import ManagerSilent
 from tests.faults.calls import CUT, SILENCE, Answer, Probe, results
 from tests.faults.installation import Installation
 from tests.faults.moments import MOMENTS, Missed, Scene
-from tests.faults.processes import Process, is_there, strike
-from tests.faults.truth import holdings, of_the_ended, wrong_rows
+from tests.faults.processes import Process, is_there, monitored, strike
+from tests.faults.truth import holdings, of_the_ended, still_running, wrong_rows
 
 # Within which no row may be wrong once the service answers and its clients have their answers.
 TARGET_SECONDS = 10.0
@@ -127,6 +127,8 @@ class Cell:
 
     def _strike(self, scene: Scene, pids: list[int]) -> tuple[float, list[int]]:
         pids = pids or self.process.find(self.installation, scene.subjects)
+        if not self.process.comes_back:
+            self._ending = [*monitored(self.installation, scene.subjects)][:1]
         struck_at, struck = time.monotonic(), strike(pids, self.how)
         if not scene.still():
             self.told.append("the moment was just over")
@@ -183,23 +185,34 @@ class Cell:
 
     def _await_rows(self, since: float) -> float | None:
         """How many seconds after ``since`` no row was wrong any more."""
-        limit = max(self.settle_seconds - (time.monotonic() - since), 1.0)
-        if self._within(limit, lambda: not self._rows()):
-            seconds = max(time.monotonic() - since, 0.0)
+        longest = max(self.settle_seconds, scaled(TARGET_SECONDS))
+        limit = max(longest - (time.monotonic() - since), 1.0)
+        if self._within(limit, self._are_settled):
+            seconds = max(time.monotonic() - STEADY_SECONDS - since, 0.0)
             if seconds > scaled(TARGET_SECONDS):
                 self.wrong.append(f"rows were wrong for {seconds:.0f} s, such as {self._last}")
             return seconds
         rows = self._rows()
-        self.wrong += [f"wrong after {self.settle_seconds:.0f} s: {row}" for row in rows]
+        self.wrong += [f"wrong after {longest:.0f} s: {row}" for row in rows]
         self.known.rows |= {row.split()[0] for row in rows}
         return None
 
     settle_seconds = 30.0
     _last = ""
+    # Owners of containers that end with what was struck.
+    _ending: Sequence[str] = ()
+
+    def _are_settled(self) -> bool:
+        """Whether no row is wrong, nor is any while the host comes to know what has ended."""
+        if self._rows():
+            return False
+        time.sleep(STEADY_SECONDS)
+        return not self._rows()
 
     def _rows(self) -> list[str]:
         try:
             found = wrong_rows(self.installation)
+            found += still_running(self.installation, self._ending)
         except AWAY as error:
             return [f"{type(error).__name__} {error}"]
         found = [row for row in found if row.split()[0] not in self.known.rows]
@@ -263,7 +276,9 @@ class Cell:
     def _leftovers(self) -> list[str]:
         if self._within(scaled(TARGET_SECONDS), lambda: not of_the_ended(self.installation)):
             return []
-        return [f"left of what has ended: {what}" for what in of_the_ended(self.installation)]
+        left = of_the_ended(self.installation)
+        more = [f"and {len(left) - MOST_TOLD} more"] if len(left) > MOST_TOLD else []
+        return [f"left of what has ended: {what}" for what in left[:MOST_TOLD]] + more
 
     def _tidy(self) -> None:
         """Delete what the cell made; nothing may be left of it, and nothing else be gone."""

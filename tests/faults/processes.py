@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from tests.faults.installation import Installation
 from tests.processes import command_lines
 
 LAUNCHER = "orkestr hostruntime.containers"
+# A build's container has ended before its image is made.
+IMAGE_MAKING = ("capture", "scrub", "publish")
 EVERYTHING = frozenset({"connections", "calls", "commands", "builds"})
 
 type Find = Callable[[Installation, list[str]], list[int]]
@@ -29,7 +31,8 @@ class Process:
     """One kind of process. ``find`` gives the pids, given the owners of the moment's containers.
 
     ``hangs`` says whether one that is stopped (SIGSTOP) must be noticed and replaced. ``why_not``
-    is the reason for which it is not. ``comes_back`` is False for what ends with its sandbox.
+    is the reason for which it is not. ``comes_back`` is False for what ends with its sandbox, and
+    is not there at the moments that ``absent`` names.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Process:
     hangs: bool = False
     why_not: str = ""
     comes_back: bool = True
+    absent: Collection[str] = ()
 
     @property
     def signals(self) -> tuple[signal.Signals, ...]:
@@ -75,15 +79,19 @@ def launchers(installation: Installation, _: list[str]) -> list[int]:
     ]
 
 
-def monitors(installation: Installation, subjects: list[str]) -> list[int]:
-    """LXC's monitor of the first of the moment's containers that has one."""
+def monitored(installation: Installation, subjects: list[str]) -> dict[str, int]:
+    """LXC's monitors of the moment's containers, by their owners."""
     found = {
-        line.split()[-1]: pid
+        line.split()[-1].removeprefix(installation.instance.prefix): pid
         for pid, line in command_lines().items()
         if line.startswith("[lxc monitor]")
     }
-    names = [f"{installation.instance.prefix}{owner}" for owner in subjects]
-    return [found[name] for name in names if name in found][:1]
+    return {owner: found[owner] for owner in subjects if owner in found}
+
+
+def monitors(installation: Installation, subjects: list[str]) -> list[int]:
+    """The monitor of the first of the moment's containers that has one."""
+    return list(monitored(installation, subjects).values())[:1]
 
 
 def inits(installation: Installation, subjects: list[str]) -> list[int]:
@@ -128,6 +136,7 @@ PROCESSES = (
         frozenset({"sandbox"}),
         why_not="nothing waits for a monitor that stands still",
         comes_back=False,
+        absent=IMAGE_MAKING,
     ),
     Process(
         "init",
@@ -135,6 +144,7 @@ PROCESSES = (
         frozenset({"sandbox"}),
         why_not="a tenant may stop what is theirs",
         comes_back=False,
+        absent=IMAGE_MAKING,
     ),
     Process("squid-master", lambda i, _: squids(i)[0], why_not="it serves nothing itself"),
     Process("squid-kid", lambda i, _: squids(i)[1], hangs=True),

@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,6 +86,14 @@ def _wrong_snapshots(installation: Installation, host: HostClient) -> Iterator[s
         elif ready != (one in known):
             there = "there" if one in known else "not there"
             yield f"{one} is {'deleted' if deleted else status}, and {there}"
+
+
+def still_running(installation: Installation, ended: Collection[str]) -> list[str]:
+    """Which of these sandboxes and builds the host takes for running, though their end is near."""
+    with installation.stack.host() as host:
+        running = {info.id for info in host.sandboxes() if info.state == "running"}
+        running |= {one for one in ended if _build(host, one) == "running"}
+    return [f"{one} runs on the host, and was struck down" for one in ended if one in running]
 
 
 # What is on the host ---------------------------------------------------------------------------
