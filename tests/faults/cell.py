@@ -274,9 +274,14 @@ class Cell:
         return costs in breaks or (own and "sandbox" in breaks)
 
     def _leftovers(self) -> list[str]:
-        if self._within(scaled(TARGET_SECONDS), lambda: not of_the_ended(self.installation)):
+        def left_over() -> list[str]:
+            known = self.known.rows
+            found = of_the_ended(self.installation)
+            return [what for what in found if not any(row in what for row in known)]
+
+        if self._within(scaled(TARGET_SECONDS), lambda: not left_over()):
             return []
-        left = of_the_ended(self.installation)
+        left = left_over()
         more = [f"and {len(left) - MOST_TOLD} more"] if len(left) > MOST_TOLD else []
         return [f"left of what has ended: {what}" for what in left[:MOST_TOLD]] + more
 

@@ -188,7 +188,7 @@ def upload(installation: Installation, client: Client) -> Scene:
 
     def body(content: bytes, *, pause: bool) -> Iterator[bytes]:
         text = base64.b64encode(content).decode()
-        data = json.dumps({"path": "/root/sent", "content": text}).encode()
+        data = json.dumps({"path": "/workspace/sent", "content": text}).encode()
         middle = len(data) // 2
         yield data[:middle]
         half.set()
@@ -200,7 +200,8 @@ def upload(installation: Installation, client: Client) -> Scene:
         headers = {"Content-Type": "application/json"}
         return client.post(address, content=body(content, pause=pause), headers=headers)
 
-    assert send(old, pause=False).is_success
+    answer = send(old, pause=False)
+    assert answer.is_success, answer.text
     half.clear()
     call = Call("upload", lambda: send(new, pause=True))
     until(half.is_set, lambda: call.answer is not None)
@@ -213,7 +214,7 @@ def upload(installation: Installation, client: Client) -> Scene:
 
 def torn(client: Client, sandbox: str, call: Call, sizes: set[int]) -> list[str]:
     """What is wrong with a file that must be there whole, as it was or as it was to be."""
-    command = {"command": "stat -c %s /root/sent; ls -A /root | grep -c sent"}
+    command = {"command": "stat -c %s /workspace/sent; ls -A /workspace | grep -c sent"}
     answer = client.post(f"/v1/sandboxes/{sandbox}/exec", json=command)
     if not answer.is_success:
         return []
