@@ -287,7 +287,8 @@ def delete(installation: Installation, client: Client) -> Scene:
         return bool(found)
 
     until(one_is_half_gone, all_answered(calls))
-    return Scene(found, calls, go_on=struck.set)
+    running = [one for one, status in ids(installation).items() if status == "running"]
+    return Scene([one for one in running if one not in before], calls, go_on=struck.set)
 
 
 MOMENTS: dict[str, Reach] = {
