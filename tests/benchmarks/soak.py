@@ -5,7 +5,8 @@ uploads, pauses, snapshots and what is started from them, builds, deletes.  Afte
 that it made is deleted, and the installation is counted while it rests: memory, descriptors and
 threads of each program, processes, mounts, cgroups, network namespaces, loop devices, database
 connections, rows, bytes on the disk.  For each count a line is fitted (least squares) to the rounds
-after the first fifth, in which caches and pools fill; it *grows* when the line rises over the whole
+after the first third, in which caches and pools fill (a launcher keeps a descriptor for each of
+256 slots, once each was used); it *grows* when the line rises over the whole
 time by more than the counts scatter around it, and by more than a hundredth.
 
 Rows that are kept on purpose (the audit's, the deleted sandboxes') grow with use: they are shown by
@@ -42,7 +43,7 @@ UPLOAD = bytes(range(256)) * (4 * MIB // 256)
 # Every so many rounds, as each takes longer than the rest of a round.
 BUILD_EVERY, SNAPSHOT_EVERY = 4, 2
 REST_SECONDS = 3.0
-WARM_SHARE = 0.2
+WARM_SHARE = 1 / 3
 # What a line may rise by over all rounds without being said to grow.
 NOISE_SHARE = 0.01
 # Kept for people to look at, so they grow with what is done.
@@ -94,7 +95,7 @@ class Work:
             assert sandbox.files.read_bytes("/workspace/file") == UPLOAD
             self.done["upload"] += 1
             sandbox.pause()
-            sandbox.resume()
+            Sandbox.resume(sandbox.id, client=self.client)
             self.done["pause"] += 1
         finally:
             self._end(sandbox)

@@ -27,10 +27,10 @@ from tests.host.small import IMAGE, a_small_agent
 pytestmark = [pytest.mark.host]
 
 MIB = 1024 * 1024
-SIZE_MB = 3072
+SIZE_MB = 1536
 MOUNTED = "loop,errors=remount-ro"
-# Goes on until it is stopped; each file is one write(2) after the other.  Paced to 100 MiB a second
-# at most: a disk's cache takes what is between "short" and "all but gone" in a fifth of a second,
+# Goes on until it is stopped; each file is one write(2) after the other.  Paced to 50 MiB a second
+# at most: a disk's cache takes what is between "short" and "all but gone" in a tenth of a second,
 # and who is held in that time and who is ended depends on how soon a busy machine comes to look.
 WRITES = """
 import itertools, os, time
@@ -40,9 +40,9 @@ for number in itertools.count():
     with open(f"fill{number}", "wb") as file:
         for _ in range(64):
             file.write(piece)
-            time.sleep(0.01)
+            time.sleep(0.02)
 """
-FLOODS = WRITES.replace("            time.sleep(0.01)\n", "")
+FLOODS = WRITES.replace("            time.sleep(0.02)\n", "")
 
 
 @contextlib.contextmanager
@@ -272,7 +272,7 @@ for number in range({many}):
     with open(f"/var/tmp/fill{{number}}", "wb") as file:
         for _ in range(64):
             file.write(piece)
-            time.sleep(0.01)
+            time.sleep(0.02)
 for number in range({many}):
     os.unlink(f"/var/tmp/fill{{number}}")
 """
@@ -292,7 +292,7 @@ def test_a_build_waits_until_there_is_room_and_is_told_when_it_had_to_end(
 ) -> None:
     reserve = room(host)["reserve_bytes"]
     others = fill(disk, 2 * reserve)
-    build = a_build(agent, "waits", many=14)
+    build = a_build(agent, "waits", many=8)
     until_held(host)
     time.sleep(2)
     assert host.build(build).state == "running"
