@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
-from orkestr import OrkestrClient, Sandbox
+from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import OrkestrError
 
 from hostruntime.patience import tree_of
@@ -113,7 +113,7 @@ class Work:
                 finally:
                     self._end(fork)
             finally:
-                snapshot.delete()
+                Snapshot.delete(snapshot.id, client=self.client)
         finally:
             self._end(sandbox)
 
