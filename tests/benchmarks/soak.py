@@ -16,6 +16,7 @@ operation.  Run it as root: ``python -m tests.benchmarks.soak --minutes 120``.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import threading
@@ -30,10 +31,12 @@ import psycopg
 from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import OrkestrError
 
+from hostruntime.paths import Instance
 from hostruntime.patience import tree_of
+from hostruntime.rundir import RunDir
 from orkestr_console.runner.keeper import Keeper
 from tests.clients.making import Templates
-from tests.leftovers import host_names
+from tests.leftovers import host_names, instance_of, loops, mounts
 from tests.processes import command_lines
 from tests.stack import Stack, running_stack
 
@@ -145,11 +148,14 @@ def sample(stack: Stack) -> dict[str, float]:
         for each in tree_of(pid) if pid else ():
             with suppress(OSError):
                 _count_process(found, program, each)
-    names = host_names()
+    with stack.host() as host:
+        instance = host.health().instance
+    places = (stack.layout.var, RunDir.of(Instance(instance)).root)
+    names = [name for name in host_names() if instance_of(name) == str(instance)]
     for kind in ("link", "netns", "cgroup", "table"):
         found[f"{kind}s"] = sum(1 for name in names if name.startswith(kind))
-    found["mounts"] = len(Path("/proc/self/mountinfo").read_text().splitlines())
-    found["loop devices"] = len([*Path("/sys/block").glob("loop*/loop/backing_file")])
+    found["mounts"] = sum(any(map(path.is_relative_to, places)) for path in mounts())
+    found["loop devices"] = sum(any(map(path.is_relative_to, places)) for path in loops())
     found["disk MiB"] = _disk_mib(stack.layout.var)
     found.update(_database(stack))
     return dict(found)
@@ -276,6 +282,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--out", type=Path, help="a file to keep the table in as it grows")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell has what it starts in the background ignore SIGINT.
+        signal.signal(number, signal.default_int_handler)
     with running_stack() as stack:
         soak(stack, options.minutes, options.clients, options.out)
 
