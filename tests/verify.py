@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def everything(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
     """All that must hold: in two lanes, and then what runs alone."""
-    with room(scratch, "console") as console, room(scratch, "host") as host:
+    shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
+    with room(scratch, "console", **shared) as console, room(scratch, "host", **shared) as host:
         quick = pytest(console, "quick tests", quick_paths())
         live = pytest(console, "live tests", [f"tests/{name}" for name in LIVE])
         apart = [f"--ignore={path}" for path in ALONE]
@@ -132,12 +133,12 @@ def verify(checks: Callable[[Verdicts, Path], None]) -> int:
 
 
 @contextmanager
-def room(scratch: Path, name: str) -> Iterator[Room]:
+def room(scratch: Path, name: str, **more: str) -> Iterator[Room]:
     """A room in the scratch directory, with a database server of its own."""
     directory = scratch / name
     directory.mkdir(mode=0o755)
     with temporary_cluster(directory / "postgres") as cluster:
-        yield Room(directory, environment(directory, cluster.url))
+        yield Room(directory, {**environment(directory, cluster.url), **more})
 
 
 def environment(scratch: Path, database_url: str, tree: Path = TREE) -> dict[str, str]:
