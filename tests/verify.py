@@ -1,9 +1,9 @@
 """Everything that must hold before a change lands: `make test` and CI run this.
 
-Style, types and migrations, then the quick tests, then the official clients and the browser; beside
-them the tests that need real LXC, and those of the host runtime marked `pythons` again, on the
-other Python that the project supports, where bootstrap.sh found one; then the tests that measure
-the machine, with nothing beside them. `--only pythons` runs all of the host runtime's on each.
+Style, types and migrations; all of pytest, in sessions of which two run at once (tests/lanes.py);
+of the host runtime's tests those marked `pythons` again, on the other Python that the project
+supports, where bootstrap.sh found one; last and alone, the tests that measure the machine.
+`--only pythons` runs all of the host runtime's on each.
 
 The databases and installations that the tests use are made in one scratch directory, and nothing of
 them may be left on the host.
@@ -20,15 +20,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.postgres import temporary_cluster
-from tests.lanes import TREE, Check, Lane, Room, Verdicts, say
+from tests.lanes import TREE, Check, Room, Verdicts, say
 from tests.leftovers import host_names, leftovers
 
 TESTS = TREE / "tests"
-# These use a whole installation; what is neither here nor below is quick.
-LIVE = ("clients", "browser")
+# The sessions of pytest; the first ones take longest. Any other test is quick.
+PARTS = {
+    "host tests": ("host",),
+    "live tests": ("clients", "browser"),
+    "runtime tests": ("hostruntime", "runner"),
+}
+QUICK = "quick tests"
 # What these measure or count is the machine's, not theirs alone.
 ALONE = ("tests/host/test_reserve.py",)
 # By commands of their own: `make bench`, `make recipes`, `make test-vm`.
@@ -54,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     if options.only == "static":
         verdicts = Verdicts()
         for check in STATIC:
-            verdicts.run(check, os.environ)
+            verdicts.run(check, Room(TREE, os.environ))
         return conclude(verdicts)
     if options.only == "pythons":
         return verify(pythons)
@@ -65,57 +71,64 @@ def main(argv: Sequence[str]) -> int:
 
 
 def everything(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
-    """All that must hold: in two lanes, and then what runs alone."""
+    """All that must hold: two checks at once, and then what runs alone."""
+    first, *others = (pytest(name, paths) for name, paths in parts().items())
+    # It has the agent's state directory to itself.
+    other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(ALONE)], first.name)
     shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
-    with room(scratch, "console", **shared) as console, room(scratch, "host", **shared) as host:
-        quick = pytest(console, "quick tests", quick_paths())
-        live = pytest(console, "live tests", [f"tests/{name}" for name in LIVE])
-        apart = [f"--ignore={path}" for path in ALONE]
-        on_lxc = pytest(host, "host tests", ["tests/host", *apart])
-        other = on_the_other_python(host, ["-m", "pythons", *RUNTIME, *apart])
-        lanes = [Lane(console, [*static, quick, live]), Lane(host, [on_lxc, *other])]
-        verdicts.run_beside(lanes)
-        verdicts.run(pytest(host, "tests that run alone", ALONE), host.environment)
+    with room(scratch, "one", **shared) as one, room(scratch, "two", **shared) as two:
+        verdicts.run_beside([first, *static, *others, *other], [one, two])
+        verdicts.run(pytest("tests that run alone", ALONE), one)
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:
     """The whole of the host runtime's tests on each Python there is."""
-    with room(scratch, "host") as host:
-        for check in (pytest(host, "host tests", RUNTIME), *on_the_other_python(host, RUNTIME)):
-            verdicts.run(check, host.environment)
+    with room(scratch, "one") as one:
+        for check in (pytest("host runtime's tests", RUNTIME), *on_the_other_python(RUNTIME)):
+            verdicts.run(check, one)
 
 
 def some(verdicts: Verdicts, scratch: Path, paths: Sequence[str]) -> None:
     """The tests of ``paths``."""
-    with room(scratch, "some") as place:
-        verdicts.run(pytest(place, "tests", paths), place.environment)
+    with room(scratch, "one") as one:
+        verdicts.run(pytest("tests", paths), one)
 
 
-def quick_paths() -> list[str]:
-    """Every directory and file of tests that no other part names."""
-    others = {"host", *LIVE, *APART, "__pycache__"}
-    return sorted(
-        str(path.relative_to(TREE))
-        for path in TESTS.iterdir()
-        if path.name not in others and (path.is_dir() or path.name.startswith("test_"))
-    )
+def parts() -> dict[str, list[str]]:
+    """What each session of pytest is given."""
+    named = {name for names in PARTS.values() for name in names}
+    quick = [
+        path.name
+        for path in sorted(TESTS.iterdir())
+        if path.name not in {*named, *APART, "__pycache__"}
+        and (path.is_dir() or path.name.startswith("test_"))
+    ]
+    return {
+        part: [*(f"tests/{name}" for name in names), *_without(ALONE)]
+        for part, names in (PARTS | {QUICK: quick}).items()
+    }
 
 
-def pytest(room: Room, name: str, arguments: Sequence[str], python: str = sys.executable) -> Check:
+def _without(paths: Sequence[str]) -> list[str]:
+    return [f"--ignore={path}" for path in paths]
+
+
+def pytest(name: str, arguments: Sequence[str], **more: Any) -> Check:
     """A session of pytest's."""
     # After ten failures the cause is among them, and what follows would hide it.
-    reporting = ["--tb=short", "--maxfail=10", f"--basetemp={room.directory}/pytest"]
-    return Check(f"pytest, {name}", ["-m", "pytest", *reporting, *arguments], python)
+    reporting = ["--tb=short", "--maxfail=10", "--basetemp={room}/pytest"]
+    return Check(f"pytest, {name}", ["-m", "pytest", *reporting, *arguments], **more)
 
 
-def on_the_other_python(room: Room, arguments: Sequence[str]) -> list[Check]:
+def on_the_other_python(arguments: Sequence[str], *after: str) -> list[Check]:
     """Tests on the Python that this one is not; without one it is said that they are not run."""
     if not OTHER.exists():
         say("== pytest on another Python: NOT RUN, for want of one (`make test` says why)")
         return []
     asked = [str(OTHER), "-c", "import platform; print(platform.python_version())"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    return [pytest(room, f"Python {version}", arguments, str(OTHER))]
+    more = {"python": str(OTHER), "after": frozenset(after)}
+    return [pytest(f"Python {version}", arguments, **more)]
 
 
 def verify(checks: Callable[[Verdicts, Path], None]) -> int:
