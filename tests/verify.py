@@ -76,21 +76,21 @@ def everything(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> No
     # It has the agent's state directory to itself.
     other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(ALONE)], first.name)
     shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
-    with room(scratch, "one", **shared) as one, room(scratch, "two", **shared) as two:
+    with room(scratch, "1", **shared) as one, room(scratch, "2", **shared) as two:
         verdicts.run_beside([first, *static, *others, *other], [one, two])
         verdicts.run(pytest("tests that run alone", ALONE), one)
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:
     """The whole of the host runtime's tests on each Python there is."""
-    with room(scratch, "one") as one:
+    with room(scratch, "1") as one:
         for check in (pytest("host runtime's tests", RUNTIME), *on_the_other_python(RUNTIME)):
             verdicts.run(check, one)
 
 
 def some(verdicts: Verdicts, scratch: Path, paths: Sequence[str]) -> None:
     """The tests of ``paths``."""
-    with room(scratch, "one") as one:
+    with room(scratch, "1") as one:
         verdicts.run(pytest("tests", paths), one)
 
 
@@ -115,8 +115,9 @@ def _without(paths: Sequence[str]) -> list[str]:
 
 def pytest(name: str, arguments: Sequence[str], **more: Any) -> Check:
     """A session of pytest's."""
-    # After ten failures the cause is among them, and what follows would hide it.
-    reporting = ["--tb=short", "--maxfail=10", "--basetemp={room}/pytest"]
+    # After ten failures the cause is among them, and what follows would hide it. Short, as rooms'
+    # names are: sockets are made in it, of whose path 107 bytes are all there may be (unix(7)).
+    reporting = ["--tb=short", "--maxfail=10", "--basetemp={room}/t"]
     return Check(f"pytest, {name}", ["-m", "pytest", *reporting, *arguments], **more)
 
 
