@@ -59,9 +59,13 @@ class Result:
 
 @dataclass
 class Known:
-    """What is carried from cell to cell: what is on the host, and rows already told as wrong."""
+    """What is carried from cell to cell: what is on the host when none is run, and what was told.
+
+    ``left`` was left behind by earlier cells, and ``rows`` were wrong in them.
+    """
 
     holdings: Counter[str]
+    left: Counter[str] = field(default_factory=Counter)
     rows: set[str] = field(default_factory=set)
 
 
@@ -288,11 +292,14 @@ class Cell:
     def _tidy(self) -> None:
         """Delete what the cell made; nothing may be left of it, and nothing else be gone."""
         self.installation.tidy()
-        if self._within(
-            scaled(TIDY_SECONDS), lambda: holdings(self.installation) == self.known.holdings
-        ):
+        if self._within(scaled(TIDY_SECONDS), lambda: not any(self._changes())):
             return
-        now, before = holdings(self.installation), self.known.holdings
-        self.wrong += [f"left behind: {what}" for what in sorted(now - before)][:MOST_TOLD]
-        self.wrong += [f"gone: {what}" for what in sorted(before - now)][:MOST_TOLD]
-        self.known.holdings = now
+        more, fewer = self._changes()
+        self.wrong += [f"left behind: {what}" for what in sorted(more)][:MOST_TOLD]
+        self.wrong += [f"gone: {what}" for what in sorted(fewer)][:MOST_TOLD]
+        self.known.left += more
+
+    def _changes(self) -> tuple[Counter[str], Counter[str]]:
+        """What is on the host that was not before this cell, and what is not that always was."""
+        now, always = holdings(self.installation), self.known.holdings
+        return now - always - self.known.left, always - now

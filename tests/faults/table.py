@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from hostruntime.patience import slowness
 from tests.faults.cell import Result
-from tests.verify import TREE
+from tests.lanes import TREE
 
 
 def text_of(result: Result) -> str:
