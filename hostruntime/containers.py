@@ -24,7 +24,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +34,14 @@ import lxc
 from hostruntime import channel, inside_files, kernel, seccomp
 from hostruntime.entering import Confinement, Doorway, EnteringFailed, enter
 from hostruntime.inside_exec import Command, become_command
-from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
+from hostruntime.lxc_config import user_namespace_items
+from hostruntime.rootfs import (
+    RootfsPlan,
+    container_extents,
+    id_extents,
+    mount_rootfs,
+    unmount_rootfs,
+)
 
 _TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
@@ -161,7 +168,10 @@ class Launcher:
         kernel.set_dumpable(dumpable=True)
         mount_rootfs(plan, userns_fd)
         try:
-            container = self._configured(str(message["name"]), message["config"])
+            # Made by the container's own root, so that nothing in it counts for anybody else.
+            own = kernel.user_namespace(container_extents(plan.id_base), plan.id_base)
+            items = [*message["config"], *user_namespace_items(own)]
+            container = self._configured(str(message["name"]), items)
             # close_fds: the monitor, a daemon, must not keep the agent's socket.
             if not container.start(close_fds=True, daemonize=True):
                 said = _tail(Path(message["log"]))
@@ -184,7 +194,7 @@ class Launcher:
             answer = json.loads(starting.result)
         channel.send(self.sock, {"id": starting.request, **answer})
 
-    def _configured(self, name: str, items: list[list[str]]) -> lxc.Container:
+    def _configured(self, name: str, items: Sequence[Sequence[str]]) -> lxc.Container:
         container = lxc.Container(name, self.lxcpath)
         for key, value in items:
             # Not set_config_item: of a repeated key that keeps only the last.
@@ -339,12 +349,6 @@ def _prepare_process() -> None:
     # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
-    # These the kernel also counts for whoever made a user namespace, which is root: a container at
-    # its limit would leave none to any program of the host's root (UCOUNT_RLIMIT_COUNTS).
-    for counted in (resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE):
-        _, most = resource.getrlimit(counted)
-        if most != resource.RLIM_INFINITY:
-            resource.setrlimit(counted, (most // 2,) * 2)
     # When the machine's memory ends, what runs in a container goes before what serves everybody; as
     # root's word it is also the least that anybody in there may ask for (proc(5)).
     with contextlib.suppress(PermissionError):

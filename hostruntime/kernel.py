@@ -35,6 +35,7 @@ _SOCK_FILTER_BYTES = 8
 _SIGSET_BYTES = 128
 _CLONE_PARENT = 0x8000
 _CAPABILITY_VERSION_3 = 0x2008_0522
+_CAP_SYS_ADMIN = 21
 
 # capability.h: the number of each capability that containers may keep (capabilities(7)).
 CAPABILITY_NUMBERS = {
@@ -212,16 +213,18 @@ def mount_points(below: Path) -> list[Path]:
     return found[::-1]
 
 
-def user_namespace(extents: Sequence[tuple[int, int, int]]) -> int:
+def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> int:
     """A descriptor of a new user namespace with these (inside, outside, count) uid/gid extents.
 
-    It exists only to say how an idmapped mount shifts ids (user_namespaces(7)).  Forks: call it
-    from a single-threaded process only.
+    ``maker`` is the host id that makes it: to their account goes all that the kernel counts in
+    there (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
+    and RLIMIT_MEMLOCK since Linux 5.14).  Whoever has it as effective id outside has power over the
+    namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
     """
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        _namespace_child(ready[1], go[0])
+        _namespace_child(ready[1], go[0], maker)
     try:
         for descriptor in (ready[1], go[0]):
             os.close(descriptor)
@@ -238,8 +241,12 @@ def user_namespace(extents: Sequence[tuple[int, int, int]]) -> int:
         os.waitpid(child, 0)
 
 
-def _namespace_child(ready: int, go: int) -> None:
+def _namespace_child(ready: int, go: int, maker: int) -> None:
     try:
+        if maker:
+            os.setresuid(-1, maker, -1)
+            # Distributions let no one else make them (kernel.unprivileged_userns_clone).
+            set_capabilities([_CAP_SYS_ADMIN])
         os.unshare(os.CLONE_NEWUSER)
         os.write(ready, b"1")
         os.read(go, 1)

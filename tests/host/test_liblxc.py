@@ -70,6 +70,7 @@ def test_liblxc_takes_every_key_and_value(tmp_path: Path) -> None:
         "lxc.cgroup2.memory.swap.max",
         "lxc.cgroup.memory.memsw.limit_in_bytes",
         "lxc.apparmor.profile",
+        "lxc.namespace.keep",
         "lxc.namespace.share.net",
         "lxc.net.0.type",
     } <= seen
