@@ -126,6 +126,11 @@ class CgroupLayout:
         """The groups of one container, whether they exist or not."""
         return ContainerGroups(self, name)
 
+    def processes_group(self, name: str) -> Path:
+        """Where the processes of all containers of an instance are counted (pids.max)."""
+        hierarchy = self.unified if self.kind == "v2" else self.v1["pids"]
+        return hierarchy / self.instance_group(name)
+
     def container_names(self, prefix: str) -> list[str]:
         """Every container with this name prefix that has a group, or whose monitor has."""
         names: set[str] = set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, apparmor, build_plan, delegation
+from hostruntime import __version__, apparmor, build_plan, delegation, shared_limits
 from hostruntime.ballast import Ballast
 from hostruntime.bases import BaseBuilder
 from hostruntime.builds import BuildManager
@@ -192,6 +192,8 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         apparmor.load(label)
     pool = SlotPool(paths, instance)
     pool.setup()
+    # Now that the kernel tracks connections.
+    _share_the_machine(instance)
     build_runtime_layers(paths, pool)
     proxy = EgressProxy(paths, instance, pool)
     store = ImageStore(paths)
@@ -222,6 +224,15 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         bases=BaseBuilder(paths, engine, partial(host_registries, paths), proxy.refresh),
         layers=layers,
     )
+
+
+def _share_the_machine(instance: Instance) -> None:
+    shared_limits.raise_limits()
+    try:
+        shared_limits.limit_processes(instance)
+    except (HostError, OSError) as error:
+        # Each container has its own limit, and nobody's sandbox is to wait for this one.
+        _log.error("what all sandboxes may run together could not be limited: %s", error)
 
 
 def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:

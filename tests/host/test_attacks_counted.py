@@ -12,12 +12,15 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from hostruntime.answers import FileContent, SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.errors import NotFound
+from hostruntime.limits import cgroup_layout
+from hostruntime.shared_limits import low_limits, most_processes
 from tests.host.agent import REPO, Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS
@@ -122,3 +125,11 @@ def test_what_one_sandbox_takes_all_of_is_there_for_its_neighbour_and_the_host(
         none = thing in REFUSED and viewer == "the neighbour"
         assert before == (REFUSED[thing] if none else TAKEN), "it works at all"
         assert beside == before, f"{viewer} gets no more of it"
+
+
+def test_all_sandboxes_together_leave_the_host_what_it_needs(agent: Agent) -> None:
+    """What is not counted for users, but once for the machine."""
+    assert low_limits() == [], "it was raised when the agent started"
+    group = cgroup_layout().processes_group(agent.prefix)
+    assert int((group / "pids.max").read_text()) == most_processes()
+    assert most_processes() < int(Path("/proc/sys/kernel/threads-max").read_text())
