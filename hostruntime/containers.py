@@ -17,6 +17,7 @@ meanwhile.  LXC's monitors are daemons and outlive the launcher.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -49,10 +50,26 @@ _OOM_SCORE_ADJ = 300
 _LOG_TAIL_BYTES = 1500
 _OPEN = b"1"
 _SIGNALS_AT_ONCE = 4096
+# How many come with a request to attach.
+_DESCRIPTORS = {"exec": 4, "file": 1}
+
+
+# What the kernel says when the host or this process is at a limit: a container never is for these,
+# as what enters it is counted there last.
+_OUR_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
     """A request that could not be done; the text goes to the agent."""
+
+
+class DescriptorsLost(Exception):  # noqa: N818 - an answer to the agent
+    """There was no room for the descriptors that came with a request (MSG_CTRUNC in recv(2))."""
+
+    errno = errno.EMFILE
+
+
+_REFUSALS = (RequestFailed, EnteringFailed, DescriptorsLost)
 
 
 @dataclass
@@ -108,8 +125,8 @@ class Launcher:
         request = message.get("id")
         try:
             answer = self._dispatch(message, fds)
-        except (RequestFailed, EnteringFailed, OSError, KeyError, TypeError, ValueError) as error:
-            answer = {"error": _words(error)}
+        except (*_REFUSALS, OSError, KeyError, TypeError, ValueError) as error:
+            answer = _refusal(error)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -157,7 +174,7 @@ class Launcher:
         try:
             answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
-            answer = {"error": _words(error)}
+            answer = _refusal(error)
         try:
             os.write(result, json.dumps(answer).encode())
         finally:
@@ -286,6 +303,8 @@ class Launcher:
 
 def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[], NoReturn]:
     """What the attached process is to do, with everything it needs already at hand."""
+    if len(fds) != _DESCRIPTORS[message["call"]]:
+        raise DescriptorsLost("The launcher has no room for descriptors.")
     if message["call"] == "exec":
         stdin, stdout, stderr, status = fds
         command = Command(
@@ -326,9 +345,10 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
     )
 
 
-def _words(error: Exception) -> str:
-    ours = isinstance(error, RequestFailed | EnteringFailed)
-    return str(error) if ours else f"{type(error).__name__}: {error}"
+def _refusal(error: Exception) -> dict[str, Any]:
+    """The answer for a request that failed; ``at_limit``: for a limit of the host's own."""
+    words = str(error) if isinstance(error, _REFUSALS) else f"{type(error).__name__}: {error}"
+    return {"error": words, "at_limit": getattr(error, "errno", None) in _OUR_OWN_LIMITS}
 
 
 def _tail(log: Path) -> str:

@@ -148,6 +148,7 @@ class Host:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
             await self._check_walls()
+            await self._tend_launchers()
             await asyncio.to_thread(self.pool.record_attempts)
             await self._check_proxy(first=False)
 
@@ -160,6 +161,12 @@ class Host:
                 await self.builds.forget_old()
             except OSError as error:
                 _log.error("old layers or builds could not be deleted: %s", error)
+
+    async def _tend_launchers(self) -> None:
+        try:
+            await self.launchers.tend()
+        except (HostError, OSError) as error:
+            _log.error("a launcher near a limit could not be replaced: %s", error)
 
     async def _check_walls(self) -> None:
         try:
