@@ -96,7 +96,6 @@ class Launcher:
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
-    userns: dict[int, int] = field(default_factory=dict)
     doorways: dict[str, Doorway] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -151,12 +150,11 @@ class Launcher:
 
     def _begin_start(self, message: Mapping[str, Any]) -> None:
         plan = _rootfs_plan(message["rootfs"])
-        userns_fd = self._userns_fd(plan.id_base)
         result_out, result_in = os.pipe()
         try:
             pid = os.fork()
             if pid == 0:
-                self._start_and_exit(message, plan, userns_fd, result_in)
+                self._start_and_exit(message, plan, result_in)
         except OSError:
             os.close(result_out)
             raise
@@ -166,13 +164,13 @@ class Launcher:
         self.poller.register(result_out, select.POLLIN)
 
     def _start_and_exit(
-        self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int, result: int
+        self, message: Mapping[str, Any], plan: RootfsPlan, result: int
     ) -> NoReturn:
-        _close_all_but(userns_fd, result)
+        _close_all_but(result)
         # LXC waits for children, and init has the signals blocked that this has.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
-            answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
+            answer: dict[str, Any] = {"init_pid": self._start(message, plan)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
             answer = _refusal(error)
         try:
@@ -180,10 +178,10 @@ class Launcher:
         finally:
             os._exit(0)
 
-    def _start(self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int) -> int:
+    def _start(self, message: Mapping[str, Any], plan: RootfsPlan) -> int:
         # Init sets itself up through its own /proc entries; nobody else is in there yet.
         kernel.set_dumpable(dumpable=True)
-        mount_rootfs(plan, userns_fd)
+        mount_rootfs(plan, kernel.user_namespace(id_extents(plan.id_base)))
         try:
             # Made by the container's own root, so that nothing in it counts for anybody else.
             own = kernel.user_namespace(container_extents(plan.id_base), plan.id_base)
@@ -218,11 +216,6 @@ class Launcher:
             if not container.append_config_item(key, value):
                 raise RequestFailed(f"LXC refused the configuration {key} = {value}.")
         return container
-
-    def _userns_fd(self, id_base: int) -> int:
-        if id_base not in self.userns:
-            self.userns[id_base] = kernel.user_namespace(id_extents(id_base))
-        return self.userns[id_base]
 
     # Attaching -----------------------------------------------------------------------------
 
