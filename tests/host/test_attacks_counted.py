@@ -19,11 +19,12 @@ import pytest
 from hostruntime.answers import FileContent, SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.errors import NotFound
-from hostruntime.limits import cgroup_layout
+from hostruntime.limits import ContainerGroups, cgroup_layout
 from hostruntime.shared_limits import low_limits, most_processes
 from tests.host.agent import REPO, Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS
+from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host
 
@@ -125,6 +126,53 @@ def test_what_one_sandbox_takes_all_of_is_there_for_its_neighbour_and_the_host(
         none = thing in REFUSED and viewer == "the neighbour"
         assert before == (REFUSED[thing] if none else TAKEN), "it works at all"
         assert beside == before, f"{viewer} gets no more of it"
+
+
+# More than a small sandbox has memory, in sockets that nobody reads.
+_FILL = """
+import os, socket, time
+held = []
+for _ in range(640):
+    here = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    here.bind(("127.0.0.1", 0))
+    there = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    there.connect(here.getsockname())
+    held.append((here, there, [there.send(bytes(60_000)) for _ in range(4)]))
+open("/workspace/filled", "w").close()
+while not os.path.exists("/workspace/go"):
+    time.sleep(0.05)
+"""
+
+
+def test_what_is_in_sockets_is_bounded_by_the_sandboxs_size(
+    agent: Agent, host: HostClient, attackers: str, new_sandbox: NewSandbox
+) -> None:
+    small = new_sandbox(image=attackers, memory_mb=64, network="off")
+    groups = cgroup_layout().container(f"{agent.prefix}{small.id}")
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(host.exec, small.id, ["python3", "-c", _FILL], timeout_seconds=120)
+        for _ in eventually(100):
+            if filling.done() or host.stat(small.id, "/workspace/filled").exists:
+                break
+        if filling.done():
+            # In cgroup v2 it is the sandbox's memory like all other.
+            assert filling.result().out_of_memory
+            return
+        taken, most = in_sockets(groups)
+        host.write_file(small.id, "/workspace/go", b"")
+        assert filling.result().code == 0
+    assert most / 2 < taken <= most
+
+
+def in_sockets(groups: ContainerGroups) -> tuple[int, int]:
+    """What a container's sockets hold, and may, in bytes, or its memory where that is counted."""
+    group, memory = groups.memory_group(), groups.memory_bytes()
+    if groups.layout.kind == "v2":
+        assert memory is not None
+        return memory, int((group / "memory.max").read_text())
+    names = (f"memory.kmem.tcp.{what}_in_bytes" for what in ("usage", "limit"))
+    taken, most = (int((group / name).read_text()) for name in names)
+    return taken, min(most, 64 << 20)
 
 
 def test_all_sandboxes_together_leave_the_host_what_it_needs(agent: Agent) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from hostruntime.shared_limits import RAISED, low_limits, most_processes, raise_limits
 
+NO_GROUPS = Path("/nonexistent")
+
 
 @pytest.fixture
 def sysctls(tmp_path: Path) -> Path:
@@ -30,14 +32,14 @@ def number(path: Path) -> int:
 
 
 def test_what_is_low_is_raised_and_what_is_high_stays(sysctls: Path) -> None:
-    assert [low.setting for low in low_limits(sysctls)] == [
+    assert [low.setting for low in low_limits(sysctls, NO_GROUPS)] == [
         "kernel.pid_max",
         "kernel.pty.max",
         "fs.file-max",
     ]
     high = number(sysctls / "net/netfilter/nf_conntrack_max")
-    raise_limits(sysctls)
-    assert low_limits(sysctls) == []
+    raise_limits(sysctls, NO_GROUPS)
+    assert low_limits(sysctls, NO_GROUPS) == []
     assert number(sysctls / "kernel/pid_max") == RAISED["kernel/pid_max"]
     assert number(sysctls / "net/netfilter/nf_conntrack_max") == high
 
@@ -45,7 +47,7 @@ def test_what_is_low_is_raised_and_what_is_high_stays(sysctls: Path) -> None:
 def test_what_this_kernel_does_not_have_is_not_low(sysctls: Path) -> None:
     (sysctls / "net/netfilter/nf_conntrack_max").unlink()
     (sysctls / "kernel/pty/max").unlink()
-    raise_limits(sysctls)
+    raise_limits(sysctls, NO_GROUPS)
     assert not (sysctls / "kernel/pty/max").exists()
 
 
@@ -55,7 +57,7 @@ def test_what_cannot_be_raised_is_logged_with_the_command(
     (sysctls / "kernel/pty/max").unlink()
     # Nobody may write to it, not even root.
     (sysctls / "kernel/pty/max").symlink_to("/proc/sys/kernel/cap_last_cap")
-    raise_limits(sysctls)
+    raise_limits(sysctls, NO_GROUPS)
     (warning,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
     assert f"sysctl -w kernel.pty.max={RAISED['kernel/pty/max']}" in warning
     assert number(sysctls / "kernel/pid_max") == RAISED["kernel/pid_max"], "the others are"
@@ -65,3 +67,21 @@ def test_the_host_keeps_a_quarter_of_the_processes(sysctls: Path) -> None:
     assert most_processes(sysctls) == 5250
     (sysctls / "kernel/pid_max").write_text("4000\n")
     assert most_processes(sysctls) == 3000
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_sockets_hold_is_bounded_by_memory_where_it_is_counted(
+    sysctls: Path, tmp_path: Path, *, counted: bool
+) -> None:
+    """In cgroup v2 alone; with v1 the kernel's own bound stays."""
+    (sysctls / "net/ipv4").mkdir()
+    (sysctls / "net/ipv4/tcp_mem").write_text("1000\t2000\t3000\n")
+    groups = tmp_path / "groups"
+    groups.mkdir()
+    if counted:
+        (groups / "cgroup.controllers").touch()
+    raise_limits(sysctls, groups)
+    raised = [int(word) for word in (sysctls / "net/ipv4/tcp_mem").read_text().split()]
+    assert raised == sorted(raised)
+    assert (raised[-1] > 3000) == counted
+    assert low_limits(sysctls, groups) == []

@@ -147,10 +147,12 @@ def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
     """Limits of the whole machine that sandboxes and the proxy would meet."""
     low, descriptors = low_limits(sysctls), read_number(sysctls / _DESCRIPTORS)
     read_only = is_read_only(sysctls)
-    for_others = [Low(_DESCRIPTORS, descriptors, DESCRIPTORS)] if descriptors < DESCRIPTORS else []
+    for_others = []
+    if descriptors < DESCRIPTORS:
+        for_others.append(Low(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
     if for_others or (low and read_only):
         wanted = [*(low if read_only else []), *for_others]
-        settings = " ".join(f"{each.setting}={each.wanted}" for each in wanted)
+        settings = " ".join(each.assignment for each in wanted)
         return Finding("limits", "warn", _values(wanted), f"sysctl -w {settings}")
     if low:
         return Finding("limits", "ok", f"{_values(low)}; the next start raises what is too low")
