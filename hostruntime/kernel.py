@@ -222,7 +222,7 @@ def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> i
     namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
     """
     ready, go = os.pipe(), os.pipe()
-    child = os.fork()
+    child = _copy(0 if maker else os.CLONE_NEWUSER)
     if child == 0:
         _namespace_child(ready[1], go[0], maker)
     try:
@@ -247,7 +247,7 @@ def _namespace_child(ready: int, go: int, maker: int) -> None:
             os.setresuid(-1, maker, -1)
             # Distributions let no one else make them (kernel.unprivileged_userns_clone).
             set_capabilities([_CAP_SYS_ADMIN])
-        os.unshare(os.CLONE_NEWUSER)
+            os.unshare(os.CLONE_NEWUSER)
         os.write(ready, b"1")
         os.read(go, 1)
     finally:
@@ -270,7 +270,12 @@ def clone_sibling() -> int:
     Returns the copy's pid, and 0 in the copy.  Only for a process of one thread: nobody's handlers
     for a fork are run, neither Python's nor the C library's.
     """
-    arguments = (ctypes.c_long(_CLONE_PARENT | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
+    return _copy(_CLONE_PARENT)
+
+
+def _copy(flags: int = 0) -> int:
+    # A third cheaper than os.fork, whose handlers are for threads.
+    arguments = (ctypes.c_long(flags | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
     result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
     if result < 0:
         errno = ctypes.get_errno()
