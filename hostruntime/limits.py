@@ -125,7 +125,7 @@ class CgroupLayout:
             items.append(("lxc.cgroup.memory.memsw.limit_in_bytes", memory))
         # What is in its network buffers does not count as a container's memory there, and for
         # nobody at all without a limit of its own (mem_cgroup_sk_alloc in the kernel's memcontrol).
-        # A stream may go beyond it by what its last segment holds, so that it never stalls for good.
+        # A stream may go beyond it by its last segment, so that it never stalls for good.
         if (self.v1["memory"] / _BUFFERS).exists():
             buffers = max(limits.memory_mb * _MIB // _BUFFERS_PART, _LEAST_BUFFERS)
             items.append((f"lxc.cgroup.{_BUFFERS}", str(buffers)))
