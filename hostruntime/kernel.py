@@ -228,7 +228,8 @@ def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> i
     try:
         for descriptor in (ready[1], go[0]):
             os.close(descriptor)
-        if os.read(ready[0], 1) != b"1":
+        # Made by whoever calls this, it is there already: the other need not have run yet.
+        if maker and os.read(ready[0], 1) != b"1":
             raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
         mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
         for name in ("uid_map", "gid_map"):
@@ -248,7 +249,7 @@ def _namespace_child(ready: int, go: int, maker: int) -> None:
             # Distributions let no one else make them (kernel.unprivileged_userns_clone).
             set_capabilities([_CAP_SYS_ADMIN])
             os.unshare(os.CLONE_NEWUSER)
-        os.write(ready, b"1")
+            os.write(ready, b"1")
         os.read(go, 1)
     finally:
         os._exit(0)
