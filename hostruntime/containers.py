@@ -17,6 +17,7 @@ meanwhile.  LXC's monitors are daemons and outlive the launcher.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,14 @@ import lxc
 from hostruntime import channel, inside_files, kernel, seccomp
 from hostruntime.entering import Confinement, Doorway, EnteringFailed, enter
 from hostruntime.inside_exec import Command, become_command
-from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs, unmount_rootfs
+from hostruntime.lxc_config import user_namespace_items
+from hostruntime.rootfs import (
+    RootfsPlan,
+    container_extents,
+    id_extents,
+    mount_rootfs,
+    unmount_rootfs,
+)
 
 _TITLE = "orkestr hostruntime.containers"
 _OPEN_FILES = 65_536
@@ -42,10 +50,26 @@ _OOM_SCORE_ADJ = 300
 _LOG_TAIL_BYTES = 1500
 _OPEN = b"1"
 _SIGNALS_AT_ONCE = 4096
+# How many come with a request to attach.
+_DESCRIPTORS = {"exec": 4, "file": 1}
+
+
+# What the kernel says when the host or this process is at a limit: a container never is for these,
+# as what enters it is counted there last.
+_OUR_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
     """A request that could not be done; the text goes to the agent."""
+
+
+class DescriptorsLost(Exception):  # noqa: N818 - an answer to the agent
+    """There was no room for the descriptors that came with a request (MSG_CTRUNC in recv(2))."""
+
+    errno = errno.EMFILE
+
+
+_REFUSALS = (RequestFailed, EnteringFailed, DescriptorsLost)
 
 
 @dataclass
@@ -72,7 +96,6 @@ class Launcher:
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
-    userns: dict[int, int] = field(default_factory=dict)
     doorways: dict[str, Doorway] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -101,8 +124,8 @@ class Launcher:
         request = message.get("id")
         try:
             answer = self._dispatch(message, fds)
-        except (RequestFailed, EnteringFailed, OSError, KeyError, TypeError, ValueError) as error:
-            answer = {"error": _words(error)}
+        except (*_REFUSALS, OSError, KeyError, TypeError, ValueError) as error:
+            answer = _refusal(error)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -127,12 +150,11 @@ class Launcher:
 
     def _begin_start(self, message: Mapping[str, Any]) -> None:
         plan = _rootfs_plan(message["rootfs"])
-        userns_fd = self._userns_fd(plan.id_base)
         result_out, result_in = os.pipe()
         try:
             pid = os.fork()
             if pid == 0:
-                self._start_and_exit(message, plan, userns_fd, result_in)
+                self._start_and_exit(message, plan, result_in)
         except OSError:
             os.close(result_out)
             raise
@@ -142,26 +164,29 @@ class Launcher:
         self.poller.register(result_out, select.POLLIN)
 
     def _start_and_exit(
-        self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int, result: int
+        self, message: Mapping[str, Any], plan: RootfsPlan, result: int
     ) -> NoReturn:
-        _close_all_but(userns_fd, result)
+        _close_all_but(result)
         # LXC waits for children, and init has the signals blocked that this has.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
-            answer: dict[str, Any] = {"init_pid": self._start(message, plan, userns_fd)}
+            answer: dict[str, Any] = {"init_pid": self._start(message, plan)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
-            answer = {"error": _words(error)}
+            answer = _refusal(error)
         try:
             os.write(result, json.dumps(answer).encode())
         finally:
             os._exit(0)
 
-    def _start(self, message: Mapping[str, Any], plan: RootfsPlan, userns_fd: int) -> int:
+    def _start(self, message: Mapping[str, Any], plan: RootfsPlan) -> int:
         # Init sets itself up through its own /proc entries; nobody else is in there yet.
         kernel.set_dumpable(dumpable=True)
-        mount_rootfs(plan, userns_fd)
+        mount_rootfs(plan, kernel.user_namespace(id_extents(plan.id_base)))
         try:
-            container = self._configured(str(message["name"]), message["config"])
+            # Made by the container's own root, so that nothing in it counts for anybody else.
+            own = kernel.user_namespace(container_extents(plan.id_base), plan.id_base)
+            items = [*message["config"], *user_namespace_items(own)]
+            container = self._configured(str(message["name"]), items)
             # close_fds: the monitor, a daemon, must not keep the agent's socket.
             if not container.start(close_fds=True, daemonize=True):
                 said = _tail(Path(message["log"]))
@@ -184,18 +209,13 @@ class Launcher:
             answer = json.loads(starting.result)
         channel.send(self.sock, {"id": starting.request, **answer})
 
-    def _configured(self, name: str, items: list[list[str]]) -> lxc.Container:
+    def _configured(self, name: str, items: Sequence[Sequence[str]]) -> lxc.Container:
         container = lxc.Container(name, self.lxcpath)
         for key, value in items:
             # Not set_config_item: of a repeated key that keeps only the last.
             if not container.append_config_item(key, value):
                 raise RequestFailed(f"LXC refused the configuration {key} = {value}.")
         return container
-
-    def _userns_fd(self, id_base: int) -> int:
-        if id_base not in self.userns:
-            self.userns[id_base] = kernel.user_namespace(id_extents(id_base))
-        return self.userns[id_base]
 
     # Attaching -----------------------------------------------------------------------------
 
@@ -276,6 +296,8 @@ class Launcher:
 
 def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[], NoReturn]:
     """What the attached process is to do, with everything it needs already at hand."""
+    if len(fds) != _DESCRIPTORS[message["call"]]:
+        raise DescriptorsLost("The launcher has no room for descriptors.")
     if message["call"] == "exec":
         stdin, stdout, stderr, status = fds
         command = Command(
@@ -316,9 +338,10 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
     )
 
 
-def _words(error: Exception) -> str:
-    ours = isinstance(error, RequestFailed | EnteringFailed)
-    return str(error) if ours else f"{type(error).__name__}: {error}"
+def _refusal(error: Exception) -> dict[str, Any]:
+    """The answer for a request that failed; ``at_limit``: for a limit of the host's own."""
+    words = str(error) if isinstance(error, _REFUSALS) else f"{type(error).__name__}: {error}"
+    return {"error": words, "at_limit": getattr(error, "errno", None) in _OUR_OWN_LIMITS}
 
 
 def _tail(log: Path) -> str:
@@ -339,12 +362,6 @@ def _prepare_process() -> None:
     # takes a privilege over the host (getrlimit(2)).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
-    # These the kernel also counts for whoever made a user namespace, which is root: a container at
-    # its limit would leave none to any program of the host's root (UCOUNT_RLIMIT_COUNTS).
-    for counted in (resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE):
-        _, most = resource.getrlimit(counted)
-        if most != resource.RLIM_INFINITY:
-            resource.setrlimit(counted, (most // 2,) * 2)
     # When the machine's memory ends, what runs in a container goes before what serves everybody; as
     # root's word it is also the least that anybody in there may ask for (proc(5)).
     with contextlib.suppress(PermissionError):

@@ -27,7 +27,7 @@ _PROPERTIES = (
     # A sandbox that is out of memory is no reason to stop the others (the default stops the unit).
     "OOMPolicy=continue",
     "OOMScoreAdjust=-999",
-    # Each container has a limit of its own; the default is 15 % of what the machine may run.
+    # The default is 15 % of what the machine may run; see limit_tasks for ours.
     "TasksMax=infinity",
     # At a shutdown: what tenants run gets no say in how long it takes.
     "TimeoutStopSec=5",
@@ -55,6 +55,15 @@ def set_up(instance: Instance) -> None:
             f"{error}. `systemctl status {_unit(instance)}` says more; the kernel needs the "
             f"controllers {', '.join(CONTROLLERS)} (see `cgroup_disable` in /proc/cmdline)."
         ) from error
+
+
+def limit_tasks(instance: Instance, most: int) -> None:
+    """Let all of an instance's containers have so many processes and threads.  Raises HostError.
+
+    Told to systemd, which would otherwise put its own number back when it reloads.
+    """
+    words = ["systemctl", "set-property", "--runtime", _unit(instance), f"TasksMax={most}"]
+    run(words, timeout=_SECONDS)
 
 
 def tear_down(instance: Instance) -> None:

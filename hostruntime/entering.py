@@ -30,10 +30,15 @@ from hostruntime.lxc_config import CAPABILITIES
 _KEPT = frozenset(kernel.CAPABILITY_NUMBERS[name] for name in CAPABILITIES)
 _LABELS = (Path("/proc/self/attr/apparmor/current"), Path("/proc/self/attr/current"))
 _MOST_REPORTED = 4096
+_MOST_REPORTED_WORDS = 500
 
 
 class EnteringFailed(Exception):  # noqa: N818 - an answer to the agent
-    """Nothing could be put into the container; the text says why."""
+    """Nothing could be put into the container; the text says why, ``errno`` the kernel's word."""
+
+    def __init__(self, text: str, errno: int | None = None) -> None:
+        super().__init__(text)
+        self.errno = errno
 
 
 @dataclass(frozen=True)
@@ -128,10 +133,10 @@ def _born_inside(doorway: Doorway, confinement: Confinement, inside: Callable[[]
     finally:
         os.close(report_out)
     os.waitpid(herald, 0)
-    answer = json.loads(report) if report else "it was killed on the way"
-    if not isinstance(answer, int):
-        raise EnteringFailed(f"No process could enter the container: {answer}.")
-    return answer
+    pid, why, errno = json.loads(report) if report else (None, "it was killed on the way", None)
+    if pid is None:
+        raise EnteringFailed(f"No process could enter the container: {why}.", errno)
+    return int(pid)
 
 
 def _lead_in(
@@ -145,7 +150,8 @@ def _lead_in(
         _confine(confinement, label)
         pid = kernel.clone_sibling()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher is to know
-        _report(report, f"{type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"[:_MOST_REPORTED_WORDS]
+        _report(report, None, why, getattr(error, "errno", None))
         os._exit(1)
     if pid == 0:
         try:
@@ -180,5 +186,5 @@ def _confine(confinement: Confinement, label: int | None) -> None:
     kernel.set_capabilities(_KEPT)
 
 
-def _report(descriptor: int, what: int | str) -> None:
-    os.write(descriptor, json.dumps(what).encode()[:_MOST_REPORTED])
+def _report(descriptor: int, pid: int | None, why: str = "", errno: int | None = None) -> None:
+    os.write(descriptor, json.dumps([pid, why, errno]).encode())

@@ -25,6 +25,14 @@ CLIENTS = "clients"
 PAST_PROXY, PACE = "attempts", "pace"
 # More than there are slots: an address that found no room in it would not be counted.
 _CLIENTS = 1024
+# How many connections a slot with an open network has that are not over yet, and how fast it begins
+# others: the host tracks all in one table (nf_conntrack_max), those that are over for up to two
+# minutes more, and when that is full nobody gets another.
+CONNECTIONS, BEGINNING = "connections", "beginning"
+CONNECTIONS_PER_SLOT = 2048
+BEGINNINGS = "256/second burst 4096 packets"
+# What containers do changes these, and nobody else: not part of what the table must be.
+CHANGING = (CLIENTS, PAST_PROXY, PACE, CONNECTIONS, BEGINNING)
 _ATTEMPTS = 65536
 RATE = "1/second burst 32 packets"
 _TIMEOUT = 20.0
@@ -46,6 +54,8 @@ class FirewallPlan:
     permitted: tuple[Network, ...]
     mark: int
     sockets: int = SOCKETS_PER_CONTAINER
+    connections: int = CONNECTIONS_PER_SLOT
+    beginnings: str = BEGINNINGS
 
 
 def proxy_mark(instance_index: int) -> int:
@@ -193,7 +203,9 @@ reject with tcp reset
 
 
 def _forward(plan: FirewallPlan) -> str:
-    return f"""  chain forward {{
+    return f"""  set {CONNECTIONS} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic; }}
+  set {BEGINNING} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic,timeout; timeout 1m; }}
+  chain forward {{
     type filter hook forward priority filter - 5; policy accept;
     iifname "{plan.prefix}*" jump from_slot
     oifname "{plan.prefix}*" jump to_slot
@@ -203,10 +215,19 @@ def _forward(plan: FirewallPlan) -> str:
     ip saddr != {plan.open} drop
     oifname "{plan.prefix}*" reject with icmpx admin-prohibited
     tcp flags syn tcp option maxseg size set rt mtu
+    ct status & confirmed == 0 jump begins
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} reject with icmpx admin-prohibited
     ip daddr @denied4 reject with icmpx admin-prohibited
     accept
+  }}
+  chain begins {{
+    add @{CONNECTIONS} {{ ip saddr ct count over {plan.connections} }} goto too_many
+    add @{BEGINNING} {{ ip saddr limit rate over {plan.beginnings} }} goto too_many
+  }}
+  chain too_many {{
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx admin-prohibited
   }}
   chain to_slot {{
     oifname "{plan.prefix}o*" ct direction reply ct state {{ established, related }} accept

@@ -75,8 +75,8 @@ class FirewallWatch:
     def _listed(self) -> str | None:
         argv = ["nft", "--stateless", "list", "table", "inet", self.plan.table]
         listed = run(argv, timeout=_TIMEOUT, check=False)
-        # Who has connections to the proxy right now, or tries others, is not for us to say.
-        names = "|".join((firewall.CLIENTS, firewall.PACE, firewall.PAST_PROXY))
+        # Who has connections right now, or tries others, is not for us to say.
+        names = "|".join(firewall.CHANGING)
         own = re.compile(rf"\n\tset (?:{names}) \{{.*?\n\t\}}", re.DOTALL)
         return own.sub("", listed.text) if listed.returncode == 0 else None
 

@@ -35,6 +35,7 @@ _SOCK_FILTER_BYTES = 8
 _SIGSET_BYTES = 128
 _CLONE_PARENT = 0x8000
 _CAPABILITY_VERSION_3 = 0x2008_0522
+_CAP_SYS_ADMIN = 21
 
 # capability.h: the number of each capability that containers may keep (capabilities(7)).
 CAPABILITY_NUMBERS = {
@@ -212,20 +213,23 @@ def mount_points(below: Path) -> list[Path]:
     return found[::-1]
 
 
-def user_namespace(extents: Sequence[tuple[int, int, int]]) -> int:
+def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> int:
     """A descriptor of a new user namespace with these (inside, outside, count) uid/gid extents.
 
-    It exists only to say how an idmapped mount shifts ids (user_namespaces(7)).  Forks: call it
-    from a single-threaded process only.
+    ``maker`` is the host id that makes it: to their account goes all that the kernel counts in
+    there (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
+    and RLIMIT_MEMLOCK since Linux 5.14).  Whoever has it as effective id outside has power over the
+    namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
     """
     ready, go = os.pipe(), os.pipe()
-    child = os.fork()
+    child = _copy(0 if maker else os.CLONE_NEWUSER)
     if child == 0:
-        _namespace_child(ready[1], go[0])
+        _namespace_child(ready[1], go[0], maker)
     try:
         for descriptor in (ready[1], go[0]):
             os.close(descriptor)
-        if os.read(ready[0], 1) != b"1":
+        # Made by whoever calls this, it is there already: the other need not have run yet.
+        if maker and os.read(ready[0], 1) != b"1":
             raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
         mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
         for name in ("uid_map", "gid_map"):
@@ -238,10 +242,14 @@ def user_namespace(extents: Sequence[tuple[int, int, int]]) -> int:
         os.waitpid(child, 0)
 
 
-def _namespace_child(ready: int, go: int) -> None:
+def _namespace_child(ready: int, go: int, maker: int) -> None:
     try:
-        os.unshare(os.CLONE_NEWUSER)
-        os.write(ready, b"1")
+        if maker:
+            os.setresuid(-1, maker, -1)
+            # Distributions let no one else make them (kernel.unprivileged_userns_clone).
+            set_capabilities([_CAP_SYS_ADMIN])
+            os.unshare(os.CLONE_NEWUSER)
+            os.write(ready, b"1")
         os.read(go, 1)
     finally:
         os._exit(0)
@@ -263,7 +271,12 @@ def clone_sibling() -> int:
     Returns the copy's pid, and 0 in the copy.  Only for a process of one thread: nobody's handlers
     for a fork are run, neither Python's nor the C library's.
     """
-    arguments = (ctypes.c_long(_CLONE_PARENT | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
+    return _copy(_CLONE_PARENT)
+
+
+def _copy(flags: int = 0) -> int:
+    # A third cheaper than os.fork, whose handlers are for threads.
+    arguments = (ctypes.c_long(flags | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
     result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
     if result < 0:
         errno = ctypes.get_errno()

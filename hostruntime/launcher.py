@@ -13,17 +13,18 @@ import itertools
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hostruntime import channel
-from hostruntime.errors import Exhausted, HostFault
+from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
 from hostruntime.gate import Gate
 from hostruntime.patience import Patience, tree_of
 from hostruntime.run import Process, end, spawn
@@ -40,8 +41,21 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 _log = logging.getLogger(__name__)
 
 
+AT_A_LIMIT = (
+    "This host is out of processes, descriptors or memory of its own, so nothing can be begun in "
+    "the sandbox. It is no fault of yours, and what runs goes on; try again in a moment."
+)
+# A launcher with more than this part of the descriptors that it may have is to be replaced.
+_WORN = 0.5
+_MOST_RETIRED = 4
+
+
 class LauncherLost(HostFault):
     """A launcher process died while it was needed."""
+
+
+class AtLimit(HostUnavailable):
+    """A launcher, or the host, is at a limit: another launcher may still do it."""
 
 
 @dataclass
@@ -113,6 +127,9 @@ class Link:
         except LauncherLost:
             self.exits.pop(number, None)
             raise
+        except AtLimit:
+            self.exits.pop(number, None)
+            raise
         except HostFault as error:
             self.exits.pop(number, None)
             _log.warning("nothing could be attached to %s: %s", message.get("name"), error)
@@ -138,9 +155,26 @@ class Link:
             raise LauncherLost("LXC did not answer; the launcher was restarted.") from None
         finally:
             self.pending.pop(request, None)
+        if reply.get("at_limit"):
+            _log.error("launcher %d is at a limit: %s", self.process.pid, reply["error"])
+            raise AtLimit(AT_A_LIMIT)
         if "error" in reply:
             raise HostFault(str(reply["error"]))
         return reply
+
+    def descriptors(self) -> tuple[int, int]:
+        """How many the launcher has open, and how many it may; (0, 0) of one that has ended."""
+        pid = self.process.pid
+        try:
+            most, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), most
+        except (OSError, ValueError):
+            return 0, 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it neither owes an answer nor has anything attached."""
+        return not self.pending and not self.exits
 
     def _processes(self) -> list[int]:
         """The launcher, and what it has forked that has not become something else yet."""
@@ -211,8 +245,9 @@ class Link:
 
 
 class LauncherPool:
-    """Two launchers, replaced when they die.  Belongs to one event loop.
+    """Two launchers, replaced when they die or are at a limit.  Belongs to one event loop.
 
+    One that is at a limit begins nothing more, and ends when all has that was attached through it.
     ``keep`` are descriptors that launchers hold for as long as they live; ``apparmor`` is the
     profile of what they put into containers.
     """
@@ -225,6 +260,7 @@ class LauncherPool:
         self._keep = tuple(keep)
         self._apparmor = apparmor
         self._links: list[Link] = []
+        self._retired: list[Link] = []
         self._replacing = asyncio.Lock()
         self.gate = Gate()
 
@@ -235,21 +271,24 @@ class LauncherPool:
 
     async def close(self) -> None:
         """End the launchers; containers stay."""
-        await asyncio.gather(*(link.close() for link in self._links))
+        await asyncio.gather(*(link.close() for link in self._all))
         self._links.clear()
+        self._retired.clear()
 
     async def start(self, message: dict[str, Any]) -> int:
-        """Start a container; return its init's pid.  Raises HostFault, LauncherLost.
+        """Start a container; return its init's pid.  Raises AtLimit, HostFault, LauncherLost.
 
         A cancelled caller still waits for the answer, so that what it undoes is all there is.
         """
-        link = await self._least_busy()
-        reply = await _to_the_end(link.request({"do": "start", **message}))
+        reply = await _to_the_end(
+            self._by_a_launcher(lambda link: link.request({"do": "start", **message}))
+        )
         return int(reply["init_pid"])
 
     async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
-        """Attach a process to a container.  Raises ContainerPaused, HostFault, LauncherLost.
+        """Attach a process to a container.
 
+        Raises ContainerPaused, AtLimit, Exhausted, HostFault, LauncherLost.
         Waits while the container's gate is shut.  When the caller is cancelled the process is
         killed before this returns.
         """
@@ -257,8 +296,7 @@ class LauncherPool:
             return await self._attach(message, fds)
 
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
-        link = await self._least_busy()
-        task = asyncio.ensure_future(link.attach(message, fds))
+        task = asyncio.ensure_future(self._by_a_launcher(lambda link: link.attach(message, fds)))
         try:
             return await _to_the_end(task)
         except asyncio.CancelledError:
@@ -269,13 +307,47 @@ class LauncherPool:
     async def forget(self, name: str) -> None:
         """Let the launchers drop what they remember of a container that has ended."""
         await self.gate.forget(name)
-        for link in self._links:
-            with contextlib.suppress(HostFault):
+        for link in self._all:
+            with contextlib.suppress(HostError):
                 await link.request({"do": "forget", "name": name})
+
+    async def tend(self) -> None:
+        """Replace the launchers that near a limit, and end those that were and have nothing to do.
+
+        Raises HostError, OSError when there can be no other; the old ones then serve on.
+        """
+        for link in list(self._links):
+            used, most = link.descriptors()
+            if used > most * _WORN:
+                _log.error("launcher %d has %d of %d descriptors", link.process.pid, used, most)
+                await self._retire(link)
+        for link in [each for each in self._retired if each.idle or not each.alive]:
+            self._retired.remove(link)
+            await link.close()
 
     def pids(self) -> list[int]:
         """The launchers' pids."""
-        return [link.process.pid for link in self._links]
+        return [link.process.pid for link in self._all]
+
+    @property
+    def _all(self) -> list[Link]:
+        return [*self._links, *self._retired]
+
+    async def _by_a_launcher[T](self, ask: Callable[[Link], Awaitable[T]]) -> T:
+        """Have a launcher do it; if that one is at a limit, a new one.
+
+        Raises AtLimit when that is, too: then it is the host.
+        """
+        link = await self._least_busy()
+        try:
+            return await ask(link)
+        except AtLimit as error:
+            try:
+                await self._retire(link)
+            except (HostError, OSError):
+                _log.exception("there can be no other launcher")
+                raise error from None
+        return await ask(await self._least_busy())
 
     async def _least_busy(self) -> Link:
         if not all(link.alive for link in self._links):
@@ -284,6 +356,15 @@ class LauncherPool:
 
     async def _open_link(self) -> Link:
         return await Link.open(self._lxcpath, self._log, self._keep, self._apparmor)
+
+    async def _retire(self, link: Link) -> None:
+        """Have another launcher in a launcher's place, which goes on with what it has begun."""
+        async with self._replacing:
+            # Somebody else may have found the same; and not one after the other while none is well.
+            if link not in self._links or len(self._retired) >= _MOST_RETIRED:
+                return
+            self._links[self._links.index(link)] = await self._open_link()
+            self._retired.append(link)
 
     async def _replace_dead(self) -> None:
         async with self._replacing:

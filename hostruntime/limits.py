@@ -33,6 +33,9 @@ MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
 _MIB = 1024 * 1024
+# cgroup v1's limit of what sockets of all protocols of IP hold, despite its name.
+_BUFFERS = "memory.kmem.tcp.limit_in_bytes"
+_BUFFERS_PART, _LEAST_BUFFERS = 4, 16 * _MIB
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,22 @@ class CgroupLayout:
         ]
         if (self.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
             items.append(("lxc.cgroup.memory.memsw.limit_in_bytes", memory))
+        # What is in its network buffers does not count as a container's memory there, and for
+        # nobody at all without a limit of its own (mem_cgroup_sk_alloc in the kernel's memcontrol).
+        # A stream may go beyond it by its last segment, so that it never stalls for good.
+        if (self.v1["memory"] / _BUFFERS).exists():
+            buffers = max(limits.memory_mb * _MIB // _BUFFERS_PART, _LEAST_BUFFERS)
+            items.append((f"lxc.cgroup.{_BUFFERS}", str(buffers)))
         return items
 
     def container(self, name: str) -> ContainerGroups:
         """The groups of one container, whether they exist or not."""
         return ContainerGroups(self, name)
+
+    def processes_group(self, name: str) -> Path:
+        """Where the processes of all containers of an instance are counted (pids.max)."""
+        hierarchy = self.unified if self.kind == "v2" else self.v1["pids"]
+        return hierarchy / self.instance_group(name)
 
     def container_names(self, prefix: str) -> list[str]:
         """Every container with this name prefix that has a group, or whose monitor has."""

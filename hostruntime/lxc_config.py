@@ -7,6 +7,7 @@ dropped as well, to keep the kernel's rarely tested corners out of reach.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
 from hostruntime.rootfs import DEVICES
 
 INIT = "/.orkestr/init -P"
+# Pseudo-terminals that a container may have at once.
+TERMINALS = 64
 _SHM_MB = 64
 
 # What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
@@ -84,8 +87,8 @@ class ContainerConfig:
             ("lxc.tty.max", "0"),
             # The other end of a console would be LXC's monitor, outside the container's limits.
             ("lxc.console.path", "none"),
-            # There are 4,096 on the machine (kernel.pty.max), for everybody.
-            ("lxc.pty.max", "64"),
+            # There are only so many on the machine (kernel.pty.max), for everybody.
+            ("lxc.pty.max", str(TERMINALS)),
             *self._confinement(),
             *self._mounts(),
             *self._network(),
@@ -99,6 +102,8 @@ class ContainerConfig:
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"u {inside} {outside} {count}"),
             ("lxc.idmap", f"g {inside} {outside} {count}"),
+            # It gets one that is made already (user_namespace_items).
+            ("lxc.namespace.keep", "user"),
             ("lxc.cap.keep", " ".join(CAPABILITIES)),
             ("lxc.seccomp.profile", str(self.seccomp)),
         ]
@@ -128,6 +133,17 @@ class ContainerConfig:
         if self.netns is None:
             return [("lxc.net.0.type", "empty")]
         return [("lxc.namespace.share.net", str(self.netns))]
+
+
+def user_namespace_items(descriptor: int) -> list[tuple[str, str]]:
+    """What has LXC start the container in a user namespace that this process has open.
+
+    LXC itself makes one as root, to whose account then goes what every container holds (`maker` of
+    :func:`hostruntime.kernel.user_namespace`).  What is shared it joins by kind, a user namespace
+    first, and after that it may not join a network namespace of the host's any more.  So this one
+    is handed over under the name of the last kind: setns(2) goes by what a descriptor is.
+    """
+    return [("lxc.namespace.share.time", f"/proc/{os.getpid()}/fd/{descriptor}")]
 
 
 def _tmpfs(target: str, size_mb: int) -> str:

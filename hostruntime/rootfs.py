@@ -68,7 +68,12 @@ def id_extents(id_base: int) -> list[tuple[int, int, int]]:
     which an idmapped mount would otherwise refuse, and the overlay would be read-only.
     """
     beyond = FAR_IDS[0] + FAR_IDS[2]
-    return [(0, id_base, IDS_PER_SLOT), FAR_IDS, (beyond, 0, 1)]
+    return [*container_extents(id_base), (beyond, 0, 1)]
+
+
+def container_extents(id_base: int) -> list[tuple[int, int, int]]:
+    """The (inside, outside, count) extents of the user namespace that a container runs in."""
+    return [(0, id_base, IDS_PER_SLOT), FAR_IDS]
 
 
 def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:

@@ -23,7 +23,7 @@ from hostruntime.errors import HostError
 from hostruntime.paths import ID_BASE, IDS_PER_SLOT
 from hostruntime.patience import Patience, tree_of
 from hostruntime.policy import deny_list
-from hostruntime.rootfs import RootfsPlan, id_extents, mount_rootfs
+from hostruntime.rootfs import RootfsPlan, container_extents, id_extents, mount_rootfs
 from hostruntime.run import run
 
 _SECONDS = 30.0
@@ -46,8 +46,9 @@ def openat2(_: Path) -> None:
 
 
 def user_namespace(_: Path) -> None:
-    """Make a user namespace with a slot's range of host ids."""
+    """Make user namespaces with a slot's range of host ids, as root and as the slot's root."""
     kernel.user_namespace(id_extents(ID_BASE))
+    kernel.user_namespace(container_extents(ID_BASE), ID_BASE)
 
 
 def idmapped_mount(directory: Path) -> None:

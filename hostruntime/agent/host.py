@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, apparmor, build_plan, delegation
+from hostruntime import __version__, apparmor, build_plan, delegation, shared_limits
 from hostruntime.ballast import Ballast
 from hostruntime.bases import BaseBuilder
 from hostruntime.builds import BuildManager
@@ -148,6 +148,7 @@ class Host:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
             await self._check_walls()
+            await self._tend_launchers()
             await asyncio.to_thread(self.pool.record_attempts)
             await self._check_proxy(first=False)
 
@@ -160,6 +161,12 @@ class Host:
                 await self.builds.forget_old()
             except OSError as error:
                 _log.error("old layers or builds could not be deleted: %s", error)
+
+    async def _tend_launchers(self) -> None:
+        try:
+            await self.launchers.tend()
+        except (HostError, OSError) as error:
+            _log.error("a launcher near a limit could not be replaced: %s", error)
 
     async def _check_walls(self) -> None:
         try:
@@ -192,6 +199,8 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         apparmor.load(label)
     pool = SlotPool(paths, instance)
     pool.setup()
+    # Now that the kernel tracks connections.
+    _share_the_machine(instance)
     build_runtime_layers(paths, pool)
     proxy = EgressProxy(paths, instance, pool)
     store = ImageStore(paths)
@@ -222,6 +231,15 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         bases=BaseBuilder(paths, engine, partial(host_registries, paths), proxy.refresh),
         layers=layers,
     )
+
+
+def _share_the_machine(instance: Instance) -> None:
+    shared_limits.raise_limits()
+    try:
+        shared_limits.limit_processes(instance)
+    except (HostError, OSError) as error:
+        # Each container has its own limit, and nobody's sandbox is to wait for this one.
+        _log.error("what all sandboxes may run together could not be limited: %s", error)
 
 
 def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:
