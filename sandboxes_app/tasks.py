@@ -11,9 +11,9 @@ from django.db import connection
 from hostruntime.errors import HostError
 from orkestr_console.installation import services as installation
 from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering, settling, snapshots, standing
+from sandboxes_app.services import lifecycle, metering, settling, standing
 from sandboxes_app.services.listening import Listener
-from templates_app.services import note_image_bytes, settle_images
+from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
 # Before the host or the database, which cannot be reached, is tried again.
@@ -82,10 +82,7 @@ def tidy() -> None:
 def reconcile() -> None:
     """Make what the rows say and what is on the host agree."""
     try:
-        settle_images()
-        lifecycle.reconcile()
-        settling.settle_left()
+        settling.settle_all()
         metering.collect()
-        snapshots.reconcile()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)

@@ -31,17 +31,9 @@ class Listener:
         """
         told = host().changes(self._run, self._seq, seconds=HOLD_SECONDS)
         if not told.whole:
-            settle_all()
+            if installation.agree(standing.knows_some):
+                settling.settle_all()
         elif told.sandboxes and not installation.is_apart():
             lifecycle.note_changed(told.sandboxes)
         settling.settle_left()
         self._run, self._seq = told.run, told.seq
-
-
-def settle_all() -> None:
-    """Make all rows of sandboxes and all containers agree. Raises the host's errors.
-
-    Not while database and host do not belong together.
-    """
-    if installation.agree(standing.knows_some):
-        lifecycle.reconcile()

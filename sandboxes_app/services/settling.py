@@ -16,7 +16,7 @@ from orkestr_console.driving import SURE_SECONDS, IsDriven
 from orkestr_console.installation import services as installation
 from orkestr_console.postgres import let_go
 from sandboxes_app.models import PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
-from sandboxes_app.services import snapshots, state
+from sandboxes_app.services import lifecycle, snapshots, state
 from sandboxes_app.services.lifecycle import end_all, say_as_on_host
 from templates_app import services as templates
 from templates_app.models import Template
@@ -24,8 +24,6 @@ from templates_app.models import Template
 logger = logging.getLogger(__name__)
 
 SANDBOX, SNAPSHOT, TEMPLATE = "sandbox", "snapshot", "template"
-
-
 CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
@@ -73,6 +71,17 @@ def settle_left() -> None:
         templates.pass_on(template.id, template.driver)
     settle_sandboxes(found)
     snapshots.settle_left([one.id for one in of_kind(found, SNAPSHOT)])
+
+
+def settle_all() -> None:
+    """Make all rows and the host agree. Raises the host's errors.
+
+    For a host whose state is this database's.
+    """
+    lifecycle.reconcile()
+    settle_left()
+    templates.settle_images()
+    snapshots.reconcile()
 
 
 def of_kind(found: set[Left], kind: str) -> list[Left]:

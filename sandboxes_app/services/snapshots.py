@@ -127,14 +127,15 @@ def failed(snapshot: Snapshot, message: str) -> None:
 def settle_left(left: Collection[str]) -> None:
     """Settle those, which nobody takes any more, by what the host has. Raises the host's errors.
 
-    One whose copy was done is ready; nothing is left of the others, whose copy is ended.
+    One whose copy was done is ready; nothing is left of the others, whose copy is ended, nor of
+    those that were deleted meanwhile.
     """
     rows = list(Snapshot.objects.filter(pk__in=left, status=SnapshotStatus.CAPTURING))
     if not rows:
         return
     there = {info.id: info for info in host().snapshots()}
     for snapshot in rows:
-        if snapshot.pk in there:
+        if snapshot.pk in there and snapshot.deleted_at is None:
             settled(snapshot, there[snapshot.pk])
             continue
         capturing = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING)

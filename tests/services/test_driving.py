@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
+from django.utils import timezone
 from django_q.models import OrmQ
 
 from hostruntime.errors import HostUnavailable
@@ -246,8 +247,19 @@ def test_a_capture_that_was_cut_off_is_what_the_host_made_of_it(
         host.taken.clear()
     settling.settle_left()
     snapshot.refresh_from_db()
+    assert settling.left() == set()
     assert snapshot.status == ("ready" if copied else "failed")
     assert (snapshot.size_mb is not None, snapshot.error_message == "") == (copied, copied)
+
+
+def test_one_that_was_deleted_while_its_capture_was_cut_off_is_settled_for_good(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox
+) -> None:
+    snapshot = services.create_snapshot(team_actor, sandbox.pk, SnapshotSpec())
+    Snapshot.objects.update(status="capturing", driver=NOBODY, deleted_at=timezone.now())
+    settling.settle_left()
+    assert settling.left() == set()
+    assert snapshot.pk not in host.taken
 
 
 def test_a_build_whose_driver_is_gone_goes_to_another_once(
