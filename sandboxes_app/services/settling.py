@@ -61,14 +61,16 @@ def settle_left() -> None:
     Not while database and host do not belong together. Raises the host's errors.
     """
     found = left()
+    # At once: a driver that lives loses nothing when another follows its build.
+    for template in of_kind(found, TEMPLATE):
+        templates.pass_on(template.id, template.driver)
+    found.difference_update(of_kind(found, TEMPLATE))
     if not found or installation.is_apart():
         return
     let_go()
     # PostgreSQL may have restarted just now, and those who drive take their locks again.
     time.sleep(SURE_SECONDS)
     found &= left()
-    for template in of_kind(found, TEMPLATE):
-        templates.pass_on(template.id, template.driver)
     settle_sandboxes(found)
     snapshots.settle_left([one.id for one in of_kind(found, SNAPSHOT)])
 
