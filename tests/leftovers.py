@@ -28,10 +28,10 @@ def leftovers(root: Path, before: frozenset[str] = frozenset()) -> list[str]:
     foreign = foreign_instances(root)
     new = host_names() - before
     foreign |= foreign_instances(root)
-    named = sorted(name for name in new if _instance(name) not in foreign)
-    mounts = [f"mount {path}" for path in _mounts() if path.is_relative_to(root)]
-    loops = [f"loop device on {path}" for path in _loops() if path.is_relative_to(root)]
-    return [*named, *mounts, *loops, *processes_of(root)]
+    named = sorted(name for name in new if instance_of(name) not in foreign)
+    mounted = [f"mount {path}" for path in mounts() if path.is_relative_to(root)]
+    looped = [f"loop device on {path}" for path in loops() if path.is_relative_to(root)]
+    return [*named, *mounted, *looped, *processes_of(root)]
 
 
 def host_names() -> frozenset[str]:
@@ -76,16 +76,19 @@ def _profiles() -> Iterator[str]:
         yield from (f"profile {line}" for line in loaded if line.startswith("orkestr-"))
 
 
-def _mounts() -> list[Path]:
+def mounts() -> list[Path]:
+    """Where something is mounted, as this process sees it."""
     return mount_points(Path("/proc/self/mountinfo").read_text())
 
 
-def _loops() -> Iterator[Path]:
+def loops() -> Iterator[Path]:
+    """The files behind loop devices (loop(4))."""
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
             yield Path(path.read_text().strip().removesuffix(" (deleted)"))
 
 
-def _instance(name: str) -> str:
+def instance_of(name: str) -> str:
+    """The instance's number in a name of the host runtime's, or nothing."""
     found = re.search(r"(?:ork|orkestr[_-])(\d+)", name)
     return found[1] if found else ""

@@ -3,6 +3,9 @@
 :data:`BASES` says what they are.  :class:`BaseBuilder` makes them in the image store, the bases
 below first.  A base carries its definition's digest in its manifest; one that no longer agrees
 is made anew beside the old one, which stays for as long as something runs on it.
+
+One that could not be made is tried again by itself, after a minute and ever later; those that are
+made from it as soon as it is there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,6 +53,9 @@ _STEP_TIMEOUT = 1200.0
 _BUILD_TIMEOUT = 3600.0
 _LIMITS = Limits(cpu=2.0, memory_mb=2048)
 _COMMAND_CHARACTERS = 80
+# After a failure; twice as long after each further one.
+_AGAIN_SECONDS = 60.0
+_LONGEST_AGAIN_SECONDS = 1800.0
 _RESTRICTED = Policy("restricted")
 _log = logging.getLogger(__name__)
 
@@ -97,6 +104,9 @@ class BaseBuilder:
         self._learned = learned
         self._making: dict[str, _Making] = {}
         self._failed: dict[str, str] = {}
+        # How often in a row, and when the next attempt is.
+        self._failures: Counter[str] = Counter()
+        self._again: dict[str, asyncio.TimerHandle] = {}
 
     def catalogue(self) -> list[BaseStatus]:
         """Every built-in base and whether it can be used."""
@@ -121,6 +131,8 @@ class BaseBuilder:
 
     async def close(self) -> None:
         """Stop making bases; nothing half-made is left."""
+        for again in self._again.values():
+            again.cancel()
         tasks = [making.task for making in self._making.values()]
         for task in tasks:
             task.cancel()
@@ -156,6 +168,8 @@ class BaseBuilder:
 
     def _begin(self, base: BaseDefinition) -> _Making:
         self._failed.pop(base.name, None)
+        if again := self._again.pop(base.name, None):
+            again.cancel()
         task = asyncio.create_task(self._make(base), name=f"base {base.name}")
         making = self._making[base.name] = _Making(task)
         task.add_done_callback(lambda done: self._on_end(base, done))
@@ -166,9 +180,23 @@ class BaseBuilder:
         if task.cancelled():
             return
         error = task.exception()
-        if error is not None:
-            _log.error("the base %s could not be made", base.name, exc_info=error)
-            self._failed[base.name] = error.detail if isinstance(error, HostError) else str(error)
+        if error is None:
+            self._failures.pop(base.name, None)
+            for above in BASES.values():
+                if above.parent == base.name and above.name in self._failed:
+                    self._begin(above)
+            return
+        _log.error("the base %s could not be made", base.name, exc_info=error)
+        self._failed[base.name] = error.detail if isinstance(error, HostError) else str(error)
+        if base.parent is None or self._ready(BASES[base.parent]) is not None:
+            self._try_again(base)
+
+    def _try_again(self, base: BaseDefinition) -> None:
+        """Later, and ever later: a mirror that is away comes back without telling us."""
+        seconds = min(_AGAIN_SECONDS * 2 ** self._failures[base.name], _LONGEST_AGAIN_SECONDS)
+        self._failures[base.name] += 1
+        loop = asyncio.get_running_loop()
+        self._again[base.name] = loop.call_later(seconds, self._begin, base)
 
     async def _make(self, base: BaseDefinition) -> Image:
         say = self._making[base.name].say

@@ -7,7 +7,9 @@ no mount and no process.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,6 +27,9 @@ from hostruntime.run import Process, spawn
 _IDLE_SECONDS = 300.0
 _POLL_SECONDS = 0.2
 _LOG_TAIL = 2000
+# apt's "E: Failed to fetch http://… Temporary failure resolving …".
+_NOT_FETCHED = re.compile(r"^E: Failed to fetch (\S+) +(.+)$", re.MULTILINE)
+_log = logging.getLogger(__name__)
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -36,7 +41,8 @@ async def bootstrap(
 ) -> None:
     """Fill ``target`` (a directory that does not exist yet) with a Debian system.
 
-    Raises HostUnavailable without mmdebstrap, HostFault when it fails; cancelling ends it.
+    Raises HostUnavailable without mmdebstrap, HostFault when it fails, in one sentence: all that it
+    said goes to the agent's log.  Cancelling ends it.
     """
     if shutil.which("mmdebstrap") is None:
         raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
@@ -49,11 +55,16 @@ async def bootstrap(
         async with patience:
             await _watched(process, log, progress)
     except TimeoutError:
-        raise HostFault(f"mmdebstrap {patience.why}; it said: {_tail(log)}") from None
+        _log.error("mmdebstrap was ended; it said: %s", _tail(log))
+        raise HostFault(
+            f"Debian could not be fetched: mmdebstrap {patience.why}. Check whether this machine's "
+            "apt sources answer."
+        ) from None
     finally:
         _end(process)
     if process.returncode != 0:
-        raise HostFault(f"Debian could not be bootstrapped. mmdebstrap said: {_tail(log)}")
+        _log.error("mmdebstrap failed; it said: %s", _tail(log))
+        raise HostFault(reason_in(log.read_text(errors="replace")))
     if sources:
         # A container is told of the mirrors of the host it runs on.
         (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
@@ -120,6 +131,19 @@ def _end(process: Process) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def reason_in(log: str) -> str:
+    """Why mmdebstrap failed, from what it and apt-get(8) said, as sentences."""
+    if found := _NOT_FETCHED.search(log):
+        address, why = found.groups()
+        return (
+            f"Debian could not be fetched: {address}: {why.strip()}. Check this machine's network, "
+            "DNS and apt sources."
+        )
+    errors = [line.removeprefix("E: ") for line in log.splitlines() if line.startswith("E: ")]
+    last = errors[0] if errors else "it did not say why"
+    return f"Debian could not be bootstrapped: {last}. The agent's log has all that was said."
 
 
 def _tail(log: Path) -> str:

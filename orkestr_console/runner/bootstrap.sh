@@ -22,6 +22,7 @@ profile=${1:-run}
 versions="3.12 3.13"
 # Seconds that others' work with apt, or on this clone, is waited for.
 longest_wait=3600
+still_seconds=30
 
 # One line per need; `a|b` is satisfied by either and installs the first that apt knows.
 # shellcheck disable=SC2034
@@ -35,6 +36,27 @@ vm_packages="qemu-system-x86 openssh-client"
 
 say() { printf '  %s\n' "$*"; }
 fail() { printf '\n  orkestr: %s\n' "$*" >&2; exit 1; }
+
+# What is said of a command whose own output goes elsewhere.
+exec 3>&1
+# Say now and then that something goes on which says nothing itself; ends with this program.
+still() {
+    local began=$SECONDS
+    [ -z "${lock_fd:-}" ] || exec {lock_fd}<&-
+    while sleep "$still_seconds" 3>&- >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+        say "$1: still at it after $((SECONDS - began)) s" >&3
+    done
+}
+# with_word_of WHAT COMMAND…: run it, and say that it goes on.
+with_word_of() {
+    local status=0 told
+    still "$1" &
+    told=$!
+    "${@:2}" 3>&- || status=$?
+    kill "$told" 2>/dev/null || true
+    wait "$told" 2>/dev/null || true
+    return "$status"
+}
 
 # sudo takes these from the environment, and apt-get needs them where there is a proxy.
 proxies() {
@@ -85,7 +107,8 @@ installable() {
             return
         fi
     done
-    fail "apt knows no package called ${1//|/ or }: check the machine's apt sources"
+    # In a subshell of the caller's, which fails with it.
+    fail_at_apt "apt knows no package called ${1//|/ or } (do its sources have it?)"
 }
 
 # Debian makes and starts a main PostgreSQL cluster, and starts squid and lxc-net, as they are
@@ -120,15 +143,25 @@ keep_off_at_boot() {
     done
 }
 
+# What keeps apt from fetching, if that is what it said: an update that fetched nothing is none of
+# its errors.
+not_fetched=''
+note_fetching() {
+    local line
+    line=$(sed -n 's/^[EW]: Failed to fetch \([^ ]*\) */\1: /p' "$1" | head -n1)
+    [ -z "$line" ] || not_fetched=$line
+}
+
 # apt-get, once no other one works: a machine that has just booted updates itself, for one. What it
-# said is shown only if it fails.
+# said is shown only if it fails, and not if one line of it says why.
 apt_get() {
     local said told='' began=$SECONDS
     said=$(mktemp)
-    until as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
+    until with_word_of "system packages" as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
         apt-get -q "$@" >"$said" 2>&1 </dev/null; do
+        note_fetching "$said"
         if ! grep -q '^E: Could not get lock' "$said" || [ $((SECONDS - began)) -ge "$longest_wait" ]; then
-            tail -n 30 "$said" >&2
+            [ -n "$not_fetched" ] || tail -n 30 "$said" >&2
             rm -f "$said"
             return 1
         fi
@@ -137,27 +170,37 @@ apt_get() {
         told=yes
         sleep 2
     done
+    note_fetching "$said"
     rm -f "$said"
+}
+
+# fail_at_apt WHAT: why apt could not do something, and what to do about it.
+fail_at_apt() {
+    [ -n "$not_fetched" ] || fail "$1"
+    fail "$1: it could not fetch $not_fetched. Check this machine's network, DNS and apt sources, and \
+start again: what was fetched is kept."
 }
 
 # Once a run: a machine may know nothing of its mirrors' packages yet, or only old ones.
 update_lists() {
     [ -z "${lists_updated:-}" ] || return 0
-    apt_get update ||
-        fail "apt-get update failed (above): the machine needs a working apt mirror"
+    apt_get update || fail_at_apt "apt-get update failed"
     lists_updated=yes
 }
 
 install_packages() {
-    local missing need packages=()
+    local missing need option packages=()
     missing=$(missing_from "$@")
     [ -n "$missing" ] || return 0
     say "system packages: installing" $missing
     hold_daemons
     update_lists
-    for need in $missing; do packages+=("$(installable "$need")"); done
+    for need in $missing; do
+        option=$(installable "$need") || exit 1
+        packages+=("$option")
+    done
     apt_get -y --no-install-recommends -o Dpkg::Use-Pty=0 install "${packages[@]}" ||
-        fail "apt-get could not install ${packages[*]} (above)"
+        fail_at_apt "apt-get could not install ${packages[*]}"
     keep_off_at_boot "${packages[@]}"
 }
 
@@ -261,19 +304,42 @@ lend_pip_settings_to_uv() {
     return 0
 }
 
+# pip and uv say much, and little of it to the point: it is kept, and shown when nothing else is known.
 install_locked() {
     local wanted
     wanted=$(mktemp)
     locked uv >"$wanted"
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
-    "$venv/bin/python" -m pip -qq --disable-pip-version-check install --require-hashes -r "$wanted"
+    pip_install -r "$wanted" || return 1
     rm -f "$wanted"
     lend_pip_settings_to_uv
     # Every file is checked against its locked hash, so it does not matter which index it is from.
     "$venv/bin/uv" --quiet pip install --python "$venv/bin/python" --require-hashes --compile-bytecode \
         --index-strategy unsafe-best-match -r "$lock" && return
-    say "python packages: uv could not install the lock (above); trying pip"
-    "$venv/bin/python" -m pip -qq --disable-pip-version-check install --require-hashes -r "$lock"
+    [ -z "$(index_trouble)" ] || return 1
+    echo "uv could not install the lock; trying pip"
+    pip_install -r "$lock"
+}
+pip_install() {
+    "$venv/bin/python" -m pip -q --disable-pip-version-check install --retries 2 --require-hashes "$@"
+}
+
+# What is wrong with the package index, as a clause; nothing when it answers.
+index_trouble() {
+    "$venv/bin/python" "$repo/orkestr_console/runner/package_index.py" 2>/dev/null || true
+}
+
+ensure_packages() {
+    local log=$venv/install.log trouble
+    trouble=$(index_trouble)
+    [ -z "$trouble" ] || say "python packages: $trouble; trying all the same"
+    with_word_of "python packages" install_locked >"$log" 2>&1 && return
+    trouble=$(index_trouble)
+    [ -z "$trouble" ] || fail "the Python packages could not be fetched: $trouble. Check this machine's \
+network and DNS, or give pip another index (pip config set global.index-url …), and start again. All \
+that was said is in $log."
+    tail -n 15 "$log" >&2
+    fail "the locked Python packages could not be installed (above; all that was said is in $log)"
 }
 
 ensure_venv() {
@@ -289,7 +355,7 @@ ensure_venv() {
         "$python" -m venv "$venv" || fail "could not make a virtual environment with $python"
     fi
     say "python packages: installing the locked set ($(basename "$lock"))"
-    install_locked || fail "the locked Python packages could not be installed (above)"
+    ensure_packages
     [ "$profile" = dev ] && stamp_of "$repo/requirements.txt" >"$venv/.orkestr-run"
     stamp_of "$lock" >"$venv/.orkestr-$profile"
 }

@@ -224,7 +224,10 @@ class Console:
         except HostError as error:
             # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
             if not self._stopping:
-                self._display.warn(f"{label} could not be made, and is not offered: {error}")
+                self._display.warn(
+                    f"{label} could not be made; it is tried again by itself and not offered until "
+                    f"then: {error}"
+                )
 
     def _report_bases(self, ready: list[BaseInfo]) -> None:
         if ready:

@@ -8,7 +8,8 @@ not answer is one whose last good answer grows old.
 ``worker``    the queue's pusher comes round, as the database sees it
 ``agent``     the host agent answers
 ``proxy``     the agent finds the egress proxy well
-``disk``      there is room where the installation writes
+``disk``      the installation's reserve is there, by the agent's measure (:mod:`hostruntime.room`):
+              below it nothing new is begun
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from django.db import connection
 from hostruntime import errors as host_errors
 from hostruntime.client import host_client
 from hostruntime.patience import scaled
+from hostruntime.room import Level, Room
 from orkestr_console.postgres import unavailable
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
+MIB = 1024 * 1024
 # A look that takes longer is no answer; nor is one that is so old.
 SILENT_SECONDS = scaled(4.0)
 AGENT_SECONDS = 3.0
 # The pusher comes round at least every second (broker.POLL_SECONDS).
 WORKER_SECONDS = scaled(10.0)
-LEAST_BYTES = 512 * 1024 * 1024
-LEAST_FILES = 10_000
 PUSHER = """
 SELECT extract(epoch FROM clock_timestamp() - max(query_start))::float8
 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'orkestr queue'
@@ -152,13 +153,14 @@ def room_at(path: Path) -> str | None:
     """What is wrong with the file system that ``path`` is on, as far as we may look."""
     while not os.access(path, os.X_OK) and path != path.parent:
         path = path.parent
-    seen = os.statvfs(path)
-    if seen.f_flag & os.ST_RDONLY:
+    room = Room.of(path)
+    if room.read_only:
         return "cannot be written to"
-    if seen.f_bavail * seen.f_frsize < LEAST_BYTES:
-        return "is nearly full"
-    # Some file systems make inodes as they go, and count none (statvfs(3)).
-    return "has nearly no inodes left" if seen.f_files > 0 and seen.f_favail < LEAST_FILES else None
+    if room.level is Level.WELL:
+        return None
+    left = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
+    kept = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"
+    return f"is short of room: {left} are free, {kept} are reserved"
 
 
 @dataclass

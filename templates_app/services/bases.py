@@ -79,10 +79,11 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
         known = {base.name: base for base in host().bases()}
     if wanted not in known:
         raise unknown_base(name, known, field)
-    if known[wanted].state != "ready":
+    if (state := known[wanted].state) != "ready":
+        how = "could not be made" if state == "failed" else "is not made"
         raise HostUnavailable(
-            f"The base image '{wanted}' is not built on this host yet; try again in a minute, "
-            "or ask your operator to look at the host agent's log.",
+            f"The base image '{wanted}' {how} on this host yet, which is tried by itself; try "
+            "again in a minute, or ask your operator: the host agent's log says why.",
             retry_after=30,
         )
     return Source(name, wanted, wanted)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hostruntime import bases
 from hostruntime.bases import debian
-from hostruntime.bases.definitions import BASES, definition_digest
+from hostruntime.bases.definitions import BASES, BaseDefinition, definition_digest
+from hostruntime.errors import HostFault
 from tests.hostruntime.trees_help import grow
 
 DEBIAN = BASES["debian-12"]
@@ -42,3 +47,82 @@ def test_sections_of_the_manual_are_there_to_be_linked_into(tmp_path: Path) -> N
     policy = tmp_path / "usr/sbin/policy-rc.d"
     assert policy.read_text().endswith("exit 101\n")
     assert policy.stat().st_mode & 0o111
+
+
+RESOLVING = """\
+I: running apt-get update...
+Err:1 http://mirror.example/debian bookworm InRelease
+  Temporary failure resolving 'mirror.example'
+E: Failed to fetch http://mirror.example/debian/InRelease  Temporary failure resolving
+E: Some index files failed to download. They have been ignored, or old ones used instead.
+E: mmdebstrap failed to run
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            RESOLVING,
+            "Debian could not be fetched: http://mirror.example/debian/InRelease: "
+            "Temporary failure resolving. Check",
+        ),
+        (
+            "I: this\nE: no such option\nE: mmdebstrap failed to run\n",
+            "Debian could not be bootstrapped: no such option. The",
+        ),
+        ("", "Debian could not be bootstrapped: it did not say why. The"),
+    ],
+)
+def test_why_debian_could_not_be_made_is_a_sentence(log: str, reason: str) -> None:
+    said = debian.reason_in(log)
+    assert said.startswith(reason)
+    assert "\n" not in said
+
+
+class Flaky(bases.BaseBuilder):
+    """Bases whose mirror is away for so many attempts at the first one."""
+
+    def __init__(self, away: int) -> None:
+        super().__init__(*[None] * 4)  # type: ignore[arg-type]
+        self.away, self.made, self.attempts = away, set[str](), 0
+
+    def _ready(self, base: BaseDefinition) -> Any:
+        return base.name if base.name in self.made else None
+
+    async def _make(self, base: BaseDefinition) -> Any:
+        if base.parent is not None:
+            await self.ensure(base.parent, lambda _: None)
+        else:
+            self.attempts += 1
+            if self.attempts <= self.away:
+                raise HostFault("the mirror is away")
+        self.made.add(base.name)
+        return base.name
+
+
+async def test_what_could_not_be_made_is_tried_again_until_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bases, "_AGAIN_SECONDS", 0.001)
+    builder = Flaky(away=4)
+    for base in BASES.values():
+        with contextlib.suppress(HostFault):
+            await builder.ensure(base.name, lambda _: None)
+    async with asyncio.timeout(30):
+        while builder.made != set(BASES):
+            await asyncio.sleep(0.01)
+    assert not builder._failed
+    # Not once for each that wants it.
+    assert builder.attempts <= 4 + len(BASES)
+    await builder.close()
+
+
+async def test_nothing_is_tried_again_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_AGAIN_SECONDS", 0.05)
+    builder = Flaky(away=100)
+    with pytest.raises(HostFault):
+        await builder.ensure("debian-12", lambda _: None)
+    await builder.close()
+    await asyncio.sleep(0.2)
+    assert builder.attempts == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orkestr_console.runner.layout import TREE
+from tests.stack import free_port
 
 SCRIPT = TREE / "orkestr_console/runner/bootstrap.sh"
 SOMEBODY = 54_321
@@ -49,6 +50,11 @@ def bash(
         capture_output=True,
         text=True,
     )
+
+
+def closed() -> str:
+    """An address on this machine where nothing listens."""
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def test_sudo_is_given_the_proxies_that_it_would_drop(programs: Path) -> None:
@@ -112,6 +118,49 @@ time.sleep(3)
     assert done.returncode == 1
     assert "waiting" not in done.stdout
     assert "nonsense" in done.stderr or "Malformed" in done.stderr
+
+
+def test_a_mirror_that_cannot_be_reached_is_named_in_one_sentence(programs: Path) -> None:
+    """Debian's own apt-get again: an update that fetches nothing is no failure to it."""
+    for name in ("state/lists/partial", "cache/archives/partial", "none.d"):
+        (programs / name).mkdir(parents=True)
+    (programs / "none").write_text(f"deb [trusted=yes] {closed()}/debian stable main\n")
+    (programs / "apt.conf").write_text(
+        f'Dir::State "{programs}/state";\nDir::Cache "{programs}/cache";\n'
+        f'Dir::Etc::SourceList "{programs}/none";\nDir::Etc::SourceParts "{programs}/none.d";\n'
+        'Acquire::Retries "0";\nAcquire::http::Proxy "DIRECT";\n'
+    )
+    program(programs, "dpkg-query", "exit 1")
+    text = "hold_daemons() { :; }; install_packages some-package"
+    done = bash(programs, text, APT_CONFIG=str(programs / "apt.conf"))
+    assert done.returncode == 1
+    (sentence,) = done.stderr.strip().splitlines()
+    assert "some-package" in sentence
+    assert "127.0.0.1" in sentence
+    assert "refused" in sentence
+
+
+def test_an_index_that_cannot_be_reached_is_named_in_one_sentence(programs: Path) -> None:
+    venv, index = programs / "venv", closed()
+    (venv / "bin").mkdir(parents=True)
+    real = f'exec {sys.executable} "$@"'
+    text = f'case "$*" in *package_index*) {real};; esac; seq 200; seq 200 >&2; exit 1'
+    program(venv / "bin", "python", text)
+    text = f"venv={venv}; lock=none; profile=run; ensure_packages"
+    done = bash(programs, text, PIP_INDEX_URL=f"{index}/simple", NO_PROXY="*")
+    assert done.returncode == 1
+    (sentence,) = done.stderr.strip().splitlines()
+    assert f"{index}/simple refuses connections" in sentence
+    assert f"{venv}/install.log" in sentence
+    assert "trying all the same" in done.stdout
+    assert (venv / "install.log").read_text().count("200") > 1
+
+
+def test_what_takes_long_is_said_to_go_on_and_nothing_of_that_stays(programs: Path) -> None:
+    text = "still_seconds=0.2; with_word_of fetching sleep 1 >/dev/null; jobs"
+    done = bash(programs, text)
+    assert done.stdout.count("fetching: still at it") >= 2
+    assert bash(programs, "with_word_of x false").returncode == 1
 
 
 def test_of_two_starts_of_one_clone_the_second_waits(programs: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from django.db import connection
 from django.test import Client
 from psycopg_pool import ConnectionPool
 
+from hostruntime.room import Room
 from orkestr_console.services import readiness as looking
 from orkestr_console.services.readiness import Findings, Look, Readiness, is_ready
 from tests.stack import wait_for
@@ -101,8 +103,12 @@ def test_a_disk_without_room_is_no_place_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert looking.room_at(tmp_path / "not" / "there" / "yet") is None
-    monkeypatch.setattr(looking, "LEAST_BYTES", 2**60)
-    assert looking.room_at(tmp_path) == "is nearly full"
+    found = Room.of(tmp_path)
+    half = replace(found, free_bytes=found.reserve_bytes // 2)
+    monkeypatch.setattr(Room, "of", lambda _: half)
+    assert "is short of room" in str(looking.room_at(tmp_path))
+    monkeypatch.setattr(Room, "of", lambda _: replace(half, read_only=True))
+    assert looking.room_at(tmp_path) == "cannot be written to"
 
 
 def test_alive_asks_nobody(client: Client) -> None:
