@@ -39,7 +39,7 @@ LONGEST_PAUSE = 1.0
 LOOK_SECONDS = 0.1
 # How long a request waits for what one statement answers. A server that is stopped (SIGSTOP) closes
 # no connection, and no timeout of its own ends a statement then; its watchdog takes longer.
-ANSWER_SECONDS = scaled(20.0)
+ANSWER_SECONDS = scaled(10.0)
 # Classes of SQLSTATE that say that the server cannot work just now (PostgreSQL manual, appendix A):
 # connection exceptions, too few resources, operator intervention (a shutdown), system errors.
 AWAY = ("08", "53", "57P", "58")
