@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from django.conf import settings
-from django.test import Client, override_settings
+from django.test import Client, TransactionTestCase, override_settings
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import Membership, Role, Team, User
 from orkestr_console.accounts.services import actor_of_token, actor_of_user, mint_token
+from tests.emptying import empty_tables
 
 PASSWORD = "correct horse battery staple"
 
@@ -33,6 +34,13 @@ TEST_SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="session", autouse=True)
 def settings_for_tests() -> Iterator[None]:
     with override_settings(**TEST_SETTINGS):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emptied_quickly() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TransactionTestCase, "_fixture_teardown", empty_tables)
         yield
 
 

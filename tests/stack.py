@@ -32,10 +32,13 @@ from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
+from tests.bases import leave_bases
 
 # Less than a test's time, so that what the installation said is what the failure shows.
 READY_SECONDS = 840
-STOP_SECONDS = 90
+# Long, for a machine that is slow and shared; what hangs takes longer.
+STOP_SECONDS = 300
+MANAGE_SECONDS = 600
 
 
 class Stack:
@@ -107,7 +110,7 @@ class Stack:
         return "\n".join(f"{log.name}:\n{tail(log)}" for log in logs)
 
     def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a management command of this installation, which must end in a few minutes."""
+        """Run a management command of this installation, which must end in ten minutes."""
         return subprocess.run(
             [sys.executable, "manage.py", *arguments],
             cwd=self.layout.tree,
@@ -115,7 +118,7 @@ class Stack:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=MANAGE_SECONDS,
         )
 
     def pid(self, program: str) -> int:
@@ -207,6 +210,7 @@ def running_stack() -> Iterator[Stack]:
     stack = Stack(var, keep=bool(kept))
     try:
         stack.start()
+        leave_bases(stack.layout.state_dir)
         yield stack
     finally:
         stack.close()

@@ -1,11 +1,12 @@
 """Everything that must hold before a change lands: `make test` and CI run this.
 
-Style, types and migrations first, then all of pytest in one session: the quick tests, the ones
-that need real LXC, the official clients, the browser. The databases and installations that the
-tests use are made in one scratch directory, and nothing of them may be left on the host.
+Style, types and migrations; all of pytest, in sessions of which two run at once (tests/lanes.py);
+of the host runtime's tests those marked `pythons` again, on the other Python that the project
+supports, where bootstrap.sh found one; last and alone, the tests that measure the machine.
+`--only pythons` runs all of the host runtime's on each.
 
-Then the host runtime's tests marked `pythons` again, on the other Python that the project supports,
-where bootstrap.sh found one; `--only pythons` runs all of the host runtime's on each.
+The databases and installations that the tests use are made in one scratch directory, and nothing of
+them may be left on the host.
 """
 
 from __future__ import annotations
@@ -16,60 +17,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.postgres import temporary_cluster
+from tests.lanes import TREE, Check, Room, Verdicts, say
 from tests.leftovers import host_names, leftovers
 
-TREE = Path(__file__).resolve().parents[1]
 TESTS = TREE / "tests"
-# Last, and in this order: each needs more of the machine than the one before.
-HEAVY = ("host", "clients", "browser")
+# The sessions of pytest; the first ones take longest. Any other test is quick.
+PARTS = {
+    "host tests": ("host",),
+    "live tests": ("clients", "browser"),
+    "runtime tests": ("hostruntime", "runner"),
+}
+QUICK = "quick tests"
+# What these measure or count is the machine's, not theirs alone; what they take is, too.
+ALONE = ("tests/host/test_hogs.py", "tests/host/test_reserve.py")
 # By commands of their own: `make bench`, `make recipes`, `make test-vm`.
 APART = ("benchmarks", "recipes", "vm")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
 OTHER = TREE / ".venv-other/bin/python"
 SCRATCH_PREFIX = "orkestr-test-"
-STATIC: dict[str, list[str]] = {
-    "ruff check": ["-m", "ruff", "check", "."],
-    "ruff format": ["-m", "ruff", "format", "--check", "."],
-    "mypy": ["-m", "mypy", "."],
-}
-MIGRATIONS = ["manage.py", "makemigrations", "--check", "--dry-run"]
-
-
-@dataclass
-class Verdicts:
-    """What was run and whether it passed."""
-
-    environment: dict[str, str]
-    failed: list[str] = field(default_factory=list)
-
-    def run(self, name: str, arguments: Sequence[str], python: str = sys.executable) -> None:
-        """Run one check with a Python, this one if none is named, its output straight to ours."""
-        say(f"== {name}")
-        began = time.monotonic()
-        done = subprocess.run(
-            [python, *arguments],
-            cwd=TREE,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode != 0:
-            self.failed.append(name)
-        say(f"-- {name}: {'failed' if done.returncode else 'ok'}, {time.monotonic() - began:.1f} s")
-
-
-def say(line: str) -> None:
-    """Print at once: the checks write to the same terminal."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+STATIC = (
+    Check("ruff check", ["-m", "ruff", "check", "."]),
+    Check("ruff format", ["-m", "ruff", "format", "--check", "."]),
+    Check("mypy", ["-m", "mypy", "."]),
+)
+MIGRATIONS = Check("migrations", ["manage.py", "makemigrations", "--check", "--dry-run"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,59 +58,101 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("paths", nargs="*", help="give pytest these instead of everything")
     options = parser.parse_args(argv)
     if options.only == "static":
-        verdicts = Verdicts(dict(os.environ))
-        for name, arguments in STATIC.items():
-            verdicts.run(name, arguments)
+        verdicts = Verdicts()
+        for check in STATIC:
+            verdicts.run(check, Room(TREE, os.environ))
         return conclude(verdicts)
     if options.only == "pythons":
         return verify(pythons)
-    if options.only == "tests":
-        return verify(lambda verdicts, scratch: tests(verdicts, scratch, options.paths))
-    return verify(everything)
+    if options.only == "tests" and options.paths:
+        return verify(lambda verdicts, scratch: some(verdicts, scratch, options.paths))
+    static = () if options.only == "tests" else (*STATIC, MIGRATIONS)
+    return verify(lambda verdicts, scratch: everything(verdicts, scratch, static))
 
 
-def everything(verdicts: Verdicts, scratch: Path) -> None:
-    """All that must hold, the quickest to say no first."""
-    for name, arguments in (STATIC | {"migrations": MIGRATIONS}).items():
-        verdicts.run(name, arguments)
-    tests(verdicts, scratch)
-    on_the_other_python(verdicts, scratch, "-m", "pythons", *RUNTIME)
+def everything(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
+    """All that must hold: two checks at once, and then what runs alone."""
+    first, *others = (pytest(name, paths) for name, paths in parts().items())
+    # It has the agent's state directory to itself.
+    other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(ALONE)], first.name)
+    shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
+    with room(scratch, "1", **shared) as one, room(scratch, "2", **shared) as two:
+        verdicts.run_beside([first, *static, *others, *other], [one, two])
+        verdicts.run(pytest("tests that run alone", ALONE), one)
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:
     """The whole of the host runtime's tests on each Python there is."""
-    tests(verdicts, scratch, RUNTIME)
-    on_the_other_python(verdicts, scratch, *RUNTIME)
+    with room(scratch, "1") as one:
+        for check in (pytest("host runtime's tests", RUNTIME), *on_the_other_python(RUNTIME)):
+            verdicts.run(check, one)
 
 
-def tests(verdicts: Verdicts, scratch: Path, paths: Sequence[str] = ()) -> None:
-    """All tests, or those of ``paths``."""
-    verdicts.run("pytest", pytest_arguments(scratch, paths))
+def some(verdicts: Verdicts, scratch: Path, paths: Sequence[str]) -> None:
+    """The tests of ``paths``."""
+    with room(scratch, "1") as one:
+        verdicts.run(pytest("tests", paths), one)
 
 
-def on_the_other_python(verdicts: Verdicts, scratch: Path, *arguments: str) -> None:
-    """Tests on the Python that this one is not; without one they are said not to have been run."""
+def parts() -> dict[str, list[str]]:
+    """What each session of pytest is given."""
+    named = {name for names in PARTS.values() for name in names}
+    quick = [
+        path.name
+        for path in sorted(TESTS.iterdir())
+        if path.name not in {*named, *APART, "__pycache__"}
+        and (path.is_dir() or path.name.startswith("test_"))
+    ]
+    return {
+        part: [*(f"tests/{name}" for name in names), *_without(ALONE)]
+        for part, names in (PARTS | {QUICK: quick}).items()
+    }
+
+
+def _without(paths: Sequence[str]) -> list[str]:
+    return [f"--ignore={path}" for path in paths]
+
+
+def pytest(name: str, arguments: Sequence[str], **more: Any) -> Check:
+    """A session of pytest's."""
+    # After ten failures the cause is among them, and what follows would hide it. Short, as rooms'
+    # names are: sockets are made in it, of whose path 107 bytes are all there may be (unix(7)).
+    reporting = ["--tb=short", "--maxfail=10", "--basetemp={room}/t"]
+    return Check(f"pytest, {name}", ["-m", "pytest", *reporting, *arguments], **more)
+
+
+def on_the_other_python(arguments: Sequence[str], *after: str) -> list[Check]:
+    """Tests on the Python that this one is not; without one it is said that they are not run."""
     if not OTHER.exists():
         say("== pytest on another Python: NOT RUN, for want of one (`make test` says why)")
-        return
+        return []
     asked = [str(OTHER), "-c", "import platform; print(platform.python_version())"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    verdicts.run(f"pytest on Python {version}", pytest_arguments(scratch, arguments), str(OTHER))
+    more = {"python": str(OTHER), "after": frozenset(after)}
+    return [pytest(f"Python {version}", arguments, **more)]
 
 
 def verify(checks: Callable[[Verdicts, Path], None]) -> int:
-    """Run checks against a database and scratch directory of their own."""
+    """Run checks with a scratch directory of their own."""
     before = host_names()
     ensure_user()
+    verdicts = Verdicts()
     with scratch_directory() as scratch:
-        with temporary_cluster(scratch / "postgres") as cluster:
-            verdicts = Verdicts(environment(scratch, cluster.url))
-            checks(verdicts, scratch)
+        checks(verdicts, scratch)
         left = leftovers(scratch, before)
     for name in left:
         say(f"left behind: {name}")
     verdicts.failed += ["leftovers"] if left else []
     return conclude(verdicts)
+
+
+@contextmanager
+def room(scratch: Path, name: str, **more: str) -> Iterator[Room]:
+    """A room in the scratch directory, with a database server of its own."""
+    directory = scratch / name
+    directory.mkdir(mode=0o755)
+    with temporary_cluster(directory / "postgres") as cluster:
+        yield Room(directory, {**environment(directory, cluster.url), **more})
 
 
 def environment(scratch: Path, database_url: str, tree: Path = TREE) -> dict[str, str]:
@@ -160,20 +181,6 @@ def caches(scratch: Path, tree: Path) -> dict[str, str]:
     }
 
 
-def pytest_arguments(scratch: Path, paths: Sequence[str]) -> list[str]:
-    """The quick directories first, in one session with the heavy ones."""
-    quick = sorted(
-        str(path.relative_to(TREE))
-        for path in TESTS.iterdir()
-        if path.name not in {*HEAVY, *APART, "fakes", "__pycache__"}
-        and (path.is_dir() or path.name.startswith("test_"))
-    )
-    heavy = [f"tests/{name}" for name in HEAVY if (TESTS / name).is_dir()]
-    # After ten failures the cause is among them, and what follows would hide it.
-    reporting = ["--tb=short", "--maxfail=10", f"--basetemp={scratch}/pytest"]
-    return ["-m", "pytest", *reporting, *(paths or [*quick, *heavy])]
-
-
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A directory for everything the run makes; what a killed run left is removed first."""
@@ -195,7 +202,7 @@ def remove(directory: Path) -> None:
     """Delete a scratch directory, after the host runtime has let go of state directories in it."""
     # A few levels down and no further: image trees hold a hundred thousand files.
     for record in sorted(
-        record for depth in range(1, 6) for record in directory.glob("*/" * depth + "instance.json")
+        record for depth in range(1, 7) for record in directory.glob("*/" * depth + "instance.json")
     ):
         state = record.parent
         command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(state)]

@@ -105,6 +105,12 @@ async def disk_error(request: Request, error: Exception) -> Response:
     return await host_error(request, told)
 
 
+async def gone_away(request: Request, _: Exception) -> Response:
+    """Nobody is there to be answered: the caller was killed, or gave up, while it sent its body."""
+    _log.info("%s %s: the caller went away", request.method, request.url.path)
+    return Response(status_code=400)
+
+
 async def defect(request: Request, error: Exception) -> Response:
     """Answer what nobody foresaw; the log has the traceback."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -24,7 +24,14 @@ from hostruntime.agent.bodies import (
     read_body,
 )
 from hostruntime.agent.host import Host
-from hostruntime.agent.responses import NdjsonResponse, defect, disk_error, host_error, line
+from hostruntime.agent.responses import (
+    NdjsonResponse,
+    defect,
+    disk_error,
+    gone_away,
+    host_error,
+    line,
+)
 from hostruntime.agent.routes_keeping import keeping_routes
 from hostruntime.agent.routes_snapshots import snapshot_routes
 from hostruntime.egress import default_domains
@@ -43,7 +50,12 @@ def application(host: Host) -> Starlette:
     keeping = Keeping(InstallationBook(host.paths), host.store, host.sandboxes.snapshots)
     snapshots = snapshot_routes(host.sandboxes)
     routes = [*images, *snapshots, *keeping_routes(keeping), *_routes()]
-    handlers = {HostError: host_error, OSError: disk_error, Exception: defect}
+    handlers = {
+        HostError: host_error,
+        OSError: disk_error,
+        ClientDisconnect: gone_away,
+        Exception: defect,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.host = host
     return app

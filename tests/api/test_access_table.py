@@ -7,8 +7,9 @@ sockets have a table of their own: ``tests/console/test_socket_access.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,12 +201,24 @@ CONSOLE = [
 PUBLIC = {"healthz", "readyz", r"^v1(?:/.*)?$"}
 
 
+class Callers(dict[str, Client]):
+    """Who calls, by name: each signs in as it first does."""
+
+    def __init__(self, arriving: Mapping[str, Callable[[], Client]]) -> None:
+        super().__init__()
+        self._arriving = arriving
+
+    def __missing__(self, name: str) -> Client:
+        self[name] = self._arriving[name]()
+        return self[name]
+
+
 @dataclass
 class World:
     """Team Acme with one of everything, and who calls."""
 
     ids: dict[str, str]
-    clients: dict[str, Client]
+    clients: Callers
 
 
 @pytest.fixture
@@ -218,6 +231,7 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
     host.write_file(sandbox.pk, "/workspace/there", b"x")
     snapshot = sandboxes.create_snapshot(alices, sandbox.pk, SnapshotSpec())
     token, text = mint_token(team, "Test", [READ, WRITE])
+    reader = mint_token(team, "Reader", [READ])[1]
     invitation, secret = people.invite(alices, InviteSpec())
     others = mint_token(Team.objects.get(slug="globex"), "Theirs", [READ, WRITE])[1]
     signed_in = SignedIn.objects.create(user=alice, session_key="k" * 32)
@@ -236,15 +250,17 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
             "session": str(signed_in.pk),
             "team": team.pk,
         },
-        clients={
-            "nobody": api_client(None),
-            "session": console_of(alice),
-            "read-only": api_client(mint_token(team, "Reader", [READ])[1]),
-            "token": api_client(text),
-            "only a token": Client(headers={"Authorization": f"Bearer {text}"}),
-            "other": api_client(others),
-            **{name: console_of(user) for name, user in people_of.items()},
-        },
+        clients=Callers(
+            {
+                "nobody": lambda: api_client(None),
+                "session": lambda: console_of(alice),
+                "read-only": lambda: api_client(reader),
+                "token": lambda: api_client(text),
+                "only a token": lambda: Client(headers={"Authorization": f"Bearer {text}"}),
+                "other": lambda: api_client(others),
+                **{name: partial(console_of, user) for name, user in people_of.items()},
+            }
+        ),
     )
 
 

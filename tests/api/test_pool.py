@@ -69,6 +69,8 @@ def watched(
     found = WatchedHost(host)
     monkeypatch.setattr(hosts, "host_client", lambda socket: found)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: found)
+    # To sign in takes a connection, of the test's own thread.
+    assert all(world.clients[caller] for caller in ("token", "owner"))
     connection.close()
     assert in_use() == 0
     yield found

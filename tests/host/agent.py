@@ -79,7 +79,7 @@ class Agent:
         """Take everything down; what the command told of it."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(20)
+            self.process.wait(120)
         command = [*self._command(), "teardown"]
         done = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, timeout=600)
         return done.stdout.decode()
@@ -89,14 +89,16 @@ class Agent:
 
     def second(self) -> subprocess.CompletedProcess[str]:
         """Try to run another agent on the same directory."""
-        return subprocess.run(self._command(), cwd=REPO, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            self._command(), cwd=REPO, capture_output=True, text=True, timeout=180
+        )
 
     def _command(self) -> list[str]:
         options = ["--state-dir", str(self.state), "--socket", str(self.socket)]
         return [sys.executable, "-m", "hostruntime.agent", *options]
 
     def _wait_until_it_serves(self) -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 180
         while True:
             try:
                 self.client.health()
@@ -158,7 +160,7 @@ def children_named(prefix: str) -> list[str]:
     ]
 
 
-def eventually(seconds: float = 30.0) -> Iterator[None]:
+def eventually(seconds: float = 120.0) -> Iterator[None]:
     """Loop body runs until it breaks, or fails after a while: ``for _ in eventually(): …``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

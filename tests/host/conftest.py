@@ -12,6 +12,7 @@ import pytest
 from hostruntime.answers import SandboxInfo
 from hostruntime.client import HostClient
 from hostruntime.errors import HostError
+from tests.bases import NAMES, take_bases
 from tests.host.agent import Agent, an_agent
 from tests.host.attackers import attackers_image
 
@@ -27,6 +28,20 @@ def agent() -> Iterator[Agent]:
         for _ in running.client.ensure_base(BASE):
             pass
         yield running
+
+
+@pytest.fixture(scope="session")
+def bases(agent: Agent) -> None:
+    """Python's and Node's bases, made if nobody has left them."""
+    take_bases(agent.state)
+    for name in NAMES:
+        for _ in agent.client.ensure_base(name):
+            pass
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have what wants those bases run last: the live installation may have made them by then."""
+    items.sort(key=lambda item: "bases" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

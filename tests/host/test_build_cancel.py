@@ -122,6 +122,10 @@ def test_while_everything_is_scrubbed(
         check_cancelled(agent, build_id)
 
 
+# So many builds that are published, and as many that are not, are enough.
+OFTEN = 8
+
+
 def test_at_any_instant_around_the_publishing(agent: Agent, host: HostClient) -> None:
     """Never an image after a cancellation was answered, never one lost before."""
     wait, outcomes = 0.1, {"published": 0, "cancelled": 0}
@@ -141,4 +145,6 @@ def test_at_any_instant_around_the_publishing(agent: Agent, host: HostClient) ->
         else:
             check_cancelled(agent, name)
         assert name not in [image.id for image in host.images()]
+        if min(outcomes.values()) >= OFTEN:
+            break
     assert min(outcomes.values()) > 0, outcomes

@@ -180,15 +180,13 @@ def test_a_published_reuse_is_what_a_sandbox_sees(
     ],
 )
 def test_only_the_same_beginning_is_reused(
+    bases: None,
     host: HostClient,
     build: Build,
     recipe: tuple[str, ...],
     options: dict[str, Any],
     expected: list[int],
 ) -> None:
-    if "base_image" in options:
-        for _ in host.ensure_base(options["base_image"]):
-            pass
     build(*STEPS[:2], "false")
     _, events = build(*recipe, "wc -l < /root/runs; false", **options)
     assert cached(events) == expected

@@ -23,22 +23,30 @@ SOURCE = Path(__file__).with_name("jump.c")
 SetClock = Callable[[int], None]
 
 
-@pytest.fixture
-def set_clock(agent: Agent, tmp_path: Path) -> Iterator[SetClock]:
-    """Sets the agent's clock so many seconds before or after the machine's."""
-    library, ahead = tmp_path / "jump.so", tmp_path / "ahead"
+@pytest.fixture(scope="module")
+def other_clock(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SetClock]:
+    """Has the agent look at a clock that can be set, so many seconds before the machine's."""
+    directory = tmp_path_factory.mktemp("clock")
+    library, ahead = directory / "jump.so", directory / "ahead"
     compiled = ["gcc", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
     subprocess.run(compiled, check=True, timeout=60)
-    ahead.write_text("0")
-    restarted(agent, {"LD_PRELOAD": str(library), "JUMP_FILE": str(ahead)})
 
     def jump(seconds: int) -> None:
         written = ahead.with_suffix(".new")
         written.write_text(str(seconds))
         written.rename(ahead)
 
+    jump(0)
+    restarted(agent, {"LD_PRELOAD": str(library), "JUMP_FILE": str(ahead)})
     yield jump
     restarted(agent, {})
+
+
+@pytest.fixture
+def set_clock(other_clock: SetClock) -> Iterator[SetClock]:
+    """Sets the agent's clock so many seconds before or after the machine's, until the test ends."""
+    yield other_clock
+    other_clock(0)
 
 
 def restarted(agent: Agent, environment: dict[str, str]) -> None:

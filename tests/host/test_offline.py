@@ -6,25 +6,13 @@ What is counted is how often they ask for a name, which nothing answers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from hostruntime.client import HostClient
-from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host
-
-BASES = ("python-3.12-bare", "node-22")
-
-
-@pytest.fixture(scope="module")
-def bases(agent: Agent) -> Iterator[None]:
-    for base in BASES:
-        for _ in agent.client.ensure_base(base):
-            pass
-    yield
 
 
 def asked(host: HostClient, owner: str) -> Counter[str]:

@@ -115,12 +115,10 @@ Box = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def trees(agent: Agent) -> Iterator[dict[str, Path]]:
+def trees(agent: Agent, bases: None) -> Iterator[dict[str, Path]]:
     """Real images with a person in them, made on the agent that reaches the mirrors."""
     made = {image: f"{image}_{time.time_ns():x}" for image in IMAGES}
     for image, (base, recipe) in IMAGES.items():
-        for _ in agent.client.ensure_base(base):
-            pass
         built(agent.client, made[image], *recipe, base=base)
     yield {image: agent.state / "images" / name / "tree" for image, name in made.items()}
     for name in made.values():

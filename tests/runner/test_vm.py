@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verify import pytest_arguments
+from tests.verify import parts
 from tests.vm.checklist import Checklist, Row, needed
 from tests.vm.releases import RELEASES
 from tests.vm.report import Result, markdown, table
@@ -136,8 +136,8 @@ def test_the_kernel_log_is_read_for_denials_and_complaints() -> None:
     assert complaints(log) == [log[2]]
 
 
-def test_make_test_leaves_the_machines_alone(tmp_path: Path) -> None:
-    arguments = pytest_arguments(tmp_path, [])
+def test_make_test_leaves_the_machines_alone() -> None:
+    arguments = [path for paths in parts().values() for path in paths]
     assert "tests/runner" in arguments
     assert "tests/vm" not in arguments
     assert not list(Path(__file__).parents[1].joinpath("vm").glob("test_*"))

@@ -1,0 +1,107 @@
+"""Lanes of checks: they run beside each other, each is heard whole, and none is lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.lanes import TREE, Check, Room, Verdicts
+from tests.verify import ALONE, APART, parts
+
+# Says so, and ends when the other one has said so as well.
+MEETING = """
+import pathlib, sys, time
+own, other = (pathlib.Path(name) for name in sys.argv[1:])
+print(f"{own.name} is here", flush=True)
+own.touch()
+until = time.monotonic() + 300
+while not other.exists():
+    assert time.monotonic() < until, f"{other.name} does not come"
+    time.sleep(0.02)
+print(f"{own.name} has met {other.name}")
+"""
+
+
+def rooms(place: Path, count: int = 2) -> list[Room]:
+    made = [place / str(number) for number in range(count)]
+    for directory in made:
+        directory.mkdir()
+    return [Room(directory, os.environ) for directory in made]
+
+
+def script(name: str, text: str, *arguments: str, after: str = "") -> Check:
+    return Check(name, ["-c", text, *arguments], after=frozenset([after] if after else []))
+
+
+def meeting(place: Path, own: str, other: str) -> Check:
+    return script(own, MEETING, str(place / own), str(place / other))
+
+
+def test_two_run_at_once_and_are_heard_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]
+    verdicts = Verdicts()
+    verdicts.run_beside(checks, rooms(tmp_path))
+    assert verdicts.failed == []
+    said = capsys.readouterr().out
+    for own, other in (("a", "b"), ("b", "a")):
+        assert f"== {own}\n{own} is here\n{own} has met {other}\n-- {own}: ok" in said
+
+
+def test_what_fails_is_said_and_keeps_nothing_else_from_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = script("bad", "import sys; sys.exit('it is broken')")
+    verdicts = Verdicts()
+    verdicts.run_beside([bad, script("next", "print('ran')", after="bad")], rooms(tmp_path))
+    assert verdicts.failed == ["bad"]
+    said = capsys.readouterr().out
+    assert "== bad\nit is broken\n-- bad: failed" in said
+    assert "== next\nran\n-- next: ok" in said
+
+
+NOTE = """
+import sys, time
+time.sleep(float(sys.argv[3]))
+with open(sys.argv[1], "a") as written:
+    written.write(sys.argv[2])
+"""
+
+
+def test_what_comes_after_another_waits_for_it_and_the_rest_does_not(tmp_path: Path) -> None:
+    written = str(tmp_path / "written")
+    checks = [
+        script("first", NOTE, written, "1", "0.5"),
+        script("second", NOTE, written, "2", "0", after="first"),
+        meeting(tmp_path, "a", "b"),
+        script("free", "import sys; open(sys.argv[1], 'x')", str(tmp_path / "b")),
+    ]
+    # The meeting would never end if what is free waited as well.
+    Verdicts().run_beside(checks, rooms(tmp_path, 3))
+    assert Path(written).read_text() == "12"
+
+
+def test_a_check_knows_its_room(tmp_path: Path) -> None:
+    (only,) = rooms(tmp_path, 1)
+    made = "import sys; open(sys.argv[1], 'x')"
+    Verdicts().run_beside([script("it", made, "{room}/here")], [only])
+    assert (only.directory / "here").exists()
+
+
+def test_every_test_is_in_one_session() -> None:
+    """But for the commands of their own, and what runs alone."""
+    apart = {TREE / "tests" / name for name in APART}
+    sessions = [{TREE / path for path in paths} for paths in parts().values()]
+    for file in (TREE / "tests").rglob("test_*.py"):
+        if not apart & {*file.parents}:
+            holding = [session for session in sessions if session & {file, *file.parents}]
+            assert len(holding) == 1, file
+
+
+def test_what_runs_alone_is_there_and_left_out_of_the_rest() -> None:
+    for path in ALONE:
+        assert (TREE / path).is_file()
+        assert all(f"--ignore={path}" in paths for paths in parts().values())
