@@ -162,6 +162,25 @@ class SandboxInfo(Answer):
 
 
 @dataclass(frozen=True)
+class ChangesInfo:
+    """Sandboxes as they are after they changed, up to number ``seq`` of the agent's ``run``.
+
+    Without ``whole`` there may be others: compare all that there are.
+    """
+
+    run: str
+    seq: int
+    whole: bool
+    sandboxes: tuple[SandboxInfo, ...] = ()
+
+    @classmethod
+    def from_wire(cls, payload: Mapping[str, Any]) -> ChangesInfo:
+        """Build from the JSON object."""
+        found = tuple(SandboxInfo.from_wire(item) for item in payload["sandboxes"])
+        return cls(str(payload["run"]), int(payload["seq"]), bool(payload["whole"]), found)
+
+
+@dataclass(frozen=True)
 class SnapshotInfo(Answer):
     """A snapshot of a sandbox over ``image``; ``frozen_ms`` is how long that stood still for it."""
 

@@ -24,6 +24,7 @@ from hostruntime.answers import (
     BaseInfo,
     BuildEvent,
     BuildInfo,
+    ChangesInfo,
     DirectoryListing,
     EgressDecision,
     EgressHost,
@@ -57,6 +58,8 @@ DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream says something at least every 10 s (a blank line), so silence means a dead agent.
 _TIMEOUT = timeouts(read=60.0)
 _STREAM_TIMEOUT = timeouts(read=30.0)
+# What an answer that was waited for on purpose may take beyond that.
+_ANSWER_SECONDS = 5.0
 # As many as are asked for: whoever asks has a bound of their own, and a command keeps one for as
 # long as it runs.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=60.0)
@@ -209,6 +212,15 @@ class HostClient(SnapshotCalls, KeepingCalls):
         """Every sandbox the host knows, gone ones included for a day."""
         answer = self._json("GET", "/sandboxes")
         return [SandboxInfo.from_wire(item) for item in answer["sandboxes"]]
+
+    def changes(self, run: str, after: int, *, seconds: float) -> ChangesInfo:
+        """Which sandboxes ended, or were paused or resumed, after number ``after`` of a ``run``.
+
+        That is one of the agent's.  Waits so long for the first, and not at all in another run.
+        """
+        params = {"run": run, "after": after, "seconds": seconds}
+        timeout = timeouts(read=seconds + _ANSWER_SECONDS)
+        return ChangesInfo.from_wire(self._json("GET", "/changes", params=params, timeout=timeout))
 
     def create_sandbox(
         self,

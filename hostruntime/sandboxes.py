@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime import clock
+from hostruntime.changes import Changes
 from hostruntime.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.exec import Frame
@@ -139,6 +140,7 @@ class SandboxManager:
     usage: UsageBook = field(init=False)
     snapshots: SnapshotManager = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
+    changes: Changes = field(default_factory=Changes)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     # Those that are being ended, and why.
@@ -330,6 +332,7 @@ class SandboxManager:
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
             self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
+            self.changes.note(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -345,6 +348,7 @@ class SandboxManager:
             # First, so that the sweep ends none that somebody has just taken up again.
             self._save(replace(sandbox, paused=False).until(deadline))
             await self.containers.resume(sandbox_id)
+            self.changes.note(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     def exec(
@@ -447,6 +451,8 @@ class SandboxManager:
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
         gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
+        # Told even if that cannot be written down: the disk may be full.
+        self.changes.note(sandbox.request.id)
         self._save(replace(gone, ended_at=time.time()))
 
     # Pieces --------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from typing import Any
 
 import psycopg
 from django.db import DatabaseError, InterfaceError, connection, connections
+from psycopg.abc import PQGen
+from psycopg.errors import _WaitTimeout as WaitTimeout
 
 from hostruntime.patience import scaled
 from orkestr_console.errors import DatabaseUnavailable
@@ -33,6 +35,11 @@ KEEPALIVE: dict[str, Any] = {
 # How long what has happened elsewhere is tried to be noted: a restart takes a few seconds.
 NOTING_SECONDS = 20.0
 LONGEST_PAUSE = 1.0
+# How often a wait looks whether it is to go on; psycopg's own.
+LOOK_SECONDS = 0.1
+# How long a request waits for what one statement answers. A server that is stopped (SIGSTOP) closes
+# no connection, and no timeout of its own ends a statement then; its watchdog takes longer.
+ANSWER_SECONDS = scaled(10.0)
 # Classes of SQLSTATE that say that the server cannot work just now (PostgreSQL manual, appendix A):
 # connection exceptions, too few resources, operator intervention (a shutdown), system errors.
 AWAY = ("08", "53", "57P", "58")
@@ -40,6 +47,21 @@ AWAY = ("08", "53", "57P", "58")
 
 class ConnectionHeldError(RuntimeError):
     """A defect of ours: something slow is waited for inside of a transaction."""
+
+
+class RequestConnection(psycopg.Connection[Any]):
+    """A connection of the pool that requests use: a server that says nothing is given up."""
+
+    def wait(
+        self, gen: PQGen[Any], interval: float = LOOK_SECONDS, timeout: float | None = None
+    ) -> Any:
+        """As psycopg's. Raises ``psycopg.OperationalError`` after ``ANSWER_SECONDS``."""
+        try:
+            return super().wait(gen, interval, timeout or ANSWER_SECONDS)
+        except WaitTimeout as error:
+            # Nothing is known of what it was asked: it is asked nothing more.
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the database server does not answer") from error
 
 
 def connection_arguments(purpose: str) -> dict[str, Any]:

@@ -276,8 +276,8 @@ PERIODIC_TASKS = [
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]
 
-# What is not left to the schedule, whose first look is half a minute after a start.
-SETTLING_TASK = "sandboxes_app.tasks.settle_at_start"
+# What a process of its own does all the time: it hears from the host what has ended.
+LISTENER = "sandboxes_app.tasks.listen"
 
 # --- Logs -----------------------------------------------------------------------------------------
 # To standard error, which the process manager keeps. Django's own handlers are taken away: without

@@ -2,11 +2,12 @@
 
 ::
 
-    manage.py worker        the watchdog: starts the group, sees that it lives, ends it whole
-     └─ sentinel            django-q2's guard: replaces children that die, runs the schedule
-         ├─ pusher          leases tasks from PostgreSQL for free workers
-         ├─ monitor         stores what became of tasks
-         └─ worker × n      runs them
+    manage.py worker        the watchdog: starts the rest, sees that it lives, ends it whole
+     ├─ sentinel            django-q2's guard: replaces children that die, runs the schedule
+     │   ├─ pusher          leases tasks from PostgreSQL for free workers
+     │   ├─ monitor         stores what became of tasks
+     │   └─ worker × n      runs them
+     └─ listener            hears from the host what has ended (``settings.LISTENER``)
 
 Each asks the kernel to be killed when its parent dies (PR_SET_PDEATHSIG, prctl(2)), so no way of
 dying leaves one behind. What a killed worker ran comes back when its lease ends.
@@ -23,6 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
@@ -30,10 +32,10 @@ from typing import Any
 
 from django.conf import settings
 from django.db import Error, connections, transaction
+from django.utils.module_loading import import_string
 from django_q.cluster import Sentinel
 from django_q.conf import Conf
 from django_q.models import Schedule
-from django_q.tasks import async_task
 from django_q.worker import worker as run_tasks
 
 from hostruntime.patience import Patience
@@ -65,14 +67,17 @@ def die_with(parent: int) -> None:
 
 
 class Pulse:
-    """How often sentinel and pusher came round, in shared memory that nobody locks."""
+    """How often sentinel and pusher came round, in shared memory that nobody locks.
 
-    def __init__(self) -> None:
-        self._beats = RawArray("L", 2)
-        self._pids = RawArray("L", 2)
+    Or another number of processes.
+    """
+
+    def __init__(self, processes: int = 2) -> None:
+        self._beats = RawArray("L", processes)
+        self._pids = RawArray("L", processes)
         # What the watchdog has seen of them, and since when it waits for more.
-        self._seen = [0, 0]
-        self._patience = [self._anew(0), self._anew(1)]
+        self._seen = [0] * processes
+        self._patience = [self._anew(which) for which in range(processes)]
 
     def beat(self, which: int) -> None:
         """Sentinel (0) or pusher (1) is alive now; it is the calling process."""
@@ -81,7 +86,7 @@ class Pulse:
 
     def stuck(self) -> str:
         """What is seen of one that comes round no more, and does nothing else either, if so."""
-        for which in (0, 1):
+        for which in range(len(self._seen)):
             if self._beats[which] != self._seen[which]:
                 self._seen[which] = self._beats[which]
                 self._patience[which] = self._anew(which)
@@ -154,16 +159,62 @@ def run_group(parent: int, stop: SocketEvent, pulse: Pulse) -> None:
     LeasingSentinel(stop, pulse).start()
 
 
+def run_listener(parent: int, pulse: Pulse) -> None:
+    """The listener's whole life; it may be killed at any moment."""
+    die_with(parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    import_string(settings.LISTENER)(partial(pulse.beat, 0))
+
+
+class Listening:
+    """Keeps one listener running: what it had not heard to the end its successor hears."""
+
+    def __init__(self) -> None:
+        self._process: BaseProcess | None = None
+        self._pulse = Pulse(1)
+        self._began = -RESTART_SECONDS
+
+    def look(self) -> None:
+        """Start one if there is none; another if it has ended, or is stuck."""
+        if self._process is not None:
+            seen, status = self._pulse.stuck(), self._process.exitcode
+            if status is None and not seen:
+                return
+            what = f"is stuck, it {seen}" if seen else f"has ended ({status})"
+            logger.error("the listener %s: starting anew", what)
+            self.stop()
+        if time.monotonic() - self._began >= RESTART_SECONDS:
+            self._began, self._pulse = time.monotonic(), Pulse(1)
+            arguments = (os.getpid(), self._pulse)
+            self._process = fork.Process(target=run_listener, args=arguments, daemon=True)
+            self._process.start()
+
+    def stop(self) -> None:
+        """End it, at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
 class Watchdog:
-    """Keeps one group of workers running until told to stop."""
+    """Keeps one group of workers, and the listener, running until told to stop."""
 
     def __init__(self) -> None:
         self._stopping = False
+        self._listening = Listening()
 
     def run(self) -> None:
         """Return after SIGTERM or SIGINT, when every process of the group has ended."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
+        try:
+            self._run()
+        finally:
+            self._listening.stop()
+
+    def _run(self) -> None:
         while not self._stopping:
             stop, pulse = SocketEvent(), Pulse()
             group = fork.Process(target=run_group, args=(os.getpid(), stop, pulse))
@@ -186,6 +237,7 @@ class Watchdog:
     def _watch(self, group: BaseProcess, pulse: Pulse) -> None:
         """Return when asked to stop, or when the group needs to be started anew."""
         while not self._stopping:
+            self._listening.look()
             group.join(WATCH_SECONDS)
             if group.exitcode is not None:
                 logger.error("the worker group has ended (%s): starting anew", group.exitcode)
@@ -216,19 +268,11 @@ def ensure_schedules() -> None:
             Schedule.objects.update_or_create(name=name, defaults={**facts, "repeats": -1})
 
 
-def begin_settling() -> None:
-    """Have the first task ask the host what is left of what the rows say.
-
-    Where no agent has ever run there is nothing to be settled, and nobody to ask.
-    """
-    if settings.HOST_SOCKET.exists():
-        async_task(settings.SETTLING_TASK)
-
-
 def import_tasks() -> None:
     """Import what tasks run once, before the forks, rather than in each worker's first task."""
     for _, func, _ in settings.PERIODIC_TASKS:
         import_module(func.rpartition(".")[0])
+    import_string(settings.LISTENER)
 
 
 def run_worker() -> None:
@@ -238,7 +282,6 @@ def run_worker() -> None:
     while True:
         try:
             ensure_schedules()
-            begin_settling()
             break
         except Error as error:
             logger.warning("the database cannot be reached, trying again: %s", error)

@@ -83,6 +83,7 @@ class _Server(uvicorn.Server):
         # Not super(): it would raise the signal again once served, and end us before the rest.
         self.should_exit = True
         self._host.builds.going()
+        self._host.sandboxes.changes.close()
         self._host.containers.kill_execs()
 
 

@@ -9,6 +9,8 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
+from orkestr_console.postgres import RequestConnection
+
 
 class Command(BaseCommand):
     """Run the web process in the foreground."""
@@ -47,6 +49,7 @@ def use_request_settings() -> None:
     under way has a socket of its client's and maybe one to the host, so as many files are allowed
     as the system lets us have.
     """
-    connections.settings["default"]["OPTIONS"]["pool"]["timeout"] = settings.REQUEST_POOL_SECONDS
+    pool = connections.settings["default"]["OPTIONS"]["pool"]
+    pool |= {"timeout": settings.REQUEST_POOL_SECONDS, "connection_class": RequestConnection}
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
