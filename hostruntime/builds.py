@@ -35,6 +35,7 @@ from hostruntime.errors import (
     NotFound,
 )
 from hostruntime.images import Image, check_name
+from hostruntime.launcher import LauncherLost
 from hostruntime.limits import Limits
 from hostruntime.paths import StatePaths, write_json
 from hostruntime.policy import Policy, PolicyError
@@ -53,6 +54,10 @@ NO_ROOM = (
     "The machine ran out of disk while the template was being built, and the build took the most "
     "of it, so it was ended. Nothing is left of it; build the template again when the operator has "
     "made room."
+)
+LAUNCHER_LOST = (
+    "The host's process that starts commands died while the template was being built, and the "
+    "build with it. Nothing is left of it; build the template again."
 )
 DEFECT = "The host could not finish the build because of a defect; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"
@@ -382,6 +387,8 @@ def _note_failed(build: _Build, request: BuildRequest, error: HostError | OSErro
             "is a built-in base that has not been made yet."
         )
         build.end("failed", "failed", code="base_missing", message=message)
+    elif isinstance(error, LauncherLost):
+        build.end("failed", "failed", code="host_lost", message=LAUNCHER_LOST)
     elif isinstance(error, HostError):
         code = "no_room" if isinstance(error, HostFull) else "internal"
         build.end("failed", "failed", code=code, message=error.detail)

@@ -160,6 +160,9 @@ class EgressProxy:
             ending = Patience(patience, self.processes)
             while self.processes() and not ending.spent():
                 time.sleep(_POLL_SECONDS)
+        # They end with Squid by themselves, but not when they hang.
+        for pid in self.helpers():
+            _send(pid, signal.SIGKILL)
 
     def ensure(self) -> None:
         """Start it again if it does not answer. Raises HostUnavailable."""

@@ -150,7 +150,8 @@ async def run_command(
     """Run a command in a container; iterate under ``contextlib.aclosing``: closing kills the tree.
 
     The last frame is Exited or TimedOut, and then no process of a timed-out command is left.
-    Raises CwdNotFound before any frame, HostFault when the container cannot be attached to.
+    Raises CwdNotFound before any frame, HostFault when the container cannot be attached to, and
+    LauncherLost, before or after, when what attaches to containers has died, and the command so.
     """
     session = _Session(groups.exec_group(f"{os.getpid()}-{next(_tags)}"), groups)
     try:

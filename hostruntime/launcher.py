@@ -50,8 +50,11 @@ _WORN = 0.5
 _MOST_RETIRED = 4
 
 
-class LauncherLost(HostFault):
-    """A launcher process died while it was needed."""
+class LauncherLost(HostUnavailable):
+    """A launcher process died, or was ended, while it was needed: another is there at once.
+
+    What was to be started is undone, and what was attached has ended.
+    """
 
 
 class AtLimit(HostUnavailable):
@@ -152,7 +155,9 @@ class Link:
         except TimeoutError:
             _log.error("launcher %d is ended: it %s", self.process.pid, patience.why)
             self.process.kill()
-            raise LauncherLost("LXC did not answer; the launcher was restarted.") from None
+            raise LauncherLost(
+                "What starts containers and commands hung, and was replaced; try again."
+            ) from None
         finally:
             self.pending.pop(request, None)
         if reply.get("at_limit"):
@@ -416,7 +421,7 @@ def _executable(pid: int) -> tuple[int, int] | None:
 
 
 def _lost() -> LauncherLost:
-    return LauncherLost("The process that starts containers died; it is being restarted.")
+    return LauncherLost("What starts containers and commands died, and is replaced; try again.")
 
 
 def close_all(descriptors: Sequence[int]) -> None:

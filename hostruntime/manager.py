@@ -25,7 +25,7 @@ from hostruntime.disk import Disks
 from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, HostFault
 from hostruntime.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.files import FileService
-from hostruntime.launcher import LauncherPool
+from hostruntime.launcher import LauncherLost, LauncherPool
 from hostruntime.lent_files import HOSTNAME, container_environment
 from hostruntime.limits import (
     ContainerGroups,
@@ -330,7 +330,7 @@ class ContainerManager:
                     if isinstance(frame, Exited) and frame.signal == signal.SIGKILL:
                         self._check_not_stopped(running)
                     yield frame
-        except (Exhausted, HostFault):
+        except (Exhausted, HostFault, LauncherLost):
             self._check_not_stopped(running)
             raise
 

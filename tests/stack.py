@@ -125,6 +125,12 @@ class Stack:
         """The process id of `web`, `worker`, `agent` or `postgres`."""
         return Keeper(self.layout, ()).states()[program][1]
 
+    @property
+    def up_pid(self) -> int:
+        """The process id of `manage.py up` itself."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self, program: str) -> None:
         """`kill -9` one program's main process."""
         os.kill(self.pid(program), signal.SIGKILL)

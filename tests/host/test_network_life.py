@@ -185,6 +185,17 @@ def test_a_dead_helper_means_refused_until_squid_has_started_another(
     assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
 
 
+def test_helpers_that_hang_are_ended_with_their_proxy(proxy: EgressProxy) -> None:
+    """They do not see that nobody asks them any more, and would be there for good."""
+    hung = proxy.helpers()
+    assert hung
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    proxy.ensure()
+    assert proxy.healthy()
+    wait_until(lambda: not set(hung) & set(proxy.helpers()))
+
+
 def test_enough_slots_wait_ready(pool: SlotPool) -> None:
     assert pool.settle(30)
     assert pool.ready() == dict(READY)

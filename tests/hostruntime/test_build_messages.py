@@ -41,6 +41,15 @@ async def test_how_a_step_ended_is_said(world: World, step: str, code: str, word
     world.check_clean()
 
 
+async def test_that_no_command_can_be_followed_any_more_is_no_defect_of_the_recipe(
+    world: World,
+) -> None:
+    failed = (await world.build("lose"))[-1]
+    assert failed["code"] == "host_lost"
+    assert "process that starts commands died" in failed["message"]
+    world.check_clean()
+
+
 @pytest.mark.parametrize(
     ("command", "quoted", "named"),
     [
