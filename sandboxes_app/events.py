@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orkestr_console.channel_layer import notify_all
+from orkestr_console.core.channel_layer import notify_all
 
 
 def sandbox_group(sandbox_id: str) -> str:

@@ -8,7 +8,7 @@ from django.db import models
 from django.utils import timezone
 
 from orkestr_console.accounts.models import Team, User
-from orkestr_console.ids import new_id
+from orkestr_console.core.ids import new_id
 
 
 class SandboxStatus(models.TextChoices):
@@ -98,7 +98,7 @@ class Sandbox(models.Model):
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # Who starts, pauses or resumes it now (orkestr_console.driving).
+    # Who starts, pauses or resumes it now (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
     started_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField()
@@ -220,7 +220,7 @@ class Snapshot(models.Model):
     node_id = models.CharField(max_length=100)
     error_message = models.TextField(blank=True, default="")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # Who takes it (orkestr_console.driving).
+    # Who takes it (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
     ready_at = models.DateTimeField(null=True, blank=True)
     deleted_at = models.DateTimeField(null=True, blank=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from django.db import connection
 
 from hostruntime.errors import HostError
+from orkestr_console.core.hosts import host
 from orkestr_console.installation import services as installation
-from orkestr_console.services.hosts import host
 from sandboxes_app.services import lifecycle, metering, settling, standing
 from sandboxes_app.services.listening import Listener
 from templates_app.services import note_image_bytes

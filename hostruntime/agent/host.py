@@ -10,33 +10,35 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, apparmor, build_plan, delegation, shared_limits
-from hostruntime.ballast import Ballast
-from hostruntime.bases import BaseBuilder
-from hostruntime.builds import BuildManager
-from hostruntime.egress import EgressProxy, host_registries
+from hostruntime import __version__
+from hostruntime.agent.ballast import Ballast
+from hostruntime.agent.reclaim import Told, reclaim, take_down
+from hostruntime.agent.room_watch import RoomWatch
+from hostruntime.build import plan as build_plan
+from hostruntime.build.bases import BaseBuilder
+from hostruntime.build.layers import LayerStore, budget_bytes
+from hostruntime.build.manager import BuildManager
+from hostruntime.container import apparmor, delegation, shared_limits
+from hostruntime.container.cgroups import cgroup_layout
+from hostruntime.container.launcher import LauncherPool
+from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
-from hostruntime.images import ImageStore
-from hostruntime.launcher import LauncherPool
-from hostruntime.layers import LayerStore, budget_bytes
-from hostruntime.limits import cgroup_layout
-from hostruntime.manager import ContainerManager, lxcpath_of
-from hostruntime.network import SlotPool
-from hostruntime.paths import (
+from hostruntime.host.paths import (
     Instance,
     StatePaths,
     claim_instance,
     ensure_subordinate_ids,
     release_instance,
 )
-from hostruntime.policy import PolicyError
-from hostruntime.quarantine import keep_days
-from hostruntime.reclaim import Told, reclaim, take_down
-from hostruntime.room import Room
-from hostruntime.room_watch import RoomWatch
-from hostruntime.runtime_layer import build_runtime_layers, remove_unused
-from hostruntime.sandboxes import SandboxManager
-from hostruntime.snapshots import users_of_images
+from hostruntime.host.room import Room
+from hostruntime.image.quarantine import keep_days
+from hostruntime.image.store import ImageStore
+from hostruntime.network.egress import EgressProxy, host_registries
+from hostruntime.network.policy import PolicyError
+from hostruntime.network.slots import SlotPool
+from hostruntime.sandbox.manager import SandboxManager
+from hostruntime.sandbox.snapshots import users_of_images
 
 PROXY_CHECK_SECONDS = 5.0
 LAYERS_CHECK_SECONDS = 3600.0

@@ -24,6 +24,7 @@ from hostruntime.agent.bodies import (
     read_body,
 )
 from hostruntime.agent.host import Host
+from hostruntime.agent.keeping import Keeping
 from hostruntime.agent.responses import (
     NdjsonResponse,
     defect,
@@ -32,14 +33,13 @@ from hostruntime.agent.responses import (
     host_error,
     line,
 )
+from hostruntime.agent.routes_images import image_routes
 from hostruntime.agent.routes_keeping import keeping_routes
 from hostruntime.agent.routes_snapshots import snapshot_routes
-from hostruntime.egress import default_domains
+from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.errors import HostError, InvalidRequest
-from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
-from hostruntime.installation import InstallationBook
-from hostruntime.keeping import Keeping
-from hostruntime.routes_images import image_routes
+from hostruntime.host.installation import InstallationBook
+from hostruntime.network.egress import default_domains
 
 _LONGEST_WAIT_SECONDS = 60.0
 

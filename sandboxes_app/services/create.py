@@ -19,11 +19,11 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.driving import driving
-from orkestr_console.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.core.hosts import host, told
+from orkestr_console.core.postgres import persistently
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import persistently
-from orkestr_console.services.hosts import host, told
+from orkestr_console.queue.driving import driving
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
 from sandboxes_app.services import snapshots, state

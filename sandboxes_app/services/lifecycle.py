@@ -13,16 +13,16 @@ from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import SandboxInfo
-from hostruntime.patience import scaled
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
-from orkestr_console.ids import is_id
-from orkestr_console.services.hosts import errors_told, host
-from orkestr_console.services.paging import page
+from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLimit
+from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.ids import is_id
+from orkestr_console.http.paging import page
 from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
 from sandboxes_app.services import metering, state
 from sandboxes_app.specs import TimeoutSpec
@@ -36,7 +36,7 @@ STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
 STRANGERS_AT_ONCE = 5
 RELEASE = "sandboxes_app.tasks.release_sandboxes"
-# What a task is told has to go through a socket (orkestr_console.sockets).
+# What a task is told has to go through a socket (orkestr_console.queue.sockets).
 RELEASED_AT_ONCE = 1000
 
 
@@ -167,8 +167,8 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
 def settle_overdue(sandbox: Sandbox) -> None:
     """Settle one whose time is over by this clock, which may have been set meanwhile.
 
-    The host counts the seconds (:mod:`hostruntime.clock`): what it says is left is left, and the
-    row gets the moment at which that is now. While it does not answer the row stays as it is.
+    The host counts the seconds (:mod:`hostruntime.host.clock`): what it says is left is left, and
+    the row gets the moment at which that is now. While it does not answer the row stays as it is.
     """
     try:
         info = host().sandbox(sandbox.pk)

@@ -1,15 +1,16 @@
 """Hearing from the host how sandboxes changed, and seeing to what nobody drives any more.
 
-One process of an installation does this (:mod:`orkestr_console.worker`). It asks the agent which
-have changed since it last heard, which the agent answers when one has, or after a while. Nothing is
-lost: what was heard counts only once it is in the rows, and where something may have been missed
-(the first time, after a restart of the agent) all rows are compared with all containers.
+One process of an installation does this (:mod:`orkestr_console.queue.worker`). It asks the agent
+which have changed since it last heard, which the agent answers when one has, or after a while.
+Nothing is lost: what was heard counts only once it is in the rows, and where something may have
+been missed (the first time, after a restart of the agent) all rows are compared with all
+containers.
 """
 
 from __future__ import annotations
 
+from orkestr_console.core.hosts import host
 from orkestr_console.installation import services as installation
-from orkestr_console.services.hosts import host
 from sandboxes_app.services import lifecycle, settling, standing
 
 # How long the agent keeps the answer back while nothing changes. In between what nobody drives is

@@ -16,9 +16,9 @@ from hostruntime import errors as host_errors
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
-from orkestr_console.driving import driving
-from orkestr_console.errors import Conflict, PlanLimit
-from orkestr_console.services.hosts import host, told
+from orkestr_console.core.errors import Conflict, PlanLimit
+from orkestr_console.core.hosts import host, told
+from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.services.create import counted

@@ -1,7 +1,7 @@
 """Settling what is on its way to another state while nobody drives it there any more.
 
 A process was killed, or gave up on a host that did not answer. What the row then says is decided
-by what the host has, and by nothing that a clock says (:mod:`orkestr_console.driving`).
+by what the host has, and by nothing that a clock says (:mod:`orkestr_console.queue.driving`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from django.db.models import Q, QuerySet, Value
 
-from orkestr_console.driving import SURE_SECONDS, IsDriven
+from orkestr_console.core.postgres import let_go
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import let_go
+from orkestr_console.queue.driving import SURE_SECONDS, IsDriven
 from sandboxes_app.models import PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
 from sandboxes_app.services import lifecycle, snapshots, state
 from sandboxes_app.services.lifecycle import end_all, say_as_on_host

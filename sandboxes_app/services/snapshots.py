@@ -11,19 +11,19 @@ from django.db.models import Count, Q
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import SnapshotInfo
+from hostruntime.client.answers import SnapshotInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.driving import driving
-from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
-from orkestr_console.ids import is_id
+from orkestr_console.core.errors import Conflict, DomainError, NotFound, PlanLimit
+from orkestr_console.core.hosts import host
+from orkestr_console.core.ids import is_id
+from orkestr_console.core.postgres import persistently
+from orkestr_console.http.paging import page
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import persistently
-from orkestr_console.services.hosts import host
-from orkestr_console.services.paging import page
+from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
 from sandboxes_app.services.commands import refused
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone

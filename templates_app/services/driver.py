@@ -19,11 +19,11 @@ from django.db.models import Max
 from django.db.models.functions import Now
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import BuildEvent as HostEvent
-from hostruntime.patience import scaled
+from hostruntime.client.answers import BuildEvent as HostEvent
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.driving import driving
-from orkestr_console.services.hosts import host
+from orkestr_console.core.hosts import host
+from orkestr_console.queue.driving import driving
 from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
 from templates_app.services.record import LeaseLost, end, record

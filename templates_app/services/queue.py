@@ -22,10 +22,10 @@ from django.db.models import Q
 from django.db.models.functions import Coalesce, Now
 from django_q.tasks import async_task
 
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
-from orkestr_console.driving import IsDriven
+from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
 # A driver not heard of for this long hangs; shorter than the queue's own redelivery.

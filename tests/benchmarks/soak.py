@@ -30,9 +30,9 @@ import psycopg
 from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import OrkestrError
 
-from hostruntime.paths import Instance
-from hostruntime.patience import tree_of
-from hostruntime.rundir import RunDir
+from hostruntime.host.paths import Instance
+from hostruntime.host.patience import tree_of
+from hostruntime.host.rundir import RunDir
 from orkestr_console.runner.keeper import Keeper
 from tests.clients.making import Templates
 from tests.leftovers import host_names, instance_of, loops, mounts

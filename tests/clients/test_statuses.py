@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.errors import HostError
-from hostruntime.limits import cgroup_layout
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.runner.programs import agent_answers, web_answers
 from tests.clients.making import Sandboxes, Templates
 from tests.stack import Stack, wait_for

@@ -10,8 +10,8 @@ from django.apps import apps
 from django.test import Client
 from django_q.models import OrmQ
 
-from orkestr_console import driving
-from orkestr_console.services import hosts
+from orkestr_console.core import hosts
+from orkestr_console.queue import driving
 from sandboxes_app.services import settling
 from templates_app.models import Template
 from tests.fakes.host import FakeHost

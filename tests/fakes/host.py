@@ -1,4 +1,4 @@
-"""A host agent in memory: the interface of ``hostruntime.client`` without a host.
+"""A host agent in memory: the interface of ``hostruntime.client.host_client`` without a host.
 
 It keeps what it is told (images, builds with their numbered events, sandboxes with their files)
 and fails on request (``down``, ``full``, ``stop_streams``). It runs no command: what a command
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hostruntime.answers import (
+from hostruntime.client.answers import (
     BaseInfo,
     BuildEvent,
     BuildInfo,
@@ -32,7 +32,7 @@ from hostruntime.answers import (
     SandboxInfo,
     UsageInfo,
 )
-from hostruntime.client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
+from hostruntime.client.host_client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
 from hostruntime.errors import (
     ContainerGone,
     ContainerPaused,
@@ -44,7 +44,7 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
-from hostruntime.quotas import Quota
+from hostruntime.host.quotas import Quota
 from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping

@@ -6,8 +6,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hostruntime.client import HostClient
-from hostruntime.limits import pids_below
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import pids_below
 from tests.host.agent import Agent, eventually, instance_groups
 
 NETWORKS = ("off", "restricted", "open")

@@ -1,6 +1,6 @@
 """One sandbox takes all that the kernel counts: what its neighbour and the host notice of it.
 
-Every container's user namespace is made by the container's own root (hostruntime.containers), so
+Every container's user namespace is made by the container's own root (hostruntime.container.lxc), so
 what is counted for users is counted apart; of what the machine has once, a container gets a part.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import FileContent, SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import FileContent, SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
+from hostruntime.container.shared_limits import low_limits, most_processes
 from hostruntime.errors import NotFound
-from hostruntime.limits import ContainerGroups, cgroup_layout
-from hostruntime.shared_limits import low_limits, most_processes
 from tests.host.agent import REPO, Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS

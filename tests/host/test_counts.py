@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from tests.host.agent import Agent
 from tests.host.conftest import BASE
 from tests.host.counts import grown, settled, work

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
-from hostruntime.launcher import AtLimit, Attached, LauncherPool, Link
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.launcher import AtLimit, Attached, LauncherPool, Link
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 

@@ -13,10 +13,10 @@ from signal import SIGINT
 import lxc
 import pytest
 
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.limits import CgroupLayout, Limits
-from hostruntime.lxc_config import INIT, ContainerConfig
-from hostruntime.paths import StatePaths
+from hostruntime.container.cgroups import CgroupLayout, Limits
+from hostruntime.container.config import INIT, ContainerConfig
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.host.agent import Agent, an_agent
 from tests.host.network import wait_until
 from tests.host.smalltree import PYTHON, make_small_tree

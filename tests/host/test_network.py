@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.egress import EgressProxy, proxy_obstacles
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
-from hostruntime.netns import interface_exists, run_ip, within, write_sysctl
-from hostruntime.network import Slot, SlotPool, interfaces_named
-from hostruntime.paths import MAX_SLOTS, StatePaths
-from hostruntime.policy import Policy, PolicyError
-from hostruntime.run import run
+from hostruntime.host.paths import MAX_SLOTS, StatePaths
+from hostruntime.host.run import run
+from hostruntime.network.egress import EgressProxy, proxy_obstacles
+from hostruntime.network.netns import interface_exists, run_ip, within, write_sysctl
+from hostruntime.network.policy import Policy, PolicyError
+from hostruntime.network.slots import Slot, SlotPool, interfaces_named
 from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,

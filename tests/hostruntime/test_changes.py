@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hostruntime.changes import REMEMBERED, Changes, Heard
+from hostruntime.sandbox.changes import REMEMBERED, Changes, Heard
 
 
 async def known(changes: Changes) -> Heard:

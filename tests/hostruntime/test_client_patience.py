@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 
-from hostruntime.client import HostClient
-from hostruntime.patience import scaled
+from hostruntime.client.host_client import HostClient
+from hostruntime.host.patience import scaled
 
 
 def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.shared_limits import RAISED, low_limits, most_processes, raise_limits
+from hostruntime.container.shared_limits import RAISED, low_limits, most_processes, raise_limits
 
 NO_GROUPS = Path("/nonexistent")
 

@@ -19,15 +19,15 @@ from typing import NamedTuple
 
 import pytest
 
-from hostruntime import apparmor, delegation
-from hostruntime.installation import Claim, InstallationBook, InstallationMismatch
-from hostruntime.paths import StatePaths
-from hostruntime.quarantine import Quarantine
-from hostruntime.registries import combine
-from hostruntime.room import Room
-from hostruntime.run import Completed, run
-from hostruntime.trash import Trash
-from hostruntime.trials import TRIALS
+from hostruntime.container import apparmor, delegation
+from hostruntime.container.trials import TRIALS
+from hostruntime.host.installation import Claim, InstallationBook, InstallationMismatch
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.room import Room
+from hostruntime.host.run import Completed, run
+from hostruntime.image.quarantine import Quarantine
+from hostruntime.image.trash import Trash
+from hostruntime.network.registries import combine
 from orkestr_console.runner.doctor import (
     cgroups,
     examine,
@@ -231,7 +231,7 @@ def test_a_systemd_that_does_not_answer_fails(tmp_path: Path) -> None:
         import subprocess
         from pathlib import Path
         from types import SimpleNamespace
-        from hostruntime import delegation
+        from hostruntime.container import delegation
         from orkestr_console.runner.doctor import cgroups
         from orkestr_console.runner.layout import layout_from
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)

@@ -10,10 +10,10 @@ import pytest
 from django.db import IntegrityError, InterfaceError, OperationalError, connection, transaction
 from psycopg_pool import PoolTimeout
 
-from orkestr_console import postgres
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import DatabaseUnavailable
-from orkestr_console.postgres import (
+from orkestr_console.core import postgres
+from orkestr_console.core.errors import DatabaseUnavailable
+from orkestr_console.core.postgres import (
     RequestConnection,
     before_waiting,
     connection_arguments,

@@ -14,9 +14,9 @@ from django_q.models import OrmQ
 from hostruntime.errors import HostUnavailable
 from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Team
-from orkestr_console.driving import Drivers, IsDriven, driving
-from orkestr_console.errors import HostUnavailable as Away
+from orkestr_console.core.errors import HostUnavailable as Away
 from orkestr_console.installation.models import Installation
+from orkestr_console.queue.driving import Drivers, IsDriven, driving
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.services import settling

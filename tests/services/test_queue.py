@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Plan
-from orkestr_console.driving import driving
+from orkestr_console.queue.driving import driving
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services import driver, queue

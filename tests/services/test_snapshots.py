@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from django.db import connection
 
-from hostruntime.snapshots import RECONCILE_AGE_SECONDS
+from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Plan, Team
-from orkestr_console.errors import Conflict
+from orkestr_console.core.errors import Conflict
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostruntime.shared_limits import Low, low_limits, most_processes
-from hostruntime.squid_config import DESCRIPTORS
-from hostruntime.trials import TRIALS
+from hostruntime.container.shared_limits import Low, low_limits, most_processes
+from hostruntime.container.trials import TRIALS
+from hostruntime.network.squid_config import DESCRIPTORS
 from orkestr_console.runner.doctor.finding import Finding, existing, is_root, read_number, unseen
 from orkestr_console.runner.layout import Layout
 
@@ -30,7 +30,7 @@ _DESCRIPTORS = "fs/nr_open"
 _SECONDS = 300
 
 _STATE = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
-# What is well, and what to do where it is not, for each of hostruntime.trials.
+# What is well, and what to do where it is not, for each of hostruntime.container.trials.
 _WELL = {
     "openat2": "paths are opened below a directory",
     "user namespaces": "made, as containers' are",
@@ -93,7 +93,7 @@ def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
 
 
 def tried(layout: Layout) -> Iterator[Finding]:
-    """One finding for each trial (:mod:`hostruntime.trials`); only root can try."""
+    """One finding for each trial (:mod:`hostruntime.container.trials`); only root can try."""
     if not is_root():
         yield unseen("kernel features")
         return
@@ -110,7 +110,7 @@ def tried(layout: Layout) -> Iterator[Finding]:
 
 def try_everything(directory: Path, tree: Path) -> dict[str, str | None]:
     """Run the trials in a process of their own; each one's error, or None."""
-    argv = [sys.executable, "-m", "hostruntime.trials", str(directory)]
+    argv = [sys.executable, "-m", "hostruntime.container.trials", str(directory)]
     done = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
     answers = (json.loads(line) for line in done.stdout.splitlines())
     return {answer["name"]: answer["error"] for answer in answers}
