@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # A root shell that `su` opened has the PATH of the person before it.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 .DEFAULT_GOAL := help
-.PHONY: help run down clean doctor test test-pythons test-vm lint format lock bench recipes
+.PHONY: help run down clean doctor test test-pythons test-vm lint format lock bench faults recipes
 
 BOOTSTRAP := orkestr_console/runner/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -64,6 +64,10 @@ bench: ## measure boots, first answers, the egress proxy, what hogs cost others,
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.egress
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.hogs
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.capture
+
+faults: ## kill, or stop, every process at every moment (two hours), and say what came of it
+	@$(BOOTSTRAP) dev
+	@$(AS_ROOT) $(PYTHON) -m tests.faults
 
 lock: ## compile the requirement locks anew
 	@$(BOOTSTRAP) run

@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
@@ -124,6 +124,12 @@ class Stack:
     def pid(self, program: str) -> int:
         """The process id of `web`, `worker`, `agent` or `postgres`."""
         return Keeper(self.layout, ()).states()[program][1]
+
+    @property
+    def up_pid(self) -> int:
+        """The process id of `manage.py up` itself."""
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self, program: str) -> None:
         """`kill -9` one program's main process."""

@@ -37,8 +37,8 @@ PARTS = {
 QUICK = "quick tests"
 # What these measure or count is the machine's, not theirs alone; what they take is, too.
 ALONE = ("tests/host/test_hogs.py", "tests/host/test_reserve.py")
-# By commands of their own: `make bench`, `make recipes`, `make test-vm`.
-APART = ("benchmarks", "recipes", "vm")
+# By commands of their own: `make bench`, `make faults`, `make recipes`, `make test-vm`.
+APART = ("benchmarks", "faults", "recipes", "vm")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
 OTHER = TREE / ".venv-other/bin/python"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.egress import EgressProxy
 from hostruntime.errors import HostUnavailable
-from hostruntime.firewall_watch import table_parts
-from hostruntime.network import READY, Slot, SlotPool
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy
-from hostruntime.run import run
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.run import run
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.firewall_watch import table_parts
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import READY, Slot, SlotPool
 from tests.host.network import (
     RESTRICTED,
     SETTINGS,
@@ -183,6 +183,17 @@ def test_a_dead_helper_means_refused_until_squid_has_started_another(
         assert from_slot(taken, lambda: through_proxy(where, "elsewhere.test:443")[0]) == 403
     wait_until(proxy.healthy)
     assert from_slot(taken, lambda: through_proxy(where, "allowed.test:443")[0]) == 200
+
+
+def test_helpers_that_hang_are_ended_with_their_proxy(proxy: EgressProxy) -> None:
+    """They do not see that nobody asks them any more, and would be there for good."""
+    hung = proxy.helpers()
+    assert hung
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    proxy.ensure()
+    assert proxy.healthy()
+    wait_until(lambda: not set(hung) & set(proxy.helpers()))
 
 
 def test_enough_slots_wait_ready(pool: SlotPool) -> None:

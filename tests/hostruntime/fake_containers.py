@@ -11,16 +11,17 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.container.launcher import LauncherLost
+from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.container.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
-from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
-from hostruntime.manager import ContainerManager, ContainerSpec, Running
-from hostruntime.network import Slot
-from hostruntime.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
-from hostruntime.trees import Check
+from hostruntime.image.trees import Check
+from hostruntime.network.slots import Slot
 
 
 class FakeContainers:
-    """Understands: write, remove, say, moan, fail, fill, signal, oom, sleep, vanish."""
+    """Understands: write, remove, say, moan, fail, fill, signal, oom, sleep, vanish, lose."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ContainerSpec] = {}
@@ -156,6 +157,8 @@ class FakeContainers:
             end = Exited(137, 9, 5, out_of_memory=True)
         elif word == "vanish":
             raise ExecKilled("The sandbox ended while the command ran.", signal=9)
+        elif word == "lose":
+            raise LauncherLost("What starts containers and commands died, and is replaced.")
         elif word == "sleep":
             limit = timeout if timeout is not None else 60.0
             await asyncio.sleep(min(float(rest), limit))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build_report import NotReached, Refused, step_failed
-from hostruntime.exec import Exited
+from hostruntime.build.report import NotReached, Refused, step_failed
+from hostruntime.container.exec import Exited
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
 
@@ -38,6 +38,15 @@ async def test_how_a_step_ended_is_said(world: World, step: str, code: str, word
     failed = (await world.build(step))[-1]
     assert (failed["code"], failed["step"]) == (code, 1)
     assert words in failed["message"]
+    world.check_clean()
+
+
+async def test_that_no_command_can_be_followed_any_more_is_no_defect_of_the_recipe(
+    world: World,
+) -> None:
+    failed = (await world.build("lose"))[-1]
+    assert failed["code"] == "host_lost"
+    assert "process that starts commands died" in failed["message"]
     world.check_clean()
 
 

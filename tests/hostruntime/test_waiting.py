@@ -19,13 +19,15 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime import egress, files, launcher, manager, snapshots, tmpfs
-from hostruntime.errors import Exhausted, HostFault
-from hostruntime.exec import Chunk, Exited, Frame
-from hostruntime.inside_files import LENGTH
-from hostruntime.launcher import Link
-from hostruntime.patience import tree_of
-from hostruntime.policy import NO_POLICY
+from hostruntime.container import files, launcher, manager, tmpfs
+from hostruntime.container.exec import Chunk, Exited, Frame
+from hostruntime.container.inside_files import LENGTH
+from hostruntime.container.launcher import LauncherLost, Link
+from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
+from hostruntime.host.patience import tree_of
+from hostruntime.network import egress
+from hostruntime.network.policy import NO_POLICY
+from hostruntime.sandbox import snapshots
 from tests.programs import IDLING, WORKING, python, running
 
 # Answers the first request it is sent, when it has worked for a while; sleeps instead if told so.
@@ -78,8 +80,11 @@ async def test_a_launcher_that_hangs_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(launcher, "_REQUEST_TIMEOUT_SECONDS", 0.8)
-    with pytest.raises(HostFault, match="LXC did not answer"):
+    with pytest.raises(LauncherLost, match="hung, and was replaced") as caught:
         await asked(0, "sleep")
+    # No defect, as whoever asks is told: there is another, so it is to be asked again.
+    told = HostError.from_wire(caught.value.to_wire(), caught.value.status)
+    assert isinstance(told, HostUnavailable)
     assert "it did nothing for 0.8 s (python" in caplog.text
 
 
