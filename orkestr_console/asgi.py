@@ -14,10 +14,10 @@ from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
-from orkestr_console.addresses import MCP_PATH
-from orkestr_console.channel_layer import SERVICE_RESTART
-from orkestr_console.listening import ForwardedBy
-from orkestr_console.postgres import unavailable
+from orkestr_console.core.addresses import MCP_PATH
+from orkestr_console.core.channel_layer import SERVICE_RESTART
+from orkestr_console.core.listening import ForwardedBy
+from orkestr_console.core.postgres import unavailable
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 

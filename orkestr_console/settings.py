@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +17,8 @@ from urllib.parse import urlsplit
 import dj_database_url
 from django.utils.csp import CSP
 
-from hostruntime.patience import scaled
-from orkestr_console import listening, machine
+from hostruntime.host.patience import scaled
+from orkestr_console.core import listening, machine
 
 BASE_DIR = Path(__file__).resolve().parents[1]
 VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
@@ -67,7 +66,8 @@ INSTALLED_APPS = [
     "orkestr_console.runner",
     "orkestr_console.accounts",
     "orkestr_console.installation",
-    *(["orkestr_console.console"] if find_spec("orkestr_console.console") else []),
+    "orkestr_console.ui",
+    "orkestr_console.console",
     "templates_app",
     "sandboxes_app",
 ]
@@ -76,22 +76,22 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
-    "orkestr_console.middleware.request_id",
-    "orkestr_console.middleware.release_database",
-    "orkestr_console.middleware.browser_rules",
+    "orkestr_console.http.middleware.request_id",
+    "orkestr_console.http.middleware.release_database",
+    "orkestr_console.http.middleware.browser_rules",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django.middleware.csp.ContentSecurityPolicyMiddleware",
-    "orkestr_console.middleware.refuse_unusable_text",
-    "orkestr_console.middleware.StaticFiles",
+    "orkestr_console.http.middleware.refuse_unusable_text",
+    "orkestr_console.http.middleware.StaticFiles",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
-    "orkestr_console.middleware.DomainErrors",
+    "orkestr_console.http.middleware.DomainErrors",
 ]
 
 TEMPLATES = [
@@ -185,7 +185,7 @@ SESSION_COOKIE_HTTPONLY = True
 CSRF_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 14 * 24 * 3600
-CSRF_FAILURE_VIEW = "orkestr_console.health.csrf_refused"
+CSRF_FAILURE_VIEW = "orkestr_console.http.health.csrf_refused"
 X_FRAME_OPTIONS = "DENY"
 # No other site learns an address of ours, and so no invitation's secret. Not "no-referrer": with
 # that browsers send "Origin: null" with a form, which says nothing of where it came from.
@@ -247,13 +247,13 @@ STORAGES = {
 }
 
 # --- Notices and tasks ----------------------------------------------------------------------------
-CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.channel_layer.PgChannelLayer"}}
+CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.core.channel_layer.PgChannelLayer"}}
 
 # Longest build (accounts.models.LONGEST_BUILD_SECONDS) < timeout < retry. State, attempts and
 # cancel live on our own rows; a task that fails is never tried again by the queue.
 Q_CLUSTER: dict[str, Any] = {
     "name": "orkestr",
-    "broker_class": "orkestr_console.broker.PgBroker",
+    "broker_class": "orkestr_console.queue.broker.PgBroker",
     "orm": "default",
     "workers": int(os.environ.get("ORKESTR_WORKERS") or 8),
     "timeout": 6 * 3600 + 1800,
@@ -276,8 +276,8 @@ PERIODIC_TASKS = [
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]
 
-# What is not left to the schedule, whose first look is half a minute after a start.
-SETTLING_TASK = "sandboxes_app.tasks.settle_at_start"
+# What a process of its own does all the time: it hears from the host what has ended.
+LISTENER = "sandboxes_app.tasks.listen"
 
 # --- Logs -----------------------------------------------------------------------------------------
 # To standard error, which the process manager keeps. Django's own handlers are taken away: without
@@ -285,7 +285,7 @@ SETTLING_TASK = "sandboxes_app.tasks.settle_at_start"
 LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "hostruntime.logs.LineFormatter"}},
+    "formatters": {"line": {"()": "hostruntime.host.logs.LineFormatter"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {
         "handlers": ["stderr"],

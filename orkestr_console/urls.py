@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from django.urls import URLPattern, URLResolver, include, path, re_path
 
-from orkestr_console import health
+from orkestr_console.http import health
 
 # REST first: its catch-all answers JSON for whatever under /v1 no app knows.
 REST = ("templates_app.urls_api", "sandboxes_app.urls_api")
@@ -33,7 +33,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     *(path(prefix, include(module)) for module, prefix in CONSOLE.items() if existing(module)),
 ]
 
-handler400 = "orkestr_console.health.bad_request"
-handler403 = "orkestr_console.health.forbidden"
-handler404 = "orkestr_console.health.not_found"
-handler500 = "orkestr_console.health.server_error"
+handler400 = "orkestr_console.http.health.bad_request"
+handler403 = "orkestr_console.http.health.forbidden"
+handler404 = "orkestr_console.http.health.not_found"
+handler500 = "orkestr_console.http.health.server_error"

@@ -14,11 +14,11 @@ from django.conf import settings
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api, ended
-from orkestr_console.errors import DomainError, InvalidInput
-from orkestr_console.json_api import json_answer, no_content, read_json, timestamp
-from orkestr_console.services.hosts import awaited
-from orkestr_console.services.paging import read_limit
+from orkestr_console.core.errors import DomainError, InvalidInput
+from orkestr_console.core.hosts import awaited
+from orkestr_console.http.decorators import ApiRequest, api, ended
+from orkestr_console.http.json_api import json_answer, no_content, read_json, timestamp
+from orkestr_console.http.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
     BatchSpec,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from django.http import HttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api
-from orkestr_console.json_api import json_answer, no_content, read_json
-from orkestr_console.services.paging import read_limit
+from orkestr_console.http.decorators import ApiRequest, api
+from orkestr_console.http.json_api import json_answer, no_content, read_json
+from orkestr_console.http.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import SnapshotSpec
 

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.console.live import LivePage, Message
+from orkestr_console.ui.live import LivePage, Message
 from sandboxes_app import pages, services
 from sandboxes_app.events import sandbox_group, sandboxes_group
 from sandboxes_app.models import SandboxStatus

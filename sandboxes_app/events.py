@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from orkestr_console.channel_layer import notify
+from collections.abc import Sequence
+
+from orkestr_console.core.channel_layer import notify_all
 
 
 def sandbox_group(sandbox_id: str) -> str:
@@ -17,6 +19,16 @@ def sandboxes_group(team_id: str) -> str:
 
 def tell_changed(sandbox_id: str, team_id: str) -> None:
     """The sandbox's state changed: its page and the team's list. Leaves on commit."""
-    message = {"type": "sandbox.changed", "id": sandbox_id}
-    notify(sandbox_group(sandbox_id), message)
-    notify(sandboxes_group(team_id), message)
+    tell_all_changed([(sandbox_id, team_id)])
+
+
+def tell_all_changed(sandboxes: Sequence[tuple[str, str]]) -> None:
+    """The same of many, by their ids and their teams' ids; each list is told once."""
+    told = {sandbox_group(sandbox_id): message_of(sandbox_id) for sandbox_id, _ in sandboxes}
+    told |= {sandboxes_group(team_id): message_of(one) for one, team_id in sandboxes}
+    notify_all(told)
+
+
+def message_of(sandbox_id: str) -> dict[str, str]:
+    """What is said of it."""
+    return {"type": "sandbox.changed", "id": sandbox_id}

@@ -9,12 +9,12 @@ from typing import ClassVar
 from django.http import QueryDict
 
 from orkestr_console.accounts.limits import Envelope
-from orkestr_console.console.forms import Form
-from orkestr_console.egress import besides_default
-from orkestr_console.environment import typed_environment
-from orkestr_console.errors import Conflict, DomainError, InvalidInput, NotFound
-from orkestr_console.script import unix_lines
-from orkestr_console.validation import parse_spec
+from orkestr_console.core.allowlist import besides_default
+from orkestr_console.core.environment import typed_environment
+from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, NotFound
+from orkestr_console.core.script import unix_lines
+from orkestr_console.http.validation import parse_spec
+from orkestr_console.ui.forms import Form
 from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
 
 LIFETIMES = (300, 600, 1800, 3600, 6 * 3600, 12 * 3600, 24 * 3600)

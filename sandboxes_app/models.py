@@ -8,7 +8,7 @@ from django.db import models
 from django.utils import timezone
 
 from orkestr_console.accounts.models import Team, User
-from orkestr_console.ids import new_id
+from orkestr_console.core.ids import new_id
 
 
 class SandboxStatus(models.TextChoices):
@@ -38,6 +38,8 @@ class SandboxStatus(models.TextChoices):
         return self in {SandboxStatus.TERMINATED, SandboxStatus.FAILED}
 
 
+# On the way to another state: somebody drives it there, or was killed.
+PASSING = (SandboxStatus.STARTING, SandboxStatus.PAUSING, SandboxStatus.RESUMING)
 LIVE = (
     SandboxStatus.STARTING,
     SandboxStatus.RUNNING,
@@ -96,8 +98,8 @@ class Sandbox(models.Model):
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # When the process that starts, pauses or resumes it last said that it lives.
-    driven_at = models.DateTimeField(null=True, blank=True)
+    # Who starts, pauses or resumes it now (orkestr_console.queue.driving).
+    driver = models.CharField(max_length=40, blank=True, default="")
     started_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField()
     ended_at = models.DateTimeField(null=True, blank=True)
@@ -218,8 +220,8 @@ class Snapshot(models.Model):
     node_id = models.CharField(max_length=100)
     error_message = models.TextField(blank=True, default="")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # When the process that takes it last said that it lives.
-    driven_at = models.DateTimeField(null=True, blank=True)
+    # Who takes it (orkestr_console.queue.driving).
+    driver = models.CharField(max_length=40, blank=True, default="")
     ready_at = models.DateTimeField(null=True, blank=True)
     deleted_at = models.DateTimeField(null=True, blank=True)
 
@@ -228,6 +230,11 @@ class Snapshot(models.Model):
     class Meta:
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["team", "-created_at", "-id"]),
+            models.Index(
+                fields=["driver"],
+                name="snapshot_capturing",
+                condition=models.Q(status="capturing"),
+            ),
         ]
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.CheckConstraint(

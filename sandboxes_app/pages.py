@@ -8,7 +8,7 @@ from typing import Any
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.errors import DomainError
+from orkestr_console.core.errors import DomainError
 from sandboxes_app import services
 from sandboxes_app.forms import COMMAND_SECONDS
 from sandboxes_app.models import Sandbox

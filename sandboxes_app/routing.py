@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import URLPattern
 
-from orkestr_console.console.live import live_page
+from orkestr_console.ui.live import live_page
 from sandboxes_app.consumers import SandboxListPage, SandboxPage
 
 websocket_urlpatterns: list[URLPattern] = [

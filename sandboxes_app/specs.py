@@ -16,10 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from orkestr_console.egress import Allowlist
-from orkestr_console.environment import Environment
-from orkestr_console.script import usable_script
-from orkestr_console.text import JOINERS, place, readable
+from orkestr_console.core.allowlist import Allowlist
+from orkestr_console.core.environment import Environment
+from orkestr_console.core.script import usable_script
+from orkestr_console.core.text import JOINERS, place, readable
 
 LARGEST_METADATA = 16 * 1024
 LARGEST_FILE = 16 * 1024 * 1024

@@ -4,50 +4,72 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+
+from django.db import connection
 
 from hostruntime.errors import HostError
-from hostruntime.patience import Patience
+from orkestr_console.core.hosts import host
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import host
-from sandboxes_app.services import lifecycle, metering, pausing, snapshots, standing
-from templates_app.services import note_image_bytes, settle_images
+from sandboxes_app.services import lifecycle, metering, settling, standing
+from sandboxes_app.services.listening import Listener
+from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
-# A host that is still starting takes up its containers first.
-HOST_SECONDS = 60
+# Before the host or the database, which cannot be reached, is tried again.
+AGAIN_SECONDS = 1.0
+COUNTED_ONE_BY_ONE = 20
+
+
+def listen(beat: Callable[[], None]) -> None:
+    """Hear what has ended, for ever, in a process of its own; ``beat`` is called each round.
+
+    What does not answer is tried again. The first round makes all rows agree with the host: after
+    a start the schedule first looks after half a minute.
+    """
+    listener, well = Listener(), True
+    while True:
+        beat()
+        try:
+            listener.hear()
+        except Exception as error:
+            if well:
+                known = isinstance(error, HostError)
+                logger.warning("nothing is heard of the host: %s", error, exc_info=not known)
+            well = False
+            connection.close()
+            time.sleep(AGAIN_SECONDS)
+        else:
+            well = True
 
 
 def release_sandbox(sandbox_id: str) -> None:
     """Free the container of a sandbox that has ended; the reconcile pass tries again."""
+    release_sandboxes([sandbox_id])
+
+
+def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
+    """Free what the host has of sandboxes that have ended, and count what they used."""
+    # To count for all that there are is one answer of the host's, but has all their rows locked.
+    one_by_one = len(sandbox_ids) <= COUNTED_ONE_BY_ONE
     try:
-        host().delete_sandbox(sandbox_id)
-        metering.collect(sandbox_id)
+        for sandbox_id in sandbox_ids:
+            host().delete_sandbox(sandbox_id)
+            if one_by_one:
+                metering.collect(sandbox_id)
+        if not one_by_one:
+            metering.collect()
     except HostError as error:
-        logger.warning("sandbox %s stays until the next pass: %s", sandbox_id, error.detail)
+        logger.warning("ended sandboxes stay until the next pass: %s", error.detail)
 
 
-def settle_at_start() -> None:
-    """When the workers start: tidy at once, or as soon as the host answers.
-
-    The schedule first looks after half a minute, in which rows would name what a reboot ended.
-    """
-    patience = Patience(HOST_SECONDS)
-    while not tidy() and not patience.spent():
-        let_go()
-        time.sleep(1)
-
-
-def tidy() -> bool:
-    """Every minute: settle what has expired, make rows and containers agree, count what is used.
-
-    False if the host did not answer.
-    """
+def tidy() -> None:
+    """Every minute: settle what has expired, make rows and containers agree, count what is used."""
     answers = True
     try:
         if not installation.agree(standing.knows_some):
             # What the rows say is of another state: nothing is settled, and nothing released.
-            return True
+            return
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)
         answers = False
@@ -55,16 +77,12 @@ def tidy() -> bool:
     note_image_bytes()
     if answers:
         reconcile()
-    return answers
 
 
 def reconcile() -> None:
     """Make what the rows say and what is on the host agree."""
     try:
-        settle_images()
-        lifecycle.reconcile()
-        pausing.settle_half_way()
+        settling.settle_all()
         metering.collect()
-        snapshots.reconcile()
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)

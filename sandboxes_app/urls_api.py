@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from orkestr_console.decorators import methods
+from orkestr_console.http.decorators import methods
 from sandboxes_app import api, api_snapshots
 
 one = "sandboxes/<str:sandbox_id>"

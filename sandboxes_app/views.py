@@ -12,9 +12,9 @@ from django.views.decorators.http import require_http_methods, require_POST, req
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.addresses import console_address
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError, HostUnavailable, NotFound
+from orkestr_console.core.addresses import console_address
+from orkestr_console.core.errors import DomainError, HostUnavailable, NotFound
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from sandboxes_app import pages, services
 from sandboxes_app.forms import CommandForm, SandboxForm, lifetimes, sizes
 from sandboxes_app.models import Sandbox

@@ -12,11 +12,11 @@ from channels.db import database_sync_to_async
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.decorators import ApiRequest, api, ended
-from orkestr_console.errors import DomainError, InvalidInput
-from orkestr_console.json_api import json_answer, no_content, read_json
-from orkestr_console.postgres import let_go
-from orkestr_console.services.paging import read_limit
+from orkestr_console.core.errors import DomainError, InvalidInput
+from orkestr_console.core.postgres import let_go
+from orkestr_console.http.decorators import ApiRequest, api, ended
+from orkestr_console.http.json_api import json_answer, no_content, read_json
+from orkestr_console.http.paging import read_limit
 from templates_app import presenters, services
 from templates_app.models import Template
 from templates_app.services import contents

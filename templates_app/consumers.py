@@ -9,8 +9,8 @@ from urllib.parse import parse_qs
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.console.ansi import LARGEST_SHOWN, MOST_LINES, Log, ended, lines_html
-from orkestr_console.console.live import LivePage, Message
+from orkestr_console.ui.ansi import LARGEST_SHOWN, MOST_LINES, Log, ended, lines_html
+from orkestr_console.ui.live import LivePage, Message
 from templates_app import pages, services
 from templates_app.events import template_group, templates_group
 from templates_app.models import Template

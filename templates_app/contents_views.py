@@ -9,8 +9,8 @@ from django.shortcuts import render
 from django.views.decorators.http import require_safe
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import Conflict
+from orkestr_console.core.errors import Conflict
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services.contents import Contents, compare, contents

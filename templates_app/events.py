@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orkestr_console.channel_layer import notify
+from orkestr_console.core.channel_layer import notify
 
 
 def template_group(template_id: str) -> str:

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 from django.http import QueryDict
 
-from orkestr_console.console.forms import Form
-from orkestr_console.egress import besides_default, names_in, own_names, replaces_default
-from orkestr_console.environment import as_typed, not_typed, typed_environment
-from orkestr_console.errors import DomainError
-from orkestr_console.script import unix_lines
-from orkestr_console.text import STEERING
-from orkestr_console.validation import parse_spec
+from orkestr_console.core.allowlist import besides_default, names_in, own_names, replaces_default
+from orkestr_console.core.environment import as_typed, not_typed, typed_environment
+from orkestr_console.core.errors import DomainError
+from orkestr_console.core.script import unix_lines
+from orkestr_console.core.text import STEERING
+from orkestr_console.http.validation import parse_spec
+from orkestr_console.ui.forms import Form
 from templates_app.models import Network, Template
 from templates_app.specs import TemplateSpec
 

@@ -6,10 +6,10 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from django.shortcuts import render
 from django.views.decorators.http import require_safe
 
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import InvalidInput
-from orkestr_console.postgres import let_go
-from orkestr_console.text import plain
+from orkestr_console.core.errors import InvalidInput
+from orkestr_console.core.postgres import let_go
+from orkestr_console.core.text import plain
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from templates_app import pages, services
 from templates_app.services import output
 

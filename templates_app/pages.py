@@ -11,7 +11,7 @@ from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.console.ansi import Rendered, drawn
+from orkestr_console.ui.ansi import Rendered, drawn
 from templates_app import services
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services import again, output, timing

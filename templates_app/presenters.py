@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from orkestr_console.json_api import timestamp
+from orkestr_console.http.json_api import timestamp
 from templates_app.models import Template, TemplateStatus
 from templates_app.services import EventPage, Place, ShownStep, Told
 from templates_app.services.contents import Contents, Difference, StepSize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import URLPattern
 
-from orkestr_console.console.live import live_page
+from orkestr_console.ui.live import live_page
 from templates_app.consumers import TemplateListPage, TemplatePage
 
 websocket_urlpatterns: list[URLPattern] = [

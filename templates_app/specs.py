@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from orkestr_console.egress import Allowlist
-from orkestr_console.environment import Environment
-from orkestr_console.script import usable_step
-from orkestr_console.text import JOINERS, readable
+from orkestr_console.core.allowlist import Allowlist
+from orkestr_console.core.environment import Environment
+from orkestr_console.core.script import usable_step
+from orkestr_console.core.text import JOINERS, readable
 from templates_app.models import LONGEST_NAME
 
 MOST_STEPS = 100

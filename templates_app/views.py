@@ -11,9 +11,9 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.addresses import console_address
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import Conflict, DomainError, NotFound
+from orkestr_console.core.addresses import console_address
+from orkestr_console.core.errors import Conflict, DomainError, NotFound
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from templates_app import pages, services
 from templates_app.forms import PRESETS, TemplateForm
 from templates_app.models import Template

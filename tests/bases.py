@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 
 from hostruntime.errors import ImageNotFound
-from hostruntime.images import ImageStore
-from hostruntime.paths import StatePaths
-from hostruntime.run import run
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.run import run
+from hostruntime.image.store import ImageStore
 
 # Beside debian-12, which each makes for itself.
 NAMES = ("python-3.12-bare", "node-22")
@@ -46,6 +46,6 @@ def _copy(name: str, origin: Path | None, state: Path | None) -> None:
     except ImageNotFound:
         return
     staged = store.staging(name)
-    # Copied and not linked: nobody else links to an image's files (hostruntime.holdings).
+    # Copied and not linked: nobody else links to an image's files (hostruntime.image.holdings).
     run(["cp", "-a", "--reflink=auto", str(image.tree), str(staged / "tree")], timeout=120)
     store.publish(staged, image.manifest)

@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from

@@ -11,7 +11,39 @@ import pytest
 TREE = Path(__file__).resolve().parents[1]
 PACKAGES = ("hostruntime", "orkestr_console", "sandboxes_app", "templates_app")
 
-# Lower may not import higher, within and across the apps.
+APPS = ("templates_app.", "sandboxes_app.")
+
+# The folders in floor order: a module imports from its own floor and from those before it.
+FLOORS = (
+    "hostruntime",
+    "hostruntime.errors",
+    "hostruntime.host",
+    "hostruntime.client",
+    "hostruntime.image",
+    "hostruntime.network",
+    "hostruntime.container",
+    "hostruntime.build",
+    "hostruntime.sandbox",
+    "hostruntime.backup",
+    "hostruntime.agent",
+    "orkestr_console",
+    "orkestr_console.core",
+    "orkestr_console.settings",
+    "orkestr_console.queue",
+    "orkestr_console.accounts",
+    "orkestr_console.installation",
+    "orkestr_console.http",
+    "orkestr_console.ui",
+    "templates_app",
+    "sandboxes_app",
+    "orkestr_console.console",
+    "orkestr_console.mcp",
+    "orkestr_console.urls",
+    "orkestr_console.asgi",
+    "orkestr_console.runner",
+)
+
+# Within an app, lower may not import higher either.
 LAYERS = {
     "errors": 0,
     "ids": 0,
@@ -28,7 +60,7 @@ LAYERS = {
     "urls_api": 5,
     "asgi": 5,
 }
-HOST_CLIENT_USERS = {"services", "tasks"}
+HOST_CLIENT_USERS = {"services", "tasks", "hosts", "readiness"}
 
 
 def modules() -> dict[str, Path]:
@@ -64,6 +96,27 @@ def layer(name: str) -> int | None:
     return None
 
 
+def floor(name: str) -> str:
+    """The folder that a module is of, the innermost."""
+    return max((one for one in FLOORS if within(name, one)), key=len)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_floor_stands_on_those_below(name: str) -> None:
+    own = FLOORS.index(floor(name))
+    of_ours = [one for one in imports(modules()[name]) if one.partition(".")[0] in PACKAGES]
+    found = {one for one in of_ours if FLOORS.index(floor(one)) > own}
+    assert found == set()
+
+
+def test_every_folder_is_a_floor() -> None:
+    folders = {".".join(name.split(".")[:2]) for name in modules() if name.count(".") > 1}
+    apps = {
+        name for name in folders if name.partition(".")[0] in {"templates_app", "sandboxes_app"}
+    }
+    assert folders - apps <= set(FLOORS)
+
+
 @pytest.mark.parametrize("name", [m for m in modules() if within(m, "hostruntime")])
 def test_the_host_runtime_imports_neither_django_nor_the_apps(name: str) -> None:
     barred = ("django", "channels", "django_q", *(p for p in PACKAGES if p != "hostruntime"))
@@ -77,7 +130,7 @@ def test_lxc_is_imported_by_containers_alone() -> None:
         for name, path in modules().items()
         if any(within(i, "lxc") or within(i, "_lxc") for i in imports(path))
     }
-    assert users == {"hostruntime.containers"}
+    assert users == {"hostruntime.container.lxc"}
 
 
 def test_programs_are_started_by_run_and_by_the_runner_alone() -> None:
@@ -87,7 +140,7 @@ def test_programs_are_started_by_run_and_by_the_runner_alone() -> None:
         for name, path in modules().items()
         if any(within(i, b) for i in imports(path) for b in barred)
     }
-    assert {u for u in users if not within(u, "orkestr_console.runner")} <= {"hostruntime.run"}
+    assert {u for u in users if not within(u, "orkestr_console.runner")} <= {"hostruntime.host.run"}
 
 
 def test_templates_never_import_sandboxes() -> None:
@@ -101,7 +154,7 @@ def test_templates_never_import_sandboxes() -> None:
 
 def test_only_services_and_tasks_call_the_host() -> None:
     """The runner may too: it starts the host agent, and knows no team, template or sandbox row."""
-    calls = ("hostruntime.client", "hostruntime.errors")
+    calls = ("hostruntime.client.host_client", "hostruntime.errors")
     users = {
         name
         for name, path in modules().items()

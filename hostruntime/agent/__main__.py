@@ -20,12 +20,12 @@ from types import FrameType
 
 import uvicorn
 
-from hostruntime import logs
 from hostruntime.agent.host import Host, tear_down
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
-from hostruntime.paths import StatePaths
-from hostruntime.patience import scaled
+from hostruntime.host import logs
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.patience import scaled
 
 _LOCK_SECONDS = 10.0
 _TOLD_EVERY = 25
@@ -83,6 +83,7 @@ class _Server(uvicorn.Server):
         # Not super(): it would raise the signal again once served, and end us before the rest.
         self.should_exit = True
         self._host.builds.going()
+        self._host.sandboxes.changes.close()
         self._host.containers.kill_execs()
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
-from hostruntime.environment import check_environment
+from hostruntime.container.exec import shell
 from hostruntime.errors import InvalidRequest
-from hostruntime.exec import shell
-from hostruntime.quotas import Quota
-from hostruntime.sandboxes import SandboxRequest
+from hostruntime.host.quotas import Quota
+from hostruntime.image.environment import check_environment
+from hostruntime.sandbox.manager import SandboxRequest
 
 MAX_TIMEOUT_SECONDS = 86_400.0
 _DEFAULT_EXEC_TIMEOUT_SECONDS = 60.0
@@ -89,7 +89,7 @@ class DeadlineBody(Body):
 
 
 class QuotaBody(Body):
-    """How many commands of a scope may run at once (:mod:`hostruntime.quotas`)."""
+    """How many commands of a scope may run at once (:mod:`hostruntime.host.quotas`)."""
 
     scope: Annotated[str, Field(min_length=1, max_length=128)]
     most: Annotated[int, Field(ge=0)]

@@ -10,33 +10,35 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from hostruntime import __version__, apparmor, build_plan, delegation
-from hostruntime.ballast import Ballast
-from hostruntime.bases import BaseBuilder
-from hostruntime.builds import BuildManager
-from hostruntime.egress import EgressProxy, host_registries
+from hostruntime import __version__
+from hostruntime.agent.ballast import Ballast
+from hostruntime.agent.reclaim import Told, reclaim, take_down
+from hostruntime.agent.room_watch import RoomWatch
+from hostruntime.build import plan as build_plan
+from hostruntime.build.bases import BaseBuilder
+from hostruntime.build.layers import LayerStore, budget_bytes
+from hostruntime.build.manager import BuildManager
+from hostruntime.container import apparmor, delegation, shared_limits
+from hostruntime.container.cgroups import cgroup_layout
+from hostruntime.container.launcher import LauncherPool
+from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
-from hostruntime.images import ImageStore
-from hostruntime.launcher import LauncherPool
-from hostruntime.layers import LayerStore, budget_bytes
-from hostruntime.limits import cgroup_layout
-from hostruntime.manager import ContainerManager, lxcpath_of
-from hostruntime.network import SlotPool
-from hostruntime.paths import (
+from hostruntime.host.paths import (
     Instance,
     StatePaths,
     claim_instance,
     ensure_subordinate_ids,
     release_instance,
 )
-from hostruntime.policy import PolicyError
-from hostruntime.quarantine import keep_days
-from hostruntime.reclaim import Told, reclaim, take_down
-from hostruntime.room import Room
-from hostruntime.room_watch import RoomWatch
-from hostruntime.runtime_layer import build_runtime_layers, remove_unused
-from hostruntime.sandboxes import SandboxManager
-from hostruntime.snapshots import users_of_images
+from hostruntime.host.room import Room
+from hostruntime.image.quarantine import keep_days
+from hostruntime.image.store import ImageStore
+from hostruntime.network.egress import EgressProxy, host_registries
+from hostruntime.network.policy import PolicyError
+from hostruntime.network.slots import SlotPool
+from hostruntime.sandbox.manager import SandboxManager
+from hostruntime.sandbox.snapshots import users_of_images
 
 PROXY_CHECK_SECONDS = 5.0
 LAYERS_CHECK_SECONDS = 3600.0
@@ -148,6 +150,7 @@ class Host:
         while True:
             await asyncio.sleep(PROXY_CHECK_SECONDS)
             await self._check_walls()
+            await self._tend_launchers()
             await asyncio.to_thread(self.pool.record_attempts)
             await self._check_proxy(first=False)
 
@@ -160,6 +163,12 @@ class Host:
                 await self.builds.forget_old()
             except OSError as error:
                 _log.error("old layers or builds could not be deleted: %s", error)
+
+    async def _tend_launchers(self) -> None:
+        try:
+            await self.launchers.tend()
+        except (HostError, OSError) as error:
+            _log.error("a launcher near a limit could not be replaced: %s", error)
 
     async def _check_walls(self) -> None:
         try:
@@ -192,6 +201,8 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         apparmor.load(label)
     pool = SlotPool(paths, instance)
     pool.setup()
+    # Now that the kernel tracks connections.
+    _share_the_machine(instance)
     build_runtime_layers(paths, pool)
     proxy = EgressProxy(paths, instance, pool)
     store = ImageStore(paths)
@@ -222,6 +233,15 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
         bases=BaseBuilder(paths, engine, partial(host_registries, paths), proxy.refresh),
         layers=layers,
     )
+
+
+def _share_the_machine(instance: Instance) -> None:
+    shared_limits.raise_limits()
+    try:
+        shared_limits.limit_processes(instance)
+    except (HostError, OSError) as error:
+        # Each container has its own limit, and nobody's sandbox is to wait for this one.
+        _log.error("what all sandboxes may run together could not be limited: %s", error)
 
 
 def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:

@@ -24,6 +24,7 @@ from hostruntime.agent.bodies import (
     read_body,
 )
 from hostruntime.agent.host import Host
+from hostruntime.agent.keeping import Keeping
 from hostruntime.agent.responses import (
     NdjsonResponse,
     defect,
@@ -32,14 +33,15 @@ from hostruntime.agent.responses import (
     host_error,
     line,
 )
+from hostruntime.agent.routes_images import image_routes
 from hostruntime.agent.routes_keeping import keeping_routes
 from hostruntime.agent.routes_snapshots import snapshot_routes
-from hostruntime.egress import default_domains
+from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.errors import HostError, InvalidRequest
-from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
-from hostruntime.installation import InstallationBook
-from hostruntime.keeping import Keeping
-from hostruntime.routes_images import image_routes
+from hostruntime.host.installation import InstallationBook
+from hostruntime.network.egress import default_domains
+
+_LONGEST_WAIT_SECONDS = 60.0
 
 
 def application(host: Host) -> Starlette:
@@ -69,6 +71,7 @@ def _routes() -> list[Route]:
         Route("/usage", usage),
         Route("/usage/collected", usage_collected, methods=["POST"]),
         Route("/commands", running_commands),
+        Route("/changes", changed_sandboxes),
         Route("/sandboxes", list_sandboxes),
         Route("/sandboxes", create_sandbox, methods=["POST"]),
         Route(sandbox, get_sandbox),
@@ -148,6 +151,18 @@ async def list_sandboxes(request: Request) -> Response:
     sandboxes = _host(request).sandboxes.list()
     to_wire = _host(request).sandboxes.to_wire
     return JSONResponse({"sandboxes": [to_wire(sandbox) for sandbox in sandboxes]})
+
+
+async def changed_sandboxes(request: Request) -> Response:
+    """Those that ended, or were paused or resumed, after a number; waits a while for one."""
+    sandboxes = _host(request).sandboxes
+    run, seq = request.query_params.get("run", ""), int(_number(request, "after", 0))
+    seconds = min(max(_number(request, "seconds", 0.0), 0.0), _LONGEST_WAIT_SECONDS)
+    heard = await sandboxes.changes.after(run, seq, seconds)
+    # One that was deleted meanwhile is known to have ended.
+    found = [one for one in sandboxes.list() if one.request.id in set(heard.ids)]
+    told = {"run": heard.run, "seq": heard.seq, "whole": heard.whole}
+    return JSONResponse({**told, "sandboxes": [sandboxes.to_wire(one) for one in found]})
 
 
 async def create_sandbox(request: Request) -> Response:

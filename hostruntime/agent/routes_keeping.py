@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hostruntime.agent.bodies import Body, read_body
-from hostruntime.installation import Claim
-from hostruntime.keeping import Keeping
+from hostruntime.agent.keeping import Keeping
+from hostruntime.host.installation import Claim
 
 _Word = Annotated[str, Field(min_length=1, max_length=100)]
 

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hostruntime.agent.bodies import SnapshotBody, read_body
-from hostruntime.sandboxes import SandboxManager
+from hostruntime.sandbox.manager import SandboxManager
 
 
 def snapshot_routes(sandboxes: SandboxManager) -> list[Route]:

@@ -13,8 +13,8 @@ from django.db import transaction
 from orkestr_console.accounts import audit, people, second_factor, sessions
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import User
-from orkestr_console.errors import Forbidden, InvalidInput
-from orkestr_console.text import unreadable
+from orkestr_console.core.errors import Forbidden, InvalidInput
+from orkestr_console.core.text import unreadable
 
 WRONG_PASSWORD = "This is not your password."  # noqa: S105 - a sentence
 LONGEST_NAME = 100

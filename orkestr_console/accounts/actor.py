@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orkestr_console.accounts.models import ApiToken, Role, Team, User
-from orkestr_console.errors import Forbidden, InsufficientScope
+from orkestr_console.core.errors import Forbidden, InsufficientScope
 
 type Surface = Literal["console", "rest", "mcp", "system"]
 

@@ -14,8 +14,8 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.models import ApiToken, Role
 from orkestr_console.accounts.services import mint_token, revoke_token
-from orkestr_console.errors import InvalidInput, NotFound
-from orkestr_console.text import readable
+from orkestr_console.core.errors import InvalidInput, NotFound
+from orkestr_console.core.text import readable
 
 LONGEST_DAYS = 3650
 MOST_TEMPLATES = 200

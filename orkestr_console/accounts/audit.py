@@ -14,9 +14,9 @@ from typing import Any, Concatenate
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
-from orkestr_console.errors import DomainError, ExecKilled, ExecTimeout
-from orkestr_console.postgres import persistently
-from orkestr_console.text import clean
+from orkestr_console.core.errors import DomainError, ExecKilled, ExecTimeout
+from orkestr_console.core.postgres import persistently
+from orkestr_console.core.text import clean
 
 LONGEST_NAME = 254
 LONGEST_DETAIL = 2000

@@ -11,7 +11,7 @@ from django.db import transaction
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.accounts.models import Membership, Role, Team, User
 from orkestr_console.accounts.services import actor_of_token, mint_token, revoke_token
-from orkestr_console.errors import Unauthenticated
+from orkestr_console.core.errors import Unauthenticated
 
 TEAM = "Demo"
 SLUG = "demo"

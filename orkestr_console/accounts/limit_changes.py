@@ -22,8 +22,8 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import KINDS, SHARES, Envelope, hold, networks_of
 from orkestr_console.accounts.models import Agreement, Plan, Role, Team, TeamLimits, User
 from orkestr_console.accounts.models.plans import LONGEST_BUILD_SECONDS
-from orkestr_console.errors import InvalidInput, NotFound
-from orkestr_console.text import readable
+from orkestr_console.core.errors import InvalidInput, NotFound
+from orkestr_console.core.text import readable
 
 # PostgreSQL's integer.
 MOST = 2**31 - 1

@@ -21,7 +21,7 @@ from orkestr_console.accounts.models import (
     TeamLimits,
     User,
 )
-from orkestr_console.errors import PlanLimit
+from orkestr_console.core.errors import PlanLimit
 
 NETWORKS = ("off", "restricted", "open")
 

@@ -26,9 +26,9 @@ from orkestr_console.accounts.actor import EVERYTHING, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limit_changes import Amount
 from orkestr_console.accounts.models import ApiToken, Invitation, Membership, Role, Team, User
-from orkestr_console.channel_layer import notify
-from orkestr_console.errors import Conflict, Forbidden, InvalidInput, NotFound
-from orkestr_console.text import clean, readable, unreadable
+from orkestr_console.core.channel_layer import notify
+from orkestr_console.core.errors import Conflict, Forbidden, InvalidInput, NotFound
+from orkestr_console.core.text import clean, readable, unreadable
 
 INVITATION_DAYS = 7
 MOST_OPEN_INVITATIONS = 100

@@ -12,7 +12,7 @@ from django.db import connection
 from psycopg import sql
 
 from orkestr_console.accounts.models import ApiToken, RateBucket
-from orkestr_console.errors import RateLimited
+from orkestr_console.core.errors import RateLimited
 
 LEVEL = (
     "LEAST(%(most)s::float8, b.level"

@@ -11,7 +11,7 @@ from django_otp.plugins.otp_static.models import StaticDevice, StaticToken
 from django_otp.plugins.otp_totp.models import TOTPDevice
 
 from orkestr_console.accounts.models import User
-from orkestr_console.errors import InvalidInput
+from orkestr_console.core.errors import InvalidInput
 
 RECOVERY_CODES = 10
 APP = "Authenticator app"

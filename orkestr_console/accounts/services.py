@@ -12,8 +12,8 @@ from django.utils import timezone
 from orkestr_console.accounts import limits, rates, tokens
 from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
-from orkestr_console.errors import Forbidden, InvalidInput, Unauthenticated
-from orkestr_console.text import unreadable
+from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
+from orkestr_console.core.text import unreadable
 
 # A token's last use is worth knowing to the minute; writing it on every call is not worth it.
 LAST_USE_GRAIN = timedelta(minutes=1)

@@ -15,8 +15,8 @@ from django.utils import timezone
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.models import Membership, SignedIn, User
 from orkestr_console.accounts.services import actor_of_session
-from orkestr_console.channel_layer import notify
-from orkestr_console.errors import Forbidden, NotFound
+from orkestr_console.core.channel_layer import notify
+from orkestr_console.core.errors import Forbidden, NotFound
 
 # When a session was last used is worth knowing to this many seconds.
 SEEN_GRAIN_SECONDS = 300

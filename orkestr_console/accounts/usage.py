@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from hostruntime.days import by_day
+from hostruntime.host.days import by_day
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 

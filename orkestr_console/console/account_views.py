@@ -14,8 +14,8 @@ from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_POST, require_safe
 
 from orkestr_console.accounts import account, second_factor, sessions
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import InvalidInput
+from orkestr_console.core.errors import InvalidInput
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 
 @require_safe

@@ -14,10 +14,10 @@ from django.views.decorators.http import require_safe
 from orkestr_console.accounts import audit_log
 from orkestr_console.accounts.audit_log import AuditQuery
 from orkestr_console.accounts.models import AuditEntry, Outcome
-from orkestr_console.console.downloads import csv_file, json_lines_file
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import InvalidInput
-from orkestr_console.validation import parse_spec
+from orkestr_console.core.errors import InvalidInput
+from orkestr_console.http.decorators import ConsoleRequest, console_page
+from orkestr_console.http.validation import parse_spec
+from orkestr_console.ui.downloads import csv_file, json_lines_file
 
 COLUMNS = (
     *("at", "who", "token", "surface", "address", "action", "outcome", "code", "detail"),

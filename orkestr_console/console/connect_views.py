@@ -12,11 +12,11 @@ from django.views.decorators.http import require_http_methods
 from orkestr_console.accounts import api_tokens
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Role
-from orkestr_console.addresses import MCP_PATH, console_address
 from orkestr_console.console import connect
 from orkestr_console.console.limits_forms import AgentForm
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError
+from orkestr_console.core.addresses import MCP_PATH, console_address
+from orkestr_console.core.errors import DomainError
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 ACCESS_WORDS = (
     ("write", "Read and write", "Build, boot, run commands, delete."),

@@ -19,9 +19,9 @@ from orkestr_console.accounts.limit_changes import (
 from orkestr_console.accounts.limits import KINDS, SHARES, Envelope
 from orkestr_console.accounts.models import Agreement, Plan, TeamLimits
 from orkestr_console.accounts.people import usable_email
-from orkestr_console.console.forms import Form
-from orkestr_console.errors import DomainError, InvalidInput
-from orkestr_console.validation import parse_spec
+from orkestr_console.core.errors import DomainError, InvalidInput
+from orkestr_console.http.validation import parse_spec
+from orkestr_console.ui.forms import Form
 
 SHARE_LABELS = {
     "max_templates": "Templates for each person",

@@ -22,8 +22,8 @@ from orkestr_console.accounts.limits import (
 )
 from orkestr_console.accounts.models import Role, Team
 from orkestr_console.console.limits_forms import SHARE_LABELS, LimitsForm
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError
+from orkestr_console.core.errors import DomainError
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from orkestr_console.console.operator_views import operator_of
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError
+from orkestr_console.core.errors import DomainError
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.installation import services
 
 PAGE = "console:operator_storage"

@@ -18,11 +18,11 @@ from orkestr_console.accounts.limit_changes import SIZES, Operator
 from orkestr_console.accounts.limits import KINDS, build
 from orkestr_console.accounts.models import Role
 from orkestr_console.accounts.people import InviteSpec
-from orkestr_console.addresses import console_address
 from orkestr_console.console.limits_forms import AgreementForm, PlanForm, TeamForm
 from orkestr_console.console.limits_views import counts
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError
+from orkestr_console.core.addresses import console_address
+from orkestr_console.core.errors import DomainError
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.installation import services as installation
 
 

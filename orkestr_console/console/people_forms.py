@@ -10,8 +10,8 @@ from django.http import QueryDict
 
 from orkestr_console.accounts.models import Membership, Role
 from orkestr_console.accounts.people import InviteSpec, NewPersonSpec, ShareSpec
-from orkestr_console.console.forms import Form
-from orkestr_console.validation import parse_spec
+from orkestr_console.http.validation import parse_spec
+from orkestr_console.ui.forms import Form
 
 
 @dataclass

@@ -16,11 +16,11 @@ from orkestr_console.accounts import people, sessions
 from orkestr_console.accounts.audit import LONGEST_NAME
 from orkestr_console.accounts.models import Invitation, Membership, Role, User
 from orkestr_console.accounts.services import TEAM_KEY
-from orkestr_console.addresses import console_address
 from orkestr_console.console.people_forms import InviteForm, JoinForm, ShareForm
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError, InvalidInput, NotFound
-from orkestr_console.text import clean
+from orkestr_console.core.addresses import console_address
+from orkestr_console.core.errors import DomainError, InvalidInput, NotFound
+from orkestr_console.core.text import clean
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 
 @never_cache

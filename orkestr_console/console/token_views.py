@@ -16,8 +16,8 @@ from orkestr_console.accounts.actor import EVERYTHING, READ, WRITE
 from orkestr_console.accounts.limits import NETWORKS, envelope
 from orkestr_console.accounts.models import Role
 from orkestr_console.console.limits_forms import TokenForm
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import DomainError
+from orkestr_console.core.errors import DomainError
+from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 SCOPE_WORDS = (
     (READ, "Look", "List and read templates and sandboxes."),

@@ -13,11 +13,11 @@ from django.views.decorators.http import require_safe
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Month
-from orkestr_console.console.charts import Chart, chart
-from orkestr_console.console.downloads import csv_file
-from orkestr_console.console.templatetags.console import duration, size
-from orkestr_console.decorators import ConsoleRequest, console_page
-from orkestr_console.errors import InvalidInput
+from orkestr_console.core.errors import InvalidInput
+from orkestr_console.http.decorators import ConsoleRequest, console_page
+from orkestr_console.ui.charts import Chart, chart
+from orkestr_console.ui.downloads import csv_file
+from orkestr_console.ui.templatetags.console import duration, size
 
 EARLIEST = date(2000, 1, 1)
 LATEST = date(9998, 12, 1)

@@ -17,7 +17,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from orkestr_console.accounts import second_factor, sessions
 from orkestr_console.accounts.models import User
-from orkestr_console.text import unusable
+from orkestr_console.core.text import unusable
 
 NO_MATCH = "That email address and password do not belong together. Check both and try again."
 TOO_MANY = (

@@ -7,7 +7,7 @@ import secrets
 from django.db import models
 from django.utils import timezone
 
-from hostruntime.installation import Claim
+from hostruntime.host.installation import Claim
 
 
 def new_word() -> str:
@@ -16,7 +16,7 @@ def new_word() -> str:
 
 
 class Installation(models.Model):
-    """This database's side of :mod:`hostruntime.installation`.
+    """This database's side of :mod:`hostruntime.host.installation`.
 
     ``confirmed`` says that the host has taken down ``mark``. ``mismatch`` is why nothing is
     reconciled, since ``mismatch_at``; ``waiting`` how many images and snapshots no row names that

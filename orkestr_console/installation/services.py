@@ -15,14 +15,14 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
-from hostruntime.answers import HeldInfo, Reconciliation, StandingInfo
-from hostruntime.installation import InstallationBook, InstallationMismatch, StateUnclaimed
-from hostruntime.paths import StatePaths
+from hostruntime.client.answers import HeldInfo, Reconciliation, StandingInfo
+from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.host.paths import StatePaths
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
+from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.postgres import let_go
 from orkestr_console.installation.models import Installation, new_word
-from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import errors_told, host
 
 logger = logging.getLogger(__name__)
 

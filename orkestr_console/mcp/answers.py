@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.text import few, plain
+from orkestr_console.core.text import few, plain
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters

@@ -24,11 +24,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orkestr_console.accounts import services
 from orkestr_console.accounts.actor import READ, Actor
-from orkestr_console.errors import DomainError, Forbidden, MethodNotAllowed, Unauthenticated
-from orkestr_console.ids import new_id
+from orkestr_console.core.errors import DomainError, Forbidden, MethodNotAllowed, Unauthenticated
+from orkestr_console.core.ids import new_id
+from orkestr_console.core.postgres import unavailable
 from orkestr_console.mcp.server import build_server
 from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, ask
-from orkestr_console.postgres import unavailable
 
 HEADERS = {
     "Cache-Control": "no-store",

@@ -9,7 +9,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from pydantic import Field
 
-from orkestr_console.errors import DomainError, NotFound, to_mcp_text
+from orkestr_console.core.errors import DomainError, NotFound, to_mcp_text
 from orkestr_console.mcp.template_tools import log_part
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask
 from templates_app import services

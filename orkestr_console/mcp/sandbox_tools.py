@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hostruntime.answers import DirectoryListing, FileContent
-from orkestr_console.errors import (
+from hostruntime.client.answers import DirectoryListing, FileContent
+from orkestr_console.core.errors import (
     Conflict,
     DomainError,
     ExecKilled,
@@ -20,7 +20,8 @@ from orkestr_console.errors import (
     InvalidInput,
     PayloadTooLarge,
 )
-from orkestr_console.ids import new_id
+from orkestr_console.core.ids import new_id
+from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.answers import (
     Background,
     Directory,
@@ -36,7 +37,6 @@ from orkestr_console.mcp.answers import (
 from orkestr_console.mcp.output import Kept
 from orkestr_console.mcp.template_tools import Cursor, Limit
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
-from orkestr_console.validation import parse_spec
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
 

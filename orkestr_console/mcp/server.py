@@ -9,7 +9,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import CallToolResult, InputRequiredResult, ListToolsResult
 
 from orkestr_console.accounts.actor import WRITE
-from orkestr_console.errors import NotFound
+from orkestr_console.core.errors import NotFound
 from orkestr_console.mcp import sandbox_tools, snapshot_tools, template_tools
 from orkestr_console.mcp.resources import add_prompts, add_resources
 from orkestr_console.mcp.tool import ACTOR, ConsoleTool, refused

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.answers import Done, SnapshotAnswer, Snapshots, snapshot_answer
 from orkestr_console.mcp.sandbox_tools import SandboxId
 from orkestr_console.mcp.template_tools import Cursor, Limit
 from orkestr_console.mcp.tool import Ctx, actor_of, ask, reading, writing
-from orkestr_console.validation import parse_spec
 from sandboxes_app import services
 from sandboxes_app.specs import SnapshotSpec
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orkestr_console.accounts.actor import READ
+from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.answers import (
     BaseAnswer,
     Bases,
@@ -20,7 +21,6 @@ from orkestr_console.mcp.answers import (
     template_line,
 )
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
-from orkestr_console.validation import parse_spec
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services import Told, timing

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.errors import DomainError, Internal, InvalidInput, to_mcp_text
-from orkestr_console.json_api import DEEPEST, refuse_unusable
-from orkestr_console.postgres import unavailable
-from orkestr_console.validation import invalid_input
+from orkestr_console.core.errors import DomainError, Internal, InvalidInput, to_mcp_text
+from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.json_api import DEEPEST, refuse_unusable
+from orkestr_console.http.validation import invalid_input
 
 logger = logging.getLogger(__name__)
 

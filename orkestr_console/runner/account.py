@@ -65,7 +65,7 @@ def choose_identity(tree: Path, *more: Path) -> Identity:
     say in whether another user can read a clone.
     """
     prefix = confined(USER, [*interpreter_needs(tree), *more])
-    probe = [sys.executable, "-c", "import django, orkestr_console.ids"]
+    probe = [sys.executable, "-c", "import django, orkestr_console.core.ids"]
     trial = subprocess.run(
         [*prefix, *probe], cwd=tree, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )

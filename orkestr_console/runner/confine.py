@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hostruntime import kernel
+from hostruntime.host import kernel
 
 SYSTEM_DIRECTORIES = (
     *("/", "/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr", "/usr/local"),

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
-from hostruntime.patience import Patience, tree_of
-from hostruntime.run import CommandFailed, run
+from hostruntime.host.patience import Patience, tree_of
+from hostruntime.host.run import CommandFailed, run
 from orkestr_console.runner.confine import mount_points
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder

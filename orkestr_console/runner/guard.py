@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 
-from hostruntime.patience import Patience
+from hostruntime.host.patience import Patience
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.keeper import Keeper, ManagerSilent
 from orkestr_console.runner.layout import Layout, StartError
@@ -54,7 +54,7 @@ class Guard:
             "postgres": layout.cluster.responds,
             "agent": partial(agent_responds, layout.host_socket),
             "web": partial(web_responds, layout),
-            # Its own watchdog sees to the rest of its processes (orkestr_console.worker).
+            # Its own watchdog sees to the rest of its processes (orkestr_console.queue.worker).
             "worker": lambda: not any(map(is_stopped, self._process_of("worker"))),
         }
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
 
-from hostruntime.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, scaled, tree_of
 from orkestr_console.runner.layout import Layout, StartError
 
 LOG_BYTES = 10 * 1024 * 1024
@@ -159,7 +159,8 @@ class Keeper:
 
         A program that keeps crashing as it starts is given up on soon; one that is slow is waited
         for as long as it works, and one that does nothing gets ``seconds``
-        (:class:`hostruntime.patience.Patience`). ``say`` is told now and then that it takes time.
+        (:class:`hostruntime.host.patience.Patience`). ``say`` is told now and then that it takes
+        time.
         """
         patience = Patience(
             seconds, lambda: tree_of(self.states()[name][1]), sign=lambda: self._written(name)

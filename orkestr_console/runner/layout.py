@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hostruntime.patience import named_slowness, slowness
-from orkestr_console.listening import listen_addresses, trusted_proxies
+from hostruntime.host.patience import named_slowness, slowness
+from orkestr_console.core.listening import listen_addresses, trusted_proxies
 from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]

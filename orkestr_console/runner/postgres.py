@@ -24,7 +24,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from hostruntime.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, scaled, tree_of
 from orkestr_console.runner.account import USER, confined, ensure_user, give
 
 SERVER_USER = "postgres"

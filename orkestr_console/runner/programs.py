@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.runner.account import USER, Identity
 from orkestr_console.runner.keeper import Program
 from orkestr_console.runner.layout import Layout

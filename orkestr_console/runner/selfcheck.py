@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from hostruntime.patience import Patience, Pids, scaled
+from hostruntime.host.patience import Patience, Pids, scaled
 
 NAME = "self-check"
 BASE = "debian-12"

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from hostruntime.answers import BaseInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import BaseInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
@@ -254,7 +254,7 @@ class Console:
 def spare_from_the_oom_killer() -> None:
     """Have the kernel take this process and what it starts last, when memory ends (proc(5)).
 
-    Sandboxes are not among it: their launcher says so (hostruntime.containers).
+    Sandboxes are not among it: their launcher says so (hostruntime.container.lxc).
     """
     with contextlib.suppress(OSError):
         # Not ours to say in a container whose root may not.

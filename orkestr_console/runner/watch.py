@@ -14,9 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, HostUnavailable
-from hostruntime.patience import Patience
+from hostruntime.host.patience import Patience
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.programs import ANSWER_SECONDS
 

@@ -14,16 +14,16 @@ from typing import Any, cast
 from channels.db import database_sync_to_async
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import ExecFrame, ExecResult
-from hostruntime.quotas import Quota
+from hostruntime.client.answers import ExecFrame, ExecResult
+from hostruntime.host.quotas import Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import build, envelope
-from orkestr_console.closing import why_cut_off
-from orkestr_console.errors import DomainError, ExecKilled, PlanLimit, RateLimited
-from orkestr_console.postgres import persistently
-from orkestr_console.services.hosts import async_host, awaited, told
+from orkestr_console.core.errors import DomainError, ExecKilled, PlanLimit, RateLimited
+from orkestr_console.core.hosts import async_host, awaited, told
+from orkestr_console.core.postgres import persistently
+from orkestr_console.http.closing import why_cut_off
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import ExecSpec

@@ -19,14 +19,14 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.core.hosts import host, told
+from orkestr_console.core.postgres import persistently
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import persistently
-from orkestr_console.services.hosts import host, told
+from orkestr_console.queue.driving import driving
 from sandboxes_app.events import tell_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
 from sandboxes_app.services import snapshots, state
-from sandboxes_app.services.driving import driving
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.models import Template
 from templates_app.services import note_lost, note_used
@@ -60,7 +60,14 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
         source = source_of(actor.team, spec.template or "")
     else:
         source = Source(snapshot.template, snapshot.template_name, snapshot.image_id)
-    sandbox = insert(actor, spec, source, snapshot)
+    with driving() as driver:
+        sandbox = insert(actor, spec, source, snapshot, driver)
+        begin(actor, spec, sandbox, snapshot)
+    return sandbox
+
+
+def begin(actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None) -> None:
+    """Boot it; what fails leaves nothing on the host. Raises the error to tell of that."""
     try:
         boot(sandbox, snapshot)
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
@@ -73,7 +80,6 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     except host_errors.HostError as error:
         abandon(sandbox)
         raise told(error) from error
-    return sandbox
 
 
 def refuse_unsupported(spec: SandboxSpec) -> None:
@@ -121,15 +127,15 @@ def no_image(team: Team, spec: SandboxSpec) -> Exception:
 
 
 def insert(
-    actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None = None
+    actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None, driver: str
 ) -> Sandbox:
-    """The row, counted against the plan under the team's lock."""
+    """The row, counted against the plan under the team's lock; ``driver`` is to start it."""
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         check_limits(actor, held, spec)
         team = held.team
         sandbox = Sandbox.objects.create(
-            team=team, created_by=actor.user, **columns(spec, source, snapshot)
+            team=team, created_by=actor.user, driver=driver, **columns(spec, source, snapshot)
         )
         SandboxEvent.objects.create(
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
@@ -229,18 +235,17 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
 
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
-    with driving(sandbox):
-        info = host().create_sandbox(
-            sandbox.pk,
-            image=None if snapshot else sandbox.image_id,
-            snapshot=snapshot.pk if snapshot else None,
-            cpu=sandbox.cpu,
-            memory_mb=sandbox.memory_mb,
-            network=sandbox.network,
-            allow_domains=sandbox.allow_domains,
-            env=sandbox.env,
-            deadline=sandbox.expires_at.timestamp(),
-        )
+    info = host().create_sandbox(
+        sandbox.pk,
+        image=None if snapshot else sandbox.image_id,
+        snapshot=snapshot.pk if snapshot else None,
+        cpu=sandbox.cpu,
+        memory_mb=sandbox.memory_mb,
+        network=sandbox.network,
+        allow_domains=sandbox.allow_domains,
+        env=sandbox.env,
+        deadline=sandbox.expires_at.timestamp(),
+    )
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.
         host().delete_sandbox(sandbox.pk)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hostruntime.answers import EgressHost
+from hostruntime.client.answers import EgressHost
 from orkestr_console.accounts.actor import READ, Actor
-from orkestr_console.services.hosts import errors_told, host
+from orkestr_console.core.hosts import errors_told, host
 from sandboxes_app.services.lifecycle import get_sandbox
 
 

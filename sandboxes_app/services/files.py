@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import DirectoryListing, FileContent, FileStat
+from hostruntime.client.answers import DirectoryListing, FileContent, FileStat
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.errors import (
+from orkestr_console.core.errors import (
     Conflict,
     DomainError,
     InvalidInput,
     NotFound,
     PayloadTooLarge,
 )
-from orkestr_console.services.hosts import host, told
+from orkestr_console.core.hosts import host, told
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import (

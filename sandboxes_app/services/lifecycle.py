@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import batched
+from typing import TypeGuard
 
 from django.db import transaction
-from django.db.models import Max
 from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
-from hostruntime.patience import scaled
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.errors import Conflict, InvalidInput, NotFound, PlanLimit
-from orkestr_console.ids import is_id
-from orkestr_console.services.hosts import errors_told, host
-from orkestr_console.services.paging import page
+from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLimit
+from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.ids import is_id
+from orkestr_console.http.paging import page
 from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
 from sandboxes_app.services import metering, state
-from sandboxes_app.services.driving import left_alone
 from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
 STRANGERS_AT_ONCE = 5
+RELEASE = "sandboxes_app.tasks.release_sandboxes"
+# What a task is told has to go through a socket (orkestr_console.queue.sockets).
+RELEASED_AT_ONCE = 1000
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
@@ -163,8 +167,8 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
 def settle_overdue(sandbox: Sandbox) -> None:
     """Settle one whose time is over by this clock, which may have been set meanwhile.
 
-    The host counts the seconds (:mod:`hostruntime.clock`): what it says is left is left, and the
-    row gets the moment at which that is now. While it does not answer the row stays as it is.
+    The host counts the seconds (:mod:`hostruntime.host.clock`): what it says is left is left, and
+    the row gets the moment at which that is now. While it does not answer the row stays as it is.
     """
     try:
         info = host().sandbox(sandbox.pk)
@@ -199,7 +203,9 @@ def expire_due() -> int:
 
 def note_all_ended() -> int:
     """Settle every sandbox of all teams as terminated: the operator ended them all; how many."""
-    return sum(state.ended(sandbox, "terminated") for sandbox in Sandbox.objects.live())
+    end = state.End("terminated", SandboxStatus.TERMINATED)
+    live = Sandbox.objects.live().values_list("pk", flat=True)
+    return len(state.all_ended(dict.fromkeys(live, end)))
 
 
 def settle_if_gone(sandbox: Sandbox) -> bool:
@@ -214,43 +220,82 @@ def settle_if_gone(sandbox: Sandbox) -> bool:
     return True
 
 
+def note_changed(changed: Iterable[SandboxInfo]) -> None:
+    """Make rows say what the host says of these. Raises the host's errors."""
+    known = {info.id: info for info in changed}
+    end_all({key: state.end_of(info) for key, info in known.items() if not runs(info)})
+    running = [key for key, info in known.items() if runs(info)]
+    rows = Sandbox.objects.filter(pk__in=running, status__in=STANDING)
+    say_as_on_host([one for one in rows if known[one.pk].paused is not one.is_paused])
+
+
 def reconcile() -> None:
-    """Make rows and containers agree. Raises the host's errors when it does not answer."""
+    """Make rows and containers agree, by a few statements. Raises the host's errors.
+
+    Rows on their way to another state are their driver's (:mod:`sandboxes_app.services.settling`).
+    """
+    rows = Sandbox.objects.filter(status__in=STANDING)
+    # Read before the host is asked: what a row has then, the host had before.
+    standing = list(rows.only("pk", "status", "team_id", "expires_at"))
     known = {info.id: info for info in host().sandboxes()}
-    looked_at = (*STANDING, SandboxStatus.STARTING)
-    # Read after the host was asked: a row that was not there then cannot be missed.
-    for sandbox in Sandbox.objects.filter(status__in=looked_at, created_at__lt=timezone.now()):
+    ended = {one.pk: known.get(one.pk) for one in standing if not runs(known.get(one.pk))}
+    end_all({sandbox_id: state.end_of(info) for sandbox_id, info in ended.items()})
+    others = [one for one in standing if one.pk not in ended]
+    say_as_on_host([one for one in others if known[one.pk].paused is not one.is_paused])
+    release_strangers([info for info in known.values() if runs(info)])
+
+
+def say_as_on_host(sandboxes: Sequence[Sandbox], among: Iterable[str] = LIVE) -> None:
+    """Make these rows say what the host has now. Raises the host's errors.
+
+    Not those to which something else happens meanwhile, or that are not in one of ``among``.
+    """
+    if not sandboxes:
+        return
+    seen = {sandbox.pk: state.last_event(sandbox) for sandbox in sandboxes}
+    known = {info.id: info for info in host().sandboxes()}
+    ends: dict[str, state.End] = {}
+    for sandbox in sandboxes:
         info = known.get(sandbox.pk)
-        if sandbox.status == SandboxStatus.STARTING:
-            if left_alone(sandbox, sandbox.created_at):
-                state.never_started(sandbox)
-        elif info is None or info.state != "running":
-            settle_if_gone(sandbox)
-    release_strangers([info.id for info in known.values() if info.state == "running"])
+        if runs(info):
+            state.as_on_host(sandbox, info, seen[sandbox.pk])
+        else:
+            ends[sandbox.pk] = state.end_of(info)
+    end_all(ends, among)
 
 
-def half_way() -> list[Sandbox]:
-    """Those that are ``pausing`` or ``resuming``, and nobody is at it."""
-    rows = Sandbox.objects.filter(status__in=[SandboxStatus.PAUSING, SandboxStatus.RESUMING])
-    changed = dict(rows.annotate(changed_at=Max("events__at")).values_list("pk", "changed_at"))
-    found = rows.filter(pk__in=changed)
-    return [sandbox for sandbox in found if left_alone(sandbox, changed[sandbox.pk])]
+def runs(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
+    """Whether the host has a container for it, paused or not."""
+    return info is not None and info.state == "running"
 
 
-def release_strangers(running: list[str]) -> None:
+def end_all(ends: Mapping[str, state.End], among: Iterable[str] = LIVE) -> None:
+    """Say that these have ended, and have what the host still has of them freed by a task."""
+    if not ends:
+        return
+    with transaction.atomic():
+        if ended := state.all_ended(ends, among):
+            for some in batched(ended, RELEASED_AT_ONCE):
+                async_task(RELEASE, some, group="sandboxes")
+
+
+def release_strangers(running: Collection[SandboxInfo]) -> None:
     """Free containers that no live row names, but those that may just be starting.
 
     A few at a time: if it is the rows that are wrong, somebody is to notice.
     """
+    ids = [info.id for info in running]
+    # A row is there before its container.
+    statuses = dict(Sandbox.objects.filter(pk__in=ids).values_list("pk", "status"))
+    now = timezone.now().timestamp()
     released = 0
-    named = set(Sandbox.objects.live().filter(pk__in=running).values_list("pk", flat=True))
-    for sandbox_id in running:
-        if sandbox_id in named:
+    for info in running:
+        status = statuses.get(info.id)
+        young = status is None and now - info.started_at <= UNKNOWN_GRACE_SECONDS
+        if status in LIVE or young:
             continue
-        since = datetime.fromtimestamp(host().sandbox(sandbox_id).started_at, UTC)
-        if timezone.now() - since > timedelta(seconds=UNKNOWN_GRACE_SECONDS):
-            logger.error("sandbox %s runs and no row names it: it is ended", sandbox_id)
-            release(sandbox_id)
-            released += 1
+        logger.error("sandbox %s runs and no live row names it: it is ended", info.id)
+        release(info.id)
+        released += 1
         if released == STRANGERS_AT_ONCE:
             return

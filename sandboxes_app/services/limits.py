@@ -9,7 +9,7 @@ from django.conf import settings
 from hostruntime.errors import HostError
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.limits import Envelope, envelope
-from orkestr_console.services.hosts import host
+from orkestr_console.core.hosts import host
 
 
 @dataclass(frozen=True)

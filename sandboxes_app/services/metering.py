@@ -12,11 +12,11 @@ from datetime import date
 
 from django.db import transaction
 
-from hostruntime.answers import UsageInfo, Used
+from hostruntime.client.answers import UsageInfo, Used
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Key
-from orkestr_console.services.hosts import host
+from orkestr_console.core.hosts import host
 from sandboxes_app.models import Sandbox
 
 

@@ -7,8 +7,7 @@ still in the machine's memory: it does not outlive a restart of the machine.
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from django.db import transaction
 from django.utils import timezone
@@ -17,13 +16,13 @@ from hostruntime import errors as host_errors
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
-from orkestr_console.errors import Conflict, PlanLimit
-from orkestr_console.services.hosts import host, told
+from orkestr_console.core.errors import Conflict, PlanLimit
+from orkestr_console.core.hosts import host, told
+from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
 from sandboxes_app.services.create import counted
-from sandboxes_app.services.driving import driving
-from sandboxes_app.services.lifecycle import find, find_running, half_way, settle_if_gone
+from sandboxes_app.services.lifecycle import find, find_running, settle_if_gone
 
 LONGEST_PAUSE = timedelta(days=7)
 PARKED = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
@@ -38,6 +37,14 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
+    with driving() as driver:
+        begin_pausing(actor, sandbox, driver)
+        pause(sandbox)
+    return sandbox
+
+
+def begin_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+    """Take one of the places for paused ones, and say so in the row. Raises ``Conflict``."""
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         parked = Sandbox.objects.for_team(actor.team).filter(status__in=PARKED)
@@ -46,19 +53,21 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
         except PlanLimit as error:
             # What clients know it as: they free a place and try again.
             raise Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra) from None
-        if not state.pausing(sandbox):
+        if not state.pausing(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
+
+
+def pause(sandbox: Sandbox) -> None:
+    """Have the host freeze it, and say what came of it. Raises ``Conflict`` and the host's."""
     until = timezone.now() + LONGEST_PAUSE
     try:
-        with driving(sandbox):
-            host().pause_sandbox(sandbox.pk, until.timestamp())
+        host().pause_sandbox(sandbox.pk, until.timestamp())
     except host_errors.HostError as error:
         if may_be_said(sandbox, error):
             state.unpaused(sandbox)
         raise told(error) from error
     if not state.paused(sandbox, until):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
-    return sandbox
 
 
 @audited("sandbox.resume", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
@@ -77,47 +86,45 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
             f"The sandbox is {sandbox.status}, not paused; only a paused one can be resumed.",
             code="sandbox_not_paused",
         )
+    with driving() as driver:
+        begin_resuming(actor, sandbox, driver)
+        resume(sandbox)
+    return sandbox
+
+
+def begin_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+    """Take one of the places for running ones, and say so in the row.
+
+    Raises ``PlanLimit``, ``Conflict``.
+    """
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         running = counted([held.team])
         mine = running.filter(created_by=actor.user).count() if actor.user else None
         held.require_room("max_concurrent_sandboxes", running.count(), mine)
-        if not state.resuming(sandbox):
+        if not state.resuming(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_paused")
+
+
+def resume(sandbox: Sandbox) -> None:
+    """Have the host thaw it, and say what came of it. Raises ``Conflict`` and the host's."""
     end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
     try:
-        with driving(sandbox):
-            host().resume_sandbox(sandbox.pk, end.timestamp())
+        host().resume_sandbox(sandbox.pk, end.timestamp())
     except host_errors.HostError as error:
         if may_be_said(sandbox, error):
             state.still_paused(sandbox)
         raise told(error) from error
     if not state.resumed(sandbox, end):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
-    return sandbox
 
 
 def may_be_said(sandbox: Sandbox, error: host_errors.HostError) -> bool:
     """Whether a failed call left things as they were.
 
-    A host that did not answer may have done it or not: ``settle_half_way`` asks it later.
+    A host that did not answer may have done it or not: it is asked when it answers
+    (:mod:`sandboxes_app.services.settling`).
     """
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
         return not settle_if_gone(sandbox)
     return not isinstance(error, host_errors.HostUnavailable)
-
-
-def settle_half_way() -> None:
-    """Settle what a killed process left ``pausing`` or ``resuming``, by what the host has.
-
-    Raises the host's errors when it does not answer.
-    """
-    for sandbox in half_way():
-        if settle_if_gone(sandbox):
-            continue
-        info = host().sandbox(sandbox.pk)
-        end = datetime.fromtimestamp(info.deadline or time.time(), UTC)
-        if info.paused:
-            state.paused(sandbox, end)
-        else:
-            state.resumed(sandbox, end)

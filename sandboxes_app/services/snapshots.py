@@ -11,21 +11,21 @@ from django.db.models import Count, Q
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import SnapshotInfo
+from hostruntime.client.answers import SnapshotInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import Conflict, DomainError, NotFound, PlanLimit
-from orkestr_console.ids import is_id
+from orkestr_console.core.errors import Conflict, DomainError, NotFound, PlanLimit
+from orkestr_console.core.hosts import host
+from orkestr_console.core.ids import is_id
+from orkestr_console.core.postgres import persistently
+from orkestr_console.http.paging import page
 from orkestr_console.installation import services as installation
-from orkestr_console.postgres import persistently
-from orkestr_console.services.hosts import host
-from orkestr_console.services.paging import page
+from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
 from sandboxes_app.services.commands import refused
-from sandboxes_app.services.driving import driving, left_alone
 from sandboxes_app.services.lifecycle import find_running, settle_if_gone
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 
@@ -46,20 +46,25 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    snapshot = insert(actor, sandbox, spec)
+    with driving() as driver:
+        snapshot = insert(actor, sandbox, spec, driver)
+        take(snapshot, sandbox)
+    return snapshot
+
+
+def take(snapshot: Snapshot, sandbox: Sandbox) -> None:
+    """Have the host copy the files. Raises the error to tell, nothing being left but the row."""
     try:
-        with driving(snapshot):
-            info = host().create_snapshot(snapshot.pk, sandbox.pk)
+        info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
         raise given_up(snapshot, sandbox, error) from error
     if not settled(snapshot, info):
         release(snapshot.pk)
         raise Conflict("The snapshot was deleted while it was taken.", code="snapshot_not_ready")
-    return snapshot
 
 
-def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec) -> Snapshot:
-    """The row, counted against the plan under the team's lock."""
+def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Snapshot:
+    """The row, counted against the plan under the team's lock; ``driver`` is to take it."""
     with transaction.atomic():
         held = hold(actor.team, actor.user)
         try:
@@ -71,6 +76,7 @@ def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec) -> Snapshot:
             team=held.team,
             created_by=actor.user,
             name=spec.name or "",
+            driver=driver,
             template=sandbox.template,
             template_name=sandbox.template_name,
             image_id=sandbox.image_id,
@@ -118,11 +124,23 @@ def failed(snapshot: Snapshot, message: str) -> None:
     persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
 
 
-def never_finished(snapshot: Snapshot) -> None:
-    """Who was to take it is gone."""
-    Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING).update(
-        status=SnapshotStatus.FAILED, error_message=CUT_OFF
-    )
+def settle_left(left: Collection[str]) -> None:
+    """Settle those, which nobody takes any more, by what the host has. Raises the host's errors.
+
+    One whose copy was done is ready; nothing is left of the others, whose copy is ended, nor of
+    those that were deleted meanwhile.
+    """
+    rows = list(Snapshot.objects.filter(pk__in=left, status=SnapshotStatus.CAPTURING))
+    if not rows:
+        return
+    there = {info.id: info for info in host().snapshots()}
+    for snapshot in rows:
+        if snapshot.pk in there and snapshot.deleted_at is None:
+            settled(snapshot, there[snapshot.pk])
+            continue
+        capturing = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING)
+        if capturing.update(status=SnapshotStatus.FAILED, error_message=CUT_OFF):
+            release(snapshot.pk)
 
 
 def given_up(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
@@ -229,9 +247,6 @@ def reconcile() -> None:
 
     For a host whose state is this database's. What no row names is set aside, not deleted.
     """
-    for capturing in Snapshot.objects.filter(status=SnapshotStatus.CAPTURING):
-        if left_alone(capturing, capturing.created_at):
-            never_finished(capturing)
     ready = list(Snapshot.objects.kept().filter(status=SnapshotStatus.READY))
     known = host().snapshots()
     there = {info.id for info in known}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import host
+from orkestr_console.core.hosts import host
+from orkestr_console.core.postgres import let_go
 from sandboxes_app.models import Snapshot
 from templates_app.models import Template
 

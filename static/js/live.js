@@ -1,5 +1,5 @@
 // The live side of a page: a WebSocket whose messages carry HTML made by the page's own partials.
-// See orkestr_console/console/live.py for the messages.
+// See orkestr_console/ui/live.py for the messages.
 import { append } from "./log.js";
 
 const FIRST_WAIT = 300;

@@ -14,7 +14,7 @@ from templates_app.services.events import (
 from templates_app.services.log import log_text
 from templates_app.services.lost import IMAGE_LOST, give_image, note_lost, settle_images
 from templates_app.services.metering import note_image_bytes
-from templates_app.services.queue import Place, place
+from templates_app.services.queue import Place, pass_on, place
 from templates_app.services.templates import (
     ShownStep,
     TemplateUsage,
@@ -54,6 +54,7 @@ __all__ = [
     "note_image_bytes",
     "note_lost",
     "note_used",
+    "pass_on",
     "place",
     "read_events",
     "reclaimable_bytes",

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hostruntime.answers import BaseInfo
+from hostruntime.client.answers import BaseInfo
 from hostruntime.errors import HostError
 from hostruntime.errors import ImageNotFound as NoImage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import Conflict, HostUnavailable, InvalidInput, NotFound
-from orkestr_console.ids import is_id
-from orkestr_console.services.hosts import errors_told, host
+from orkestr_console.core.errors import Conflict, HostUnavailable, InvalidInput, NotFound
+from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.ids import is_id
 from templates_app.models import Template, TemplateStatus
 
 # Names that clients still send, and what they mean now.

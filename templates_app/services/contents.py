@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.errors import Conflict
+from orkestr_console.core.errors import Conflict
 from templates_app.models import BuildStep, StepStatus, Template
 from templates_app.services.templates import get_template
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orkestr_console.text import few
+from orkestr_console.core.text import few
 from templates_app.models import Template
 
 # The events that carry what a step was refused.

@@ -19,11 +19,11 @@ from django.db.models import Max
 from django.db.models.functions import Now
 
 from hostruntime import errors as host_errors
-from hostruntime.answers import BuildEvent as HostEvent
-from hostruntime.patience import scaled
+from hostruntime.client.answers import BuildEvent as HostEvent
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.ids import new_id
-from orkestr_console.services.hosts import host
+from orkestr_console.core.hosts import host
+from orkestr_console.queue.driving import driving
 from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
 from templates_app.services.record import LeaseLost, end, record
@@ -60,10 +60,14 @@ def drive(ticket: str) -> None:
 
     ``ticket`` is the template that asked for a worker. It may be another's turn: the queue decides.
     """
-    driver = new_id("drv")
-    template = queue.take(driver, ticket)
-    if template is None:
-        return
+    with driving() as driver:
+        template = queue.take(driver, ticket)
+        if template is not None:
+            go_on(template, driver)
+
+
+def go_on(template: Template, driver: str) -> None:
+    """Follow a build that was taken, and ask for a worker for the next."""
     try:
         with heartbeat(template, driver):
             follow(template, driver)
@@ -72,7 +76,7 @@ def drive(ticket: str) -> None:
     except Exception:
         # Most likely the database was away. Another driver goes on from the last event stored.
         time.sleep(AGAIN_SECONDS)
-        queue.let_go(template, driver)
+        queue.pass_on(template.pk, driver)
         raise
     finally:
         queue.call_next()

@@ -22,7 +22,7 @@ from channels.db import database_sync_to_async
 from channels.layers import get_channel_layer
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.postgres import unavailable
+from orkestr_console.core.postgres import unavailable
 from templates_app.events import template_group
 from templates_app.models import Template, TemplateStatus
 from templates_app.services.templates import get_template

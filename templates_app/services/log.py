@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 
 from channels.db import database_sync_to_async
 
-from orkestr_console.json_api import timestamp
-from orkestr_console.text import plain
+from orkestr_console.core.text import plain
+from orkestr_console.http.json_api import timestamp
 from templates_app.models import BuildStep, StepStatus, Template
 from templates_app.services.record import printed
 

@@ -6,9 +6,9 @@ from django.db import transaction
 from django.utils import timezone
 
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import Conflict
-from orkestr_console.postgres import let_go
-from orkestr_console.services.hosts import errors_told, host
+from orkestr_console.core.errors import Conflict
+from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.postgres import let_go
 from templates_app.events import tell_changed
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.record import append

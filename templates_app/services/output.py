@@ -16,8 +16,8 @@ from django.db.models.expressions import CombinedExpression
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Length, Replace, Right
 
-from orkestr_console.errors import NotFound
-from orkestr_console.text import plain
+from orkestr_console.core.errors import NotFound
+from orkestr_console.core.text import plain
 from templates_app.models import Template
 from templates_app.services.record import printed
 

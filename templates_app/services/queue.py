@@ -22,12 +22,13 @@ from django.db.models import Q
 from django.db.models.functions import Coalesce, Now
 from django_q.tasks import async_task
 
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
+from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
-# A driver not heard of for this long is dead; shorter than the queue's own redelivery.
+# A driver not heard of for this long hangs; shorter than the queue's own redelivery.
 LEASE = timedelta(seconds=scaled(12))
 # The advisory lock of those who take a build: the bytes of "build".
 TAKING = 0x6275696C64
@@ -56,11 +57,12 @@ def call_worker(template: Template) -> None:
     async_task(DRIVE, template.pk, group="builds")
 
 
-def let_go(template: Template, driver: str) -> None:
-    """A driver cannot go on with a build that still builds: another one shall, at once."""
-    mine = Template.objects.building().filter(pk=template.pk, driver=driver)
-    if mine.update(driver="", heartbeat_at=None):
-        call_worker(template)
+def pass_on(template_id: str, driver: str) -> None:
+    """A driver does not go on with a build that still builds: another one shall, at once."""
+    with transaction.atomic():
+        mine = Template.objects.building().filter(pk=template_id, driver=driver)
+        if mine.update(driver="", heartbeat_at=None):
+            async_task(DRIVE, template_id, group="builds")
 
 
 def call_next() -> None:
@@ -94,8 +96,12 @@ def claim(template_id: str, driver: str) -> bool:
 
 
 def abandoned() -> Q:
-    """Builds that nobody follows now, by the database's clock, which writes heartbeats too."""
-    return Q(heartbeat_at=None) | Q(heartbeat_at__lt=Now() - LEASE)
+    """Builds that nobody follows now: their driver is gone, or hangs.
+
+    The latter by the database's clock, which writes heartbeats too.
+    """
+    silent = Q(heartbeat_at=None) | Q(heartbeat_at__lt=Now() - LEASE)
+    return silent | ~Q(IsDriven("driver"))
 
 
 def orphan(ticket: str) -> str | None:

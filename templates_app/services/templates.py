@@ -13,16 +13,16 @@ from django.db.models.functions import Cast, Coalesce, Length, NullIf, Right
 from django.utils import timezone
 from django_q.tasks import async_task
 
-from hostruntime import environment
 from hostruntime.errors import InvalidRequest
+from hostruntime.image import environment
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, envelope, hold
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import Conflict, InvalidInput, NotFound
-from orkestr_console.ids import is_id
-from orkestr_console.services.paging import page
+from orkestr_console.core.errors import Conflict, InvalidInput, NotFound
+from orkestr_console.core.ids import is_id
+from orkestr_console.http.paging import page
 from templates_app.events import tell_changed
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services import queue

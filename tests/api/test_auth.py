@@ -19,8 +19,8 @@ from orkestr_console import urls
 from orkestr_console.accounts.actor import EVERYTHING, READ, WRITE
 from orkestr_console.accounts.models import ApiToken, Team
 from orkestr_console.accounts.services import revoke_token
-from orkestr_console.decorators import ApiRequest, api, methods
-from orkestr_console.json_api import json_answer, read_json
+from orkestr_console.http.decorators import ApiRequest, api, methods
+from orkestr_console.http.json_api import json_answer, read_json
 from tests.conftest import MakeKey, api_client
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 from django.test import Client
 
-from hostruntime.answers import BuildEvent as HostEvent
-from hostruntime.answers import EgressHost
+from hostruntime.client.answers import BuildEvent as HostEvent
+from hostruntime.client.answers import EgressHost
 from orkestr_console.accounts.models import ApiToken, Plan, Team, TeamLimits
 from templates_app.models import Template
 from templates_app.services.record import record

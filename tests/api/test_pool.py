@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from django.db import connection, transaction
 
-from hostruntime.answers import ExecFrame
+from hostruntime.client.answers import ExecFrame
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.asgi import application
-from orkestr_console.postgres import ConnectionHeldError
-from orkestr_console.services import hosts
+from orkestr_console.core import hosts
+from orkestr_console.core.postgres import ConnectionHeldError
 from sandboxes_app import tasks as sandbox_tasks
 from sandboxes_app.models import Sandbox
 from templates_app import tasks as template_tasks

@@ -15,13 +15,13 @@ from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 from django.test import AsyncClient, Client
 
-from hostruntime.answers import ExecFrame, ExecResult
+from hostruntime.client.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, Held, HostUnavailable
-from hostruntime.quotas import Quota
-from orkestr_console import closing
+from hostruntime.host.quotas import Quota
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import actor_of_token
-from orkestr_console.server import build_server
+from orkestr_console.http import closing
+from orkestr_console.http.daphne import build_server
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import exec_stream

@@ -14,12 +14,12 @@ from channels.layers import get_channel_layer
 from django.http import HttpRequest
 from django.test import RequestFactory
 
-from hostruntime.answers import ExecFrame
+from hostruntime.client.answers import ExecFrame
 from orkestr_console.accounts import rates
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import ApiToken, AuditEntry
 from orkestr_console.accounts.services import revoke_token
-from orkestr_console.errors import RateLimited
+from orkestr_console.core.errors import RateLimited
 from sandboxes_app import api as sandboxes_api
 from sandboxes_app import services as sandboxes
 from sandboxes_app.specs import ExecSpec, SandboxSpec

@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime import kernel
-from hostruntime.capture import capture
-from hostruntime.contents import installed_packages
-from hostruntime.disk import Disks
-from hostruntime.holdings import write_holdings
-from hostruntime.image_digest import image_digest
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.scrub import RULES, scrub
-from hostruntime.trees import inventory
+from hostruntime.container.disk import Disks
+from hostruntime.host import kernel
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.image.capture import capture
+from hostruntime.image.contents import installed_packages
+from hostruntime.image.digest import image_digest
+from hostruntime.image.holdings import write_holdings
+from hostruntime.image.scrub import RULES, scrub
+from hostruntime.image.trees import inventory
 
 DISK_MB = 20_480
 # A step that writes nothing but files, each a little longer than the one before.

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostruntime import registries
-from hostruntime.egress import EgressProxy
-from hostruntime.network import Slot, SlotPool
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.network import registries
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import Slot, SlotPool
 from tests.benchmarks.__main__ import Row, print_table
 from tests.host.network import SETTINGS, from_slot
 from tests.host.topology import GREETING, INTERNET, a_world

@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import suppress
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from tests.benchmarks.__main__ import Row, milliseconds, print_table
 from tests.host.agent import an_agent

@@ -5,8 +5,7 @@ uploads, pauses, snapshots and what is started from them, builds, deletes.  Afte
 that it made is deleted, and the installation is counted while it rests: memory, descriptors and
 threads of each program, processes, mounts, cgroups, network namespaces, loop devices, database
 connections, rows, bytes on the disk.  For each count a line is fitted (least squares) to the rounds
-after the first third, in which caches and pools fill (a launcher keeps a descriptor for each of
-256 slots, once each was used); it *grows* when the line rises over the whole
+after the first third, in which caches and pools fill; it *grows* when the line rises over the whole
 time by more than the counts scatter around it, and by more than a hundredth.
 
 Rows that are kept on purpose (the audit's, the deleted sandboxes') grow with use: they are shown by
@@ -31,9 +30,9 @@ import psycopg
 from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import OrkestrError
 
-from hostruntime.paths import Instance
-from hostruntime.patience import tree_of
-from hostruntime.rundir import RunDir
+from hostruntime.host.paths import Instance
+from hostruntime.host.patience import tree_of
+from hostruntime.host.rundir import RunDir
 from orkestr_console.runner.keeper import Keeper
 from tests.clients.making import Templates
 from tests.leftovers import host_names, instance_of, loops, mounts

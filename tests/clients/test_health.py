@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hostruntime.patience import tree_of
+from hostruntime.host.patience import tree_of
 from tests.stack import Stack, wait_for
 
 THINGS = {"database", "worker", "agent", "proxy", "disk"}

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from orkestr import Sandbox
 
-from hostruntime.limits import cgroup_layout, pids_below
-from hostruntime.rundir import RUN_ROOT
+from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.host.rundir import RUN_ROOT
 from tests.clients.making import Sandboxes, Templates
 from tests.processes import command_lines
 from tests.stack import Stack, wait_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.runner.layout import TREE
 from tests.clients.making import Sandboxes
 from tests.stack import Stack, wait_for

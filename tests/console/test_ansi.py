@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orkestr_console.console.ansi import MOST_LINES, Log, rendered
+from orkestr_console.ui.ansi import MOST_LINES, Log, rendered
 
 
 def html(text: str) -> str:

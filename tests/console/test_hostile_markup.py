@@ -21,13 +21,13 @@ from django.template.loader import render_to_string
 from django.test import Client
 from django.utils import timezone
 
-from hostruntime.answers import EgressHost, ExecResult
+from hostruntime.client.answers import EgressHost, ExecResult
 from hostruntime.errors import ExecTimeout
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import KINDS
 from orkestr_console.accounts.models import AuditEntry, Invitation, Plan, Team, User
-from orkestr_console.console.ansi import Log, lines_html
 from orkestr_console.console.people_forms import InviteForm
+from orkestr_console.ui.ansi import Log, lines_html
 from sandboxes_app import pages as sandbox_pages
 from sandboxes_app.models import Sandbox
 from templates_app import pages as template_pages
@@ -409,7 +409,7 @@ def test_output_and_names_are_no_page_where_they_are_sent_as_they_are(
 
 # Where text is said to be markup already, and who made it so. Whoever adds one decides here.
 TRUSTED = {
-    "orkestr_console/console/ansi.py: mark_safe(": 2,  # escaped in dressed()
+    "orkestr_console/ui/ansi.py: mark_safe(": 2,  # escaped in dressed()
     "orkestr_console/console/account_views.py: mark_safe(": 1,  # segno's drawing of our secret
     "static/js/find.js: innerHTML": 1,  # _search.html, from our own address
     "static/js/live.js: innerHTML": 1,  # our own partials and ansi.py, by our own socket

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.test import override_settings
 
-from orkestr_console.console.live import LivePage
+from orkestr_console.ui.live import LivePage
 
 OURS = {"ALLOWED_HOSTS": ["console.example", "[::1]"], "CSRF_TRUSTED_ORIGINS": []}
 

@@ -14,14 +14,14 @@ from django.test import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostruntime.answers import ExecResult
+from hostruntime.client.answers import ExecResult
 from orkestr_console.accounts import services as accounts
 from orkestr_console.accounts.actor import READ
 from orkestr_console.accounts.limits import KINDS
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Invitation, Plan, Team, User
-from orkestr_console.console.ansi import LARGEST_SHOWN, Log, rendered
-from orkestr_console.errors import InvalidInput
-from orkestr_console.text import STEERING, unreadable, visible
+from orkestr_console.core.errors import InvalidInput
+from orkestr_console.core.text import STEERING, unreadable, visible
+from orkestr_console.ui.ansi import LARGEST_SHOWN, Log, rendered
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus
 from tests.api.asking import post, refusal

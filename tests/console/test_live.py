@@ -21,7 +21,7 @@ from orkestr_console.accounts import people, sessions
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Membership, User
 from orkestr_console.asgi import application
-from orkestr_console.channel_layer import LOST, SERVICE_RESTART
+from orkestr_console.core.channel_layer import LOST, SERVICE_RESTART
 from sandboxes_app import services as sandboxes
 from sandboxes_app.models import Sandbox
 from templates_app import services as templates

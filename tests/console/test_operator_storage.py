@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from hostruntime.answers import HeldInfo, ImageInfo
+from hostruntime.client.answers import HeldInfo, ImageInfo
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from hostruntime.answers import ExecResult
+from hostruntime.client.answers import ExecResult
 from hostruntime.errors import ExecTimeout
 from orkestr_console.accounts.models import Team
 from sandboxes_app.models import Sandbox

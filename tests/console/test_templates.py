@@ -8,7 +8,7 @@ from django.test import Client
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
-from orkestr_console.environment import as_typed, not_typed, typed_environment
+from orkestr_console.core.environment import as_typed, not_typed, typed_environment
 from templates_app.forms import TemplateForm, steps_of
 from templates_app.models import Template, TemplateStatus
 from tests.fakes.fixtures import queued

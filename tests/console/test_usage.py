@@ -14,8 +14,8 @@ from django.test import Client
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric, Team, User
 from orkestr_console.accounts.usage import Key
-from orkestr_console.console.charts import chart, round_above
 from orkestr_console.console.usage_views import number
+from orkestr_console.ui.charts import chart, round_above
 
 URL = "/team/usage/"
 NOVEMBER = "?month=2026-11"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hostruntime.errors import HostUnavailable
-from hostruntime.quotas import RunningCommands
+from hostruntime.host.quotas import RunningCommands
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from django.apps import apps
 from django.test import Client
 from django_q.models import OrmQ
 
-from orkestr_console.services import hosts
+from orkestr_console.core import hosts
+from orkestr_console.queue import driving
+from sandboxes_app.services import settling
 from templates_app.models import Template
 from tests.fakes.host import FakeHost
 
@@ -19,6 +21,9 @@ from tests.fakes.host import FakeHost
 def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     """A host in memory in place of the agent, for every service."""
     fake = FakeHost()
+    monkeypatch.setattr(settling, "SURE_SECONDS", 0.0)
+    # No connection stays after a test: the database is dropped after the last.
+    monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake

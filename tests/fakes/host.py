@@ -1,4 +1,4 @@
-"""A host agent in memory: the interface of ``hostruntime.client`` without a host.
+"""A host agent in memory: the interface of ``hostruntime.client.host_client`` without a host.
 
 It keeps what it is told (images, builds with their numbered events, sandboxes with their files)
 and fails on request (``down``, ``full``, ``stop_streams``). It runs no command: what a command
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hostruntime.answers import (
+from hostruntime.client.answers import (
     BaseInfo,
     BuildEvent,
     BuildInfo,
@@ -32,7 +32,7 @@ from hostruntime.answers import (
     SandboxInfo,
     UsageInfo,
 )
-from hostruntime.client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
+from hostruntime.client.host_client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
 from hostruntime.errors import (
     ContainerGone,
     ContainerPaused,
@@ -44,7 +44,8 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
-from hostruntime.quotas import Quota
+from hostruntime.host.quotas import Quota
+from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
@@ -74,7 +75,7 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping):
+class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
@@ -165,6 +166,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping):
         with self.lock:
             sandbox = self.booted[sandbox_id]
             sandbox.info = replace(sandbox.info, state="gone", reason=reason, ended_at=time.time())
+        self.note_change(sandbox_id)
 
     def wait_for(self, condition: Any, seconds: float = 10.0) -> None:
         """Return once ``condition()`` holds, looking whenever the host's state changes."""
@@ -400,6 +402,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping):
         if box.info.state != "running":
             raise ContainerGone("The sandbox is not running.")
         box.info = replace(box.info, deadline=deadline, paused=paused)
+        self.note_change(sandbox_id)
         return box.info
 
     def delete_sandbox(self, sandbox_id: str) -> None:

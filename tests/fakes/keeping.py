@@ -10,12 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hostruntime.answers import HeldInfo, ImageInfo, Reconciliation, SnapshotInfo, StandingInfo
+from hostruntime.client.answers import (
+    HeldInfo,
+    ImageInfo,
+    Reconciliation,
+    SnapshotInfo,
+    StandingInfo,
+)
 from hostruntime.errors import ImageNotFound, NotFound
-from hostruntime.images import RECONCILE_MOST
-from hostruntime.installation import Claim, InstallationBook
-from hostruntime.paths import StatePaths
-from hostruntime.snapshots import RECONCILE_AGE_SECONDS
+from hostruntime.host.installation import Claim, InstallationBook
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import RECONCILE_MOST
+from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 
 
 class FakeKeeping:

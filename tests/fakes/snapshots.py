@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hostruntime.answers import SnapshotInfo
+from hostruntime.client.answers import SnapshotInfo
 from hostruntime.errors import HostError, NotFound
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from hostruntime.client import AsyncHostClient, HostClient
+from hostruntime.client.host_client import AsyncHostClient, HostClient
 from tests.fakes.host import FakeHost
 
 SHARED = sorted(

@@ -14,7 +14,7 @@ import httpx
 import psycopg
 
 from hostruntime.errors import HostError
-from hostruntime.patience import scaled
+from hostruntime.host.patience import scaled
 from orkestr_console.runner.keeper import ManagerSilent
 from tests.faults.calls import CUT, SILENCE, Answer, Probe, results
 from tests.faults.installation import Installation

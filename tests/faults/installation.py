@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import psycopg
 
-from hostruntime.paths import Instance
-from hostruntime.rundir import RunDir
+from hostruntime.host.paths import Instance
+from hostruntime.host.rundir import RunDir
 from tests.clients.making import Templates
 from tests.processes import command_lines, own_mark
 from tests.stack import Stack, running_stack, wait_for

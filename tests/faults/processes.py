@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.faults.installation import Installation
 from tests.processes import command_lines
 
-LAUNCHER = "orkestr hostruntime.containers"
+LAUNCHER = "orkestr hostruntime.container.lxc"
 # A build's container has ended before its image is made.
 IMAGE_MAKING = ("capture", "scrub", "publish")
 EVERYTHING = frozenset({"connections", "calls", "commands", "builds"})

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 
-from hostruntime.patience import slowness
+from hostruntime.host.patience import slowness
 from tests.faults.cell import Result
 from tests.lanes import TREE
 

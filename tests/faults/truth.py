@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import NotFound
 from tests.faults.installation import Installation
 from tests.processes import command_lines
@@ -25,7 +25,7 @@ PASSING = {"starting", "pausing", "resuming"}
 # What of a command line tells a program.
 PROGRAMS = (
     *("manage.py up", "supervisord", "manage.py serve", "manage.py worker", "hostruntime.agent"),
-    *("hostruntime.containers", "postgres", "squid.conf", "helper.pyz"),
+    *("hostruntime.container.lxc", "postgres", "squid.conf", "helper.pyz"),
 )
 SLOT = re.compile(r"\b(ork\d+-[a-z])\d+\b")
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.client import HostClient
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
-from hostruntime.run import run
+from hostruntime.client.host_client import HostClient
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.run import run
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.host.agent import REPO, Agent
 from tests.host.attacks.harness import Outcome
 from tests.host.smalltree import PYTHON

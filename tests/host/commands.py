@@ -7,8 +7,8 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from hostruntime.answers import ExecResult
-from hostruntime.client import HostClient
+from hostruntime.client.answers import ExecResult
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from tests.host.agent import eventually
 

@@ -9,8 +9,8 @@ from itertools import count
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from tests.bases import NAMES, take_bases
 from tests.host.agent import Agent, an_agent

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from hostruntime.run import run
+from hostruntime.host.run import run
 from tests.host.topology import dns_query, knock
 
 BROADCAST = b"\xff" * 6

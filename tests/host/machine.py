@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hostruntime import delegation
-from hostruntime.apparmor import profile_name
-from hostruntime.bases import BaseBuilder
-from hostruntime.build_plan import Host, refused_hosts
-from hostruntime.builds import BuildManager
-from hostruntime.egress import EgressProxy, host_registries
-from hostruntime.images import ImageStore
-from hostruntime.launcher import LauncherPool
-from hostruntime.layers import LayerStore, budget_bytes
-from hostruntime.manager import ContainerManager, lxcpath_of
-from hostruntime.network import SlotPool
-from hostruntime.paths import (
+from hostruntime.build.bases import BaseBuilder
+from hostruntime.build.layers import LayerStore, budget_bytes
+from hostruntime.build.manager import BuildManager
+from hostruntime.build.plan import Host, refused_hosts
+from hostruntime.container import delegation
+from hostruntime.container.apparmor import profile_name
+from hostruntime.container.launcher import LauncherPool
+from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.runtime_layer import build_runtime_layers
+from hostruntime.host.paths import (
     StatePaths,
     claim_instance,
     release_instance,
 )
-from hostruntime.runtime_layer import build_runtime_layers
-from hostruntime.threads import in_thread
+from hostruntime.host.threads import in_thread
+from hostruntime.image.store import ImageStore
+from hostruntime.network.egress import EgressProxy, host_registries
+from hostruntime.network.slots import SlotPool
 
 
 @dataclass(frozen=True)

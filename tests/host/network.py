@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import registries
-from hostruntime.egress import EgressProxy
-from hostruntime.netns import within
-from hostruntime.network import Slot, SlotPool, interfaces_named
-from hostruntime.network_settings import NetworkSettings
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy, deny_list
-from hostruntime.run import run
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.run import run
+from hostruntime.network import registries
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.netns import within
+from hostruntime.network.policy import Policy, deny_list
+from hostruntime.network.settings import NetworkSettings
+from hostruntime.network.slots import Slot, SlotPool, interfaces_named
 from tests.host.agent import mounts_below
 from tests.host.topology import (
     INTERNET,

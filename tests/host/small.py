@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.host.agent import Agent
 from tests.host.smalltree import make_small_tree
 

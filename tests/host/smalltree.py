@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from hostruntime.run import run
+from hostruntime.host.run import run
 
 PYTHON = "/usr/bin/python3"
 _DIRECTORIES = ("dev", "proc", "sys", "tmp", "etc", "root", "run", "var", "usr/bin", "usr/lib")

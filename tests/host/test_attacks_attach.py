@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hostruntime.answers import FileContent, SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import FileContent, SandboxInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import HELPER, PLACE
@@ -77,7 +77,7 @@ def test_nobody_inside_gets_hold_of_an_attached_process(
 def test_an_attached_process_shows_no_path_of_the_host(agent: Agent) -> None:
     """What the spy knows them by is all that there is to be read of the launchers' words."""
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") for pid in agent.children()]
-    assert lines.count(b"orkestr hostruntime.containers") == 2
+    assert lines.count(b"orkestr hostruntime.container.lxc") == 2
 
 
 # Programs put in the way --------------------------------------------------------------------------

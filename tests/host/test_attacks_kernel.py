@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
 from tests.host.agent import Agent, mounts_below
 from tests.host.attackers import outcomes
 from tests.host.attacks import kernel, surroundings

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
-from hostruntime.limits import cgroup_layout, pids_below
-from hostruntime.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.neighbour import FILES

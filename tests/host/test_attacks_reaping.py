@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
-from hostruntime.limits import cgroup_layout
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 from tests.host.test_entering import container_of, find

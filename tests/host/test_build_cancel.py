@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import BuildEvent
-from hostruntime.client import HostClient
+from hostruntime.client.answers import BuildEvent
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, ImageNotFound
 from tests.host.agent import Agent, children_named, eventually, groups_named, mounts_below
 from tests.host.conftest import BASE

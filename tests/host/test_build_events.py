@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from hostruntime.answers import BuildEvent
-from hostruntime.client import HostClient
+from hostruntime.client.answers import BuildEvent
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, NotFound
 from tests.host.agent import Agent
 from tests.host.conftest import BASE, NewSandbox

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hostruntime.answers import BuildEvent
-from hostruntime.client import HostClient
+from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.client.answers import BuildEvent
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, InvalidRequest
-from hostruntime.layers import DISK, TMPFS
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE, NewSandbox
 

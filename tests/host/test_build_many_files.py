@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
-from hostruntime.image_digest import image_digest
-from hostruntime.trees import measure
+from hostruntime.image.digest import image_digest
+from hostruntime.image.trees import measure
 from tests.host.agent import Agent
 from tests.host.conftest import BASE, NewSandbox
 

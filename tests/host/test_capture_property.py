@@ -1,9 +1,10 @@
 """Whatever a container does to its files, the image is what the container saw.
 
 Operations made up by Hypothesis run on a real overlay with the options of
-:mod:`hostruntime.rootfs`, in a process whose root is that overlay: a link to ``/etc/passwd`` is
-one to the overlay's, whatever is done through it. What the mount shows is then compared with what
-the capture makes of the layer, the layer being on a file system of its own as a container's is.
+:mod:`hostruntime.container.rootfs`, in a process whose root is that overlay: a link to
+``/etc/passwd`` is one to the overlay's, whatever is done through it. What the mount shows is then
+compared with what the capture makes of the layer, the layer being on a file system of its own as a
+container's is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostruntime import kernel
-from hostruntime.capture import MOUNT_POINTS, capture
-from hostruntime.disk import Disks
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.rootfs import _OPTIONS
-from hostruntime.trees import tree_digest
+from hostruntime.container.disk import Disks
+from hostruntime.container.rootfs import _OPTIONS
+from hostruntime.host import kernel
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.image.capture import MOUNT_POINTS, capture
+from hostruntime.image.trees import tree_digest
 
 pytestmark = pytest.mark.host
 

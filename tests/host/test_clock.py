@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client import HostClient
-from hostruntime.sandboxes import SWEEP_SECONDS
+from hostruntime.client.host_client import HostClient
+from hostruntime.sandbox.manager import SWEEP_SECONDS
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
 from tests.host.agent import Agent
 
 pytestmark = pytest.mark.host

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from hostruntime import delegation
-from hostruntime.apparmor import profile_name
-from hostruntime.egress import EgressProxy
-from hostruntime.exec import Chunk, Exited
-from hostruntime.launcher import LauncherPool
-from hostruntime.limits import Limits, cgroup_layout
-from hostruntime.manager import ContainerManager, ContainerSpec, lxcpath_of
-from hostruntime.network import SlotPool
-from hostruntime.network_settings import NetworkSettings
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy, deny_list
-from hostruntime.runtime_layer import build_runtime_layers
+from hostruntime.container import delegation
+from hostruntime.container.apparmor import profile_name
+from hostruntime.container.cgroups import Limits, cgroup_layout
+from hostruntime.container.exec import Chunk, Exited
+from hostruntime.container.launcher import LauncherPool
+from hostruntime.container.manager import ContainerManager, ContainerSpec, lxcpath_of
+from hostruntime.container.runtime_layer import build_runtime_layers
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import Policy, deny_list
+from hostruntime.network.settings import NetworkSettings
+from hostruntime.network.slots import SlotPool
 from tests.host.smalltree import PYTHON, make_small_tree
 from tests.host.topology import GREETING, HOST, INTERNET, METADATA, PRIVATE, RESOLVER, a_world
 

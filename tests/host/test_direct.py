@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import firewall, nowhere
-from hostruntime.direct import MAX_LOG_BYTES
-from hostruntime.egress import EgressProxy
-from hostruntime.network import Slot, SlotPool
-from hostruntime.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy
-from hostruntime.run import run
-from hostruntime.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
+from hostruntime.host.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
+from hostruntime.host.run import run
+from hostruntime.network import firewall, nowhere
+from hostruntime.network.direct import MAX_LOG_BYTES
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import Slot, SlotPool
+from hostruntime.network.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
 from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,

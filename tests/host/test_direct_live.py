@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.answers import BuildEvent, EgressDecision
-from hostruntime.client import HostClient
+from hostruntime.client.answers import BuildEvent, EgressDecision
+from hostruntime.client.host_client import HostClient
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 from tests.host.test_build_events import Build

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
-from hostruntime.disk import MIB, Disks
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.disk import MIB, Disks
 from hostruntime.errors import HostError, HostFull
-from hostruntime.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from tests.host.agent import Agent, eventually, mounts_below
 from tests.host.conftest import BASE, NewSandbox
 
@@ -124,7 +124,7 @@ def test_nothing_starts_on_a_host_without_room(
     paths = StatePaths(tmp_path).ensure()
     instance = claim_instance(paths)
     try:
-        monkeypatch.setattr("hostruntime.room._bytes_kept", lambda size: size)
+        monkeypatch.setattr("hostruntime.host.room._bytes_kept", lambda size: size)
         with pytest.raises(HostFull, match="Delete templates or sandboxes, or make room"):
             Disks(paths, instance).attach("sbx_1", 16)
         assert list(paths.disks.iterdir()) == []

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.firewall import PROXY_PORT
-from hostruntime.firewall_watch import table_parts
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.netns import within
-from hostruntime.paths import Instance, StatePaths
-from hostruntime.run import run
-from hostruntime.rundir import RunDir
+from hostruntime.host.paths import Instance, StatePaths
+from hostruntime.host.run import run
+from hostruntime.host.rundir import RunDir
+from hostruntime.image.store import ImageManifest, ImageStore
+from hostruntime.network.firewall import PROXY_PORT
+from hostruntime.network.firewall_watch import table_parts
+from hostruntime.network.netns import within
 from tests.host.agent import Agent, an_agent, is_running
 from tests.host.network import wait_until
 from tests.host.network import world as world

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.egress import EgressProxy
-from hostruntime.network import Slot, SlotPool
-from hostruntime.policy import Policy
-from hostruntime.squid_config import (
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import Slot, SlotPool
+from hostruntime.network.squid_config import (
     CONNECTIONS_PER_CONTAINER,
     DESCRIPTORS,
     FIRST_BYTE_SECONDS,

@@ -18,13 +18,13 @@ from functools import partial
 
 import pytest
 
-from hostruntime.egress import Decision, EgressProxy
-from hostruntime.netns import write_sysctl
-from hostruntime.network import Slot, SlotPool
-from hostruntime.paths import StatePaths
-from hostruntime.policy import Policy
-from hostruntime.squid_config import OWNER_HEADER
-from hostruntime.stub_resolver import ADDRESS as STUB
+from hostruntime.host.paths import StatePaths
+from hostruntime.network.egress import Decision, EgressProxy
+from hostruntime.network.netns import write_sysctl
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import Slot, SlotPool
+from hostruntime.network.squid_config import OWNER_HEADER
+from hostruntime.network.stub_resolver import ADDRESS as STUB
 from tests.host.frames import (
     BROADCAST,
     arp_reply,

@@ -11,10 +11,10 @@ from threading import Thread
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
-from hostruntime.limits import cgroup_layout, pids_below
-from hostruntime.rundir import RUN_ROOT
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.host.rundir import RUN_ROOT
 from tests.host.agent import Agent, eventually, is_running
 from tests.host.conftest import NewSandbox
 

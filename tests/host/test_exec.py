@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import AsyncHostClient, HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import (
     ContainerGone,
     CwdNotFound,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.answers import DirectoryListing, FileContent, SandboxInfo
-from hostruntime.client import AsyncHostClient, HostClient
+from hostruntime.client.answers import DirectoryListing, FileContent, SandboxInfo
+from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NoSpace, NotFound
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import (
     FileConflict,
     FileTooLarge,
@@ -19,7 +19,7 @@ from hostruntime.errors import (
     InvalidRequest,
     NotFound,
 )
-from hostruntime.trees import tree_digest
+from hostruntime.image.trees import tree_digest
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 

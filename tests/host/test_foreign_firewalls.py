@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from hostruntime.firewall import PROXY_PORT
-from hostruntime.foreign_firewalls import Barrier, in_legacy_tables, in_nftables
+from hostruntime.network.firewall import PROXY_PORT
+from hostruntime.network.foreign_firewalls import Barrier, in_legacy_tables, in_nftables
 
 pytestmark = pytest.mark.host
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import ExecResult, SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import ExecResult, SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout, pids_below
 from hostruntime.errors import ExecTimeout, HostError
-from hostruntime.limits import cgroup_layout, pids_below
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 from tests.host.hogs import HOGS

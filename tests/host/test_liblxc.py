@@ -13,10 +13,10 @@ from signal import SIGINT
 import lxc
 import pytest
 
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.limits import CgroupLayout, Limits
-from hostruntime.lxc_config import INIT, ContainerConfig
-from hostruntime.paths import StatePaths
+from hostruntime.container.cgroups import CgroupLayout, Limits
+from hostruntime.container.config import INIT, ContainerConfig
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.host.agent import Agent, an_agent
 from tests.host.network import wait_until
 from tests.host.smalltree import PYTHON, make_small_tree
@@ -31,7 +31,8 @@ DELEGATED = CgroupLayout("v2", V2.unified, {}, V2.hierarchies, delegated=True)
 def every_layout(v1: Path) -> Iterator[CgroupLayout]:
     """Of both kinds; with files that make a layout say all it has to say."""
     (v1 / "memory").mkdir()
-    (v1 / "memory" / "memory.memsw.limit_in_bytes").touch()
+    for name in ("memory.memsw.limit_in_bytes", "memory.kmem.tcp.limit_in_bytes"):
+        (v1 / "memory" / name).touch()
     controllers = {name: v1 / name for name in ("memory", "pids", "cpu")}
     yield V2
     yield DELEGATED
@@ -69,7 +70,9 @@ def test_liblxc_takes_every_key_and_value(tmp_path: Path) -> None:
     assert {
         "lxc.cgroup2.memory.swap.max",
         "lxc.cgroup.memory.memsw.limit_in_bytes",
+        "lxc.cgroup.memory.kmem.tcp.limit_in_bytes",
         "lxc.apparmor.profile",
+        "lxc.namespace.keep",
         "lxc.namespace.share.net",
         "lxc.net.0.type",
     } <= seen

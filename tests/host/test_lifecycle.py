@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, HostError, ImageNotFound, InvalidRequest, NotFound
 from tests.host.agent import (
     Agent,
@@ -313,7 +313,7 @@ def test_a_launcher_that_dies_is_replaced(
 ) -> None:
     sandbox = new_sandbox()
     for pid in agent.children():
-        if "hostruntime.containers" in command_lines().get(pid, ""):
+        if "hostruntime.container.lxc" in command_lines().get(pid, ""):
             os.kill(pid, signal.SIGKILL)
     for _ in eventually():
         with suppress(HostError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.rundir import RUN_ROOT
+from hostruntime.host.rundir import RUN_ROOT
 from tests.host.agent import Agent
 from tests.host.small import IMAGE, a_small_agent
 

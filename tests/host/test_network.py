@@ -6,19 +6,22 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hostruntime.egress import EgressProxy, proxy_obstacles
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
-from hostruntime.netns import interface_exists, run_ip, within, write_sysctl
-from hostruntime.network import Slot, SlotPool, interfaces_named
-from hostruntime.paths import MAX_SLOTS, StatePaths
-from hostruntime.policy import Policy, PolicyError
-from hostruntime.run import run
+from hostruntime.host.paths import MAX_SLOTS, StatePaths
+from hostruntime.host.run import run
+from hostruntime.network.egress import EgressProxy, proxy_obstacles
+from hostruntime.network.netns import interface_exists, run_ip, within, write_sysctl
+from hostruntime.network.policy import Policy, PolicyError
+from hostruntime.network.slots import Slot, SlotPool, interfaces_named
 from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,
@@ -345,6 +348,67 @@ def test_tracked_connections_end_with_their_slot(pool: SlotPool, world: World) -
     pool.release("tracked")
     assert pool.settle(10)
     assert address not in Path("/proc/thread-self/net/nf_conntrack").read_text()
+
+
+CONNECTIONS, BEGINNINGS = 100, 200
+
+
+@pytest.fixture
+def tight(pool: SlotPool) -> Iterator[None]:
+    """The firewall with limits that are soon reached."""
+    usual = pool.firewall.plan
+    beginnings = f"1/second burst {BEGINNINGS} packets"
+    pool.firewall.plan = replace(usual, connections=CONNECTIONS, beginnings=beginnings)
+    pool.firewall.install()
+    yield
+    pool.firewall.plan = usual
+    pool.firewall.install()
+
+
+def tracked(address: str | None) -> int:
+    """How many connections of an address the host tracks."""
+    return Path("/proc/thread-self/net/nf_conntrack").read_text().count(f" src={address} ")
+
+
+@pytest.mark.usefixtures("tight")
+def test_the_connections_of_one_slot_leave_room_in_the_hosts_table(
+    slot: Callable[[Policy], Slot],
+) -> None:
+    hostile, neighbour = slot(Policy("open")), slot(Policy("open"))
+
+    def scatter() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+            for port in range(20_000, 20_000 + 3 * CONNECTIONS):
+                # Refused, it says so at the next one.
+                with suppress(OSError):
+                    handle.sendto(b"x", (INTERNET, port))
+
+    from_slot(hostile, scatter)
+    assert CONNECTIONS // 2 < tracked(hostile.address) <= CONNECTIONS
+    refused(hostile, lambda: knock(INTERNET, 80))
+    assert from_slot(neighbour, lambda: hear(INTERNET, 443)) == GREETING
+    assert hear(INTERNET, 443) == GREETING
+
+
+@pytest.mark.usefixtures("tight")
+def test_nor_do_those_that_are_over(slot: Callable[[Policy], Slot]) -> None:
+    """They stay in the table for a while, and are not counted as its connections any more."""
+    hostile, neighbour = slot(Policy("open")), slot(Policy("open"))
+
+    def begin() -> list[bool]:
+        made = []
+        for _ in range(2 * BEGINNINGS):
+            try:
+                made.append(hear(INTERNET, 80) == GREETING)
+            except ConnectionRefusedError:
+                made.append(False)
+        return made
+
+    before = time.monotonic()
+    made = from_slot(hostile, begin)
+    assert CONNECTIONS < sum(made) <= BEGINNINGS + time.monotonic() - before + 1
+    assert not all(made)
+    assert from_slot(neighbour, lambda: hear(INTERNET, 443)) == GREETING
 
 
 # every mode -------------------------------------------------------------------------------

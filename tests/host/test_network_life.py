@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.egress import EgressProxy
 from hostruntime.errors import HostUnavailable
-from hostruntime.firewall_watch import table_parts
-from hostruntime.network import READY, Slot, SlotPool
-from hostruntime.paths import StatePaths, claim_instance, release_instance
-from hostruntime.policy import Policy
-from hostruntime.run import run
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.run import run
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.firewall_watch import table_parts
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import READY, Slot, SlotPool
 from tests.host.network import (
     RESTRICTED,
     SETTINGS,

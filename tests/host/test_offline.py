@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, ContainerPaused, NotFound
 from tests.host.agent import Agent, eventually, groups_named, init_of
 from tests.host.commands import Command

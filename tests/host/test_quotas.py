@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import AsyncHostClient, HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import TooManyCommands
-from hostruntime.quotas import Quota
+from hostruntime.host.quotas import Quota
 from tests.host.agent import Agent, eventually
 
 pytestmark = pytest.mark.host

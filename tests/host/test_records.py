@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.errors import HostError, NotFound
-from hostruntime.limits import cgroup_layout
-from hostruntime.rundir import RUN_ROOT
+from hostruntime.host.rundir import RUN_ROOT
 from tests.host.agent import Agent, eventually, groups_named, mounts_below
 from tests.host.small import IMAGE, a_small_agent, publish
 

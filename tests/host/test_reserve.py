@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from hostruntime import kernel
-from hostruntime.answers import SandboxInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout, is_frozen, kill_group
 from hostruntime.errors import ContainerPaused, Held, HostError, HostFull, HostUnavailable
-from hostruntime.limits import cgroup_layout, is_frozen, kill_group
-from hostruntime.paths import Instance
-from hostruntime.rundir import RunDir
+from hostruntime.host import kernel
+from hostruntime.host.paths import Instance
+from hostruntime.host.rundir import RunDir
 from tests.host.agent import Agent, eventually, groups_named, is_running, mounts_below
 from tests.host.small import IMAGE, a_small_agent
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.answers import SandboxInfo, SnapshotInfo
-from hostruntime.client import HostClient
+from hostruntime.client.answers import SandboxInfo, SnapshotInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout, is_frozen
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
-from hostruntime.limits import cgroup_layout, is_frozen
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE, NewSandbox
 

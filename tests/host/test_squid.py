@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostruntime import egress
-from hostruntime.egress import EgressProxy
 from hostruntime.errors import HostUnavailable
-from hostruntime.network import SlotPool
-from hostruntime.run import run
+from hostruntime.host.run import run
+from hostruntime.network import egress
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.slots import SlotPool
 from tests.host.network import paths as paths
 from tests.host.network import pool as pool
 from tests.host.network import proxy as proxy

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import trials
-from hostruntime.kernel import mount_points
-from hostruntime.trials import TRIALS, attempt
+from hostruntime.container import trials
+from hostruntime.container.trials import TRIALS, attempt
+from hostruntime.host.kernel import mount_points
 from tests.host.network import wait_until
 
 pytestmark = pytest.mark.host
@@ -76,7 +76,7 @@ def in_a_user_namespace_without(kind: str, directory: Path) -> dict[str, str | N
     """The trials' answers to a root that may make no namespaces of a kind (namespaces(7))."""
     script = f"echo 0 >/proc/sys/user/max_{kind}_namespaces && exec {sys.executable} -m "
     argv = ["unshare", "--user", "--map-root-user", "sh", "-c"]
-    argv.append(f"{script} hostruntime.trials {directory}")
+    argv.append(f"{script} hostruntime.container.trials {directory}")
     done = subprocess.run(argv, cwd=TREE, capture_output=True, check=True)
     answers = map(json.loads, done.stdout.splitlines())
     return {answer["name"]: answer["error"] for answer in answers}
@@ -98,7 +98,7 @@ def test_a_root_of_less_than_the_machine_fails_by_each_thing_it_may_not(tmp_path
 
 def test_a_read_only_hierarchy_kills_nothing(tmp_path: Path) -> None:
     mount = "mount -t tmpfs -o ro none /sys/fs/cgroup"
-    call = "from hostruntime.trials import *; print(attempt(cgroup_kill, Path('/')))"
+    call = "from hostruntime.container.trials import *; print(attempt(cgroup_kill, Path('/')))"
     argv = ["unshare", "--mount", "sh", "-c", f'{mount} && exec {sys.executable} -c "{call}"']
     done = subprocess.run(argv, cwd=TREE, capture_output=True, text=True, check=True)
     assert "Read-only file system" in done.stdout

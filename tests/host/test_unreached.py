@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 
-from hostruntime.egress import EgressProxy
-from hostruntime.netns import run_ip, within
-from hostruntime.network import Slot, SlotPool
-from hostruntime.policy import Policy
-from hostruntime.run import run
+from hostruntime.host.run import run
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.netns import run_ip, within
+from hostruntime.network.policy import Policy
+from hostruntime.network.slots import Slot, SlotPool
 from tests.host.network import from_slot, wait_until
 from tests.host.network import paths as paths
 from tests.host.network import pool as pool

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from django.test import override_settings
 
-from hostruntime.answers import SandboxInfo, UsageInfo
-from hostruntime.client import HostClient
-from hostruntime.limits import cgroup_layout
+from hostruntime.client.answers import SandboxInfo, UsageInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.cgroups import cgroup_layout
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 from sandboxes_app import services, tasks

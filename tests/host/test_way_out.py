@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.authorities import certificates
-from hostruntime.build_report import Refused
-from hostruntime.client import HostClient
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
-from hostruntime.run import run
+from hostruntime.build.report import Refused
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.authorities import certificates
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.run import run
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.host.agent import Agent, an_agent
 from tests.host.network import world as world
 from tests.host.topology import INTERNET, RESOLVER, SITE, World

@@ -20,9 +20,9 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
-from hostruntime import kernel
-from hostruntime.netns import run_ip, within
-from hostruntime.run import run
+from hostruntime.host import kernel
+from hostruntime.host.run import run
+from hostruntime.network.netns import run_ip, within
 
 UPLINK = "up0"
 HOST = "203.0.113.1"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from hostruntime.build_plan import Host
-from hostruntime.build_report import NotReached, Refused
-from hostruntime.builds import BuildManager, BuildRequest
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.layers import LayerStore
-from hostruntime.paths import StatePaths
-from hostruntime.trees import tree_digest
+from hostruntime.build.layers import LayerStore
+from hostruntime.build.manager import BuildManager, BuildRequest
+from hostruntime.build.plan import Host
+from hostruntime.build.report import NotReached, Refused
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageManifest, ImageStore
+from hostruntime.image.trees import tree_digest
 from tests.hostruntime.fake_containers import FakeContainers, tree_of
 from tests.hostruntime.trees_help import grow
 

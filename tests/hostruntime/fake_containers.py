@@ -11,13 +11,13 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
+from hostruntime.container.launcher import LauncherLost
+from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.container.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
-from hostruntime.exec import Chunk, Exited, Frame, Started, TimedOut
-from hostruntime.launcher import LauncherLost
-from hostruntime.manager import ContainerManager, ContainerSpec, Running
-from hostruntime.network import Slot
-from hostruntime.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
-from hostruntime.trees import Check
+from hostruntime.image.trees import Check
+from hostruntime.network.slots import Slot
 
 
 class FakeContainers:

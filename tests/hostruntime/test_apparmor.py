@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import apparmor
+from hostruntime.container import apparmor
+from hostruntime.container.cgroups import CgroupLayout, Limits
+from hostruntime.container.config import CAPABILITIES, ContainerConfig
 from hostruntime.errors import HostUnavailable
-from hostruntime.limits import CgroupLayout, Limits
-from hostruntime.lxc_config import CAPABILITIES, ContainerConfig
 
 
 def test_the_parser_takes_the_profile() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.backups import PARTIAL, Stored, Vault
-from hostruntime.images import ImageStore, read_image
-from hostruntime.paths import StatePaths
-from hostruntime.snapshots import Snapshot, read_snapshot
-from hostruntime.trees import tree_digest
+from hostruntime.backup.vault import PARTIAL, Stored, Vault
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageStore, read_image
+from hostruntime.image.trees import tree_digest
+from hostruntime.sandbox.snapshots import Snapshot, read_snapshot
 from tests.hostruntime.test_images import publish
 
 HOLE = 8 * 1024 * 1024

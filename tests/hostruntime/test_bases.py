@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hostruntime import bases
-from hostruntime.bases import debian
-from hostruntime.bases.definitions import BASES, BaseDefinition, definition_digest
+from hostruntime.build import bases
+from hostruntime.build.bases import debian
+from hostruntime.build.bases.definitions import BASES, BaseDefinition, definition_digest
 from hostruntime.errors import HostFault
 from tests.hostruntime.trees_help import grow
 

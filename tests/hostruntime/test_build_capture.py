@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from hostruntime.capture import capture
-from hostruntime.holdings import Holdings
-from hostruntime.image_digest import image_digest
-from hostruntime.images import ImageStore
-from hostruntime.progress import Progress
-from hostruntime.scrub import scrub
-from hostruntime.trees import Check
+from hostruntime.host.progress import Progress
+from hostruntime.image.capture import capture
+from hostruntime.image.digest import image_digest
+from hostruntime.image.holdings import Holdings
+from hostruntime.image.scrub import scrub
+from hostruntime.image.store import ImageStore
+from hostruntime.image.trees import Check
 from tests.hostruntime.build_world import World
 
 
@@ -29,7 +29,7 @@ def world(tmp_path: Path) -> World:
 async def test_how_far_the_image_is_is_told_while_it_takes_long(
     world: World, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    monkeypatch.setattr("hostruntime.progress.TELL_SECONDS", 0.01)
+    monkeypatch.setattr("hostruntime.host.progress.TELL_SECONDS", 0.01)
     log = world.paths.builds / "img_1" / "events.ndjson"
 
     def told() -> bool:
@@ -50,7 +50,7 @@ async def test_how_far_the_image_is_is_told_while_it_takes_long(
         monkeypatch.setattr(ImageStore, "flush", slow(ImageStore.flush))
     else:
         work: Any = works[phase]
-        monkeypatch.setattr(f"hostruntime.assembly.{work.__name__}", slow(work))
+        monkeypatch.setattr(f"hostruntime.build.assembly.{work.__name__}", slow(work))
     events = await world.build("write etc/new 12345", "write etc/conf changed")
     said = [event for event in events if event["kind"] == "progress" and event["phase"] == phase]
     assert said
@@ -79,7 +79,7 @@ async def test_a_build_that_is_cancelled_in_its_capture_ends_at_once(
             check()
             time.sleep(0.001)
 
-    monkeypatch.setattr("hostruntime.assembly.capture", endless)
+    monkeypatch.setattr("hostruntime.build.assembly.capture", endless)
     world.start("write etc/new 1")
     assert await asyncio.to_thread(reached.wait, 10)
     await world.builds.cancel("img_1")
@@ -94,7 +94,7 @@ async def test_a_disk_that_is_full_in_the_capture_leaves_nothing(
         capture(*args)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hostruntime.assembly.capture", full)
+    monkeypatch.setattr("hostruntime.build.assembly.capture", full)
     failed = (await world.build("write etc/new 1"))[-1]
     assert (failed["kind"], failed["code"]) == ("failed", "no_room")
     world.check_clean()

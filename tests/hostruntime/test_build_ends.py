@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hostruntime.builds import KEEP_SECONDS
-from hostruntime.images import ImageManifest, ImageRevokedError
-from hostruntime.paths import read_json, write_json
+from hostruntime.build.manager import KEEP_SECONDS
+from hostruntime.host.paths import read_json, write_json
+from hostruntime.image.store import ImageManifest, ImageRevokedError
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
 from tests.hostruntime.trees_help import grow

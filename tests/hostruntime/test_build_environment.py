@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.images import ImageStore
+from hostruntime.image.store import ImageStore
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.build_log import EventLog
+from hostruntime.build.log import EventLog
 
 
 @pytest.fixture

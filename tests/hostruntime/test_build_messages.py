@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build_report import NotReached, Refused, step_failed
-from hostruntime.exec import Exited
+from hostruntime.build.report import NotReached, Refused, step_failed
+from hostruntime.container.exec import Exited
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
 

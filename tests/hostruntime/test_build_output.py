@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hostruntime.build_output import (
+from hostruntime.build.output import (
     BUDGET_BYTES,
     LEAST_LIVE_BYTES,
     LIVE_BYTES,

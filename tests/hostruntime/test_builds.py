@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build_plan import Host
-from hostruntime.build_report import Refused
-from hostruntime.builds import BuildRequest
+from hostruntime.build.manager import BuildRequest
+from hostruntime.build.plan import Host
+from hostruntime.build.report import Refused
 from hostruntime.errors import HostFull, InvalidRequest, NotFound
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
@@ -74,7 +74,7 @@ async def test_what_a_step_added_and_the_scrub_removed_is_told(world: World) -> 
 async def test_a_step_that_says_nothing_is_told_ever_more_rarely(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostruntime.steps.SILENCE_SECONDS", 0.02)
+    monkeypatch.setattr("hostruntime.build.steps.SILENCE_SECONDS", 0.02)
     events = await world.build("sleep 0.5", "sleep 0.01")
     silent = [
         (event["step"], event["seconds"]) for event in events if event["kind"] == "step_silent"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hostruntime import capture as capture_module
-from hostruntime.capture import MOUNT_POINTS, OPAQUE, REDIRECT, capture
-from hostruntime.threads import Stop, StoppedError
-from hostruntime.trees import MAX_DEPTH, TreeTooDeep, measure, tree_digest
+from hostruntime.host.threads import Stop, StoppedError
+from hostruntime.image import capture as capture_module
+from hostruntime.image.capture import MOUNT_POINTS, OPAQUE, REDIRECT, capture
+from hostruntime.image.trees import MAX_DEPTH, TreeTooDeep, measure, tree_digest
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
 OWN = set(MOUNT_POINTS)

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from hostruntime.capture import Captured, capture
-from hostruntime.copying import SMALL_BYTES
-from hostruntime.image_digest import image_digest
-from hostruntime.known_contents import BLOCK, KnownContents, content_hash
-from hostruntime.progress import Progress
-from hostruntime.trees import inventory
+from hostruntime.host.progress import Progress
+from hostruntime.image.capture import Captured, capture
+from hostruntime.image.copying import SMALL_BYTES
+from hostruntime.image.digest import image_digest
+from hostruntime.image.known_contents import BLOCK, KnownContents, content_hash
+from hostruntime.image.trees import inventory
 from tests.hostruntime.trees_help import grow
 
 CALLS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 
 
 @pytest.mark.parametrize("record", ["{}", "", "[", '{"index": "1"}', '{"index": 99}', "\x00\xff"])

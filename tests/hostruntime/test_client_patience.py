@@ -6,7 +6,8 @@ from pathlib import Path
 
 import httpx
 
-from hostruntime.client import HostClient
+from hostruntime.client.host_client import HostClient
+from hostruntime.host.patience import scaled
 
 
 def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:
@@ -24,3 +25,17 @@ def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:
     client.create_sandbox("sbx", image="i", cpu=1, memory_mb=64)
     client.create_sandbox("sbx", snapshot="s", cpu=1, memory_mb=64)
     assert round(waits["snapshot"] / waits["image"]) == 10
+
+
+def test_an_agent_that_is_to_wait_and_then_says_nothing_is_given_up(tmp_path: Path) -> None:
+    """It may be stopped: whoever listens does not listen for ever."""
+    waits: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        waits.append(request.extensions["timeout"]["read"])
+        return httpx.Response(200, json={"run": "r", "seq": 0, "whole": True, "sandboxes": []})
+
+    client = HostClient(tmp_path / "host.sock")
+    client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://host")
+    client.changes("r", 0, seconds=7.5)
+    assert scaled(7.5) < waits[0] <= scaled(15)

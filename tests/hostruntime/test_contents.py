@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import contents
-from hostruntime.contents import installed_packages
+from hostruntime.image import contents
+from hostruntime.image.contents import installed_packages
 from tests.hostruntime.trees_help import grow
 
 SITE = "usr/local/lib/python3.12/site-packages"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import egress_helper
-from hostruntime.egress_helper import BURST, MAX_LOG_BYTES, Rates, main
+from hostruntime.network import egress_helper
+from hostruntime.network.egress_helper import BURST, MAX_LOG_BYTES, Rates, main
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime import egress_log
-from hostruntime.build_plan import Host, refused_hosts
-from hostruntime.build_report import Refused
-from hostruntime.egress import EgressProxy
-from hostruntime.egress_log import entries_of
-from hostruntime.network import SlotPool
-from hostruntime.paths import Instance, StatePaths
-from hostruntime.rundir import RunDir
-from hostruntime.squid_config import NOT_TLS_LOG
+from hostruntime.build.plan import Host, refused_hosts
+from hostruntime.build.report import Refused
+from hostruntime.host.paths import Instance, StatePaths
+from hostruntime.host.rundir import RunDir
+from hostruntime.network import egress_log
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.egress_log import entries_of
+from hostruntime.network.slots import SlotPool
+from hostruntime.network.squid_config import NOT_TLS_LOG
 from tests.hostruntime.build_world import World
 
 MIB = 1024**2

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.egress import EgressProxy
-from hostruntime.network import SlotPool
-from hostruntime.network_settings import NetworkSettings
-from hostruntime.paths import Instance, StatePaths
-from hostruntime.policy import deny_list
+from hostruntime.host.paths import Instance, StatePaths
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import deny_list
+from hostruntime.network.settings import NetworkSettings
+from hostruntime.network.slots import SlotPool
 
 # Becomes the first process of a namespace, or stays in this one; says its pid and lives on.
 _NAMED = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.environment import (
+from hostruntime.image.environment import (
     MAX_FILE_BYTES,
     baked,
     file_of,

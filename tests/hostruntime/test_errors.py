@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hostruntime import trees
 from hostruntime.errors import CwdNotFound, HostError, HostFault, HostFull, NotFound
+from hostruntime.image import trees
 
 
 def test_an_error_survives_the_wire() -> None:

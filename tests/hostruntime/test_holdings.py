@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import images as images_module
-from hostruntime.capture import capture
 from hostruntime.errors import ImageNotFound
-from hostruntime.holdings import NAME, Holdings
-from hostruntime.images import Image, ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
-from hostruntime.trees import Measure, inventory, measure
+from hostruntime.host.paths import StatePaths
+from hostruntime.image import store as images_module
+from hostruntime.image.capture import capture
+from hostruntime.image.holdings import NAME, Holdings
+from hostruntime.image.store import Image, ImageManifest, ImageStore
+from hostruntime.image.trees import Measure, inventory, measure
 from tests.hostruntime.trees_help import grow
 
 KIB = 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from hostruntime.identity import give_identity
+from hostruntime.image.identity import give_identity
 from tests.hostruntime.trees_help import grow, shape
 
 KEYS = ("ssh_host_ed25519_key", "ssh_host_ecdsa_key")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.image_digest import image_digest
-from hostruntime.images import ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.digest import image_digest
+from hostruntime.image.store import ImageManifest, ImageStore
 from tests.hostruntime.trees_help import grow
 
 BASE = {"etc/conf": "base", "bin/sh": "shell", "usr/lib/a/b/deep": "d", "usr/share/": None}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from hostruntime.errors import Conflict, ImageNotFound, InvalidRequest
-from hostruntime.images import Image, ImageManifest, ImageStore
-from hostruntime.paths import StatePaths
-from hostruntime.quarantine import DEFAULT_DAYS, keep_days
-from hostruntime.trash import Trash
-from hostruntime.trees import tree_digest
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.quarantine import DEFAULT_DAYS, keep_days
+from hostruntime.image.store import Image, ImageManifest, ImageStore
+from hostruntime.image.trash import Trash
+from hostruntime.image.trees import tree_digest
 from tests.hostruntime.trees_help import grow
 
 
@@ -242,7 +242,7 @@ def test_what_cannot_be_set_aside_keeps_nobody_from_the_rest(
     publish(store, "img_good")
     publish(store, "img_bad")
     (paths.images / "img_bad/image.json").write_text("{}")
-    monkeypatch.setattr("hostruntime.quarantine.write_json", full)
+    monkeypatch.setattr("hostruntime.image.quarantine.write_json", full)
     again = ImageStore(paths)
     again.recover(set())
     assert [image.id for image in again.list()] == ["img_good"]
@@ -269,7 +269,7 @@ def test_a_failed_publication_shows_nothing(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hostruntime.kernel.syncfs", full)
+    monkeypatch.setattr("hostruntime.host.kernel.syncfs", full)
     with pytest.raises(OSError, match="No space"):
         publish(store, "img_1")
     assert not store.exists("img_1")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.installation import (
+from hostruntime.host.installation import (
     Claim,
     InstallationBook,
     InstallationMismatch,
     StateUnclaimed,
 )
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
 
 
 @pytest.fixture

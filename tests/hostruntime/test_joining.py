@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import joining
-from hostruntime.authorities import certificates, java_key_store, without_certificates
-from hostruntime.joining import (
+from hostruntime.container import joining
+from hostruntime.container.authorities import certificates, java_key_store, without_certificates
+from hostruntime.container.joining import (
     BEGIN,
     END,
     MAX_BYTES,
@@ -24,7 +24,7 @@ from hostruntime.joining import (
     looking_into,
     take_back,
 )
-from hostruntime.trees import opened
+from hostruntime.image.trees import opened
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
 BUNDLE = "etc/ssl/certs/ca-certificates.crt"

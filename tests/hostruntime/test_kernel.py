@@ -12,7 +12,7 @@ MOUNTS = 3000
 ASKED = """
 import sys, time
 from pathlib import Path
-from hostruntime import kernel
+from hostruntime.host import kernel
 
 def fewest(job):
     spent = []

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.entering import Confinement, Doorway, _born_inside
-from hostruntime.kernel import SyscallFilter
+from hostruntime.container.entering import Confinement, Doorway, _born_inside
+from hostruntime.host.kernel import SyscallFilter
 from tests.programs import python
 
 _AT_THE_GATE = """
 import os, socket
-from hostruntime.inside_files import serve
+from hostruntime.container.inside_files import serve
 ours, theirs = socket.socketpair()
 gate, opener = os.pipe()
 pid = os.fork()
@@ -27,7 +27,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 _ROOT_INSIDE = """
 import ctypes
-from hostruntime import entering, kernel
+from hostruntime.container import entering
+from hostruntime.host import kernel
 kernel.set_dumpable(dumpable=True)
 entering._become_root_inside()
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))

@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-from hostruntime import layers as layers_module
-from hostruntime.build_plan import Cache
-from hostruntime.build_report import Refused
-from hostruntime.errors import InvalidRequest
-from hostruntime.layers import (
+from hostruntime.build import layers as layers_module
+from hostruntime.build.layers import (
     DEFAULT_BUDGET_BYTES,
     KEEP_SECONDS,
     LayerStore,
@@ -22,9 +19,12 @@ from hostruntime.layers import (
     budget_bytes,
     layer_keys,
 )
-from hostruntime.manager import ContainerSpec, Running
-from hostruntime.paths import StatePaths, read_json, write_json
-from hostruntime.trash import Trash
+from hostruntime.build.plan import Cache
+from hostruntime.build.report import Refused
+from hostruntime.container.manager import ContainerSpec, Running
+from hostruntime.errors import InvalidRequest
+from hostruntime.host.paths import StatePaths, read_json, write_json
+from hostruntime.image.trash import Trash
 from tests.hostruntime.build_world import World
 from tests.hostruntime.fake_containers import tree_of
 

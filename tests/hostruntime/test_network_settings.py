@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.firewall import FirewallPlan, proxy_mark, ruleset
-from hostruntime.network_settings import NetworkSettings, host_resolvers
-from hostruntime.policy import PolicyError, deny_list, is_denied
-from hostruntime.squid_config import SquidPlan, squid_config
+from hostruntime.network.firewall import FirewallPlan, proxy_mark, ruleset
+from hostruntime.network.policy import PolicyError, deny_list, is_denied
+from hostruntime.network.settings import NetworkSettings, host_resolvers
+from hostruntime.network.squid_config import SquidPlan, squid_config
 
 
 def test_an_operators_settings_are_read_from_the_environment() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import patience as module
-from hostruntime.patience import (
+from hostruntime.host import patience as module
+from hostruntime.host.patience import (
     SLOWEST,
     Patience,
     named_slowness,
@@ -22,7 +22,7 @@ from hostruntime.patience import (
     slowness,
     tree_of,
 )
-from hostruntime.run import CommandFailed, end, run, spawn
+from hostruntime.host.run import CommandFailed, end, run, spawn
 from tests.programs import BUSY, IDLING, WORKING, python, running
 from tests.stack import wait_for
 
@@ -189,11 +189,13 @@ def test_a_process_that_is_not_given_the_cpu_knows_it() -> None:
 
     Between sessions it does not: "The autogroup feature" in sched(7).
     """
-    code = "from hostruntime.patience import _contention; sum(range(10**7)); print(_contention())"
+    code = (
+        "from hostruntime.host.patience import _contention; sum(range(10**7)); print(_contention())"
+    )
     cpu = str(min(os.sched_getaffinity(0)))
     with running(["taskset", "-c", cpu, *python(BUSY)]):
         argv = ["taskset", "-c", cpu, "nice", "-n", "5", sys.executable, "-c", code]
-        said = run(argv, timeout=60, cwd=Path(module.__file__).parents[1]).text
+        said = run(argv, timeout=60, cwd=Path(module.__file__).parents[2]).text
     assert float(said) > 1.3
 
 

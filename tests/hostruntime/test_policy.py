@@ -8,7 +8,7 @@ import string
 
 import pytest
 
-from hostruntime.policy import (
+from hostruntime.network.policy import (
     MAX_DOMAINS,
     NO_POLICY,
     Policy,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import hostruntime
-from hostruntime.policy import matches, parse_domain_list
-from hostruntime.registries import (
+from hostruntime.network.policy import matches, parse_domain_list
+from hostruntime.network.registries import (
     AptSource,
     NpmAnswer,
     PipAnswer,
@@ -25,7 +25,7 @@ from hostruntime.registries import (
     parse_pip,
 )
 
-ALLOWLIST = Path(hostruntime.__file__).with_name("data") / "egress-allowlist.txt"
+ALLOWLIST = Path(hostruntime.__file__).parent / "network/data" / "egress-allowlist.txt"
 DEFAULTS = "https://index.example/simple files.example\n"
 
 

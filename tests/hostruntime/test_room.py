@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.ballast import Ballast, ballast_bytes
+from hostruntime.agent.ballast import Ballast, ballast_bytes
+from hostruntime.agent.room_watch import Growth
+from hostruntime.container.gate import Gate
 from hostruntime.errors import Held, HostFull, HostUnavailable, InvalidRequest
-from hostruntime.gate import Gate
-from hostruntime.room import Level, Room, _bytes_kept
-from hostruntime.room_watch import Growth
+from hostruntime.host.room import Level, Room, _bytes_kept
 
 GIB, MIB = 1024**3, 1024**2
 ROOM = Room(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 200_000)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import lent_files, runtime_layer
+from hostruntime.container import lent_files, runtime_layer
+from hostruntime.container.lent_files import container_environment
+from hostruntime.container.runtime_layer import RuntimeTrees, build_runtime_layers, remove_unused
 from hostruntime.errors import HostUnavailable
-from hostruntime.lent_files import container_environment
-from hostruntime.network import SlotPool
-from hostruntime.network_settings import NetworkSettings
-from hostruntime.paths import Instance, StatePaths
-from hostruntime.policy import MODES, Mode, Policy, deny_list
-from hostruntime.registries import AptSource, NpmAnswer, PipAnswer, Registries, combine
-from hostruntime.run import run
-from hostruntime.runtime_layer import RuntimeTrees, build_runtime_layers, remove_unused
-from hostruntime.stub_resolver import ADDRESS as STUB
+from hostruntime.host.paths import Instance, StatePaths
+from hostruntime.host.run import run
+from hostruntime.network.policy import MODES, Mode, Policy, deny_list
+from hostruntime.network.registries import AptSource, NpmAnswer, PipAnswer, Registries, combine
+from hostruntime.network.settings import NetworkSettings
+from hostruntime.network.slots import SlotPool
+from hostruntime.network.stub_resolver import ADDRESS as STUB
 from tests.hostruntime.trees_help import grow
 
 PIP = PipAnswer("https://mirror.example/simple", (), "https://index.example/simple/", None)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hostruntime import kernel
-from hostruntime.scrub import remove_residue, scrub
-from hostruntime.trees import tree_digest
+from hostruntime.host import kernel
+from hostruntime.image.scrub import remove_residue, scrub
+from hostruntime.image.trees import tree_digest
 from tests.hostruntime.trees_help import grow, shape
 
 CORE = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x04\0" + b"\0" * 64
@@ -317,7 +317,7 @@ def test_an_identity_goes_though_a_link_leads_to_it(tree: Path) -> None:
 def test_too_many_links_to_remember_keep_everything(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostruntime.scrub.needs._MAX_KEPT", 5)
+    monkeypatch.setattr("hostruntime.image.scrub.needs._MAX_KEPT", 5)
     grow(tree, {"opt/": None, "root/.cache/pip/x": "x", "etc/machine-id": "0123"})
     for number in range(7):
         grow(tree, {f"var/tmp/{number}": "x"})

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import kernel, seccomp
-from hostruntime.paths import FAR_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
+from hostruntime.container import seccomp
+from hostruntime.host import kernel
+from hostruntime.host.paths import FAR_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 

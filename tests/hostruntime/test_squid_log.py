@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostruntime.squid_log import telling_lines
+from hostruntime.network.squid_log import telling_lines
 
 NOISE = "".join(
     f"2026/11/29 16:39:{second:02} kid1| WARNING: '::/0' is a subnetwork of '::', number {second}\n"

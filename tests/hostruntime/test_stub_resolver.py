@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from hostruntime.direct import asked_host, judge
-from hostruntime.stub_resolver import no_such_name, parse_question
+from hostruntime.network.direct import asked_host, judge
+from hostruntime.network.stub_resolver import no_such_name, parse_question
 
 LISTED = frozenset({"allowed.test"})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.unreached import broken_tunnels, without_address
+from hostruntime.network.unreached import broken_tunnels, without_address
 
 
 def tunnel(**changes: Any) -> dict[str, Any]:

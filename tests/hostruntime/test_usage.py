@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import usage
-from hostruntime.days import by_day
-from hostruntime.limits import CgroupLayout, ContainerGroups
-from hostruntime.paths import StatePaths
-from hostruntime.quarantine import Quarantine
-from hostruntime.trash import Trash
-from hostruntime.usage import Meter, Reading, UsageBook
+from hostruntime.container.cgroups import CgroupLayout, ContainerGroups
+from hostruntime.host.days import by_day
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.quarantine import Quarantine
+from hostruntime.image.trash import Trash
+from hostruntime.sandbox import usage
+from hostruntime.sandbox.usage import Meter, Reading, UsageBook
 
 MIDNIGHT = datetime(2026, 11, 24, tzinfo=UTC).timestamp()
 GB = 10**9

@@ -19,13 +19,15 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime import egress, files, launcher, manager, snapshots, tmpfs
+from hostruntime.container import files, launcher, manager, tmpfs
+from hostruntime.container.exec import Chunk, Exited, Frame
+from hostruntime.container.inside_files import LENGTH
+from hostruntime.container.launcher import LauncherLost, Link
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
-from hostruntime.exec import Chunk, Exited, Frame
-from hostruntime.inside_files import LENGTH
-from hostruntime.launcher import LauncherLost, Link
-from hostruntime.patience import tree_of
-from hostruntime.policy import NO_POLICY
+from hostruntime.host.patience import tree_of
+from hostruntime.network import egress
+from hostruntime.network.policy import NO_POLICY
+from hostruntime.sandbox import snapshots
 from tests.programs import IDLING, WORKING, python, running
 
 # Answers the first request it is sent, when it has worked for a while; sleeps instead if told so.

@@ -12,8 +12,8 @@ from channels.layers import get_channel_layer
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from orkestr_console.addresses import MCP_PATH
 from orkestr_console.asgi import application
+from orkestr_console.core.addresses import MCP_PATH
 from tests.fakes.fixtures import host as host
 from tests.fakes.fixtures import plans as plans
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from channels.db import database_sync_to_async
 
-from hostruntime.answers import ExecFrame
+from hostruntime.client.answers import ExecFrame
 from orkestr_console.accounts.actor import READ, WRITE, system_actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token

@@ -9,7 +9,7 @@ import pytest
 from channels.db import database_sync_to_async
 
 from orkestr_console.accounts.models import ApiToken, Plan, Team
-from orkestr_console.addresses import MCP_PATH
+from orkestr_console.core.addresses import MCP_PATH
 from tests.conftest import MakeKey
 from tests.mcp.conftest import URL, Connect, http_client
 from tests.mcp.test_tools import done

@@ -13,8 +13,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from hostruntime.images import ImageStore
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageStore
 from orkestr_console.runner.backup import manifest
 from orkestr_console.runner.backup.database import environment
 from orkestr_console.runner.postgres import Cluster, temporary_cluster

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import kernel
+from hostruntime.host import kernel
 from orkestr_console.runner.confine import (
     blocked_directory,
     mount_points,
@@ -119,7 +119,7 @@ def work_among(private: Path, mounts: int) -> float:
     script = f"""
 import os, resource, subprocess
 from pathlib import Path
-from hostruntime import kernel
+from hostruntime.host import kernel
 for number in range({mounts}):
     path = Path({str(own)!r}, str(number))
     path.mkdir()

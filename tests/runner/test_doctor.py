@@ -19,15 +19,15 @@ from typing import NamedTuple
 
 import pytest
 
-from hostruntime import apparmor, delegation
-from hostruntime.installation import Claim, InstallationBook, InstallationMismatch
-from hostruntime.paths import StatePaths
-from hostruntime.quarantine import Quarantine
-from hostruntime.registries import combine
-from hostruntime.room import Room
-from hostruntime.run import Completed, run
-from hostruntime.trash import Trash
-from hostruntime.trials import TRIALS
+from hostruntime.container import apparmor, delegation
+from hostruntime.container.trials import TRIALS
+from hostruntime.host.installation import Claim, InstallationBook, InstallationMismatch
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.room import Room
+from hostruntime.host.run import Completed, run
+from hostruntime.image.quarantine import Quarantine
+from hostruntime.image.trash import Trash
+from hostruntime.network.registries import combine
 from orkestr_console.runner.doctor import (
     cgroups,
     examine,
@@ -142,14 +142,37 @@ def test_what_restricts_other_users_is_said_not_to_matter(layout: Layout, tmp_pa
     assert "matter" not in kernel.check_namespaces(layout, sysctls(tmp_path, 20_000, lax)).seen
 
 
-def test_low_limits_of_the_machine_are_named(layout: Layout, tmp_path: Path) -> None:
-    (tmp_path / "kernel").mkdir()
-    (tmp_path / "kernel/pid_max").write_text("4096\n")
-    (tmp_path / "fs").mkdir()
-    (tmp_path / "fs/nr_open").write_text("1048576\n")
-    finding = kernel.check_limits(layout, tmp_path)
+def limits_of(root: Path, **values: int) -> Path:
+    for name in ("kernel", "fs"):
+        (root / name).mkdir()
+    for name, value in values.items():
+        (root / name.replace("__", "/")).write_text(f"{value}\n")
+    return root
+
+
+def test_low_limits_of_the_machine_are_named(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"kernel__threads-max": 7000, "fs__nr_open": 1_048_576}
+    sysctls = limits_of(tmp_path, kernel__pid_max=4096, **values)
+    finding = kernel.check_limits(layout, sysctls)
+    assert finding.verdict == "ok"
+    assert finding.seen == "kernel.pid_max is 4096; the next start raises what is too low"
+    monkeypatch.setattr(kernel, "is_read_only", lambda _: True)
+    finding = kernel.check_limits(layout, sysctls)
     assert (finding.verdict, finding.seen) == ("warn", "kernel.pid_max is 4096")
-    assert finding.remedy == "sysctl -w kernel.pid_max=32768"
+    assert finding.remedy == "sysctl -w kernel.pid_max=4194304"
+
+
+def test_what_is_not_raised_for_us_is_said_in_any_case(layout: Layout, tmp_path: Path) -> None:
+    values = {"kernel__threads-max": 7000, "fs__nr_open": 1024}
+    sysctls = limits_of(tmp_path, kernel__pid_max=4_194_304, **values)
+    finding = kernel.check_limits(layout, sysctls)
+    assert (finding.verdict, finding.seen) == ("warn", "fs.nr_open is 1024")
+    (sysctls / "fs/nr_open").write_text("1048576\n")
+    finding = kernel.check_limits(layout, sysctls)
+    assert finding.verdict == "ok"
+    assert finding.seen == "all sandboxes together run up to 5250 processes and threads"
 
 
 # Control groups ---------------------------------------------------------------------------
@@ -208,7 +231,7 @@ def test_a_systemd_that_does_not_answer_fails(tmp_path: Path) -> None:
         import subprocess
         from pathlib import Path
         from types import SimpleNamespace
-        from hostruntime import delegation
+        from hostruntime.container import delegation
         from orkestr_console.runner.doctor import cgroups
         from orkestr_console.runner.layout import layout_from
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)

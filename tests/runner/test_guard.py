@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime import kernel
+from hostruntime.host import kernel
 from orkestr_console.runner import guard, watch
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.guard import Guard
@@ -27,7 +27,7 @@ SOON = 1.0
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hostruntime.patience.slowness", lambda: 1.0)
+    monkeypatch.setattr("hostruntime.host.patience.slowness", lambda: 1.0)
     monkeypatch.setattr(watch, "HUNG_SECONDS", SOON)
     monkeypatch.setattr(watch, "ASK_SECONDS", 0.1)
     monkeypatch.setattr(guard, "LEFT_BEHIND_SECONDS", SOON)

@@ -95,7 +95,7 @@ def test_a_program_that_does_nothing_is_given_up_on(keeper: Keeper) -> None:
 def test_a_program_that_is_busy_for_ever_is_given_up_on(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostruntime.patience.slowness", lambda: 1.0)
+    monkeypatch.setattr("hostruntime.host.patience.slowness", lambda: 1.0)
     keeper.launch("busy")
     with pytest.raises(StartError, match="busy is not ready: it was still at work after"):
         keeper.await_ready("busy", lambda: False, 0.3)

@@ -14,7 +14,7 @@ import pytest
 from django.conf import settings
 from django.test import Client
 
-from orkestr_console.listening import ForwardedBy, listen_addresses, trusted_proxies
+from orkestr_console.core.listening import ForwardedBy, listen_addresses, trusted_proxies
 from orkestr_console.runner.layout import StartError, layout_from
 from tests.serving import Serving
 from tests.serving import serving as serving

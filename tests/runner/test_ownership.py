@@ -14,7 +14,7 @@ from orkestr_console.runner.layout import TREE
 from tests.verify import environment
 
 SOMEBODY = 54_321
-START = [sys.executable, "-c", "import hostruntime.policy"]
+START = [sys.executable, "-c", "import hostruntime.network.policy"]
 SOURCES = ("hostruntime", "orkestr_console", "sandboxes_app", "templates_app")
 
 

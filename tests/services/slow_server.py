@@ -15,8 +15,8 @@ import django
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 django.setup()
 
-from orkestr_console import interim  # noqa: E402 - after Django knows its settings
-from orkestr_console.server import build_server  # noqa: E402
+from orkestr_console.http import interim  # noqa: E402 - after Django knows its settings
+from orkestr_console.http.daphne import build_server  # noqa: E402
 
 
 async def slow(scope: Any, receive: Any, send: Any) -> None:

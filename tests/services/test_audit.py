@@ -13,7 +13,7 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limit_changes import LimitsSpec
 from orkestr_console.accounts.models import AuditEntry, Outcome
 from orkestr_console.accounts.services import actor_of_user
-from orkestr_console.errors import DomainError, NotFound
+from orkestr_console.core.errors import DomainError, NotFound
 from sandboxes_app import services as sandboxes
 from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import (

@@ -15,8 +15,8 @@ from django.utils import timezone
 from django_q.models import OrmQ, Schedule
 from django_q.signing import SignedPackage
 
-from orkestr_console import broker as module
-from orkestr_console.broker import NEVER, SETTLED_SECONDS, Lease, PgBroker, connect
+from orkestr_console.queue import broker as module
+from orkestr_console.queue.broker import NEVER, SETTLED_SECONDS, Lease, PgBroker, connect
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -16,8 +16,14 @@ from channels.layers import get_channel_layer
 from channels.testing import WebsocketCommunicator
 from django.db import transaction
 
-from orkestr_console.channel_layer import BUFFERED, NOTICES, LosesNotices, PgChannelLayer, notify
-from orkestr_console.postgres import connection_arguments
+from orkestr_console.core.channel_layer import (
+    BUFFERED,
+    NOTICES,
+    LosesNotices,
+    PgChannelLayer,
+    notify,
+)
+from orkestr_console.core.postgres import connection_arguments
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

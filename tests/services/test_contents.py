@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.errors import Conflict, NotFound
+from orkestr_console.core.errors import Conflict, NotFound
 from templates_app.models import BuildEvent, Template, TemplateStatus
 from templates_app.services.contents import (
     Contents,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import psycopg
 import pytest
 from django.db import IntegrityError, InterfaceError, OperationalError, connection, transaction
 from psycopg_pool import PoolTimeout
 
-from orkestr_console import postgres
 from orkestr_console.accounts.models import Team
-from orkestr_console.errors import DatabaseUnavailable
-from orkestr_console.postgres import before_waiting, persistently, unavailable
+from orkestr_console.core import postgres
+from orkestr_console.core.errors import DatabaseUnavailable
+from orkestr_console.core.postgres import (
+    RequestConnection,
+    before_waiting,
+    connection_arguments,
+    persistently,
+    unavailable,
+)
 
 
 def as_django_has_it(cause: psycopg.Error) -> Exception:
@@ -108,3 +117,27 @@ def test_a_connection_is_given_back_before_something_is_waited_for() -> None:
     before_waiting()
     assert connection.connection is None
     assert Team.objects.count() == 0
+
+
+@pytest.mark.django_db
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped closes nothing, and ends no statement."""
+    monkeypatch.setattr(postgres, "ANSWER_SECONDS", 0.3)
+    with RequestConnection.connect(**connection_arguments("test")) as one:
+        backend = one.info.backend_pid
+        assert one.execute("SELECT 1").fetchone() == (1,)
+        os.kill(backend, signal.SIGSTOP)
+        try:
+            with pytest.raises(psycopg.OperationalError, match="does not answer") as found:
+                one.execute("SELECT 1")
+        finally:
+            os.kill(backend, signal.SIGCONT)
+        assert unavailable(found.value) is not None
+        assert one.closed
+
+
+@pytest.mark.django_db
+def test_a_statement_that_takes_its_time_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "ANSWER_SECONDS", 60)
+    with RequestConnection.connect(**connection_arguments("test")) as one:
+        assert one.execute("SELECT pg_sleep(0.3), 1").fetchone() == ("", 1)

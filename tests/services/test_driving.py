@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import connection
 from django.utils import timezone
+from django_q.models import OrmQ
 
+from hostruntime.errors import HostUnavailable
 from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Team
+from orkestr_console.core.errors import HostUnavailable as Away
+from orkestr_console.installation.models import Installation
+from orkestr_console.queue.driving import Drivers, IsDriven, driving
 from sandboxes_app import services, tasks
-from sandboxes_app.models import Sandbox, SandboxEvent, Snapshot
-from sandboxes_app.services import driving
+from sandboxes_app.models import Sandbox, Snapshot
+from sandboxes_app.services import settling
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
+from templates_app import services as templates
+from templates_app.models import Template
+from templates_app.specs import TemplateSpec
+from tests.fakes.fixtures import queued, run_queue
 from tests.fakes.host import FakeHost
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-HOURS = 10 * driving.SILENCE
-
-
-@pytest.fixture(autouse=True)
-def quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driving, "HEARTBEAT_SECONDS", 0.05)
+DEBIAN = SandboxSpec(template="debian-12")
+NOBODY = "drv_of_a_process_that_was_killed"
 
 
 @pytest.fixture
@@ -71,19 +75,6 @@ class Meanwhile:
         return self.answer
 
 
-def grow_old() -> None:
-    """Everything there is was begun long ago."""
-    then = timezone.now() - HOURS
-    Sandbox.objects.update(created_at=then)
-    Snapshot.objects.update(created_at=then)
-    SandboxEvent.objects.update(at=then)
-
-
-def driven(row: Sandbox | Snapshot) -> bool:
-    row.refresh_from_db()
-    return bool(row.driven_at and row.driven_at > timezone.now() - timedelta(seconds=5))
-
-
 def until(condition: Callable[[], bool]) -> None:
     pause = threading.Event()
     for _ in range(1_000):
@@ -106,41 +97,36 @@ def slow(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         call.go_on.set()
 
 
+# Drivers that live -----------------------------------------------------------------------------
+
+
 def test_a_start_that_takes_hours_is_not_lost(
     host: FakeHost, team_actor: Actor, slow: Callable[[str], SlowCall]
 ) -> None:
     call = slow("create_sandbox")
-    spec = SandboxSpec(template="debian-12", timeout_seconds=3600)
-    creating = Meanwhile(lambda: services.create_sandbox(team_actor, spec))
+    creating = Meanwhile(lambda: services.create_sandbox(team_actor, DEBIAN))
     assert call.begun.wait(60)
-    row = Sandbox.objects.get()
-    grow_old()
-    until(lambda: driven(row))
     tasks.tidy()
-    row.refresh_from_db()
+    row = Sandbox.objects.get()
     assert row.status == "starting"
     call.go_on.set()
     assert creating.end().status == "running"
     row.refresh_from_db()
-    assert row.status == "running"
+    assert (row.status, row.driver) == ("running", "")
     assert set(host.booted) == {row.pk}
 
 
 def test_a_capture_that_takes_hours_is_not_lost(
     host: FakeHost, team_actor: Actor, slow: Callable[[str], SlowCall]
 ) -> None:
-    sandbox = services.create_sandbox(team_actor, SandboxSpec(template="debian-12"))
+    sandbox = services.create_sandbox(team_actor, DEBIAN)
     call = slow("create_snapshot")
     taking = Meanwhile(
         lambda: services.create_snapshot(team_actor, sandbox.pk, SnapshotSpec(name="large"))
     )
     assert call.begun.wait(60)
-    row = Snapshot.objects.get()
-    grow_old()
-    until(lambda: driven(row))
     tasks.tidy()
-    row.refresh_from_db()
-    assert row.status == "capturing"
+    assert Snapshot.objects.get().status == "capturing"
     call.go_on.set()
     assert taking.end().status == "ready"
 
@@ -158,15 +144,13 @@ def test_to_pause_and_to_resume_may_take_hours(
     during: str,
     after: str,
 ) -> None:
-    sandbox = services.create_sandbox(team_actor, SandboxSpec(template="debian-12"))
+    sandbox = services.create_sandbox(team_actor, DEBIAN)
     if before == "paused":
         services.pause_sandbox(team_actor, sandbox.pk)
     call = slow(f"{verb}_sandbox")
     action = getattr(services, f"{verb}_sandbox")
     changing = Meanwhile(lambda: action(team_actor, sandbox.pk))
     assert call.begun.wait(60)
-    grow_old()
-    until(lambda: driven(sandbox))
     tasks.tidy()
     sandbox.refresh_from_db()
     assert sandbox.status == during
@@ -174,25 +158,157 @@ def test_to_pause_and_to_resume_may_take_hours(
     assert changing.end().status == after
 
 
-def test_what_a_killed_process_left_is_settled(host: FakeHost, team_actor: Actor) -> None:
-    spec = SandboxSpec(template="debian-12", timeout_seconds=3600)
-    boxes = [services.create_sandbox(team_actor, spec) for _ in range(3)]
-    snapshots = [services.create_snapshot(team_actor, boxes[2].pk, SnapshotSpec())]
-    Sandbox.objects.filter(pk__in=[boxes[0].pk, boxes[1].pk]).update(status="starting")
-    Snapshot.objects.update(status="capturing")
-    grow_old()
-    quiet, fresh = timezone.now() - 2 * driving.SILENCE, timezone.now() - driving.SILENCE / 2
-    Sandbox.objects.filter(pk=boxes[0].pk).update(driven_at=quiet)
-    Sandbox.objects.filter(pk=boxes[1].pk).update(driven_at=fresh)
-    Snapshot.objects.update(driven_at=quiet)
-    tasks.tidy()
-    statuses = dict(Sandbox.objects.values_list("pk", "status"))
-    assert statuses == {boxes[0].pk: "failed", boxes[1].pk: "starting", boxes[2].pk: "running"}
-    assert Snapshot.objects.get(pk=snapshots[0].pk).status == "failed"
+def is_driven(driver: str) -> bool:
+    Sandbox.objects.update(driver=driver)
+    return Sandbox.objects.filter(IsDriven("driver")).exists()
 
 
-def test_a_process_that_drives_nothing_says_nothing(host: FakeHost, team_actor: Actor) -> None:
-    sandbox = services.create_sandbox(team_actor, SandboxSpec(template="debian-12"))
-    until(lambda: not any(thread.name == "drivers" for thread in threading.enumerate()))
+def test_a_driver_is_at_it_for_as_long_as_it_is(host: FakeHost, team_actor: Actor) -> None:
+    services.create_sandbox(team_actor, DEBIAN)
+    with driving() as one:
+        with driving() as other:
+            assert (is_driven(one), is_driven(other), is_driven(NOBODY)) == (True, True, False)
+        assert (is_driven(one), is_driven(other)) == (True, False)
+    assert not is_driven(one)
+    with pytest.raises(ZeroDivisionError), driving() as one:
+        raise ZeroDivisionError
+    assert not is_driven(one)
+
+
+def test_a_driver_whose_connection_was_lost_is_at_it_again(
+    host: FakeHost, team_actor: Actor
+) -> None:
+    """As it is when PostgreSQL restarts."""
+    services.create_sandbox(team_actor, DEBIAN)
+    drivers = Drivers()
+    with drivers.driving() as one, drivers.driving() as other:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE application_name = 'orkestr drivers'"
+            )
+        until(lambda: is_driven(one))
+        assert is_driven(other)
+        with drivers.driving() as third:
+            assert is_driven(third)
+    assert not is_driven(one)
+
+
+# Drivers that are gone -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sandbox(host: FakeHost, team_actor: Actor) -> Sandbox:
+    return services.create_sandbox(team_actor, DEBIAN)
+
+
+def left(sandbox: Sandbox, status: str) -> str:
+    """What becomes of a sandbox that a killed process left so."""
+    Sandbox.objects.filter(pk=sandbox.pk).update(status=status, driver=NOBODY)
+    settling.settle_left()
     sandbox.refresh_from_db()
-    assert sandbox.driven_at is None
+    assert sandbox.status not in {"starting", "pausing", "resuming"}
+    assert sandbox.driver == ""
+    return sandbox.status
+
+
+def test_of_a_start_that_was_cut_off_nothing_is_left(host: FakeHost, sandbox: Sandbox) -> None:
+    assert left(sandbox, "starting") == "failed"
+    assert "stopped while" in sandbox.error_message
+    run_queue()
+    assert host.booted == {}
+
+
+@pytest.mark.parametrize("paused", [True, False])
+@pytest.mark.parametrize("status", ["pausing", "resuming"])
+def test_a_pause_that_was_cut_off_is_what_the_host_made_of_it(
+    host: FakeHost, sandbox: Sandbox, status: str, paused: bool
+) -> None:
+    host._set_paused(sandbox.pk, None, paused=paused)
+    begun = sandbox.started_at
+    assert left(sandbox, status) == ("paused" if paused else "running")
+    # Only one that stood still begins anew to run.
+    assert (sandbox.started_at == begun) is (paused or status == "pausing")
+
+
+@pytest.mark.parametrize("status", ["pausing", "resuming"])
+def test_one_that_ended_meanwhile_has_ended(host: FakeHost, sandbox: Sandbox, status: str) -> None:
+    host.end(sandbox.pk, "expired")
+    assert left(sandbox, status) == "terminated"
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_capture_that_was_cut_off_is_what_the_host_made_of_it(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox, copied: bool
+) -> None:
+    snapshot = services.create_snapshot(team_actor, sandbox.pk, SnapshotSpec())
+    Snapshot.objects.update(status="capturing", size_mb=None, driver=NOBODY)
+    if not copied:
+        host.taken.clear()
+    settling.settle_left()
+    snapshot.refresh_from_db()
+    assert settling.left() == set()
+    assert snapshot.status == ("ready" if copied else "failed")
+    assert (snapshot.size_mb is not None, snapshot.error_message == "") == (copied, copied)
+
+
+def test_one_that_was_deleted_while_its_capture_was_cut_off_is_settled_for_good(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox
+) -> None:
+    snapshot = services.create_snapshot(team_actor, sandbox.pk, SnapshotSpec())
+    Snapshot.objects.update(status="capturing", driver=NOBODY, deleted_at=timezone.now())
+    settling.settle_left()
+    assert settling.left() == set()
+    assert snapshot.pk not in host.taken
+
+
+def test_a_build_whose_driver_is_gone_goes_to_another_once(
+    host: FakeHost, team_actor: Actor
+) -> None:
+    spec = TemplateSpec(name="tools", base_template="debian-12", recipe=["true"])
+    template = templates.create_template(team_actor, spec)
+    OrmQ.objects.all().delete()
+    Template.objects.filter(pk=template.pk).update(driver=NOBODY, started_at=template.created_at)
+    for _ in range(2):
+        settling.settle_left()
+    assert queued() == ["templates_app.tasks.drive_build"]
+    run_queue()
+    template.refresh_from_db()
+    assert template.status == "ready"
+
+
+def test_a_request_that_was_given_up_is_settled_while_its_process_lives(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = host.pause_sandbox
+
+    def lose_the_answer(*words: Any) -> None:
+        pause(*words)
+        raise HostUnavailable("The agent does not answer.")
+
+    monkeypatch.setattr(host, "pause_sandbox", lose_the_answer)
+    with pytest.raises(Away):
+        services.pause_sandbox(team_actor, sandbox.pk)
+    settling.settle_left()
+    sandbox.refresh_from_db()
+    assert sandbox.status == "paused"
+
+
+def test_nothing_is_settled_while_database_and_host_are_apart(
+    host: FakeHost, sandbox: Sandbox
+) -> None:
+    Installation.objects.update_or_create(only=True, defaults={"mismatch": "of another state"})
+    Sandbox.objects.update(status="pausing", driver=NOBODY)
+    settling.settle_left()
+    assert Sandbox.objects.get().status == "pausing"
+
+
+def test_one_that_is_driven_at_the_second_look_is_let_alone(
+    host: FakeHost, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process takes its lock again, after PostgreSQL has restarted."""
+    Sandbox.objects.update(status="pausing", driver=NOBODY)
+    look, looks = settling.left, iter([True, False])
+    monkeypatch.setattr(settling, "left", lambda: look() if next(looks) else set())
+    settling.settle_left()
+    assert Sandbox.objects.get().status == "pausing"

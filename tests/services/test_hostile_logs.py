@@ -16,7 +16,7 @@ from django.test import Client, RequestFactory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostruntime.logs import CONTINUED, LineFormatter, without_secrets
+from hostruntime.host.logs import CONTINUED, LineFormatter, without_secrets
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.runner.postgres import Cluster
 from sandboxes_app.models import Sandbox

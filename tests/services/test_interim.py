@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orkestr_console.interim import CONTINUE, PROCESSING, interim_answer
+from orkestr_console.http.interim import CONTINUE, PROCESSING, interim_answer
 from tests.stack import free_port, wait_for
 
 TREE = Path(__file__).resolve().parents[2]

@@ -9,10 +9,10 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from hostruntime.answers import ImageInfo
-from hostruntime.installation import InstallationMismatch
+from hostruntime.client.answers import ImageInfo
+from hostruntime.host.installation import InstallationMismatch
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.errors import Conflict
+from orkestr_console.core.errors import Conflict
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation
 from sandboxes_app import services, tasks

@@ -25,7 +25,7 @@ from orkestr_console.accounts.models import (
     User,
 )
 from orkestr_console.accounts.services import actor_of_user
-from orkestr_console.errors import Forbidden, InvalidInput, NotFound, PlanLimit
+from orkestr_console.core.errors import Forbidden, InvalidInput, NotFound, PlanLimit
 from sandboxes_app import services as sandboxes
 from sandboxes_app.specs import SandboxSpec
 from templates_app import services as templates

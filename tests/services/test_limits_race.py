@@ -31,8 +31,8 @@ CALLER = """
     from django.db import connections
     from orkestr_console.accounts.actor import system_actor
     from orkestr_console.accounts.models import Team
-    from orkestr_console.errors import PlanLimit
-    from orkestr_console.services import hosts
+    from orkestr_console.core.errors import PlanLimit
+    from orkestr_console.core import hosts
     from templates_app import services
     from templates_app.specs import TemplateSpec
     from tests.fakes.host import FakeHost

@@ -15,7 +15,7 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Invitation, Membership, Role, Team, User
 from orkestr_console.accounts.people import InviteSpec, NewPersonSpec, ShareSpec
 from orkestr_console.accounts.services import actor_of_user, mint_token
-from orkestr_console.errors import Conflict, DomainError, Forbidden, InvalidInput, NotFound
+from orkestr_console.core.errors import Conflict, DomainError, Forbidden, InvalidInput, NotFound
 from tests.conftest import PASSWORD, make_user
 
 OTHER = "another long passphrase"

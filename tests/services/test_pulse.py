@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.patience import slowness
-from orkestr_console import worker
-from orkestr_console.worker import Pulse
+from hostruntime.host.patience import slowness
+from orkestr_console.queue import worker
+from orkestr_console.queue.worker import Pulse
 from tests.programs import IDLING, WORKING, python, running
 from tests.stack import wait_for
 
@@ -69,8 +69,10 @@ def test_one_that_comes_round_no_more_and_does_nothing_is_stuck(which: int) -> N
 
 LIMITS = """\
 import django; django.setup()
-from orkestr_console import broker, worker
-from hostruntime import client, exec
+from orkestr_console.queue import broker
+from orkestr_console.queue import worker
+from hostruntime.client import host_client as client
+from hostruntime.container import exec
 from templates_app.services import queue
 print(client._TIMEOUT.read, broker.LEASE.total_seconds(), queue.LEASE.total_seconds(),
       worker.STOP_SECONDS, exec.GRACE_SECONDS)

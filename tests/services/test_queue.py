@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,7 @@ from django.utils import timezone
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Plan
+from orkestr_console.queue.driving import driving
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services import driver, queue
@@ -26,10 +29,20 @@ def ask(actor: Actor, name: str) -> Template:
     return services.create_template(actor, spec)
 
 
-def taken() -> list[str]:
+type NewDriver = Callable[[], str]
+
+
+@pytest.fixture
+def new_driver() -> Iterator[NewDriver]:
+    """Makes drivers that are at it for as long as the test lasts."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(driving())
+
+
+def taken(new_driver: NewDriver) -> list[str]:
     """The names of the builds that free workers take, in order, until none may begin."""
     names: list[str] = []
-    while (template := queue.take(f"drv_{len(names)}", "")) is not None:
+    while (template := queue.take(new_driver(), "")) is not None:
         names.append(template.name)
     return names
 
@@ -41,39 +54,48 @@ def at_once(team: object) -> None:
 
 
 @pytest.mark.usefixtures("host", "at_once")
-def test_teams_take_turns_and_none_has_more_than_its_plan(actor: Actor, other_actor: Actor) -> None:
+def test_teams_take_turns_and_none_has_more_than_its_plan(
+    actor: Actor, other_actor: Actor, new_driver: NewDriver
+) -> None:
     for name in ("a1", "a2", "a3"):
         ask(actor, name)
     for name in ("b1", "b2"):
         ask(other_actor, name)
-    assert taken() == ["a1", "b1", "a2", "b2"]
+    assert taken(new_driver) == ["a1", "b1", "a2", "b2"]
     third = Template.objects.get(name="a3")
     assert queue.place(third) == queue.Place(1, "team")
     services.cancel_template(actor, Template.objects.get(name="a1").pk)
-    assert taken() == ["a3"]
+    assert taken(new_driver) == ["a3"]
     assert queue.place(Template.objects.get(name="a3")) is None
 
 
 @pytest.mark.usefixtures("host", "at_once")
-def test_each_queued_build_knows_its_place(actor: Actor, other_actor: Actor) -> None:
+def test_each_queued_build_knows_its_place(
+    actor: Actor, other_actor: Actor, new_driver: NewDriver
+) -> None:
     mine = [ask(actor, name) for name in ("a1", "a2")]
     theirs = ask(other_actor, "b1")
     numbers = [place.number for row in [*mine, theirs] if (place := queue.place(row))]
     assert numbers == [1, 3, 2]
-    assert queue.take("drv", "") == mine[0]
+    assert queue.take(new_driver(), "") == mine[0]
     numbers = [place.number for row in [mine[1], theirs] if (place := queue.place(row))]
     assert numbers == [2, 1]
 
 
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "is gone"])
 @pytest.mark.usefixtures("host", "at_once")
-def test_a_build_that_lost_its_driver_comes_first(actor: Actor, other_actor: Actor) -> None:
+def test_a_build_that_lost_its_driver_comes_first(
+    actor: Actor, other_actor: Actor, new_driver: NewDriver, hangs: bool
+) -> None:
     lost = ask(actor, "a1")
-    assert queue.take("drv_1", "") == lost
+    assert queue.take(new_driver() if hangs else "drv_1", "") == lost
     ask(other_actor, "b1")
-    long_ago = timezone.now() - queue.LEASE - timedelta(seconds=1)
-    Template.objects.filter(pk=lost.pk).update(heartbeat_at=long_ago)
-    found = queue.take("drv_2", "")
-    assert (found, found and found.driver) == (lost, "drv_2")
+    if hangs:
+        long_ago = timezone.now() - queue.LEASE - timedelta(seconds=1)
+        Template.objects.filter(pk=lost.pk).update(heartbeat_at=long_ago)
+    driver = new_driver()
+    found = queue.take(driver, "")
+    assert (found, found and found.driver) == (lost, driver)
     assert queue.waiting_long() == []
 
 
@@ -113,7 +135,9 @@ def test_a_driver_that_fails_leaves_the_build_to_another(
     assert building.status == "ready"
 
 
-def test_takers_at_the_same_moment_keep_to_the_limit(plans: None, host: FakeHost) -> None:
+def test_takers_at_the_same_moment_keep_to_the_limit(
+    plans: None, host: FakeHost, new_driver: NewDriver
+) -> None:
     from orkestr_console.accounts.actor import system_actor
     from orkestr_console.accounts.models import Team
 
@@ -122,9 +146,10 @@ def test_takers_at_the_same_moment_keep_to_the_limit(plans: None, host: FakeHost
     for number in range(6):
         ask(actor, f"t{number}")
     found: list[Template | None] = []
+    drivers = [new_driver() for _ in range(6)]
 
     def take(number: int) -> None:
-        found.append(queue.take(f"drv_{number}", ""))
+        found.append(queue.take(drivers[number], ""))
         connection.close()
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]

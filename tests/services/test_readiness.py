@@ -13,9 +13,9 @@ from django.db import connection
 from django.test import Client
 from psycopg_pool import ConnectionPool
 
-from hostruntime.room import Room
-from orkestr_console.services import readiness as looking
-from orkestr_console.services.readiness import Findings, Look, Readiness, is_ready
+from hostruntime.host.room import Room
+from orkestr_console.http import readiness as looking
+from orkestr_console.http.readiness import Findings, Look, Readiness, is_ready
 from tests.stack import wait_for
 
 
@@ -125,7 +125,7 @@ def test_ready_waits_for_nothing(
         return {}
 
     found = Readiness((Look(("database",), never),))
-    monkeypatch.setattr("orkestr_console.health.readiness", found)
+    monkeypatch.setattr("orkestr_console.http.health.readiness", found)
     began = time.monotonic()
     answer = client.get("/readyz")
     assert answer.status_code == 503

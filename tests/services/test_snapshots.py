@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 from django.db import connection
-from django.utils import timezone
 
-from hostruntime.snapshots import RECONCILE_AGE_SECONDS
+from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Plan, Team
-from orkestr_console.errors import Conflict
+from orkestr_console.core.errors import Conflict
 from sandboxes_app import services, tasks
-from sandboxes_app.models import Sandbox, Snapshot
-from sandboxes_app.services.driving import SILENCE
+from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from tests.fakes.host import FakeHost
 
@@ -86,20 +83,6 @@ def test_a_deleted_one_that_the_host_kept_goes_with_the_next_pass(
     aged(host, snapshot.pk, OLD)
     tasks.tidy()
     assert host.taken == {}
-
-
-def test_one_that_was_never_finished_fails_and_a_young_one_does_not(
-    host: FakeHost, actor: Actor, sandbox: Sandbox
-) -> None:
-    rows = [services.create_snapshot(actor, sandbox.pk, SnapshotSpec()) for _ in range(2)]
-    Snapshot.objects.update(status="capturing")
-    late = 5 * SILENCE + timedelta(minutes=1)
-    Snapshot.objects.filter(pk=rows[0].pk).update(created_at=timezone.now() - late)
-    aged(host, rows[0].pk, late.total_seconds())
-    tasks.tidy()
-    statuses = dict(Snapshot.objects.values_list("pk", "status"))
-    assert statuses == {rows[0].pk: "failed", rows[1].pk: "capturing"}
-    assert set(host.taken) == {rows[1].pk}
 
 
 def test_one_whose_files_the_host_lost_fails(

@@ -14,7 +14,7 @@ from orkestr_console.accounts import tokens
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Plan, Team, User
 from orkestr_console.accounts.services import actor_of_token, actor_of_user, mint_token
-from orkestr_console.errors import Forbidden, InsufficientScope, InvalidInput, Unauthenticated
+from orkestr_console.core.errors import Forbidden, InsufficientScope, InvalidInput, Unauthenticated
 
 pytestmark = pytest.mark.django_db
 

@@ -12,7 +12,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from hostruntime.answers import UsageInfo, Used
+from hostruntime.client.answers import UsageInfo, Used
 from hostruntime.errors import HostUnavailable
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.actor import Actor

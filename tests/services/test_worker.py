@@ -60,6 +60,14 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def process_group(pid: int) -> int:
+    """0 for a process that has ended."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:
@@ -104,7 +112,12 @@ class Worker:
             )
 
     def sentinel(self) -> int:
-        found = children(self.process.pid)
+        """The one of the watchdog's children that has a process group of its own."""
+        found = [pid for pid in children(self.process.pid) if process_group(pid) == pid]
+        return found[0] if found else 0
+
+    def listener(self) -> int:
+        found = [pid for pid in children(self.process.pid) if process_group(pid) != pid]
         return found[0] if found else 0
 
     def members(self) -> list[int]:
@@ -213,10 +226,22 @@ def test_a_sentinel_that_is_killed_takes_its_group_along(worker: Worker, journal
     wait_for(lambda: bool(journal.pids("end", "after")))
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_listener_is_replaced_and_the_group_works_on(
+    worker: Worker, journal: Journal, number: int
+) -> None:
+    wait_for(lambda: bool(worker.listener()))
+    before, members = worker.listener(), worker.members()
+    os.kill(before, number)
+    wait_for(lambda: not alive(before), 2 * LEASE + 20)
+    wait_for(lambda: worker.listener() not in {0, before})
+    assert worker.members() == members
+
+
 def test_killing_the_watchdog_leaves_no_orphans(worker: Worker, journal: Journal) -> None:
     put(journal, "busy", 60)
     wait_for(lambda: bool(journal.pids("start", "busy")))
-    members = worker.members()
+    members = [*worker.members(), worker.listener()]
     worker.process.kill()
     worker.process.wait()
     wait_for(lambda: not any(alive(pid) for pid in members), 5)
@@ -227,7 +252,7 @@ def test_sigterm_ends_everything(worker: Worker, journal: Journal, busy: bool) -
     if busy:
         put(journal, "busy", 60)
         wait_for(lambda: bool(journal.pids("start", "busy")))
-    members = worker.members()
+    members = [*worker.members(), worker.listener()]
     worker.process.terminate()
     assert worker.process.wait(12) == 0
     wait_for(lambda: not any(alive(pid) for pid in members), 5)

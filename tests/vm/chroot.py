@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.run import Completed, run
+from hostruntime.host.run import Completed, run
 
 Say = Callable[[str], None]
 _QUICK = 120.0

@@ -18,8 +18,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from hostruntime.bases import BASES
-from hostruntime.run import run
+from hostruntime.build.bases import BASES
+from hostruntime.host.run import run
 from tests.vm import sources
 from tests.vm.chroot import inside, mounted, usable
 from tests.vm.places import TREE, Places, VmError
@@ -159,7 +159,7 @@ class Disks:
         """Copy the system and put the commit on it, bootstrapped, with base images.
 
         ``python`` is a prefix of this machine's to copy in; ``bases`` an image store
-        (:mod:`hostruntime.images`).  Raises CommandFailed.
+        (:mod:`hostruntime.image.store`).  Raises CommandFailed.
         """
         staged = self.product.with_suffix(".new")
         run(["cp", "--sparse=always", str(self.system), str(staged)], timeout=_LONG)
@@ -204,7 +204,7 @@ class Disks:
             (target.parents[1], 0o755),
         ):
             directory.chmod(mode)
-        # A base is a link and what it leads to (hostruntime.images).
+        # A base is a link and what it leads to (hostruntime.image.store).
         links = [images / name for name in BASES]
         names = [str(path) for link in links for path in (link.name, link.readlink())]
         packing = ["tar", "-C", str(images), "--xattrs", "--exclude=*@*/users", "-cf", "-", *names]

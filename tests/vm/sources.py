@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 
-from hostruntime.run import run
+from hostruntime.host.run import run
 
 ETC = Path("/etc")
 # What says how to fetch, of all the settings (apt.conf(5)): not hooks, nor packages' own rules.

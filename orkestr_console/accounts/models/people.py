@@ -11,7 +11,7 @@ from django.db.models.functions import Lower
 from django.utils import timezone
 
 from orkestr_console.accounts.models.plans import Plan
-from orkestr_console.ids import new_id
+from orkestr_console.core.ids import new_id
 
 
 class UserManager(BaseUserManager["User"]):

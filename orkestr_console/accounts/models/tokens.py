@@ -8,7 +8,7 @@ from django.db import models
 from django.utils import timezone
 
 from orkestr_console.accounts.models.people import Team, User
-from orkestr_console.ids import new_id
+from orkestr_console.core.ids import new_id
 
 
 def new_token_id() -> str:

@@ -15,7 +15,7 @@ import psycopg
 from django.core.management.base import CommandError, OutputWrapper
 
 from hostruntime.errors import HostError
-from hostruntime.progress import Progress
+from hostruntime.host.progress import Progress
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import StartError
 from orkestr_console.runner.postgres import PostgresError

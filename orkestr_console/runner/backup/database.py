@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from hostruntime.run import run
+from hostruntime.host.run import run
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder, only_one

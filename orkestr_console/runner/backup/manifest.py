@@ -2,7 +2,7 @@
 
 ::
 
-    DIRECTORY/images/, snapshots/            what all backups here share (hostruntime.backups)
+    DIRECTORY/images/, snapshots/            what all backups here share (hostruntime.backup.vault)
     DIRECTORY/2026-11-29T22.05.00Z/          one backup, there once it is whole
         database.dump                        pg_dump's custom format
         keys/                                secret_key, token_pepper, console.json
@@ -26,9 +26,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.backups import Stored
-from hostruntime.paths import write_json
-from hostruntime.records import STRICT, BadRecord, read_record
+from hostruntime.backup.vault import Stored
+from hostruntime.host.paths import write_json
+from hostruntime.host.records import STRICT, BadRecord, read_record
 from orkestr_console.runner.backup.errors import BackupError
 
 DUMP, KEYS, STATE = "database.dump", "keys", "state"

@@ -15,8 +15,8 @@ from django.db import connection, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 
-from hostruntime.backups import Vault
-from hostruntime.paths import StatePaths
+from hostruntime.backup.vault import Vault
+from hostruntime.host.paths import StatePaths
 from orkestr_console.installation.services import adopt_restored
 from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.backup import manifest

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostruntime import kernel
-from hostruntime.backups import Stored, Taken, Vault
-from hostruntime.paths import StatePaths
+from hostruntime.backup.vault import Stored, Taken, Vault
+from hostruntime.host import kernel
+from hostruntime.host.paths import StatePaths
 from orkestr_console.runner.backup import manifest
 from orkestr_console.runner.backup.database import Dumped, database, dump
 from orkestr_console.runner.backup.errors import BackupError

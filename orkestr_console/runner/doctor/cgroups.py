@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hostruntime import delegation
+from hostruntime.container import delegation
+from hostruntime.container.cgroups import CGROUPS, CONTROLLERS, SYSTEMD
 from hostruntime.errors import HostError
-from hostruntime.limits import CGROUPS, CONTROLLERS, SYSTEMD
 from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
 from orkestr_console.runner.layout import Layout
 

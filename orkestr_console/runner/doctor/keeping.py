@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hostruntime.installation import standing_in
-from hostruntime.paths import StatePaths
-from hostruntime.quarantine import Quarantine, keep_days
-from hostruntime.trash import Trash
+from hostruntime.host.installation import standing_in
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.quarantine import Quarantine, keep_days
+from hostruntime.image.trash import Trash
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import Layout
 

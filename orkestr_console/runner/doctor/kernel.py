@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostruntime.squid_config import DESCRIPTORS
-from hostruntime.trials import TRIALS
+from hostruntime.container.shared_limits import Low, low_limits, most_processes
+from hostruntime.container.trials import TRIALS
+from hostruntime.network.squid_config import DESCRIPTORS
 from orkestr_console.runner.doctor.finding import Finding, existing, is_root, read_number, unseen
 from orkestr_console.runner.layout import Layout
 
@@ -24,11 +25,12 @@ SYSCTLS = Path("/proc/sys")
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 # Each sandbox takes one of each.
 FEW_NAMESPACES = 256
-FEW_PIDS = 32_768
+# How many descriptors one process may ever have, which the proxy is started with.
+_DESCRIPTORS = "fs/nr_open"
 _SECONDS = 300
 
 _STATE = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
-# What is well, and what to do where it is not, for each of hostruntime.trials.
+# What is well, and what to do where it is not, for each of hostruntime.container.trials.
 _WELL = {
     "openat2": "paths are opened below a directory",
     "user namespaces": "made, as containers' are",
@@ -91,7 +93,7 @@ def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
 
 
 def tried(layout: Layout) -> Iterator[Finding]:
-    """One finding for each trial (:mod:`hostruntime.trials`); only root can try."""
+    """One finding for each trial (:mod:`hostruntime.container.trials`); only root can try."""
     if not is_root():
         yield unseen("kernel features")
         return
@@ -108,7 +110,7 @@ def tried(layout: Layout) -> Iterator[Finding]:
 
 def try_everything(directory: Path, tree: Path) -> dict[str, str | None]:
     """Run the trials in a process of their own; each one's error, or None."""
-    argv = [sys.executable, "-m", "hostruntime.trials", str(directory)]
+    argv = [sys.executable, "-m", "hostruntime.container.trials", str(directory)]
     done = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
     answers = (json.loads(line) for line in done.stdout.splitlines())
     return {answer["name"]: answer["error"] for answer in answers}
@@ -143,16 +145,25 @@ def _restrictions(sysctls: Path) -> str:
 
 def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
     """Limits of the whole machine that sandboxes and the proxy would meet."""
-    wanted = {"kernel/pid_max": FEW_PIDS, "fs/nr_open": DESCRIPTORS}
-    low = {name: least for name, least in wanted.items() if read_number(sysctls / name) < least}
+    low, descriptors = low_limits(sysctls), read_number(sysctls / _DESCRIPTORS)
+    read_only = is_read_only(sysctls)
+    for_others = []
+    if descriptors < DESCRIPTORS:
+        for_others.append(Low(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
+    if for_others or (low and read_only):
+        wanted = [*(low if read_only else []), *for_others]
+        settings = " ".join(each.assignment for each in wanted)
+        return Finding("limits", "warn", _values(wanted), f"sysctl -w {settings}")
     if low:
-        named = {name.replace("/", "."): least for name, least in low.items()}
-        seen = ", ".join(
-            f"{name.replace('/', '.')} is {read_number(sysctls / name)}" for name in low
-        )
-        remedy = f"sysctl -w {' '.join(f'{name}={least}' for name, least in named.items())}"
-        return Finding("limits", "warn", seen, remedy)
-    watchers = read_number(sysctls / "fs/inotify/max_user_instances")
-    # All containers' user namespaces are root's, whose pool this is (ucounts in namespaces(7)).
-    seen = f"all sandboxes together watch files {watchers} times (fs.inotify.max_user_instances)"
-    return Finding("limits", "ok", seen)
+        return Finding("limits", "ok", f"{_values(low)}; the next start raises what is too low")
+    most = most_processes(sysctls)
+    return Finding("limits", "ok", f"all sandboxes together run up to {most} processes and threads")
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether the mount that ``path`` is on lets nobody write, as /proc/sys in a container."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def _values(limits: list[Low]) -> str:
+    return ", ".join(f"{each.setting} is {each.value}" for each in limits)

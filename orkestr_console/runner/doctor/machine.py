@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hostruntime.kernel import mount_points
-from hostruntime.room import Level, Room
+from hostruntime.host.kernel import mount_points
+from hostruntime.host.room import Level, Room
 from orkestr_console.runner.doctor.finding import AS_ROOT, Finding, existing, is_root
 from orkestr_console.runner.layout import Layout
 

@@ -8,10 +8,10 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from hostruntime.egress import host_registries, proxy_obstacles
 from hostruntime.errors import HostError
-from hostruntime.foreign_firewalls import barriers
-from hostruntime.paths import StatePaths
+from hostruntime.host.paths import StatePaths
+from hostruntime.network.egress import host_registries, proxy_obstacles
+from hostruntime.network.foreign_firewalls import barriers
 from orkestr_console.runner.doctor.finding import Finding, is_root, read_number, unseen
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder

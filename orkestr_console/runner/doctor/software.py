@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hostruntime import apparmor
+from hostruntime.container import apparmor
 from hostruntime.errors import HostError
-from hostruntime.paths import ID_BASE, ID_COUNT
+from hostruntime.host.paths import ID_BASE, ID_COUNT
 from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
 from orkestr_console.runner.layout import Layout
 

@@ -16,7 +16,7 @@ from orkestr_console.accounts.api_tokens import note_created
 from orkestr_console.accounts.limits import NETWORKS, envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
-from orkestr_console.errors import InvalidInput, PlanLimit
+from orkestr_console.core.errors import InvalidInput, PlanLimit
 
 
 class Command(BaseCommand):

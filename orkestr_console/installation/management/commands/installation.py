@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from orkestr_console.errors import DomainError
+from orkestr_console.core.errors import DomainError
 from orkestr_console.installation import services
 
 

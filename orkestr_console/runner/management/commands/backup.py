@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from hostruntime.backups import Vault
+from hostruntime.backup.vault import Vault
 from orkestr_console.runner.backup.commands import Teller, in_words
 from orkestr_console.runner.backup.taking import KEEP, back_up, verify
 from orkestr_console.runner.layout import layout_from

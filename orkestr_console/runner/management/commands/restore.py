@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from hostruntime.backups import Vault
+from hostruntime.backup.vault import Vault
 from orkestr_console.runner.backup.commands import Teller, in_words
 from orkestr_console.runner.backup.restoring import restore
 from orkestr_console.runner.layout import layout_from

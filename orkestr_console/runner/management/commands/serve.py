@@ -9,6 +9,8 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
+from orkestr_console.core.postgres import RequestConnection
+
 
 class Command(BaseCommand):
     """Run the web process in the foreground."""
@@ -29,8 +31,8 @@ class Command(BaseCommand):
         use_request_settings()
         # Here, because it installs an event loop that no other command wants.
         from orkestr_console.asgi import application
-        from orkestr_console.server import build_server, leave
-        from orkestr_console.services.readiness import readiness
+        from orkestr_console.http.daphne import build_server, leave
+        from orkestr_console.http.readiness import readiness
 
         readiness.start()
         server = build_server(application, options["address"] or settings.LISTEN, options["port"])
@@ -43,10 +45,11 @@ class Command(BaseCommand):
 def use_request_settings() -> None:
     """Make of the process what requests need, before there is a pool or a connection.
 
-    Whoever waits is told soon that it is no use (:mod:`orkestr_console.postgres`). Each request
-    under way has a socket of its client's and maybe one to the host, so as many files are allowed
-    as the system lets us have.
+    Whoever waits is told soon that it is no use (:mod:`orkestr_console.core.postgres`). Each
+    request under way has a socket of its client's and maybe one to the host, so as many files are
+    allowed as the system lets us have.
     """
-    connections.settings["default"]["OPTIONS"]["pool"]["timeout"] = settings.REQUEST_POOL_SECONDS
+    pool = connections.settings["default"]["OPTIONS"]["pool"]
+    pool |= {"timeout": settings.REQUEST_POOL_SECONDS, "connection_class": RequestConnection}
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -15,6 +15,6 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Work; returns after SIGTERM."""
         # Here, because django-q2 takes its settings when it is imported.
-        from orkestr_console.worker import run_worker
+        from orkestr_console.queue.worker import run_worker
 
         run_worker()

@@ -1,0 +1,1 @@
+"""Images and snapshots in a backup, and back again."""

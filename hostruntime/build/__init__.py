@@ -1,0 +1,1 @@
+"""From a recipe to an image: the plan, its steps, layers, and what is told of it."""

@@ -1,0 +1,87 @@
+"""What is to be made, and what a build needs of its host: the data every phase shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hostruntime.build.layers import LayerStore
+from hostruntime.build.report import NotReached, Refused
+from hostruntime.container.cgroups import Limits
+from hostruntime.container.manager import ContainerManager
+from hostruntime.image.store import ImageStore
+from hostruntime.network.egress import EgressProxy
+from hostruntime.network.policy import Policy
+
+
+class Emit(Protocol):
+    """Takes each event: its kind and its fields, as the contract names them."""
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        """Record one event."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an assembly needs of the host.
+
+    ``runtime_tree`` takes a policy and an image's tree.  ``refusals`` takes an owner and a Unix
+    time and says which hosts the network policy has refused it since; it reads files, so it is for
+    a thread.
+    """
+
+    store: ImageStore
+    containers: ContainerManager
+    runtime_tree: Callable[[Policy, Path], Path]
+    refusals: Callable[[str, float], list[Refused]]
+    layers: LayerStore
+    # As ``refusals``, the allowed hosts that could not be reached.
+    unreached: Callable[[str, float], list[NotReached]] = lambda _owner, _since: []
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where a build keeps its layers, and whether it may begin with one that is there."""
+
+    scope: str
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
+
+    ``provide`` is called with the writable layer's directory before the container starts, in a
+    thread, to put files in.  Without a ``cache`` no layers are kept.  ``env`` is baked into the
+    image (:mod:`hostruntime.image.environment`).  ``details`` and ``definition`` go into the
+    manifest.
+    """
+
+    image_id: str
+    kind: Literal["base", "template"]
+    base: str
+    recipe: tuple[str, ...]
+    policy: Policy
+    limits: Limits
+    step_timeout: float
+    build_timeout: float
+    directory: Path
+    provide: Callable[[Path], None] | None = None
+    cache: Cache | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    definition: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]:
+    """What an owner's container was refused since a Unix time, each once."""
+    refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
+    return list(dict.fromkeys(Refused(d.host, d.port, d.reason, d.direct) for d in refused))
+
+
+def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[NotReached]:
+    """What kept an owner's container from allowed hosts since a Unix time, each once."""
+    found = (d for d in proxy.decisions(owner, since) if d.verdict == "unreached")
+    return list(dict.fromkeys(NotReached(d.message, d.direct) for d in found))

@@ -1,0 +1,1 @@
+"""How others speak to the host agent, and what it answers."""

@@ -1,0 +1,144 @@
+"""What goes over the agent's socket and back: bodies, frames put together, errors rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hostruntime.client.answers import (
+    DirectoryEntry,
+    DirectoryListing,
+    ExecFrame,
+    ExecResult,
+    FileContent,
+    FileStat,
+)
+from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
+from hostruntime.host.patience import scaled
+from hostruntime.host.quotas import Quota
+
+
+def timeouts(*, read: float) -> httpx.Timeout:
+    """How long to wait for the agent, which may not be looked at from here; ``read`` in seconds."""
+    limits = {"connect": 5.0, "read": read, "write": 60.0, "pool": 30.0}
+    return httpx.Timeout(**{name: scaled(seconds) for name, seconds in limits.items()})
+
+
+def exec_body(
+    command: str | Sequence[str],
+    cwd: str,
+    env: Mapping[str, str] | None,
+    timeout_seconds: float | None,
+    max_output_bytes: int | None,
+    quota: Quota | None = None,
+) -> dict[str, Any]:
+    """The body of an exec request."""
+    what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
+    return {
+        **what,
+        "cwd": cwd,
+        "env": dict(env or {}),
+        "timeout_seconds": timeout_seconds,
+        "max_output_bytes": max_output_bytes,
+        "quota": None if quota is None else asdict(quota),
+    }
+
+
+class Collected:
+    """The frames of one exec, put together."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.pid: int | None = None
+        self.last: ExecFrame | None = None
+
+    def add(self, frame: ExecFrame) -> None:
+        """Take the next one."""
+        if frame.kind == "started":
+            self.pid = frame.pid
+        elif frame.kind == "chunk" and frame.stream in self.streams:
+            self.streams[frame.stream].append(frame.data)
+        else:
+            self.last = frame
+
+    def result(self) -> ExecResult:
+        """What came of the command. Raises the error that it ended with."""
+        out, err = (b"".join(self.streams[name]) for name in ("stdout", "stderr"))
+        last = self.last
+        if last is None:
+            raise ContainerGone("The host ended the command's stream before the command ended.")
+        if last.kind == "error":
+            raise exec_error(last, out, err)
+        return ExecResult(
+            code=last.code if last.code is not None else -1,
+            signal=last.signal,
+            stdout=out,
+            stderr=err,
+            duration_ms=last.duration_ms or 0,
+            out_of_memory=last.out_of_memory,
+            truncated=last.truncated,
+            pid=self.pid,
+        )
+
+
+def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
+    """The error of a stream's last frame, with what was printed until then."""
+    payload: dict[str, Any] = {"code": frame.error_code, "message": frame.message}
+    payload |= {"duration_ms": frame.duration_ms}
+    if frame.signal is not None:
+        payload["signal"] = frame.signal
+    error = HostError.from_wire(payload)
+    if isinstance(error, ExecTimeout):
+        error.extra |= {"stdout": out, "stderr": err}
+    return error
+
+
+def content_of(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
+    """A file or a directory, as the agent answers with it."""
+    stat = stat_of(path, response.headers)
+    if not stat.is_dir:
+        return FileContent(stat, response.content)
+    entries = tuple(DirectoryEntry.from_wire(item) for item in response.json()["entries"])
+    return DirectoryListing(stat, entries)
+
+
+def stat_of(path: str, headers: httpx.Headers) -> FileStat:
+    """What the headers say of a file."""
+    return FileStat(
+        path=path,
+        exists=True,
+        is_dir=headers["x-file-type"] == "directory",
+        size=int(headers["x-file-size"]),
+        mode=int(headers["x-file-mode"], 8),
+        modified_at=float(headers["x-file-modified-at"]),
+    )
+
+
+def error_of(response: httpx.Response) -> HostError:
+    """The error that an answer is."""
+    try:
+        payload = response.json()
+    except ValueError:
+        payload = None
+    if not isinstance(payload, dict):
+        payload = {"detail": f"The host agent answered {response.status_code} without a reason."}
+    return HostError.from_wire(payload, response.status_code)
+
+
+@contextmanager
+def errors_told(socket: Path) -> Iterator[None]:
+    """Turn transport failures into HostUnavailable with a sentence that says what to do."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise HostUnavailable(
+            f"The host agent at {socket} did not answer in time. If this lasts, look at its log."
+        ) from error
+    except httpx.TransportError as error:
+        hint = "is it running? Start it with `make run`." if not socket.exists() else str(error)
+        raise HostUnavailable(f"The host agent at {socket} does not answer: {hint}") from error

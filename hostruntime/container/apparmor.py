@@ -1,0 +1,150 @@
+"""The AppArmor profile that containers run under, where the kernel has AppArmor.
+
+LXC can make each container a profile (``lxc.apparmor.profile = generated``), and so runs
+apparmor_parser(8) at every start and leaves files behind for each.  All containers of an instance
+have the same one instead: it says what a sandbox may do, is loaded when the agent starts, and
+goes with the instance.
+
+LXC takes on the profile it is given well before it executes the container's init, and still has
+capabilities to use then.  So it is given one of its own, which ends where init is executed.
+
+It is the last of several walls.  The user namespace, the system-call filter and the capabilities
+already deny what it denies; it holds if one of them does not, and it keeps mounts and the kernel's
+own files out of reach by what they are, not by how they are got at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hostruntime.container.config import CAPABILITIES, INIT
+from hostruntime.errors import HostError, HostUnavailable
+from hostruntime.host.paths import Instance
+from hostruntime.host.run import run
+
+# Where liblxc looks, too: with anything but Y there, it has nothing to do with AppArmor.
+_ENABLED = Path("/sys/module/apparmor/parameters/enabled")
+_SECURITYFS = Path("/sys/kernel/security/apparmor")
+# What the rules mean, whatever later versions learn to mediate (apparmor.d(5), "Feature ABI").
+_ABI = Path("/etc/apparmor.d/abi/3.0")
+_PARSER = "apparmor_parser"
+_SECONDS = 60.0
+
+
+def profile_name(instance: Instance) -> str | None:
+    """The profile of an instance's containers; None where the kernel does not use AppArmor."""
+    return f"orkestr-{instance.index}" if enabled() else None
+
+
+def enabled() -> bool:
+    """Whether the kernel uses AppArmor."""
+    try:
+        return _ENABLED.read_text().strip() == "Y"
+    except OSError:
+        return False
+
+
+def start_profile(name: str) -> str:
+    """The name of the profile that LXC starts containers of profile ``name`` with."""
+    return f"{name}-start"
+
+
+def profile(name: str, abi: Path = _ABI) -> str:
+    """The text of both profiles (apparmor.d(5)), for containers of profile ``name``.
+
+    Nobody comes under them by what they execute, but for init.
+    """
+    first = f"abi <{abi.parent.name}/{abi.name}>,\n" if abi.exists() else ""
+    words = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
+    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **words)
+
+
+# `file` is everything a program does with files; which ones there are is the mount namespace's
+# matter.  What is denied by name is denied without a line in the kernel's log: programs try it.
+_RULES = """\
+profile {name} flags=(attach_disconnected,mediate_deleted) {{
+  capability {capabilities},
+  file,
+  network,
+  unix,
+  signal (send,receive) peer={name},
+  signal (receive) peer=unconfined,
+  ptrace (trace,read,tracedby,readby) peer={name},
+  ptrace (tracedby,readby) peer=unconfined,
+
+  deny mount,
+  deny remount,
+  deny umount,
+  deny pivot_root,
+  deny /proc/sys/** wkl,
+  deny /proc/sysrq-trigger rwkl,
+  deny /proc/kcore rwkl,
+  deny /sys/** wkl,
+  deny /sys/kernel/security/** rwkl,
+}}
+
+profile {start} flags=(attach_disconnected,mediate_deleted) {{
+  capability,
+  /** rwlkm,
+  {init} px -> {name},
+  network,
+  unix,
+  signal,
+  ptrace,
+  mount,
+  umount,
+}}
+"""
+
+
+def is_loaded(name: str) -> bool:
+    """Whether the kernel has the profile of this name, and its start.  Raises HostUnavailable."""
+    try:
+        lines = (_SECURITYFS / "profiles").read_text().splitlines()
+    except OSError as error:
+        raise HostUnavailable(
+            f"AppArmor is on, but {_SECURITYFS} cannot be read ({error.strerror}). Mount it: "
+            "mount -t securityfs securityfs /sys/kernel/security"
+        ) from error
+    found = {line.rpartition(" (")[0] for line in lines}
+    return {name, start_profile(name)} <= found
+
+
+def load(name: str) -> None:
+    """Load the profiles, or replace the one of that name, for running containers too.
+
+    Raises HostUnavailable.
+    """
+    _parse(name, "--replace", "--skip-cache")
+    if not is_loaded(name):
+        raise HostUnavailable(f"The kernel did not take the AppArmor profile {name}.")
+
+
+def ensure_loaded(name: str) -> None:
+    """Load the profile if somebody removed it (aa-remove-unknown(8) does).
+
+    Raises HostUnavailable.
+    """
+    if not is_loaded(name):
+        load(name)
+
+
+def unload(name: str) -> None:
+    """Remove the profiles; nothing may run under it any more; idempotent.  Raises HostError."""
+    if enabled():
+        run([_PARSER, "--remove"], input=profile(name).encode(), timeout=_SECONDS, check=False)
+
+
+def check() -> None:
+    """Have the profiles parsed, and not loaded.  Raises HostUnavailable."""
+    _parse("orkestr", "--skip-kernel-load", "--skip-cache")
+
+
+def _parse(name: str, *options: str) -> None:
+    try:
+        run([_PARSER, *options], input=profile(name).encode(), timeout=_SECONDS)
+    except HostError as error:
+        raise HostUnavailable(
+            f"AppArmor is on, and the profile for sandboxes cannot be used: {error.detail} "
+            "Install the package apparmor; if it is there, boot with apparmor=0 to go without."
+        ) from error

@@ -1,0 +1,357 @@
+"""What a container may use, and the control groups that enforce it.
+
+Three layouts exist (cgroups(7)): *v2* alone on ``/sys/fs/cgroup``; *hybrid*, where the resource
+controllers are v1 hierarchies and a unified one without controllers is on
+``/sys/fs/cgroup/unified``; and *v1* alone, which this runtime refuses, because only the unified
+hierarchy can kill a process tree that forks as it is being killed (``cgroup.kill``, Linux 5.14).
+
+In every hierarchy the groups of instance 0 are below ``ork0``: a container's is its name, its LXC
+monitor's ``mon-`` and that name.  A command gets a child group of its own in the unified one.
+Where systemd owns a v2 hierarchy, that group is a unit of its own, which systemd has delegated
+(:mod:`hostruntime.container.delegation`): ``orkestr.slice/ork0.service``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hostruntime.errors import HostUnavailable
+
+CGROUPS = Path("/sys/fs/cgroup")
+SYSTEMD = Path("/run/systemd/system")
+SLICE = "orkestr.slice"
+CONTROLLERS = ("cpu", "memory", "pids")
+MONITOR_PREFIX = "mon-"
+_CPU_PERIOD_US = 100_000
+_V1_CONTROLLERS = ("memory", "pids", "cpu")
+_MIB = 1024 * 1024
+# cgroup v1's limit of what sockets of all protocols of IP hold, despite its name.
+_BUFFERS = "memory.kmem.tcp.limit_in_bytes"
+_BUFFERS_PART, _LEAST_BUFFERS = 4, 16 * _MIB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A container's share of the machine.
+
+    ``cpu`` is in CPUs (1.5 = one and a half), ``memory_mb`` in MiB (swap is never added to it),
+    ``pids`` counts processes and threads.  ``workspace_mb`` and ``tmp_mb`` bound the two tmpfs,
+    whose content also counts as memory; ``disk_mb`` bounds everything else that is written, and so
+    the number of files, one for every 16 KiB of it.  None derives each from ``memory_mb``.
+    """
+
+    cpu: float = 1.0
+    memory_mb: int = 1024
+    pids: int = 1024
+    workspace_mb: int | None = None
+    tmp_mb: int | None = None
+    disk_mb: int | None = None
+
+    @property
+    def disk_size_mb(self) -> int:
+        """The size of the writable layer: ten times the memory, 4 to 20 GiB, unless given."""
+        return self.disk_mb or min(max(self.memory_mb * 10, 4096), 20_480)
+
+    @property
+    def workspace_size_mb(self) -> int:
+        """The size of ``/workspace``: three quarters of the memory unless given."""
+        return self.workspace_mb or self.memory_mb * 3 // 4
+
+    @property
+    def tmp_size_mb(self) -> int:
+        """The size of ``/tmp``: half of the memory unless given."""
+        return self.tmp_mb or self.memory_mb // 2
+
+
+@dataclass(frozen=True)
+class CgroupLayout:
+    """Where this machine's hierarchies are; ``v1`` maps a v1 controller to its mount point.
+
+    ``delegated`` says that systemd owns the hierarchy, and groups may be made in units only.
+    """
+
+    kind: str
+    unified: Path
+    v1: Mapping[str, Path]
+    hierarchies: tuple[Path, ...]
+    delegated: bool = False
+
+    def instance_group(self, name: str) -> str:
+        """What is above every group of an instance, given any name or prefix of it."""
+        instance = name.partition("-")[0]
+        return f"{SLICE}/{instance}.service" if self.delegated else instance
+
+    def lxc_items(self, limits: Limits, name: str) -> list[tuple[str, str]]:
+        """The LXC configuration (lxc.container.conf(5)) that puts and holds a container here."""
+        group = self.instance_group(name)
+        items = [
+            ("lxc.cgroup.dir.container", f"{group}/{name}"),
+            ("lxc.cgroup.dir.monitor", f"{group}/{MONITOR_PREFIX}{name}"),
+            ("lxc.cgroup.dir.monitor.pivot", f"{group}/pivot"),
+        ]
+        v2 = self.kind == "v2"
+        return items + (self._v2_settings(limits, group) if v2 else self._v1_settings(limits))
+
+    def _v2_settings(self, limits: Limits, group: str) -> list[tuple[str, str]]:
+        quota = round(limits.cpu * _CPU_PERIOD_US)
+        items = [
+            ("lxc.cgroup2.memory.max", str(limits.memory_mb * _MIB)),
+            ("lxc.cgroup2.pids.max", str(limits.pids)),
+            ("lxc.cgroup2.cpu.max", f"{quota} {_CPU_PERIOD_US}"),
+        ]
+        # Whether there is swap now or not: it may be added while the container runs.
+        if (self.unified / group / "memory.swap.max").exists() or _has_swap():
+            items.append(("lxc.cgroup2.memory.swap.max", "0"))
+        return items
+
+    def _v1_settings(self, limits: Limits) -> list[tuple[str, str]]:
+        memory = str(limits.memory_mb * _MIB)
+        quota = round(limits.cpu * _CPU_PERIOD_US)
+        items = [
+            ("lxc.cgroup.memory.limit_in_bytes", memory),
+            ("lxc.cgroup.pids.max", str(limits.pids)),
+            ("lxc.cgroup.cpu.cfs_period_us", str(_CPU_PERIOD_US)),
+            ("lxc.cgroup.cpu.cfs_quota_us", str(quota)),
+        ]
+        if (self.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
+            items.append(("lxc.cgroup.memory.memsw.limit_in_bytes", memory))
+        # What is in its network buffers does not count as a container's memory there, and for
+        # nobody at all without a limit of its own (mem_cgroup_sk_alloc in the kernel's memcontrol).
+        # A stream may go beyond it by its last segment, so that it never stalls for good.
+        if (self.v1["memory"] / _BUFFERS).exists():
+            buffers = max(limits.memory_mb * _MIB // _BUFFERS_PART, _LEAST_BUFFERS)
+            items.append((f"lxc.cgroup.{_BUFFERS}", str(buffers)))
+        return items
+
+    def container(self, name: str) -> ContainerGroups:
+        """The groups of one container, whether they exist or not."""
+        return ContainerGroups(self, name)
+
+    def processes_group(self, name: str) -> Path:
+        """Where the processes of all containers of an instance are counted (pids.max)."""
+        hierarchy = self.unified if self.kind == "v2" else self.v1["pids"]
+        return hierarchy / self.instance_group(name)
+
+    def container_names(self, prefix: str) -> list[str]:
+        """Every container with this name prefix that has a group, or whose monitor has."""
+        names: set[str] = set()
+        for hierarchy in self.hierarchies:
+            for entry in _entries(hierarchy / self.instance_group(prefix)):
+                name = entry.name.removeprefix(MONITOR_PREFIX)
+                if name.startswith(prefix):
+                    names.add(name)
+        return sorted(names)
+
+    def remove_instance(self, prefix: str) -> None:
+        """Remove what is left of an instance's groups once none of its containers runs."""
+        for hierarchy in self.hierarchies:
+            _remove_tree(hierarchy / self.instance_group(prefix))
+
+
+@cache
+def cgroup_layout() -> CgroupLayout:
+    """This machine's layout; raises HostUnavailable when the runtime cannot work with it."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        return CgroupLayout("v2", CGROUPS, {}, (CGROUPS,), delegated=SYSTEMD.is_dir())
+    unified = CGROUPS / "unified"
+    if not (unified / "cgroup.controllers").exists():
+        raise HostUnavailable(
+            "This machine mounts no cgroup v2 hierarchy. Boot with systemd.unified_cgroup_hierarchy"
+            "=1, or mount one: mkdir /sys/fs/cgroup/unified && mount -t cgroup2 cgroup2 "
+            "/sys/fs/cgroup/unified"
+        )
+    v1 = {name: CGROUPS / name for name in _V1_CONTROLLERS}
+    if missing := [name for name, path in v1.items() if not path.is_dir()]:
+        raise HostUnavailable(
+            f"The cgroup v1 controller {missing[0]} is not mounted under {CGROUPS}; mount it, or "
+            "boot with systemd.unified_cgroup_hierarchy=1."
+        )
+    others = (path for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink())
+    return CgroupLayout("hybrid", unified, v1, tuple(sorted(others)))
+
+
+@dataclass(frozen=True)
+class ContainerGroups:
+    """One container's control groups, by name."""
+
+    layout: CgroupLayout
+    name: str
+
+    @property
+    def unified(self) -> Path:
+        """The container's group in the unified hierarchy; commands get children of it."""
+        return self.layout.unified / self.layout.instance_group(self.name) / self.name
+
+    @property
+    def monitor(self) -> Path:
+        """The group of LXC's monitor process in the unified hierarchy."""
+        return self.unified.with_name(f"{MONITOR_PREFIX}{self.name}")
+
+    def exec_group(self, tag: str) -> Path:
+        """The path of the group for one command."""
+        return self.unified / f"exec-{tag}"
+
+    def exec_groups(self) -> list[Path]:
+        """The groups of commands that run, or whose agent died before they ended."""
+        return [path for path in _entries(self.unified) if path.name.startswith("exec-")]
+
+    def memory_group(self) -> Path:
+        """Where memory is accounted."""
+        if self.layout.kind == "v2":
+            return self.unified
+        return self.layout.v1["memory"] / self.layout.instance_group(self.name) / self.name
+
+    def for_commands(self) -> list[Path]:
+        """The container's group in every hierarchy that has one, the unified hierarchy's last."""
+        group = f"{self.layout.instance_group(self.name)}/{self.name}"
+        others = (h for h in self.layout.hierarchies if h != self.layout.unified)
+        return [*(h / group for h in others if (h / group).is_dir()), self.unified]
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed here because memory ran out."""
+        file = "memory.events" if self.layout.kind == "v2" else "memory.oom_control"
+        return _flat_value(self.memory_group() / file, "oom_kill")
+
+    def cpu_us(self) -> int:
+        """CPU time used so far, in microseconds, ended commands included; 0 without the group.
+
+        ``cpu.stat`` of the unified hierarchy has it whether or not the cpu controller is there
+        (Documentation/admin-guide/cgroup-v2.rst), so it serves the hybrid layout as well.
+        """
+        return _flat_value(self.unified / "cpu.stat", "usage_usec")
+
+    def memory_bytes(self) -> int | None:
+        """What is charged to the container now, page cache and tmpfs included; None if gone."""
+        v2 = self.layout.kind == "v2"
+        file = self.memory_group() / ("memory.current" if v2 else "memory.usage_in_bytes")
+        try:
+            return int(file.read_text())
+        except OSError:
+            return None
+
+    def init_pid(self) -> int | None:
+        """The host pid of the container's init, if it runs: the one that is pid 1 inside."""
+        return next((pid for pid in pids_below(self.unified) if pid_inside(pid) == 1), None)
+
+    def remove(self, timeout: float = 2.0) -> bool:
+        """Remove all groups of a container that has ended; False if some are still busy."""
+        until = time.monotonic() + timeout
+        while left := [path for path in self._everywhere() if not _remove_tree(path)]:
+            if time.monotonic() > until:
+                return not left
+            time.sleep(0.005)
+        return True
+
+    def _everywhere(self) -> list[Path]:
+        return [
+            hierarchy / self.layout.instance_group(self.name) / name
+            for hierarchy in self.layout.hierarchies
+            for name in (self.name, f"{MONITOR_PREFIX}{self.name}")
+        ]
+
+
+def _has_swap() -> bool:
+    return Path("/proc/swaps").read_text().count("\n") > 1
+
+
+def pids_in(group: Path) -> list[int]:
+    """The pids in exactly this group (cgroup.procs), as the caller's pid namespace sees them."""
+    try:
+        return [int(line) for line in (group / "cgroup.procs").read_text().split() if line != "0"]
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise
+
+
+def pids_below(group: Path) -> list[int]:
+    """The pids in this group and in every group below it."""
+    return [pid for path, _, _ in os.walk(group) for pid in pids_in(Path(path))]
+
+
+def pid_inside(pid: int) -> int | None:
+    """What a process's pid is in its own, innermost pid namespace (NSpid in proc(5))."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    line = next((line for line in status.splitlines() if line.startswith("NSpid:")), "")
+    return int(line.split()[-1]) if line else None
+
+
+def signal_group(group: Path, number: signal.Signals, keep: frozenset[int] = frozenset()) -> int:
+    """Send a signal to every process in and below a group but ``keep``; return how many."""
+    count = 0
+    for pid in pids_below(group):
+        if pid not in keep:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                count += 1
+    return count
+
+
+def kill_group(group: Path) -> None:
+    """SIGKILL everything in and below a group of the unified hierarchy, even forks in flight."""
+    with contextlib.suppress(OSError):
+        (group / "cgroup.kill").write_text("1")
+
+
+def freeze_group(group: Path, frozen: bool) -> None:
+    """Freeze or thaw a group of the unified hierarchy; one that is gone is no error."""
+    with contextlib.suppress(OSError):
+        (group / "cgroup.freeze").write_text("1" if frozen else "0")
+
+
+def is_frozen(group: Path) -> bool:
+    """Whether every process in or below a group of the unified hierarchy stands still."""
+    return _flat_value(group / "cgroup.events", "frozen") > 0
+
+
+def populated(group: Path) -> bool:
+    """Whether any live process is in or below a group of the unified hierarchy."""
+    return _flat_value(group / "cgroup.events", "populated") > 0
+
+
+def adopt_strays(group: Path, parent: Path) -> None:
+    """Move what a finished command left running up into the container's own group."""
+    for _ in range(20):
+        pids = pids_in(group)
+        if not pids:
+            break
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                (parent / "cgroup.procs").write_text(str(pid))
+    with contextlib.suppress(OSError):
+        group.rmdir()
+
+
+def _flat_value(path: Path, key: str) -> int:
+    try:
+        lines: Iterable[str] = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _remove_tree(group: Path) -> bool:
+    if not group.exists():
+        return True
+    for path, _, _ in os.walk(group, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
+    return not group.exists()

@@ -1,0 +1,198 @@
+"""File operations in a container, as the agent drives them.
+
+Each is done by a process attached to the container (:mod:`hostruntime.container.inside_files`);
+what goes wrong there comes back as the matching class of :mod:`hostruntime.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hostruntime.container.inside_files import LENGTH, PIECE_BYTES
+from hostruntime.container.launcher import Attached, LauncherPool
+from hostruntime.errors import Exhausted, HostError, InvalidRequest
+from hostruntime.host.patience import Patience
+
+MAX_PATH_BYTES = 4096
+# How long one step may take without the process inside doing anything (hostruntime.host.patience).
+_STEP_TIMEOUT_SECONDS = 60.0
+_END_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A path that was read: its stat, and its bytes, or its entries if it is a directory."""
+
+    stat: dict[str, Any]
+    entries: list[dict[str, Any]] | None
+    content: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class FileService:
+    """File operations on running containers, by container name."""
+
+    launchers: LauncherPool
+
+    @asynccontextmanager
+    async def read(
+        self, name: str, path: str, *, max_bytes: int | None = None, directories: bool = True
+    ) -> AsyncIterator[Opened]:
+        """Open a file or a directory.
+
+        Raises NotFound, FileConflict (a device, a pipe; or a directory when ``directories`` is
+        off), FileTooLarge (over ``max_bytes``), InvalidRequest.
+        """
+        arguments = {"path": checked(path), "max_bytes": max_bytes, "directories": directories}
+        async with self._operation(name, "read", arguments) as peer:
+            header = await peer.header()
+            yield Opened(header["stat"], header.get("entries"), peer.pieces())
+
+    async def write(
+        self, name: str, path: str, content: AsyncIterator[bytes], *, mode: int | None
+    ) -> int:
+        """Write a file whole or not at all; return its size.
+
+        Missing parents are made; ``mode`` None keeps an existing file's, else 0o644.  Raises
+        FileConflict, NoSpace, InvalidRequest.
+        """
+        arguments = {"path": checked(path), "mode": mode}
+        async with self._operation(name, "write", arguments) as peer:
+            answer = asyncio.ensure_future(peer.answer())
+            try:
+                await peer.upload(content, until=answer)
+                async with peer.patience():
+                    return int((await answer)["size"])
+            except TimeoutError:
+                raise Exhausted("The sandbox did not finish writing the file in time.") from None
+            finally:
+                answer.cancel()
+
+    async def delete(self, name: str, path: str) -> None:
+        """Delete a file, a link or a whole directory.  Raises NotFound, FileConflict."""
+        await self._simple(name, "delete", {"path": checked(path)})
+
+    async def mkdir(self, name: str, path: str, *, parents: bool) -> None:
+        """Make a directory.  Raises NotFound (no parent), FileConflict (exists)."""
+        await self._simple(name, "mkdir", {"path": checked(path), "parents": parents})
+
+    async def move(self, name: str, source: str, destination: str) -> None:
+        """Rename, across file systems too.  Raises NotFound, FileConflict."""
+        arguments = {"source": checked(source), "destination": checked(destination)}
+        await self._simple(name, "move", arguments)
+
+    async def stat(self, name: str, path: str) -> dict[str, Any]:
+        """What is at a path; ``{"exists": False}`` if nothing."""
+        return await self._simple(name, "stat", {"path": checked(path)})
+
+    async def _simple(self, name: str, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        async with self._operation(name, operation, arguments) as peer:
+            return await peer.header()
+
+    @asynccontextmanager
+    async def _operation(
+        self, name: str, operation: str, arguments: Mapping[str, Any]
+    ) -> AsyncIterator[_Peer]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                message: dict[str, Any] = {"call": "file", "name": name, "operation": operation}
+                message["arguments"] = dict(arguments)
+                attached = await self.launchers.attach(message, [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_connection(sock=ours, limit=2 * PIECE_BYTES)
+        try:
+            yield _Peer(reader, writer, attached)
+        finally:
+            writer.transport.abort()
+            with contextlib.suppress(TimeoutError, HostError):
+                async with Patience(_END_TIMEOUT_SECONDS, lambda: [attached.pid]):
+                    await asyncio.shield(attached.ended)
+            if not attached.ended.done():
+                await attached.kill()
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """The connection to the process inside."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    process: Attached
+
+    def patience(self) -> Patience:
+        """For one step."""
+        return Patience(_STEP_TIMEOUT_SECONDS, lambda: [self.process.pid])
+
+    async def header(self) -> dict[str, Any]:
+        """The answer of the process inside.  Raises HostError."""
+        try:
+            async with self.patience():
+                return await self.answer()
+        except TimeoutError:
+            raise Exhausted("The sandbox did not finish the file operation in time.") from None
+
+    async def answer(self) -> dict[str, Any]:
+        """The same, however long it takes."""
+        try:
+            (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
+            header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise Exhausted(
+                "The file operation was killed inside the sandbox: it is out of memory, or ended."
+            ) from error
+        if "code" in header:
+            raise HostError.from_wire(header)
+        return header
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                async with self.patience():
+                    piece = await self.reader.read(PIECE_BYTES)
+            except (TimeoutError, ConnectionError) as error:
+                raise Exhausted("The file could not be read to its end.") from error
+            if not piece:
+                return
+            yield piece
+
+    async def upload(self, content: AsyncIterator[bytes], until: asyncio.Future[Any]) -> None:
+        """Send the content, or as much as is wanted: ``until`` is done early at a refusal."""
+        async for data in content:
+            for start in range(0, len(data), PIECE_BYTES):
+                if until.done():
+                    return
+                piece = data[start : start + PIECE_BYTES]
+                self.writer.write(LENGTH.pack(len(piece)) + piece)
+                await self._drained()
+        self.writer.write(LENGTH.pack(0))
+        await self._drained()
+
+    async def _drained(self) -> None:
+        try:
+            async with self.patience():
+                await self.writer.drain()
+        except TimeoutError:
+            raise Exhausted("The sandbox did not take the file's content in time.") from None
+        except ConnectionError:
+            return  # The process inside is gone: its answer, or the lack of one, says why.
+
+
+def checked(path: str) -> str:
+    """A path that can be sent inside.  Raises InvalidRequest."""
+    if not path:
+        raise InvalidRequest("The path is empty; give an absolute path such as /workspace/a.txt.")
+    if "\0" in path:
+        raise InvalidRequest("The path contains a NUL character, which no file name can.")
+    if len(path.encode("utf-8", "surrogateescape")) > MAX_PATH_BYTES:
+        raise InvalidRequest(f"The path is over {MAX_PATH_BYTES} bytes long.")
+    return path

@@ -1,0 +1,113 @@
+"""What an attached process does inside a container before it becomes the command.
+
+Runs in a process that a launcher put there (:mod:`hostruntime.container.entering`): paths already
+resolve inside the container, so nothing may be imported or opened lazily.  It leaves only by
+``execve`` or ``_exit``.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+SHELL = "@shell"
+_SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
+_GATE, _STATUS = 3, 4
+_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and the descriptors it is started with.
+
+    ``argv[0]`` may be :data:`SHELL`.  ``gate`` gives one byte when the process has its place;
+    ``status`` is close-on-exec, so end-of-file there means that the command runs.
+    """
+
+    argv: Sequence[str]
+    cwd: str
+    env: Mapping[str, str]
+    stdin: int
+    stdout: int
+    stderr: int
+    gate: int
+    status: int
+
+
+def become_command(command: Command) -> NoReturn:
+    """Turn the attached process into the command; a refusal is told on ``status``."""
+    code = _NOT_FOUND
+    try:
+        _arrange_descriptors(command)
+        if os.read(_GATE, 1) != b"1":
+            os._exit(_NOT_FOUND)
+        _reset_process()
+        refusal = _enter(command.cwd)
+        if refusal is None:
+            code, refusal = _execute(command)
+        os.write(_STATUS, json.dumps(refusal).encode())
+    finally:
+        os._exit(code)
+
+
+def _arrange_descriptors(command: Command) -> None:
+    wanted = (command.stdin, command.stdout, command.stderr, command.gate, command.status)
+    # First out of the way of the numbers they are to get, then onto them.
+    high = [_duplicate_above(fd) for fd in wanted]
+    for number, fd in enumerate(high):
+        os.dup2(fd, number, inheritable=number < _GATE)
+    os.closerange(len(wanted), 1 << 30)
+
+
+def _duplicate_above(fd: int) -> int:
+    copy = os.dup(fd)
+    while copy <= _STATUS:
+        copy = os.dup(fd)
+    return copy
+
+
+def _reset_process() -> None:
+    os.setsid()
+    os.umask(0o022)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _enter(cwd: str) -> dict[str, str] | None:
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        detail = f"The working directory {cwd} cannot be entered: {error.strerror}."
+        return {"code": "cwd_not_found", "detail": detail}
+    return None
+
+
+def _execute(command: Command) -> tuple[int, dict[str, str]]:
+    name, *arguments = command.argv
+    candidates = _SHELLS if name == SHELL else _search(name, command.env.get("PATH", ""))
+    worst = errno.ENOENT
+    for path in candidates:
+        try:
+            title = path.rpartition("/")[2] if name == SHELL else name
+            os.execve(path, [title, *arguments], dict(command.env))
+        except OSError as error:
+            if error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+                worst = error.errno
+    what = "a shell" if name == SHELL else name
+    code = _NOT_FOUND if worst == errno.ENOENT else _NOT_EXECUTABLE
+    detail = f"The command {what} cannot be run in this image: {os.strerror(worst)}."
+    return code, {"code": "command_not_found", "detail": detail}
+
+
+def _search(name: str, path: str) -> list[str]:
+    if "/" in name:
+        return [name]
+    return [f"{directory}/{name}" for directory in path.split(":") if directory]

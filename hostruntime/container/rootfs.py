@@ -1,0 +1,178 @@
+"""A container's root file system: overlayfs over idmapped mounts.
+
+On disk every id is what it is inside the container (root = 0), so image trees can be shared by
+containers that run under different host ids.  Three idmapped bind mounts shift ids into the
+container's own range, and the overlay is mounted over those, in the initial user namespace: an
+overlay mounted by the container itself would make dpkg fail with EXDEV (redirect_dir is off for
+unprivileged mounts, Documentation/filesystems/overlayfs.rst).
+
+The mount points are under ``/run/orkestr/<instance>/roots/<container name>/`` rather than in the
+state directory: LXC's child walks to the root as the container's root, which must not be able to
+enter the state directory (or the home directory it may be in), and can pass through these
+(:mod:`hostruntime.host.rundir`).  Each is owned by the container's root and closed to everybody
+else::
+
+    roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
+    roots/<name>/rw         the container's disk, holding upper/ and work/
+    roots/<name>/dev        its own device nodes
+    roots/<name>/merged     what the container gets, with the slot's sysfs on /sys
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostruntime.host import kernel
+from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+
+# The writable layer is on a file system of its own: without xino, files of the image would have
+# another device number than the directories they are in, and look like mount points.
+_OPTIONS = "redirect_dir=on,index=off,metacopy=off,xino=on"
+
+
+# What LXC gives a container, by the numbers of the kernel's devices.txt.  Its own would be the
+# host's: one inode for all, whose locks and events every container could pass on to every other.
+DEVICES = {
+    **{"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)},
+    "tty": (5, 0),
+}
+_DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
+
+
+@dataclass(frozen=True)
+class RootfsPlan:
+    """What to mount where.  ``mounts`` is ``roots/<name>``, ``writable`` gets upper and work."""
+
+    mounts: Path
+    image_tree: Path
+    runtime_tree: Path
+    writable: Path
+    sysfs: Path | None
+    id_base: int
+
+    @property
+    def merged(self) -> Path:
+        """The container's root."""
+        return self.mounts / "merged"
+
+
+def id_extents(id_base: int) -> list[tuple[int, int, int]]:
+    """The (inside, outside, count) extents of the user namespace that idmaps a slot's mounts.
+
+    The last one lets the mounter's own id 0 through: overlayfs makes its work files as root,
+    which an idmapped mount would otherwise refuse, and the overlay would be read-only.
+    """
+    beyond = FAR_IDS[0] + FAR_IDS[2]
+    return [*container_extents(id_base), (beyond, 0, 1)]
+
+
+def container_extents(id_base: int) -> list[tuple[int, int, int]]:
+    """The (inside, outside, count) extents of the user namespace that a container runs in."""
+    return [(0, id_base, IDS_PER_SLOT), FAR_IDS]
+
+
+def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
+    """Mount a container's root and return it; on failure nothing stays mounted.
+
+    ``userns_fd`` is a user namespace with :func:`id_extents`.  Raises OSError.
+    """
+    _make_directories(plan)
+    try:
+        kernel.bind_idmapped(plan.image_tree, plan.mounts / "image", userns_fd, read_only=True)
+        kernel.bind_idmapped(plan.runtime_tree, plan.mounts / "runtime", userns_fd, read_only=True)
+        kernel.bind_idmapped(plan.writable, plan.mounts / "rw", userns_fd)
+        _mount_overlay(plan)
+        _make_devices(plan.mounts / "dev")
+        if plan.sysfs is not None:
+            _bind_sysfs(plan.sysfs, plan.merged)
+    except BaseException:
+        unmount_rootfs(plan.mounts)
+        raise
+    return plan.merged
+
+
+def unmount_rootfs(mounts: Path) -> None:
+    """Unmount whatever is mounted below ``roots/<name>`` and remove it; idempotent.
+
+    Raises OSError when something cannot be unmounted.
+    """
+    for name in ("merged/sys", "merged", "dev", "rw", "runtime", "image"):
+        _unmount_all(mounts / name)
+    for point in kernel.mount_points(mounts):
+        kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
+    for name in ("merged", "dev", "rw", "runtime", "image", "."):
+        with contextlib.suppress(FileNotFoundError):
+            (mounts / name).rmdir()
+
+
+def _make_directories(plan: RootfsPlan) -> None:
+    plan.mounts.mkdir(mode=0o700, exist_ok=True)
+    os.chown(plan.mounts, plan.id_base, plan.id_base)
+    for name in ("image", "runtime", "rw", "dev", "merged"):
+        (plan.mounts / name).mkdir(mode=0o755, exist_ok=True)
+    plan.writable.mkdir(mode=0o755, exist_ok=True)
+    (plan.writable / "upper").mkdir(mode=0o755, exist_ok=True)
+    # A volatile overlay marks its work directory, and refuses to be mounted over the mark.
+    shutil.rmtree(plan.writable / "work", ignore_errors=True)
+    (plan.writable / "work").mkdir(mode=0o700)
+
+
+def _mount_overlay(plan: RootfsPlan) -> None:
+    # Relative, as these words are what the container reads in its mountinfo (proc(5)).
+    layers = "lowerdir=runtime:image,upperdir=rw/upper,workdir=rw/work"
+    with contextlib.chdir(plan.mounts):
+        try:
+            # No fsync inside reaches the disk (Linux 5.10): a capture flushes once, at its end.
+            _overlay(plan.merged, f"{layers},{_OPTIONS},volatile")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _overlay(plan.merged, f"{layers},{_OPTIONS}")
+
+
+def _overlay(target: Path, options: str) -> None:
+    kernel.mount("overlay", target, "overlay", kernel.MS_NODEV, options)
+
+
+def _make_devices(directory: Path) -> None:
+    kernel.mount(
+        "devices", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NOEXEC, _DEVICE_OPTIONS
+    )
+    for name, numbers in DEVICES.items():
+        os.mknod(directory / name, stat.S_IFCHR, os.makedev(*numbers))
+        # Not by the mode it is made with: a umask takes from that.
+        (directory / name).chmod(0o666)
+
+
+def _bind_sysfs(source: Path, merged: Path) -> None:
+    flags = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
+    flags |= kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
+    with contextlib.ExitStack() as opened:
+        root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, root)
+        # An image's /sys may be anything, such as a link out of it: never follow one from here.
+        how = kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_BENEATH
+        target = kernel.openat2("sys", os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=how)
+        opened.callback(os.close, target)
+        tree = kernel.open_tree(source)
+        opened.callback(os.close, tree)
+        kernel.mount_setattr(tree, set_flags=flags)
+        kernel.move_mount_onto(tree, target)
+
+
+def _unmount_all(point: Path) -> None:
+    while True:
+        try:
+            kernel.umount(point)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+                return
+            if error.errno != errno.EBUSY:
+                raise
+            kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)

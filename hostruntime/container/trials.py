@@ -1,0 +1,222 @@
+"""What the kernel of this machine can do, by doing it: ``python -m hostruntime.container.trials
+DIRECTORY``.
+
+Each trial does, as the agent does and with the same code, one thing that containers are made of;
+``DIRECTORY`` is on the file system of the state directory.  It has a process and a mount namespace
+of its own, which take with them whatever it made, even if it is killed; of the machine nothing
+changes but that the kernel may load a module to answer.  Needs root.  Prints a JSON object a line,
+``{"name": …, "error": …}``, as each ends; the error is null where all went well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from hostruntime.container import disk
+from hostruntime.container.rootfs import RootfsPlan, container_extents, id_extents, mount_rootfs
+from hostruntime.errors import HostError
+from hostruntime.host import kernel
+from hostruntime.host.paths import ID_BASE, IDS_PER_SLOT
+from hostruntime.host.patience import Patience, tree_of
+from hostruntime.host.run import run
+from hostruntime.network import firewall
+from hostruntime.network.policy import deny_list
+
+_SECONDS = 30.0
+_ERROR_BYTES = 4096
+_DISK_MB = 8
+# In every trial an empty tmpfs of its own, nobody else's.
+_SCRATCH = Path("/run")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class TrialError(Exception):
+    """It did not do what it should, and the kernel gave no error."""
+
+
+def openat2(_: Path) -> None:
+    """Open a path below a directory and through no link (Linux 5.6)."""
+    how = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    kernel.openat2("proc", os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=how)
+
+
+def user_namespace(_: Path) -> None:
+    """Make user namespaces with a slot's range of host ids, as root and as the slot's root."""
+    kernel.user_namespace(id_extents(ID_BASE))
+    kernel.user_namespace(container_extents(ID_BASE), ID_BASE)
+
+
+def idmapped_mount(directory: Path) -> None:
+    """Mount the state directory's file system with ids shifted (mount_setattr(2), Linux 5.12)."""
+    shown = _SCRATCH / "shown"
+    shown.mkdir()
+    kernel.bind_idmapped(directory, shown, kernel.user_namespace(id_extents(ID_BASE)))
+    owner = directory.stat().st_uid
+    if owner < IDS_PER_SLOT and shown.stat().st_uid != ID_BASE + owner:
+        raise TrialError("an id-mapped mount shows ids as they are")
+
+
+def loop_device(directory: Path) -> None:
+    """Mount a small file as a container's disk, and write to it."""
+    made = _SCRATCH / "disk"
+    made.mkdir()
+    disk.mount_nameless(directory, made, _DISK_MB)
+    (made / "written").write_bytes(bytes(100_000))
+
+
+def overlay(directory: Path) -> None:
+    """Make a container's root of the file system and a disk, and write in it as the container."""
+    made = _SCRATCH / "disk"
+    made.mkdir()
+    disk.mount_nameless(directory, made, _DISK_MB)
+    (made / "runtime").mkdir()
+    plan = RootfsPlan(_SCRATCH / "root", directory, made / "runtime", made, None, ID_BASE)
+    os.chdir(mount_rootfs(plan, kernel.user_namespace(id_extents(ID_BASE))))
+    owner = Path().stat()
+    os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+    os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+    Path(f".{os.getpid()}").write_bytes(b"written")
+
+
+def cgroup_kill(_: Path) -> None:
+    """Kill a process by its control group in the unified hierarchy (Linux 5.14)."""
+    unified = _CGROUPS / "unified" if (_CGROUPS / "unified").is_dir() else _CGROUPS
+    own = next(
+        line.removeprefix("0::").strip("/")
+        for line in Path("/proc/self/cgroup").read_text().splitlines()
+        if line.startswith("0::")
+    )
+    group = unified / own / f"orkestr-trial-{os.getpid()}"
+    group.mkdir()
+    try:
+        victim = _fork(signal.pause)
+        try:
+            (group / "cgroup.procs").write_text(str(victim))
+            (group / "cgroup.kill").write_text("1")
+        finally:
+            killed = _status(victim, Patience(1.0, lambda: [victim])) == -signal.SIGKILL
+    finally:
+        group.rmdir()
+    if not killed:
+        raise TrialError("cgroup.kill killed nothing")
+
+
+def enter_by_pidfd(_: Path) -> None:
+    """Enter all namespaces of a process that is in a user namespace (setns(2), Linux 5.8)."""
+    ready, told = os.pipe()
+
+    def live_apart() -> None:
+        os.unshare(kernel.ALL_NAMESPACES)
+        os.write(told, b"1")
+        signal.pause()
+
+    target = _fork(live_apart)
+    os.close(told)
+    try:
+        if os.read(ready, 1) != b"1":
+            raise TrialError("the kernel refused new namespaces (unshare(2))")
+        handle = os.pidfd_open(target)
+        os.setns(handle, kernel.ALL_NAMESPACES)
+    finally:
+        os.kill(target, signal.SIGKILL)
+        os.waitpid(target, 0)
+
+
+def network(_: Path) -> None:
+    """Make a network namespace, a pair of interfaces, and an instance's firewall in it."""
+    os.unshare(os.CLONE_NEWNET)
+    run(["ip", "link", "add", "one", "type", "veth", "peer", "name", "other"], timeout=_SECONDS)
+    firewall.install(
+        firewall.FirewallPlan(
+            table="trial",
+            prefix="trial-",
+            proxy=IPv4Address("198.18.0.1"),
+            proxy_port=firewall.PROXY_PORT,
+            restricted=IPv4Network("198.18.64.0/18"),
+            open=IPv4Network("198.18.128.0/18"),
+            resolvers=("192.0.2.53",),
+            denied=deny_list(),
+            permitted=(),
+            mark=firewall.proxy_mark(0),
+        )
+    )
+
+
+TRIALS: dict[str, Callable[[Path], None]] = {
+    "openat2": openat2,
+    "user namespaces": user_namespace,
+    "id-mapped mounts": idmapped_mount,
+    "loop devices": loop_device,
+    "overlay": overlay,
+    "cgroup.kill": cgroup_kill,
+    "setns": enter_by_pidfd,
+    "network": network,
+}
+
+
+def attempt(trial: Callable[[Path], None], directory: Path) -> str | None:
+    """Run a trial in a process of its own; what went wrong, or None.  Single-threaded only."""
+    reading, writing = os.pipe()
+    child = _fork(lambda: _in_private(trial, directory, writing))
+    os.close(writing)
+    with os.fdopen(reading, "rb") as said:
+        patience = Patience(_SECONDS, lambda: tree_of(child))
+        status = _status(child, patience)
+        error = said.read(_ERROR_BYTES).decode("utf-8", "replace")
+    if status is None:
+        return f"it {patience.why}"
+    return error or (f"it was killed by signal {-status}" if status else None)
+
+
+def _in_private(trial: Callable[[Path], None], directory: Path, told: int) -> None:
+    try:
+        os.unshare(os.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        # Held open, as the scratch may be mounted over the way to it.
+        held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        kernel.mount("tmpfs", _SCRATCH, "tmpfs", kernel.MS_NOSUID, "mode=755")
+        trial(Path(f"/proc/self/fd/{held}"))
+    except (OSError, HostError, TrialError) as error:
+        os.write(told, (str(error) or repr(error)).encode()[:_ERROR_BYTES])
+
+
+def _fork(action: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return child
+
+
+def _status(child: int, patience: Patience) -> int | None:
+    """How a child ended, negative for a signal; None if it had to be killed."""
+    while not patience.spent():
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def main(argv: list[str]) -> None:
+    """Try everything, one after the other."""
+    for name, trial in TRIALS.items():
+        answer = {"name": name, "error": attempt(trial, Path(argv[1]))}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

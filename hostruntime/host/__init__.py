@@ -1,0 +1,1 @@
+"""The machine underneath: its files, kernel, processes and clocks.  Knows no container."""

@@ -1,0 +1,369 @@
+"""The system calls Python does not wrap: the new mount API, openat2, user namespaces.
+
+Numbers are those of the generic table that x86-64, arm64 and riscv share for everything added
+since Linux 5.0 (include/uapi/asm-generic/unistd.h).  Every function raises OSError with the
+kernel's errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# Calls through this one keep the interpreter's lock, so nothing of Python changes hands meanwhile.
+_libc_locked = ctypes.PyDLL(None, use_errno=True)
+
+# The generic table's, but for x86-64.
+_SYS_CLONE = 56 if platform.machine() == "x86_64" else 220
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_OPENAT2 = 437
+_SYS_MOUNT_SETATTR = 442
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
+_SECCOMP_MODE_FILTER = 2
+_SOCK_FILTER_BYTES = 8
+_SIGSET_BYTES = 128
+_CLONE_PARENT = 0x8000
+_CAPABILITY_VERSION_3 = 0x2008_0522
+_CAP_SYS_ADMIN = 21
+
+# capability.h: the number of each capability that containers may keep (capabilities(7)).
+CAPABILITY_NUMBERS = {
+    "chown": 0,
+    "dac_override": 1,
+    "fowner": 3,
+    "fsetid": 4,
+    "kill": 5,
+    "setgid": 6,
+    "setuid": 7,
+    "setpcap": 8,
+    "net_bind_service": 10,
+    "net_raw": 13,
+    "sys_chroot": 18,
+    "setfcap": 31,
+}
+
+# All that a container has of its own (namespaces(7)): what its init is in, and who enters it.
+ALL_NAMESPACES = (
+    os.CLONE_NEWUSER
+    | os.CLONE_NEWNS
+    | os.CLONE_NEWPID
+    | os.CLONE_NEWNET
+    | os.CLONE_NEWIPC
+    | os.CLONE_NEWUTS
+    | os.CLONE_NEWCGROUP
+)
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_IDMAP = 0x0010_0000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_NOATIME = 0x400
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x4_0000
+
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def _long(value: int) -> ctypes.c_long:
+    # libc.syscall is variadic: a plain int would be passed as a 32-bit C int.
+    return ctypes.c_long(value)
+
+
+def openat2(
+    path: str | Path, flags: int, *, dir_fd: int = AT_FDCWD, mode: int = 0, resolve: int = 0
+) -> int:
+    """Open ``path`` under the ``RESOLVE_*`` rules (openat2(2)); close-on-exec always."""
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    return _syscall(_SYS_OPENAT2, _long(dir_fd), os.fsencode(path), how, ctypes.c_size_t(len(how)))
+
+
+def open_tree(path: str | Path, *, recursive: bool = False) -> int:
+    """A descriptor of a detached copy of the mount at ``path`` (open_tree(2), OPEN_TREE_CLONE)."""
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    return _syscall(_SYS_OPEN_TREE, _long(AT_FDCWD), os.fsencode(path), _long(flags))
+
+
+def mount_setattr(tree_fd: int, *, set_flags: int, userns_fd: int = 0) -> None:
+    """Set ``MOUNT_ATTR_*`` flags on the mount ``tree_fd`` refers to (mount_setattr(2))."""
+    attributes = struct.pack("QQQQ", set_flags, 0, 0, userns_fd)
+    _syscall(
+        _SYS_MOUNT_SETATTR,
+        _long(tree_fd),
+        b"",
+        _long(AT_EMPTY_PATH),
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
+
+
+def move_mount(tree_fd: int, target: str | Path) -> None:
+    """Attach a detached mount at ``target`` (move_mount(2))."""
+    _syscall(
+        _SYS_MOVE_MOUNT,
+        _long(tree_fd),
+        b"",
+        _long(AT_FDCWD),
+        os.fsencode(target),
+        _long(MOVE_MOUNT_F_EMPTY_PATH),
+    )
+
+
+def move_mount_onto(tree_fd: int, target_fd: int) -> None:
+    """Attach a detached mount at the directory ``target_fd`` refers to: no path is walked."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_SYS_MOVE_MOUNT, _long(tree_fd), b"", _long(target_fd), b"", _long(flags))
+
+
+def bind_idmapped(
+    source: str | Path, target: str | Path, userns_fd: int, *, read_only: bool = False
+) -> None:
+    """Bind-mount ``source`` at ``target`` with ids shifted by the user namespace's mapping.
+
+    On-disk id 0 shows as the namespace's host id of 0 and so on.  The filesystem must allow
+    idmapped mounts (ext4, xfs, btrfs, tmpfs ≥ 6.3: mount_setattr(2)), else EINVAL.
+    """
+    tree_fd = open_tree(source)
+    try:
+        flags = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NODEV | (MOUNT_ATTR_RDONLY if read_only else 0)
+        mount_setattr(tree_fd, set_flags=flags, userns_fd=userns_fd)
+        move_mount(tree_fd, target)
+    finally:
+        os.close(tree_fd)
+
+
+def mount(
+    source: str, target: str | Path, fstype: str | None, flags: int = 0, data: str | None = None
+) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if fstype is None else fstype.encode(),
+        ctypes.c_ulong(flags),
+        None if data is None else os.fsencode(data),
+    )
+    if result != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), str(target))
+
+
+def umount(target: str | Path, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2); ``flags`` are ``MNT_DETACH`` and ``UMOUNT_NOFOLLOW``."""
+    if _libc.umount2(os.fsencode(target), flags) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), str(target))
+
+
+def mount_points(below: Path) -> list[Path]:
+    """Every mount point at or below ``below``, deepest (latest) first, from mountinfo (proc(5)).
+
+    Each start and end of a container asks, among thousands of others' mounts: what lies elsewhere
+    must cost next to nothing.
+    """
+    top = os.fsencode(below)
+    inside = top.rstrip(b"/") + b"/"
+    found: list[Path] = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        point = line.split(b" ", 5)[4]
+        if b"\\" in point:
+            point = point.decode("unicode_escape").encode("latin-1")
+        if point == top or point.startswith(inside):
+            found.append(Path(os.fsdecode(point)))
+    return found[::-1]
+
+
+def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> int:
+    """A descriptor of a new user namespace with these (inside, outside, count) uid/gid extents.
+
+    ``maker`` is the host id that makes it: to their account goes all that the kernel counts in
+    there (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
+    and RLIMIT_MEMLOCK since Linux 5.14).  Whoever has it as effective id outside has power over the
+    namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
+    """
+    ready, go = os.pipe(), os.pipe()
+    child = _copy(0 if maker else os.CLONE_NEWUSER)
+    if child == 0:
+        _namespace_child(ready[1], go[0], maker)
+    try:
+        for descriptor in (ready[1], go[0]):
+            os.close(descriptor)
+        # Made by whoever calls this, it is there already: the other need not have run yet.
+        if maker and os.read(ready[0], 1) != b"1":
+            raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
+        mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{child}/{name}").write_text(mapping)
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        for descriptor in (ready[0], go[1]):
+            os.close(descriptor)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _namespace_child(ready: int, go: int, maker: int) -> None:
+    try:
+        if maker:
+            os.setresuid(-1, maker, -1)
+            # Distributions let no one else make them (kernel.unprivileged_userns_clone).
+            set_capabilities([_CAP_SYS_ADMIN])
+            os.unshare(os.CLONE_NEWUSER)
+            os.write(ready, b"1")
+        os.read(go, 1)
+    finally:
+        os._exit(0)
+
+
+def set_dumpable(*, dumpable: bool) -> None:
+    """Whether processes of this memory image may be looked into (PR_SET_DUMPABLE in prctl(2)).
+
+    A copy made by fork inherits it; execve starts afresh.
+    """
+    if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+
+
+def clone_sibling() -> int:
+    """Copy this process as fork(2) does, as a child of its *parent* (CLONE_PARENT in clone(2)).
+
+    Returns the copy's pid, and 0 in the copy.  Only for a process of one thread: nobody's handlers
+    for a fork are run, neither Python's nor the C library's.
+    """
+    return _copy(_CLONE_PARENT)
+
+
+def _copy(flags: int = 0) -> int:
+    # A third cheaper than os.fork, whose handlers are for threads.
+    arguments = (ctypes.c_long(flags | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
+    result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def signal_descriptor(number: signal.Signals) -> int:
+    """A descriptor to read where a signal has come, which is blocked from now on (signalfd(2)).
+
+    What is forked inherits the block; what is executed does, too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    wanted = (1 << (number - 1)).to_bytes(_SIGSET_BYTES, sys.byteorder)
+    result: int = _libc.signalfd(-1, wanted, os.O_NONBLOCK | os.O_CLOEXEC)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def exit_status(pid: int) -> int | None:
+    """The wait status (wait(2)) of a process that has ended and is not waited for yet, or None.
+
+    The last field of stat (proc(5)), for those who may look into it.  Raises OSError.
+    """
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[-1]) if state == "Z" else None
+
+
+def drop_from_bounding_set(numbers: Iterable[int]) -> None:
+    """Make sure that no program executed from here on has these (PR_CAPBSET_DROP in prctl(2))."""
+    for number in numbers:
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno))
+
+
+def last_capability() -> int:
+    """The highest capability that this kernel knows (cap_last_cap in proc(5))."""
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+
+
+def set_capabilities(numbers: Iterable[int]) -> None:
+    """Keep these as permitted and effective, and nothing as inheritable (capset(2))."""
+    bits = sum(1 << number for number in numbers)
+    low, high = bits & 0xFFFF_FFFF, bits >> 32
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, struct.pack("6I", low, low, 0, high, high, 0)) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+
+
+class SyscallFilter:
+    """A seccomp program (classic BPF, seccomp(2)) ready to be installed."""
+
+    def __init__(self, program: bytes) -> None:
+        # Kept with the object: the kernel reads it through the pointer in struct sock_fprog.
+        self._program = ctypes.create_string_buffer(program, len(program))
+        count = len(program) // _SOCK_FILTER_BYTES
+        self._header = struct.pack("@HP", count, ctypes.addressof(self._program))
+
+    def install(self) -> None:
+        """Confine this thread, for good; it needs CAP_SYS_ADMIN in its user namespace."""
+        if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header, 0, 0) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno))
+
+
+def set_command_line(title: str) -> None:
+    """Show ``title`` as this process's command line (cmdline in proc(5)), as far as it fits.
+
+    Anybody in the same process namespace may read it; the words it was started with are
+    overwritten in place, between the addresses that fields 48 and 49 of stat give.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    shown = title.encode()[: end - start - 1]
+    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+
+
+def syncfs(path: Path) -> None:
+    """Flush the filesystem that holds ``path`` to disk (syncfs(2))."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(descriptor) != 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno), str(path))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Images: trees of files that never change, kept once and shared by hard links."""

@@ -1,0 +1,219 @@
+"""What is installed in a finished tree: the package managers' own records, read and not run.
+
+Everything in the tree may be a stranger's: directories are walked by descriptor and through no
+link, nothing but regular files is read, and of those a bounded part.  What is malformed is left
+out; of what is too much the first is kept and ``truncated`` set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from hostruntime.image.trees import Check, entries, go_on, is_directory, opened, opened_if_directory
+
+MAX_PACKAGES = 5_000
+NAME_CHARACTERS = 200
+VERSION_CHARACTERS = 100
+# Looked at, whatever comes of it; and directories that one pattern leads to.
+_MAX_CANDIDATES = 20_000
+_MAX_DIRECTORIES = 500
+_MAX_STATUS_BYTES = 32 * 1024 * 1024
+_MAX_RECORD_BYTES = 256 * 1024
+
+Package = tuple[str, str]
+Candidates = Iterator[Package | None]
+
+# Where Python's packages are: the system's own, what `pip` installs for all and for root, and
+# virtual environments in the usual places. Our bases keep their CPython in usr/local.
+_PYTHON_HOMES = (
+    *("usr", "usr/local", "opt/*", "opt/*/envs/*", "srv/*", "root/.local", "home/*/.local"),
+    *("root/*", "home/*/*", "app/*", "venv", "root/.venv"),
+)
+_SITE_DIRECTORIES = tuple(
+    f"{home}/lib/python3*/{kind}-packages" for home in _PYTHON_HOMES for kind in ("site", "dist")
+)
+# `npm install --global`, of our node-22 and of Debian's npm.
+_NODE_DIRECTORIES = ("usr/local/lib/node_modules", "usr/lib/node_modules")
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What is installed, by package manager (dpkg, pip, npm), sorted by name."""
+
+    installed: Mapping[str, tuple[Package, ...]]
+    truncated: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as events and ``contents.json`` have them."""
+        packages = {
+            manager: [list(package) for package in found]
+            for manager, found in self.installed.items()
+        }
+        return {"packages": packages, "truncated": self.truncated}
+
+
+def installed_packages(tree: Path, check: Check = go_on) -> Packages:
+    """Read what is installed in ``tree``.  Raises OSError, and what ``check`` does."""
+    found: dict[str, tuple[Package, ...]] = {}
+    truncated = False
+    with opened(tree) as root:
+        for manager, candidates in _MANAGERS.items():
+            found[manager], more = _collected(candidates(root), check)
+            truncated = truncated or more
+    return Packages(found, truncated)
+
+
+def _collected(candidates: Candidates, check: Check) -> tuple[tuple[Package, ...], bool]:
+    found: set[Package] = set()
+    for seen, candidate in enumerate(candidates):
+        check()
+        if seen >= _MAX_CANDIDATES or len(found) >= MAX_PACKAGES:
+            return _sorted(found), True
+        if candidate is not None:
+            found.add(candidate)
+    return _sorted(found), False
+
+
+def _sorted(found: set[Package]) -> tuple[Package, ...]:
+    return tuple(sorted(found, key=lambda package: (package[0].lower(), package)))
+
+
+# The managers ------------------------------------------------------------------------------
+
+
+def _dpkg(root: int) -> Candidates:
+    """The paragraphs of dpkg's status file (dpkg(1), deb-status)."""
+    for directory in _directories(root, "var/lib/dpkg"):
+        text = _text("status", directory, _MAX_STATUS_BYTES)
+        for paragraph in (text or "").split("\n\n"):
+            fields = _fields(paragraph)
+            if fields.get("status", "").endswith(" installed"):
+                yield _package(fields.get("package"), fields.get("version"))
+
+
+def _pip(root: int) -> Candidates:
+    """Distributions as pip finds them (PyPA's "Recording installed projects", and its elders)."""
+    for pattern in _SITE_DIRECTORIES:
+        for directory in _directories(root, pattern):
+            for entry in _by_name(directory, "*.dist-info", "*.egg-info"):
+                yield _distribution(entry, directory)
+
+
+def _distribution(entry: os.DirEntry[str], directory: int) -> Package | None:
+    if not is_directory(entry):
+        fields = _fields(_text(entry.name, directory, _MAX_RECORD_BYTES) or "")
+        return _package(fields.get("name"), fields.get("version"))
+    with opened_if_directory(entry.name, directory) as inner:
+        if inner is None:
+            return None
+        record = "METADATA" if entry.name.endswith(".dist-info") else "PKG-INFO"
+        fields = _fields(_text(record, inner, _MAX_RECORD_BYTES) or "")
+        return _package(fields.get("name"), fields.get("version"))
+
+
+def _npm(root: int) -> Candidates:
+    """What is directly in npm's global node_modules, scoped packages included (npm-folders(5))."""
+    for pattern in _NODE_DIRECTORIES:
+        for where in (f"{pattern}/*", f"{pattern}/@*/*"):
+            for directory in _directories(root, where, _MAX_CANDIDATES):
+                yield _node_package(_text("package.json", directory, _MAX_RECORD_BYTES * 4))
+
+
+def _node_package(text: str | None) -> Package | None:
+    try:
+        record = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    return _package(record.get("name"), record.get("version"))
+
+
+_MANAGERS: Mapping[str, Callable[[int], Candidates]] = {"dpkg": _dpkg, "pip": _pip, "npm": _npm}
+
+
+# Reading ------------------------------------------------------------------------------------
+
+
+def _package(name: object, version: object) -> Package | None:
+    if not isinstance(name, str) or not isinstance(version, str):
+        return None
+    cleaned = _clean(name, NAME_CHARACTERS), _clean(version, VERSION_CHARACTERS)
+    return cleaned if all(cleaned) else None
+
+
+def _clean(text: str, limit: int) -> str:
+    """As it can be shown: no control, formatting or undecodable characters, not without end."""
+    return "".join(itertools.islice(filter(str.isprintable, text.strip()), limit))
+
+
+def _fields(paragraph: str) -> dict[str, str]:
+    """The header fields, names in lower case, of the first of each, up to an empty line."""
+    fields: dict[str, str] = {}
+    for line in paragraph.lstrip("\n").split("\n"):
+        if not line.strip():
+            break
+        name, colon, value = line.partition(":")
+        if colon and not line[0].isspace():
+            fields.setdefault(name.lower(), value.strip())
+    return fields
+
+
+def _directories(root: int, pattern: str, limit: int = _MAX_DIRECTORIES) -> Iterator[int]:
+    """Descriptors of the directories that match, each open until the next one is asked for."""
+    yield from itertools.islice(_below(root, pattern.split("/")), limit)
+
+
+def _below(parent: int, parts: list[str]) -> Iterator[int]:
+    if not parts:
+        yield parent
+        return
+    names = [parts[0]]
+    if "*" in parts[0]:
+        names = [entry.name for entry in _by_name(parent, parts[0]) if is_directory(entry)]
+    for name in names[:_MAX_CANDIDATES]:
+        with opened_if_directory(name, parent) as found:
+            if found is not None:
+                yield from _below(found, parts[1:])
+
+
+def _by_name(directory: int, *patterns: str) -> list[os.DirEntry[str]]:
+    found = (
+        entry
+        for entry in entries(directory)
+        if any(fnmatchcase(entry.name, pattern) for pattern in patterns)
+    )
+    return sorted(found, key=lambda entry: os.fsencode(entry.name))
+
+
+def _text(name: str, directory: int, limit: int) -> str | None:
+    """The beginning of a regular file; None if it is anything else."""
+    with _opened_regular(name, directory) as descriptor:
+        if descriptor is None:
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit).decode("utf-8", "replace")
+
+
+@contextmanager
+def _opened_regular(name: str, directory: int) -> Iterator[int | None]:
+    # Not blocking: a pipe of that name would wait for its other end.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags, dir_fd=directory)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""An image's digest: equal for trees that hold the same, whenever and wherever they were made.
+
+``sha256:`` and the SHA-256, in hexadecimal, of a canonical listing.  It begins with the record
+``orkestr-image-1`` and the digest of the base (empty without one).  Then, directory by directory
+in the order of their names' bytes, comes a record for
+
+* every entry that is not the base's own entry of that path (the same inode): ``+``, path, type
+  (``d f l p`` for directory, file, link, pipe), permission bits (octal), uid, gid, size (0 for a
+  directory), content, and each extended attribute's name and value (hexadecimal);
+* every path of the base that is gone: ``-`` and the path.
+
+A record is its fields, each ended by NUL, and a newline.  The content of a link is its target, of
+a file the SHA-256 (hexadecimal) of each of its 64 KiB blocks that is not all zero, in order, its
+offset before it (8 bytes, big-endian): what is a hole costs nothing and counts as zeros.
+
+Times and inode numbers count for nothing, nor which names are one file.  Files that are still the
+base's are not even looked at, so a digest costs what the image's own files do; and of those that a
+capture has just written it already knows what they hold (:mod:`hostruntime.image.known_contents`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from hostruntime.host.progress import Progress
+from hostruntime.image.known_contents import BLOCK, ContentHash, KnownContents
+from hostruntime.image.sparse import data_extents
+from hostruntime.image.trees import (
+    MAX_DEPTH,
+    Check,
+    TreeTooDeep,
+    attributes,
+    child_path,
+    entries,
+    go_on,
+    is_directory,
+    opened,
+    opened_if_directory,
+    status,
+)
+
+VERSION = "orkestr-image-1"
+_READ = 16 * BLOCK
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_TYPES = {stat.S_IFDIR: b"d", stat.S_IFREG: b"f", stat.S_IFLNK: b"l", stat.S_IFIFO: b"p"}
+
+
+def image_digest(
+    tree: Path,
+    base: Path | None = None,
+    base_digest: str = "",
+    check: Check = go_on,
+    *,
+    known: KnownContents | None = None,
+    progress: Progress | None = None,
+    linked: dict[int, bytes] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
+    """The digest of ``tree``, which was made over ``base``, whose digest is ``base_digest``.
+
+    What is ``known`` of the tree's files is not read again.  ``progress`` counts the names that
+    are looked at, and their bytes.  ``linked``, given again with other trees that share files with
+    this one, keeps what those hold, by inode; nothing may write to them meanwhile.  With
+    ``only``, no other names in the tree itself count.  Raises TreeTooDeep, OSError, and what
+    ``check`` does.
+    """
+    with ExitStack() as stack:
+        root = stack.enter_context(opened(tree))
+        below = stack.enter_context(opened(base)) if base is not None else None
+        listing = _Listing(check, known or KnownContents(), progress or Progress(), linked)
+        listing.record([VERSION.encode(), base_digest.encode()])
+        listing.entry(b"/", ".", root)
+        listing.visit(root, below, b"", 0, only)
+    return listing.digest()
+
+
+class _Listing:
+    """The records written so far, as their hash."""
+
+    def __init__(
+        self,
+        check: Check,
+        known: KnownContents,
+        progress: Progress,
+        linked: dict[int, bytes] | None,
+    ) -> None:
+        self._check = check
+        self._known = known
+        self._progress = progress
+        self._hash = hashlib.sha256()
+        # Of files with several names, so that each is read once.
+        self._contents = {} if linked is None else linked
+
+    def digest(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def record(self, fields: Iterable[bytes]) -> None:
+        self._hash.update(b"\0".join([*fields, b"\n"]))
+
+    def visit(
+        self,
+        tree: int,
+        base: int | None,
+        path: bytes,
+        depth: int,
+        only: Collection[str] | None = None,
+    ) -> None:
+        if depth > MAX_DEPTH:
+            raise TreeTooDeep
+        old = {} if base is None else {entry.name: entry for entry in entries(base)}
+        new = {entry.name: entry for entry in entries(tree) if only is None or entry.name in only}
+        for name in sorted(old.keys() | new.keys(), key=os.fsencode):
+            self._check()
+            there = path + b"/" + os.fsencode(name)
+            if name not in new:
+                self.record([b"-", there])
+            elif is_directory(new[name]):
+                self.entry(there, name, tree)
+                self._enter(name, tree, base, there, depth + 1)
+            elif name not in old or old[name].inode() != new[name].inode():
+                self.entry(there, name, tree)
+
+    def _enter(self, name: str, tree: int, base: int | None, path: bytes, depth: int) -> None:
+        with ExitStack() as stack:
+            inner = stack.enter_context(opened(name, tree))
+            below = None
+            if base is not None:
+                below = stack.enter_context(opened_if_directory(name, base))
+            self.visit(inner, below, path, depth)
+
+    def entry(self, path: bytes, name: str, dir_fd: int) -> None:
+        found = status(name, dir_fd)
+        mode, size = found.st_mode, found.st_size
+        kind = _TYPES.get(stat.S_IFMT(mode), b"?")
+        if kind == b"d":
+            size = 0
+        else:
+            self._progress.files += 1
+            self._progress.bytes += size
+        numbers = b"%o\0%d\0%d\0%d" % (stat.S_IMODE(mode), found.st_uid, found.st_gid, size)
+        fields = [b"+", path, kind, numbers]
+        known = self._known.digest_of(found)
+        if known is not None:
+            fields.append(known.hex().encode())
+        else:
+            fields.append(self._content(name, dir_fd, found))
+            fields += _attribute_fields(name, dir_fd)
+        self.record(fields)
+
+    def _content(self, name: str, dir_fd: int, found: os.stat_result) -> bytes:
+        if stat.S_ISLNK(found.st_mode):
+            return os.fsencode(os.readlink(name, dir_fd=dir_fd))
+        if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+            return b""
+        content = self._contents.get(found.st_ino)
+        if content is None:
+            content = self._read(name, dir_fd, found.st_size).hex().encode()
+            if found.st_nlink > 1:
+                self._contents[found.st_ino] = content
+        return content
+
+    def _read(self, name: str, dir_fd: int, size: int) -> bytes:
+        content = ContentHash()
+        descriptor = os.open(name, _READING, dir_fd=dir_fd)
+        try:
+            done = 0
+            for start, end in [(0, size)] if size <= BLOCK else data_extents(descriptor):
+                done = max(done, start - start % BLOCK)
+                while done < end:
+                    self._check()
+                    want = min(_READ, end - done)
+                    data = os.pread(descriptor, want + -want % BLOCK, done)
+                    if not data:
+                        break
+                    content.add(data, done)
+                    done += len(data)
+        finally:
+            os.close(descriptor)
+        return content.digest()
+
+
+def _attribute_fields(name: str, dir_fd: int) -> list[bytes]:
+    fields: list[bytes] = []
+    for attribute in sorted(attributes(name, dir_fd)):
+        with contextlib.suppress(OSError):
+            value = os.getxattr(child_path(name, dir_fd), attribute, follow_symlinks=False)
+            fields += [os.fsencode(attribute), value.hex().encode()]
+    return fields

@@ -1,0 +1,1 @@
+"""What a container may reach: slots, firewall, policies, and the egress proxy."""

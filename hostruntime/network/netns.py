@@ -1,0 +1,167 @@
+"""A slot's network namespace: made whole, entered, and taken apart.
+
+The namespace belongs to the initial user namespace, so a container that joins it has no
+CAP_NET_ADMIN or CAP_NET_RAW over it: its root cannot change an address, add a route or send raw
+packets. It is kept by a bind mount (namespaces(7)), so it outlives the agent.
+
+A networked namespace has one interface, `eth0`, whose other end is on the host and is routed
+point-to-point: there is no bridge, so no neighbour to see.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from hostruntime.host import kernel
+from hostruntime.host.run import run
+from hostruntime.host.rundir import RunDir
+
+_TIMEOUT = 20.0
+_SIOCSIFFLAGS = 0x8914  # netdevice(7)
+_IFF_UP_RUNNING = 0x1 | 0x40
+_SYSFS_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+
+# Ports below 1024 and ping for everybody: container root has no capability over the namespace
+# that would otherwise allow them (ip(7), icmp(7)).
+_SYSCTLS_INSIDE = {
+    "net/ipv4/ip_unprivileged_port_start": "0",
+    "net/ipv4/ping_group_range": "0 2147483647",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A networked namespace's interface: its host end, its address, the way out.
+
+    Everything is sent to `gateway`. What is not for the gateway itself goes no further unless
+    `forwarded`: the kernel then refuses it where it comes in, whatever the firewall says.
+    """
+
+    host_end: str
+    address: IPv4Address
+    gateway: IPv4Address
+    forwarded: bool
+
+
+def make_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
+    """Make a namespace, its sysfs and its link; on failure nothing is left.
+
+    Raises OSError or CommandFailed.
+    """
+    destroy_namespace(run_dir, name, link.host_end if link else None)
+    try:
+        _in_thread(lambda: _create(run_dir, name))
+        if link is not None:
+            _connect(run_dir.netns / name, link)
+    except BaseException:
+        destroy_namespace(run_dir, name, link.host_end if link else None)
+        raise
+
+
+def destroy_namespace(run_dir: RunDir, name: str, host_end: str | None) -> None:
+    """Take a namespace apart; what is not there is no error. Raises OSError or CommandFailed."""
+    if host_end is not None and interface_exists(host_end):
+        # Waits until no packet of it is in flight, so that its address can be given anew.
+        run(["ip", "link", "delete", host_end], timeout=_TIMEOUT, check=False)
+    for path, remove in ((run_dir.sysfs / name, Path.rmdir), (run_dir.netns / name, Path.unlink)):
+        if path.exists():
+            _unmount_all(path)
+            remove(path)
+
+
+def namespace_alive(run_dir: RunDir, name: str) -> bool:
+    """Tell whether the namespace is mounted (and not merely the file it was mounted on)."""
+    path = run_dir.netns / name
+    return path.is_file() and path.stat().st_dev != path.parent.stat().st_dev
+
+
+def within[R](namespace: Path, action: Callable[[], R]) -> R:
+    """Return what `action` returns in a thread that has joined a network namespace (setns(2))."""
+
+    def joined() -> R:
+        with namespace.open("rb") as handle:
+            os.setns(handle.fileno(), os.CLONE_NEWNET)
+        return action()
+
+    return _in_thread(joined)
+
+
+def interface_exists(name: str) -> bool:
+    """Tell whether the calling thread's namespace has an interface of this name."""
+    return any(found == name for _, found in socket.if_nameindex())
+
+
+def write_sysctl(key: str, value: str, *, optional: bool = False) -> None:
+    """Write a network sysctl of the calling thread's namespace; raises OSError.
+
+    `optional` tolerates a kernel without it, such as one booted without IPv6.
+    """
+    path = Path("/proc/sys") / key
+    if optional and not path.exists():
+        return
+    path.write_text(value)
+
+
+def run_ip(commands: list[str]) -> None:
+    """Run `ip -batch` (ip(8)) in the calling thread's namespace; raises CommandFailed."""
+    run(["ip", "-batch", "-"], input="\n".join(commands).encode() + b"\n", timeout=_TIMEOUT)
+
+
+def _in_thread[R](action: Callable[[], R]) -> R:
+    # The thread ends with the action: no thread that has left home is ever used again.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="netns") as pool:
+        return pool.submit(action).result()
+
+
+def _create(run_dir: RunDir, name: str) -> None:
+    os.unshare(os.CLONE_NEWNET)
+    netns, sysfs = run_dir.netns / name, run_dir.sysfs / name
+    netns.touch(mode=0o600)
+    kernel.mount("/proc/thread-self/ns/net", netns, None, kernel.MS_BIND)
+    for key, value in _SYSCTLS_INSIDE.items():
+        write_sysctl(key, value, optional="ipv6" in key)
+    _bring_up_loopback()
+    sysfs.mkdir(mode=0o755)
+    kernel.mount("sysfs", sysfs, "sysfs", _SYSFS_FLAGS)
+
+
+def _bring_up_loopback() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as handle:
+        request = struct.pack("16sH14x", b"lo", _IFF_UP_RUNNING)
+        fcntl.ioctl(handle, _SIOCSIFFLAGS, request)
+
+
+def _connect(namespace: Path, link: Link) -> None:
+    host_end = link.host_end
+    run_ip([f"link add {host_end} type veth peer name eth0 netns {namespace}"])
+    for key, value in (
+        (f"net/ipv6/conf/{host_end}/disable_ipv6", "1"),
+        (f"net/ipv4/conf/{host_end}/rp_filter", "1"),
+        (f"net/ipv4/conf/{host_end}/forwarding", "1" if link.forwarded else "0"),
+        (f"net/ipv4/conf/{host_end}/send_redirects", "0"),
+        (f"net/ipv4/conf/{host_end}/accept_redirects", "0"),
+    ):
+        write_sysctl(key, value, optional="ipv6" in key)
+    run_ip([f"link set {host_end} up", f"route replace {link.address}/32 dev {host_end}"])
+    commands = [
+        f"address add {link.address}/32 dev eth0",
+        "link set eth0 up",
+        f"route add {link.gateway}/32 dev eth0 src {link.address}",
+        f"route add default via {link.gateway} dev eth0 src {link.address}",
+    ]
+    within(namespace, lambda: run_ip(commands))
+
+
+def _unmount_all(path: Path) -> None:
+    # More than one mount can be stacked there if an agent died between mount and record.
+    while path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
+        kernel.umount(path, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)

@@ -1,0 +1,71 @@
+"""What an operator may set about the network, and what the host says about its resolvers."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostruntime.network.policy import Network, PolicyError, deny_list, parse_networks
+
+_RESOLVER_FILES = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """What an operator sets about the outside, read from the agent's environment.
+
+    `ORKESTR_EGRESS_DENY` and `ORKESTR_EGRESS_PERMIT` are comma-separated networks added to, and
+    cut out of, the deny list. `ORKESTR_DNS` names the resolvers (addresses, comma-separated)
+    that containers with network open and the proxy use instead of the host's own.
+    """
+
+    denied: tuple[Network, ...]
+    permitted: tuple[Network, ...]
+    resolvers: tuple[str, ...]
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NetworkSettings:
+        """Return the settings; raises PolicyError or ValueError naming the malformed one."""
+        permit = _listed(environment, "ORKESTR_EGRESS_PERMIT")
+        return cls(
+            denied=deny_list(_listed(environment, "ORKESTR_EGRESS_DENY"), permit),
+            permitted=parse_networks(permit),
+            resolvers=_addresses(_listed(environment, "ORKESTR_DNS")) or host_resolvers(),
+        )
+
+
+def host_resolvers(files: Iterable[Path] = _RESOLVER_FILES) -> tuple[str, ...]:
+    """Return the resolvers the host uses that are not on its loopback (resolv.conf(5)).
+
+    Behind a local stub (systemd-resolved) these are the stub's own upstreams.
+    """
+    for path in files:
+        text = path.read_text(errors="replace") if path.exists() else ""
+        words = [line.split() for line in text.splitlines()]
+        named = [word[1] for word in words if len(word) > 1 and word[0] == "nameserver"]
+        if found := tuple(name for name in named if _reachable(name)):
+            return found
+    return ()
+
+
+def _listed(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in environment.get(name, "").split(",") if word.strip())
+
+
+def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
+    try:
+        return tuple(str(ipaddress.ip_address(text)) for text in texts)
+    except ValueError as error:
+        raise PolicyError(f"ORKESTR_DNS takes addresses of resolvers: {error}") from error
+
+
+def _reachable(text: str) -> bool:
+    """Tell whether a resolver can be asked from elsewhere than the host's own loopback or link."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_link_local)

@@ -1,0 +1,218 @@
+"""The egress proxy's configuration file and refusal page, as text.
+
+Squid decides nothing by itself: every request is put to the helper
+(:mod:`hostruntime.network.egress_helper`), then the name's addresses are held against the deny
+list. The addresses come from the cache the connection is made from, and its connections carry a
+mark by which nftables drops what is denied, should they ever differ. What then flows must begin
+with a TLS ClientHello that names the same host; it is never decrypted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from hostruntime.host.patience import slowness
+from hostruntime.network.policy import Network
+from hostruntime.network.unreached import CONNECT_SECONDS
+
+REFUSAL_PAGE = "ERR_ORKESTR_REFUSED"
+# Squid expands %o to the helper's message, escaped for HTML (deny_info, errorpage macros).
+REFUSAL_TEXT = "Refused by this sandbox's network policy: %o.\n"
+# What Squid says when the policy allowed a host that then could not be reached: told apart from a
+# refusal, and from anything the host itself might answer.
+UNREACHABLE_PAGES = ("ERR_CANNOT_FORWARD", "ERR_DNS_FAIL", "ERR_CONNECT_FAIL")
+UNREACHABLE_TEXT = "Allowed by the network policy, but %H could not be reached from this host.\n"
+NO_ADDRESS_PAGE = "ERR_ORKESTR_NO_ADDRESS"
+NO_ADDRESS = "could not be reached from this host: its name has no address (DNS)"
+NO_ADDRESS_TEXT = f"Allowed by the network policy, but %H {NO_ADDRESS}.\n"
+TOO_MANY_PAGE = "ERR_ORKESTR_TOO_MANY"
+TOO_MANY_TEXT = (
+    "Refused by this sandbox's network policy: more than {most} connections at once; close some.\n"
+)
+CONNECTIONS_PER_CONTAINER = 512
+# Squid counts a connection once it has sent a request, nftables from its first packet; what is
+# between the two numbers is told why it is refused, what is above is reset.
+SOCKETS_PER_CONTAINER = CONNECTIONS_PER_CONTAINER + 64
+# A tunnel takes four: one on each side of each of the two ports. This holds 30 containers that
+# all do their worst, or 16,000 tunnels of any.
+DESCRIPTORS = 65_536
+# For the first byte, and again for the first byte in a tunnel.  On a slow machine four or sixteen
+# times as long, but not by the exact measure: a new configuration is a new Squid, and cuts tunnels.
+FIRST_BYTE_SECONDS = 8 * 4 ** min(2, round(math.log(slowness(), 4)))
+PAGES = {
+    REFUSAL_PAGE: REFUSAL_TEXT,
+    NO_ADDRESS_PAGE: NO_ADDRESS_TEXT,
+    TOO_MANY_PAGE: TOO_MANY_TEXT.format(most=CONNECTIONS_PER_CONTAINER),
+    **dict.fromkeys(UNREACHABLE_PAGES, UNREACHABLE_TEXT),
+}
+PEEK_CERTIFICATE = "peek.pem"
+PEEK_PROBE = "peek.invalid"
+TRAFFIC_LOG = "traffic.log"
+# Tunnels in which something else than TLS was said: the helper is not asked about those.
+NOT_TLS_LOG = "not-tls.log"
+# Allowed hosts without an address, and connections to allowed hosts that failed.
+NO_ADDRESS_LOG = "no-address.log"
+BROKEN_LOG = "broken.log"
+LOGS = (TRAFFIC_LOG, NOT_TLS_LOG, NO_ADDRESS_LOG, BROKEN_LOG)
+OWNER_HEADER = "X-Orkestr-Owner"
+
+
+@dataclass(frozen=True)
+class SquidPlan:
+    """The values the configuration is made of; all paths are readable by user `proxy`."""
+
+    address: str
+    port: int
+    directory: Path
+    log_directory: Path
+    helper_command: str
+    denied: tuple[Network, ...]
+    local_addresses: tuple[str, ...]
+    resolvers: tuple[str, ...]
+    mark: int
+
+
+def squid_config(plan: SquidPlan) -> str:
+    """Return squid.conf(5)."""
+    parts = (_identity, _stages, _decisions, _hello, _behaviour)
+    return "\n".join((*(line for part in parts for line in part(plan)), ""))
+
+
+def _identity(plan: SquidPlan) -> Iterable[str]:
+    yield f"http_port {plan.address}:{plan.port} name=ask"
+    # The certificate is never shown to anybody, but Squid peeks on no port without one.
+    yield (
+        f"http_port {plan.address}:{plan.port + 1} name=peek ssl-bump "
+        f"generate-host-certificates=off tls-cert={plan.directory}/{PEEK_CERTIFICATE}"
+    )
+    yield "visible_hostname egress"
+    yield "cache_effective_user proxy"
+    yield f"pid_filename {plan.directory}/squid.pid"
+    yield f"coredump_dir {plan.log_directory}"
+    yield f"cache_log {plan.log_directory}/cache.log"
+    yield "debug_options ALL,0"
+    yield "logfile_rotate 1"
+    yield f"error_directory {plan.directory}/errors"
+    yield "httpd_suppress_version_string on"
+
+
+def _stages(plan: SquidPlan) -> Iterable[str]:
+    """Squid twice in one process: containers ask the first port, which passes on to the second.
+
+    A port that looks into tunnels cannot refuse one legibly: it would say so inside TLS, under a
+    certificate of its own. So the first refuses, in plain HTTP, and only the second peeks.
+    """
+    yield "acl asked myportname ask"
+    yield "acl peeked myportname peek"
+    yield f"acl ourselves src {plan.address}"
+    yield f"acl probe dstdomain {PEEK_PROBE}"
+    yield (
+        f"cache_peer {plan.address} parent {plan.port + 1} 0 no-query no-digest "
+        "no-netdb-exchange proxy-only connect-fail-limit=1000000 name=peek"
+    )
+    yield "never_direct allow asked"
+    yield "always_direct allow peeked"
+    # The second port learns from the first, and from nobody else, whose tunnel it is.
+    yield "forwarded_for truncate"
+    yield (
+        'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","via":"%<lp",'
+        '"sent":%>st,"received":%<st}'
+    )
+    yield "acl tunnelled http_status 200"
+    yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
+    # Which container a tunnel is of, the first port tells the second, whatever a client says it is.
+    yield f"request_header_access {OWNER_HEADER} deny all"
+    yield f'request_header_add {OWNER_HEADER} "%et" asked'
+    yield (
+        f'logformat not_tls {{"at":%ts.%03tu,"owner":"%{{{OWNER_HEADER}}}>ha",'
+        '"address":"%{X-Forwarded-For}>ha","host":"%>rd","port":%>rP}'
+    )
+    yield "acl is_not_tls squid_error ERR_PROTOCOL_UNKNOWN"
+    yield f"access_log stdio:{plan.log_directory}/{NOT_TLS_LOG} not_tls peeked is_not_tls"
+    yield (
+        'logformat no_address {"at":%ts.%03tu,"owner":"%et","host":"%>rd","port":%>rP,'
+        '"error":"%err_code"}'
+    )
+    yield "acl unavailable http_status 503"
+    yield (
+        f"access_log stdio:{plan.log_directory}/{NO_ADDRESS_LOG} no_address asked unavailable "
+        "!probe"
+    )
+    yield ('logformat broken {"at":%ts.%03tu,"via":"%>p","host":"%>rd","status":%>Hs,"ms":%tr}')
+    # One line a tunnel: what fails in one has no status that an ACL could look at.
+    yield "acl went_well http_status 200"
+    yield f"access_log stdio:{plan.log_directory}/{BROKEN_LOG} broken peeked !went_well !probe"
+    yield "access_log none"
+
+
+def _decisions(plan: SquidPlan) -> Iterable[str]:
+    # No answer is kept: a policy given or taken holds from the next request on.
+    yield (
+        "external_acl_type policy ttl=0 negative_ttl=0 cache=0 ipv4 concurrency=64 "
+        "children-max=4 children-startup=1 children-idle=1 "
+        f"%>a %>rm %>rd %>rP {plan.helper_command}"
+    )
+    yield "acl may_reach external policy decide"
+    yield "acl may_use_address external policy address"
+    yield "acl is_recorded external policy allow"
+    for network in (*plan.denied, *(ip_address(text) for text in plan.local_addresses)):
+        yield f"acl denied_address dst {network}"
+    yield f"deny_info 403:{TOO_MANY_PAGE} too_many"
+    yield "acl resolves dst all"
+    yield f"deny_info 503:{NO_ADDRESS_PAGE} resolves"
+    yield "acl refused http_status 403"
+    yield f"acl too_many maxconn {CONNECTIONS_PER_CONTAINER}"
+    yield "http_access deny manager"
+    yield "http_access allow peeked ourselves"
+    yield "http_access deny peeked"
+    yield "http_access allow ourselves probe"
+    yield "http_access deny too_many"
+    yield "http_access deny !may_reach"
+    yield "http_access deny denied_address !may_use_address"
+    yield "http_access deny !resolves"
+    yield "http_access allow is_recorded"
+    yield "http_access deny all"
+    for name in ("may_reach", "may_use_address", "is_recorded"):
+        yield f"deny_info 403:{REFUSAL_PAGE} {name}"
+    # Clients do not show the body of a refused CONNECT; some do show its headers.
+    yield 'reply_header_add X-Orkestr-Egress "%\'{message}note" refused'
+    yield f'reply_header_add X-Orkestr-Egress "allowed, but {NO_ADDRESS}" unavailable'
+    for header in ("X-Squid-Error", "X-Cache", "X-Cache-Lookup"):
+        yield f"reply_header_access {header} deny all"
+    yield f"tcp_outgoing_mark {plan.mark:#x} peeked"
+
+
+def _hello(plan: SquidPlan) -> Iterable[str]:
+    """Hold the name in the TLS ClientHello (SNI, RFC 6066) against the one that was asked for."""
+    yield (
+        "external_acl_type hello ttl=0 negative_ttl=0 cache=0 ipv4 concurrency=64 "
+        "children-max=4 children-startup=1 children-idle=1 "
+        f"%{{X-Forwarded-For}}>ha %>rm %>rd %>rP %ssl::>sni {plan.helper_command}"
+    )
+    yield "acl at_request at_step SslBump1"
+    yield "acl hello_matches external hello hello"
+    yield "ssl_bump peek at_request"
+    yield "ssl_bump splice hello_matches"
+    yield "ssl_bump terminate all"
+
+
+def _behaviour(plan: SquidPlan) -> Iterable[str]:
+    if plan.resolvers:
+        yield f"dns_nameservers {' '.join(plan.resolvers)}"
+    yield "cache deny all"
+    yield "cache_mem 8 MB"
+    yield "memory_pools off"
+    yield f"max_filedescriptors {DESCRIPTORS}"
+    yield "via off"
+    yield "pinger_enable off"
+    yield "half_closed_clients off"
+    yield f"request_start_timeout {FIRST_BYTE_SECONDS} seconds"
+    yield "request_timeout 30 seconds"
+    yield "client_idle_pconn_timeout 30 seconds"
+    yield f"connect_timeout {CONNECT_SECONDS} seconds"
+    yield "forward_timeout 40 seconds"
+    yield "shutdown_lifetime 0 seconds"

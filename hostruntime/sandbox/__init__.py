@@ -1,0 +1,1 @@
+"""Containers that people use: their life to a deadline, snapshots, and usage."""

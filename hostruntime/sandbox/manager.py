@@ -1,0 +1,550 @@
+"""Sandboxes: containers that live until a deadline, and their records.
+
+A sandbox is a directory ``sandboxes/<id>/`` with ``sandbox.json`` and the container's own files.
+The record is written before the container starts, and again whenever it changes, so a new agent
+knows what the last one did.  A sandbox that ended by itself (its deadline passed, its init died)
+keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+
+from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
+from hostruntime.container.exec import Frame
+from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
+from hostruntime.host import clock
+from hostruntime.host.paths import StatePaths, write_json
+from hostruntime.host.quotas import Quota, RunningCommands
+from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
+from hostruntime.image.identity import give_identity
+from hostruntime.image.store import Image, ImageStore
+from hostruntime.network.policy import Policy, PolicyError
+from hostruntime.network.slots import Slot
+from hostruntime.sandbox.changes import Changes
+from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, user_of
+from hostruntime.sandbox.usage import UsageBook
+
+Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
+SWEEP_SECONDS = 0.5
+KEEP_GONE_SECONDS = 86_400.0
+_RECORD = "sandbox.json"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SandboxRequest:
+    """What to create; ``deadline`` is in Unix seconds, None for no end."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    id: str
+    image: str
+    network: str = "off"
+    allow_domains: tuple[str, ...] | None = None
+    cpu: float = 1.0
+    memory_mb: int = 1024
+    disk_mb: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    deadline: float | None = None
+    # What to begin with, of :mod:`hostruntime.sandbox.snapshots`; image and disk size are then its
+    # own.
+    snapshot: str | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The container's share of the machine."""
+        return Limits(self.cpu, self.memory_mb, disk_mb=self.disk_mb)
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A sandbox as it is now."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    request: SandboxRequest
+    state: Literal["starting", "running", "gone"]
+    image_id: str
+    image_tree: str
+    deadline: float | None
+    # The same by :mod:`hostruntime.host.clock`, and of which boot: what counts.
+    due: float | None = None
+    boot: str = ""
+    started_at: float = 0.0
+    boot_ms: float = 0.0
+    reason: Reason | None = None
+    ended_at: float | None = None
+    slot: Mapping[str, Any] | None = None
+    paused: bool = False
+    # What is baked into its image (hostruntime.image.environment).
+    image_env: Mapping[str, str] = field(default_factory=dict)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The answer of the agent's API."""
+        return {
+            "id": self.request.id,
+            "image": self.request.image,
+            "state": self.state,
+            "paused": self.paused,
+            "network": self.request.network,
+            "started_at": self.started_at,
+            "boot_ms": round(self.boot_ms, 2),
+            "deadline": self.deadline if self.state == "gone" else self.end,
+            "reason": self.reason,
+            "ended_at": self.ended_at,
+        }
+
+    @property
+    def end(self) -> float | None:
+        """When it ends, in Unix seconds by the clock as it goes now."""
+        now = clock.deadline_of(self.due)
+        # As it was asked for, while the clock has not been set.
+        same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
+        return self.deadline if same else now
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is over, however the clock was set meanwhile."""
+        return self.due is not None and self.due <= clock.elapsed()
+
+    def until(self, deadline: float | None) -> Sandbox:
+        """The same with another end, in Unix seconds."""
+        due = clock.due(deadline)
+        return replace(self, deadline=deadline, due=due, boot=clock.this_boot())
+
+
+_SANDBOX = TypeAdapter(Sandbox)
+
+
+@dataclass
+class SandboxManager:
+    """The sandboxes of one host.  For one event loop; :meth:`recover` comes first."""
+
+    paths: StatePaths
+    containers: ContainerManager
+    store: ImageStore
+    usage: UsageBook = field(init=False)
+    snapshots: SnapshotManager = field(init=False)
+    commands: RunningCommands = field(default_factory=RunningCommands)
+    changes: Changes = field(default_factory=Changes)
+    _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    # Those that are being ended, and why.
+    _ending: dict[str, Reason] = field(default_factory=dict)
+    _sweeper: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.usage = UsageBook(self.paths.usage, self._groups, self.store.quarantine)
+        self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
+
+    # Life of the manager -------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Load the records; take up the sandboxes that still run, note what became of others."""
+        self.snapshots.recover()
+        for directory in sorted(self.paths.sandboxes.iterdir()):
+            try:
+                sandbox = read_sandbox(directory)
+            except BadRecord as error:
+                # Whatever ran has been ended: the pass at start takes it for nobody's, too.
+                self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
+                continue
+            if sandbox is None:
+                # The agent died before there was a record.
+                self.store.trash.discard(directory)
+                continue
+            if sandbox.state == "running" and sandbox.boot != clock.this_boot():
+                # Written by an agent that knew no other clock.
+                sandbox = sandbox.until(sandbox.deadline)
+            if sandbox.state == "running" and not self._adopt(sandbox):
+                sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
+            if sandbox.state == "starting":
+                # Nobody was told of it: it never was.
+                self.store.trash.discard(directory)
+                continue
+            self._save(sandbox)
+        self.usage.recover({key: self._sandboxes[key].started_at for key in self.live()})
+
+    def live(self) -> set[str]:
+        """The ids of running sandboxes: who uses slots and images."""
+        return {key for key, sandbox in self._sandboxes.items() if sandbox.state == "running"}
+
+    def begin(self) -> None:
+        """Begin to enforce deadlines; be told when containers end."""
+        self.containers.on_exit.append(self._on_exit)
+        self._sweeper = asyncio.create_task(self._sweep(), name="sandbox deadlines")
+        self.usage.open()
+
+    async def close(self) -> None:
+        """Stop enforcing deadlines; sandboxes stay."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+        await self.usage.close()
+
+    async def freeze_again(self) -> None:
+        """What the records call paused is frozen, whatever the last agent had come to."""
+        for sandbox in self.list():
+            if sandbox.state == "running" and sandbox.paused:
+                try:
+                    await self.containers.pause(sandbox.request.id)
+                except HostError:
+                    _log.exception("sandbox %s cannot be paused again", sandbox.request.id)
+
+    # What is asked of it -------------------------------------------------------------------
+
+    def to_wire(self, sandbox: Sandbox) -> dict[str, Any]:
+        """The answer of the agent's API, and whether it stands still for want of room."""
+        held = sandbox.request.id in self.containers.held()
+        return {**sandbox.to_wire(), "held": held}
+
+    def list(self) -> list[Sandbox]:
+        """Every sandbox, running ones and those gone within the last day."""
+        return list(self._sandboxes.values())
+
+    def get(self, sandbox_id: str) -> Sandbox:
+        """One sandbox; raises NotFound."""
+        try:
+            return self._sandboxes[sandbox_id]
+        except KeyError:
+            raise NotFound(f"There is no sandbox {sandbox_id!r} on this host.") from None
+
+    async def create(self, request: SandboxRequest) -> tuple[Sandbox, bool]:
+        """Start a sandbox; return it, and whether it is new (the same id starts once).
+
+        Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
+        left of it.
+        """
+        policy = _checked(request)
+        return await asyncio.shield(asyncio.ensure_future(self._create(request, policy)))
+
+    async def _create(self, request: SandboxRequest, policy: Policy) -> tuple[Sandbox, bool]:
+        async with self._lock(request.id):
+            if request.id in self._sandboxes:
+                return self._sandboxes[request.id], False
+            self.containers.require_room()
+            if request.snapshot is None:
+                return await self._begin(request, policy, None), True
+            async with self.snapshots.opened(request.snapshot) as snapshot:
+                request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
+                return await self._begin(request, policy, snapshot), True
+
+    async def _begin(
+        self, request: SandboxRequest, policy: Policy, snapshot: Snapshot | None
+    ) -> Sandbox:
+        directory = self._directory(request.id)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            image = self._image(request, snapshot)
+            sandbox = Sandbox(
+                request,
+                "starting",
+                image.id,
+                str(image.tree),
+                None,
+                image_env=image.manifest.env,
+            ).until(request.deadline)
+            check_variables(self._environment(sandbox))
+            write_json(directory / _RECORD, asdict(sandbox))
+            running = await self._start(self._spec(sandbox, policy), snapshot)
+        except BaseException:
+            self._drop(request.id, request.image)
+            raise
+        self._save(_started(sandbox, running))
+        self.usage.begin(request.id, running.started_at)
+        return self._sandboxes[request.id]
+
+    def _image(self, request: SandboxRequest, snapshot: Snapshot | None) -> Image:
+        if snapshot is None:
+            return self.store.acquire(request.image, request.id)
+        return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
+
+    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> Running:
+        if snapshot is None:
+            return await self.containers.start(spec)
+        disk = self.snapshots.disk(snapshot)
+        running = await self.containers.start(replace(spec, saved_disk=disk, provide=None))
+        try:
+            await self.snapshots.restore(snapshot, spec.owner)
+        except BaseException:
+            await self.containers.stop(spec.owner)
+            raise
+        return running
+
+    async def snapshot(self, sandbox_id: str, snapshot_id: str) -> tuple[Snapshot, bool]:
+        """Take a snapshot of a running sandbox, which goes on
+        (:mod:`hostruntime.sandbox.snapshots`).
+
+        Raises NotFound, ContainerGone, Conflict, HostFull, HostError.
+        """
+        sandbox = self._running(sandbox_id)
+        source = Source(sandbox_id, sandbox.image_id, sandbox.request.limits)
+        return await self.snapshots.capture(
+            snapshot_id, source, self._lock(sandbox_id), lambda: self._check_runs(sandbox_id)
+        )
+
+    async def terminate(self, sandbox_id: str) -> None:
+        """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
+        await asyncio.shield(asyncio.ensure_future(self._terminate(sandbox_id)))
+
+    async def _terminate(self, sandbox_id: str) -> None:
+        self.snapshots.interrupt(sandbox_id)
+        async with self._lock(sandbox_id):
+            sandbox = self._sandboxes.get(sandbox_id)
+            if sandbox is not None:
+                await self.usage.read(sandbox_id)
+                await self.containers.stop(sandbox_id)
+                self.usage.end(sandbox_id)
+                self._drop(sandbox_id, sandbox.image_id)
+        self._locks.pop(sandbox_id, None)
+
+    async def set_deadline(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
+        async with self._lock(sandbox_id):
+            sandbox = self._running(sandbox_id)
+            self._save(sandbox.until(deadline))
+            return self._sandboxes[sandbox_id]
+
+    async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Freeze a sandbox until :meth:`resume`, or the end of it at ``deadline``; idempotent.
+
+        Raises NotFound, ContainerGone, HostFault (it runs on).
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._pause(sandbox_id, deadline)))
+
+    async def _pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        async with self._lock(sandbox_id):
+            self._running(sandbox_id)
+            await self.containers.pause(sandbox_id)
+            # It may have ended while it was frozen.
+            self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
+            self.changes.note(sandbox_id)
+            return self._sandboxes[sandbox_id]
+
+    async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        """Let a paused sandbox run on until ``deadline``; idempotent.
+
+        Raises NotFound, ContainerGone.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._resume(sandbox_id, deadline)))
+
+    async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
+        async with self._lock(sandbox_id):
+            sandbox = self._running(sandbox_id)
+            # First, so that the sweep ends none that somebody has just taken up again.
+            self._save(replace(sandbox, paused=False).until(deadline))
+            await self.containers.resume(sandbox_id)
+            self.changes.note(sandbox_id)
+            return self._sandboxes[sandbox_id]
+
+    def exec(
+        self,
+        sandbox_id: str,
+        argv: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        timeout: float | None,
+        quota: Quota | None = None,
+    ) -> AsyncGenerator[Frame, None]:
+        """Run a command with the environment of the image, the sandbox and its own, in this order.
+
+        See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
+        for an environment that no process can have.
+        """
+        sandbox = self._usable(sandbox_id)
+        environment = {**self._environment(sandbox), **env}
+        check_variables(environment)
+        frames = self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
+        return self._counted(frames, quota)
+
+    async def _counted(
+        self, frames: AsyncGenerator[Frame, None], quota: Quota | None
+    ) -> AsyncGenerator[Frame, None]:
+        with self.commands.one_more(quota):
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    yield frame
+
+    def _environment(self, sandbox: Sandbox) -> Environment:
+        host = self.containers.environment(sandbox.request.network)
+        return {**resolved(host, sandbox.image_env), **sandbox.request.env}
+
+    def container_name(self, sandbox_id: str) -> str:
+        """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
+        self._usable(sandbox_id)
+        return self.containers.get(sandbox_id).name
+
+    # How sandboxes end ---------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.time()
+            for sandbox in self.list():
+                if sandbox.request.id in self.snapshots.frozen:
+                    continue  # At the next pass: the others must not wait for the copy.
+                if sandbox.state == "running" and sandbox.is_over:
+                    await self._end_quietly(sandbox.request.id)
+                elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
+                    self._forget_quietly(sandbox)
+
+    def _forget_quietly(self, sandbox: Sandbox) -> None:
+        try:
+            self._drop(sandbox.request.id, sandbox.image_id)
+        except OSError:
+            _log.exception("sandbox %s is long gone and cannot be forgotten", sandbox.request.id)
+
+    async def _end_quietly(self, sandbox_id: str) -> None:
+        try:
+            async with self._lock(sandbox_id):
+                sandbox = self._sandboxes.get(sandbox_id)
+                # Its deadline may have been moved while we waited for the lock.
+                if sandbox is not None and sandbox.is_over:
+                    await self.usage.read(sandbox_id)
+                    await self.containers.stop(sandbox_id)
+                    self._end(sandbox, "expired")
+        except (HostError, OSError):
+            _log.exception("sandbox %s is past its deadline and cannot be ended", sandbox_id)
+
+    async def _on_exit(self, owner: str) -> None:
+        if owner not in self._sandboxes:
+            return
+        async with self._lock(owner):
+            sandbox = self._sandboxes.get(owner)
+            if sandbox is not None and sandbox.state == "running":
+                await self.containers.stop(owner)
+                self._end(sandbox, self._ending.pop(owner, "exited"))
+
+    async def end_for_room(self, sandbox_id: str) -> None:
+        """End a sandbox, now, because the machine is out of disk and this one takes the most.
+
+        Raises HostFault if the kernel will not.
+        """
+        self._ending[sandbox_id] = "out_of_disk"
+        self.snapshots.interrupt(sandbox_id)
+        # Before anything that may have to wait: what is killed writes nothing more.
+        self.containers.kill(sandbox_id)
+        try:
+            await self._on_exit(sandbox_id)
+        finally:
+            self._ending.pop(sandbox_id, None)
+
+    def _end(self, sandbox: Sandbox, reason: Reason) -> None:
+        directory = self._directory(sandbox.request.id)
+        self.usage.end(sandbox.request.id)
+        self.store.release(sandbox.image_id, sandbox.request.id)
+        self.store.trash.discard(directory)
+        directory.mkdir(mode=0o700)
+        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
+        # Told even if that cannot be written down: the disk may be full.
+        self.changes.note(sandbox.request.id)
+        self._save(replace(gone, ended_at=time.time()))
+
+    # Pieces --------------------------------------------------------------------------------
+
+    def _adopt(self, sandbox: Sandbox) -> bool:
+        slot = self.containers.pool.slot_of(sandbox.request.id)
+        if slot is None:
+            return False
+        spec = self._spec(sandbox, _checked(sandbox.request))
+        name = self.containers.name_of(sandbox.request.id)
+        running = Running(
+            sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
+        )
+        return self.containers.adopt(running, paused=sandbox.paused)
+
+    def _running(self, sandbox_id: str) -> Sandbox:
+        sandbox = self.get(sandbox_id)
+        if sandbox.state != "running":
+            raise ContainerGone(f"The sandbox {sandbox_id} is not running any more.")
+        return sandbox
+
+    def _usable(self, sandbox_id: str) -> Sandbox:
+        sandbox = self._running(sandbox_id)
+        if sandbox.paused:
+            raise ContainerPaused("The sandbox is paused; resume it first.")
+        return sandbox
+
+    def _check_runs(self, sandbox_id: str) -> None:
+        self._usable(sandbox_id)
+
+    def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
+        request = sandbox.request
+        tree, directory = Path(sandbox.image_tree), self._directory(request.id)
+        provide = partial(give_identity, tree)
+        return ContainerSpec(request.id, tree, policy, request.limits, directory, provide)
+
+    def _save(self, sandbox: Sandbox) -> None:
+        self._sandboxes[sandbox.request.id] = sandbox
+        write_json(self._directory(sandbox.request.id) / _RECORD, asdict(sandbox))
+
+    def _drop(self, sandbox_id: str, image_id: str) -> None:
+        self._sandboxes.pop(sandbox_id, None)
+        self.store.release(image_id, sandbox_id)
+        self.store.trash.discard(self._directory(sandbox_id))
+
+    def _groups(self, sandbox_id: str) -> ContainerGroups:
+        return cgroup_layout().container(self.containers.name_of(sandbox_id))
+
+    def _directory(self, sandbox_id: str) -> Path:
+        return self.paths.sandboxes / sandbox_id
+
+    def _lock(self, sandbox_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+
+def read_sandbox(directory: Path) -> Sandbox | None:
+    """The sandbox of a directory, None without a record.  Raises BadRecord."""
+    path = directory / _RECORD
+    sandbox = read_record(path, _SANDBOX)
+    if sandbox is None:
+        return None
+    if sandbox.request.id != directory.name:
+        raise BadRecord(path, f"it is the record of {sandbox.request.id[:100]!r}")
+    try:
+        _checked(sandbox.request)
+    except InvalidRequest as error:
+        raise BadRecord(path, error.detail) from error
+    return sandbox
+
+
+def _started(sandbox: Sandbox, running: Running) -> Sandbox:
+    return replace(
+        sandbox,
+        state="running",
+        started_at=running.started_at,
+        boot_ms=running.boot_ms,
+        slot=_slot_record(running.slot),
+    )
+
+
+def _slot_record(slot: Slot) -> dict[str, Any]:
+    return {"index": slot.index, "address": slot.address}
+
+
+def _checked(request: SandboxRequest) -> Policy:
+    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+    if _ID.fullmatch(request.id) is None:
+        raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")
+    check_environment(request.env)
+    try:
+        return Policy.parse(request.network, request.allow_domains)
+    except PolicyError as error:
+        raise InvalidRequest(str(error)) from error

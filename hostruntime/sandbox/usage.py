@@ -1,0 +1,261 @@
+"""What each sandbox has used: CPU-seconds and GB-seconds, by day, kept until collected.
+
+Both come from the sandbox's control group.  The kernel itself counts the CPU time; memory is
+read every two seconds, and the mean of two readings times the time between them is added up
+(1 GB = 10⁹ bytes; what the kernel charges to the group, so files in /tmp and /workspace and its
+page cache too).
+
+A sandbox has a small file in ``usage/`` that holds its sums and the last reading.  It outlives
+the sandbox until whoever collects says so, so neither a killed agent nor a collector that is
+away loses anything; what ran on while no agent was there is made up for at the next reading.
+The sums only ever grow: whoever collects twice gets the same numbers, not twice as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+from hostruntime.container.cgroups import ContainerGroups
+from hostruntime.host.days import by_day
+from hostruntime.host.paths import write_json
+from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.image.quarantine import Quarantine
+
+SAMPLE_SECONDS = 2.0
+SAVE_SECONDS = 10.0
+# A write takes 0.15 ms of the event loop; more of them wait for the next reading.
+SAVES_AT_ONCE = 25
+# Bounds of what nobody collects.
+KEEP_ENDED_SECONDS = 30 * 86_400.0
+MAX_ENDED = 20_000
+# Older days are added up into one sum.
+MAX_DAYS = 40
+_GB = 1e9
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The counters at one moment: ``at`` is CLOCK_MONOTONIC (clock_gettime(2)), in seconds."""
+
+    at: float
+    cpu_us: int
+    memory_bytes: int
+
+
+@dataclass
+class Meter:
+    """The sums of one sandbox; ``days`` maps ISO dates to ``[cpu_seconds, gb_seconds]``.
+
+    ``read_at`` is CLOCK_MONOTONIC, which agents that follow each other share: a container does
+    not outlive the machine's boot.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    id: str
+    read_at: float
+    cpu_us: int = 0
+    memory_bytes: int | None = None
+    before: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    days: dict[str, list[float]] = field(default_factory=dict)
+    ended_at: float | None = None
+    saved_at: float = 0.0
+
+    def add(self, reading: Reading, now: float) -> None:
+        """Count what was used since the last reading; ``now`` is the reading's Unix time."""
+        seconds = reading.at - self.read_at
+        if seconds <= 0 or self.ended_at is not None:
+            return
+        last = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
+        gb_seconds = (last + reading.memory_bytes) / 2 * seconds / _GB
+        cpu_seconds = max(reading.cpu_us - self.cpu_us, 0) / 1e6
+        for day, share in by_day(now - seconds, now):
+            sums = self.days.setdefault(day.isoformat(), [0.0, 0.0])
+            sums[0] += cpu_seconds * share
+            sums[1] += gb_seconds * share
+        self.read_at, self.cpu_us = reading.at, max(reading.cpu_us, self.cpu_us)
+        self.memory_bytes = reading.memory_bytes
+        self._fold()
+
+    def _fold(self) -> None:
+        for day in sorted(self.days)[:-MAX_DAYS]:
+            sums = self.days.pop(day)
+            self.before = [total + part for total, part in zip(self.before, sums, strict=True)]
+
+    def to_wire(self) -> dict[str, Any]:
+        """The answer of the agent's API."""
+        days = [
+            {"day": day, "cpu_seconds": sums[0], "gb_seconds": sums[1]}
+            for day, sums in sorted(self.days.items())
+        ]
+        before = {"cpu_seconds": self.before[0], "gb_seconds": self.before[1]}
+        return {"id": self.id, "ended": self.ended_at is not None, "before": before, "days": days}
+
+
+_METER = TypeAdapter(Meter)
+
+
+def read_meter(path: Path) -> Meter | None:
+    """The meter in a file, None without one.  Raises BadRecord."""
+    meter = read_record(path, _METER)
+    if meter is None:
+        return None
+    if meter.id != path.stem:
+        raise BadRecord(path, f"it is the record of {meter.id[:100]!r}")
+    if any(len(sums) != 2 for sums in (meter.before, *meter.days.values())):
+        raise BadRecord(path, "its sums are not two numbers each")
+    for day in meter.days:
+        try:
+            date.fromisoformat(day)
+        except ValueError as error:
+            raise BadRecord(path, f"{day[:20]!r} is no day") from error
+    return meter
+
+
+@dataclass
+class UsageBook:
+    """The meters of one host's sandboxes.  For one event loop; :meth:`recover` comes first.
+
+    ``groups`` gives the control groups of a sandbox by its id; ``quarantine`` takes what cannot be
+    believed.
+    """
+
+    directory: Path
+    groups: Callable[[str], ContainerGroups]
+    quarantine: Quarantine
+    _meters: dict[str, Meter] = field(default_factory=dict)
+    _sampler: asyncio.Task[None] | None = None
+
+    def recover(self, running: Mapping[str, float]) -> None:
+        """Load the sums; what does not run (``running``: id → Unix time of start) has ended."""
+        for path in sorted(self.directory.glob("*.json")):
+            try:
+                meter = read_meter(path)
+            except BadRecord as error:
+                self.quarantine.add_damaged(path, "usage", error.detail)
+                continue
+            if meter is None:
+                continue
+            self._meters[meter.id] = meter
+            if meter.ended_at is None and meter.id not in running:
+                self.end(meter.id)
+        for sandbox_id, started_at in running.items():
+            if sandbox_id not in self._meters:
+                self.begin(sandbox_id, started_at)
+        self._bound()
+
+    def open(self) -> None:
+        """Begin to read every two seconds."""
+        self._sampler = asyncio.create_task(self._sample(), name="usage")
+
+    async def close(self) -> None:
+        """Stop reading; write everything down."""
+        if self._sampler is not None:
+            self._sampler.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sampler
+        for meter in self._running():
+            self._save(meter)
+
+    # What sandboxes do ---------------------------------------------------------------------
+
+    def begin(self, sandbox_id: str, started_at: float) -> None:
+        """A sandbox runs since ``started_at`` (Unix seconds).  Reads and writes nothing yet."""
+        meter = self._meters.setdefault(sandbox_id, Meter(sandbox_id, 0.0))
+        meter.read_at = time.monotonic() - max(time.time() - started_at, 0.0)
+        meter.cpu_us, meter.memory_bytes, meter.ended_at = 0, None, None
+        meter.saved_at = time.monotonic()
+
+    async def read(self, sandbox_id: str) -> None:
+        """Count up to now: before a sandbox is ended, which removes its counters."""
+        self._apply(await asyncio.to_thread(self._readings, [sandbox_id]))
+
+    def end(self, sandbox_id: str) -> None:
+        """A sandbox has ended: its sums are final, and stay until collected."""
+        meter = self._meters.get(sandbox_id)
+        if meter is not None and meter.ended_at is None:
+            meter.ended_at = time.time()
+            self._save(meter)
+
+    # What collectors ask -------------------------------------------------------------------
+
+    def list(self, only: str | None = None) -> list[Meter]:
+        """The meters of running sandboxes and of ended ones not yet collected."""
+        return [meter for meter in self._meters.values() if only in (None, meter.id)]
+
+    def collected(self, ids: Iterable[str]) -> None:
+        """Forget the ended ones among these."""
+        for sandbox_id in ids:
+            meter = self._meters.get(sandbox_id)
+            if meter is not None and meter.ended_at is not None:
+                self._forget(meter)
+
+    # Pieces --------------------------------------------------------------------------------
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            running = [meter.id for meter in self._running()]
+            self._apply(await asyncio.to_thread(self._readings, running))
+            self._save_old()
+            self._bound()
+
+    def _running(self) -> Iterable[Meter]:
+        return [meter for meter in self._meters.values() if meter.ended_at is None]
+
+    def _readings(self, ids: Iterable[str]) -> dict[str, Reading]:
+        found: dict[str, Reading] = {}
+        for sandbox_id in ids:
+            groups = self.groups(sandbox_id)
+            memory = groups.memory_bytes()
+            if memory is not None:
+                found[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
+        return found
+
+    def _apply(self, readings: Mapping[str, Reading]) -> None:
+        ahead = time.time() - time.monotonic()
+        for sandbox_id, reading in readings.items():
+            meter = self._meters.get(sandbox_id)
+            if meter is not None:
+                meter.add(reading, reading.at + ahead)
+
+    def _save_old(self) -> None:
+        due = time.monotonic() - SAVE_SECONDS
+        old = [meter for meter in self._running() if meter.saved_at <= due]
+        for meter in sorted(old, key=lambda meter: meter.saved_at)[:SAVES_AT_ONCE]:
+            self._save(meter)
+
+    def _save(self, meter: Meter) -> None:
+        meter.saved_at = time.monotonic()
+        try:
+            write_json(self._path(meter.id), asdict(meter))
+        except OSError:
+            # A full disk must not keep a sandbox from ending; memory still has the sums.
+            _log.exception("what sandbox %s uses could not be written down", meter.id)
+
+    def _bound(self) -> None:
+        ended = [meter for meter in self._meters.values() if meter.ended_at is not None]
+        ended.sort(key=lambda meter: meter.ended_at or 0.0, reverse=True)
+        oldest = time.time() - KEEP_ENDED_SECONDS
+        for place, meter in enumerate(ended):
+            if place >= MAX_ENDED or (meter.ended_at or 0.0) < oldest:
+                _log.error("nobody collected what sandbox %s used: forgetting it", meter.id)
+                self._forget(meter)
+
+    def _forget(self, meter: Meter) -> None:
+        self._meters.pop(meter.id, None)
+        self._path(meter.id).unlink(missing_ok=True)
+
+    def _path(self, sandbox_id: str) -> Path:
+        return self.directory / f"{sandbox_id}.json"

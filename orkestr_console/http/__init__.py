@@ -1,0 +1,1 @@
+"""What every request passes, whichever page or call it is for, and the server it comes to."""

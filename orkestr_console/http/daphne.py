@@ -1,0 +1,424 @@
+"""Daphne, made safe to leave running: back-pressure, body limits, a clean end.
+
+Stock Daphne holds whatever a view sends until the client has read it, and whatever a client sends
+until the view has read it. Here
+
+* a view that sends faster than the client reads is made to wait, and a client that reads nothing
+  for ``STALLED_SECONDS`` is cut off;
+* a body over the limit is refused with 413 as soon as its length is known or passed, and one below
+  it waits in a file until the application asks for it;
+* a client that waits long for the answer to an API call hears every nine seconds that it comes;
+* SIGTERM closes the door, asks WebSockets to come back later (1012), lets running requests finish
+  for ``GRACE_SECONDS``, and then ends the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+# First: it installs the asyncio reactor that everything of Twisted below then finds.
+from daphne.server import Server, twisted_loop  # isort: skip
+from daphne.http_protocol import HTTPFactory, WebRequest
+from daphne.ws_protocol import WebSocketFactory, WebSocketProtocol
+from django.conf import settings
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IPushProducer
+from twisted.logger import globalLogBeginner
+from zope.interface import implementer
+
+from hostruntime.host.patience import scaled
+from orkestr_console.core.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
+from orkestr_console.core.ids import new_id
+from orkestr_console.http import closing, interim
+
+reactor: Any = installed_reactor
+describe: Callable[..., Any] = serverFromString
+begin_logging: Callable[..., None] = globalLogBeginner.beginLoggingTo
+# Twisted's own log has a line for every request.
+NOWHERE: list[Callable[[object], None]] = [lambda _: None]
+logger = logging.getLogger(__name__)
+
+STALLED_SECONDS = 60.0
+GRACE_SECONDS = 4.0
+# How long a client that was refused may go on sending before it is cut off, so that it gets to
+# read why: closing a socket with unread data in it makes the kernel discard the answer (RFC 9112,
+# section 9.6).
+LINGER_SECONDS = 2.0
+CHUNK = 64 * 1024
+SERVICE_RESTART = 1012  # RFC 6455, section 7.4.2, and its registry
+
+# What every answer says that never reaches the application, whose middleware says more.
+PLAIN_ANSWER = {
+    "Content-Type": "application/json",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+type Message = dict[str, Any]
+type Application = Callable[..., Awaitable[None]]
+
+
+@implementer(IPushProducer)
+class Drain:
+    """Whether a transport takes more: Twisted pauses and resumes it, senders wait for it."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def pauseProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The transport's buffer is full."""
+        self._open.clear()
+
+    def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The transport's buffer is empty again."""
+        self._open.set()
+
+    def stopProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The connection is gone; nobody needs to wait any more."""
+        self._open.set()
+
+    async def wait(self) -> bool:
+        """Wait until more may be sent; False if the other side has stalled for too long."""
+        if self._open.is_set():
+            return True
+        try:
+            async with asyncio.timeout(STALLED_SECONDS):
+                await self._open.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class RequestQueue:
+    """What the application receives of a request: its body, read when asked for, then events."""
+
+    def __init__(self, body: io.BufferedIOBase) -> None:
+        self._body: io.BufferedIOBase | None = body
+        self._events: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def get(self) -> Message:
+        """The next ASGI message."""
+        if self._body is None:
+            return await self._events.get()
+        chunk = self._body.read(CHUNK)
+        more = len(chunk) == CHUNK
+        if not more:
+            self.close()
+        return {"type": "http.request", "body": chunk, "more_body": more}
+
+    def put_nowait(self, message: Message) -> None:
+        """Daphne's own copy of the body is dropped; a disconnect is passed on and ends the body."""
+        if message["type"] != "http.request":
+            self.close()
+            self._events.put_nowait(message)
+
+    def close(self) -> None:
+        """Let go of the body's file."""
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+
+class BoundedRequest(WebRequest):  # type: ignore[misc]
+    """A request whose body has a limit and whose response waits for its reader."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drain = Drain()
+        self._received = 0
+        self._refused = False
+        self._interim: Any = None
+
+    def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
+        """The headers are in; ``length`` is None for a chunked body."""
+        super().gotLength(length)
+        if length is not None and length > settings.LARGEST_BODY:
+            self._refuse()
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """A piece of the body, whichever way it is encoded."""
+        self._received += len(data)
+        if self._received > settings.LARGEST_BODY and not self._refused:
+            self._refuse()
+        if not self._refused:
+            super().handleContentChunk(data)
+
+    def requestReceived(self, *args: bytes) -> None:  # noqa: N802 - Twisted's name
+        """The body is complete."""
+        if not self._refused:
+            super().requestReceived(*args)
+
+    def process(self) -> Any:
+        """The request is in. Where the application begins is ours to say, not a client's header.
+
+        Daphne takes ``Daphne-Root-Path`` from anybody, and every link would begin with it.
+        """
+        self.requestHeaders.removeHeader(b"daphne-root-path")
+        answer = interim.interim_answer(
+            protocol=self.clientproto,
+            path=self.path,
+            agent=self.getHeader(b"user-agent") or b"",
+            connection=self.getHeader(b"connection") or b"",
+        )
+        if answer is not None and settings.INTERIM_ANSWERS:
+            self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
+        return super().process()
+
+    def _keep_waiting(self, answer: bytes) -> None:
+        """Say that the answer still comes, and again after a while."""
+        self.channel.transport.write(answer)
+        self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
+
+    def _stop_waiting(self) -> None:
+        """The answer is there, or nobody waits for it."""
+        if self._interim is not None and self._interim.active():
+            self._interim.cancel()
+        self._interim = None
+
+    def basic_error(self, status: int, status_text: bytes, body: str) -> None:
+        """What Daphne says without the application, in the form of every other error."""
+        error = InvalidInput(f"{body}.") if status < 500 else Internal()
+        answer, headers = plain_answer(error)
+        listed = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.handle_reply({"type": "http.response.start", "status": status, "headers": listed})
+        self.handle_reply({"type": "http.response.body", "body": answer})
+
+    def _refuse(self) -> None:
+        """Say 413 now, take no more, and close once the client has had time to read it."""
+        self._refused = True
+        self.requestHeaders.removeHeader(b"expect")
+        transport = self.channel.transport
+        transport.write(refusal(PayloadTooLarge(settings.LARGEST_BODY)))
+        transport.loseWriteConnection()
+        reactor.callLater(LINGER_SECONDS, transport.abortConnection)
+
+    def handle_reply(self, message: Message) -> None:
+        """A piece of the response; from the first on, the transport tells us when it is full."""
+        self._stop_waiting()
+        starts = message["type"] == "http.response.start"
+        if starts and not self.finished and self.channel is not None and self.producer is None:
+            self.registerProducer(self.drain, streaming=True)
+        super().handle_reply(message)
+
+    def finish(self) -> None:
+        """The response is complete."""
+        if self.producer is not None:
+            self.unregisterProducer()
+        super().finish()
+
+    def connectionLost(self, reason: Any) -> None:  # noqa: N802 - Twisted's name
+        """The client has gone."""
+        self._stop_waiting()
+        self.drain.stopProducing()
+        super().connectionLost(reason)
+
+    def cut_off(self) -> None:
+        """Close the connection without waiting for what is unsent."""
+        if self.channel is not None:
+            self.channel.forceAbortClient()
+
+
+class BoundedWebSocket(WebSocketProtocol):  # type: ignore[misc]
+    """A WebSocket whose sender waits for its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drain = Drain()
+
+    def onOpen(self) -> None:  # noqa: N802 - autobahn's name
+        """The handshake is done: the HTTP side no longer produces for this transport."""
+        self.transport.unregisterProducer()
+        self.transport.registerProducer(self.drain, True)  # noqa: FBT003
+        super().onOpen()
+
+    def onClose(self, *args: Any) -> None:  # noqa: N802 - autobahn's name
+        """The socket has closed."""
+        self.drain.stopProducing()
+        super().onClose(*args)
+
+    def cut_off(self) -> None:
+        """Close the connection without waiting for what is unsent."""
+        self.transport.abortConnection()
+
+
+class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
+    """Makes channels whose requests are bounded."""
+
+    def buildProtocol(self, addr: Any) -> Any:  # noqa: N802 - Twisted's name
+        """One protocol for each connection."""
+        protocol = super().buildProtocol(addr)
+        protocol.requestFactory = BoundedRequest
+        return protocol
+
+
+def refusal(error: PayloadTooLarge) -> bytes:
+    """A whole HTTP response for a request that never reaches the application."""
+    body, headers = plain_answer(error)
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"HTTP/1.1 {error.status} Payload Too Large\r\n{fields}Connection: close\r\n\r\n"
+    return head.encode() + body
+
+
+def plain_answer(error: DomainError) -> tuple[bytes, dict[str, str]]:
+    """The body and the headers of an answer that never reaches the application."""
+    body = json.dumps(error.to_wire()).encode()
+    length = {"Content-Length": str(len(body)), "X-Request-Id": new_id("req")}
+    return body, {**PLAIN_ANSWER, **length}
+
+
+class ConsoleServer(Server):  # type: ignore[misc]
+    """Daphne with the limits of this module. ``run()`` returns when the process may end."""
+
+    def __init__(self, application: Application, endpoints: Sequence[str]) -> None:
+        super().__init__(
+            application,
+            endpoints=list(endpoints),
+            signal_handlers=False,
+            ping_interval=20,
+            ping_timeout=30,
+            websocket_max_message_size=64 * 1024,
+            websocket_max_frame_size=64 * 1024,
+            application_close_timeout=round(scaled(5)),
+            server_name="",
+        )
+        self.failure: str | None = None
+        self._ports: list[Any] = []
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, or until ``failure`` says why that is not possible.
+
+        In place of Daphne's own, which names its protocols where a subclass cannot reach them.
+        """
+        self.connections: dict[Any, dict[str, Any]] = {}
+        self._make_factories()
+        begin_logging(NOWHERE, redirectStandardIO=False, discardBuffer=True)
+        reactor.callLater(1, self.application_checker)
+        reactor.callLater(2, self.timeout_checker)
+        asyncio.set_event_loop(twisted_loop)
+        for description in self.endpoints:
+            endpoint: Any = describe(reactor, description)
+            listening = endpoint.listen(self.http_factory)
+            listening.addCallbacks(self.listen_success, self.listen_error)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            twisted_loop.add_signal_handler(number, self.stop_gracefully)
+        reactor.addSystemEventTrigger("before", "shutdown", self.kill_all_applications)
+        if self.failure is None:
+            reactor.run(installSignalHandlers=False)
+
+    def _make_factories(self) -> None:
+        self.http_factory = BoundedHTTPFactory(self)
+        self.ws_factory = WebSocketFactory(self, server=self.server_name)
+        self.ws_factory.protocol = BoundedWebSocket
+        self.ws_factory.setProtocolOptions(
+            autoPingTimeout=self.ping_timeout,
+            allowNullOrigin=True,
+            openHandshakeTimeout=self.websocket_handshake_timeout,
+            maxMessagePayloadSize=self.websocket_max_message_size,
+            maxFramePayloadSize=self.websocket_max_frame_size,
+        )
+
+    def listen_success(self, port: Any) -> None:
+        """One endpoint listens."""
+        self._ports.append(port)
+        super().listen_success(port)
+
+    def listen_error(self, failure: Any) -> None:
+        """An endpoint cannot listen: nothing will do, so stop and say why."""
+        self.failure = failure.getErrorMessage()
+        self.stop()
+
+    def create_application(self, protocol: Any, scope: Message) -> Any:
+        """Start the application for a request, giving it the body as it asks for it."""
+        client = scope.get("client")
+        if client:
+            # One socket listens for both families, and shows IPv4 clients as IPv6 ones.
+            client[0] = client[0].removeprefix("::ffff:")
+        if scope["type"] != "http":
+            return super().create_application(protocol, scope)
+        scope.setdefault("asgi", {"version": "3.0"})
+        # Daphne copies protocol.content into memory next: leave it nothing to copy.
+        body, protocol.content = protocol.content, io.BytesIO()
+        queue = RequestQueue(body)
+        application = self.application(
+            scope=scope, receive=queue.get, send=partial(self.handle_reply, protocol)
+        )
+        if protocol not in self.connections:
+            queue.close()
+            return None
+        self.connections[protocol]["application_instance"] = asyncio.ensure_future(application)
+        return queue
+
+    async def handle_reply(self, protocol: Any, message: Message) -> None:
+        """Pass a message to the client, and wait until it takes more."""
+        await super().handle_reply(protocol, message)
+        if not await protocol.drain.wait():
+            logger.warning("a client has read nothing for %.0f s: cut off", STALLED_SECONDS)
+            protocol.cut_off()
+
+    def stop_gracefully(self) -> None:
+        """Take no more, let what runs finish, then stop; at once when asked a second time."""
+        if self._stopping:
+            self.stop()
+            return
+        self._stopping = True
+        for port in self._ports:
+            port.stopListening()
+        for protocol in list(self.connections):
+            if isinstance(protocol, BoundedWebSocket) and protocol.state == protocol.STATE_OPEN:
+                protocol.serverClose(SERVICE_RESTART)
+        reactor.callLater(GRACE_SECONDS, self.stop)
+        self._stop_when_idle()
+
+    def _stop_when_idle(self) -> None:
+        if any(not task.done() for task in self._applications()):
+            reactor.callLater(0.05, self._stop_when_idle)
+        else:
+            self.stop()
+
+    def _applications(self) -> list[asyncio.Future[None]]:
+        details = list(self.connections.values())
+        return [d["application_instance"] for d in details if "application_instance" in d]
+
+    def stop(self) -> None:
+        """Stop the reactor, once."""
+        if not reactor.running:
+            super().stop()
+        elif not reactor._stopped:
+            reactor.stop()
+
+    def kill_all_applications(self) -> Any:
+        """Cancel what still runs; the reactor's stop waits for this."""
+        closing.note_stopped()
+        for task in self._applications():
+            task.cancel()
+
+
+def endpoints(addresses: Sequence[str], port: int) -> list[str]:
+    """Twisted's descriptions of a TCP port on each address."""
+    return [f"tcp:port={port}:interface={a.replace(':', r'\:')}" for a in addresses]
+
+
+def build_server(application: Application, addresses: Sequence[str], port: int) -> ConsoleServer:
+    """A server that will listen on ``port`` of each of ``addresses``."""
+    return ConsoleServer(application, endpoints(addresses, port))
+
+
+def leave(status: int) -> None:
+    """End the process now: a view stuck in a thread must not keep it (threading joins them)."""
+    logging.shutdown()
+    os._exit(status)

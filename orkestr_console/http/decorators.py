@@ -1,0 +1,187 @@
+"""Who may call a view. Each decorator checks, sets ``request.actor``, or answers early.
+
+REST::
+
+    @api(scope=READ)
+    def list_templates(request: ApiRequest) -> HttpResponse: ...
+
+    urlpatterns = [path("v1/templates", methods(GET=list_templates, POST=create_template))]
+
+Console::
+
+    @console_page
+    def template_list(request: ConsoleRequest) -> HttpResponse: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any, Concatenate, cast
+
+from channels.db import database_sync_to_async
+from django.contrib.auth.decorators import login_required
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.views.decorators.csrf import csrf_exempt
+from django_htmx.middleware import HtmxDetails
+
+from orkestr_console.accounts import audit, services, sessions
+from orkestr_console.accounts.actor import READ, Actor
+from orkestr_console.accounts.models import User
+from orkestr_console.core.errors import DomainError, MethodNotAllowed, RateLimited, Unauthenticated
+from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.json_api import no_content
+
+
+class ApiRequest(HttpRequest):
+    """A REST request whose token is known to be good."""
+
+    actor: Actor
+    request_id: str
+
+
+class ConsoleRequest(HttpRequest):
+    """A console request of a signed-in person, acting for their current team."""
+
+    actor: Actor
+    user: User
+    htmx: HtmxDetails
+    request_id: str
+
+
+# An async view too, as Django's own annotations have it.
+type View = Callable[..., HttpResponseBase]
+
+
+def api[**P](
+    *, scope: str, methods: tuple[str, ...] = ()
+) -> Callable[[Callable[Concatenate[ApiRequest, P], Any]], View]:
+    """Require a Bearer token that carries ``scope``; set ``request.actor``.
+
+    ``methods`` refuses others with 405 where the view is mapped without :func:`methods`. Works for
+    plain and ``async`` views. The token is checked before the body is looked at.
+    """
+
+    def decorate(view: Callable[Concatenate[ApiRequest, P], Any]) -> View:
+        def admit(request: HttpRequest) -> ApiRequest:
+            refuse_method(request, methods)
+            known = cast("ApiRequest", request)
+            known.actor = authenticate(request)
+            require_scope(known, scope)
+            return known
+
+        if iscoroutinefunction(view):
+
+            @wraps(view)
+            async def guarded_async(
+                request: HttpRequest, *args: P.args, **kwargs: P.kwargs
+            ) -> HttpResponseBase:
+                known = await database_sync_to_async(admit)(request)
+                return cast("HttpResponseBase", await view(known, *args, **kwargs))
+
+            return cast("View", csrf_exempt(guarded_async))
+
+        @wraps(view)
+        def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+            return cast("HttpResponseBase", view(admit(request), *args, **kwargs))
+
+        return csrf_exempt(guarded)
+
+    return decorate
+
+
+def require_scope(request: ApiRequest, scope: str) -> None:
+    """Raise ``InsufficientScope`` unless the token carries it; a write it was for is on record."""
+    if scope == READ:
+        request.actor.require(scope)
+        return
+    with audit.denials(request.actor, "api.call", "route", f"{request.method} {request.path}"):
+        request.actor.require(scope)
+
+
+def authenticate(request: HttpRequest) -> Actor:
+    """The actor behind the request's Bearer token. Raises ``Unauthenticated`` (401)."""
+    header = request.headers.get("Authorization", "")
+    scheme, _, credentials = header.partition(" ")
+    if not header:
+        raise Unauthenticated
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("The Authorization header must be 'Bearer' and your API token.")
+    return services.actor_of_token(credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR"))
+
+
+def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError | None:
+    """Why an answer that is still being sent must end, None while it may go on.
+
+    The token is looked at anew, and then by ``look`` whatever else must hold of its actor. A token
+    that calls too often still holds, and so does one that cannot be looked at because the database
+    is away for a moment: nobody can have revoked it meanwhile.
+    """
+    try:
+        look(authenticate(request))
+    except RateLimited:
+        return None
+    except DomainError as error:
+        return error
+    except Exception as error:
+        if unavailable(error) is None:
+            raise
+    return None
+
+
+def refuse_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
+    """Raise ``MethodNotAllowed`` unless the method is among ``methods`` or none are named."""
+    if methods and request.method not in methods:
+        raise MethodNotAllowed(str(request.method), methods)
+
+
+def methods(**views: View) -> Callable[..., HttpResponseBase]:
+    """One view out of one per method: ``methods(GET=…, POST=…)``.
+
+    HEAD is answered by GET, OPTIONS by the list of methods, anything else with 405.
+    """
+    routes = {**views, **({"HEAD": views["GET"]} if "GET" in views else {})}
+    allowed = (*routes, "OPTIONS")
+
+    def route(request: HttpRequest) -> View:
+        if request.method == "OPTIONS":
+            return options
+        if request.method not in routes:
+            raise MethodNotAllowed(str(request.method), allowed)
+        return routes[request.method]
+
+    def options(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+        response = no_content()
+        response.headers["Allow"] = ", ".join(allowed)
+        return response
+
+    def dispatch(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        return route(request)(request, *args, **kwargs)
+
+    if any(iscoroutinefunction(view) for view in views.values()):
+        # Django awaits what a view that says it is a coroutine function returns.
+        async def dispatch_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            view = route(request)
+            if iscoroutinefunction(view):
+                return await view(request, *args, **kwargs)
+            return await database_sync_to_async(view)(request, *args, **kwargs)
+
+        return cast("Callable[..., HttpResponseBase]", csrf_exempt(dispatch_async))
+    return csrf_exempt(dispatch)
+
+
+def console_page[**P](
+    view: Callable[Concatenate[ConsoleRequest, P], HttpResponseBase],
+) -> Callable[..., HttpResponseBase]:
+    """Require a signed-in person with a team, else send them to sign in; set ``request.actor``."""
+
+    @wraps(view)
+    @login_required
+    def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+        known = cast("ConsoleRequest", request)
+        known.actor = services.actor_of_session(request)
+        sessions.touch(request)
+        return view(known, *args, **kwargs)
+
+    return guarded

@@ -1,0 +1,105 @@
+"""Views of no app: health, the routes nobody knows, and Django's own refusals as answers."""
+
+from __future__ import annotations
+
+import sys
+from http import HTTPStatus
+
+from django.core.exceptions import DisallowedHost, RequestDataTooBig
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.views.decorators.csrf import csrf_exempt
+
+from orkestr_console.core.errors import (
+    Forbidden,
+    Internal,
+    InvalidInput,
+    NotFound,
+    PayloadTooLarge,
+    is_api,
+    to_console_response,
+    to_json_response,
+    to_response,
+)
+from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.decorators import authenticate
+from orkestr_console.http.readiness import is_ready, readiness
+from orkestr_console.settings import LARGEST_BODY
+
+
+def healthz(request: HttpRequest) -> JsonResponse:
+    """200 while requests are answered. Asks nobody, so it says nothing of anything else."""
+    return JsonResponse({"status": "ok"})
+
+
+def readyz(request: HttpRequest) -> JsonResponse:
+    """200 when all that requests need answers, else 503: each thing, and since when it was well.
+
+    What :mod:`orkestr_console.http.readiness` saw last: this waits for nothing.
+    """
+    readiness.start()
+    checks = readiness.checks()
+    ready = is_ready(checks)
+    told = {name: check.to_wire() for name, check in checks.items()}
+    answer = JsonResponse(
+        {"status": "ready" if ready else "not_ready", "checks": told},
+        status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
+    )
+    # No error of ours, though Django's log takes each 5xx for one; and a start asks often.
+    answer._has_been_logged = True  # type: ignore[attr-defined]
+    return answer
+
+
+@csrf_exempt
+def unknown_route(request: HttpRequest) -> HttpResponse:
+    """404 in JSON for what this release does not have; 401 first, so that probing tells little."""
+    authenticate(request)
+    raise NotFound("This console has no such API route.")
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """400, or 413 where Django says the body was too large."""
+    if isinstance(exception, RequestDataTooBig):
+        return to_response(request, PayloadTooLarge(LARGEST_BODY))
+    if isinstance(exception, DisallowedHost):
+        return to_json_response(
+            InvalidInput(
+                "This console does not answer to that host name. Its operator can allow it with "
+                "ORKESTR_ALLOWED_HOSTS, or set ORKESTR_PUBLIC_URL."
+            )
+        )
+    return to_response(request, InvalidInput())
+
+
+def csrf_refused(request: HttpRequest, reason: str = "") -> HttpResponse:
+    """403 for a form that did not come from a page of ours; says what to do, not ``reason``."""
+    return to_response(
+        request,
+        Forbidden(
+            "This form was open for too long, or was not sent from this console. Go back, reload "
+            "the page and send it again; cookies must be allowed.",
+            code="csrf_failed",
+        ),
+    )
+
+
+def forbidden(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """403."""
+    return to_response(request, Forbidden())
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """404."""
+    return to_response(request, NotFound())
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    """500, with the request id to quote and nothing of the traceback.
+
+    Or 503, where it is a middleware that cannot reach the database. Django calls this while it
+    handles the exception.
+    """
+    if (away := unavailable(sys.exception())) is not None:
+        return to_response(request, away)
+    error = Internal(extra={"request_id": getattr(request, "request_id", None)})
+    return to_json_response(error) if is_api(request) else to_console_response(None, error)

@@ -1,0 +1,137 @@
+"""Reading JSON bodies and writing JSON answers under ``/v1``.
+
+The body must be unambiguous: UTF-8, no duplicate names, no NaN or Infinity, not absurdly deep, and
+no text that PostgreSQL cannot store (NUL, half a surrogate pair).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from django.conf import settings
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from pydantic import BaseModel, ValidationError
+
+from orkestr_console.core.errors import (
+    InvalidInput,
+    MalformedJson,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from orkestr_console.core.text import unusable
+from orkestr_console.http.validation import invalid_input
+
+DEEPEST = 32
+
+
+def read_json[S: BaseModel](
+    request: HttpRequest, spec: type[S], *, largest: int | None = None
+) -> S:
+    """The request's body as a ``spec``, a strict pydantic model.
+
+    ``largest`` is the most bytes this call takes (default ``settings.USUAL_BODY``). Raises
+    ``UnsupportedMediaType`` (415), ``PayloadTooLarge`` (413), ``MalformedJson`` (400) or
+    ``InvalidInput`` (400) naming the field.
+    """
+    body = read_body(request, largest or settings.USUAL_BODY)
+    if not isinstance(parse(body), dict):
+        raise InvalidInput("The body must be a JSON object.")
+    try:
+        # From the text, not from the objects: strict mode then still knows what JSON cannot say.
+        return spec.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_input(error) from None
+
+
+def read_body(request: HttpRequest, largest: int) -> bytes:
+    """The raw JSON body. Raises ``UnsupportedMediaType`` or ``PayloadTooLarge``."""
+    if request.content_type != "application/json":
+        raise UnsupportedMediaType
+    if int(request.META.get("CONTENT_LENGTH") or 0) > largest:
+        raise PayloadTooLarge(largest)
+    body = request.body
+    if len(body) > largest:
+        raise PayloadTooLarge(largest)
+    return body
+
+
+def parse(body: bytes) -> Any:
+    """The JSON value in ``body``. Raises ``MalformedJson`` or, for NUL, ``InvalidInput``."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedJson(f"The body is not UTF-8: byte {error.start} is wrong.") from None
+    if not text.strip():
+        raise MalformedJson("The body is empty; send a JSON object.")
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise MalformedJson(
+            f"The body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise MalformedJson(f"The body is nested more than {DEEPEST} levels deep.") from None
+    except ValueError:
+        # A number of thousands of digits.
+        raise MalformedJson("The body holds a number that is too long.") from None
+    refuse_unusable(value, "", DEEPEST)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MalformedJson(f"The field {twice!r} is given twice.")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise MalformedJson(f"{name} is not a JSON number.")
+
+
+def refuse_unusable(value: Any, path: str, depth: int) -> None:
+    """Refuse nesting deeper than ``depth``, numbers past a double, and text nothing can store.
+
+    ``path`` names ``value`` in what is raised: ``MalformedJson`` or ``InvalidInput``.
+    """
+    if depth < 0:
+        raise MalformedJson(f"The body is nested more than {DEEPEST} levels deep.")
+    if isinstance(value, str):
+        if problem := unusable(value):
+            raise InvalidInput(f"{path or 'The body'}: {problem}", fields={path: problem})
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            if problem := unusable(name):
+                raise InvalidInput(f"A field's name {problem}")
+            refuse_unusable(member, f"{path}.{name}" if path else name, depth - 1)
+    elif isinstance(value, list):
+        for index, member in enumerate(value):
+            refuse_unusable(member, f"{path}[{index}]", depth - 1)
+    elif isinstance(value, float) and value in {float("inf"), float("-inf")}:
+        raise MalformedJson(f"{path or 'The body'}: the number is too large.")
+
+
+def json_answer(
+    data: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> JsonResponse:
+    """A JSON object as the response."""
+    return JsonResponse(dict(data), status=status, headers=dict(headers or {}))
+
+
+def no_content() -> HttpResponse:
+    """204, with no body and no content type."""
+    response = HttpResponse(status=204)
+    del response.headers["Content-Type"]
+    return response
+
+
+def timestamp(moment: datetime | None) -> str | None:
+    """ISO 8601 in UTC with milliseconds and ``Z``; None stays None."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,1 @@
+"""The task queue on PostgreSQL, its workers, and the watchdog over them."""

@@ -1,0 +1,213 @@
+"""Live pages: a WebSocket that re-reads rows and sends the HTML that changed.
+
+Messages to the page are JSON objects (large ones in several frames) with a ``kind``:
+
+``swap {html}``                       each element in it replaces the one with its id
+``append {steps, seq}``   output that the page does not have yet, by step: the ``lines`` that are
+                          complete, the ``tail`` that is not and the number of its line, ``next``;
+                          and the last event that the page then has
+``gone {}``                           what the page shows was deleted
+
+A notice on the channel layer only says that something changed. Notices that come in a burst are
+answered together, at most ten times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from channels.db import database_sync_to_async
+from channels.generic.websocket import AsyncWebsocketConsumer
+from django.conf import settings
+from django.contrib.auth import get_user
+from django.http import HttpRequest
+from django.http.request import split_domain_port, validate_host
+from django.urls import URLPattern, path
+
+from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.people import people_group
+from orkestr_console.accounts.services import actor_of_session
+from orkestr_console.accounts.sessions import person_group
+from orkestr_console.core.channel_layer import SERVICE_RESTART, LosesNotices
+from orkestr_console.core.errors import Forbidden, NotFound, Unauthenticated
+from orkestr_console.core.postgres import unavailable
+
+logger = logging.getLogger(__name__)
+
+UNAUTHENTICATED = 4401
+FOREIGN = 4404
+# The server takes and sends no larger frames than 64 KiB (orkestr_console.http.daphne). A frame
+# that begins with MORE is the beginning of a message that goes on in the next; JSON never begins
+# so.
+LARGEST_FRAME = 60 * 1024
+MORE = "+"
+BREATH = 0.1  # seconds between two answers, however many notices there were
+
+type Message = dict[str, Any]
+
+
+class LivePage(LosesNotices, AsyncWebsocketConsumer):
+    """The root of the live consumers. A subclass says which groups, and what has changed."""
+
+    # Seconds after which to look even without a notice; None for never.
+    look_again_after: float | None = None
+
+    def groups_of(self, actor: Actor) -> list[str]:
+        """The groups whose notices matter to the page. Raises ``NotFound``."""
+        raise NotImplementedError
+
+    def changes(self, actor: Actor) -> list[Message]:
+        """What the page does not have yet; sync, in a thread. Raises ``NotFound``."""
+        raise NotImplementedError
+
+    async def connect(self) -> None:
+        """Accept first: a browser is only told the code of a socket that was open."""
+        self._news = asyncio.Event()
+        self._sent: dict[str, str] = {}
+        self._teller: asyncio.Task[None] | None = None
+        self._joined: list[str] = []
+        await self.accept()
+        if not self._same_origin():
+            await self.close(code=UNAUTHENTICATED)
+            return
+        try:
+            # Joined before the first reading, so that nothing falls between the two.
+            self._joined = await database_sync_to_async(self._groups)()
+            for group in self._joined:
+                await self.channel_layer.group_add(group, self.channel_name)
+        except (Unauthenticated, Forbidden):
+            await self.close(code=UNAUTHENTICATED)
+        except NotFound:
+            await self._say_gone()
+        except Exception as error:
+            # The page comes back, and reads anew, once there is a database again.
+            if unavailable(error) is None:
+                raise
+            await self.close(code=SERVICE_RESTART)
+        else:
+            self._news.set()
+            self._teller = asyncio.create_task(self._tell())
+
+    async def disconnect(self, code: int) -> None:
+        """Leave no task behind."""
+        for group in self._joined:
+            await self.channel_layer.group_discard(group, self.channel_name)
+        teller, self._teller = self._teller, None
+        if teller is not None and teller is not asyncio.current_task():
+            teller.cancel()
+            with suppress(asyncio.CancelledError):
+                await teller
+
+    async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
+        """Pages have nothing to say."""
+
+    async def template_changed(self, event: Message) -> None:
+        """A template has news."""
+        self._news.set()
+
+    async def sandbox_changed(self, event: Message) -> None:
+        """A sandbox has news."""
+        self._news.set()
+
+    async def people_changed(self, event: Message) -> None:
+        """Who may see the page may be somebody else now."""
+        self._news.set()
+
+    async def session_ended(self, event: Message) -> None:
+        """The session may be the one that the page was opened in."""
+        self._news.set()
+
+    async def _tell(self) -> None:
+        """Answer notices until the page leaves; re-check who is asking each time."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.look_again_after):
+                    await self._news.wait()
+            self._news.clear()
+            try:
+                for message in await database_sync_to_async(self._changes)():
+                    await self._say(message)
+            except (Unauthenticated, Forbidden):
+                await self.close(code=UNAUTHENTICATED)
+                return
+            except NotFound:
+                await self._say_gone()
+                return
+            except Exception as error:
+                if unavailable(error) is None:
+                    logger.exception("cannot tell a page its news")
+                await self.close(code=SERVICE_RESTART)
+                return
+            await asyncio.sleep(BREATH)
+
+    async def _say(self, message: Message) -> None:
+        """Send a message, in as many frames as it takes."""
+        text = json.dumps(message)
+        while len(text) > LARGEST_FRAME:
+            await self.send(f"{MORE}{text[:LARGEST_FRAME]}")
+            text = text[LARGEST_FRAME:]
+        await self.send(text)
+
+    async def _say_gone(self) -> None:
+        await self._say({"kind": "gone"})
+        await self.close(code=FOREIGN)
+
+    def _groups(self) -> list[str]:
+        actor = self._actor()
+        assert actor.user is not None
+        return [*self.groups_of(actor), people_group(actor.team.pk), person_group(actor.user.pk)]
+
+    def _changes(self) -> list[Message]:
+        return self.changes(self._actor())
+
+    def _actor(self) -> Actor:
+        """Who is signed in by the session as it is now: it may have ended since the last look."""
+        request = HttpRequest()
+        store = import_module(settings.SESSION_ENGINE).SessionStore
+        request.session = store(self.scope["session"].session_key)
+        user = get_user(request)
+        if not user.is_authenticated:
+            raise Unauthenticated
+        request.user = user
+        return actor_of_session(request)
+
+    def fresh(self, fragments: dict[str, str]) -> list[Message]:
+        """One ``swap`` of the fragments (element id → HTML) that differ from what was sent."""
+        news = [html for key, html in fragments.items() if self._sent.get(key) != html]
+        self._sent.update(fragments)
+        return [{"kind": "swap", "html": "".join(news)}] if news else []
+
+    def _header(self, name: bytes) -> str:
+        return next((v.decode("latin-1") for k, v in self.scope["headers"] if k == name), "")
+
+    @property
+    def address(self) -> str:
+        """The console's address as the browser knows it, for snippets."""
+        return self._header(b"origin")
+
+    def _same_origin(self) -> bool:
+        """Whether a page of this console opened it: cookies alone do not say (RFC 6455, 10.2).
+
+        The host is one of ours, as for HTTP: a name that was rebound to our address is not. With
+        TLS the page came by TLS, too.
+        """
+        origin, host = self._header(b"origin"), self._header(b"host")
+        if origin in settings.CSRF_TRUSTED_ORIGINS:
+            return True
+        scheme, _, place = origin.partition("://")
+        known = validate_host(split_domain_port(host)[0], settings.ALLOWED_HOSTS)
+        secure = scheme == "https" or (scheme == "http" and not settings.SESSION_COOKIE_SECURE)
+        return known and secure and place == host
+
+
+def live_page(route: str, consumer: type[LivePage]) -> URLPattern:
+    """An entry of ``websocket_urlpatterns``."""
+    # Channels routes with Django's patterns, whose types know only views.
+    application: Any = consumer.as_asgi()
+    pattern: URLPattern = path(route, application)
+    return pattern

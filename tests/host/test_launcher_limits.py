@@ -1,0 +1,95 @@
+"""Launchers at their limits: whose fault that is, who pays for it, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostruntime.client.answers import SandboxInfo
+from hostruntime.client.host_client import HostClient
+from hostruntime.container.launcher import AtLimit, Attached, LauncherPool, Link
+from tests.host.agent import Agent, eventually
+from tests.host.conftest import NewSandbox
+
+pytestmark = pytest.mark.host
+
+# Room for what a launcher waits for (poll(2) counts against it), and for nothing new.
+FULL = 8
+_WAITING = "touch /workspace/begun.{}; while [ ! -e /workspace/go ]; do sleep 0.1; done; echo done"
+
+
+def limit_descriptors(pid: int, most: int) -> None:
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, hard))
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def wait_until_replaced(agent: Agent, before: list[int]) -> None:
+    for _ in eventually():
+        if not set(agent.children()) & set(before):
+            break
+    assert len(agent.children()) == len(before), "as many as there were"
+
+
+def test_a_full_launcher_is_replaced_and_what_runs_through_it_goes_on(
+    agent: Agent, host: HostClient, sandbox: SandboxInfo, new_sandbox: NewSandbox
+) -> None:
+    other, before = new_sandbox(), agent.children()
+    with ThreadPoolExecutor(4) as pool:
+        # Enough that both have to do with it.
+        running = [pool.submit(host.exec, sandbox.id, _WAITING.format(n)) for n in range(4)]
+        for n in range(4):
+            for _ in eventually():
+                if host.stat(sandbox.id, f"/workspace/begun.{n}").exists:
+                    break
+        for pid in before:
+            limit_descriptors(pid, FULL)
+        assert host.exec(other.id, "echo on").stdout == b"on\n"
+        host.write_file(other.id, "/workspace/x", b"on")
+        assert host.exec(new_sandbox().id, "echo on").stdout == b"on\n"
+        assert set(agent.children()) > set(before), "beside them, not instead of them"
+        host.write_file(sandbox.id, "/workspace/go", b"")
+        assert [one.result(30).stdout for one in running] == [b"done\n"] * 4
+    wait_until_replaced(agent, before)
+
+
+def test_a_launcher_is_replaced_before_it_is_full(agent: Agent, host: HostClient) -> None:
+    before = agent.children()
+    for pid in before:
+        limit_descriptors(pid, 2 * descriptors(pid) - 1)
+    wait_until_replaced(agent, before)
+    assert "descriptors" in agent.log()
+    assert host.health().counts["containers"] >= 0
+
+
+def test_that_the_host_is_out_of_something_is_not_the_sandboxs_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(_: Link, message: dict[str, Any], fds: object) -> Attached:
+        raise AtLimit("words")
+
+    async def attach_often() -> int:
+        pool = LauncherPool(tmp_path, tmp_path / "log")
+        await pool.open()
+        try:
+            for _ in range(8):
+                with pytest.raises(AtLimit) as caught:
+                    await pool.attach({"name": "ork0-x"}, [])
+                assert caught.value.status == 503
+            most = len(pool.pids())
+            await pool.tend()
+            assert len(pool.pids()) == 2
+            return most
+        finally:
+            await pool.close()
+
+    monkeypatch.setattr(Link, "attach", refused)
+    assert asyncio.run(attach_often()) <= 6, "not one launcher more for each that asks"
