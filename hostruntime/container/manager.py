@@ -30,6 +30,7 @@ from hostruntime.container.cgroups import (
     kill_group,
     pids_below,
     pids_in,
+    populated,
     signal_group,
 )
 from hostruntime.container.config import ContainerConfig
@@ -208,6 +209,9 @@ class ContainerManager:
             freeze_group(group, frozen=True)
             patience = Patience(_FREEZE_SECONDS, lambda: pids_below(group))
             while not is_frozen(group):
+                if not populated(group):
+                    self.launchers.gate.admit(running.name)
+                    raise ContainerGone(f"The container of {owner} ended as it was paused.")
                 if patience.spent():
                     self._thaw(running)
                     raise HostFault("The kernel did not freeze the sandbox; it runs on.")

@@ -282,20 +282,18 @@ def end_all(ends: Mapping[str, state.End], among: Iterable[str] = LIVE) -> None:
 def release_strangers(running: Collection[SandboxInfo]) -> None:
     """Free containers that no live row names, but those that may just be starting.
 
-    A few at a time: if it is the rows that are wrong, somebody is to notice.
+    All whose rows say that they have ended: they were ended while the host was away. Of those that
+    no row names a few at a time: if it is the rows that are wrong, somebody is to notice.
     """
     ids = [info.id for info in running]
     # A row is there before its container.
     statuses = dict(Sandbox.objects.filter(pk__in=ids).values_list("pk", "status"))
-    now = timezone.now().timestamp()
-    released = 0
     for info in running:
-        status = statuses.get(info.id)
-        young = status is None and now - info.started_at <= UNKNOWN_GRACE_SECONDS
-        if status in LIVE or young:
-            continue
-        logger.error("sandbox %s runs and no live row names it: it is ended", info.id)
+        if info.id in statuses and statuses[info.id] not in LIVE:
+            logger.warning("sandbox %s has ended and runs: it is freed", info.id)
+            release(info.id)
+    old = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
+    unknown = [info for info in running if info.id not in statuses and info.started_at < old]
+    for info in unknown[:STRANGERS_AT_ONCE]:
+        logger.error("sandbox %s runs and no row names it: it is ended", info.id)
         release(info.id)
-        released += 1
-        if released == STRANGERS_AT_ONCE:
-            return

@@ -19,7 +19,7 @@ from orkestr_console.runner.keeper import ManagerSilent
 from tests.faults.calls import CUT, SILENCE, Answer, Probe, results
 from tests.faults.installation import Installation
 from tests.faults.moments import MOMENTS, Missed, Scene
-from tests.faults.processes import Process, is_there, monitored, strike
+from tests.faults.processes import Process, is_there, owners_of, strike
 from tests.faults.truth import holdings, of_the_ended, still_running, wrong_rows
 
 # Within which no row may be wrong once the service answers and its clients have their answers.
@@ -132,7 +132,7 @@ class Cell:
     def _strike(self, scene: Scene, pids: list[int]) -> tuple[float, list[int]]:
         pids = pids or self.process.find(self.installation, scene.subjects)
         if not self.process.comes_back:
-            self._ending = [*monitored(self.installation, scene.subjects)][:1]
+            self._ending = owners_of(self.installation, scene.subjects, pids)
         struck_at, struck = time.monotonic(), strike(pids, self.how)
         if not scene.still():
             self.told.append("the moment was just over")

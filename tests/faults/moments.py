@@ -263,6 +263,8 @@ def pause(installation: Installation, client: Client) -> Scene:
 def delete(installation: Installation, client: Client) -> Scene:
     """Sandboxes are made and deleted, and one has ended by its row but not yet on the host."""
     before = set(ids(installation))
+    # Whose container can be struck, if those under way have ended by then.
+    bystander = installation.boot(client)
     struck = threading.Event()
     disks = installation.stack.layout.state_dir / "disks"
     found: list[str] = []
@@ -288,7 +290,8 @@ def delete(installation: Installation, client: Client) -> Scene:
 
     until(one_is_half_gone, all_answered(calls))
     running = [one for one, status in ids(installation).items() if status == "running"]
-    return Scene([one for one in running if one not in before], calls, go_on=struck.set)
+    subjects = [one for one in running if one not in {*before, bystander}]
+    return Scene([*subjects, bystander], calls, go_on=struck.set)
 
 
 MOMENTS: dict[str, Reach] = {

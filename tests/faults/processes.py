@@ -99,6 +99,12 @@ def inits(installation: Installation, subjects: list[str]) -> list[int]:
     return [pid for one in monitors(installation, subjects) for pid in children(one)[:1]]
 
 
+def owners_of(installation: Installation, subjects: list[str], pids: list[int]) -> list[str]:
+    """Whose monitor or first process is among these; others of the moment come and go meanwhile."""
+    found = monitored(installation, subjects)
+    return [one for one, pid in found.items() if {pid, *children(pid)} & set(pids)]
+
+
 def squids(installation: Installation) -> tuple[list[int], list[int], list[int]]:
     """The proxy's master, what serves for it, and their helpers."""
     place = str(installation.run_dir.egress)

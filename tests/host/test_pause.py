@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -162,3 +165,17 @@ def test_a_paused_sandbox_outlives_the_agent(
     for _ in eventually():
         if number(host, counting) > before + 2:
             break
+
+
+def test_one_that_ends_as_it_is_paused_is_gone_and_no_fault(
+    agent: Agent, host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    """The agent may hear of the end first, or find a group in which nothing is left to freeze."""
+    for _ in range(10):
+        sandbox = new_sandbox()
+        os.kill(init_of(agent, sandbox.id), signal.SIGKILL)
+        with contextlib.suppress(ContainerGone):
+            host.pause_sandbox(sandbox.id, far())
+        for _ in eventually():
+            if host.sandbox(sandbox.id).state == "gone":
+                break

@@ -18,8 +18,8 @@ from orkestr_console.core.errors import HostUnavailable as Away
 from orkestr_console.installation.models import Installation
 from orkestr_console.queue.driving import Drivers, IsDriven, driving
 from sandboxes_app import services, tasks
-from sandboxes_app.models import Sandbox, Snapshot
-from sandboxes_app.services import settling
+from sandboxes_app.models import Sandbox, SandboxEvent, Snapshot
+from sandboxes_app.services import lifecycle, settling
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app import services as templates
 from templates_app.models import Template
@@ -312,3 +312,23 @@ def test_one_that_is_driven_at_the_second_look_is_let_alone(
     monkeypatch.setattr(settling, "left", lambda: look() if next(looks) else set())
     settling.settle_left()
     assert Sandbox.objects.get().status == "pausing"
+
+
+def test_all_that_have_ended_are_freed_and_few_of_those_that_no_row_names(
+    host: FakeHost, team_actor: Actor, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host was away while many were ended; if it is rows that are wrong, somebody shall see."""
+    monkeypatch.setattr(lifecycle, "UNKNOWN_GRACE_SECONDS", -1.0)
+    many = lifecycle.STRANGERS_AT_ONCE + 3
+    team.plan.max_concurrent_sandboxes = 3 * many
+    team.plan.save()
+    ended, unknown = (
+        {services.create_sandbox(team_actor, DEBIAN).pk for _ in range(many)} for _ in range(2)
+    )
+    Sandbox.objects.filter(pk__in=ended).update(status="terminated")
+    SandboxEvent.objects.filter(sandbox__in=unknown).delete()
+    Sandbox.objects.filter(pk__in=unknown).delete()
+    lifecycle.reconcile()
+    run_queue()
+    assert host.booted.keys() & ended == set()
+    assert len(host.booted.keys() & unknown) == 3
