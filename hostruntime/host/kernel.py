@@ -222,7 +222,13 @@ def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> i
     namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
     """
     ready, go = os.pipe(), os.pipe()
-    child = _copy(0 if maker else os.CLONE_NEWUSER)
+    try:
+        child = _copy(0 if maker else os.CLONE_NEWUSER)
+    except OSError as error:
+        for descriptor in (*ready, *go):
+            os.close(descriptor)
+        why = f"the kernel refused a new user namespace (clone(2)): {error.strerror}"
+        raise OSError(error.errno, why) from None
     if child == 0:
         _namespace_child(ready[1], go[0], maker)
     try:

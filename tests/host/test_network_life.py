@@ -163,6 +163,7 @@ def test_a_proxy_whose_master_was_killed_is_replaced(proxy: EgressProxy) -> None
     master = int((proxy.run_dir.egress / "squid.pid").read_text())
     assert master in proxy.processes()
     os.kill(master, signal.SIGKILL)
+    wait_until(lambda: master not in proxy.processes())
     proxy.ensure()
     successor = int((proxy.run_dir.egress / "squid.pid").read_text())
     assert successor != master
