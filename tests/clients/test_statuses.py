@@ -88,15 +88,15 @@ class OnTheirWay:
 
     def begin(self) -> None:
         """Ask for all four, of an agent that does not answer; return when the rows say so."""
-        began = self._ids("sandboxes")
+        began, kept = self._ids("sandboxes"), self._ids("sandboxes/snapshots")
         self._calls.post("sandboxes", template="debian-12", timeout_seconds=300)
         self._calls.post(f"sandboxes/{self.pausing.id}/pause")
         self._calls.post(f"sandboxes/{self.resuming.id}/resume")
         self._calls.post(f"sandboxes/{self.copied.id}/snapshots", name="cut off")
         wait_for(lambda: self._ids("sandboxes") > began, 30, self._stack.explain)
         (self.starting,) = self._ids("sandboxes") - began
-        wait_for(lambda: bool(self._ids("sandboxes/snapshots")), 30, self._stack.explain)
-        (self.snapshot,) = self._ids("sandboxes/snapshots")
+        wait_for(lambda: self._ids("sandboxes/snapshots") > kept, 30, self._stack.explain)
+        (self.snapshot,) = self._ids("sandboxes/snapshots") - kept
         expected = ["starting", "pausing", "resuming", "capturing"]
         wait_for(lambda: self.statuses() == expected, 30, self._stack.explain)
 
