@@ -107,7 +107,7 @@ def nothing_is_left(stack: Stack) -> bool:
     return not list((state / "disks").glob("img_*.img")) and not list((state / "staging").iterdir())
 
 
-def test_a_hundred_races_with_publishing_have_one_outcome_each(
+def test_forty_races_with_publishing_have_one_outcome_each(
     stack: Stack, templates: Templates, sandboxes: Sandboxes
 ) -> None:
     """Cancelled or ready, and never something between: whichever was said stays so."""
@@ -115,7 +115,7 @@ def test_a_hundred_races_with_publishing_have_one_outcome_each(
         before = {image.id for image in host.images()}
     outcomes = {"cancelled": 0, "ready": 0}
     delay = 0.2
-    for round_ in range(25):
+    for round_ in range(10):
         with ThreadPoolExecutor(4) as pool:
             made = [templates.create("debian-12", f"echo {round_}") for _ in range(4)]
             answers = list(pool.map(lambda one: cancel_late(stack, one, delay), made))  # noqa: B023
@@ -138,7 +138,7 @@ def test_a_hundred_races_with_publishing_have_one_outcome_each(
         sandboxes.terminate_all()
         sandboxes.booted.clear()
         templates.delete_all()
-    assert sum(outcomes.values()) == 100
+    assert sum(outcomes.values()) == 40
     # Some were too late, or it was no race.
     assert min(outcomes.values()) > 0
 

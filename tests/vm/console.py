@@ -98,6 +98,10 @@ class Console:
         """How the kernel holds a running sandbox (:mod:`tests.vm.seen`). Raises VmError."""
         return cast("dict[str, Any]", self._seen("container", sandbox))
 
+    def mover(self, sandbox: str) -> dict[str, Any]:
+        """The same of a process that moves its files, which somebody must have begun."""
+        return cast("dict[str, Any]", self._seen("mover", sandbox))
+
     def _seen(self, *question: str) -> object:
         program = f"cd {TREE} && .venv/bin/python -B -m tests.vm.seen {shlex.join(question)}"
         return json.loads(self.guest.root(program).out)

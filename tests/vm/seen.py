@@ -4,6 +4,8 @@
     everything that an installation in DIRECTORY has on the machine
 ``python -m tests.vm.seen container SANDBOX``
     how the kernel holds a running sandbox: its init's label, filter and groups, and their limits
+``python -m tests.vm.seen mover SANDBOX``
+    the same of a process that moves files in or out of it, once there is one
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import json
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.leftovers import leftovers
 
+TITLE = b"orkestr hostruntime"
+MOVER_SECONDS = 60.0
 GROUPS = Path("/sys/fs/cgroup")
 PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _OURS = re.compile(r"\b(orkestr|ork\d|lxc-ork)")
@@ -66,6 +72,21 @@ def container(sandbox: str) -> dict[str, Any]:
     raise LookupError(f"no init of {sandbox}")
 
 
+def mover(sandbox: str) -> dict[str, Any]:
+    """What moves files of a sandbox, as soon as there is such a process. Raises LookupError."""
+    until = time.monotonic() + MOVER_SECONDS
+    while time.monotonic() < until:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                group, status = (entry / "cgroup").read_text(), (entry / "status").read_text()
+                # A copy of its launcher, whose title it has.
+                if sandbox in group and (entry / "cmdline").read_bytes().startswith(TITLE):
+                    return _described(entry, group.strip(), status)
+            except OSError:
+                continue
+    raise LookupError(f"nothing moves files of {sandbox}")
+
+
 def _described(entry: Path, group: str, status: str) -> dict[str, Any]:
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     place = GROUPS / group.rpartition(":")[2].lstrip("/")
@@ -93,8 +114,12 @@ def _limit(group: Path, name: str) -> str:
 
 def main(arguments: list[str]) -> None:
     question, subject = arguments
-    found: object = everything(Path(subject)) if question == "leftovers" else container(subject)
-    sys.stdout.write(json.dumps(found))
+    answers: dict[str, Callable[[], object]] = {
+        "leftovers": lambda: everything(Path(subject)),
+        "container": lambda: container(subject),
+        "mover": lambda: mover(subject),
+    }
+    sys.stdout.write(json.dumps(answers[question]()))
 
 
 if __name__ == "__main__":
