@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from channels.auth import AuthMiddlewareStack
@@ -28,12 +27,7 @@ http = get_asgi_application()
 def websocket_urls() -> list[Any]:
     """The ``websocket_urlpatterns`` of each app's ``routing`` module."""
     modules = [f"{app}.routing" for app in ("templates_app", "sandboxes_app")]
-    return [
-        url
-        for module in modules
-        if find_spec(module) is not None
-        for url in import_module(module).websocket_urlpatterns
-    ]
+    return [url for module in modules for url in import_module(module).websocket_urlpatterns]
 
 
 async def by_path(scope: Any, receive: Any, send: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from django.urls import URLPattern, URLResolver, include, path, re_path
 
 from orkestr_console.http import health
@@ -17,20 +15,12 @@ CONSOLE = {
 }
 
 
-def existing(module: str) -> bool:
-    """Whether a module is there to be included."""
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", health.healthz),
     path("readyz", health.readyz),
-    *(path("v1/", include(module)) for module in REST if existing(module)),
+    *(path("v1/", include(module)) for module in REST),
     re_path(r"^v1(?:/.*)?$", health.unknown_route),
-    *(path(prefix, include(module)) for module, prefix in CONSOLE.items() if existing(module)),
+    *(path(prefix, include(module)) for module, prefix in CONSOLE.items()),
 ]
 
 handler400 = "orkestr_console.http.health.bad_request"
