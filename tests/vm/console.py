@@ -24,7 +24,7 @@ DOWN_SECONDS = 1800.0
 # An emulated machine answers a call in the time that a real one takes for a hundred.
 CALL_SECONDS = 900.0
 TREE = f"/{CLONE}"
-OUTPUT = "/tmp/run.log"
+OUTPUT, BEGAN = "/tmp/run.log", "/tmp/run.began"
 ENDED = "make run ended with"
 SERVING = "the console serves"
 
@@ -51,7 +51,7 @@ class Console:
         """
         run = self.guest.root if as_root else self.guest.person
         # A file of root's in /tmp is closed to others even when theirs (fs.protected_regular).
-        self.guest.root(f"rm -f {OUTPUT}")
+        self.guest.root(f"rm -f {OUTPUT}; touch {BEGAN}")
         # As one starts it who will log out: in tmux, or so.
         command = shlex.quote(f'make run; echo "{ENDED} $?"')
         run(f"cd {TREE} && (setsid nohup sh -c {command} >{OUTPUT} 2>&1 </dev/null &)")
@@ -116,8 +116,8 @@ class Console:
                 yield clients
 
     def _output(self) -> Started:
-        # The file alone may be from before a reboot.
-        served = f"test -e {TREE}/var/run/ready && pgrep -f '[m]anage.py up' >/dev/null"
+        # One from before a reboot is there until the new start has got so far as to remove it.
+        served = f"test {TREE}/var/run/ready -nt {BEGAN}"
         said = self.guest.root(f"cat {OUTPUT}; {served} && echo {SERVING}", check=False)
         return Started(said.out, serving=SERVING in said.out)
 
