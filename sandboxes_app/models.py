@@ -98,7 +98,8 @@ class Sandbox(models.Model):
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # Who starts, pauses or resumes it now (orkestr_console.queue.driving).
+    # Who starts, pauses or resumes it now, or frees its container when it has ended
+    # (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
     started_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField()
@@ -121,6 +122,7 @@ class Sandbox(models.Model):
                     status__in=["starting", "running", "pausing", "paused", "resuming"]
                 ),
             ),
+            models.Index(fields=["driver"], name="sandbox_driven", condition=~models.Q(driver="")),
         ]
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.CheckConstraint(

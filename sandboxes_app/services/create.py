@@ -249,14 +249,17 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.
         host().delete_sandbox(sandbox.pk)
+        state.released([sandbox.pk], sandbox.driver)
         sandbox.refresh_from_db()
 
 
 def abandon(sandbox: Sandbox) -> None:
     """Settle one that did not start, and leave nothing of it on the host."""
-    state.broken(sandbox, FAILED_TO_START)
+    driver = sandbox.driver
+    state.broken(sandbox, FAILED_TO_START, driver=driver)
     try:
         host().delete_sandbox(sandbox.pk)
     except host_errors.HostError:
-        # The reconcile pass finds it.
+        # Who looks after what nobody drives finds it.
         return
+    state.released([sandbox.pk], driver)

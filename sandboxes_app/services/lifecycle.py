@@ -23,6 +23,7 @@ from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLi
 from orkestr_console.core.hosts import errors_told, host
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
+from orkestr_console.queue.driving import driving
 from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
 from sandboxes_app.services import metering, state
 from sandboxes_app.specs import TimeoutSpec
@@ -108,16 +109,25 @@ def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     """End a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
-    with transaction.atomic():
-        ended = state.ended(sandbox, "terminated")
-        if ended:
-            name = sandbox.template_name
-            audit.record(
-                actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name
-            )
-    if ended:
-        release(sandbox.pk)
+    if sandbox.status in LIVE:
+        with driving() as driver:
+            if note_terminated(actor, sandbox, driver):
+                release(sandbox.pk)
+                state.released([sandbox.pk], driver)
     return sandbox
+
+
+def note_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
+    """Settle one as ended by somebody, whose container ``driver`` frees; False if it has ended.
+
+    Who starts it just now drives it on: there may be a container only once that is done.
+    """
+    with transaction.atomic():
+        if not state.ended(sandbox, "terminated", sandbox.driver or driver):
+            return False
+        name = sandbox.template_name
+        audit.record(actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name)
+    return True
 
 
 def release(sandbox_id: str) -> None:
@@ -187,10 +197,11 @@ def settle_overdue(sandbox: Sandbox) -> None:
 
 def expire(sandbox: Sandbox) -> None:
     """Settle one whose time is over. The host ends the container by itself as well."""
-    if state.ended(sandbox, "expired"):
-        async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
-    else:
-        sandbox.refresh_from_db()
+    with transaction.atomic():
+        if state.ended(sandbox, "expired"):
+            async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
+            return
+    sandbox.refresh_from_db()
 
 
 def expire_due() -> int:
@@ -275,8 +286,19 @@ def end_all(ends: Mapping[str, state.End], among: Iterable[str] = LIVE) -> None:
         return
     with transaction.atomic():
         if ended := state.all_ended(ends, among):
-            for some in batched(ended, RELEASED_AT_ONCE):
-                async_task(RELEASE, some, group="sandboxes")
+            release_soon(ended)
+
+
+def release_left(drivers: Mapping[str, str]) -> None:
+    """Have containers freed whose rows say that they have ended, and whose drivers are gone."""
+    with transaction.atomic():
+        release_soon([key for key, driver in drivers.items() if state.released([key], driver)])
+
+
+def release_soon(sandbox_ids: Iterable[str]) -> None:
+    """Have what the host has of these freed by tasks."""
+    for some in batched(sandbox_ids, RELEASED_AT_ONCE):
+        async_task(RELEASE, some, group="sandboxes")
 
 
 def release_strangers(running: Collection[SandboxInfo]) -> None:

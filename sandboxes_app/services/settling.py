@@ -15,7 +15,7 @@ from django.db.models import Q, QuerySet, Value
 from orkestr_console.core.postgres import let_go
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import SURE_SECONDS, IsDriven
-from sandboxes_app.models import PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
+from sandboxes_app.models import LIVE, PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
 from sandboxes_app.services import lifecycle, snapshots, state
 from sandboxes_app.services.lifecycle import end_all, say_as_on_host
 from templates_app import services as templates
@@ -23,7 +23,7 @@ from templates_app.models import Template
 
 logger = logging.getLogger(__name__)
 
-SANDBOX, SNAPSHOT, TEMPLATE = "sandbox", "snapshot", "template"
+SANDBOX, ENDED, SNAPSHOT, TEMPLATE = "sandbox", "ended", "snapshot", "template"
 CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
@@ -42,6 +42,7 @@ def left() -> set[Left]:
     """
     rows = (
         (SANDBOX, Sandbox.objects.filter(status__in=PASSING)),
+        (ENDED, Sandbox.objects.exclude(status__in=LIVE).exclude(driver="")),
         (SNAPSHOT, Snapshot.objects.filter(status=SnapshotStatus.CAPTURING)),
         (TEMPLATE, Template.objects.running().exclude(driver="")),
     )
@@ -71,6 +72,7 @@ def settle_left() -> None:
     # PostgreSQL may have restarted just now, and those who drive take their locks again.
     time.sleep(SURE_SECONDS)
     found &= left()
+    lifecycle.release_left({one.id: one.driver for one in of_kind(found, ENDED)})
     settle_sandboxes(found)
     snapshots.settle_left([one.id for one in of_kind(found, SNAPSHOT)])
 

@@ -169,9 +169,22 @@ def resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
     )
 
 
-def ended(sandbox: Sandbox, kind: str) -> bool:
-    """It ended as it should: ``terminated`` by somebody, or ``expired``."""
-    return change(sandbox, kind, among=LIVE, to=SandboxStatus.TERMINATED, ended_at=timezone.now())
+def ended(sandbox: Sandbox, kind: str, driver: str = "") -> bool:
+    """It ended as it should: ``terminated`` by somebody, or ``expired``.
+
+    ``driver`` is to free what the host has of it.
+    """
+    now, to = timezone.now(), SandboxStatus.TERMINATED
+    return change(sandbox, kind, among=LIVE, to=to, driver=driver, ended_at=now)
+
+
+def released(sandbox_ids: Iterable[str], driver: str) -> bool:
+    """What the host had of these, which have ended, is freed or about to be; whether it was news.
+
+    Not of those that another driver is at.
+    """
+    rows = Sandbox.objects.filter(pk__in=sandbox_ids, driver=driver).exclude(status__in=LIVE)
+    return rows.update(driver="") > 0
 
 
 def as_on_host(sandbox: Sandbox, info: SandboxInfo, seen: int) -> bool:
@@ -192,14 +205,15 @@ def as_on_host(sandbox: Sandbox, info: SandboxInfo, seen: int) -> bool:
     )
 
 
-def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE) -> bool:
-    """It ended as it should not."""
+def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE, driver: str = "") -> bool:
+    """It ended as it should not; ``driver`` is to free what the host has of it."""
     return settle(
         sandbox,
         "failed",
         among=among,
         to=SandboxStatus.FAILED,
         data={"reason": message},
+        driver=driver,
         ended_at=timezone.now(),
         error_message=message,
     )

@@ -219,6 +219,83 @@ def test_of_a_start_that_was_cut_off_nothing_is_left(host: FakeHost, sandbox: Sa
     assert host.booted == {}
 
 
+@pytest.fixture
+def killed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed as it asks the host to free a container."""
+
+    class Killed(BaseException):
+        pass
+
+    free = host.delete_sandbox
+
+    def ask(sandbox_id: str) -> None:
+        monkeypatch.setattr(host, "delete_sandbox", free)
+        raise Killed(sandbox_id)
+
+    monkeypatch.setattr(host, "delete_sandbox", ask)
+
+
+def freed(host: FakeHost) -> bool:
+    """Whether who looks after what nobody drives sees to it, once."""
+    assert [one.kind for one in settling.left()] == ["ended"]
+    settling.settle_left()
+    assert settling.left() == set()
+    assert queued() == ["sandboxes_app.tasks.release_sandboxes"]
+    run_queue()
+    return host.booted == {}
+
+
+def test_one_that_is_ended_is_freed_although_its_process_was_killed_between(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox, killed: None
+) -> None:
+    with pytest.raises(BaseException, match=sandbox.pk):
+        services.terminate_sandbox(team_actor, sandbox.pk)
+    sandbox.refresh_from_db()
+    assert sandbox.status == "terminated"
+    assert freed(host)
+
+
+def test_a_start_that_failed_is_freed_although_its_process_was_killed_between(
+    host: FakeHost, team_actor: Actor, killed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = host.create_sandbox
+
+    def lose_the_answer(*words: Any, **options: Any) -> None:
+        boot(*words, **options)
+        raise HostUnavailable("The agent does not answer.")
+
+    monkeypatch.setattr(host, "create_sandbox", lose_the_answer)
+    with pytest.raises(BaseException, match="sbx_"):
+        services.create_sandbox(team_actor, DEBIAN)
+    assert Sandbox.objects.get().status == "failed"
+    assert freed(host)
+
+
+def test_one_that_is_ended_while_it_starts_is_its_starters_to_free(
+    host: FakeHost, team_actor: Actor, slow: Callable[[str], SlowCall]
+) -> None:
+    """Killed then, it leaves a host that starts it, after the one who ended it has seen none."""
+    call = slow("create_sandbox")
+    creating = Meanwhile(lambda: services.create_sandbox(team_actor, DEBIAN))
+    assert call.begun.wait(60)
+    row = Sandbox.objects.get()
+    services.terminate_sandbox(team_actor, row.pk)
+    assert settling.left() == set()
+    assert Sandbox.objects.get().driver == row.driver != ""
+    call.go_on.set()
+    assert creating.end().status == "terminated"
+    assert Sandbox.objects.get().driver == ""
+    assert host.booted == {}
+
+
+def test_one_that_is_ended_names_nobody_when_it_is_freed(
+    host: FakeHost, team_actor: Actor, sandbox: Sandbox
+) -> None:
+    services.terminate_sandbox(team_actor, sandbox.pk)
+    assert Sandbox.objects.get().driver == ""
+    assert (host.booted, queued()) == ({}, [])
+
+
 @pytest.mark.parametrize("paused", [True, False])
 @pytest.mark.parametrize("status", ["pausing", "resuming"])
 def test_a_pause_that_was_cut_off_is_what_the_host_made_of_it(
