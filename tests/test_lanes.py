@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from orkestr_console.runner.layout import LARGEST_PID
 from tests.lanes import TREE, Check, Room, Verdicts
-from tests.verify import ALONE, APART, parts
+from tests.runner.test_keeper import LONGEST_VAR
+from tests.verify import ALONE, APART, SCRATCH_PREFIX, parts
 
 # Says so, and ends when the other one has said so as well.
 MEETING = """
@@ -105,3 +107,9 @@ def test_what_runs_alone_is_there_and_left_out_of_the_rest() -> None:
     for path in ALONE:
         assert (TREE / path).is_file()
         assert all(f"--ignore={path}" in paths for paths in parts().values())
+
+
+def test_a_test_has_room_for_an_installation_on_a_machine_of_many_processes() -> None:
+    """Its name is cut at 30 characters by pytest, and numbered; sockets have to fit below that."""
+    longest = f"/var/tmp/{SCRATCH_PREFIX}{LARGEST_PID}-0/2/t/{'x' * 31}/v a r"
+    assert len(longest) <= LONGEST_VAR

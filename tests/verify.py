@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +188,10 @@ def scratch_directory() -> Iterator[Path]:
         pid = stale.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
             remove(stale)
-    directory = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=base))
+    # Short, as sockets are made in it. What a run of the same number left may still be mounted.
+    names = (f"{SCRATCH_PREFIX}{os.getpid()}-{attempt}" for attempt in range(10))
+    directory = next(base / name for name in names if not (base / name).exists())
+    directory.mkdir()
     # PostgreSQL and the web process run as users of their own.
     directory.chmod(0o755)
     try:

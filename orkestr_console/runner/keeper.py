@@ -71,7 +71,7 @@ class Keeper:
         self._layout = layout
         self._programs = programs
         self._config = layout.run / "supervisord.conf"
-        self._socket = layout.run / "supervisor.sock"
+        self._socket = layout.manager_socket
         self._process: subprocess.Popen[bytes] | None = None
         self._seen: dict[str, int] = {}
         self._said: deque[str] = deque(maxlen=TAIL_LINES)

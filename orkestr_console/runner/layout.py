@@ -15,6 +15,8 @@ from orkestr_console.runner.postgres import Cluster
 TREE = Path(__file__).resolve().parents[2]
 # sun_path of unix(7), less its NUL.
 LONGEST_SOCKET_PATH = 107
+# PID_MAX_LIMIT of a 64-bit kernel (proc(5), pid_max).
+LARGEST_PID = 2**22
 UNUSABLE = frozenset("%;#\"'\n")
 
 
@@ -70,6 +72,11 @@ class Layout:
         return self.run / "up.lock"
 
     @property
+    def manager_socket(self) -> Path:
+        """Where the process manager is told what to do."""
+        return self.run / "supervisor.sock"
+
+    @property
     def cluster(self) -> Cluster:
         """The private PostgreSQL of this installation."""
         return Cluster(self.var / "pg", self.run / "pg")
@@ -119,16 +126,25 @@ class Layout:
                     f"the path {path} has one of {' '.join(sorted(UNUSABLE))} in it, which the "
                     "process manager's configuration cannot express: use another directory"
                 )
-        if len(os.fsencode(self.host_socket)) > LONGEST_SOCKET_PATH:
-            raise StartError(
-                f"{self.host_socket} is too long a path for a Unix socket: "
-                "set ORKESTR_HOST_SOCKET or ORKESTR_VAR to something shorter"
-            )
+        for setting, path in self._longest_sockets():
+            if (size := len(os.fsencode(path))) > LONGEST_SOCKET_PATH:
+                raise StartError(
+                    f"{path} is too long a path for a Unix socket, {size} bytes where the kernel "
+                    f"takes {LONGEST_SOCKET_PATH}: set {setting} to a shorter path"
+                )
         for directory in (self.var, self.run, self.log):
             directory.mkdir(parents=True, exist_ok=True)
             # Passed through by the web's user and PostgreSQL's, each to what is theirs; not listed.
             directory.chmod(0o711)
         self.log.chmod(0o700)
+
+    def _longest_sockets(self) -> list[tuple[str, Path]]:
+        """What each is named by, and what it is first made as: supervisord adds its process id."""
+        manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{LARGEST_PID}")
+        found = [("ORKESTR_HOST_SOCKET or ORKESTR_VAR", self.host_socket), ("ORKESTR_VAR", manager)]
+        if self.database_url is None:
+            found.append(("ORKESTR_VAR", self.cluster.sockets / ".s.PGSQL.5432.lock"))
+        return found
 
 
 def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:

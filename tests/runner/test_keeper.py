@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from orkestr_console.runner.keeper import Keeper, Program, tail
-from orkestr_console.runner.layout import Layout, StartError, layout_from
+from orkestr_console.runner.layout import LONGEST_SOCKET_PATH, Layout, StartError, layout_from
 from tests.programs import WORKING
 from tests.stack import wait_for
+
+# What is left of a socket's path by the longest that is made in it.
+LONGEST_VAR = LONGEST_SOCKET_PATH - len("/run/supervisor.sock.4194304")
 
 
 @pytest.fixture
@@ -114,6 +117,20 @@ def test_a_manager_that_takes_its_time_to_start_and_to_stop_is_waited_for(
     made.stop()
     assert not made.alive()
     assert made.pids() == []
+
+
+def test_a_manager_starts_in_the_longest_path_that_is_accepted(tmp_path: Path) -> None:
+    def layout_of(size: int) -> Layout:
+        return layout_from({"ORKESTR_VAR": f"{tmp_path}/{'x' * (size - len(str(tmp_path)) - 1)}"})
+
+    with pytest.raises(StartError, match="too long a path"):
+        layout_of(LONGEST_VAR + 1).prepare()
+    layout = layout_of(LONGEST_VAR)
+    layout.prepare()
+    made = Keeper(layout, [Program("steady", shell("sleep 60"), 1)])
+    made.start()
+    made.stop()
+    assert not made.alive()
 
 
 def test_a_killed_program_is_started_again(keeper: Keeper, layout: Layout) -> None:

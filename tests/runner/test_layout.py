@@ -50,6 +50,14 @@ def test_a_path_too_long_for_a_socket_is_refused_with_a_way_out(tmp_path: Path) 
         layout.prepare()
 
 
+def test_a_var_too_long_for_any_of_its_sockets_is_refused(tmp_path: Path) -> None:
+    """The host's socket may be elsewhere, and the database, too: the manager's is in it."""
+    elsewhere = {"ORKESTR_HOST_SOCKET": str(tmp_path / "sock"), "DATABASE_URL": "postgres://db/x"}
+    layout = layout_from({"ORKESTR_VAR": str(tmp_path / ("x" * 70)), **elsewhere})
+    with pytest.raises(StartError, match=r"supervisor\.sock.*bytes.*set ORKESTR_VAR to a shorter"):
+        layout.prepare()
+
+
 def test_a_path_that_cannot_be_configured_is_refused(tmp_path: Path) -> None:
     layout = layout_from({"ORKESTR_VAR": str(tmp_path / "100%")})
     with pytest.raises(StartError, match="use another directory"):
