@@ -21,7 +21,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -138,6 +138,11 @@ class RoomWatch:
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="room")
     )
+    # What changes something waits for the file system's journal, and that for whoever writes much.
+    _changer: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ballast")
+    )
+    _change: Future[None] | None = None
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -150,6 +155,7 @@ class RoomWatch:
                 await asyncio.sleep(self._pause())
         finally:
             self._thread.shutdown(wait=False)
+            self._changer.shutdown(wait=False)
             for task in self._tasks.values():
                 task.cancel()
 
@@ -159,6 +165,8 @@ class RoomWatch:
         near = self._room is None or self._above() < _FAR_BYTES
         room, sizes = await loop.run_in_executor(self._thread, self._seen, near)
         self._room = room
+        if self._change is None or self._change.done():
+            self._change = self._changer.submit(self._touch, room)
         if near:
             self._growth.note({owner: size.whole for owner, size in sizes.items()})
         else:
@@ -190,17 +198,23 @@ class RoomWatch:
     def _seen(self, near: bool) -> tuple[Room, Mapping[str, DiskSize]]:
         """In a thread, as a disk that hangs keeps whoever asks."""
         room = Room.of(self.root)
-        if not room.read_only and time.monotonic() > self._tried_at + _TRY_SECONDS:
-            self._tried_at = time.monotonic()
-            self._writable = can_write(self.root)
         room = replace(room, read_only=room.read_only or not self._writable)
         sizes = self.containers.disks.sizes() if near else {}
         unwritten = sum(size.unwritten for size in sizes.values())
         if unwritten:
             # A disk may have promised room that nothing is in (fallocate(2)).
             room = room.less(min(unwritten, dirty_bytes()))
-        self.ballast.balance(room)
         return room, sizes
+
+    def _touch(self, room: Room) -> None:
+        """In a thread that nobody waits for."""
+        if time.monotonic() > self._tried_at + _TRY_SECONDS:
+            self._tried_at = time.monotonic()
+            self._writable = can_write(self.root)
+        try:
+            self.ballast.balance(room)
+        except OSError as error:
+            _log.error("the ballast could not be seen to: %s", error)
 
     def _above(self) -> int:
         assert self._room is not None

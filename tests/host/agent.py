@@ -29,6 +29,7 @@ class Agent:
         self.state = state
         self._umask = umask
         self.socket = state / "sock"
+        self.log_path = state / "agent.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.client = HostClient(self.socket)
         # More variables for it, from its next start on.
@@ -44,7 +45,7 @@ class Agent:
         return f"ork{self.client.health().instance}-"
 
     def start(self) -> None:
-        with (self.state / "agent.log").open("ab") as log:
+        with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command(),
                 cwd=REPO,
@@ -85,7 +86,7 @@ class Agent:
         return done.stdout.decode()
 
     def log(self) -> str:
-        return (self.state / "agent.log").read_text()
+        return self.log_path.read_text()
 
     def second(self) -> subprocess.CompletedProcess[str]:
         """Try to run another agent on the same directory."""

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.host]
 
 MIB = 1024 * 1024
 SIZE_MB = 1536
+# A fifth of it is the least that is reserved of a disk that is not small (hostruntime.host.room).
+LEAST_MB = 5 * 1024
 MOUNTED = "loop,errors=remount-ro"
 # Goes on until it is stopped; each file is one write(2) after the other.  Paced to 50 MiB a second
 # at most: a disk's cache takes what is between "short" and "all but gone" in a tenth of a second,
@@ -220,25 +222,52 @@ def test_who_writes_stands_still_and_goes_on_when_there_is_room(
     host.delete_sandbox(a_sandbox(host, "new").id)
 
 
-def test_who_writes_as_fast_as_can_be_takes_nothing_of_what_others_need(
+def test_who_writes_as_fast_as_can_be_takes_nothing_of_what_others_need(tmp_path: Path) -> None:
+    """On the smallest disk that has a whole reserve: how fast is fast goes by the machine."""
+    with small_disk(tmp_path, size_mb=LEAST_MB) as disk, a_small_agent(disk / "state") as agent:
+        host = agent.client
+        quiet, noisy = a_sandbox(host, "quiet"), a_sandbox(host, "noisy")
+        others = fill(disk, 2 * room(host)["reserve_bytes"])
+        lowest, writer = Lowest(disk), Writer(agent, noisy, FLOODS)
+        # Held or, when that was not soon enough, ended.
+        for _ in eventually(40):
+            if room(host)["held"] or host.sandbox(noisy.id).reason == "out_of_disk":
+                break
+        # What it had in memory is written as well.
+        subprocess.run(["sync"], check=True)
+        assert lowest.stop() > 0
+        host.delete_sandbox(noisy.id)
+        others.unlink()
+        until_well(host)
+        writer.join(60)
+        assert isinstance(writer.error, HostError)
+        # It may have stood still meanwhile, as what making it wrote is of the last seconds.
+        assert host.sandbox(quiet.id).state == "running"
+        assert python(host, quiet, "open('/var/tmp/a', 'w').write('b'); print(6 * 7)") == "42"
+
+
+def test_who_writes_is_held_although_the_disk_stands_still(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
-    quiet, noisy = a_sandbox(host, "quiet"), a_sandbox(host, "noisy")
+    """The file system's journal waits for who writes much, and whatever changes a file for it."""
+    agent.stop()
+    # What it says goes to the process manager, and not to a file.
+    agent.log_path = disk.with_name("agent.log")
+    agent.start()
+    noisy = a_sandbox(host, "noisy")
     others = fill(disk, 2 * room(host)["reserve_bytes"])
-    lowest, writer = Lowest(disk), Writer(agent, noisy, FLOODS)
-    # Held or, when that was not soon enough, ended.
-    for _ in eventually(40):
-        if room(host)["held"] or host.sandbox(noisy.id).reason == "out_of_disk":
-            break
-    assert lowest.stop() > 0
-    host.delete_sandbox(noisy.id)
+    subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
+    try:
+        # Longer than it is between two attempts to change something.
+        time.sleep(6)
+        writer = Writer(agent, noisy, FLOODS)
+        until_held(host)
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
     others.unlink()
     until_well(host)
+    host.delete_sandbox(noisy.id)
     writer.join(60)
-    assert isinstance(writer.error, HostError)
-    # It may have stood still meanwhile, as what making it wrote is of the last seconds.
-    assert host.sandbox(quiet.id).state == "running"
-    assert python(host, quiet, "open('/var/tmp/a', 'w').write('b'); print(6 * 7)") == "42"
 
 
 def test_who_took_the_most_is_ended_and_told_when_that_is_not_enough(
