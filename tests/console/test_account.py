@@ -13,12 +13,13 @@ from django_otp.plugins.otp_totp.models import TOTPDevice
 
 from orkestr_console.accounts.models import AuditEntry, SignedIn, User
 from tests.conftest import PASSWORD
+from tests.console.markup import tight
 
 BETTER = "a better passphrase than that"
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def code_of(device: TOTPDevice, steps: int = 0) -> str:

@@ -17,11 +17,12 @@ from templates_app import pages, services
 from templates_app.models import BuildEvent, Template, TemplateStatus
 from templates_app.services import output
 from templates_app.specs import TemplateSpec
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 async def streamed(answer: Any) -> str:

@@ -29,6 +29,7 @@ from orkestr_console.accounts.models import ApiToken, AuditEntry, Role, Team, Us
 from orkestr_console.console import connect
 from orkestr_console.core.addresses import MCP_PATH
 from tests.conftest import api_client, make_user
+from tests.console.markup import tight
 
 ADDRESS = "/connect/"
 GOOD = {"name": "agent", "access": "write", "client": "cursor"}
@@ -46,7 +47,7 @@ ODD = [
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def snippets(answer: Any) -> dict[str, str]:
@@ -100,7 +101,7 @@ def test_each_client_has_its_snippet_with_the_address_and_a_place_for_the_token(
     }
     of_page = connect.guides("http://testserver/api/sandboxes/mcp", "ork_YOUR_TOKEN")
     assert list(shown.values()) == [block.text for guide in of_page for block in guide.blocks]
-    assert "Put your token in place of <code>ork_YOUR_TOKEN</code>" in text(answer)
+    assert "Put your token in place of<code>ork_YOUR_TOKEN</code>" in text(answer)
 
 
 def test_what_is_copied_is_what_is_shown(console: Client) -> None:

@@ -11,12 +11,13 @@ from orkestr_console.accounts.actor import Actor
 from templates_app import services
 from templates_app.models import BuildEvent, Template, TemplateStatus
 from templates_app.specs import TemplateSpec
+from tests.console.markup import tight
 
 HOSTILE = "<img src=x>\u202e\x1b[31m"
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def ready(actor: Actor, name: str, packages: dict[str, Any], **changes: Any) -> Template:

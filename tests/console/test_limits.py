@@ -10,6 +10,7 @@ from django.test import Client
 from orkestr_console.accounts.limits import KINDS, envelope
 from orkestr_console.accounts.models import Team, TeamLimits, User
 from templates_app.models import Template
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 ADDRESS = "/team/limits/"
@@ -24,7 +25,7 @@ NOTHING = {
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 @pytest.fixture

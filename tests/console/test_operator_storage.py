@@ -12,6 +12,7 @@ from hostruntime.client.answers import HeldInfo, ImageInfo
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 PAGE = "/operator/storage/"
@@ -19,7 +20,7 @@ KEY = "image.img_lost"
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from django.test import Client
 
 from orkestr_console.accounts.models import AuditEntry, Membership, Role, Team, User
 from tests.conftest import make_user
+from tests.console.markup import tight
 
 NEW = {"name": "Eve", "email": "eve@example.org", "password": "another long passphrase"}
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def link_in(answer: Any) -> str:

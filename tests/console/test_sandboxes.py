@@ -10,6 +10,7 @@ from hostruntime.errors import ExecTimeout
 from orkestr_console.accounts.models import Team
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 GOOD = {"template": "debian-12", "size": "small", "network": "off", "timeout_seconds": "600"}
@@ -17,7 +18,7 @@ HTMX = {"HX-Request": "true"}
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def test_booting_leads_to_the_sandbox(console: Client, host: FakeHost) -> None:

@@ -11,6 +11,7 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.core.environment import as_typed, not_typed, typed_environment
 from templates_app.forms import TemplateForm, steps_of
 from templates_app.models import Template, TemplateStatus
+from tests.console.markup import tight
 from tests.fakes.fixtures import queued
 from tests.fakes.host import FakeHost
 
@@ -23,7 +24,7 @@ GOOD = {
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def test_a_new_template_builds_the_steps_that_were_typed(console: Client) -> None:
