@@ -248,9 +248,9 @@ class StepStatus(models.TextChoices):
     def without_output(self) -> str:
         """What stands where the output of a step would be that printed nothing."""
         return {
-            "pending": "Has not begun yet.",
-            "running": "Nothing printed yet.",
-            "skipped": "Never ran, because the build stopped before it.",
+            "pending": "Not started yet.",
+            "running": "No output yet.",
+            "skipped": "Not run, because the build stopped before it.",
         }.get(self.value, "No output.")
 
 

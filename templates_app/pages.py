@@ -191,7 +191,7 @@ def doing(steps: int, done: int, running: BuildStep | None, phases: set[str]) ->
     if done == steps:
         return "Cleaning up and capturing the image"
     if "boot" in phases:
-        return "The build container is up"
+        return "The build container is running"
     return "Waiting for the build container"
 
 

@@ -298,10 +298,10 @@ def to_json_response(error: DomainError) -> JsonResponse:
 
 
 HEADINGS = {
-    403: "That is not allowed",
-    404: "There is nothing here",
-    409: "That is not possible right now",
-    503: "The host is away for a moment",
+    403: "You don't have access",
+    404: "Page not found",
+    409: "That isn't possible right now",
+    503: "The sandbox host isn't responding",
 }
 
 
@@ -309,7 +309,7 @@ def heading(error: DomainError) -> str:
     """The heading of the page that says an error."""
     if isinstance(error, DatabaseUnavailable):
         return "The console will be back in a moment"
-    other = "Something went wrong" if error.status >= 500 else "That did not work"
+    other = "Something went wrong" if error.status >= 500 else "That didn't work"
     return HEADINGS.get(error.status, other)
 
 

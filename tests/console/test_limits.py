@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_at_its_field_and_nothing_is_lost(
 
 def test_a_member_sees_them_and_whom_to_ask(member_console: Client, alice: User) -> None:
     page = text(member_console.get(ADDRESS))
-    assert "ask Alice (alice@example.org)" in page
+    assert "Ask Alice (alice@example.org)" in page
     assert "Save limits" not in page
     answer = member_console.post(ADDRESS, {**NOTHING, "max_templates": "1"})
     assert answer.status_code == 403

@@ -159,7 +159,7 @@ def test_the_list_can_be_narrowed(console: Client, sandbox: Sandbox) -> None:
 
 
 def test_the_empty_list_teaches(console: Client) -> None:
-    assert "Boot your first sandbox" in text(console.get("/sandboxes/"))
+    assert "Start your first sandbox" in text(console.get("/sandboxes/"))
 
 
 def test_another_teams_sandbox_is_not_there(other_console: Client, sandbox: Sandbox) -> None:

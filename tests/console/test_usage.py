@@ -116,7 +116,7 @@ def test_months_are_a_click_apart(console: Client) -> None:
     assert 'href="?month=2026-01" rel="next"' in page
     assert '<option value="2025-12" selected>' in page
     assert '<option value="2026-11">' in page
-    assert "Nothing was used in December 2025" in page
+    assert "No usage in December 2025" in page
 
 
 def test_without_a_month_it_is_this_one(console: Client) -> None:
