@@ -1,4 +1,4 @@
-"""The addresses of no app: ``/``, signing in and out, and a team's, a person's and the operator's."""
+"""The addresses of the pages that belong to no app."""
 
 from __future__ import annotations
 
