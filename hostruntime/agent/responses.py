@@ -5,25 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hostruntime.errors import HostError, HostFault, HostFull, HostUnavailable
+from hostruntime.wire.message import Message, encode
 
 KEEP_ALIVE_SECONDS = 10.0
+NDJSON = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
 
-def line(record: Mapping[str, Any]) -> bytes:
-    """One record of a stream."""
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+def answer(
+    message: Message, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A message as the whole answer."""
+    return Response(encode(message), status, headers, "application/json")
+
+
+def nothing() -> Response:
+    """The answer to what succeeded and has nothing to say."""
+    return Response(status_code=204)
+
+
+def line(message: Message) -> bytes:
+    """A message as one of a stream; what has its default is left out."""
+    return encode(message, brief=True) + b"\n"
 
 
 class NdjsonResponse(Response):
@@ -34,7 +46,7 @@ class NdjsonResponse(Response):
     """
 
     def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(media_type="application/x-ndjson")
+        super().__init__(media_type=NDJSON)
         # Not known: the body is sent in chunks.
         del self.headers["content-length"]
         self._lines = lines
@@ -98,7 +110,7 @@ async def disk_error(request: Request, error: Exception) -> Response:
     if number in {errno.ENOSPC, errno.EDQUOT}:
         told: HostError = HostFull("The host's disk is full; try again when there is room on it.")
     elif number == errno.EROFS:
-        told = HostUnavailable("The host's disk is mounted read-only; its operator has to mend it.")
+        told = HostUnavailable("The host's disk is mounted read-only; its operator has to fix it.")
     else:
         return await defect(request, error)
     _log.error("%s %s failed: %s", request.method, request.url.path, error)
@@ -114,5 +126,5 @@ async def gone_away(request: Request, _: Exception) -> Response:
 async def defect(request: Request, error: Exception) -> Response:
     """Answer what nobody foresaw; the log has the traceback."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    fault = HostFault("The host agent met a defect of its own; its log has the details.")
+    fault = HostFault("Something went wrong in the host agent; its log has the details.")
     return JSONResponse(fault.to_wire(), fault.status)

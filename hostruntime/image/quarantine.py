@@ -22,14 +22,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from hostruntime.errors import InvalidRequest, NotFound
+from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
-from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.records import BadRecord, read_record
 from hostruntime.image.trash import Trash
+from hostruntime.wire.keeping import HeldInfo
 
 DEFAULT_DAYS = 7.0
 _DAY = 86_400.0
@@ -42,21 +44,11 @@ Reason = Literal["unknown", "damaged"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """One thing in quarantine.  ``at`` is Unix seconds, ``detail`` a sentence for a person.
+class Held(HeldInfo):
+    """One thing in quarantine, of a kind and for a reason that are known here."""
 
-    ``size_bytes`` is what its record said, None where that is not known.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    key: str
     kind: Kind
-    name: str
     reason: Reason
-    detail: str
-    at: float
-    size_bytes: int | None = None
 
 
 _HELD = TypeAdapter(Held)
@@ -104,13 +96,13 @@ class Quarantine:
         entry = self._root / key
         try:
             entry.mkdir(mode=0o700)
-            write_json(entry / _WHY, asdict(held))
+            write_json(entry / _WHY, asdict(held), durable=True)
             path.rename(entry / _CONTENT)
         except OSError:
             self._trash.discard(entry)
             raise
-        _sync(path.parent)
-        _sync(self._root)
+        kernel.fsync(path.parent)
+        kernel.fsync(self._root)
         _log.error("%s %s was set aside, not deleted: %s", kind, path.name, detail)
         return held
 
@@ -193,11 +185,3 @@ def _held(entry: Path) -> Held | None:
         )
     except (ValueError, OSError):
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

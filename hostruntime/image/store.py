@@ -32,7 +32,7 @@ import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +48,7 @@ from hostruntime.image.holdings import Holdings, reclaimable_bytes, write_holdin
 from hostruntime.image.quarantine import Held, Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.image.trees import Check, Inventory, Measure, go_on, measure, tree_digest
+from hostruntime.wire.images import ImageInfo
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "read_image", "tree_digest"]
 
@@ -94,8 +95,12 @@ class ImageManifest:
     env: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is written to disk and sent to clients."""
+        """The manifest as it is written to disk."""
         return asdict(self)
+
+    def info(self) -> ImageInfo:
+        """What clients are told of it."""
+        return ImageInfo(**{item.name: getattr(self, item.name) for item in fields(ImageInfo)})
 
 
 @dataclass(frozen=True)
@@ -301,8 +306,8 @@ class ImageStore:
             staged / _RECORD, json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
         if flushed:
-            _sync(staged / _RECORD)
-            _sync(staged)
+            kernel.fsync(staged / _RECORD)
+            kernel.fsync(staged)
         else:
             self.flush()
         with self._lock:
@@ -312,7 +317,7 @@ class ImageStore:
                 directory = self._publish_base(staged, manifest.id)
             else:
                 directory = self._publish_template(staged, manifest.id)
-            _sync(self._paths.images)
+            kernel.fsync(self._paths.images)
         return read_image(directory)
 
     def revoke(self, image_id: str) -> bool:
@@ -431,7 +436,7 @@ class ImageStore:
                 raise Conflict(f"The image is still damaged. {error.detail}") from error
             (content / _KEPT).touch(mode=0o600)
             content.rename(target)
-            _sync(self._paths.images)
+            kernel.fsync(self._paths.images)
         self.quarantine.forget(held)
         return read_image(target)
 
@@ -507,11 +512,3 @@ def read_image(directory: Path, name: str | None = None) -> Image:
     if not (directory / "tree").is_dir():
         raise BadRecord(path, "its tree is gone")
     return Image(manifest.id, directory / "tree", manifest)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

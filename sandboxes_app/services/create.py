@@ -14,6 +14,7 @@ from django.db.models import Count
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
+from hostruntime.wire.sandboxes import CreateSandbox
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -33,7 +34,7 @@ from templates_app.services import note_lost, note_used
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 
 FAILED_TO_START = (
-    "The host could not start the sandbox. Try again; if it stays, tell your operator."
+    "The host couldn't start the sandbox. Try again; if it keeps failing, tell your operator."
 )
 # A page that shows a count among others does not wait for it as long as for what was asked.
 COUNTING_SECONDS = 2.0
@@ -121,7 +122,7 @@ def no_image(team: Team, spec: SandboxSpec) -> Exception:
     if template is not None and not installation.is_apart():
         note_lost(template)
     return Conflict(
-        "The image of this template is gone from the host; build the template again.",
+        "The image of this template is gone from the host; rebuild the template.",
         code="template_not_ready",
     )
 
@@ -236,15 +237,17 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
     info = host().create_sandbox(
-        sandbox.pk,
-        image=None if snapshot else sandbox.image_id,
-        snapshot=snapshot.pk if snapshot else None,
-        cpu=sandbox.cpu,
-        memory_mb=sandbox.memory_mb,
-        network=sandbox.network,
-        allow_domains=sandbox.allow_domains,
-        env=sandbox.env,
-        deadline=sandbox.expires_at.timestamp(),
+        CreateSandbox(
+            sandbox.pk,
+            image="" if snapshot else sandbox.image_id,
+            snapshot=snapshot.pk if snapshot else None,
+            cpu=sandbox.cpu,
+            memory_mb=sandbox.memory_mb,
+            network=sandbox.network,
+            allow_domains=sandbox.allow_domains,
+            env=sandbox.env,
+            deadline=sandbox.expires_at.timestamp(),
+        )
     )
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.

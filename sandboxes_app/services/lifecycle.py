@@ -13,8 +13,8 @@ from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.host.patience import scaled
+from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -166,9 +166,9 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
     begun = sandbox.started_at or sandbox.created_at
     if longest is not None and end > begun + timedelta(seconds=longest):
         raise PlanLimit(
-            f"The {plan.name} plan lets a sandbox run for {longest} seconds at a stretch, and "
-            "this would be longer; create another one, or ask your administrator for a larger "
-            "plan.",
+            f"The {plan.name} plan lets a sandbox run for {longest} seconds without a pause, "
+            "and this would be longer; create another one, or ask your administrator for a "
+            "larger plan.",
             code="lifetime_cap_reached",
         )
     return end
