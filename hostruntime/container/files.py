@@ -187,7 +187,7 @@ class _Peer:
             async with self.patience():
                 await self.writer.drain()
         except TimeoutError:
-            raise Exhausted("The sandbox did not take the file's content in time.") from None
+            raise Exhausted("The sandbox didn't accept the file's content in time.") from None
         except ConnectionError:
             return  # The process inside is gone: its answer, or the lack of one, says why.
 
@@ -197,7 +197,7 @@ def _told[M: Message](kind: type[M], fields: object) -> M:
     try:
         return from_fields(kind, fields)
     except MalformedError as error:
-        raise Exhausted("The sandbox gave an answer that is none.") from error
+        raise Exhausted("The answer of the sandbox to the file operation is not valid.") from error
 
 
 def checked(path: str) -> str:

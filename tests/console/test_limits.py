@@ -72,7 +72,7 @@ def test_what_is_left_out_is_restricted(console: Client, team: Team) -> None:
         ("max_templates", "many", "must be a whole number"),
         ("max_templates", "1.5", "must be a whole number"),
         ("max_templates", "9" * 30, "must be at most"),
-        ("share_max_templates", "x", "Templates for each person must be a whole number"),
+        ("share_max_templates", "x", "Templates per person must be a whole number"),
         ("networks", [], "Networks must keep at least one"),
         ("sizes", ["huge"], "offers small, medium, large"),
     ],

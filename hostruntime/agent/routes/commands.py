@@ -17,7 +17,7 @@ from hostruntime.errors import ExecTimeout, HostError
 from hostruntime.sandbox.manager import SandboxManager
 from hostruntime.wire.commands import Exec, ExecFrame, RunningCommands
 
-_TIMED_OUT = "The command ran past its time and was killed, with everything it had started."
+_TIMED_OUT = "The command ran past its timeout and was killed, with everything it had started."
 
 
 def routes(sandboxes: SandboxManager) -> list[Route]:

@@ -116,5 +116,7 @@ def _mode(request: Request) -> int | None:
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o7777:
-        raise InvalidRequest(f"{text!r} is no file mode; give octal permission bits such as 644.")
+        raise InvalidRequest(
+            f"{text!r} is not a file mode; give octal permission bits such as 644."
+        )
     return mode
