@@ -95,7 +95,7 @@ def test_a_member_sees_them_and_whom_to_ask(member_console: Client, alice: User)
     assert "Save limits" not in page
     answer = member_console.post(ADDRESS, {**NOTHING, "max_templates": "1"})
     assert answer.status_code == 403
-    assert "Only an admin of the team may do this" in text(answer)
+    assert "Only an admin of the team can do this" in text(answer)
 
 
 def test_without_the_host_the_bases_stay_as_they_are(

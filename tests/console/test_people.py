@@ -96,7 +96,7 @@ def test_an_invitation_is_revoked(console: Client, visitor: Client) -> None:
     address = re.search(r"/team/invitations/[^/]+/revoke/", text(console.get("/team/people/")))
     assert address
     answer = console.post(address[0], follow=True)
-    assert "its link no longer works" in text(answer)
+    assert "Its link no longer works" in text(answer)
     assert "has been revoked" in text(visitor.get(link))
 
 

@@ -84,7 +84,7 @@ def test_a_full_plan_is_said_before_and_after(console: Client, team: Team) -> No
 
 def test_the_form_stays_when_the_host_is_away(console: Client, host: FakeHost) -> None:
     host.down = True
-    assert "t responding" in text(console.get("/templates/new/"))
+    assert "does not answer just now" in text(console.get("/templates/new/"))
     answer = console.post("/templates/new/", GOOD)
     assert answer.status_code == 503
     assert "pip install pandas" in text(answer)
