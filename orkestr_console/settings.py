@@ -264,11 +264,8 @@ Q_CLUSTER: dict[str, Any] = {
     "save_limit": 250,
     "label": "Queue",
 }
-# A killed worker's task comes back after so many seconds.
-TASK_LEASE_SECONDS = float(os.environ.get("ORKESTR_TASK_LEASE") or scaled(15))
-# Groups of tasks that take minutes: so many workers are kept from them, for everything else.
-LONG_TASKS = ("builds",)
-RESERVED_WORKERS = 2
+# A process of the worker's that does nothing for so long, and comes round no more, is replaced.
+WORKER_STALE_SECONDS = float(os.environ.get("ORKESTR_WORKER_STALE") or scaled(30))
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
     ("Resume builds whose driver is gone", "templates_app.tasks.resume_orphans", 1),
