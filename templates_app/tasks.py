@@ -8,12 +8,12 @@ from datetime import timedelta
 from django.db.models import Q
 from django.utils import timezone
 from django_q.models import Schedule
-from django_q.tasks import async_task, schedule
+from django_q.tasks import schedule
 
 from hostruntime.errors import HostError
 from orkestr_console.installation import services as installation
 from templates_app.models import Template, TemplateStatus
-from templates_app.services import driver, queue
+from templates_app.services import driver
 from templates_app.services.lost import IMAGE_LOST
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ FORGET_TRIES = 240  # an hour
 
 
 def drive_build(template_id: str) -> None:
-    """Build the template whose turn it is, or go on where another worker stopped."""
+    """Begin the builds that may run, or go on where another worker stopped."""
     driver.drive(template_id)
 
 
@@ -43,9 +43,8 @@ def forget_image(image_id: str, tries: int = 1) -> None:
 
 
 def resume_orphans() -> None:
-    """Every minute: give each build whose driver is gone a new one."""
-    for template_id in queue.waiting_long():
-        async_task(queue.DRIVE, template_id, group="builds")
+    """Every minute: begin what may run and nobody was asked to, as an answer may be lost."""
+    driver.drive("")
 
 
 def reconcile_images() -> None:

@@ -1,11 +1,12 @@
 """Whose build is next: fair between teams, each no more at once than its plan allows.
 
-A worker that is free takes the build whose *turn* is lowest: how many of its team's builds run or
-stand before it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets
-no more of the workers than one that asks for two, and nobody waits for ever.
+Nor are there more at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of those
+that wait the one begins whose *turn* is lowest: how many of its team's builds run or stand before
+it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets no more of the
+machine than one that asks for two, and nobody waits for ever.
 
-There is a task in the queue for each build that was asked for, but it is only a ticket for a
-worker's time. A build is taken on its row, so a ticket that runs twice takes nothing twice.
+There is a task in the queue for each build that was asked for, but it only says that a worker is
+to look. A build is taken on its row, so a task that runs twice takes nothing twice.
 """
 
 from __future__ import annotations
@@ -13,23 +14,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from typing import Literal
 
+from django.conf import settings
 from django.db import connection, transaction
 from django.db.models import Q
 from django.db.models.functions import Coalesce, Now
 from django_q.tasks import async_task
 
-from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
-# A driver not heard of for this long hangs; shorter than the queue's own redelivery.
-LEASE = timedelta(seconds=scaled(12))
 # The advisory lock of those who take a build: the bytes of "build".
 TAKING = 0x6275696C64
 DRIVE = "templates_app.tasks.drive_build"
@@ -61,7 +59,7 @@ def pass_on(template_id: str, driver: str) -> None:
     """A driver does not go on with a build that still builds: another one shall, at once."""
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
-        if mine.update(driver="", heartbeat_at=None):
+        if mine.update(driver=""):
             async_task(DRIVE, template_id, group="builds")
 
 
@@ -73,7 +71,7 @@ def call_next() -> None:
 
 
 def take(driver: str, ticket: str) -> Template | None:
-    """Take the lease of the build whose turn it is; None if there is none that may run.
+    """Take the build whose turn it is; None if there is none that may run.
 
     A build that lost its driver comes before those that never had one. Takers are one at a time,
     so that none of them counts a team's builds while another adds to them.
@@ -89,19 +87,13 @@ def take(driver: str, ticket: str) -> Template | None:
 
 def claim(template_id: str, driver: str) -> bool:
     """Write ``driver`` on a building row that has no live one; whether that came about."""
-    now = Now()
     free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
-    begun = Coalesce("started_at", now)
-    return bool(free.update(driver=driver, heartbeat_at=now, started_at=begun))
+    return bool(free.update(driver=driver, started_at=Coalesce("started_at", Now())))
 
 
 def abandoned() -> Q:
-    """Builds that nobody follows now: their driver is gone, or hangs.
-
-    The latter by the database's clock, which writes heartbeats too.
-    """
-    silent = Q(heartbeat_at=None) | Q(heartbeat_at__lt=Now() - LEASE)
-    return silent | ~Q(IsDriven("driver"))
+    """Builds that nobody follows now: they have no driver, or it is gone."""
+    return ~Q(IsDriven("driver"))
 
 
 def orphan(ticket: str) -> str | None:
@@ -114,6 +106,8 @@ def orphan(ticket: str) -> str | None:
 
 def first_in_turn() -> str | None:
     """The queued build that may begin, or None."""
+    if Template.objects.running().count() >= settings.BUILDS_AT_ONCE:
+        return None
     most = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
     for waiting in in_turn():
         if waiting.turn < most(waiting.team):
@@ -145,10 +139,3 @@ def place(template: Template) -> Place | None:
         if waiting.template == template.pk:
             return Place(number, "team" if waiting.turn >= most else "host")
     return None
-
-
-def waiting_long() -> list[str]:
-    """The builds that nobody follows: those begun whose driver is gone, and those never taken."""
-    stale = Now() - LEASE
-    lost = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
-    return list(Template.objects.building().filter(lost).values_list("pk", flat=True))

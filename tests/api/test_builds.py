@@ -54,13 +54,13 @@ def test_a_cancelled_build_is_failed_at_once(
 def test_it_cannot_be_published_any_more(api: Client, building: Template, host: FakeHost) -> None:
     """Whatever its driver still hears from a host that was quicker."""
     from templates_app.services.driver import follow
-    from templates_app.services.record import LeaseLost
+    from templates_app.services.record import Superseded
 
     building.refresh_from_db()
     host.finish(building.image_id)
     post(api, f"{URL}/{building.pk}/cancel")
     building.handed_over = True
-    with pytest.raises(LeaseLost):
+    with pytest.raises(Superseded):
         follow(building, "drv_test")
     assert Template.objects.get(pk=building.pk).status == "failed"
     run_queue()

@@ -101,7 +101,7 @@ def test_a_commit_wakes_the_pusher(broker: PgBroker, monkeypatch: pytest.MonkeyP
 
 
 def test_a_task_is_given_out_once(broker: PgBroker, rival: PgBroker) -> None:
-    put_in = [put(broker) for _ in range(4)]
+    put_in = [put(broker) for _ in range(settings.Q_CLUSTER["workers"])]
     first, second = given(broker), given(rival)
     assert tasks(first) == put_in
     assert second == []
