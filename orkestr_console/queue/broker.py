@@ -21,12 +21,10 @@ from __future__ import annotations
 import logging
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 import psycopg
 from django.conf import settings
 from django.db import connection as django_connection
-from django.db.models import QuerySet
 from django_q.brokers import Broker
 from django_q.models import OrmQ, Schedule
 from psycopg import sql
@@ -91,7 +89,10 @@ def finish(run: str) -> None:
 
 
 class PgBroker(Broker):  # type: ignore[misc]
-    """What django-q2 calls: ``enqueue`` anywhere, the rest in the worker's processes."""
+    """What django-q2 calls: ``enqueue`` anywhere, the rest in the pusher.
+
+    Workers take tasks off the queue themselves (:mod:`orkestr_console.queue.running`).
+    """
 
     def __init__(self, list_key: str | None = None) -> None:
         super().__init__(list_key)
@@ -169,45 +170,6 @@ class PgBroker(Broker):  # type: ignore[misc]
         self._left = {run: self._left.get(run, now) for (run,) in found}
         return [run for run, since in self._left.items() if now - since >= SURE_SECONDS]
 
-    def acknowledge(self, task_id: str) -> None:
-        """Take a task off the queue, by its run."""
-        finish(task_id)
-
     def fail(self, task_id: str) -> None:
         """Take a task off the queue that nothing can be made of."""
         finish(task_id)
-
-    def delete(self, task_id: str) -> None:
-        """Take a task off the queue, by its run."""
-        finish(task_id)
-
-    def _rows(self) -> QuerySet[Any]:
-        rows: QuerySet[Any] = OrmQ.objects.filter(key=self.list_key)
-        return rows
-
-    def queue_size(self) -> int:
-        """How many tasks wait for a worker."""
-        return self._rows().filter(lock=NEVER).count()
-
-    def lock_size(self) -> int:
-        """How many tasks are being run."""
-        return self._rows().exclude(lock=NEVER).count()
-
-    def purge_queue(self) -> None:
-        """Drop every task that waits."""
-        self._rows().delete()
-
-    def delete_queue(self) -> None:
-        """Drop every task that waits."""
-        self.purge_queue()
-
-    def ping(self) -> bool:
-        """The pusher waits for PostgreSQL by itself."""
-        return True
-
-    def info(self) -> str:
-        """What this is, for django-q2's monitor."""
-        return "PostgreSQL"
-
-    def set_stat(self, key: str, value: str, timeout: int) -> None:
-        """Not kept: the watchdog sees for itself whether the group is alive."""
