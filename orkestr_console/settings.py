@@ -271,7 +271,7 @@ WORKER_STALE_SECONDS = float(os.environ.get("ORKESTR_WORKER_STALE") or scaled(30
 BUILDS_AT_ONCE = machine.builds_at_once()
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
-    ("Resume builds whose driver is gone", "templates_app.tasks.resume_orphans", 1),
+    ("Begin builds, resume those whose driver is gone", "templates_app.tasks.drive_builds", 1),
     ("Set aside images that no template names", "templates_app.tasks.reconcile_images", 15),
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]

@@ -1,4 +1,4 @@
-"""What the workers do for templates. Each takes ids alone and may run twice safely."""
+"""What the workers do for templates. Each takes ids at most, and may run twice safely."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ FORGET_AGAIN = timedelta(seconds=15)
 FORGET_TRIES = 240  # an hour
 
 
-def drive_build(template_id: str) -> None:
-    """Begin the builds that may run, or go on where another worker stopped."""
-    driver.drive(template_id)
+def drive_builds() -> None:
+    """Begin the builds that may run, and go on with those whose worker was killed.
+
+    Every minute as well: who was to ask for it may have been killed.
+    """
+    driver.drive()
 
 
 def forget_image(image_id: str, tries: int = 1) -> None:
@@ -40,11 +43,6 @@ def forget_image(image_id: str, tries: int = 1) -> None:
         if tries < FORGET_TRIES:
             soon = timezone.now() + FORGET_AGAIN
             schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=soon)
-
-
-def resume_orphans() -> None:
-    """Every minute: begin what may run and nobody was asked to, as an answer may be lost."""
-    driver.drive("")
 
 
 def reconcile_images() -> None:

@@ -55,20 +55,17 @@ NO_ROOM = (
 BASE_GONE = "The base image of this template is gone, so it cannot be built. Choose another base."
 
 
-def drive(ticket: str) -> None:
-    """Take each build whose turn it is and follow it in the background; none, when none may run.
-
-    ``ticket`` is the template that asked for it. It may be another's turn: the queue decides.
-    """
-    while begin(ticket):
+def drive() -> None:
+    """Take each build whose turn it is, and follow it in the background."""
+    while begin():
         pass
 
 
-def begin(ticket: str) -> bool:
-    """The same for one build; whether there was one. It is driven from before it is taken."""
+def begin() -> bool:
+    """The same for the next one; whether there was any. It is driven from before it is taken."""
     with ExitStack() as lock:
         driver = lock.enter_context(driving())
-        template = queue.take(driver, ticket)
+        template = queue.take(driver)
         if template is None:
             return False
         # No longer ours to let go of, unless there is no room for another thread.

@@ -30,7 +30,7 @@ from templates_app.models import Template, TemplateStatus
 
 # The advisory lock of those who take a build: the bytes of "build".
 TAKING = 0x6275696C64
-DRIVE = "templates_app.tasks.drive_build"
+DRIVE = "templates_app.tasks.drive_builds"
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Waiting:
     turn: int
 
 
-def call_worker(template: Template) -> None:
-    """Ask for a worker's time, when the transaction commits."""
-    async_task(DRIVE, template.pk, group="builds")
+def call_worker() -> None:
+    """Have a worker look which builds may begin, when the transaction commits."""
+    async_task(DRIVE, group="builds")
 
 
 def pass_on(template_id: str, driver: str) -> None:
@@ -60,17 +60,16 @@ def pass_on(template_id: str, driver: str) -> None:
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
         if mine.update(driver=""):
-            async_task(DRIVE, template_id, group="builds")
+            call_worker()
 
 
 def call_next() -> None:
-    """A build has ended: ask for a worker for the next, if one waits."""
-    first = Template.objects.queued().order_by("created_at").first()
-    if first is not None:
-        call_worker(first)
+    """A build has ended: the next may begin, if one waits."""
+    if Template.objects.queued().exists():
+        call_worker()
 
 
-def take(driver: str, ticket: str) -> Template | None:
+def take(driver: str) -> Template | None:
     """Take the build whose turn it is; None if there is none that may run.
 
     A build that lost its driver comes before those that never had one. Takers are one at a time,
@@ -79,7 +78,7 @@ def take(driver: str, ticket: str) -> Template | None:
     with transaction.atomic():
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", [TAKING])
-        found = orphan(ticket) or first_in_turn()
+        found = orphan() or first_in_turn()
         if found is None or not claim(found, driver):
             return None
     return Template.objects.select_related("team__plan").get(pk=found)
@@ -96,12 +95,10 @@ def abandoned() -> Q:
     return ~Q(IsDriven("driver"))
 
 
-def orphan(ticket: str) -> str | None:
-    """A build that has begun and lost its driver: the ticket's own, else the oldest."""
-    rows = Template.objects.running().filter(abandoned())
-    own = rows.filter(pk=ticket).first()
-    found = own or rows.order_by("created_at", "pk").first()
-    return found.pk if found else None
+def orphan() -> str | None:
+    """The oldest build that has begun and lost its driver, or None."""
+    rows = Template.objects.running().filter(abandoned()).order_by("created_at", "pk")
+    return rows.values_list("pk", flat=True).first()
 
 
 def first_in_turn() -> str | None:

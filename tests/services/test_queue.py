@@ -41,7 +41,7 @@ def new_driver() -> Iterator[NewDriver]:
 def taken(new_driver: NewDriver) -> list[str]:
     """The names of the builds that free workers take, in order, until none may begin."""
     names: list[str] = []
-    while (template := queue.take(new_driver(), "")) is not None:
+    while (template := queue.take(new_driver())) is not None:
         names.append(template.name)
     return names
 
@@ -76,7 +76,7 @@ def test_each_queued_build_knows_its_place(
     theirs = ask(other_actor, "b1")
     numbers = [place.number for row in [*mine, theirs] if (place := queue.place(row))]
     assert numbers == [1, 3, 2]
-    assert queue.take(new_driver(), "") == mine[0]
+    assert queue.take(new_driver()) == mine[0]
     numbers = [place.number for row in [mine[1], theirs] if (place := queue.place(row))]
     assert numbers == [2, 1]
 
@@ -86,10 +86,10 @@ def test_a_build_that_lost_its_driver_comes_first(
     actor: Actor, other_actor: Actor, new_driver: NewDriver
 ) -> None:
     lost = ask(actor, "a1")
-    assert queue.take("drv_1", "") == lost
+    assert queue.take("drv_1") == lost
     ask(other_actor, "b1")
     driver = new_driver()
-    found = queue.take(driver, "")
+    found = queue.take(driver)
     assert (found, found and found.driver) == (lost, driver)
 
 
@@ -98,10 +98,10 @@ def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: Fake
     for name in ("a1", "a2", "a3"):
         ask(actor, name)
     OrmQ.objects.all().delete()
-    assert driver.begin("")
+    assert driver.begin()
     assert Template.objects.get(name="a1").is_ready
     assert queued() == [queue.DRIVE]
-    driver.drive("")
+    driver.drive()
     assert [row.is_ready for row in Template.objects.all()] == [True, True, True]
 
 
@@ -122,11 +122,11 @@ def test_a_driver_that_fails_leaves_the_build_to_another(
     real = record
     monkeypatch.setattr(driver, "record", fail_once)
     with pytest.raises(OperationalError):
-        driver.drive(building.pk)
+        driver.drive()
     building.refresh_from_db()
     assert building.driver == ""
     assert building.status == "building"
-    driver.drive(building.pk)
+    driver.drive()
     building.refresh_from_db()
     assert building.status == "ready"
 
@@ -145,7 +145,7 @@ def test_takers_at_the_same_moment_keep_to_the_limit(
     drivers = [new_driver() for _ in range(6)]
 
     def take(number: int) -> None:
-        found.append(queue.take(drivers[number], ""))
+        found.append(queue.take(drivers[number]))
         connection.close()
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
