@@ -1,4 +1,4 @@
-"""Sandboxes over REST."""
+"""Sandboxes and their snapshots over REST."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sandboxes_app.specs import (
     FileSpec,
     MoveSpec,
     SandboxSpec,
+    SnapshotSpec,
     TimeoutSpec,
 )
 
@@ -237,3 +238,37 @@ def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}/usage``: what deleting it means; an extension of the public API."""
     use = services.template_use(request.actor, template_id)
     return json_answer(presenters.template_use_detail(use))
+
+
+@api(scope=WRITE)
+def create_snapshot(request: ApiRequest, sandbox_id: str) -> HttpResponse:
+    """``POST /v1/sandboxes/{id}/snapshots``: answers when it can be started from."""
+    spec = read_json(request, SnapshotSpec)
+    snapshot = services.create_snapshot(request.actor, sandbox_id, spec)
+    return json_answer(presenters.snapshot_detail(snapshot), status=201)
+
+
+@api(scope=READ)
+def list_snapshots(request: ApiRequest) -> HttpResponse:
+    """``GET /v1/sandboxes/snapshots``."""
+    rows, cursor = services.list_snapshots(
+        request.actor,
+        limit=read_limit(request.GET.get("limit")),
+        cursor=request.GET.get("cursor"),
+    )
+    listed = [presenters.snapshot_detail(row) for row in rows]
+    return json_answer({"snapshots": listed, "next_cursor": cursor})
+
+
+@api(scope=READ)
+def get_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
+    """``GET /v1/sandboxes/snapshots/{id}``."""
+    snapshot = services.get_snapshot(request.actor, snapshot_id)
+    return json_answer(presenters.snapshot_detail(snapshot))
+
+
+@api(scope=WRITE)
+def delete_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
+    """``DELETE /v1/sandboxes/snapshots/{id}``: idempotent."""
+    services.delete_snapshot(request.actor, snapshot_id)
+    return no_content()

@@ -84,7 +84,7 @@ class SandboxForm(Form):
         """What is asked for. Raises ``InvalidInput`` with a sentence per field."""
         self.refuse_unusable()
         if not self.template:
-            sentence = "Choose what to boot from."
+            sentence = "Choose what to start from."
             raise InvalidInput(sentence, fields={"template": sentence})
         return parse_spec(
             SandboxSpec,

@@ -5,20 +5,20 @@ from __future__ import annotations
 from django.urls import path
 
 from orkestr_console.http.decorators import methods
-from sandboxes_app import api, api_snapshots
+from sandboxes_app import api
 
 one = "sandboxes/<str:sandbox_id>"
 
 urlpatterns = [
     path("sandboxes", methods(GET=api.list_sandboxes, POST=api.create_sandbox)),
     path("sandboxes/limits", methods(GET=api.get_limits)),
-    path("sandboxes/snapshots", methods(GET=api_snapshots.list_snapshots)),
+    path("sandboxes/snapshots", methods(GET=api.list_snapshots)),
     path(
         "sandboxes/snapshots/<str:snapshot_id>",
-        methods(GET=api_snapshots.get_snapshot, DELETE=api_snapshots.delete_snapshot),
+        methods(GET=api.get_snapshot, DELETE=api.delete_snapshot),
     ),
     path(one, methods(GET=api.get_sandbox, DELETE=api.terminate_sandbox)),
-    path(f"{one}/snapshots", methods(POST=api_snapshots.create_snapshot)),
+    path(f"{one}/snapshots", methods(POST=api.create_snapshot)),
     path(f"{one}/timeout", methods(POST=api.set_timeout)),
     path(f"{one}/pause", methods(POST=api.pause_sandbox)),
     path(f"{one}/resume", methods(POST=api.resume_sandbox)),

@@ -45,7 +45,7 @@ class Network(models.TextChoices):
 class Reuse(models.TextChoices):
     """What of earlier builds may stand for running a step again; nothing, unless asked for."""
 
-    FAILED = "failed", "Completed steps of a build that did not end well"
+    FAILED = "failed", "Completed steps of failed builds"
 
 
 class TemplateQuerySet(models.QuerySet["Template"]):

@@ -21,7 +21,7 @@ def usable_name(name: str) -> str:
     """A name a person can read: trimmed, not blank, no control or direction characters."""
     name = name.strip().strip(JOINERS)
     if not name:
-        raise ValueError("must not be blank; give the template a name you will recognise.")
+        raise ValueError("must not be blank.")
     if len(name) > LONGEST_NAME:
         raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
     return readable(name)
@@ -37,7 +37,8 @@ def usable_recipe(recipe: list[str]) -> list[str]:
         )
     if (size := sum(len(step.encode()) for step in recipe)) > LARGEST_RECIPE:
         raise ValueError(
-            f"has {size:,} bytes, and may have {LARGEST_RECIPE:,}. Fetch what is long in a step."
+            f"has {size:,} bytes; at most {LARGEST_RECIPE:,} are allowed. Download large files "
+            "in a step instead."
         )
     return recipe
 

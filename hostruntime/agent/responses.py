@@ -98,7 +98,7 @@ async def disk_error(request: Request, error: Exception) -> Response:
     if number in {errno.ENOSPC, errno.EDQUOT}:
         told: HostError = HostFull("The host's disk is full; try again when there is room on it.")
     elif number == errno.EROFS:
-        told = HostUnavailable("The host's disk is mounted read-only; its operator has to mend it.")
+        told = HostUnavailable("The host's disk is mounted read-only; its operator has to fix it.")
     else:
         return await defect(request, error)
     _log.error("%s %s failed: %s", request.method, request.url.path, error)
@@ -114,5 +114,5 @@ async def gone_away(request: Request, _: Exception) -> Response:
 async def defect(request: Request, error: Exception) -> Response:
     """Answer what nobody foresaw; the log has the traceback."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    fault = HostFault("The host agent met a defect of its own; its log has the details.")
+    fault = HostFault("Something went wrong in the host agent; its log has the details.")
     return JSONResponse(fault.to_wire(), fault.status)

@@ -59,7 +59,7 @@ _END_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
 HELD = (
     "The machine is short of disk room, and this sandbox was writing to its disk: it stands still "
-    "until there is room again, and then goes on by itself. Nothing of it is lost; try again later."
+    "until there is room again, and then goes on by itself. Nothing is lost; try again later."
 )
 _log = logging.getLogger(__name__)
 

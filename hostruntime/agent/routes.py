@@ -251,7 +251,7 @@ def _frame(frame: Frame) -> dict[str, Any]:
             return {"kind": "exited", **asdict(frame)}
         case TimedOut():
             message = (
-                "The command ran past its time and was killed, with everything it had started."
+                "The command ran past its timeout and was killed, with everything it had started."
             )
             return {"kind": "error", "code": "exec_timeout", "message": message, **asdict(frame)}
 
@@ -325,7 +325,9 @@ def _mode(request: Request) -> int | None:
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o7777:
-        raise InvalidRequest(f"{text!r} is no file mode; give octal permission bits such as 644.")
+        raise InvalidRequest(
+            f"{text!r} is not a file mode; give octal permission bits such as 644."
+        )
     return mode
 
 

@@ -19,7 +19,6 @@ path leading nowhere when the copy is held against it, and is left out and named
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -249,7 +248,7 @@ class Vault:
             shutil.rmtree(place)
         partial.rename(place)
         self._replicas.moved(place / _CONTENT)
-        _sync(place.parent)
+        kernel.fsync(place.parent)
 
     def _digest_of(self, kind: Kind, tree: Path, linked: dict[int, bytes]) -> str:
         return image_digest(tree, check=self._check, linked=linked, only=_PARTS[kind])
@@ -353,11 +352,3 @@ def _still_is(path: Path, inode: int) -> bool:
         return path.stat().st_ino == inode
     except FileNotFoundError:
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,8 +35,8 @@ def odd_characters(text: str) -> str:
     named = ", ".join(list(found.values())[:MOST_NAMED])
     more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
     return (
-        f"The step has {named}{more}. To a shell that is no blank and no quotation mark or hyphen "
-        "of its own, but part of a word; if it is not meant so, type it again."
+        f"The step has {named}{more}. To a shell this is part of a word, not a space, quotation "
+        "mark or hyphen; if that isn't what you meant, retype it."
     )
 
 

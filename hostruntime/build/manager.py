@@ -48,7 +48,7 @@ KEEP_SECONDS = 7 * 86_400.0
 CANCELLED = "The build was cancelled."
 HOST_LOST = (
     "The host agent stopped while the template was being built, and the build with it. "
-    "Nothing is left of it; build the template again."
+    "Nothing is left of it; rebuild the template."
 )
 NO_ROOM = (
     "The machine ran out of disk while the template was being built, and the build took the most "
@@ -57,7 +57,7 @@ NO_ROOM = (
 )
 LAUNCHER_LOST = (
     "The host's process that starts commands died while the template was being built, and the "
-    "build with it. Nothing is left of it; build the template again."
+    "build with it. Nothing is left of it; rebuild the template."
 )
 DEFECT = "The host could not finish the build because of a defect; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"

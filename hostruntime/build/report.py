@@ -87,7 +87,7 @@ def ran_past_step_time(
     """A step that took longer than a step may."""
     head = (
         f"Step {step} of {total} was stopped: {_quoted(command)} was still running after "
-        f"{seconds:g} seconds, the longest a step may take."
+        f"{seconds:g} seconds, the limit for a step."
     )
     parts = [head, _ending(tail), _refusal_hint(refused), _unreached_hint(unreached)]
     return _failure("step_timeout", parts, step, refused)
@@ -105,13 +105,13 @@ def ran_past_build_time(
     """A build that took longer than a build may; ``step`` is 0 after the last step."""
     if step == 0:
         head = (
-            f"The build was stopped: it took longer than {seconds:g} seconds, the longest a build "
-            "may take."
+            f"The build was stopped: it took longer than {seconds:g} seconds, the limit for a "
+            "build."
         )
         return _failure("build_timeout", [head], None)
     head = (
         f"The build was stopped in step {step} of {total}, {_quoted(command)}: it took longer "
-        f"than {seconds:g} seconds, the longest a whole build may take."
+        f"than {seconds:g} seconds, the limit for a whole build."
     )
     parts = [head, _ending(tail), _refusal_hint(refused), _unreached_hint(unreached)]
     return _failure("build_timeout", parts, step, refused)
@@ -130,7 +130,7 @@ def out_of_disk(step: int, total: int, command: str, tail: str, disk_mb: int) ->
     """A step that failed with its disk full."""
     head = (
         f"Step {step} of {total} failed: {_quoted(command)} ran out of disk. A build has {disk_mb} "
-        f"MiB, and one file for every 16 KiB of it; remove in a step what later ones do not need."
+        f"MiB, and one file for every 16 KiB of it; delete what later steps don't need."
     )
     return _failure("out_of_disk", [head, _ending(tail)], step)
 
@@ -138,7 +138,7 @@ def out_of_disk(step: int, total: int, command: str, tail: str, disk_mb: int) ->
 def environment_too_large(step: int, why: str) -> BuildFailed:
     """An environment that no process can be given; ``step`` wrote it, 0 if none did yet."""
     said = f"Step {step} wrote too much to /etc/environment. " if step else ""
-    said += "Nothing can be run with the environment of this image. "
+    said += "No process can start with this image's environment. "
     return _failure("environment_too_large", [f"{said}{why}"], step or None)
 
 
@@ -165,13 +165,13 @@ class NotReached:
 def went_without(unreached: Sequence[NotReached]) -> str:
     """What a step that succeeded did not get."""
     shown = "; ".join(one.message for one in unreached[:_REFUSALS])
-    return f"This step succeeded, with something missing perhaps: {shown}."
+    return f"This step succeeded, but something may be missing: {shown}."
 
 
 def not_kept(paths: Sequence[str]) -> str:
     """What a step changed in vain."""
     return (
-        f"This step changed {', '.join(paths)}. That is not kept: every sandbox gets "
+        f"This step changed {', '.join(paths)}. This isn't kept: every sandbox gets "
         f"{'it' if len(paths) == 1 else 'them'} from the host it runs on, as its network needs."
     )
 
@@ -192,7 +192,7 @@ def _quoted(command: str) -> str:
 
 
 def _ending(tail: str) -> str:
-    return f"The end of its output:\n{tail}" if tail else "It wrote no output."
+    return f"The end of its output:\n{tail}" if tail else "It printed no output."
 
 
 def _refusal_hint(refused: Sequence[Refused]) -> str:
@@ -208,23 +208,25 @@ def _unreached_hint(unreached: Sequence[NotReached]) -> str:
     if not unreached:
         return ""
     shown = "; ".join(one.message for one in unreached[:_REFUSALS])
-    return f"During this step, with the policy's leave: {shown}. No allowlist changes that."
+    return (
+        f"During this step, although the policy allows it: {shown}. An allowlist won't change that."
+    )
 
 
 def _remedy(refused: Sequence[Refused]) -> str:
     if any(one.can_be_listed for one in refused):
         return (
-            'If the step needs that, build again with it in "allow_domains" (beside "@default", '
+            'If the step needs it, rebuild with it in "allow_domains" (along with "@default", '
             f'the default list){_direct_remedy(refused)}, or with network "open".'
         )
     if all(one.reason == "network_off" for one in refused):
         return (
-            'This build has network "off". If the step needs that, build again with network '
+            'This build has network "off". If the step needs it, rebuild with network '
             '"restricted" and the host in "allow_domains", or with network "open".'
         )
     if all(one.reason == "not_https" for one in refused):
-        return "Only HTTPS passes: use https:// addresses."
-    return 'Only HTTPS to public hosts, by name, passes; network "open" takes other ports.'
+        return "Only HTTPS is allowed: use https:// addresses."
+    return 'Only HTTPS to public hosts, by name, is allowed; network "open" allows other ports.'
 
 
 def _direct_remedy(refused: Sequence[Refused]) -> str:

@@ -73,5 +73,5 @@ def _sentence(paths: list[str]) -> str:
     more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
     return (
         f"This step left {named}{more}. /workspace and /tmp are memory: nothing in them is in the "
-        "image. What sandboxes are to have belongs in another directory, such as /opt or /root."
+        "image. Put files that sandboxes need into another directory, such as /opt or /root."
     )

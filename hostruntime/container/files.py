@@ -182,7 +182,7 @@ class _Peer:
             async with self.patience():
                 await self.writer.drain()
         except TimeoutError:
-            raise Exhausted("The sandbox did not take the file's content in time.") from None
+            raise Exhausted("The sandbox didn't accept the file's content in time.") from None
         except ConnectionError:
             return  # The process inside is gone: its answer, or the lack of one, says why.
 

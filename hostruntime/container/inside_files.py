@@ -240,9 +240,9 @@ def _move(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     if os.path.ismount(source):
         raise Refusal("file_conflict", f"{source} is a mount point; move what is in it instead.")
     if destination.is_dir() and not destination.is_symlink():
-        raise Refusal("file_conflict", f"{destination} is a directory; name the new path whole.")
+        raise Refusal("file_conflict", f"{destination} is a directory; give the full new path.")
     if not destination.parent.is_dir():
-        raise Refusal("not_found", f"{destination.parent} is not a directory; make it first.")
+        raise Refusal("not_found", f"{destination.parent} is not a directory; create it first.")
     try:
         source.rename(destination)
     except OSError as error:
@@ -361,16 +361,16 @@ _CODES: Mapping[int, tuple[str, str]] = {
     errno.ENOENT: ("not_found", "{path} does not exist."),
     errno.ENOTDIR: ("file_conflict", "A part of {path} is a file, not a directory."),
     errno.EISDIR: ("file_conflict", "{path} is a directory."),
-    errno.EEXIST: ("file_conflict", "{path} exists already."),
+    errno.EEXIST: ("file_conflict", "{path} already exists."),
     errno.ENOTEMPTY: ("file_conflict", "{path} is a directory that is not empty."),
     errno.EBUSY: ("file_conflict", "{path} is in use as a mount point."),
-    errno.ELOOP: ("file_conflict", "{path} goes round in circles of symbolic links."),
+    errno.ELOOP: ("file_conflict", "{path} is a loop of symbolic links."),
     errno.EROFS: ("file_conflict", "{path} is on a read-only file system."),
-    errno.EPERM: ("file_conflict", "{path} may not be changed."),
-    errno.EACCES: ("file_conflict", "{path} may not be accessed."),
+    errno.EPERM: ("file_conflict", "{path} can't be changed."),
+    errno.EACCES: ("file_conflict", "{path} can't be accessed."),
     errno.ENXIO: ("file_conflict", "{path} is not a regular file."),
-    errno.EINVAL: ("file_conflict", "{path} cannot be used like that."),
-    errno.ENAMETOOLONG: ("invalid_request", "{path} is too long a name."),
+    errno.EINVAL: ("file_conflict", "{path} can't be used that way."),
+    errno.ENAMETOOLONG: ("invalid_request", "{path} is too long."),
     errno.ENOSPC: ("no_space", "There is no space left for {path}; delete something first."),
     errno.EDQUOT: ("no_space", "There is no space left for {path}; delete something first."),
     errno.EFBIG: ("file_too_large", "{path} would be larger than the file system allows."),

@@ -18,7 +18,6 @@ new one down, and then tells it here, together with the one it replaces.  So (al
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -155,13 +154,7 @@ class InstallationBook:
             self._write(replace(found, mismatch=why, since=found.since or time.time()))
 
     def _write(self, standing: Standing) -> Standing:
-        write_json(self._path, asdict(standing))
-        for path in (self._path, self._path.parent):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        write_json(self._path, asdict(standing), durable=True)
         return standing
 
 

@@ -364,6 +364,15 @@ def set_command_line(title: str) -> None:
     ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
 
 
+def fsync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to disk (fsync(2)).  Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def syncfs(path: Path) -> None:
     """Flush the filesystem that holds ``path`` to disk (syncfs(2))."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

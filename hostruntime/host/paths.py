@@ -40,6 +40,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from hostruntime.errors import HostUnavailable
+from hostruntime.host import kernel
 from hostruntime.host.records import BadRecord, read_record
 
 MAX_INSTANCES = 16
@@ -232,7 +233,7 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
         for index in order:
             if _claimable(claims / str(index), paths, fresh=index != remembered):
                 write_atomically(claims / str(index), f"{paths.root}\n".encode())
-                write_json(paths.instance_file, {"index": index})
+                write_json(paths.instance_file, {"index": index}, durable=True)
                 return Instance(index)
     raise HostUnavailable(
         f"All {MAX_INSTANCES} instance numbers of this machine are taken. Run `make clean` in an "
@@ -310,22 +311,32 @@ def ensure_subordinate_ids(
                 handle.write(("" if text.endswith("\n") or not text else "\n") + line + "\n")
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data`` so that a reader or a crash sees the old or the new, whole."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = False) -> None:
+    """Replace ``path`` by ``data``: readers see the old or the new, whole, also if the writer dies.
+
+    With ``durable`` the same goes for a power cut, and the new one is on disk on return; that costs
+    two flushes of the disk.  Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as handle:  # noqa: PTH123 - a descriptor, not a path
             handle.write(data)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        kernel.fsync(path.parent)
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a small record atomically."""
-    write_atomically(path, json.dumps(record, indent=1).encode() + b"\n")
+def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Write a small record with :func:`write_atomically`.  Raises OSError."""
+    data = json.dumps(record, indent=1).encode() + b"\n"
+    write_atomically(path, data, durable=durable)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.errors import InvalidRequest, NotFound
+from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.trash import Trash
@@ -104,13 +105,13 @@ class Quarantine:
         entry = self._root / key
         try:
             entry.mkdir(mode=0o700)
-            write_json(entry / _WHY, asdict(held))
+            write_json(entry / _WHY, asdict(held), durable=True)
             path.rename(entry / _CONTENT)
         except OSError:
             self._trash.discard(entry)
             raise
-        _sync(path.parent)
-        _sync(self._root)
+        kernel.fsync(path.parent)
+        kernel.fsync(self._root)
         _log.error("%s %s was set aside, not deleted: %s", kind, path.name, detail)
         return held
 
@@ -193,11 +194,3 @@ def _held(entry: Path) -> Held | None:
         )
     except (ValueError, OSError):
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

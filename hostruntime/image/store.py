@@ -301,8 +301,8 @@ class ImageStore:
             staged / _RECORD, json.dumps(manifest.to_json(), indent=1).encode() + b"\n"
         )
         if flushed:
-            _sync(staged / _RECORD)
-            _sync(staged)
+            kernel.fsync(staged / _RECORD)
+            kernel.fsync(staged)
         else:
             self.flush()
         with self._lock:
@@ -312,7 +312,7 @@ class ImageStore:
                 directory = self._publish_base(staged, manifest.id)
             else:
                 directory = self._publish_template(staged, manifest.id)
-            _sync(self._paths.images)
+            kernel.fsync(self._paths.images)
         return read_image(directory)
 
     def revoke(self, image_id: str) -> bool:
@@ -431,7 +431,7 @@ class ImageStore:
                 raise Conflict(f"The image is still damaged. {error.detail}") from error
             (content / _KEPT).touch(mode=0o600)
             content.rename(target)
-            _sync(self._paths.images)
+            kernel.fsync(self._paths.images)
         self.quarantine.forget(held)
         return read_image(target)
 
@@ -507,11 +507,3 @@ def read_image(directory: Path, name: str | None = None) -> Image:
     if not (directory / "tree").is_dir():
         raise BadRecord(path, "its tree is gone")
     return Image(manifest.id, directory / "tree", manifest)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,6 +40,7 @@ from hostruntime.container.disk import Disks, mend
 from hostruntime.container.manager import ContainerManager
 from hostruntime.container.tmpfs import CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
+from hostruntime.host import kernel
 from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
@@ -226,7 +227,7 @@ class SnapshotManager:
             raise Conflict(f"The snapshot is still damaged. {error.detail}") from error
         (content / _KEPT).touch(mode=0o600)
         content.rename(target)
-        _sync(self.paths.snapshots)
+        kernel.fsync(self.paths.snapshots)
         self._snapshots[one.id] = one
         self.store.quarantine.forget(held)
         return one
@@ -327,9 +328,9 @@ class SnapshotManager:
         )
         write_json(directory / _RECORD, asdict(snapshot))
         for path in [*directory.iterdir(), directory]:
-            _sync(path)
+            kernel.fsync(path)
         directory.rename(self._directory(snapshot_id))
-        _sync(self.paths.snapshots)
+        kernel.fsync(self.paths.snapshots)
         self._snapshots[snapshot_id] = snapshot
         return snapshot
 
@@ -426,11 +427,3 @@ def read_snapshot(directory: Path, name: str | None = None) -> Snapshot:
     if not (directory / DISK).is_file():
         raise BadRecord(path, "its disk is gone")
     return one
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

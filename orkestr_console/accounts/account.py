@@ -16,7 +16,7 @@ from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import Forbidden, InvalidInput
 from orkestr_console.core.text import unreadable
 
-WRONG_PASSWORD = "This is not your password."  # noqa: S105 - a sentence
+WRONG_PASSWORD = "Wrong password."  # noqa: S105 - a sentence
 LONGEST_NAME = 100
 
 

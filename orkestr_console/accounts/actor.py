@@ -52,7 +52,7 @@ class Actor:
     def require_role(self, role: Role) -> None:
         """Return if the person's role includes ``role``, else raise ``Forbidden`` (403)."""
         if not self.is_at_least(role):
-            raise Forbidden(f"Only an {role.value} of the team may do this; ask one of them.")
+            raise Forbidden(f"Only an {role.value} of the team can do this; ask one of them.")
 
     @property
     def is_operator(self) -> bool:
@@ -79,7 +79,7 @@ def refuse_outside(
     if allowed is not None and asked not in allowed:
         named = ", ".join(allowed) or "none"
         raise Forbidden(
-            f"This API token may not use the {what} {asked!r}, only: {named}. Use another token.",
+            f"This API token can't use the {what} {asked!r}, only: {named}. Use another token.",
             code=code,
         )
 

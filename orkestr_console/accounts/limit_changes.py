@@ -154,7 +154,7 @@ def choice_problem(chosen: Sequence[str] | None, offered: Sequence[str]) -> str 
 
 def range_problems(numbers: Mapping[str, int | None]) -> dict[str, str]:
     """Which of the numbers no limit of that name can be, and why."""
-    problems = {name: "is no limit." for name in numbers if name not in KINDS}
+    problems = {name: "is not a limit." for name in numbers if name not in KINDS}
     for name, value in numbers.items():
         if value is None:
             continue

@@ -32,36 +32,33 @@ class Kind:
 
     label: str
     unit: str = ""
-    # "Your team keeps 3 of the 3 templates …; delete one you no longer need"
-    verb: str = "has"
+    # "Your team is using 3 of the 3 templates …; delete one you no longer need"
     things: str = ""
     remedy: str = ""
 
 
 KINDS: Mapping[str, Kind] = {
-    "max_templates": Kind("Templates", "", "keeps", "templates", "delete one you no longer need"),
+    "max_templates": Kind("Templates", "", "templates", "delete one you no longer need"),
     # What is over it waits for its turn; only where none may be built is one refused.
     "max_concurrent_builds": Kind(
-        "Builds at once", "", "builds", "templates at once", "boot from those there are"
+        "Concurrent builds", "", "concurrent builds", "use an existing template"
     ),
     "max_concurrent_sandboxes": Kind(
-        "Sandboxes at once", "", "runs", "sandboxes at once", "terminate one"
+        "Concurrent sandboxes", "", "concurrent sandboxes", "terminate one"
     ),
     "max_concurrent_commands": Kind(
-        "Commands at once", "", "runs", "commands at once", "wait until one has ended"
+        "Concurrent commands", "", "concurrent commands", "wait for one to finish"
     ),
     "max_timeout_seconds": Kind("Longest sandbox lifetime", "s"),
     "template_disk_mb": Kind(
-        "Disk for templates", "MB", "keeps", "megabytes of templates", "delete a template"
+        "Disk for templates", "MB", "megabytes of templates", "delete a template"
     ),
     "step_timeout_seconds": Kind("Longest build step", "s"),
     "build_timeout_seconds": Kind("Longest build", "s"),
-    "max_snapshots": Kind(
-        "Paused sandboxes", "", "keeps", "paused sandboxes", "resume or terminate one"
-    ),
-    "max_named_snapshots": Kind("Snapshots", "", "keeps", "snapshots", "delete one"),
-    "max_volumes": Kind("Volumes", "", "keeps", "volumes", "delete one"),
-    "api_requests_per_minute": Kind("API requests a minute for each token"),
+    "max_snapshots": Kind("Paused sandboxes", "", "paused sandboxes", "resume or terminate one"),
+    "max_named_snapshots": Kind("Snapshots", "", "snapshots", "delete one"),
+    "max_volumes": Kind("Volumes", "", "volumes", "delete one"),
+    "api_requests_per_minute": Kind("API requests per minute per token"),
 }
 RELATED = ("plan", "limits", "agreement")
 # What a person can have a share of.
@@ -123,8 +120,8 @@ class Envelope:
         if share is not None and mine is not None and mine >= share:
             kind = limit.kind
             raise refusal(
-                f"Your own share is {share} {kind.things} and you have {mine}; {kind.remedy}, or "
-                f"ask {self.admins()} for a larger share.",
+                f"Your personal limit is {share} {kind.things} and you have {mine}; {kind.remedy}, "
+                f"or ask {self.admins()} to raise it.",
                 name,
                 mine,
                 share,
@@ -141,7 +138,7 @@ class Envelope:
                 value,
             )
         return refusal(
-            f"Your team {kind.verb} {used:,} of the {value:,} {kind.things} that "
+            f"Your team is using {used:,} of the {value:,} {kind.things} that "
             f"{self.who_allows(limit)}; {kind.remedy}, or {self.advice(limit)}",
             limit.name,
             used,

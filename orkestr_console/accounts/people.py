@@ -130,7 +130,7 @@ def invite(actor: Actor, spec: InviteSpec) -> tuple[Invitation, str]:
     email = usable_email(spec.email) if spec.email else ""
     if email and Membership.objects.filter(team=actor.team, user__email=email).exists():
         raise InvalidInput(
-            f"{email} is in the team already.", fields={"email": "is in the team already."}
+            f"{email} is already in the team.", fields={"email": "is already in the team."}
         )
     if len(list_invitations(actor)) >= MOST_OPEN_INVITATIONS:
         raise Conflict(f"There are {MOST_OPEN_INVITATIONS} open invitations; revoke some first.")
@@ -159,7 +159,7 @@ def usable_email(text: str) -> str:
         # It takes a domain by what IDNA makes of it, which drops what cannot be seen.
         validate_email(email)
     except ValidationError:
-        sentence = "is no email address."
+        sentence = "is not a valid email address."
     if sentence:
         raise InvalidInput(f"email: {sentence}", fields={"email": sentence})
     return email
@@ -292,7 +292,7 @@ def free_address(text: str, invitation: Invitation) -> str:
         sentence = f"must be {invitation.email}, whom this invitation is for."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
     if User.objects.filter(email=email).exists():
-        sentence = "has an account already: sign in, then open the link again."
+        sentence = "already has an account: sign in, then open the link again."
         raise InvalidInput(f"email {sentence}", fields={"email": sentence})
     return email
 
@@ -383,7 +383,7 @@ def remove(actor: Actor, user_id: int) -> Departure:
 def leave(actor: Actor) -> Departure:
     """Leave the team. Raises ``NotFound`` for an operator who is not in it, and ``Conflict``."""
     if actor.user is None:
-        raise Forbidden("An API token is in no team to leave.")
+        raise Forbidden("An API token can't leave a team.")
     with transaction.atomic():
         return depart(actor, "member.leave", held_place(actor, actor.user.pk))
 

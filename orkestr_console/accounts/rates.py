@@ -41,7 +41,7 @@ def take(token: ApiToken, per_minute: int) -> None:
     level = float(row[0]) if row else 0.0
     wait = max(1, math.ceil((1 - level) * 60 / max(per_minute, 1)))
     raise RateLimited(
-        f"This API token may make {per_minute:,} requests a minute; wait {wait} s, or ask an "
+        f"This API token can make {per_minute:,} requests per minute; wait {wait} s, or ask an "
         "admin of your team for more.",
         retry_after=wait,
     )

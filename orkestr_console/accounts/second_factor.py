@@ -16,7 +16,7 @@ from orkestr_console.core.errors import InvalidInput
 RECOVERY_CODES = 10
 APP = "Authenticator app"
 CODES = "Recovery codes"
-WRONG_CODE = "This code is wrong or was used already. Wait for the next one and try again."
+WRONG_CODE = "Invalid or already used code. Wait for a new one and try again."
 
 
 def is_on(user: User) -> bool:
@@ -33,7 +33,7 @@ def codes_left(user: User) -> int:
 def begin(user: User) -> TOTPDevice:
     """A secret to be scanned, which counts for nothing until a code of it was typed."""
     if is_on(user):
-        raise InvalidInput("Two-step sign-in is on already; turn it off first.")
+        raise InvalidInput("Two-step sign-in is already on; turn it off first.")
     TOTPDevice.objects.filter(user=user, confirmed=False).delete()
     return TOTPDevice.objects.create(user=user, name=APP, confirmed=False)
 
@@ -51,7 +51,7 @@ def confirm(user: User, code: str) -> list[str]:
     """
     device = TOTPDevice.objects.select_for_update().filter(user=user, confirmed=False).first()
     if device is None:
-        raise InvalidInput("There is nothing to confirm; begin again.")
+        raise InvalidInput("There is nothing to confirm; start again.")
     if not device.verify_token(plain(code)):
         raise InvalidInput(WRONG_CODE, fields={"code": WRONG_CODE})
     device.confirmed = True

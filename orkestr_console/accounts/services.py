@@ -69,11 +69,11 @@ def actor_of_token(text: str, surface: Surface, address: str | None) -> Actor:
     row = lookup and ApiToken.objects.select_related(*related).filter(lookup=lookup).first()
     if not row or not tokens.matches(text, row.digest):
         raise Unauthenticated(
-            "This API token is not known here; check that it is complete.", challenge=NO_GOOD
+            "This API token is unknown; check that you copied all of it.", challenge=NO_GOOD
         )
     if not row.is_live():
         word = "has been revoked" if row.revoked_at else "has expired"
-        raise Unauthenticated(f"This API token {word}; make a new one.", challenge=NO_GOOD)
+        raise Unauthenticated(f"This API token {word}; create a new one.", challenge=NO_GOOD)
     rates.take(row, limits.build(row.team).value("api_requests_per_minute"))
     note_use(row)
     return Actor(row.team, row.created_by, row, surface, address, frozenset(row.scopes))

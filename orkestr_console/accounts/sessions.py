@@ -98,7 +98,7 @@ def end_session(user: User, session_id: int) -> None:
     """Sign one browser out. Raises ``NotFound``."""
     row = SignedIn.objects.filter(user=user, pk=session_id).first()
     if row is None:
-        raise NotFound("This session has ended already.")
+        raise NotFound("This session has already ended.")
     end_keys(user, [row.session_key])
 
 

@@ -65,7 +65,7 @@ def before_of(text: str) -> int | None:
         return None
     whole = text.isascii() and text.isdigit() and len(text) <= LONGEST_ID
     if not whole or int(text) > LARGEST_ID:
-        raise InvalidInput("before: is no entry of the log; start from the newest.")
+        raise InvalidInput("before: is not an entry of the log; start from the newest.")
     return int(text)
 
 

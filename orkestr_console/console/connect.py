@@ -95,7 +95,7 @@ def claude_code(url: str, token: str) -> Guide:
         f'--header "Authorization: Bearer {token}"'
     )
     hint = (
-        "Adds it for the project you are in; with `--scope user` after `add`, for all of yours. "
+        "Adds the server to the current project. For all projects, put `--scope user` after `add`. "
         "`claude mcp list` then says whether it connects, and `/mcp` in a session lists its tools."
     )
     return Guide("claude-code", "Claude Code", hint, (Block("In a terminal", line, token),))
@@ -198,8 +198,8 @@ def curl(url: str, token: str) -> Guide:
         f"-d '{json.dumps(body)}'",
     )
     hint = (
-        "Checks the address and the token. A good answer has `serverInfo` in it; "
-        "`401` means that the token is wrong, has ended or was revoked."
+        "Checks the URL and the token. A working response contains `serverInfo`; "
+        "`401` means that the token is wrong, expired or revoked."
     )
     block = Block("In a terminal", " \\\n  ".join(lines), token)
     return Guide("curl", "curl", hint, (block,))

@@ -19,8 +19,8 @@ from orkestr_console.core.errors import DomainError
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 ACCESS_WORDS = (
-    ("write", "Read and write", "Build, boot, run commands, delete."),
-    ("read", "Read only", "List and look. It is offered only the tools that change nothing."),
+    ("write", "Read and write", "Build templates, start sandboxes, run commands, delete."),
+    ("read", "Read only", "List and read. Only tools that change nothing are offered."),
 )
 
 

@@ -24,8 +24,8 @@ from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
 
 SHARE_LABELS = {
-    "max_templates": "Templates for each person",
-    "max_concurrent_sandboxes": "Sandboxes at once for each person",
+    "max_templates": "Templates per person",
+    "max_concurrent_sandboxes": "Concurrent sandboxes per person",
 }
 NUMBER_LABELS = {name: kind.label for name, kind in KINDS.items()}
 
@@ -265,7 +265,7 @@ class TokenForm(Form):
         """What is asked for. Raises ``InvalidInput``."""
         self.refuse_unusable()
         if self.restrict_templates and not set(self.templates) <= set(known_templates):
-            problem = "has one that is not there any more; choose again."
+            problem = "includes one that no longer exists; choose again."
             raise InvalidInput(f"templates {problem}", fields={"templates": problem})
         return parse_spec(
             TokenSpec,
@@ -287,7 +287,7 @@ class AgentForm(Form):
     access: str = "write"
     client: str = ""
 
-    labels: ClassVar[Mapping[str, str]] = {"name": "The name", "access": "What it may do"}
+    labels: ClassVar[Mapping[str, str]] = {"name": "The name", "access": "Permissions"}
     scopes: ClassVar[Mapping[str, list[str]]] = {"read": [READ], "write": [READ, WRITE]}
     days: ClassVar[int] = 90
 
@@ -300,7 +300,7 @@ class AgentForm(Form):
         """What is asked for. Raises ``InvalidInput``."""
         self.refuse_unusable()
         if self.access not in self.scopes:
-            problem = "must be chosen: reading, or reading and writing."
+            problem = "must be chosen: read, or read and write."
             raise InvalidInput(f"access {problem}", fields={"access": problem})
         asked = {"name": self.name, "scopes": self.scopes[self.access], "days": self.days}
         return parse_spec(TokenSpec, asked)

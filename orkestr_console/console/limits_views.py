@@ -74,7 +74,7 @@ def limits_page(request: ConsoleRequest) -> HttpResponse:
     except DomainError as error:
         form.take(error)
         return show(request, held, offered, form, error.status)
-    messages.success(request, "The team's limits were saved and count from now on.")
+    messages.success(request, "Limits saved.")
     return redirect("console:limits")
 
 

@@ -55,7 +55,7 @@ def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
     """Delete something for good, once that was confirmed."""
     who = operator_of(request)
     if request.method != "POST":
-        context = {"key": key, "heading": "Delete it for good?", "action": "Delete for good"}
+        context = {"key": key, "heading": "Delete it permanently?", "action": "Delete permanently"}
         return render(request, "console/operator_storage_sure.html", context)
     try:
         services.delete(key, who)

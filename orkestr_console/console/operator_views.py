@@ -69,7 +69,7 @@ def operator_team(request: ConsoleRequest, team_id: str) -> HttpResponse:
             form.take(error)
             status = error.status
         else:
-            messages.success(request, f"Saved: it counts for {seen.name} from now on.")
+            messages.success(request, f"Limits of {seen.name} saved.")
             return redirect("console:operator_team", team_id)
     held = build(seen)
     used = counts([seen])[seen.pk]
@@ -99,7 +99,7 @@ def operator_plan(request: ConsoleRequest, code: str) -> HttpResponse:
             form.take(error)
             status = error.status
         else:
-            messages.success(request, f"Plan {form.name} was saved and counts from now on.")
+            messages.success(request, f"Plan {form.name} was saved.")
             return redirect("console:operator")
     context = {
         "seen": seen,

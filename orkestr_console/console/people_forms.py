@@ -43,7 +43,7 @@ class ShareForm(Form):
 
     labels: ClassVar[Mapping[str, str]] = {
         "max_templates": "Templates",
-        "max_concurrent_sandboxes": "Sandboxes at once",
+        "max_concurrent_sandboxes": "Concurrent sandboxes",
     }
 
     @classmethod

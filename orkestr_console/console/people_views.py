@@ -62,7 +62,7 @@ def show(request: ConsoleRequest, form: InviteForm, status: int = 200, **made: A
 def invitation_revoke(request: ConsoleRequest, invitation_id: str) -> HttpResponse:
     """Make a link useless."""
     people.revoke_invitation(request.actor, invitation_id)
-    messages.success(request, "The invitation was revoked: its link no longer works.")
+    messages.success(request, "The invitation was revoked. Its link no longer works.")
     return redirect("console:people")
 
 
@@ -140,7 +140,7 @@ def switch_team(request: ConsoleRequest) -> HttpResponse:
     """Act for another of one's teams."""
     wanted = request.POST.get("team", "")
     if wanted not in {team.pk for team in people.list_teams(request.user)}:
-        raise NotFound("You are in no such team.")
+        raise NotFound("You aren't in that team.")
     request.session[TEAM_KEY] = wanted
     return redirect("templates:list")
 

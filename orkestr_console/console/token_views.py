@@ -21,8 +21,8 @@ from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 SCOPE_WORDS = (
     (READ, "Look", "List and read templates and sandboxes."),
-    (WRITE, "Use", "Build, boot, run commands, delete. Includes looking."),
-    (EVERYTHING, "Everything", "Whatever is added later, too."),
+    (WRITE, "Use", "Build templates, start sandboxes, run commands, delete. Includes reading."),
+    (EVERYTHING, "Everything", "Full access, including future permissions."),
 )
 
 
@@ -64,5 +64,5 @@ def show(request: ConsoleRequest, form: TokenForm, status: int = 200, **made: An
 def token_revoke(request: ConsoleRequest, token_id: str) -> HttpResponse:
     """End a token at once."""
     token = api_tokens.revoke(request.actor, token_id)
-    messages.success(request, f"The token “{token.name}” was revoked. Its next call is refused.")
+    messages.success(request, f"The token “{token.name}” was revoked. It no longer works.")
     return redirect("console:tokens")

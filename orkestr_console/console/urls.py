@@ -1,15 +1,19 @@
-"""The addresses of no app: ``/``, signing in and out, and a team's own pages."""
+"""The addresses of the pages that belong to no app."""
 
 from __future__ import annotations
 
 from django.urls import path
 
 from orkestr_console.console import (
-    urls_audit,
-    urls_connect,
-    urls_limits,
-    urls_people,
-    urls_usage,
+    account_views,
+    audit_views,
+    connect_views,
+    limits_views,
+    operator_storage,
+    operator_views,
+    people_views,
+    token_views,
+    usage_views,
     views,
 )
 
@@ -19,9 +23,51 @@ urlpatterns = [
     path("", views.home, name="home"),
     path("sign-in/", views.sign_in, name="sign_in"),
     path("sign-out/", views.sign_out, name="sign_out"),
-    *urls_people.urlpatterns,
-    *urls_limits.urlpatterns,
-    *urls_audit.urlpatterns,
-    *urls_usage.urlpatterns,
-    *urls_connect.urlpatterns,
+    path("sign-in/code/", views.sign_in_code, name="sign_in_code"),
+    path("join/<str:secret>/", people_views.join, name="join"),
+    path("team/switch/", people_views.switch_team, name="switch_team"),
+    path("teams/", people_views.teams_page, name="teams"),
+    path("team/people/", people_views.people_page, name="people"),
+    path("team/people/<int:user_id>/", people_views.person_page, name="person"),
+    path("team/people/<int:user_id>/remove/", people_views.person_remove, name="person_remove"),
+    path(
+        "team/invitations/<str:invitation_id>/revoke/",
+        people_views.invitation_revoke,
+        name="invitation_revoke",
+    ),
+    path("account/", account_views.account_page, name="account"),
+    path("account/name/", account_views.account_name, name="account_name"),
+    path("account/password/", account_views.account_password, name="account_password"),
+    path("account/sessions/<int:session_id>/end/", account_views.session_end, name="session_end"),
+    path("account/sessions/end-others/", account_views.sessions_end_others, name="end_others"),
+    path("account/code/begin/", account_views.second_factor_begin, name="code_begin"),
+    path("account/code/confirm/", account_views.second_factor_confirm, name="code_confirm"),
+    path("account/code/off/", account_views.second_factor_off, name="code_off"),
+    path("team/limits/", limits_views.limits_page, name="limits"),
+    path("team/tokens/", token_views.tokens_page, name="tokens"),
+    path("team/tokens/<str:token_id>/revoke/", token_views.token_revoke, name="token_revoke"),
+    path("operator/", operator_views.operator_page, name="operator"),
+    path("operator/teams/new/", operator_views.operator_team_new, name="operator_team_new"),
+    path("operator/teams/<str:team_id>/", operator_views.operator_team, name="operator_team"),
+    path("operator/plans/<str:code>/", operator_views.operator_plan, name="operator_plan"),
+    path("operator/storage/", operator_storage.storage_page, name="operator_storage"),
+    path(
+        "operator/storage/accept/", operator_storage.storage_accept, name="operator_storage_accept"
+    ),
+    path(
+        "operator/storage/<str:key>/restore/",
+        operator_storage.storage_restore,
+        name="operator_storage_restore",
+    ),
+    path(
+        "operator/storage/<str:key>/delete/",
+        operator_storage.storage_delete,
+        name="operator_storage_delete",
+    ),
+    path("team/audit/", audit_views.audit_page, name="audit"),
+    path("team/audit/csv/", audit_views.audit_csv, name="audit_csv"),
+    path("team/audit/jsonl/", audit_views.audit_json, name="audit_json"),
+    path("team/usage/", usage_views.team_usage, name="usage"),
+    path("team/usage/csv/", usage_views.team_usage_csv, name="usage_csv"),
+    path("connect/", connect_views.connect_page, name="connect"),
 ]

@@ -51,7 +51,7 @@ class Kind:
 KINDS = (
     Kind(
         "vCPU-seconds",
-        "CPU time that sandboxes used: one CPU busy for a second is one.",
+        "CPU time used by sandboxes. 1 = one CPU fully busy for one second.",
         [("", Metric.VCPU_SECONDS)],
         is_time=True,
     ),
@@ -63,13 +63,13 @@ KINDS = (
     ),
     Kind(
         "Build seconds",
-        "Time that template builds took, failed and cancelled ones included.",
+        "Time spent building templates, including failed and cancelled builds.",
         [("", Metric.BUILD_SECONDS)],
         is_time=True,
     ),
     Kind(
         "Template images",
-        "Disk that ready templates took, at the most on each day.",
+        "Peak disk used by ready templates each day.",
         [("own", Metric.IMAGE_BYTES), ("shared with bases", Metric.SHARED_BYTES)],
         words=byte_count,
     ),

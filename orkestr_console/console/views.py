@@ -19,10 +19,8 @@ from orkestr_console.accounts import second_factor, sessions
 from orkestr_console.accounts.models import User
 from orkestr_console.core.text import unusable
 
-NO_MATCH = "That email address and password do not belong together. Check both and try again."
-TOO_MANY = (
-    "Too many wrong passwords for this address from here. Wait {minutes} minutes, then try again."
-)
+NO_MATCH = "Wrong email or password. Try again."
+TOO_MANY = "Too many failed sign-ins for this address from here. Try again in {minutes} minutes."
 # Who has typed the right password, and when: then the second step has this long.
 PENDING_KEY = "signing_in"
 PENDING_SECONDS = 300

@@ -21,7 +21,8 @@ def usable_environment(env: dict[str, str]) -> dict[str, str]:
     for name, value in env.items():
         if not _VARIABLE.fullmatch(name):
             raise ValueError(
-                f"{name!r} is no name of a variable: letters, digits and '_', not first a digit."
+                f"{name!r} is not a valid variable name: use letters, digits and '_', and don't "
+                "start with a digit."
             )
         if (at := value.find("\0")) >= 0:
             where = place(value, at)

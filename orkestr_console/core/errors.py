@@ -155,7 +155,7 @@ class Forbidden(DomainError):
     """The caller is known and may not do this."""
 
     default_code = "forbidden"
-    default_detail = "You may not do this."
+    default_detail = "You don't have permission to do this."
 
 
 class InsufficientScope(Forbidden):
@@ -186,7 +186,7 @@ class NotFound(DomainError):
     """It does not exist, or belongs to somebody else: the two must look the same."""
 
     default_code = "not_found"
-    default_detail = "There is nothing here. Check the address."
+    default_detail = "Page not found. Check the address."
 
 
 class MethodNotAllowed(DomainError):
@@ -256,7 +256,7 @@ class HostUnavailable(DomainError):
     """The host agent does not answer, or failed; trying again later may help."""
 
     default_code = "host_unavailable"
-    default_detail = "The sandbox host does not answer just now; try again in a moment."
+    default_detail = "The sandbox host isn't responding; try again in a moment."
 
     def __init__(self, detail: str = "", *, retry_after: int = 5) -> None:
         super().__init__(detail, retry_after=retry_after)
@@ -267,8 +267,8 @@ class DatabaseUnavailable(DomainError):
 
     default_code = "database_unavailable"
     default_detail = (
-        "The console's database cannot be reached just now: it restarts, or too much is asked of "
-        "it at once. Try again in a moment."
+        "The console's database isn't responding: it is restarting or overloaded. Try again in a "
+        "moment."
     )
 
     def __init__(self, detail: str = "", *, retry_after: int = 2) -> None:
@@ -279,7 +279,7 @@ class FleetFull(DomainError):
     """No room for another container just now. Nothing was created, so it is safe to retry."""
 
     default_code = "fleet_full_retry"
-    default_detail = "There is no room for another sandbox just now; try again in a moment."
+    default_detail = "There is no room for another sandbox right now; try again in a moment."
 
     def __init__(self, detail: str = "", *, retry_after: int = 2) -> None:
         super().__init__(detail, retry_after=retry_after)

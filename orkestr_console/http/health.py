@@ -76,7 +76,7 @@ def csrf_refused(request: HttpRequest, reason: str = "") -> HttpResponse:
     return to_response(
         request,
         Forbidden(
-            "This form was open for too long, or was not sent from this console. Go back, reload "
+            "This form expired, or wasn't sent from this console. Go back, reload "
             "the page and send it again; cookies must be allowed.",
             code="csrf_failed",
         ),

@@ -34,7 +34,7 @@ class BaseAnswer(Answer):
     title: str
     description: str
     kind: str = Field(description="'builtin', or 'template' for one of your team's own.")
-    available: bool = Field(description="False while the host still makes it.")
+    available: bool = Field(description="False while the host is still creating it.")
 
 
 class Bases(Answer):
@@ -47,14 +47,16 @@ class StepAnswer(Answer):
     """One step of a build."""
 
     number: int
-    command: str = Field(description="Its beginning; the recipe has it whole.")
+    command: str = Field(description="Its beginning; the recipe has all of it.")
     status: str = Field(description="pending, running, cached, succeeded, failed or skipped.")
     exit_code: int | None
     duration_ms: int | None
     refused_hosts: list[str] = Field(
-        description="Hosts that the network policy refused it, though it may have succeeded."
+        description="Hosts that the network policy refused, even if the step succeeded."
     )
-    warnings: list[str] = Field(description="What the step did in vain, and what to do instead.")
+    warnings: list[str] = Field(
+        description="What had no effect in the step, and what to do instead."
+    )
 
 
 class TemplateLine(Answer):
@@ -74,7 +76,7 @@ class TemplateLine(Answer):
 class TemplateAnswer(TemplateLine):
     """A template and how its build goes."""
 
-    recipe: list[str] = Field(description="The steps from recipe_from on, as many as fit.")
+    recipe: list[str] = Field(description="The steps from recipe_from onwards, as many as fit.")
     recipe_next: int | None = Field(
         description="get_template's recipe_from for the steps after these; null at the end."
     )
@@ -105,7 +107,7 @@ class LogPart(Answer):
 
     text: str
     offset: int
-    next_offset: int | None = Field(description="Where to go on; null at the end of the log.")
+    next_offset: int | None = Field(description="Where to continue; null at the end of the log.")
 
 
 class Done(Answer):
@@ -125,7 +127,7 @@ class SandboxAnswer(Answer):
     cpu: float
     memory_mb: int
     created_at: str
-    expires_at: str = Field(description="When it ends by itself; set_sandbox_timeout moves it.")
+    expires_at: str = Field(description="When it expires; set_sandbox_timeout changes it.")
     metadata: dict[str, str]
     error_message: str | None
     boot_ms: float | None
@@ -176,8 +178,8 @@ class Background(Answer):
     """A command that runs on."""
 
     pid: int = Field(description="Its session's leader: 'kill -- -PID' ends all of it.")
-    log_path: str = Field(description="Its output, to be read with read_file.")
-    exit_code_path: str = Field(description="There once it has ended, with its exit code.")
+    log_path: str = Field(description="Its output; read it with read_file.")
+    exit_code_path: str = Field(description="Exists once it has ended; holds its exit code.")
 
 
 class FilePart(Answer):
@@ -187,8 +189,8 @@ class FilePart(Answer):
     size: int = Field(description="Of the whole file, in bytes.")
     offset: int
     content: str
-    encoding: str = Field(description="'utf-8', or 'base64' for bytes that are no text.")
-    next_offset: int | None = Field(description="Where to go on; null at the end of the file.")
+    encoding: str = Field(description="'utf-8', or 'base64' for bytes that aren't valid UTF-8.")
+    next_offset: int | None = Field(description="Where to continue; null at the end of the file.")
 
 
 class Written(Answer):
@@ -214,7 +216,7 @@ class Directory(Answer):
     path: str
     entries: list[DirectoryEntry]
     total: int = Field(description="How many entries the directory has.")
-    next_offset: int | None = Field(description="Where to go on; null at the end.")
+    next_offset: int | None = Field(description="Where to continue; null at the end.")
 
 
 class Size(Answer):
@@ -232,14 +234,14 @@ class LimitsAnswer(Answer):
     plan: str
     sizes: list[Size]
     networks: list[str]
-    max_concurrent: int = Field(description="Sandboxes at once.")
-    max_concurrent_commands: int = Field(description="Commands at once, in all sandboxes.")
+    max_concurrent: int = Field(description="Concurrent sandboxes.")
+    max_concurrent_commands: int = Field(description="Concurrent commands, in all sandboxes.")
     max_templates: int
-    max_named_snapshots: int = Field(description="Snapshots that the team may keep.")
+    max_named_snapshots: int = Field(description="Snapshots that the team can keep.")
     max_concurrent_builds: int = Field(description="More wait for their turn.")
     max_timeout_seconds: int
     max_running_lifetime_seconds: int | None
-    custom_egress_allowlist: bool = Field(description="Whether allow_domains may be used.")
+    custom_egress_allowlist: bool = Field(description="Whether allow_domains can be used.")
     default_egress_domains: list[str] = Field(description="What network 'restricted' reaches.")
 
 
@@ -302,12 +304,12 @@ def next_step(template: Template) -> str:
     if template.is_ready:
         return f"Call create_sandbox with template={template.pk}.{warning(template)}"
     if not template.state.is_terminal:
-        return "Call wait_for_template; the build goes on without you."
+        return "Call wait_for_template; the build continues without you."
     for_network = failed_for_network(template)
     advice = " ".join(templates.direct_advice(template)) if for_network else ""
     if template.refused_hosts and for_network:
         return " ".join((to_be_reached(template), advice)).strip()
-    mend = f"Mend the failing step ({advice})" if advice else "Mend the failing step"
+    mend = f"Fix the failing step ({advice})" if advice else "Fix the failing step"
     return (
         f"{mend} and call create_template again; with reuse_failed=true the steps "
         "before it are not run again. A failed template takes no slot."

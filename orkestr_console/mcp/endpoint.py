@@ -105,7 +105,7 @@ def refuse_other_sites(request: Request) -> None:
         raise Forbidden("This server does not answer to that host name; use its own address.")
     own = {f"http://{host}", f"https://{host}", *settings.CSRF_TRUSTED_ORIGINS}
     if origin and origin not in own:
-        raise Forbidden("Pages of other sites may not call this server.")
+        raise Forbidden("Pages of other sites can't call this server.")
 
 
 @dataclass

@@ -53,36 +53,46 @@ SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01Jâ€
 Path = Annotated[str, Field(description="An absolute path, such as '/workspace/main.py'.")]
 Command = Annotated[str, Field(description="A shell command.")]
 WorkingDirectory = Annotated[str, Field(description="Where it runs.")]
-Environment = Annotated[dict[str, str] | None, Field(description="More variables for it.")]
+Environment = Annotated[
+    dict[str, str] | None, Field(description="Additional environment variables.")
+]
+Source = Annotated[str | None, Field(description="A ready template's id, or a base's name.")]
+FromSnapshot = Annotated[
+    str | None,
+    Field(description="Instead of template: a ready snapshot's id. It determines the size."),
+]
+Size = Annotated[
+    Literal["small", "medium", "large"],
+    Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
+]
+Network = Annotated[
+    Literal["off", "restricted", "open"] | None,
+    Field(
+        description="off; restricted: package registries and the default list; open. By default "
+        "off, or the snapshot's."
+    ),
+]
+Lifetime = Annotated[int, Field(description="Seconds until it expires.")]
+SandboxEnvironment = Annotated[
+    dict[str, str] | None, Field(description="Environment variables for its commands.")
+]
+Labels = Annotated[dict[str, str] | None, Field(description="Labels to find it by.")]
+Domains = Annotated[
+    list[str] | None,
+    Field(description="Hosts instead of the default list, for network restricted."),
+]
 
 
 async def create_sandbox(
     ctx: Ctx,
-    template: Annotated[
-        str | None, Field(description="A ready template's id, or a base's name.")
-    ] = None,
-    snapshot: Annotated[
-        str | None,
-        Field(description="In place of template: a ready snapshot's id. It decides the size."),
-    ] = None,
-    size: Annotated[
-        Literal["small", "medium", "large"],
-        Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
-    ] = "small",
-    network: Annotated[
-        Literal["off", "restricted", "open"] | None,
-        Field(
-            description="off; restricted: package registries and the default list; open. Without "
-            "one it is off, or that of the snapshot."
-        ),
-    ] = None,
-    timeout_seconds: Annotated[int, Field(description="It ends by itself after so long.")] = 600,
-    env: Annotated[dict[str, str] | None, Field(description="Variables of its commands.")] = None,
-    metadata: Annotated[dict[str, str] | None, Field(description="Labels to find it by.")] = None,
-    allow_domains: Annotated[
-        list[str] | None,
-        Field(description="Hosts in place of the default list, for network restricted."),
-    ] = None,
+    template: Source = None,
+    snapshot: FromSnapshot = None,
+    size: Size = "small",
+    network: Network = None,
+    timeout_seconds: Lifetime = 600,
+    env: SandboxEnvironment = None,
+    metadata: Labels = None,
+    allow_domains: Domains = None,
 ) -> SandboxAnswer:
     """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
@@ -105,9 +115,11 @@ async def create_sandbox(
 
 async def list_sandboxes(
     ctx: Ctx,
-    status: Annotated[str | None, Field(description="Those of one status, as 'running'.")] = None,
+    status: Annotated[
+        str | None, Field(description="Only those with this status, such as 'running'.")
+    ] = None,
     metadata: Annotated[
-        dict[str, str] | None, Field(description="Those that have all of these labels.")
+        dict[str, str] | None, Field(description="Only those with all of these labels.")
     ] = None,
     limit: Limit = None,
     cursor: Cursor = None,
@@ -136,7 +148,7 @@ async def exec_command(
     cwd: WorkingDirectory = "/workspace",
     env: Environment = None,
     timeout_seconds: Annotated[
-        int, Field(ge=1, le=LONGEST_EXEC, description="It is ended after so long.")
+        int, Field(ge=1, le=LONGEST_EXEC, description="Seconds after which it is stopped.")
     ] = 60,
 ) -> ExecResult:
     """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.
@@ -178,7 +190,7 @@ async def run_to_the_end(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResul
 def failure(frame: dict[str, Any]) -> DomainError:
     """The error that a stream ended with."""
     if frame["code"] == "exec_timeout":
-        return ExecTimeout(f"{frame['message']} Use exec_background for what takes long.")
+        return ExecTimeout(f"{frame['message']} Use exec_background for long commands.")
     if frame["code"] == "exec_killed":
         return ExecKilled(frame["message"], signal=frame.get("signal"))
     return Conflict(frame["message"], code=frame["code"])
@@ -206,10 +218,8 @@ async def exec_background(
     recorded = spec.model_copy(update={"command": in_background(spec.command, place)})
     done = await run_to_the_end(ctx, sandbox_id, recorded)
     if done.exit_code != 0 or not done.stdout.strip().isdecimal():
-        raise Conflict(
-            f"The command could not be started: {done.stderr.strip() or 'the shell said nothing'}.",
-            code="not_started",
-        )
+        said = done.stderr.strip() or "the shell printed nothing"
+        raise Conflict(f"The command could not be started: {said}.", code="not_started")
     return Background(pid=int(done.stdout), log_path=f"{place}/log", exit_code_path=f"{place}/exit")
 
 
@@ -230,9 +240,9 @@ async def read_file(
     ctx: Ctx,
     sandbox_id: SandboxId,
     path: Path,
-    offset: Annotated[int, Field(ge=0, description="Where to begin, in bytes.")] = 0,
+    offset: Annotated[int, Field(ge=0, description="Offset to start from, in bytes.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_CHARACTERS, description="At most so many bytes.")
+        int, Field(ge=1, le=MOST_CHARACTERS, description="Maximum number of bytes.")
     ] = MOST_CHARACTERS,
 ) -> FilePart:
     """Read a file of a sandbox, or a part of it; bytes that are no text come as base64.
@@ -285,7 +295,7 @@ async def write_file(
     path: Path,
     content: Annotated[str, Field(description="Text, or base64 with encoding 'base64'.")],
     encoding: Annotated[
-        Literal["utf-8", "base64"], Field(description="How content is written.")
+        Literal["utf-8", "base64"], Field(description="How content is encoded.")
     ] = "utf-8",
     mode: Annotated[
         str, Field(description="Permissions in octal, as chmod has them: '644', '755' or '0755'.")
@@ -319,9 +329,9 @@ async def list_files(
     ctx: Ctx,
     sandbox_id: SandboxId,
     path: Path = "/workspace",
-    offset: Annotated[int, Field(ge=0, description="So many entries are passed over.")] = 0,
+    offset: Annotated[int, Field(ge=0, description="Number of entries to skip.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_ENTRIES, description="At most so many entries.")
+        int, Field(ge=1, le=MOST_ENTRIES, description="Maximum number of entries.")
     ] = USUAL_ENTRIES,
 ) -> Directory:
     """List what is in a directory of a sandbox, with sizes and times, by name."""
@@ -347,7 +357,7 @@ async def list_files(
 async def set_sandbox_timeout(
     ctx: Ctx,
     sandbox_id: SandboxId,
-    timeout_seconds: Annotated[int, Field(description="It ends so long from now.")],
+    timeout_seconds: Annotated[int, Field(description="Seconds from now until it expires.")],
 ) -> SandboxAnswer:
     """Let a running sandbox live longer, or shorter, from now on."""
     spec = parse_spec(TimeoutSpec, {"timeout_seconds": timeout_seconds})

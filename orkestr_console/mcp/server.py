@@ -42,7 +42,7 @@ class ToolServer(MCPServer[Any]):
         if name not in NAMES:
             shown = name if len(name) <= 64 else f"{name[:64]}…"
             return refused(
-                NotFound(f"There is no tool {shown!r}; there are {', '.join(sorted(NAMES))}.")
+                NotFound(f"Unknown tool {shown!r}; there are {', '.join(sorted(NAMES))}.")
             )
         return await super().call_tool(name, arguments, context)
 

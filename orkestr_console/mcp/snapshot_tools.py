@@ -42,7 +42,7 @@ async def delete_snapshot(
 ) -> Done:
     """Delete a snapshot for good; sandboxes that were started from it run on."""
     await ask(services.delete_snapshot, actor_of(ctx), snapshot_id)
-    return Done(id=snapshot_id, done="The snapshot is deleted.")
+    return Done(id=snapshot_id, done="Snapshot deleted.")
 
 
 TOOLS = [

@@ -32,8 +32,54 @@ USUAL_WAIT, LONGEST_WAIT = 50, 3600
 MAKING = ("progress", "capture")
 
 TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
-Limit = Annotated[int | None, Field(ge=1, le=200, description="At most so many; 50 by default.")]
-Cursor = Annotated[str | None, Field(description="next_cursor of the page before.")]
+Limit = Annotated[int | None, Field(ge=1, le=200, description="Maximum number; 50 by default.")]
+Cursor = Annotated[str | None, Field(description="next_cursor of the previous page.")]
+Name = Annotated[str, Field(description="A name people will recognise.")]
+BaseTemplate = Annotated[
+    str, Field(description="A base such as 'python-3.12', or the id of a ready template.")
+]
+Recipe = Annotated[
+    list[str],
+    Field(
+        description="Shell steps, run in order as root with HOME=/root. Each step is a new shell: "
+        "cd and variables don't carry over. /workspace and /tmp are not kept."
+    ),
+]
+BuildNetwork = Annotated[
+    Literal["restricted", "open"],
+    Field(description="restricted: package registries and the default list; open: anywhere."),
+]
+BuildDomains = Annotated[
+    list[str] | None,
+    Field(
+        description="Hosts instead of the default list, for network restricted; include "
+        "'@default' to keep the default list as well."
+    ),
+]
+ImageEnvironment = Annotated[
+    dict[str, str] | None,
+    Field(
+        description="Variables baked into the image, for every step and every command of a "
+        "sandbox started from it; $PATH in PATH's value stands for the usual one. No secrets: "
+        "anyone who uses the template can read them."
+    ),
+]
+StepTimeout = Annotated[
+    int | None, Field(description="Step timeout in seconds; the plan's by default.")
+]
+BuildTimeout = Annotated[
+    int | None, Field(description="Build timeout in seconds; the plan's by default.")
+]
+BuildDisk = Annotated[
+    int | None, Field(description="The size of the build's disk in MiB; 20 GiB by default.")
+]
+ReuseFailed = Annotated[
+    bool,
+    Field(
+        description="Skip the steps that an earlier failed or cancelled build completed, if "
+        "base, network and steps are the same up to there."
+    ),
+]
 
 
 async def list_base_templates(ctx: Ctx) -> Bases:
@@ -60,52 +106,16 @@ async def list_base_templates(ctx: Ctx) -> Bases:
 
 async def create_template(
     ctx: Ctx,
-    name: Annotated[str, Field(description="A name that people will recognise.")],
-    base_template: Annotated[
-        str, Field(description="A base such as 'python-3.12', or the id of a ready template.")
-    ],
-    recipe: Annotated[
-        list[str],
-        Field(
-            description="Shell steps, run in order as root with HOME=/root. Each is a shell of "
-            "its own: cd and variables do not carry over. /workspace and /tmp are not kept."
-        ),
-    ],
-    network: Annotated[
-        Literal["restricted", "open"],
-        Field(description="restricted: package registries and the default list; open: anywhere."),
-    ] = "restricted",
-    allow_domains: Annotated[
-        list[str] | None,
-        Field(
-            description="Hosts in place of the default list, for network restricted; '@default' "
-            "among them puts the default list back beside them."
-        ),
-    ] = None,
-    env: Annotated[
-        dict[str, str] | None,
-        Field(
-            description="Variables baked into the image, for every step and every command of a "
-            "sandbox made from it; $PATH in PATH's value stands for the usual one. No secrets: "
-            "whoever uses the template can read them."
-        ),
-    ] = None,
-    step_timeout_seconds: Annotated[
-        int | None, Field(description="Less time for each step than the plan allows.")
-    ] = None,
-    build_timeout_seconds: Annotated[
-        int | None, Field(description="Less time for the build than the plan allows.")
-    ] = None,
-    disk_mb: Annotated[
-        int | None, Field(description="The size of the build's disk in MiB, instead of 20 GiB.")
-    ] = None,
-    reuse_failed: Annotated[
-        bool,
-        Field(
-            description="Do not run again the steps that an earlier build that failed or was "
-            "cancelled had completed, if base, network and steps are the same up to there."
-        ),
-    ] = False,
+    name: Name,
+    base_template: BaseTemplate,
+    recipe: Recipe,
+    network: BuildNetwork = "restricted",
+    allow_domains: BuildDomains = None,
+    env: ImageEnvironment = None,
+    step_timeout_seconds: StepTimeout = None,
+    build_timeout_seconds: BuildTimeout = None,
+    disk_mb: BuildDisk = None,
+    reuse_failed: ReuseFailed = False,
 ) -> TemplateAnswer:
     """Build a template: an image with your dependencies installed, from a base and shell steps.
 
@@ -140,7 +150,7 @@ async def get_template(
     ctx: Ctx,
     template_id: TemplateId,
     recipe_from: Annotated[
-        int, Field(ge=1, description="With a long recipe, the number of its first step shown.")
+        int, Field(ge=1, description="For a long recipe, the number of the first step to show.")
     ] = 1,
 ) -> TemplateAnswer:
     """Look at one template: its status, its steps, its error and the end of its build log."""
@@ -151,9 +161,9 @@ async def get_template(
 async def get_template_log(
     ctx: Ctx,
     template_id: TemplateId,
-    offset: Annotated[int, Field(ge=0, description="Where to begin, in characters.")] = 0,
+    offset: Annotated[int, Field(ge=0, description="Offset to start from, in characters.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_CHARACTERS, description="At most so many characters.")
+        int, Field(ge=1, le=MOST_CHARACTERS, description="Maximum number of characters.")
     ] = MOST_CHARACTERS,
 ) -> LogPart:
     """Read the whole build log, a part at a time. Works while the template is still building."""
@@ -178,7 +188,12 @@ async def wait_for_template(
     ctx: Ctx,
     template_id: TemplateId,
     timeout_seconds: Annotated[
-        int, Field(ge=1, le=LONGEST_WAIT, description="Answer after so long even if it builds on.")
+        int,
+        Field(
+            ge=1,
+            le=LONGEST_WAIT,
+            description="Seconds to wait before answering, even if it is still building.",
+        ),
     ] = USUAL_WAIT,
 ) -> TemplateAnswer:
     """Wait until a template is ready or failed, with a progress notification for each step.
@@ -218,7 +233,7 @@ def progress_of(told: Told, steps: int) -> tuple[float, str]:
     step = told.payload.get("step") or 0
     command = str(told.payload.get("command", "")).partition("\n")[0][:200]
     said: dict[str, tuple[float, str]] = {
-        "boot": (0.1, "The build container is up."),
+        "boot": (0.1, "The build container is running."),
         "step_started": (step - 0.5, f"Step {step} of {steps} runs: {command}"),
         "step_cached": (step, f"Step {step} of {steps} is reused: {command}"),
         "step_finished": (step, f"Step {step} of {steps} has ended."),
@@ -247,7 +262,7 @@ async def delete_template(ctx: Ctx, template_id: TemplateId) -> Done:
     A build that has not ended is cancelled first. This cannot be undone.
     """
     await ask(services.delete_template, actor_of(ctx), template_id)
-    return Done(id=template_id, done="The template is deleted.")
+    return Done(id=template_id, done="Template deleted.")
 
 
 TOOLS = [

@@ -61,7 +61,7 @@ def refuse_unknown(arguments: dict[str, Any], known: dict[str, Any]) -> None:
         if name not in known:
             shown = name if len(name) <= 64 else f"{name[:64]}…"
             raise InvalidInput(
-                f"{shown!r} is no argument of this tool; it takes {', '.join(known) or 'none'}."
+                f"{shown!r} is not an argument of this tool; it takes {', '.join(known) or 'none'}."
             )
 
 

@@ -225,8 +225,8 @@ class Console:
             # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
             if not self._stopping:
                 self._display.warn(
-                    f"{label} could not be made; it is tried again by itself and not offered until "
-                    f"then: {error}"
+                    f"{label} could not be created. It is retried automatically, and not offered "
+                    f"until then: {error}"
                 )
 
     def _report_bases(self, ready: list[BaseInfo]) -> None:

@@ -33,7 +33,7 @@ from templates_app.services import note_lost, note_used
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 
 FAILED_TO_START = (
-    "The host could not start the sandbox. Try again; if it stays, tell your operator."
+    "The host couldn't start the sandbox. Try again; if it keeps failing, tell your operator."
 )
 # A page that shows a count among others does not wait for it as long as for what was asked.
 COUNTING_SECONDS = 2.0
@@ -121,7 +121,7 @@ def no_image(team: Team, spec: SandboxSpec) -> Exception:
     if template is not None and not installation.is_apart():
         note_lost(template)
     return Conflict(
-        "The image of this template is gone from the host; build the template again.",
+        "The image of this template is gone from the host; rebuild the template.",
         code="template_not_ready",
     )
 

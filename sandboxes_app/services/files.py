@@ -115,7 +115,7 @@ def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
     with in_sandbox(actor, sandbox_id) as sandbox:
         if host().stat(sandbox.pk, wanted).is_dir:
             raise Conflict(
-                f"{wanted} is a directory; only files are deleted here. Run 'rm -r' in the "
+                f"{wanted} is a directory; only files can be deleted here. Run 'rm -r' in the "
                 "sandbox if you mean it.",
                 code="is_a_directory",
             )

@@ -166,9 +166,9 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
     begun = sandbox.started_at or sandbox.created_at
     if longest is not None and end > begun + timedelta(seconds=longest):
         raise PlanLimit(
-            f"The {plan.name} plan lets a sandbox run for {longest} seconds at a stretch, and "
-            "this would be longer; create another one, or ask your administrator for a larger "
-            "plan.",
+            f"The {plan.name} plan lets a sandbox run for {longest} seconds without a pause, "
+            "and this would be longer; create another one, or ask your administrator for a "
+            "larger plan.",
             code="lifetime_cap_reached",
         )
     return end

@@ -80,7 +80,7 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
     if wanted not in known:
         raise unknown_base(name, known, field)
     if (state := known[wanted].state) != "ready":
-        how = "could not be made" if state == "failed" else "is not made"
+        how = "could not be created" if state == "failed" else "is not made"
         raise HostUnavailable(
             f"The base image '{wanted}' {how} on this host yet, which is tried by itself; try "
             "again in a minute, or ask your operator: the host agent's log says why.",
@@ -100,13 +100,13 @@ def own_template(team: Team, template_id: str) -> Source:
         raise NotFound(f"There is no template {template_id!r} in your team; check the id.")
     if row.status == TemplateStatus.BUILDING:
         raise Conflict(
-            f"Template '{row.name}' is still building; wait until it is ready.",
+            f"Template '{row.name}' is still building; wait for it to be ready.",
             code="template_not_ready",
         )
     if row.status == TemplateStatus.FAILED:
         raise Conflict(
-            f"The build of template '{row.name}' failed, so there is nothing to boot; look at its "
-            "error and build a new one.",
+            f"The build of template '{row.name}' failed, so there is nothing to start; look at "
+            "its error and build a new one.",
             code="template_not_ready",
         )
     return Source(row.pk, row.name, row.image_id, row.baked_env or row.env)

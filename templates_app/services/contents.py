@@ -152,7 +152,7 @@ def contents(actor: Actor, template_id: str) -> Contents:
     if not template.is_ready:
         state = "is still building" if not template.state.is_terminal else "failed"
         raise Conflict(
-            f"Template '{template.name}' has no image to look into: its build {state}.",
+            f"Template '{template.name}' has no image: its build {state}.",
             code="template_not_ready",
         )
     told = template.contents or {}

@@ -40,7 +40,7 @@ LONGEST_PAUSE = 2.0
 AGAIN_SECONDS = 1.0
 
 LOST = (
-    "The host lost this build: it restarted, or was reset, while the build ran. Nothing of it is "
+    "The host restarted or was reset during the build. Nothing of it is "
     "left. Build the template again."
 )
 AWAY = (

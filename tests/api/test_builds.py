@@ -108,7 +108,7 @@ def test_where_none_may_be_built_none_waits_for_ever(
 ) -> None:
     Plan.objects.filter(pk=team.plan_id).update(max_concurrent_builds=0)
     said = refusal(post(api, URL, GOOD), 403, "plan_limit")
-    assert "0 of the 0 templates at once" in said["detail"]
+    assert "0 of the 0 concurrent builds" in said["detail"]
     assert Template.objects.count() == 0
 
 

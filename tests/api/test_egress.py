@@ -231,4 +231,4 @@ def test_a_host_that_is_away_is_said_in_the_panel(
 ) -> None:
     box = made(api, "/v1/sandboxes", SANDBOX)["id"]
     host.down = True
-    assert "does not answer" in console.get(f"/sandboxes/{box}/egress/").content.decode()
+    assert "responding" in console.get(f"/sandboxes/{box}/egress/").content.decode()

@@ -70,7 +70,7 @@ def test_a_token_is_minted_only_where_the_plan_has_templates(
     token = ApiToken.objects.get()
     assert (token.allowed_networks, token.allowed_templates) == (["off"], ["debian-12"])
     Team.objects.filter(pk=team.pk).update(plan="free")
-    with pytest.raises(CommandError, match="has no custom templates: no token was made"):
+    with pytest.raises(CommandError, match="has no custom templates: no token was created"):
         call_command(*asked)
     assert capsys.readouterr().out == ""
     assert ApiToken.objects.count() == 1

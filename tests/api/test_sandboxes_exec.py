@@ -500,7 +500,7 @@ def test_a_command_past_those_that_may_run_at_once_is_a_429_that_says_whose_limi
         said = refusal(answer, 429, "rate_limited")
         assert int(answer["Retry-After"]) > 0
         assert (said["limit"], said["used"], said["max"]) == ("max_concurrent_commands", 1, 1)
-        assert "1 of the 1 commands at once that your team's admins allow" in said["detail"]
+        assert "1 of the 1 concurrent commands that your team's admins allow" in said["detail"]
     assert host.ran == []
     assert run(api, box).status_code == 200
 

@@ -125,7 +125,7 @@ def test_a_ready_template_of_the_team_is_a_base(api: Client, make_template: Make
         ({**GOOD, "network": None}, "network", "restricted"),
         ({**GOOD, "env": ["A=b"]}, "env", "must be an object"),
         ({**GOOD, "env": {"A": 1}}, "env.A", "must be a string"),
-        ({**GOOD, "env": {"A B": "x"}}, "env", "'A B' is no name of a variable"),
+        ({**GOOD, "env": {"A B": "x"}}, "env", "'A B' is not a valid variable name"),
         ({**GOOD, "env": {"A": "x" * 70_000}}, "env", "65,536"),
         ({**GOOD, "colour": "red"}, "colour", "not a known field"),
         ({**GOOD, "status": "ready"}, "status", "not a known field"),

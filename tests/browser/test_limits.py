@@ -42,7 +42,7 @@ def set_template_limit(page: Page, typed: str) -> None:
     page.goto("/team/limits/")
     page.get_by_label("Templates", exact=True).fill(typed)
     page.get_by_role("button", name="Save limits").click()
-    expect(page.get_by_text("were saved and count from now on")).to_be_visible()
+    expect(page.get_by_text("Limits saved.")).to_be_visible()
 
 
 def test_a_member_meets_the_limit_that_an_admin_has_lowered(

@@ -180,7 +180,7 @@ def test_a_wrong_code_is_said_and_on_record(codes: list[str], alice: User) -> No
     for code in ("000000", "", "\0", "x" * 5000):
         answer = halfway.post("/sign-in/code/", {"code": code})
         assert answer.status_code == 400
-        assert "This code is wrong" in text(answer)
+        assert "Invalid or already used code" in text(answer)
     assert halfway.get("/templates/").status_code == 302
     assert AuditEntry.objects.filter(action="session.create", outcome="denied").count() == 4
 

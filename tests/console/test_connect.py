@@ -203,8 +203,8 @@ def test_a_client_that_is_none_counts_for_nothing(console: Client, client: str) 
         ({"name": " "}, "The name must have at least 1 characters"),
         ({"name": "x" * 101}, "at most 100 characters"),
         ({"name": "a\x00b"}, "The name"),
-        ({"access": ""}, "What it may do must be chosen"),
-        ({"access": "*"}, "What it may do must be chosen"),
+        ({"access": ""}, "Permissions must be chosen"),
+        ({"access": "*"}, "Permissions must be chosen"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_typed_is_lost(

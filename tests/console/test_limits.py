@@ -72,7 +72,7 @@ def test_what_is_left_out_is_restricted(console: Client, team: Team) -> None:
         ("max_templates", "many", "must be a whole number"),
         ("max_templates", "1.5", "must be a whole number"),
         ("max_templates", "9" * 30, "must be at most"),
-        ("share_max_templates", "x", "Templates for each person must be a whole number"),
+        ("share_max_templates", "x", "Templates per person must be a whole number"),
         ("networks", [], "Networks must keep at least one"),
         ("sizes", ["huge"], "offers small, medium, large"),
     ],
@@ -95,7 +95,7 @@ def test_a_member_sees_them_and_whom_to_ask(member_console: Client, alice: User)
     assert "Save limits" not in page
     answer = member_console.post(ADDRESS, {**NOTHING, "max_templates": "1"})
     assert answer.status_code == 403
-    assert "Only an admin of the team may do this" in text(answer)
+    assert "Only an admin of the team can do this" in text(answer)
 
 
 def test_without_the_host_the_bases_stay_as_they_are(

@@ -64,7 +64,7 @@ def test_something_is_put_back(operator: Client, host: FakeHost, held: HeldInfo)
 def test_something_is_deleted_once_that_was_confirmed(
     operator: Client, host: FakeHost, held: HeldInfo
 ) -> None:
-    assert "Delete it for good?" in text(operator.get(f"{PAGE}{KEY}/delete/"))
+    assert "Delete it permanently?" in text(operator.get(f"{PAGE}{KEY}/delete/"))
     assert set(host.held) == {KEY}
     assert "was deleted" in text(operator.post(f"{PAGE}{KEY}/delete/", follow=True))
     assert host.held == {}

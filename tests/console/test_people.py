@@ -85,7 +85,7 @@ def test_a_bad_link_is_a_page_that_says_so(visitor: Client, db: None) -> None:
 def test_a_bad_invitation_is_said_inline(console: Client, bob: User) -> None:
     answer = console.post("/team/people/", {"role": "member", "email": "BOB@example.org"})
     assert answer.status_code == 400
-    assert "is in the team already" in text(answer) and 'id="email-error"' in text(answer)
+    assert "is already in the team" in text(answer) and 'id="email-error"' in text(answer)
     answer = console.post("/team/people/", {"role": "king", "email": "x@example.org"})
     assert answer.status_code == 400
     assert 'value="x@example.org"' in text(answer)
@@ -96,7 +96,7 @@ def test_an_invitation_is_revoked(console: Client, visitor: Client) -> None:
     address = re.search(r"/team/invitations/[^/]+/revoke/", text(console.get("/team/people/")))
     assert address
     answer = console.post(address[0], follow=True)
-    assert "its link no longer works" in text(answer)
+    assert "Its link no longer works" in text(answer)
     assert "has been revoked" in text(visitor.get(link))
 
 

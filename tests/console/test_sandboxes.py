@@ -42,7 +42,7 @@ def test_the_picker_offers_what_is_ready(console: Client, building: Template) ->
 @pytest.mark.parametrize(
     ("change", "field", "sentence"),
     [
-        ({"template": ""}, "template", "Choose what to boot from"),
+        ({"template": ""}, "template", "Choose what to start from"),
         ({"template": "windows"}, "template", "is not a base image here"),
         ({"template": "a\0"}, "template", "must not contain NUL"),
         ({"size": "huge"}, "size", "must be one of"),
@@ -50,7 +50,7 @@ def test_the_picker_offers_what_is_ready(console: Client, building: Template) ->
         ({"timeout_seconds": "soon"}, "timeout_seconds", "must be a whole number"),
         ({"timeout_seconds": "1"}, "timeout_seconds", "must be at least 10"),
         ({"env": "A=1\nnonsense"}, "env", "Line 2 is not of the form"),
-        ({"env": "1A=1"}, "env", "is no name of a variable"),
+        ({"env": "1A=1"}, "env", "is not a valid variable name"),
     ],
 )
 def test_what_is_wrong_is_said_at_its_field(
@@ -80,7 +80,7 @@ def test_a_full_plan_is_said(console: Client, team: Team) -> None:
     team.plan.save()
     answer = console.post("/sandboxes/new/", GOOD)
     assert answer.status_code == 403
-    assert "runs 0 of the 0 sandboxes" in text(answer)
+    assert "is using 0 of the 0 concurrent sandboxes" in text(answer)
 
 
 def test_a_command_is_answered_with_its_streams_apart(

@@ -78,7 +78,7 @@ def test_a_full_plan_is_said_before_and_after(console: Client, team: Team) -> No
     assert "All 1 template slots are used" in text(console.get("/templates/new/"))
     answer = console.post("/templates/new/", {**GOOD, "name": "another"})
     assert answer.status_code == 403
-    assert "keeps 1 of the 1 templates" in text(answer)
+    assert "is using 1 of the 1 templates" in text(answer)
     assert 'value="another"' in text(answer)
 
 
@@ -227,7 +227,7 @@ def test_thousands_of_variables_are_typed_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("env", "sentence"),
-    [("A=1\nnonsense", "Line 2 is not of the form"), ("1A=1", "is no name of a variable")],
+    [("A=1\nnonsense", "Line 2 is not of the form"), ("1A=1", "is not a valid variable name")],
 )
 def test_a_variable_that_is_none_is_said_at_its_field(
     console: Client, env: str, sentence: str

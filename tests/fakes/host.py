@@ -556,7 +556,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         """As the client."""
         box = self._running(sandbox_id)
         if path in box.files or (path in box.directories and not parents):
-            raise FileConflict(f"{path} exists already.")
+            raise FileConflict(f"{path} already exists.")
         if not parents and posixpath.dirname(path) not in box.directories:
             raise NotFound(f"{posixpath.dirname(path)} does not exist.")
         self._make_parents(box, path)

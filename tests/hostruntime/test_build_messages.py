@@ -125,7 +125,7 @@ async def test_a_step_that_changes_what_the_host_lends_is_told_that_it_is_in_vai
     events = await world.build("write etc/conf x", "write etc/resolv.conf theirs", "say done")
     (told,) = [event for event in events if event["kind"] == "not_captured"]
     assert (told["step"], told["paths"]) == (2, ["/etc/resolv.conf"])
-    assert told["message"].startswith("This step changed /etc/resolv.conf. That is not kept")
+    assert told["message"].startswith("This step changed /etc/resolv.conf. This isn't kept")
 
 
 async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
@@ -135,7 +135,7 @@ async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
     ]
     failed = (await world.build("fail 7"))[-1]
     assert "the network policy refused: example.org:443, 10.0.0.1:80." in failed["message"]
-    assert '"allow_domains" (beside "@default"' in failed["message"]
+    assert '"allow_domains" (along with "@default"' in failed["message"]
     assert (failed["code"], failed["refused"]) == ("network_policy_blocked", ["example.org"])
     assert 'network "open"' in failed["message"]
 
@@ -170,7 +170,7 @@ async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None
     world.unreached = [NotReached(why)]
     failed = (await world.build("fail 7"))[-1]
     assert (failed["code"], "refused" in failed) == ("step_failed", False)
-    assert f"with the policy's leave: {why}." in failed["message"]
+    assert f"although the policy allows it: {why}." in failed["message"]
     assert "network policy refused" not in failed["message"]
 
 
@@ -190,7 +190,7 @@ async def test_a_step_that_takes_too_long(world: World) -> None:
     world.unreached = [NotReached(why)]
     failed = (await world.build("sleep 5", step_timeout_seconds=0.05))[-1]
     assert (failed["code"], failed["step"]) == ("step_timeout", 1)
-    assert f"with the policy's leave: {why}." in failed["message"]
+    assert f"although the policy allows it: {why}." in failed["message"]
     assert "still running after 0.05 seconds" in failed["message"]
     world.check_clean()
 
@@ -199,7 +199,7 @@ async def test_a_build_that_takes_too_long(world: World) -> None:
     events = await world.build("sleep 0.05", "sleep 5", build_timeout_seconds=0.1)
     failed = events[-1]
     assert (failed["code"], failed["step"]) == ("build_timeout", 2)
-    assert "a whole build may take" in failed["message"]
+    assert "the limit for a whole build" in failed["message"]
     world.check_clean()
 
 

@@ -236,7 +236,7 @@ def test_an_entry_without_its_content_is_no_entry(store: ImageStore, paths: Stat
 def test_what_cannot_be_set_aside_keeps_nobody_from_the_rest(
     store: ImageStore, paths: StatePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     publish(store, "img_good")

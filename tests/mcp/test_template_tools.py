@@ -125,7 +125,7 @@ async def test_a_step_that_went_on_without_a_host_is_not_why_another_failed(
         await database_sync_to_async(steps.update)(status="failed", refused_hosts=[])
         failed = await done(client, "get_template", template_id=made["id"])
         assert failed["refused_hosts"] == ["stats.example"]
-        assert failed["next_step"].startswith("Mend the failing step")
+        assert failed["next_step"].startswith("Fix the failing step")
         await database_sync_to_async(steps.update)(refused_hosts=["stats.example"])
         failed = await done(client, "get_template", template_id=made["id"])
         assert "allow_domains" in failed["next_step"]

@@ -271,11 +271,11 @@ WRONG = [
     ("create_template", {**TEMPLATE, "recipe": []}, "recipe: needs at least one step"),
     ("create_template", {**TEMPLATE, "base_template": "nope"}, "'nope' is not a base image"),
     ("create_template", {**TEMPLATE, "network": "off"}, "network: must be one of"),
-    ("create_template", {**TEMPLATE, "nmae": "x"}, "'nmae' is no argument of this tool"),
+    ("create_template", {**TEMPLATE, "nmae": "x"}, "'nmae' is not an argument of this tool"),
     ("list_templates", {"limit": 0}, "limit: must be at least 1."),
     ("list_templates", {"cursor": "x"}, "cursor: is not one this server gave"),
     ("create_sandbox", {"template": "debian-12", "timeout_seconds": 1}, "timeout_seconds"),
-    ("create_sandbox", {"template": "debian-12", "env": {"1": "x"}}, "no name of a variable"),
+    ("create_sandbox", {"template": "debian-12", "env": {"1": "x"}}, "not a valid variable name"),
 ]
 
 
@@ -295,7 +295,7 @@ async def test_a_tool_that_there_is_not_is_refused_like_anything_else(
 ) -> None:
     async with connect(key) as client:
         said = await refused(client, name)
-    assert said.startswith("not_found: There is no tool ")
+    assert said.startswith("not_found: Unknown tool ")
     assert "create_template" in said
     assert len(said) < 600
     assert "\x1b" not in said

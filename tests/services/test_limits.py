@@ -58,7 +58,7 @@ def test_a_teams_own_limit_counts_at_once_and_says_whom_to_ask(
     with pytest.raises(PlanLimit) as caught:
         templates.create_template(actor, SPEC)
     said = caught.value.detail
-    assert "keeps 1 of the 1 templates that your team's admins allow" in said
+    assert "is using 1 of the 1 templates that your team's admins allow" in said
     assert "ask Alice (alice@example.org) to raise the limit" in said
     limit_changes.set_team_limits(console_actor, limits(max_templates=2))
     templates.create_template(actor, SPEC)
@@ -69,7 +69,7 @@ def test_lowering_below_use_ends_nothing(host: FakeHost, console_actor: Actor) -
     limit_changes.set_team_limits(console_actor, limits(max_templates=0))
     kept.refresh_from_db()
     assert kept.status == TemplateStatus.BUILDING
-    with pytest.raises(PlanLimit, match="keeps 1 of the 0 templates"):
+    with pytest.raises(PlanLimit, match="is using 1 of the 0 templates"):
         templates.create_template(console_actor, SPEC)
 
 
@@ -91,7 +91,7 @@ def test_a_failed_build_gives_its_slot_back(host: FakeHost, console_actor: Actor
         ("max_timeout_seconds", 9, "must be at least 10"),
         ("build_timeout_seconds", 0, "must be at least 1"),
         ("api_requests_per_minute", 0, "must be at least 1"),
-        ("max_kittens", 1, "is no limit"),
+        ("max_kittens", 1, "is not a limit"),
     ],
 )
 def test_a_number_out_of_range_is_refused_at_its_field(
@@ -155,7 +155,7 @@ def test_a_general_share_counts_for_each_person_and_a_personal_one_before_it(
     limit_changes.set_team_limits(console_actor, LimitsSpec(shares={"max_templates": 1}))
     member = actor_of_user(bob, None, None)
     templates.create_template(member, SPEC)
-    with pytest.raises(PlanLimit, match="Your own share is 1 templates and you have 1"):
+    with pytest.raises(PlanLimit, match="Your personal limit is 1 templates and you have 1"):
         templates.create_template(member, SPEC)
     templates.create_template(console_actor, SPEC)
     Membership.objects.filter(user=bob).update(max_templates=2)

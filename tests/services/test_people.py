@@ -385,7 +385,7 @@ def test_who_may_invite_whom(team: Team, alice: User, bob: User, dora: User) -> 
         people.invite(acting(bob), InviteSpec())
     with pytest.raises(Forbidden):
         people.invite(acting(dora), InviteSpec(role=Role.OWNER))
-    with pytest.raises(InvalidInput, match="is in the team already"):
+    with pytest.raises(InvalidInput, match="is already in the team"):
         people.invite(acting(dora), InviteSpec(email="bob@example.org"))
     people.invite(acting(alice), InviteSpec(role=Role.OWNER))
     assert [outcome for _, outcome in actions(team)] == ["denied", "denied", "denied", "done"]

@@ -125,7 +125,7 @@ def test_mint_token_is_on_record_and_so_is_its_refusal(team: Team) -> None:
     with pytest.raises(CommandError, match="not a scope"):
         call_command("mint_token", team="acme", scope=["x"])
     Team.objects.filter(pk=team.pk).update(plan="free")
-    with pytest.raises(CommandError, match="no token was made"):
+    with pytest.raises(CommandError, match="no token was created"):
         call_command("mint_token", team="acme", scope=[READ], plan_check=True)
     done, *refused = AuditEntry.objects.filter(team_id=team.pk, action="token.create").order_by(
         "pk"

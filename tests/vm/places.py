@@ -10,7 +10,7 @@ TREE = Path(__file__).resolve().parents[2]
 
 
 class VmError(Exception):
-    """A machine could not be made, booted or reached; the message says why."""
+    """A machine could not be created, booted or reached; the message says why."""
 
 
 @dataclass(frozen=True)

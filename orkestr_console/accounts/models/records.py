@@ -59,7 +59,7 @@ class Metric(models.TextChoices):
     VCPU_SECONDS = "vcpu_seconds", "vCPU-seconds"
     GB_SECONDS = "gb_seconds", "GB-seconds"
     BUILD_SECONDS = "build_seconds", "Build seconds"
-    IMAGE_BYTES = "image_bytes", "Image bytes of one's own"
+    IMAGE_BYTES = "image_bytes", "Image bytes not shared"
     SHARED_BYTES = "shared_bytes", "Image bytes shared with bases"
 
 

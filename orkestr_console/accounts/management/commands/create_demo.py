@@ -15,7 +15,7 @@ from orkestr_console.accounts.demo import ensure_demo
 class Command(BaseCommand):
     """Make the demo team, its admin and an API token, where missing."""
 
-    help = "Make the demo team, its admin and an API token; print them as JSON."
+    help = "Create the demo team, its admin and an API token; print them as JSON."
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Where what an earlier run printed may be found."""

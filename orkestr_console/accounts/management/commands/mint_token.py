@@ -22,7 +22,7 @@ from orkestr_console.core.errors import InvalidInput, PlanLimit
 class Command(BaseCommand):
     """Make an API token for a team."""
 
-    help = "Make an API token for a team and print it; it cannot be shown again."
+    help = "Create an API token for a team and print it; it can't be shown again."
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Whose token, what for, and for how long."""
@@ -30,15 +30,13 @@ class Command(BaseCommand):
         parser.add_argument(
             "--scope", action="append", required=True, help=f"one of {', '.join(SCOPES)}; repeat"
         )
-        parser.add_argument("--name", default="Made on the command line")
-        parser.add_argument(
-            "--days", type=int, help="expire after so many days; never if not given"
-        )
+        parser.add_argument("--name", default="Created on the command line")
+        parser.add_argument("--days", type=int, help="days until it expires; never if not given")
         parser.add_argument(
             "--network",
             action="append",
             choices=NETWORKS,
-            help="networks it may use; repeat; any if not given",
+            help="networks it can use; repeat; any if not given",
         )
         parser.add_argument(
             "--template",
@@ -48,7 +46,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--plan-check",
             action="store_true",
-            help="make none if the team's plan has no custom templates",
+            help="create none if the team's plan has no custom templates",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -83,7 +81,7 @@ def require_templates(team: Team) -> None:
     if envelope(team).value("max_templates") == 0:
         raise PlanLimit(
             f"team '{team.slug}' is on plan {team.plan}, which has no custom templates: "
-            "no token was made"
+            "no token was created"
         )
 
 

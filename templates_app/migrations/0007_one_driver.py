@@ -11,7 +11,7 @@ def drop_long_tasks(apps: Any, schema_editor: Any) -> None:
 class Migration(migrations.Migration):
     dependencies = [
         ("django_q", "0018_task_success_index"),
-        ("templates_app", "0005_env_and_warnings"),
+        ("templates_app", "0006_reuse_label"),
     ]
 
     operations = [
