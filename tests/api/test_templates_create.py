@@ -233,7 +233,7 @@ def test_what_is_baked_in_is_shown_with_what_is_inherited(
     said = api.get(at).json()
     assert (said["env"], said["baked_env"]) == ({"OWN": "1", "PATH": "/own:$PATH"}, baked)
     page = console.get(f"/templates/{template.pk}/").content.decode()
-    assert page.index("OWN=1") < page.index("from its base") < page.index("BASES=&lt;2&gt;")
+    assert page.index("OWN=1") < page.index("from the base") < page.index("BASES=&lt;2&gt;")
     assert "PATH=/own:/base:$PATH" in page
 
 
