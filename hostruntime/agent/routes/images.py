@@ -104,7 +104,7 @@ def _outcome(work: asyncio.Task[Image]) -> Progress:
     if error is None:
         return Progress("done", image=work.result().manifest.info())
     if not isinstance(error, HostError):
-        error = HostFault(f"The base could not be made: {error}.")
+        error = HostFault(f"The base could not be created: {error}.")
     return Progress("error", error=error.to_wire())
 
 
