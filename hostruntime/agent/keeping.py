@@ -14,7 +14,7 @@ from functools import partial
 
 from hostruntime.errors import Conflict
 from hostruntime.host.installation import Claim, InstallationBook, Standing
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.quarantine import Held, keep_days
 from hostruntime.image.store import RECONCILE_MOST, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, user_of

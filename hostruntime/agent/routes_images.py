@@ -23,7 +23,7 @@ from hostruntime.build.log import KEEP_ALIVE_SECONDS
 from hostruntime.build.manager import BuildManager, BuildRequest
 from hostruntime.build.plan import Cache
 from hostruntime.errors import HostError, HostFault, ImageNotFound, InvalidRequest
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.environment import check_environment
 from hostruntime.image.store import ALIASES, Image, ImageStore
 

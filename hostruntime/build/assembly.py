@@ -27,7 +27,7 @@ from hostruntime.container.manager import ContainerSpec, Running
 from hostruntime.errors import HostError, HostFull, InvalidRequest
 from hostruntime.host.paths import write_json
 from hostruntime.host.progress import Progress, telling
-from hostruntime.host.threads import Stop, in_thread, to_the_end
+from hostruntime.host.tasks import Stop, in_thread, to_the_end
 from hostruntime.image.capture import Captured, capture
 from hostruntime.image.contents import installed_packages
 from hostruntime.image.digest import image_digest

@@ -20,7 +20,7 @@ from hostruntime.container.disk import DiskStuckError
 from hostruntime.container.exec import shell
 from hostruntime.container.tmpfs import restore_tmpfs, save_tmpfs
 from hostruntime.errors import HostError, HostFault
-from hostruntime.host.threads import Stop, in_thread
+from hostruntime.host.tasks import Stop, in_thread
 from hostruntime.image.environment import baked
 from hostruntime.image.store import Image
 

@@ -38,7 +38,7 @@ from hostruntime.errors import (
 )
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.store import Image, check_name
 from hostruntime.network.policy import Policy, PolicyError
 

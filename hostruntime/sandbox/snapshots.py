@@ -44,7 +44,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.threads import Stop, StoppedError, in_thread
+from hostruntime.host.tasks import Stop, StoppedError, in_thread
 from hostruntime.image.quarantine import Held
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash

@@ -37,7 +37,7 @@ from hostruntime.container.cgroups import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
