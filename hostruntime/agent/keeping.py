@@ -6,7 +6,6 @@ Nothing is done here on the word of a database that is not this state's
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -40,6 +39,14 @@ class Keeping:
 
     # Whose the state is --------------------------------------------------------------------
 
+    async def standing(self) -> Standing:
+        """Whose it is now (:meth:`InstallationBook.read`)."""
+        return await in_thread(self.book.read)
+
+    async def adopt(self, claim: Claim) -> Standing:
+        """Give it to a database, by an operator's word (:meth:`InstallationBook.adopt`)."""
+        return await in_thread(self.book.adopt, claim)
+
     async def agree(self, claim: Claim, *, known: bool | None) -> Standing:
         """Take down the database's new mark (:meth:`InstallationBook.agree`).
 
@@ -68,7 +75,7 @@ class Keeping:
             two = await in_thread(self.store.reconcile, set(images))
             set_aside, waiting = [*set_aside, *two[0]], [*waiting, *two[1]]
         for held in await in_thread(self.store.quarantine.purge, keep_days()):
-            self._release(held)
+            await in_thread(self._release, held)
         return Reconciled(set_aside, waiting)
 
     # What was set aside --------------------------------------------------------------------
@@ -83,7 +90,7 @@ class Keeping:
         if held.kind == "image":
             await in_thread(self.store.restore, held)
         elif held.kind == "snapshot":
-            await asyncio.shield(in_thread(self.snapshots.restore_held, held))
+            await in_thread(self.snapshots.restore_held, held)
         else:
             raise Conflict(f"The record of a {held.kind} cannot be put back: what it was of ended.")
         _log.warning("%s %s was put back from quarantine", held.kind, held.name)
@@ -93,7 +100,7 @@ class Keeping:
         """Delete something for good.  Raises NotFound, OSError."""
         held = await in_thread(self.store.quarantine.get, key)
         await in_thread(self.store.quarantine.delete, key)
-        self._release(held)
+        await in_thread(self._release, held)
 
     def _release(self, held: Held) -> None:
         """A snapshot that is no more lets go of the image it was made over."""

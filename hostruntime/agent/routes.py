@@ -139,7 +139,7 @@ async def usage(request: Request) -> Response:
 async def usage_collected(request: Request) -> Response:
     """Forget the ended sandboxes among those named; the others go on."""
     body = await read_body(request, CollectedBody)
-    _host(request).sandboxes.usage.collected(body.ids)
+    await _host(request).sandboxes.usage.collected(body.ids)
     return Response(status_code=204)
 
 

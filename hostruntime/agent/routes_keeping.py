@@ -48,7 +48,7 @@ def keeping_routes(keeping: Keeping) -> list[Route]:
     """The routes, over a host's keeping."""
 
     async def standing(_: Request) -> Response:
-        return JSONResponse(keeping.book.read().to_wire())
+        return JSONResponse((await keeping.standing()).to_wire())
 
     async def agree(request: Request) -> Response:
         body = await read_body(request, AgreeBody)
@@ -57,7 +57,7 @@ def keeping_routes(keeping: Keeping) -> list[Route]:
 
     async def adopt(request: Request) -> Response:
         body = await read_body(request, ClaimBody)
-        return JSONResponse(keeping.book.adopt(body.claim()).to_wire())
+        return JSONResponse((await keeping.adopt(body.claim())).to_wire())
 
     async def reconcile(request: Request) -> Response:
         body = await read_body(request, ReconcileBody)
