@@ -67,7 +67,7 @@ def image_routes(store: ImageStore, bases: BaseBuilder, builds: BuildManager) ->
 
 def _base_routes(bases: BaseBuilder) -> list[Route]:
     async def list_bases(_: Request) -> Response:
-        return JSONResponse({"bases": [asdict(status) for status in bases.catalogue()]})
+        return JSONResponse({"bases": [asdict(status) for status in await bases.catalogue()]})
 
     async def ensure_base(request: Request) -> Response:
         name = str(request.path_params["name"])
@@ -91,7 +91,7 @@ def _store_routes(store: ImageStore) -> list[Route]:
         return JSONResponse({"images": [_image(image) for image in images]})
 
     async def get_image(request: Request) -> Response:
-        return JSONResponse(_image(store.get(request.path_params["id"])))
+        return JSONResponse(_image(await in_thread(store.get, request.path_params["id"])))
 
     async def usage(request: Request) -> Response:
         image_id = str(request.path_params["id"])
@@ -117,22 +117,22 @@ def _store_routes(store: ImageStore) -> list[Route]:
 
 def _build_routes(builds: BuildManager) -> list[Route]:
     async def start(request: Request) -> Response:
-        status, new = builds.start(_build_request(await _read(request, _BuildBody)))
+        status, new = await builds.start(_build_request(await _read(request, _BuildBody)))
         return JSONResponse(asdict(status), 202 if new else 200)
 
     async def get(request: Request) -> Response:
-        return JSONResponse(asdict(builds.status(request.path_params["id"])))
+        return JSONResponse(asdict(await builds.status(request.path_params["id"])))
 
     async def cancel(request: Request) -> Response:
         build_id = str(request.path_params["id"])
         keep = request.query_params.get("keep_published", "false") == "true"
         await builds.cancel(build_id, keep_published=keep)
-        return JSONResponse(asdict(builds.status(build_id)))
+        return JSONResponse(asdict(await builds.status(build_id)))
 
     async def events(request: Request) -> Response:
         after = _number(request, "after")
         follow = request.query_params.get("follow", "false") == "true"
-        lines = builds.events(request.path_params["id"], after, follow=follow)
+        lines = await builds.events(request.path_params["id"], after, follow=follow)
         return StreamingResponse(lines, media_type=_NDJSON)
 
     async def drop_layers(request: Request) -> Response:

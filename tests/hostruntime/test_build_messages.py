@@ -17,7 +17,7 @@ async def test_a_failing_step_stops_the_build(world: World) -> None:
     assert failed["message"].startswith("Step 2 of 3 failed: `fail 3` exited with status 3.")
     assert world.containers.ran == ["write etc/a x", "fail 3"]
     assert not world.store.exists("img_1")
-    status = world.builds.status("img_1")
+    status = await world.builds.status("img_1")
     assert status.state == "failed"
     assert status.error is not None and status.error["code"] == "step_failed"
     assert status.last_seq == len(events)
