@@ -7,15 +7,19 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ExecTimeout
-from hostruntime.host.installation import Claim
+from hostruntime.host.paths import StatePaths
+from hostruntime.wire.builds import Cache, StartBuild
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.keeping import Claim, Reconcile
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, init_of
 from tests.host.conftest import BASE, NewSandbox
 from tests.host.small import IMAGE, a_small_agent
@@ -28,12 +32,23 @@ STEPS = ["sleep 1; echo a | tee /root/a", "echo b >/root/b", "echo c >/tmp/c"]
 CLAIM = Claim("ins_watched", 1, "mark", "")
 
 
+@pytest.fixture
+def other_installation(agent: Agent) -> Iterator[None]:
+    """The state directory, which others use too, may be given to another database in here."""
+    file = StatePaths(agent.state).installation_file
+    before = file.read_bytes() if file.exists() else None
+    yield
+    file.unlink(missing_ok=True)
+    if before is not None:
+        file.write_bytes(before)
+
+
 def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
     host = agent.client
     one = made(network="restricted", allow_domains=["pypi.test"], env={"A": "1"})
-    host.exec(one.id, ["echo", "42"], timeout_seconds=60)
+    host.exec(one.id, Exec(["echo", "42"]))
     with pytest.raises(ExecTimeout):
-        host.exec(one.id, ["sleep", "60"], timeout_seconds=1)
+        host.exec(one.id, Exec(["sleep", "60"], timeout_seconds=1))
     host.write_file(one.id, "/workspace/a", b"content", mode=None)
     host.stat(one.id, "/workspace/a")
     host.move(one.id, "/workspace/a", "/workspace/b")
@@ -43,7 +58,7 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
     host.pause_sandbox(one.id, time.time() + 600)
     host.resume_sandbox(one.id, None)
     host.create_snapshot("snp_watched", one.id)
-    made(image=None, snapshot="snp_watched")
+    made(image="", snapshot="snp_watched")
     host.snapshots()
     host.delete_snapshot("snp_watched")
     ends, exits = made(deadline=time.time() + 1), made()
@@ -58,15 +73,18 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
 
 
 def some_builds(host: HostClient) -> None:
-    cache = {"scope": "team_watched", "reuse": True}
-    options: dict[str, Any] = {"base_image": BASE, "network": "restricted", "cache": cache}
-    host.start_build("img_fails", recipe=[*STEPS, "exit 3"], **options)
+    options: dict[str, Any] = {
+        "base_image": BASE,
+        "network": "restricted",
+        "cache": Cache("team_watched", reuse=True),
+    }
+    host.start_build(StartBuild("img_fails", recipe=[*STEPS, "exit 3"], **options))
     assert [event.kind for event in host.build_events("img_fails")][-1] == "failed"
-    host.start_build("img_made", recipe=[*STEPS, "echo d >/root/d"], **options)
+    host.start_build(StartBuild("img_made", recipe=[*STEPS, "echo d >/root/d"], **options))
     kinds = [event.kind for event in host.build_events("img_made")]
     assert kinds[-1] == "published"
     assert "step_cached" in kinds
-    host.start_build("img_cut", recipe=["sleep 60"], **options)
+    host.start_build(StartBuild("img_cut", recipe=["sleep 60"], **options))
     host.cancel_build("img_cut")
     host.cancel_build("img_never")
     host.build("img_made")
@@ -86,11 +104,13 @@ def what_operators_ask(host: HostClient) -> None:
     host.installation()
     host.adopt(CLAIM)
     host.agree(CLAIM, known=True)
-    host.reconcile(CLAIM, images=[image.id for image in host.images()], snapshots=[])
+    images = [image.id for image in host.images()]
+    host.reconcile(Reconcile(CLAIM, images, []))
     for held in host.quarantine():
         host.restore_held(held.key)
 
 
+@pytest.mark.usefixtures("other_installation")
 def test_nothing_that_is_asked_of_an_agent_has_its_loop_wait_for_a_file(
     agent: Agent, new_sandbox: NewSandbox, tmp_path: Path
 ) -> None:
@@ -109,7 +129,7 @@ def test_nothing_that_is_asked_of_an_agent_has_its_loop_wait_for_a_file(
 
 
 def a_sandbox(host: HostClient, name: str) -> SandboxInfo:
-    return host.create_sandbox(f"sbx_{name}", image=IMAGE, cpu=1, memory_mb=512)
+    return host.create_sandbox(CreateSandbox(f"sbx_{name}", image=IMAGE, cpu=1, memory_mb=512))
 
 
 def test_a_disk_that_stands_still_keeps_only_those_who_wait_for_it(disk: Path) -> None:
@@ -136,7 +156,7 @@ def try_while_it_stands(agent: Agent, disk: Path) -> None:
         threading.Thread(target=change, daemon=True).start()
         assert not changed.wait(3)
         host.health(seconds=20)
-        done = host.exec(two.id, ["python3", "-c", "print(6 * 7)"], timeout_seconds=60)
+        done = host.exec(two.id, Exec(["python3", "-c", "print(6 * 7)"]))
         assert done.stdout.decode().strip() == "42"
         assert not changed.is_set()
     finally:

@@ -196,7 +196,7 @@ async def test_a_step_that_takes_too_long(world: World) -> None:
 
 
 async def test_a_build_that_takes_too_long(world: World) -> None:
-    events = await world.build("sleep 0.05", "sleep 5", build_timeout_seconds=0.1)
+    events = await world.build("sleep 0.05", "sleep 60", build_timeout_seconds=2)
     failed = events[-1]
     assert (failed["code"], failed["step"]) == ("build_timeout", 2)
     assert "the limit for a whole build" in failed["message"]

@@ -13,7 +13,8 @@ import pytest
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageStore
 from hostruntime.sandbox import manager
-from hostruntime.sandbox.manager import Sandbox, SandboxManager, SandboxRequest
+from hostruntime.sandbox.manager import Sandbox, SandboxManager
+from hostruntime.wire.sandboxes import CreateSandbox
 
 
 class Containers:
@@ -56,7 +57,7 @@ def sandboxes(
 def run(sandboxes: SandboxManager, name: str, deadline: float | None) -> None:
     """Have one that runs until then."""
     (sandboxes.paths.sandboxes / name).mkdir()
-    request = SandboxRequest(name, "img_1", deadline=deadline)
+    request = CreateSandbox(name, "img_1", cpu=1, memory_mb=512, deadline=deadline)
     sandbox = Sandbox(request, "running", "img_1", "/nowhere", None).until(deadline)
     sandboxes._sandboxes[name] = sandbox
 
