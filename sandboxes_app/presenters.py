@@ -6,7 +6,8 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
-from hostruntime.client.answers import DirectoryListing, EgressHost, FileContent, FileStat
+from hostruntime.wire.files import DirectoryListing, FileContent, FileStat
+from hostruntime.wire.health import EgressHost
 from orkestr_console.http.json_api import timestamp
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.services import BatchRow, ExecAnswer, Limits, TemplateUse

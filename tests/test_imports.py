@@ -17,6 +17,7 @@ APPS = ("templates_app.", "sandboxes_app.")
 FLOORS = (
     "hostruntime",
     "hostruntime.errors",
+    "hostruntime.wire",
     "hostruntime.host",
     "hostruntime.client",
     "hostruntime.image",

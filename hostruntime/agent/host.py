@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from hostruntime import __version__
 from hostruntime.agent.ballast import Ballast
@@ -39,6 +38,7 @@ from hostruntime.network.policy import PolicyError
 from hostruntime.network.slots import SlotPool
 from hostruntime.sandbox.manager import SandboxManager
 from hostruntime.sandbox.snapshots import users_of_images
+from hostruntime.wire.health import Health
 
 PROXY_CHECK_SECONDS = 5.0
 LAYERS_CHECK_SECONDS = 3600.0
@@ -101,25 +101,25 @@ class Host:
         await self.containers.close()
         await asyncio.to_thread(self.pool.close)
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> Health:
         """The answer to ``GET /health``."""
         running = len(self.containers.running())
         address, port = self.pool.proxy_address()
-        return {
-            "version": __version__,
-            "state_dir": str(self.paths.root),
-            "instance": self.instance.index,
-            "cgroup": cgroup_layout().kind,
-            "notes": [*host_registries(self.paths).notes, *self.room.notes()],
-            "room": self.room.to_wire(),
-            "proxy": {"healthy": self.proxy_healthy, "address": f"{address}:{port}"},
-            "counts": {
+        return Health(
+            version=__version__,
+            state_dir=str(self.paths.root),
+            instance=self.instance.index,
+            cgroup=cgroup_layout().kind,
+            proxy={"healthy": self.proxy_healthy, "address": f"{address}:{port}"},
+            counts={
                 "containers": running,
                 "sandboxes": len(self.sandboxes.live()),
                 "builds": len(self.builds.users()),
                 "images": len(self.store.list()),
             },
-        }
+            notes=[*host_registries(self.paths).notes, *self.room.notes()],
+            room=self.room.to_wire(),
+        )
 
     # What the watch of the room asks for -----------------------------------------------------
 

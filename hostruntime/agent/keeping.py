@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
 from hostruntime.errors import Conflict
-from hostruntime.host.installation import Claim, InstallationBook, Standing
+from hostruntime.host.installation import InstallationBook, Standing
 from hostruntime.host.threads import in_thread
 from hostruntime.image.quarantine import Held, keep_days
 from hostruntime.image.store import RECONCILE_MOST, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, user_of
+from hostruntime.wire.keeping import Claim, Reconcile, Reconciliation
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reconciled:
-    """What a pass set aside, and what is as surplus and waits for the next one."""
-
-    set_aside: list[str]
-    waiting: list[str]
 
 
 @dataclass
@@ -50,26 +42,24 @@ class Keeping:
             await in_thread(partial(self.book.refuse, empty=empty))
         return await in_thread(partial(self.book.agree, claim, empty=empty, known=bool(known)))
 
-    async def reconcile(
-        self, claim: Claim, images: Collection[str] | None, snapshots: Collection[str] | None
-    ) -> Reconciled:
+    async def reconcile(self, asked: Reconcile) -> Reconciliation:
         """Set aside what is not among those named; None names all.
 
         Raises InstallationMismatch, OSError.
         """
-        await in_thread(self.book.require, claim)
+        await in_thread(self.book.require, asked.installation)
         set_aside: list[str] = []
         waiting: list[str] = []
-        if snapshots is not None:
-            one = await self.snapshots.reconcile(set(snapshots), RECONCILE_MOST)
+        if asked.snapshots is not None:
+            one = await self.snapshots.reconcile(set(asked.snapshots), RECONCILE_MOST)
             set_aside, waiting = one[0], one[1]
-        if images is not None:
+        if asked.images is not None:
             await in_thread(self.store.set_aside_damaged)
-            two = await in_thread(self.store.reconcile, set(images))
+            two = await in_thread(self.store.reconcile, set(asked.images))
             set_aside, waiting = [*set_aside, *two[0]], [*waiting, *two[1]]
         for held in await in_thread(self.store.quarantine.purge, keep_days()):
             self._release(held)
-        return Reconciled(set_aside, waiting)
+        return Reconciliation(set_aside, waiting)
 
     # What was set aside --------------------------------------------------------------------
 

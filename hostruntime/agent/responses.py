@@ -5,25 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hostruntime.errors import HostError, HostFault, HostFull, HostUnavailable
+from hostruntime.wire.message import Message, encode
 
 KEEP_ALIVE_SECONDS = 10.0
+NDJSON = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
 
-def line(record: Mapping[str, Any]) -> bytes:
-    """One record of a stream."""
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+def answer(
+    message: Message, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A message as the whole answer."""
+    return Response(encode(message), status, headers, "application/json")
+
+
+def nothing() -> Response:
+    """The answer to what succeeded and has nothing to say."""
+    return Response(status_code=204)
+
+
+def line(message: Message) -> bytes:
+    """A message as one of a stream; what has its default is left out."""
+    return encode(message, brief=True) + b"\n"
 
 
 class NdjsonResponse(Response):
@@ -34,7 +46,7 @@ class NdjsonResponse(Response):
     """
 
     def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(media_type="application/x-ndjson")
+        super().__init__(media_type=NDJSON)
         # Not known: the body is sent in chunks.
         del self.headers["content-length"]
         self._lines = lines

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from hostruntime.build.layers import DISK, TMPFS, Layer, RanStep, layer_keys
-from hostruntime.build.plan import Cache, Emit, Host, Plan
+from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import Refused
 from hostruntime.container.disk import DiskStuckError
 from hostruntime.container.exec import shell
@@ -23,6 +23,7 @@ from hostruntime.errors import HostError, HostFault
 from hostruntime.host.threads import Stop, in_thread
 from hostruntime.image.environment import baked
 from hostruntime.image.store import Image
+from hostruntime.wire.builds import Cache
 
 # What a copy is reckoned to take, and how much of a build's time copies may.
 COPY_BYTES_PER_SECOND = 200_000_000

@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 from hostruntime.build.assembly import Assembly
 from hostruntime.build.log import EventLog
-from hostruntime.build.plan import Cache, Host, Plan
+from hostruntime.build.plan import Host, Plan
 from hostruntime.container.cgroups import Limits
 from hostruntime.container.launcher import LauncherLost
 from hostruntime.errors import (
@@ -39,11 +39,14 @@ from hostruntime.errors import (
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.threads import in_thread
+from hostruntime.image.environment import check_environment
 from hostruntime.image.store import Image, check_name
 from hostruntime.network.policy import Policy, PolicyError
+from hostruntime.wire.builds import BuildInfo, StartBuild
 
 State = Literal["running", "published", "failed", "cancelled"]
 Ending = Literal["cancelled", "host_lost", "no_room"]
+MAX_STEP_BYTES = 256 * 1024
 KEEP_SECONDS = 7 * 86_400.0
 CANCELLED = "The build was cancelled."
 HOST_LOST = (
@@ -64,28 +67,6 @@ _RECORD, _EVENTS = "build.json", "events.ndjson"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build.  ``network`` is restricted or open; timeouts are in seconds.
-
-    ``cache`` says where the build keeps its layers; None keeps none, and begins with none.
-    ``env`` is baked into the image.
-    """
-
-    id: str
-    base_image: str
-    recipe: tuple[str, ...]
-    network: str
-    allow_domains: tuple[str, ...] | None = None
-    cpu: float = 2.0
-    memory_mb: int = 4096
-    disk_mb: int | None = None
-    step_timeout_seconds: float = 600.0
-    build_timeout_seconds: float = 1800.0
-    cache: Cache | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-
-
 # What else a record has is kept as it is.
 @with_config(ConfigDict(**{**STRICT, "extra": "allow"}))
 class _Record(TypedDict):
@@ -100,16 +81,6 @@ class _Record(TypedDict):
 
 
 _RECORDS: TypeAdapter[_Record] = TypeAdapter(_Record)
-
-
-@dataclass(frozen=True)
-class BuildStatus:
-    """Where a build is; ``error`` has ``code``, ``message`` and perhaps ``step``."""
-
-    id: str
-    state: State
-    last_seq: int
-    error: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -129,8 +100,8 @@ class _Build:
         state: State = self.record["state"]
         return state
 
-    def status(self) -> BuildStatus:
-        return BuildStatus(self.id, self.state, self.log.last_seq, self.record.get("error"))
+    def status(self) -> BuildInfo:
+        return BuildInfo(self.id, self.state, self.log.last_seq, self.record.get("error"))
 
     def save(self) -> None:
         write_json(self.directory / _RECORD, self.record)
@@ -157,7 +128,7 @@ class BuildManager:
 
     # What is asked of it ------------------------------------------------------------------
 
-    def start(self, request: BuildRequest) -> tuple[BuildStatus, bool]:
+    def start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
         """Start a build; return its status, and whether it is new (the same id starts once).
 
         Raises InvalidRequest, and HostFull (nothing is known of it then) while the disk is full.
@@ -165,7 +136,7 @@ class BuildManager:
         known = self._find(request.id)
         if known is not None:
             return known.status(), False
-        policy = _policy(request)
+        policy = _checked(request)
         if request.cache is not None:
             check_name(request.cache.scope)
         self._host.containers.require_room()
@@ -176,7 +147,7 @@ class BuildManager:
         build.task.add_done_callback(lambda task: self._on_end(build, task))
         return build.status(), True
 
-    def status(self, build_id: str) -> BuildStatus:
+    def status(self, build_id: str) -> BuildInfo:
         """A build's state; raises NotFound."""
         return self._get(build_id).status()
 
@@ -241,7 +212,7 @@ class BuildManager:
 
     # A build's life -----------------------------------------------------------------------
 
-    async def _run(self, build: _Build, request: BuildRequest, policy: Policy) -> None:
+    async def _run(self, build: _Build, request: StartBuild, policy: Policy) -> None:
         began = time.monotonic()
         plan = _plan(request, policy, build.directory)
         assembly = Assembly(self._host, plan, build.log.append)
@@ -373,7 +344,7 @@ class BuildManager:
                 shutil.rmtree(directory)
 
 
-def _note_failed(build: _Build, request: BuildRequest, error: HostError | OSError) -> None:
+def _note_failed(build: _Build, request: StartBuild, error: HostError | OSError) -> None:
     if isinstance(error, BuildFailed):
         fields = {
             "code": error.extra["reason"],
@@ -410,14 +381,14 @@ def _note_ended(build: _Build) -> None:
         build.end("failed", "failed", code="host_lost", message=HOST_LOST)
 
 
-def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
+def _plan(request: StartBuild, policy: Policy, directory: Path) -> Plan:
     return Plan(
         image_id=request.id,
         kind="template",
         base=request.base_image,
-        recipe=request.recipe,
+        recipe=tuple(request.recipe),
         policy=policy,
-        limits=Limits(request.cpu, request.memory_mb, disk_mb=request.disk_mb),
+        limits=Limits.of(request),
         step_timeout=request.step_timeout_seconds,
         build_timeout=request.build_timeout_seconds,
         directory=directory,
@@ -426,7 +397,15 @@ def _plan(request: BuildRequest, policy: Policy, directory: Path) -> Plan:
     )
 
 
-def _policy(request: BuildRequest) -> Policy:
+def _checked(request: StartBuild) -> Policy:
+    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+    for number, step in enumerate(request.recipe, 1):
+        if not step.strip() or "\0" in step or len(step.encode()) > MAX_STEP_BYTES:
+            raise InvalidRequest(
+                f"recipe: step {number} must be a command of 1 to {MAX_STEP_BYTES} bytes "
+                "without NUL."
+            )
+    check_environment(request.env)
     try:
         return Policy.parse(request.network, request.allow_domains)
     except PolicyError as error:

@@ -14,6 +14,7 @@ from hostruntime.container.manager import ContainerManager
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy
 from hostruntime.network.policy import Policy
+from hostruntime.wire.builds import Cache
 
 
 class Emit(Protocol):
@@ -39,14 +40,6 @@ class Host:
     layers: LayerStore
     # As ``refusals``, the allowed hosts that could not be reached.
     unreached: Callable[[str, float], list[NotReached]] = lambda _owner, _since: []
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where a build keeps its layers, and whether it may begin with one that is there."""
-
-    scope: str
-    reuse: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""How others speak to the host agent, and what it answers."""
+"""How others speak to the host agent, in the words of :mod:`hostruntime.wire`."""

@@ -8,56 +8,79 @@ streams inside an event loop.  Both keep their connections: make one per process
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import ssl
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import httpx
 
-from hostruntime.client.answers import (
-    BaseInfo,
-    BuildEvent,
-    BuildInfo,
-    ChangesInfo,
-    DirectoryListing,
-    EgressDecision,
-    EgressHost,
-    ExecFrame,
-    ExecResult,
-    FileContent,
-    FileStat,
-    Health,
-    ImageInfo,
-    ImageUsage,
-    Progress,
-    SandboxInfo,
-    UsageInfo,
-)
-from hostruntime.client.keeping import KeepingCalls
-from hostruntime.client.snapshots import CAPTURE_TIMEOUT, SnapshotCalls
-from hostruntime.client.wire import (
+from hostruntime.client.transport import (
     Collected,
     content_of,
     error_of,
     errors_told,
-    exec_body,
+    read,
     stat_of,
     timeouts,
 )
 from hostruntime.errors import HostError
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
+from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, RunningCommands
+from hostruntime.wire.files import (
+    DirectoryListing,
+    FileContent,
+    FileStat,
+    MakeDirectory,
+    MoveFile,
+    WrittenFile,
+)
+from hostruntime.wire.health import (
+    DefaultDomains,
+    EgressDecision,
+    EgressDecisions,
+    EgressHost,
+    EgressHosts,
+    Health,
+)
+from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
+from hostruntime.wire.keeping import (
+    Agree,
+    Claim,
+    HeldInfo,
+    Quarantine,
+    Reconcile,
+    Reconciliation,
+    StandingInfo,
+)
+from hostruntime.wire.message import Message, encode
+from hostruntime.wire.sandboxes import (
+    ChangesInfo,
+    CollectedUsage,
+    CreateSandbox,
+    CreateSnapshot,
+    Sandboxes,
+    SandboxInfo,
+    SetDeadline,
+    SnapshotInfo,
+    Snapshots,
+    Usage,
+    UsageInfo,
+)
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream says something at least every 10 s (a blank line), so silence means a dead agent.
 _TIMEOUT = timeouts(read=60.0)
 _STREAM_TIMEOUT = timeouts(read=30.0)
+# All of a disk is copied before the answer comes.
+_COPY_TIMEOUT = timeouts(read=600.0)
 # What an answer that was waited for on purpose may take beyond that.
 _ANSWER_SECONDS = 5.0
 # As many as are asked for: whoever asks has a bound of their own, and a command keeps one for as
@@ -65,7 +88,7 @@ _ANSWER_SECONDS = 5.0
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=60.0)
 
 
-class HostClient(SnapshotCalls, KeepingCalls):
+class HostClient:
     """The agent behind a Unix socket.  Every method raises HostError; HostUnavailable when down.
 
     Thread-safe.  Close it with :meth:`close` or use it as a context manager.
@@ -94,50 +117,48 @@ class HostClient(SnapshotCalls, KeepingCalls):
 
     def health(self, *, seconds: float = 60.0) -> Health:
         """What the agent is and how it is; it has so long to answer (:func:`timeouts`)."""
-        return Health.from_wire(self._json("GET", "/health", timeout=timeouts(read=seconds)))
+        return self._get(Health, "/health", timeout=timeouts(read=seconds))
 
     def default_domains(self) -> list[str]:
         """The default allowlist of the restricted network."""
-        return [str(name) for name in self._json("GET", "/egress/defaults")["domains"]]
+        return list(self._get(DefaultDomains, "/egress/defaults").domains)
 
     def egress_decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
         """What the proxy let through or refused for a sandbox or build since a Unix time."""
         params = {"owner": owner, "since": since}
-        answer = self._json("GET", "/egress/decisions", params=params)
-        return [EgressDecision.from_wire(item) for item in answer["decisions"]]
+        return list(self._get(EgressDecisions, "/egress/decisions", params=params).decisions)
 
     def egress_hosts(self, owner: str) -> list[EgressHost]:
         """What a sandbox or build did with each host, refused ones first."""
-        answer = self._json("GET", "/egress/hosts", params={"owner": owner})
-        return [EgressHost.from_wire(item) for item in answer["hosts"]]
+        return list(self._get(EgressHosts, "/egress/hosts", params={"owner": owner}).hosts)
 
     # Images --------------------------------------------------------------------------------
 
     def bases(self) -> list[BaseInfo]:
         """The built-in bases and whether they are ready."""
-        return [BaseInfo.from_wire(item) for item in self._json("GET", "/bases")["bases"]]
+        return list(self._get(Bases, "/bases").bases)
 
     def ensure_base(self, name: str) -> Iterator[Progress]:
         """Build a base unless it is ready, yielding progress; ends with a ``done`` line.
 
         Raises the failure as HostError.
         """
-        for line in self._lines("POST", f"/bases/{name}"):
-            if line["kind"] == "error":
-                raise HostError.from_wire(line)
-            yield Progress(line["kind"], str(line.get("message", "")), line.get("image"))
+        for line in self._lines(Progress, "POST", f"/bases/{name}"):
+            if line.error is not None:
+                raise HostError.from_wire(line.error)
+            yield line
 
     def images(self) -> list[ImageInfo]:
         """Every image of the store."""
-        return [ImageInfo.from_wire(item) for item in self._json("GET", "/images")["images"]]
+        return list(self._get(Images, "/images").images)
 
     def image(self, image_id: str) -> ImageInfo:
         """One image; raises NotFound."""
-        return ImageInfo.from_wire(self._json("GET", f"/images/{image_id}"))
+        return self._get(ImageInfo, f"/images/{image_id}")
 
     def image_usage(self, image_id: str) -> ImageUsage:
         """What an image takes now, and what deleting it gives back; slow.  Raises NotFound."""
-        return ImageUsage.from_wire(self._json("GET", f"/images/{image_id}/usage"))
+        return self._get(ImageUsage, f"/images/{image_id}/usage")
 
     def delete_image(self, image_id: str) -> bool:
         """Delete an image; True when it is gone, False when its last user has to go first."""
@@ -145,45 +166,13 @@ class HostClient(SnapshotCalls, KeepingCalls):
 
     # Builds --------------------------------------------------------------------------------
 
-    def start_build(
-        self,
-        build_id: str,
-        *,
-        base_image: str,
-        recipe: Sequence[str],
-        network: str,
-        allow_domains: Sequence[str] | None = None,
-        cpu: float = 2.0,
-        memory_mb: int = 4096,
-        disk_mb: int | None = None,
-        step_timeout_seconds: float = 600.0,
-        build_timeout_seconds: float = 1800.0,
-        cache: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> BuildInfo:
-        """Start a build whose image will have its id; the same id again changes nothing.
-
-        ``cache`` has ``scope`` (whose layers it keeps and may use: a plain name) and ``reuse``:
-        whether steps that an earlier build of the scope ran the same way are not run again.
-        ``env`` is baked into the image.
-        """
-        body = {
-            "id": build_id,
-            "base_image": base_image,
-            "recipe": list(recipe),
-            "network": network,
-            "allow_domains": None if allow_domains is None else list(allow_domains),
-            "limits": {"cpu": cpu, "memory_mb": memory_mb, "disk_mb": disk_mb},
-            "step_timeout_seconds": step_timeout_seconds,
-            "build_timeout_seconds": build_timeout_seconds,
-            "cache": None if cache is None else dict(cache),
-            "env": dict(env or {}),
-        }
-        return BuildInfo.from_wire(self._json("POST", "/builds", body=body))
+    def start_build(self, request: StartBuild) -> BuildInfo:
+        """Start a build; the same id again changes nothing.  Raises InvalidRequest, HostFull."""
+        return self._ask(BuildInfo, "POST", "/builds", request)
 
     def build(self, build_id: str) -> BuildInfo:
         """A build's state; raises NotFound."""
-        return BuildInfo.from_wire(self._json("GET", f"/builds/{build_id}"))
+        return self._get(BuildInfo, f"/builds/{build_id}")
 
     def cancel_build(self, build_id: str, *, keep_published: bool = False) -> BuildInfo:
         """Cancel a build; return how it ended, when all of it is gone.
@@ -192,7 +181,7 @@ class HostClient(SnapshotCalls, KeepingCalls):
         ``published`` then says that the cancellation came too late, and the image stays.
         """
         params = {"keep_published": "true" if keep_published else "false"}
-        return BuildInfo.from_wire(self._json("DELETE", f"/builds/{build_id}", params=params))
+        return self._ask(BuildInfo, "DELETE", f"/builds/{build_id}", params=params)
 
     def drop_layers(self, scope: str) -> None:
         """Delete everything that builds of a scope kept for others to reuse."""
@@ -203,15 +192,13 @@ class HostClient(SnapshotCalls, KeepingCalls):
     ) -> Iterator[BuildEvent]:
         """The events after number ``after``; with ``follow``, until the terminal one."""
         params = {"after": after, "follow": "true" if follow else "false"}
-        for line in self._lines("GET", f"/builds/{build_id}/events", params=params):
-            yield BuildEvent.from_wire(line)
+        yield from self._lines(BuildEvent, "GET", f"/builds/{build_id}/events", params=params)
 
     # Sandboxes -----------------------------------------------------------------------------
 
     def sandboxes(self) -> list[SandboxInfo]:
         """Every sandbox the host knows, gone ones included for a day."""
-        answer = self._json("GET", "/sandboxes")
-        return [SandboxInfo.from_wire(item) for item in answer["sandboxes"]]
+        return list(self._get(Sandboxes, "/sandboxes").sandboxes)
 
     def changes(self, run: str, after: int, *, seconds: float) -> ChangesInfo:
         """Which sandboxes ended, or were paused or resumed, after number ``after`` of a ``run``.
@@ -220,107 +207,90 @@ class HostClient(SnapshotCalls, KeepingCalls):
         """
         params = {"run": run, "after": after, "seconds": seconds}
         timeout = timeouts(read=seconds + _ANSWER_SECONDS)
-        return ChangesInfo.from_wire(self._json("GET", "/changes", params=params, timeout=timeout))
+        return self._get(ChangesInfo, "/changes", params=params, timeout=timeout)
 
-    def create_sandbox(
-        self,
-        sandbox_id: str,
-        *,
-        image: str | None = None,
-        snapshot: str | None = None,
-        cpu: float,
-        memory_mb: int,
-        disk_mb: int | None = None,
-        network: str = "off",
-        allow_domains: Sequence[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        deadline: float | None = None,
-    ) -> SandboxInfo:
+    def create_sandbox(self, request: CreateSandbox) -> SandboxInfo:
         """Start a sandbox; the same id again answers the one there is.
 
-        From an ``image``, or a ``snapshot``, which has a disk of its size.  Without ``disk_mb`` an
-        image's is ten times its memory, 4 to 20 GiB.  Raises ImageNotFound, NotFound (no such
-        snapshot), HostFull (nothing was created), InvalidRequest.
+        Raises ImageNotFound, NotFound (no such snapshot), HostFull (nothing was created),
+        InvalidRequest.
         """
-        body = {
-            "id": sandbox_id,
-            "image": image,
-            "snapshot": snapshot,
-            "limits": {"cpu": cpu, "memory_mb": memory_mb, "disk_mb": disk_mb},
-            "network": network,
-            "allow_domains": None if allow_domains is None else list(allow_domains),
-            "env": dict(env or {}),
-            "deadline": deadline,
-        }
-        # All of a snapshot's disk is copied before the answer comes.
-        timeout = _TIMEOUT if snapshot is None else CAPTURE_TIMEOUT
-        answer = self._json("POST", "/sandboxes", body=body, timeout=timeout)
-        return SandboxInfo.from_wire(answer)
+        timeout = _TIMEOUT if request.snapshot is None else _COPY_TIMEOUT
+        return self._ask(SandboxInfo, "POST", "/sandboxes", request, timeout=timeout)
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:
         """One sandbox; raises NotFound."""
-        return SandboxInfo.from_wire(self._json("GET", f"/sandboxes/{sandbox_id}"))
+        return self._get(SandboxInfo, f"/sandboxes/{sandbox_id}")
 
     def set_deadline(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Set when it ends (Unix seconds; None = never); raises NotFound, ContainerGone."""
-        body = {"deadline": deadline}
-        return SandboxInfo.from_wire(self._json("PATCH", f"/sandboxes/{sandbox_id}", body=body))
+        path = f"/sandboxes/{sandbox_id}"
+        return self._ask(SandboxInfo, "PATCH", path, SetDeadline(deadline))
 
     def pause_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Freeze a sandbox; it ends at ``deadline`` unless it is resumed (Unix seconds).
 
         Idempotent.  Raises NotFound, ContainerGone, HostFault (then it runs on).
         """
-        path, body = f"/sandboxes/{sandbox_id}/pause", {"deadline": deadline}
-        return SandboxInfo.from_wire(self._json("POST", path, body=body))
+        path = f"/sandboxes/{sandbox_id}/pause"
+        return self._ask(SandboxInfo, "POST", path, SetDeadline(deadline))
 
     def resume_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Let a paused sandbox run on until ``deadline``.  Raises NotFound, ContainerGone."""
-        path, body = f"/sandboxes/{sandbox_id}/resume", {"deadline": deadline}
-        return SandboxInfo.from_wire(self._json("POST", path, body=body))
+        path = f"/sandboxes/{sandbox_id}/resume"
+        return self._ask(SandboxInfo, "POST", path, SetDeadline(deadline))
 
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate a sandbox and forget it; idempotent."""
         self._send("DELETE", f"/sandboxes/{sandbox_id}")
 
-    def exec(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-    ) -> ExecResult:
-        """Run a command to its end: a string through the shell, a list as it is.
+    def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
+        """Run a command to its end.
 
-        At most ``max_output_bytes`` of stdout and stderr together are kept (16 MiB by default);
-        more is dropped and ``truncated`` set.  Raises ExecTimeout (its ``extra`` holds the
-        ``stdout`` and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone.
+        Of its output the first 16 MiB are kept unless the request says otherwise; more is dropped
+        and ``truncated`` set.  Raises ExecTimeout (its ``extra`` holds the ``stdout`` and
+        ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands if
+        it would be one more than its quota allows.
         """
-        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes)
-        collected = Collected()
-        for line in self._lines("POST", f"/sandboxes/{sandbox_id}/exec", body=body):
-            collected.add(ExecFrame.from_wire(line))
+        collected, path = Collected(), f"/sandboxes/{sandbox_id}/exec"
+        for frame in self._lines(ExecFrame, "POST", path, _capped(request)):
+            collected.add(frame)
         return collected.result()
 
     def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
         """How many commands run of each scope that has any; it has so long to answer."""
-        answer = self._json("GET", "/commands", timeout=timeouts(read=seconds))
-        return {str(scope): int(many) for scope, many in answer["scopes"].items()}
+        timeout = timeouts(read=seconds)
+        return dict(self._get(RunningCommands, "/commands", timeout=timeout).scopes)
 
     # Usage ---------------------------------------------------------------------------------
 
     def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
         """What each sandbox has used, ended ones until collected; or that of one, if known."""
         params = {} if sandbox_id is None else {"id": sandbox_id}
-        answer = self._json("GET", "/usage", params=params)
-        return [UsageInfo.from_wire(item) for item in answer["sandboxes"]]
+        return list(self._get(Usage, "/usage", params=params).sandboxes)
 
     def usage_collected(self, ids: Sequence[str]) -> None:
         """Have the host forget what these used, as far as they have ended."""
-        self._send("POST", "/usage/collected", body={"ids": list(ids)})
+        self._send("POST", "/usage/collected", CollectedUsage(ids))
+
+    # Snapshots -----------------------------------------------------------------------------
+
+    def create_snapshot(self, snapshot_id: str, sandbox_id: str) -> SnapshotInfo:
+        """Take a snapshot of a running sandbox's files; the same id again answers that there is.
+
+        Raises NotFound, ContainerGone, Conflict (one is being taken), HostFull; then nothing was
+        made.
+        """
+        path, request = f"/sandboxes/{sandbox_id}/snapshots", CreateSnapshot(snapshot_id)
+        return self._ask(SnapshotInfo, "POST", path, request, timeout=_COPY_TIMEOUT)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """Every snapshot on the host, oldest first."""
+        return list(self._get(Snapshots, "/snapshots").snapshots)
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        """Delete a snapshot, when nobody is just starting from it; idempotent."""
+        self._send("DELETE", f"/snapshots/{snapshot_id}")
 
     # Files ---------------------------------------------------------------------------------
 
@@ -349,8 +319,9 @@ class HostClient(SnapshotCalls, KeepingCalls):
         or a special file is in the way), NoSpace.
         """
         params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
-        answer = self._json("PUT", f"/sandboxes/{sandbox_id}/files", params=params, content=content)
-        return int(answer["size"])
+        path = f"/sandboxes/{sandbox_id}/files"
+        response = self._send("PUT", path, params=params, content=content)
+        return read(WrittenFile, response.content).size
 
     def delete_path(self, sandbox_id: str, path: str) -> None:
         """Delete a file, link or whole directory; raises NotFound, FileConflict."""
@@ -358,19 +329,52 @@ class HostClient(SnapshotCalls, KeepingCalls):
 
     def mkdir(self, sandbox_id: str, path: str, *, parents: bool = True) -> None:
         """Make a directory; with ``parents``, also what is missing above, and existing is fine."""
-        body = {"path": path, "parents": parents}
-        self._send("POST", f"/sandboxes/{sandbox_id}/files/mkdir", body=body)
+        request = MakeDirectory(path, parents)
+        self._send("POST", f"/sandboxes/{sandbox_id}/files/mkdir", request)
 
     def move(self, sandbox_id: str, source: str, destination: str) -> None:
         """Rename, replacing a file at the destination; raises NotFound, FileConflict."""
-        body = {"source": source, "destination": destination}
-        self._send("POST", f"/sandboxes/{sandbox_id}/files/move", body=body)
+        request = MoveFile(source, destination)
+        self._send("POST", f"/sandboxes/{sandbox_id}/files/move", request)
 
     def stat(self, sandbox_id: str, path: str) -> FileStat:
         """What is at a path; missing is ``exists=False``, not an error."""
-        params = {"path": path}
-        answer = self._json("GET", f"/sandboxes/{sandbox_id}/files/stat", params=params)
-        return FileStat.from_wire(answer)
+        where = f"/sandboxes/{sandbox_id}/files/stat"
+        return self._get(FileStat, where, params={"path": path})
+
+    # What belongs to nobody ----------------------------------------------------------------
+
+    def installation(self) -> StandingInfo:
+        """Which installation the state directory says it is of."""
+        return self._get(StandingInfo, "/installation")
+
+    def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
+        """Tell of the database's new mark; ``known`` says whether it knows what the host holds.
+
+        Raises StateUnclaimed (say what is ``known``), InstallationMismatch.
+        """
+        request = Agree(**asdict(claim), known=known)
+        return self._ask(StandingInfo, "POST", "/installation/agree", request)
+
+    def adopt(self, claim: Claim) -> StandingInfo:
+        """An operator's word that database and state belong together."""
+        return self._ask(StandingInfo, "POST", "/installation/adopt", claim)
+
+    def reconcile(self, request: Reconcile) -> Reconciliation:
+        """Set aside some of what is not among those named.  Raises InstallationMismatch."""
+        return self._ask(Reconciliation, "POST", "/reconcile", request)
+
+    def quarantine(self) -> list[HeldInfo]:
+        """What was set aside, the oldest first."""
+        return list(self._get(Quarantine, "/quarantine").quarantine)
+
+    def restore_held(self, key: str) -> HeldInfo:
+        """Put back what was set aside.  Raises NotFound, Conflict."""
+        return self._ask(HeldInfo, "POST", f"/quarantine/{quote(key, safe='')}/restore")
+
+    def delete_held(self, key: str) -> None:
+        """Delete for good what was set aside.  Raises NotFound."""
+        self._send("DELETE", f"/quarantine/{quote(key, safe='')}")
 
     # Plumbing ------------------------------------------------------------------------------
 
@@ -378,36 +382,43 @@ class HostClient(SnapshotCalls, KeepingCalls):
         self,
         method: str,
         path: str,
+        request: Message | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        body: Mapping[str, Any] | None = None,
         content: bytes | Iterable[bytes] | None = None,
         timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
+        body = content if request is None else encode(request)
         with errors_told(self.socket):
             response = self._http.request(
-                method, path, params=params, json=body, content=content, timeout=timeout
+                method, path, params=params, content=body, timeout=timeout
             )
         if response.is_error:
             raise error_of(response)
         return response
 
-    def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        answer = self._send(method, path, **request).json()
-        return answer if isinstance(answer, dict) else {}
+    def _ask[M: Message](
+        self, kind: type[M], method: str, path: str, request: Message | None = None, **how: Any
+    ) -> M:
+        return read(kind, self._send(method, path, request, **how).content)
 
-    def _lines(
+    def _get[M: Message](self, kind: type[M], path: str, **how: Any) -> M:
+        return self._ask(kind, "GET", path, **how)
+
+    def _lines[M: Message](
         self,
+        kind: type[M],
         method: str,
         path: str,
+        request: Message | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        body: Mapping[str, Any] | None = None,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[M]:
+        body = None if request is None else encode(request)
         with (
             errors_told(self.socket),
             self._http.stream(
-                method, path, params=params, json=body, timeout=_STREAM_TIMEOUT
+                method, path, params=params, content=body, timeout=_STREAM_TIMEOUT
             ) as response,
         ):
             if response.is_error:
@@ -415,7 +426,7 @@ class HostClient(SnapshotCalls, KeepingCalls):
                 raise error_of(response)
             for line in response.iter_lines():
                 if line.strip():
-                    yield json.loads(line)
+                    yield read(kind, line)
 
 
 class AsyncHostClient:
@@ -440,50 +451,21 @@ class AsyncHostClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def exec_frames(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int | None = None,
-        quota: Quota | None = None,
-    ) -> AsyncIterator[ExecFrame]:
+    async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
         """Run a command, yielding its frames; close the iterator early to kill it.
 
         A frame of kind ``error`` or ``exited`` is the last.  Raises only what happened before
-        the command started; TooManyCommands if it would be one more than ``quota`` allows.
+        the command started; TooManyCommands if it would be one more than its quota allows.
         """
-        body = exec_body(command, cwd, env, timeout_seconds, max_output_bytes, quota)
-        async with self._stream("POST", f"/sandboxes/{sandbox_id}/exec", json=body) as response:
+        path = f"/sandboxes/{sandbox_id}/exec"
+        async with self._stream("POST", path, content=encode(request)) as response:
             async for line in response.aiter_lines():
                 if line.strip():
-                    yield ExecFrame.from_wire(json.loads(line))
+                    yield read(ExecFrame, line)
 
-    async def exec_to_end(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-        quota: Quota | None = None,
-    ) -> ExecResult:
-        """As :meth:`HostClient.exec`, within a ``quota``; cancelled, it ends the command."""
-        frames = self.exec_frames(
-            sandbox_id,
-            command,
-            cwd=cwd,
-            env=env,
-            timeout_seconds=timeout_seconds,
-            max_output_bytes=max_output_bytes,
-            quota=quota,
-        )
-        collected = Collected()
+    async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
+        """As :meth:`HostClient.exec`; cancelled, it ends the command."""
+        collected, frames = Collected(), self.exec_frames(sandbox_id, _capped(request))
         # An async generator, whatever its annotation says: closing it ends the command.
         async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
             async for frame in stream:
@@ -497,7 +479,7 @@ class AsyncHostClient:
         async with self._stream("GET", path, params=params) as response:
             async for line in response.aiter_lines():
                 if line.strip():
-                    yield BuildEvent.from_wire(json.loads(line))
+                    yield read(BuildEvent, line)
 
     @asynccontextmanager
     async def open_file(
@@ -516,8 +498,7 @@ class AsyncHostClient:
         params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
         url = f"/sandboxes/{sandbox_id}/files"
         async with self._stream("PUT", url, params=params, content=content) as response:
-            answer = json.loads(await response.aread())
-        return int(answer["size"])
+            return read(WrittenFile, await response.aread()).size
 
     @asynccontextmanager
     async def _stream(
@@ -529,6 +510,13 @@ class AsyncHostClient:
                     await response.aread()
                     raise error_of(response)
                 yield response
+
+
+def _capped(request: Exec) -> Exec:
+    """The same, for output that is kept in memory."""
+    if request.max_output_bytes is not None:
+        return request
+    return replace(request, max_output_bytes=DEFAULT_MAX_OUTPUT_BYTES)
 
 
 def _no_tls() -> ssl.SSLContext:

@@ -19,11 +19,12 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 from hostruntime.errors import HostUnavailable
+from hostruntime.wire.resources import Resources
 
 CGROUPS = Path("/sys/fs/cgroup")
 SYSTEMD = Path("/run/systemd/system")
@@ -38,22 +39,24 @@ _BUFFERS = "memory.kmem.tcp.limit_in_bytes"
 _BUFFERS_PART, _LEAST_BUFFERS = 4, 16 * _MIB
 
 
-@dataclass(frozen=True)
-class Limits:
-    """A container's share of the machine.
+@dataclass(frozen=True, kw_only=True)
+class Limits(Resources):
+    """A container's share of the machine, as it was asked for, and what follows from that.
 
-    ``cpu`` is in CPUs (1.5 = one and a half), ``memory_mb`` in MiB (swap is never added to it),
-    ``pids`` counts processes and threads.  ``workspace_mb`` and ``tmp_mb`` bound the two tmpfs,
-    whose content also counts as memory; ``disk_mb`` bounds everything else that is written, and so
-    the number of files, one for every 16 KiB of it.  None derives each from ``memory_mb``.
+    Swap is never added to the memory.  ``pids`` counts processes and threads.  ``workspace_mb`` and
+    ``tmp_mb`` bound the two tmpfs, whose content also counts as memory; the disk bounds everything
+    else that is written, and so the number of files, one for every 16 KiB of it.  None derives each
+    from the memory.
     """
 
-    cpu: float = 1.0
-    memory_mb: int = 1024
     pids: int = 1024
     workspace_mb: int | None = None
     tmp_mb: int | None = None
-    disk_mb: int | None = None
+
+    @classmethod
+    def of(cls, asked: Resources) -> Limits:
+        """Those of a sandbox or a build."""
+        return cls(**{item.name: getattr(asked, item.name) for item in fields(Resources)})
 
     @property
     def disk_size_mb(self) -> int:

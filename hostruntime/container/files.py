@@ -19,6 +19,8 @@ from hostruntime.container.inside_files import LENGTH, PIECE_BYTES
 from hostruntime.container.launcher import Attached, LauncherPool
 from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.host.patience import Patience
+from hostruntime.wire.files import DirectoryEntries, DirectoryEntry, FileStat
+from hostruntime.wire.message import MalformedError, Message, from_fields
 
 MAX_PATH_BYTES = 4096
 # How long one step may take without the process inside doing anything (hostruntime.host.patience).
@@ -30,8 +32,8 @@ _END_TIMEOUT_SECONDS = 5.0
 class Opened:
     """A path that was read: its stat, and its bytes, or its entries if it is a directory."""
 
-    stat: dict[str, Any]
-    entries: list[dict[str, Any]] | None
+    stat: FileStat
+    entries: tuple[DirectoryEntry, ...] | None
     content: AsyncIterator[bytes]
 
 
@@ -53,7 +55,10 @@ class FileService:
         arguments = {"path": checked(path), "max_bytes": max_bytes, "directories": directories}
         async with self._operation(name, "read", arguments) as peer:
             header = await peer.header()
-            yield Opened(header["stat"], header.get("entries"), peer.pieces())
+            stat, entries = _told(FileStat, header.get("stat")), None
+            if stat.is_dir:
+                entries = _told(DirectoryEntries, header).entries
+            yield Opened(stat, entries, peer.pieces())
 
     async def write(
         self, name: str, path: str, content: AsyncIterator[bytes], *, mode: int | None
@@ -88,9 +93,9 @@ class FileService:
         arguments = {"source": checked(source), "destination": checked(destination)}
         await self._simple(name, "move", arguments)
 
-    async def stat(self, name: str, path: str) -> dict[str, Any]:
-        """What is at a path; ``{"exists": False}`` if nothing."""
-        return await self._simple(name, "stat", {"path": checked(path)})
+    async def stat(self, name: str, path: str) -> FileStat:
+        """What is at a path, or that nothing is."""
+        return _told(FileStat, await self._simple(name, "stat", {"path": checked(path)}))
 
     async def _simple(self, name: str, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         async with self._operation(name, operation, arguments) as peer:
@@ -185,6 +190,14 @@ class _Peer:
             raise Exhausted("The sandbox didn't accept the file's content in time.") from None
         except ConnectionError:
             return  # The process inside is gone: its answer, or the lack of one, says why.
+
+
+def _told[M: Message](kind: type[M], fields: object) -> M:
+    """What the process inside answered.  Raises Exhausted: something there has changed it."""
+    try:
+        return from_fields(kind, fields)
+    except MalformedError as error:
+        raise Exhausted("The sandbox gave an answer that is none.") from error
 
 
 def checked(path: str) -> str:

@@ -351,7 +351,7 @@ class ContainerManager:
     async def names_in(self, owner: str, directory: str) -> list[str]:
         """What is in a directory of a container, seen from inside.  Raises HostError."""
         async with self.files.read(self.get(owner).name, directory) as opened:
-            return [str(entry["name"]) for entry in opened.entries or ()]
+            return [entry.name for entry in opened.entries or ()]
 
     def environment(self, mode: str) -> dict[str, str]:
         """What every process in a container of a network mode begins with."""

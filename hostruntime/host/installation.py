@@ -22,27 +22,16 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.errors import Conflict
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.wire.keeping import Claim, StandingInfo
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a database says of itself.  ``previous`` is the mark before ``mark``."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    id: str
-    epoch: int
-    mark: str
-    previous: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,9 +50,9 @@ class Standing:
     mismatch: str = ""
     since: float | None = None
 
-    def to_wire(self) -> dict[str, Any]:
-        """The answer of the agent's API."""
-        return asdict(self)
+    def info(self) -> StandingInfo:
+        """What the agent's API answers: all but the mark."""
+        return StandingInfo(self.id, self.epoch, self.mismatch, self.since)
 
 
 class InstallationMismatch(Conflict):

@@ -15,14 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hostruntime.errors import TooManyCommands
-
-
-@dataclass(frozen=True)
-class Quota:
-    """At most ``most`` commands of ``scope`` at once."""
-
-    scope: str
-    most: int
+from hostruntime.wire.commands import Quota
 
 
 @dataclass

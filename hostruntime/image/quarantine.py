@@ -22,15 +22,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from hostruntime.errors import InvalidRequest, NotFound
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
-from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.records import BadRecord, read_record
 from hostruntime.image.trash import Trash
+from hostruntime.wire.keeping import HeldInfo
 
 DEFAULT_DAYS = 7.0
 _DAY = 86_400.0
@@ -43,21 +44,11 @@ Reason = Literal["unknown", "damaged"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """One thing in quarantine.  ``at`` is Unix seconds, ``detail`` a sentence for a person.
+class Held(HeldInfo):
+    """One thing in quarantine, of a kind and for a reason that are known here."""
 
-    ``size_bytes`` is what its record said, None where that is not known.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    key: str
     kind: Kind
-    name: str
     reason: Reason
-    detail: str
-    at: float
-    size_bytes: int | None = None
 
 
 _HELD = TypeAdapter(Held)

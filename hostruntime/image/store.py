@@ -32,7 +32,7 @@ import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +48,7 @@ from hostruntime.image.holdings import Holdings, reclaimable_bytes, write_holdin
 from hostruntime.image.quarantine import Held, Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.image.trees import Check, Inventory, Measure, go_on, measure, tree_digest
+from hostruntime.wire.images import ImageInfo
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "read_image", "tree_digest"]
 
@@ -94,8 +95,12 @@ class ImageManifest:
     env: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is written to disk and sent to clients."""
+        """The manifest as it is written to disk."""
         return asdict(self)
+
+    def info(self) -> ImageInfo:
+        """What clients are told of it."""
+        return ImageInfo(**{item.name: getattr(self, item.name) for item in fields(ImageInfo)})
 
 
 @dataclass(frozen=True)

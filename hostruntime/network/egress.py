@@ -50,6 +50,8 @@ from hostruntime.network.squid_config import (
 )
 from hostruntime.network.squid_log import telling_lines
 from hostruntime.network.unreached import Unreached, broken_tunnels, without_address
+from hostruntime.wire.health import EgressDecision, EgressHost
+from hostruntime.wire.message import MalformedError, from_fields
 
 PROXY_USER = "proxy"
 _START_SECONDS = 15.0
@@ -70,47 +72,6 @@ main(sys.argv[1:])
 # Squid wants a file for every page it could show, though these proxies show but one.
 _SQUID_PAGES = Path("/usr/share/squid/errors/templates")
 _ALLOWLIST = Path(__file__).with_name("data") / "egress-allowlist.txt"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One answer of the proxy; `at` in Unix seconds.
-
-    `verdict` is allowed, refused, or unreached: allowed, and then not to be reached.
-    """
-
-    at: float
-    owner: str
-    address: str
-    method: str
-    host: str
-    port: int
-    verdict: str
-    reason: str
-    message: str
-    # Asked for past the proxy: by DNS, with port 0, or an address that was tried.
-    direct: bool = False
-
-
-@dataclass(frozen=True)
-class HostUse:
-    """What one container did with one host and port; ``reason`` and ``message`` are the latest.
-
-    ``unreached`` counts what was allowed and came to nothing.  ``direct``: it was asked for past
-    the proxy: by DNS, which names no port (0), or an address that was tried.
-    """
-
-    host: str
-    port: int
-    allowed: int
-    refused: int
-    reason: str
-    message: str
-    last_at: float
-    sent_bytes: int
-    received_bytes: int
-    unreached: int = 0
-    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,15 +188,15 @@ class EgressProxy:
                 answer += piece
         return words in answer
 
-    def hosts(self, owner: str) -> list[HostUse]:
+    def hosts(self, owner: str) -> list[EgressHost]:
         """Return what an owner asked for and what came of it by host, what failed first."""
-        found: dict[tuple[str, int], list[Decision]] = {}
+        found: dict[tuple[str, int], list[EgressDecision]] = {}
         for decision in self.decisions(owner):
             found.setdefault((decision.host, decision.port), []).append(decision)
         carried = self.traffic(owner)
         nothing = Traffic(0, 0, 0)
         uses = [
-            HostUse(
+            EgressHost(
                 host=host,
                 port=port,
                 allowed=sum(one.verdict == "allowed" for one in decisions),
@@ -263,7 +224,7 @@ class EgressProxy:
             found[entry["host"]] = known.plus(entry["sent"], entry["received"])
         return found
 
-    def decisions(self, owner: str, since: float = 0.0) -> list[Decision]:
+    def decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
         """Return what an owner's container asked for and was answered, oldest first.
 
         Reads files, as far back as `since` (Unix seconds): not for an event loop.
@@ -421,23 +382,39 @@ def host_registries(paths: StatePaths) -> registries.Registries:
     return registries.host_registries(paths.images / "node-22" / "tree")
 
 
-def _decision(entry: dict[str, Any]) -> Decision | None:
+def _decision(entry: dict[str, Any]) -> EgressDecision | None:
     try:
-        return Decision(**entry)
-    except TypeError:
+        return from_fields(EgressDecision, entry)
+    except MalformedError:
         return None
 
 
-def _not_tls(entry: dict[str, Any]) -> Decision:
-    at, owner, address = entry["at"], entry["owner"], entry["address"]
-    host, port, verdict = entry["host"], entry["port"], policy.not_tls(entry["host"])
-    why = (verdict.reason, verdict.message)
-    return Decision(at, owner, address, "CONNECT", host, port, "refused", *why)
+def _not_tls(entry: dict[str, Any]) -> EgressDecision:
+    verdict = policy.not_tls(entry["host"])
+    return EgressDecision(
+        at=entry["at"],
+        owner=entry["owner"],
+        host=entry["host"],
+        port=entry["port"],
+        verdict="refused",
+        reason=verdict.reason,
+        address=entry["address"],
+        method="CONNECT",
+        message=verdict.message,
+    )
 
 
-def _came_to_nothing(owner: str, one: Unreached) -> Decision:
-    why = (one.reason, one.message)
-    return Decision(one.at, owner, "", "CONNECT", one.host, one.port, "unreached", *why)
+def _came_to_nothing(owner: str, one: Unreached) -> EgressDecision:
+    return EgressDecision(
+        at=one.at,
+        owner=owner,
+        host=one.host,
+        port=one.port,
+        verdict="unreached",
+        reason=one.reason,
+        method="CONNECT",
+        message=one.message,
+    )
 
 
 def _make_certificate(path: Path) -> None:

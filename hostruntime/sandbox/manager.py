@@ -22,12 +22,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
-from hostruntime.container.exec import Frame
+from hostruntime.container.exec import Frame, shell
 from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
 from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
-from hostruntime.host.quotas import Quota, RunningCommands
+from hostruntime.host.quotas import RunningCommands
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.image.identity import give_identity
@@ -37,6 +37,8 @@ from hostruntime.network.slots import Slot
 from hostruntime.sandbox.changes import Changes
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, user_of
 from hostruntime.sandbox.usage import UsageBook
+from hostruntime.wire.commands import Exec, Quota
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
 Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
 SWEEP_SECONDS = 0.5
@@ -47,37 +49,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SandboxRequest:
-    """What to create; ``deadline`` is in Unix seconds, None for no end."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    id: str
-    image: str
-    network: str = "off"
-    allow_domains: tuple[str, ...] | None = None
-    cpu: float = 1.0
-    memory_mb: int = 1024
-    disk_mb: int | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    deadline: float | None = None
-    # What to begin with, of :mod:`hostruntime.sandbox.snapshots`; image and disk size are then its
-    # own.
-    snapshot: str | None = None
-
-    @property
-    def limits(self) -> Limits:
-        """The container's share of the machine."""
-        return Limits(self.cpu, self.memory_mb, disk_mb=self.disk_mb)
-
-
-@dataclass(frozen=True)
 class Sandbox:
     """A sandbox as it is now."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    request: SandboxRequest
+    request: CreateSandbox
     state: Literal["starting", "running", "gone"]
     image_id: str
     image_tree: str
@@ -94,20 +71,21 @@ class Sandbox:
     # What is baked into its image (hostruntime.image.environment).
     image_env: Mapping[str, str] = field(default_factory=dict)
 
-    def to_wire(self) -> dict[str, Any]:
+    def info(self, *, held: bool) -> SandboxInfo:
         """The answer of the agent's API."""
-        return {
-            "id": self.request.id,
-            "image": self.request.image,
-            "state": self.state,
-            "paused": self.paused,
-            "network": self.request.network,
-            "started_at": self.started_at,
-            "boot_ms": round(self.boot_ms, 2),
-            "deadline": self.deadline if self.state == "gone" else self.end,
-            "reason": self.reason,
-            "ended_at": self.ended_at,
-        }
+        return SandboxInfo(
+            id=self.request.id,
+            image=self.request.image,
+            state=self.state,
+            started_at=self.started_at,
+            boot_ms=round(self.boot_ms, 2),
+            deadline=self.deadline if self.state == "gone" else self.end,
+            network=self.request.network,
+            reason=self.reason,
+            ended_at=self.ended_at,
+            paused=self.paused,
+            held=held,
+        )
 
     @property
     def end(self) -> float | None:
@@ -209,10 +187,9 @@ class SandboxManager:
 
     # What is asked of it -------------------------------------------------------------------
 
-    def to_wire(self, sandbox: Sandbox) -> dict[str, Any]:
-        """The answer of the agent's API, and whether it stands still for want of room."""
-        held = sandbox.request.id in self.containers.held()
-        return {**sandbox.to_wire(), "held": held}
+    def info(self, sandbox: Sandbox) -> SandboxInfo:
+        """The answer of the agent's API."""
+        return sandbox.info(held=sandbox.request.id in self.containers.held())
 
     def list(self) -> list[Sandbox]:
         """Every sandbox, running ones and those gone within the last day."""
@@ -225,16 +202,18 @@ class SandboxManager:
         except KeyError:
             raise NotFound(f"There is no sandbox {sandbox_id!r} on this host.") from None
 
-    async def create(self, request: SandboxRequest) -> tuple[Sandbox, bool]:
+    async def create(self, request: CreateSandbox) -> tuple[Sandbox, bool]:
         """Start a sandbox; return it, and whether it is new (the same id starts once).
 
         Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
         left of it.
         """
+        if bool(request.image) == (request.snapshot is not None):
+            raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
         policy = _checked(request)
         return await asyncio.shield(asyncio.ensure_future(self._create(request, policy)))
 
-    async def _create(self, request: SandboxRequest, policy: Policy) -> tuple[Sandbox, bool]:
+    async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
         async with self._lock(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
@@ -246,7 +225,7 @@ class SandboxManager:
                 return await self._begin(request, policy, snapshot), True
 
     async def _begin(
-        self, request: SandboxRequest, policy: Policy, snapshot: Snapshot | None
+        self, request: CreateSandbox, policy: Policy, snapshot: Snapshot | None
     ) -> Sandbox:
         directory = self._directory(request.id)
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -270,7 +249,7 @@ class SandboxManager:
         self.usage.begin(request.id, running.started_at)
         return self._sandboxes[request.id]
 
-    def _image(self, request: SandboxRequest, snapshot: Snapshot | None) -> Image:
+    def _image(self, request: CreateSandbox, snapshot: Snapshot | None) -> Image:
         if snapshot is None:
             return self.store.acquire(request.image, request.id)
         return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
@@ -294,7 +273,7 @@ class SandboxManager:
         Raises NotFound, ContainerGone, Conflict, HostFull, HostError.
         """
         sandbox = self._running(sandbox_id)
-        source = Source(sandbox_id, sandbox.image_id, sandbox.request.limits)
+        source = Source(sandbox_id, sandbox.image_id, Limits.of(sandbox.request))
         return await self.snapshots.capture(
             snapshot_id, source, self._lock(sandbox_id), lambda: self._check_runs(sandbox_id)
         )
@@ -353,26 +332,24 @@ class SandboxManager:
             self.changes.note(sandbox_id)
             return self._sandboxes[sandbox_id]
 
-    def exec(
-        self,
-        sandbox_id: str,
-        argv: Sequence[str],
-        *,
-        cwd: str,
-        env: Mapping[str, str],
-        timeout: float | None,
-        quota: Quota | None = None,
-    ) -> AsyncGenerator[Frame, None]:
+    def exec(self, sandbox_id: str, request: Exec) -> AsyncGenerator[Frame, None]:
         """Run a command with the environment of the image, the sandbox and its own, in this order.
 
         See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
-        for an environment that no process can have.
+        for a command or an environment that no process can have.
         """
+        argv = _argv(request)
         sandbox = self._usable(sandbox_id)
-        environment = {**self._environment(sandbox), **env}
+        environment = {**self._environment(sandbox), **request.env}
         check_variables(environment)
-        frames = self.containers.exec(sandbox_id, argv, cwd=cwd, env=environment, timeout=timeout)
-        return self._counted(frames, quota)
+        frames = self.containers.exec(
+            sandbox_id,
+            argv,
+            cwd=request.cwd,
+            env=environment,
+            timeout=request.timeout_seconds,
+        )
+        return self._counted(frames, request.quota)
 
     async def _counted(
         self, frames: AsyncGenerator[Frame, None], quota: Quota | None
@@ -489,7 +466,7 @@ class SandboxManager:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
         provide = partial(give_identity, tree)
-        return ContainerSpec(request.id, tree, policy, request.limits, directory, provide)
+        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, provide)
 
     def _save(self, sandbox: Sandbox) -> None:
         self._sandboxes[sandbox.request.id] = sandbox
@@ -539,7 +516,17 @@ def _slot_record(slot: Slot) -> dict[str, Any]:
     return {"index": slot.index, "address": slot.address}
 
 
-def _checked(request: SandboxRequest) -> Policy:
+def _argv(request: Exec) -> Sequence[str]:
+    """What to run.  Raises InvalidRequest."""
+    given = request.command
+    argv = [given] if isinstance(given, str) else given
+    if any("\0" in text for text in (*argv, request.cwd)):
+        raise InvalidRequest("A command cannot contain a NUL character.")
+    check_environment(request.env)
+    return shell(given) if isinstance(given, str) else argv
+
+
+def _checked(request: CreateSandbox) -> Policy:
     """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
     if _ID.fullmatch(request.id) is None:
         raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")

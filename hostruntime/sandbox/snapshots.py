@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -48,6 +48,7 @@ from hostruntime.host.threads import Stop, StoppedError, in_thread
 from hostruntime.image.quarantine import Held
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
+from hostruntime.wire.sandboxes import SnapshotInfo
 
 ARCHIVE_SECONDS = 300.0
 FREEZE_SECONDS = 10.0
@@ -87,10 +88,10 @@ class Snapshot:
     created_at: float
     frozen_ms: float
 
-    def to_wire(self) -> dict[str, Any]:
+    def info(self) -> SnapshotInfo:
         """The answer of the agent's API."""
-        wire = asdict(self)
-        return {**wire, "image": wire.pop("image_id"), "frozen_ms": round(self.frozen_ms, 2)}
+        known = asdict(self) | {"frozen_ms": round(self.frozen_ms, 2)}
+        return SnapshotInfo(image=known.pop("image_id"), **known)
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)

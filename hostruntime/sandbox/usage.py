@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -30,6 +30,7 @@ from hostruntime.host.days import by_day
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.quarantine import Quarantine
+from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
@@ -93,14 +94,12 @@ class Meter:
             sums = self.days.pop(day)
             self.before = [total + part for total, part in zip(self.before, sums, strict=True)]
 
-    def to_wire(self) -> dict[str, Any]:
+    def info(self) -> UsageInfo:
         """The answer of the agent's API."""
-        days = [
-            {"day": day, "cpu_seconds": sums[0], "gb_seconds": sums[1]}
-            for day, sums in sorted(self.days.items())
-        ]
-        before = {"cpu_seconds": self.before[0], "gb_seconds": self.before[1]}
-        return {"id": self.id, "ended": self.ended_at is not None, "before": before, "days": days}
+        days = tuple(
+            DayUsed(*sums, day=date.fromisoformat(day)) for day, sums in sorted(self.days.items())
+        )
+        return UsageInfo(self.id, self.ended_at is not None, Used(*self.before), days)
 
 
 _METER = TypeAdapter(Meter)

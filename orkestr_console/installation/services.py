@@ -15,9 +15,9 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
-from hostruntime.client.answers import HeldInfo, Reconciliation, StandingInfo
 from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
 from hostruntime.host.paths import StatePaths
+from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.core.hosts import errors_told, host
@@ -98,7 +98,7 @@ def reconcile(
         let_go()
         if row.confirmed:
             try:
-                done = host().reconcile(row.claim(), images=images, snapshots=snapshots)
+                done = host().reconcile(Reconcile(row.claim(), images, snapshots))
             except InstallationMismatch as error:
                 logger.warning("the host set nothing aside: %s", error.detail)
             else:

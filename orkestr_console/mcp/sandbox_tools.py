@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hostruntime.client.answers import DirectoryListing, FileContent
+from hostruntime.wire.files import DirectoryListing, FileContent
 from orkestr_console.core.errors import (
     Conflict,
     DomainError,

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from hostruntime.client.answers import BaseInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.wire.images import BaseInfo
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
 from orkestr_console.runner.display import Display
@@ -220,7 +220,7 @@ class Console:
                     if event.kind == "progress":
                         self._display.progress(label, event.message)
                     elif event.image:
-                        step.detail = f"{event.image.get('size_bytes', 0) / MEBIBYTE:.0f} MiB"
+                        step.detail = f"{event.image.size_bytes / MEBIBYTE:.0f} MiB"
         except HostError as error:
             # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
             if not self._stopping:

@@ -14,8 +14,7 @@ from typing import Any, cast
 from channels.db import database_sync_to_async
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import ExecFrame, ExecResult
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -96,8 +95,12 @@ def too_many(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
 
 async def to_the_end(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
     """What came of a command; cancelled, it ends it. Raises the host's errors."""
-    return await async_host().exec_to_end(
-        sandbox.pk,
+    return await async_host().exec_to_end(sandbox.pk, asked(sandbox, spec, quota))
+
+
+def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
+    """What the host is to run."""
+    return Exec(
         spec.command,
         cwd=spec.cwd,
         env={**sandbox.env, **spec.env},
@@ -240,14 +243,7 @@ async def frames_of(
 ) -> AsyncGenerator[dict[str, Any]]:
     """The frames of a command, which starts when the first is asked for."""
     quota = await database_sync_to_async(quota_of)(actor)
-    started = async_host().exec_frames(
-        sandbox.pk,
-        spec.command,
-        cwd=spec.cwd,
-        env={**sandbox.env, **spec.env},
-        timeout_seconds=spec.timeout_seconds,
-        quota=quota,
-    )
+    started = async_host().exec_frames(sandbox.pk, asked(sandbox, spec, quota))
     # An async generator, whatever the client calls it: closing it ends the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
     whole = {"stdout": WholeCharacters(), "stderr": WholeCharacters()}

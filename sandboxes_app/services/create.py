@@ -14,6 +14,7 @@ from django.db.models import Count
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
+from hostruntime.wire.sandboxes import CreateSandbox
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -236,15 +237,17 @@ def per_team(rows: SandboxQuerySet) -> dict[str, int]:
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
     """Start the container and say so. Raises the host's errors."""
     info = host().create_sandbox(
-        sandbox.pk,
-        image=None if snapshot else sandbox.image_id,
-        snapshot=snapshot.pk if snapshot else None,
-        cpu=sandbox.cpu,
-        memory_mb=sandbox.memory_mb,
-        network=sandbox.network,
-        allow_domains=sandbox.allow_domains,
-        env=sandbox.env,
-        deadline=sandbox.expires_at.timestamp(),
+        CreateSandbox(
+            sandbox.pk,
+            image="" if snapshot else sandbox.image_id,
+            snapshot=snapshot.pk if snapshot else None,
+            cpu=sandbox.cpu,
+            memory_mb=sandbox.memory_mb,
+            network=sandbox.network,
+            allow_domains=sandbox.allow_domains,
+            env=sandbox.env,
+            deadline=sandbox.expires_at.timestamp(),
+        )
     )
     if not state.started(sandbox, info):
         # Somebody terminated it while it started.

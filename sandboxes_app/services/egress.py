@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostruntime.client.answers import EgressHost
+from hostruntime.wire.health import EgressHost
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.core.hosts import errors_told, host
 from sandboxes_app.services.lifecycle import get_sandbox

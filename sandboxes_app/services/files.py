@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import DirectoryListing, FileContent, FileStat
+from hostruntime.wire.files import DirectoryListing, FileContent, FileStat
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.core.errors import (

@@ -13,8 +13,8 @@ from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.host.patience import scaled
+from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited

@@ -12,7 +12,7 @@ from datetime import date
 
 from django.db import transaction
 
-from hostruntime.client.answers import UsageInfo, Used
+from hostruntime.wire.sandboxes import UsageInfo, Used
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Key
@@ -58,10 +58,10 @@ def gained(info: UsageInfo, counted: Used) -> Iterator[tuple[date, Used]]:
     What was used before the days that the host still tells apart goes to the first of them.
     """
     reached = Used()
-    for number, (day, used) in enumerate(info.days):
+    for number, used in enumerate(info.days):
         until = reached + used + (Used() if number else info.before)
         yield (
-            day,
+            used.day,
             Used(
                 beyond(reached.cpu_seconds, until.cpu_seconds, counted.cpu_seconds),
                 beyond(reached.gb_seconds, until.gb_seconds, counted.gb_seconds),

@@ -11,7 +11,7 @@ from django.db.models import Count, Q
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import SnapshotInfo
+from hostruntime.wire.sandboxes import SnapshotInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited

@@ -11,7 +11,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from hostruntime.client.answers import SandboxInfo
+from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.core.postgres import persistently
 from sandboxes_app.events import tell_all_changed, tell_changed
 from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus

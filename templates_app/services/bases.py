@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hostruntime.client.answers import BaseInfo
 from hostruntime.errors import HostError
 from hostruntime.errors import ImageNotFound as NoImage
+from hostruntime.wire.images import BaseInfo
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, HostUnavailable, InvalidInput, NotFound

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import Max
 
 from hostruntime import errors as host_errors
-from hostruntime.client.answers import BuildEvent as HostEvent
 from hostruntime.host.patience import scaled
+from hostruntime.wire.builds import BuildEvent as HostEvent
+from hostruntime.wire.builds import Cache, StartBuild
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.core.hosts import host
 from orkestr_console.queue.driving import driving
@@ -153,25 +153,27 @@ def hand_over(template: Template, driver: str) -> None:
     allowed = envelope(template.team)
     step, build = template.step_timeout_seconds, template.build_timeout_seconds
     host().start_build(
-        template.image_id,
-        base_image=template.base_image,
-        recipe=template.recipe,
-        network=template.network,
-        allow_domains=template.allow_domains,
-        disk_mb=template.disk_mb,
-        cache=cache_of(template),
-        env=template.env,
-        step_timeout_seconds=step or allowed.value("step_timeout_seconds"),
-        build_timeout_seconds=build or allowed.value("build_timeout_seconds"),
+        StartBuild(
+            template.image_id,
+            base_image=template.base_image,
+            recipe=template.recipe,
+            network=template.network,
+            allow_domains=template.allow_domains,
+            disk_mb=template.disk_mb,
+            cache=cache_of(template),
+            env=template.env,
+            step_timeout_seconds=step or allowed.value("step_timeout_seconds"),
+            build_timeout_seconds=build or allowed.value("build_timeout_seconds"),
+        )
     )
     template.handed_over = True
     if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):
         raise Superseded
 
 
-def cache_of(template: Template) -> dict[str, Any]:
+def cache_of(template: Template) -> Cache:
     """Whose completed steps the host keeps this build's with, and whether it may take of them."""
-    return {"scope": template.team_id, "reuse": template.reuse == Reuse.FAILED}
+    return Cache(template.team_id, reuse=template.reuse == Reuse.FAILED)
 
 
 def past(

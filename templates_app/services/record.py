@@ -14,7 +14,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max
 from django.utils import timezone
 
-from hostruntime.client.answers import BuildEvent as HostEvent
+from hostruntime.wire.builds import BuildEvent as HostEvent
 from templates_app.events import tell_changed, tell_progress
 from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.direct import past_the_proxy

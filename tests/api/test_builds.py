@@ -9,6 +9,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.test import Client
 
+from hostruntime.wire.builds import StartBuild
 from orkestr_console.accounts.models import Plan, Team
 from templates_app.models import Template
 from templates_app.services import queue
@@ -31,7 +32,9 @@ def building(api: Client, host: FakeHost) -> Template:
     template = Template.objects.get(pk=created["id"])
     assert queue.take("drv_test") == template
     host.start_build(
-        template.image_id, base_image="debian-12", recipe=GOOD["recipe"], network="restricted"
+        StartBuild(
+            template.image_id, base_image="debian-12", recipe=GOOD["recipe"], network="restricted"
+        )
     )
     return template
 
@@ -195,7 +198,7 @@ def test_a_build_may_be_given_less_time_but_not_more(
     post(api, URL, {**GOOD, name: most - 1})
     run_queue()
     template = Template.objects.get()
-    assert host.built[template.image_id].request[name] == most - 1
+    assert getattr(host.built[template.image_id].request, name) == most - 1
     said = refusal(post(api, URL, {**GOOD, name: most + 1}), 403, "plan_limit")
     assert said["detail"].startswith(f"{name}: at most {most}")
     refusal(post(api, URL, {**GOOD, name: 0}), 400, "invalid_request")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 from django.test import Client
 
-from hostruntime.client.answers import BuildEvent as HostEvent
-from hostruntime.client.answers import EgressHost
+from hostruntime.wire.builds import BuildEvent as HostEvent
+from hostruntime.wire.health import EgressHost
 from orkestr_console.accounts.models import ApiToken, Plan, Team, TeamLimits
 from templates_app.models import Template
 from templates_app.services.record import record
@@ -34,7 +34,7 @@ def test_a_templates_list_is_normalised_and_reaches_the_host(api: Client, host: 
     run_queue()
     assert Template.objects.get().status == "ready"
     request = host.built[Template.objects.get().image_id].request
-    assert request["allow_domains"] == said["allow_domains"]
+    assert request.allow_domains == said["allow_domains"]
 
 
 @pytest.mark.parametrize(

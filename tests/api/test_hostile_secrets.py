@@ -15,9 +15,9 @@ from django_otp.oath import TOTP
 from django_otp.plugins.otp_static.models import StaticDevice
 from django_otp.plugins.otp_totp.models import TOTPDevice
 
-from hostruntime.client.answers import ExecResult
 from hostruntime.errors import HostFault, InvalidRequest
 from hostruntime.host.logs import LineFormatter
+from hostruntime.wire.commands import ExecResult
 from orkestr_console.accounts.actor import READ
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from sandboxes_app.models import Sandbox

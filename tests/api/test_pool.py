@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from django.db import connection, transaction
 
-from hostruntime.client.answers import ExecFrame
+from hostruntime.wire.commands import ExecFrame
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.asgi import application
 from orkestr_console.core import hosts

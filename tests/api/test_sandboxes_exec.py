@@ -15,9 +15,8 @@ from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 from django.test import AsyncClient, Client
 
-from hostruntime.client.answers import ExecFrame, ExecResult
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, Held, HostUnavailable
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.commands import ExecFrame, ExecResult, Quota
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import actor_of_token
 from orkestr_console.http import closing

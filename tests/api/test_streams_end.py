@@ -14,7 +14,7 @@ from channels.layers import get_channel_layer
 from django.http import HttpRequest
 from django.test import RequestFactory
 
-from hostruntime.client.answers import ExecFrame
+from hostruntime.wire.commands import ExecFrame
 from orkestr_console.accounts import rates
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import ApiToken, AuditEntry

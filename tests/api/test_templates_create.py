@@ -244,7 +244,7 @@ def test_the_environment_is_kept_shown_and_built_with(
     template = make_template(env=env)
     said = api.get(f"{URL}/{template.pk}").json()
     assert said["env"] == env
-    assert host.built[template.image_id].request["env"] == env
+    assert host.built[template.image_id].request.env == env
     assert post(api, URL, GOOD).json()["env"] == {}
 
 

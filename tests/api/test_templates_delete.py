@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.test import Client
 
+from hostruntime.wire.builds import StartBuild
 from orkestr_console.accounts.models import Plan, Team
 from templates_app.models import BuildEvent, BuildStep, Template
 from tests.api.asking import post, refusal
@@ -46,7 +47,7 @@ def test_a_building_one_is_cancelled(api: Client, host: FakeHost) -> None:
     host.by_itself = False
     created = post(api, URL, GOOD).json()
     image = Template.objects.get().image_id
-    host.start_build(image, base_image="debian-12", recipe=["true"], network="open")
+    host.start_build(StartBuild(image, base_image="debian-12", recipe=["true"], network="open"))
     assert api.delete(f"{URL}/{created['id']}").status_code == 204
     run_queue()
     assert host.built[image].state == "cancelled"

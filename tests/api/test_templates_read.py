@@ -7,6 +7,7 @@ from django.test import Client
 from django.utils import timezone
 from pytest_django import DjangoAssertNumQueries
 
+from hostruntime.wire.builds import StartBuild
 from templates_app.models import Template
 from templates_app.services.record import record
 from tests.api.asking import post, refusal
@@ -35,7 +36,9 @@ def test_a_failed_template_tells_why_and_what_never_ran(api: Client, host: FakeH
     host.by_itself = False
     created = post(api, URL, {**GOOD, "recipe": ["one", "two", "three"]}).json()
     build = Template.objects.get().image_id
-    host.start_build(build, base_image="debian-12", recipe=["one", "two", "three"], network="open")
+    host.start_build(
+        StartBuild(build, base_image="debian-12", recipe=["one", "two", "three"], network="open")
+    )
     host.run_step(build, 1, "one", "fine\n")
     host.run_step(build, 2, "two", "no such package\n", code=100)
     message = "Step 2 of 3 failed: `two` exited with status 100.\n\nno such package\n"
@@ -147,7 +150,9 @@ def test_a_running_step_shows_what_it_printed_so_far(api: Client, host: FakeHost
     created = post(api, URL, GOOD).json()
     template = Template.objects.get()
     Template.objects.update(driver="drv_test")
-    host.start_build(template.image_id, base_image="debian-12", recipe=["one"], network="open")
+    host.start_build(
+        StartBuild(template.image_id, base_image="debian-12", recipe=["one"], network="open")
+    )
     host.emit(template.image_id, "step_started", step=1, total=2, command="one")
     host.emit(template.image_id, "output", step=1, text="half ")
     host.emit(template.image_id, "output", step=1, text="way")

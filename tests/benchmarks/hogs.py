@@ -16,6 +16,8 @@ from contextlib import suppress
 
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.benchmarks.__main__ import Row, milliseconds, print_table
 from tests.host.agent import an_agent
 from tests.host.hogs import HOGS
@@ -27,12 +29,12 @@ SETTLING_SECONDS = 5
 
 def measure(host: HostClient, hog: str, seconds: float) -> list[Row]:
     """Times of a neighbour's commands, before and during."""
-    host.create_sandbox("sbx_hog", image=BASE, cpu=1, memory_mb=512, disk_mb=1024)
-    host.create_sandbox("sbx_neighbour", image=BASE, cpu=1, memory_mb=512)
+    host.create_sandbox(CreateSandbox("sbx_hog", image=BASE, cpu=1, memory_mb=512, disk_mb=1024))
+    host.create_sandbox(CreateSandbox("sbx_neighbour", image=BASE, cpu=1, memory_mb=512))
     try:
 
         def command() -> float:
-            return milliseconds(lambda: host.exec("sbx_neighbour", "echo fine"))
+            return milliseconds(lambda: host.exec("sbx_neighbour", Exec("echo fine")))
 
         before = [command() for _ in range(CALM)]
         work = threading.Thread(target=run_hog, args=(host, hog, seconds))
@@ -49,7 +51,7 @@ def measure(host: HostClient, hog: str, seconds: float) -> list[Row]:
 def run_hog(host: HostClient, hog: str, seconds: float) -> None:
     """The hog until its time is over."""
     with suppress(HostError):
-        host.exec("sbx_hog", HOGS[hog], timeout_seconds=seconds, max_output_bytes=1 << 20)
+        host.exec("sbx_hog", Exec(HOGS[hog], timeout_seconds=seconds, max_output_bytes=1 << 20))
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ from django.template.loader import render_to_string
 from django.test import Client
 from django.utils import timezone
 
-from hostruntime.client.answers import EgressHost, ExecResult
 from hostruntime.errors import ExecTimeout
+from hostruntime.wire.commands import ExecResult
+from hostruntime.wire.health import EgressHost
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import KINDS
 from orkestr_console.accounts.models import AuditEntry, Invitation, Plan, Team, User

@@ -14,7 +14,7 @@ from django.test import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostruntime.client.answers import ExecResult
+from hostruntime.wire.commands import ExecResult
 from orkestr_console.accounts import services as accounts
 from orkestr_console.accounts.actor import READ
 from orkestr_console.accounts.limits import KINDS

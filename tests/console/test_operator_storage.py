@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from hostruntime.client.answers import HeldInfo, ImageInfo
+from hostruntime.wire.images import ImageInfo
+from hostruntime.wire.keeping import HeldInfo
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from hostruntime.client.answers import ExecResult
 from hostruntime.errors import ExecTimeout
+from hostruntime.wire.commands import ExecResult
 from orkestr_console.accounts.models import Team
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from hostruntime.client.answers import ChangesInfo
+from hostruntime.wire.sandboxes import ChangesInfo
 
 if TYPE_CHECKING:
     from tests.fakes.host import FakeSandbox

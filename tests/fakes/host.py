@@ -12,27 +12,11 @@ import posixpath
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hostruntime.client.answers import (
-    BaseInfo,
-    BuildEvent,
-    BuildInfo,
-    DirectoryEntry,
-    DirectoryListing,
-    EgressHost,
-    ExecFrame,
-    ExecResult,
-    FileContent,
-    FileStat,
-    ImageInfo,
-    ImageUsage,
-    SandboxInfo,
-    UsageInfo,
-)
-from hostruntime.client.host_client import DEFAULT_MAX_FILE_BYTES, DEFAULT_MAX_OUTPUT_BYTES
+from hostruntime.client.host_client import DEFAULT_MAX_FILE_BYTES
 from hostruntime.errors import (
     ContainerGone,
     ContainerPaused,
@@ -44,7 +28,12 @@ from hostruntime.errors import (
     ImageNotFound,
     NotFound,
 )
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
+from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
+from hostruntime.wire.files import DirectoryEntry, DirectoryListing, FileContent, FileStat
+from hostruntime.wire.health import EgressHost
+from hostruntime.wire.images import BaseInfo, ImageInfo, ImageUsage
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo, UsageInfo
 from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping
@@ -59,7 +48,7 @@ BASES = ("debian-12", "python-3.12-bare", "python-3.12", "node-22")
 class FakeBuild:
     """One build: what was asked for, and what it told so far."""
 
-    request: dict[str, Any]
+    request: StartBuild
     state: str = "running"
     events: list[BuildEvent] = field(default_factory=list)
     starts: int = 1
@@ -120,7 +109,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
 
     def finish(self, build_id: str) -> None:
         """Run every step of a build and publish."""
-        recipe = self.built[build_id].request["recipe"]
+        recipe = self.built[build_id].request.recipe
         self.emit(build_id, "boot", boot_ms=31.5)
         for number, command in enumerate(recipe, start=1):
             self.run_step(build_id, number, command, f"{command}: done\n")
@@ -133,7 +122,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         self, build_id: str, number: int, command: str, text: str = "", code: int = 0
     ) -> None:
         """One step from its start to its end."""
-        total = len(self.built[build_id].request["recipe"])
+        total = len(self.built[build_id].request.recipe)
         self.emit(build_id, "step_started", step=number, total=total, command=command)
         if text:
             self.emit(build_id, "output", step=number, text=text)
@@ -226,49 +215,23 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
 
     # Builds -------------------------------------------------------------------------------
 
-    def start_build(
-        self,
-        build_id: str,
-        *,
-        base_image: str,
-        recipe: Sequence[str],
-        network: str,
-        allow_domains: Sequence[str] | None = None,
-        cpu: float = 2.0,
-        memory_mb: int = 4096,
-        disk_mb: int | None = None,
-        step_timeout_seconds: float = 600.0,
-        build_timeout_seconds: float = 1800.0,
-        cache: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> BuildInfo:
+    def start_build(self, request: StartBuild) -> BuildInfo:
         """As the client; runs to its end at once if ``by_itself``."""
         self._up()
         if self.full:
             raise HostFull("There is no room.")
-        if base_image not in self.base_states and base_image not in self.stored:
-            raise ImageNotFound(f"There is no image {base_image}.")
+        if request.base_image not in self.base_states and request.base_image not in self.stored:
+            raise ImageNotFound(f"There is no image {request.base_image}.")
         with self.lock:
-            known = self.built.get(build_id)
+            known = self.built.get(request.id)
             if known is not None:
                 known.starts += 1
-                return self.build(build_id)
-            self.built[build_id] = FakeBuild(
-                {
-                    "base_image": base_image,
-                    "recipe": list(recipe),
-                    "network": network,
-                    "allow_domains": None if allow_domains is None else list(allow_domains),
-                    "step_timeout_seconds": step_timeout_seconds,
-                    "build_timeout_seconds": build_timeout_seconds,
-                    "cache": None if cache is None else dict(cache),
-                    "env": dict(env or {}),
-                }
-            )
+                return self.build(request.id)
+            self.built[request.id] = FakeBuild(request)
             self.lock.notify_all()
         if self.by_itself:
-            self._end_build(build_id)
-        return self.build(build_id)
+            self._end_build(request.id)
+        return self.build(request.id)
 
     def _end_build(self, build_id: str) -> None:
         failure, self.next_failure = self.next_failure, None
@@ -290,7 +253,9 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         """As the client."""
         self._up()
         with self.lock:
-            build = self.built.setdefault(build_id, FakeBuild({"recipe": []}, starts=0))
+            build = self.built.setdefault(
+                build_id, FakeBuild(StartBuild(build_id, "", [], "off"), starts=0)
+            )
             if build.state == "published" and keep_published:
                 return self.build(build_id)
             if build.state == "running":
@@ -343,36 +308,26 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         self._up()
         return [box.info for box in self.booted.values()]
 
-    def create_sandbox(
-        self,
-        sandbox_id: str,
-        *,
-        image: str | None = None,
-        snapshot: str | None = None,
-        cpu: float,
-        memory_mb: int,
-        disk_mb: int | None = None,
-        network: str = "off",
-        allow_domains: Sequence[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        deadline: float | None = None,
-    ) -> SandboxInfo:
+    def create_sandbox(self, request: CreateSandbox) -> SandboxInfo:
         """As the client."""
         self._up()
         if self.full:
             raise HostFull("There is no room.")
-        if snapshot is not None:
-            image = self.image_of(snapshot)
-        elif image is None or (image not in self.base_states and image not in self.stored):
+        image = request.image
+        if request.snapshot is not None:
+            image = self.image_of(request.snapshot)
+        elif image not in self.base_states and image not in self.stored:
             raise ImageNotFound(f"There is no image {image}.")
         with self.lock:
-            if sandbox_id not in self.booted:
-                now = time.time()
-                info = SandboxInfo(sandbox_id, image, "running", now, 31.5, deadline, network)
-                self.booted[sandbox_id] = FakeSandbox(info, dict(env or {}))
-                if snapshot is not None:
-                    self.restore(snapshot, self.booted[sandbox_id])
-            return self.booted[sandbox_id].info
+            if request.id not in self.booted:
+                now, deadline = time.time(), request.deadline
+                info = SandboxInfo(
+                    request.id, image, "running", now, 31.5, deadline, request.network
+                )
+                self.booted[request.id] = FakeSandbox(info, dict(request.env))
+                if request.snapshot is not None:
+                    self.restore(request.snapshot, self.booted[request.id])
+            return self.booted[request.id].info
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:
         """As the client."""
@@ -427,73 +382,38 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
                 if sandbox_id in self.used and self.used[sandbox_id].ended:
                     del self.used[sandbox_id]
 
-    def exec(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-    ) -> ExecResult:
+    def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
         """What ``answers`` has for the command; without an answer it ends well and says nothing."""
-        self._note(sandbox_id, command, cwd, env, timeout_seconds)
-        answer = self.answers.get(str(command), ExecResult(0, None, b"", b"", 3))
+        self._note(sandbox_id, request)
+        answer = self.answers.get(str(request.command), ExecResult(0, None, b"", b"", 3))
         if isinstance(answer, HostError):
             raise answer
         return answer
 
-    async def exec_to_end(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-        quota: Quota | None = None,
-    ) -> ExecResult:
-        with self.running.one_more(quota):
-            return self.exec(sandbox_id, command, cwd=cwd, env=env, timeout_seconds=timeout_seconds)
+    async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
+        with self.running.one_more(request.quota):
+            return self.exec(sandbox_id, request)
 
-    async def exec_frames(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        *,
-        cwd: str = "/workspace",
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = 60.0,
-        max_output_bytes: int | None = None,
-        quota: Quota | None = None,
-    ) -> AsyncIterator[ExecFrame]:
+    async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
         """What ``frames`` has for the command; an error among them is raised."""
-        with self.running.one_more(quota):
-            self._note(sandbox_id, command, cwd, env, timeout_seconds)
+        with self.running.one_more(request.quota):
+            self._note(sandbox_id, request)
         told = False
         try:
-            for frame in self.frames[str(command)]:
+            for frame in self.frames[str(request.command)]:
                 if isinstance(frame, HostError):
                     raise frame
                 yield frame
             told = True
         finally:
             if not told:
-                self.ended_early.append(str(command))
+                self.ended_early.append(str(request.command))
 
-    def _note(
-        self,
-        sandbox_id: str,
-        command: str | Sequence[str],
-        cwd: str,
-        env: Mapping[str, str] | None,
-        timeout_seconds: float | None,
-    ) -> None:
-        box = self._running(sandbox_id)
-        merged = {**box.env, **(env or {})}
-        self.ran.append(Ran(sandbox_id, command, cwd, merged, timeout_seconds))
+    def _note(self, sandbox_id: str, request: Exec) -> None:
+        merged = {**self._running(sandbox_id).env, **request.env}
+        self.ran.append(
+            Ran(sandbox_id, request.command, request.cwd, merged, request.timeout_seconds)
+        )
 
     def _running(self, sandbox_id: str) -> FakeSandbox:
         self.sandbox(sandbox_id)

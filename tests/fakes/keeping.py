@@ -10,18 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hostruntime.client.answers import (
-    HeldInfo,
-    ImageInfo,
-    Reconciliation,
-    SnapshotInfo,
-    StandingInfo,
-)
 from hostruntime.errors import ImageNotFound, NotFound
-from hostruntime.host.installation import Claim, InstallationBook
+from hostruntime.host.installation import InstallationBook
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import RECONCILE_MOST
 from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
+from hostruntime.wire.images import ImageInfo
+from hostruntime.wire.keeping import Claim, HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.sandboxes import SnapshotInfo
 
 
 class FakeKeeping:
@@ -47,7 +43,7 @@ class FakeKeeping:
     def installation(self) -> StandingInfo:
         """As the client."""
         self._up()
-        return StandingInfo.from_wire(self.book.read().to_wire())
+        return self.book.read().info()
 
     def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
         """As the client."""
@@ -55,28 +51,21 @@ class FakeKeeping:
         empty = not self.stored and not self.taken
         if known is False:
             self.book.refuse(empty=empty)
-        agreed = self.book.agree(claim, empty=empty, known=bool(known))
-        return StandingInfo.from_wire(agreed.to_wire())
+        return self.book.agree(claim, empty=empty, known=bool(known)).info()
 
     def adopt(self, claim: Claim) -> StandingInfo:
         """As the client."""
         self._up()
-        return StandingInfo.from_wire(self.book.adopt(claim).to_wire())
+        return self.book.adopt(claim).info()
 
-    def reconcile(
-        self,
-        claim: Claim,
-        *,
-        images: Sequence[str] | None = None,
-        snapshots: Sequence[str] | None = None,
-    ) -> Reconciliation:
+    def reconcile(self, request: Reconcile) -> Reconciliation:
         """As the client."""
         self._up()
-        self.book.require(claim)
+        self.book.require(request.installation)
         done, waiting = [], []
         kinds: list[tuple[str, dict[str, Any], Sequence[str] | None]] = [
-            ("snapshot", self.taken, snapshots),
-            ("image", self.stored, images),
+            ("snapshot", self.taken, request.snapshots),
+            ("image", self.stored, request.images),
         ]
         for kind, there, named in kinds:
             surplus = [] if named is None else [one for one in there if one not in named]

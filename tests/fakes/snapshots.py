@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hostruntime.client.answers import SnapshotInfo
 from hostruntime.errors import HostError, NotFound
+from hostruntime.wire.sandboxes import SnapshotInfo
 
 if TYPE_CHECKING:
     from tests.fakes.host import FakeSandbox

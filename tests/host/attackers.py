@@ -14,6 +14,7 @@ from hostruntime.client.host_client import HostClient
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
 from hostruntime.image.store import ImageManifest, ImageStore
+from hostruntime.wire.commands import Exec
 from tests.host.agent import REPO, Agent
 from tests.host.attacks.harness import Outcome
 from tests.host.smalltree import PYTHON
@@ -98,7 +99,7 @@ def outcomes(
     """Run a program of attacks in a sandbox to its end; what came of each, by name."""
     argv = ["python3", "-m", f"tests.host.attacks.{program}"]
     environment = {"PYTHONPATH": PLACE, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
-    result = host.exec(sandbox, argv, env=environment, timeout_seconds=60)
+    result = host.exec(sandbox, Exec(argv, env=environment, timeout_seconds=60))
     lines = result.stdout.decode().splitlines()
     assert lines[-1:] == ["done"], result.stderr.decode()[-3000:]
     found = [Outcome.parse(line) for line in lines[:-1]]

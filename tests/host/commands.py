@@ -7,9 +7,9 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from hostruntime.client.answers import ExecResult
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.wire.commands import Exec, ExecResult
 from tests.host.agent import eventually
 
 _numbers = count()
@@ -34,6 +34,6 @@ class Command(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.result = self._host.exec(self._sandbox_id, self._command, **self._options)
+            self.result = self._host.exec(self._sandbox_id, Exec(self._command, **self._options))
         except HostError as error:
             self.error = error

@@ -9,9 +9,9 @@ from itertools import count
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.bases import NAMES, take_bases
 from tests.host.agent import Agent, an_agent
 from tests.host.attackers import attackers_image
@@ -65,7 +65,7 @@ def new_sandbox(host: HostClient) -> Iterator[NewSandbox]:
         name = f"sbx_test{time.time_ns():x}{next(_numbers)}"
         made.append(name)
         options: dict[str, object] = {"image": BASE, "cpu": 1.0, "memory_mb": 512} | wishes
-        return host.create_sandbox(name, **options)  # type: ignore[arg-type]
+        return host.create_sandbox(CreateSandbox(name, **options))  # type: ignore[arg-type]
 
     yield create
     for name in made:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import pids_below
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, eventually, instance_groups
 
 NETWORKS = ("off", "restricted", "open")
@@ -28,12 +30,12 @@ def work(host: HostClient, image: str, creates: int, at_once: int = 1) -> None:
 
 def _use_one(host: HostClient, image: str, number: int) -> None:
     name, network = f"sbx_count{number}", NETWORKS[number % len(NETWORKS)]
-    host.create_sandbox(name, image=image, cpu=1.0, memory_mb=128, network=network)
+    host.create_sandbox(CreateSandbox(name, image=image, cpu=1.0, memory_mb=128, network=network))
     try:
         for _ in range(COMMANDS_A_SANDBOX - 1):
-            assert host.exec(name, ["/bin/true"]).code == 0
+            assert host.exec(name, Exec(["/bin/true"])).code == 0
         host.write_file(name, "/workspace/x", b"x")
-        assert host.exec(name, "cat /workspace/x").stdout == b"x"
+        assert host.exec(name, Exec("cat /workspace/x")).stdout == b"x"
     finally:
         host.delete_sandbox(name)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from hostruntime.client.answers import FileContent, SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.files import FileContent
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import HELPER, PLACE
 from tests.host.attacks.spy import ATTEMPTS
@@ -45,14 +47,16 @@ def interpreter() -> Path:
 def spied(agent: Agent, attackers: str) -> dict[str, Any]:
     """What a spy inside got hold of while the host ran commands and moved files."""
     host, before = agent.client, digest(interpreter())
-    host.create_sandbox("sbx_spied", image=attackers, cpu=2.0, memory_mb=512, network="off")
+    host.create_sandbox(
+        CreateSandbox("sbx_spied", image=attackers, cpu=2.0, memory_mb=512, network="off")
+    )
     try:
         argv = ["python3", "-m", "tests.host.attacks.spy", "4"]
         with ThreadPoolExecutor(3) as pool:
-            spying = pool.submit(host.exec, "sbx_spied", argv, env=_ENVIRONMENT)
+            spying = pool.submit(host.exec, "sbx_spied", Exec(argv, env=_ENVIRONMENT))
             content = bytes(3_000_000)
             while not spying.done():
-                list(pool.map(lambda _: host.exec("sbx_spied", ["/bin/true"]), range(4)))
+                list(pool.map(lambda _: host.exec("sbx_spied", Exec(["/bin/true"])), range(4)))
                 host.write_file("sbx_spied", "/workspace/big", content)
                 host.read_path("sbx_spied", "/workspace/big")
             result = spying.result()
@@ -96,7 +100,7 @@ def test_a_library_planted_for_every_program_is_not_loaded_by_the_host(
     before = digest(interpreter())
     host.write_file(hostile.id, "/etc/ld.so.preload", f"/{HELPER}\n".encode())
     for _ in range(5):
-        assert host.exec(hostile.id, ["/bin/true"]).code == 0
+        assert host.exec(hostile.id, Exec(["/bin/true"])).code == 0
         host.write_file(hostile.id, "/workspace/a", b"a")
     seen = preloaded(host, hostile)
     assert {program for _, program, _ in seen} == {"/usr/bin/true"}
@@ -107,7 +111,9 @@ def test_a_library_planted_for_every_program_is_not_loaded_by_the_host(
 def test_a_library_named_in_a_commands_environment_stays_with_the_command(
     host: HostClient, hostile: SandboxInfo
 ) -> None:
-    host.exec(hostile.id, ["/bin/true"], env={"LD_PRELOAD": f"/{HELPER}", "PYTHONINSPECT": "1"})
+    host.exec(
+        hostile.id, Exec(["/bin/true"], env={"LD_PRELOAD": f"/{HELPER}", "PYTHONINSPECT": "1"})
+    )
     assert [program for _, program, _ in preloaded(host, hostile)] == ["/usr/bin/true"]
 
 
@@ -125,7 +131,7 @@ def test_the_hosts_program_run_by_its_magic_link_cannot_be_written(
         library = host.read_path(hostile.id, f"/{HELPER}")
         assert isinstance(library, FileContent)
         host.write_file(hostile.id, f"/usr/lib/{name}", library.content)
-    host.exec(hostile.id, "echo in the shell")
+    host.exec(hostile.id, Exec("echo in the shell"))
     seen = [words for words in preloaded(host, hostile) if "python" in words[1]]
     assert seen, "the interpreter of the host was run inside"
     assert {refused for _, _, refused in seen} <= {"13", "26", "30"}, "EACCES, ETXTBSY, EROFS"
@@ -141,7 +147,7 @@ def test_a_replaced_shell_runs_inside_and_nowhere_else(
     for shell in ("/usr/bin/bash", "/usr/bin/dash"):
         host.delete_path(hostile.id, shell)
         host.write_file(hostile.id, shell, script.encode(), mode=0o755)
-    words = host.exec(hostile.id, f"touch {tmp_path}/here").stdout.split()
+    words = host.exec(hostile.id, Exec(f"touch {tmp_path}/here")).stdout.split()
     assert words[0] == b"0"
     assert int(words[2]) >= 1_000_000_000, "the replacement ran, in the container's namespace"
     assert list(tmp_path.iterdir()) == []
@@ -161,7 +167,7 @@ def test_a_command_has_three_descriptors_all_pipes_or_null_and_no_terminal(
         "except OSError as error: fds['tty'] = error.strerror\n"
         "print(json.dumps(fds))"
     )
-    found = json.loads(host.exec(hostile.id, ["python3", "-c", script]).stdout)
+    found = json.loads(host.exec(hostile.id, Exec(["python3", "-c", script])).stdout)
     assert found.pop("tty") == "No such device or address"
     assert found.pop("0") == "/dev/null"
     assert found.pop("1").startswith("pipe:")
@@ -172,7 +178,7 @@ def test_a_command_has_three_descriptors_all_pipes_or_null_and_no_terminal(
 def test_a_commands_environment_is_what_it_was_given_and_nothing_of_the_hosts(
     host: HostClient, hostile: SandboxInfo
 ) -> None:
-    out = host.exec(hostile.id, ["env", "-0"], env={"A": "1"}).stdout.decode()
+    out = host.exec(hostile.id, Exec(["env", "-0"], env={"A": "1"})).stdout.decode()
     names = {line.partition("=")[0] for line in out.split("\0") if line}
     assert {"A", "PATH", "HOME"} <= names
     allowed = {"A", "PATH", "HOME", "LANG", "DEBIAN_FRONTEND", "NPM_CONFIG_GLOBALCONFIG"}
@@ -203,7 +209,7 @@ def test_words_names_and_values_are_never_pasted_into_a_shell(
 ) -> None:
     text = word.format(tmp_path / "owned")
     echo = ["python3", "-c", "import sys, os; print(repr((sys.argv[1], os.environ['X'])))", text]
-    assert host.exec(hostile.id, echo, env={"X": text}).stdout.decode().strip() == repr(
+    assert host.exec(hostile.id, Exec(echo, env={"X": text})).stdout.decode().strip() == repr(
         (text, text)
     )
     name = f"/workspace/{text.replace('/', '_')}"
@@ -212,7 +218,7 @@ def test_words_names_and_values_are_never_pasted_into_a_shell(
     assert isinstance(found, FileContent)
     assert found.content == b"kept"
     with pytest.raises(HostError):
-        host.exec(hostile.id, ["true"], cwd=f"/{text}")
+        host.exec(hostile.id, Exec(["true"], cwd=f"/{text}"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,8 +227,8 @@ def test_a_nul_in_a_word_is_refused(
     host: HostClient, hostile: SandboxInfo, argv: list[str]
 ) -> None:
     with pytest.raises(HostError):
-        host.exec(hostile.id, argv)
-    assert host.exec(hostile.id, ["echo", "on"]).stdout == b"on\n"
+        host.exec(hostile.id, Exec(argv))
+    assert host.exec(hostile.id, Exec(["echo", "on"])).stdout == b"on\n"
 
 
 @pytest.mark.parametrize(
@@ -232,22 +238,22 @@ def test_a_nul_in_a_word_is_refused(
 def test_a_descriptor_of_the_attaching_process_is_no_working_directory(
     host: HostClient, hostile: SandboxInfo, cwd: str
 ) -> None:
-    host.exec(hostile.id, ["ln", "-s", cwd, "/root/way"])
+    host.exec(hostile.id, Exec(["ln", "-s", cwd, "/root/way"]))
     for path in (cwd, "/root/way"):
         with pytest.raises(HostError):
-            host.exec(hostile.id, ["pwd"], cwd=path)
+            host.exec(hostile.id, Exec(["pwd"], cwd=path))
 
 
 @pytest.mark.parametrize("target", ["/", "/proc/1/root", "/proc/self/root", "/proc/1/cwd"])
 def test_a_link_for_a_working_directory_leads_to_the_containers_own(
     agent: Agent, host: HostClient, hostile: SandboxInfo, target: str
 ) -> None:
-    host.exec(hostile.id, ["ln", "-s", target, "/workspace/way"])
-    result = host.exec(hostile.id, ["ls", "-a", "."], cwd="/workspace/way")
+    host.exec(hostile.id, Exec(["ln", "-s", target, "/workspace/way"]))
+    result = host.exec(hostile.id, Exec(["ls", "-a", "."], cwd="/workspace/way"))
     assert b".orkestr" in result.stdout
     above = f"/workspace/way/{'../' * 30}{str(agent.state).lstrip('/')}"
     with pytest.raises(HostError):
-        host.exec(hostile.id, ["pwd"], cwd=above)
+        host.exec(hostile.id, Exec(["pwd"], cwd=above))
 
 
 def test_a_container_that_fights_its_attachers_is_ended_all_the_same(
@@ -268,13 +274,13 @@ def test_a_container_that_fights_its_attachers_is_ended_all_the_same(
         "print(killed)"
     )
     with ThreadPoolExecutor(1) as pool:
-        fighting = pool.submit(host.exec, hostile.id, ["python3", "-c", script])
+        fighting = pool.submit(host.exec, hostile.id, Exec(["python3", "-c", script]))
         codes = []
         while not fighting.done():
-            codes.append(host.exec(hostile.id, ["sleep", "0.2"]).code)
+            codes.append(host.exec(hostile.id, Exec(["sleep", "0.2"])).code)
         assert int(fighting.result().stdout) > 0
     assert set(codes[:-1]) <= {0, 137, 126, 127}
     assert 137 in codes
     for _ in eventually():
-        if host.exec(hostile.id, ["echo", "on"]).stdout == b"on\n":
+        if host.exec(hostile.id, Exec(["echo", "on"])).stdout == b"on\n":
             break

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import FileContent, SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
 from hostruntime.container.shared_limits import low_limits, most_processes
 from hostruntime.errors import NotFound
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.files import FileContent
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import REPO, Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS
@@ -59,7 +61,7 @@ class Siege:
 def inside(host: HostClient, sandbox: SandboxInfo, word: str) -> bytes:
     env = {"PYTHONPATH": PLACE, "PYTHONDONTWRITEBYTECODE": "1"}
     argv = ["python3", "-m", "tests.host.attacks.counted", word]
-    result = host.exec(sandbox.id, argv, env=env, timeout_seconds=300)
+    result = host.exec(sandbox.id, Exec(argv, env=env, timeout_seconds=300))
     assert result.code == 0, result.stderr.decode()[-2000:]
     return result.stdout
 
@@ -89,7 +91,9 @@ def hoarded_by(host: HostClient, sandbox: SandboxInfo) -> dict[str, list[tuple[i
 def siege(agent: Agent, attackers: str) -> Iterator[Siege]:
     host = agent.client
     hoarder, neighbour = (
-        host.create_sandbox(name, image=attackers, cpu=1.0, memory_mb=1024, network="off")
+        host.create_sandbox(
+            CreateSandbox(name, image=attackers, cpu=1.0, memory_mb=1024, network="off")
+        )
         for name in ("sbx_hoarder", "sbx_neighbour")
     )
     try:
@@ -150,7 +154,9 @@ def test_what_is_in_sockets_is_bounded_by_the_sandboxs_size(
     small = new_sandbox(image=attackers, memory_mb=64, network="off")
     groups = cgroup_layout().container(f"{agent.prefix}{small.id}")
     with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(host.exec, small.id, ["python3", "-c", _FILL], timeout_seconds=120)
+        filling = pool.submit(
+            host.exec, small.id, Exec(["python3", "-c", _FILL], timeout_seconds=120)
+        )
         for _ in eventually(100):
             if filling.done() or host.stat(small.id, "/workspace/filled").exists:
                 break

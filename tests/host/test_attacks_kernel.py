@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from hostruntime.host.paths import StatePaths
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, mounts_below
 from tests.host.attackers import outcomes
 from tests.host.attacks import kernel, surroundings
@@ -50,7 +52,9 @@ type Results = dict[str, Outcome]
 def results(agent: Agent, attackers: str) -> Iterator[dict[str, Results]]:
     host, name = agent.client, f"sbx_attack{time.time_ns():x}"
     before, clock = state_of_the_host(), time.time() - time.monotonic()
-    host.create_sandbox(name, image=attackers, cpu=2.0, memory_mb=512, network="open")
+    host.create_sandbox(
+        CreateSandbox(name, image=attackers, cpu=2.0, memory_mb=512, network="open")
+    )
     told = {
         "HOST_PIDS": f"{agent.pid}:{os.getpid()}",
         "HOST_PATHS": f"{agent.state}:{StatePaths(agent.state).images}:/run/orkestr",
@@ -60,7 +64,7 @@ def results(agent: Agent, attackers: str) -> Iterator[dict[str, Results]]:
             "kernel": outcomes(host, name, "kernel"),
             "surroundings": outcomes(host, name, "surroundings", told),
         }
-        assert host.exec(name, "echo alive").stdout == b"alive\n"
+        assert host.exec(name, Exec("echo alive")).stdout == b"alive\n"
         assert state_of_the_host() == before
         assert abs(time.time() - time.monotonic() - clock) < 1, "somebody turned the clock"
     finally:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_below
 from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.neighbour import FILES
@@ -35,7 +36,9 @@ _SECRET = {"NEIGHBOURS_SECRET": "hunter2"}
 def pair(agent: Agent, attackers: str) -> Iterator[tuple[SandboxInfo, SandboxInfo]]:
     """The one that leaves things, and the one that looks."""
     made = [
-        agent.client.create_sandbox(name, image=attackers, cpu=1.0, memory_mb=256, network="off")
+        agent.client.create_sandbox(
+            CreateSandbox(name, image=attackers, cpu=1.0, memory_mb=256, network="off")
+        )
         for name in ("sbx_left", "sbx_looker")
     ]
     yield made[0], made[1]
@@ -46,7 +49,7 @@ def pair(agent: Agent, attackers: str) -> Iterator[tuple[SandboxInfo, SandboxInf
 def program(host: HostClient, sandbox: SandboxInfo, word: str, **env: str) -> bytes:
     argv = ["python3", "-m", "tests.host.attacks.neighbour", word]
     environment = {"PYTHONPATH": PLACE, "PYTHONDONTWRITEBYTECODE": "1", **env}
-    result = host.exec(sandbox.id, argv, env=environment)
+    result = host.exec(sandbox.id, Exec(argv, env=environment))
     assert result.code == 0, result.stderr.decode()[-2000:]
     return result.stdout
 
@@ -151,7 +154,7 @@ def test_locks_on_devices_say_nothing_to_another_container(
     host, (one, other) = agent.client, pair
 
     def locks(sandbox: SandboxInfo, *words: str) -> list[str]:
-        done = host.exec(sandbox.id, ["python3", "-c", NODES, *words])
+        done = host.exec(sandbox.id, Exec(["python3", "-c", NODES, *words]))
         assert done.code == 0, done.stderr
         return list(json.loads(done.stdout.splitlines()[0]))
 
@@ -199,7 +202,7 @@ def test_ids_of_sandboxes_are_not_names_of_anything_inside(
     told = []
     for sandbox in (new_sandbox(), new_sandbox()):
         words = "hostname; cat /proc/sys/kernel/random/boot_id; cat /etc/hosts /etc/machine-id"
-        told.append(host.exec(sandbox.id, words).stdout.splitlines())
+        told.append(host.exec(sandbox.id, Exec(words)).stdout.splitlines())
         assert sandbox.id.encode() not in b" ".join(told[-1])
     assert told[0][0] == told[1][0] == b"sandbox"
     assert told[0][1] != told[1][1], "a boot id of its own"

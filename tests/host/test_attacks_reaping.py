@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 from tests.host.test_entering import container_of, find
@@ -78,14 +79,14 @@ def test_a_command_that_its_tracer_does_not_let_go_holds_up_nobody(
     held = ["sleep", "4.25"]
     with ThreadPoolExecutor(6) as pool:
         argv = ["python3", "-c", _TRACER, held[1]]
-        tracing = pool.submit(host.exec, hostile.id, argv, timeout_seconds=60)
-        holding = pool.submit(host.exec, hostile.id, held, timeout_seconds=60)
+        tracing = pool.submit(host.exec, hostile.id, Exec(argv, timeout_seconds=60))
+        holding = pool.submit(host.exec, hostile.id, Exec(held, timeout_seconds=60))
         pid = find(container_of(agent, hostile), held[1])
         for _ in eventually(30):
             if pid in zombies(agent):
                 break
         # Several at once, so that both launchers have to do with it.
-        others = [pool.submit(host.exec, sandbox.id, ["echo", "on"]) for _ in range(12)]
+        others = [pool.submit(host.exec, sandbox.id, Exec(["echo", "on"])) for _ in range(12)]
         assert {other.result(20).stdout for other in others} == {b"on\n"}
         assert holding.result(20).code == 0
         assert pid in zombies(agent), "it was held all the while"
@@ -101,7 +102,7 @@ def test_children_that_a_command_makes_the_launcher_have_do_not_keep_a_container
     agent: Agent, host: HostClient, hostile: SandboxInfo
 ) -> None:
     for _ in range(4):
-        result = host.exec(hostile.id, ["python3", "-c", _SIBLINGS])
+        result = host.exec(hostile.id, Exec(["python3", "-c", _SIBLINGS]))
         assert result.stdout.startswith(b"made "), result
     init = cgroup_layout().container(container_of(agent, hostile)).init_pid()
     host.delete_sandbox(hostile.id)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import BuildEvent
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, ImageNotFound
+from hostruntime.wire.builds import BuildEvent, StartBuild
 from tests.host.agent import Agent, children_named, eventually, groups_named, mounts_below
 from tests.host.conftest import BASE
 
@@ -39,7 +39,7 @@ def build_id(host: HostClient) -> Iterator[str]:
 
 
 def start(host: HostClient, build_id: str, *recipe: str) -> None:
-    host.start_build(build_id, base_image=BASE, recipe=recipe, network="restricted")
+    host.start_build(StartBuild(build_id, base_image=BASE, recipe=recipe, network="restricted"))
 
 
 def await_event(host: HostClient, build_id: str, kind: str, text: str = "") -> BuildEvent:

@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import pytest
 
-from hostruntime.client.answers import BuildEvent
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, NotFound
+from hostruntime.wire.builds import BuildEvent, StartBuild
+from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent
 from tests.host.conftest import BASE, NewSandbox
 
@@ -27,7 +28,7 @@ def build(host: HostClient) -> Iterator[Build]:
     def run(*recipe: str, **options: object) -> list[BuildEvent]:
         made.append(f"img_told{time.time_ns():x}")
         options = {"base_image": BASE, "network": "restricted"} | options
-        host.start_build(made[-1], recipe=recipe, **options)  # type: ignore[arg-type]
+        host.start_build(StartBuild(made[-1], recipe=recipe, **options))  # type: ignore[arg-type]
         return list(host.build_events(made[-1]))
 
     yield run
@@ -51,16 +52,19 @@ def test_what_is_baked_in_is_there_in_steps_sandboxes_and_snapshots(
     shown = 'cat /root/said; tool; echo "[$APP_HOME] [$B]"; command -v ls'
     expected = b"tool template\n/opt/app template\ntool %s\n[/opt/app] [%s]\n/usr/bin/ls\n"
     box = new_sandbox(image=image, env={"B": "sandbox"})
-    assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
-    assert host.exec(box.id, shown, env={"A": "a", "B": "b"}).stdout == expected % (b"a", b"b")
+    assert host.exec(box.id, Exec(shown)).stdout == expected % (b"template", b"sandbox")
+    assert host.exec(box.id, Exec(shown, env={"A": "a", "B": "b"})).stdout == expected % (
+        b"a",
+        b"b",
+    )
     snapshot = f"snap_told{time.time_ns():x}"
     host.create_snapshot(snapshot, sandbox_id=box.id)
     try:
-        copy = new_sandbox(image=None, snapshot=snapshot, env={"A": "copy"})
-        assert host.exec(copy.id, shown).stdout == expected % (b"copy", b"")
+        copy = new_sandbox(image="", snapshot=snapshot, env={"A": "copy"})
+        assert host.exec(copy.id, Exec(shown)).stdout == expected % (b"copy", b"")
         agent.kill()
         agent.start()
-        assert host.exec(box.id, shown).stdout == expected % (b"template", b"sandbox")
+        assert host.exec(box.id, Exec(shown)).stdout == expected % (b"template", b"sandbox")
         host.delete_sandbox(copy.id)
     finally:
         host.delete_snapshot(snapshot)
@@ -69,7 +73,9 @@ def test_what_is_baked_in_is_there_in_steps_sandboxes_and_snapshots(
     said = "".join(str(event.data["text"]) for event in events if event.kind == "output")
     assert said == "tool template\n"
     above = new_sandbox(image=str(one(events, "published")["image"]))
-    assert host.exec(above.id, "echo $PATH $APP_HOME").stdout.startswith(b"/opt/y:/opt/x/bin:/usr/")
+    assert host.exec(above.id, Exec("echo $PATH $APP_HOME")).stdout.startswith(
+        b"/opt/y:/opt/x/bin:/usr/"
+    )
 
 
 def one(events: list[BuildEvent], kind: str) -> dict[str, object]:
@@ -134,7 +140,9 @@ def test_what_is_installed_is_what_dpkg_says(
     image = str(one(events, "published")["image"])
     assert host.image(image).digest == contents["digest"]
     sandbox = new_sandbox(image=image)
-    said = host.exec(sandbox.id, "dpkg-query -W -f '${Package} ${Version}\\n'").stdout.decode()
+    said = host.exec(
+        sandbox.id, Exec("dpkg-query -W -f '${Package} ${Version}\\n'")
+    ).stdout.decode()
     expected = sorted(line.split() for line in said.splitlines())
     assert sorted(contents["packages"]["dpkg"]) == expected  # type: ignore[index]
     assert len(expected) > 80 and not contents["truncated"]

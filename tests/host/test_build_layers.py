@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from hostruntime.build.layers import DISK, TMPFS
-from hostruntime.client.answers import BuildEvent
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, InvalidRequest
+from hostruntime.wire.builds import BuildEvent, Cache, StartBuild
+from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE, NewSandbox
 
@@ -72,9 +73,9 @@ def build(host: HostClient, scope: str) -> Iterator[Build]:
             "base_image": BASE,
             "network": "restricted",
             "disk_mb": 512,
-            "cache": {"scope": scope, "reuse": reuse},
+            "cache": Cache(scope, reuse),
         } | options
-        host.start_build(name, recipe=recipe, **settings)
+        host.start_build(StartBuild(name, recipe=recipe, **settings))
         return name, list(host.build_events(name))
 
     yield run
@@ -162,7 +163,7 @@ def test_a_published_reuse_is_what_a_sandbox_sees(
     assert (cached(events), events[-1].kind) == ([1, 2], "published")
     sandbox = new_sandbox(image=name)
     script = "cat /root/runs /srv/new; ls /usr/bin/less; stat -c %u:%g:%a /srv/a; ls /tmp"
-    said = host.exec(sandbox.id, script)
+    said = host.exec(sandbox.id, Exec(script))
     assert said.stdout.decode().splitlines() == ["run", "run", "new", "7:8:2750"]
 
 
@@ -175,7 +176,7 @@ def test_a_published_reuse_is_what_a_sandbox_sees(
         (STEPS[:2], {"reuse": False}, []),
         (STEPS[:2], {"network": "open"}, []),
         (STEPS[:2], {"disk_mb": 256}, []),
-        (STEPS[:2], {"cache": {"scope": "team_other", "reuse": True}}, []),
+        (STEPS[:2], {"cache": Cache("team_other", reuse=True)}, []),
         (STEPS[:2], {"base_image": "python-3.12-bare"}, []),
     ],
 )
@@ -269,10 +270,12 @@ def test_a_cancelled_build_leaves_its_own(
     agent: Agent, host: HostClient, build: Build, scope: str
 ) -> None:
     name = f"img_cancelled{time.time_ns():x}"
-    cache = {"scope": scope, "reuse": True}
+    cache = Cache(scope, reuse=True)
     recipe = (COUNT, "sleep 60")
     host.start_build(
-        name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=512, cache=cache
+        StartBuild(
+            name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=512, cache=cache
+        )
     )
     for event in host.build_events(name):
         if event.kind == "step_started" and event.data["step"] == 2:
@@ -288,10 +291,12 @@ def test_a_killed_agent_leaves_nothing_half_made(
 ) -> None:
     build(COUNT, "false")
     name = f"img_killed{time.time_ns():x}"
-    cache = {"scope": scope, "reuse": True}
+    cache = Cache(scope, reuse=True)
     recipe = (COUNT, "head -c 200M /dev/urandom > /srv/x; sleep 8", "sleep 60")
     host.start_build(
-        name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=512, cache=cache
+        StartBuild(
+            name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=512, cache=cache
+        )
     )
     root = agent.state / "layers"
     for _ in eventually():

@@ -13,6 +13,8 @@ from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.image.digest import image_digest
 from hostruntime.image.trees import measure
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent
 from tests.host.conftest import BASE, NewSandbox
 
@@ -38,7 +40,7 @@ def image(host: HostClient) -> Iterator[str]:
 def test_the_making_of_a_large_image_is_told_and_the_image_is_whole(
     agent: Agent, host: HostClient, image: str, new_sandbox: NewSandbox
 ) -> None:
-    host.start_build(image, base_image=BASE, recipe=(MANY,), network="restricted")
+    host.start_build(StartBuild(image, base_image=BASE, recipe=(MANY,), network="restricted"))
     events = list(host.build_events(image))
     assert events[-1].kind == "published", events[-1]
     ended = next(n for n, event in enumerate(events) if event.kind == "step_finished")
@@ -57,14 +59,14 @@ def test_the_making_of_a_large_image_is_told_and_the_image_is_whole(
     usage = host.image_usage(image)
     assert usage.reclaimable_bytes == usage.size_bytes - measure(tree).shared_bytes
     sandbox = new_sandbox(image=image)
-    said = host.exec(sandbox.id, "find /srv -type f | wc -l; tail -n 1 /srv/599/99").stdout
+    said = host.exec(sandbox.id, Exec("find /srv -type f | wc -l; tail -n 1 /srv/599/99")).stdout
     assert said.decode().split("\n")[:2] == [str(FILES), "file 99 of 599"]
 
 
 def test_a_cancelled_capture_ends_at_once_and_leaves_nothing(
     agent: Agent, host: HostClient, image: str
 ) -> None:
-    host.start_build(image, base_image=BASE, recipe=(MANY,), network="restricted")
+    host.start_build(StartBuild(image, base_image=BASE, recipe=(MANY,), network="restricted"))
     for event in host.build_events(image):
         assert event.kind != "published"
         if event.kind == "progress":

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent
 
 pytestmark = pytest.mark.host
@@ -94,7 +95,9 @@ def worker(agent: Agent, attackers: str) -> Iterator[tuple[HostClient, SandboxIn
     host = agent.client
     yield (
         host,
-        host.create_sandbox("sbx_worker", image=attackers, cpu=2, memory_mb=512, network="open"),
+        host.create_sandbox(
+            CreateSandbox("sbx_worker", image=attackers, cpu=2, memory_mb=512, network="open")
+        ),
     )
     host.delete_sandbox("sbx_worker")
 
@@ -102,12 +105,12 @@ def worker(agent: Agent, attackers: str) -> Iterator[tuple[HostClient, SandboxIn
 @pytest.mark.parametrize("what", SHELL)
 def test_commands_work(worker: tuple[HostClient, SandboxInfo], what: str) -> None:
     host, sandbox = worker
-    result = host.exec(sandbox.id, SHELL[what])
+    result = host.exec(sandbox.id, Exec(SHELL[what]))
     assert result.code == 0, (result.stdout, result.stderr)
 
 
 @pytest.mark.parametrize("what", PYTHON)
 def test_programs_work(worker: tuple[HostClient, SandboxInfo], what: str) -> None:
     host, sandbox = worker
-    result = host.exec(sandbox.id, ["python3", "-c", PYTHON[what]])
+    result = host.exec(sandbox.id, Exec(["python3", "-c", PYTHON[what]]))
     assert result.code == 0, result.stderr.decode()

@@ -80,7 +80,7 @@ class Containers:
 
     async def start(self, owner: str, policy: Policy) -> None:
         directory = self.manager.paths.sandboxes / owner
-        spec = ContainerSpec(owner, self._image, policy, Limits(memory_mb=256), directory)
+        spec = ContainerSpec(owner, self._image, policy, Limits(cpu=1.0, memory_mb=256), directory)
         await self.manager.start(spec)
 
     async def python(self, owner: str, source: str) -> dict[str, list[Any]]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.client.answers import BuildEvent, EgressDecision
 from hostruntime.client.host_client import HostClient
+from hostruntime.wire.builds import BuildEvent
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.health import EgressDecision
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 from tests.host.test_build_events import Build
@@ -38,7 +40,7 @@ def test_a_sandbox_is_told_at_once_and_heard_of(
 ) -> None:
     listed = ["listed.invalid"] if network == "restricted" else None
     box, near = (new_sandbox(network=network, allow_domains=listed) for _ in range(2))
-    done = host.exec(box.id, ASK.format(name))
+    done = host.exec(box.id, Exec(ASK.format(name)))
     assert done.stdout == b"2\n"
     assert done.duration_ms < AT_ONCE_MS
     (found,) = asked(host, box.id)
@@ -56,7 +58,7 @@ def test_an_address_that_is_tried_with_network_off_is_heard_of(
     host: HostClient, new_sandbox: NewSandbox
 ) -> None:
     box, near = (new_sandbox(network="off") for _ in range(2))
-    done = host.exec(box.id, TRY)
+    done = host.exec(box.id, Exec(TRY))
     assert done.stdout == b"1\n"
     assert done.duration_ms < AT_ONCE_MS
     (use,) = host.egress_hosts(box.id)
@@ -79,11 +81,11 @@ def test_sandboxes_outlive_the_agent_and_are_heard_of_again(
     agent.kill()
     agent.start()
     for box in boxes:
-        assert host.exec(box.id, ASK.format("again.invalid")).stdout == b"2\n"
+        assert host.exec(box.id, Exec(ASK.format("again.invalid"))).stdout == b"2\n"
         assert [one.host for one in asked(host, box.id)] == ["again.invalid"]
     # One that was made ready by the new agent, and one that it has to make.
     for box in [new_sandbox(network="off") for _ in range(10)]:
-        assert host.exec(box.id, ASK.format("new.invalid")).stdout == b"2\n"
+        assert host.exec(box.id, Exec(ASK.format("new.invalid"))).stdout == b"2\n"
         assert [one.host for one in asked(host, box.id)] == ["new.invalid"]
 
 
@@ -93,8 +95,8 @@ def test_a_flood_takes_nobody_elses_time(host: HostClient, new_sandbox: NewSandb
     flood = (
         f"exec 3>/dev/udp/127.0.0.53/53; for i in {{1..20000}}; do printf '{question}' >&3; done"
     )
-    host.exec(noisy.id, flood)
-    done = host.exec(quiet.id, ASK.format("calm.invalid"))
+    host.exec(noisy.id, Exec(flood))
+    done = host.exec(quiet.id, Exec(ASK.format("calm.invalid")))
     assert done.stdout == b"2\n"
     assert done.duration_ms < AT_ONCE_MS
     assert [one.host for one in asked(host, quiet.id)] == ["calm.invalid"]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.disk import MIB, Disks
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, mounts_below
 from tests.host.conftest import BASE, NewSandbox
 
@@ -29,7 +31,7 @@ def small(new_sandbox: NewSandbox) -> SandboxInfo:
 
 
 def answer(host: HostClient, sandbox: SandboxInfo, command: str) -> str:
-    result = host.exec(sandbox.id, command, timeout_seconds=60)
+    result = host.exec(sandbox.id, Exec(command, timeout_seconds=60))
     return (result.stdout + result.stderr).decode().strip()
 
 
@@ -111,7 +113,9 @@ def test_holes_take_no_room(agent: Agent, host: HostClient, small: SandboxInfo) 
 def test_a_build_that_fills_its_disk_is_told_so(host: HostClient) -> None:
     recipe = ["true", "head -c 100M /dev/zero > /root/fill"]
     name = f"img_full{time.time_ns():x}"
-    host.start_build(name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=SMALL_MB)
+    host.start_build(
+        StartBuild(name, base_image=BASE, recipe=recipe, network="restricted", disk_mb=SMALL_MB)
+    )
     events = list(host.build_events(name))
     assert (events[-1].data["code"], events[-1].data["step"]) == ("out_of_disk", 2)
     assert f"A build has {SMALL_MB} MiB" in events[-1].data["message"]
@@ -228,7 +232,7 @@ ls | wc -l; ls -b | grep odd
 def test_what_a_build_wrote_is_carried_over_whole(
     agent: Agent, host: HostClient, image: str, new_sandbox: NewSandbox
 ) -> None:
-    host.start_build(image, base_image=BASE, recipe=[RECIPE], network="restricted")
+    host.start_build(StartBuild(image, base_image=BASE, recipe=[RECIPE], network="restricted"))
     events = list(host.build_events(image))
     assert events[-1].kind == "published", events[-1]
     said = answer(host, new_sandbox(image=image), CHECK).splitlines()

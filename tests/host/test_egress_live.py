@@ -21,6 +21,8 @@ from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.network.firewall import PROXY_PORT
 from hostruntime.network.firewall_watch import table_parts
 from hostruntime.network.netns import within
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, an_agent, is_running
 from tests.host.network import wait_until
 from tests.host.network import world as world
@@ -78,8 +80,10 @@ def box(live: Agent) -> Iterator[Callable[[str], str]]:
     def make(mode: str) -> str:
         name = f"sbx_live{next(NUMBERS)}"
         listed = ["allowed.test"] if mode == "restricted" else None
-        wishes = {"image": IMAGE, "cpu": 1.0, "memory_mb": 256}
-        live.client.create_sandbox(name, **wishes, network=mode, allow_domains=listed)  # type: ignore[arg-type]
+        wanted = CreateSandbox(
+            name, image=IMAGE, cpu=1.0, memory_mb=256, network=mode, allow_domains=listed
+        )
+        live.client.create_sandbox(wanted)
         made.append(name)
         return name
 
@@ -90,7 +94,7 @@ def box(live: Agent) -> Iterator[Callable[[str], str]]:
 
 def says(live: Agent, name: str, source: str) -> bytes:
     argv = [PYTHON, "-c", textwrap.dedent(source)]
-    return live.client.exec(name, argv, cwd="/root", timeout_seconds=20).stdout
+    return live.client.exec(name, Exec(argv, cwd="/root", timeout_seconds=20)).stdout
 
 
 def instance(live: Agent) -> Instance:

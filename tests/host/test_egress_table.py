@@ -19,12 +19,13 @@ from functools import partial
 import pytest
 
 from hostruntime.host.paths import StatePaths
-from hostruntime.network.egress import Decision, EgressProxy
+from hostruntime.network.egress import EgressProxy
 from hostruntime.network.netns import write_sysctl
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
 from hostruntime.network.squid_config import OWNER_HEADER
 from hostruntime.network.stub_resolver import ADDRESS as STUB
+from hostruntime.wire.health import EgressDecision
 from tests.host.frames import (
     BROADCAST,
     arp_reply,
@@ -95,7 +96,7 @@ class Place:
     neighbour: Slot
     world: World
     heard: list[bytes]
-    recorded: Callable[[str], list[Decision]]
+    recorded: Callable[[str], list[EgressDecision]]
 
     @property
     def near(self) -> str:
@@ -528,7 +529,7 @@ def test_what_is_reached_and_what_is_said(
         assert (case in PAST) <= bool(decisions)
 
 
-def assert_said(case: Case, decision: Decision, said: bytes) -> None:
+def assert_said(case: Case, decision: EgressDecision, said: bytes) -> None:
     """A refusal says in one line whose it is, which host, and what to do."""
     if case.expected == NO_NAME:
         assert decision.direct

@@ -11,10 +11,11 @@ from threading import Thread
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_below
 from hostruntime.host.rundir import RUN_ROOT
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, is_running
 from tests.host.conftest import NewSandbox
 
@@ -49,7 +50,7 @@ def find(name: str, marker: str) -> int:
 @contextmanager
 def entered_by_the_host(host: HostClient, sandbox: SandboxInfo, name: str) -> Iterator[int]:
     argv = ["sleep", "3061"]
-    thread = Thread(target=lambda: host.exec(sandbox.id, argv, cwd="/", timeout_seconds=120))
+    thread = Thread(target=lambda: host.exec(sandbox.id, Exec(argv, cwd="/", timeout_seconds=120)))
     thread.start()
     pid = find(name, "3061")
     try:
@@ -135,11 +136,11 @@ def test_entering_leaves_nothing_in_the_launchers(
 
     sandbox = new_sandbox()
     for _ in range(4):  # Until each launcher has been in there.
-        host.exec(sandbox.id, ["true"])
+        host.exec(sandbox.id, Exec(["true"]))
         host.read_path(sandbox.id, "/etc/hostname")
     before = descriptors()
     for _ in range(60):
-        host.exec(sandbox.id, ["true"])
+        host.exec(sandbox.id, Exec(["true"]))
         host.read_path(sandbox.id, "/etc/hostname")
     assert max(descriptors()) <= max(before) + 1, "the other launcher may only have come in now"
     host.delete_sandbox(sandbox.id)
@@ -151,7 +152,7 @@ def test_a_container_that_has_ended_is_not_entered(
 ) -> None:
     """Not even when its init's pid has become somebody else's: a pidfd never does."""
     sandbox = new_sandbox()
-    host.exec(sandbox.id, ["true"])
+    host.exec(sandbox.id, Exec(["true"]))
     init = cgroup_layout().container(container_of(agent, sandbox)).init_pid()
     assert init is not None
     os.kill(init, 9)
@@ -159,4 +160,4 @@ def test_a_container_that_has_ended_is_not_entered(
         if not is_running(init):
             break
     with pytest.raises(Exception, match=r"sandbox|running|ended"):
-        host.exec(sandbox.id, ["true"])
+        host.exec(sandbox.id, Exec(["true"]))

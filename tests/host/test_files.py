@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.client.answers import DirectoryListing, FileContent, SandboxInfo
 from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NoSpace, NotFound
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.files import DirectoryListing, FileContent
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
@@ -27,7 +29,7 @@ def test_what_is_written_is_read_back(host: HostClient, sandbox: SandboxInfo) ->
     assert isinstance(found, FileContent)
     assert found.content == ODD
     assert (found.stat.size, found.stat.mode, found.stat.is_dir) == (len(ODD), 0o640, False)
-    owner = host.exec(sandbox.id, ["stat", "-c", "%U:%G %a", "/workspace/odd.bin"]).stdout
+    owner = host.exec(sandbox.id, Exec(["stat", "-c", "%U:%G %a", "/workspace/odd.bin"])).stdout
     assert owner == b"root:root 640\n"
 
 
@@ -40,9 +42,9 @@ def test_missing_parents_are_made_and_an_empty_file_is_a_file(
 
 
 def test_rewriting_keeps_mode_and_owner(host: HostClient, sandbox: SandboxInfo) -> None:
-    host.exec(sandbox.id, "echo old > f; chown 12:34 f; chmod 4755 f")
+    host.exec(sandbox.id, Exec("echo old > f; chown 12:34 f; chmod 4755 f"))
     host.write_file(sandbox.id, "/workspace/f", b"new")
-    found = host.exec(sandbox.id, "stat -c '%a %u:%g' f; cat f; ls -A").stdout
+    found = host.exec(sandbox.id, Exec("stat -c '%a %u:%g' f; cat f; ls -A")).stdout
     assert found == b"4755 12:34\nnewf\n"
 
 
@@ -52,7 +54,9 @@ def test_relative_paths_are_below_the_workspace(host: HostClient, sandbox: Sandb
 
 
 def test_a_directory_is_listed_by_name(host: HostClient, sandbox: SandboxInfo) -> None:
-    host.exec(sandbox.id, "mkdir d d/sub; echo 123 > d/b; ln -s sub d/link; ln -s nowhere d/a")
+    host.exec(
+        sandbox.id, Exec("mkdir d d/sub; echo 123 > d/b; ln -s sub d/link; ln -s nowhere d/a")
+    )
     found = host.read_path(sandbox.id, "/workspace/d")
     assert isinstance(found, DirectoryListing)
     listed = [(entry.name, entry.is_dir) for entry in found.entries]
@@ -64,22 +68,25 @@ def test_links_lead_where_they_do_inside_never_to_the_host(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
     host.exec(
-        sandbox.id, "ln -s /etc/hostname h; ln -s ../../../../../../etc up; ln -s /proc/1/root r"
+        sandbox.id,
+        Exec("ln -s /etc/hostname h; ln -s ../../../../../../etc up; ln -s /proc/1/root r"),
     )
-    inside = host.exec(sandbox.id, "cat /etc/hostname").stdout
+    inside = host.exec(sandbox.id, Exec("cat /etc/hostname")).stdout
     for path in ("h", "up/hostname", "r/etc/hostname"):
         assert content(host, sandbox, f"/workspace/{path}") == inside
     host.write_file(sandbox.id, "/workspace/up/planted", b"inside")
-    assert host.exec(sandbox.id, "cat /etc/planted").stdout == b"inside"
+    assert host.exec(sandbox.id, Exec("cat /etc/planted")).stdout == b"inside"
 
 
 def test_writing_through_a_link_replaces_what_it_leads_to(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    host.exec(sandbox.id, "echo old > target; ln -s target link; ln -s new-one dangling")
+    host.exec(sandbox.id, Exec("echo old > target; ln -s target link; ln -s new-one dangling"))
     host.write_file(sandbox.id, "/workspace/link", b"new")
     host.write_file(sandbox.id, "/workspace/dangling", b"made")
-    found = host.exec(sandbox.id, "readlink link; cat target; echo; readlink dangling; cat new-one")
+    found = host.exec(
+        sandbox.id, Exec("readlink link; cat target; echo; readlink dangling; cat new-one")
+    )
     assert found.stdout == b"target\nnew\nnew-one\nmade"
 
 
@@ -96,7 +103,7 @@ def test_writing_through_a_link_replaces_what_it_leads_to(
 def test_what_is_no_file_is_refused_not_waited_for(
     host: HostClient, sandbox: SandboxInfo, make: str, path: str
 ) -> None:
-    host.exec(sandbox.id, make)
+    host.exec(sandbox.id, Exec(make))
     with pytest.raises(FileConflict):
         host.read_path(sandbox.id, path)
     with pytest.raises(FileConflict):
@@ -104,7 +111,7 @@ def test_what_is_no_file_is_refused_not_waited_for(
 
 
 def test_a_directory_is_not_overwritten(host: HostClient, sandbox: SandboxInfo) -> None:
-    host.exec(sandbox.id, "mkdir d; touch d/kept")
+    host.exec(sandbox.id, Exec("mkdir d; touch d/kept"))
     with pytest.raises(FileConflict, match="a directory"):
         host.write_file(sandbox.id, "/workspace/d", b"x")
     assert host.stat(sandbox.id, "/workspace/d/kept").exists
@@ -140,7 +147,7 @@ def test_what_reads_files_tells_nothing_of_itself(
 def test_a_file_over_the_cap_is_refused_and_a_stream_is_not(
     agent: Agent, host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    host.exec(sandbox.id, "head -c 2000000 /dev/zero > big")
+    host.exec(sandbox.id, Exec("head -c 2000000 /dev/zero > big"))
     with pytest.raises(FileTooLarge, match="2000000"):
         host.read_path(sandbox.id, "/workspace/big", max_bytes=1_999_999)
     assert len(content(host, sandbox, "/workspace/big")) == 2_000_000
@@ -169,7 +176,7 @@ def test_no_space_left_is_said_and_leaves_the_old_file(
     host.write_file(sandbox.id, "/tmp/f", b"old")
     with pytest.raises(NoSpace, match="no space"):
         host.write_file(sandbox.id, "/tmp/f", b"x" * (40 * 1024 * 1024))
-    assert host.exec(sandbox.id, "cat /tmp/f; ls -A /tmp").stdout == b"oldf\n"
+    assert host.exec(sandbox.id, Exec("cat /tmp/f; ls -A /tmp")).stdout == b"oldf\n"
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(host: HostClient, sandbox: SandboxInfo) -> None:
@@ -180,7 +187,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(host: HostClient, sandbox: San
     with pytest.raises(KeyboardInterrupt):
         host.write_file(sandbox.id, "/workspace/f", broken())  # type: ignore[arg-type]
     for _ in range(100):
-        listed = host.exec(sandbox.id, "ls -A").stdout
+        listed = host.exec(sandbox.id, Exec("ls -A")).stdout
         if listed == b"":
             return
     raise AssertionError(f"left behind: {listed!r}")
@@ -189,18 +196,18 @@ def test_an_upload_that_breaks_off_leaves_nothing(host: HostClient, sandbox: San
 def test_deleting_takes_files_links_and_whole_directories(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    host.exec(sandbox.id, "mkdir -p d/e/f; touch d/e/g kept; ln -s ../kept d/l; ln -s d link")
+    host.exec(sandbox.id, Exec("mkdir -p d/e/f; touch d/e/g kept; ln -s ../kept d/l; ln -s d link"))
     host.delete_path(sandbox.id, "/workspace/link")
     host.delete_path(sandbox.id, "/workspace/d")
-    assert host.exec(sandbox.id, "ls -A").stdout == b"kept\n"
+    assert host.exec(sandbox.id, Exec("ls -A")).stdout == b"kept\n"
 
 
 @pytest.mark.parametrize("path", ["/workspace", "/tmp", "/", "/proc", "/sys"])
 def test_what_is_mounted_is_not_deleted(host: HostClient, sandbox: SandboxInfo, path: str) -> None:
-    host.exec(sandbox.id, "touch kept")
+    host.exec(sandbox.id, Exec("touch kept"))
     with pytest.raises(FileConflict):
         host.delete_path(sandbox.id, path)
-    assert host.exec(sandbox.id, "ls").stdout == b"kept\n"
+    assert host.exec(sandbox.id, Exec("ls")).stdout == b"kept\n"
 
 
 def test_directories_are_made(host: HostClient, sandbox: SandboxInfo) -> None:
@@ -217,10 +224,13 @@ def test_moving_works_between_the_two_writable_file_systems(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
     host.exec(
-        sandbox.id, "mkdir -p d/e; echo 1 > d/e/f; ln -s f d/e/l; chmod 750 d; echo old > /tmp/g"
+        sandbox.id,
+        Exec("mkdir -p d/e; echo 1 > d/e/f; ln -s f d/e/l; chmod 750 d; echo old > /tmp/g"),
     )
     host.move(sandbox.id, "/workspace/d", "/tmp/d")
-    found = host.exec(sandbox.id, "ls -A; readlink /tmp/d/e/l; cat /tmp/d/e/l; stat -c %a /tmp/d")
+    found = host.exec(
+        sandbox.id, Exec("ls -A; readlink /tmp/d/e/l; cat /tmp/d/e/l; stat -c %a /tmp/d")
+    )
     assert found.stdout == b"f\n1\n750\n"
     host.move(sandbox.id, "/tmp/d/e/f", "/tmp/g")
     assert content(host, sandbox, "/tmp/g") == b"1\n"
@@ -229,7 +239,7 @@ def test_moving_works_between_the_two_writable_file_systems(
 def test_moving_onto_a_directory_or_into_nowhere_is_refused(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    host.exec(sandbox.id, "mkdir d; echo 1 > f")
+    host.exec(sandbox.id, Exec("mkdir d; echo 1 > f"))
     with pytest.raises(FileConflict):
         host.move(sandbox.id, "/workspace/f", "/workspace/d")
     with pytest.raises(NotFound):

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import (
     FileConflict,
@@ -20,6 +19,8 @@ from hostruntime.errors import (
     NotFound,
 )
 from hostruntime.image.trees import tree_digest
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent
 from tests.host.conftest import NewSandbox
 
@@ -50,8 +51,10 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def planted(agent: Agent, secret: Path) -> Iterator[SandboxInfo]:
     """A sandbox whose workspace is full of traps."""
     name = f"sbx_fuzz{secrets.token_hex(6)}"
-    sandbox = agent.client.create_sandbox(name, image="debian-12", cpu=1, memory_mb=256, disk_mb=64)
-    made = agent.client.exec(name, PLANTED.replace("{secret}", str(secret)))
+    sandbox = agent.client.create_sandbox(
+        CreateSandbox(name, image="debian-12", cpu=1, memory_mb=256, disk_mb=64)
+    )
+    made = agent.client.exec(name, Exec(PLANTED.replace("{secret}", str(secret))))
     assert made.code == 0, made.stderr
     yield sandbox
     agent.client.delete_sandbox(name)
@@ -115,8 +118,8 @@ def test_every_path_has_an_answer(
 def test_and_the_sandbox_and_the_agent_are_none_the_worse(
     host: HostClient, new_sandbox: NewSandbox, planted: SandboxInfo
 ) -> None:
-    assert host.exec(planted.id, ["/bin/echo", "fine"], cwd="/").stdout == b"fine\n"
-    assert host.exec(new_sandbox().id, "echo fine").stdout == b"fine\n"
+    assert host.exec(planted.id, Exec(["/bin/echo", "fine"], cwd="/")).stdout == b"fine\n"
+    assert host.exec(new_sandbox().id, Exec("echo fine")).stdout == b"fine\n"
 
 
 @pytest.mark.parametrize("destination", ["/workspace/root", "/tmp/all", "/workspace/d/x"])
@@ -132,6 +135,8 @@ def test_a_directory_does_not_go_into_itself(host: HostClient, new_sandbox: NewS
     host.mkdir(sandbox.id, "/tmp/d/e")
     with pytest.raises(FileConflict):
         host.move(sandbox.id, "/tmp/d", "/tmp/d/e/f")
-    host.exec(sandbox.id, "ln -s /workspace /root/across; mkdir -p /root/a; mkfifo /root/a/pipe")
+    host.exec(
+        sandbox.id, Exec("ln -s /workspace /root/across; mkdir -p /root/a; mkfifo /root/a/pipe")
+    )
     with pytest.raises(FileConflict, match="cannot be moved there"):
         host.move(sandbox.id, "/root/a", "/workspace/a")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import ExecResult, SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_below
 from hostruntime.errors import ExecTimeout, HostError
+from hostruntime.wire.commands import Exec, ExecResult
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 from tests.host.hogs import HOGS
@@ -34,7 +35,8 @@ class Hog(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._host.exec(
-                self._sandbox, self._command, timeout_seconds=SECONDS, max_output_bytes=1 << 20
+                self._sandbox,
+                Exec(self._command, timeout_seconds=SECONDS, max_output_bytes=1 << 20),
             )
         except HostError as error:
             self.ended_by = error
@@ -46,7 +48,7 @@ def processes(agent: Agent, sandbox: SandboxInfo) -> int:
 
 
 def ask(host: HostClient, sandbox: SandboxInfo) -> None:
-    assert host.exec(sandbox.id, "echo fine > /root/x; cat /root/x").stdout == b"fine\n"
+    assert host.exec(sandbox.id, Exec("echo fine > /root/x; cat /root/x")).stdout == b"fine\n"
 
 
 def resident_mb(pid: int) -> int:
@@ -78,7 +80,7 @@ def test_a_hog_is_stopped_whole_and_its_neighbour_never_notices(
     for _ in eventually():
         if processes(agent, tenant) <= 1:
             break
-    assert host.exec(tenant.id, "rm -rf /root/*; echo again").stdout == b"again\n"
+    assert host.exec(tenant.id, Exec("rm -rf /root/*; echo again")).stdout == b"again\n"
     assert resident_mb(agent.pid) < before + 64
 
 
@@ -86,7 +88,7 @@ def test_running_out_of_processes_is_said_by_the_kernel(
     agent: Agent, host: HostClient, sandbox: SandboxInfo
 ) -> None:
     script = "i=0; while [ $i -lt 2000 ]; do sleep 60 & i=$((i+1)); done"
-    result = host.exec(sandbox.id, ["/bin/sh", "-c", script])
+    result = host.exec(sandbox.id, Exec(["/bin/sh", "-c", script]))
     assert (result.code, b"Cannot fork" in result.stderr) == (2, True)
     assert processes(agent, sandbox) <= PIDS
 
@@ -98,19 +100,19 @@ def test_a_sandbox_without_a_process_to_spare_says_so(
     full = new_sandbox()
     # Unlike a shell, it goes on when it cannot fork: whatever ends makes room for nobody else.
     fill = "while (1) { $p = fork; if (defined $p) { if (!$p) { sleep 60; exit } } }"
-    host.exec(full.id, f"perl -e '{fill}' >/dev/null 2>&1 &")
+    host.exec(full.id, Exec(f"perl -e '{fill}' >/dev/null 2>&1 &"))
     for _ in eventually():
         if processes(agent, full) >= PIDS:
             break
     refused: list[HostError] = []
     try:
         # What enters may be one too many; what that would start is always refused.
-        result = host.exec(full.id, ["/bin/sh", "-c", "/bin/true & wait"])
+        result = host.exec(full.id, Exec(["/bin/sh", "-c", "/bin/true & wait"]))
         assert (result.code, b"Cannot fork" in result.stderr) == (2, True)
     except HostError as error:
         refused.append(error)
     for ask in (
-        lambda: host.exec(full.id, ["/bin/true"]),
+        lambda: host.exec(full.id, Exec(["/bin/true"])),
         lambda: host.read_path(full.id, "/tmp"),
         lambda: host.write_file(full.id, "/tmp/x", b"x"),
     ):
@@ -123,7 +125,7 @@ def test_a_sandbox_without_a_process_to_spare_says_so(
 
 
 def test_running_out_of_memory_is_told_apart(host: HostClient, new_sandbox: NewSandbox) -> None:
-    result = host.exec(new_sandbox(memory_mb=64).id, ["tail", "/dev/zero"])
+    result = host.exec(new_sandbox(memory_mb=64).id, Exec(["tail", "/dev/zero"]))
     assert (result.signal, result.out_of_memory) == (9, True)
 
 
@@ -133,7 +135,7 @@ def test_what_is_in_the_tmpfs_is_bounded_and_counts_as_memory(
     small = new_sandbox(memory_mb=64)
     for where in ("/workspace", "/tmp", "/dev/shm"):
         said = host.exec(
-            small.id, f"dd if=/dev/zero of={where}/f bs=1M count=200 2>&1; rm {where}/f"
+            small.id, Exec(f"dd if=/dev/zero of={where}/f bs=1M count=200 2>&1; rm {where}/f")
         )
         assert b"No space left on device" in said.stdout
 
@@ -145,6 +147,6 @@ def test_a_share_of_the_cpu_is_a_share(
     groups = cgroup_layout().container(f"{agent.prefix}{half.id}")
     before, began = groups.cpu_us(), time.monotonic()
     with pytest.raises(ExecTimeout):
-        host.exec(half.id, HOGS["CPU spinner"], timeout_seconds=SECONDS)
+        host.exec(half.id, Exec(HOGS["CPU spinner"], timeout_seconds=SECONDS))
     used, passed = (groups.cpu_us() - before) / 1e6, time.monotonic() - began
     assert 0.2 < used < passed * 0.5 * 1.3

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.launcher import AtLimit, Attached, LauncherPool, Link
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import NewSandbox
 
@@ -45,16 +46,16 @@ def test_a_full_launcher_is_replaced_and_what_runs_through_it_goes_on(
     other, before = new_sandbox(), agent.children()
     with ThreadPoolExecutor(4) as pool:
         # Enough that both have to do with it.
-        running = [pool.submit(host.exec, sandbox.id, _WAITING.format(n)) for n in range(4)]
+        running = [pool.submit(host.exec, sandbox.id, Exec(_WAITING.format(n))) for n in range(4)]
         for n in range(4):
             for _ in eventually():
                 if host.stat(sandbox.id, f"/workspace/begun.{n}").exists:
                     break
         for pid in before:
             limit_descriptors(pid, FULL)
-        assert host.exec(other.id, "echo on").stdout == b"on\n"
+        assert host.exec(other.id, Exec("echo on")).stdout == b"on\n"
         host.write_file(other.id, "/workspace/x", b"on")
-        assert host.exec(new_sandbox().id, "echo on").stdout == b"on\n"
+        assert host.exec(new_sandbox().id, Exec("echo on")).stdout == b"on\n"
         assert set(agent.children()) > set(before), "beside them, not instead of them"
         host.write_file(sandbox.id, "/workspace/go", b"")
         assert [one.result(30).stdout for one in running] == [b"done\n"] * 4

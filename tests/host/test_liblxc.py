@@ -17,6 +17,8 @@ from hostruntime.container.cgroups import CgroupLayout, Limits
 from hostruntime.container.config import INIT, ContainerConfig
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageManifest, ImageStore
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, an_agent
 from tests.host.network import wait_until
 from tests.host.smalltree import PYTHON, make_small_tree
@@ -51,7 +53,7 @@ def configured(layout: CgroupLayout, scratch: Path, netns: Path | None) -> list[
         root=scratch,
         id_base=1_000_000_000,
         netns=netns,
-        limits=Limits(),
+        limits=Limits(cpu=1.0, memory_mb=1024),
         seccomp=scratch / "seccomp",
         apparmor="orkestr-9",
         log=scratch / "log",
@@ -122,10 +124,12 @@ def test_a_containers_life_executes_nothing_of_the_hosts(
 ) -> None:
     name, said = f"sbx_traced{network}", tmp_path / "executed"
     with executions(live.children(), said):
-        live.client.create_sandbox(name, image=IMAGE, cpu=1.0, memory_mb=256, network=network)
+        live.client.create_sandbox(
+            CreateSandbox(name, image=IMAGE, cpu=1.0, memory_mb=256, network=network)
+        )
         try:
             argv = [PYTHON, "-c", "print('traced')"]
-            done = live.client.exec(name, argv, cwd="/root", timeout_seconds=60)
+            done = live.client.exec(name, Exec(argv, cwd="/root", timeout_seconds=60))
             live.client.pause_sandbox(name, None)
             live.client.resume_sandbox(name, None)
         finally:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, HostError, ImageNotFound, InvalidRequest, NotFound
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import (
     Agent,
     children_named,
@@ -55,7 +56,7 @@ def traces(agent: Agent, prefix: str, sandbox_id: str) -> list[str]:
 
 def test_a_sandbox_starts_once_for_an_id(host: HostClient, new_sandbox: NewSandbox) -> None:
     first = new_sandbox(network="off")
-    again = host.create_sandbox(first.id, image=BASE, cpu=1, memory_mb=512)
+    again = host.create_sandbox(CreateSandbox(first.id, image=BASE, cpu=1, memory_mb=512))
     assert again == first == host.sandbox(first.id)
     assert first.state == "running"
     assert [s.id for s in host.sandboxes()].count(first.id) == 1
@@ -67,7 +68,9 @@ def test_two_at_once_with_one_id_make_one(host: HostClient, new_sandbox: NewSand
     answers: list[SandboxInfo] = []
 
     def create() -> None:
-        answers.append(host.create_sandbox(first.id, image=BASE, cpu=1, memory_mb=512))
+        answers.append(
+            host.create_sandbox(CreateSandbox(first.id, image=BASE, cpu=1, memory_mb=512))
+        )
 
     threads = [threading.Thread(target=create) for _ in range(3)]
     for thread in threads:
@@ -82,7 +85,7 @@ def test_terminating_leaves_nothing_and_may_be_repeated(
     agent: Agent, host: HostClient, sandbox: SandboxInfo
 ) -> None:
     prefix = agent.prefix
-    host.exec(sandbox.id, "sleep 400 & echo x > /root/kept-nowhere")
+    host.exec(sandbox.id, Exec("sleep 400 & echo x > /root/kept-nowhere"))
     assert traces(agent, prefix, sandbox.id)
     host.delete_sandbox(sandbox.id)
     host.delete_sandbox(sandbox.id)
@@ -121,15 +124,17 @@ def test_a_bad_request_creates_nothing(
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", ".", "a" * 65])
 def test_an_id_that_is_no_plain_name_is_refused(host: HostClient, name: str) -> None:
     with pytest.raises(InvalidRequest):
-        host.create_sandbox(name, image=BASE, cpu=1, memory_mb=512)
+        host.create_sandbox(CreateSandbox(name, image=BASE, cpu=1, memory_mb=512))
 
 
 def test_limits_hold(host: HostClient, new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox(cpu=0.5, memory_mb=200)
-    spaces = host.exec(sandbox.id, "df --output=size -m /workspace /tmp | tail -n 2").stdout.split()
+    spaces = host.exec(
+        sandbox.id, Exec("df --output=size -m /workspace /tmp | tail -n 2")
+    ).stdout.split()
     assert spaces == [b"150", b"100"]
     busy = "t=$((SECONDS+1)); while [ $SECONDS -le $t ]; do :; done; times | head -n 1"
-    user = host.exec(sandbox.id, busy).stdout.split()[0].decode()
+    user = host.exec(sandbox.id, Exec(busy)).stdout.split()[0].decode()
     seconds = float(user.partition("m")[2].rstrip("s"))
     assert seconds < 1.4, "two seconds at half a processor"
 
@@ -138,8 +143,10 @@ def test_the_root_file_system_is_the_images_and_the_writes_are_the_sandboxes(
     agent: Agent, host: HostClient, new_sandbox: NewSandbox
 ) -> None:
     one, other = new_sandbox(), new_sandbox()
-    host.exec(one.id, "echo one > /etc/mine; rm /etc/debian_version; chown 1234 /etc/issue")
-    assert host.exec(other.id, "ls /etc/mine; cat /etc/debian_version").stdout.startswith(b"12")
+    host.exec(one.id, Exec("echo one > /etc/mine; rm /etc/debian_version; chown 1234 /etc/issue"))
+    assert host.exec(other.id, Exec("ls /etc/mine; cat /etc/debian_version")).stdout.startswith(
+        b"12"
+    )
     tree = next((agent.state / "images").glob(f"{BASE}@*")) / "tree"
     assert (tree / "etc/debian_version").exists()
     assert not (tree / "etc/mine").exists()
@@ -147,7 +154,7 @@ def test_the_root_file_system_is_the_images_and_the_writes_are_the_sandboxes(
 
 
 def test_the_hosts_ids_are_nobodys(host: HostClient, sandbox: SandboxInfo) -> None:
-    uid_map = host.exec(sandbox.id, ["cat", "/proc/self/uid_map"]).stdout.split()
+    uid_map = host.exec(sandbox.id, Exec(["cat", "/proc/self/uid_map"])).stdout.split()
     assert uid_map[0] == b"0"
     assert int(uid_map[1]) >= 1_000_000_000
     assert uid_map[2] == b"65536"
@@ -169,7 +176,7 @@ def test_the_hosts_ids_are_nobodys(host: HostClient, sandbox: SandboxInfo) -> No
 def test_root_inside_has_no_power_outside(
     host: HostClient, sandbox: SandboxInfo, command: str
 ) -> None:
-    assert host.exec(sandbox.id, command).code != 0
+    assert host.exec(sandbox.id, Exec(command)).code != 0
 
 
 # Deadlines --------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def test_root_inside_has_no_power_outside(
 def test_a_deadline_ends_a_sandbox(agent: Agent, host: HostClient, new_sandbox: NewSandbox) -> None:
     prefix = agent.prefix
     sandbox = new_sandbox()
-    host.exec(sandbox.id, "sleep 401 & true")
+    host.exec(sandbox.id, Exec("sleep 401 & true"))
     sandbox = host.set_deadline(sandbox.id, time.time() + 0.7)
     for _ in eventually():
         if host.sandbox(sandbox.id).state == "gone":
@@ -189,7 +196,7 @@ def test_a_deadline_ends_a_sandbox(agent: Agent, host: HostClient, new_sandbox: 
     assert sandbox.deadline is not None
     assert 0 <= found.ended_at - sandbox.deadline < 10
     with pytest.raises(ContainerGone):
-        host.exec(sandbox.id, "true")
+        host.exec(sandbox.id, Exec("true"))
     with pytest.raises(ContainerGone):
         host.read_path(sandbox.id, "/etc/hostname")
     left = traces(agent, prefix, sandbox.id)
@@ -244,12 +251,14 @@ def test_sandboxes_survive_a_restart_of_the_agent(
     restarted: Agent, host: HostClient, new_sandbox: NewSandbox
 ) -> None:
     sandbox = new_sandbox(env={"KEPT": "yes"}, deadline=time.time() + 300, network="open")
-    host.exec(sandbox.id, "echo data > /workspace/f; sleep 402 & true")
+    host.exec(sandbox.id, Exec("echo data > /workspace/f; sleep 402 & true"))
     restarted.stop()
     assert init_of_is_alive(sandbox)
     restarted.start()
     assert host.sandbox(sandbox.id) == sandbox
-    found = host.exec(sandbox.id, "cat /workspace/f; echo $KEPT; cat /proc/*/comm | grep sleep")
+    found = host.exec(
+        sandbox.id, Exec("cat /workspace/f; echo $KEPT; cat /proc/*/comm | grep sleep")
+    )
     assert found.stdout == b"data\nyes\nsleep\n"
     host.set_deadline(sandbox.id, time.time())
     for _ in eventually():
@@ -270,7 +279,7 @@ def test_sandboxes_survive_the_agents_sudden_death_and_its_commands_do_not(
     command.join()
     restarted.start()
     for _ in eventually():
-        names = host.exec(sandbox.id, ["sh", "-c", "cat /proc/*/comm"]).stdout
+        names = host.exec(sandbox.id, Exec(["sh", "-c", "cat /proc/*/comm"])).stdout
         if b"sleep" not in names:
             break
     assert host.sandbox(sandbox.id).state == "running"
@@ -293,7 +302,9 @@ def test_a_sandbox_half_started_when_the_agent_was_killed_is_no_more(
 
     def create() -> None:
         with suppress(HostError):
-            host.create_sandbox(name, image=BASE, cpu=1, memory_mb=256, network="open")
+            host.create_sandbox(
+                CreateSandbox(name, image=BASE, cpu=1, memory_mb=256, network="open")
+            )
 
     thread = threading.Thread(target=create)
     thread.start()
@@ -303,7 +314,7 @@ def test_a_sandbox_half_started_when_the_agent_was_killed_is_no_more(
     restarted.start()
     alive = [s for s in host.sandboxes() if s.id == name]
     if alive:  # It was whole, and recorded, before the kill.
-        assert host.exec(name, "echo whole").stdout == b"whole\n"
+        assert host.exec(name, Exec("echo whole")).stdout == b"whole\n"
         host.delete_sandbox(name)
     assert traces(restarted, prefix, name) == []
 
@@ -317,7 +328,7 @@ def test_a_launcher_that_dies_is_replaced(
             os.kill(pid, signal.SIGKILL)
     for _ in eventually():
         with suppress(HostError):
-            if host.exec(sandbox.id, "echo on").stdout == b"on\n":
+            if host.exec(sandbox.id, Exec("echo on")).stdout == b"on\n":
                 break
     assert new_sandbox().state == "running"
 

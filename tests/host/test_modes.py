@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.host.rundir import RUN_ROOT
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent
 from tests.host.small import IMAGE, a_small_agent
 
@@ -32,7 +33,7 @@ def agent_with_umask(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator
 
 def test_they_do_not_depend_on_the_umask(agent_with_umask: Agent) -> None:
     agent = agent_with_umask
-    agent.client.create_sandbox("sbx_mask", image=IMAGE, cpu=1, memory_mb=128)
+    agent.client.create_sandbox(CreateSandbox("sbx_mask", image=IMAGE, cpu=1, memory_mb=128))
     found = modes(agent)
     assert found.keys() >= {*PASSED_THROUGH, PROXYS, "disks", "netns", "slots", "sysfs"}
     for name, mode in found.items():

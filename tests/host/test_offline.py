@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from hostruntime.client.host_client import HostClient
+from hostruntime.wire.commands import Exec
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host
@@ -37,7 +38,7 @@ def test_a_program_gives_up_at_once(
     most: int,
 ) -> None:
     box = new_sandbox(image=base, network="off")
-    done = host.exec(box.id, ["sh", "-c", f"useradd -m node 2>/dev/null; {command}"])
+    done = host.exec(box.id, Exec(["sh", "-c", f"useradd -m node 2>/dev/null; {command}"]))
     assert done.code != 0
     assert max(asked(host, box.id).values(), default=0) <= most
 
@@ -45,8 +46,8 @@ def test_a_program_gives_up_at_once(
 def test_apt_asks_once_for_each_index(host: HostClient, new_sandbox: NewSandbox) -> None:
     update = "apt-get update -o APT::Update::Error-Mode=any"
     as_it_is, as_elsewhere = (new_sandbox(network="off") for _ in range(2))
-    assert host.exec(as_it_is.id, update).code != 0
-    assert host.exec(as_elsewhere.id, f"{update} -o Acquire::Retries=3").code != 0
+    assert host.exec(as_it_is.id, Exec(update)).code != 0
+    assert host.exec(as_elsewhere.id, Exec(f"{update} -o Acquire::Retries=3")).code != 0
     few, many = (asked(host, box.id) for box in (as_it_is, as_elsewhere))
     assert few.keys() == many.keys() != set()
     assert few.total() < many.total()
@@ -57,7 +58,7 @@ def test_what_the_sandbox_or_the_command_says_comes_over_it(
 ) -> None:
     box = new_sandbox(network="off", env={"UV_OFFLINE": "0"})
     said = "echo $UV_OFFLINE $CARGO_NET_OFFLINE"
-    assert host.exec(box.id, said).stdout == b"0 true\n"
-    assert host.exec(box.id, said, env={"CARGO_NET_OFFLINE": "false"}).stdout == b"0 false\n"
+    assert host.exec(box.id, Exec(said)).stdout == b"0 true\n"
+    assert host.exec(box.id, Exec(said, env={"CARGO_NET_OFFLINE": "false"})).stdout == b"0 false\n"
     near = new_sandbox(network="restricted")
-    assert host.exec(near.id, said).stdout == b"\n"
+    assert host.exec(near.id, Exec(said)).stdout == b"\n"

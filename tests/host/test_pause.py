@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, ContainerPaused, NotFound
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, groups_named, init_of
 from tests.host.commands import Command
 from tests.host.conftest import NewSandbox
@@ -31,7 +32,7 @@ def far() -> float:
 
 
 def number(host: HostClient, sandbox: SandboxInfo) -> int:
-    return int(host.exec(sandbox.id, "cat /tmp/n").stdout)
+    return int(host.exec(sandbox.id, Exec("cat /tmp/n")).stdout)
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def counting(host: HostClient, new_sandbox: NewSandbox) -> SandboxInfo:
     """A sandbox in which a process counts, and holds the number in its own memory alone."""
     sandbox = new_sandbox()
     host.exec(
-        sandbox.id, f"echo yes | tee /workspace/kept >/root/kept; ({COUNTING}) >/dev/null 2>&1 &"
+        sandbox.id,
+        Exec(f"echo yes | tee /workspace/kept >/root/kept; ({COUNTING}) >/dev/null 2>&1 &"),
     )
     for _ in eventually():
         if number(host, sandbox) > 2:
@@ -50,7 +52,7 @@ def counting(host: HostClient, new_sandbox: NewSandbox) -> SandboxInfo:
 def test_processes_memory_and_files_come_back(host: HostClient, counting: SandboxInfo) -> None:
     assert host.pause_sandbox(counting.id, far()).paused
     with pytest.raises(ContainerPaused):
-        host.exec(counting.id, "true")
+        host.exec(counting.id, Exec("true"))
     with pytest.raises(ContainerPaused):
         host.read_path(counting.id, "/tmp/n")
     assert not host.resume_sandbox(counting.id, far()).paused
@@ -58,7 +60,7 @@ def test_processes_memory_and_files_come_back(host: HostClient, counting: Sandbo
     for _ in eventually():
         if number(host, counting) > first:
             break
-    assert host.exec(counting.id, SHOWN).stdout.split()[1:] == [b"yes", b"yes"]
+    assert host.exec(counting.id, Exec(SHOWN)).stdout.split()[1:] == [b"yes", b"yes"]
 
 
 def test_nothing_is_counted_while_it_is_paused(
@@ -99,7 +101,7 @@ def test_others_are_served_while_one_is_paused(
     def attach_all_the_time() -> None:
         while not stop.is_set():
             try:
-                host.exec(counting.id, "true")
+                host.exec(counting.id, Exec("true"))
             except ContainerPaused:
                 time.sleep(0.001)
 
@@ -110,7 +112,7 @@ def test_others_are_served_while_one_is_paused(
         for _ in range(20):
             host.pause_sandbox(counting.id, far())
             # Were it held up by the paused one, it would wait for what comes after it.
-            assert host.exec(other.id, "echo here").stdout == b"here\n"
+            assert host.exec(other.id, Exec("echo here")).stdout == b"here\n"
             host.resume_sandbox(counting.id, far())
             time.sleep(0.02)
     finally:
@@ -146,7 +148,7 @@ def test_pausing_twice_and_resuming_twice_is_no_error(
         host.pause_sandbox(sandbox.id, far())
     for _ in range(2):
         host.resume_sandbox(sandbox.id, far())
-    assert host.exec(sandbox.id, "echo on").stdout == b"on\n"
+    assert host.exec(sandbox.id, Exec("echo on")).stdout == b"on\n"
 
 
 def test_a_paused_sandbox_outlives_the_agent(
@@ -159,8 +161,8 @@ def test_a_paused_sandbox_outlives_the_agent(
     agent.start()
     assert host.sandbox(counting.id).paused
     with pytest.raises(ContainerPaused):
-        host.exec(counting.id, "true")
-    assert host.exec(running.id, "echo on").stdout == b"on\n"
+        host.exec(counting.id, Exec("true"))
+    assert host.exec(running.id, Exec("echo on")).stdout == b"on\n"
     host.resume_sandbox(counting.id, far())
     for _ in eventually():
         if number(host, counting) > before + 2:

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import TooManyCommands
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.commands import Exec, Quota
+from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
 
 pytestmark = pytest.mark.host
@@ -18,7 +18,7 @@ TWO = Quota("team_a", 2)
 
 
 def frames(client: AsyncHostClient, sandbox: str, command: str, quota: Quota) -> Any:
-    return aclosing(cast("Any", client.exec_frames(sandbox, command, quota=quota)))
+    return aclosing(cast("Any", client.exec_frames(sandbox, Exec(command, quota=quota))))
 
 
 async def test_one_too_many_is_refused_and_runs_nothing(
@@ -33,17 +33,17 @@ async def test_one_too_many_is_refused_and_runs_nothing(
             await anext(second)
             assert host.commands() == {"team_a": 2}
             with pytest.raises(TooManyCommands) as refused:
-                await client.exec_to_end(sandbox.id, "touch /tmp/ran", quota=TWO)
+                await client.exec_to_end(sandbox.id, Exec("touch /tmp/ran", quota=TWO))
             assert refused.value.running == 2
             assert not host.stat(sandbox.id, "/tmp/ran").exists
             # Another scope has places of its own, and who names none is not counted.
             other = Quota("team_b", 1)
-            assert (await client.exec_to_end(sandbox.id, "true", quota=other)).code == 0
-            assert (await client.exec_to_end(sandbox.id, "true")).code == 0
+            assert (await client.exec_to_end(sandbox.id, Exec("true", quota=other))).code == 0
+            assert (await client.exec_to_end(sandbox.id, Exec("true"))).code == 0
         for _ in eventually():
             if host.commands() == {}:
                 break
-        assert (await client.exec_to_end(sandbox.id, "true", quota=TWO)).code == 0
+        assert (await client.exec_to_end(sandbox.id, Exec("true", quota=TWO))).code == 0
 
 
 async def test_one_whose_reader_left_counts_until_it_has_ended(
@@ -67,7 +67,7 @@ async def test_however_a_command_ends_its_place_is_free(
 ) -> None:
     async with AsyncHostClient(agent.socket) as client:
         for _ in range(5):
-            await client.exec_to_end(sandbox.id, command, quota=Quota("team_a", 1))
+            await client.exec_to_end(sandbox.id, Exec(command, quota=Quota("team_a", 1)))
     assert host.commands() == {}
 
 
@@ -76,7 +76,7 @@ async def test_one_past_its_time_frees_its_place(
 ) -> None:
     async with AsyncHostClient(agent.socket) as client:
         with pytest.raises(Exception, match="ran past its time"):
-            await client.exec_to_end(sandbox.id, "sleep 60", timeout_seconds=0.3, quota=TWO)
+            await client.exec_to_end(sandbox.id, Exec("sleep 60", timeout_seconds=0.3, quota=TWO))
         with pytest.raises(Exception, match="directory"):
-            await client.exec_to_end(sandbox.id, "true", cwd="/no/such", quota=TWO)
+            await client.exec_to_end(sandbox.id, Exec("true", cwd="/no/such", quota=TWO))
     assert host.commands() == {}

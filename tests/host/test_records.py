@@ -14,6 +14,8 @@ import pytest
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.errors import HostError, NotFound
 from hostruntime.host.rundir import RUN_ROOT
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, eventually, groups_named, mounts_below
 from tests.host.small import IMAGE, a_small_agent, publish
 
@@ -169,7 +171,9 @@ def test_bad_records_are_set_aside_and_the_rest_serves(agent: Agent) -> None:
     state, host = agent.state, agent.client
     bad = [f"sbx_bad{number}" for number in range(len(DAMAGES))]
     for name in (*bad, "sbx_good"):
-        host.create_sandbox(name, image=IMAGE, cpu=1, memory_mb=128, network="restricted")
+        host.create_sandbox(
+            CreateSandbox(name, image=IMAGE, cpu=1, memory_mb=128, network="restricted")
+        )
     agent.kill()
     records = bad_records(state)
     for good in (an_image(state, "img_good"), a_snapshot(state, "snap_good")):
@@ -184,9 +188,9 @@ def test_bad_records_are_set_aside_and_the_rest_serves(agent: Agent) -> None:
     # Nothing of theirs goes on running, and nothing that they had stays taken.
     assert [left for name in bad for left in left_of(agent, name)] == []
     # One that was running goes on, and new ones start.
-    result = host.exec("sbx_good", ["/usr/bin/python3", "-c", "print('runs')"], cwd="/")
+    result = host.exec("sbx_good", Exec(["/usr/bin/python3", "-c", "print('runs')"], cwd="/"))
     assert result.stdout == b"runs\n"
-    host.create_sandbox("sbx_new", image=IMAGE, cpu=1, memory_mb=128)
+    host.create_sandbox(CreateSandbox("sbx_new", image=IMAGE, cpu=1, memory_mb=128))
     with pytest.raises(NotFound):
         host.build("img_bad0")
 
@@ -197,11 +201,13 @@ def test_a_record_that_goes_bad_while_the_agent_runs_costs_nobody_else(agent: Ag
         damage(an_image(agent.state, f"img_bad{number}"))
     for number in range(len(DAMAGES)):
         with pytest.raises(HostError, match="cannot be believed") as refused:
-            host.create_sandbox("sbx_one", image=f"img_bad{number}", cpu=1, memory_mb=128)
+            host.create_sandbox(
+                CreateSandbox("sbx_one", image=f"img_bad{number}", cpu=1, memory_mb=128)
+            )
         assert refused.value.status == 500
     assert [image.id for image in host.images()] == [IMAGE]
     assert host.health().counts["images"] == 1
-    host.create_sandbox("sbx_two", image=IMAGE, cpu=1, memory_mb=128)
+    host.create_sandbox(CreateSandbox("sbx_two", image=IMAGE, cpu=1, memory_mb=128))
     assert [one.id for one in host.sandboxes()] == ["sbx_two"]
     assert left_of(agent, "sbx_one") == []
 
@@ -219,26 +225,26 @@ def test_what_was_set_aside_can_be_mended_and_put_back(agent: Agent) -> None:
     (agent.state / "quarantine/image.img_bad/content/image.json").write_bytes(whole)
     host.restore_held("image.img_bad")
     assert host.quarantine() == []
-    host.create_sandbox("sbx_back", image="img_bad", cpu=1, memory_mb=128)
+    host.create_sandbox(CreateSandbox("sbx_back", image="img_bad", cpu=1, memory_mb=128))
 
 
 def test_an_image_that_is_gone_from_disk_is_not_found(agent: Agent) -> None:
     shutil.rmtree(an_image(agent.state, "img_bad").parent)
     with pytest.raises(NotFound):
-        agent.client.create_sandbox("sbx_one", image="img_bad", cpu=1, memory_mb=128)
+        agent.client.create_sandbox(CreateSandbox("sbx_one", image="img_bad", cpu=1, memory_mb=128))
     shutil.rmtree(agent.state / f"images/{IMAGE}/tree")
     assert agent.client.images() == []
     agent.stop()
     agent.start()
     assert [held.key for held in agent.client.quarantine()] == [f"image.{IMAGE}"]
     publish(agent.state, "img_other")
-    agent.client.create_sandbox("sbx_two", image="img_other", cpu=1, memory_mb=128)
+    agent.client.create_sandbox(CreateSandbox("sbx_two", image="img_other", cpu=1, memory_mb=128))
 
 
 @pytest.mark.parametrize("name", ["instance.json", "installation.json"])
 def test_the_states_own_records_may_be_bad_too(agent: Agent, name: str) -> None:
     host = agent.client
-    host.create_sandbox("sbx_good", image=IMAGE, cpu=1, memory_mb=128)
+    host.create_sandbox(CreateSandbox("sbx_good", image=IMAGE, cpu=1, memory_mb=128))
     prefix = agent.prefix
     for damage in (_written(b"{}"), _written(b"\xff\x00"), _a_directory):
         agent.kill()

@@ -8,19 +8,21 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, is_frozen, kill_group
 from hostruntime.errors import ContainerPaused, Held, HostError, HostFull, HostUnavailable
 from hostruntime.host import kernel
 from hostruntime.host.paths import Instance
 from hostruntime.host.rundir import RunDir
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, groups_named, is_running, mounts_below
 from tests.host.small import IMAGE, a_small_agent
 
@@ -82,11 +84,13 @@ def host(agent: Agent) -> HostClient:
 
 
 def a_sandbox(host: HostClient, name: str) -> SandboxInfo:
-    return host.create_sandbox(f"sbx_{name}", image=IMAGE, cpu=1, memory_mb=512, disk_mb=8192)
+    return host.create_sandbox(
+        CreateSandbox(f"sbx_{name}", image=IMAGE, cpu=1, memory_mb=512, disk_mb=8192)
+    )
 
 
 def python(host: HostClient, sandbox: SandboxInfo, script: str) -> str:
-    done = host.exec(sandbox.id, ["python3", "-c", script], timeout_seconds=120)
+    done = host.exec(sandbox.id, Exec(["python3", "-c", script], timeout_seconds=120))
     return (done.stdout + done.stderr).decode().strip()
 
 
@@ -102,7 +106,9 @@ class Writer(threading.Thread):
     def run(self) -> None:
         with HostClient(self._agent.socket) as client:
             try:
-                client.exec(self._sandbox.id, ["python3", "-c", self._script], timeout_seconds=600)
+                client.exec(
+                    self._sandbox.id, Exec(["python3", "-c", self._script], timeout_seconds=600)
+                )
             except HostError as error:
                 self.error = error
 
@@ -164,7 +170,7 @@ def mend(disk: Path, instance: Instance) -> None:
     subprocess.run(["mount", "-o", MOUNTED, str(image), str(disk)], check=True)
 
 
-def room(host: HostClient) -> dict[str, Any]:
+def room(host: HostClient) -> Mapping[str, Any]:
     return host.health().room
 
 
@@ -206,7 +212,9 @@ def test_who_writes_stands_still_and_goes_on_when_there_is_room(
     for begin in (
         lambda: a_sandbox(host, "new"),
         lambda: host.create_snapshot("snp_new", quiet.id),
-        lambda: host.start_build("img_new", base_image=IMAGE, recipe=["true"], network="off"),
+        lambda: host.start_build(
+            StartBuild("img_new", base_image=IMAGE, recipe=["true"], network="off")
+        ),
     ):
         with pytest.raises(HostFull):
             begin()
@@ -313,7 +321,9 @@ def a_build(agent: Agent, name: str, many: int) -> str:
     if not shell.is_symlink():
         shell.symlink_to("python3")
     recipe, build = [STEP.format(many=many), "pass"], f"img_{name}"
-    agent.client.start_build(build, base_image=IMAGE, recipe=recipe, network="restricted")
+    agent.client.start_build(
+        StartBuild(build, base_image=IMAGE, recipe=recipe, network="restricted")
+    )
     return build
 
 

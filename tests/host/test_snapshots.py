@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.answers import SandboxInfo, SnapshotInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, is_frozen
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo, SnapshotInfo
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE, NewSandbox
 
@@ -40,13 +42,13 @@ def take(host: HostClient) -> Iterator[Take]:
 
 
 def run(host: HostClient, sandbox_id: str, command: str) -> str:
-    done = host.exec(sandbox_id, command)
+    done = host.exec(sandbox_id, Exec(command))
     assert done.code == 0, (command, done.stdout, done.stderr)
     return done.stdout.decode().strip()
 
 
 def fork(new_sandbox: NewSandbox, snapshot: SnapshotInfo, **wishes: object) -> SandboxInfo:
-    return new_sandbox(image=None, snapshot=snapshot.id, **wishes)
+    return new_sandbox(image="", snapshot=snapshot.id, **wishes)
 
 
 def traces(agent: Agent, snapshot_id: str) -> list[Path]:
@@ -181,7 +183,9 @@ def test_it_outlives_its_sandbox_its_image_and_the_agent(
     agent: Agent, host: HostClient, new_sandbox: NewSandbox, take: Take
 ) -> None:
     image = f"tmpl_test{time.time_ns():x}"
-    host.start_build(image, base_image=BASE, recipe=["echo built >/root/built"], network="off")
+    host.start_build(
+        StartBuild(image, base_image=BASE, recipe=["echo built >/root/built"], network="off")
+    )
     assert [event.kind for event in host.build_events(image)][-1] == "published"
     source = new_sandbox(image=image)
     run(host, source.id, "echo before >/root/mark; echo ram >/workspace/mark")
@@ -255,9 +259,11 @@ def test_what_cannot_be_taken_leaves_nothing(
 
 def test_a_fork_of_no_snapshot_leaves_nothing(agent: Agent, host: HostClient) -> None:
     with pytest.raises(NotFound):
-        host.create_sandbox("sbx_none", snapshot="snap_none", cpu=1, memory_mb=512)
+        host.create_sandbox(CreateSandbox("sbx_none", snapshot="snap_none", cpu=1, memory_mb=512))
     with pytest.raises(InvalidRequest):
-        host.create_sandbox("sbx_none", image=BASE, snapshot="snap_none", cpu=1, memory_mb=512)
+        host.create_sandbox(
+            CreateSandbox("sbx_none", image=BASE, snapshot="snap_none", cpu=1, memory_mb=512)
+        )
     assert not (agent.state / "sandboxes" / "sbx_none").exists()
 
 

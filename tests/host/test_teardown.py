@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import (
     Agent,
     children_named,
@@ -44,7 +45,9 @@ def test_after_a_teardown_nothing_is_left_but_images(agent: Agent) -> None:
     """Last on purpose: it takes the session's agent down and brings it up again."""
     number = agent.client.health().instance
     for name, network in (("sbx_down1", "off"), ("sbx_down2", "restricted"), ("sbx_down3", "open")):
-        agent.client.create_sandbox(name, image=BASE, cpu=1, memory_mb=256, network=network)
+        agent.client.create_sandbox(
+            CreateSandbox(name, image=BASE, cpu=1, memory_mb=256, network=network)
+        )
     assert len(everything(number)) > 10
     told = re.fullmatch(r"ended (\d+) of (\d+) containers", agent.tear_down().splitlines()[-1])
     assert told is not None

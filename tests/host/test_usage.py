@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from django.test import override_settings
 
-from hostruntime.client.answers import SandboxInfo, UsageInfo
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import SandboxInfo, UsageInfo
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 from sandboxes_app import services, tasks
@@ -34,7 +35,7 @@ def used(host: HostClient, sandbox: SandboxInfo) -> UsageInfo:
 
 def burn(host: HostClient, sandbox: SandboxInfo) -> None:
     """Use a second of the processor."""
-    host.exec(sandbox.id, BURN.format(1))
+    host.exec(sandbox.id, Exec(BURN.format(1)))
 
 
 def accounted_cpu(agent: Agent, sandbox: SandboxInfo) -> float:
@@ -62,7 +63,7 @@ def test_cpu_time_is_what_the_commands_took(
 def test_memory_is_counted_for_as_long_as_it_is_held(
     host: HostClient, sandbox: SandboxInfo
 ) -> None:
-    host.exec(sandbox.id, "head -c 250000000 /dev/zero > /workspace/held")
+    host.exec(sandbox.id, Exec("head -c 250000000 /dev/zero > /workspace/held"))
     await_reading(host, sandbox)
     before, began = await_reading(host, sandbox)
     await_reading(host, sandbox)
@@ -150,12 +151,12 @@ def test_a_team_is_charged_what_its_sandbox_used(
     with override_settings(HOST_SOCKET=str(agent.socket)):
         sandbox = services.create_sandbox(actor, SandboxSpec(template=BASE, size="small"))
         try:
-            host.exec(sandbox.pk, BURN.format(1))
+            host.exec(sandbox.pk, Exec(BURN.format(1)))
             for _ in eventually():
                 tasks.tidy()
                 if (running := summed(Metric.VCPU_SECONDS)) > BURNT:
                     break
-            host.exec(sandbox.pk, BURN.format(1))
+            host.exec(sandbox.pk, Exec(BURN.format(1)))
             tasks.tidy()
         finally:
             services.terminate_sandbox(actor, sandbox.pk)

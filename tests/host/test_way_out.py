@@ -25,6 +25,9 @@ from hostruntime.container.authorities import certificates
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
 from hostruntime.image.store import ImageManifest, ImageStore
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, an_agent
 from tests.host.network import world as world
 from tests.host.topology import INTERNET, RESOLVER, SITE, World
@@ -127,7 +130,7 @@ def trees(agent: Agent, bases: None) -> Iterator[dict[str, Path]]:
 
 def built(host: HostClient, name: str, *recipe: str, base: str) -> list[dict[str, object]]:
     """Build an image to its end; the events."""
-    host.start_build(name, base_image=base, recipe=recipe, network="restricted")
+    host.start_build(StartBuild(name, base_image=base, recipe=recipe, network="restricted"))
     events = [{"kind": event.kind, **event.data} for event in host.build_events(name)]
     assert events[-1]["kind"] == "published", events[-5:]
     return events
@@ -210,7 +213,9 @@ def box(live: Agent) -> Iterator[Box]:
         made.append(f"sbx_way{next(NUMBERS)}")
         listed = [SITE] if mode == "restricted" else None
         live.client.create_sandbox(
-            made[-1], image=image, cpu=1.0, memory_mb=512, network=mode, allow_domains=listed
+            CreateSandbox(
+                made[-1], image=image, cpu=1.0, memory_mb=512, network=mode, allow_domains=listed
+            )
         )
         return made[-1]
 
@@ -220,7 +225,7 @@ def box(live: Agent) -> Iterator[Box]:
 
 
 def says(live: Agent, name: str, command: str) -> str:
-    done = live.client.exec(name, command, cwd="/root", timeout_seconds=60)
+    done = live.client.exec(name, Exec(command, cwd="/root", timeout_seconds=60))
     return (done.stdout + done.stderr).decode(errors="replace").strip("\n")
 
 
@@ -266,7 +271,7 @@ def test_a_snapshot_is_told_of_the_network_it_is_started_on(live: Agent, box: Bo
     live.client.create_snapshot("snap_way", name)
     fork = f"sbx_way{next(NUMBERS)}"
     live.client.create_sandbox(
-        fork, image=None, snapshot="snap_way", cpu=1.0, memory_mb=512, network="off"
+        CreateSandbox(fork, image="", snapshot="snap_way", cpu=1.0, memory_mb=512, network="off")
     )
     try:
         assert says(live, fork, "grep -ciE '^(https?_|https?-|)proxy' /etc/environment") == "0"

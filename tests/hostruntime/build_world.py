@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from hostruntime.build.layers import LayerStore
-from hostruntime.build.manager import BuildManager, BuildRequest
+from hostruntime.build.manager import BuildManager
 from hostruntime.build.plan import Host
 from hostruntime.build.report import NotReached, Refused
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.image.trees import tree_digest
+from hostruntime.wire.builds import StartBuild
 from tests.hostruntime.fake_containers import FakeContainers, tree_of
 from tests.hostruntime.trees_help import grow
 
@@ -49,7 +50,7 @@ class World:
 
     def start(self, *recipe: str, build_id: str = "img_1", **changes: Any) -> None:
         fields = {"base_image": "debian-12", "network": "restricted", **changes}
-        self.builds.start(BuildRequest(id=build_id, recipe=recipe, **fields))
+        self.builds.start(StartBuild(id=build_id, recipe=recipe, **fields))
 
     async def events(self, build_id: str = "img_1", *, follow: bool = True) -> list[dict[str, Any]]:
         data = b"".join([lines async for lines in self.builds.events(build_id, follow=follow)])

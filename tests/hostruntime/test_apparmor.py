@@ -48,7 +48,7 @@ def test_no_container_asks_lxc_for_a_profile_of_its_own() -> None:
             root=Path("/root"),
             id_base=1,
             netns=None,
-            limits=Limits(),
+            limits=Limits(cpu=1.0, memory_mb=1024),
             seccomp=Path("/seccomp"),
             apparmor=label,
             log=Path("/log"),

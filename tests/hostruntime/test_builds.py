@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build.manager import BuildRequest
 from hostruntime.build.plan import Host
 from hostruntime.build.report import Refused
 from hostruntime.errors import HostFull, InvalidRequest, NotFound
+from hostruntime.wire.builds import StartBuild
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
 from tests.hostruntime.fake_containers import tree_of
@@ -83,7 +83,7 @@ async def test_a_step_that_says_nothing_is_told_ever_more_rarely(
 
 
 async def test_the_same_id_starts_once(world: World) -> None:
-    request = BuildRequest("img_1", "debian-12", ("sleep 0.1", "write etc/a x"), "restricted")
+    request = StartBuild("img_1", "debian-12", ("sleep 0.1", "write etc/a x"), "restricted")
     assert world.builds.start(request)[1] is True
     status, new = world.builds.start(request)
     assert (status.state, new) == ("running", False)

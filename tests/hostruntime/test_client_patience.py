@@ -8,6 +8,7 @@ import httpx
 
 from hostruntime.client.host_client import HostClient
 from hostruntime.host.patience import scaled
+from hostruntime.wire.sandboxes import CreateSandbox
 
 
 def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:
@@ -22,8 +23,8 @@ def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:
 
     client = HostClient(tmp_path / "host.sock")
     client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://host")
-    client.create_sandbox("sbx", image="i", cpu=1, memory_mb=64)
-    client.create_sandbox("sbx", snapshot="s", cpu=1, memory_mb=64)
+    client.create_sandbox(CreateSandbox("sbx", image="i", cpu=1, memory_mb=64))
+    client.create_sandbox(CreateSandbox("sbx", snapshot="s", cpu=1, memory_mb=64))
     assert round(waits["snapshot"] / waits["image"]) == 10
 
 

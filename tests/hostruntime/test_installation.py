@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.installation import (
-    Claim,
-    InstallationBook,
-    InstallationMismatch,
-    StateUnclaimed,
-)
+from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
 from hostruntime.host.paths import StatePaths
+from hostruntime.wire.keeping import Claim
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ from hostruntime.build.layers import (
     budget_bytes,
     layer_keys,
 )
-from hostruntime.build.plan import Cache
 from hostruntime.build.report import Refused
 from hostruntime.container.manager import ContainerSpec, Running
 from hostruntime.errors import InvalidRequest
 from hostruntime.host.paths import StatePaths, read_json, write_json
 from hostruntime.image.trash import Trash
+from hostruntime.wire.builds import Cache
 from tests.hostruntime.build_world import World
 from tests.hostruntime.fake_containers import tree_of
 

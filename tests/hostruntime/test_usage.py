@@ -116,7 +116,7 @@ async def test_one_that_ended_while_no_agent_was_there_keeps_its_sums(machine: M
     await first.close()
     second = machine.book()
     second.recover({})
-    assert [meter.to_wire()["ended"] for meter in second.list()] == [True]
+    assert [meter.info().ended for meter in second.list()] == [True]
     assert totals(second.list()[0])[0] == pytest.approx(1.0)
 
 

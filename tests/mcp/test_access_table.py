@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from channels.db import database_sync_to_async
 
-from hostruntime.client.answers import ExecFrame
+from hostruntime.wire.builds import StartBuild
+from hostruntime.wire.commands import ExecFrame
 from orkestr_console.accounts.actor import READ, WRITE, system_actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
@@ -90,7 +91,9 @@ def world(plans: None, team: Team, other_team: Team, host: FakeHost) -> World:
     actor = system_actor(team)
     spec = TemplateSpec(name="made", base_template="debian-12", recipe=["true"])
     ready = templates.create_template(actor, spec)
-    host.start_build(ready.image_id, base_image="debian-12", recipe=["true"], network="restricted")
+    host.start_build(
+        StartBuild(ready.image_id, base_image="debian-12", recipe=["true"], network="restricted")
+    )
     type(ready).objects.filter(pk=ready.pk).update(status="ready")
     sandbox = sandboxes.create_sandbox(actor, SandboxSpec(template="debian-12"))
     host.write_file(sandbox.pk, "/workspace/there", b"x")

@@ -13,8 +13,7 @@ from django.db import OperationalError
 from mcp import Client
 from mcp_types import CallToolResult, TextContent
 
-from hostruntime.client.answers import ExecFrame
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.commands import ExecFrame, Quota
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
 from orkestr_console.mcp import sandbox_tools
 from orkestr_console.mcp.tool import ERROR

@@ -21,13 +21,14 @@ import pytest
 
 from hostruntime.container import apparmor, delegation
 from hostruntime.container.trials import TRIALS
-from hostruntime.host.installation import Claim, InstallationBook, InstallationMismatch
+from hostruntime.host.installation import InstallationBook, InstallationMismatch
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.room import Room
 from hostruntime.host.run import Completed, run
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.network.registries import combine
+from hostruntime.wire.keeping import Claim
 from orkestr_console.runner.doctor import (
     cgroups,
     examine,

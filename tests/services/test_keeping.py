@@ -9,8 +9,9 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from hostruntime.client.answers import ImageInfo
 from hostruntime.host.installation import InstallationMismatch
+from hostruntime.wire.images import ImageInfo
+from hostruntime.wire.keeping import Reconcile
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.core.errors import Conflict
 from orkestr_console.installation import services as installation
@@ -192,7 +193,7 @@ def test_the_hosts_word_is_asked_anew_in_every_call(image: Template, host: FakeH
     row = Installation.objects.get()
     tasks.tidy()
     with pytest.raises(InstallationMismatch):
-        host.reconcile(row.claim(), images=[])
+        host.reconcile(Reconcile(row.claim(), images=[]))
     assert set(host.stored) == {image.image_id}
 
 

@@ -12,8 +12,8 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from hostruntime.client.answers import UsageInfo, Used
 from hostruntime.errors import HostUnavailable
+from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, Team, UsageDay
@@ -48,7 +48,7 @@ def tell(
     ended: bool = False,
 ) -> None:
     """Let the host say what a sandbox has used in all: ``(day, cpu_seconds, gb_seconds)``."""
-    parts = tuple((day, Used(cpu, gb)) for day, cpu, gb in days)
+    parts = tuple(DayUsed(cpu, gb, day=day) for day, cpu, gb in days)
     host.used[sandbox.pk] = UsageInfo(sandbox.pk, ended, before or Used(), parts)
 
 

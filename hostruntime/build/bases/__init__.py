@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from hostruntime.build.assembly import Assembly
@@ -45,8 +45,9 @@ from hostruntime.image.store import ALIASES, Image, ImageManifest
 from hostruntime.image.trees import Inventory, Measure, inventory
 from hostruntime.network.policy import DEFAULT_LIST, Policy
 from hostruntime.network.registries import Registries
+from hostruntime.wire.images import BaseInfo
 
-__all__ = ["BASES", "BaseBuilder", "BaseDefinition", "BaseStatus", "definition_digest"]
+__all__ = ["BASES", "BaseBuilder", "BaseDefinition", "definition_digest"]
 
 Progress = Callable[[str], None]
 _STEP_TIMEOUT = 1200.0
@@ -58,19 +59,6 @@ _AGAIN_SECONDS = 60.0
 _LONGEST_AGAIN_SECONDS = 1800.0
 _RESTRICTED = Policy("restricted")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BaseStatus:
-    """A base for people to choose from; ``digest`` is its definition's, ``error`` why it failed."""
-
-    name: str
-    title: str
-    description: str
-    state: Literal["ready", "missing", "building", "failed"]
-    size_bytes: int | None
-    digest: str
-    error: str | None = None
 
 
 @dataclass
@@ -108,7 +96,7 @@ class BaseBuilder:
         self._failures: Counter[str] = Counter()
         self._again: dict[str, asyncio.TimerHandle] = {}
 
-    def catalogue(self) -> list[BaseStatus]:
+    def catalogue(self) -> list[BaseInfo]:
         """Every built-in base and whether it can be used."""
         return [self._status(base) for base in BASES.values()]
 
@@ -140,16 +128,16 @@ class BaseBuilder:
 
     # Inside -------------------------------------------------------------------------------
 
-    def _status(self, base: BaseDefinition) -> BaseStatus:
+    def _status(self, base: BaseDefinition) -> BaseInfo:
         image = self._ready(base)
-        state: Literal["ready", "missing", "building", "failed"] = "missing"
+        state = "missing"
         if image is not None:
             state = "ready"
         elif base.name in self._making:
             state = "building"
         elif base.name in self._failed:
             state = "failed"
-        return BaseStatus(
+        return BaseInfo(
             name=base.name,
             title=base.title,
             description=base.description,

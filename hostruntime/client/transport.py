@@ -1,26 +1,19 @@
-"""What goes over the agent's socket and back: bodies, frames put together, errors rebuilt."""
+"""What comes back over the agent's socket: answers read, frames put together, errors rebuilt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from hostruntime.client.answers import (
-    DirectoryEntry,
-    DirectoryListing,
-    ExecFrame,
-    ExecResult,
-    FileContent,
-    FileStat,
-)
-from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostUnavailable
+from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostFault, HostUnavailable
 from hostruntime.host.patience import scaled
-from hostruntime.host.quotas import Quota
+from hostruntime.wire.commands import ExecFrame, ExecResult
+from hostruntime.wire.files import DirectoryEntries, DirectoryListing, FileContent, FileStat
+from hostruntime.wire.message import MalformedError, Message, decode
 
 
 def timeouts(*, read: float) -> httpx.Timeout:
@@ -29,24 +22,12 @@ def timeouts(*, read: float) -> httpx.Timeout:
     return httpx.Timeout(**{name: scaled(seconds) for name, seconds in limits.items()})
 
 
-def exec_body(
-    command: str | Sequence[str],
-    cwd: str,
-    env: Mapping[str, str] | None,
-    timeout_seconds: float | None,
-    max_output_bytes: int | None,
-    quota: Quota | None = None,
-) -> dict[str, Any]:
-    """The body of an exec request."""
-    what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
-    return {
-        **what,
-        "cwd": cwd,
-        "env": dict(env or {}),
-        "timeout_seconds": timeout_seconds,
-        "max_output_bytes": max_output_bytes,
-        "quota": None if quota is None else asdict(quota),
-    }
+def read[M: Message](kind: type[M], data: bytes | str) -> M:
+    """The agent's answer as a message.  Raises HostFault for one that is none."""
+    try:
+        return decode(kind, data)
+    except MalformedError as error:
+        raise HostFault(f"The host agent gave an answer that is none: {error}") from error
 
 
 class Collected:
@@ -103,8 +84,7 @@ def content_of(path: str, response: httpx.Response) -> FileContent | DirectoryLi
     stat = stat_of(path, response.headers)
     if not stat.is_dir:
         return FileContent(stat, response.content)
-    entries = tuple(DirectoryEntry.from_wire(item) for item in response.json()["entries"])
-    return DirectoryListing(stat, entries)
+    return DirectoryListing(stat, read(DirectoryEntries, response.content).entries)
 
 
 def stat_of(path: str, headers: httpx.Headers) -> FileStat:

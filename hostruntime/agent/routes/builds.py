@@ -1,0 +1,53 @@
+"""Builds of templates, and the layers that they keep."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from hostruntime.agent.requests import body, flag, in_path
+from hostruntime.agent.responses import NDJSON, answer, nothing
+from hostruntime.build.manager import BuildManager
+from hostruntime.errors import InvalidRequest
+from hostruntime.wire.builds import StartBuild
+
+
+def routes(builds: BuildManager) -> list[Route]:
+    """The routes, over a host's builds."""
+
+    async def start(request: Request) -> Response:
+        status, new = builds.start(await body(request, StartBuild))
+        return answer(status, 202 if new else 200)
+
+    async def get(request: Request) -> Response:
+        return answer(builds.status(in_path(request)))
+
+    async def cancel(request: Request) -> Response:
+        build_id = in_path(request)
+        await builds.cancel(build_id, keep_published=flag(request, "keep_published"))
+        return answer(builds.status(build_id))
+
+    async def events(request: Request) -> Response:
+        follow = flag(request, "follow")
+        lines = builds.events(in_path(request), _after(request), follow=follow)
+        return StreamingResponse(lines, media_type=NDJSON)
+
+    async def drop_layers(request: Request) -> Response:
+        await builds.drop_layers(in_path(request, "scope"))
+        return nothing()
+
+    return [
+        Route("/layers/{scope}", drop_layers, methods=["DELETE"]),
+        Route("/builds", start, methods=["POST"]),
+        Route("/builds/{id}", get, methods=["GET"]),
+        Route("/builds/{id}", cancel, methods=["DELETE"]),
+        Route("/builds/{id}/events", events, methods=["GET"]),
+    ]
+
+
+def _after(request: Request) -> int:
+    value = request.query_params.get("after", "0")
+    if not value.isascii() or not value.isdigit():
+        raise InvalidRequest("after must be a number, 0 or more.")
+    return int(value)

@@ -1,0 +1,118 @@
+"""Built-in bases, and the images of the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from hostruntime.agent.requests import in_path
+from hostruntime.agent.responses import NDJSON, answer, line, nothing
+from hostruntime.build.bases import BASES, BaseBuilder
+from hostruntime.build.log import KEEP_ALIVE_SECONDS
+from hostruntime.errors import HostError, HostFault, ImageNotFound
+from hostruntime.host.threads import in_thread
+from hostruntime.image.store import ALIASES, Image, ImageStore
+from hostruntime.wire.images import Bases, Images, ImageUsage, Progress
+
+
+def routes(store: ImageStore, bases: BaseBuilder) -> list[Route]:
+    """The routes, over a host's images."""
+    return [*_base_routes(bases), *_store_routes(store)]
+
+
+def _base_routes(bases: BaseBuilder) -> list[Route]:
+    async def list_bases(_: Request) -> Response:
+        return answer(Bases(tuple(bases.catalogue())))
+
+    async def ensure_base(request: Request) -> Response:
+        name = in_path(request, "name")
+        if ALIASES.get(name, name) not in BASES:
+            raise ImageNotFound(
+                f"There is no built-in base {name!r}. There are: {', '.join(BASES)}."
+            )
+        return StreamingResponse(_progress(bases, name), media_type=NDJSON)
+
+    return [
+        Route("/bases", list_bases, methods=["GET"]),
+        Route("/bases/{name}", ensure_base, methods=["POST"]),
+    ]
+
+
+def _store_routes(store: ImageStore) -> list[Route]:
+    measuring: dict[str, asyncio.Task[ImageUsage]] = {}
+
+    async def list_images(_: Request) -> Response:
+        images = await in_thread(store.list)
+        return answer(Images(tuple(image.manifest.info() for image in images)))
+
+    async def get_image(request: Request) -> Response:
+        return answer(store.get(in_path(request)).manifest.info())
+
+    async def usage(request: Request) -> Response:
+        image_id = in_path(request)
+        task = measuring.get(image_id)
+        if task is None:
+            # Every inode is read: whoever asks meanwhile gets the same answer.
+            task = asyncio.create_task(in_thread(_usage, store, image_id))
+            measuring[image_id] = task
+            task.add_done_callback(lambda _: measuring.pop(image_id))
+        return answer(await asyncio.shield(task))
+
+    async def delete_image(request: Request) -> Response:
+        gone = await in_thread(store.delete, in_path(request))
+        return nothing() if gone else JSONResponse({"state": "in_use"}, 202)
+
+    return [
+        Route("/images", list_images, methods=["GET"]),
+        Route("/images/{id}", get_image, methods=["GET"]),
+        Route("/images/{id}/usage", usage, methods=["GET"]),
+        Route("/images/{id}", delete_image, methods=["DELETE"]),
+    ]
+
+
+async def _progress(bases: BaseBuilder, name: str) -> AsyncIterator[bytes]:
+    said: asyncio.Queue[str | None] = asyncio.Queue()
+    work = asyncio.create_task(bases.ensure(name, said.put_nowait))
+    work.add_done_callback(lambda _: said.put_nowait(None))
+    try:
+        while True:
+            try:
+                message = await asyncio.wait_for(said.get(), KEEP_ALIVE_SECONDS)
+            except TimeoutError:
+                yield b"\n"
+                continue
+            if message is None:
+                break
+            yield line(Progress("progress", message))
+        yield line(_outcome(work))
+    finally:
+        # Only this listener goes: the base is made on.
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError, HostError, OSError):
+            await work
+
+
+def _outcome(work: asyncio.Task[Image]) -> Progress:
+    if work.cancelled():
+        return Progress("error", error=HostFault("The host agent is stopping.").to_wire())
+    error = work.exception()
+    if error is None:
+        return Progress("done", image=work.result().manifest.info())
+    if not isinstance(error, HostError):
+        error = HostFault(f"The base could not be created: {error}.")
+    return Progress("error", error=error.to_wire())
+
+
+def _usage(store: ImageStore, image_id: str) -> ImageUsage:
+    measured = store.usage(image_id)
+    return ImageUsage(
+        size_bytes=measured.size_bytes,
+        shared_bytes=measured.shared_bytes,
+        reclaimable_bytes=measured.size_bytes - measured.shared_bytes,
+        users=len(store.users(image_id)),
+    )

@@ -1,0 +1,89 @@
+"""Commands in a sandbox: what to run, how many may run at once, and what comes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Base64Bytes, Field
+
+from hostruntime.wire.message import Message
+
+MAX_TIMEOUT_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True)
+class Quota(Message):
+    """At most ``most`` commands of ``scope`` at once (:mod:`hostruntime.host.quotas`)."""
+
+    scope: Annotated[str, Field(min_length=1, max_length=128)]
+    most: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Exec(Message):
+    """``POST /sandboxes/{id}/exec``: a ``command`` for the shell, or as a list of its words.
+
+    ``timeout_seconds`` None is no limit.  Of stdout and stderr together ``max_output_bytes`` are
+    sent, None sends all.
+    """
+
+    command: str | Annotated[Sequence[str], Field(min_length=1)]
+    cwd: str = "/workspace"
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = 60.0
+    max_output_bytes: Annotated[int, Field(ge=0)] | None = None
+    quota: Quota | None = None
+
+
+@dataclass(frozen=True)
+class ExecFrame(Message):
+    """One line of the stream that a command answers with.
+
+    ``kind`` started: ``pid``; chunk: ``stream`` and ``data``; exited: ``code`` (128 + n when signal
+    n killed it), ``signal``, ``duration_ms``, ``out_of_memory``, ``truncated``; error:
+    ``error_code``, ``message``, ``duration_ms`` and perhaps ``signal``.  The last two end it.
+    """
+
+    kind: Literal["started", "chunk", "exited", "error"]
+    pid: int | None = None
+    stream: str | None = None
+    data: Base64Bytes = b""
+    code: int | None = None
+    signal: int | None = None
+    duration_ms: int | None = None
+    out_of_memory: bool = False
+    truncated: bool = False
+    error_code: str | None = None
+    message: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the command has ended with it."""
+        return self.kind in {"exited", "error"}
+
+
+@dataclass(frozen=True)
+class RunningCommands(Message):
+    """``GET /commands``: how many commands run of each scope that has any."""
+
+    scopes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """A command that ended, its frames put together; ``code`` is 128 + n when signal n killed it.
+
+    ``truncated`` says that output beyond the cap was read and dropped (the command was not
+    disturbed); ``out_of_memory`` that the kernel killed something in the container meanwhile.
+    """
+
+    code: int
+    signal: int | None
+    stdout: bytes
+    stderr: bytes
+    duration_ms: int
+    out_of_memory: bool = False
+    truncated: bool = False
+    pid: int | None = None

@@ -1,0 +1,77 @@
+"""Files in a sandbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hostruntime.wire.message import Message
+
+
+@dataclass(frozen=True)
+class MakeDirectory(Message):
+    """``POST /sandboxes/{id}/files/mkdir``."""
+
+    path: str
+    parents: bool = True
+
+
+@dataclass(frozen=True)
+class MoveFile(Message):
+    """``POST /sandboxes/{id}/files/move``."""
+
+    source: str
+    destination: str
+
+
+@dataclass(frozen=True)
+class WrittenFile(Message):
+    """What ``PUT /sandboxes/{id}/files`` wrote."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class FileStat(Message):
+    """What is at a path; everything but ``path`` and ``exists`` is meaningless when it is not."""
+
+    path: str
+    exists: bool
+    is_dir: bool = False
+    size: int = 0
+    mode: int = 0
+    modified_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class DirectoryEntry(Message):
+    """One name in a directory; ``mode`` holds the permission bits, ``modified_at`` Unix seconds."""
+
+    name: str
+    is_dir: bool
+    size: int
+    mode: int
+    modified_at: float
+
+
+@dataclass(frozen=True)
+class DirectoryEntries(Message):
+    """What ``GET /sandboxes/{id}/files`` answers for a directory, sorted by name."""
+
+    entries: tuple[DirectoryEntry, ...]
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """A file that was read whole; its stat is in the answer's headers."""
+
+    stat: FileStat
+    content: bytes
+
+
+@dataclass(frozen=True)
+class DirectoryListing:
+    """A directory that was read, sorted by name."""
+
+    stat: FileStat
+    entries: tuple[DirectoryEntry, ...]
