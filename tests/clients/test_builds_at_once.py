@@ -20,7 +20,7 @@ from tests.stack import Stack, wait_for
 PLAN = 8
 MOST = min(PLAN, builds_at_once())
 # Long enough for all to run beside each other, on a slow machine too.
-STEP = f"sleep {scaled(40):.0f}"
+STEP_SECONDS = scaled(40.0)
 # What a task waits for a worker, and takes.
 SHORT_SECONDS = scaled(5.0)
 # What nobody drives is looked for by the listener (sandboxes_app.services.listening).
@@ -73,7 +73,7 @@ def workers(stack: Stack) -> list[int]:
 def test_many_builds_run_at_once_and_outlive_their_workers(
     stack: Stack, templates: Templates, database: psycopg.Connection[Any]
 ) -> None:
-    made = [templates.create("debian-12", STEP) for _ in range(PLAN)]
+    made = [templates.create("debian-12", f"sleep {STEP_SECONDS:.0f}") for _ in range(PLAN)]
     made += [templates.create("debian-12", "true") for _ in range(2)]
     wait_for(lambda: len(drivers(database)) == MOST, 120, stack.explain)
     waits_for = {templates.get(one)["queue"]["waits_for"] for one in made[-2:]}
@@ -98,7 +98,7 @@ def test_many_builds_run_at_once_and_outlive_their_workers(
         assert now <= MOST
         return now == 0
 
-    wait_for(all_over, 300, stack.explain)
+    wait_for(all_over, STEP_SECONDS + 300, stack.explain)
     records = [templates.finished(one) for one in made]
     assert [record["status"] for record in records] == ["ready"] * len(made)
     for one in made:
