@@ -11,8 +11,8 @@ from django.templatetags.static import static
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
-from hostruntime.client.answers import EgressHost
 
+from hostruntime.wire.health import EgressHost
 from orkestr_console.accounts.limits import Kind
 from orkestr_console.core import text as texts
 from orkestr_console.core.text import visible
