@@ -64,7 +64,10 @@ def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
 
 
 def tidy() -> None:
-    """Every minute: settle what has expired, make rows and containers agree, count what is used."""
+    """Every minute: settle what has expired, make rows and containers agree, count what is used.
+
+    Each pass stands alone: what one of them raises keeps no other from its turn.
+    """
     answers = True
     try:
         if not installation.agree(standing.knows_some):
@@ -73,16 +76,22 @@ def tidy() -> None:
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)
         answers = False
-    lifecycle.expire_due()
-    note_image_bytes()
+    _pass("what has expired was not ended", lifecycle.expire_due)
+    _pass("the room that images take was not counted", note_image_bytes)
     if answers:
         reconcile()
 
 
 def reconcile() -> None:
     """Make what the rows say and what is on the host agree."""
+    _pass("sandboxes were not reconciled", settling.settle_all)
+    _pass("what sandboxes use was not collected", metering.collect)
+
+
+def _pass(failed: str, work: Callable[[], object]) -> None:
     try:
-        settling.settle_all()
-        metering.collect()
+        work()
     except HostError as error:
-        logger.warning("sandboxes were not reconciled: %s", error.detail)
+        logger.warning("%s: %s", failed, error.detail)
+    except Exception:
+        logger.exception("%s, by a defect", failed)

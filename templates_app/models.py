@@ -113,9 +113,8 @@ class Template(models.Model):
     error_message = models.TextField(blank=True, default="")
     error_code = models.CharField(max_length=40, blank=True, default="")
     image_id = models.CharField(max_length=40, unique=True, default=new_image_id, editable=False)
-    # The driver that follows the build now, and when it last said so: a lease, not a lock.
+    # The driver that follows the build now (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
-    heartbeat_at = models.DateTimeField(null=True, blank=True)
     # Whether the host ever took the build: if it then knows nothing of it, it lost it.
     handed_over = models.BooleanField(default=False)
     # When a driver first took it: until then it is queued.
@@ -142,7 +141,7 @@ class Template(models.Model):
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["team", "-created_at", "-id"]),
             models.Index(
-                fields=["heartbeat_at"],
+                fields=["created_at"],
                 name="template_building",
                 condition=models.Q(status="building"),
             ),

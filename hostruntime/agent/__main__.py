@@ -49,8 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
                 with _only_agent(paths):
                     tear_down(paths.ensure(), _tell)
             return 0
-        with _only_agent(paths.ensure()) as lock:
-            asyncio.run(_serve(paths, options.socket, options.socket_group, lock))
+        path = options.socket or paths.root / "sock"
+        with _only_agent(paths.ensure()) as lock, _listening(path, options.socket_group) as sock:
+            asyncio.run(_serve(paths, sock, lock))
     except (HostError, OSError) as error:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
@@ -87,26 +88,25 @@ class _Server(uvicorn.Server):
         self._host.containers.kill_execs()
 
 
-async def _serve(paths: StatePaths, path: Path | None, group: str | None, lock: int) -> None:
+async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
     _raise_file_limit()
-    with _listening(path or paths.root / "sock", group) as sock:
-        host = await Host.open(paths, keep=[lock])
-        try:
-            config = uvicorn.Config(
-                application(host),
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                timeout_graceful_shutdown=_REQUESTS_GRACE_SECONDS,
-                timeout_keep_alive=75,
-            )
-            _log.info("serving on %s", sock.getsockname())
-            await _Server(config, host).serve(sockets=[sock])
-        finally:
-            # A second signal must not interrupt the end.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            await host.close()
+    host = await Host.open(paths, keep=[lock])
+    try:
+        config = uvicorn.Config(
+            application(host),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=_REQUESTS_GRACE_SECONDS,
+            timeout_keep_alive=75,
+        )
+        _log.info("serving on %s", sock.getsockname())
+        await _Server(config, host).serve(sockets=[sock])
+    finally:
+        # A second signal must not interrupt the end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        await host.close()
 
 
 def _raise_file_limit() -> None:

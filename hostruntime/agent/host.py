@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -31,6 +32,7 @@ from hostruntime.host.paths import (
     release_instance,
 )
 from hostruntime.host.room import Room
+from hostruntime.host.tasks import end, every, logged
 from hostruntime.image.quarantine import keep_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
@@ -42,6 +44,7 @@ from hostruntime.wire.health import Health
 
 PROXY_CHECK_SECONDS = 5.0
 LAYERS_CHECK_SECONDS = 3600.0
+_THREADS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -74,24 +77,26 @@ class Host:
 
         ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
         """
+        # A disk that hangs keeps whoever waits for it, and must not keep everybody else.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
         host = await asyncio.to_thread(_assemble, paths, keep)
         await host.launchers.open()
-        host.sandboxes.recover()
+        await host.sandboxes.recover()
         await host.sandboxes.freeze_again()
         host.sandboxes.begin()
         await host.builds.recover()
         await host._check_proxy(first=True)
         host._keepers = (
-            asyncio.create_task(host._keep_proxy(), name="egress proxy"),
-            asyncio.create_task(host._keep_layers(), name="layers"),
-            asyncio.create_task(host.room.run(), name="room on the disk"),
+            every(PROXY_CHECK_SECONDS, host._keep_network, "the network could not be seen to"),
+            every(LAYERS_CHECK_SECONDS, host._keep_old, "old layers and builds stay"),
+            host.room.begin(),
         )
         return host
 
     async def close(self) -> None:
         """End everything but the containers of sandboxes and the proxy, which serves them."""
-        for keeper in self._keepers:
-            keeper.cancel()
+        await end(*self._keepers)
+        self.room.close()
         self.sandboxes.snapshots.close()
         await self.sandboxes.close()
         await self.bases.close()
@@ -146,37 +151,31 @@ class Host:
         """The builds whose container has ended, and whose tree is being made; the newest last."""
         return [one for one in self.builds.users() if one not in self.containers.running()]
 
-    async def _keep_proxy(self) -> None:
-        while True:
-            await asyncio.sleep(PROXY_CHECK_SECONDS)
-            await self._check_walls()
-            await self._tend_launchers()
+    # What is done again and again; no part of it keeps another from its turn ------------------
+
+    async def _keep_network(self) -> None:
+        with logged("the firewall could not be checked"):
+            await asyncio.to_thread(self.pool.firewall.ensure_whole)
+        with logged("the AppArmor profile could not be checked"):
+            await asyncio.to_thread(self._ensure_profile)
+        with logged("a launcher near a limit could not be replaced"):
+            await self.launchers.tend()
+        with logged("what containers tried to reach could not be read"):
             await asyncio.to_thread(self.pool.record_attempts)
+        with logged("the egress proxy could not be checked"):
             await self._check_proxy(first=False)
 
-    async def _keep_layers(self) -> None:
-        while True:
-            await asyncio.sleep(LAYERS_CHECK_SECONDS)
-            try:
-                await asyncio.to_thread(self.layers.collect)
-                await asyncio.to_thread(remove_unused, self.paths)
-                await self.builds.forget_old()
-            except OSError as error:
-                _log.error("old layers or builds could not be deleted: %s", error)
+    async def _keep_old(self) -> None:
+        with logged("old layers could not be deleted"):
+            await asyncio.to_thread(self.layers.collect)
+        with logged("runtime layers that nobody uses could not be deleted"):
+            await asyncio.to_thread(remove_unused, self.paths)
+        with logged("the records of old builds could not be deleted"):
+            await self.builds.forget_old()
 
-    async def _tend_launchers(self) -> None:
-        try:
-            await self.launchers.tend()
-        except (HostError, OSError) as error:
-            _log.error("a launcher near a limit could not be replaced: %s", error)
-
-    async def _check_walls(self) -> None:
-        try:
-            await asyncio.to_thread(self.pool.firewall.ensure_whole)
-            if (label := apparmor.profile_name(self.instance)) is not None:
-                await asyncio.to_thread(apparmor.ensure_loaded, label)
-        except (HostError, OSError) as error:
-            _log.error("%s", error)
+    def _ensure_profile(self) -> None:
+        if (label := apparmor.profile_name(self.instance)) is not None:
+            apparmor.ensure_loaded(label)
 
     async def _check_proxy(self, *, first: bool) -> None:
         try:
@@ -196,21 +195,30 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)
-    label = apparmor.profile_name(instance)
-    if label is not None:
-        apparmor.load(label)
     pool = SlotPool(paths, instance)
+    launchers = _launchers(paths, instance, keep)
     pool.setup()
     # Now that the kernel tracks connections.
     _share_the_machine(instance)
     build_runtime_layers(paths, pool)
-    proxy = EgressProxy(paths, instance, pool)
     store = ImageStore(paths)
     live = reclaim(paths, instance, pool, store)
     _log.info("instance %d, %d sandboxes still run", instance.index, len(live))
-    launchers = LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep, label)
-    containers = ContainerManager(paths, instance, pool, launchers)
+    return _host(paths, instance, store, ContainerManager(paths, instance, pool, launchers))
 
+
+def _launchers(paths: StatePaths, instance: Instance, keep: Sequence[int]) -> LauncherPool:
+    """The launchers, which are yet to be started, with the profile they need in the kernel."""
+    label = apparmor.profile_name(instance)
+    if label is not None:
+        apparmor.load(label)
+    return LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep, label)
+
+
+def _host(
+    paths: StatePaths, instance: Instance, store: ImageStore, containers: ContainerManager
+) -> Host:
+    proxy = EgressProxy(paths, instance, containers.pool)
     layers = LayerStore(paths, store.trash, budget_bytes(paths))
     engine = build_plan.Host(
         store,
@@ -223,10 +231,10 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     return Host(
         paths=paths,
         instance=instance,
-        pool=pool,
+        pool=containers.pool,
         proxy=proxy,
         store=store,
-        launchers=launchers,
+        launchers=containers.launchers,
         containers=containers,
         sandboxes=SandboxManager(paths, containers, store),
         builds=BuildManager(paths, engine),

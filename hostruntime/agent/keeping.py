@@ -6,14 +6,13 @@ Nothing is done here on the word of a database that is not this state's
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
 
 from hostruntime.errors import Conflict
 from hostruntime.host.installation import InstallationBook, Standing
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.quarantine import Held, keep_days
 from hostruntime.image.store import RECONCILE_MOST, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, user_of
@@ -31,6 +30,14 @@ class Keeping:
     snapshots: SnapshotManager
 
     # Whose the state is --------------------------------------------------------------------
+
+    async def standing(self) -> Standing:
+        """Whose it is now (:meth:`InstallationBook.read`)."""
+        return await in_thread(self.book.read)
+
+    async def adopt(self, claim: Claim) -> Standing:
+        """Give it to a database, by an operator's word (:meth:`InstallationBook.adopt`)."""
+        return await in_thread(self.book.adopt, claim)
 
     async def agree(self, claim: Claim, *, known: bool | None) -> Standing:
         """Take down the database's new mark (:meth:`InstallationBook.agree`).
@@ -58,7 +65,7 @@ class Keeping:
             two = await in_thread(self.store.reconcile, set(asked.images))
             set_aside, waiting = [*set_aside, *two[0]], [*waiting, *two[1]]
         for held in await in_thread(self.store.quarantine.purge, keep_days()):
-            self._release(held)
+            await in_thread(self._release, held)
         return Reconciliation(set_aside, waiting)
 
     # What was set aside --------------------------------------------------------------------
@@ -73,7 +80,7 @@ class Keeping:
         if held.kind == "image":
             await in_thread(self.store.restore, held)
         elif held.kind == "snapshot":
-            await asyncio.shield(in_thread(self.snapshots.restore_held, held))
+            await in_thread(self.snapshots.restore_held, held)
         else:
             raise Conflict(f"The record of a {held.kind} cannot be put back: what it was of ended.")
         _log.warning("%s %s was put back from quarantine", held.kind, held.name)
@@ -83,7 +90,7 @@ class Keeping:
         """Delete something for good.  Raises NotFound, OSError."""
         held = await in_thread(self.store.quarantine.get, key)
         await in_thread(self.store.quarantine.delete, key)
-        self._release(held)
+        await in_thread(self._release, held)
 
     def _release(self, held: Held) -> None:
         """A snapshot that is no more lets go of the image it was made over."""

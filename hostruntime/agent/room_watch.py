@@ -15,12 +15,13 @@ goes on, and is not ended for what others did: that would free little, and stop 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,9 +31,10 @@ from typing import Any, Protocol
 from hostruntime.agent.ballast import Ballast
 from hostruntime.container.disk import DiskSize
 from hostruntime.container.manager import ContainerManager
-from hostruntime.errors import ContainerGone, HostError, HostFull, HostUnavailable
+from hostruntime.errors import ContainerGone, HostFull, HostUnavailable
 from hostruntime.host.patience import scaled
 from hostruntime.host.room import Level, Room
+from hostruntime.host.tasks import every, in_background
 
 _GIB, _MIB = 1024**3, 1024**2
 # So far above the reserve a second is soon enough: few disks write more in it.
@@ -67,10 +69,10 @@ _log = logging.getLogger(__name__)
 class Relief(Protocol):
     """What the watch has others do."""
 
-    async def drop_what_can_be(self) -> None:
+    def drop_what_can_be(self) -> Coroutine[Any, Any, None]:
         """Begin nothing more that takes room, and delete what is made again."""
 
-    async def end_for_room(self, owner: str) -> None:
+    def end_for_room(self, owner: str) -> Coroutine[Any, Any, None]:
         """End what an owner runs, and tell them why."""
 
     def is_build(self, owner: str) -> bool:
@@ -144,20 +146,17 @@ class RoomWatch:
     )
     _change: Future[None] | None = None
 
-    async def run(self) -> None:
-        """Watch until cancelled."""
-        try:
-            while True:
-                try:
-                    await self.look()
-                except (HostError, OSError) as error:
-                    _log.error("the room on the disk could not be seen to: %s", error)
-                await asyncio.sleep(self._pause())
-        finally:
-            self._thread.shutdown(wait=False)
-            self._changer.shutdown(wait=False)
-            for task in self._tasks.values():
-                task.cancel()
+    def begin(self) -> asyncio.Task[None]:
+        """Watch until the task is cancelled, and then :meth:`close`."""
+        what = "the room on the disk could not be seen to"
+        return every(self._pause, self.look, what, at_once=True)
+
+    def close(self) -> None:
+        """Leave off what was begun; waits for no disk."""
+        self._thread.shutdown(wait=False)
+        self._changer.shutdown(wait=False)
+        for task in self._tasks.values():
+            task.cancel()
 
     async def look(self) -> None:
         """Look once, and do what it takes.  Raises HostError, OSError."""
@@ -288,24 +287,20 @@ class RoomWatch:
         await self.relief.end_for_room(owner)
         self._next_end = time.monotonic() + _SETTLE_SECONDS
 
-    def _start(self, what: str, owner: str, work: Any) -> None:
+    def _start(self, what: str, owner: str, work: Coroutine[Any, Any, None]) -> None:
         """Do something that may have to wait for others, once at a time for each owner."""
         key = (what, owner)
         if key in self._tasks:
             work.close()
             return
-        task = asyncio.create_task(_quietly(what, owner, work))
+        task = in_background(_unless_gone(work), f"for want of room, {what} {owner}")
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
 
-async def _quietly(what: str, owner: str, work: Any) -> None:
-    try:
+async def _unless_gone(work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(ContainerGone):
         await work
-    except ContainerGone:
-        return
-    except (HostError, OSError) as error:
-        _log.error("for want of room, %s %s: %s", what, owner, error)
 
 
 def can_write(directory: Path) -> bool:

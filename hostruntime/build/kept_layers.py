@@ -20,7 +20,7 @@ from hostruntime.container.disk import DiskStuckError
 from hostruntime.container.exec import shell
 from hostruntime.container.tmpfs import restore_tmpfs, save_tmpfs
 from hostruntime.errors import HostError, HostFault
-from hostruntime.host.threads import Stop, in_thread
+from hostruntime.host.tasks import Stop, in_thread
 from hostruntime.image.environment import baked
 from hostruntime.image.store import Image
 from hostruntime.wire.builds import Cache
@@ -89,7 +89,7 @@ class BuildLayers:
             await restore_tmpfs(
                 self._host.containers, self._plan.image_id, layer.tmpfs, timeout=_TAR_SECONDS
             )
-        if not layer.is_there():
+        if not await in_thread(layer.is_there):
             raise HostFault("Another build has replaced or deleted it meanwhile.")
 
     def drop(self, layer: Layer) -> None:
@@ -125,7 +125,7 @@ class BuildLayers:
         """
         vain = (tuple(left), tuple(unkept))
         self._steps.append(RanStep(self._plan.image_id, time.time(), tuple(refused), *vain))
-        if number == len(self._plan.recipe) or not self._is_worth_it():
+        if number == len(self._plan.recipe) or not await in_thread(self._is_worth_it):
             return
         try:
             await self._keep(number)

@@ -17,13 +17,14 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 
-from hostruntime.build.assembly import Assembly
+from hostruntime.build.assembly import Assembly, Published
 from hostruntime.build.log import EventLog
 from hostruntime.build.plan import Host, Plan
 from hostruntime.container.cgroups import Limits
@@ -38,7 +39,7 @@ from hostruntime.errors import (
 )
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import KeyedLocks, in_thread, logged, unbroken
 from hostruntime.image.environment import check_environment
 from hostruntime.image.store import Image, check_name
 from hostruntime.network.policy import Policy, PolicyError
@@ -91,31 +92,57 @@ class _Build:
     directory: Path
     log: EventLog
     record: dict[str, Any]
+    # What makes the image, and who waits for that and says how it ended.
+    work: asyncio.Task[_Made] | None = None
     task: asyncio.Task[None] | None = None
     ending: Ending | None = None
     stopped: bool = False
+    _final: dict[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> State:
-        state: State = self.record["state"]
+        state: State = self._now["state"]
         return state
 
+    @property
+    def _now(self) -> dict[str, Any]:
+        """The record; with its end from the moment that followers hear of it."""
+        return self.record | (self._final if self.log.terminal is not None else {})
+
     def status(self) -> BuildInfo:
-        return BuildInfo(self.id, self.state, self.log.last_seq, self.record.get("error"))
+        return BuildInfo(self.id, self.state, self.log.last_seq, self._now.get("error"))
 
     def save(self) -> None:
-        write_json(self.directory / _RECORD, self.record)
+        """Write the record.  Blocks; raises OSError."""
+        write_json(self.directory / _RECORD, self._now)
 
-    def end(self, state: State, kind: str, **fields: Any) -> None:
-        """The terminal event, on disk before the state says so."""
+    async def become(self, state: State, error: Mapping[str, Any] | None) -> None:
+        """Be in another state than the log says, on disk."""
+        self.record = self._now | {"state": state, "error": error}
+        self._final = {}
+        await in_thread(self.save)
+
+    async def end(self, state: State, kind: str, **fields: Any) -> None:
+        """The terminal event, on disk before the state says so.  Raises OSError."""
         error = {key: value for key, value in fields.items() if value is not None}
-        self.record |= {
+        self._final = {
             "state": state,
             "finished_at": time.time(),
             "error": error if kind == "failed" else None,
         }
-        self.log.append(kind, **(error if kind == "failed" else fields))
-        self.save()
+        save = partial(write_json, self.directory / _RECORD, self.record | self._final)
+        await self.log.finish(kind, save, **(error if kind == "failed" else fields))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a build that went well has made, and in how many seconds."""
+
+    published: Published
+    seconds: float
+
+
+Builds = list[_Build]
 
 
 class BuildManager:
@@ -125,35 +152,43 @@ class BuildManager:
         self._directory = paths.builds
         self._host = host
         self._running: dict[str, _Build] = {}
+        # An id is started once, or cancelled before it is.
+        self._turns = KeyedLocks()
 
     # What is asked of it ------------------------------------------------------------------
 
-    def start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
+    async def start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
         """Start a build; return its status, and whether it is new (the same id starts once).
 
         Raises InvalidRequest, and HostFull (nothing is known of it then) while the disk is full.
         """
-        known = self._find(request.id)
-        if known is not None:
-            return known.status(), False
-        policy = _checked(request)
-        if request.cache is not None:
-            check_name(request.cache.scope)
-        self._host.containers.require_room()
-        build = self._new(request.id, {"request": asdict(request)})
-        work = self._run(build, request, policy)
-        self._running[build.id] = build
-        build.task = asyncio.create_task(work, name=f"build {request.id}")
-        build.task.add_done_callback(lambda task: self._on_end(build, task))
-        return build.status(), True
+        return await unbroken(self._start(request))
 
-    def status(self, build_id: str) -> BuildInfo:
+    async def _start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
+        async with self._turns.holding(request.id):
+            known = await self._find(request.id)
+            if known is not None:
+                return known.status(), False
+            policy = _checked(request)
+            if request.cache is not None:
+                check_name(request.cache.scope)
+            await in_thread(self._host.containers.require_room)
+            build = await in_thread(self._new, request.id, {"request": asdict(request)})
+            self._running[build.id] = build
+            work = self._run(build, request, policy)
+            build.work = asyncio.create_task(work, name=f"build {request.id}")
+            build.task = asyncio.create_task(self._live(build, request))
+            return build.status(), True
+
+    async def status(self, build_id: str) -> BuildInfo:
         """A build's state; raises NotFound."""
-        return self._get(build_id).status()
+        return (await self._get(build_id)).status()
 
-    def events(self, build_id: str, after: int = 0, *, follow: bool = True) -> AsyncIterator[bytes]:
+    async def events(
+        self, build_id: str, after: int = 0, *, follow: bool = True
+    ) -> AsyncIterator[bytes]:
         """The events after number ``after`` as NDJSON (see :class:`EventLog`); raises NotFound."""
-        return self._get(build_id).log.follow(after, follow=follow)
+        return (await self._get(build_id)).log.follow(after, follow=follow)
 
     async def cancel(self, build_id: str, *, keep_published: bool = False) -> None:
         """Stop a build; nothing of it is left when this returns, and nothing can come after.
@@ -163,19 +198,18 @@ class BuildManager:
         as cancelled, so that a start that comes late starts nothing.  Raises InvalidRequest for
         an id that is none.
         """
-        build = self._find(build_id)
-        if build is None:
-            build = self._new(build_id, {"request": None})
-            build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
-            return
+        async with self._turns.holding(build_id):
+            build = await self._find(build_id)
+            if build is None:
+                build = await in_thread(self._new, build_id, {"request": None})
+                await build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+                return
         await self._end(build, "cancelled")
         if build.state == "published" and keep_published:
             return
         await in_thread(self._host.store.delete, build_id)
         if build.state == "published":
-            error = {"code": "build_cancelled", "message": CANCELLED}
-            build.record |= {"state": "cancelled", "error": error}
-            build.save()
+            await build.become("cancelled", {"code": "build_cancelled", "message": CANCELLED})
 
     def going(self) -> None:
         """The agent is about to go, and to end every command: that is why a build's step fails."""
@@ -189,14 +223,22 @@ class BuildManager:
 
     async def recover(self) -> None:
         """The pass at start: settle the builds that were running, forget those long finished."""
-        for directory in sorted(self._directory.iterdir()):
-            build = self._read(directory)
-            if build is None:
-                await in_thread(self._host.store.trash.discard, directory)
-            elif build.state == "running":
+        for build in await in_thread(self._recorded):
+            if build.state == "running":
                 await self._settle(build)
         await in_thread(self._forget_old)
         await in_thread(self._host.layers.recover)
+
+    def _recorded(self) -> Builds:
+        """The builds of which there is a record; what else is there goes."""
+        found = []
+        for directory in sorted(self._directory.iterdir()):
+            build = self._read(directory)
+            if build is None:
+                self._host.store.trash.discard(directory)
+            elif build.state == "running":
+                found.append(build)
+        return found
 
     async def forget_old(self) -> None:
         """Delete the records of builds that ended long ago."""
@@ -212,39 +254,45 @@ class BuildManager:
 
     # A build's life -----------------------------------------------------------------------
 
-    async def _run(self, build: _Build, request: StartBuild, policy: Policy) -> None:
+    async def _run(self, build: _Build, request: StartBuild, policy: Policy) -> _Made:
         began = time.monotonic()
         plan = _plan(request, policy, build.directory)
-        assembly = Assembly(self._host, plan, build.log.append)
-        try:
-            image = await assembly.run()
-        except (HostError, OSError) as error:
-            if build.ending is None:
-                _note_failed(build, request, error)
-            else:
-                # It was ended: whatever gave way first is not why.
-                _note_ended(build)
-        else:
-            seconds = time.monotonic() - began
-            self._note_published(build, image, seconds, publish_ms=assembly.publish_ms)
+        published = await Assembly(self._host, plan, build.log.append).run()
+        return _Made(published, time.monotonic() - began)
 
-    def _on_end(self, build: _Build, task: asyncio.Task[None]) -> None:
-        """Whatever the task came to, the build has an end that says so."""
+    async def _live(self, build: _Build, request: StartBuild) -> None:
+        """Wait for the work; whatever it came to, the build has an end that says so."""
+        assert build.work is not None
+        await asyncio.wait([build.work])
+        with logged(f"how build {build.id} ended could not be written down"):
+            await self._note_end(build, request, build.work)
         self._running.pop(build.id, None)
-        self._host.store.reinstate(build.id)
-        if build.log.terminal is not None:
-            return
-        if task.cancelled():
-            _note_ended(build)
-        else:
-            _log.error("build %s failed by a defect", build.id, exc_info=task.exception())
-            build.end("failed", "failed", code="internal", message=DEFECT)
+        await in_thread(self._host.store.reinstate, build.id)
 
-    def _note_published(
+    async def _note_end(
+        self, build: _Build, request: StartBuild, work: asyncio.Task[_Made]
+    ) -> None:
+        error = None if work.cancelled() else work.exception()
+        foreseen = isinstance(error, HostError | OSError)
+        if work.cancelled() or (foreseen and build.ending is not None):
+            # It was ended: whatever gave way first is not why.
+            await _note_ended(build)
+        elif error is None:
+            made = work.result()
+            await self._note_published(
+                build, made.published.image, made.seconds, made.published.publish_ms
+            )
+        elif isinstance(error, HostError | OSError):
+            await _note_failed(build, request, error)
+        else:
+            _log.error("build %s failed by a defect", build.id, exc_info=error)
+            await build.end("failed", "failed", code="internal", message=DEFECT)
+
+    async def _note_published(
         self, build: _Build, image: Image, seconds: float, publish_ms: int | None = None
     ) -> None:
         manifest = image.manifest
-        build.end(
+        await build.end(
             "published",
             "published",
             image=image.id,
@@ -271,31 +319,36 @@ class BuildManager:
             if await in_thread(self._host.store.revoke, build.id):
                 # At once, not by TERM first: a step that ignores it would hold up the answer.
                 self._host.containers.kill(build.id)
-                build.task.cancel()
+                if build.work is not None:
+                    build.work.cancel()
         await asyncio.wait([build.task])
 
     async def _settle(self, build: _Build) -> None:
         """A build whose agent died: tidy up, then say how it ended."""
         store, host = self._host.store, self._host.containers
         await host.stop(build.id)
-        for entry in build.directory.iterdir():
-            if entry.name not in (_RECORD, _EVENTS):
-                await in_thread(store.trash.discard, entry)
-        await in_thread(store.trash.discard, store.staging_path(build.id))
-        request = build.record.get("request") or {}
-        store.release(str(request.get("base_image", "")), build.id)
+        await in_thread(self._clear_away, build)
         terminal = build.log.terminal
         if terminal is not None:
             cancelled = terminal.get("code") == "build_cancelled"
             state: State = "published" if terminal["kind"] == "published" else "failed"
             error = None if state == "published" else _without_envelope(terminal)
-            build.record |= {"state": "cancelled" if cancelled else state, "error": error}
-            build.save()
-        elif store.exists(build.id):
+            await build.become("cancelled" if cancelled else state, error)
+        elif await in_thread(store.exists, build.id):
             elapsed = time.time() - float(build.record["created_at"])
-            self._note_published(build, store.get(build.id), elapsed)
+            await self._note_published(build, await in_thread(store.get, build.id), elapsed)
         else:
-            build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+            await build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+
+    def _clear_away(self, build: _Build) -> None:
+        """What a killed agent left of a build, but for its record."""
+        store = self._host.store
+        for entry in build.directory.iterdir():
+            if entry.name not in (_RECORD, _EVENTS):
+                store.trash.discard(entry)
+        store.trash.discard(store.staging_path(build.id))
+        request = build.record.get("request") or {}
+        store.release(str(request.get("base_image", "")), build.id)
 
     # Records ------------------------------------------------------------------------------
 
@@ -308,13 +361,12 @@ class BuildManager:
         build.save()
         return build
 
-    def _find(self, build_id: str) -> _Build | None:
+    async def _find(self, build_id: str) -> _Build | None:
         if build_id in self._running:
             return self._running[build_id]
         with contextlib.suppress(InvalidRequest):
             name = self._host.store.staging_path(build_id).name
-            directory = self._directory / name
-            return self._read(directory)
+            return await in_thread(self._read, self._directory / name)
         return None
 
     def _read(self, directory: Path) -> _Build | None:
@@ -330,55 +382,57 @@ class BuildManager:
             self._host.store.quarantine.add_damaged(directory, "build", error.detail)
             return None
 
-    def _get(self, build_id: str) -> _Build:
-        build = self._find(build_id)
+    async def _get(self, build_id: str) -> _Build:
+        build = await self._find(build_id)
         if build is None:
             raise NotFound(f"There is no build {build_id!r} on this host.")
         return build
 
     def _forget_old(self) -> None:
         for directory in self._directory.iterdir():
+            if directory.name in self._running:
+                continue
             build = self._read(directory)
             finished = None if build is None else build.record.get("finished_at")
             if finished is not None and finished < time.time() - KEEP_SECONDS:
                 shutil.rmtree(directory)
 
 
-def _note_failed(build: _Build, request: StartBuild, error: HostError | OSError) -> None:
+async def _note_failed(build: _Build, request: StartBuild, error: HostError | OSError) -> None:
     if isinstance(error, BuildFailed):
         fields = {
             "code": error.extra["reason"],
             "step": error.extra.get("step"),
             "refused": error.extra.get("refused") or None,
         }
-        build.end("failed", "failed", message=error.detail, **fields)
+        await build.end("failed", "failed", message=error.detail, **fields)
     elif isinstance(error, ImageNotFound):
         message = (
             f"The base image {request.base_image} is not on this host: it was deleted, or it "
             "is a built-in base that has not been made yet."
         )
-        build.end("failed", "failed", code="base_missing", message=message)
+        await build.end("failed", "failed", code="base_missing", message=message)
     elif isinstance(error, LauncherLost):
-        build.end("failed", "failed", code="host_lost", message=LAUNCHER_LOST)
+        await build.end("failed", "failed", code="host_lost", message=LAUNCHER_LOST)
     elif isinstance(error, HostError):
         code = "no_room" if isinstance(error, HostFull) else "internal"
-        build.end("failed", "failed", code=code, message=error.detail)
+        await build.end("failed", "failed", code=code, message=error.detail)
     elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        build.end("failed", "failed", code="no_room", message=NO_ROOM)
+        await build.end("failed", "failed", code="no_room", message=NO_ROOM)
     else:
         _log.error("build %s failed by a broken machine", build.id, exc_info=error)
         message = f"The host could not finish the build: {error.strerror or error}."
-        build.end("failed", "failed", code="internal", message=message)
+        await build.end("failed", "failed", code="internal", message=message)
 
 
-def _note_ended(build: _Build) -> None:
+async def _note_ended(build: _Build) -> None:
     """What ended it was asked for, or the agent's own end."""
     if build.ending == "cancelled":
-        build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+        await build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
     elif build.ending == "no_room":
-        build.end("failed", "failed", code="no_room", message=NO_ROOM)
+        await build.end("failed", "failed", code="no_room", message=NO_ROOM)
     else:
-        build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+        await build.end("failed", "failed", code="host_lost", message=HOST_LOST)
 
 
 def _plan(request: StartBuild, policy: Policy, directory: Path) -> Plan:

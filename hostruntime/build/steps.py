@@ -29,6 +29,7 @@ from hostruntime.build.report import (
 )
 from hostruntime.container.exec import Chunk, Exited, Started, TimedOut, shell
 from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled
+from hostruntime.host.tasks import in_thread
 
 STEP_DIRECTORY = "/root"
 SILENCE_SECONDS: float = 60
@@ -73,15 +74,16 @@ class Silence:
 class StepRunner:
     """Runs the steps of one build.
 
-    ``remaining`` says how many seconds the build has left, ``environment`` what a step that begins
-    now has beside what the host gives.
+    ``remaining`` says how many seconds the build has left; ``environment`` takes the last step that
+    was run, 0 before the first, and says what one that begins now has.
     """
 
     host: Host
     plan: Plan
     emit: Emit
     remaining: Callable[[], float]
-    environment: Callable[[], Awaitable[Mapping[str, str]]]
+    environment: Callable[[int], Awaitable[Mapping[str, str]]]
+    last: int = 0
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
     async def run(self, number: int) -> list[Refused]:
@@ -92,7 +94,7 @@ class StepRunner:
         command, total = self.plan.recipe[number - 1], len(self.plan.recipe)
         self.emit("step_started", step=number, total=total, command=command)
         began, remaining = time.time(), self.remaining()
-        used_bytes, used_files = self.host.containers.disk_used(self.plan.image_id)
+        used_bytes, used_files = await self._disk_used()
         output = StepOutput(lambda text: self.emit("output", step=number, text=text), self._budget)
         try:
             end = await self._execute(number, output, min(self.plan.step_timeout, remaining))
@@ -102,7 +104,7 @@ class StepRunner:
         finally:
             output.finish()
         refused = await self._asked_of_proxy(self.host.refusals, began)
-        now_bytes, now_files = self.host.containers.disk_used(self.plan.image_id)
+        now_bytes, now_files = await self._disk_used()
         self.emit(
             "step_finished",
             step=number,
@@ -119,9 +121,13 @@ class StepRunner:
         if isinstance(end, TimedOut):
             raise self._out_of_time(number, output.tail(), remaining, refused, unreached)
         if end.code != 0:
-            raise self._failed(number, output.tail(), end, refused, unreached)
+            raise await self._failed(number, output.tail(), end, refused, unreached)
         self._tell_missing(number, unreached)
+        self.last = number
         return refused[:MAX_REFUSED]
+
+    async def _disk_used(self) -> tuple[int, int]:
+        return await in_thread(self.host.containers.disk_used, self.plan.image_id)
 
     def _tell_missing(self, number: int, unreached: Sequence[NotReached]) -> None:
         # Many a program asks DNS first, and then the proxy after all.
@@ -146,7 +152,7 @@ class StepRunner:
             self.plan.image_id,
             shell(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
-            env=await self.environment(),
+            env=await self.environment(self.last),
             timeout=limit,
             merge_output=True,
         )
@@ -177,7 +183,7 @@ class StepRunner:
             return ran_past_step_time(*step, plan.step_timeout, refused, unreached)
         return ran_past_build_time(plan.build_timeout, *step, refused, unreached)
 
-    def _failed(
+    async def _failed(
         self,
         number: int,
         tail: str,
@@ -189,6 +195,6 @@ class StepRunner:
         command, total = plan.recipe[number - 1], len(plan.recipe)
         if end.out_of_memory:
             return out_of_memory(number, total, command, tail, plan.limits.memory_mb)
-        if self.host.containers.disk_is_full(plan.image_id):
+        if await in_thread(self.host.containers.disk_is_full, plan.image_id):
             return out_of_disk(number, total, command, tail, plan.limits.disk_size_mb)
         return step_failed(number, total, command, tail, end, refused, unreached)

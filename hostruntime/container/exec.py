@@ -33,6 +33,7 @@ from hostruntime.container.inside_exec import SHELL
 from hostruntime.container.launcher import Attached, LauncherPool, close_all
 from hostruntime.errors import CwdNotFound
 from hostruntime.host.patience import Patience, scaled
+from hostruntime.host.tasks import logged, readable, to_the_end
 
 GRACE_SECONDS = 2.0
 # How long output is waited for after the command itself has ended (`cmd > >(tee log)`).
@@ -254,7 +255,8 @@ class _Session:
             self.kill()
         try:
             if self.killing is not None:
-                await _completed(self.killing)
+                with logged(f"what runs in {self.group} could not be ended"):
+                    await to_the_end(self.killing)
         finally:
             self.output.leave_to_drain(self.groups.name)
             adopt_strays(self.group, self.groups.unified)
@@ -284,18 +286,6 @@ async def kill_tree(group: Path) -> None:
         _log.error("processes in %s survive SIGKILL; they wait for the kernel", group)
 
 
-async def _completed(task: asyncio.Task[None]) -> None:
-    """Wait for a task to its end even if the waiter is cancelled meanwhile."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-
-
 def _attach_message(name: str, group: Path, request: ExecRequest) -> dict[str, object]:
     return {
         "call": "exec",
@@ -316,7 +306,7 @@ async def _status(descriptor: int) -> dict[str, str]:
             try:
                 part = os.read(descriptor, _READ_BYTES)
             except BlockingIOError:
-                await _readable(descriptor)
+                await readable(descriptor)
                 continue
             if not part:
                 break
@@ -324,15 +314,6 @@ async def _status(descriptor: int) -> dict[str, str]:
     finally:
         os.close(descriptor)
     return dict(json.loads(data)) if data else {}
-
-
-async def _readable(descriptor: int) -> None:
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(descriptor, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(descriptor)
 
 
 class _Output:

@@ -20,6 +20,7 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hostruntime.container.gate import Gate
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
 from hostruntime.host.patience import Patience, tree_of
 from hostruntime.host.run import Process, end, spawn
+from hostruntime.host.tasks import in_thread, to_the_end, writable
 
 LAUNCHERS = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
@@ -102,7 +104,8 @@ class Link:
             fd = theirs.fileno()
             argv = [sys.executable, "-m", "hostruntime.container.lxc", str(fd), str(lxcpath)]
             argv += [] if apparmor is None else [apparmor]
-            process = spawn(argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *keep])
+            begin = partial(spawn, argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *keep])
+            process = await in_thread(begin)
         ours.setblocking(False)  # noqa: FBT003 - positional-only
         link = cls(process, ours)
         link._reader = asyncio.create_task(link._read())
@@ -214,7 +217,7 @@ class Link:
             try:
                 return socket.send_fds(self.sock, [data], list(fds))
             except BlockingIOError:
-                await _writable(self.sock)
+                await writable(self.sock.fileno())
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
@@ -285,7 +288,7 @@ class LauncherPool:
 
         A cancelled caller still waits for the answer, so that what it undoes is all there is.
         """
-        reply = await _to_the_end(
+        reply = await to_the_end(
             self._by_a_launcher(lambda link: link.request({"do": "start", **message}))
         )
         return int(reply["init_pid"])
@@ -303,7 +306,7 @@ class LauncherPool:
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         task = asyncio.ensure_future(self._by_a_launcher(lambda link: link.attach(message, fds)))
         try:
-            return await _to_the_end(task)
+            return await to_the_end(task)
         except asyncio.CancelledError:
             if not task.cancelled() and task.exception() is None:
                 await task.result().kill()
@@ -389,26 +392,6 @@ def _take_message(buffer: bytearray) -> dict[str, Any] | None:
     message = json.loads(buffer[_HEADER.size : end])
     del buffer[:end]
     return message if isinstance(message, dict) else {}
-
-
-async def _to_the_end[T](work: Awaitable[T]) -> T:
-    """Await work that must not be torn: cancelled, wait for it first, then be cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
-async def _writable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_writer(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_writer(sock)
 
 
 def _executable(pid: int) -> tuple[int, int] | None:

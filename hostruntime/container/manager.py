@@ -46,6 +46,7 @@ from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, H
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.rundir import RunDir
+from hostruntime.host.tasks import KeyedLocks, in_background, logged, unbroken
 from hostruntime.image.trees import Check
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
@@ -113,7 +114,7 @@ class ContainerManager:
     on_exit: list[OnExit] = field(default_factory=list)
     _running: dict[str, Running] = field(default_factory=dict)
     _held: set[str] = field(default_factory=set)
-    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _locks: KeyedLocks = field(default_factory=KeyedLocks)
     _monitors: dict[str, int] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -150,12 +151,10 @@ class ContainerManager:
         A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
         Raises HostFull, Conflict (the owner has one), HostError.
         """
-        starting = asyncio.ensure_future(self._start(spec))
-        starting.add_done_callback(_looked_at)
-        return await asyncio.shield(starting)
+        return await unbroken(self._start(spec))
 
     async def _start(self, spec: ContainerSpec) -> Running:
-        async with self._lock(spec.owner):
+        async with self._locks.holding(spec.owner):
             if spec.owner in self._running:
                 raise Conflict(f"{spec.owner} already has a running container.")
             began = time.monotonic()
@@ -179,19 +178,18 @@ class ContainerManager:
 
         Raises HostFault when the kernel does not let go of something; it may be called again.
         """
-        await asyncio.shield(asyncio.ensure_future(self._stop(owner, keep_disk=False)))
+        await unbroken(self._stop(owner, keep_disk=False))
 
     async def halt(self, owner: str) -> None:
         """:meth:`stop`, but keep the disk, for a capture."""
-        await asyncio.shield(asyncio.ensure_future(self._stop(owner, keep_disk=True)))
+        await unbroken(self._stop(owner, keep_disk=True))
 
     async def _stop(self, owner: str, *, keep_disk: bool) -> None:
-        async with self._lock(owner):
+        async with self._locks.holding(owner):
             self._forget(owner)
             await self._dismantle(owner)
             if not keep_disk:
                 await asyncio.to_thread(self.disks.release, owner)
-        self._locks.pop(owner, None)
 
     async def pause(self, owner: str) -> None:
         """Freeze everything in a container; idempotent.  Its memory stays where it is.
@@ -199,10 +197,10 @@ class ContainerManager:
         "freezing" of a group: cgroup.freeze in the kernel's cgroup-v2.rst.  A command under way
         stands still too, while the time it may take goes on.  Raises ContainerGone, HostFault.
         """
-        await asyncio.shield(asyncio.ensure_future(self._pause(owner)))
+        await unbroken(self._pause(owner))
 
     async def _pause(self, owner: str) -> None:
-        async with self._lock(owner):
+        async with self._locks.holding(owner):
             running = self.get(owner)
             await self.launchers.gate.bar(running.name)
             group = self._groups(owner).unified
@@ -219,7 +217,7 @@ class ContainerManager:
 
     async def resume(self, owner: str) -> None:
         """Let a paused container run on; idempotent.  Raises ContainerGone."""
-        async with self._lock(owner):
+        async with self._locks.holding(owner):
             self._thaw(self.get(owner))
 
     def _thaw(self, running: Running) -> None:
@@ -425,7 +423,7 @@ class ContainerManager:
         monitor = _parent_of(running.init_pid)
         pidfd = _pidfd(monitor) if monitor is not None else None
         if pidfd is None:
-            self._spawn(self._ended(running))
+            self._clear_away(running)
             return
         self._monitors[running.owner] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._on_monitor_end, running)
@@ -433,7 +431,7 @@ class ContainerManager:
     def _on_monitor_end(self, running: Running) -> None:
         # An ended monitor stays readable for ever.
         asyncio.get_running_loop().remove_reader(self._monitors[running.owner])
-        self._spawn(self._ended(running))
+        self._clear_away(running)
 
     def _forget(self, owner: str) -> None:
         self._running.pop(owner, None)
@@ -445,17 +443,19 @@ class ContainerManager:
 
     async def _ended(self, running: Running) -> None:
         """A container ended by itself: take it apart and tell."""
-        async with self._lock(running.owner):
+        async with self._locks.holding(running.owner):
             if self._running.get(running.owner) is not running:
                 return
             self._forget(running.owner)
             await self._dismantle(running.owner)
         # The disk stays until whoever owned the container stops it: it may be captured.
         for tell in self.on_exit:
-            await tell(running.owner)
+            with logged(f"the end of {running.name} could not be told"):
+                await tell(running.owner)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(_logged(work))
+    def _clear_away(self, running: Running) -> None:
+        what = f"{running.name} has ended and could not be cleared away"
+        task = in_background(self._ended(running), what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -471,9 +471,6 @@ class ContainerManager:
     def name_of(self, owner: str) -> str:
         """The name of an owner's container and control groups."""
         return f"{self.instance.prefix}{owner}"
-
-    def _lock(self, owner: str) -> asyncio.Lock:
-        return self._locks.setdefault(owner, asyncio.Lock())
 
 
 def dismantle(groups: ContainerGroups, mounts: Path) -> None:
@@ -546,16 +543,3 @@ def _parent_of(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1])
-
-
-def _looked_at(starting: asyncio.Future[Running]) -> None:
-    """How it ended is no matter to a caller that was cancelled; without one asyncio complains."""
-    if not starting.cancelled():
-        starting.exception()
-
-
-async def _logged(work: Awaitable[None]) -> None:
-    try:
-        await work
-    except Exception:  # noqa: BLE001 - a background task: the log is the only place to tell
-        _log.exception("a container that ended could not be cleared away")

@@ -19,6 +19,7 @@ from hostruntime.container.exec import Chunk, Exited, shell
 from hostruntime.container.manager import ContainerManager
 from hostruntime.errors import HostFault
 from hostruntime.host.patience import Patience, scaled
+from hostruntime.host.tasks import in_thread
 
 _READ = 64 * 1024
 _TMPFS = "tmp workspace dev/shm"
@@ -44,14 +45,26 @@ async def save_tmpfs(
     Returns the archiver's status, 0 or :data:`CHANGED` when there is an archive, and None if
     nothing was written for ``timeout`` seconds or would be more than ``max_bytes``.
     """
-    with target.open("xb") as file:
+    file = await in_thread(_created, target)
+    try:
         patience = Patience(scaled(timeout), sign=lambda: file.tell())
         status = await _run_inside(
             containers, owner, SAVE_TMPFS, patience, output=file, max_bytes=max_bytes
         )
-    if target.stat().st_size == 0:
-        target.unlink()
+    finally:
+        # What is buffered yet goes to the disk now.
+        await in_thread(file.close)
+    await in_thread(_unlink_if_empty, target)
     return status
+
+
+def _created(path: Path) -> BinaryIO:
+    return path.open("xb")
+
+
+def _unlink_if_empty(path: Path) -> None:
+    if path.stat().st_size == 0:
+        path.unlink()
 
 
 async def restore_tmpfs(
@@ -104,8 +117,9 @@ async def _fed(path: Path) -> AsyncIterator[tuple[int, Callable[[], int]]]:
 
     No descriptor of a file goes inside.
     """
-    reading, writing = os.pipe()
-    with path.open("rb") as file:
+    file = await in_thread(path.open, "rb")
+    try:
+        reading, writing = os.pipe()
         source = file.fileno()
         feeding = asyncio.ensure_future(asyncio.to_thread(_feed, source, writing))
         try:
@@ -113,6 +127,8 @@ async def _fed(path: Path) -> AsyncIterator[tuple[int, Callable[[], int]]]:
         finally:
             os.close(reading)
             await asyncio.wait([feeding])
+    finally:
+        await in_thread(file.close)
 
 
 def _feed(source: int, target: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+
+from hostruntime.host.tasks import end, every
 
 # Watchers are promised a word every second; a busy loop may be a little late.
 TELL_SECONDS = 0.8
@@ -25,15 +26,12 @@ class Progress:
 @asynccontextmanager
 async def telling(tell: Callable[[], None]) -> AsyncIterator[None]:
     """Call ``tell`` every :data:`TELL_SECONDS` until the end; of what is over sooner, nothing."""
-    teller = asyncio.create_task(_tell_on(tell))
+
+    async def say() -> None:
+        tell()
+
+    teller = every(TELL_SECONDS, say, "how far work is could not be told")
     try:
         yield
     finally:
-        teller.cancel()
-        await asyncio.gather(teller, return_exceptions=True)
-
-
-async def _tell_on(tell: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(TELL_SECONDS)
-        tell()
+        await end(teller)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from hostruntime.host.paths import StatePaths
+from hostruntime.host.tasks import logged
 from hostruntime.image.trees import entries, is_directory, opened
 
 _log = logging.getLogger(__name__)
@@ -62,14 +63,11 @@ class Trash:
             with self._wake:
                 self._wake.wait_for(lambda: self._asked)
                 self._asked, self._busy = False, True
-            try:
+            with logged("the trash could not be emptied; it will be tried again"):
                 self._empty_now()
-            except OSError:
-                _log.exception("the trash could not be emptied; it will be tried again")
-            finally:
-                with self._wake:
-                    self._busy = False
-                    self._wake.notify_all()
+            with self._wake:
+                self._busy = False
+                self._wake.notify_all()
 
     def _empty_now(self) -> None:
         with opened(self._directory) as top:

@@ -37,6 +37,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_atomically
 from hostruntime.host.patience import scaled
 from hostruntime.host.rundir import RunDir
+from hostruntime.host.tasks import logged
 from hostruntime.network import firewall, nowhere
 from hostruntime.network.conntrack import forget_connections
 from hostruntime.network.direct import Listener, record_attempt
@@ -313,10 +314,11 @@ class SlotPool:
                 work = None if self._closing else self._next_work()
                 if work is None:
                     return
-            try:
+            done = False
+            with logged("a network slot could not be recycled"):
                 work()
-            except (OSError, HostError):
-                _log.exception("a network slot could not be recycled")
+                done = True
+            if not done:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, _PAUSE_AFTER_FAILURE_SECONDS)
 

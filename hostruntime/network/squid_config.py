@@ -78,7 +78,7 @@ class SquidPlan:
 
 def squid_config(plan: SquidPlan) -> str:
     """Return squid.conf(5)."""
-    parts = (_identity, _stages, _decisions, _hello, _behaviour)
+    parts = (_identity, _stages, _logs, _decisions, _hello, _behaviour)
     return "\n".join((*(line for part in parts for line in part(plan)), ""))
 
 
@@ -118,6 +118,10 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     yield "always_direct allow peeked"
     # The second port learns from the first, and from nobody else, whose tunnel it is.
     yield "forwarded_for truncate"
+
+
+def _logs(plan: SquidPlan) -> Iterable[str]:
+    """What went through, what in a tunnel is no TLS, and what was allowed and not reached."""
     yield (
         'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","via":"%<lp",'
         '"sent":%>st,"received":%<st}'

@@ -24,11 +24,12 @@ from pydantic import ConfigDict, TypeAdapter
 from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
 from hostruntime.container.exec import Frame, shell
 from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
-from hostruntime.errors import ContainerGone, ContainerPaused, HostError, InvalidRequest, NotFound
+from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, NotFound
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
 from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged, unbroken
 from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.image.identity import give_identity
 from hostruntime.image.store import Image, ImageStore
@@ -107,6 +108,7 @@ class Sandbox:
 
 
 _SANDBOX = TypeAdapter(Sandbox)
+Sandboxes = list[Sandbox]
 
 
 @dataclass
@@ -121,7 +123,7 @@ class SandboxManager:
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
-    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _locks: KeyedLocks = field(default_factory=KeyedLocks)
     # Those that are being ended, and why.
     _ending: dict[str, Reason] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
@@ -132,9 +134,17 @@ class SandboxManager:
 
     # Life of the manager -------------------------------------------------------------------
 
-    def recover(self) -> None:
+    async def recover(self) -> None:
         """Load the records; take up the sandboxes that still run, note what became of others."""
-        self.snapshots.recover()
+        await in_thread(self.snapshots.recover)
+        for sandbox in await in_thread(self._recorded):
+            await self._take_up(sandbox)
+        running = {key: self._sandboxes[key].started_at for key in self.live()}
+        await in_thread(self.usage.recover, running)
+
+    def _recorded(self) -> Sandboxes:
+        """What the last agent wrote down; what cannot be believed, or was none yet, goes."""
+        found = []
         for directory in sorted(self.paths.sandboxes.iterdir()):
             try:
                 sandbox = read_sandbox(directory)
@@ -146,17 +156,20 @@ class SandboxManager:
                 # The agent died before there was a record.
                 self.store.trash.discard(directory)
                 continue
-            if sandbox.state == "running" and sandbox.boot != clock.this_boot():
-                # Written by an agent that knew no other clock.
-                sandbox = sandbox.until(sandbox.deadline)
-            if sandbox.state == "running" and not self._adopt(sandbox):
-                sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
             if sandbox.state == "starting":
                 # Nobody was told of it: it never was.
                 self.store.trash.discard(directory)
                 continue
-            self._save(sandbox)
-        self.usage.recover({key: self._sandboxes[key].started_at for key in self.live()})
+            found.append(sandbox)
+        return found
+
+    async def _take_up(self, sandbox: Sandbox) -> None:
+        if sandbox.state == "running" and sandbox.boot != clock.this_boot():
+            # Written by an agent that knew no other clock.
+            sandbox = sandbox.until(sandbox.deadline)
+        if sandbox.state == "running" and not self._adopt(sandbox):
+            sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
+        await self._save(sandbox)
 
     def live(self) -> set[str]:
         """The ids of running sandboxes: who uses slots and images."""
@@ -165,25 +178,21 @@ class SandboxManager:
     def begin(self) -> None:
         """Begin to enforce deadlines; be told when containers end."""
         self.containers.on_exit.append(self._on_exit)
-        self._sweeper = asyncio.create_task(self._sweep(), name="sandbox deadlines")
+        what = "the deadlines of sandboxes could not be looked at"
+        self._sweeper = every(SWEEP_SECONDS, self._sweep, what)
         self.usage.open()
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes stay."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+        await end(self._sweeper)
         await self.usage.close()
 
     async def freeze_again(self) -> None:
         """What the records call paused is frozen, whatever the last agent had come to."""
         for sandbox in self.list():
             if sandbox.state == "running" and sandbox.paused:
-                try:
+                with logged(f"sandbox {sandbox.request.id} cannot be paused again"):
                     await self.containers.pause(sandbox.request.id)
-                except HostError:
-                    _log.exception("sandbox %s cannot be paused again", sandbox.request.id)
 
     # What is asked of it -------------------------------------------------------------------
 
@@ -211,13 +220,13 @@ class SandboxManager:
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
         policy = _checked(request)
-        return await asyncio.shield(asyncio.ensure_future(self._create(request, policy)))
+        return await unbroken(self._create(request, policy))
 
     async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
-        async with self._lock(request.id):
+        async with self._locks.holding(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
-            self.containers.require_room()
+            await in_thread(self.containers.require_room)
             if request.snapshot is None:
                 return await self._begin(request, policy, None), True
             async with self.snapshots.opened(request.snapshot) as snapshot:
@@ -227,27 +236,32 @@ class SandboxManager:
     async def _begin(
         self, request: CreateSandbox, policy: Policy, snapshot: Snapshot | None
     ) -> Sandbox:
-        directory = self._directory(request.id)
-        directory.mkdir(mode=0o700, exist_ok=True)
         try:
-            image = self._image(request, snapshot)
-            sandbox = Sandbox(
-                request,
-                "starting",
-                image.id,
-                str(image.tree),
-                None,
-                image_env=image.manifest.env,
-            ).until(request.deadline)
-            check_variables(self._environment(sandbox))
-            write_json(directory / _RECORD, asdict(sandbox))
+            sandbox = await in_thread(self._written_down, request, snapshot)
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
-            self._drop(request.id, request.image)
+            await self._drop(request.id, request.image)
             raise
-        self._save(_started(sandbox, running))
+        await self._save(_started(sandbox, running))
         self.usage.begin(request.id, running.started_at)
         return self._sandboxes[request.id]
+
+    def _written_down(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
+        """The sandbox that is about to start, on disk before anything is there for it."""
+        directory = self._directory(request.id)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        image = self._image(request, snapshot)
+        sandbox = Sandbox(
+            request,
+            "starting",
+            image.id,
+            str(image.tree),
+            None,
+            image_env=image.manifest.env,
+        ).until(request.deadline)
+        check_variables(self._environment(sandbox))
+        write_json(directory / _RECORD, asdict(sandbox))
+        return sandbox
 
     def _image(self, request: CreateSandbox, snapshot: Snapshot | None) -> Image:
         if snapshot is None:
@@ -275,29 +289,31 @@ class SandboxManager:
         sandbox = self._running(sandbox_id)
         source = Source(sandbox_id, sandbox.image_id, Limits.of(sandbox.request))
         return await self.snapshots.capture(
-            snapshot_id, source, self._lock(sandbox_id), lambda: self._check_runs(sandbox_id)
+            snapshot_id,
+            source,
+            self._locks.holding(sandbox_id),
+            lambda: self._check_runs(sandbox_id),
         )
 
     async def terminate(self, sandbox_id: str) -> None:
         """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
-        await asyncio.shield(asyncio.ensure_future(self._terminate(sandbox_id)))
+        await unbroken(self._terminate(sandbox_id))
 
     async def _terminate(self, sandbox_id: str) -> None:
         self.snapshots.interrupt(sandbox_id)
-        async with self._lock(sandbox_id):
+        async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             if sandbox is not None:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
-                self.usage.end(sandbox_id)
-                self._drop(sandbox_id, sandbox.image_id)
-        self._locks.pop(sandbox_id, None)
+                await self.usage.end(sandbox_id)
+                await self._drop(sandbox_id, sandbox.image_id)
 
     async def set_deadline(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
-        async with self._lock(sandbox_id):
+        async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
-            self._save(sandbox.until(deadline))
+            await self._save(sandbox.until(deadline))
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -305,14 +321,14 @@ class SandboxManager:
 
         Raises NotFound, ContainerGone, HostFault (it runs on).
         """
-        return await asyncio.shield(asyncio.ensure_future(self._pause(sandbox_id, deadline)))
+        return await unbroken(self._pause(sandbox_id, deadline))
 
     async def _pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        async with self._lock(sandbox_id):
+        async with self._locks.holding(sandbox_id):
             self._running(sandbox_id)
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
-            self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
+            await self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
             self.changes.note(sandbox_id)
             return self._sandboxes[sandbox_id]
 
@@ -321,13 +337,13 @@ class SandboxManager:
 
         Raises NotFound, ContainerGone.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._resume(sandbox_id, deadline)))
+        return await unbroken(self._resume(sandbox_id, deadline))
 
     async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        async with self._lock(sandbox_id):
+        async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
             # First, so that the sweep ends none that somebody has just taken up again.
-            self._save(replace(sandbox, paused=False).until(deadline))
+            await self._save(replace(sandbox, paused=False).until(deadline))
             await self.containers.resume(sandbox_id)
             self.changes.note(sandbox_id)
             return self._sandboxes[sandbox_id]
@@ -371,43 +387,41 @@ class SandboxManager:
     # How sandboxes end ---------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            now = time.time()
-            for sandbox in self.list():
-                if sandbox.request.id in self.snapshots.frozen:
-                    continue  # At the next pass: the others must not wait for the copy.
-                if sandbox.state == "running" and sandbox.is_over:
-                    await self._end_quietly(sandbox.request.id)
-                elif sandbox.state == "gone" and (sandbox.ended_at or 0) < now - KEEP_GONE_SECONDS:
-                    self._forget_quietly(sandbox)
+        oldest = time.time() - KEEP_GONE_SECONDS
+        for sandbox in self.list():
+            name = sandbox.request.id
+            if name in self.snapshots.frozen:
+                continue  # At the next pass: the others must not wait for the copy.
+            if sandbox.state == "running" and sandbox.is_over:
+                # One that cannot be ended keeps no other from its end.
+                with logged(f"sandbox {name} is past its deadline and cannot be ended"):
+                    await self._expire(name)
+            elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
+                with logged(f"sandbox {name} is long gone and cannot be forgotten"):
+                    await self._forget(sandbox)
 
-    def _forget_quietly(self, sandbox: Sandbox) -> None:
-        try:
-            self._drop(sandbox.request.id, sandbox.image_id)
-        except OSError:
-            _log.exception("sandbox %s is long gone and cannot be forgotten", sandbox.request.id)
+    async def _forget(self, sandbox: Sandbox) -> None:
+        async with self._locks.holding(sandbox.request.id):
+            if self._sandboxes.get(sandbox.request.id) is sandbox:
+                await self._drop(sandbox.request.id, sandbox.image_id)
 
-    async def _end_quietly(self, sandbox_id: str) -> None:
-        try:
-            async with self._lock(sandbox_id):
-                sandbox = self._sandboxes.get(sandbox_id)
-                # Its deadline may have been moved while we waited for the lock.
-                if sandbox is not None and sandbox.is_over:
-                    await self.usage.read(sandbox_id)
-                    await self.containers.stop(sandbox_id)
-                    self._end(sandbox, "expired")
-        except (HostError, OSError):
-            _log.exception("sandbox %s is past its deadline and cannot be ended", sandbox_id)
+    async def _expire(self, sandbox_id: str) -> None:
+        async with self._locks.holding(sandbox_id):
+            sandbox = self._sandboxes.get(sandbox_id)
+            # Its deadline may have been moved while we waited for the lock.
+            if sandbox is not None and sandbox.state == "running" and sandbox.is_over:
+                await self.usage.read(sandbox_id)
+                await self.containers.stop(sandbox_id)
+                await self._end(sandbox, "expired")
 
     async def _on_exit(self, owner: str) -> None:
         if owner not in self._sandboxes:
             return
-        async with self._lock(owner):
+        async with self._locks.holding(owner):
             sandbox = self._sandboxes.get(owner)
             if sandbox is not None and sandbox.state == "running":
                 await self.containers.stop(owner)
-                self._end(sandbox, self._ending.pop(owner, "exited"))
+                await self._end(sandbox, self._ending.pop(owner, "exited"))
 
     async def end_for_room(self, sandbox_id: str) -> None:
         """End a sandbox, now, because the machine is out of disk and this one takes the most.
@@ -423,16 +437,21 @@ class SandboxManager:
         finally:
             self._ending.pop(sandbox_id, None)
 
-    def _end(self, sandbox: Sandbox, reason: Reason) -> None:
+    async def _end(self, sandbox: Sandbox, reason: Reason) -> None:
+        await self.usage.end(sandbox.request.id)
+        await in_thread(self._clear_away, sandbox)
+        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
+        gone = replace(gone, ended_at=time.time())
+        # Known and told even if that cannot be written down: the disk may be full.
+        self._sandboxes[sandbox.request.id] = gone
+        self.changes.note(sandbox.request.id)
+        await self._save(gone)
+
+    def _clear_away(self, sandbox: Sandbox) -> None:
         directory = self._directory(sandbox.request.id)
-        self.usage.end(sandbox.request.id)
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
-        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
-        # Told even if that cannot be written down: the disk may be full.
-        self.changes.note(sandbox.request.id)
-        self._save(replace(gone, ended_at=time.time()))
 
     # Pieces --------------------------------------------------------------------------------
 
@@ -468,12 +487,17 @@ class SandboxManager:
         provide = partial(give_identity, tree)
         return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, provide)
 
-    def _save(self, sandbox: Sandbox) -> None:
+    async def _save(self, sandbox: Sandbox) -> None:
+        """What is so from now on, in memory and then on disk.  Hold its lock."""
         self._sandboxes[sandbox.request.id] = sandbox
-        write_json(self._directory(sandbox.request.id) / _RECORD, asdict(sandbox))
+        path = self._directory(sandbox.request.id) / _RECORD
+        await in_thread(write_json, path, asdict(sandbox))
 
-    def _drop(self, sandbox_id: str, image_id: str) -> None:
+    async def _drop(self, sandbox_id: str, image_id: str) -> None:
         self._sandboxes.pop(sandbox_id, None)
+        await in_thread(self._remove, sandbox_id, image_id)
+
+    def _remove(self, sandbox_id: str, image_id: str) -> None:
         self.store.release(image_id, sandbox_id)
         self.store.trash.discard(self._directory(sandbox_id))
 
@@ -482,9 +506,6 @@ class SandboxManager:
 
     def _directory(self, sandbox_id: str) -> Path:
         return self.paths.sandboxes / sandbox_id
-
-    def _lock(self, sandbox_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(sandbox_id, asyncio.Lock())
 
 
 def read_sandbox(directory: Path) -> Sandbox | None:

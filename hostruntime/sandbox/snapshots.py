@@ -26,8 +26,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -44,7 +44,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.threads import Stop, StoppedError, in_thread
+from hostruntime.host.tasks import Stop, StoppedError, in_thread
 from hostruntime.image.quarantine import Held
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
@@ -63,6 +63,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
 Ids = list[str]
+Turn = AbstractAsyncContextManager[None]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Snapshot:
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)
+Snapshots = list[Snapshot]
 
 
 @dataclass
@@ -141,7 +143,7 @@ class SnapshotManager:
             raise NotFound(f"There is no snapshot {snapshot_id[:80]!r} on this host.") from None
 
     async def capture(
-        self, snapshot_id: str, source: Source, turn: asyncio.Lock, still_runs: Callable[[], None]
+        self, snapshot_id: str, source: Source, turn: Turn, still_runs: Callable[[], None]
     ) -> tuple[Snapshot, bool]:
         """Take a snapshot of a running sandbox; return it, and whether it is new.
 
@@ -155,10 +157,10 @@ class SnapshotManager:
             return self._snapshots[snapshot_id], False
         if any(sandbox == source.sandbox for sandbox, _ in self._stops.values()):
             raise Conflict("A snapshot of this sandbox is being taken; try again when it is done.")
-        self._require_room(0)
         stop = Stop()
         self._stops[snapshot_id] = (source.sandbox, stop)
         try:
+            await in_thread(self._require_room, 0)
             async with self._used(snapshot_id):
                 made = await self._capture(snapshot_id, source, turn, still_runs, stop)
         except StoppedError as error:
@@ -196,15 +198,18 @@ class SnapshotManager:
 
         Returns those, and those that wait.  Raises OSError.
         """
-        youngest, surplus = time.time() - RECONCILE_AGE_SECONDS, []
-        for one in self.list():
-            mark = self._directory(one.id) / _KEPT
-            if one.id in keep:
-                mark.unlink(missing_ok=True)
-            elif one.created_at < youngest and not mark.exists() and not self._users[one.id]:
-                surplus.append(one)
-        for one in surplus[:most]:
+        unnamed = await in_thread(self._unnamed, self.list(), keep)
+        set_aside: Ids = []
+        waiting: Ids = []
+        for one in unnamed:
+            # It may have been deleted meanwhile, or be in use.
+            if self._snapshots.get(one.id) is not one or self._users[one.id]:
+                continue
+            if len(set_aside) == most:
+                waiting.append(one.id)
+                continue
             del self._snapshots[one.id]
+            set_aside.append(one.id)
             detail = "no snapshot of the database has this name"
             add, directory = self.store.quarantine.add, self._directory(one.id)
             try:
@@ -212,7 +217,18 @@ class SnapshotManager:
             except OSError:
                 self._snapshots[one.id] = one
                 raise
-        return [one.id for one in surplus[:most]], [one.id for one in surplus[most:]]
+        return set_aside, waiting
+
+    def _unnamed(self, there: Sequence[Snapshot], keep: Collection[str]) -> Snapshots:
+        """Which of these nobody names, and are old enough for that to mean something."""
+        youngest, found = time.time() - RECONCILE_AGE_SECONDS, []
+        for one in there:
+            mark = self._directory(one.id) / _KEPT
+            if one.id in keep:
+                mark.unlink(missing_ok=True)
+            elif one.created_at < youngest and not mark.exists():
+                found.append(one)
+        return found
 
     def restore_held(self, held: Held) -> Snapshot:
         """Put back a snapshot that was set aside: it stays, whether or not a row names it.
@@ -240,7 +256,7 @@ class SnapshotManager:
         """A snapshot that stays for as long as this lasts.  Raises NotFound, HostFull."""
         snapshot = self.get(snapshot_id)
         async with self._used(snapshot_id):
-            self._require_room(snapshot.size_bytes)
+            await in_thread(self._require_room, snapshot.size_bytes)
             yield snapshot
 
     def disk(self, snapshot: Snapshot) -> Path:
@@ -250,7 +266,7 @@ class SnapshotManager:
     async def restore(self, snapshot: Snapshot, owner: str) -> None:
         """Fill the tmpfs of a container that was started on its disk.  Raises HostError, OSError"""
         archive = self._directory(snapshot.id) / TMPFS
-        if archive.exists():
+        if await in_thread(archive.exists):
             await restore_tmpfs(self.containers, owner, archive, timeout=ARCHIVE_SECONDS)
 
     # Taking one ----------------------------------------------------------------------------
@@ -259,19 +275,16 @@ class SnapshotManager:
         self,
         snapshot_id: str,
         source: Source,
-        turn: asyncio.Lock,
+        turn: Turn,
         still_runs: Callable[[], None],
         stop: Stop,
     ) -> Snapshot:
         directory = self.paths.snapshots / f".{snapshot_id}"
         try:
             with _disk_errors():
-                self.store.trash.discard(directory)
-                directory.mkdir(mode=0o700)
-                write_json(directory / _SOURCE, {"sandbox": source.sandbox})
-                self.store.share(source.image_id, source.sandbox, user_of(snapshot_id))
+                await in_thread(self._begin, directory, snapshot_id, source)
                 still_runs()
-                self._require_room(self.containers.disk_allocated(source.sandbox))
+                await in_thread(self._require_room_for, source)
                 await self._archive(directory / TMPFS, source)
                 await asyncio.to_thread(self.containers.flush_disk, source.sandbox)
                 async with turn:
@@ -282,8 +295,17 @@ class SnapshotManager:
                 return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
         except BaseException:
             await in_thread(self.store.trash.discard, directory)
-            self.store.release(source.image_id, user_of(snapshot_id))
+            await in_thread(self.store.release, source.image_id, user_of(snapshot_id))
             raise
+
+    def _begin(self, directory: Path, snapshot_id: str, source: Source) -> None:
+        self.store.trash.discard(directory)
+        directory.mkdir(mode=0o700)
+        write_json(directory / _SOURCE, {"sandbox": source.sandbox})
+        self.store.share(source.image_id, source.sandbox, user_of(snapshot_id))
+
+    def _require_room_for(self, source: Source) -> None:
+        self._require_room(self.containers.disk_allocated(source.sandbox))
 
     async def _archive(self, target: Path, source: Source) -> None:
         limits = source.limits

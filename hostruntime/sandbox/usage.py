@@ -14,7 +14,6 @@ The sums only ever grow: whoever collects twice gets the same numbers, not twice
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,12 +28,13 @@ from hostruntime.container.cgroups import ContainerGroups
 from hostruntime.host.days import by_day
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
-# A write takes 0.15 ms of the event loop; more of them wait for the next reading.
+# More of them wait for the next reading: each is a file.
 SAVES_AT_ONCE = 25
 # Bounds of what nobody collects.
 KEEP_ENDED_SECONDS = 30 * 86_400.0
@@ -103,6 +103,7 @@ class Meter:
 
 
 _METER = TypeAdapter(Meter)
+Meters = list[Meter]
 
 
 def read_meter(path: Path) -> Meter | None:
@@ -135,9 +136,14 @@ class UsageBook:
     quarantine: Quarantine
     _meters: dict[str, Meter] = field(default_factory=dict)
     _sampler: asyncio.Task[None] | None = None
+    # One file is written by one thread at a time, and the last to write has the latest sums.
+    _files: KeyedLocks = field(default_factory=KeyedLocks)
 
     def recover(self, running: Mapping[str, float]) -> None:
-        """Load the sums; what does not run (``running``: id → Unix time of start) has ended."""
+        """Load the sums; what does not run (``running``: id → Unix time of start) has ended.
+
+        Blocks: for a thread, before anything else is asked.
+        """
         for path in sorted(self.directory.glob("*.json")):
             try:
                 meter = read_meter(path)
@@ -148,24 +154,24 @@ class UsageBook:
                 continue
             self._meters[meter.id] = meter
             if meter.ended_at is None and meter.id not in running:
-                self.end(meter.id)
+                meter.ended_at = time.time()
+                self._write(meter)
         for sandbox_id, started_at in running.items():
             if sandbox_id not in self._meters:
                 self.begin(sandbox_id, started_at)
-        self._bound()
+        for meter in self._surplus():
+            self._unlink(meter)
 
     def open(self) -> None:
         """Begin to read every two seconds."""
-        self._sampler = asyncio.create_task(self._sample(), name="usage")
+        what = "what sandboxes use could not be read"
+        self._sampler = every(SAMPLE_SECONDS, self._sample, what)
 
     async def close(self) -> None:
         """Stop reading; write everything down."""
-        if self._sampler is not None:
-            self._sampler.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sampler
+        await end(self._sampler)
         for meter in self._running():
-            self._save(meter)
+            await self._save(meter)
 
     # What sandboxes do ---------------------------------------------------------------------
 
@@ -180,12 +186,12 @@ class UsageBook:
         """Count up to now: before a sandbox is ended, which removes its counters."""
         self._apply(await asyncio.to_thread(self._readings, [sandbox_id]))
 
-    def end(self, sandbox_id: str) -> None:
+    async def end(self, sandbox_id: str) -> None:
         """A sandbox has ended: its sums are final, and stay until collected."""
         meter = self._meters.get(sandbox_id)
         if meter is not None and meter.ended_at is None:
             meter.ended_at = time.time()
-            self._save(meter)
+            await self._save(meter)
 
     # What collectors ask -------------------------------------------------------------------
 
@@ -193,22 +199,21 @@ class UsageBook:
         """The meters of running sandboxes and of ended ones not yet collected."""
         return [meter for meter in self._meters.values() if only in (None, meter.id)]
 
-    def collected(self, ids: Iterable[str]) -> None:
-        """Forget the ended ones among these."""
+    async def collected(self, ids: Iterable[str]) -> None:
+        """Forget the ended ones among these.  Raises OSError."""
         for sandbox_id in ids:
             meter = self._meters.get(sandbox_id)
             if meter is not None and meter.ended_at is not None:
-                self._forget(meter)
+                await self._forget(meter)
 
     # Pieces --------------------------------------------------------------------------------
 
     async def _sample(self) -> None:
-        while True:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            running = [meter.id for meter in self._running()]
-            self._apply(await asyncio.to_thread(self._readings, running))
-            self._save_old()
-            self._bound()
+        running = [meter.id for meter in self._running()]
+        self._apply(await asyncio.to_thread(self._readings, running))
+        await self._save_old()
+        for meter in self._surplus():
+            await self._forget(meter)
 
     def _running(self) -> Iterable[Meter]:
         return [meter for meter in self._meters.values() if meter.ended_at is None]
@@ -229,32 +234,45 @@ class UsageBook:
             if meter is not None:
                 meter.add(reading, reading.at + ahead)
 
-    def _save_old(self) -> None:
+    async def _save_old(self) -> None:
         due = time.monotonic() - SAVE_SECONDS
         old = [meter for meter in self._running() if meter.saved_at <= due]
         for meter in sorted(old, key=lambda meter: meter.saved_at)[:SAVES_AT_ONCE]:
-            self._save(meter)
+            await self._save(meter)
 
-    def _save(self, meter: Meter) -> None:
+    async def _save(self, meter: Meter) -> None:
+        async with self._files.holding(meter.id):
+            # Meanwhile it may have been collected.
+            if self._meters.get(meter.id) is meter:
+                await in_thread(self._write, meter)
+
+    def _write(self, meter: Meter) -> None:
         meter.saved_at = time.monotonic()
-        try:
+        # A full disk must not keep a sandbox from ending; memory still has the sums.
+        with logged(f"what sandbox {meter.id} uses could not be written down"):
             write_json(self._path(meter.id), asdict(meter))
-        except OSError:
-            # A full disk must not keep a sandbox from ending; memory still has the sums.
-            _log.exception("what sandbox %s uses could not be written down", meter.id)
 
-    def _bound(self) -> None:
+    def _surplus(self) -> Meters:
+        """What nobody has collected for too long, or of too many."""
         ended = [meter for meter in self._meters.values() if meter.ended_at is not None]
         ended.sort(key=lambda meter: meter.ended_at or 0.0, reverse=True)
         oldest = time.time() - KEEP_ENDED_SECONDS
-        for place, meter in enumerate(ended):
-            if place >= MAX_ENDED or (meter.ended_at or 0.0) < oldest:
-                _log.error("nobody collected what sandbox %s used: forgetting it", meter.id)
-                self._forget(meter)
+        surplus = [
+            meter
+            for place, meter in enumerate(ended)
+            if place >= MAX_ENDED or (meter.ended_at or 0.0) < oldest
+        ]
+        for meter in surplus:
+            _log.error("nobody collected what sandbox %s used: forgetting it", meter.id)
+        return surplus
 
-    def _forget(self, meter: Meter) -> None:
-        self._meters.pop(meter.id, None)
+    async def _forget(self, meter: Meter) -> None:
+        async with self._files.holding(meter.id):
+            await in_thread(self._unlink, meter)
+
+    def _unlink(self, meter: Meter) -> None:
         self._path(meter.id).unlink(missing_ok=True)
+        self._meters.pop(meter.id, None)
 
     def _path(self, sandbox_id: str) -> Path:
         return self.directory / f"{sandbox_id}.json"

@@ -81,7 +81,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         team = held.team
         template = insert(actor, team, spec, source)
         # The queue is in this database, so the task exists exactly if the template does.
-        queue.call_worker(template)
+        queue.call_worker()
         note_used(spec.base_template)
         tell_changed(template.pk, team.pk)
         audit.record(

@@ -43,7 +43,7 @@ def test_it_answers_at_once_that_it_is_building(api: Client, host: FakeHost, tea
         (1, "pending"),
         (2, "pending"),
     ]
-    assert queued() == ["templates_app.tasks.drive_build"]
+    assert queued() == ["templates_app.tasks.drive_builds"]
     assert host.built == {}, "the build is the worker's, not the request's"
     assert Template.objects.get().team == team
 

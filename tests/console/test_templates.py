@@ -33,7 +33,7 @@ def test_a_new_template_builds_the_steps_that_were_typed(console: Client) -> Non
     assert answer["Location"] == f"/templates/{template.pk}/"
     assert template.recipe == ["pip install pandas", "echo done"]
     assert [step.command for step in template.steps.all()] == template.recipe
-    assert queued() == ["templates_app.tasks.drive_build"]
+    assert queued() == ["templates_app.tasks.drive_builds"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ class Agent:
         self.client = HostClient(self.socket)
         # More variables for it, from its next start on.
         self.environment: dict[str, str] = {}
+        self.command = [sys.executable, "-m", "hostruntime.agent"]
 
     @property
     def pid(self) -> int:
@@ -96,7 +97,7 @@ class Agent:
 
     def _command(self) -> list[str]:
         options = ["--state-dir", str(self.state), "--socket", str(self.socket)]
-        return [sys.executable, "-m", "hostruntime.agent", *options]
+        return [*self.command, *options]
 
     def _wait_until_it_serves(self) -> None:
         until = time.monotonic() + 180

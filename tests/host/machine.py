@@ -22,7 +22,7 @@ from hostruntime.host.paths import (
     claim_instance,
     release_instance,
 )
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
 from hostruntime.network.slots import SlotPool

@@ -48,16 +48,17 @@ class World:
         )
         self.builds = BuildManager(self.paths, host)
 
-    def start(self, *recipe: str, build_id: str = "img_1", **changes: Any) -> None:
+    async def start(self, *recipe: str, build_id: str = "img_1", **changes: Any) -> None:
         fields = {"base_image": "debian-12", "network": "restricted", **changes}
-        self.builds.start(StartBuild(id=build_id, recipe=recipe, **fields))
+        await self.builds.start(StartBuild(id=build_id, recipe=recipe, **fields))
 
     async def events(self, build_id: str = "img_1", *, follow: bool = True) -> list[dict[str, Any]]:
-        data = b"".join([lines async for lines in self.builds.events(build_id, follow=follow)])
+        told = await self.builds.events(build_id, follow=follow)
+        data = b"".join([lines async for lines in told])
         return [json.loads(line) for line in data.splitlines() if line]
 
     async def build(self, *recipe: str, **changes: Any) -> list[dict[str, Any]]:
-        self.start(*recipe, **changes)
+        await self.start(*recipe, **changes)
         return await self.events(changes.get("build_id", "img_1"))
 
     def check_clean(self, build_id: str = "img_1") -> None:

@@ -80,10 +80,10 @@ async def test_a_build_that_is_cancelled_in_its_capture_ends_at_once(
             time.sleep(0.001)
 
     monkeypatch.setattr("hostruntime.build.assembly.capture", endless)
-    world.start("write etc/new 1")
+    await world.start("write etc/new 1")
     assert await asyncio.to_thread(reached.wait, 10)
     await world.builds.cancel("img_1")
-    assert world.builds.status("img_1").state == "cancelled"
+    assert (await world.builds.status("img_1")).state == "cancelled"
     world.check_clean()
 
 

@@ -23,10 +23,10 @@ from tests.hostruntime.trees_help import grow
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.02, 0.06, 0.1])
 async def test_cancelling_at_any_time_leaves_nothing(world: World, delay: float) -> None:
     world.containers.start_seconds = 0.03
-    world.start("write etc/a x", "sleep 0.05", "write etc/b x")
+    await world.start("write etc/a x", "sleep 0.05", "write etc/b x")
     await asyncio.sleep(delay)
     await world.builds.cancel("img_1")
-    assert world.builds.status("img_1").state == "cancelled"
+    assert (await world.builds.status("img_1")).state == "cancelled"
     assert not world.store.exists("img_1")
     world.check_clean()
     await world.builds.cancel("img_1")
@@ -48,19 +48,16 @@ async def test_cancelling_in_the_middle_of_a_phase(
         cancelling.append(loop.create_task(world.builds.cancel("img_1")))
 
     def held(*args: Any, **options: Any) -> Any:
-        if phase == "acquire":
-            ask()
-        else:
-            loop.call_soon_threadsafe(ask)
-            time.sleep(0.1)
+        loop.call_soon_threadsafe(ask)
+        time.sleep(0.1)
         return real(*args, **options)
 
     monkeypatch.setattr(world.store, phase, held)
-    world.start("write etc/a x")
+    await world.start("write etc/a x")
     events = await world.events()
     await cancelling[0]
     assert events[-1]["code"] == "build_cancelled"
-    assert world.builds.status("img_1").state == "cancelled"
+    assert (await world.builds.status("img_1")).state == "cancelled"
     assert not world.store.exists("img_1")
     world.check_clean()
 
@@ -72,10 +69,10 @@ async def test_a_cancellation_races_the_publishing_and_one_of_them_wins(world: W
     wait = 0.02
     for number in range(100):
         build_id = f"img_{number}"
-        world.start("write etc/a x", build_id=build_id)
+        await world.start("write etc/a x", build_id=build_id)
         await asyncio.sleep(spread.uniform(0.7, 1.3) * wait)
         await world.builds.cancel(build_id, keep_published=True)
-        state = world.builds.status(build_id).state
+        state = (await world.builds.status(build_id)).state
         outcomes[state] += 1
         # So that it stays around the instant of publishing, whatever the machine's speed.
         wait *= 0.95 if state == "published" else 1.05
@@ -104,12 +101,12 @@ async def test_what_is_being_published_when_the_cancellation_comes(
         return directory
 
     monkeypatch.setattr(world.store, "_publish_template", slow)
-    world.start("write etc/a x")
+    await world.start("write etc/a x")
     await asyncio.to_thread(publishing.wait, 5)
     await world.builds.cancel("img_1", keep_published=keep)
     assert (await world.events())[-1]["kind"] == "published"
     assert world.store.exists("img_1") == keep
-    assert world.builds.status("img_1").state == ("published" if keep else "cancelled")
+    assert (await world.builds.status("img_1")).state == ("published" if keep else "cancelled")
 
 
 async def test_whoever_was_ended_cannot_publish_however_late(world: World) -> None:
@@ -134,7 +131,7 @@ async def test_cancelling_does_not_wait_for_the_disk(
         go_on.wait(20)
 
     monkeypatch.setattr(world.store, "flush", flush)
-    world.start("write etc/a x")
+    await world.start("write etc/a x")
     await asyncio.to_thread(flushing.wait, 5)
     await world.builds.cancel("img_1")
     assert not go_on.is_set()
@@ -146,21 +143,21 @@ async def test_cancelling_a_published_build_deletes_its_image(world: World) -> N
     await world.build("write etc/a x")
     await world.builds.cancel("img_1")
     assert not world.store.exists("img_1")
-    assert world.builds.status("img_1").state == "cancelled"
+    assert (await world.builds.status("img_1")).state == "cancelled"
     assert world.store.trash.wait()
     world.check_clean()
 
 
 async def test_a_cancellation_that_comes_first_wins(world: World) -> None:
     await world.builds.cancel("img_1")
-    world.start("write etc/a x")
-    assert world.builds.status("img_1").state == "cancelled"
+    await world.start("write etc/a x")
+    assert (await world.builds.status("img_1")).state == "cancelled"
     assert world.containers.ran == []
     assert [event["code"] for event in await world.events()] == ["build_cancelled"]
 
 
 async def test_cancelling_twice_at_once(world: World) -> None:
-    world.start("sleep 5")
+    await world.start("sleep 5")
     await asyncio.sleep(0.02)
     await asyncio.gather(world.builds.cancel("img_1"), world.builds.cancel("img_1"))
     world.check_clean()
@@ -170,10 +167,10 @@ async def test_cancelling_twice_at_once(world: World) -> None:
 
 
 async def test_an_agent_that_stops_ends_its_builds(world: World) -> None:
-    world.start("sleep 5")
+    await world.start("sleep 5")
     await asyncio.sleep(0.02)
     await world.builds.close()
-    status = world.builds.status("img_1")
+    status = await world.builds.status("img_1")
     assert status.state == "failed"
     assert status.error is not None and status.error["code"] == "host_lost"
     world.check_clean()
@@ -200,7 +197,7 @@ async def test_a_killed_agents_build_is_host_lost(world: World) -> None:
     events = await world.events()
     assert [event["seq"] for event in events] == [1, 2, 3]
     assert (events[-1]["kind"], events[-1]["code"]) == ("failed", "host_lost")
-    assert world.builds.status("img_1").state == "failed"
+    assert (await world.builds.status("img_1")).state == "failed"
     world.check_clean()
 
 
@@ -214,7 +211,7 @@ async def test_a_build_killed_after_publishing_was_published(world: World) -> No
     world.restart()
     await world.builds.recover()
     assert (await world.events())[-1]["kind"] == "published"
-    assert world.builds.status("img_1").state == "published"
+    assert (await world.builds.status("img_1")).state == "published"
     assert world.store.exists("img_1")
 
 
@@ -226,7 +223,7 @@ async def test_a_build_killed_after_its_last_event_keeps_it(world: World) -> Non
     )
     world.restart()
     await world.builds.recover()
-    status = world.builds.status("img_1")
+    status = await world.builds.status("img_1")
     assert status.state == "failed"
     assert status.error is not None and status.error["code"] == "step_failed"
     assert len([e for e in await world.events() if e["kind"] == "failed"]) == 1

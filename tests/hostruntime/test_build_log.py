@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,13 @@ async def test_a_killed_agents_half_line_is_cut_off(path: Path) -> None:
     log = EventLog(path)
     log.append("boot")
     log.append("output", step=1, text="whole")
+    await log.written()
     with path.open("ab") as file:
         file.write(b'{"seq": 3, "kind": "outp')
     again = EventLog(path)
     assert (again.last_seq, again.terminal) == (2, None)
     again.append("failed", code="host_lost", message="x")
+    await again.written()
     assert [event["seq"] for event in await read(EventLog(path))] == [1, 2, 3]
     terminal = EventLog(path).terminal
     assert terminal is not None and terminal["code"] == "host_lost"
@@ -104,3 +108,59 @@ async def test_a_build_ends_once(path: Path) -> None:
     log.append("failed", code="x", message="x")
     with pytest.raises(AssertionError):
         log.append("published", image="img_1")
+
+
+async def test_what_could_not_be_written_is_written_later_whole_and_in_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, real = EventLog(path), os.write
+    log.append("boot")
+    await log.written()
+
+    def full(descriptor: int, data: bytes) -> int:
+        real(descriptor, data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    log.append("output", step=1, text="a")
+    with pytest.raises(OSError, match="No space"):
+        await log.written()
+    log.append("output", step=1, text="b")
+    await asyncio.sleep(0.05)
+    with pytest.raises(OSError, match="No space"):
+        log.append("output", step=1, text="refused")
+    assert log.last_seq == 1
+    assert len(path.read_bytes().splitlines()) == 1
+    monkeypatch.setattr(os, "write", real)
+    await log.finish("failed", code="no_room", message="x")
+    events = await read(EventLog(path))
+    assert [event["seq"] for event in events] == [1, 2, 3, 4]
+    assert [event.get("text") for event in events] == [None, "a", "b", None]
+
+
+async def test_the_record_is_written_between_the_last_event_and_the_news_of_it(path: Path) -> None:
+    log = EventLog(path)
+    record = path.with_name("build.json")
+
+    def save() -> None:
+        assert json.loads(path.read_text().splitlines()[-1])["kind"] == "published"
+        record.touch()
+
+    following = asyncio.create_task(read(log, follow=True))
+    log.append("boot")
+    finishing = asyncio.create_task(log.finish("published", save, image="img_1"))
+    assert [event["kind"] for event in await following] == ["boot", "published"]
+    assert record.exists()
+    await finishing
+    assert log.terminal is not None
+
+
+async def test_a_record_that_cannot_be_written_keeps_nobody_from_the_end(path: Path) -> None:
+    log = EventLog(path)
+
+    def save() -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(OSError, match="Read-only"):
+        await log.finish("published", save, image="img_1")
+    assert [event["kind"] for event in await read(log, follow=True)] == ["published"]

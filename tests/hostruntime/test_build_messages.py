@@ -17,7 +17,7 @@ async def test_a_failing_step_stops_the_build(world: World) -> None:
     assert failed["message"].startswith("Step 2 of 3 failed: `fail 3` exited with status 3.")
     assert world.containers.ran == ["write etc/a x", "fail 3"]
     assert not world.store.exists("img_1")
-    status = world.builds.status("img_1")
+    status = await world.builds.status("img_1")
     assert status.state == "failed"
     assert status.error is not None and status.error["code"] == "step_failed"
     assert status.last_seq == len(events)
@@ -196,7 +196,7 @@ async def test_a_step_that_takes_too_long(world: World) -> None:
 
 
 async def test_a_build_that_takes_too_long(world: World) -> None:
-    events = await world.build("sleep 0.05", "sleep 5", build_timeout_seconds=0.1)
+    events = await world.build("sleep 0.05", "sleep 60", build_timeout_seconds=2)
     failed = events[-1]
     assert (failed["code"], failed["step"]) == ("build_timeout", 2)
     assert "the limit for a whole build" in failed["message"]

@@ -37,7 +37,7 @@ async def test_a_recipe_becomes_an_image(world: World) -> None:
     assert published["file_count"] == image.manifest.file_count == 3
     assert published["shared_bytes"] == 4096
     assert image.manifest.base == "debian-12"
-    assert world.builds.status("img_1").state == "published"
+    assert (await world.builds.status("img_1")).state == "published"
     assert world.containers.kills == 3
     world.check_clean()
 
@@ -84,18 +84,18 @@ async def test_a_step_that_says_nothing_is_told_ever_more_rarely(
 
 async def test_the_same_id_starts_once(world: World) -> None:
     request = StartBuild("img_1", "debian-12", ("sleep 0.1", "write etc/a x"), "restricted")
-    assert world.builds.start(request)[1] is True
-    status, new = world.builds.start(request)
+    assert (await world.builds.start(request))[1] is True
+    status, new = await world.builds.start(request)
     assert (status.state, new) == ("running", False)
     await world.events()
-    status, new = world.builds.start(request)
+    status, new = await world.builds.start(request)
     assert (status.state, new) == ("published", False)
     assert world.containers.ran == ["sleep 0.1", "write etc/a x"]
 
 
 async def test_two_builds_run_at_once(world: World) -> None:
     for number in (1, 2, 3):
-        world.start("sleep 0.1", f"write etc/which {number}", build_id=f"img_{number}")
+        await world.start("sleep 0.1", f"write etc/which {number}", build_id=f"img_{number}")
     for number in (1, 2, 3):
         assert (await world.events(f"img_{number}"))[-1]["kind"] == "published"
         which = world.store.get(f"img_{number}").tree / "etc/which"
@@ -153,16 +153,16 @@ async def test_a_defect_is_an_end_too(world: World) -> None:
 @pytest.mark.parametrize("network", ["", "everything"])
 async def test_an_unknown_network_starts_nothing(world: World, network: str) -> None:
     with pytest.raises(InvalidRequest):
-        world.start("say x", network=network)
+        await world.start("say x", network=network)
     assert tree_of(world.paths.builds) == set()
 
 
 @pytest.mark.parametrize("build_id", ["", "../x", "a/b", ".x"])
 async def test_a_bad_id_starts_nothing(world: World, build_id: str) -> None:
     with pytest.raises(InvalidRequest):
-        world.start("say x", build_id=build_id)
+        await world.start("say x", build_id=build_id)
     with pytest.raises(NotFound):
-        world.builds.status(build_id)
+        await world.builds.status(build_id)
     assert tree_of(world.paths.builds) == set()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.host.threads import Stop, StoppedError
+from hostruntime.host.tasks import Stop, StoppedError
 from hostruntime.image import capture as capture_module
 from hostruntime.image.capture import MOUNT_POINTS, OPAQUE, REDIRECT, capture
 from hostruntime.image.trees import MAX_DEPTH, TreeTooDeep, measure, tree_digest

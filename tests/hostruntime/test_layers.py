@@ -387,5 +387,5 @@ async def test_layers_are_written_only_where_they_are_cheap(
 
 async def test_a_bad_scope_starts_nothing(world: World) -> None:
     with pytest.raises(InvalidRequest):
-        world.start("say x", cache=Cache("../x"))
+        await world.start("say x", cache=Cache("../x"))
     assert tree_of(world.paths.builds) == set()

@@ -133,8 +133,8 @@ async def test_only_what_has_ended_can_be_collected(machine: Machine) -> None:
     book = machine.book()
     book.begin("a", time.time())
     book.begin("b", time.time())
-    book.end("b")
-    book.collected(["a", "b", "../a"])
+    await book.end("b")
+    await book.collected(["a", "b", "../a"])
     assert [meter.id for meter in book.list()] == ["a"]
     again = machine.book()
     again.recover({})
@@ -150,12 +150,14 @@ def test_a_file_that_is_no_record_is_dropped(machine: Machine) -> None:
     assert list(machine.sums.iterdir()) == []
 
 
-def test_what_nobody_collects_is_bounded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_nobody_collects_is_bounded(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(usage, "MAX_ENDED", 2)
     book = machine.book()
     for number in range(4):
         book.begin(f"s{number}", time.time())
-        book.end(f"s{number}")
+        await book.end(f"s{number}")
     again = machine.book()
     again.recover({})
     assert sorted(meter.id for meter in again.list()) == ["s2", "s3"]

@@ -17,20 +17,20 @@ def routes(builds: BuildManager) -> list[Route]:
     """The routes, over a host's builds."""
 
     async def start(request: Request) -> Response:
-        status, new = builds.start(await body(request, StartBuild))
+        status, new = await builds.start(await body(request, StartBuild))
         return answer(status, 202 if new else 200)
 
     async def get(request: Request) -> Response:
-        return answer(builds.status(in_path(request)))
+        return answer(await builds.status(in_path(request)))
 
     async def cancel(request: Request) -> Response:
         build_id = in_path(request)
         await builds.cancel(build_id, keep_published=flag(request, "keep_published"))
-        return answer(builds.status(build_id))
+        return answer(await builds.status(build_id))
 
     async def events(request: Request) -> Response:
         follow = flag(request, "follow")
-        lines = builds.events(in_path(request), _after(request), follow=follow)
+        lines = await builds.events(in_path(request), _after(request), follow=follow)
         return StreamingResponse(lines, media_type=NDJSON)
 
     async def drop_layers(request: Request) -> Response:

@@ -15,7 +15,7 @@ from hostruntime.agent.responses import NDJSON, answer, line, nothing
 from hostruntime.build.bases import BASES, BaseBuilder
 from hostruntime.build.log import KEEP_ALIVE_SECONDS
 from hostruntime.errors import HostError, HostFault, ImageNotFound
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import in_thread
 from hostruntime.image.store import ALIASES, Image, ImageStore
 from hostruntime.wire.images import Bases, Images, ImageUsage, Progress
 
@@ -27,7 +27,7 @@ def routes(store: ImageStore, bases: BaseBuilder) -> list[Route]:
 
 def _base_routes(bases: BaseBuilder) -> list[Route]:
     async def list_bases(_: Request) -> Response:
-        return answer(Bases(tuple(bases.catalogue())))
+        return answer(Bases(tuple(await bases.catalogue())))
 
     async def ensure_base(request: Request) -> Response:
         name = in_path(request, "name")
@@ -51,7 +51,7 @@ def _store_routes(store: ImageStore) -> list[Route]:
         return answer(Images(tuple(image.manifest.info() for image in images)))
 
     async def get_image(request: Request) -> Response:
-        return answer(store.get(in_path(request)).manifest.info())
+        return answer((await in_thread(store.get, in_path(request))).manifest.info())
 
     async def usage(request: Request) -> Response:
         image_id = in_path(request)

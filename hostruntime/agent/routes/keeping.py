@@ -16,14 +16,14 @@ def routes(keeping: Keeping) -> list[Route]:
     """The routes, over a host's keeping."""
 
     async def standing(_: Request) -> Response:
-        return answer(keeping.book.read().info())
+        return answer((await keeping.standing()).info())
 
     async def agree(request: Request) -> Response:
         claim = await body(request, Agree)
         return answer((await keeping.agree(claim, known=claim.known)).info())
 
     async def adopt(request: Request) -> Response:
-        return answer(keeping.book.adopt(await body(request, Claim)).info())
+        return answer((await keeping.adopt(await body(request, Claim))).info())
 
     async def reconcile(request: Request) -> Response:
         return answer(await keeping.reconcile(await body(request, Reconcile)))

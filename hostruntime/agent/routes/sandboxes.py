@@ -122,7 +122,7 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
 
     async def collected(request: Request) -> Response:
         """Forget the ended sandboxes among those named; the others go on."""
-        book.collected((await body(request, CollectedUsage)).ids)
+        await book.collected((await body(request, CollectedUsage)).ids)
         return nothing()
 
     return [

@@ -37,7 +37,7 @@ from hostruntime.container.cgroups import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
-from hostruntime.host.threads import in_thread
+from hostruntime.host.tasks import KeyedLocks, end, in_background, in_thread
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
@@ -95,10 +95,13 @@ class BaseBuilder:
         # How often in a row, and when the next attempt is.
         self._failures: Counter[str] = Counter()
         self._again: dict[str, asyncio.TimerHandle] = {}
+        self._later: set[asyncio.Task[None]] = set()
+        self._asking = KeyedLocks()
 
-    def catalogue(self) -> list[BaseInfo]:
+    async def catalogue(self) -> list[BaseInfo]:
         """Every built-in base and whether it can be used."""
-        return [self._status(base) for base in BASES.values()]
+        images = await in_thread(lambda: [self._ready(base) for base in BASES.values()])
+        return [self._status(*one) for one in zip(BASES.values(), images, strict=True)]
 
     async def ensure(self, name: str, progress: Progress) -> Image:
         """The base's image, made first if it is missing or out of date; ``progress`` is told how.
@@ -110,15 +113,20 @@ class BaseBuilder:
         if base is None:
             known = ", ".join(BASES)
             raise ImageNotFound(f"There is no built-in base {name!r}. There are: {known}.")
-        ready = self._ready(base)
-        if ready is not None:
-            return ready
-        making = self._making.get(base.name) or self._begin(base)
+        async with self._asking.holding(base.name):
+            # One at a time: whether it is there, and who makes it if it is not.
+            making = self._making.get(base.name)
+            if making is None:
+                ready = await in_thread(self._ready, base)
+                if ready is not None:
+                    return ready
+                making = self._making.get(base.name) or self._begin(base)
         with _listening(making, progress):
             return await asyncio.shield(making.task)
 
     async def close(self) -> None:
         """Stop making bases; nothing half-made is left."""
+        await end(*self._later)
         for again in self._again.values():
             again.cancel()
         tasks = [making.task for making in self._making.values()]
@@ -128,8 +136,7 @@ class BaseBuilder:
 
     # Inside -------------------------------------------------------------------------------
 
-    def _status(self, base: BaseDefinition) -> BaseInfo:
-        image = self._ready(base)
+    def _status(self, base: BaseDefinition, image: Image | None) -> BaseInfo:
         state = "missing"
         if image is not None:
             state = "ready"
@@ -176,7 +183,13 @@ class BaseBuilder:
             return
         _log.error("the base %s could not be made", base.name, exc_info=error)
         self._failed[base.name] = error.detail if isinstance(error, HostError) else str(error)
-        if base.parent is None or self._ready(BASES[base.parent]) is not None:
+        self._later = {task for task in self._later if not task.done()}
+        self._later.add(in_background(self._unless_below(base), f"{base.name} is not tried again"))
+
+    async def _unless_below(self, base: BaseDefinition) -> None:
+        """Try again by itself, unless that is for the base below to bring about."""
+        below = None if base.parent is None else BASES[base.parent]
+        if below is None or await in_thread(self._ready, below) is not None:
             self._try_again(base)
 
     def _try_again(self, base: BaseDefinition) -> None:
@@ -254,7 +267,7 @@ class BaseBuilder:
         store = self._host.store
         try:
             asked = await self._assemble(asking, ASK_NPM, lambda _: None)
-            address = (asked.tree / NPM_ADDRESS).read_text().strip()
+            address = (await in_thread((asked.tree / NPM_ADDRESS).read_text)).strip()
         finally:
             await in_thread(store.delete, asking.name)
         domain = urlsplit(address).hostname or ""
@@ -298,7 +311,7 @@ class BaseBuilder:
             details=details,
         )
         try:
-            image = await Assembly(self._host, plan, partial(_tell, say)).run()
+            image = (await Assembly(self._host, plan, partial(_tell, say)).run()).image
         finally:
             await in_thread(self._host.store.trash.discard, plan.directory)
         say(_published(image))

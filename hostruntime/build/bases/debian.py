@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.build.bases.definitions import DEBIAN_SUITE, BaseDefinition
@@ -21,6 +22,7 @@ from hostruntime.container.joining import PLACE
 from hostruntime.errors import HostFault, HostUnavailable
 from hostruntime.host.patience import Patience, tree_of
 from hostruntime.host.run import Process, spawn
+from hostruntime.host.tasks import in_thread
 from hostruntime.network.registries import AptSource
 
 # It downloads, and may wait for a mirror.
@@ -44,28 +46,41 @@ async def bootstrap(
     Raises HostUnavailable without mmdebstrap, HostFault when it fails, in one sentence: all that it
     said goes to the agent's log.  Cancelling ends it.
     """
-    if shutil.which("mmdebstrap") is None:
-        raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
     log = target.with_name(f"{target.name}.log")
-    process = spawn(_confined(_command(base, target, sources)), log=log)
-    patience = Patience(
-        _IDLE_SECONDS, lambda: tree_of(process.pid), sign=lambda: log.stat().st_size
-    )
+    process = await in_thread(_begin, base, target, sources, log)
+    said = _Log(log)
+    patience = Patience(_IDLE_SECONDS, lambda: tree_of(process.pid), sign=lambda: said.size)
     try:
         async with patience:
-            await _watched(process, log, progress)
+            await _watched(process, said, progress)
     except TimeoutError:
-        _log.error("mmdebstrap was ended; it said: %s", _tail(log))
+        _log.error("mmdebstrap was ended; it said: %s", await in_thread(_tail, log))
         raise HostFault(
             f"Debian could not be fetched: mmdebstrap {patience.why}. Check whether this machine's "
             "apt sources answer."
         ) from None
     finally:
-        _end(process)
+        await in_thread(_end, process)
+    await in_thread(_finish, base, target, process, log, bool(sources))
+
+
+def _begin(base: BaseDefinition, target: Path, sources: Sequence[AptSource], log: Path) -> Process:
+    if shutil.which("mmdebstrap") is None:
+        raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
+    return spawn(_confined(_command(base, target, sources)), log=log)
+
+
+def _finish(
+    base: BaseDefinition,
+    target: Path,
+    process: Process,
+    log: Path,
+    named: bool,
+) -> None:
     if process.returncode != 0:
         _log.error("mmdebstrap failed; it said: %s", _tail(log))
         raise HostFault(reason_in(log.read_text(errors="replace")))
-    if sources:
+    if named:
         # A container is told of the mirrors of the host it runs on.
         (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
     _add(base, target)
@@ -115,16 +130,34 @@ def _confined(command: Sequence[str]) -> list[str]:
     ]
 
 
-async def _watched(process: Process, log: Path, progress: Callable[[str], None]) -> None:
-    with log.open(errors="replace") as lines:
-        while True:
-            ended = process.poll() is not None
-            for line in lines:
-                if line.startswith("I: "):
-                    progress(line.removeprefix("I: ").strip())
-            if ended:
-                return
-            await asyncio.sleep(_POLL_SECONDS)
+@dataclass
+class _Log:
+    """What a program writes to its log, a piece at a time; ``size`` is how long it was seen."""
+
+    path: Path
+    size: int = 0
+    _read: int = 0
+
+    def more(self) -> list[str]:
+        """The whole lines that have been added.  Blocks; raises OSError."""
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        self.size = self._read + len(data)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+
+async def _watched(process: Process, log: _Log, progress: Callable[[str], None]) -> None:
+    while True:
+        ended = process.poll() is not None
+        for line in await in_thread(log.more):
+            if line.startswith("I: "):
+                progress(line.removeprefix("I: ").strip())
+        if ended:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _end(process: Process) -> None:

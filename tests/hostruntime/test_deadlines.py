@@ -1,0 +1,126 @@
+"""Deadlines are enforced whatever goes wrong in one round of looking at them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hostruntime.host.paths import StatePaths
+from hostruntime.image.store import ImageStore
+from hostruntime.sandbox import manager
+from hostruntime.sandbox.manager import Sandbox, SandboxManager
+from hostruntime.wire.sandboxes import CreateSandbox
+
+
+class Containers:
+    """Stops what it is told to, but fails by a defect as often as it is told."""
+
+    def __init__(self) -> None:
+        self.on_exit: list[Any] = []
+        self.stopped: list[str] = []
+        self.defects: dict[str, int] = {}
+
+    async def stop(self, owner: str) -> None:
+        await asyncio.sleep(0)
+        if self.defects.get(owner, 0) > 0:
+            self.defects[owner] -= 1
+            raise ZeroDivisionError("a defect")
+        self.stopped.append(owner)
+
+    def name_of(self, owner: str) -> str:
+        return f"ork15-test-{owner}"
+
+    @property
+    def launchers(self) -> Any:
+        return SimpleNamespace()
+
+
+@pytest.fixture
+def containers() -> Containers:
+    return Containers()
+
+
+@pytest.fixture
+def sandboxes(
+    tmp_path: Path, containers: Containers, monkeypatch: pytest.MonkeyPatch
+) -> SandboxManager:
+    monkeypatch.setattr(manager, "SWEEP_SECONDS", 0.01)
+    paths = StatePaths(tmp_path / "state").ensure()
+    return SandboxManager(paths, containers, ImageStore(paths))  # type: ignore[arg-type]
+
+
+def run(sandboxes: SandboxManager, name: str, deadline: float | None) -> None:
+    """Have one that runs until then."""
+    (sandboxes.paths.sandboxes / name).mkdir()
+    request = CreateSandbox(name, "img_1", cpu=1, memory_mb=512, deadline=deadline)
+    sandbox = Sandbox(request, "running", "img_1", "/nowhere", None).until(deadline)
+    sandboxes._sandboxes[name] = sandbox
+
+
+async def ended(sandboxes: SandboxManager, *names: str) -> None:
+    async with asyncio.timeout(20):
+        while not all(sandboxes.get(name).state == "gone" for name in names):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_round_that_fails_by_a_defect_is_not_the_last(
+    sandboxes: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is, and wherever: here it is the list of all of them."""
+    whole, failures = SandboxManager.list, 3
+
+    def list_or_fail(self: SandboxManager) -> list[Sandbox]:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise ZeroDivisionError("a defect")
+        return whole(self)
+
+    monkeypatch.setattr(SandboxManager, "list", list_or_fail)
+    run(sandboxes, "sbx_over", time.time() - 1)
+    sandboxes.begin()
+    await ended(sandboxes, "sbx_over")
+    await sandboxes.close()
+    assert failures < 0
+    assert sandboxes.get("sbx_over").reason == "expired"
+
+
+async def test_one_that_cannot_be_ended_keeps_no_other_from_its_end(
+    sandboxes: SandboxManager, containers: Containers
+) -> None:
+    containers.defects = {"sbx_a": 10**9, "sbx_b": 3}
+    for name in ("sbx_a", "sbx_b", "sbx_c"):
+        run(sandboxes, name, time.time() - 1)
+    run(sandboxes, "sbx_goes_on", time.time() + 600)
+    sandboxes.begin()
+    await ended(sandboxes, "sbx_b", "sbx_c")
+    containers.defects["sbx_a"] = 0
+    await ended(sandboxes, "sbx_a")
+    await sandboxes.close()
+    assert sorted(containers.stopped) == ["sbx_a", "sbx_b", "sbx_c"]
+    assert sandboxes.get("sbx_goes_on").state == "running"
+
+
+async def test_what_is_used_is_read_on_after_a_defect(
+    sandboxes: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostruntime.sandbox.usage.SAMPLE_SECONDS", 0.01)
+    read, third = 0, asyncio.Event()
+
+    def readings(_: object) -> dict[str, Any]:
+        nonlocal read
+        read += 1
+        if read == 3:
+            loop.call_soon_threadsafe(third.set)
+        raise ZeroDivisionError("a defect")
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(sandboxes.usage, "_readings", readings)
+    sandboxes.begin()
+    await asyncio.wait_for(third.wait(), 20)
+    await sandboxes.close()
