@@ -56,7 +56,7 @@ def test_from_a_recipe_to_a_command(page: Page) -> None:
     expect(page.locator("#step-1 .log .f2")).to_have_text("second")
     badge(page, "template", "ready", BUILD_MS)
     expect(page.locator("#step-2-line")).to_have_attribute("data-state", "succeeded")
-    expect(page.locator("#template-side")).to_contain_text(re.compile(r"Size.*[kMG]B"))
+    expect(page.locator("#template-side")).to_contain_text(re.compile(r"Size\s+[\d.]+\s[kMG]B"))
     expect(page.locator("#step-1 .log .lines")).to_have_text("first\nsecond\n")
     assert page.evaluate("window.neverReloaded") is True
 
