@@ -50,13 +50,13 @@ test-vm: ## try it on whole Debian 12 and 13 machines, by emulation (RELEASES="b
 	@$(BOOTSTRAP) vm
 	@$(AS_ROOT) $(PYTHON) -m tests.vm $(RELEASES)
 
-lint: ## ruff and mypy alone
+lint: ## ruff, mypy and the templates' linter alone
 	@$(BOOTSTRAP) dev
 	@$(PYTHON) -m tests.verify --only static
 
 format: ## rewrite the code the way `make lint` wants it
 	@$(BOOTSTRAP) dev
-	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --fix . && $(PYTHON) -m tests.template_lint --fix
 
 bench: ## measure boots, first answers, the egress proxy, what hogs cost others, captures
 	@$(BOOTSTRAP) dev

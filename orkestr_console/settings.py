@@ -249,29 +249,29 @@ STORAGES = {
 # --- Notices and tasks ----------------------------------------------------------------------------
 CHANNEL_LAYERS = {"default": {"BACKEND": "orkestr_console.core.channel_layer.PgChannelLayer"}}
 
-# Longest build (accounts.models.LONGEST_BUILD_SECONDS) < timeout < retry. State, attempts and
-# cancel live on our own rows; a task that fails is never tried again by the queue.
+# Tasks are short: a build's begins a thread. State, attempts and cancel live on our own rows; a
+# task that fails is never tried again by the queue. A worker is not recycled: it follows builds.
 Q_CLUSTER: dict[str, Any] = {
     "name": "orkestr",
     "broker_class": "orkestr_console.queue.broker.PgBroker",
     "orm": "default",
-    "workers": int(os.environ.get("ORKESTR_WORKERS") or 8),
-    "timeout": 6 * 3600 + 1800,
-    "retry": 7 * 3600,
+    "workers": int(os.environ.get("ORKESTR_WORKERS") or 3),
+    "timeout": 3600,
+    "retry": 7200,
+    "recycle": 0,
     "max_attempts": 1,
     "ack_failures": True,
     "catch_up": False,
     "save_limit": 250,
     "label": "Queue",
 }
-# A killed worker's task comes back after so many seconds.
-TASK_LEASE_SECONDS = float(os.environ.get("ORKESTR_TASK_LEASE") or scaled(15))
-# Groups of tasks that take minutes: so many workers are kept from them, for everything else.
-LONG_TASKS = ("builds",)
-RESERVED_WORKERS = 2
+# A process of the worker's that does nothing for so long, and comes round no more, is replaced.
+WORKER_STALE_SECONDS = float(os.environ.get("ORKESTR_WORKER_STALE") or scaled(30))
+# How many builds this machine runs at once, whatever the plans of its teams allow.
+BUILDS_AT_ONCE = machine.builds_at_once()
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
-    ("Resume builds whose driver is gone", "templates_app.tasks.resume_orphans", 1),
+    ("Begin builds, resume those whose driver is gone", "templates_app.tasks.drive_builds", 1),
     ("Set aside images that no template names", "templates_app.tasks.reconcile_images", 15),
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
 ]

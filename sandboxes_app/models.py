@@ -139,6 +139,12 @@ class Sandbox(models.Model):
         return SandboxStatus(self.status)
 
     @property
+    def searched(self) -> str:
+        """What the box above the list finds it by, in lower case."""
+        metadata = [f"{key}={value}" for key, value in self.metadata.items()]
+        return " ".join([self.template_name, self.id, self.status, *metadata]).lower()
+
+    @property
     def is_running(self) -> bool:
         """Whether commands can be run in it."""
         return self.status == SandboxStatus.RUNNING

@@ -6,6 +6,7 @@ and only through :mod:`templates_app.services`.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import ClassVar
 
 from django.db import models
@@ -15,6 +16,8 @@ from orkestr_console.accounts.models import Team, User
 from orkestr_console.core.ids import new_id
 
 LONGEST_NAME = 100
+# The error of a build that somebody ended.
+CANCELLED = "build_cancelled"
 
 
 class TemplateStatus(models.TextChoices):
@@ -110,9 +113,8 @@ class Template(models.Model):
     error_message = models.TextField(blank=True, default="")
     error_code = models.CharField(max_length=40, blank=True, default="")
     image_id = models.CharField(max_length=40, unique=True, default=new_image_id, editable=False)
-    # The driver that follows the build now, and when it last said so: a lease, not a lock.
+    # The driver that follows the build now (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
-    heartbeat_at = models.DateTimeField(null=True, blank=True)
     # Whether the host ever took the build: if it then knows nothing of it, it lost it.
     handed_over = models.BooleanField(default=False)
     # When a driver first took it: until then it is queued.
@@ -139,7 +141,7 @@ class Template(models.Model):
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["team", "-created_at", "-id"]),
             models.Index(
-                fields=["heartbeat_at"],
+                fields=["created_at"],
                 name="template_building",
                 condition=models.Q(status="building"),
             ),
@@ -176,6 +178,45 @@ class Template(models.Model):
         """Whether its build waits for its turn."""
         return self.status == TemplateStatus.BUILDING and self.started_at is None
 
+    @property
+    def label(self) -> str:
+        """The status in a word, for a badge; a build that waits for its turn is ``Queued``."""
+        return "Queued" if self.is_queued else self.state.label
+
+    @property
+    def searched(self) -> str:
+        """What the box above the list finds it by, in lower case."""
+        return f"{self.name} {self.id} {self.base_template} {self.status}".lower()
+
+    @property
+    def milestone(self) -> tuple[str, datetime]:
+        """The time to show beside the status, and what happened then: ``("started", …)``."""
+        if self.is_queued:
+            return "requested", self.created_at
+        if self.status == TemplateStatus.BUILDING:
+            return "started", self.started_at or self.created_at
+        return "built", self.created_at
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody ended its build before it was done."""
+        return self.error_code == CANCELLED
+
+    @property
+    def outcome(self) -> str:
+        """How its build ended, in a word: ``Ready``, ``Failed`` or ``Cancelled``."""
+        return "Cancelled" if self.is_cancelled else self.state.label
+
+    @property
+    def failure_tone(self) -> str:
+        """The colour of the banner that says why it failed: ``bad``, or ``busy`` if cancelled."""
+        return "busy" if self.is_cancelled else "bad"
+
+    @property
+    def failure_icon(self) -> str:
+        """That banner's icon, of ``static/img/icons.svg``."""
+        return "stop" if self.is_cancelled else "alert"
+
 
 class StepStatus(models.TextChoices):
     """Where a step is. ``skipped`` never ran, because one before it failed.
@@ -201,6 +242,15 @@ class StepStatus(models.TextChoices):
             "failed": "bad",
             "skipped": "quiet",
         }[self.value]
+
+    @property
+    def without_output(self) -> str:
+        """What stands where the output of a step would be that printed nothing."""
+        return {
+            "pending": "Not started yet.",
+            "running": "No output yet.",
+            "skipped": "Not run, because the build stopped before it.",
+        }.get(self.value, "No output.")
 
 
 class BuildStep(models.Model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from django.db.models import Max
 from django.template.loader import render_to_string
@@ -13,7 +14,7 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.ui.ansi import Rendered, drawn
 from templates_app import services
-from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
+from templates_app.models import BuildStep, Reuse, StepStatus, Template, TemplateStatus
 from templates_app.services import again, output, timing
 
 PAGE = 100
@@ -142,16 +143,17 @@ def facts(template: Template, address: str) -> dict[str, Any]:
     events = timing.build_events(template)
     done = sum(step.status in DONE for step in steps)
     running = next((step for step in steps if step.status == StepStatus.RUNNING), None)
+    phases = {event.kind for event in events}
     return {
         "template": template,
         "steps": steps,
         "done": done,
-        "running": running,
+        "doing": doing(len(steps), done, running, phases),
         "refused_steps": [step for step in steps if step.refused_hosts],
         # Looked up for those pages alone that have something to offer by it.
         "allowed": envelope(template.team) if template.refused_hosts else None,
+        "allowing": allowing(template),
         **variables(template),
-        "phases": {event.kind for event in events},
         "capture_state": capture_state(template, done),
         "parts": bar(timing.parts(template, steps, events)),
         "silence": timing.silence(template, running),
@@ -172,6 +174,25 @@ def variables(template: Template) -> dict[str, Any]:
     others = list(inherited.items())[: MOST_VARIABLES - len(shown)]
     more = len(own) + len(inherited) - len(shown) - len(others)
     return {"variables": shown, "inherited": others, "more_variables": more}
+
+
+def allowing(template: Template) -> str:
+    """The query of the form that builds it again with the hosts allowed that it was refused."""
+    query = {"from": template.pk, "allow": " ".join(template.refused_hosts)}
+    if template.status == TemplateStatus.FAILED:
+        query["reuse"] = Reuse.FAILED
+    return urlencode(query, quote_via=quote)
+
+
+def doing(steps: int, done: int, running: BuildStep | None, phases: set[str]) -> str:
+    """What a build that has its turn does at the moment, as the heading of a notice."""
+    if running is not None:
+        return f"Step {running.number} of {steps} is running"
+    if done == steps:
+        return "Cleaning up and capturing the image"
+    if "boot" in phases:
+        return "The build container is running"
+    return "Waiting for the build container"
 
 
 def capture_state(template: Template, done: int) -> str:

@@ -1,4 +1,4 @@
-"""What the workers do for templates. Each takes ids alone and may run twice safely."""
+"""What the workers do for templates. Each takes ids at most, and may run twice safely."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from datetime import timedelta
 from django.db.models import Q
 from django.utils import timezone
 from django_q.models import Schedule
-from django_q.tasks import async_task, schedule
+from django_q.tasks import schedule
 
 from hostruntime.errors import HostError
 from orkestr_console.installation import services as installation
 from templates_app.models import Template, TemplateStatus
-from templates_app.services import driver, queue
+from templates_app.services import driver
 from templates_app.services.lost import IMAGE_LOST
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,12 @@ FORGET_AGAIN = timedelta(seconds=15)
 FORGET_TRIES = 240  # an hour
 
 
-def drive_build(template_id: str) -> None:
-    """Build the template whose turn it is, or go on where another worker stopped."""
-    driver.drive(template_id)
+def drive_builds() -> None:
+    """Begin the builds that may run, and go on with those whose worker was killed.
+
+    Every minute as well: who was to ask for it may have been killed.
+    """
+    driver.drive()
 
 
 def forget_image(image_id: str, tries: int = 1) -> None:
@@ -40,12 +43,6 @@ def forget_image(image_id: str, tries: int = 1) -> None:
         if tries < FORGET_TRIES:
             soon = timezone.now() + FORGET_AGAIN
             schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=soon)
-
-
-def resume_orphans() -> None:
-    """Every minute: give each build whose driver is gone a new one."""
-    for template_id in queue.waiting_long():
-        async_task(queue.DRIVE, template_id, group="builds")
 
 
 def reconcile_images() -> None:

@@ -46,6 +46,7 @@ STATIC = (
     Check("ruff check", ["-m", "ruff", "check", "."]),
     Check("ruff format", ["-m", "ruff", "format", "--check", "."]),
     Check("mypy", ["-m", "mypy", "."]),
+    Check("templates", ["-m", "tests.template_lint"]),
 )
 MIGRATIONS = Check("migrations", ["manage.py", "makemigrations", "--check", "--dry-run"])
 

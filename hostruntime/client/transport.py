@@ -27,7 +27,7 @@ def read[M: Message](kind: type[M], data: bytes | str) -> M:
     try:
         return decode(kind, data)
     except MalformedError as error:
-        raise HostFault(f"The host agent gave an answer that is none: {error}") from error
+        raise HostFault(f"The answer of the host agent is not valid: {error}") from error
 
 
 class Collected:

@@ -197,7 +197,7 @@ def _told[M: Message](kind: type[M], fields: object) -> M:
     try:
         return from_fields(kind, fields)
     except MalformedError as error:
-        raise Exhausted("The sandbox gave an answer that is none.") from error
+        raise Exhausted("The answer of the sandbox to the file operation is not valid.") from error
 
 
 def checked(path: str) -> str:

@@ -195,6 +195,15 @@ class Envelope:
         """Whether the open network can be used."""
         return "open" in self.networks
 
+    @property
+    def why_not_open(self) -> str:
+        """Why the open network cannot be used, in a sentence; blank where it can."""
+        if self.may_open:
+            return ""
+        if self.plan.allow_open_network:
+            return "Not allowed by your team's admins."
+        return f"Not part of the {self.plan.name} plan."
+
     def instead_of_listing(self) -> str:
         """What there is to do about a host that cannot be allowed by name, in two sentences."""
         why, ask = self.default_list_alone, "ask your administrator for a larger plan"

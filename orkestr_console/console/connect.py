@@ -69,10 +69,6 @@ class Guide:
     hint: str
     blocks: tuple[Block, ...]
 
-    def hint_parts(self) -> list[str]:
-        """Words and code by turns."""
-        return self.hint.split("`")
-
 
 def guides(url: str, token: str) -> list[Guide]:
     """For every client, with the endpoint's ``url`` and ``token`` put in and quoted as it needs."""

@@ -297,6 +297,22 @@ def to_json_response(error: DomainError) -> JsonResponse:
     return JsonResponse(error.to_wire(), status=error.status, headers=error.all_headers())
 
 
+HEADINGS = {
+    403: "You don't have access",
+    404: "Page not found",
+    409: "That isn't possible right now",
+    503: "The sandbox host isn't responding",
+}
+
+
+def heading(error: DomainError) -> str:
+    """The heading of the page that says an error."""
+    if isinstance(error, DatabaseUnavailable):
+        return "The console will be back in a moment"
+    other = "Something went wrong" if error.status >= 500 else "That didn't work"
+    return HEADINGS.get(error.status, other)
+
+
 def to_console_response(request: HttpRequest | None, error: DomainError) -> HttpResponse:
     """How the console says it: the page ``errors/error.html`` with ``error`` and ``status``.
 
@@ -306,7 +322,7 @@ def to_console_response(request: HttpRequest | None, error: DomainError) -> Http
     if isinstance(error, DatabaseUnavailable) and request is not None:
         return away(request, error)
     ref = error.extra.get("request_id") or getattr(request, "request_id", None)
-    context = {"error": error, "status": error.status, "ref": ref}
+    context = {"error": error, "status": error.status, "heading": heading(error), "ref": ref}
     page = render_to_string("errors/error.html", context, request)
     return HttpResponse(page, status=error.status, headers=error.all_headers())
 
@@ -318,6 +334,7 @@ def away(request: HttpRequest, error: DatabaseUnavailable) -> HttpResponse:
     person typed stays where it is.
     """
     context: dict[str, Any] = {"error": error, "status": error.status, "again": None}
+    context["heading"] = heading(error)
     if "HX-Request" in request.headers:
         page = render_to_string("errors/_away.html", context)
     else:

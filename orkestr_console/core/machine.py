@@ -1,4 +1,4 @@
-"""What the settings have to find out about this machine: its secrets, names and addresses."""
+"""What the settings have to find out about this machine: its secrets, names, addresses, size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import struct
 from pathlib import Path
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
+# A build waits for the network and the disk half of the time, and few take the 4 GiB they may.
+BUILDS_PER_CPU = 4
+BUILD_BYTES = 2 * 1024**3
+FEWEST_BUILDS = 2
 
 
 def secret(variable: str, path: Path) -> str:
@@ -73,3 +77,10 @@ def _ipv6_addresses() -> list[str]:
         return []
     packed = [bytes.fromhex(line.split()[0]) for line in table.read_text().splitlines()]
     return [f"[{socket.inet_ntop(socket.AF_INET6, address)}]" for address in packed]
+
+
+def builds_at_once() -> int:
+    """How many builds this machine has the CPUs and the memory for (sysconf(3))."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    by_cpus = BUILDS_PER_CPU * (os.cpu_count() or 1)
+    return max(FEWEST_BUILDS, min(by_cpus, memory // BUILD_BYTES))

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: those of Django's pool, and plain ones for LISTEN and for leases.
+"""Connections to PostgreSQL: those of Django's pool, and plain ones for LISTEN and for locks.
 
 A plain one is held for as long as its owner lives, which one from the pool must not be: with as
 many slow calls as the pool has connections, nobody else would be served. So nothing slow is waited

@@ -5,7 +5,8 @@ id that stands for one piece of work of one process, and not for a moment. For a
 goes on its process holds an advisory lock of that name in PostgreSQL, so no clock says who lives:
 the lock goes when the work is done, when the work fails, and when the process is killed
 (pg_locks, and "Advisory Locks" in the PostgreSQL manual: those of a session end with it). A
-process that is slow, or stopped, has its locks still.
+process that is slow, or stopped, has its locks still. A worker holds one for the task that it runs
+as well, under the name of that run (:mod:`orkestr_console.queue.broker`).
 
 When PostgreSQL restarts every lock is gone, and is taken again within moments. So whoever finds
 that nobody drives a row looks again after :data:`SURE_SECONDS` before they settle it.
@@ -19,14 +20,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 from django.db.models import BooleanField, F, Func, Value
 
 from hostruntime.host.patience import scaled
 from orkestr_console.core.ids import new_id
-from orkestr_console.core.postgres import unavailable
-from orkestr_console.queue.broker import Connection, connect
+from orkestr_console.core.postgres import connection_arguments, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,28 @@ RETRY_SECONDS = 0.2
 # Tells our locks from others': the bytes of "drive".
 SEED = 0x6472697665
 
+# The keys of all locks held; one of 64 bits is in two halves there (pg_locks).
+HELD = (
+    "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks"
+    " WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database ="
+    " (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
 LOCK = "SELECT pg_advisory_lock(hashtextextended(d, %s)) FROM unnest(%s::text[]) AS d"
 UNLOCK = "SELECT pg_advisory_unlock(hashtextextended(%s, %s))"
+
+type Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+def connect(purpose: str) -> Connection:
+    """A plain connection of one's own. Raises ``psycopg.OperationalError``."""
+    return psycopg.connect(**connection_arguments(purpose))
 
 
 class IsDriven(Func):
     """Whether the driver that a column names is at it now; a filter of a queryset."""
 
     output_field = BooleanField()
-    # A lock's key of 64 bits is in two halves there (pg_locks).
-    template = (
-        "hashtextextended(%(expressions)s) IN ("
-        " SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks"
-        " WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database ="
-        " (SELECT oid FROM pg_database WHERE datname = current_database()))"
-    )
+    template = f"hashtextextended(%(expressions)s) IN ({HELD})"
 
     def __init__(self, column: str) -> None:
         super().__init__(F(column), Value(SEED))
@@ -70,12 +78,13 @@ class Drivers:
         self._watched = False
 
     @contextmanager
-    def driving(self) -> Iterator[str]:
-        """Drive something for as long as this lasts, under the name that its row is to have.
+    def driving(self, name: str = "") -> Iterator[str]:
+        """Drive something for as long as this lasts, under a name that its row is to have.
 
-        Raises ``DatabaseUnavailable``.
+        That is a new one unless it is given; who else holds it is waited for. Raises
+        ``DatabaseUnavailable``.
         """
-        driver = new_id("drv")
+        driver = name or new_id("drv")
         with self._guard:
             self._begin(driver)
         try:

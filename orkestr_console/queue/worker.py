@@ -4,13 +4,13 @@
 
     manage.py worker        the watchdog: starts the rest, sees that it lives, ends it whole
      ├─ sentinel            django-q2's guard: replaces children that die, runs the schedule
-     │   ├─ pusher          leases tasks from PostgreSQL for free workers
+     │   ├─ pusher          gives tasks of PostgreSQL's to free workers
      │   ├─ monitor         stores what became of tasks
-     │   └─ worker × n      runs them
+     │   └─ worker × n      runs them, and follows builds in threads
      └─ listener            hears from the host what has ended (``settings.LISTENER``)
 
 Each asks the kernel to be killed when its parent dies (PR_SET_PDEATHSIG, prctl(2)), so no way of
-dying leaves one behind. What a killed worker ran comes back when its lease ends.
+dying leaves one behind. What a killed worker ran is given to another within seconds.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from django_q.worker import worker as run_tasks
 
 from hostruntime.host.patience import Patience
 from orkestr_console.queue.broker import PgBroker
-from orkestr_console.queue.leases import LeasedResults, LeasedTasks, LeaseKeeper
+from orkestr_console.queue.running import HeldTasks, Results
 from orkestr_console.queue.sockets import SocketEvent, SocketQueue
 
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-STALE_SECONDS = 2 * settings.TASK_LEASE_SECONDS
+STALE_SECONDS = settings.WORKER_STALE_SECONDS
+BEAT_SECONDS = 1.0
 WATCH_SECONDS = 0.5
 # Less than what the process manager waits before it kills. Not for as long as they work: what is
-# cut off comes back when its lease ends.
+# cut off comes back.
 STOP_SECONDS = 8.0
 RESTART_SECONDS = 1.0
 
@@ -101,9 +102,10 @@ class Pulse:
 class PulsingBroker(PgBroker):
     """The broker of a group under watch: whoever calls it is alive."""
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: Pulse, look: Callable[[], None]) -> None:
         super().__init__()
         self._pulse = pulse
+        self._look = look
 
     def dequeue(self) -> list[tuple[str, str]] | None:
         """The pusher's every round."""
@@ -113,13 +115,14 @@ class PulsingBroker(PgBroker):
     def set_stat(self, key: str, value: str, timeout: int) -> None:
         """The sentinel's every round."""
         self._pulse.beat(0)
+        self._look()
 
 
-class LeasingSentinel(Sentinel):  # type: ignore[misc]
-    """django-q2's guard over children that lock nothing, keep leases, and die with it."""
+class Guard(Sentinel):  # type: ignore[misc]
+    """django-q2's guard over children that lock nothing, die with it, and do not hang for long."""
 
     def __init__(self, stop: SocketEvent, pulse: Pulse) -> None:
-        broker = PulsingBroker(pulse)
+        broker = PulsingBroker(pulse, self._look_at_workers)
         super().__init__(stop, threading.Event(), uuid.uuid4(), broker, Conf.TIMEOUT, start=False)
         self.task_queue = SocketQueue()
         self.result_queue = SocketQueue()
@@ -127,14 +130,23 @@ class LeasingSentinel(Sentinel):  # type: ignore[misc]
 
     def spawn_process(self, target: Callable[..., None], *args: Any) -> BaseProcess:
         """Fork one child; workers go into the pool, as the guard expects."""
-        runs_tasks = target is run_tasks
-        body = run_leased if runs_tasks else target
-        child = fork.Process(target=be_child, args=(os.getpid(), body, *args), daemon=True)
-        if runs_tasks:
-            child.timer = args[2]  # type: ignore[attr-defined]
+        if target is not run_tasks:
+            child = fork.Process(target=be_child, args=(os.getpid(), target, *args), daemon=True)
+        else:
+            pulse = Pulse(1)
+            whole = (os.getpid(), run_held, pulse, *args)
+            child = fork.Process(target=be_child, args=whole, daemon=True)
+            child.pulse, child.timer = pulse, args[2]  # type: ignore[attr-defined]
             self.pool.append(child)
         child.start()
         return child
+
+    def _look_at_workers(self) -> None:
+        """Kill those that are stuck; the guard's next round replaces them."""
+        for child in self.pool:
+            if child.is_alive() and (seen := child.pulse.stuck()):
+                logger.error("a worker is stuck, it %s: starting another", seen)
+                child.kill()
 
 
 def be_child(parent: int, body: Callable[..., None], *args: Any) -> None:
@@ -143,10 +155,21 @@ def be_child(parent: int, body: Callable[..., None], *args: Any) -> None:
     body(*args)
 
 
-def run_leased(tasks: SocketQueue, results: SocketQueue, timer: Any, timeout: int | None) -> None:
-    """django-q2's worker loop, with leases kept around it."""
-    keeper = LeaseKeeper()
-    run_tasks(LeasedTasks(tasks, keeper), LeasedResults(results, keeper), timer, timeout)
+def run_held(
+    pulse: Pulse, tasks: SocketQueue, results: SocketQueue, timer: Any, timeout: int | None
+) -> None:
+    """django-q2's worker loop, each task under a lock of its run's name."""
+    threading.Thread(target=beat_for_ever, args=(pulse,), name="pulse", daemon=True).start()
+    held = HeldTasks(tasks)
+    run_tasks(held, Results(results), timer, timeout)
+    held.finish()
+
+
+def beat_for_ever(pulse: Pulse) -> None:
+    """Say that this process lives, whatever its other threads do."""
+    while True:
+        pulse.beat(0)
+        time.sleep(BEAT_SECONDS)
 
 
 def run_group(parent: int, stop: SocketEvent, pulse: Pulse) -> None:
@@ -156,7 +179,7 @@ def run_group(parent: int, stop: SocketEvent, pulse: Pulse) -> None:
     """
     os.setpgid(0, 0)
     die_with(parent)
-    LeasingSentinel(stop, pulse).start()
+    Guard(stop, pulse).start()
 
 
 def run_listener(parent: int, pulse: Pulse) -> None:

@@ -83,6 +83,6 @@ function gone(region) {
   const banner = document.createElement("div");
   banner.className = "banner notices";
   banner.setAttribute("role", "status");
-  banner.append("This was deleted. What you see is how it was last.");
+  banner.append("This was deleted. You're seeing its last state.");
   region.prepend(banner);
 }

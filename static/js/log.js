@@ -139,7 +139,7 @@ async function fill(gap, at) {
     stateOf(log).top = log.scrollTop;
   } catch {
     delete gap.dataset.busy;
-    gap.querySelector("span:last-child").textContent = "The console did not answer; try again.";
+    gap.querySelector("span:last-child").textContent = "The console didn't respond. Try again.";
   }
 }
 

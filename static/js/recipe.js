@@ -37,7 +37,7 @@ export function recipe(form) {
     gutter.scrollTop = area.scrollTop;
     const many = number > most;
     const words = number === 1 ? "1 step" : `${number} steps`;
-    count.textContent = many ? `${words}: at most ${most} are possible` : words;
+    count.textContent = many ? `${words}: at most ${most} are allowed` : words;
     count.toggleAttribute("data-many", many);
   };
 

@@ -57,7 +57,7 @@ export function shell(box) {
   log.addEventListener("htmx:after:swap", answered);
   form.addEventListener("htmx:after:swap", answered);
   form.addEventListener("htmx:error", () => {
-    note(log, "The console did not answer, so it is not known whether the command ran. It is still in the box.");
+    note(log, "The console didn't respond, so the command may or may not have run. It's still in the box.");
   });
 
   const suggestions = box.querySelector("[data-suggestions]");

@@ -31,6 +31,11 @@ class BaseChoice:
     group: Literal["builtin", "team"]
     available: bool
 
+    @property
+    def label(self) -> str:
+        """The title, and the id where that is another: ``Ubuntu 24.04 (ubuntu-24.04)``."""
+        return self.title if self.title == self.id else f"{self.title} ({self.id})"
+
 
 @dataclass(frozen=True)
 class Source:

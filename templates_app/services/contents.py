@@ -99,6 +99,9 @@ class PackageDifference:
         return len(self.only_a) + len(self.only_b) + len(self.changed)
 
 
+SIZES = {"size_bytes": "Size", "file_count": "Files", "shared_bytes": "Shared with its base"}
+
+
 @dataclass(frozen=True)
 class SizeDifference:
     """A number of both images: ``size_bytes``, ``file_count`` or ``shared_bytes``."""
@@ -106,6 +109,16 @@ class SizeDifference:
     name: str
     a: int | None
     b: int | None
+
+    @property
+    def label(self) -> str:
+        """Its name in a table."""
+        return SIZES[self.name]
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it is a number of things, not of bytes."""
+        return self.name == "file_count"
 
     @property
     def change(self) -> int | None:

@@ -1,8 +1,9 @@
 """Driving a build: claim it, hand it to the host, follow it to its end.
 
 The build itself lives on the host under the id of the image it would publish. A driver only
-follows: one that dies is replaced, and the next goes on after the last event that was stored. So
-a task delivered twice builds once, and a killed worker loses nothing.
+follows, and mostly waits, so it is a thread of a worker's; the queue's task is done as soon as
+there is one. One that dies with its worker is replaced, and the next goes on after the last event
+that was stored. So a task delivered twice builds once, and a killed worker loses nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 
 from django.db import connection, transaction
 from django.db.models import Max
-from django.db.models.functions import Now
 
 from hostruntime import errors as host_errors
 from hostruntime.host.patience import scaled
@@ -26,11 +27,10 @@ from orkestr_console.core.hosts import host
 from orkestr_console.queue.driving import driving
 from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
-from templates_app.services.record import LeaseLost, end, record
+from templates_app.services.record import Superseded, end, record
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 3.0
 # How long the host may be away (restarting, upgrading) before its build counts as lost.
 PATIENCE_SECONDS = scaled(120.0)
 # How long a build waits for room on the host before it gives up.
@@ -55,67 +55,63 @@ NO_ROOM = (
 BASE_GONE = "The base image of this template is gone, so it cannot be built. Choose another base."
 
 
-def drive(ticket: str) -> None:
-    """Follow the build whose turn it is to its end; none, when none may run.
-
-    ``ticket`` is the template that asked for a worker. It may be another's turn: the queue decides.
-    """
-    with driving() as driver:
-        template = queue.take(driver, ticket)
-        if template is not None:
-            go_on(template, driver)
+def drive() -> None:
+    """Take each build whose turn it is, and follow it in the background."""
+    while begin():
+        pass
 
 
-def go_on(template: Template, driver: str) -> None:
-    """Follow a build that was taken, and ask for a worker for the next."""
-    try:
-        with heartbeat(template, driver):
-            follow(template, driver)
-    except LeaseLost:
-        forget_if_ended(template)
-    except Exception:
-        # Most likely the database was away. Another driver goes on from the last event stored.
-        time.sleep(AGAIN_SECONDS)
-        queue.pass_on(template.pk, driver)
-        raise
-    finally:
-        queue.call_next()
-
-
-@contextmanager
-def heartbeat(template: Template, driver: str) -> Iterator[None]:
-    """Renew the lease from a thread, as the build may say nothing for an hour."""
-    ended = threading.Event()
-
-    def beat() -> None:
+def begin() -> bool:
+    """The same for the next one; whether there was any. It is driven from before it is taken."""
+    with ExitStack() as lock:
+        driver = lock.enter_context(driving())
+        template = queue.take(driver)
+        if template is None:
+            return False
+        # No longer ours to let go of, unless there is no room for another thread.
+        held = lock.pop_all()
         try:
-            while not ended.wait(HEARTBEAT_SECONDS):
-                renew(template, driver)
+            in_background(partial(go_on, template, driver, held))
+        except RuntimeError:
+            held.close()
+            raise
+    return True
+
+
+def in_background(work: Callable[[], None]) -> None:
+    """Do something in a thread of its own, which ends with the process."""
+
+    def work_and_let_go() -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("a build is left to another driver")
         finally:
             connection.close()
 
-    thread = threading.Thread(target=beat, name=f"lease of {template.pk}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    threading.Thread(target=work_and_let_go, name="build", daemon=True).start()
 
 
-def renew(template: Template, driver: str) -> None:
-    """Say that the driver lives. The database being away for a moment is no reason to stop."""
-    try:
-        Template.objects.filter(pk=template.pk, driver=driver).update(heartbeat_at=Now())
-    except Exception:
-        logger.warning("could not renew the lease of %s", template.pk, exc_info=True)
-        connection.close()
+def go_on(template: Template, driver: str, lock: ExitStack) -> None:
+    """Follow a build that was taken, and have it seen to which is next."""
+    with lock:
+        try:
+            follow(template, driver)
+        except Superseded:
+            forget_if_ended(template)
+        except Exception:
+            # Most likely the database was away. Another driver goes on from the last event stored.
+            time.sleep(AGAIN_SECONDS)
+            queue.pass_on(template.pk, driver)
+            raise
+        finally:
+            queue.call_next()
 
 
 def follow(template: Template, driver: str) -> None:
     """Hand the build over and store its events until the last, through the host's absences.
 
-    Raises :class:`LeaseLost` when it is not ours any more.
+    Raises :class:`Superseded` when it is not ours any more.
     """
     away: float | None = None  # since when the host does not do what it is asked
     pause = 0.1
@@ -172,7 +168,7 @@ def hand_over(template: Template, driver: str) -> None:
     )
     template.handed_over = True
     if not Template.objects.filter(pk=template.pk, driver=driver).update(handed_over=True):
-        raise LeaseLost
+        raise Superseded
 
 
 def cache_of(template: Template) -> Cache:
@@ -207,7 +203,7 @@ def give_up(template: Template, driver: str, code: str, message: str) -> None:
             pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
         )
         if not held.exists():
-            raise LeaseLost
+            raise Superseded
         end(template, code, message)
     try:
         # What it has published nobody asked to delete: the row may be an old one, from a backup.

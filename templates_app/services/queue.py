@@ -1,11 +1,12 @@
 """Whose build is next: fair between teams, each no more at once than its plan allows.
 
-A worker that is free takes the build whose *turn* is lowest: how many of its team's builds run or
-stand before it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets
-no more of the workers than one that asks for two, and nobody waits for ever.
+Nor are there more at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of those
+that wait the one begins whose *turn* is lowest: how many of its team's builds run or stand before
+it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets no more of the
+machine than one that asks for two, and nobody waits for ever.
 
-There is a task in the queue for each build that was asked for, but it is only a ticket for a
-worker's time. A build is taken on its row, so a ticket that runs twice takes nothing twice.
+There is a task in the queue for each build that was asked for, but it only says that a worker is
+to look. A build is taken on its row, so a task that runs twice takes nothing twice.
 """
 
 from __future__ import annotations
@@ -13,26 +14,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from typing import Literal
 
+from django.conf import settings
 from django.db import connection, transaction
 from django.db.models import Q
 from django.db.models.functions import Coalesce, Now
 from django_q.tasks import async_task
 
-from hostruntime.host.patience import scaled
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
-# A driver not heard of for this long hangs; shorter than the queue's own redelivery.
-LEASE = timedelta(seconds=scaled(12))
 # The advisory lock of those who take a build: the bytes of "build".
 TAKING = 0x6275696C64
-DRIVE = "templates_app.tasks.drive_build"
+DRIVE = "templates_app.tasks.drive_builds"
 
 
 @dataclass(frozen=True)
@@ -52,28 +50,27 @@ class Waiting:
     turn: int
 
 
-def call_worker(template: Template) -> None:
-    """Ask for a worker's time, when the transaction commits."""
-    async_task(DRIVE, template.pk, group="builds")
+def call_worker() -> None:
+    """Have a worker look which builds may begin, when the transaction commits."""
+    async_task(DRIVE, group="builds")
 
 
 def pass_on(template_id: str, driver: str) -> None:
     """A driver does not go on with a build that still builds: another one shall, at once."""
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
-        if mine.update(driver="", heartbeat_at=None):
-            async_task(DRIVE, template_id, group="builds")
+        if mine.update(driver=""):
+            call_worker()
 
 
 def call_next() -> None:
-    """A build has ended: ask for a worker for the next, if one waits."""
-    first = Template.objects.queued().order_by("created_at").first()
-    if first is not None:
-        call_worker(first)
+    """A build has ended: the next may begin, if one waits."""
+    if Template.objects.queued().exists():
+        call_worker()
 
 
-def take(driver: str, ticket: str) -> Template | None:
-    """Take the lease of the build whose turn it is; None if there is none that may run.
+def take(driver: str) -> Template | None:
+    """Take the build whose turn it is; None if there is none that may run.
 
     A build that lost its driver comes before those that never had one. Takers are one at a time,
     so that none of them counts a team's builds while another adds to them.
@@ -81,7 +78,7 @@ def take(driver: str, ticket: str) -> Template | None:
     with transaction.atomic():
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", [TAKING])
-        found = orphan(ticket) or first_in_turn()
+        found = orphan() or first_in_turn()
         if found is None or not claim(found, driver):
             return None
     return Template.objects.select_related("team__plan").get(pk=found)
@@ -89,31 +86,25 @@ def take(driver: str, ticket: str) -> Template | None:
 
 def claim(template_id: str, driver: str) -> bool:
     """Write ``driver`` on a building row that has no live one; whether that came about."""
-    now = Now()
     free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
-    begun = Coalesce("started_at", now)
-    return bool(free.update(driver=driver, heartbeat_at=now, started_at=begun))
+    return bool(free.update(driver=driver, started_at=Coalesce("started_at", Now())))
 
 
 def abandoned() -> Q:
-    """Builds that nobody follows now: their driver is gone, or hangs.
-
-    The latter by the database's clock, which writes heartbeats too.
-    """
-    silent = Q(heartbeat_at=None) | Q(heartbeat_at__lt=Now() - LEASE)
-    return silent | ~Q(IsDriven("driver"))
+    """Builds that nobody follows now: they have no driver, or it is gone."""
+    return ~Q(IsDriven("driver"))
 
 
-def orphan(ticket: str) -> str | None:
-    """A build that has begun and lost its driver: the ticket's own, else the oldest."""
-    rows = Template.objects.running().filter(abandoned())
-    own = rows.filter(pk=ticket).first()
-    found = own or rows.order_by("created_at", "pk").first()
-    return found.pk if found else None
+def orphan() -> str | None:
+    """The oldest build that has begun and lost its driver, or None."""
+    rows = Template.objects.running().filter(abandoned()).order_by("created_at", "pk")
+    return rows.values_list("pk", flat=True).first()
 
 
 def first_in_turn() -> str | None:
     """The queued build that may begin, or None."""
+    if Template.objects.running().count() >= settings.BUILDS_AT_ONCE:
+        return None
     most = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
     for waiting in in_turn():
         if waiting.turn < most(waiting.team):
@@ -145,10 +136,3 @@ def place(template: Template) -> Place | None:
         if waiting.template == template.pk:
             return Place(number, "team" if waiting.turn >= most else "host")
     return None
-
-
-def waiting_long() -> list[str]:
-    """The builds that nobody follows: those begun whose driver is gone, and those never taken."""
-    stale = Now() - LEASE
-    lost = Q(heartbeat_at__lt=stale) | Q(heartbeat_at=None, created_at__lt=stale)
-    return list(Template.objects.building().filter(lost).values_list("pk", flat=True))

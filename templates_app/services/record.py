@@ -1,7 +1,7 @@
 """Writing down what a build tells: the only place where a building template changes.
 
-Every change is one compare-and-set that names the driver, so a driver that lost its lease writes
-nothing more, and the event's row is in the same transaction.
+Every change is one compare-and-set that names the driver, so one whose build another has taken on
+writes nothing more, and the event's row is in the same transaction.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LONGEST_MESSAGE = 16 * 1024
 MOST_REFUSED_HOSTS = 40
 
 
-class LeaseLost(Exception):  # noqa: N818 - it is news, not a mistake
+class Superseded(Exception):  # noqa: N818 - it is news, not a mistake
     """Another driver follows this build now, or the template is gone."""
 
 
 def record(template: Template, driver: str, event: HostEvent) -> None:
-    """Store one event and what follows from it. Raises :class:`LeaseLost`."""
+    """Store one event and what follows from it. Raises :class:`Superseded`."""
     try:
         with transaction.atomic():
             # Taken first, and kept: nobody else settles or deletes the template meanwhile.
@@ -37,11 +37,11 @@ def record(template: Template, driver: str, event: HostEvent) -> None:
                 pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
             )
             if not held.exists():
-                raise LeaseLost
+                raise Superseded
             store(template, event)
             HANDLERS.get(event.kind, ignore)(template, event)
     except IntegrityError as error:
-        raise LeaseLost from error
+        raise Superseded from error
 
 
 def store(template: Template, event: HostEvent) -> None:
@@ -228,8 +228,8 @@ def shortened(message: str) -> str:
 def settle(template: Template, **changes: Any) -> None:
     """The one transition out of ``building``. The caller's transaction holds the row."""
     settled = Template.objects.filter(pk=template.pk, status=TemplateStatus.BUILDING)
-    if not settled.update(driver="", heartbeat_at=None, **changes):
-        raise LeaseLost
+    if not settled.update(driver="", **changes):
+        raise Superseded
     count_build(template)
     tell_changed(template.pk, template.team_id)
 

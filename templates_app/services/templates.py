@@ -24,7 +24,7 @@ from orkestr_console.core.errors import Conflict, InvalidInput, NotFound
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
 from templates_app.events import tell_changed
-from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
+from templates_app.models import CANCELLED, BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services import queue
 from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
 from templates_app.services.metering import count_build
@@ -37,7 +37,6 @@ SHOWN_OUTPUT = 16 * 1024
 MEGABYTE = 10**6
 # Writing it for every sandbox would make those that start together wait for each other.
 LAST_USE_GRAIN = timedelta(minutes=1)
-CANCELLED = "build_cancelled"
 FORGET = "templates_app.tasks.forget_image"
 
 
@@ -82,7 +81,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         team = held.team
         template = insert(actor, team, spec, source)
         # The queue is in this database, so the task exists exactly if the template does.
-        queue.call_worker(template)
+        queue.call_worker()
         note_used(spec.base_template)
         tell_changed(template.pk, team.pk)
         audit.record(

@@ -30,7 +30,7 @@ def building(api: Client, host: FakeHost) -> Template:
     host.by_itself = False
     created = post(api, URL, GOOD).json()
     template = Template.objects.get(pk=created["id"])
-    assert queue.take("drv_test", "") == template
+    assert queue.take("drv_test") == template
     host.start_build(
         StartBuild(
             template.image_id, base_image="debian-12", recipe=GOOD["recipe"], network="restricted"
@@ -57,13 +57,13 @@ def test_a_cancelled_build_is_failed_at_once(
 def test_it_cannot_be_published_any_more(api: Client, building: Template, host: FakeHost) -> None:
     """Whatever its driver still hears from a host that was quicker."""
     from templates_app.services.driver import follow
-    from templates_app.services.record import LeaseLost
+    from templates_app.services.record import Superseded
 
     building.refresh_from_db()
     host.finish(building.image_id)
     post(api, f"{URL}/{building.pk}/cancel")
     building.handed_over = True
-    with pytest.raises(LeaseLost):
+    with pytest.raises(Superseded):
         follow(building, "drv_test")
     assert Template.objects.get(pk=building.pk).status == "failed"
     run_queue()
@@ -97,7 +97,7 @@ def test_more_builds_than_the_plan_runs_at_once_wait(
 ) -> None:
     Plan.objects.filter(pk=team.plan_id).update(max_concurrent_builds=1)
     ids = [post(api, URL, GOOD).json()["id"] for _ in range(3)]
-    assert queue.take("drv_1", "") is not None
+    assert queue.take("drv_1") is not None
     places = [api.get(f"{URL}/{one}").json()["queue"] for one in ids]
     assert places == [
         None,

@@ -107,7 +107,7 @@ def test_a_streamed_command_is_read_with_nothing_in_hand(
 
 
 @pytest.mark.parametrize(
-    "task", [sandbox_tasks.tidy, template_tasks.reconcile_images, template_tasks.resume_orphans]
+    "task", [sandbox_tasks.tidy, template_tasks.reconcile_images, template_tasks.drive_builds]
 )
 def test_no_task_by_the_clock_does(watched: WatchedHost, task: object) -> None:
     assert callable(task)

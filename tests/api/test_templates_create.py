@@ -43,7 +43,7 @@ def test_it_answers_at_once_that_it_is_building(api: Client, host: FakeHost, tea
         (1, "pending"),
         (2, "pending"),
     ]
-    assert queued() == ["templates_app.tasks.drive_build"]
+    assert queued() == ["templates_app.tasks.drive_builds"]
     assert host.built == {}, "the build is the worker's, not the request's"
     assert Template.objects.get().team == team
 
@@ -233,7 +233,7 @@ def test_what_is_baked_in_is_shown_with_what_is_inherited(
     said = api.get(at).json()
     assert (said["env"], said["baked_env"]) == ({"OWN": "1", "PATH": "/own:$PATH"}, baked)
     page = console.get(f"/templates/{template.pk}/").content.decode()
-    assert page.index("OWN=1") < page.index("from its base") < page.index("BASES=&lt;2&gt;")
+    assert page.index("OWN=1") < page.index("from the base") < page.index("BASES=&lt;2&gt;")
     assert "PATH=/own:/base:$PATH" in page
 
 

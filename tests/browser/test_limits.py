@@ -22,7 +22,7 @@ def member_page(page: Page, chromium: Browser, stack: Stack) -> Iterator[Page]:
     """Another browser, of somebody who took the admin's invitation."""
     page.goto("/team/people/")
     page.get_by_label("Email address").fill(MEMBER[0])
-    page.get_by_role("button", name="Make link").click()
+    page.get_by_role("button", name="Create invite link").click()
     link = page.locator("#invitation-link").inner_text()
     context = chromium.new_context(base_url=stack.url)
     theirs = context.new_page()
@@ -59,7 +59,7 @@ def test_a_member_meets_the_limit_that_an_admin_has_lowered(
         expect(banner).to_contain_text("admin@demo.example")
         expect(member_page.get_by_label("Name", exact=True)).to_have_value("too many")
         member_page.goto("/team/limits/")
-        expect(member_page.get_by_text("Your team's admins set these")).to_be_visible()
+        expect(member_page.get_by_text("Only admins can change these")).to_be_visible()
         expect(member_page.get_by_role("button", name="Save limits")).to_have_count(0)
     finally:
         set_template_limit(page, "")
@@ -88,7 +88,7 @@ def test_more_than_the_plan_has_is_refused_at_its_field(page: Page, complaints: 
 def test_a_token_is_made_shown_once_and_revoked(page: Page) -> None:
     page.goto("/team/tokens/")
     page.get_by_label("Name", exact=True).fill("by hand")
-    page.get_by_role("button", name="Make token").click()
+    page.get_by_role("button", name="Create token").click()
     expect(page.locator("#new-token")).to_have_text(re.compile(r"^ork_\w{40,}$"))
     page.goto("/team/tokens/")
     expect(page.locator("#new-token")).to_have_count(0)

@@ -60,9 +60,9 @@ def test_from_a_recipe_to_a_command(page: Page) -> None:
     expect(page.locator("#step-1 .log .lines")).to_have_text("first\nsecond\n")
     assert page.evaluate("window.neverReloaded") is True
 
-    page.get_by_role("link", name="Boot a sandbox").click()
-    expect(page.get_by_label("Boot from")).to_have_value(re.compile("^tmpl_"))
-    page.get_by_role("button", name="Boot sandbox").click()
+    page.get_by_role("link", name="Start a sandbox").click()
+    expect(page.get_by_label("Start from")).to_have_value(re.compile("^tmpl_"))
+    page.get_by_role("button", name="Start sandbox").click()
     badge(page, "sandbox", "running")
     page.evaluate("window.neverReloaded = true")
     run(page, "ls /root/", "made-here")
@@ -100,7 +100,7 @@ def test_a_failing_step_shows_its_output(page: Page) -> None:
     expect(page.locator("#step-3-line")).to_contain_text("skipped")
     page.reload()
     expect(page.locator("#step-2 .log")).to_contain_text("the reason")
-    page.get_by_role("link", name="Edit and build new").click()
+    page.get_by_role("link", name="Edit and rebuild").click()
     expect(page.get_by_label("Recipe", exact=True)).to_have_value(re.compile("exit 7"))
     page.go_back()
     delete(page)
@@ -187,7 +187,7 @@ def test_everything_can_be_reached_by_keyboard(fresh_page: Page, stack: Stack) -
     with page.expect_response(answered):
         page.keyboard.press("Enter")
     page.keyboard.press("Tab")
-    page.keyboard.press("Tab") if page.get_by_role("link", name="Keep it").is_hidden() else None
+    page.keyboard.press("Tab") if page.get_by_role("link", name="Cancel").is_hidden() else None
     expect(page.get_by_role("button", name="Delete template")).to_be_focused()
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Templates").wait_for()

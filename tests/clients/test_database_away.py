@@ -161,7 +161,7 @@ def test_while_it_is_down_each_surface_says_so_and_loses_nothing(
             f"/sandboxes/{sandbox.id}/exec/", data=run, headers={"HX-Request": "true"}
         )
         assert notice.status_code == 503
-        assert "<html" not in notice.text and "Nothing that you typed is lost" in notice.text
+        assert "<html" not in notice.text and "Nothing you typed is lost" in notice.text
     wait_for(lambda: answers(stack), 60, stack.explain)
     # The form that the page kept is sent again as a browser would.
     fields = re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', kept.text)

@@ -15,12 +15,13 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, User
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template
+from tests.console.markup import tight
 
 ADDRESS = "/team/audit/"
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 def found(client: Client, **filters: str) -> list[str]:

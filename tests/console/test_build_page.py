@@ -17,11 +17,12 @@ from templates_app import pages, services
 from templates_app.models import BuildEvent, Template, TemplateStatus
 from templates_app.services import output
 from templates_app.specs import TemplateSpec
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 async def streamed(answer: Any) -> str:
@@ -197,11 +198,11 @@ def test_search_shows_the_part_of_a_long_line(building: Template) -> None:
     [
         ("", ""),
         ("  ", ""),
-        ("absent", "No line has “absent”"),
+        ("absent", "No line contains “absent”"),
         ("x" * 201, "too long"),
-        ("<script>", "No line has “&lt;script&gt;”"),
+        ("<script>", "No line contains “&lt;script&gt;”"),
         ("\u202e", "⟨U+202E⟩"),
-        ("(((((.*)*)*", "No line has"),
+        ("(((((.*)*)*", "No line contains"),
     ],
 )
 def test_odd_searches(console: Client, building: Template, wanted: str, said: str) -> None:
@@ -279,7 +280,7 @@ def test_a_cached_step_says_whose_work_it_is(
     assert "3\u202fh ago" in page
     assert f'<a href="/templates/{before.pk}/#step-1">before (' in page
     before.delete()
-    assert "in an earlier build, which is deleted," in text(
+    assert "in an earlier build that has been deleted" in text(
         console.get(f"/templates/{building.pk}/")
     )
 
@@ -337,8 +338,8 @@ def test_a_queued_build_says_its_place_and_what_it_waits_for(
     console: Client, building: Template, console_actor: Actor, team: Team
 ) -> None:
     page = text(console.get(f"/templates/{building.pk}/"))
-    assert "Waiting: number 1 in the queue" in page
-    assert "as soon as the host has room" in page
+    assert "Queued: number 1 in line" in page
+    assert "as soon as the host has capacity" in page
     assert "Queued</span>" in page
     assert "Queued</span>" in text(console.get("/templates/"))
     team.plan.max_concurrent_builds = 1
@@ -347,7 +348,7 @@ def test_a_queued_build_says_its_place_and_what_it_waits_for(
     spec = TemplateSpec(name="second", base_template="python-3.12", recipe=["true"])
     second = services.create_template(console_actor, spec)
     page = text(console.get(f"/templates/{second.pk}/"))
-    assert "Your team already builds as many templates at once as its plan allows" in page
+    assert "Your team has reached its limit of concurrent builds" in page
 
 
 def test_cancelling_asks_and_then_says_who(console: Client, building: Template) -> None:
@@ -380,7 +381,7 @@ def test_retry_is_a_new_template_that_reuses(console: Client, building: Template
     assert answer["Location"] == f"/templates/{new.pk}/"
     assert (new.reuse, new.recipe, new.name) == ("failed", ["a\nb", "echo done"], building.name)
     assert (new.disk_mb, new.allow_domains) == (512, ["example.org"])
-    assert "asked for<small>completed steps" in text(console.get(f"/templates/{new.pk}/"))
+    assert "on<small>completed steps of failed builds" in text(console.get(f"/templates/{new.pk}/"))
     building.refresh_from_db()
     assert building.status == "failed"
 
@@ -431,7 +432,7 @@ def test_a_refused_rebuild_says_why_on_the_page(
     team.plan.save()
     answer = console.post(f"/templates/{building.pk}/again/")
     assert answer.status_code == 403
-    assert "That was not done" in text(answer)
+    assert "That didn't work" in text(answer)
     assert "data-stack" in text(answer)
     assert Template.objects.count() == 1
     host.down = True

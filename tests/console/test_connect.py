@@ -29,6 +29,7 @@ from orkestr_console.accounts.models import ApiToken, AuditEntry, Role, Team, Us
 from orkestr_console.console import connect
 from orkestr_console.core.addresses import MCP_PATH
 from tests.conftest import api_client, make_user
+from tests.console.markup import tight
 
 ADDRESS = "/connect/"
 GOOD = {"name": "agent", "access": "write", "client": "cursor"}
@@ -46,7 +47,7 @@ ODD = [
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def snippets(answer: Any) -> dict[str, str]:
@@ -100,7 +101,7 @@ def test_each_client_has_its_snippet_with_the_address_and_a_place_for_the_token(
     }
     of_page = connect.guides("http://testserver/api/sandboxes/mcp", "ork_YOUR_TOKEN")
     assert list(shown.values()) == [block.text for guide in of_page for block in guide.blocks]
-    assert "Put your token in place of <code>ork_YOUR_TOKEN</code>" in text(answer)
+    assert "Replace <code>ork_YOUR_TOKEN</code>" in text(answer)
 
 
 def test_what_is_copied_is_what_is_shown(console: Client) -> None:
@@ -115,7 +116,7 @@ def test_everybody_sees_it_and_finds_it_in_the_menu(team: Team, role: Role) -> N
     client.force_login(make_user("somebody", team, role))
     page = text(client.get(ADDRESS))
     assert f'href="{ADDRESS}" aria-current="page"' in page
-    assert ("Make a token for this agent" in page) == (role != Role.MEMBER)
+    assert ("Create a token for this agent" in page) == (role != Role.MEMBER)
 
 
 def test_a_member_is_told_whom_to_ask_and_makes_no_token(member: Client, alice: User) -> None:
@@ -172,7 +173,7 @@ def test_a_new_token_works_and_is_kept_nowhere(
 
 def test_a_reading_token_only_reads(console: Client) -> None:
     answer = console.post(ADDRESS, {**GOOD, "access": "read"})
-    assert "and may only read" in text(answer)
+    assert "and can only read" in text(answer)
     client = api_client(shown_token(answer))
     assert ApiToken.objects.get().scopes == ["sandboxes:read"]
     assert client.get("/v1/sandboxes").status_code == 200

@@ -35,6 +35,7 @@ from templates_app import pages as template_pages
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 from tests.api.asking import post
 from tests.conftest import PASSWORD
+from tests.console.markup import tight
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
 
@@ -131,7 +132,7 @@ class Cast:
 def said(answer: Any) -> str:
     assert answer.status_code < 500, answer.content
     assert answer.headers["Content-Type"].startswith("text/html")
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from django.test import Client
 from orkestr_console.accounts.limits import KINDS, envelope
 from orkestr_console.accounts.models import Team, TeamLimits, User
 from templates_app.models import Template
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 ADDRESS = "/team/limits/"
@@ -24,7 +25,7 @@ NOTHING = {
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_what_is_wrong_is_said_at_its_field_and_nothing_is_lost(
 
 def test_a_member_sees_them_and_whom_to_ask(member_console: Client, alice: User) -> None:
     page = text(member_console.get(ADDRESS))
-    assert "ask Alice (alice@example.org)" in page
+    assert "Ask Alice (alice@example.org)" in page
     assert "Save limits" not in page
     answer = member_console.post(ADDRESS, {**NOTHING, "max_templates": "1"})
     assert answer.status_code == 403

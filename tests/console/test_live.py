@@ -96,7 +96,7 @@ async def test_a_template_turns_ready_before_ones_eyes(
     listed = await opened("/ws/templates/", console)
     await swapped(detail, 'data-status="building"')
     await swapped(listed, 'data-status="building"')
-    driving = asyncio.create_task(sync_to_async(driver.drive)(building.pk))
+    driving = asyncio.create_task(sync_to_async(driver.drive)())
     await asyncio.to_thread(host.wait_for, lambda: building.image_id in host.built)
     host.finish(building.image_id)
     html = await swapped(detail, 'id="template-badge"', 'data-status="ready"')

@@ -9,12 +9,13 @@ from django.test import Client
 
 from orkestr_console.accounts.limits import KINDS, envelope
 from orkestr_console.accounts.models import AuditEntry, Plan, Team, User
+from tests.console.markup import tight
 
 BLANK = dict.fromkeys(KINDS, "")
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 @pytest.fixture

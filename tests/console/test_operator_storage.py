@@ -13,6 +13,7 @@ from hostruntime.wire.keeping import HeldInfo
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 PAGE = "/operator/storage/"
@@ -20,7 +21,7 @@ KEY = "image.img_lost"
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 @pytest.fixture
@@ -51,13 +52,13 @@ def test_it_lists_what_was_set_aside_as_text(operator: Client, held: HeldInfo) -
     page = text(operator.get(PAGE))
     assert "img_lost" in page
     assert "&lt;b&gt;no template&lt;/b&gt; names it" in page
-    assert "They belong together" not in page
+    assert "Keep them together" not in page
 
 
 def test_something_is_put_back(operator: Client, host: FakeHost, held: HeldInfo) -> None:
     answer = operator.post(f"{PAGE}{KEY}/restore/", follow=True)
     assert "was put back" in text(answer)
-    assert "Nothing was set aside" in text(answer)
+    assert "Quarantine is empty" in text(answer)
     assert set(host.stored) == {"img_lost"}
     assert "There is nothing called" in text(operator.post(f"{PAGE}{KEY}/restore/", follow=True))
 
@@ -93,7 +94,7 @@ def test_it_says_when_the_host_does_not_answer(operator: Client, host: FakeHost)
     host.down = True
     answer = operator.get(PAGE)
     assert answer.status_code == 200
-    assert "Nothing was set aside" not in text(answer)
+    assert "Quarantine is empty" not in text(answer)
     assert 'role="alert"' in text(answer)
 
 

@@ -10,6 +10,7 @@ from hostruntime.wire.commands import ExecResult
 from orkestr_console.accounts.models import Team
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus
+from tests.console.markup import tight
 from tests.fakes.host import FakeHost
 
 GOOD = {"template": "debian-12", "size": "small", "network": "off", "timeout_seconds": "600"}
@@ -17,7 +18,7 @@ HTMX = {"HX-Request": "true"}
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def test_booting_leads_to_the_sandbox(console: Client, host: FakeHost) -> None:
@@ -158,7 +159,7 @@ def test_the_list_can_be_narrowed(console: Client, sandbox: Sandbox) -> None:
 
 
 def test_the_empty_list_teaches(console: Client) -> None:
-    assert "Boot your first sandbox" in text(console.get("/sandboxes/"))
+    assert "Start your first sandbox" in text(console.get("/sandboxes/"))
 
 
 def test_another_teams_sandbox_is_not_there(other_console: Client, sandbox: Sandbox) -> None:

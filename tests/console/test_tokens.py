@@ -10,13 +10,14 @@ from django.test import Client
 
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Team, User
 from tests.conftest import MakeKey, api_client
+from tests.console.markup import tight
 
 ADDRESS = "/team/tokens/"
 GOOD = {"name": "ci", "scopes": ["sandboxes:read", "sandboxes:write"], "days": "30"}
 
 
 def text(answer: Any) -> str:
-    return " ".join(answer.content.decode().split())
+    return tight(answer)
 
 
 def shown_token(answer: Any) -> str:

@@ -16,6 +16,7 @@ from orkestr_console.accounts.models import Metric, Team, User
 from orkestr_console.accounts.usage import Key
 from orkestr_console.console.usage_views import number
 from orkestr_console.ui.charts import chart, round_above
+from tests.console.markup import tight
 
 URL = "/team/usage/"
 NOVEMBER = "?month=2026-11"
@@ -34,7 +35,7 @@ def used(team: Team, other_team: Team) -> None:
 
 
 def text(answer: Any) -> str:
-    return str(answer.content.decode())
+    return tight(answer)
 
 
 def plots(page: str) -> list[ET.Element]:
@@ -115,7 +116,7 @@ def test_months_are_a_click_apart(console: Client) -> None:
     assert 'href="?month=2026-01" rel="next"' in page
     assert '<option value="2025-12" selected>' in page
     assert '<option value="2026-11">' in page
-    assert "Nothing was used in December 2025" in page
+    assert "No usage in December 2025" in page
 
 
 def test_without_a_month_it_is_this_one(console: Client) -> None:

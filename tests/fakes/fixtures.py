@@ -14,6 +14,7 @@ from orkestr_console.core import hosts
 from orkestr_console.queue import driving
 from sandboxes_app.services import settling
 from templates_app.models import Template
+from templates_app.services import driver
 from tests.fakes.host import FakeHost
 
 
@@ -24,6 +25,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     monkeypatch.setattr(settling, "SURE_SECONDS", 0.0)
     # No connection stays after a test: the database is dropped after the last.
     monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
+    # A build is over when its task is.
+    monkeypatch.setattr(driver, "in_background", lambda work: work())
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake

@@ -60,8 +60,15 @@ def children(pid: int) -> list[int]:
 
 
 def sentinel(installation: Installation, _: list[str]) -> list[int]:
-    """The guard of the worker's group."""
-    return children(installation.stack.pid("worker"))[:1]
+    """The guard of the worker's group: which has one of its own, unlike the listener."""
+    return [pid for pid in children(installation.stack.pid("worker")) if leads_a_group(pid)]
+
+
+def leads_a_group(pid: int) -> bool:
+    """Whether it is the first of a process group; one that has ended is not."""
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid) == pid
+    return False
 
 
 def group(installation: Installation, subjects: list[str]) -> list[int]:

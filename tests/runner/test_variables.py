@@ -12,7 +12,7 @@ NAME = re.compile(r"\bORKESTR_[A-Z][A-Z_]*[A-Z]\b")
 # The SDK's own, which the console's pages show.
 CLIENTS = {"ORKESTR_API_KEY", "ORKESTR_BASE_URL"}
 # Not an operator's: the suite's, and what `up` tells its programs.
-INTERNAL = {"ORKESTR_TASK_LEASE", "ORKESTR_WORKERS"}
+INTERNAL = {"ORKESTR_WORKERS", "ORKESTR_WORKER_STALE"}
 
 
 def quoted(path: Path) -> set[str]:

@@ -16,14 +16,24 @@ from django_q.models import OrmQ, Schedule
 from django_q.signing import SignedPackage
 
 from orkestr_console.queue import broker as module
-from orkestr_console.queue.broker import NEVER, SETTLED_SECONDS, Lease, PgBroker, connect
+from orkestr_console.queue import driving as drivers
+from orkestr_console.queue.broker import NEVER, PgBroker, finish, is_given
+from orkestr_console.queue.driving import connect, driving
 
 pytestmark = pytest.mark.django_db(transaction=True)
+SURE_SECONDS = 0.3
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(module, "SURE_SECONDS", SURE_SECONDS)
+    # No connection stays after a test: the database is dropped after the last.
+    monkeypatch.setattr(drivers, "LINGER_SECONDS", 0.0)
 
 
 @pytest.fixture
-def broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[PgBroker]:
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+def broker() -> Iterator[PgBroker]:
     broker = PgBroker("test")
     yield broker
     broker._let_go()
@@ -51,29 +61,33 @@ def planned(request: pytest.FixtureRequest) -> None:
             cursor.execute(f"VACUUM ANALYZE {OrmQ._meta.db_table}")
 
 
-def put(broker: PgBroker, group: str | None = None) -> int:
-    return broker.enqueue(SignedPackage.dumps({"func": "x", "group": group}))
+def put(broker: PgBroker) -> int:
+    return broker.enqueue(SignedPackage.dumps({"func": "x"}))
 
 
-def leased(broker: PgBroker) -> list[Lease]:
-    return [Lease.parse(lease) for lease, _ in broker.dequeue() or []]
+def given(broker: PgBroker) -> list[str]:
+    """The runs that are given out now, each by its task and its moment."""
+    return [run for run, _ in broker.dequeue() or []]
 
 
-def settle(broker: PgBroker) -> None:
-    """As if the pusher had been watching for long enough to believe that leases end."""
-    broker._watch()
-    broker._watching_since -= SETTLED_SECONDS + 1
+def tasks(runs: list[str]) -> list[int]:
+    return [int(run.split()[0]) for run in runs]
 
 
-def end_lease(task: int) -> None:
-    OrmQ.objects.filter(pk=task).update(lock="2001-01-01T00:00:00Z")
+def given_in_time(broker: PgBroker) -> list[str]:
+    """What is given out while the pusher looks again for long enough to be sure."""
+    runs: list[str] = []
+    end = time.monotonic() + 2 * SURE_SECONDS + 1
+    while not runs and time.monotonic() < end:
+        runs = given(broker)
+    return runs
 
 
 def test_a_task_that_was_rolled_back_is_never_seen(broker: PgBroker) -> None:
     with transaction.atomic():
         put(broker)
         transaction.set_rollback(True)
-    assert leased(broker) == []
+    assert given(broker) == []
 
 
 def test_a_commit_wakes_the_pusher(broker: PgBroker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,127 +95,104 @@ def test_a_commit_wakes_the_pusher(broker: PgBroker, monkeypatch: pytest.MonkeyP
     broker._watch()
     task = put(broker)
     began = time.monotonic()
-    found = leased(broker) or leased(broker)
-    assert [lease.task for lease in found] == [task]
+    found = given(broker) or given(broker)
+    assert tasks(found) == [task]
     assert time.monotonic() - began < module.POLL_SECONDS
 
 
-def test_a_task_is_leased_once(broker: PgBroker, rival: PgBroker) -> None:
-    tasks = {put(broker) for _ in range(5)}
-    first, second = leased(broker), leased(rival)
-    assert {lease.task for lease in first} == tasks
+def test_a_task_is_given_out_once(broker: PgBroker, rival: PgBroker) -> None:
+    put_in = [put(broker) for _ in range(settings.Q_CLUSTER["workers"])]
+    first, second = given(broker), given(rival)
+    assert tasks(first) == put_in
     assert second == []
 
 
-def test_no_more_are_leased_than_workers_are_free(
-    planned: None, broker: PgBroker, queue: psycopg.Connection[Any]
-) -> None:
+def test_no_more_are_given_out_than_workers_are_free(planned: None, broker: PgBroker) -> None:
     workers = settings.Q_CLUSTER["workers"]
     for _ in range(workers + 2):
         put(broker)
-    held = leased(broker)
-    assert len(held) == workers
-    assert leased(broker) == []
-    held[0].finish(queue)
-    assert len(leased(broker)) == 1
+    runs = given(broker)
+    assert len(runs) == workers
+    assert given(broker) == []
+    finish(runs[0])
+    assert len(given(broker)) == 1
 
 
-def test_some_workers_are_kept_from_long_tasks(planned: None, broker: PgBroker) -> None:
-    workers, reserved = settings.Q_CLUSTER["workers"], settings.RESERVED_WORKERS
-    for _ in range(workers):
-        put(broker, "builds")
-    assert len(leased(broker)) == workers - reserved
-    assert leased(broker) == []
-    short = [put(broker) for _ in range(reserved)]
-    assert [lease.task for lease in leased(broker)] == short
+def test_what_a_worker_runs_is_its_own_however_long_it_takes(broker: PgBroker) -> None:
+    put(broker)
+    (run,) = given(broker)
+    with driving(run):
+        assert is_given(run)
+        assert given_in_time(broker) == []
+        assert is_given(run)
 
 
-def test_a_lease_that_ended_is_given_out_again(broker: PgBroker) -> None:
-    task = put(broker)
-    leased(broker)
-    end_lease(task)
-    settle(broker)
-    assert [lease.task for lease in leased(broker)] == [task]
+def test_what_nobody_runs_is_given_out_again(
+    planned: None, broker: PgBroker, rival: PgBroker
+) -> None:
+    """Once, whichever pusher comes first, though no worker is free but the one that was killed."""
+    put_in = [put(broker) for _ in range(settings.Q_CLUSTER["workers"])]
+    runs = given(broker)
+    again = given_in_time(broker)
+    assert tasks(again) == put_in
+    assert not set(runs) & set(again)
+    assert given(rival) == []
+    # A worker that comes late with the first run finds that it is over.
+    assert [is_given(run) for run in (runs[0], again[0])] == [False, True]
+    rows = OrmQ.objects.filter(key="test")
+    finish(runs[0])
+    assert rows.count() == len(put_in)
+    finish(again[0])
+    assert rows.count() == len(put_in) - 1
 
 
-def test_a_pusher_that_just_came_back_lets_workers_renew_first(broker: PgBroker) -> None:
-    task = put(broker)
-    leased(broker)
-    end_lease(task)
-    assert leased(broker) == []
-    settle(broker)
-    broker._last_look -= module.LONGEST_GAP_SECONDS + 1
-    assert leased(broker) == []
-
-
-def test_a_lease_is_renewed_by_its_holder_alone(
+def test_a_worker_that_begins_at_that_moment_keeps_it(
     broker: PgBroker, queue: psycopg.Connection[Any]
 ) -> None:
     put(broker)
-    (first,) = leased(broker)
-    second = first.renewed(queue)
-    assert second is not None
-    assert second.until > first.until
-    assert first.renewed(queue) is None
-    first.finish(queue)
-    assert OrmQ.objects.count() == 1
-    second.finish(queue)
-    assert OrmQ.objects.count() == 0
+    (run,) = given(broker)
+    with driving(run):
+        wanted = {"key": "test", "never": NEVER, "left": [run], "room": 1}
+        assert queue.execute(module.GIVE, wanted).fetchall() == []
+    assert queue.execute(module.GIVE, wanted).fetchall() != []
 
 
-def test_a_lease_survives_being_written_down() -> None:
-    lease = Lease(7, NEVER)
-    assert Lease.parse(str(lease)) == lease
+def test_a_pusher_that_just_came_back_lets_workers_lock_first(broker: PgBroker) -> None:
+    """Their locks went with the database's restart, as its own connection did."""
+    put(broker)
+    given(broker)
+    given(broker)
+    time.sleep(SURE_SECONDS)
+    broker._let_go()
+    assert given(broker) == []
+    assert len(given_in_time(broker)) == 1
 
 
 def test_the_pusher_survives_the_loss_of_its_connection(
     broker: PgBroker, queue: psycopg.Connection[Any]
 ) -> None:
-    assert leased(broker) == []
+    assert given(broker) == []
     queue.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name = 'orkestr queue' AND datname = current_database()"
     )
     task = put(broker)
-    assert leased(broker) == []
-    assert [lease.task for lease in leased(broker)] == [task]
+    assert given(broker) == []
+    assert tasks(given(broker)) == [task]
 
 
 HOUR = 3600.0
 
 
-def shift_lease(task: int, seconds: float) -> None:
-    """What a clock that is set makes of a lease: its end is so much further away."""
-    row = OrmQ.objects.get(pk=task)
-    OrmQ.objects.filter(pk=task).update(lock=row.lock + timedelta(seconds=seconds))
-
-
-def test_a_clock_set_forward_ends_no_lease(
-    broker: PgBroker, queue: psycopg.Connection[Any]
-) -> None:
-    task = put(broker)
-    (lease,) = leased(broker)
-    settle(broker)
-    # The database's clock goes an hour before the monotonic one, more than at the last look.
-    assert broker._ahead is not None
-    broker._ahead -= HOUR
-    shift_lease(task, -HOUR)
-    assert leased(broker) == [], "its worker has had no time to renew it"
-    assert Lease(task, lease.until - timedelta(seconds=HOUR)).renewed(queue) is not None
-    settle(broker)
-    assert leased(broker) == []
-
-
-def test_a_clock_set_back_keeps_no_lease_of_a_dead_worker(broker: PgBroker) -> None:
-    task = put(broker)
-    leased(broker)
-    settle(broker)
-    assert broker._ahead is not None
-    broker._ahead += HOUR
-    shift_lease(task, HOUR)
-    assert leased(broker) == [], "its worker may live"
-    settle(broker)
-    assert [lease.task for lease in leased(broker)] == [task]
+@pytest.mark.parametrize("seconds", [HOUR, -HOUR])
+def test_a_clock_that_is_set_ends_no_run(broker: PgBroker, seconds: float) -> None:
+    put(broker)
+    (run,) = given(broker)
+    with driving(run):
+        assert broker._ahead is not None
+        broker._ahead -= seconds
+        assert given_in_time(broker) == []
+    assert len(given_in_time(broker)) == 1
 
 
 def test_a_clock_set_back_keeps_nothing_from_running_on_schedule(broker: PgBroker) -> None:

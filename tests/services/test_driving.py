@@ -348,7 +348,7 @@ def test_a_build_whose_driver_is_gone_goes_to_another_once(
     Template.objects.filter(pk=template.pk).update(driver=NOBODY, started_at=template.created_at)
     for _ in range(2):
         settling.settle_left()
-    assert queued() == ["templates_app.tasks.drive_build"]
+    assert queued() == ["templates_app.tasks.drive_builds"]
     run_queue()
     template.refresh_from_db()
     assert template.status == "ready"

@@ -69,19 +69,18 @@ def test_one_that_comes_round_no_more_and_does_nothing_is_stuck(which: int) -> N
 
 LIMITS = """\
 import django; django.setup()
-from orkestr_console.queue import broker
+from orkestr_console.queue import driving
 from orkestr_console.queue import worker
 from hostruntime.client import host_client as client
 from hostruntime.container import exec
-from templates_app.services import queue
-print(client._TIMEOUT.read, broker.LEASE.total_seconds(), queue.LEASE.total_seconds(),
+print(client._TIMEOUT.read, worker.STALE_SECONDS, driving.SURE_SECONDS,
       worker.STOP_SECONDS, exec.GRACE_SECONDS)
 """
 
 
 def test_limits_that_cannot_follow_are_longer_on_a_slow_machine_and_promises_are_not() -> None:
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "orkestr_console.settings"}
-    environment.pop("ORKESTR_TASK_LEASE", None)
+    environment.pop("ORKESTR_WORKER_STALE", None)
     said = [
         subprocess.run(
             [sys.executable, "-c", LIMITS],
@@ -94,6 +93,6 @@ def test_limits_that_cannot_follow_are_longer_on_a_slow_machine_and_promises_are
         for patience in ("1", "20")
     ]
     assert said == [
-        ["60.0", "15.0", "12.0", "8.0", "2.0"],
-        ["1200.0", "300.0", "240.0", "8.0", "2.0"],
+        ["60.0", "30.0", "2.0", "8.0", "2.0"],
+        ["1200.0", "600.0", "40.0", "8.0", "2.0"],
     ]

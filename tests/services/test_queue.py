@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import OperationalError, connection
-from django.utils import timezone
+from django_q.models import OrmQ
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Plan
@@ -42,7 +41,7 @@ def new_driver() -> Iterator[NewDriver]:
 def taken(new_driver: NewDriver) -> list[str]:
     """The names of the builds that free workers take, in order, until none may begin."""
     names: list[str] = []
-    while (template := queue.take(new_driver(), "")) is not None:
+    while (template := queue.take(new_driver())) is not None:
         names.append(template.name)
     return names
 
@@ -77,36 +76,33 @@ def test_each_queued_build_knows_its_place(
     theirs = ask(other_actor, "b1")
     numbers = [place.number for row in [*mine, theirs] if (place := queue.place(row))]
     assert numbers == [1, 3, 2]
-    assert queue.take(new_driver(), "") == mine[0]
+    assert queue.take(new_driver()) == mine[0]
     numbers = [place.number for row in [mine[1], theirs] if (place := queue.place(row))]
     assert numbers == [2, 1]
 
 
-@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "is gone"])
 @pytest.mark.usefixtures("host", "at_once")
 def test_a_build_that_lost_its_driver_comes_first(
-    actor: Actor, other_actor: Actor, new_driver: NewDriver, hangs: bool
+    actor: Actor, other_actor: Actor, new_driver: NewDriver
 ) -> None:
     lost = ask(actor, "a1")
-    assert queue.take(new_driver() if hangs else "drv_1", "") == lost
+    assert queue.take("drv_1") == lost
     ask(other_actor, "b1")
-    if hangs:
-        long_ago = timezone.now() - queue.LEASE - timedelta(seconds=1)
-        Template.objects.filter(pk=lost.pk).update(heartbeat_at=long_ago)
     driver = new_driver()
-    found = queue.take(driver, "")
+    found = queue.take(driver)
     assert (found, found and found.driver) == (lost, driver)
-    assert queue.waiting_long() == []
 
 
 @pytest.mark.usefixtures("at_once")
 def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: FakeHost) -> None:
     for name in ("a1", "a2", "a3"):
         ask(actor, name)
-    before = len(queued())
-    driver.drive("")
+    OrmQ.objects.all().delete()
+    assert driver.begin()
     assert Template.objects.get(name="a1").is_ready
-    assert queued()[before:] == [queue.DRIVE]
+    assert queued() == [queue.DRIVE]
+    driver.drive()
+    assert [row.is_ready for row in Template.objects.all()] == [True, True, True]
 
 
 def test_a_driver_that_fails_leaves_the_build_to_another(
@@ -126,11 +122,11 @@ def test_a_driver_that_fails_leaves_the_build_to_another(
     real = record
     monkeypatch.setattr(driver, "record", fail_once)
     with pytest.raises(OperationalError):
-        driver.drive(building.pk)
+        driver.drive()
     building.refresh_from_db()
-    assert (building.driver, building.heartbeat_at) == ("", None)
+    assert building.driver == ""
     assert building.status == "building"
-    driver.drive(building.pk)
+    driver.drive()
     building.refresh_from_db()
     assert building.status == "ready"
 
@@ -149,7 +145,7 @@ def test_takers_at_the_same_moment_keep_to_the_limit(
     drivers = [new_driver() for _ in range(6)]
 
     def take(number: int) -> None:
-        found.append(queue.take(drivers[number], ""))
+        found.append(queue.take(drivers[number]))
         connection.close()
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]

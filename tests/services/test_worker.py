@@ -22,7 +22,9 @@ from django_q.tasks import async_task
 pytestmark = pytest.mark.django_db(transaction=True)
 
 TREE = Path(__file__).resolve().parents[2]
-LEASE = 3.0
+STALE = 6.0
+# More than the pusher needs to be sure that nobody runs a task.
+LONG = 5.0
 WORKERS = 4
 NOTE = "tests.services.worker_tasks.note"
 
@@ -98,7 +100,7 @@ class Worker:
             **os.environ,
             "DATABASE_URL": url,
             "ORKESTR_SECRET_KEY": settings.SECRET_KEY,
-            "ORKESTR_TASK_LEASE": str(LEASE),
+            "ORKESTR_WORKER_STALE": str(STALE),
             "ORKESTR_WORKERS": str(WORKERS),
         }
         with self.log.open("wb") as output:
@@ -167,11 +169,11 @@ def test_tasks_run_once_each_and_start_at_once(worker: Worker, journal: Journal)
     wait_for(lambda: OrmQ.objects.count() == 0)
 
 
-def test_a_task_longer_than_its_lease_runs_once(worker: Worker, journal: Journal) -> None:
-    put(journal, "long", 3 * LEASE)
+def test_a_task_that_takes_long_runs_once(worker: Worker, journal: Journal) -> None:
+    put(journal, "long", LONG)
     for number in range(2 * WORKERS):
         put(journal, f"t{number}", 0.2)
-    wait_for(lambda: bool(journal.pids("end", "long")), 6 * LEASE)
+    wait_for(lambda: bool(journal.pids("end", "long")), 4 * LONG)
     wait_for(lambda: OrmQ.objects.count() == 0)
     assert set(journal.counted("start").values()) == {1}
     assert sum(journal.counted("end").values()) == 2 * WORKERS + 1
@@ -182,7 +184,7 @@ def test_the_task_of_a_killed_worker_comes_back(worker: Worker, journal: Journal
     wait_for(lambda: bool(journal.pids("start", "victim")))
     (pid,) = journal.pids("start", "victim")
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: len(journal.pids("start", "victim")) == 2, 3 * LEASE + 5)
+    wait_for(lambda: len(journal.pids("start", "victim")) == 2, 10)
     wait_for(lambda: bool(journal.pids("end", "victim")))
     assert journal.counted("start")["victim"] == 2
 
@@ -194,7 +196,7 @@ def test_workers_killed_while_idle_hold_nobody_up(worker: Worker, journal: Journ
     for number in range(20):
         put(journal, f"t{number}")
     wait_for(lambda: sum(journal.counted("end").values()) == 20)
-    # One that a dead worker had been given would come back after its lease, behind all the others.
+    # One that a dead worker had been given would come back behind all the others.
     started = [int(line[1].removeprefix("t")) for line in journal.lines() if line[0] == "start"]
     assert all(abs(place - number) < 2 * WORKERS for place, number in enumerate(started)), started
     assert len(started) == len(set(started))
@@ -211,10 +213,27 @@ def test_pusher_and_monitor_are_replaced(worker: Worker, journal: Journal, which
 def test_a_group_that_hangs_is_started_anew(worker: Worker, journal: Journal) -> None:
     before = worker.members()
     os.kill(worker.sentinel(), signal.SIGSTOP)
-    wait_for(lambda: not any(alive(pid) for pid in before), 2 * LEASE + 10)
+    wait_for(lambda: not any(alive(pid) for pid in before), STALE + 10)
     worker.wait_until_ready()
     put(journal, "after")
     wait_for(lambda: bool(journal.pids("end", "after")))
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_task_runs(
+    worker: Worker, journal: Journal
+) -> None:
+    """While it is stopped it holds its lock still: only its end tells that it works no more."""
+    put(journal, "victim", 1.5)
+    wait_for(lambda: bool(journal.pids("start", "victim")))
+    (pid,) = journal.pids("start", "victim")
+    others = set(worker.members()) - {pid}
+    os.kill(pid, signal.SIGSTOP)
+    put(journal, "meanwhile")
+    wait_for(lambda: bool(journal.pids("end", "meanwhile")))
+    wait_for(lambda: not alive(pid), STALE + 20)
+    wait_for(lambda: bool(journal.pids("end", "victim")))
+    assert journal.counted("start") == {"victim": 2, "meanwhile": 1}
+    assert others <= set(worker.members())
 
 
 def test_a_sentinel_that_is_killed_takes_its_group_along(worker: Worker, journal: Journal) -> None:
@@ -233,7 +252,7 @@ def test_a_listener_is_replaced_and_the_group_works_on(
     wait_for(lambda: bool(worker.listener()))
     before, members = worker.listener(), worker.members()
     os.kill(before, number)
-    wait_for(lambda: not alive(before), 2 * LEASE + 20)
+    wait_for(lambda: not alive(before), STALE + 20)
     wait_for(lambda: worker.listener() not in {0, before})
     assert worker.members() == members
 
@@ -259,7 +278,7 @@ def test_sigterm_ends_everything(worker: Worker, journal: Journal, busy: bool) -
 
 
 def test_lost_connections_cost_no_task(worker: Worker, journal: Journal) -> None:
-    put(journal, "long", 2 * LEASE)
+    put(journal, "long", LONG)
     wait_for(lambda: bool(journal.pids("start", "long")))
     with connection.cursor() as cursor:
         cursor.execute(
@@ -272,8 +291,8 @@ def test_lost_connections_cost_no_task(worker: Worker, journal: Journal) -> None
     database.close_pool()
     put(journal, "short")
     wait_for(lambda: bool(journal.pids("end", "short")))
-    wait_for(lambda: bool(journal.pids("end", "long")), 4 * LEASE)
-    time.sleep(LEASE)
+    wait_for(lambda: bool(journal.pids("end", "long")), 4 * LONG)
+    time.sleep(LONG)
     assert journal.counted("start") == {"long": 1, "short": 1}
 
 
@@ -281,7 +300,7 @@ def test_a_task_that_fails_is_not_tried_again(worker: Worker, journal: Journal) 
     async_task("tests.services.worker_tasks.fail", str(journal.path), "bad")
     wait_for(lambda: bool(journal.pids("start", "bad")))
     wait_for(lambda: OrmQ.objects.count() == 0)
-    time.sleep(LEASE + 1)
+    time.sleep(LONG)
     assert journal.counted("start")["bad"] == 1
 
 

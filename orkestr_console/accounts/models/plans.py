@@ -8,7 +8,7 @@ from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.utils import timezone
 
-# The queue gives a build this long and a margin (settings.Q_CLUSTER), so no plan may allow more.
+# No plan may allow more: what a build takes nobody else has for as long.
 LONGEST_BUILD_SECONDS = 6 * 3600
 BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
 

@@ -9,9 +9,11 @@ from datetime import UTC, datetime, timedelta
 from django import template
 from django.templatetags.static import static
 from django.utils import timezone
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
+from hostruntime.wire.health import EgressHost
+from orkestr_console.accounts.limits import Kind
 from orkestr_console.core import text as texts
 from orkestr_console.core.text import visible
 from orkestr_console.ui.ansi import rendered
@@ -36,6 +38,8 @@ SYSTEMS = (
     ("CrOS", "ChromeOS"),
     ("Linux", "Linux"),
 )
+# The icons of steps that have ended.
+MARKS = {"succeeded": "check", "cached": "check", "failed": "cross", "skipped": "minus"}
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -157,6 +161,22 @@ def other_lines(text: str) -> str:
 
 
 @register.filter
+def backticks(text: str) -> SafeString:
+    """Text whose words between backticks are code."""
+    parts = [
+        format_html("<code>{}</code>", part) if number % 2 else part
+        for number, part in enumerate(text.split("`"))
+    ]
+    return format_html_join("", "{}", ((part,) for part in parts))
+
+
+@register.filter
+def marked(parts: list[str], secret: str) -> SafeString:
+    """What stands around a secret, joined by it; the secret is marked."""
+    return format_html_join(format_html("<mark>{}</mark>", secret), "{}", ((p,) for p in parts))
+
+
+@register.filter
 def grouped(value: int | None) -> str:
     """``12,345``."""
     return "" if value is None else f"{value:,}"
@@ -166,6 +186,14 @@ def grouped(value: int | None) -> str:
 def pretty(value: object) -> str:
     """JSON for people to read."""
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+@register.filter
+def amount(value: int, kind: Kind) -> str:
+    """The number of a limit in its unit: ``10 minutes``, ``20,000 MB``, ``3``."""
+    if kind.unit == "s":
+        return seconds(value)
+    return f"{grouped(value)} {kind.unit}".rstrip()
 
 
 def in_words(length: timedelta) -> str:
@@ -236,7 +264,50 @@ def network(mode: str) -> dict[str, str]:
     return {"mode": mode, "icon_name": icons.get(mode, "globe")}
 
 
+@register.simple_tag
+def mark(status: str, waiting: str | int) -> SafeString:
+    """The round mark of a build's step or phase; ``waiting`` stands in it until that begins."""
+    inside: object = waiting
+    if status == "running":
+        inside = format_html('<span class="{}" aria-hidden="true"></span>', "spin")
+    elif status in MARKS:
+        inside = icon(MARKS[status])
+    return format_html('<span class="mark" data-state="{}">{}</span>', status, inside)
+
+
+@register.inclusion_tag("console/_badge.html")
+def verdict(use: EgressHost) -> dict[str, object]:
+    """What the network policy said to a sandbox about a host, as a badge."""
+    if use.refused:
+        return {"state": {"tone": "bad", "label": "Refused", "value": "refused"}}
+    if use.unreached:
+        return {"state": {"tone": "busy", "label": "Not reached", "value": "unreached"}}
+    return {"state": {"tone": "good", "label": "Allowed", "value": "allowed"}}
+
+
+@register.filter
+def requests(use: EgressHost) -> str:
+    """How often a sandbox asked for a host: ``12``, or ``2 of 14`` where some were refused."""
+    if not use.refused:
+        return grouped(use.unreached if use.direct else use.allowed)
+    if not use.allowed:
+        return grouped(use.refused)
+    return f"{grouped(use.refused)} of {grouped(use.refused + use.allowed)}"
+
+
 @register.inclusion_tag("console/_field_error.html")
-def field_error(errors: dict[str, str], name: str) -> dict[str, str]:
-    """The sentence at a field, for the field's ``aria-describedby`` to name."""
-    return {"name": name, "error": errors.get(name, "")}
+def field_error(errors: Mapping[str, str] | str, name: str) -> dict[str, str]:
+    """The sentence at a field, for the field's ``aria-describedby`` to name.
+
+    ``errors`` is "" in a page that has none.
+    """
+    return {"name": name, "error": errors.get(name, "") if isinstance(errors, Mapping) else ""}
+
+
+@register.simple_tag
+def described(errors: Mapping[str, str] | str, name: str, help_id: str = "") -> SafeString:
+    """The attributes of a field that name its help and its error, and mark it if it has one."""
+    wrong = name in errors if isinstance(errors, Mapping) else False
+    ids = " ".join(filter(None, (help_id, f"{name}-error" if wrong else "")))
+    by = format_html('aria-describedby="{}"', ids) if ids else format_html("{}", "")
+    return format_html('{} aria-invalid="true"', by) if wrong else by
