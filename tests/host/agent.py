@@ -74,7 +74,9 @@ class Agent:
         """The agent's child processes: its launchers."""
         return [
             int(pid)
-            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            # Which of its threads started them is no matter.
+            for children in Path(f"/proc/{self.pid}/task").glob("*/children")
+            for pid in children.read_text().split()
         ]
 
     def tear_down(self) -> str:

@@ -192,7 +192,7 @@ def agent() -> MagicMock:
     host = MagicMock()
     host.sandboxes.create = AsyncMock(return_value=(MagicMock(), True))
     host.sandboxes.info = MagicMock(return_value=SANDBOX)
-    host.builds.start = MagicMock(return_value=(BuildInfo("img", "running"), True))
+    host.builds.start = AsyncMock(return_value=(BuildInfo("img", "running"), True))
     return host
 
 
@@ -211,7 +211,7 @@ async def test_an_older_agent_serves_a_newer_web(agent: MagicMock) -> None:
     body = json.loads(encode(build))
     answer = await posted(agent, "/builds", body | {"cache": body["cache"] | NEWER} | NEWER)
     assert answer.status_code == 202
-    agent.builds.start.assert_called_once_with(build)
+    agent.builds.start.assert_awaited_once_with(build)
 
 
 async def test_a_newer_agent_serves_an_older_web(agent: MagicMock) -> None:
