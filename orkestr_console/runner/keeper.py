@@ -93,7 +93,7 @@ class Keeper:
             start_new_session=True,
         )
         threading.Thread(target=self._hear, args=[self._process.stdout], daemon=True).start()
-        if not wait_until(self._socket.exists, START_SECONDS, self._process):
+        if not wait_until(self._answers, START_SECONDS, self._process):
             raise StartError(f"the process manager did not start:\n{self.last_words()}")
 
     def _hear(self, output: IO[bytes]) -> None:
@@ -232,6 +232,14 @@ class Keeper:
     def alive(self) -> bool:
         """Whether supervisord itself runs."""
         return self._process is not None and self._process.poll() is None
+
+    def _answers(self) -> bool:
+        """Whether it can be spoken to: it listens some time after its socket is there."""
+        try:
+            self._call("getState")
+        except ManagerSilent:
+            return False
+        return True
 
     def stop(self) -> None:
         """Stop every program in order, then supervisord. Safe to call at any time."""
