@@ -6,6 +6,8 @@ import os
 from itertools import count
 from pathlib import Path
 
+# What a launcher calls itself.
+LAUNCHER = "orkestr hostruntime.container.lxc"
 _numbers = count()
 
 
@@ -19,6 +21,14 @@ def command_lines() -> dict[int, str]:
             continue
         found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
+
+
+def launchers_of(agent: int) -> list[int]:
+    """The launchers of a host agent, whichever of its threads started them (proc(5), children)."""
+    lines = command_lines()
+    children = Path(f"/proc/{agent}/task").glob("*/children")
+    started = [int(pid) for path in children for pid in path.read_text().split()]
+    return [pid for pid in started if lines.get(pid, "").startswith(LAUNCHER)]
 
 
 def own_mark() -> str:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -32,7 +31,7 @@ from hostruntime.host.paths import (
     release_instance,
 )
 from hostruntime.host.room import Room
-from hostruntime.host.tasks import end, every, logged
+from hostruntime.host.tasks import end, every, logged, threads
 from hostruntime.image.quarantine import keep_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
@@ -78,7 +77,7 @@ class Host:
         ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
         """
         # A disk that hangs keeps whoever waits for it, and must not keep everybody else.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
+        asyncio.get_running_loop().set_default_executor(threads(_THREADS))
         host = await asyncio.to_thread(_assemble, paths, keep)
         await host.launchers.open()
         await host.sandboxes.recover()

@@ -1,5 +1,6 @@
 """The asynchronous toolbox: what the agent needs beside asyncio, once.
 
+* :func:`threads`, a pool of them;
 * work that is finished although whoever waits for it is cancelled: :func:`in_thread`,
   :func:`to_the_end`, which wait for the end, and :func:`unbroken`, which does not;
 * :class:`KeyedLocks`, one lock for each of any number of names;
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -30,6 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 # Work that is not torn ---------------------------------------------------------------------------
+
+
+def threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads are all there from the start.
+
+    One that the machine has no room for fails here, and not the call that would need it.
+    Raises RuntimeError.
+    """
+    pool, all_there = ThreadPoolExecutor(count), threading.Barrier(count)
+    for waiting in [pool.submit(all_there.wait) for _ in range(count)]:
+        waiting.result()
+    return pool
 
 
 class StoppedError(HostError):

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.installation import Installation
-from tests.processes import command_lines
+from tests.processes import command_lines, launchers_of
 
-LAUNCHER = "orkestr hostruntime.container.lxc"
 # A build's container has ended before its image is made.
 IMAGE_MAKING = ("capture", "scrub", "publish")
 EVERYTHING = frozenset({"connections", "calls", "commands", "builds"})
@@ -78,12 +77,7 @@ def group(installation: Installation, subjects: list[str]) -> list[int]:
 
 def launchers(installation: Installation, _: list[str]) -> list[int]:
     """Both of the agent's launchers."""
-    lines = command_lines()
-    return [
-        pid
-        for pid in children(installation.stack.pid("agent"))
-        if lines.get(pid, "").startswith(LAUNCHER)
-    ]
+    return launchers_of(installation.stack.pid("agent"))
 
 
 def monitored(installation: Installation, subjects: list[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import SLICE, cgroup_layout
 from hostruntime.errors import HostUnavailable
-from tests.processes import command_lines
+from tests.processes import command_lines, launchers_of
 
 REPO = Path(__file__).resolve().parents[2]
 STATE = REPO / "var" / "test-host"
@@ -71,13 +71,8 @@ class Agent:
         self.process.wait()
 
     def children(self) -> list[int]:
-        """The agent's child processes: its launchers."""
-        return [
-            int(pid)
-            # Which of its threads started them is no matter.
-            for children in Path(f"/proc/{self.pid}/task").glob("*/children")
-            for pid in children.read_text().split()
-        ]
+        """The agent's child processes that last: its launchers."""
+        return launchers_of(self.pid)
 
     def tear_down(self) -> str:
         """Take everything down; what the command told of it."""
