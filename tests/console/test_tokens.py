@@ -74,7 +74,7 @@ def test_a_restricted_token_uses_only_what_it_is_for(console: Client) -> None:
         ({"restrict_networks": "on"}, "Networks must have at least one chosen"),
         (
             {"restrict_templates": "on", "templates": ["tmpl_of_others"]},
-            "has one that is not there any more",
+            "includes one that no longer exists",
         ),
     ],
 )
