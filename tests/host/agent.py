@@ -119,6 +119,8 @@ def an_agent(state: Path = STATE) -> Iterator[Agent]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         agent = Agent(state)
         agent.tear_down()
+        # Each run has a database of its own, which the state of the run before is not of.
+        (state / "installation.json").unlink(missing_ok=True)
         try:
             agent.start()
             yield agent
@@ -170,7 +172,7 @@ def eventually(seconds: float = 120.0) -> Iterator[None]:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+    return not stat.rpartition(")")[2].startswith(" Z")

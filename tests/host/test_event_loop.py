@@ -73,24 +73,26 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
 
 
 def some_builds(host: HostClient) -> None:
+    # The directory has records of earlier runs: a build of a name that is known is not a new one.
+    fails, made, cut = (f"img_{what}{time.time_ns():x}" for what in ("fails", "made", "cut"))
     options: dict[str, Any] = {
         "base_image": BASE,
         "network": "restricted",
         "cache": Cache("team_watched", reuse=True),
     }
-    host.start_build(StartBuild("img_fails", recipe=[*STEPS, "exit 3"], **options))
-    assert [event.kind for event in host.build_events("img_fails")][-1] == "failed"
-    host.start_build(StartBuild("img_made", recipe=[*STEPS, "echo d >/root/d"], **options))
-    kinds = [event.kind for event in host.build_events("img_made")]
+    host.start_build(StartBuild(fails, recipe=[*STEPS, "exit 3"], **options))
+    assert [event.kind for event in host.build_events(fails)][-1] == "failed"
+    host.start_build(StartBuild(made, recipe=[*STEPS, "echo d >/root/d"], **options))
+    kinds = [event.kind for event in host.build_events(made)]
     assert kinds[-1] == "published"
     assert "step_cached" in kinds
-    host.start_build(StartBuild("img_cut", recipe=["sleep 60"], **options))
-    host.cancel_build("img_cut")
+    host.start_build(StartBuild(cut, recipe=["sleep 60"], **options))
+    host.cancel_build(cut)
     host.cancel_build("img_never")
-    host.build("img_made")
+    host.build(made)
     host.drop_layers("team_watched")
-    host.image_usage("img_made")
-    host.delete_image("img_made")
+    host.image_usage(made)
+    host.delete_image(made)
 
 
 def what_operators_ask(host: HostClient) -> None:
