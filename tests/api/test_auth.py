@@ -230,7 +230,7 @@ def test_the_last_use_is_noted_once_a_minute(api: Client) -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_an_async_view_is_guarded_the_same(key: str) -> None:
+async def test_an_async_view_is_guarded_the_same(plans: None, key: str) -> None:
     client = AsyncClient()
     refused(await client.get("/v1/stream"), 401, "unauthenticated")
     headers = {"Authorization": f"Bearer {key}"}
