@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,25 @@ import pytest
 from hostruntime.host.paths import StatePaths
 
 MANY = 5_000
+# Says how many heaps the C library has once 64 threads have each taken memory from one.
+HEAPS = """
+import ctypes, os, tempfile
+from hostruntime.agent.__main__ import share_heaps
+from hostruntime.host.tasks import threads
+
+if {shared}:
+    share_heaps()
+pool = threads(64)
+list(pool.map(bytearray, [20_000] * 640))
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+with tempfile.TemporaryFile() as told:
+    stream = ctypes.c_void_p(libc.fdopen(os.dup(told.fileno()), b"w"))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    told.seek(0)
+    print(told.read().count(b"<heap nr="))
+"""
 
 
 @pytest.fixture
@@ -40,3 +61,14 @@ def a_path(name: str) -> object:
 
 def test_nothing_is_kept_of_a_path_that_is_used_no_more(traced: None) -> None:
     assert kept_bytes(a_path) < 4
+
+
+def heaps(shared: bool) -> int:
+    script = HEAPS.format(shared=shared)
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    return int(answer.stdout)
+
+
+def test_the_agents_threads_share_a_few_heaps() -> None:
+    assert heaps(shared=False) > 2
+    assert heaps(shared=True) <= 2
