@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostruntime.host.room import Room
+from hostruntime.host.disk_space import DiskSpace
 
 _MIB = 1024**2
 _MOST_BYTES = 256 * _MIB
@@ -33,13 +33,13 @@ class Ballast:
     path: Path
     _refused: bool = False
 
-    def balance(self, room: Room) -> None:
+    def balance(self, room: DiskSpace) -> None:
         """Take it, or let it go, as the room is."""
         if room.read_only:
             return
-        if room.shares < RELEASE_BELOW:
+        if room.free_ratio < RELEASE_BELOW:
             self.release()
-        elif room.shares > TAKE_ABOVE and not self._refused:
+        elif room.free_ratio > TAKE_ABOVE and not self._refused:
             self._take(room)
 
     def release(self) -> None:
@@ -55,9 +55,9 @@ class Ballast:
         """Whether there is any."""
         return self.path.exists()
 
-    def _take(self, room: Room) -> None:
+    def _take(self, room: DiskSpace) -> None:
         size = ballast_bytes(room)
-        if self.is_held or size < _LEAST_BYTES or room.less(size).shares <= TAKE_ABOVE:
+        if self.is_held or size < _LEAST_BYTES or room.after_writing(size).free_ratio <= TAKE_ABOVE:
             return
         fresh = self.path.with_suffix(".new")
         try:
@@ -75,6 +75,6 @@ class Ballast:
                 fresh.unlink(missing_ok=True)
 
 
-def ballast_bytes(room: Room) -> int:
+def ballast_bytes(room: DiskSpace) -> int:
     """How much it is on such a file system."""
     return int(min(_MOST_BYTES, room.size_bytes * _SHARE, room.reserve_bytes / 2))

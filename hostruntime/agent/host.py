@@ -23,6 +23,7 @@ from hostruntime.container.launcher import LauncherPool
 from hostruntime.container.manager import ContainerManager, lxcpath_of
 from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import (
     Instance,
     StatePaths,
@@ -30,8 +31,7 @@ from hostruntime.host.paths import (
     ensure_subordinate_ids,
     release_instance,
 )
-from hostruntime.host.room import Room
-from hostruntime.host.tasks import end, every, logged, threads
+from hostruntime.host.tasks import cancel_and_wait, create_thread_pool, every, log_errors
 from hostruntime.image.quarantine import keep_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
@@ -77,7 +77,7 @@ class Host:
         ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
         """
         # A disk that hangs keeps whoever waits for it, and must not keep everybody else.
-        asyncio.get_running_loop().set_default_executor(threads(_THREADS))
+        asyncio.get_running_loop().set_default_executor(create_thread_pool(_THREADS))
         host = await asyncio.to_thread(_assemble, paths, keep)
         await host.launchers.open()
         await host.sandboxes.recover()
@@ -94,7 +94,7 @@ class Host:
 
     async def close(self) -> None:
         """End everything but the containers of sandboxes and the proxy, which serves them."""
-        await end(*self._keepers)
+        await cancel_and_wait(*self._keepers)
         self.room.close()
         self.sandboxes.snapshots.close()
         await self.sandboxes.close()
@@ -153,23 +153,23 @@ class Host:
     # What is done again and again; no part of it keeps another from its turn ------------------
 
     async def _keep_network(self) -> None:
-        with logged("the firewall could not be checked"):
+        with log_errors("the firewall could not be checked"):
             await asyncio.to_thread(self.pool.firewall.ensure_whole)
-        with logged("the AppArmor profile could not be checked"):
+        with log_errors("the AppArmor profile could not be checked"):
             await asyncio.to_thread(self._ensure_profile)
-        with logged("a launcher near a limit could not be replaced"):
+        with log_errors("a launcher near a limit could not be replaced"):
             await self.launchers.tend()
-        with logged("what containers tried to reach could not be read"):
+        with log_errors("what containers tried to reach could not be read"):
             await asyncio.to_thread(self.pool.record_attempts)
-        with logged("the egress proxy could not be checked"):
+        with log_errors("the egress proxy could not be checked"):
             await self._check_proxy(first=False)
 
     async def _keep_old(self) -> None:
-        with logged("old layers could not be deleted"):
+        with log_errors("old layers could not be deleted"):
             await asyncio.to_thread(self.layers.collect)
-        with logged("runtime layers that nobody uses could not be deleted"):
+        with log_errors("runtime layers that nobody uses could not be deleted"):
             await asyncio.to_thread(remove_unused, self.paths)
-        with logged("the records of old builds could not be deleted"):
+        with log_errors("the records of old builds could not be deleted"):
             await self.builds.forget_old()
 
     def _ensure_profile(self) -> None:
@@ -190,7 +190,7 @@ def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     cgroup_layout()
     # Said now, and not to whoever reconciles.
     keep_days()
-    Room.of(paths.root)
+    DiskSpace.of(paths.root)
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hostruntime.errors import Conflict
-from hostruntime.host.installation import InstallationBook, Standing
+from hostruntime.host.installation import InstallationRecord, InstallationStore
 from hostruntime.host.tasks import in_thread
 from hostruntime.image.quarantine import Held, keep_days
 from hostruntime.image.store import RECONCILE_MOST, ImageStore
@@ -25,22 +25,22 @@ _log = logging.getLogger(__name__)
 class Keeping:
     """The keeping of one host's images and snapshots.  For one event loop."""
 
-    book: InstallationBook
+    book: InstallationStore
     store: ImageStore
     snapshots: SnapshotManager
 
     # Whose the state is --------------------------------------------------------------------
 
-    async def standing(self) -> Standing:
-        """Whose it is now (:meth:`InstallationBook.read`)."""
+    async def standing(self) -> InstallationRecord:
+        """Whose it is now (:meth:`InstallationStore.read`)."""
         return await in_thread(self.book.read)
 
-    async def adopt(self, claim: Claim) -> Standing:
-        """Give it to a database, by an operator's word (:meth:`InstallationBook.adopt`)."""
+    async def adopt(self, claim: Claim) -> InstallationRecord:
+        """Give it to a database, by an operator's word (:meth:`InstallationStore.adopt`)."""
         return await in_thread(self.book.adopt, claim)
 
-    async def agree(self, claim: Claim, *, known: bool | None) -> Standing:
-        """Take down the database's new mark (:meth:`InstallationBook.agree`).
+    async def agree(self, claim: Claim, *, known: bool | None) -> InstallationRecord:
+        """Take down the database's new mark (:meth:`InstallationStore.agree`).
 
         ``known`` is None as long as nobody has looked.
         """

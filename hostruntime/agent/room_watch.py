@@ -1,5 +1,4 @@
-"""Keeps tenants from the reserve of the disk (:mod:`hostruntime.host.room`), and lets them go on
-again.
+"""Keeps tenants from using the disk's reserve (:mod:`hostruntime.host.disk_space`).
 
 The file system is looked at every second, and the more often the less room there is.  What is in
 memory of tenants' disks, and is written whoever stands still, counts as taken.
@@ -32,8 +31,8 @@ from hostruntime.agent.ballast import Ballast
 from hostruntime.container.disk import DiskSize
 from hostruntime.container.manager import ContainerManager
 from hostruntime.errors import ContainerGone, HostFull, HostUnavailable
+from hostruntime.host.disk_space import DiskSpace, Level
 from hostruntime.host.patience import scaled
-from hostruntime.host.room import Level, Room
 from hostruntime.host.tasks import every, in_background
 
 _GIB, _MIB = 1024**3, 1024**2
@@ -124,8 +123,8 @@ class RoomWatch:
     containers: ContainerManager
     ballast: Ballast
     relief: Relief
-    level: Level = Level.WELL
-    _room: Room | None = None
+    level: Level = Level.NORMAL
+    _room: DiskSpace | None = None
     _fault: str | None = None
     _growth: Growth = field(default_factory=Growth)
     _tried_at: float = -_TRY_SECONDS
@@ -149,7 +148,7 @@ class RoomWatch:
     def begin(self) -> asyncio.Task[None]:
         """Watch until the task is cancelled, and then :meth:`close`."""
         what = "the room on the disk could not be seen to"
-        return every(self._pause, self.look, what, at_once=True)
+        return every(self._pause, self.look, what, immediately=True)
 
     def close(self) -> None:
         """Leave off what was begun; waits for no disk."""
@@ -173,7 +172,7 @@ class RoomWatch:
         self._say(room)
         if self.level in (Level.LOW, Level.CRITICAL):
             self._make_room(room)
-        elif self.level is Level.WELL:
+        elif self.level is Level.NORMAL:
             self._growth.begin_anew()
             self._ended.clear()
             self._critical_since = math.inf
@@ -188,24 +187,24 @@ class RoomWatch:
     def to_wire(self) -> dict[str, Any]:
         """For the agent's health."""
         room = self._room.to_wire() if self._room is not None else {}
-        level = {"level": self.level.name.lower()}
+        level = {"level": self.level.wire_name}
         held = {"held": len(self.containers.held()), "ballast": self.ballast.is_held}
         return {**room, **level, **held}
 
     # Pieces --------------------------------------------------------------------------------
 
-    def _seen(self, near: bool) -> tuple[Room, Mapping[str, DiskSize]]:
+    def _seen(self, near: bool) -> tuple[DiskSpace, Mapping[str, DiskSize]]:
         """In a thread, as a disk that hangs keeps whoever asks."""
-        room = Room.of(self.root)
+        room = DiskSpace.of(self.root)
         room = replace(room, read_only=room.read_only or not self._writable)
         sizes = self.containers.disks.sizes() if near else {}
         unwritten = sum(size.unwritten for size in sizes.values())
         if unwritten:
             # A disk may have promised room that nothing is in (fallocate(2)).
-            room = room.less(min(unwritten, dirty_bytes()))
+            room = room.after_writing(min(unwritten, dirty_bytes()))
         return room, sizes
 
-    def _touch(self, room: Room) -> None:
+    def _touch(self, room: DiskSpace) -> None:
         """In a thread that nobody waits for."""
         if time.monotonic() > self._tried_at + _TRY_SECONDS:
             self._tried_at = time.monotonic()
@@ -225,12 +224,12 @@ class RoomWatch:
         writing = max(self._growth.of_late().values(), default=0) >= _MUCH_BYTES
         return _CLOSE_SECONDS if writing and self._above() < _NEAR_BYTES else _NEAR_SECONDS
 
-    def _say(self, room: Room) -> None:
+    def _say(self, room: DiskSpace) -> None:
         level = room.level
-        if level is Level.WELL and self.level in (Level.LOW, Level.CRITICAL):
+        if level is Level.NORMAL and self.level in (Level.LOW, Level.CRITICAL):
             # Not at the first block that somebody deletes.
-            level = Level.WELL if room.shares >= WELL_AGAIN else Level.LOW
-        self._fault = fault = None if level is Level.WELL else room.fault or self._fault
+            level = Level.NORMAL if room.free_ratio >= WELL_AGAIN else Level.LOW
+        self._fault = fault = None if level is Level.NORMAL else room.problem or self._fault
         error = HostUnavailable if room.read_only else HostFull
         self.containers.disks.refusal = None if fault is None else partial(error, fault)
         if level is not self.level:
@@ -238,7 +237,7 @@ class RoomWatch:
             (_log.error if worse else _log.warning)("%s", self._fault or "there is room again")
         self.level = level
 
-    def _make_room(self, room: Room) -> None:
+    def _make_room(self, room: DiskSpace) -> None:
         if time.monotonic() > self._dropped_at + _DROP_SECONDS:
             self._dropped_at = time.monotonic()
             self._start("drop", "", self.relief.drop_what_can_be())
@@ -268,7 +267,7 @@ class RoomWatch:
         for owner in self.containers.held():
             self._start("let go", owner, self.containers.let_go(owner))
 
-    def _end_one(self, room: Room) -> None:
+    def _end_one(self, room: DiskSpace) -> None:
         if time.monotonic() < self._next_end:
             return
         growers: list[str] = []

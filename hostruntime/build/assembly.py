@@ -35,8 +35,8 @@ from hostruntime.container.joining import Unkept, take_back
 from hostruntime.container.manager import ContainerSpec, Running
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import write_json
-from hostruntime.host.progress import Progress, telling
-from hostruntime.host.tasks import Stop, in_thread, to_the_end
+from hostruntime.host.progress import Progress, reporting
+from hostruntime.host.tasks import Stop, in_thread, run_to_completion
 from hostruntime.image.capture import capture
 from hostruntime.image.contents import installed_packages
 from hostruntime.image.digest import image_digest
@@ -160,7 +160,7 @@ class Assembly:
 
     def _telling(self, phase: str, done: Progress) -> AbstractAsyncContextManager[None]:
         """Say every second how far a phase is that is not over sooner."""
-        return telling(
+        return reporting(
             lambda: self._emit("progress", phase=phase, files=done.files, bytes=done.bytes)
         )
 
@@ -234,7 +234,7 @@ class Assembly:
             raise
         except (HostError, OSError) as error:
             _log.warning("the layer %s is of no use: %s", layer.directory, error)
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
             await in_thread(layers.drop, layer)
             return None
         return running
@@ -396,7 +396,7 @@ class Assembly:
         hide why the build ended.
         """
         try:
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

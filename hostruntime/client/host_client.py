@@ -54,10 +54,10 @@ from hostruntime.wire.keeping import (
     Agree,
     Claim,
     HeldInfo,
+    InstallationInfo,
     Quarantine,
     Reconcile,
     Reconciliation,
-    StandingInfo,
 )
 from hostruntime.wire.message import Message, encode
 from hostruntime.wire.sandboxes import (
@@ -344,21 +344,21 @@ class HostClient:
 
     # What belongs to nobody ----------------------------------------------------------------
 
-    def installation(self) -> StandingInfo:
+    def installation(self) -> InstallationInfo:
         """Which installation the state directory says it is of."""
-        return self._get(StandingInfo, "/installation")
+        return self._get(InstallationInfo, "/installation")
 
-    def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
+    def agree(self, claim: Claim, *, known: bool | None = None) -> InstallationInfo:
         """Tell of the database's new mark; ``known`` says whether it knows what the host holds.
 
         Raises StateUnclaimed (say what is ``known``), InstallationMismatch.
         """
         request = Agree(**asdict(claim), known=known)
-        return self._ask(StandingInfo, "POST", "/installation/agree", request)
+        return self._ask(InstallationInfo, "POST", "/installation/agree", request)
 
-    def adopt(self, claim: Claim) -> StandingInfo:
+    def adopt(self, claim: Claim) -> InstallationInfo:
         """An operator's word that database and state belong together."""
-        return self._ask(StandingInfo, "POST", "/installation/adopt", claim)
+        return self._ask(InstallationInfo, "POST", "/installation/adopt", claim)
 
     def reconcile(self, request: Reconcile) -> Reconciliation:
         """Set aside some of what is not among those named.  Raises InstallationMismatch."""

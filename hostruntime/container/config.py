@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hostruntime.container.cgroups import CgroupLayout, Limits
 from hostruntime.container.rootfs import DEVICES
-from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
 # Pseudo-terminals that a container may have at once.
@@ -96,7 +96,7 @@ class ContainerConfig:
         ]
 
     def _confinement(self) -> list[tuple[str, str]]:
-        inside, outside, count = FAR_IDS
+        inside, outside, count = HIGH_IDS
         items = [
             ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),

@@ -34,8 +34,8 @@ from pathlib import Path
 
 from hostruntime.errors import HostError, HostFault
 from hostruntime.host import kernel
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import Instance, StatePaths
-from hostruntime.host.room import Room
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
 from hostruntime.image.sparse import copy_whole
@@ -143,7 +143,7 @@ class Disks:
         Raises OSError when it cannot be unmounted.
         """
         target = self.path(owner)
-        while target in kernel.mount_points(target):
+        while target in kernel.mount_points_under(target):
             _shut_down(target)
             _unmount(target)
         with contextlib.suppress(FileNotFoundError):
@@ -242,7 +242,7 @@ class Disks:
         """
         if self.refusal is not None:
             raise self.refusal()
-        Room.of(self.paths.root).require(size_bytes)
+        DiskSpace.of(self.paths.root).require(size_bytes)
 
     def _empty(self, size_mb: int) -> Path:
         """An empty file system of this size, made the first time."""

@@ -149,7 +149,7 @@ def _lead_in(
         os.setns(doorway.pidfd, kernel.ALL_NAMESPACES)
         _become_root_inside()
         _confine(confinement, label)
-        pid = kernel.clone_sibling()
+        pid = kernel.clone_as_sibling()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher is to know
         why = f"{type(error).__name__}: {error}"[:_MOST_REPORTED_WORDS]
         _report(report, None, why, getattr(error, "errno", None))

@@ -33,7 +33,7 @@ from hostruntime.container.inside_exec import SHELL
 from hostruntime.container.launcher import Attached, LauncherPool, close_all
 from hostruntime.errors import CwdNotFound
 from hostruntime.host.patience import Patience, scaled
-from hostruntime.host.tasks import logged, readable, to_the_end
+from hostruntime.host.tasks import log_errors, readable, run_to_completion
 
 GRACE_SECONDS = 2.0
 # How long output is waited for after the command itself has ended (`cmd > >(tee log)`).
@@ -255,8 +255,8 @@ class _Session:
             self.kill()
         try:
             if self.killing is not None:
-                with logged(f"what runs in {self.group} could not be ended"):
-                    await to_the_end(self.killing)
+                with log_errors(f"what runs in {self.group} could not be ended"):
+                    await run_to_completion(self.killing)
         finally:
             self.output.leave_to_drain(self.groups.name)
             adopt_strays(self.group, self.groups.unified)
@@ -280,7 +280,7 @@ async def kill_tree(group: Path) -> None:
         await asyncio.sleep(_POLL_SECONDS)
     kill_group(group)
     patience = Patience(GRACE_SECONDS, lambda: pids_below(group))
-    while populated(group) and not patience.spent():
+    while populated(group) and not patience.exhausted():
         await asyncio.sleep(_POLL_SECONDS)
     if populated(group):
         _log.error("processes in %s survive SIGKILL; they wait for the kernel", group)

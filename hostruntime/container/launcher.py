@@ -27,9 +27,9 @@ from typing import Any
 from hostruntime.container import channel
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
-from hostruntime.host.patience import Patience, tree_of
-from hostruntime.host.run import Process, end, spawn
-from hostruntime.host.tasks import in_thread, to_the_end, writable
+from hostruntime.host.patience import Patience, process_tree
+from hostruntime.host.run import Process, spawn, wait_or_kill
+from hostruntime.host.tasks import in_thread, run_to_completion, writable
 
 LAUNCHERS = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
@@ -156,7 +156,7 @@ class Link:
                 await self._send({"id": request, **message}, fds)
                 reply = await answer
         except TimeoutError:
-            _log.error("launcher %d is ended: it %s", self.process.pid, patience.why)
+            _log.error("launcher %d is ended: it %s", self.process.pid, patience.reason)
             self.process.kill()
             raise LauncherLost(
                 "What starts containers and commands hung, and was replaced; try again."
@@ -187,7 +187,7 @@ class Link:
     def _processes(self) -> list[int]:
         """The launcher, and what it has forked that has not become something else yet."""
         own = _executable(self.process.pid)
-        return tree_of(self.process.pid, lambda pid: _executable(pid) == own)
+        return process_tree(self.process.pid, lambda pid: _executable(pid) == own)
 
     async def close(self) -> None:
         """End the launcher; it kills what is still attached through it."""
@@ -198,7 +198,7 @@ class Link:
                 await self._reader
         self.sock.close()
         self._fail_everything()
-        await asyncio.to_thread(end, self.process, _CLOSE_SECONDS)
+        await asyncio.to_thread(wait_or_kill, self.process, _CLOSE_SECONDS)
 
     async def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         loop, data = asyncio.get_running_loop(), channel.encode(message)
@@ -288,7 +288,7 @@ class LauncherPool:
 
         A cancelled caller still waits for the answer, so that what it undoes is all there is.
         """
-        reply = await to_the_end(
+        reply = await run_to_completion(
             self._by_a_launcher(lambda link: link.request({"do": "start", **message}))
         )
         return int(reply["init_pid"])
@@ -306,7 +306,7 @@ class LauncherPool:
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         task = asyncio.ensure_future(self._by_a_launcher(lambda link: link.attach(message, fds)))
         try:
-            return await to_the_end(task)
+            return await run_to_completion(task)
         except asyncio.CancelledError:
             if not task.cancelled() and task.exception() is None:
                 await task.result().kill()

@@ -93,7 +93,7 @@ class Launcher:
     sock: socket.socket
     lxcpath: str
     confinement: Confinement
-    ended: int = field(default_factory=lambda: kernel.signal_descriptor(signal.SIGCHLD))
+    ended: int = field(default_factory=lambda: kernel.create_signalfd(signal.SIGCHLD))
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
@@ -182,10 +182,10 @@ class Launcher:
     def _start(self, message: Mapping[str, Any], plan: RootfsPlan) -> int:
         # Init sets itself up through its own /proc entries; nobody else is in there yet.
         kernel.set_dumpable(dumpable=True)
-        mount_rootfs(plan, kernel.user_namespace(id_extents(plan.id_base)))
+        mount_rootfs(plan, kernel.create_user_namespace(id_extents(plan.id_base)))
         try:
             # Made by the container's own root, so that nothing in it counts for anybody else.
-            own = kernel.user_namespace(container_extents(plan.id_base), plan.id_base)
+            own = kernel.create_user_namespace(container_extents(plan.id_base), plan.id_base)
             items = [*message["config"], *user_namespace_items(own)]
             container = self._configured(str(message["name"]), items)
             # close_fds: the monitor, a daemon, must not keep the agent's socket.

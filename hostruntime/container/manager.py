@@ -46,7 +46,7 @@ from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, H
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.rundir import RunDir
-from hostruntime.host.tasks import KeyedLocks, in_background, logged, unbroken
+from hostruntime.host.tasks import KeyedLocks, in_background, log_errors, shielded
 from hostruntime.image.trees import Check
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
@@ -151,7 +151,7 @@ class ContainerManager:
         A cancelled caller leaves the start to complete: it must then :meth:`stop` the owner.
         Raises HostFull, Conflict (the owner has one), HostError.
         """
-        return await unbroken(self._start(spec))
+        return await shielded(self._start(spec))
 
     async def _start(self, spec: ContainerSpec) -> Running:
         async with self._locks.holding(spec.owner):
@@ -178,11 +178,11 @@ class ContainerManager:
 
         Raises HostFault when the kernel does not let go of something; it may be called again.
         """
-        await unbroken(self._stop(owner, keep_disk=False))
+        await shielded(self._stop(owner, keep_disk=False))
 
     async def halt(self, owner: str) -> None:
         """:meth:`stop`, but keep the disk, for a capture."""
-        await unbroken(self._stop(owner, keep_disk=True))
+        await shielded(self._stop(owner, keep_disk=True))
 
     async def _stop(self, owner: str, *, keep_disk: bool) -> None:
         async with self._locks.holding(owner):
@@ -197,7 +197,7 @@ class ContainerManager:
         "freezing" of a group: cgroup.freeze in the kernel's cgroup-v2.rst.  A command under way
         stands still too, while the time it may take goes on.  Raises ContainerGone, HostFault.
         """
-        await unbroken(self._pause(owner))
+        await shielded(self._pause(owner))
 
     async def _pause(self, owner: str) -> None:
         async with self._locks.holding(owner):
@@ -210,7 +210,7 @@ class ContainerManager:
                 if not populated(group):
                     self.launchers.gate.admit(running.name)
                     raise ContainerGone(f"The container of {owner} ended as it was paused.")
-                if patience.spent():
+                if patience.exhausted():
                     self._thaw(running)
                     raise HostFault("The kernel did not freeze the sandbox; it runs on.")
                 await asyncio.sleep(_FREEZE_LOOKS_SECONDS)
@@ -450,7 +450,7 @@ class ContainerManager:
             await self._dismantle(running.owner)
         # The disk stays until whoever owned the container stops it: it may be captured.
         for tell in self.on_exit:
-            with logged(f"the end of {running.name} could not be told"):
+            with log_errors(f"the end of {running.name} could not be told"):
                 await tell(running.owner)
 
     def _clear_away(self, running: Running) -> None:
@@ -507,7 +507,7 @@ def _kill_all_but(groups: ContainerGroups, init_pid: int) -> None:
     finally:
         freeze_group(groups.unified, frozen=False)
     patience = Patience(_STRAYS_GRACE_SECONDS, lambda: set(pids_below(groups.unified)) - keep)
-    while set(pids_below(groups.unified)) - keep and not patience.spent():
+    while set(pids_below(groups.unified)) - keep and not patience.exhausted():
         signal_group(groups.unified, signal.SIGKILL, keep)
         time.sleep(0.005)
 
@@ -521,8 +521,8 @@ def _wait_for(pid: int, seconds: float) -> bool:
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
         patience = Patience(seconds, lambda: [pid])
-        while not patience.spent():
-            if poller.poll(patience.pause * 1000):
+        while not patience.exhausted():
+            if poller.poll(patience.poll_interval * 1000):
                 return True
         return False
     finally:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.host import kernel
-from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 
 # The writable layer is on a file system of its own: without xino, files of the image would have
 # another device number than the directories they are in, and look like mount points.
@@ -68,13 +68,13 @@ def id_extents(id_base: int) -> list[tuple[int, int, int]]:
     The last one lets the mounter's own id 0 through: overlayfs makes its work files as root,
     which an idmapped mount would otherwise refuse, and the overlay would be read-only.
     """
-    beyond = FAR_IDS[0] + FAR_IDS[2]
+    beyond = HIGH_IDS[0] + HIGH_IDS[2]
     return [*container_extents(id_base), (beyond, 0, 1)]
 
 
 def container_extents(id_base: int) -> list[tuple[int, int, int]]:
     """The (inside, outside, count) extents of the user namespace that a container runs in."""
-    return [(0, id_base, IDS_PER_SLOT), FAR_IDS]
+    return [(0, id_base, IDS_PER_SLOT), HIGH_IDS]
 
 
 def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
@@ -104,7 +104,7 @@ def unmount_rootfs(mounts: Path) -> None:
     """
     for name in ("merged/sys", "merged", "dev", "rw", "runtime", "image"):
         _unmount_all(mounts / name)
-    for point in kernel.mount_points(mounts):
+    for point in kernel.mount_points_under(mounts):
         kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
     for name in ("merged", "dev", "rw", "runtime", "image", "."):
         with contextlib.suppress(FileNotFoundError):

@@ -161,7 +161,7 @@ def rules() -> Iterator[Rule]:
     for call in ("clone", "unshare"):
         yield from (_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
     yield _bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
-    # Those beyond are all containers' (FAR_IDS), and what is counted would be counted together.
+    # Those beyond are all containers' (HIGH_IDS), and what is counted would be counted together.
     beyond = (Argument(0, "SCMP_CMP_GT", _LAST_ID),)
     yield from (Rule(call, errno.EINVAL, beyond) for call in _REAL_ID)
     for call in _REAL_ID_OR_NONE:

@@ -47,7 +47,7 @@ async def save_tmpfs(
     """
     file = await in_thread(_created, target)
     try:
-        patience = Patience(scaled(timeout), sign=lambda: file.tell())
+        patience = Patience(scaled(timeout), marker=lambda: file.tell())
         status = await _run_inside(
             containers, owner, SAVE_TMPFS, patience, output=file, max_bytes=max_bytes
         )
@@ -76,7 +76,7 @@ async def restore_tmpfs(
     when nothing was read for ``timeout`` seconds.
     """
     async with _fed(archive) as (stdin, taken):
-        patience = Patience(scaled(timeout), sign=taken)
+        patience = Patience(scaled(timeout), marker=taken)
         status = await _run_inside(containers, owner, RESTORE_TMPFS, patience, stdin=stdin)
         # Whatever it left behind could hold on to the pipe.
         await containers.kill_strays(owner)

@@ -24,7 +24,7 @@ from hostruntime.container.rootfs import RootfsPlan, container_extents, id_exten
 from hostruntime.errors import HostError
 from hostruntime.host import kernel
 from hostruntime.host.paths import ID_BASE, IDS_PER_SLOT
-from hostruntime.host.patience import Patience, tree_of
+from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import run
 from hostruntime.network import firewall
 from hostruntime.network.policy import deny_list
@@ -50,15 +50,15 @@ def openat2(_: Path) -> None:
 
 def user_namespace(_: Path) -> None:
     """Make user namespaces with a slot's range of host ids, as root and as the slot's root."""
-    kernel.user_namespace(id_extents(ID_BASE))
-    kernel.user_namespace(container_extents(ID_BASE), ID_BASE)
+    kernel.create_user_namespace(id_extents(ID_BASE))
+    kernel.create_user_namespace(container_extents(ID_BASE), ID_BASE)
 
 
 def idmapped_mount(directory: Path) -> None:
     """Mount the state directory's file system with ids shifted (mount_setattr(2), Linux 5.12)."""
     shown = _SCRATCH / "shown"
     shown.mkdir()
-    kernel.bind_idmapped(directory, shown, kernel.user_namespace(id_extents(ID_BASE)))
+    kernel.bind_idmapped(directory, shown, kernel.create_user_namespace(id_extents(ID_BASE)))
     owner = directory.stat().st_uid
     if owner < IDS_PER_SLOT and shown.stat().st_uid != ID_BASE + owner:
         raise TrialError("an id-mapped mount shows ids as they are")
@@ -79,7 +79,7 @@ def overlay(directory: Path) -> None:
     disk.mount_nameless(directory, made, _DISK_MB)
     (made / "runtime").mkdir()
     plan = RootfsPlan(_SCRATCH / "root", directory, made / "runtime", made, None, ID_BASE)
-    os.chdir(mount_rootfs(plan, kernel.user_namespace(id_extents(ID_BASE))))
+    os.chdir(mount_rootfs(plan, kernel.create_user_namespace(id_extents(ID_BASE))))
     owner = Path().stat()
     os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
     os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
@@ -168,11 +168,11 @@ def attempt(trial: Callable[[Path], None], directory: Path) -> str | None:
     child = _fork(lambda: _in_private(trial, directory, writing))
     os.close(writing)
     with os.fdopen(reading, "rb") as said:
-        patience = Patience(_SECONDS, lambda: tree_of(child))
+        patience = Patience(_SECONDS, lambda: process_tree(child))
         status = _status(child, patience)
         error = said.read(_ERROR_BYTES).decode("utf-8", "replace")
     if status is None:
-        return f"it {patience.why}"
+        return f"it {patience.reason}"
     return error or (f"it was killed by signal {-status}" if status else None)
 
 
@@ -200,7 +200,7 @@ def _fork(action: Callable[[], object]) -> int:
 
 def _status(child: int, patience: Patience) -> int | None:
     """How a child ended, negative for a signal; None if it had to be killed."""
-    while not patience.spent():
+    while not patience.exhausted():
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)

@@ -29,7 +29,14 @@ from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged, unbroken
+from hostruntime.host.tasks import (
+    KeyedLocks,
+    cancel_and_wait,
+    every,
+    in_thread,
+    log_errors,
+    shielded,
+)
 from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.image.identity import give_identity
 from hostruntime.image.store import Image, ImageStore
@@ -91,7 +98,7 @@ class Sandbox:
     @property
     def end(self) -> float | None:
         """When it ends, in Unix seconds by the clock as it goes now."""
-        now = clock.deadline_of(self.due)
+        now = clock.to_wall_clock(self.due)
         # As it was asked for, while the clock has not been set.
         same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
         return self.deadline if same else now
@@ -103,8 +110,8 @@ class Sandbox:
 
     def until(self, deadline: float | None) -> Sandbox:
         """The same with another end, in Unix seconds."""
-        due = clock.due(deadline)
-        return replace(self, deadline=deadline, due=due, boot=clock.this_boot())
+        due = clock.to_boottime(deadline)
+        return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
 
 
 _SANDBOX = TypeAdapter(Sandbox)
@@ -164,7 +171,7 @@ class SandboxManager:
         return found
 
     async def _take_up(self, sandbox: Sandbox) -> None:
-        if sandbox.state == "running" and sandbox.boot != clock.this_boot():
+        if sandbox.state == "running" and sandbox.boot != clock.boot_id():
             # Written by an agent that knew no other clock.
             sandbox = sandbox.until(sandbox.deadline)
         if sandbox.state == "running" and not self._adopt(sandbox):
@@ -184,14 +191,14 @@ class SandboxManager:
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes stay."""
-        await end(self._sweeper)
+        await cancel_and_wait(self._sweeper)
         await self.usage.close()
 
     async def freeze_again(self) -> None:
         """What the records call paused is frozen, whatever the last agent had come to."""
         for sandbox in self.list():
             if sandbox.state == "running" and sandbox.paused:
-                with logged(f"sandbox {sandbox.request.id} cannot be paused again"):
+                with log_errors(f"sandbox {sandbox.request.id} cannot be paused again"):
                     await self.containers.pause(sandbox.request.id)
 
     # What is asked of it -------------------------------------------------------------------
@@ -220,7 +227,7 @@ class SandboxManager:
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
         policy = _checked(request)
-        return await unbroken(self._create(request, policy))
+        return await shielded(self._create(request, policy))
 
     async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
         async with self._locks.holding(request.id):
@@ -297,7 +304,7 @@ class SandboxManager:
 
     async def terminate(self, sandbox_id: str) -> None:
         """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
-        await unbroken(self._terminate(sandbox_id))
+        await shielded(self._terminate(sandbox_id))
 
     async def _terminate(self, sandbox_id: str) -> None:
         self.snapshots.interrupt(sandbox_id)
@@ -321,7 +328,7 @@ class SandboxManager:
 
         Raises NotFound, ContainerGone, HostFault (it runs on).
         """
-        return await unbroken(self._pause(sandbox_id, deadline))
+        return await shielded(self._pause(sandbox_id, deadline))
 
     async def _pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         async with self._locks.holding(sandbox_id):
@@ -337,7 +344,7 @@ class SandboxManager:
 
         Raises NotFound, ContainerGone.
         """
-        return await unbroken(self._resume(sandbox_id, deadline))
+        return await shielded(self._resume(sandbox_id, deadline))
 
     async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         async with self._locks.holding(sandbox_id):
@@ -370,7 +377,7 @@ class SandboxManager:
     async def _counted(
         self, frames: AsyncGenerator[Frame, None], quota: Quota | None
     ) -> AsyncGenerator[Frame, None]:
-        with self.commands.one_more(quota):
+        with self.commands.track(quota):
             async with contextlib.aclosing(frames):
                 async for frame in frames:
                     yield frame
@@ -394,10 +401,10 @@ class SandboxManager:
                 continue  # At the next pass: the others must not wait for the copy.
             if sandbox.state == "running" and sandbox.is_over:
                 # One that cannot be ended keeps no other from its end.
-                with logged(f"sandbox {name} is past its deadline and cannot be ended"):
+                with log_errors(f"sandbox {name} is past its deadline and cannot be ended"):
                     await self._expire(name)
             elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
-                with logged(f"sandbox {name} is long gone and cannot be forgotten"):
+                with log_errors(f"sandbox {name} is long gone and cannot be forgotten"):
                     await self._forget(sandbox)
 
     async def _forget(self, sandbox: Sandbox) -> None:

@@ -417,7 +417,7 @@ def frozen(group: Path) -> Iterator[None]:
     try:
         patience = Patience(FREEZE_SECONDS, lambda: pids_below(group))
         while not is_frozen(group):
-            if patience.spent():
+            if patience.exhausted():
                 raise HostFault("A process of the sandbox waits for the kernel; try again.")
             time.sleep(_POLL_SECONDS)
         yield

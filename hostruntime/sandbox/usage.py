@@ -25,10 +25,10 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.container.cgroups import ContainerGroups
-from hostruntime.host.days import by_day
+from hostruntime.host.days import split_by_day
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged
+from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, every, in_thread, log_errors
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
 
@@ -81,7 +81,7 @@ class Meter:
         last = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
         gb_seconds = (last + reading.memory_bytes) / 2 * seconds / _GB
         cpu_seconds = max(reading.cpu_us - self.cpu_us, 0) / 1e6
-        for day, share in by_day(now - seconds, now):
+        for day, share in split_by_day(now - seconds, now):
             sums = self.days.setdefault(day.isoformat(), [0.0, 0.0])
             sums[0] += cpu_seconds * share
             sums[1] += gb_seconds * share
@@ -169,7 +169,7 @@ class UsageBook:
 
     async def close(self) -> None:
         """Stop reading; write everything down."""
-        await end(self._sampler)
+        await cancel_and_wait(self._sampler)
         for meter in self._running():
             await self._save(meter)
 
@@ -249,7 +249,7 @@ class UsageBook:
     def _write(self, meter: Meter) -> None:
         meter.saved_at = time.monotonic()
         # A full disk must not keep a sandbox from ending; memory still has the sums.
-        with logged(f"what sandbox {meter.id} uses could not be written down"):
+        with log_errors(f"what sandbox {meter.id} uses could not be written down"):
             write_json(self._path(meter.id), asdict(meter))
 
     def _surplus(self) -> Meters:

@@ -37,7 +37,7 @@ class Agree(Claim):
 
 
 @dataclass(frozen=True)
-class StandingInfo(Message):
+class InstallationInfo(Message):
     """Which installation the host's state is of; ``mismatch`` is why nothing is reconciled."""
 
     id: str = ""

@@ -15,9 +15,9 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
-from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.keeping import HeldInfo, InstallationInfo, Reconcile, Reconciliation
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.core.hosts import errors_told, host
@@ -144,7 +144,7 @@ def adopt_restored(paths: StatePaths) -> Installation:
     Raises ``OSError``.
     """
     row = marked_anew(0)
-    InstallationBook(paths).adopt(row.claim())
+    InstallationStore(paths).adopt(row.claim())
     return confirmed(row)
 
 
@@ -165,7 +165,7 @@ def confirmed(row: Installation) -> Installation:
     return row
 
 
-def standing() -> StandingInfo:
+def standing() -> InstallationInfo:
     """What the state directory says of itself. Raises ``HostUnavailable``."""
     with errors_told():
         return host().installation()

@@ -494,7 +494,7 @@ def test_a_command_past_those_that_may_run_at_once_is_a_429_that_says_whose_limi
     api: Client, host: FakeHost, box: str, team: Team, *, stream: bool
 ) -> None:
     TeamLimits.objects.create(team=team, max_concurrent_commands=1)
-    with host.running.one_more(Quota(team.pk, 99)):
+    with host.running.track(Quota(team.pk, 99)):
         answer = run(api, box, stream=stream)
         said = refusal(answer, 429, "rate_limited")
         assert int(answer["Retry-After"]) > 0
@@ -508,5 +508,5 @@ def test_another_teams_commands_count_for_nobody_else(
     api: Client, host: FakeHost, box: str, team: Team, other_team: Team
 ) -> None:
     TeamLimits.objects.create(team=team, max_concurrent_commands=1)
-    with host.running.one_more(Quota(other_team.pk, 99)):
+    with host.running.track(Quota(other_team.pk, 99)):
         assert run(api, box).status_code == 200

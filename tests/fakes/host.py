@@ -391,12 +391,12 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         return answer
 
     async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
-        with self.running.one_more(request.quota):
+        with self.running.track(request.quota):
             return self.exec(sandbox_id, request)
 
     async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
         """What ``frames`` has for the command; an error among them is raised."""
-        with self.running.one_more(request.quota):
+        with self.running.track(request.quota):
             self._note(sandbox_id, request)
         told = False
         try:

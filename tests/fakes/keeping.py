@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hostruntime.errors import ImageNotFound, NotFound
-from hostruntime.host.installation import InstallationBook
+from hostruntime.host.installation import InstallationStore
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import RECONCILE_MOST
 from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 from hostruntime.wire.images import ImageInfo
-from hostruntime.wire.keeping import Claim, HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.keeping import Claim, HeldInfo, InstallationInfo, Reconcile, Reconciliation
 from hostruntime.wire.sandboxes import SnapshotInfo
 
 
@@ -33,19 +33,19 @@ class FakeKeeping:
         return tempfile.TemporaryDirectory(prefix="orkestr-fake-")
 
     @property
-    def book(self) -> InstallationBook:
-        return InstallationBook(StatePaths(Path(self._directory.name)))
+    def book(self) -> InstallationStore:
+        return InstallationStore(StatePaths(Path(self._directory.name)))
 
     @cached_property
     def held(self) -> dict[str, tuple[HeldInfo, Any]]:
         return {}
 
-    def installation(self) -> StandingInfo:
+    def installation(self) -> InstallationInfo:
         """As the client."""
         self._up()
         return self.book.read().info()
 
-    def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
+    def agree(self, claim: Claim, *, known: bool | None = None) -> InstallationInfo:
         """As the client."""
         self._up()
         empty = not self.stored and not self.taken
@@ -53,7 +53,7 @@ class FakeKeeping:
             self.book.refuse(empty=empty)
         return self.book.agree(claim, empty=empty, known=bool(known)).info()
 
-    def adopt(self, claim: Claim) -> StandingInfo:
+    def adopt(self, claim: Claim) -> InstallationInfo:
         """As the client."""
         self._up()
         return self.book.adopt(claim).info()

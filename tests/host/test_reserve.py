@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.host]
 
 MIB = 1024 * 1024
 SIZE_MB = 1536
-# A fifth of it is the least that is reserved of a disk that is not small (hostruntime.host.room).
+# At least a fifth of it is reserved on a disk that is not small (hostruntime.host.disk_space).
 LEAST_MB = 5 * 1024
 MOUNTED = "loop,errors=remount-ro"
 # Goes on until it is stopped; each file is one write(2) after the other.  Paced to 50 MiB a second

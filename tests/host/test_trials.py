@@ -14,7 +14,7 @@ import pytest
 
 from hostruntime.container import trials
 from hostruntime.container.trials import TRIALS, attempt
-from hostruntime.host.kernel import mount_points
+from hostruntime.host.kernel import mount_points_under
 from tests.host.network import wait_until
 
 pytestmark = pytest.mark.host
@@ -37,7 +37,7 @@ def loops_of(directory: Path) -> list[str]:
 
 def left_by(directory: Path) -> list[str]:
     groups = [str(path) for path in trials._CGROUPS.rglob("orkestr-trial-*")]
-    mounts = [str(path) for path in mount_points(directory)]
+    mounts = [str(path) for path in mount_points_under(directory)]
     return [*map(str, directory.iterdir()), *loops_of(directory), *groups, *mounts]
 
 

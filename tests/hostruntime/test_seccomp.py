@@ -12,7 +12,7 @@ import pytest
 
 from hostruntime.container import seccomp
 from hostruntime.host import kernel
-from hostruntime.host.paths import FAR_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -72,7 +72,7 @@ def test_a_real_id_may_stay_as_it_is(number: int, abi: int) -> None:
 
 
 def test_ids_of_files_alone_are_apart_from_every_slots() -> None:
-    inside, outside, count = FAR_IDS
+    inside, outside, count = HIGH_IDS
     assert inside == IDS_PER_SLOT
     assert outside >= ID_BASE + ID_COUNT
     assert outside + count < 2**32 - 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container.cgroups import CgroupLayout, ContainerGroups
-from hostruntime.host.days import by_day
+from hostruntime.host.days import split_by_day
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.image.trash import Trash
@@ -52,12 +52,14 @@ def totals(meter: Meter) -> list[float]:
 
 
 def test_a_stretch_over_midnight_is_shared_by_its_days() -> None:
-    assert list(by_day(MIDNIGHT - 30, MIDNIGHT + 10)) == [
+    assert list(split_by_day(MIDNIGHT - 30, MIDNIGHT + 10)) == [
         (date(2026, 11, 23), 0.75),
         (date(2026, 11, 24), 0.25),
     ]
-    assert list(by_day(MIDNIGHT, MIDNIGHT)) == [(date(2026, 11, 24), 1.0)]
-    assert [share for _, share in by_day(MIDNIGHT - 86400, MIDNIGHT + 2 * 86400)] == [1 / 3] * 3
+    assert list(split_by_day(MIDNIGHT, MIDNIGHT)) == [(date(2026, 11, 24), 1.0)]
+    assert [share for _, share in split_by_day(MIDNIGHT - 86400, MIDNIGHT + 2 * 86400)] == [
+        1 / 3
+    ] * 3
 
 
 def test_memory_is_the_mean_of_two_readings_times_the_time() -> None:

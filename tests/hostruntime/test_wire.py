@@ -43,10 +43,10 @@ from hostruntime.wire.keeping import (
     Agree,
     Claim,
     HeldInfo,
+    InstallationInfo,
     Quarantine,
     Reconcile,
     Reconciliation,
-    StandingInfo,
 )
 from hostruntime.wire.message import MalformedError, Message, decode, encode, from_fields
 from hostruntime.wire.resources import Resources
@@ -122,7 +122,7 @@ MESSAGES: list[Message] = [
     Progress("error", error={"code": "host_fault", "detail": "No."}),
     CLAIM,
     Agree("i", 7, "mark", known=True),
-    StandingInfo("i", 7, "Another's.", 1.0),
+    InstallationInfo("i", 7, "Another's.", 1.0),
     Reconcile(CLAIM, images=["img"], snapshots=None),
     Reconciliation(["img"], ["snap"]),
     HELD,
@@ -180,7 +180,7 @@ def test_a_field_of_a_newer_side_is_left_out(message: Message) -> None:
     assert decode(type(message), json.dumps(wire)) == message
 
 
-@pytest.mark.parametrize("message", [SANDBOX, IMAGE, HELD, HOST, BASE, StandingInfo()])
+@pytest.mark.parametrize("message", [SANDBOX, IMAGE, HELD, HOST, BASE, InstallationInfo()])
 def test_a_field_that_an_older_side_does_not_have_takes_its_default(message: Message) -> None:
     brief = json.loads(encode(message, brief=True))
     assert decode(type(message), json.dumps(brief)) == message

@@ -16,12 +16,12 @@ from hostruntime.agent.keeping import Keeping
 from hostruntime.agent.responses import defect, disk_error, gone_away, host_error
 from hostruntime.agent.routes import builds, commands, files, health, images, keeping, sandboxes
 from hostruntime.errors import HostError
-from hostruntime.host.installation import InstallationBook
+from hostruntime.host.installation import InstallationStore
 
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
-    kept = Keeping(InstallationBook(host.paths), host.store, host.sandboxes.snapshots)
+    kept = Keeping(InstallationStore(host.paths), host.store, host.sandboxes.snapshots)
     routes = [
         *health.routes(host),
         *images.routes(host.store, host.bases),
