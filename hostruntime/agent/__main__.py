@@ -88,7 +88,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._host.builds.going()
         self._host.sandboxes.changes.close()
-        self._host.containers.kill_execs()
+        self._host.containers.kill_commands()
 
 
 async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:

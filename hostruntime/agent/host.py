@@ -20,7 +20,7 @@ from hostruntime.build.manager import BuildManager
 from hostruntime.container import apparmor, delegation, shared_limits
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.manager import ContainerManager, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
 from hostruntime.host.disk_space import DiskSpace
@@ -100,7 +100,7 @@ class Host:
         await self.sandboxes.close()
         await self.bases.close()
         await self.builds.close()
-        self.containers.kill_execs()
+        self.containers.kill_commands()
         await self.launchers.close()
         await self.containers.close()
         await asyncio.to_thread(self.pool.close)
@@ -158,7 +158,7 @@ class Host:
         with log_errors("the AppArmor profile could not be checked"):
             await asyncio.to_thread(self._ensure_profile)
         with log_errors("a launcher near a limit could not be replaced"):
-            await self.launchers.tend()
+            await self.launchers.maintain()
         with log_errors("what containers tried to reach could not be read"):
             await asyncio.to_thread(self.pool.record_attempts)
         with log_errors("the egress proxy could not be checked"):
@@ -211,7 +211,7 @@ def _launchers(paths: StatePaths, instance: Instance, keep: Sequence[int]) -> La
     label = apparmor.profile_name(instance)
     if label is not None:
         apparmor.load(label)
-    return LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep, label)
+    return LauncherPool(lxc_dir(instance), paths.root / "launcher.log", keep, label)
 
 
 def _host(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hostruntime.container.cgroups import cgroup_layout, kill_group
 from hostruntime.container.disk import Disks
-from hostruntime.container.manager import dismantle, lxcpath_of, roots_of
+from hostruntime.container.manager import dismantle, lxc_dir, roots_dir
 from hostruntime.errors import HostError
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.records import BadRecord
@@ -49,7 +49,7 @@ def reclaim(
         # Without its network namespace or its policy a container must not go on.
         _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
         _dismantle_all_but(instance, live - cut_off)
-    Disks(paths, instance).release_all_but(live - cut_off)
+    Disks(paths, instance).release_except(live - cut_off)
     store.recover((live - cut_off) | users_of_images(paths))
     return frozenset(live - cut_off)
 
@@ -65,8 +65,8 @@ def take_down(
     _dismantle_all_but(instance, set(), told)
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)
-    disks.release_all_but(())
-    for directory in (roots_of(instance), lxcpath_of(instance), disks.mounts):
+    disks.release_except(())
+    for directory in (roots_dir(instance), lxc_dir(instance), disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -92,7 +92,7 @@ def _dismantle_all_but(
     instance: Instance, live: set[str], told: Told = lambda done, of: None
 ) -> None:
     keep = {f"{instance.prefix}{owner}" for owner in live}
-    roots = roots_of(instance)
+    roots = roots_dir(instance)
     names = set(cgroup_layout().container_names(instance.prefix))
     with contextlib.suppress(FileNotFoundError):
         names |= {path.name for path in roots.iterdir()}

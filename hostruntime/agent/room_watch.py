@@ -166,7 +166,7 @@ class RoomWatch:
         if self._change is None or self._change.done():
             self._change = self._changer.submit(self._touch, room)
         if near:
-            self._growth.note({owner: size.whole for owner, size in sizes.items()})
+            self._growth.note({owner: size.when_written for owner, size in sizes.items()})
         else:
             self._growth = Growth()
         self._say(room)
@@ -265,7 +265,7 @@ class RoomWatch:
 
     def _let_go(self) -> None:
         for owner in self.containers.held():
-            self._start("let go", owner, self.containers.let_go(owner))
+            self._start("let go", owner, self.containers.release(owner))
 
     def _end_one(self, room: DiskSpace) -> None:
         if time.monotonic() < self._next_end:

@@ -172,7 +172,7 @@ class BuildManager:
             policy = _checked(request)
             if request.cache is not None:
                 check_name(request.cache.scope)
-            await in_thread(self._host.containers.require_room)
+            await in_thread(self._host.containers.require_space)
             build = await in_thread(self._new, request.id, {"request": asdict(request)})
             self._running[build.id] = build
             work = self._run(build, request, policy)

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
-from hostruntime.container.exec import Frame, shell
-from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.container.exec import Frame, shell_argv
+from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, NotFound
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
@@ -233,7 +233,7 @@ class SandboxManager:
         async with self._locks.holding(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
-            await in_thread(self.containers.require_room)
+            await in_thread(self.containers.require_space)
             if request.snapshot is None:
                 return await self._begin(request, policy, None), True
             async with self.snapshots.opened(request.snapshot) as snapshot:
@@ -275,11 +275,11 @@ class SandboxManager:
             return self.store.acquire(request.image, request.id)
         return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
 
-    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> Running:
+    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> RunningContainer:
         if snapshot is None:
             return await self.containers.start(spec)
         disk = self.snapshots.disk(snapshot)
-        running = await self.containers.start(replace(spec, saved_disk=disk, provide=None))
+        running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
             await self.snapshots.restore(snapshot, spec.owner)
         except BaseException:
@@ -468,7 +468,7 @@ class SandboxManager:
             return False
         spec = self._spec(sandbox, _checked(sandbox.request))
         name = self.containers.name_of(sandbox.request.id)
-        running = Running(
+        running = RunningContainer(
             sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
         )
         return self.containers.adopt(running, paused=sandbox.paused)
@@ -530,7 +530,7 @@ def read_sandbox(directory: Path) -> Sandbox | None:
     return sandbox
 
 
-def _started(sandbox: Sandbox, running: Running) -> Sandbox:
+def _started(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
     return replace(
         sandbox,
         state="running",
@@ -551,7 +551,7 @@ def _argv(request: Exec) -> Sequence[str]:
     if any("\0" in text for text in (*argv, request.cwd)):
         raise InvalidRequest("A command cannot contain a NUL character.")
     check_environment(request.env)
-    return shell(given) if isinstance(given, str) else argv
+    return shell_argv(given) if isinstance(given, str) else argv
 
 
 def _checked(request: CreateSandbox) -> Policy:

@@ -35,10 +35,10 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.build.layers import DISK, TMPFS
-from hostruntime.container.cgroups import Limits, cgroup_layout, freeze_group, is_frozen, pids_below
-from hostruntime.container.disk import Disks, mend
+from hostruntime.container.cgroups import Limits, cgroup_layout, freeze_group, is_frozen, pids_under
+from hostruntime.container.disk import Disks, repair
 from hostruntime.container.manager import ContainerManager
-from hostruntime.container.tmpfs import CHANGED, restore_tmpfs, save_tmpfs
+from hostruntime.container.tmpfs import TAR_FILES_CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
 from hostruntime.host import kernel
 from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
@@ -290,7 +290,7 @@ class SnapshotManager:
                 async with turn:
                     still_runs()
                     frozen_ms = await self._copy(directory / DISK, source.sandbox, stop)
-                await in_thread(mend, directory / DISK)
+                await in_thread(repair, directory / DISK)
                 stop.check()
                 return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
         except BaseException:
@@ -313,7 +313,7 @@ class SnapshotManager:
         status = await save_tmpfs(
             self.containers, source.sandbox, target, max_bytes=int(most), timeout=ARCHIVE_SECONDS
         )
-        if status not in {0, CHANGED}:
+        if status not in {0, TAR_FILES_CHANGED}:
             raise HostFault(
                 "What is in /workspace and /tmp could not be archived: `tar` in the sandbox "
                 f"{'took too long' if status is None else f'ended with status {status}'}."
@@ -324,7 +324,7 @@ class SnapshotManager:
         name = self.containers.name_of(sandbox)
         self.frozen.add(sandbox)
         try:
-            async with self.containers.launchers.gate.shut(name):
+            async with self.containers.launchers.gate.closed(name):
                 return await stop.in_thread(self._copy_frozen, target, sandbox, stop)
         finally:
             self.frozen.discard(sandbox)
@@ -332,7 +332,7 @@ class SnapshotManager:
     def _copy_frozen(self, target: Path, sandbox: str, stop: Stop) -> float:
         began = time.monotonic()
         with frozen(cgroup_layout().container(self.containers.name_of(sandbox)).unified):
-            self.containers.disks.save_open(sandbox, target, stop.check)
+            self.containers.disks.save_frozen(sandbox, target, stop.check)
         return (time.monotonic() - began) * 1000
 
     def _publish(
@@ -377,7 +377,7 @@ class SnapshotManager:
 
     def _require_room(self, size_bytes: int) -> None:
         try:
-            self.containers.disks.require_room(size_bytes)
+            self.containers.disks.require_space(size_bytes)
         except HostFull as error:
             raise HostFull(
                 "The host's disk has no room for another copy of this sandbox's disk."
@@ -415,7 +415,7 @@ def frozen(group: Path) -> Iterator[None]:
     """Everything in a control group stands still in here.  Blocks; raises HostFault."""
     freeze_group(group, frozen=True)
     try:
-        patience = Patience(FREEZE_SECONDS, lambda: pids_below(group))
+        patience = Patience(FREEZE_SECONDS, lambda: pids_under(group))
         while not is_frozen(group):
             if patience.exhausted():
                 raise HostFault("A process of the sandbox waits for the kernel; try again.")

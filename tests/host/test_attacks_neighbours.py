@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.client.host_client import HostClient
-from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
@@ -85,7 +85,7 @@ def host_status(agent: Agent, sandbox: SandboxInfo) -> Path:
     group = cgroup_layout().container(f"{agent.prefix}{sandbox.id}")
     pid = group.init_pid()
     assert pid is not None
-    assert pid in pids_below(group.unified)
+    assert pid in pids_under(group.unified)
     return Path(f"/proc/{pid}")
 
 

@@ -114,7 +114,7 @@ def test_who_is_held_is_told_or_waits() -> None:
         assert not entering.done()
         await gate.forget("waits")
         await asyncio.wait_for(entering, 5)
-        await gate.let_go("told")
+        await gate.release("told")
         async with gate.entering("told"):
             pass
 

@@ -171,11 +171,11 @@ def test_a_filter_that_is_not_installed_is_not_passed_over() -> None:
 
 
 def test_the_profile_has_a_line_for_each_rule_and_is_written_once(tmp_path: Path) -> None:
-    path = seccomp.profile_in(tmp_path)
+    path = seccomp.write_profile(tmp_path)
     lines = path.read_text().splitlines()
     assert lines[:3] == ["2", "denylist", "[all]"]
     assert len(lines) - 3 == len(list(seccomp.rules())) == len(set(lines[3:]))
     assert f"ioctl errno 1 [1,{0x5412},SCMP_CMP_MASKED_EQ,{0xFFFF_FFFF}]" in lines
     written = path.stat().st_mtime_ns
-    assert seccomp.profile_in(tmp_path) == path
+    assert seccomp.write_profile(tmp_path) == path
     assert path.stat().st_mtime_ns == written

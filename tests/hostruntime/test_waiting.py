@@ -231,7 +231,7 @@ async def test_an_archive_that_grows_is_waited_for(
 def test_a_process_that_is_slow_to_end_is_waited_for() -> None:
     for argv, ended in ((python(WORKING, 5), True), (python(IDLING), False)):
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
-            assert manager._wait_for(process.pid, 0.8) is ended
+            assert manager._wait_for_exit(process.pid, 0.8) is ended
             process.kill()
 
 
@@ -245,7 +245,7 @@ def test_a_group_that_does_not_freeze_while_it_works_is_waited_for(
     monkeypatch.setattr(snapshots, "is_frozen", lambda _: time.monotonic() > began + 2.5)
     for argv, stands in ((python(WORKING, 30), True), (["sleep", "600"], False)):
         with running(argv) as process:
-            monkeypatch.setattr(snapshots, "pids_below", lambda _, pid=process.pid: [pid])
+            monkeypatch.setattr(snapshots, "pids_under", lambda _, pid=process.pid: [pid])
             began = time.monotonic()
             with contextlib.ExitStack() as stack:
                 if not stands:

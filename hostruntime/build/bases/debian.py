@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.build.bases.definitions import DEBIAN_SUITE, BaseDefinition
-from hostruntime.container.joining import PLACE
+from hostruntime.container.merging import PLACEHOLDER
 from hostruntime.errors import HostFault, HostUnavailable
 from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import Process, spawn
@@ -82,7 +82,7 @@ def _finish(
         raise HostFault(reason_in(log.read_text(errors="replace")))
     if named:
         # A container is told of the mirrors of the host it runs on.
-        (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
+        (target / "etc/apt/sources.list").write_bytes(PLACEHOLDER + b"\n")
     _add(base, target)
     log.unlink()
 
