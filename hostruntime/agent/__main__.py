@@ -29,7 +29,7 @@ from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
 
 _LOCK_SECONDS = 10.0
-_TOLD_EVERY = 25
+_PROGRESS_EVERY = 25
 _REQUESTS_GRACE_SECONDS = 1
 _SOCKET_MODE = 0o660
 # M_ARENA_MAX of mallopt(3), and how many heaps our threads share.
@@ -49,11 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         paths = StatePaths(options.state_dir.resolve())
         if options.action == "teardown":
             if paths.root.is_dir():
-                with _only_agent(paths):
-                    tear_down(paths.ensure(), _tell)
+                with _exclusive_lock(paths):
+                    tear_down(paths.ensure(), _print_progress)
             return 0
         path = options.socket or paths.root / "sock"
-        with _only_agent(paths.ensure()) as lock, _listening(path, options.socket_group) as sock:
+        with _exclusive_lock(paths.ensure()) as lock, _listen(path, options.socket_group) as sock:
             asyncio.run(_serve(paths, sock, lock))
     except (HostError, OSError) as error:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _tell(done: int, of: int) -> None:
+def _print_progress(done: int, total: int) -> None:
     """Say on standard output how far the teardown is; the log goes elsewhere."""
-    if done == of or done % _TOLD_EVERY == 0:
-        print(f"ended {done} of {of} containers", flush=True)  # noqa: T201 - the command's answer
+    if done == total or done % _PROGRESS_EVERY == 0:
+        print(f"ended {done} of {total} containers", flush=True)  # noqa: T201 - the command's answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
 async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
     _raise_file_limit()
     share_heaps()
-    host = await Host.open(paths, keep=[lock])
+    host = await Host.open(paths, inherited_fds=[lock])
     try:
         config = uvicorn.Config(
             application(host),
@@ -114,8 +114,8 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
 
 
 def _raise_file_limit() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def share_heaps() -> None:
@@ -131,7 +131,7 @@ def share_heaps() -> None:
 
 
 @contextmanager
-def _listening(path: Path, group: str | None) -> Iterator[socket.socket]:
+def _listen(path: Path, group: str | None) -> Iterator[socket.socket]:
     """A Unix socket that root and ``group`` may connect to.  Raises InvalidRequest, OSError."""
     gid = _group_id(group) if group else 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _group_id(name: str) -> int:
 
 
 @contextmanager
-def _only_agent(paths: StatePaths) -> Iterator[int]:
+def _exclusive_lock(paths: StatePaths) -> Iterator[int]:
     """Hold the pid file's lock; launchers hold it too, so that none outlives its agent unseen.
 
     Raises HostUnavailable when another agent has it.
@@ -167,9 +167,9 @@ def _only_agent(paths: StatePaths) -> Iterator[int]:
     descriptor = os.open(paths.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         # Not for as long as the other works: it may be there to stay.
-        until = time.monotonic() + scaled(_LOCK_SECONDS)
+        deadline = time.monotonic() + scaled(_LOCK_SECONDS)
         while not _try_lock(descriptor):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 raise HostUnavailable(
                     f"Another host agent (pid {pid}) runs on {paths.root}. Stop it first."

@@ -17,12 +17,12 @@ from pathlib import Path
 from hostruntime.host.disk_space import DiskSpace
 
 _MIB = 1024**2
-_MOST_BYTES = 256 * _MIB
-_LEAST_BYTES = 16 * _MIB
+_MAX_BYTES = 256 * _MIB
+_MIN_BYTES = 16 * _MIB
 # Of a small file system it takes less.
 _SHARE = 1 / 32
 # It goes when so little is left of the reserve, and is taken when so much is free, in reserves.
-RELEASE_BELOW, TAKE_ABOVE = 0.25, 1.5
+RELEASE_BELOW, ALLOCATE_ABOVE = 0.25, 1.5
 _log = logging.getLogger(__name__)
 
 
@@ -33,14 +33,14 @@ class Ballast:
     path: Path
     _refused: bool = False
 
-    def balance(self, room: DiskSpace) -> None:
+    def balance(self, space: DiskSpace) -> None:
         """Take it, or let it go, as the room is."""
-        if room.read_only:
+        if space.read_only:
             return
-        if room.free_ratio < RELEASE_BELOW:
+        if space.free_ratio < RELEASE_BELOW:
             self.release()
-        elif room.free_ratio > TAKE_ABOVE and not self._refused:
-            self._take(room)
+        elif space.free_ratio > ALLOCATE_ABOVE and not self._refused:
+            self._allocate(space)
 
     def release(self) -> None:
         """Give the room back; idempotent.  Raises OSError."""
@@ -51,30 +51,34 @@ class Ballast:
         _log.error("the disk is nearly full: the ballast %s was let go", self.path)
 
     @property
-    def is_held(self) -> bool:
+    def is_allocated(self) -> bool:
         """Whether there is any."""
         return self.path.exists()
 
-    def _take(self, room: DiskSpace) -> None:
-        size = ballast_bytes(room)
-        if self.is_held or size < _LEAST_BYTES or room.after_writing(size).free_ratio <= TAKE_ABOVE:
+    def _allocate(self, space: DiskSpace) -> None:
+        size = ballast_bytes(space)
+        if (
+            self.is_allocated
+            or size < _MIN_BYTES
+            or space.after_writing(size).free_ratio <= ALLOCATE_ABOVE
+        ):
             return
-        fresh = self.path.with_suffix(".new")
+        temporary = self.path.with_suffix(".new")
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(fresh, flags, 0o600)
+            descriptor = os.open(temporary, flags, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, size)
             finally:
                 os.close(descriptor)
-            fresh.rename(self.path)
+            temporary.rename(self.path)
         except OSError as error:
             self._refused = True
             _log.warning("there is no ballast on this file system: %s", error.strerror)
             with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
 
-def ballast_bytes(room: DiskSpace) -> int:
+def ballast_bytes(space: DiskSpace) -> int:
     """How much it is on such a file system."""
-    return int(min(_MOST_BYTES, room.size_bytes * _SHARE, room.reserve_bytes / 2))
+    return int(min(_MAX_BYTES, space.size_bytes * _SHARE, space.reserve_bytes / 2))

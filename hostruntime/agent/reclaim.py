@@ -24,12 +24,12 @@ from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.network.slots import SlotPool
 from hostruntime.sandbox.manager import read_sandbox
-from hostruntime.sandbox.snapshots import clear_half_made, users_of_images
+from hostruntime.sandbox.snapshots import image_users, remove_incomplete
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = 8
+_PARALLEL = 8
 
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 def reclaim(
@@ -39,30 +39,33 @@ def reclaim(
 
     The pool must be set up.  Raises HostError or OSError when something will not go.
     """
-    clear_half_made(paths, instance, store.trash)
+    remove_incomplete(paths, instance, store.trash)
     candidates = _recorded_as_running(paths.sandboxes)
-    live = {owner for owner in candidates if _runs(instance, owner)}
-    _dismantle_all_but(instance, live)
+    live = {owner for owner in candidates if _is_running(instance, owner)}
+    _dismantle_except(instance, live)
     pool.reclaim(live)
-    cut_off = {owner for owner in live if pool.slot_of(owner) is None}
-    if cut_off:
+    without_slot = {owner for owner in live if pool.slot_of(owner) is None}
+    if without_slot:
         # Without its network namespace or its policy a container must not go on.
-        _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
-        _dismantle_all_but(instance, live - cut_off)
-    Disks(paths, instance).release_except(live - cut_off)
-    store.recover((live - cut_off) | users_of_images(paths))
-    return frozenset(live - cut_off)
+        _log.error("stopping %s: the network slot is gone", ", ".join(sorted(without_slot)))
+        _dismantle_except(instance, live - without_slot)
+    Disks(paths, instance).release_except(live - without_slot)
+    store.recover((live - without_slot) | image_users(paths))
+    return frozenset(live - without_slot)
 
 
-def take_down(
-    paths: StatePaths, instance: Instance, trash: Trash, told: Told = lambda done, of: None
+def remove_instance(
+    paths: StatePaths,
+    instance: Instance,
+    trash: Trash,
+    on_progress: OnProgress = lambda done, of: None,
 ) -> None:
     """Stop every container of an instance and remove their groups and mounts; idempotent.
 
     ``told`` hears, after each, how many of how many are gone.
     """
-    clear_half_made(paths, instance, trash)
-    _dismantle_all_but(instance, set(), told)
+    remove_incomplete(paths, instance, trash)
+    _dismantle_except(instance, set(), on_progress)
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)
     disks.release_except(())
@@ -71,7 +74,7 @@ def take_down(
 
 
 def _recorded_as_running(sandboxes: Path) -> set[str]:
-    found: set[str] = set()
+    running: set[str] = set()
     for directory in sandboxes.iterdir():
         try:
             sandbox = read_sandbox(directory)
@@ -80,16 +83,16 @@ def _recorded_as_running(sandboxes: Path) -> set[str]:
             _log.error("sandbox %s is ended if it runs: %s", directory.name, error)
             continue
         if sandbox is not None and sandbox.state == "running":
-            found.add(directory.name)
-    return found
+            running.add(directory.name)
+    return running
 
 
-def _runs(instance: Instance, owner: str) -> bool:
+def _is_running(instance: Instance, owner: str) -> bool:
     return cgroup_layout().container(f"{instance.prefix}{owner}").init_pid() is not None
 
 
-def _dismantle_all_but(
-    instance: Instance, live: set[str], told: Told = lambda done, of: None
+def _dismantle_except(
+    instance: Instance, live: set[str], on_progress: OnProgress = lambda done, of: None
 ) -> None:
     keep = {f"{instance.prefix}{owner}" for owner in live}
     roots = roots_dir(instance)
@@ -102,7 +105,7 @@ def _dismantle_all_but(
         # All of them first: each takes the kernel a while, most of it waiting.
         kill_group(cgroup_layout().container(name).unified)
 
-    def gone(name: str) -> str:
+    def dismantle_one(name: str) -> str:
         try:
             dismantle(cgroup_layout().container(name), roots / name)
         except HostError as error:
@@ -110,9 +113,9 @@ def _dismantle_all_but(
         return ""
 
     failures: list[str] = []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done, failure in enumerate(pool.map(gone, doomed), start=1):
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        for done, failure in enumerate(pool.map(dismantle_one, doomed), start=1):
             failures += [failure] if failure else []
-            told(done, len(doomed))
+            on_progress(done, len(doomed))
     if failures:
         raise HostError(" ".join(failures))

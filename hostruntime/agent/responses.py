@@ -21,19 +21,19 @@ NDJSON = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
 
-def answer(
+def respond(
     message: Message, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """A message as the whole answer."""
     return Response(encode(message), status, headers, "application/json")
 
 
-def nothing() -> Response:
+def no_content() -> Response:
     """The answer to what succeeded and has nothing to say."""
     return Response(status_code=204)
 
 
-def line(message: Message) -> bytes:
+def ndjson_line(message: Message) -> bytes:
     """A message as one of a stream; what has its default is left out."""
     return encode(message, brief=True) + b"\n"
 
@@ -57,13 +57,13 @@ class NdjsonResponse(Response):
         async with aclosing(self._lines):
             await send(head)
             sending = asyncio.ensure_future(self._send_lines(send))
-            leaving = asyncio.ensure_future(_disconnected(receive))
+            disconnecting = asyncio.ensure_future(_disconnected(receive))
             try:
-                await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([sending, disconnecting], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in (sending, leaving):
+                for task in (sending, disconnecting):
                     task.cancel()
-                results = await asyncio.gather(sending, leaving, return_exceptions=True)
+                results = await asyncio.gather(sending, disconnecting, return_exceptions=True)
             if isinstance(results[0], Exception):
                 raise results[0]
 
@@ -108,22 +108,26 @@ async def disk_error(request: Request, error: Exception) -> Response:
     """Answer that the machine's own disk is full, or read-only; any other is a defect."""
     number = error.errno if isinstance(error, OSError) else None
     if number in {errno.ENOSPC, errno.EDQUOT}:
-        told: HostError = HostFull("The host's disk is full; try again when there is room on it.")
+        host_failure: HostError = HostFull(
+            "The host's disk is full; try again when there is room on it."
+        )
     elif number == errno.EROFS:
-        told = HostUnavailable("The host's disk is mounted read-only; its operator has to fix it.")
+        host_failure = HostUnavailable(
+            "The host's disk is mounted read-only; its operator has to fix it."
+        )
     else:
-        return await defect(request, error)
+        return await internal_error(request, error)
     _log.error("%s %s failed: %s", request.method, request.url.path, error)
-    return await host_error(request, told)
+    return await host_error(request, host_failure)
 
 
-async def gone_away(request: Request, _: Exception) -> Response:
+async def client_disconnected(request: Request, _: Exception) -> Response:
     """Nobody is there to be answered: the caller was killed, or gave up, while it sent its body."""
     _log.info("%s %s: the caller went away", request.method, request.url.path)
     return Response(status_code=400)
 
 
-async def defect(request: Request, error: Exception) -> Response:
+async def internal_error(request: Request, error: Exception) -> Response:
     """Answer what nobody foresaw; the log has the traceback."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     fault = HostFault("Something went wrong in the host agent; its log has the details.")

@@ -303,7 +303,7 @@ class BuildManager:
             publish_ms=publish_ms,
         )
 
-    async def end_for_room(self, build_id: str) -> None:
+    async def terminate_for_space(self, build_id: str) -> None:
         """End a build, now, because the machine is out of disk."""
         build = self._running.get(build_id)
         if build is not None:

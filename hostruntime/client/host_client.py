@@ -22,13 +22,13 @@ from urllib.parse import quote
 import httpx
 
 from hostruntime.client.transport import (
-    Collected,
-    content_of,
-    error_of,
-    errors_told,
-    read,
-    stat_of,
+    ExecCollector,
+    parse,
+    parse_content,
+    parse_error,
+    parse_stat,
     timeouts,
+    transport_errors,
 )
 from hostruntime.errors import HostError
 from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
@@ -50,16 +50,16 @@ from hostruntime.wire.health import (
     Health,
 )
 from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
-from hostruntime.wire.keeping import (
+from hostruntime.wire.message import Message, encode
+from hostruntime.wire.reconciliation import (
     Agree,
     Claim,
-    HeldInfo,
     InstallationInfo,
     Quarantine,
+    QuarantinedItemInfo,
     Reconcile,
     Reconciliation,
 )
-from hostruntime.wire.message import Message, encode
 from hostruntime.wire.sandboxes import (
     ChangesInfo,
     CollectedUsage,
@@ -82,7 +82,7 @@ _STREAM_TIMEOUT = timeouts(read=30.0)
 # All of a disk is copied before the answer comes.
 _COPY_TIMEOUT = timeouts(read=600.0)
 # What an answer that was waited for on purpose may take beyond that.
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 # As many as are asked for: whoever asks has a bound of their own, and a command keeps one for as
 # long as it runs.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=60.0)
@@ -97,7 +97,9 @@ class HostClient:
     def __init__(self, socket: Path | str) -> None:
         self.socket = Path(socket)
         self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket), limits=_LIMITS, verify=_no_tls()),
+            transport=httpx.HTTPTransport(
+                uds=str(socket), limits=_LIMITS, verify=_empty_tls_context()
+            ),
             base_url="http://host",
             timeout=_TIMEOUT,
             trust_env=False,
@@ -168,7 +170,7 @@ class HostClient:
 
     def start_build(self, request: StartBuild) -> BuildInfo:
         """Start a build; the same id again changes nothing.  Raises InvalidRequest, HostFull."""
-        return self._ask(BuildInfo, "POST", "/builds", request)
+        return self._request(BuildInfo, "POST", "/builds", request)
 
     def build(self, build_id: str) -> BuildInfo:
         """A build's state; raises NotFound."""
@@ -181,7 +183,7 @@ class HostClient:
         ``published`` then says that the cancellation came too late, and the image stays.
         """
         params = {"keep_published": "true" if keep_published else "false"}
-        return self._ask(BuildInfo, "DELETE", f"/builds/{build_id}", params=params)
+        return self._request(BuildInfo, "DELETE", f"/builds/{build_id}", params=params)
 
     def drop_layers(self, scope: str) -> None:
         """Delete everything that builds of a scope kept for others to reuse."""
@@ -206,7 +208,7 @@ class HostClient:
         That is one of the agent's.  Waits so long for the first, and not at all in another run.
         """
         params = {"run": run, "after": after, "seconds": seconds}
-        timeout = timeouts(read=seconds + _ANSWER_SECONDS)
+        timeout = timeouts(read=seconds + _RESPONSE_SECONDS)
         return self._get(ChangesInfo, "/changes", params=params, timeout=timeout)
 
     def create_sandbox(self, request: CreateSandbox) -> SandboxInfo:
@@ -216,7 +218,7 @@ class HostClient:
         InvalidRequest.
         """
         timeout = _TIMEOUT if request.snapshot is None else _COPY_TIMEOUT
-        return self._ask(SandboxInfo, "POST", "/sandboxes", request, timeout=timeout)
+        return self._request(SandboxInfo, "POST", "/sandboxes", request, timeout=timeout)
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:
         """One sandbox; raises NotFound."""
@@ -225,7 +227,7 @@ class HostClient:
     def set_deadline(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Set when it ends (Unix seconds; None = never); raises NotFound, ContainerGone."""
         path = f"/sandboxes/{sandbox_id}"
-        return self._ask(SandboxInfo, "PATCH", path, SetDeadline(deadline))
+        return self._request(SandboxInfo, "PATCH", path, SetDeadline(deadline))
 
     def pause_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Freeze a sandbox; it ends at ``deadline`` unless it is resumed (Unix seconds).
@@ -233,12 +235,12 @@ class HostClient:
         Idempotent.  Raises NotFound, ContainerGone, HostFault (then it runs on).
         """
         path = f"/sandboxes/{sandbox_id}/pause"
-        return self._ask(SandboxInfo, "POST", path, SetDeadline(deadline))
+        return self._request(SandboxInfo, "POST", path, SetDeadline(deadline))
 
     def resume_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Let a paused sandbox run on until ``deadline``.  Raises NotFound, ContainerGone."""
         path = f"/sandboxes/{sandbox_id}/resume"
-        return self._ask(SandboxInfo, "POST", path, SetDeadline(deadline))
+        return self._request(SandboxInfo, "POST", path, SetDeadline(deadline))
 
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate a sandbox and forget it; idempotent."""
@@ -252,8 +254,8 @@ class HostClient:
         ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands if
         it would be one more than its quota allows.
         """
-        collected, path = Collected(), f"/sandboxes/{sandbox_id}/exec"
-        for frame in self._lines(ExecFrame, "POST", path, _capped(request)):
+        collected, path = ExecCollector(), f"/sandboxes/{sandbox_id}/exec"
+        for frame in self._lines(ExecFrame, "POST", path, _with_output_limit(request)):
             collected.add(frame)
         return collected.result()
 
@@ -269,7 +271,7 @@ class HostClient:
         params = {} if sandbox_id is None else {"id": sandbox_id}
         return list(self._get(Usage, "/usage", params=params).sandboxes)
 
-    def usage_collected(self, ids: Sequence[str]) -> None:
+    def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """Have the host forget what these used, as far as they have ended."""
         self._send("POST", "/usage/collected", CollectedUsage(ids))
 
@@ -282,7 +284,7 @@ class HostClient:
         made.
         """
         path, request = f"/sandboxes/{sandbox_id}/snapshots", CreateSnapshot(snapshot_id)
-        return self._ask(SnapshotInfo, "POST", path, request, timeout=_COPY_TIMEOUT)
+        return self._request(SnapshotInfo, "POST", path, request, timeout=_COPY_TIMEOUT)
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Every snapshot on the host, oldest first."""
@@ -303,7 +305,7 @@ class HostClient:
         """
         params = {"path": path, "max_bytes": max_bytes}
         response = self._send("GET", f"/sandboxes/{sandbox_id}/files", params=params)
-        return content_of(path, response)
+        return parse_content(path, response)
 
     def write_file(
         self,
@@ -321,7 +323,7 @@ class HostClient:
         params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
         path = f"/sandboxes/{sandbox_id}/files"
         response = self._send("PUT", path, params=params, content=content)
-        return read(WrittenFile, response.content).size
+        return parse(WrittenFile, response.content).size
 
     def delete_path(self, sandbox_id: str, path: str) -> None:
         """Delete a file, link or whole directory; raises NotFound, FileConflict."""
@@ -339,8 +341,8 @@ class HostClient:
 
     def stat(self, sandbox_id: str, path: str) -> FileStat:
         """What is at a path; missing is ``exists=False``, not an error."""
-        where = f"/sandboxes/{sandbox_id}/files/stat"
-        return self._get(FileStat, where, params={"path": path})
+        url = f"/sandboxes/{sandbox_id}/files/stat"
+        return self._get(FileStat, url, params={"path": path})
 
     # What belongs to nobody ----------------------------------------------------------------
 
@@ -354,25 +356,27 @@ class HostClient:
         Raises StateUnclaimed (say what is ``known``), InstallationMismatch.
         """
         request = Agree(**asdict(claim), known=known)
-        return self._ask(InstallationInfo, "POST", "/installation/agree", request)
+        return self._request(InstallationInfo, "POST", "/installation/agree", request)
 
     def adopt(self, claim: Claim) -> InstallationInfo:
         """An operator's word that database and state belong together."""
-        return self._ask(InstallationInfo, "POST", "/installation/adopt", claim)
+        return self._request(InstallationInfo, "POST", "/installation/adopt", claim)
 
     def reconcile(self, request: Reconcile) -> Reconciliation:
         """Set aside some of what is not among those named.  Raises InstallationMismatch."""
-        return self._ask(Reconciliation, "POST", "/reconcile", request)
+        return self._request(Reconciliation, "POST", "/reconcile", request)
 
-    def quarantine(self) -> list[HeldInfo]:
+    def quarantine(self) -> list[QuarantinedItemInfo]:
         """What was set aside, the oldest first."""
         return list(self._get(Quarantine, "/quarantine").quarantine)
 
-    def restore_held(self, key: str) -> HeldInfo:
+    def restore_quarantined(self, key: str) -> QuarantinedItemInfo:
         """Put back what was set aside.  Raises NotFound, Conflict."""
-        return self._ask(HeldInfo, "POST", f"/quarantine/{quote(key, safe='')}/restore")
+        return self._request(
+            QuarantinedItemInfo, "POST", f"/quarantine/{quote(key, safe='')}/restore"
+        )
 
-    def delete_held(self, key: str) -> None:
+    def delete_quarantined(self, key: str) -> None:
         """Delete for good what was set aside.  Raises NotFound."""
         self._send("DELETE", f"/quarantine/{quote(key, safe='')}")
 
@@ -389,21 +393,21 @@ class HostClient:
         timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
         body = content if request is None else encode(request)
-        with errors_told(self.socket):
+        with transport_errors(self.socket):
             response = self._http.request(
                 method, path, params=params, content=body, timeout=timeout
             )
         if response.is_error:
-            raise error_of(response)
+            raise parse_error(response)
         return response
 
-    def _ask[M: Message](
-        self, kind: type[M], method: str, path: str, request: Message | None = None, **how: Any
+    def _request[M: Message](
+        self, kind: type[M], method: str, path: str, request: Message | None = None, **options: Any
     ) -> M:
-        return read(kind, self._send(method, path, request, **how).content)
+        return parse(kind, self._send(method, path, request, **options).content)
 
-    def _get[M: Message](self, kind: type[M], path: str, **how: Any) -> M:
-        return self._ask(kind, "GET", path, **how)
+    def _get[M: Message](self, kind: type[M], path: str, **options: Any) -> M:
+        return self._request(kind, "GET", path, **options)
 
     def _lines[M: Message](
         self,
@@ -416,17 +420,17 @@ class HostClient:
     ) -> Iterator[M]:
         body = None if request is None else encode(request)
         with (
-            errors_told(self.socket),
+            transport_errors(self.socket),
             self._http.stream(
                 method, path, params=params, content=body, timeout=_STREAM_TIMEOUT
             ) as response,
         ):
             if response.is_error:
                 response.read()
-                raise error_of(response)
+                raise parse_error(response)
             for line in response.iter_lines():
                 if line.strip():
-                    yield read(kind, line)
+                    yield parse(kind, line)
 
 
 class AsyncHostClient:
@@ -435,7 +439,9 @@ class AsyncHostClient:
     def __init__(self, socket: Path | str) -> None:
         self.socket = Path(socket)
         self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=_LIMITS, verify=_no_tls()),
+            transport=httpx.AsyncHTTPTransport(
+                uds=str(socket), limits=_LIMITS, verify=_empty_tls_context()
+            ),
             base_url="http://host",
             timeout=_STREAM_TIMEOUT,
             trust_env=False,
@@ -461,11 +467,14 @@ class AsyncHostClient:
         async with self._stream("POST", path, content=encode(request)) as response:
             async for line in response.aiter_lines():
                 if line.strip():
-                    yield read(ExecFrame, line)
+                    yield parse(ExecFrame, line)
 
-    async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
+    async def exec_to_completion(self, sandbox_id: str, request: Exec) -> ExecResult:
         """As :meth:`HostClient.exec`; cancelled, it ends the command."""
-        collected, frames = Collected(), self.exec_frames(sandbox_id, _capped(request))
+        collected, frames = (
+            ExecCollector(),
+            self.exec_frames(sandbox_id, _with_output_limit(request)),
+        )
         # An async generator, whatever its annotation says: closing it ends the command.
         async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
             async for frame in stream:
@@ -479,7 +488,7 @@ class AsyncHostClient:
         async with self._stream("GET", path, params=params) as response:
             async for line in response.aiter_lines():
                 if line.strip():
-                    yield read(BuildEvent, line)
+                    yield parse(BuildEvent, line)
 
     @asynccontextmanager
     async def open_file(
@@ -489,7 +498,7 @@ class AsyncHostClient:
         params = {"path": path, "directories": "false"}
         url = f"/sandboxes/{sandbox_id}/files"
         async with self._stream("GET", url, params=params) as response:
-            yield stat_of(path, response.headers), response.aiter_raw()
+            yield parse_stat(path, response.headers), response.aiter_raw()
 
     async def write_file(
         self, sandbox_id: str, path: str, content: AsyncIterator[bytes], *, mode: int | None = None
@@ -498,28 +507,28 @@ class AsyncHostClient:
         params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
         url = f"/sandboxes/{sandbox_id}/files"
         async with self._stream("PUT", url, params=params, content=content) as response:
-            return read(WrittenFile, await response.aread()).size
+            return parse(WrittenFile, await response.aread()).size
 
     @asynccontextmanager
     async def _stream(
         self, method: str, path: str, **request: Any
     ) -> AsyncIterator[httpx.Response]:
-        with errors_told(self.socket):
+        with transport_errors(self.socket):
             async with self._http.stream(method, path, **request) as response:
                 if response.is_error:
                     await response.aread()
-                    raise error_of(response)
+                    raise parse_error(response)
                 yield response
 
 
-def _capped(request: Exec) -> Exec:
+def _with_output_limit(request: Exec) -> Exec:
     """The same, for output that is kept in memory."""
     if request.max_output_bytes is not None:
         return request
     return replace(request, max_output_bytes=DEFAULT_MAX_OUTPUT_BYTES)
 
 
-def _no_tls() -> ssl.SSLContext:
+def _empty_tls_context() -> ssl.SSLContext:
     # The socket is plain HTTP; an empty context spares httpx the 20 ms of loading the CA bundle.
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -542,8 +551,8 @@ def host_client(socket: Path | str) -> HostClient:
 
 def async_host_client(socket: Path | str) -> AsyncHostClient:
     """The running event loop's client of this socket."""
-    of_loop = _async_clients.setdefault(asyncio.get_running_loop(), {})
+    loop_clients = _async_clients.setdefault(asyncio.get_running_loop(), {})
     key = str(socket)
-    if key not in of_loop:
-        of_loop[key] = AsyncHostClient(socket)
-    return of_loop[key]
+    if key not in loop_clients:
+        loop_clients[key] = AsyncHostClient(socket)
+    return loop_clients[key]

@@ -22,7 +22,7 @@ def timeouts(*, read: float) -> httpx.Timeout:
     return httpx.Timeout(**{name: scaled(seconds) for name, seconds in limits.items()})
 
 
-def read[M: Message](kind: type[M], data: bytes | str) -> M:
+def parse[M: Message](kind: type[M], data: bytes | str) -> M:
     """The agent's answer as a message.  Raises HostFault for one that is none."""
     try:
         return decode(kind, data)
@@ -30,7 +30,7 @@ def read[M: Message](kind: type[M], data: bytes | str) -> M:
         raise HostFault(f"The answer of the host agent is not valid: {error}") from error
 
 
-class Collected:
+class ExecCollector:
     """The frames of one exec, put together."""
 
     def __init__(self) -> None:
@@ -79,15 +79,15 @@ def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
     return error
 
 
-def content_of(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
+def parse_content(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
     """A file or a directory, as the agent answers with it."""
-    stat = stat_of(path, response.headers)
+    stat = parse_stat(path, response.headers)
     if not stat.is_dir:
         return FileContent(stat, response.content)
-    return DirectoryListing(stat, read(DirectoryEntries, response.content).entries)
+    return DirectoryListing(stat, parse(DirectoryEntries, response.content).entries)
 
 
-def stat_of(path: str, headers: httpx.Headers) -> FileStat:
+def parse_stat(path: str, headers: httpx.Headers) -> FileStat:
     """What the headers say of a file."""
     return FileStat(
         path=path,
@@ -99,7 +99,7 @@ def stat_of(path: str, headers: httpx.Headers) -> FileStat:
     )
 
 
-def error_of(response: httpx.Response) -> HostError:
+def parse_error(response: httpx.Response) -> HostError:
     """The error that an answer is."""
     try:
         payload = response.json()
@@ -111,7 +111,7 @@ def error_of(response: httpx.Response) -> HostError:
 
 
 @contextmanager
-def errors_told(socket: Path) -> Iterator[None]:
+def transport_errors(socket: Path) -> Iterator[None]:
     """Turn transport failures into HostUnavailable with a sentence that says what to do."""
     try:
         yield

@@ -101,7 +101,7 @@ class Disks:
 
     paths: StatePaths
     instance: Instance
-    # Set by hostruntime.agent.room_watch while disk space is short, else None.
+    # Set by hostruntime.agent.disk_monitor while disk space is short, else None.
     refusal: Callable[[], HostError] | None = None
     _create_lock: threading.Lock = field(default_factory=threading.Lock)
 

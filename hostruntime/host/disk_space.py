@@ -4,7 +4,7 @@ Tenants' disks are sparse files there: they may grow to many times what the mach
 installation itself (PostgreSQL, logs, records) must always be able to write, so a *reserve* of
 blocks and inodes is set aside: a twentieth of them, but no less than 1 GiB and no more than 8 GiB,
 and a fifth of a small file system; ``ORKESTR_RESERVE_GIB`` overrides that.  Below the reserve
-nothing new is started, and :mod:`hostruntime.agent.room_watch` acts on those who write.
+nothing new is started, and :mod:`hostruntime.agent.disk_monitor` acts on those who write.
 
 What counts as free is what is free for everybody (``f_bavail``, ``f_favail`` in statvfs(3)):
 PostgreSQL cannot use the blocks that ext4 reserves for root.

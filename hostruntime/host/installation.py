@@ -29,7 +29,7 @@ from pydantic import ConfigDict, TypeAdapter
 from hostruntime.errors import Conflict
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.wire.keeping import Claim, InstallationInfo
+from hostruntime.wire.reconciliation import Claim, InstallationInfo
 
 _log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import secrets
 from collections import deque
 from dataclasses import dataclass
 
-REMEMBERED = 4096
+HISTORY_LENGTH = 4096
 
 
 @dataclass(frozen=True)
-class Heard:
+class ChangeSet:
     """The sandboxes that changed after some number, up to ``seq``; not all unless ``whole``.
 
     ``run`` is what the number is of.
@@ -25,7 +25,7 @@ class Heard:
 
     run: str
     seq: int
-    whole: bool
+    complete: bool
     ids: tuple[str, ...] = ()
 
 
@@ -35,11 +35,11 @@ class Changes:
     def __init__(self) -> None:
         self._run = secrets.token_hex(8)
         self._seq = 0
-        self._ids: deque[str] = deque(maxlen=REMEMBERED)
-        self._news = asyncio.Event()
+        self._ids: deque[str] = deque(maxlen=HISTORY_LENGTH)
+        self._changed = asyncio.Event()
         self._closed = False
 
-    def note(self, sandbox_id: str) -> None:
+    def record(self, sandbox_id: str) -> None:
         """One has ended, or was paused or resumed."""
         self._seq += 1
         self._ids.append(sandbox_id)
@@ -50,22 +50,22 @@ class Changes:
         self._closed = True
         self._wake()
 
-    async def after(self, run: str, seq: int, seconds: float) -> Heard:
+    async def after(self, run: str, seq: int, seconds: float) -> ChangeSet:
         """What has changed after number ``seq`` of ``run``; waits so long for the first."""
-        known = run == self._run and self._seq - len(self._ids) <= seq <= self._seq
-        if known:
-            await self._wait_beyond(seq, seconds)
+        complete = run == self._run and self._seq - len(self._ids) <= seq <= self._seq
+        if complete:
+            await self._wait_for_change(seq, seconds)
             # While this waited more may have changed than is remembered.
-            known = self._seq - len(self._ids) <= seq
-        new = self._seq - seq if known else 0
-        return Heard(self._run, self._seq, known, tuple(self._ids)[len(self._ids) - new :])
+            complete = self._seq - len(self._ids) <= seq
+        count = self._seq - seq if complete else 0
+        return ChangeSet(self._run, self._seq, complete, tuple(self._ids)[len(self._ids) - count :])
 
-    async def _wait_beyond(self, seq: int, seconds: float) -> None:
+    async def _wait_for_change(self, seq: int, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._seq == seq and not self._closed:
-                    await self._news.wait()
+                    await self._changed.wait()
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -43,14 +43,14 @@ from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.network.slots import Slot
 from hostruntime.sandbox.changes import Changes
-from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, user_of
-from hostruntime.sandbox.usage import UsageBook
+from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
+from hostruntime.sandbox.usage import UsageStore
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
 Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
 SWEEP_SECONDS = 0.5
-KEEP_GONE_SECONDS = 86_400.0
+KEEP_RECORD_SECONDS = 86_400.0
 _RECORD = "sandbox.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Sandbox:
             state=self.state,
             started_at=self.started_at,
             boot_ms=round(self.boot_ms, 2),
-            deadline=self.deadline if self.state == "gone" else self.end,
+            deadline=self.deadline if self.state == "gone" else self.ends_at,
             network=self.request.network,
             reason=self.reason,
             ended_at=self.ended_at,
@@ -96,19 +96,21 @@ class Sandbox:
         )
 
     @property
-    def end(self) -> float | None:
+    def ends_at(self) -> float | None:
         """When it ends, in Unix seconds by the clock as it goes now."""
-        now = clock.to_wall_clock(self.due)
+        current = clock.to_wall_clock(self.due)
         # As it was asked for, while the clock has not been set.
-        same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
-        return self.deadline if same else now
+        unchanged = (
+            current is not None and self.deadline is not None and abs(current - self.deadline) < 1
+        )
+        return self.deadline if unchanged else current
 
     @property
-    def is_over(self) -> bool:
+    def is_expired(self) -> bool:
         """Whether its time is over, however the clock was set meanwhile."""
         return self.due is not None and self.due <= clock.elapsed()
 
-    def until(self, deadline: float | None) -> Sandbox:
+    def with_deadline(self, deadline: float | None) -> Sandbox:
         """The same with another end, in Unix seconds."""
         due = clock.to_boottime(deadline)
         return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
@@ -125,7 +127,7 @@ class SandboxManager:
     paths: StatePaths
     containers: ContainerManager
     store: ImageStore
-    usage: UsageBook = field(init=False)
+    usage: UsageStore = field(init=False)
     snapshots: SnapshotManager = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
@@ -136,7 +138,7 @@ class SandboxManager:
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.usage = UsageBook(self.paths.usage, self._groups, self.store.quarantine)
+        self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
 
     # Life of the manager -------------------------------------------------------------------
@@ -144,14 +146,14 @@ class SandboxManager:
     async def recover(self) -> None:
         """Load the records; take up the sandboxes that still run, note what became of others."""
         await in_thread(self.snapshots.recover)
-        for sandbox in await in_thread(self._recorded):
-            await self._take_up(sandbox)
+        for sandbox in await in_thread(self._load_records):
+            await self._restore(sandbox)
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         await in_thread(self.usage.recover, running)
 
-    def _recorded(self) -> Sandboxes:
+    def _load_records(self) -> Sandboxes:
         """What the last agent wrote down; what cannot be believed, or was none yet, goes."""
-        found = []
+        records = []
         for directory in sorted(self.paths.sandboxes.iterdir()):
             try:
                 sandbox = read_sandbox(directory)
@@ -167,13 +169,13 @@ class SandboxManager:
                 # Nobody was told of it: it never was.
                 self.store.trash.discard(directory)
                 continue
-            found.append(sandbox)
-        return found
+            records.append(sandbox)
+        return records
 
-    async def _take_up(self, sandbox: Sandbox) -> None:
+    async def _restore(self, sandbox: Sandbox) -> None:
         if sandbox.state == "running" and sandbox.boot != clock.boot_id():
             # Written by an agent that knew no other clock.
-            sandbox = sandbox.until(sandbox.deadline)
+            sandbox = sandbox.with_deadline(sandbox.deadline)
         if sandbox.state == "running" and not self._adopt(sandbox):
             sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
         await self._save(sandbox)
@@ -182,19 +184,19 @@ class SandboxManager:
         """The ids of running sandboxes: who uses slots and images."""
         return {key for key, sandbox in self._sandboxes.items() if sandbox.state == "running"}
 
-    def begin(self) -> None:
+    def start_sweeping(self) -> None:
         """Begin to enforce deadlines; be told when containers end."""
         self.containers.on_exit.append(self._on_exit)
-        what = "the deadlines of sandboxes could not be looked at"
-        self._sweeper = every(SWEEP_SECONDS, self._sweep, what)
-        self.usage.open()
+        description = "the deadlines of sandboxes could not be looked at"
+        self._sweeper = every(SWEEP_SECONDS, self._sweep, description)
+        self.usage.start_sampling()
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes stay."""
         await cancel_and_wait(self._sweeper)
         await self.usage.close()
 
-    async def freeze_again(self) -> None:
+    async def refreeze_paused(self) -> None:
         """What the records call paused is frozen, whatever the last agent had come to."""
         for sandbox in self.list():
             if sandbox.state == "running" and sandbox.paused:
@@ -226,7 +228,7 @@ class SandboxManager:
         """
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
-        policy = _checked(request)
+        policy = _validate(request)
         return await shielded(self._create(request, policy))
 
     async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
@@ -235,25 +237,25 @@ class SandboxManager:
                 return self._sandboxes[request.id], False
             await in_thread(self.containers.require_space)
             if request.snapshot is None:
-                return await self._begin(request, policy, None), True
-            async with self.snapshots.opened(request.snapshot) as snapshot:
+                return await self._start_sandbox(request, policy, None), True
+            async with self.snapshots.use(request.snapshot) as snapshot:
                 request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
-                return await self._begin(request, policy, snapshot), True
+                return await self._start_sandbox(request, policy, snapshot), True
 
-    async def _begin(
+    async def _start_sandbox(
         self, request: CreateSandbox, policy: Policy, snapshot: Snapshot | None
     ) -> Sandbox:
         try:
-            sandbox = await in_thread(self._written_down, request, snapshot)
+            sandbox = await in_thread(self._write_record, request, snapshot)
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
             await self._drop(request.id, request.image)
             raise
-        await self._save(_started(sandbox, running))
-        self.usage.begin(request.id, running.started_at)
+        await self._save(_as_running(sandbox, running))
+        self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
 
-    def _written_down(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
+    def _write_record(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
         """The sandbox that is about to start, on disk before anything is there for it."""
         directory = self._directory(request.id)
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -265,7 +267,7 @@ class SandboxManager:
             str(image.tree),
             None,
             image_env=image.manifest.env,
-        ).until(request.deadline)
+        ).with_deadline(request.deadline)
         check_variables(self._environment(sandbox))
         write_json(directory / _RECORD, asdict(sandbox))
         return sandbox
@@ -273,7 +275,7 @@ class SandboxManager:
     def _image(self, request: CreateSandbox, snapshot: Snapshot | None) -> Image:
         if snapshot is None:
             return self.store.acquire(request.image, request.id)
-        return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
+        return self.store.share(snapshot.image_id, image_user(snapshot.id), request.id)
 
     async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> RunningContainer:
         if snapshot is None:
@@ -299,7 +301,7 @@ class SandboxManager:
             snapshot_id,
             source,
             self._locks.holding(sandbox_id),
-            lambda: self._check_runs(sandbox_id),
+            lambda: self._require_usable(sandbox_id),
         )
 
     async def terminate(self, sandbox_id: str) -> None:
@@ -313,14 +315,14 @@ class SandboxManager:
             if sandbox is not None:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
-                await self.usage.end(sandbox_id)
+                await self.usage.finish(sandbox_id)
                 await self._drop(sandbox_id, sandbox.image_id)
 
     async def set_deadline(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
         async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
-            await self._save(sandbox.until(deadline))
+            await self._save(sandbox.with_deadline(deadline))
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -335,8 +337,9 @@ class SandboxManager:
             self._running(sandbox_id)
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
-            await self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
-            self.changes.note(sandbox_id)
+            sandbox = replace(self._running(sandbox_id), paused=True)
+            await self._save(sandbox.with_deadline(deadline))
+            self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
@@ -350,9 +353,9 @@ class SandboxManager:
         async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
             # First, so that the sweep ends none that somebody has just taken up again.
-            await self._save(replace(sandbox, paused=False).until(deadline))
+            await self._save(replace(sandbox, paused=False).with_deadline(deadline))
             await self.containers.resume(sandbox_id)
-            self.changes.note(sandbox_id)
+            self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     def exec(self, sandbox_id: str, request: Exec) -> AsyncGenerator[Frame, None]:
@@ -372,9 +375,9 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
-        return self._counted(frames, request.quota)
+        return self._exec_within_quota(frames, request.quota)
 
-    async def _counted(
+    async def _exec_within_quota(
         self, frames: AsyncGenerator[Frame, None], quota: Quota | None
     ) -> AsyncGenerator[Frame, None]:
         with self.commands.track(quota):
@@ -394,17 +397,17 @@ class SandboxManager:
     # How sandboxes end ---------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        oldest = time.time() - KEEP_GONE_SECONDS
+        oldest = time.time() - KEEP_RECORD_SECONDS
         for sandbox in self.list():
-            name = sandbox.request.id
-            if name in self.snapshots.frozen:
+            sandbox_id = sandbox.request.id
+            if sandbox_id in self.snapshots.frozen:
                 continue  # At the next pass: the others must not wait for the copy.
-            if sandbox.state == "running" and sandbox.is_over:
+            if sandbox.state == "running" and sandbox.is_expired:
                 # One that cannot be ended keeps no other from its end.
-                with log_errors(f"sandbox {name} is past its deadline and cannot be ended"):
-                    await self._expire(name)
+                with log_errors(f"sandbox {sandbox_id} is past its deadline and cannot be ended"):
+                    await self._expire(sandbox_id)
             elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
-                with log_errors(f"sandbox {name} is long gone and cannot be forgotten"):
+                with log_errors(f"sandbox {sandbox_id} is long gone and cannot be forgotten"):
                     await self._forget(sandbox)
 
     async def _forget(self, sandbox: Sandbox) -> None:
@@ -416,10 +419,10 @@ class SandboxManager:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             # Its deadline may have been moved while we waited for the lock.
-            if sandbox is not None and sandbox.state == "running" and sandbox.is_over:
+            if sandbox is not None and sandbox.state == "running" and sandbox.is_expired:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
-                await self._end(sandbox, "expired")
+                await self._record_end(sandbox, "expired")
 
     async def _on_exit(self, owner: str) -> None:
         if owner not in self._sandboxes:
@@ -428,9 +431,9 @@ class SandboxManager:
             sandbox = self._sandboxes.get(owner)
             if sandbox is not None and sandbox.state == "running":
                 await self.containers.stop(owner)
-                await self._end(sandbox, self._ending.pop(owner, "exited"))
+                await self._record_end(sandbox, self._ending.pop(owner, "exited"))
 
-    async def end_for_room(self, sandbox_id: str) -> None:
+    async def terminate_for_space(self, sandbox_id: str) -> None:
         """End a sandbox, now, because the machine is out of disk and this one takes the most.
 
         Raises HostFault if the kernel will not.
@@ -444,17 +447,17 @@ class SandboxManager:
         finally:
             self._ending.pop(sandbox_id, None)
 
-    async def _end(self, sandbox: Sandbox, reason: Reason) -> None:
-        await self.usage.end(sandbox.request.id)
-        await in_thread(self._clear_away, sandbox)
-        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
-        gone = replace(gone, ended_at=time.time())
+    async def _record_end(self, sandbox: Sandbox, reason: Reason) -> None:
+        await self.usage.finish(sandbox.request.id)
+        await in_thread(self._clear_directory, sandbox)
+        ended = replace(sandbox, state="gone", reason=reason, deadline=sandbox.ends_at)
+        ended = replace(ended, ended_at=time.time())
         # Known and told even if that cannot be written down: the disk may be full.
-        self._sandboxes[sandbox.request.id] = gone
-        self.changes.note(sandbox.request.id)
-        await self._save(gone)
+        self._sandboxes[sandbox.request.id] = ended
+        self.changes.record(sandbox.request.id)
+        await self._save(ended)
 
-    def _clear_away(self, sandbox: Sandbox) -> None:
+    def _clear_directory(self, sandbox: Sandbox) -> None:
         directory = self._directory(sandbox.request.id)
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
@@ -466,7 +469,7 @@ class SandboxManager:
         slot = self.containers.pool.slot_of(sandbox.request.id)
         if slot is None:
             return False
-        spec = self._spec(sandbox, _checked(sandbox.request))
+        spec = self._spec(sandbox, _validate(sandbox.request))
         name = self.containers.name_of(sandbox.request.id)
         running = RunningContainer(
             sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
@@ -485,14 +488,14 @@ class SandboxManager:
             raise ContainerPaused("The sandbox is paused; resume it first.")
         return sandbox
 
-    def _check_runs(self, sandbox_id: str) -> None:
+    def _require_usable(self, sandbox_id: str) -> None:
         self._usable(sandbox_id)
 
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        provide = partial(give_identity, tree)
-        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, provide)
+        populate = partial(give_identity, tree)
+        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
 
     async def _save(self, sandbox: Sandbox) -> None:
         """What is so from now on, in memory and then on disk.  Hold its lock."""
@@ -524,13 +527,13 @@ def read_sandbox(directory: Path) -> Sandbox | None:
     if sandbox.request.id != directory.name:
         raise BadRecord(path, f"it is the record of {sandbox.request.id[:100]!r}")
     try:
-        _checked(sandbox.request)
+        _validate(sandbox.request)
     except InvalidRequest as error:
         raise BadRecord(path, error.detail) from error
     return sandbox
 
 
-def _started(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
+def _as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
     return replace(
         sandbox,
         state="running",
@@ -546,15 +549,15 @@ def _slot_record(slot: Slot) -> dict[str, Any]:
 
 def _argv(request: Exec) -> Sequence[str]:
     """What to run.  Raises InvalidRequest."""
-    given = request.command
-    argv = [given] if isinstance(given, str) else given
+    command = request.command
+    argv = [command] if isinstance(command, str) else command
     if any("\0" in text for text in (*argv, request.cwd)):
         raise InvalidRequest("A command cannot contain a NUL character.")
     check_environment(request.env)
-    return shell_argv(given) if isinstance(given, str) else argv
+    return shell_argv(command) if isinstance(command, str) else argv
 
 
-def _checked(request: CreateSandbox) -> Policy:
+def _validate(request: CreateSandbox) -> Policy:
     """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
     if _ID.fullmatch(request.id) is None:
         raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")

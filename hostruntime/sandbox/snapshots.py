@@ -53,17 +53,17 @@ from hostruntime.wire.sandboxes import SnapshotInfo
 ARCHIVE_SECONDS = 300.0
 FREEZE_SECONDS = 10.0
 _POLL_SECONDS = 0.001
-_RECORD, _SOURCE, _KEPT = "snapshot.json", "source.json", "kept"
+_RECORD, _SOURCE, _RETAINED = "snapshot.json", "source.json", "kept"
 # One this young may belong to a row that was not there yet when rows were read.
 RECONCILE_AGE_SECONDS = scaled(300.0)
 # What tar adds to the content: a header for each file, and sums that are rounded up.
-_ARCHIVE_SHARE = 1.25
+_ARCHIVE_OVERHEAD = 1.25
 _MIB = 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
 Ids = list[str]
-Turn = AbstractAsyncContextManager[None]
+Lock = AbstractAsyncContextManager[None]
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Snapshot:
 
     def info(self) -> SnapshotInfo:
         """The answer of the agent's API."""
-        known = asdict(self) | {"frozen_ms": round(self.frozen_ms, 2)}
-        return SnapshotInfo(image=known.pop("image_id"), **known)
+        fields = asdict(self) | {"frozen_ms": round(self.frozen_ms, 2)}
+        return SnapshotInfo(image=fields.pop("image_id"), **fields)
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)
@@ -110,7 +110,7 @@ class SnapshotManager:
     frozen: set[str] = field(default_factory=set)
     _snapshots: dict[str, Snapshot] = field(default_factory=dict)
     _stops: dict[str, tuple[str, Stop]] = field(default_factory=dict)
-    _short: set[str] = field(default_factory=set)
+    _aborted_for_space: set[str] = field(default_factory=set)
     _users: Counter[str] = field(default_factory=Counter)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -118,11 +118,11 @@ class SnapshotManager:
         """Load the records; set aside what cannot be believed.  Raises OSError."""
         for directory in _directories(self.paths):
             try:
-                one = read_snapshot(directory)
+                snapshot = read_snapshot(directory)
             except BadRecord as error:
                 self.store.quarantine.add_damaged(directory, "snapshot", error.detail)
             else:
-                self._snapshots[one.id] = one
+                self._snapshots[snapshot.id] = snapshot
 
     def close(self) -> None:
         """End the captures under way."""
@@ -133,7 +133,7 @@ class SnapshotManager:
 
     def list(self) -> list[Snapshot]:
         """Every snapshot, oldest first."""
-        return sorted(self._snapshots.values(), key=lambda one: one.created_at)
+        return sorted(self._snapshots.values(), key=lambda snapshot: snapshot.created_at)
 
     def get(self, snapshot_id: str) -> Snapshot:
         """One snapshot; raises NotFound."""
@@ -143,7 +143,7 @@ class SnapshotManager:
             raise NotFound(f"There is no snapshot {snapshot_id[:80]!r} on this host.") from None
 
     async def capture(
-        self, snapshot_id: str, source: Source, turn: Turn, still_runs: Callable[[], None]
+        self, snapshot_id: str, source: Source, lock: Lock, require_running: Callable[[], None]
     ) -> tuple[Snapshot, bool]:
         """Take a snapshot of a running sandbox; return it, and whether it is new.
 
@@ -160,21 +160,21 @@ class SnapshotManager:
         stop = Stop()
         self._stops[snapshot_id] = (source.sandbox, stop)
         try:
-            await in_thread(self._require_room, 0)
-            async with self._used(snapshot_id):
-                made = await self._capture(snapshot_id, source, turn, still_runs, stop)
+            await in_thread(self._require_space, 0)
+            async with self._in_use(snapshot_id):
+                snapshot = await self._capture(snapshot_id, source, lock, require_running, stop)
         except StoppedError as error:
-            if snapshot_id not in self._short:
+            if snapshot_id not in self._aborted_for_space:
                 raise
             raise HostFull("The host's disk became full while the copy was made.") from error
         finally:
             del self._stops[snapshot_id]
-            self._short.discard(snapshot_id)
-        return made, True
+            self._aborted_for_space.discard(snapshot_id)
+        return snapshot, True
 
-    def make_room(self) -> None:
+    def abort_for_space(self) -> None:
         """The disk is short: end the captures under way, which then raise HostFull."""
-        self._short.update(self._stops)
+        self._aborted_for_space.update(self._stops)
         self.close()
 
     def interrupt(self, sandbox_id: str) -> None:
@@ -193,7 +193,7 @@ class SnapshotManager:
             if snapshot is not None:
                 await in_thread(self._discard, self._directory(snapshot.id), snapshot)
 
-    async def reconcile(self, keep: Collection[str], most: int) -> tuple[Ids, Ids]:
+    async def reconcile(self, keep: Collection[str], limit: int) -> tuple[Ids, Ids]:
         """Set aside ``most`` snapshots that are not in ``keep``, are old enough and not in use.
 
         Returns those, and those that wait.  Raises OSError.
@@ -201,62 +201,62 @@ class SnapshotManager:
         unnamed = await in_thread(self._unnamed, self.list(), keep)
         set_aside: Ids = []
         waiting: Ids = []
-        for one in unnamed:
+        for snapshot in unnamed:
             # It may have been deleted meanwhile, or be in use.
-            if self._snapshots.get(one.id) is not one or self._users[one.id]:
+            if self._snapshots.get(snapshot.id) is not snapshot or self._users[snapshot.id]:
                 continue
-            if len(set_aside) == most:
-                waiting.append(one.id)
+            if len(set_aside) == limit:
+                waiting.append(snapshot.id)
                 continue
-            del self._snapshots[one.id]
-            set_aside.append(one.id)
+            del self._snapshots[snapshot.id]
+            set_aside.append(snapshot.id)
             detail = "no snapshot of the database has this name"
-            add, directory = self.store.quarantine.add, self._directory(one.id)
+            add, directory = self.store.quarantine.add, self._directory(snapshot.id)
             try:
-                await in_thread(add, directory, "snapshot", "unknown", detail, one.size_bytes)
+                await in_thread(add, directory, "snapshot", "unknown", detail, snapshot.size_bytes)
             except OSError:
-                self._snapshots[one.id] = one
+                self._snapshots[snapshot.id] = snapshot
                 raise
         return set_aside, waiting
 
-    def _unnamed(self, there: Sequence[Snapshot], keep: Collection[str]) -> Snapshots:
+    def _unnamed(self, snapshots: Sequence[Snapshot], keep: Collection[str]) -> Snapshots:
         """Which of these nobody names, and are old enough for that to mean something."""
-        youngest, found = time.time() - RECONCILE_AGE_SECONDS, []
-        for one in there:
-            mark = self._directory(one.id) / _KEPT
-            if one.id in keep:
-                mark.unlink(missing_ok=True)
-            elif one.created_at < youngest and not mark.exists():
-                found.append(one)
-        return found
+        cutoff, unnamed = time.time() - RECONCILE_AGE_SECONDS, []
+        for snapshot in snapshots:
+            marker = self._directory(snapshot.id) / _RETAINED
+            if snapshot.id in keep:
+                marker.unlink(missing_ok=True)
+            elif snapshot.created_at < cutoff and not marker.exists():
+                unnamed.append(snapshot)
+        return unnamed
 
-    def restore_held(self, held: Held) -> Snapshot:
+    def restore_quarantined(self, item: Held) -> Snapshot:
         """Put back a snapshot that was set aside: it stays, whether or not a row names it.
 
         Raises Conflict (there is another one, or its record is still bad), OSError.
         """
-        content, target = self.store.quarantine.content(held), self._directory(held.name)
+        content, target = self.store.quarantine.content(item), self._directory(item.name)
         if os.path.lexists(target):
-            raise Conflict(f"There is a snapshot {held.name} already.")
+            raise Conflict(f"There is a snapshot {item.name} already.")
         try:
-            one = read_snapshot(content, held.name)
+            snapshot = read_snapshot(content, item.name)
         except BadRecord as error:
             raise Conflict(f"The snapshot is still damaged. {error.detail}") from error
-        (content / _KEPT).touch(mode=0o600)
+        (content / _RETAINED).touch(mode=0o600)
         content.rename(target)
         kernel.fsync(self.paths.snapshots)
-        self._snapshots[one.id] = one
-        self.store.quarantine.forget(held)
-        return one
+        self._snapshots[snapshot.id] = snapshot
+        self.store.quarantine.forget(item)
+        return snapshot
 
     # Starting from one ---------------------------------------------------------------------
 
     @asynccontextmanager
-    async def opened(self, snapshot_id: str) -> AsyncIterator[Snapshot]:
+    async def use(self, snapshot_id: str) -> AsyncIterator[Snapshot]:
         """A snapshot that stays for as long as this lasts.  Raises NotFound, HostFull."""
         snapshot = self.get(snapshot_id)
-        async with self._used(snapshot_id):
-            await in_thread(self._require_room, snapshot.size_bytes)
+        async with self._in_use(snapshot_id):
+            await in_thread(self._require_space, snapshot.size_bytes)
             yield snapshot
 
     def disk(self, snapshot: Snapshot) -> Path:
@@ -275,43 +275,47 @@ class SnapshotManager:
         self,
         snapshot_id: str,
         source: Source,
-        turn: Turn,
-        still_runs: Callable[[], None],
+        lock: Lock,
+        require_running: Callable[[], None],
         stop: Stop,
     ) -> Snapshot:
         directory = self.paths.snapshots / f".{snapshot_id}"
         try:
             with _disk_errors():
-                await in_thread(self._begin, directory, snapshot_id, source)
-                still_runs()
-                await in_thread(self._require_room_for, source)
+                await in_thread(self._prepare, directory, snapshot_id, source)
+                require_running()
+                await in_thread(self._require_space_for_copy, source)
                 await self._archive(directory / TMPFS, source)
                 await asyncio.to_thread(self.containers.flush_disk, source.sandbox)
-                async with turn:
-                    still_runs()
+                async with lock:
+                    require_running()
                     frozen_ms = await self._copy(directory / DISK, source.sandbox, stop)
                 await in_thread(repair, directory / DISK)
                 stop.check()
                 return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
         except BaseException:
             await in_thread(self.store.trash.discard, directory)
-            await in_thread(self.store.release, source.image_id, user_of(snapshot_id))
+            await in_thread(self.store.release, source.image_id, image_user(snapshot_id))
             raise
 
-    def _begin(self, directory: Path, snapshot_id: str, source: Source) -> None:
+    def _prepare(self, directory: Path, snapshot_id: str, source: Source) -> None:
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
         write_json(directory / _SOURCE, {"sandbox": source.sandbox})
-        self.store.share(source.image_id, source.sandbox, user_of(snapshot_id))
+        self.store.share(source.image_id, source.sandbox, image_user(snapshot_id))
 
-    def _require_room_for(self, source: Source) -> None:
-        self._require_room(self.containers.disk_allocated(source.sandbox))
+    def _require_space_for_copy(self, source: Source) -> None:
+        self._require_space(self.containers.disk_allocated(source.sandbox))
 
     async def _archive(self, target: Path, source: Source) -> None:
         limits = source.limits
-        most = (limits.workspace_size_mb + limits.tmp_size_mb) * _MIB * _ARCHIVE_SHARE
+        max_bytes = (limits.workspace_size_mb + limits.tmp_size_mb) * _MIB * _ARCHIVE_OVERHEAD
         status = await save_tmpfs(
-            self.containers, source.sandbox, target, max_bytes=int(most), timeout=ARCHIVE_SECONDS
+            self.containers,
+            source.sandbox,
+            target,
+            max_bytes=int(max_bytes),
+            timeout=ARCHIVE_SECONDS,
         )
         if status not in {0, TAR_FILES_CHANGED}:
             raise HostFault(
@@ -330,10 +334,10 @@ class SnapshotManager:
             self.frozen.discard(sandbox)
 
     def _copy_frozen(self, target: Path, sandbox: str, stop: Stop) -> float:
-        began = time.monotonic()
+        start = time.monotonic()
         with frozen(cgroup_layout().container(self.containers.name_of(sandbox)).unified):
             self.containers.disks.save_frozen(sandbox, target, stop.check)
-        return (time.monotonic() - began) * 1000
+        return (time.monotonic() - start) * 1000
 
     def _publish(
         self, directory: Path, snapshot_id: str, source: Source, frozen_ms: float
@@ -360,7 +364,7 @@ class SnapshotManager:
     # Pieces --------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _used(self, snapshot_id: str) -> AsyncIterator[None]:
+    async def _in_use(self, snapshot_id: str) -> AsyncIterator[None]:
         self._users[snapshot_id] += 1
         try:
             yield
@@ -373,9 +377,9 @@ class SnapshotManager:
 
     def _discard(self, directory: Path, snapshot: Snapshot) -> None:
         self.store.trash.discard(directory)
-        self.store.release(snapshot.image_id, user_of(snapshot.id))
+        self.store.release(snapshot.image_id, image_user(snapshot.id))
 
-    def _require_room(self, size_bytes: int) -> None:
+    def _require_space(self, size_bytes: int) -> None:
         try:
             self.containers.disks.require_space(size_bytes)
         except HostFull as error:
@@ -387,19 +391,21 @@ class SnapshotManager:
         return self.paths.snapshots / snapshot_id
 
 
-def user_of(snapshot_id: str) -> str:
+def image_user(snapshot_id: str) -> str:
     """The name by which a snapshot uses its image."""
     return f"snapshot.{snapshot_id}"
 
 
-def users_of_images(paths: StatePaths) -> frozenset[str]:
+def image_users(paths: StatePaths) -> frozenset[str]:
     """The names of all snapshots there are, as users of images; those set aside are among them."""
-    held = (one.name.removeprefix("snapshot.") for one in paths.quarantine.glob("snapshot.*"))
+    quarantined = (
+        path.name.removeprefix("snapshot.") for path in paths.quarantine.glob("snapshot.*")
+    )
     names = [directory.name for directory in _directories(paths)]
-    return frozenset(user_of(name.partition("~")[0]) for name in (*names, *held))
+    return frozenset(image_user(name.partition("~")[0]) for name in (*names, *quarantined))
 
 
-def clear_half_made(paths: StatePaths, instance: Instance, trash: Trash) -> None:
+def remove_incomplete(paths: StatePaths, instance: Instance, trash: Trash) -> None:
     """Drop what a killed agent was making; let the sandboxes go on that it had frozen for it."""
     for directory in paths.snapshots.glob(".*"):
         sandbox = (read_json(directory / _SOURCE) or {}).get("sandbox")
@@ -442,11 +448,11 @@ def _directories(paths: StatePaths) -> list[Path]:
 def read_snapshot(directory: Path, name: str | None = None) -> Snapshot:
     """The snapshot in a directory, of that name or its own.  Raises BadRecord."""
     path = directory / _RECORD
-    one = read_record(path, _SNAPSHOT)
-    if one is None:
+    snapshot = read_record(path, _SNAPSHOT)
+    if snapshot is None:
         raise BadRecord(path, "it is gone")
-    if one.id != (name or directory.name):
-        raise BadRecord(path, f"it is the record of {one.id[:100]!r}")
+    if snapshot.id != (name or directory.name):
+        raise BadRecord(path, f"it is the record of {snapshot.id[:100]!r}")
     if not (directory / DISK).is_file():
         raise BadRecord(path, "its disk is gone")
-    return one
+    return snapshot

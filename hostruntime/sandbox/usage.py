@@ -30,12 +30,12 @@ from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, every, in_thread, log_errors
 from hostruntime.image.quarantine import Quarantine
-from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
+from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, UsageInfo
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
 # More of them wait for the next reading: each is a file.
-SAVES_AT_ONCE = 25
+MAX_SAVES_PER_SAMPLE = 25
 # Bounds of what nobody collects.
 KEEP_ENDED_SECONDS = 30 * 86_400.0
 MAX_ENDED = 20_000
@@ -78,8 +78,8 @@ class Meter:
         seconds = reading.at - self.read_at
         if seconds <= 0 or self.ended_at is not None:
             return
-        last = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
-        gb_seconds = (last + reading.memory_bytes) / 2 * seconds / _GB
+        previous = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
+        gb_seconds = (previous + reading.memory_bytes) / 2 * seconds / _GB
         cpu_seconds = max(reading.cpu_us - self.cpu_us, 0) / 1e6
         for day, share in split_by_day(now - seconds, now):
             sums = self.days.setdefault(day.isoformat(), [0.0, 0.0])
@@ -97,9 +97,10 @@ class Meter:
     def info(self) -> UsageInfo:
         """The answer of the agent's API."""
         days = tuple(
-            DayUsed(*sums, day=date.fromisoformat(day)) for day, sums in sorted(self.days.items())
+            DailyUsage(*sums, day=date.fromisoformat(day))
+            for day, sums in sorted(self.days.items())
         )
-        return UsageInfo(self.id, self.ended_at is not None, Used(*self.before), days)
+        return UsageInfo(self.id, self.ended_at is not None, ResourceUsage(*self.before), days)
 
 
 _METER = TypeAdapter(Meter)
@@ -124,7 +125,7 @@ def read_meter(path: Path) -> Meter | None:
 
 
 @dataclass
-class UsageBook:
+class UsageStore:
     """The meters of one host's sandboxes.  For one event loop; :meth:`recover` comes first.
 
     ``groups`` gives the control groups of a sandbox by its id; ``quarantine`` takes what cannot be
@@ -158,14 +159,14 @@ class UsageBook:
                 self._write(meter)
         for sandbox_id, started_at in running.items():
             if sandbox_id not in self._meters:
-                self.begin(sandbox_id, started_at)
-        for meter in self._surplus():
+                self.start(sandbox_id, started_at)
+        for meter in self._excess_meters():
             self._unlink(meter)
 
-    def open(self) -> None:
+    def start_sampling(self) -> None:
         """Begin to read every two seconds."""
-        what = "what sandboxes use could not be read"
-        self._sampler = every(SAMPLE_SECONDS, self._sample, what)
+        description = "what sandboxes use could not be read"
+        self._sampler = every(SAMPLE_SECONDS, self._sample, description)
 
     async def close(self) -> None:
         """Stop reading; write everything down."""
@@ -175,7 +176,7 @@ class UsageBook:
 
     # What sandboxes do ---------------------------------------------------------------------
 
-    def begin(self, sandbox_id: str, started_at: float) -> None:
+    def start(self, sandbox_id: str, started_at: float) -> None:
         """A sandbox runs since ``started_at`` (Unix seconds).  Reads and writes nothing yet."""
         meter = self._meters.setdefault(sandbox_id, Meter(sandbox_id, 0.0))
         meter.read_at = time.monotonic() - max(time.time() - started_at, 0.0)
@@ -186,7 +187,7 @@ class UsageBook:
         """Count up to now: before a sandbox is ended, which removes its counters."""
         self._apply(await asyncio.to_thread(self._readings, [sandbox_id]))
 
-    async def end(self, sandbox_id: str) -> None:
+    async def finish(self, sandbox_id: str) -> None:
         """A sandbox has ended: its sums are final, and stay until collected."""
         meter = self._meters.get(sandbox_id)
         if meter is not None and meter.ended_at is None:
@@ -199,7 +200,7 @@ class UsageBook:
         """The meters of running sandboxes and of ended ones not yet collected."""
         return [meter for meter in self._meters.values() if only in (None, meter.id)]
 
-    async def collected(self, ids: Iterable[str]) -> None:
+    async def forget_collected(self, ids: Iterable[str]) -> None:
         """Forget the ended ones among these.  Raises OSError."""
         for sandbox_id in ids:
             meter = self._meters.get(sandbox_id)
@@ -212,32 +213,32 @@ class UsageBook:
         running = [meter.id for meter in self._running()]
         self._apply(await asyncio.to_thread(self._readings, running))
         await self._save_old()
-        for meter in self._surplus():
+        for meter in self._excess_meters():
             await self._forget(meter)
 
     def _running(self) -> Iterable[Meter]:
         return [meter for meter in self._meters.values() if meter.ended_at is None]
 
     def _readings(self, ids: Iterable[str]) -> dict[str, Reading]:
-        found: dict[str, Reading] = {}
+        readings: dict[str, Reading] = {}
         for sandbox_id in ids:
             groups = self.groups(sandbox_id)
             memory = groups.memory_bytes()
             if memory is not None:
-                found[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
-        return found
+                readings[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
+        return readings
 
     def _apply(self, readings: Mapping[str, Reading]) -> None:
-        ahead = time.time() - time.monotonic()
+        offset = time.time() - time.monotonic()
         for sandbox_id, reading in readings.items():
             meter = self._meters.get(sandbox_id)
             if meter is not None:
-                meter.add(reading, reading.at + ahead)
+                meter.add(reading, reading.at + offset)
 
     async def _save_old(self) -> None:
-        due = time.monotonic() - SAVE_SECONDS
-        old = [meter for meter in self._running() if meter.saved_at <= due]
-        for meter in sorted(old, key=lambda meter: meter.saved_at)[:SAVES_AT_ONCE]:
+        cutoff = time.monotonic() - SAVE_SECONDS
+        old = [meter for meter in self._running() if meter.saved_at <= cutoff]
+        for meter in sorted(old, key=lambda meter: meter.saved_at)[:MAX_SAVES_PER_SAMPLE]:
             await self._save(meter)
 
     async def _save(self, meter: Meter) -> None:
@@ -252,15 +253,15 @@ class UsageBook:
         with log_errors(f"what sandbox {meter.id} uses could not be written down"):
             write_json(self._path(meter.id), asdict(meter))
 
-    def _surplus(self) -> Meters:
+    def _excess_meters(self) -> Meters:
         """What nobody has collected for too long, or of too many."""
         ended = [meter for meter in self._meters.values() if meter.ended_at is not None]
         ended.sort(key=lambda meter: meter.ended_at or 0.0, reverse=True)
         oldest = time.time() - KEEP_ENDED_SECONDS
         surplus = [
             meter
-            for place, meter in enumerate(ended)
-            if place >= MAX_ENDED or (meter.ended_at or 0.0) < oldest
+            for index, meter in enumerate(ended)
+            if index >= MAX_ENDED or (meter.ended_at or 0.0) < oldest
         ]
         for meter in surplus:
             _log.error("nobody collected what sandbox %s used: forgetting it", meter.id)

@@ -92,12 +92,12 @@ class BuildEvent(Message):
 
     @model_validator(mode="before")
     @classmethod
-    def _gathered(cls, flat: Any) -> Any:
+    def _nest_data(cls, flat: Any) -> Any:
         if not isinstance(flat, dict):
             return flat
-        known = {name: flat[name] for name in _ENVELOPE if name in flat}
-        return {**known, "data": {name: flat[name] for name in flat if name not in known}}
+        envelope = {name: flat[name] for name in _ENVELOPE if name in flat}
+        return {**envelope, "data": {name: flat[name] for name in flat if name not in envelope}}
 
     @model_serializer
-    def _flat(self) -> dict[str, Any]:
+    def _flatten(self) -> dict[str, Any]:
         return {"seq": self.seq, "at": self.at, "kind": self.kind, **self.data}

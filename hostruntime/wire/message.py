@@ -42,7 +42,7 @@ def decode[M: Message](kind: type[M], data: bytes | str) -> M:
     try:
         message: M = _adapter(kind).validate_json(data)
     except ValidationError as error:
-        raise MalformedError(_first(error)) from error
+        raise MalformedError(_first_error(error)) from error
     return message
 
 
@@ -55,11 +55,11 @@ def from_fields[M: Message](kind: type[M], fields: object) -> M:
         # Strict, it would take nothing but the dataclass itself.
         message: M = _adapter(kind).validate_python(fields, strict=False)
     except ValidationError as error:
-        raise MalformedError(_first(error)) from error
+        raise MalformedError(_first_error(error)) from error
     return message
 
 
-def _first(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}." if where else f"{first['msg']}."
+    location = ".".join(str(part) for part in first["loc"])
+    return f"{location}: {first['msg']}." if location else f"{first['msg']}."

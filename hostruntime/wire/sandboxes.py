@@ -110,18 +110,20 @@ class Snapshots(Message):
 
 
 @dataclass(frozen=True)
-class Used(Message):
+class ResourceUsage(Message):
     """CPU-seconds, and gigabyte-seconds of memory (1 GB = 10⁹ bytes)."""
 
     cpu_seconds: float = 0.0
     gb_seconds: float = 0.0
 
-    def __add__(self, other: Used) -> Used:
-        return Used(self.cpu_seconds + other.cpu_seconds, self.gb_seconds + other.gb_seconds)
+    def __add__(self, other: ResourceUsage) -> ResourceUsage:
+        return ResourceUsage(
+            self.cpu_seconds + other.cpu_seconds, self.gb_seconds + other.gb_seconds
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DayUsed(Used):
+class DailyUsage(ResourceUsage):
     """The same of one ``day``, in UTC."""
 
     day: date
@@ -136,11 +138,11 @@ class UsageInfo(Message):
 
     id: str
     ended: bool
-    before: Used
-    days: tuple[DayUsed, ...]
+    before: ResourceUsage
+    days: tuple[DailyUsage, ...]
 
     @property
-    def total(self) -> Used:
+    def total(self) -> ResourceUsage:
         """All of it."""
         return sum(self.days, self.before)
 

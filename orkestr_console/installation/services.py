@@ -17,7 +17,12 @@ from django.utils import timezone
 
 from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import HeldInfo, InstallationInfo, Reconcile, Reconciliation
+from hostruntime.wire.reconciliation import (
+    InstallationInfo,
+    QuarantinedItemInfo,
+    Reconcile,
+    Reconciliation,
+)
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.core.hosts import errors_told, host
@@ -171,17 +176,17 @@ def standing() -> InstallationInfo:
         return host().installation()
 
 
-def held() -> list[HeldInfo]:
+def held() -> list[QuarantinedItemInfo]:
     """What was set aside, the oldest first. Raises ``HostUnavailable``."""
     let_go()
     with errors_told():
         return host().quarantine()
 
 
-def restore(key: str, operator: Operator | None = None) -> HeldInfo:
+def restore(key: str, operator: Operator | None = None) -> QuarantinedItemInfo:
     """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
     with noting(operator, "quarantine.restore", key), errors_told():
-        thing = host().restore_held(key)
+        thing = host().restore_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.restore", thing.name, thing.kind)
     return thing
@@ -190,7 +195,7 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
     with noting(operator, "quarantine.delete", key), errors_told():
-        host().delete_held(key)
+        host().delete_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")
 

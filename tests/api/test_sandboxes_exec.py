@@ -367,7 +367,7 @@ def hanging(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         raise AssertionError
 
     monkeypatch.setattr(host, "exec_frames", endless)
-    monkeypatch.setattr(host, "exec_to_end", waited_for)
+    monkeypatch.setattr(host, "exec_to_completion", waited_for)
     return begun
 
 
@@ -434,7 +434,7 @@ async def test_a_client_that_waits_and_goes_away_ends_the_command(
             ended.set()
         raise AssertionError
 
-    monkeypatch.setattr(host, "exec_to_end", endless)
+    monkeypatch.setattr(host, "exec_to_completion", endless)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     box = created.json()["id"]
     to_server: asyncio.Queue[Any] = asyncio.Queue()

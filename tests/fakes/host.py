@@ -374,7 +374,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         with self.lock:
             return [info for info in self.used.values() if sandbox_id in (None, info.id)]
 
-    def usage_collected(self, ids: Sequence[str]) -> None:
+    def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """As the client."""
         self._up()
         with self.lock:
@@ -390,7 +390,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
             raise answer
         return answer
 
-    async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
+    async def exec_to_completion(self, sandbox_id: str, request: Exec) -> ExecResult:
         with self.running.track(request.quota):
             return self.exec(sandbox_id, request)
 

@@ -8,7 +8,7 @@ import pytest
 
 from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import Claim
+from hostruntime.wire.reconciliation import Claim
 
 
 @pytest.fixture

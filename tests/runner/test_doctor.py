@@ -28,7 +28,7 @@ from hostruntime.host.run import Completed, run
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.network.registries import combine
-from hostruntime.wire.keeping import Claim
+from hostruntime.wire.reconciliation import Claim
 from orkestr_console.runner.doctor import (
     cgroups,
     examine,

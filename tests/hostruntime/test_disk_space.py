@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.agent.ballast import Ballast, ballast_bytes
-from hostruntime.agent.room_watch import Growth
+from hostruntime.agent.disk_monitor import Growth
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Held, HostFull, HostUnavailable, InvalidRequest
 from hostruntime.host.disk_space import DiskSpace, Level, _reserve_bytes
@@ -76,24 +76,24 @@ def test_ballast_is_let_go_of_and_taken(tmp_path: Path) -> None:
     ballast = Ballast(tmp_path / "ballast")
     small = replace(ROOM, size_bytes=GIB, free_bytes=GIB, reserve_bytes=200 * MIB)
     ballast.balance(replace(small, free_bytes=300 * MIB))
-    assert not ballast.is_held
+    assert not ballast.is_allocated
     ballast.balance(small)
     assert ballast.path.stat().st_blocks * 512 >= 32 * MIB
     ballast.balance(replace(small, free_bytes=60 * MIB))
-    assert ballast.is_held
+    assert ballast.is_allocated
     ballast.balance(replace(small, free_bytes=40 * MIB))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_was_there_before_has_grown_by_what_was_written_since() -> None:
     growth = Growth()
-    growth.note({"a": 10 * MIB, "b": GIB})
-    growth.note({"a": 30 * MIB, "b": GIB, "c": 5 * MIB})
-    assert growth.of_late() == {"a": 20 * MIB, "b": 0, "c": 5 * MIB}
-    assert growth.largest_first(1) == ["a", "c"]
-    assert growth.largest_first(8 * MIB) == ["a"]
-    growth.begin_anew()
-    assert growth.largest_first(1) == []
+    growth.record({"a": 10 * MIB, "b": GIB})
+    growth.record({"a": 30 * MIB, "b": GIB, "c": 5 * MIB})
+    assert growth.recent() == {"a": 20 * MIB, "b": 0, "c": 5 * MIB}
+    assert growth.largest(1) == ["a", "c"]
+    assert growth.largest(8 * MIB) == ["a"]
+    growth.reset()
+    assert growth.largest(1) == []
 
 
 def test_who_is_held_is_told_or_waits() -> None:

@@ -40,38 +40,38 @@ _GIB, _MIB = 1024**3, 1024**2
 _FAR_BYTES, _NEAR_BYTES = 8 * _GIB, 1 * _GIB
 _FAR_SECONDS, _NEAR_SECONDS = 1.0, 0.2
 # While somebody writes: a disk's cache takes gigabytes a second.
-_CLOSE_SECONDS = 0.03
+_NEAR_WRITING_SECONDS = 0.03
 # Growth is what was written within this time.
 _WINDOW_SECONDS = 5.0
 # Who writes less than this in it goes on while there is only little room.
-_MUCH_BYTES, _LITTLE_BYTES = 1 * _MIB, 64 * 1024
+_HEAVY_WRITER_BYTES, _CRITICAL_WRITER_BYTES = 1 * _MIB, 64 * 1024
 # In reserves: room again, so that not the next write makes it short.
-WELL_AGAIN = 1.25
-_DROP_SECONDS = 10.0
+RECOVERED_ABOVE = 1.25
+_RELIEF_SECONDS = 10.0
 # Between two attempts to write.
-_TRY_SECONDS = 5.0
+_WRITE_PROBE_SECONDS = 5.0
 # Who has written less than this part of the reserve is not ended: it would not help.
-_END_SHARE = 64
+_MIN_GROWTH_SHARE = 64
 # So long it has to be critical although those who wrote stand still.
-_STILL_SECONDS = 0.5
+_CRITICAL_GRACE_SECONDS = 0.5
 # One that is ended may take so long to give its room back before the next has to go.
-_END_SECONDS = 5.0
+_TERMINATION_SECONDS = 5.0
 # When it is gone, its room is back after so long at the latest.
 _SETTLE_SECONDS = 1.0
-HELD = (
+HELD_MESSAGE = (
     "The machine is short of disk room, and this sandbox was writing to its disk: it stands still "
     "until there is room again, and then goes on by itself. Nothing is lost; try again later."
 )
 _log = logging.getLogger(__name__)
 
 
-class Relief(Protocol):
+class SpaceRelief(Protocol):
     """What the watch has others do."""
 
-    def drop_what_can_be(self) -> Coroutine[Any, Any, None]:
+    def free_space(self) -> Coroutine[Any, Any, None]:
         """Begin nothing more that takes room, and delete what is made again."""
 
-    def end_for_room(self, owner: str) -> Coroutine[Any, Any, None]:
+    def terminate_for_space(self, owner: str) -> Coroutine[Any, Any, None]:
         """End what an owner runs, and tell them why."""
 
     def is_build(self, owner: str) -> bool:
@@ -85,219 +85,227 @@ class Relief(Protocol):
 class Growth:
     """How much each disk has grown of late, and since the room ran short."""
 
-    _seen: deque[tuple[float, Mapping[str, int]]] = field(default_factory=deque)
-    _short: Counter[str] = field(default_factory=Counter)
+    _samples: deque[tuple[float, Mapping[str, int]]] = field(default_factory=deque)
+    _since_short: Counter[str] = field(default_factory=Counter)
 
-    def note(self, sizes: Mapping[str, int]) -> None:
+    def record(self, sizes: Mapping[str, int]) -> None:
         """The sizes of all disks now, in bytes."""
-        now = time.monotonic()
-        while len(self._seen) > 1 and self._seen[1][0] <= now - _WINDOW_SECONDS:
-            self._seen.popleft()
-        self._seen.append((now, sizes))
-        for owner, grown in self.of_late().items():
-            self._short[owner] = max(self._short[owner], grown)
+        current = time.monotonic()
+        while len(self._samples) > 1 and self._samples[1][0] <= current - _WINDOW_SECONDS:
+            self._samples.popleft()
+        self._samples.append((current, sizes))
+        for owner, grown in self.recent().items():
+            self._since_short[owner] = max(self._since_short[owner], grown)
 
-    def of_late(self) -> dict[str, int]:
+    def recent(self) -> dict[str, int]:
         """By how many bytes each has grown within the last seconds."""
-        if not self._seen:
+        if not self._samples:
             return {}
-        (_, before), (_, now) = self._seen[0], self._seen[-1]
-        return {owner: size - before.get(owner, 0) for owner, size in now.items()}
+        (_, earlier), (_, current) = self._samples[0], self._samples[-1]
+        return {owner: size - earlier.get(owner, 0) for owner, size in current.items()}
 
-    def largest_first(self, least: int) -> list[str]:
+    def largest(self, minimum: int) -> list[str]:
         """Whose has grown by so many bytes since the room ran short, and is there yet."""
-        there = self._seen[-1][1] if self._seen else {}
-        most = self._short.most_common()
-        return [owner for owner, grown in most if grown >= least and owner in there]
+        current = self._samples[-1][1] if self._samples else {}
+        candidates = self._since_short.most_common()
+        return [owner for owner, grown in candidates if grown >= minimum and owner in current]
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """There is room: who wrote before is forgotten."""
-        self._short.clear()
+        self._since_short.clear()
 
 
 @dataclass
-class RoomWatch:
+class DiskMonitor:
     """Watches the file system of a state directory.  For one event loop."""
 
     root: Path
     containers: ContainerManager
     ballast: Ballast
-    relief: Relief
+    relief: SpaceRelief
     level: Level = Level.NORMAL
-    _room: DiskSpace | None = None
-    _fault: str | None = None
+    _space: DiskSpace | None = None
+    _problem: str | None = None
     _growth: Growth = field(default_factory=Growth)
-    _tried_at: float = -_TRY_SECONDS
+    _probed_at: float = -_WRITE_PROBE_SECONDS
     _writable: bool = True
-    _dropped_at: float = -_DROP_SECONDS
+    _relieved_at: float = -_RELIEF_SECONDS
     # Who was ended since the room ran short, and when the next may be.
-    _ended: set[str] = field(default_factory=set)
-    _next_end: float = 0.0
+    _terminated: set[str] = field(default_factory=set)
+    _next_termination: float = 0.0
     _critical_since: float = math.inf
     _tasks: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
     # Of its own: those that everybody uses may all be waiting for the disk.
-    _thread: ThreadPoolExecutor = field(
+    _measure_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="room")
     )
     # What changes something waits for the file system's journal, and that for whoever writes much.
-    _changer: ThreadPoolExecutor = field(
+    _ballast_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ballast")
     )
-    _change: Future[None] | None = None
+    _ballast_work: Future[None] | None = None
 
-    def begin(self) -> asyncio.Task[None]:
+    def start(self) -> asyncio.Task[None]:
         """Watch until the task is cancelled, and then :meth:`close`."""
-        what = "the room on the disk could not be seen to"
-        return every(self._pause, self.look, what, immediately=True)
+        description = "the room on the disk could not be seen to"
+        return every(self._interval, self.check, description, immediately=True)
 
     def close(self) -> None:
         """Leave off what was begun; waits for no disk."""
-        self._thread.shutdown(wait=False)
-        self._changer.shutdown(wait=False)
+        self._measure_thread.shutdown(wait=False)
+        self._ballast_thread.shutdown(wait=False)
         for task in self._tasks.values():
             task.cancel()
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Look once, and do what it takes.  Raises HostError, OSError."""
         loop = asyncio.get_running_loop()
-        near = self._room is None or self._above() < _FAR_BYTES
-        room, sizes = await loop.run_in_executor(self._thread, self._seen, near)
-        self._room = room
-        if self._change is None or self._change.done():
-            self._change = self._changer.submit(self._touch, room)
+        near = self._space is None or self._bytes_above_reserve() < _FAR_BYTES
+        space, sizes = await loop.run_in_executor(self._measure_thread, self._measure, near)
+        self._space = space
+        if self._ballast_work is None or self._ballast_work.done():
+            self._ballast_work = self._ballast_thread.submit(self._maintain_ballast, space)
         if near:
-            self._growth.note({owner: size.when_written for owner, size in sizes.items()})
+            self._growth.record({owner: size.when_written for owner, size in sizes.items()})
         else:
             self._growth = Growth()
-        self._say(room)
+        self._update_level(space)
         if self.level in (Level.LOW, Level.CRITICAL):
-            self._make_room(room)
+            self._relieve(space)
         elif self.level is Level.NORMAL:
-            self._growth.begin_anew()
-            self._ended.clear()
+            self._growth.reset()
+            self._terminated.clear()
             self._critical_since = math.inf
-            self._let_go()
+            self._release_held()
 
     def notes(self) -> list[str]:
         """What is wrong, in sentences."""
         held = len(self.containers.held())
-        stand = f" {held} sandboxes and builds stand still until there is room." if held else ""
-        return [self._fault + stand] if self._fault else []
+        suffix = f" {held} sandboxes and builds stand still until there is room." if held else ""
+        return [self._problem + suffix] if self._problem else []
 
     def to_wire(self) -> dict[str, Any]:
         """For the agent's health."""
-        room = self._room.to_wire() if self._room is not None else {}
+        space = self._space.to_wire() if self._space is not None else {}
         level = {"level": self.level.wire_name}
-        held = {"held": len(self.containers.held()), "ballast": self.ballast.is_held}
-        return {**room, **level, **held}
+        held = {"held": len(self.containers.held()), "ballast": self.ballast.is_allocated}
+        return {**space, **level, **held}
 
     # Pieces --------------------------------------------------------------------------------
 
-    def _seen(self, near: bool) -> tuple[DiskSpace, Mapping[str, DiskSize]]:
+    def _measure(self, near: bool) -> tuple[DiskSpace, Mapping[str, DiskSize]]:
         """In a thread, as a disk that hangs keeps whoever asks."""
-        room = DiskSpace.of(self.root)
-        room = replace(room, read_only=room.read_only or not self._writable)
+        space = DiskSpace.of(self.root)
+        space = replace(space, read_only=space.read_only or not self._writable)
         sizes = self.containers.disks.sizes() if near else {}
         unwritten = sum(size.unwritten for size in sizes.values())
         if unwritten:
             # A disk may have promised room that nothing is in (fallocate(2)).
-            room = room.after_writing(min(unwritten, dirty_bytes()))
-        return room, sizes
+            space = space.after_writing(min(unwritten, dirty_bytes()))
+        return space, sizes
 
-    def _touch(self, room: DiskSpace) -> None:
+    def _maintain_ballast(self, space: DiskSpace) -> None:
         """In a thread that nobody waits for."""
-        if time.monotonic() > self._tried_at + _TRY_SECONDS:
-            self._tried_at = time.monotonic()
+        if time.monotonic() > self._probed_at + _WRITE_PROBE_SECONDS:
+            self._probed_at = time.monotonic()
             self._writable = can_write(self.root)
         try:
-            self.ballast.balance(room)
+            self.ballast.balance(space)
         except OSError as error:
             _log.error("the ballast could not be seen to: %s", error)
 
-    def _above(self) -> int:
-        assert self._room is not None
-        return self._room.free_bytes - self._room.reserve_bytes
+    def _bytes_above_reserve(self) -> int:
+        assert self._space is not None
+        return self._space.free_bytes - self._space.reserve_bytes
 
-    def _pause(self) -> float:
-        if self._room is None or not self.containers.running() or self._above() > _FAR_BYTES:
+    def _interval(self) -> float:
+        if (
+            self._space is None
+            or not self.containers.running()
+            or self._bytes_above_reserve() > _FAR_BYTES
+        ):
             return _FAR_SECONDS
-        writing = max(self._growth.of_late().values(), default=0) >= _MUCH_BYTES
-        return _CLOSE_SECONDS if writing and self._above() < _NEAR_BYTES else _NEAR_SECONDS
+        writing = max(self._growth.recent().values(), default=0) >= _HEAVY_WRITER_BYTES
+        return (
+            _NEAR_WRITING_SECONDS
+            if writing and self._bytes_above_reserve() < _NEAR_BYTES
+            else _NEAR_SECONDS
+        )
 
-    def _say(self, room: DiskSpace) -> None:
-        level = room.level
+    def _update_level(self, space: DiskSpace) -> None:
+        level = space.level
         if level is Level.NORMAL and self.level in (Level.LOW, Level.CRITICAL):
             # Not at the first block that somebody deletes.
-            level = Level.NORMAL if room.free_ratio >= WELL_AGAIN else Level.LOW
-        self._fault = fault = None if level is Level.NORMAL else room.problem or self._fault
-        error = HostUnavailable if room.read_only else HostFull
-        self.containers.disks.refusal = None if fault is None else partial(error, fault)
+            level = Level.NORMAL if space.free_ratio >= RECOVERED_ABOVE else Level.LOW
+        self._problem = problem = None if level is Level.NORMAL else space.problem or self._problem
+        error = HostUnavailable if space.read_only else HostFull
+        self.containers.disks.refusal = None if problem is None else partial(error, problem)
         if level is not self.level:
             worse = level > self.level
-            (_log.error if worse else _log.warning)("%s", self._fault or "there is room again")
+            (_log.error if worse else _log.warning)("%s", self._problem or "there is room again")
         self.level = level
 
-    def _make_room(self, room: DiskSpace) -> None:
-        if time.monotonic() > self._dropped_at + _DROP_SECONDS:
-            self._dropped_at = time.monotonic()
-            self._start("drop", "", self.relief.drop_what_can_be())
+    def _relieve(self, space: DiskSpace) -> None:
+        if time.monotonic() > self._relieved_at + _RELIEF_SECONDS:
+            self._relieved_at = time.monotonic()
+            self._start_once("drop", "", self.relief.free_space())
         # A disk is one inode of the host's, whatever is on it.
-        if room.free_bytes < room.reserve_bytes * WELL_AGAIN:
+        if space.free_bytes < space.reserve_bytes * RECOVERED_ABOVE:
             self._hold_writers()
         else:
-            self._let_go()
+            self._release_held()
         if self.level is not Level.CRITICAL:
             self._critical_since = math.inf
             return
         self._critical_since = min(self._critical_since, time.monotonic())
         # Those who stand still now may have been all it took.
-        if time.monotonic() > self._critical_since + _STILL_SECONDS:
-            self._end_one(room)
+        if time.monotonic() > self._critical_since + _CRITICAL_GRACE_SECONDS:
+            self._terminate_one(space)
 
     def _hold_writers(self) -> None:
-        late = self._growth.of_late()
-        much = _LITTLE_BYTES if self.level is Level.CRITICAL else _MUCH_BYTES
-        writers = [owner for owner, grown in late.items() if grown >= much]
+        recent = self._growth.recent()
+        minimum = _CRITICAL_WRITER_BYTES if self.level is Level.CRITICAL else _HEAVY_WRITER_BYTES
+        writers = [owner for owner, grown in recent.items() if grown >= minimum]
         for owner in {*writers, *self.containers.held()} & self.containers.running().keys():
             # Those that are held, too: a copy of the disk may have let them go.
-            words = None if self.relief.is_build(owner) else HELD
-            self._start("hold", owner, self.containers.hold(owner, words))
+            reason = None if self.relief.is_build(owner) else HELD_MESSAGE
+            self._start_once("hold", owner, self.containers.hold(owner, reason))
 
-    def _let_go(self) -> None:
+    def _release_held(self) -> None:
         for owner in self.containers.held():
-            self._start("let go", owner, self.containers.release(owner))
+            self._start_once("let go", owner, self.containers.release(owner))
 
-    def _end_one(self, room: DiskSpace) -> None:
-        if time.monotonic() < self._next_end:
+    def _terminate_one(self, space: DiskSpace) -> None:
+        if time.monotonic() < self._next_termination:
             return
-        growers: list[str] = []
-        if room.free_bytes < room.reserve_bytes / 2:
-            most = self._growth.largest_first(room.reserve_bytes // _END_SHARE)
-            growers = [owner for owner in most if owner in self.containers.running()]
-        for owner in [*growers, *reversed(self.relief.capturing())]:
-            if owner not in self._ended:
-                self._ended.add(owner)
-                self._next_end = time.monotonic() + scaled(_END_SECONDS)
-                _log.error("%s is ended: %s", owner, self._fault)
-                self._start("end", owner, self._end(owner))
+        owners: list[str] = []
+        if space.free_bytes < space.reserve_bytes / 2:
+            candidates = self._growth.largest(space.reserve_bytes // _MIN_GROWTH_SHARE)
+            owners = [owner for owner in candidates if owner in self.containers.running()]
+        for owner in [*owners, *reversed(self.relief.capturing())]:
+            if owner not in self._terminated:
+                self._terminated.add(owner)
+                self._next_termination = time.monotonic() + scaled(_TERMINATION_SECONDS)
+                _log.error("%s is ended: %s", owner, self._problem)
+                self._start_once("end", owner, self._terminate(owner))
                 return
 
-    async def _end(self, owner: str) -> None:
-        await self.relief.end_for_room(owner)
-        self._next_end = time.monotonic() + _SETTLE_SECONDS
+    async def _terminate(self, owner: str) -> None:
+        await self.relief.terminate_for_space(owner)
+        self._next_termination = time.monotonic() + _SETTLE_SECONDS
 
-    def _start(self, what: str, owner: str, work: Coroutine[Any, Any, None]) -> None:
+    def _start_once(self, action: str, owner: str, work: Coroutine[Any, Any, None]) -> None:
         """Do something that may have to wait for others, once at a time for each owner."""
-        key = (what, owner)
+        key = (action, owner)
         if key in self._tasks:
             work.close()
             return
-        task = in_background(_unless_gone(work), f"for want of room, {what} {owner}")
+        task = in_background(_ignore_gone(work), f"for want of room, {action} {owner}")
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
 
-async def _unless_gone(work: Coroutine[Any, Any, None]) -> None:
+async def _ignore_gone(work: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(ContainerGone):
         await work
 
@@ -317,9 +325,9 @@ def can_write(directory: Path) -> bool:
 
 def dirty_bytes() -> int:
     """How much the whole machine has in memory that is to be written (proc(5), meminfo)."""
-    found = 0
+    total = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name in ("Dirty", "Writeback"):
-            found += int(rest.split()[0]) * 1024
-    return found
+            total += int(rest.split()[0]) * 1024
+    return total

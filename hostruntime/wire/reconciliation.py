@@ -10,7 +10,7 @@ from pydantic import Field
 
 from hostruntime.wire.message import Message
 
-_Word = Annotated[str, Field(min_length=1, max_length=100)]
+_Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Claim(Message):
     ``previous`` is the mark before ``mark`` (:mod:`hostruntime.host.installation`).
     """
 
-    id: _Word
+    id: _Name
     epoch: Annotated[int, Field(ge=0)]
-    mark: _Word
+    mark: _Name
     previous: str = ""
 
 
@@ -64,7 +64,7 @@ class Reconciliation(Message):
 
 
 @dataclass(frozen=True)
-class HeldInfo(Message):
+class QuarantinedItemInfo(Message):
     """Something in quarantine; ``reason`` is unknown or damaged, ``detail`` says why in words.
 
     ``at`` is when it came there, ``size_bytes`` what its record said, None where that is not known.
@@ -83,4 +83,4 @@ class HeldInfo(Message):
 class Quarantine(Message):
     """``GET /quarantine``, the oldest first."""
 
-    quarantine: tuple[HeldInfo, ...]
+    quarantine: tuple[QuarantinedItemInfo, ...]
