@@ -1,4 +1,4 @@
-"""``python -m hostruntime.agent``: serve, or take everything down."""
+"""``python -m hostruntime.agent``: serve, or tear everything down."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, handlers=[logs.handler()])
-    # One line a request says nothing that the answer did not.
+    # The access log adds nothing to the responses.
     logging.getLogger("uvicorn.access").disabled = True
-    # LXC goes through directories as others, and images keep the modes they are made with.
+    # LXC traverses directories as "others", and images keep the modes they are created with.
     os.umask(0o022)
     try:
         paths = StatePaths(options.state_dir.resolve())
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_progress(done: int, total: int) -> None:
-    """Say on standard output how far the teardown is; the log goes elsewhere."""
+    """Print the teardown's progress to standard output; the log goes elsewhere."""
     if done == total or done % _PROGRESS_EVERY == 0:
         print(f"ended {done} of {total} containers", flush=True)  # noqa: T201 - the command's answer
 
@@ -77,14 +77,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn; told to stop, it also ends the commands that requests are waiting for."""
+    """A uvicorn server that also kills running commands when it is told to stop."""
 
     def __init__(self, config: uvicorn.Config, host: Host) -> None:
         super().__init__(config)
         self._host = host
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not super(): it would raise the signal again once served, and end us before the rest.
+        # Not super(): it would re-raise the signal after serving, and kill us before the cleanup.
         self.should_exit = True
         self._host.builds.going()
         self._host.sandboxes.changes.close()
@@ -107,7 +107,7 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
         _log.info("serving on %s", sock.getsockname())
         await _Server(config, host).serve(sockets=[sock])
     finally:
-        # A second signal must not interrupt the end.
+        # A second signal must not interrupt the cleanup.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         await host.close()
@@ -119,13 +119,13 @@ def _raise_file_limit() -> None:
 
 
 def share_heaps() -> None:
-    """Let our threads share a few heaps: by default each new one gets its own, eight a core.
+    """Make threads share a few heaps; by default each gets its own, up to eight per core.
 
-    Each keeps what its busiest moment took, so that memory rises for hours until every thread has
-    had every kind of work.  They take turns in Python anyway, and hardly ever wait for a heap.
+    A heap keeps its peak size, so memory would rise for hours until every thread has done every
+    kind of work.  Because of the GIL, threads hardly ever wait for a shared heap.
     """
     libc = ctypes.CDLL(None)
-    # musl has one heap, and no mallopt.
+    # musl has a single heap, and no mallopt.
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
 
@@ -160,13 +160,13 @@ def _group_id(name: str) -> int:
 
 @contextmanager
 def _exclusive_lock(paths: StatePaths) -> Iterator[int]:
-    """Hold the pid file's lock; launchers hold it too, so that none outlives its agent unseen.
+    """Hold the pid file's lock; launchers inherit it, so that none outlives its agent unnoticed.
 
-    Raises HostUnavailable when another agent has it.
+    Raises HostUnavailable if another agent holds it.
     """
     descriptor = os.open(paths.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # Not for as long as the other works: it may be there to stay.
+        # A fixed time: the other agent may be there to stay.
         deadline = time.monotonic() + scaled(_LOCK_SECONDS)
         while not _try_lock(descriptor):
             if time.monotonic() > deadline:

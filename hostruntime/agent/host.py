@@ -1,4 +1,4 @@
-"""Everything one agent runs, opened and closed in the right order."""
+"""All parts of one agent, opened and closed in the right order."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Host:
-    """One installation at work."""
+    """One running installation."""
 
     paths: StatePaths
     instance: Instance
@@ -72,11 +72,11 @@ class Host:
 
     @classmethod
     async def open(cls, paths: StatePaths, inherited_fds: Sequence[int] = ()) -> Host:
-        """Take up the state directory: reclaim, start the launchers and the proxy.
+        """Open the state directory: reclaim, start the launchers and the proxy.
 
-        ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
+        Launchers keep ``inherited_fds`` open.  Raises HostError, OSError.
         """
-        # A disk that hangs keeps whoever waits for it, and must not keep everybody else.
+        # A hanging disk blocks the threads that wait for it, and must not block the others.
         asyncio.get_running_loop().set_default_executor(create_thread_pool(_THREADS))
         host = await asyncio.to_thread(_assemble, paths, inherited_fds)
         await host.launchers.open()
@@ -86,14 +86,16 @@ class Host:
         await host.builds.recover()
         await host._check_proxy(first=True)
         host._periodic_tasks = (
-            every(PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be seen to"),
-            every(CLEANUP_SECONDS, host._remove_old, "old layers and builds stay"),
+            every(
+                PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be maintained"
+            ),
+            every(CLEANUP_SECONDS, host._remove_old, "old layers and builds could not be removed"),
             host.disk_monitor.start(),
         )
         return host
 
     async def close(self) -> None:
-        """End everything but the containers of sandboxes and the proxy, which serves them."""
+        """Stop everything except the containers of sandboxes, and the proxy, which serves them."""
         await cancel_and_wait(*self._periodic_tasks)
         self.disk_monitor.close()
         self.sandboxes.snapshots.close()
@@ -106,7 +108,7 @@ class Host:
         await asyncio.to_thread(self.pool.close)
 
     def health(self) -> Health:
-        """The answer to ``GET /health``."""
+        """The response to ``GET /health``."""
         running = len(self.containers.running())
         address, port = self.pool.proxy_address()
         return Health(
@@ -125,20 +127,20 @@ class Host:
             room=self.disk_monitor.to_wire(),
         )
 
-    # What the watch of the room asks for -----------------------------------------------------
+    # Relief for the disk monitor -------------------------------------------------------------
 
     async def free_space(self) -> None:
-        """Begin nothing more that takes room, and delete what is made again."""
+        """Abort what uses more space, and delete what can be created again."""
         self.sandboxes.snapshots.abort_for_space()
         await asyncio.to_thread(self.layers.collect)
         self.store.trash.empty()
 
     def is_build(self, owner: str) -> bool:
-        """Whether what an owner runs is a build, of a template or of a base."""
+        """Whether an owner is a build, of a template or of a base."""
         return owner not in self.sandboxes.live()
 
     async def terminate_for_space(self, owner: str) -> None:
-        """End what an owner runs, and tell them why.  Raises HostError, OSError."""
+        """Terminate an owner's container and record why.  Raises HostError, OSError."""
         if owner in self.sandboxes.live():
             await self.sandboxes.terminate_for_space(owner)
         elif owner in self.builds.users():
@@ -147,10 +149,10 @@ class Host:
             self.containers.kill(owner)
 
     def capturing(self) -> list[str]:
-        """The builds whose container has ended, and whose tree is being made; the newest last."""
+        """The builds whose container has exited and whose tree is being captured; newest last."""
         return [owner for owner in self.builds.users() if owner not in self.containers.running()]
 
-    # What is done again and again; no part of it keeps another from its turn ------------------
+    # Periodic work; a failing part must not prevent the others --------------------------------
 
     async def _maintain_network(self) -> None:
         with log_errors("the firewall could not be checked"):
@@ -159,7 +161,7 @@ class Host:
             await asyncio.to_thread(self._ensure_profile)
         with log_errors("a launcher near a limit could not be replaced"):
             await self.launchers.maintain()
-        with log_errors("what containers tried to reach could not be read"):
+        with log_errors("the containers' connection attempts could not be read"):
             await asyncio.to_thread(self.pool.record_attempts)
         with log_errors("the egress proxy could not be checked"):
             await self._check_proxy(first=False)
@@ -167,7 +169,7 @@ class Host:
     async def _remove_old(self) -> None:
         with log_errors("old layers could not be deleted"):
             await asyncio.to_thread(self.layers.collect)
-        with log_errors("runtime layers that nobody uses could not be deleted"):
+        with log_errors("unused runtime layers could not be deleted"):
             await asyncio.to_thread(remove_unused, self.paths)
         with log_errors("the records of old builds could not be deleted"):
             await self.builds.forget_old()
@@ -182,13 +184,13 @@ class Host:
             self.proxy_healthy = True
         except (HostError, PolicyError, OSError) as error:
             if self.proxy_healthy or first:
-                _log.error("the egress proxy does not run: %s", error)
+                _log.error("the egress proxy is not running: %s", error)
             self.proxy_healthy = False
 
 
 def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     cgroup_layout()
-    # Said now, and not to whoever reconciles.
+    # Invalid settings must fail here, and not in a later reconciliation.
     keep_days()
     DiskSpace.of(paths.root)
     ensure_subordinate_ids()
@@ -197,17 +199,17 @@ def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     pool = SlotPool(paths, instance)
     launchers = _launchers(paths, instance, inherited_fds)
     pool.setup()
-    # Now that the kernel tracks connections.
+    # After pool.setup, which loads connection tracking and its sysctls.
     _limit_machine_use(instance)
     build_runtime_layers(paths, pool)
     store = ImageStore(paths)
     live = reclaim(paths, instance, pool, store)
-    _log.info("instance %d, %d sandboxes still run", instance.index, len(live))
+    _log.info("instance %d, %d sandboxes still running", instance.index, len(live))
     return _host(paths, instance, store, ContainerManager(paths, instance, pool, launchers))
 
 
 def _launchers(paths: StatePaths, instance: Instance, inherited_fds: Sequence[int]) -> LauncherPool:
-    """The launchers, which are yet to be started, with the profile they need in the kernel."""
+    """The launchers, not started yet; loads the AppArmor profile that they need."""
     label = apparmor.profile_name(instance)
     if label is not None:
         apparmor.load(label)
@@ -247,15 +249,15 @@ def _limit_machine_use(instance: Instance) -> None:
     try:
         shared_limits.limit_processes(instance)
     except (HostError, OSError) as error:
-        # Each container has its own limit, and nobody's sandbox is to wait for this one.
-        _log.error("what all sandboxes may run together could not be limited: %s", error)
+        # Each container has its own limit, so this failure must not block the start.
+        _log.error("the processes of all sandboxes together could not be limited: %s", error)
 
 
 def tear_down(paths: StatePaths, on_progress: OnProgress = lambda done, of: None) -> None:
-    """Stop every container and remove all it has on the host; images and snapshots stay.
+    """Stop every container and remove all its resources; images and snapshots stay.
 
-    ``told`` hears how many of how many containers are gone.  No agent may run on the state
-    directory.  Raises HostError, OSError.
+    ``on_progress`` is called with the number of removed containers and the total.  No agent may be
+    running on the state directory.  Raises HostError, OSError.
     """
     if not paths.instance_file.exists():
         return

@@ -1,8 +1,8 @@
-"""The pass at start, and the taking down of a whole instance.
+"""The cleanup at start, and the removal of a whole instance.
 
-A killed agent leaves what it was at: containers (which is right, if a sandbox owns them), roots
-mounted for containers that never started, slots, half-made trees.  Everything found that no
-living sandbox owns goes; nothing is believed from records alone that the kernel can be asked.
+A killed agent leaves things behind: containers (rightly, if a sandbox owns them), roots mounted
+for containers that never started, slots, incomplete trees.  Everything that no running sandbox
+owns is removed; the kernel's state takes precedence over records.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ OnProgress = Callable[[int, int], None]
 def reclaim(
     paths: StatePaths, instance: Instance, pool: SlotPool, store: ImageStore
 ) -> frozenset[str]:
-    """Clear away what nobody owns; return the sandboxes that still run.
+    """Remove what nobody owns; return the sandboxes that are still running.
 
-    The pool must be set up.  Raises HostError or OSError when something will not go.
+    The pool must be set up.  Raises HostError or OSError if something cannot be removed.
     """
     remove_incomplete(paths, instance, store.trash)
     candidates = _recorded_as_running(paths.sandboxes)
@@ -46,7 +46,7 @@ def reclaim(
     pool.reclaim(live)
     without_slot = {owner for owner in live if pool.slot_of(owner) is None}
     if without_slot:
-        # Without its network namespace or its policy a container must not go on.
+        # Without its network namespace or its policy a container must not keep running.
         _log.error("stopping %s: the network slot is gone", ", ".join(sorted(without_slot)))
         _dismantle_except(instance, live - without_slot)
     Disks(paths, instance).release_except(live - without_slot)
@@ -62,7 +62,7 @@ def remove_instance(
 ) -> None:
     """Stop every container of an instance and remove their groups and mounts; idempotent.
 
-    ``told`` hears, after each, how many of how many are gone.
+    ``on_progress`` is called after each with the number of removed containers and the total.
     """
     remove_incomplete(paths, instance, trash)
     _dismantle_except(instance, set(), on_progress)
@@ -79,8 +79,8 @@ def _recorded_as_running(sandboxes: Path) -> set[str]:
         try:
             sandbox = read_sandbox(directory)
         except BadRecord as error:
-            # Nobody could say whose it is, what it may reach, or when it ends.
-            _log.error("sandbox %s is ended if it runs: %s", directory.name, error)
+            # Its owner, its network policy and its deadline are unknown.
+            _log.error("sandbox %s is stopped if it is running: %s", directory.name, error)
             continue
         if sandbox is not None and sandbox.state == "running":
             running.add(directory.name)
@@ -101,8 +101,8 @@ def _dismantle_except(
         names |= {path.name for path in roots.iterdir()}
     doomed = sorted(names - keep)
     for name in doomed:
-        _log.info("clearing away %s, which nobody owns", name)
-        # All of them first: each takes the kernel a while, most of it waiting.
+        _log.info("removing %s, which nobody owns", name)
+        # Kill all of them first: each takes the kernel a while, mostly waiting.
         kill_group(cgroup_layout().container(name).unified)
 
     def dismantle_one(name: str) -> str:

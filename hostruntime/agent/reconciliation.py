@@ -1,7 +1,7 @@
-"""Reconciliation on the host's side: what nobody names is set aside, and kept for days.
+"""Reconciliation on the host's side: what no row names is set aside, and kept for days.
 
-Nothing is done here on the word of a database that is not this state's
-(:mod:`hostruntime.host.installation`), and little without an operator's: a few things at a time.
+A database that does not belong to this state directory is refused
+(:mod:`hostruntime.host.installation`), and a pass sets only a few items aside.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Reconciler:
-    """The keeping of one host's images and snapshots.  For one event loop."""
+    """Reconciles one host's images and snapshots.  For use on one event loop."""
 
     installation_store: InstallationStore
     store: ImageStore
     snapshots: SnapshotManager
 
-    # Whose the state is --------------------------------------------------------------------
+    # Ownership of the state ----------------------------------------------------------------
 
     async def installation(self) -> InstallationRecord:
-        """Whose it is now (:meth:`InstallationStore.read`)."""
+        """Which installation owns the state (:meth:`InstallationStore.read`)."""
         return await in_thread(self.installation_store.read)
 
     async def adopt(self, claim: Claim) -> InstallationRecord:
-        """Give it to a database, by an operator's word (:meth:`InstallationStore.adopt`)."""
+        """Assign it to a database on an operator's decision (:meth:`InstallationStore.adopt`)."""
         return await in_thread(self.installation_store.adopt, claim)
 
     async def agree(self, claim: Claim, *, known: bool | None) -> InstallationRecord:
-        """Take down the database's new mark (:meth:`InstallationStore.agree`).
+        """Record the database's new mark (:meth:`InstallationStore.agree`).
 
-        ``known`` is None as long as nobody has looked.
+        ``known`` is None if the database has not been checked yet.
         """
         empty = not self.snapshots.list() and not await in_thread(self._templates)
         if known is False:
@@ -52,7 +52,7 @@ class Reconciler:
         )
 
     async def reconcile(self, request: Reconcile) -> Reconciliation:
-        """Set aside what is not among those named; None names all.
+        """Set aside what the request does not name; None names everything.
 
         Raises InstallationMismatch, OSError.
         """
@@ -60,8 +60,9 @@ class Reconciler:
         set_aside: list[str] = []
         waiting: list[str] = []
         if request.snapshots is not None:
-            snapshots = await self.snapshots.reconcile(set(request.snapshots), RECONCILE_MOST)
-            set_aside, waiting = snapshots[0], snapshots[1]
+            set_aside, waiting = await self.snapshots.reconcile(
+                set(request.snapshots), RECONCILE_MOST
+            )
         if request.images is not None:
             await in_thread(self.store.set_aside_damaged)
             images = await in_thread(self.store.reconcile, set(request.images))
@@ -70,32 +71,34 @@ class Reconciler:
             await in_thread(self._release, item)
         return Reconciliation(set_aside, waiting)
 
-    # What was set aside --------------------------------------------------------------------
+    # Quarantine ----------------------------------------------------------------------------
 
     async def quarantined(self) -> list[Held]:
-        """Everything in quarantine, the oldest first."""
+        """Everything in quarantine, oldest first."""
         return await in_thread(self.store.quarantine.list)
 
     async def restore(self, key: str) -> Held:
-        """Put an image or a snapshot back.  Raises NotFound, Conflict."""
+        """Restore an image or a snapshot.  Raises NotFound, Conflict."""
         item = await in_thread(self.store.quarantine.get, key)
         if item.kind == "image":
             await in_thread(self.store.restore, item)
         elif item.kind == "snapshot":
             await in_thread(self.snapshots.restore_quarantined, item)
         else:
-            raise Conflict(f"The record of a {item.kind} cannot be put back: what it was of ended.")
-        _log.warning("%s %s was put back from quarantine", item.kind, item.name)
+            raise Conflict(
+                f"The record of a {item.kind} cannot be restored: its {item.kind} no longer exists."
+            )
+        _log.warning("%s %s was restored from quarantine", item.kind, item.name)
         return item
 
     async def delete(self, key: str) -> None:
-        """Delete something for good.  Raises NotFound, OSError."""
+        """Delete an item permanently.  Raises NotFound, OSError."""
         item = await in_thread(self.store.quarantine.get, key)
         await in_thread(self.store.quarantine.delete, key)
         await in_thread(self._release, item)
 
     def _release(self, item: Held) -> None:
-        """A snapshot that is no more lets go of the image it was made over."""
+        """Release the image that a deleted snapshot was based on."""
         if item.kind == "snapshot":
             self.store.release_all(image_user(item.name))
 

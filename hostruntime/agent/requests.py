@@ -1,4 +1,4 @@
-"""How the agent reads what it is asked: a message of the wire, or a parameter of the address."""
+"""Reading the agent's requests: wire messages, path and query parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ async def read_message[M: Message](request: Request, kind: type[M]) -> M:
 
 
 def path_parameter(request: Request, name: str = "id") -> str:
-    """A part of the path."""
+    """A parameter of the path."""
     return str(request.path_params[name])
 
 
 def query_parameter(request: Request, name: str) -> str:
-    """A parameter that has to be there.  Raises InvalidRequest."""
+    """A required query parameter.  Raises InvalidRequest."""
     value = request.query_params.get(name)
     if not value:
         raise InvalidRequest(f"The parameter {name} is missing.")
@@ -30,7 +30,7 @@ def query_parameter(request: Request, name: str) -> str:
 
 
 def query_number(request: Request, name: str, default: float) -> float:
-    """A parameter that is a number.  Raises InvalidRequest."""
+    """A numeric query parameter.  Raises InvalidRequest."""
     text = request.query_params.get(name)
     try:
         return default if text is None else float(text)
@@ -39,5 +39,5 @@ def query_number(request: Request, name: str, default: float) -> float:
 
 
 def query_flag(request: Request, name: str, *, default: bool = False) -> bool:
-    """A parameter that is true or false."""
+    """A boolean query parameter."""
     return request.query_params.get(name, "true" if default else "false") == "true"

@@ -1,8 +1,8 @@
-"""Which sandboxes have ended by themselves, or stand still or run on, for who waits to hear of it.
+"""Notifies clients which sandboxes have ended, been paused or been resumed.
 
-Changes are numbered, each *run* of the agent its own.  Whoever has heard up to a number is told
-what came after it; one who comes from another run, or from before what is remembered, is told that
-something may be missing, and compares everything instead.
+Changes are numbered within each *run* of the agent.  A client that knows the changes up to a number
+gets those after it; one that comes from another run, or from before the retained history, is told
+that changes may be missing, and compares everything instead.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ HISTORY_LENGTH = 4096
 
 @dataclass(frozen=True)
 class ChangeSet:
-    """The sandboxes that changed after some number, up to ``seq``; not all unless ``whole``.
+    """The sandboxes that changed after some number, up to ``seq`` of ``run``.
 
-    ``run`` is what the number is of.
+    Unless ``complete``, changes may be missing.
     """
 
     run: str
@@ -30,7 +30,7 @@ class ChangeSet:
 
 
 class Changes:
-    """The changes of one run of the agent.  For one event loop."""
+    """The changes of one run of the agent.  For use on one event loop."""
 
     def __init__(self) -> None:
         self._run = secrets.token_hex(8)
@@ -40,22 +40,22 @@ class Changes:
         self._closed = False
 
     def record(self, sandbox_id: str) -> None:
-        """One has ended, or was paused or resumed."""
+        """Record that a sandbox has ended, or was paused or resumed."""
         self._seq += 1
         self._ids.append(sandbox_id)
         self._wake()
 
     def close(self) -> None:
-        """Nobody waits any longer: the agent is about to go."""
+        """Make all waiting clients return: the agent is about to exit."""
         self._closed = True
         self._wake()
 
     async def after(self, run: str, seq: int, seconds: float) -> ChangeSet:
-        """What has changed after number ``seq`` of ``run``; waits so long for the first."""
+        """The changes after number ``seq`` of ``run``; waits ``seconds`` for the first."""
         complete = run == self._run and self._seq - len(self._ids) <= seq <= self._seq
         if complete:
             await self._wait_for_change(seq, seconds)
-            # While this waited more may have changed than is remembered.
+            # Meanwhile more may have changed than the history retains.
             complete = self._seq - len(self._ids) <= seq
         count = self._seq - seq if complete else 0
         return ChangeSet(self._run, self._seq, complete, tuple(self._ids)[len(self._ids) - count :])

@@ -2,8 +2,8 @@
 
 A sandbox is a directory ``sandboxes/<id>/`` with ``sandbox.json`` and the container's own files.
 The record is written before the container starts, and again whenever it changes, so a new agent
-knows what the last one did.  A sandbox that ended by itself (its deadline passed, its init died)
-keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
+knows what the previous one did.  A sandbox that ended by itself (its deadline passed, its init
+died) keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A sandbox as it is now."""
+    """The current state of a sandbox."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -67,7 +67,7 @@ class Sandbox:
     image_id: str
     image_tree: str
     deadline: float | None
-    # The same by :mod:`hostruntime.host.clock`, and of which boot: what counts.
+    # The effective deadline by :mod:`hostruntime.host.clock`, and the boot that it belongs to.
     due: float | None = None
     boot: str = ""
     started_at: float = 0.0
@@ -76,11 +76,11 @@ class Sandbox:
     ended_at: float | None = None
     slot: Mapping[str, Any] | None = None
     paused: bool = False
-    # What is baked into its image (hostruntime.image.environment).
+    # The environment variables of its image (hostruntime.image.environment).
     image_env: Mapping[str, str] = field(default_factory=dict)
 
     def info(self, *, held: bool) -> SandboxInfo:
-        """The answer of the agent's API."""
+        """The sandbox as the agent's API returns it."""
         return SandboxInfo(
             id=self.request.id,
             image=self.request.image,
@@ -97,9 +97,9 @@ class Sandbox:
 
     @property
     def ends_at(self) -> float | None:
-        """When it ends, in Unix seconds by the clock as it goes now."""
+        """When it ends, in Unix seconds by the current wall clock."""
         current = clock.to_wall_clock(self.due)
-        # As it was asked for, while the clock has not been set.
+        # Exactly as requested, unless the clock has been set since.
         unchanged = (
             current is not None and self.deadline is not None and abs(current - self.deadline) < 1
         )
@@ -107,11 +107,11 @@ class Sandbox:
 
     @property
     def is_expired(self) -> bool:
-        """Whether its time is over, however the clock was set meanwhile."""
+        """Whether its deadline has passed, however the clock was set meanwhile."""
         return self.due is not None and self.due <= clock.elapsed()
 
     def with_deadline(self, deadline: float | None) -> Sandbox:
-        """The same with another end, in Unix seconds."""
+        """The same with another deadline, in Unix seconds."""
         due = clock.to_boottime(deadline)
         return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
 
@@ -122,7 +122,7 @@ Sandboxes = list[Sandbox]
 
 @dataclass
 class SandboxManager:
-    """The sandboxes of one host.  For one event loop; :meth:`recover` comes first."""
+    """The sandboxes of one host.  For use on one event loop; call :meth:`recover` first."""
 
     paths: StatePaths
     containers: ContainerManager
@@ -133,7 +133,7 @@ class SandboxManager:
     changes: Changes = field(default_factory=Changes)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: KeyedLocks = field(default_factory=KeyedLocks)
-    # Those that are being ended, and why.
+    # Sandboxes that are being terminated, and why.
     _ending: dict[str, Reason] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
 
@@ -141,10 +141,10 @@ class SandboxManager:
         self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
 
-    # Life of the manager -------------------------------------------------------------------
+    # Lifecycle of the manager --------------------------------------------------------------
 
     async def recover(self) -> None:
-        """Load the records; take up the sandboxes that still run, note what became of others."""
+        """Load the records; adopt the sandboxes that still run, and record how others ended."""
         await in_thread(self.snapshots.recover)
         for sandbox in await in_thread(self._load_records):
             await self._restore(sandbox)
@@ -152,21 +152,21 @@ class SandboxManager:
         await in_thread(self.usage.recover, running)
 
     def _load_records(self) -> Sandboxes:
-        """What the last agent wrote down; what cannot be believed, or was none yet, goes."""
+        """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
         records = []
         for directory in sorted(self.paths.sandboxes.iterdir()):
             try:
                 sandbox = read_sandbox(directory)
             except BadRecord as error:
-                # Whatever ran has been ended: the pass at start takes it for nobody's, too.
+                # Its container has been stopped: the cleanup at start treats it as unowned, too.
                 self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
                 continue
             if sandbox is None:
-                # The agent died before there was a record.
+                # The agent died before it wrote a record.
                 self.store.trash.discard(directory)
                 continue
             if sandbox.state == "starting":
-                # Nobody was told of it: it never was.
+                # It was never reported to anybody.
                 self.store.trash.discard(directory)
                 continue
             records.append(sandbox)
@@ -174,43 +174,43 @@ class SandboxManager:
 
     async def _restore(self, sandbox: Sandbox) -> None:
         if sandbox.state == "running" and sandbox.boot != clock.boot_id():
-            # Written by an agent that knew no other clock.
+            # Another boot, or a record by an agent that only used the wall clock.
             sandbox = sandbox.with_deadline(sandbox.deadline)
         if sandbox.state == "running" and not self._adopt(sandbox):
             sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
         await self._save(sandbox)
 
     def live(self) -> set[str]:
-        """The ids of running sandboxes: who uses slots and images."""
+        """The ids of running sandboxes, which use slots and images."""
         return {key for key, sandbox in self._sandboxes.items() if sandbox.state == "running"}
 
     def start_sweeping(self) -> None:
-        """Begin to enforce deadlines; be told when containers end."""
+        """Start enforcing deadlines and watching for containers that exit."""
         self.containers.on_exit.append(self._on_exit)
-        description = "the deadlines of sandboxes could not be looked at"
+        description = "the deadlines of sandboxes could not be checked"
         self._sweeper = every(SWEEP_SECONDS, self._sweep, description)
         self.usage.start_sampling()
 
     async def close(self) -> None:
-        """Stop enforcing deadlines; sandboxes stay."""
+        """Stop enforcing deadlines; sandboxes keep running."""
         await cancel_and_wait(self._sweeper)
         await self.usage.close()
 
     async def refreeze_paused(self) -> None:
-        """What the records call paused is frozen, whatever the last agent had come to."""
+        """Freeze all sandboxes recorded as paused, whatever state the previous agent left."""
         for sandbox in self.list():
             if sandbox.state == "running" and sandbox.paused:
                 with log_errors(f"sandbox {sandbox.request.id} cannot be paused again"):
                     await self.containers.pause(sandbox.request.id)
 
-    # What is asked of it -------------------------------------------------------------------
+    # Operations ----------------------------------------------------------------------------
 
     def info(self, sandbox: Sandbox) -> SandboxInfo:
-        """The answer of the agent's API."""
+        """A sandbox as the agent's API returns it."""
         return sandbox.info(held=sandbox.request.id in self.containers.held())
 
     def list(self) -> list[Sandbox]:
-        """Every sandbox, running ones and those gone within the last day."""
+        """Every running sandbox and those that ended within the last day."""
         return list(self._sandboxes.values())
 
     def get(self, sandbox_id: str) -> Sandbox:
@@ -224,7 +224,7 @@ class SandboxManager:
         """Start a sandbox; return it, and whether it is new (the same id starts once).
 
         Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
-        left of it.
+        left behind.
         """
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
@@ -256,7 +256,7 @@ class SandboxManager:
         return self._sandboxes[request.id]
 
     def _write_record(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
-        """The sandbox that is about to start, on disk before anything is there for it."""
+        """Write the record of a sandbox that is about to start, before anything is created."""
         directory = self._directory(request.id)
         directory.mkdir(mode=0o700, exist_ok=True)
         image = self._image(request, snapshot)
@@ -290,7 +290,7 @@ class SandboxManager:
         return running
 
     async def snapshot(self, sandbox_id: str, snapshot_id: str) -> tuple[Snapshot, bool]:
-        """Take a snapshot of a running sandbox, which goes on
+        """Take a snapshot of a running sandbox, which keeps running
         (:mod:`hostruntime.sandbox.snapshots`).
 
         Raises NotFound, ContainerGone, Conflict, HostFull, HostError.
@@ -305,7 +305,7 @@ class SandboxManager:
         )
 
     async def terminate(self, sandbox_id: str) -> None:
-        """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
+        """Stop and delete a sandbox; idempotent.  Raises HostFault if the kernel fails to."""
         await shielded(self._terminate(sandbox_id))
 
     async def _terminate(self, sandbox_id: str) -> None:
@@ -326,9 +326,9 @@ class SandboxManager:
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        """Freeze a sandbox until :meth:`resume`, or the end of it at ``deadline``; idempotent.
+        """Freeze a sandbox until :meth:`resume`, or until it ends at ``deadline``; idempotent.
 
-        Raises NotFound, ContainerGone, HostFault (it runs on).
+        Raises NotFound, ContainerGone, HostFault (it keeps running).
         """
         return await shielded(self._pause(sandbox_id, deadline))
 
@@ -343,7 +343,7 @@ class SandboxManager:
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        """Let a paused sandbox run on until ``deadline``; idempotent.
+        """Resume a paused sandbox, which then ends at ``deadline``; idempotent.
 
         Raises NotFound, ContainerGone.
         """
@@ -352,17 +352,17 @@ class SandboxManager:
     async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
-            # First, so that the sweep ends none that somebody has just taken up again.
+            # Saved first, so that the sweep does not end a sandbox that was just resumed.
             await self._save(replace(sandbox, paused=False).with_deadline(deadline))
             await self.containers.resume(sandbox_id)
             self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     def exec(self, sandbox_id: str, request: Exec) -> AsyncGenerator[Frame, None]:
-        """Run a command with the environment of the image, the sandbox and its own, in this order.
+        """Run a command; its environment overrides the sandbox's, which overrides the image's.
 
         See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
-        for a command or an environment that no process can have.
+        for an impossible command or environment.
         """
         argv = _argv(request)
         sandbox = self._usable(sandbox_id)
@@ -390,7 +390,8 @@ class SandboxManager:
         return {**resolved(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
-        """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
+        """The container's name, for file operations.  Raises NotFound, ContainerGone,
+        ContainerPaused."""
         self._usable(sandbox_id)
         return self.containers.get(sandbox_id).name
 
@@ -403,11 +404,11 @@ class SandboxManager:
             if sandbox_id in self.snapshots.frozen:
                 continue  # At the next pass: the others must not wait for the copy.
             if sandbox.state == "running" and sandbox.is_expired:
-                # One that cannot be ended keeps no other from its end.
-                with log_errors(f"sandbox {sandbox_id} is past its deadline and cannot be ended"):
+                # A failure must not prevent the others from ending.
+                with log_errors(f"sandbox {sandbox_id} could not be ended at its deadline"):
                     await self._expire(sandbox_id)
             elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
-                with log_errors(f"sandbox {sandbox_id} is long gone and cannot be forgotten"):
+                with log_errors(f"the record of sandbox {sandbox_id} could not be deleted"):
                     await self._forget(sandbox)
 
     async def _forget(self, sandbox: Sandbox) -> None:
@@ -418,7 +419,7 @@ class SandboxManager:
     async def _expire(self, sandbox_id: str) -> None:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
-            # Its deadline may have been moved while we waited for the lock.
+            # Its deadline may have changed while we waited for the lock.
             if sandbox is not None and sandbox.state == "running" and sandbox.is_expired:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
@@ -434,13 +435,13 @@ class SandboxManager:
                 await self._record_end(sandbox, self._ending.pop(owner, "exited"))
 
     async def terminate_for_space(self, sandbox_id: str) -> None:
-        """End a sandbox, now, because the machine is out of disk and this one takes the most.
+        """Terminate a sandbox immediately because the machine is running out of disk space.
 
-        Raises HostFault if the kernel will not.
+        Raises HostFault if the kernel fails to.
         """
         self._ending[sandbox_id] = "out_of_disk"
         self.snapshots.interrupt(sandbox_id)
-        # Before anything that may have to wait: what is killed writes nothing more.
+        # Killed before anything that may have to wait, so that it stops writing.
         self.containers.kill(sandbox_id)
         try:
             await self._on_exit(sandbox_id)
@@ -452,7 +453,7 @@ class SandboxManager:
         await in_thread(self._clear_directory, sandbox)
         ended = replace(sandbox, state="gone", reason=reason, deadline=sandbox.ends_at)
         ended = replace(ended, ended_at=time.time())
-        # Known and told even if that cannot be written down: the disk may be full.
+        # Recorded in memory and reported even if it cannot be saved: the disk may be full.
         self._sandboxes[sandbox.request.id] = ended
         self.changes.record(sandbox.request.id)
         await self._save(ended)
@@ -498,7 +499,7 @@ class SandboxManager:
         return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
 
     async def _save(self, sandbox: Sandbox) -> None:
-        """What is so from now on, in memory and then on disk.  Hold its lock."""
+        """Record the new state in memory, then on disk.  The caller holds its lock."""
         self._sandboxes[sandbox.request.id] = sandbox
         path = self._directory(sandbox.request.id) / _RECORD
         await in_thread(write_json, path, asdict(sandbox))
@@ -519,7 +520,7 @@ class SandboxManager:
 
 
 def read_sandbox(directory: Path) -> Sandbox | None:
-    """The sandbox of a directory, None without a record.  Raises BadRecord."""
+    """Read the record in a sandbox's directory; None if there is none.  Raises BadRecord."""
     path = directory / _RECORD
     sandbox = read_record(path, _SANDBOX)
     if sandbox is None:
@@ -548,7 +549,7 @@ def _slot_record(slot: Slot) -> dict[str, Any]:
 
 
 def _argv(request: Exec) -> Sequence[str]:
-    """What to run.  Raises InvalidRequest."""
+    """The argv of a command.  Raises InvalidRequest."""
     command = request.command
     argv = [command] if isinstance(command, str) else command
     if any("\0" in text for text in (*argv, request.cwd)):
@@ -558,7 +559,7 @@ def _argv(request: Exec) -> Sequence[str]:
 
 
 def _validate(request: CreateSandbox) -> Policy:
-    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+    """Validate a request and return its network policy.  Raises InvalidRequest."""
     if _ID.fullmatch(request.id) is None:
         raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")
     check_environment(request.env)

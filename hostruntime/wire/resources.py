@@ -17,7 +17,7 @@ DiskMb = Annotated[int, Field(ge=16, le=_MAX_MB)]
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(Message):
-    """What is asked for, and within which bounds.
+    """The requested resources and their limits.
 
     ``cpu`` is in CPUs (1.5 = one and a half).  Without ``disk_mb`` the disk is ten times the
     memory, 4 to 20 GiB.

@@ -119,9 +119,9 @@ def test_a_directory_that_is_not_there_is_said_to_be_missing(
 def test_one_that_stands_still_for_want_of_room_says_so_and_is_there_yet(
     api: Client, host: FakeHost, box: str
 ) -> None:
-    host.answers["make"] = Held("The machine is short of disk room.")
+    host.answers["make"] = Held("The machine is low on disk space.")
     answer = run(api, box)
-    assert "short of disk room" in refusal(answer, 503, "host_unavailable")["detail"]
+    assert "low on disk space" in refusal(answer, 503, "host_unavailable")["detail"]
     assert answer.headers["Retry-After"]
     assert Sandbox.objects.get().status == "running"
 

@@ -204,11 +204,11 @@ def test_who_writes_stands_still_and_goes_on_when_there_is_room(
     assert host.sandbox(noisy.id).held
     assert not host.sandbox(quiet.id).held
     assert python(host, quiet, "open('/var/tmp/a', 'w').write('b'); print(6 * 7)") == "42"
-    with pytest.raises(Held, match="stands still until there is room again"):
+    with pytest.raises(Held, match="frozen until there is space again"):
         python(host, noisy, "")
     with pytest.raises(Held):
         host.read_path(noisy.id, "/etc/passwd")
-    assert "1 sandboxes and builds stand still" in "".join(host.health().notes)
+    assert "1 sandboxes and builds are frozen" in "".join(host.health().notes)
     for begin in (
         lambda: a_sandbox(host, "new"),
         lambda: host.create_snapshot("snp_new", quiet.id),

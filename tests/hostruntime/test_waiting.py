@@ -249,5 +249,5 @@ def test_a_group_that_does_not_freeze_while_it_works_is_waited_for(
             began = time.monotonic()
             with contextlib.ExitStack() as stack:
                 if not stands:
-                    stack.enter_context(pytest.raises(HostFault, match="waits for the kernel"))
+                    stack.enter_context(pytest.raises(HostFault, match="blocked in the kernel"))
                 stack.enter_context(snapshots.frozen(Path(sys.prefix)))

@@ -1,9 +1,9 @@
-"""The agent's routes, by noun: each reads its request, calls one manager, renders the answer.
+"""The agent's routes, by noun: each reads its request, calls one manager, renders the response.
 
-``health`` (and what the egress proxy says), ``images`` (and bases), ``builds``, ``sandboxes`` (with
-their usage and snapshots), ``commands``, ``files``, ``reconciliation``.  Handlers raise
-:mod:`hostruntime.errors`, which :func:`application` turns into answers; once a stream has begun an
-error can only be a line in it.
+``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
+(with their usage and snapshots), ``commands``, ``files``, ``reconciliation``.  Handlers raise
+:mod:`hostruntime.errors`, which :func:`application` turns into responses; once a stream has
+started, an error can only be a line in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds of templates, and the layers that they keep."""
+"""Builds of templates, and the layers that they store."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
     """The routes, over a host's sandboxes."""
 
     async def run(request: Request) -> Response:
-        """What is wrong before the command runs is an error answer, later an error line."""
+        """An error before the command runs is an error response, later an error line."""
         message = await read_message(request, Exec)
         frames = sandboxes.exec(path_parameter(request), message)
         started = await anext(frames)

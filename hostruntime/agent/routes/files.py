@@ -67,7 +67,7 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
 
 def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
     async def read(request: Request) -> Response:
-        """A file's bytes, or a directory's entries; ``X-File-*`` say what it is."""
+        """A file's bytes, or a directory's entries; ``X-File-*`` headers have its stat."""
         name, path = (
             sandboxes.container_name(path_parameter(request)),
             query_parameter(request, "path"),
@@ -85,7 +85,7 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
             return respond(DirectoryEntries(opened.entries), headers=headers)
 
     async def write(request: Request) -> Response:
-        """Write the body to a path, whole or not at all."""
+        """Write the body to a path atomically."""
         name, path = (
             sandboxes.container_name(path_parameter(request)),
             query_parameter(request, "path"),
@@ -97,7 +97,7 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
 
 
 class _FileResponse(StreamingResponse):
-    """A file on its way; what it was opened with is closed whichever way the sending ends."""
+    """A streamed file; its resources are closed however the response ends."""
 
     def __init__(
         self, content: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]

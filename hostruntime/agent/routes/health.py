@@ -1,4 +1,4 @@
-"""How the agent is, and what the egress proxy let through and refused."""
+"""The agent's health, and the egress proxy's decisions."""
 
 from __future__ import annotations
 

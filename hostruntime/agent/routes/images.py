@@ -57,7 +57,7 @@ def _store_routes(store: ImageStore) -> list[Route]:
         image_id = path_parameter(request)
         task = measuring.get(image_id)
         if task is None:
-            # Every inode is read: whoever asks meanwhile gets the same answer.
+            # Every inode is read, so concurrent requests share one measurement.
             task = asyncio.create_task(in_thread(_usage, store, image_id))
             measuring[image_id] = task
             task.add_done_callback(lambda _: measuring.pop(image_id))
@@ -91,7 +91,7 @@ async def _progress(bases: BaseBuilder, name: str) -> AsyncIterator[bytes]:
             yield ndjson_line(Progress("progress", message))
         yield ndjson_line(_outcome(work))
     finally:
-        # Only this listener goes: the base is made on.
+        # Only this listener stops: the base's build continues.
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError, HostError, OSError):
             await work

@@ -1,4 +1,4 @@
-"""Reconciliation: whose the state is, and what was set aside."""
+"""Reconciliation: the state's installation, and the quarantine."""
 
 from __future__ import annotations
 

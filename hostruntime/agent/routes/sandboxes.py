@@ -1,4 +1,4 @@
-"""Sandboxes, their snapshots, and what they have used."""
+"""Sandboxes, their snapshots and their usage."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def _list_routes(sandboxes: SandboxManager) -> list[Route]:
         return respond(Sandboxes(tuple(sandboxes.info(item) for item in sandboxes.list())))
 
     async def changed(request: Request) -> Response:
-        """Those that ended, or were paused or resumed, after a number; waits a while for one."""
+        """Sandboxes that ended, were paused or resumed after a number; waits for the first."""
         run, seq = request.query_params.get("run", ""), int(query_number(request, "after", 0))
         seconds = min(max(query_number(request, "seconds", 0.0), 0.0), _MAX_WAIT_SECONDS)
         changes = await sandboxes.changes.after(run, seq, seconds)
-        # One that was deleted meanwhile is known to have ended.
+        # One that was deleted meanwhile is known to be gone by its caller.
         ids = set(changes.ids)
         found = (sandboxes.info(item) for item in sandboxes.list() if item.request.id in ids)
         return respond(ChangesInfo(changes.run, changes.seq, changes.complete, tuple(found)))
@@ -120,12 +120,12 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
     usage_store = sandboxes.usage
 
     async def usage(request: Request) -> Response:
-        """What sandboxes have used, ended ones until that is collected; ``id`` asks for one."""
+        """Usage of all sandboxes, including uncollected ended ones; ``id`` selects one."""
         meters = usage_store.list(request.query_params.get("id"))
         return respond(Usage(tuple(meter.info() for meter in meters)))
 
     async def collected(request: Request) -> Response:
-        """Forget the ended sandboxes among those named; the others go on."""
+        """Forget those of the listed sandboxes that have ended."""
         await usage_store.forget_collected((await read_message(request, CollectedUsage)).ids)
         return no_content()
 
