@@ -162,12 +162,12 @@ class DiskMonitor:
     async def check(self) -> None:
         """Check once, and act on the result.  Raises HostError, OSError."""
         loop = asyncio.get_running_loop()
-        near = self._space is None or self._bytes_above_reserve() < _FAR_BYTES
-        space, sizes = await loop.run_in_executor(self._measure_thread, self._measure, near)
+        near_reserve = self._space is None or self._bytes_above_reserve() < _FAR_BYTES
+        space, sizes = await loop.run_in_executor(self._measure_thread, self._measure, near_reserve)
         self._space = space
         if self._ballast_work is None or self._ballast_work.done():
             self._ballast_work = self._ballast_thread.submit(self._maintain_ballast, space)
-        if near:
+        if near_reserve:
             self._growth.record({owner: size.when_written for owner, size in sizes.items()})
         else:
             self._growth = Growth()
@@ -195,11 +195,11 @@ class DiskMonitor:
 
     # Pieces --------------------------------------------------------------------------------
 
-    def _measure(self, near: bool) -> tuple[DiskSpace, Mapping[str, DiskSize]]:
+    def _measure(self, near_reserve: bool) -> tuple[DiskSpace, Mapping[str, DiskSize]]:
         """Called in a thread, as a hanging disk blocks the caller."""
         space = DiskSpace.of(self.root)
         space = replace(space, read_only=space.read_only or not self._writable)
-        sizes = self.containers.disks.sizes() if near else {}
+        sizes = self.containers.disks.sizes() if near_reserve else {}
         unwritten = sum(size.unwritten for size in sizes.values())
         if unwritten:
             # A disk may have reserved blocks that will never be written (fallocate(2)).

@@ -55,8 +55,8 @@ def profile(name: str, abi: Path = _ABI) -> str:
     Neither is attached by the path of an executable; only init's execution switches profiles.
     """
     first = f"abi <{abi.parent.name}/{abi.name}>,\n" if abi.exists() else ""
-    words = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
-    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **words)
+    names = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
+    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **names)
 
 
 # `file` allows all file operations; the mount namespace limits which files exist.  Explicit denials
@@ -106,8 +106,8 @@ def is_loaded(name: str) -> bool:
             f"AppArmor is on, but {_SECURITYFS} cannot be read ({error.strerror}). Mount it: "
             "mount -t securityfs securityfs /sys/kernel/security"
         ) from error
-    found = {line.rpartition(" (")[0] for line in lines}
-    return {name, start_profile(name)} <= found
+    loaded = {line.rpartition(" (")[0] for line in lines}
+    return {name, start_profile(name)} <= loaded
 
 
 def load(name: str) -> None:

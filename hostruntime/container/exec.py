@@ -124,10 +124,10 @@ def _has_other_interpreter(command: str) -> bool:
     """Whether a script's first line requests anything but a shell without options."""
     if not command.startswith("#!"):
         return False
-    words = command.partition("\n")[0].removeprefix("#!").split()
-    if words and words[0].rpartition("/")[2] == "env":
-        words = words[1:]
-    return len(words) != 1 or words[0].rpartition("/")[2] not in _SHELLS
+    parts = command.partition("\n")[0].removeprefix("#!").split()
+    if parts and parts[0].rpartition("/")[2] == "env":
+        parts = parts[1:]
+    return len(parts) != 1 or parts[0].rpartition("/")[2] not in _SHELLS
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,8 @@ class _Session:
     async def outcome(self) -> Exited | TimedOut:
         assert self.attached is not None
         # The exit can be known here before the callback that records its time has run.
-        ended = self.exited_at or asyncio.get_running_loop().time()
-        duration = round((ended - self.started_at) * 1000)
+        exited_at = self.exited_at or asyncio.get_running_loop().time()
+        duration = round((exited_at - self.started_at) * 1000)
         if self.killing is not None:
             return TimedOut(round((asyncio.get_running_loop().time() - self.started_at) * 1000))
         status = os.waitstatus_to_exitcode(await self.attached.exit_status)
@@ -263,8 +263,8 @@ class _Session:
 
     def _exit_is_known(self) -> bool:
         # If the launcher died, the command's exit can no longer be observed.
-        ended = self.attached.exit_status if self.attached is not None else None
-        return ended is not None and ended.done() and ended.exception() is None
+        exit_status = self.attached.exit_status if self.attached is not None else None
+        return exit_status is not None and exit_status.done() and exit_status.exception() is None
 
     def _stop_timer(self) -> None:
         if self.timer is not None:

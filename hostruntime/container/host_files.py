@@ -256,10 +256,10 @@ def _git_config(url: str) -> str:
 
 def git_rewrites(domains: Sequence[str]) -> str:
     """Make git use HTTPS, which alone gets out, for SSH and git:// URLs."""
-    forms = ("git@{0}:", "ssh://git@{0}/", "ssh://git@{0}:22/", "git://{0}/")
+    url_prefixes = ("git@{0}:", "ssh://git@{0}/", "ssh://git@{0}:22/", "git://{0}/")
     return "".join(
         f'[url "https://{domain}/"]\n'
-        + "".join(f"\tinsteadOf = {form.format(domain)}\n" for form in forms)
+        + "".join(f"\tinsteadOf = {prefix.format(domain)}\n" for prefix in url_prefixes)
         for domain in domains
     )
 

@@ -33,7 +33,7 @@ END_MARKER = b"# orkestr: end"
 # Replaces our lines in a captured image's file: marks where they belong.
 PLACEHOLDER = b"# orkestr: the lines of the host it runs on come here"
 MAX_BYTES = 4 * 1024 * 1024
-_ESSENTIAL = (".orkestr/", CA_BUNDLE, "etc/hosts", "etc/hostname", "etc/resolv.conf")
+_REQUIRED = (".orkestr/", CA_BUNDLE, "etc/hosts", "etc/hostname", "etc/resolv.conf")
 _RESOLVE_IN_IMAGE = kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CERTIFICATES = "etc/ssl/certs"
@@ -151,7 +151,7 @@ def merge(path: str, ours: bytes, image: ImageFiles) -> bytes | None:
         image.directory(os.path.dirname(path) or ".")  # noqa: PTH120 - no path of this host
         theirs = image.read(path) if method is not None else None
     except UnreadableFile:
-        if not path.startswith(_ESSENTIAL):
+        if not path.startswith(_REQUIRED):
             return None
         theirs = None
     if method is None:
@@ -181,10 +181,12 @@ def _merge_at_placeholder(theirs: bytes | None, ours: bytes) -> bytes | None:
     if PLACEHOLDER in theirs:
         return theirs.replace(PLACEHOLDER + b"\n", _with_markers(ours), 1)
     # A base, or an image created before the placeholder existed, has the lines themselves.
-    known = {source for line in ours.splitlines() for source in _sources(line)}
+    our_sources = {source for line in ours.splitlines() for source in _sources(line)}
     lines = theirs.splitlines(keepends=True)
-    own = [line for line in lines if not (found := _sources(line)) or not found <= known]
-    return None if own == lines else _with_markers(ours) + b"".join(own)
+    image_lines = [
+        line for line in lines if not (sources := _sources(line)) or not sources <= our_sources
+    ]
+    return None if image_lines == lines else _with_markers(ours) + b"".join(image_lines)
 
 
 def _sources(line: bytes) -> set[tuple[bytes, bytes, bytes]]:

@@ -178,8 +178,8 @@ def _add_own_domains(file: LayerFile, policy: Policy) -> LayerFile:
     """Add the domains of the container's own list to the file that has the default ones."""
     if file.path != GIT_CONFIG or not policy.allow_domains:
         return file
-    own = [domain for domain in policy.allow_domains if domain != DEFAULT_LIST]
-    return LayerFile(file.path, file.data + git_rewrites(own).encode(), file.mode)
+    own_domains = [domain for domain in policy.allow_domains if domain != DEFAULT_LIST]
+    return LayerFile(file.path, file.data + git_rewrites(own_domains).encode(), file.mode)
 
 
 def _image_directories(image: ImageFiles, files: Sequence[LayerFile]) -> dict[str, _Ownership]:

@@ -51,7 +51,7 @@ class LowLimit:
 
     name: str
     value: str
-    wanted: str
+    required: str
 
     @property
     def setting(self) -> str:
@@ -61,16 +61,16 @@ class LowLimit:
     @property
     def assignment(self) -> str:
         """The argument that makes sysctl(8) set it, quoted for a shell."""
-        return shlex.quote(f"{self.setting}={self.wanted}")
+        return shlex.quote(f"{self.setting}={self.required}")
 
 
 def low_limits(sysctls: Path = SYSCTLS, cgroups: Path = CGROUPS) -> list[LowLimit]:
     """The limits that are too low, except those that this kernel does not have (yet)."""
-    wanted = {name: str(number) for name, number in MINIMUMS.items()}
+    required = {name: str(number) for name, number in MINIMUMS.items()}
     if (cgroups / "cgroup.controllers").exists():
-        wanted |= dict.fromkeys(_SOCKET_MEMORY, _socket_memory_pages())
+        required |= dict.fromkeys(_SOCKET_MEMORY, _socket_memory_pages())
     low = []
-    for name, numbers in wanted.items():
+    for name, numbers in required.items():
         value = _numbers(sysctls / name)
         if value and value[-1] < int(numbers.split()[-1]):
             low.append(LowLimit(name, " ".join(map(str, value)), numbers))
@@ -81,12 +81,12 @@ def raise_limits(sysctls: Path = SYSCTLS, cgroups: Path = CGROUPS) -> None:
     """Raise low limits; log those that cannot be raised, with the command to do it."""
     for low in low_limits(sysctls, cgroups):
         try:
-            (sysctls / low.name).write_text(f"{low.wanted}\n")
+            (sysctls / low.name).write_text(f"{low.required}\n")
         except OSError as error:
             message = "%s stays %s (%s), so one sandbox can harm others; run sysctl -w %s"
             _log.warning(message, low.setting, low.value, error.strerror, low.assignment)
         else:
-            _log.info("%s raised from %s to %s", low.setting, low.value, low.wanted)
+            _log.info("%s raised from %s to %s", low.setting, low.value, low.required)
 
 
 def _socket_memory_pages() -> str:

@@ -108,11 +108,11 @@ class DiskSpace:
             )
         if self.level is Level.NORMAL:
             return None
-        left = f"{max(self.free_bytes, 0) // _MIB} MiB and {self.free_files} inodes"
+        remaining = f"{max(self.free_bytes, 0) // _MIB} MiB and {self.free_files} inodes"
         if not self.files:
-            left = f"{max(self.free_bytes, 0) // _MIB} MiB"
+            remaining = f"{max(self.free_bytes, 0) // _MIB} MiB"
         return (
-            f"The disk under {self.path} has {left} left, less than what is reserved for the "
+            f"The disk under {self.path} has {remaining} left, less than what is reserved for the "
             f"installation ({self.reserve_bytes // _MIB} MiB, {self.reserve_files} inodes; "
             f"{RESERVE_SETTING}). Delete templates or sandboxes, or free up space on it."
         )

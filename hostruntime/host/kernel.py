@@ -203,14 +203,14 @@ def mount_points_under(root: Path) -> list[Path]:
     """
     root_bytes = os.fsencode(root)
     prefix = root_bytes.rstrip(b"/") + b"/"
-    found: list[Path] = []
+    mounts: list[Path] = []
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         point = line.split(b" ", 5)[4]
         if b"\\" in point:
             point = point.decode("unicode_escape").encode("latin-1")
         if point == root_bytes or point.startswith(prefix):
-            found.append(Path(os.fsdecode(point)))
-    return found[::-1]
+            mounts.append(Path(os.fsdecode(point)))
+    return mounts[::-1]
 
 
 def create_user_namespace(extents: Sequence[tuple[int, int, int]], creator_uid: int = 0) -> int:

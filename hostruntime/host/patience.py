@@ -187,7 +187,7 @@ def process_tree(pid: int, include: Callable[[int], bool] = bool) -> list[int]:
 
     A process that ``include`` rejects is left out, with its descendants.
     """
-    found: list[int] = []
+    pids: list[int] = []
     pending = [pid]
     while pending:
         current = pending.pop()
@@ -200,8 +200,8 @@ def process_tree(pid: int, include: Callable[[int], bool] = bool) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             if not Path(f"/proc/{current}").exists():
                 continue
-        found.append(current)
-    return found
+        pids.append(current)
+    return pids
 
 
 def scaled(seconds: float) -> float:

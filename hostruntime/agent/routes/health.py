@@ -26,12 +26,12 @@ def routes(host: Host) -> list[Route]:
 
     async def decisions(request: Request) -> Response:
         owner, since = query_parameter(request, "owner"), query_number(request, "since", 0.0)
-        found = await asyncio.to_thread(host.proxy.decisions, owner, since)
-        return respond(EgressDecisions(tuple(found)))
+        result = await asyncio.to_thread(host.proxy.decisions, owner, since)
+        return respond(EgressDecisions(tuple(result)))
 
     async def hosts(request: Request) -> Response:
-        found = await asyncio.to_thread(host.proxy.hosts, query_parameter(request, "owner"))
-        return respond(EgressHosts(tuple(found)))
+        result = await asyncio.to_thread(host.proxy.hosts, query_parameter(request, "owner"))
+        return respond(EgressHosts(tuple(result)))
 
     return [
         Route("/health", health),

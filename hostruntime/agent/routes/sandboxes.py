@@ -44,8 +44,12 @@ def _list_routes(sandboxes: SandboxManager) -> list[Route]:
         changes = await sandboxes.changes.after(run, seq, seconds)
         # One that was deleted meanwhile is known to be gone by its caller.
         ids = set(changes.ids)
-        found = (sandboxes.info(item) for item in sandboxes.list() if item.request.id in ids)
-        return respond(ChangesInfo(changes.run, changes.seq, changes.complete, tuple(found)))
+        changed_sandboxes = (
+            sandboxes.info(item) for item in sandboxes.list() if item.request.id in ids
+        )
+        return respond(
+            ChangesInfo(changes.run, changes.seq, changes.complete, tuple(changed_sandboxes))
+        )
 
     return [Route("/sandboxes", list_all), Route("/changes", changed)]
 
