@@ -32,7 +32,7 @@ from hostruntime.host.paths import (
 )
 from hostruntime.host.room import Room
 from hostruntime.host.tasks import end, every, logged, threads
-from hostruntime.image.quarantine import keep_days
+from hostruntime.image.quarantine import retention_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
 from hostruntime.network.policy import PolicyError
@@ -189,7 +189,7 @@ class Host:
 def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
     cgroup_layout()
     # Said now, and not to whoever reconciles.
-    keep_days()
+    retention_days()
     Room.of(paths.root)
     ensure_subordinate_ids()
     instance = claim_instance(paths)

@@ -13,8 +13,8 @@ from functools import partial
 from hostruntime.errors import Conflict
 from hostruntime.host.installation import InstallationBook, Standing
 from hostruntime.host.tasks import in_thread
-from hostruntime.image.quarantine import Held, keep_days
-from hostruntime.image.store import RECONCILE_MOST, ImageStore
+from hostruntime.image.quarantine import QuarantinedItem, retention_days
+from hostruntime.image.store import RECONCILE_LIMIT, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, user_of
 from hostruntime.wire.keeping import Claim, Reconcile, Reconciliation
 
@@ -58,44 +58,44 @@ class Keeping:
         set_aside: list[str] = []
         waiting: list[str] = []
         if asked.snapshots is not None:
-            one = await self.snapshots.reconcile(set(asked.snapshots), RECONCILE_MOST)
+            one = await self.snapshots.reconcile(set(asked.snapshots), RECONCILE_LIMIT)
             set_aside, waiting = one[0], one[1]
         if asked.images is not None:
-            await in_thread(self.store.set_aside_damaged)
+            await in_thread(self.store.quarantine_damaged)
             two = await in_thread(self.store.reconcile, set(asked.images))
             set_aside, waiting = [*set_aside, *two[0]], [*waiting, *two[1]]
-        for held in await in_thread(self.store.quarantine.purge, keep_days()):
-            await in_thread(self._release, held)
+        for item in await in_thread(self.store.quarantine.purge, retention_days()):
+            await in_thread(self._release, item)
         return Reconciliation(set_aside, waiting)
 
     # What was set aside --------------------------------------------------------------------
 
-    async def held(self) -> list[Held]:
+    async def held(self) -> list[QuarantinedItem]:
         """Everything in quarantine, the oldest first."""
         return await in_thread(self.store.quarantine.list)
 
-    async def restore(self, key: str) -> Held:
+    async def restore(self, key: str) -> QuarantinedItem:
         """Put an image or a snapshot back.  Raises NotFound, Conflict."""
-        held = await in_thread(self.store.quarantine.get, key)
-        if held.kind == "image":
-            await in_thread(self.store.restore, held)
-        elif held.kind == "snapshot":
-            await in_thread(self.snapshots.restore_held, held)
+        item = await in_thread(self.store.quarantine.get, key)
+        if item.kind == "image":
+            await in_thread(self.store.restore, item)
+        elif item.kind == "snapshot":
+            await in_thread(self.snapshots.restore_held, item)
         else:
-            raise Conflict(f"The record of a {held.kind} cannot be put back: what it was of ended.")
-        _log.warning("%s %s was put back from quarantine", held.kind, held.name)
-        return held
+            raise Conflict(f"The record of a {item.kind} cannot be put back: what it was of ended.")
+        _log.warning("%s %s was put back from quarantine", item.kind, item.name)
+        return item
 
     async def delete(self, key: str) -> None:
         """Delete something for good.  Raises NotFound, OSError."""
-        held = await in_thread(self.store.quarantine.get, key)
+        item = await in_thread(self.store.quarantine.get, key)
         await in_thread(self.store.quarantine.delete, key)
-        await in_thread(self._release, held)
+        await in_thread(self._release, item)
 
-    def _release(self, held: Held) -> None:
+    def _release(self, item: QuarantinedItem) -> None:
         """A snapshot that is no more lets go of the image it was made over."""
-        if held.kind == "snapshot":
-            self.store.release_all(user_of(held.name))
+        if item.kind == "snapshot":
+            self.store.release_all(user_of(item.name))
 
     def _templates(self) -> bool:
         return any(image.manifest.kind == "template" for image in self.store.list())

@@ -36,8 +36,8 @@ from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.progress import Progress
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.digest import image_digest
-from hostruntime.image.store import CONTENTS, read_image
-from hostruntime.image.trees import Check, TreeTooDeep, go_on
+from hostruntime.image.store import CONTENTS_FILE, read_image
+from hostruntime.image.trees import Check, TreeTooDeep, no_check
 from hostruntime.sandbox.snapshots import read_snapshot, user_of
 
 Kind = Literal["images", "snapshots"]
@@ -46,7 +46,7 @@ _CONTENT, _ENTRY = "content", "entry.json"
 _CONDEMNED, _USERS = "condemned", "users"
 # The rest says who uses a thing here and now, or which inodes it has on this disk.
 _PARTS: dict[Kind, frozenset[str]] = {
-    "images": frozenset({"tree", "image.json", CONTENTS}),
+    "images": frozenset({"tree", "image.json", CONTENTS_FILE}),
     "snapshots": frozenset({DISK, TMPFS, "snapshot.json"}),
 }
 _RECORDS: dict[Kind, str] = {"images": "image.json", "snapshots": "snapshot.json"}
@@ -126,7 +126,7 @@ class Vault:
     ``check`` is called between the pieces of long work, and may end it by raising.
     """
 
-    def __init__(self, root: Path, check: Check = go_on) -> None:
+    def __init__(self, root: Path, check: Check = no_check) -> None:
         self.root = root
         self._check = check
         self.progress = Progress()

@@ -38,20 +38,20 @@ from hostruntime.host.paths import write_json
 from hostruntime.host.progress import Progress, telling
 from hostruntime.host.tasks import Stop, in_thread, to_the_end
 from hostruntime.image.capture import capture
+from hostruntime.image.content_hash import ContentHashCache
 from hostruntime.image.contents import installed_packages
 from hostruntime.image.digest import image_digest
 from hostruntime.image.environment import (
     ETC_ENVIRONMENT,
     MAX_FILE_BYTES,
     Environment,
-    decoded,
-    file_of,
+    decode_environment_file,
+    read_environment_file,
 )
-from hostruntime.image.identity import give_identity
-from hostruntime.image.known_contents import KnownContents
+from hostruntime.image.identity import write_identity
 from hostruntime.image.scrub import RULES, remove_residue, scrub
-from hostruntime.image.store import CONTENTS, Image, ImageManifest
-from hostruntime.image.trees import Inventory, Measure, inventory
+from hostruntime.image.store import CONTENTS_FILE, Image, ImageManifest
+from hostruntime.image.trees import Inventory, TreeSize, inventory
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class Captured:
 
     staged: Staged
     tree: Path
-    measured: Measure
-    known: KnownContents
+    measured: TreeSize
+    known: ContentHashCache
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Described:
 
     base: Image
     directory: Path
-    measured: Measure
+    measured: TreeSize
     digest: str
     environment: Environment
     flushing: asyncio.Future[None]
@@ -194,8 +194,8 @@ class Assembly:
     def _inherit(self, base: Image) -> Inherited:
         """What the build begins with.  Raises BuildFailed if no process can have it."""
         plan = self._plan
-        file = file_of(base.tree)
-        lent = file_of(self._host.runtime_tree(plan.policy, base.tree))
+        file = read_environment_file(base.tree)
+        lent = read_environment_file(self._host.runtime_tree(plan.policy, base.tree))
         host = self._host.containers.environment(plan.policy.mode)
         inherited = Inherited(host, base.manifest.env, f"{file}\n{lent}", plan.env)
         inherited.of_process(file, 0)
@@ -210,7 +210,7 @@ class Assembly:
         except HostError:
             # There is none, or no process can be started: the step itself will say so.
             data = b""
-        return inherited.of_process(decoded(data), last_step)
+        return inherited.of_process(decode_environment_file(data), last_step)
 
     async def _boot(self, base: Image, layers: BuildLayers | None) -> Sequence[RanStep]:
         """Start the container; return the steps that it begins behind."""
@@ -254,7 +254,7 @@ class Assembly:
         )
 
     def _provide(self, base: Image, upper: Path) -> None:
-        give_identity(base.tree, upper, machine_id=False)
+        write_identity(base.tree, upper, machine_id=False)
         if self._plan.provide is not None:
             self._plan.provide(upper)
 
@@ -286,7 +286,7 @@ class Assembly:
 
     async def _capture(self, staged: Staged) -> Captured:
         began, done = time.monotonic(), Progress()
-        directory = await in_thread(self._host.store.staging, self._plan.image_id)
+        directory = await in_thread(self._host.store.create_staging, self._plan.image_id)
         tree = directory / "tree"
         async with self._telling("capture", done):
             known = await self._stop.in_thread(self._link, staged.base, tree, done)
@@ -306,7 +306,7 @@ class Assembly:
         )
         return Captured(staged, tree, measured, known)
 
-    def _link(self, base: Image, tree: Path, done: Progress) -> KnownContents:
+    def _link(self, base: Image, tree: Path, done: Progress) -> ContentHashCache:
         layer = self._host.containers.layer(self._plan.image_id)
         captured = capture(base.tree, layer, tree, self._stop.check, done)
         lent = self._host.runtime_tree(self._plan.policy, base.tree)
@@ -316,7 +316,7 @@ class Assembly:
 
     def _take_stock(self, base: Image, directory: Path) -> Inventory:
         found = inventory(directory / "tree", self._stop.check)
-        self._host.store.keep_holdings(directory, base, found)
+        self._host.store.record_inodes(directory, base, found)
         return found
 
     async def _scrub(self, tree: Path) -> None:
@@ -358,11 +358,11 @@ class Assembly:
         digest = image_digest(
             tree, staged.base.tree, below, check, known=captured.known, progress=done
         )
-        file = file_of(tree)
+        file = read_environment_file(tree)
         staged.inherited.of_process(file, staged.last_step)
         found = installed_packages(tree, check).to_json()
         contents = {"digest": digest, **found, "env": staged.inherited.baked(file)}
-        write_json(tree.parent / CONTENTS, contents)
+        write_json(tree.parent / CONTENTS_FILE, contents)
         return contents
 
     # Published: let everybody see it ------------------------------------------------------

@@ -9,11 +9,11 @@ from hostruntime.build.report import environment_too_large
 from hostruntime.errors import InvalidRequest
 from hostruntime.image.environment import (
     Environment,
-    baked,
     check_environment,
-    check_variables,
-    resolved,
-    written,
+    check_variable_sizes,
+    merge_baked,
+    recipe_variables,
+    resolve_environment,
 )
 
 
@@ -33,8 +33,8 @@ class Inherited:
 
     def baked(self, file: str) -> Environment:
         """The image's environment with this /etc/environment: the base's, that, the template's."""
-        own = written(file, self.files, self.host)
-        return baked(baked(self.base, own), self.template)
+        own = recipe_variables(file, self.files, self.host)
+        return merge_baked(merge_baked(self.base, own), self.template)
 
     def of_process(self, file: str, step: int) -> Environment:
         """What a process has with this /etc/environment, which ``step`` wrote (0 for none).
@@ -42,10 +42,10 @@ class Inherited:
         Raises BuildFailed if no process can have it.
         """
         own = self.baked(file)
-        found = resolved(self.host, own)
+        found = resolve_environment(self.host, own)
         try:
             check_environment(own)
-            check_variables(found)
+            check_variable_sizes(found)
         except InvalidRequest as error:
             raise environment_too_large(step, error.detail) from error
         return found

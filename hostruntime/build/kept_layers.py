@@ -21,7 +21,7 @@ from hostruntime.container.exec import shell
 from hostruntime.container.tmpfs import restore_tmpfs, save_tmpfs
 from hostruntime.errors import HostError, HostFault
 from hostruntime.host.tasks import Stop, in_thread
-from hostruntime.image.environment import baked
+from hostruntime.image.environment import merge_baked
 from hostruntime.image.store import Image
 from hostruntime.wire.builds import Cache
 
@@ -63,7 +63,7 @@ class BuildLayers:
             commands=[shell(command) for command in plan.recipe],
             environment={
                 **self._host.containers.environment(plan.policy.mode),
-                **baked(manifest.env, plan.env),
+                **merge_baked(manifest.env, plan.env),
             },
             network={
                 "mode": plan.policy.mode,

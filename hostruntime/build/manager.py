@@ -267,7 +267,7 @@ class BuildManager:
         with logged(f"how build {build.id} ended could not be written down"):
             await self._note_end(build, request, build.work)
         self._running.pop(build.id, None)
-        await in_thread(self._host.store.reinstate, build.id)
+        await in_thread(self._host.store.clear_revocation, build.id)
 
     async def _note_end(
         self, build: _Build, request: StartBuild, work: asyncio.Task[_Made]

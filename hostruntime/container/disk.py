@@ -38,8 +38,8 @@ from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.room import Room
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
-from hostruntime.image.sparse import copy_whole
-from hostruntime.image.trees import Check, go_on
+from hostruntime.image.sparse import clone_or_copy
+from hostruntime.image.trees import Check, no_check
 
 MIB = 1024 * 1024
 _BLOCK = 4096
@@ -162,7 +162,7 @@ class Disks:
         """Write to the file what is still in memory, so that :meth:`save` is quick; slow."""
         kernel.syncfs(self.path(owner))
 
-    def save(self, owner: str, target: Path, check: Check = go_on) -> None:
+    def save(self, owner: str, target: Path, check: Check = no_check) -> None:
         """Copy an owner's disk to the file ``target``, as it is at one instant.
 
         Nothing may have a file on it open for writing: that is EBUSY.  What tries to write
@@ -177,7 +177,7 @@ class Disks:
         finally:
             _make_writable(mounted)
 
-    def save_open(self, owner: str, target: Path, check: Check = go_on) -> None:
+    def save_open(self, owner: str, target: Path, check: Check = no_check) -> None:
         """As :meth:`save`, though files on it are open for writing; what writes to it waits.
 
         Nobody may be in the middle of a write who is to be frozen later: freeze processes first.
@@ -294,13 +294,13 @@ def _make(path: Path, size_mb: int) -> None:
 
 
 @contextmanager
-def _copied(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
+def _copied(source: Path, target: Path, check: Check = no_check) -> Iterator[int]:
     """A descriptor of a copy, as sparse as the original (SEEK_DATA in lseek(2))."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with source.open("rb") as original:
         descriptor = os.open(target, flags, 0o600)
         try:
-            copy_whole(original.fileno(), descriptor, check)
+            clone_or_copy(original.fileno(), descriptor, check)
             yield descriptor
         finally:
             os.close(descriptor)

@@ -26,7 +26,7 @@ from typing import Literal
 from hostruntime.container.authorities import certificates, without_certificates
 from hostruntime.container.lent_files import CA_BUNDLE, LOCAL_CAS
 from hostruntime.host import kernel
-from hostruntime.image.trees import entries, opened, opened_if_directory, status
+from hostruntime.image.trees import list_entries, lstat, open_directory, open_if_directory
 
 BEGIN = b"# orkestr: lent to this container, not part of its image: begin"
 END = b"# orkestr: end"
@@ -79,7 +79,7 @@ class Unreadable(Exception):  # noqa: N818 - what was found, not a mistake
 @contextmanager
 def looking_into(image: Path) -> Iterator[ImageFiles]:
     """An image's tree, to read single files of.  Raises OSError."""
-    with opened(image) as root:
+    with open_directory(image) as root:
         yield ImageFiles(root)
 
 
@@ -216,7 +216,7 @@ def take_back(tree: Path, base: Path, lent: Path) -> int:
     ``base``'s: it is replaced, never written to.
     """
     count = 0
-    with opened(tree) as root, opened(lent) as ours, opened(base) as below:
+    with open_directory(tree) as root, open_directory(lent) as ours, open_directory(base) as below:
         private = _private_authorities(root, ours)
         for joint in JOINED:
             folder, _, name = joint.path.rpartition("/")
@@ -303,7 +303,7 @@ def _private_authorities(tree: int, lent: int) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     with _inner(lent, LOCAL_CAS) as ours, _inner(tree, LOCAL_CAS) as theirs:
         if ours is not None:
-            for entry in entries(ours):
+            for entry in list_entries(ours):
                 if theirs is None or _content(entry.name, theirs) is None:
                     found[entry.name] = _content(entry.name, ours) or b""
     return found
@@ -313,7 +313,7 @@ def _remove_links(directory: int, names: frozenset[str]) -> None:
     """Remove the links that update-ca-certificates(8) made to files that are no more there."""
     gone = {f"/{LOCAL_CAS}/{name}" for name in names}
     links: dict[str, str] = {}
-    for entry in entries(directory):
+    for entry in list_entries(directory):
         if entry.is_symlink():
             links[entry.name] = os.readlink(entry.name, dir_fd=directory)
     direct = {name for name, target in links.items() if target in gone}
@@ -329,7 +329,7 @@ def _inner(root: int, path: str) -> Iterator[int | None]:
         found: int | None = root
         for part in path.split("/") if path else ():
             if found is not None:
-                found = stack.enter_context(opened_if_directory(part, found))
+                found = stack.enter_context(open_if_directory(part, found))
         yield found
 
 
@@ -340,7 +340,7 @@ def _content(name: str, directory: int) -> bytes | None:
     is not to be waited for, or grow while it is read.
     """
     try:
-        if not stat.S_ISREG(status(name, directory).st_mode):
+        if not stat.S_ISREG(lstat(name, directory).st_mode):
             return None
         found = os.open(name, _READING, dir_fd=directory)
     except OSError as error:
@@ -355,7 +355,7 @@ def _content(name: str, directory: int) -> bytes | None:
 
 
 def _replace(name: str, directory: int, data: bytes) -> None:
-    found, temporary = status(name, directory), f".orkestr-joined-{token_hex(8)}"
+    found, temporary = lstat(name, directory), f".orkestr-joined-{token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:  # noqa: PTH123
@@ -381,7 +381,7 @@ def lend_again(upper: Path, lent: Path, before: Sequence[Path]) -> int:
     have come then; lines that are in none of them are the sandbox's own.
     """
     count = 0
-    with opened(upper) as root, opened(lent) as ours:
+    with open_directory(upper) as root, open_directory(lent) as ours:
         for joint in JOINED:
             folder, _, name = joint.path.rpartition("/")
             with _inner(root, folder) as there, _inner(ours, folder) as lender:
@@ -408,7 +408,7 @@ def _renewed(found: bytes, now: bytes, known: Sequence[bytes], how: str) -> byte
 
 
 def _lines_in(tree: Path, path: str) -> list[bytes]:
-    with opened(tree) as root, _inner(root, path.rpartition("/")[0]) as directory:
+    with open_directory(tree) as root, _inner(root, path.rpartition("/")[0]) as directory:
         found = _content(path.rpartition("/")[2], directory) if directory is not None else None
     return _lines_of(found or b"")
 
@@ -425,7 +425,7 @@ class Unkept:
     def after_step(self, upper: Path, lent: Path) -> list[str]:
         """The paths (absolute, as inside) that were written since this was last asked."""
         found: list[str] = []
-        with opened(upper) as root, opened(lent) as ours:
+        with open_directory(upper) as root, open_directory(lent) as ours:
             for path in _files(ours):
                 folder, _, name = path.rpartition("/")
                 with _inner(root, folder) as there, _inner(ours, folder) as lender:
@@ -436,7 +436,7 @@ class Unkept:
 
     def _is_news(self, path: str, name: str, there: int, lender: int) -> bool:
         try:
-            what = status(name, there)
+            what = lstat(name, there)
         except FileNotFoundError:
             self._known.pop(path, None)
             return False
@@ -450,9 +450,9 @@ class Unkept:
 
 
 def _files(directory: int, above: str = "") -> Iterator[str]:
-    for entry in entries(directory):
+    for entry in list_entries(directory):
         if entry.is_dir(follow_symlinks=False):
-            with opened(entry.name, directory) as inner:
+            with open_directory(entry.name, directory) as inner:
                 yield from _files(inner, f"{above}{entry.name}/")
         else:
             yield above + entry.name

@@ -30,8 +30,13 @@ from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged, unbroken
-from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
-from hostruntime.image.identity import give_identity
+from hostruntime.image.environment import (
+    Environment,
+    check_environment,
+    check_variable_sizes,
+    resolve_environment,
+)
+from hostruntime.image.identity import write_identity
 from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.network.slots import Slot
@@ -259,7 +264,7 @@ class SandboxManager:
             None,
             image_env=image.manifest.env,
         ).until(request.deadline)
-        check_variables(self._environment(sandbox))
+        check_variable_sizes(self._environment(sandbox))
         write_json(directory / _RECORD, asdict(sandbox))
         return sandbox
 
@@ -357,7 +362,7 @@ class SandboxManager:
         argv = _argv(request)
         sandbox = self._usable(sandbox_id)
         environment = {**self._environment(sandbox), **request.env}
-        check_variables(environment)
+        check_variable_sizes(environment)
         frames = self.containers.exec(
             sandbox_id,
             argv,
@@ -377,7 +382,7 @@ class SandboxManager:
 
     def _environment(self, sandbox: Sandbox) -> Environment:
         host = self.containers.environment(sandbox.request.network)
-        return {**resolved(host, sandbox.image_env), **sandbox.request.env}
+        return {**resolve_environment(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
         """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
@@ -484,7 +489,7 @@ class SandboxManager:
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        provide = partial(give_identity, tree)
+        provide = partial(write_identity, tree)
         return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, provide)
 
     async def _save(self, sandbox: Sandbox) -> None:

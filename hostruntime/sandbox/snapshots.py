@@ -45,7 +45,7 @@ from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import Stop, StoppedError, in_thread
-from hostruntime.image.quarantine import Held
+from hostruntime.image.quarantine import QuarantinedItem
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.wire.sandboxes import SnapshotInfo
@@ -230,12 +230,12 @@ class SnapshotManager:
                 found.append(one)
         return found
 
-    def restore_held(self, held: Held) -> Snapshot:
+    def restore_held(self, held: QuarantinedItem) -> Snapshot:
         """Put back a snapshot that was set aside: it stays, whether or not a row names it.
 
         Raises Conflict (there is another one, or its record is still bad), OSError.
         """
-        content, target = self.store.quarantine.content(held), self._directory(held.name)
+        content, target = self.store.quarantine.content_path(held), self._directory(held.name)
         if os.path.lexists(target):
             raise Conflict(f"There is a snapshot {held.name} already.")
         try:
@@ -246,7 +246,7 @@ class SnapshotManager:
         content.rename(target)
         kernel.fsync(self.paths.snapshots)
         self._snapshots[one.id] = one
-        self.store.quarantine.forget(held)
+        self.store.quarantine.remove_entry(held)
         return one
 
     # Starting from one ---------------------------------------------------------------------

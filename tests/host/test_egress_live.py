@@ -63,7 +63,7 @@ def live(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Age
     """An agent whose outside is the world, with an image to run Python in."""
     state = tmp_path_factory.mktemp("live")
     store = ImageStore(StatePaths(state).ensure())
-    staged = store.staging(IMAGE)
+    staged = store.create_staging(IMAGE)
     make_small_tree(staged / "tree")
     store.publish(staged, ImageManifest(IMAGE, "base", None, time.time(), 0, 0, 0))
     with pytest.MonkeyPatch.context() as patched:

@@ -192,7 +192,7 @@ def live(
     )
     store = ImageStore(StatePaths(state).ensure())
     for name, tree in trees.items():
-        staged = store.staging(name)
+        staged = store.create_staging(name)
         run(["cp", "-al", str(tree.resolve()), str(staged / "tree")], timeout=120)
         store.publish(staged, ImageManifest(name, "base", None, time.time(), 0, 0, 0))
     with pytest.MonkeyPatch.context() as patched:

@@ -30,7 +30,7 @@ class World:
         self.unreached: list[NotReached] = []
         self.containers = FakeContainers()
         self.restart()
-        staged = self.store.staging("debian-12")
+        staged = self.store.create_staging("debian-12")
         grow(staged / "tree", {"etc/conf": "base", "bin/sh": "shell"})
         self.store.publish(staged, ImageManifest("debian-12", "base", None, 1.0, 1, 1, 0))
         self.before = tree_digest(self.store.get("debian-12").tree)

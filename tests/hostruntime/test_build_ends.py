@@ -110,13 +110,13 @@ async def test_what_is_being_published_when_the_cancellation_comes(
 
 
 async def test_whoever_was_ended_cannot_publish_however_late(world: World) -> None:
-    staged = world.store.staging("img_1")
+    staged = world.store.create_staging("img_1")
     grow(staged / "tree", {"etc/a": "late"})
     assert world.store.revoke("img_1")
     with pytest.raises(ImageRevokedError):
         world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
     assert not world.store.exists("img_1")
-    world.store.reinstate("img_1")
+    world.store.clear_revocation("img_1")
     world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
     assert not world.store.revoke("img_1")
 

@@ -28,7 +28,7 @@ class Layers:
         self.upper = grow(root / "upper", {})
         self.output = root / "output"
 
-    def capture(self) -> capture_module.Captured:
+    def capture(self) -> capture_module.CaptureResult:
         before = tree_digest(self.base)
         result = capture(self.base, self.upper, self.output)
         assert tree_digest(self.base) == before

@@ -24,7 +24,7 @@ from hostruntime.container.joining import (
     looking_into,
     take_back,
 )
-from hostruntime.image.trees import opened
+from hostruntime.image.trees import open_directory
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
 BUNDLE = "etc/ssl/certs/ca-certificates.crt"
@@ -320,7 +320,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch, name: str, swap: Callable[[int], No
             swap(directory)
         return found
 
-    monkeypatch.setattr(joining, "status", status)
+    monkeypatch.setattr(joining, "lstat", status)
 
 
 def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
@@ -334,10 +334,10 @@ def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
             os.unlink("resolv.conf", dir_fd=directory)
             os.mkfifo("resolv.conf", dir_fd=directory)
 
-    with opened(build.lent / "etc") as lent:
+    with open_directory(build.lent / "etc") as lent:
         assert joining._content("resolv.conf", lent) == OURS["etc/resolv.conf"].encode()
     swapped(monkeypatch, "resolv.conf", pipe)
-    with ThreadPoolExecutor(1) as pool, opened(upper / "etc") as etc:
+    with ThreadPoolExecutor(1) as pool, open_directory(upper / "etc") as etc:
         reading = pool.submit(joining._content, "resolv.conf", etc)
         try:
             assert reading.result(10) is None
@@ -353,7 +353,7 @@ def test_a_file_that_grows_as_it_is_read_is_read_no_further_than_its_bound(
 ) -> None:
     upper = grow(tmp_path / "upper", {"hosts": "a"})
     swapped(monkeypatch, "hosts", lambda _: os.truncate(upper / "hosts", size))
-    with opened(upper) as root:
+    with open_directory(upper) as root:
         found = joining._content("hosts", root)
     assert (found is None) == (size > 2 * MAX_BYTES)
 

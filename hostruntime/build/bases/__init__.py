@@ -42,7 +42,7 @@ from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
 from hostruntime.image.store import ALIASES, Image, ImageManifest
-from hostruntime.image.trees import Inventory, Measure, inventory
+from hostruntime.image.trees import Inventory, TreeSize, inventory
 from hostruntime.network.policy import DEFAULT_LIST, Policy
 from hostruntime.network.registries import Registries
 from hostruntime.wire.images import BaseInfo
@@ -214,7 +214,7 @@ class BaseBuilder:
 
     async def _make_from_debian(self, base: BaseDefinition, say: Progress) -> Image:
         store = self._host.store
-        staged = await in_thread(store.staging, base.name)
+        staged = await in_thread(store.create_staging, base.name)
         began = time.monotonic()
         try:
             registries = await in_thread(self._registries)
@@ -222,7 +222,7 @@ class BaseBuilder:
             await bootstrap(base, fresh, registries.apt, say)
             found = await in_thread(_finish_tree, fresh, staged / "tree")
             await in_thread(store.trash.discard, fresh)
-            await in_thread(store.keep_holdings, staged, None, found)
+            await in_thread(store.record_inodes, staged, None, found)
             digest = await in_thread(image_digest, staged / "tree")
             details = {"made_in_seconds": _elapsed(began)}
             manifest = replace(_manifest(base, found.measure(), details), digest=digest)
@@ -339,7 +339,7 @@ def _finish_tree(fresh: Path, tree: Path) -> Inventory:
     return inventory(tree)
 
 
-def _manifest(base: BaseDefinition, measured: Measure, details: dict[str, Any]) -> ImageManifest:
+def _manifest(base: BaseDefinition, measured: TreeSize, details: dict[str, Any]) -> ImageManifest:
     return ImageManifest(
         id=base.name,
         kind="base",
