@@ -170,7 +170,7 @@ class Host:
         with logged("runtime layers that nobody uses could not be deleted"):
             await asyncio.to_thread(remove_unused, self.paths)
         with logged("the records of old builds could not be deleted"):
-            await self.builds.forget_old()
+            await self.builds.delete_old_records()
 
     def _ensure_profile(self) -> None:
         if (label := apparmor.profile_name(self.instance)) is not None:

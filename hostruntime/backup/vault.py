@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.backup.replicas import Replicas
-from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
 from hostruntime.errors import HostFault, ImageNotFound
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
@@ -47,7 +47,7 @@ _CONDEMNED, _USERS = "condemned", "users"
 # The rest says who uses a thing here and now, or which inodes it has on this disk.
 _PARTS: dict[Kind, frozenset[str]] = {
     "images": frozenset({"tree", "image.json", CONTENTS_FILE}),
-    "snapshots": frozenset({DISK, TMPFS, "snapshot.json"}),
+    "snapshots": frozenset({DISK_FILE, TMPFS_FILE, "snapshot.json"}),
 }
 _RECORDS: dict[Kind, str] = {"images": "image.json", "snapshots": "snapshot.json"}
 

@@ -34,7 +34,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
 from hostruntime.container.cgroups import Limits, cgroup_layout, freeze_group, is_frozen, pids_below
 from hostruntime.container.disk import Disks, mend
 from hostruntime.container.manager import ContainerManager
@@ -261,11 +261,11 @@ class SnapshotManager:
 
     def disk(self, snapshot: Snapshot) -> Path:
         """Its disk, to begin a container with."""
-        return self._directory(snapshot.id) / DISK
+        return self._directory(snapshot.id) / DISK_FILE
 
     async def restore(self, snapshot: Snapshot, owner: str) -> None:
         """Fill the tmpfs of a container that was started on its disk.  Raises HostError, OSError"""
-        archive = self._directory(snapshot.id) / TMPFS
+        archive = self._directory(snapshot.id) / TMPFS_FILE
         if await in_thread(archive.exists):
             await restore_tmpfs(self.containers, owner, archive, timeout=ARCHIVE_SECONDS)
 
@@ -285,12 +285,12 @@ class SnapshotManager:
                 await in_thread(self._begin, directory, snapshot_id, source)
                 still_runs()
                 await in_thread(self._require_room_for, source)
-                await self._archive(directory / TMPFS, source)
+                await self._archive(directory / TMPFS_FILE, source)
                 await asyncio.to_thread(self.containers.flush_disk, source.sandbox)
                 async with turn:
                     still_runs()
-                    frozen_ms = await self._copy(directory / DISK, source.sandbox, stop)
-                await in_thread(mend, directory / DISK)
+                    frozen_ms = await self._copy(directory / DISK_FILE, source.sandbox, stop)
+                await in_thread(mend, directory / DISK_FILE)
                 stop.check()
                 return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
         except BaseException:
@@ -447,6 +447,6 @@ def read_snapshot(directory: Path, name: str | None = None) -> Snapshot:
         raise BadRecord(path, "it is gone")
     if one.id != (name or directory.name):
         raise BadRecord(path, f"it is the record of {one.id[:100]!r}")
-    if not (directory / DISK).is_file():
+    if not (directory / DISK_FILE).is_file():
         raise BadRecord(path, "its disk is gone")
     return one

@@ -35,7 +35,7 @@ async def test_cancelling_at_any_time_leaves_nothing(world: World, delay: float)
     assert last["kind"] == "published" or last["code"] == "build_cancelled"
 
 
-@pytest.mark.parametrize("phase", ["staging", "publish", "acquire"])
+@pytest.mark.parametrize("phase", ["create_staging", "publish", "acquire"])
 async def test_cancelling_in_the_middle_of_a_phase(
     world: World, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

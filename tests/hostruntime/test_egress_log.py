@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from hostruntime.build.plan import Host, refused_hosts
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.rundir import RunDir
 from hostruntime.network import egress_log
@@ -133,7 +133,7 @@ async def test_a_failed_step_does_not_stop_the_agent_for_a_large_log(
     host: Host = world.builds._host
     threads: list[threading.Thread] = []
 
-    def refusals(owner: str, since: float) -> list[Refused]:
+    def refusals(owner: str, since: float) -> list[RefusedHost]:
         threads.append(threading.current_thread())
         return refused_hosts(proxy, owner, since)
 
