@@ -154,7 +154,7 @@ class Host:
 
     async def _keep_network(self) -> None:
         with logged("the firewall could not be checked"):
-            await asyncio.to_thread(self.pool.firewall.ensure_whole)
+            await asyncio.to_thread(self.pool.firewall.ensure_intact)
         with logged("the AppArmor profile could not be checked"):
             await asyncio.to_thread(self._ensure_profile)
         with logged("a launcher near a limit could not be replaced"):

@@ -90,7 +90,7 @@ class BuildLayers:
                 self._host.containers, self._plan.image_id, layer.tmpfs, timeout=_TAR_SECONDS
             )
         if not await in_thread(layer.still_exists):
-            raise HostFault("Another build has replaced or deleted it meanwhile.")
+            raise HostFault("Another build replaced or deleted it in the meantime.")
 
     def drop(self, layer: Layer) -> None:
         """Delete a layer that turned out to be unusable."""

@@ -51,19 +51,18 @@ MAX_STEP_BYTES = 256 * 1024
 KEEP_SECONDS = 7 * 86_400.0
 CANCELLED = "The build was cancelled."
 HOST_LOST = (
-    "The host agent stopped while the template was being built, and the build with it. "
-    "Nothing is left of it; rebuild the template."
+    "The host agent stopped while the template was being built, so the build failed and left "
+    "nothing behind. Rebuild the template."
 )
 NO_ROOM = (
-    "The machine ran out of disk while the template was being built, and the build took the most "
-    "of it, so it was ended. Nothing is left of it; build the template again when the operator has "
-    "made room."
+    "The machine ran out of disk while the template was being built. The build used the most "
+    "space, so it was stopped. Rebuild the template once the operator has freed some space."
 )
 LAUNCHER_LOST = (
-    "The host's process that starts commands died while the template was being built, and the "
-    "build with it. Nothing is left of it; rebuild the template."
+    "The host's process that starts commands died while the template was being built, so the "
+    "build failed and left nothing behind. Rebuild the template."
 )
-DEFECT = "The host could not finish the build because of a defect; its log has the details."
+DEFECT = "The host could not finish the build due to an internal error; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"
 _log = logging.getLogger(__name__)
 
@@ -410,7 +409,7 @@ async def _record_failure(build: _Build, request: StartBuild, error: HostError |
     elif isinstance(error, ImageNotFound):
         message = (
             f"The base image {request.base_image} is not on this host: it was deleted, or it "
-            "is a built-in base that has not been made yet."
+            "is a built-in base that has not been built yet."
         )
         await build.finish("failed", "failed", code="base_missing", message=message)
     elif isinstance(error, LauncherLost):

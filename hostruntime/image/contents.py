@@ -108,7 +108,7 @@ def _dpkg(root: int) -> Candidates:
 
 
 def _pip(root: int) -> Candidates:
-    """Distributions as pip finds them (PyPA's "Recording installed projects", and its elders)."""
+    """Distributions as pip finds them (PyPA "Recording installed projects", older formats)."""
     for pattern in _SITE_DIRECTORIES:
         for directory in _directories(root, pattern):
             for entry in _matching_entries(directory, "*.dist-info", "*.egg-info"):

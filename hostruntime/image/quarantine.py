@@ -114,7 +114,7 @@ class Quarantine:
         try:
             self.add(path, kind, "damaged", detail)
         except OSError as error:
-            _log.error("%s is left where it is, and not used: %s (%s)", path, detail, error)
+            _log.error("%s could not be quarantined, and is ignored: %s (%s)", path, detail, error)
 
     def list(self) -> Items:
         """Return all items, the oldest first."""
@@ -181,7 +181,7 @@ def _read_entry(entry: Path) -> QuarantinedItem | None:
     seen: dict[str, Any] = {"key": entry.name, "kind": kind, "name": name, "reason": "damaged"}
     try:
         return _ITEM.validate_python(
-            {**seen, "detail": "its own record is gone", "at": entry.stat().st_mtime}
+            {**seen, "detail": "its own record is missing", "at": entry.stat().st_mtime}
         )
     except (ValueError, OSError):
         return None

@@ -313,7 +313,7 @@ class ImageStore:
             self.flush()
         with self._lock:
             if manifest.id in self._revoked:
-                raise ImageRevokedError(f"The build of {manifest.id} has been ended.")
+                raise ImageRevokedError(f"The build of {manifest.id} has been stopped.")
             if manifest.kind == "base":
                 directory = self._publish_base(staged, manifest.id)
             else:
@@ -514,5 +514,5 @@ def read_image(directory: Path, name: str | None = None) -> Image:
     if manifest.id != named:
         raise BadRecord(path, f"it is the manifest of {manifest.id[:100]!r}")
     if not (directory / "tree").is_dir():
-        raise BadRecord(path, "its tree is gone")
+        raise BadRecord(path, "its tree is missing")
     return Image(manifest.id, directory / "tree", manifest)

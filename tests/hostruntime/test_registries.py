@@ -14,15 +14,15 @@ from hostruntime.network.registries import (
     AptSource,
     NpmAnswer,
     PipAnswer,
-    ask_apt,
-    ask_npm,
-    ask_pip,
     combine,
     host_registries,
     parse_apt,
     parse_npm,
     parse_npm_definitions,
     parse_pip,
+    query_apt,
+    query_npm,
+    query_pip,
 )
 
 ALLOWLIST = Path(hostruntime.__file__).parent / "network/data" / "egress-allowlist.txt"
@@ -103,9 +103,9 @@ def test_asking_leaves_nothing_in_a_fresh_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert bool(ask_npm()) == bool(shutil.which("npm"))
-    assert ask_pip()
-    assert ask_apt()
+    assert bool(query_npm()) == bool(shutil.which("npm"))
+    assert query_pip()
+    assert query_apt()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +185,7 @@ def fresh_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_apt_that_never_fetched_a_list_still_names_its_mirrors(fresh_apt: Path) -> None:
-    assert ask_apt() == (
+    assert query_apt() == (
         AptSource("https://mirror.example/debian", "", "main"),
         AptSource("https://mirror.example/debian", "", "contrib"),
         AptSource("https://mirror.example/debian", "-updates", "main"),
@@ -195,7 +195,7 @@ def test_apt_that_never_fetched_a_list_still_names_its_mirrors(fresh_apt: Path) 
 
 def test_a_lone_mirror_without_lists_is_debians(fresh_apt: Path) -> None:
     fresh_apt.write_text("deb https://mirror.example/debian bookworm main\n")
-    assert ask_apt() == (AptSource("https://mirror.example/debian", "", "main"),)
+    assert query_apt() == (AptSource("https://mirror.example/debian", "", "main"),)
 
 
 def test_what_another_distribution_has_no_lists_of_is_not_debians(
@@ -206,7 +206,7 @@ def test_what_another_distribution_has_no_lists_of_is_not_debians(
         "deb https://mirror.example/ubuntu noble-updates main\n"
     )
     monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "ubuntu"})
-    assert ask_apt() == ()
+    assert query_apt() == ()
 
 
 def test_a_mirror_list_stands_for_its_first_mirror(tmp_path: Path) -> None:

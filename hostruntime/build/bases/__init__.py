@@ -101,7 +101,7 @@ class BaseBuilder:
     async def catalogue(self) -> list[BaseInfo]:
         """Return every built-in base with its state."""
         images = await in_thread(lambda: [self._ready(base) for base in BASES.values()])
-        return [self._status(*one) for one in zip(BASES.values(), images, strict=True)]
+        return [self._status(*pair) for pair in zip(BASES.values(), images, strict=True)]
 
     async def ensure(self, name: str, progress: Progress) -> Image:
         """Return the base's image; build it first, reporting ``progress``, if missing or outdated.
@@ -205,7 +205,7 @@ class BaseBuilder:
         report = self._building[base.name].report
         if base.parent is not None:
             await self.ensure(base.parent, report)
-        report(f"Making {base.title}")
+        report(f"Building {base.title}")
         if base.provider == "debian":
             return await self._build_from_debian(base, report)
         if base.provider == "cpython":
@@ -282,7 +282,7 @@ class BaseBuilder:
     async def _pythons(self, fetched: Path, reasons: list[str], report: Progress) -> Any:
         for prefix in await in_thread(lambda: list(cpython.find_on_host())):
             yield prefix
-        report("Fetching a CPython with uv")
+        report("Installing a CPython with uv")
         try:
             yield await in_thread(cpython.install_with_uv, fetched)
         except HostError as error:

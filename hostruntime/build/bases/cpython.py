@@ -131,13 +131,13 @@ def install_with_uv(directory: Path) -> Path:
     """Install a CPython 3.12 into ``directory`` with uv; return its prefix.  Raises HostFault."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
-        raise UnsuitablePython("uv, which could fetch one, is not installed")
+        raise UnsuitablePython("uv, which could install one, is missing")
     passed = {name: value for name, value in os.environ.items() if name.startswith(("UV_", "SSL_"))}
     command = [uv, "python", "install", "--no-bin", "--install-dir", str(directory), VERSION]
     run(command, env=passed, timeout=_UV_TIMEOUT)
     for prefix in _newest_first([directory], f"cpython-{VERSION}*"):
         return prefix.resolve()
-    raise UnsuitablePython("uv said it installed one, but it is not there")
+    raise UnsuitablePython("uv reported success, but installed nothing")
 
 
 def inspect(prefix: Path) -> PythonTree:

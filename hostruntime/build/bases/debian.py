@@ -176,7 +176,7 @@ def failure_reason(log: str) -> str:
         )
     errors = [line.removeprefix("E: ") for line in log.splitlines() if line.startswith("E: ")]
     last = errors[0] if errors else "it did not say why"
-    return f"Debian could not be bootstrapped: {last}. The agent's log has all that was said."
+    return f"Debian could not be bootstrapped: {last}. The agent's log has the full output."
 
 
 def _tail(log: Path) -> str:

@@ -59,25 +59,25 @@ def _open_base(name: str, base: int | None) -> Iterator[int | None]:
         yield found
 
 
-def _same_content(name: str, one: int, other: int) -> bool:
+def _same_content(name: str, left_fd: int, right_fd: int) -> bool:
     try:
-        left, right = lstat(name, one), lstat(name, other)
+        left, right = lstat(name, left_fd), lstat(name, right_fd)
     except FileNotFoundError:
         return False
     if stat.S_IFMT(left.st_mode) != stat.S_IFMT(right.st_mode):
         return False
     if stat.S_ISLNK(left.st_mode):
-        return os.readlink(name, dir_fd=one) == os.readlink(name, dir_fd=other)
+        return os.readlink(name, dir_fd=left_fd) == os.readlink(name, dir_fd=right_fd)
     if not stat.S_ISREG(left.st_mode) or left.st_size != right.st_size:
         return False
-    return _equal_bytes(name, one, other)
+    return _equal_bytes(name, left_fd, right_fd)
 
 
-def _equal_bytes(name: str, one: int, other: int) -> bool:
+def _equal_bytes(name: str, left_fd: int, right_fd: int) -> bool:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     with (
-        open(os.open(name, flags, dir_fd=one), "rb") as left,  # noqa: PTH123 - a descriptor
-        open(os.open(name, flags, dir_fd=other), "rb") as right,  # noqa: PTH123
+        open(os.open(name, flags, dir_fd=left_fd), "rb") as left,  # noqa: PTH123 - a descriptor
+        open(os.open(name, flags, dir_fd=right_fd), "rb") as right,  # noqa: PTH123
     ):
         while True:
             block = left.read(_COMPARE)
