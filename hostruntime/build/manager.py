@@ -62,7 +62,7 @@ LAUNCHER_LOST = (
     "The host's process that starts commands died while the template was being built, so the "
     "build failed and left nothing behind. Rebuild the template."
 )
-DEFECT = "The host could not finish the build due to an internal error; its log has the details."
+DEFECT = "The host could not finish the build due to a defect; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"
 _log = logging.getLogger(__name__)
 

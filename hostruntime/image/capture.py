@@ -77,7 +77,7 @@ class CaptureResult:
     known: ContentHashCache = field(default_factory=ContentHashCache)
     moved: int = 0
     copied: int = 0
-    left_out: int = 0
+    omitted: int = 0
 
 
 def capture(
@@ -207,7 +207,7 @@ class _Walk:
         if not (is_file or entry.is_symlink()):
             kind = lstat(name, upper)
             if not stat.S_ISFIFO(kind.st_mode):
-                self.result.left_out += not _is_whiteout(kind)
+                self.result.omitted += not _is_whiteout(kind)
                 return
         if self.same_filesystem:
             _strip_attributes(name, upper)

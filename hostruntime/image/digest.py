@@ -175,8 +175,8 @@ class _Listing:
                 done = max(done, start - start % BLOCK)
                 while done < end:
                     self._check()
-                    want = min(_READ_SIZE, end - done)
-                    data = os.pread(descriptor, want + -want % BLOCK, done)
+                    length = min(_READ_SIZE, end - done)
+                    data = os.pread(descriptor, length + -length % BLOCK, done)
                     if not data:
                         break
                     content.add(data, done)

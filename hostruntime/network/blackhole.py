@@ -64,11 +64,11 @@ def install_blackhole(namespace: Path) -> None:
 def drain_attempts(namespace: Path) -> list[Attempt]:
     """Return and remove the recorded attempts; raises OSError or HostError."""
 
-    def take() -> list[Attempt]:
+    def drain() -> list[Attempt]:
         # Most have never sent anything, and listing the set means starting a program.
         return firewall.drain_attempts(TABLE, family="ip") if _has_sent() else []
 
-    return run_in_namespace(namespace, take)
+    return run_in_namespace(namespace, drain)
 
 
 def _has_sent() -> bool:

@@ -29,7 +29,7 @@ _NLA_TYPE = 0x3FFF
 _CTA_TUPLE_ORIG, _CTA_TUPLE_IP, _CTA_IP_V4_SRC, _CTA_ID, _CTA_ZONE = 1, 1, 1, 12, 18
 _CTA_FILTER, _CTA_FILTER_ORIG_FLAGS, _CTA_FILTER_REPLY_FLAGS = 25, 1, 2
 _CTA_FILTER_F_IP_SRC = 1
-# A version above 0 is what makes the kernel heed the family and the filter (Linux 5.8).
+# The kernel applies the family and the filter only with a version above 0 (Linux 5.8).
 _NFNETLINK_V1 = 1
 
 

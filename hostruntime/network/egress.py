@@ -234,11 +234,13 @@ class EgressProxy:
         self.pool.record_attempts(owner)
         records = (self.run_dir.decisions, self.run_dir.direct)
         found = [
-            _decision(entry)
+            _parse_decision(entry)
             for record in records
             for entry in read_entries(record / f"{owner}.ndjson", owner, since)
         ]
-        found += [_not_tls(entry) for entry in self._log_entries(NOT_TLS_LOG, owner, since)]
+        found += [
+            _not_tls_decision(entry) for entry in self._log_entries(NOT_TLS_LOG, owner, since)
+        ]
         refused = [
             entry for entry in found if entry is not None and entry.reason in policy.CUT_REASONS
         ]
@@ -389,14 +391,14 @@ def host_registries(paths: StatePaths) -> registries.Registries:
     return registries.host_registries(paths.images / "node-22" / "tree")
 
 
-def _decision(entry: dict[str, Any]) -> EgressDecision | None:
+def _parse_decision(entry: dict[str, Any]) -> EgressDecision | None:
     try:
         return from_fields(EgressDecision, entry)
     except MalformedError:
         return None
 
 
-def _not_tls(entry: dict[str, Any]) -> EgressDecision:
+def _not_tls_decision(entry: dict[str, Any]) -> EgressDecision:
     verdict = policy.not_tls_verdict(entry["host"])
     return EgressDecision(
         at=entry["at"],

@@ -126,7 +126,7 @@ def ruleset(plan: FirewallPlan) -> str:
     """Return the table in nft(8) syntax."""
     return f"""table inet {plan.table} {{
 {_named_sets(plan)}
-{_past_proxy(plan)}
+{_attempts_chain(plan)}
 {_antispoof(plan)}
 {_input(plan)}
 {_forward(plan)}
@@ -173,7 +173,7 @@ def _antispoof(plan: FirewallPlan) -> str:
   }}"""
 
 
-def _past_proxy(plan: FirewallPlan) -> str:
+def _attempts_chain(plan: FirewallPlan) -> str:
     # Rejected here and not later, because an interface that does not forward (netns.py) drops such
     # packets silently, and programs would wait. By reset, as ICMP is limited to one per second for
     # each address (icmp_ratelimit, icmp(7)). Recording is rate-limited for each container, so that

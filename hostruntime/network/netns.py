@@ -87,12 +87,12 @@ def namespace_is_mounted(run_dir: RunDir, name: str) -> bool:
 def run_in_namespace[R](namespace: Path, action: Callable[[], R]) -> R:
     """Run `action` in a thread that has joined a network namespace (setns(2))."""
 
-    def joined() -> R:
+    def in_namespace() -> R:
         with namespace.open("rb") as handle:
             os.setns(handle.fileno(), os.CLONE_NEWNET)
         return action()
 
-    return _in_thread(joined)
+    return _in_thread(in_namespace)
 
 
 def interface_exists(name: str) -> bool:

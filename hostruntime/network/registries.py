@@ -41,11 +41,11 @@ _NPM_DEFINITIONS = Path(
 _NPM_DEFAULT = re.compile(r"""Definition\(['"]registry['"],\s*\{\s*default:\s*['"]([^'"]+)['"]""")
 _MIRROR_LIST = "mirror+file:"
 _DEBIAN_COMPONENTS = frozenset({"main", "contrib", "non-free", "non-free-firmware"})
-_SUITE_ENDINGS = ("-updates", "-security", "-backports")
+_SUITE_SUFFIXES = ("-updates", "-security", "-backports")
 
 
 @dataclass(frozen=True)
-class PipAnswer:
+class PipConfig:
     """pip's indexes: the configured addresses and the defaults."""
 
     index: str | None
@@ -55,7 +55,7 @@ class PipAnswer:
 
 
 @dataclass(frozen=True)
-class NpmAnswer:
+class NpmConfig:
     """npm's registry, and those of scopes (`@scope:registry` to address)."""
 
     registry: str
@@ -64,10 +64,10 @@ class NpmAnswer:
 
 @dataclass(frozen=True)
 class AptSource:
-    """One of Debian's own suites on the host's mirror; `ending` is "", "-updates" and so on."""
+    """One of Debian's own suites on the host's mirror; `suffix` is "", "-updates" and so on."""
 
     site: str
-    ending: str
+    suffix: str
     component: str
 
 
@@ -76,8 +76,8 @@ class Registries:
     """The package managers' registries; `notes` are sentences about what containers cannot use."""
 
     domains: tuple[str, ...]
-    pip: PipAnswer | None
-    npm: NpmAnswer | None
+    pip: PipConfig | None
+    npm: NpmConfig | None
     apt: tuple[AptSource, ...]
     notes: tuple[str, ...]
 
@@ -105,7 +105,7 @@ class Registries:
         """Return a sources.list(5) of Debian's own suites, over HTTPS."""
         grouped: dict[tuple[str, str], list[str]] = {}
         for source in self.apt:
-            key = (_over_https(source.site), codename + source.ending)
+            key = (_over_https(source.site), codename + source.suffix)
             grouped.setdefault(key, []).append(source.component)
         lines = (
             f"deb {site} {suite} {' '.join(dict.fromkeys(components))}\n"
@@ -133,7 +133,7 @@ def clear_cache() -> None:
     host_registries.cache_clear()
 
 
-def combine(pip: PipAnswer | None, npm: NpmAnswer | None, apt: Sequence[AptSource]) -> Registries:
+def combine(pip: PipConfig | None, npm: NpmConfig | None, apt: Sequence[AptSource]) -> Registries:
     """Combine the results: the domains they need, and notes about what containers cannot use."""
     urls = [*_pip_urls(pip), *_npm_urls(npm), *(_over_https(source.site) for source in apt)]
     notes = [
@@ -160,7 +160,7 @@ def combine(pip: PipAnswer | None, npm: NpmAnswer | None, apt: Sequence[AptSourc
 # pip --------------------------------------------------------------------------------------
 
 
-def query_pip() -> PipAnswer | None:
+def query_pip() -> PipConfig | None:
     """Query the first pip that works; None without one."""
     for python, environment in _pythons_with_pip():
         try:
@@ -174,14 +174,14 @@ def query_pip() -> PipAnswer | None:
     return None
 
 
-def parse_pip(listing: str, defaults: str) -> PipAnswer:
+def parse_pip(listing: str, defaults: str) -> PipConfig:
     """Parse `pip config list` (lines of `section.key='value'`; later sections take precedence)."""
     values: dict[str, str] = {}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
         values[name.rpartition(".")[2]] = value.strip().strip("'\"").replace("\\n", " ")
     words = defaults.split()
-    return PipAnswer(
+    return PipConfig(
         index=values.get("index-url"),
         extra=tuple(values.get("extra-index-url", "").split()),
         default_index=words[0].rstrip("/") + "/" if words else None,
@@ -206,14 +206,14 @@ def _bundled_pip() -> Iterable[Path]:
     return (Path(spec.origin).parent / "_bundled").glob("pip-*.whl")
 
 
-def _pip_urls(pip: PipAnswer | None) -> list[str]:
+def _pip_urls(pip: PipConfig | None) -> list[str]:
     if pip is None:
         return []
     index = pip.index or pip.default_index
     return [url for url in (index, *pip.extra, *_uv_indexes()) if url and _is_http(url)]
 
 
-def _uses_default_index(pip: PipAnswer) -> bool:
+def _uses_default_index(pip: PipConfig) -> bool:
     return any(url.rstrip("/") == (pip.default_index or "").rstrip("/") for url in _pip_urls(pip))
 
 
@@ -238,14 +238,14 @@ def _pip_text(options: Mapping[str, str]) -> str:
 # npm --------------------------------------------------------------------------------------
 
 
-def query_npm(node_tree: Path | None = None) -> NpmAnswer | None:
+def query_npm(node_tree: Path | None = None) -> NpmConfig | None:
     """Query the host's npm, or read the default of the one in a root tree; None without one."""
     if (npm := shutil.which("npm")) is not None:
         try:
             command = [npm, "config", "list", "--json"]
             # Otherwise npm would create its cache in the home and write logs there.
-            apart = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
-            return parse_npm(run(command, env=_environment() | apart, timeout=_TIMEOUT).text)
+            overrides = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
+            return parse_npm(run(command, env=_environment() | overrides, timeout=_TIMEOUT).text)
         except (CommandFailed, ValueError, KeyError):
             pass
     definitions = node_tree / _NPM_DEFINITIONS if node_tree is not None else None
@@ -255,13 +255,13 @@ def query_npm(node_tree: Path | None = None) -> NpmAnswer | None:
     return parse_npm_definitions(definitions.read_text(errors="replace"))
 
 
-def parse_npm_definitions(source: str) -> NpmAnswer | None:
+def parse_npm_definitions(source: str) -> NpmConfig | None:
     """Find the default registry in npm's own table of settings."""
     found = _NPM_DEFAULT.search(source)
-    return None if found is None else NpmAnswer(registry=found.group(1), scoped=())
+    return None if found is None else NpmConfig(registry=found.group(1), scoped=())
 
 
-def parse_npm(listing: str) -> NpmAnswer:
+def parse_npm(listing: str) -> NpmConfig:
     """Parse `npm config list --json`; raises ValueError or KeyError if it is malformed."""
     values = json.loads(listing)
     scoped = tuple(
@@ -269,10 +269,10 @@ def parse_npm(listing: str) -> NpmAnswer:
         for name, url in sorted(values.items())
         if name.startswith("@") and name.endswith(":registry")
     )
-    return NpmAnswer(registry=str(values["registry"]), scoped=scoped)
+    return NpmConfig(registry=str(values["registry"]), scoped=scoped)
 
 
-def _npm_urls(npm: NpmAnswer | None) -> list[str]:
+def _npm_urls(npm: NpmConfig | None) -> list[str]:
     return [] if npm is None else [npm.registry, *(url for _, url in npm.scoped)]
 
 
@@ -314,11 +314,11 @@ def parse_apt(listing: str, *, on_debian: bool = True) -> tuple[AptSource, ...]:
         )
     found: dict[AptSource, None] = {}
     for site, release, component, _ in targets:
-        ending = next((end for end in _SUITE_ENDINGS if release.endswith(end)), "")
+        suffix = next((end for end in _SUITE_SUFFIXES if release.endswith(end)), "")
         is_debian = site in debians and origins.get((site, release), "Debian") == "Debian"
-        is_suite = component in _DEBIAN_COMPONENTS and release.removesuffix(ending).isalpha()
+        is_suite = component in _DEBIAN_COMPONENTS and release.removesuffix(suffix).isalpha()
         if is_debian and is_suite and _is_http(site):
-            found[AptSource(site, ending, component)] = None
+            found[AptSource(site, suffix, component)] = None
     return tuple(found)
 
 
@@ -336,7 +336,7 @@ def _likely_debian_sites(unknown: Sequence[_Target], known: Set[str]) -> set[str
 
     Debian has updates and security suites; vendors that copy its suite names do not.
     """
-    updated = {site for site, release, *_ in unknown if release.endswith(_SUITE_ENDINGS)}
+    updated = {site for site, release, *_ in unknown if release.endswith(_SUITE_SUFFIXES)}
     return updated if updated or known else {site for site, *_ in unknown}
 
 

@@ -209,18 +209,18 @@ class SlotPool:
         """Return the egress proxy's address and port."""
         return str(self._proxy()), firewall.PROXY_PORT
 
-    def record_attempts(self, reader: str | None = None) -> None:
+    def record_attempts(self, only_owner: str | None = None) -> None:
         """Record containers' direct connection attempts in their owners' logs.
 
-        ``reader`` is the owner whose log is about to be read, if only one. Call this every few
+        ``only_owner`` is the owner whose log is about to be read, if only one. Call this every few
         seconds without one, in a thread, as the firewall forgets (slots that are off do not).
         """
         owners_by_slot = self._last_owners.copy()
-        modes = {slot.mode for slot, owner in owners_by_slot.items() if owner == reader}
-        if reader is None or "restricted" in modes:
+        modes = {slot.mode for slot, owner in owners_by_slot.items() if owner == only_owner}
+        if only_owner is None or "restricted" in modes:
             self._record_restricted()
         for slot, owner in owners_by_slot.items():
-            if slot.mode == "off" and owner == reader:
+            if slot.mode == "off" and owner == only_owner:
                 self._record_off(slot, owner)
 
     def _record_restricted(self) -> None:

@@ -251,5 +251,5 @@ def parse_question(datagram: bytes) -> Question | None:
 def nxdomain(datagram: bytes, question: Question) -> bytes:
     """Return the response to a query: the name does not exist."""
     number, flags, *_ = _HEADER.unpack_from(datagram)
-    flags_out = _NXDOMAIN | (flags & _RECURSION_DESIRED)
-    return _HEADER.pack(number, flags_out, 1, 0, 0, 0) + datagram[_HEADER.size : question.end]
+    response_flags = _NXDOMAIN | (flags & _RECURSION_DESIRED)
+    return _HEADER.pack(number, response_flags, 1, 0, 0, 0) + datagram[_HEADER.size : question.end]

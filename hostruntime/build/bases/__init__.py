@@ -121,7 +121,7 @@ class BaseBuilder:
                 if ready is not None:
                     return ready
                 build = self._building.get(base.name) or self._start(base)
-        with _listening(build, progress):
+        with _subscribed(build, progress):
             return await asyncio.shield(build.task)
 
     async def close(self) -> None:
@@ -321,7 +321,7 @@ class BaseBuilder:
 
 
 @contextlib.contextmanager
-def _listening(build: _BaseBuild, progress: Progress) -> Iterator[None]:
+def _subscribed(build: _BaseBuild, progress: Progress) -> Iterator[None]:
     for message in build.messages:
         progress(message)
     build.listeners.append(progress)

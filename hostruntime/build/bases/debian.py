@@ -110,7 +110,7 @@ def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -
         str(target),
         # Without any, mmdebstrap uses its default mirror.
         *(
-            f"deb {source.site} {DEBIAN_SUITE}{source.ending} {source.component}"
+            f"deb {source.site} {DEBIAN_SUITE}{source.suffix} {source.component}"
             for source in sources
         ),
     ]

@@ -52,7 +52,7 @@ def _home(path: str) -> tuple[str, ...]:
     return tuple(f"{home}/{path}" for home in _HOMES)
 
 
-# Plug'n'Play's map from packages to the zips in Yarn's cache that they are run from.
+# Plug'n'Play's map from packages to the zip files in Yarn's cache that they run from.
 _YARN_PNP = (".pnp.cjs", ".pnp.js")
 
 _ACCOUNT_BACKUPS = ("passwd.bak", "group.bak", "shadow.bak", "gshadow.bak")
@@ -63,7 +63,7 @@ _SYSTEM_PACKAGES = (
     Rule("apt caches", ("var/cache/apt",), ("*.bin",), "unlink"),
     Rule("package databases' backups", ("var/lib/dpkg", "var/lib/apt"), ("*-old",), "unlink"),
     Rule("package databases' backups", ("var/cache/debconf",), ("*-old",), "unlink"),
-    # Debian's dpkg-db-backup and passwd write these; others may keep theirs in the same place.
+    # Debian's dpkg-db-backup and passwd write these; other programs may store backups there, too.
     Rule(
         "package databases' backups",
         ("var/backups",),
@@ -74,17 +74,17 @@ _SYSTEM_PACKAGES = (
 
 _LANGUAGE_PACKAGES = (
     # `pip cache purge`, `uv cache clean`, `pipenv --clear`, `poetry cache clear`, `pdm cache
-    # clear`.  PDM's cached packages may be used by a .pth file, so they stay.
+    # clear`. PDM's cached packages may be in use through a .pth file, so they stay.
     Rule("pip cache", _home(".cache"), ("pip",)),
     Rule("uv cache", _home(".cache"), ("uv",)),
     Rule("pipenv cache", _home(".cache"), ("pipenv",)),
     Rule("Poetry cache", _home(".cache/pypoetry"), ("cache", "artifacts")),
     Rule("PDM cache", _home(".cache/pdm"), ("http", "hashes*", "metadata", "wheels")),
-    # `npm cache clean`; npx and `pnpm dlx` ask it, too, for what they then run from elsewhere.
+    # `npm cache clean`. npx and `pnpm dlx` also use the cache, for packages run from elsewhere.
     Rule("npm cache", _home(".npm"), ("_logs", "_update-notifier-last-checked")),
     Rule("npm cache", _home(".npm"), ("_cacache",), unless_beside=("_npx",)),
     Rule("pnpm cache", _home(".cache/pnpm"), ("metadata*",), unless_beside=("dlx",)),
-    # `yarn cache clean`, of Yarn 1 and of later ones.  A project's own cache is the project's.
+    # `yarn cache clean`, for Yarn 1 and later versions. A project's own cache stays.
     Rule("Yarn cache", (*_home(".cache"), "usr/local/share/.cache"), ("yarn",)),
     Rule("Yarn cache", _home(".yarn/berry"), ("cache",), unless_anywhere=_YARN_PNP),
     # `composer clear-cache`, `dotnet nuget locals http-cache --clear`.
@@ -92,8 +92,8 @@ _LANGUAGE_PACKAGES = (
     Rule("NuGet cache", _home(".local/share/NuGet"), ("http-cache", "v3-cache", "plugins-cache")),
 )
 
-# By the Filesystem Hierarchy Standard an application recovers from the loss of files there, but
-# debconf keeps its database in it, and fontconfig's is what makes a program's first start quick.
+# By the Filesystem Hierarchy Standard, applications must cope with the loss of files there, but
+# debconf stores its database in it, and fontconfig's cache makes a program's first start fast.
 _SYSTEM_CACHES = (
     Rule("manual page index", ("var/cache",), ("man",), "remove_files"),
     Rule(
@@ -129,8 +129,7 @@ _TRACES = (
     ),
 )
 
-# What every machine must have of its own; see hostruntime/image/identity.py for where it comes
-# from.
+# What must be unique to every machine; hostruntime/image/identity.py generates it.
 _IDENTITIES = (
     Rule("machine ids", ("etc",), ("machine-id",), "blank", unconditional=True),
     Rule("machine ids", ("var/lib/dbus",), ("machine-id",), unconditional=True),
