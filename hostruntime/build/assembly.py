@@ -27,7 +27,7 @@ from hostruntime.build.build_layers import BuildLayers
 from hostruntime.build.environment import BuildEnvironment
 from hostruntime.build.layers import CompletedStep, Layer
 from hostruntime.build.plan import Emit, Host, Plan
-from hostruntime.build.report import build_timed_out, discarded_message
+from hostruntime.build.report import build_timed_out, lost_writes_message
 from hostruntime.build.steps import StepRunner
 from hostruntime.build.uncaptured import UncapturedFiles
 from hostruntime.container.joining import Unkept, take_back
@@ -168,9 +168,9 @@ class Assembly:
         environment = await in_thread(self._initial_environment, base)
         cached = await self._boot(base, layers)
         leftovers = UncapturedFiles(self._host.containers, self._plan.image_id)
-        unkept = Unkept()
+        tracker = Unkept()
         if cached:
-            await self._report_cached(base, cached, leftovers, unkept)
+            await self._report_cached(base, cached, leftovers, tracker)
         steps = StepRunner(
             self._host,
             self._plan,
@@ -180,11 +180,11 @@ class Assembly:
         )
         for number in range(len(cached) + 1, len(self._plan.recipe) + 1):
             refused = await steps.run(number)
-            discarded = await self._discarded_by_step(base, unkept)
-            self._report_discarded(number, discarded)
+            lost_writes = await self._lost_writes_of_step(base, tracker)
+            self._report_lost_writes(number, lost_writes)
             uncaptured = await leftovers.scan(number)
             if layers is not None:
-                await layers.save_after_step(number, refused, uncaptured, discarded)
+                await layers.save_after_step(number, refused, uncaptured, lost_writes)
         leftovers.report(self._emit)
         await self._host.containers.halt(self._plan.image_id)
         return Staged(base, environment, steps.last_step)
@@ -263,27 +263,27 @@ class Assembly:
         base: Image,
         cached: Sequence[CompletedStep],
         leftovers: UncapturedFiles,
-        unkept: Unkept,
+        tracker: Unkept,
     ) -> None:
         """Report what each reused step wrote that is not in the image."""
         leftovers.resume([step.uncaptured for step in cached])
         # Files that no step is known to have left are attributed to the last one.
         await leftovers.scan(len(cached))
-        unclaimed = set(await self._discarded_by_step(base, unkept))
+        unclaimed = set(await self._lost_writes_of_step(base, tracker))
         for number, step in enumerate(cached, 1):
-            self._report_discarded(number, step.discarded)
-            unclaimed -= set(step.discarded)
-        self._report_discarded(len(cached), sorted(unclaimed))
+            self._report_lost_writes(number, step.lost_writes)
+            unclaimed -= set(step.lost_writes)
+        self._report_lost_writes(len(cached), sorted(unclaimed))
 
-    async def _discarded_by_step(self, base: Image, unkept: Unkept) -> list[str]:
+    async def _lost_writes_of_step(self, base: Image, tracker: Unkept) -> list[str]:
         """Return what was written since the last call but is replaced by the host's files."""
         runtime = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         upper = self._host.containers.layer(self._plan.image_id)
-        return await in_thread(unkept.after_step, upper, runtime)
+        return await in_thread(tracker.after_step, upper, runtime)
 
-    def _report_discarded(self, step: int, paths: Sequence[str]) -> None:
+    def _report_lost_writes(self, step: int, paths: Sequence[str]) -> None:
         if paths:
-            message = discarded_message(paths)
+            message = lost_writes_message(paths)
             self._emit("not_captured", step=step, paths=paths, count=len(paths), message=message)
 
     # Captured: create the new tree, scrub it, measure it ----------------------------------

@@ -119,16 +119,16 @@ class BuildLayers:
         number: int,
         refused: Sequence[RefusedHost],
         uncaptured: Sequence[str],
-        discarded: Sequence[str],
+        lost_writes: Sequence[str],
     ) -> None:
         """Save a layer after a successful step, while nothing runs, if it is worth it.
 
         ``refused`` are the hosts that the network policy refused it; ``uncaptured`` and
-        ``discarded`` are paths it wrote that do not end up in the image. Failing to save a layer
+        ``lost_writes`` are paths it wrote that do not end up in the image. Failing to save a layer
         does not fail the build. Raises DiskStuckError.
         """
-        wasted = (tuple(uncaptured), tuple(discarded))
-        self._steps.append(CompletedStep(self._plan.image_id, time.time(), tuple(refused), *wasted))
+        paths = (tuple(uncaptured), tuple(lost_writes))
+        self._steps.append(CompletedStep(self._plan.image_id, time.time(), tuple(refused), *paths))
         if number == len(self._plan.recipe) or not await in_thread(self._is_worth_saving):
             return
         try:

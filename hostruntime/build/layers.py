@@ -54,29 +54,29 @@ class CompletedStep:
 
     A step that succeeded without a host it was refused may be incomplete, so this is reported again
     when it is reused. So are files it left in directories that are not captured (``uncaptured``),
-    and files it changed that the host replaces (``discarded``), both as absolute paths inside.
+    and files it changed that the host replaces (``lost_writes``), both as absolute paths inside.
     """
 
     build: str
     at: float
     refused: tuple[RefusedHost, ...] = ()
     uncaptured: tuple[str, ...] = ()
-    discarded: tuple[str, ...] = ()
+    lost_writes: tuple[str, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the form stored in a layer's record."""
         refused = [item.to_wire() for item in self.refused]
-        wasted = {"left": list(self.uncaptured), "unkept": list(self.discarded)}
-        return {"build": self.build, "at": self.at, "refused": refused, **wasted}
+        paths = {"left": list(self.uncaptured), "unkept": list(self.lost_writes)}
+        return {"build": self.build, "at": self.at, "refused": refused, **paths}
 
     @classmethod
     def from_wire(cls, record: Mapping[str, Any]) -> Self:
         """Parse the output of :meth:`to_wire`; raises KeyError, TypeError for anything else."""
         refused = tuple(RefusedHost.from_wire(item) for item in record.get("refused", ()))
-        uncaptured, discarded = (
+        uncaptured, lost_writes = (
             tuple(map(str, record.get(name, ()))) for name in ("left", "unkept")
         )
-        return cls(str(record["build"]), record["at"], refused, uncaptured, discarded)
+        return cls(str(record["build"]), record["at"], refused, uncaptured, lost_writes)
 
 
 @dataclass(frozen=True)

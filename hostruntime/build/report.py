@@ -168,7 +168,7 @@ def unreached_message(unreached: Sequence[UnreachedNotice]) -> str:
     return f"This step succeeded, but something may be missing: {listed}."
 
 
-def discarded_message(paths: Sequence[str]) -> str:
+def lost_writes_message(paths: Sequence[str]) -> str:
     """Return the message for files a step changed that are not part of the image."""
     return (
         f"This step changed {', '.join(paths)}. This isn't kept: every sandbox gets "
