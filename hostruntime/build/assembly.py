@@ -30,12 +30,12 @@ from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import build_timed_out, lost_writes_message
 from hostruntime.build.steps import StepRunner
 from hostruntime.build.uncaptured import UncapturedFiles
-from hostruntime.container.joining import Unkept, take_back
-from hostruntime.container.manager import ContainerSpec, Running
+from hostruntime.container.manager import ContainerSpec, RunningContainer
+from hostruntime.container.merging import LostWrites, strip_host_parts
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import write_json
-from hostruntime.host.progress import Progress, telling
-from hostruntime.host.tasks import Stop, in_thread, to_the_end
+from hostruntime.host.progress import Progress, reporting
+from hostruntime.host.tasks import Stop, in_thread, run_to_completion
 from hostruntime.image.capture import capture
 from hostruntime.image.content_hash import ContentHashCache
 from hostruntime.image.contents import installed_packages
@@ -158,7 +158,7 @@ class Assembly:
 
     def _reporting(self, phase: str, progress: Progress) -> AbstractAsyncContextManager[None]:
         """Emit the progress of a phase every second."""
-        return telling(
+        return reporting(
             lambda: self._emit("progress", phase=phase, files=progress.files, bytes=progress.bytes)
         )
 
@@ -168,7 +168,7 @@ class Assembly:
         environment = await in_thread(self._initial_environment, base)
         cached = await self._boot(base, layers)
         leftovers = UncapturedFiles(self._host.containers, self._plan.image_id)
-        tracker = Unkept()
+        tracker = LostWrites()
         if cached:
             await self._report_cached(base, cached, leftovers, tracker)
         steps = StepRunner(
@@ -204,7 +204,7 @@ class Assembly:
     ) -> Mapping[str, str]:
         """Return the next step's environment: what is baked so far, over the host's variables."""
         try:
-            data = await self._host.containers.text_of(
+            data = await self._host.containers.read_head(
                 self._plan.image_id, ETC_ENVIRONMENT, MAX_FILE_BYTES + 1
             )
         except HostError:
@@ -225,7 +225,7 @@ class Assembly:
 
     async def _start_from_layer(
         self, base: Image, layers: BuildLayers, layer: Layer
-    ) -> Running | None:
+    ) -> RunningContainer | None:
         """Start from a layer; None, with nothing started, if the layer is unusable."""
         try:
             running = await self._start(base, layer.disk)
@@ -234,12 +234,12 @@ class Assembly:
             raise
         except (HostError, OSError) as error:
             _log.warning("layer %s is unusable: %s", layer.directory, error)
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
             await in_thread(layers.drop, layer)
             return None
         return running
 
-    async def _start(self, base: Image, saved_disk: Path | None = None) -> Running:
+    async def _start(self, base: Image, saved_disk: Path | None = None) -> RunningContainer:
         plan = self._plan
         return await self._host.containers.start(
             ContainerSpec(
@@ -248,7 +248,7 @@ class Assembly:
                 policy=plan.policy,
                 limits=plan.limits,
                 directory=plan.directory,
-                provide=None if saved_disk else partial(self._provide, base),
+                populate=None if saved_disk else partial(self._provide, base),
                 saved_disk=saved_disk,
             )
         )
@@ -263,7 +263,7 @@ class Assembly:
         base: Image,
         cached: Sequence[CompletedStep],
         leftovers: UncapturedFiles,
-        tracker: Unkept,
+        tracker: LostWrites,
     ) -> None:
         """Report what each reused step wrote that is not in the image."""
         leftovers.resume([step.uncaptured for step in cached])
@@ -275,7 +275,7 @@ class Assembly:
             unclaimed -= set(step.lost_writes)
         self._report_lost_writes(len(cached), sorted(unclaimed))
 
-    async def _lost_writes_of_step(self, base: Image, tracker: Unkept) -> list[str]:
+    async def _lost_writes_of_step(self, base: Image, tracker: LostWrites) -> list[str]:
         """Return what was written since the last call but is replaced by the host's files."""
         runtime = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         upper = self._host.containers.layer(self._plan.image_id)
@@ -315,7 +315,7 @@ class Assembly:
         captured = capture(base.tree, layer, tree, self._stop.check, progress)
         runtime = self._host.runtime_tree(self._plan.policy, base.tree)
         remove_residue(tree, base.tree, runtime)
-        take_back(tree, base.tree, runtime)
+        strip_host_parts(tree, base.tree, runtime)
         return captured.known
 
     def _measure(self, base: Image, directory: Path) -> Inventory:
@@ -400,7 +400,7 @@ class Assembly:
         when it next starts.
         """
         try:
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

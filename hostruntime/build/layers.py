@@ -32,8 +32,8 @@ from typing import Any, Self
 
 from hostruntime.build.report import RefusedHost
 from hostruntime.errors import InvalidRequest
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import StatePaths, read_json, write_json
-from hostruntime.host.room import Room
 from hostruntime.image.store import check_name
 from hostruntime.image.trash import Trash
 
@@ -180,8 +180,10 @@ class LayerStore:
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether a layer of that size fits the budget and leaves enough free disk space."""
-        free = Room.of(self._root).less(size_bytes)
-        return size_bytes <= self._budget and not free.read_only and free.shares > MIN_FREE_SHARES
+        free = DiskSpace.of(self._root).after_writing(size_bytes)
+        return (
+            size_bytes <= self._budget and not free.read_only and free.free_ratio > MIN_FREE_SHARES
+        )
 
     def create_staging(self, build: str) -> Path:
         """Create an empty directory for a layer, to pass to :meth:`add` or :meth:`discard`."""

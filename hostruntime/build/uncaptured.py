@@ -40,7 +40,7 @@ class UncapturedFiles:
         new: list[str] = []
         for directory in DIRECTORIES:
             try:
-                names = await self._containers.names_in(self._owner, directory)
+                names = await self._containers.list_directory(self._owner, directory)
             except HostError:
                 # Too many to list, or out of memory: no reason to fail a build.
                 continue

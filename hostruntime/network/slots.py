@@ -37,7 +37,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_atomically
 from hostruntime.host.patience import scaled
 from hostruntime.host.rundir import RunDir
-from hostruntime.host.tasks import logged
+from hostruntime.host.tasks import log_errors
 from hostruntime.network import blackhole, firewall
 from hostruntime.network.conntrack import forget_connections
 from hostruntime.network.direct import QueryRecorder, record_attempt
@@ -150,7 +150,7 @@ class SlotPool:
         self._destroy_leftovers(keep=set())
         run_ip_ignoring_errors([f"address delete {self._proxy()}/32 dev lo"])
         firewall.remove(self.instance.nft_table)
-        if mounts := kernel.mount_points(self.run_dir.root):
+        if mounts := kernel.mount_points_under(self.run_dir.root):
             raise HostFault(f"{mounts[0]} is still mounted; unmount it and try again.")
         shutil.rmtree(self.run_dir.root, ignore_errors=True)
         self._free = deque(range(MAX_SLOTS))
@@ -316,7 +316,7 @@ class SlotPool:
                 if task is None:
                     return
             succeeded = False
-            with logged("a network slot could not be recycled"):
+            with log_errors("a network slot could not be recycled"):
                 task()
                 succeeded = True
             if not succeeded:

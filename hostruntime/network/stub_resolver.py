@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime.host.tasks import logged
+from hostruntime.host.tasks import log_errors
 from hostruntime.network.netns import run_in_namespace
 
 ADDRESS, PORT = "127.0.0.53", 53
@@ -169,10 +169,10 @@ class StubResolver:
             if wake in ready:
                 return
             for descriptor in ready:
-                with logged("a query to a container's resolver could not be answered"):
+                with log_errors("a query to a container's resolver could not be answered"):
                     for client, datagram, sender in self._receive_some(poll, descriptor):
                         client.answer(datagram, sender)
-            with self._lock, logged("a container's resolver could not be resumed"):
+            with self._lock, log_errors("a container's resolver could not be resumed"):
                 self._resume(poll)
 
     def _receive_some(self, poll: select.epoll, descriptor: int) -> list[_Query]:

@@ -37,7 +37,7 @@ from hostruntime.container.cgroups import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
-from hostruntime.host.tasks import KeyedLocks, end, in_background, in_thread
+from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, in_background, in_thread
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
@@ -126,7 +126,7 @@ class BaseBuilder:
 
     async def close(self) -> None:
         """Stop building bases, and remove partial results."""
-        await end(*self._background)
+        await cancel_and_wait(*self._background)
         for retry in self._retries.values():
             retry.cancel()
         tasks = [build.task for build in self._building.values()]
