@@ -45,7 +45,7 @@ def _copy(name: str, origin: Path | None, state: Path | None) -> None:
         image = ImageStore(StatePaths(origin)).get(name)
     except ImageNotFound:
         return
-    staged = store.staging(name)
-    # Copied and not linked: nobody else links to an image's files (hostruntime.image.holdings).
+    staged = store.create_staging(name)
+    # Copied and not linked: nobody else links to an image's files (hostruntime.image.inode_record).
     run(["cp", "-a", "--reflink=auto", str(image.tree), str(staged / "tree")], timeout=120)
     store.publish(staged, image.manifest)

@@ -134,7 +134,7 @@ def resolve_base(team: Team, name: str) -> Source:
 def check_environment(source: Source, spec: TemplateSpec) -> None:
     """Raise ``InvalidInput`` for an ``env`` that is too large with what the base has baked in."""
     try:
-        environment.check_environment(environment.baked(source.env, spec.env))
+        environment.check_environment(environment.merge_baked(source.env, spec.env))
     except InvalidRequest as error:
         raise InvalidInput(f"env: {error.detail}", fields={"env": error.detail}) from None
 

@@ -346,12 +346,12 @@ def test_a_firewall_in_the_way_is_a_warning_with_its_remedy(layout: Layout) -> N
     with ThreadPoolExecutor(max_workers=1) as thread:
         finding = thread.submit(beside_a_firewall).result()
     assert finding.verdict == "warn"
-    assert "ip f f drops what is forwarded" in finding.seen
+    assert "ip f f drops forwarded packets" in finding.seen
     assert "nft 'insert rule ip f f iifname" in finding.remedy
 
 
 def test_a_proxy_that_cannot_run_fails(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "proxy_obstacles", lambda: ["Squid cannot peek."])
+    monkeypatch.setattr(network, "proxy_problems", lambda: ["Squid cannot peek."])
     finding = network.check_proxy(layout)
     assert (finding.verdict, finding.seen) == ("fail", "Squid cannot peek.")
     assert "squid-openssl" in finding.remedy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hostruntime.host.installation import read_installation_record
 from hostruntime.host.paths import StatePaths
-from hostruntime.image.quarantine import Quarantine, keep_days
+from hostruntime.image.quarantine import Quarantine, retention_days
 from hostruntime.image.trash import Trash
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import Layout
@@ -39,6 +39,6 @@ def check_quarantine(layout: Layout) -> Finding:
     more = f" and {len(held) - NAMED} more" if len(held) > NAMED else ""
     remedy = (
         "./manage.py quarantine list, restore or delete; each is deleted for good "
-        f"{keep_days():g} days after it was set aside"
+        f"{retention_days():g} days after it was set aside"
     )
     return Finding(name, "warn", f"{len(held)} set aside: {shown}{more}", remedy)

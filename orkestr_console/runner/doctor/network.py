@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hostruntime.errors import HostError
 from hostruntime.host.paths import StatePaths
-from hostruntime.network.egress import host_registries, proxy_obstacles
-from hostruntime.network.foreign_firewalls import barriers
+from hostruntime.network.egress import host_registries, proxy_problems
+from hostruntime.network.foreign_firewalls import find_barriers
 from orkestr_console.runner.doctor.finding import Finding, is_root, read_number, unseen
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import holder
@@ -33,13 +33,13 @@ def check_firewalls(_: Layout) -> Finding:
     if not is_root():
         return unseen("firewalls")
     try:
-        found = barriers()
+        found = find_barriers()
     except HostError as error:
         seen = f"cannot be seen: {' '.join(error.detail.split())}"
         return Finding("firewalls", "warn", seen, "apt-get install nftables (make run does it)")
     if not found:
         return Finding("firewalls", "ok", "no other rules are in the way of sandboxes")
-    seen = "; ".join(barrier.seen for barrier in found)
+    seen = "; ".join(barrier.problem for barrier in found)
     return Finding("firewalls", "warn", seen, "; ".join(barrier.remedy for barrier in found))
 
 
@@ -47,7 +47,7 @@ def check_proxy(_: Layout) -> Finding:
     """Squid, as the egress proxy needs it."""
     if not is_root():
         return unseen("egress proxy")
-    obstacles = proxy_obstacles()
+    obstacles = proxy_problems()
     if not obstacles:
         return Finding("egress proxy", "ok", "Squid can be run")
     remedy = "; ".join(obstacles[1:]) or "apt-get install squid-openssl (make run does it)"
