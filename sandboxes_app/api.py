@@ -117,23 +117,25 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     if spec.stream:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
         # On the server's own event loop, where the response will go on reading.
-        return awaited(streamed, request, frames)
+        return awaited(streaming_response, request, frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )
 
 
-async def streamed(request: HttpRequest, frames: services.CommandStream) -> StreamingHttpResponse:
+async def streaming_response(
+    request: HttpRequest, frames: services.CommandStream
+) -> StreamingHttpResponse:
     """The stream, once its first frame is there: until then, an error is an ordinary answer."""
     first = await anext(frames)
     return StreamingHttpResponse(
-        sent_events(request, first, frames),
+        event_stream(request, first, frames),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def sent_events(
+async def event_stream(
     request: HttpRequest, first: dict[str, Any], frames: services.CommandStream
 ) -> AsyncIterator[bytes]:
     """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
@@ -143,36 +145,38 @@ async def sent_events(
     ends, the command's process tree ends with it.
     """
     async with aclosing(frames):
-        yield event(first)
-        following = asyncio.ensure_future(anext(frames, None))
+        yield encode_event(first)
+        next_frame = asyncio.ensure_future(anext(frames, None))
         trusted_until = monotonic() + KEEP_ALIVE_SECONDS
         try:
             while True:
-                await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
-                if not following.done() or monotonic() >= trusted_until:
-                    if error := await database_sync_to_async(no_longer)(request):
-                        frames.why = error.detail
-                        yield event({"kind": "error", "code": error.code, "message": error.detail})
+                await asyncio.wait({next_frame}, timeout=KEEP_ALIVE_SECONDS)
+                if not next_frame.done() or monotonic() >= trusted_until:
+                    if error := await database_sync_to_async(access_error)(request):
+                        frames.close_reason = error.detail
+                        yield encode_event(
+                            {"kind": "error", "code": error.code, "message": error.detail}
+                        )
                         return
                     trusted_until = monotonic() + KEEP_ALIVE_SECONDS
-                if not following.done():
+                if not next_frame.done():
                     yield KEEP_ALIVE
                     continue
-                if (frame := following.result()) is None:
+                if (frame := next_frame.result()) is None:
                     return
-                yield event(frame)
-                following = asyncio.ensure_future(anext(frames, None))
+                yield encode_event(frame)
+                next_frame = asyncio.ensure_future(anext(frames, None))
         finally:
-            following.cancel()
-            await asyncio.wait({following})
+            next_frame.cancel()
+            await asyncio.wait({next_frame})
 
 
-def no_longer(request: HttpRequest) -> DomainError | None:
+def access_error(request: HttpRequest) -> DomainError | None:
     """Why the token may not run the command any more, None while it may."""
     return ended(request, lambda actor: actor.require(WRITE))
 
 
-def event(frame: dict[str, Any]) -> bytes:
+def encode_event(frame: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 

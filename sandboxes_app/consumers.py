@@ -29,8 +29,8 @@ class SandboxListPage(LivePage):
 
     def _status(self) -> str | None:
         """The status that the page is narrowed to."""
-        given = parse_qs(self.scope["query_string"].decode("latin-1")).get("status", [""])[0]
-        return given if given in SandboxStatus.values else None
+        status = parse_qs(self.scope["query_string"].decode("latin-1")).get("status", [""])[0]
+        return status if status in SandboxStatus.values else None
 
 
 class SandboxPage(LivePage):

@@ -17,18 +17,22 @@ def sandboxes_group(team_id: str) -> str:
     return f"team.{team_id}.sandboxes"
 
 
-def tell_changed(sandbox_id: str, team_id: str) -> None:
+def notify_changed(sandbox_id: str, team_id: str) -> None:
     """The sandbox's state changed: its page and the team's list. Leaves on commit."""
-    tell_all_changed([(sandbox_id, team_id)])
+    notify_many_changed([(sandbox_id, team_id)])
 
 
-def tell_all_changed(sandboxes: Sequence[tuple[str, str]]) -> None:
+def notify_many_changed(sandboxes: Sequence[tuple[str, str]]) -> None:
     """The same of many, by their ids and their teams' ids; each list is told once."""
-    told = {sandbox_group(sandbox_id): message_of(sandbox_id) for sandbox_id, _ in sandboxes}
-    told |= {sandboxes_group(team_id): message_of(one) for one, team_id in sandboxes}
-    notify_all(told)
+    messages = {
+        sandbox_group(sandbox_id): change_message(sandbox_id) for sandbox_id, _ in sandboxes
+    }
+    messages |= {
+        sandboxes_group(team_id): change_message(sandbox_id) for sandbox_id, team_id in sandboxes
+    }
+    notify_all(messages)
 
 
-def message_of(sandbox_id: str) -> dict[str, str]:
+def change_message(sandbox_id: str) -> dict[str, str]:
     """What is said of it."""
     return {"type": "sandbox.changed", "id": sandbox_id}

@@ -42,9 +42,9 @@ def sizes(allowed: Envelope) -> list[SizeChoice]:
 def lifetimes(allowed: Envelope, chosen: str) -> list[int]:
     """The lifetimes to choose from, in seconds: within the limit, and whatever was chosen."""
     longest = allowed.value("max_timeout_seconds")
-    within = {length for length in LIFETIMES if length <= longest}
+    allowed_lifetimes = {length for length in LIFETIMES if length <= longest}
     typed = {int(chosen)} if chosen.isascii() and chosen.isdigit() and len(chosen) < 9 else set()
-    return sorted(within | {longest} | typed)
+    return sorted(allowed_lifetimes | {longest} | typed)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class SandboxForm(Form):
                 "template": self.template,
                 "size": self.size,
                 "network": self.network,
-                "timeout_seconds": whole(self.timeout_seconds),
+                "timeout_seconds": parse_number(self.timeout_seconds),
                 "env": typed_environment(self.env),
                 "allow_domains": self.allowlist(),
             },
@@ -140,11 +140,11 @@ class CommandForm(Form):
             {
                 "command": self.command,
                 "cwd": self.cwd,
-                "timeout_seconds": whole(self.timeout_seconds),
+                "timeout_seconds": parse_number(self.timeout_seconds),
             },
         )
 
 
-def whole(text: str) -> int | str:
+def parse_number(text: str) -> int | str:
     """The number a field holds; text that is none stays, for the spec to refuse."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text

@@ -39,7 +39,7 @@ class SandboxStatus(models.TextChoices):
 
 
 # On the way to another state: somebody drives it there, or was killed.
-PASSING = (SandboxStatus.STARTING, SandboxStatus.PAUSING, SandboxStatus.RESUMING)
+TRANSITIONAL = (SandboxStatus.STARTING, SandboxStatus.PAUSING, SandboxStatus.RESUMING)
 LIVE = (
     SandboxStatus.STARTING,
     SandboxStatus.RUNNING,
@@ -187,7 +187,7 @@ class SnapshotQuerySet(models.QuerySet["Snapshot"]):
         """Those of one team, deleted ones left out."""
         return self.filter(team=team, deleted_at=None)
 
-    def kept(self) -> SnapshotQuerySet:
+    def stored(self) -> SnapshotQuerySet:
         """Those that have, or are about to have, files on the host: they count."""
         kept = (SnapshotStatus.CAPTURING, SnapshotStatus.READY)
         return self.filter(status__in=kept, deleted_at=None)

@@ -29,21 +29,21 @@ class Entry:
     @property
     def stdout(self) -> str:
         """What it printed."""
-        return self.answer.stdout if self.answer else self._kept("stdout")
+        return self.answer.stdout if self.answer else self._error_output("stdout")
 
     @property
     def stderr(self) -> str:
         """What it complained about."""
-        return self.answer.stderr if self.answer else self._kept("stderr")
+        return self.answer.stderr if self.answer else self._error_output("stderr")
 
-    def _kept(self, stream: str) -> str:
+    def _error_output(self, stream: str) -> str:
         return str(self.error.extra.get(stream, "")) if self.error else ""
 
 
 def list_context(actor: Actor, status: str | None, cursor: str | None) -> dict[str, Any]:
     """A page of sandboxes, newest first."""
-    rows, following = services.list_sandboxes(actor, status=status, limit=PAGE, cursor=cursor)
-    return {"sandboxes": rows, "next_cursor": following, "status": status or ""}
+    rows, next_cursor = services.list_sandboxes(actor, status=status, limit=PAGE, cursor=cursor)
+    return {"sandboxes": rows, "next_cursor": next_cursor, "status": status or ""}
 
 
 def detail_context(sandbox: Sandbox, address: str) -> dict[str, Any]:

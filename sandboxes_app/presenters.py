@@ -175,9 +175,9 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
     }
 
 
-def unix_timestamp(moment: float) -> str | None:
+def unix_timestamp(seconds: float) -> str | None:
     """A Unix time as clients read it."""
-    return timestamp(datetime.fromtimestamp(moment, UTC))
+    return timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
 def template_use_detail(use: TemplateUse) -> dict[str, Any]:

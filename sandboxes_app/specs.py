@@ -21,14 +21,14 @@ from orkestr_console.core.environment import Environment
 from orkestr_console.core.script import usable_script
 from orkestr_console.core.text import JOINERS, place, readable
 
-LARGEST_METADATA = 16 * 1024
-LARGEST_FILE = 16 * 1024 * 1024
-LONGEST_PATH = 4096
-LONGEST_NAME = 100
-MOST_FILES = 64
-MOST_PAIRS = 64
-SHORTEST_LIFE = 10
-LONGEST_EXEC = 3600
+MAX_METADATA_BYTES = 16 * 1024
+MAX_FILE_BYTES = 16 * 1024 * 1024
+MAX_PATH_BYTES = 4096
+MAX_NAME_LENGTH = 100
+MAX_FILES = 64
+MAX_METADATA_ENTRIES = 64
+MIN_TIMEOUT_SECONDS = 10
+MAX_EXEC_SECONDS = 3600
 
 Size = Literal["small", "medium", "large"]
 SIZES: dict[str, tuple[float, int]] = {
@@ -40,12 +40,12 @@ SIZES: dict[str, tuple[float, int]] = {
 
 def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
     """Labels small enough to be kept with the sandbox."""
-    if len(metadata) > MOST_PAIRS:
-        raise ValueError(f"has {len(metadata)} entries; at most {MOST_PAIRS} are kept.")
+    if len(metadata) > MAX_METADATA_ENTRIES:
+        raise ValueError(f"has {len(metadata)} entries; at most {MAX_METADATA_ENTRIES} are kept.")
     if any(not key for key in metadata):
         raise ValueError("has an entry with a blank name.")
-    if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > LARGEST_METADATA:
-        raise ValueError(f"is larger than {LARGEST_METADATA:,} bytes altogether.")
+    if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > MAX_METADATA_BYTES:
+        raise ValueError(f"is larger than {MAX_METADATA_BYTES:,} bytes altogether.")
     return metadata
 
 
@@ -55,8 +55,8 @@ def usable_path(path: str) -> str:
         raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
     if (at := path.find("\0")) >= 0:
         raise ValueError(f"must not contain NUL characters; take out \\0, {place(path, at)}.")
-    if len(path.encode()) > LONGEST_PATH:
-        raise ValueError(f"is longer than {LONGEST_PATH:,} bytes.")
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"is longer than {MAX_PATH_BYTES:,} bytes.")
     return path
 
 
@@ -80,7 +80,7 @@ class SandboxSpec(Spec):
     snapshot: str | None = None
     size: Size = "small"
     network: Literal["off", "restricted", "open"] = "off"
-    timeout_seconds: int = Field(default=600, ge=SHORTEST_LIFE)
+    timeout_seconds: int = Field(default=600, ge=MIN_TIMEOUT_SECONDS)
     on_timeout: Literal["kill", "pause"] = "kill"
     auto_resume: bool = False
     preview_auth: bool = False
@@ -102,8 +102,8 @@ class SandboxSpec(Spec):
 
 def usable_label(name: str) -> str:
     """A name a person can read, or none."""
-    if len(name := name.strip().strip(JOINERS)) > LONGEST_NAME:
-        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    if len(name := name.strip().strip(JOINERS)) > MAX_NAME_LENGTH:
+        raise ValueError(f"must have at most {MAX_NAME_LENGTH} characters; this has {len(name)}.")
     return readable(name)
 
 
@@ -119,14 +119,14 @@ class ExecSpec(Spec):
     command: Annotated[str, AfterValidator(usable_script)]
     cwd: Path = "/workspace"
     env: Environment = Field(default_factory=dict)
-    timeout_seconds: int = Field(default=60, ge=1, le=LONGEST_EXEC)
+    timeout_seconds: int = Field(default=60, ge=1, le=MAX_EXEC_SECONDS)
     stream: bool = False
 
 
 class TimeoutSpec(Spec):
     """A new lifetime, from now, in seconds."""
 
-    timeout_seconds: int = Field(ge=SHORTEST_LIFE)
+    timeout_seconds: int = Field(ge=MIN_TIMEOUT_SECONDS)
 
 
 class FileSpec(Spec):
@@ -144,28 +144,28 @@ class FileSpec(Spec):
             raise ValueError("must be base64.") from None
 
 
-class BadRow(Spec):
+class InvalidRow(Spec):
     """A row of a batch that is no file to be written."""
 
     path: str
 
 
-def row_of_batch(given: Any) -> Any:
+def parse_row(value: Any) -> Any:
     """A row by itself: what is wrong with one must not spoil the others."""
-    if not isinstance(given, dict):
-        return given
+    if not isinstance(value, dict):
+        return value
     try:
-        return FileSpec.model_validate(given)
+        return FileSpec.model_validate(value)
     except ValidationError:
-        path = given.get("path")
-        return BadRow(path=path if isinstance(path, str) else "")
+        path = value.get("path")
+        return InvalidRow(path=path if isinstance(path, str) else "")
 
 
 class BatchSpec(Spec):
     """Files to be written in one call; each fails or not by itself."""
 
-    files: list[Annotated[FileSpec | BadRow, BeforeValidator(row_of_batch)]] = Field(
-        min_length=1, max_length=MOST_FILES
+    files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row)]] = Field(
+        min_length=1, max_length=MAX_FILES
     )
 
 

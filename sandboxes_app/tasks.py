@@ -17,8 +17,8 @@ from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
 # Before the host or the database, which cannot be reached, is tried again.
-AGAIN_SECONDS = 1.0
-COUNTED_ONE_BY_ONE = 20
+RETRY_SECONDS = 1.0
+MAX_COUNTED_SINGLY = 20
 
 
 def listen(beat: Callable[[], None]) -> None:
@@ -27,20 +27,20 @@ def listen(beat: Callable[[], None]) -> None:
     What does not answer is tried again. The first round makes all rows agree with the host: after
     a start the schedule first looks after half a minute.
     """
-    listener, well = Listener(), True
+    listener, healthy = Listener(), True
     while True:
         beat()
         try:
-            listener.hear()
+            listener.poll()
         except Exception as error:
-            if well:
+            if healthy:
                 known = isinstance(error, HostError)
                 logger.warning("nothing is heard of the host: %s", error, exc_info=not known)
-            well = False
+            healthy = False
             connection.close()
-            time.sleep(AGAIN_SECONDS)
+            time.sleep(RETRY_SECONDS)
         else:
-            well = True
+            healthy = True
 
 
 def release_sandbox(sandbox_id: str) -> None:
@@ -51,13 +51,13 @@ def release_sandbox(sandbox_id: str) -> None:
 def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
     """Free what the host has of sandboxes that have ended, and count what they used."""
     # To count for all that there are is one answer of the host's, but has all their rows locked.
-    one_by_one = len(sandbox_ids) <= COUNTED_ONE_BY_ONE
+    singly = len(sandbox_ids) <= MAX_COUNTED_SINGLY
     try:
         for sandbox_id in sandbox_ids:
             host().delete_sandbox(sandbox_id)
-            if one_by_one:
+            if singly:
                 metering.collect(sandbox_id)
-        if not one_by_one:
+        if not singly:
             metering.collect()
     except HostError as error:
         logger.warning("ended sandboxes stay until the next pass: %s", error.detail)
@@ -68,30 +68,30 @@ def tidy() -> None:
 
     Each pass stands alone: what one of them raises keeps no other from its turn.
     """
-    answers = True
+    host_reachable = True
     try:
-        if not installation.agree(standing.knows_some):
+        if not installation.agree(standing.has_known_objects):
             # What the rows say is of another state: nothing is settled, and nothing released.
             return
     except HostError as error:
         logger.warning("sandboxes were not reconciled: %s", error.detail)
-        answers = False
-    _pass("what has expired was not ended", lifecycle.expire_due)
-    _pass("the room that images take was not counted", note_image_bytes)
-    if answers:
+        host_reachable = False
+    _run_pass("what has expired was not ended", lifecycle.expire_overdue)
+    _run_pass("the room that images take was not counted", note_image_bytes)
+    if host_reachable:
         reconcile()
 
 
 def reconcile() -> None:
     """Make what the rows say and what is on the host agree."""
-    _pass("sandboxes were not reconciled", settling.settle_all)
-    _pass("what sandboxes use was not collected", metering.collect)
+    _run_pass("sandboxes were not reconciled", settling.settle_all)
+    _run_pass("what sandboxes use was not collected", metering.collect)
 
 
-def _pass(failed: str, work: Callable[[], object]) -> None:
+def _run_pass(failure: str, work: Callable[[], object]) -> None:
     try:
         work()
     except HostError as error:
-        logger.warning("%s: %s", failed, error.detail)
+        logger.warning("%s: %s", failure, error.detail)
     except Exception:
-        logger.exception("%s, by a defect", failed)
+        logger.exception("%s, by a defect", failure)

@@ -111,8 +111,10 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     if request.htmx:
         context = {"entry": entry, "form": form}
         return render(request, "sandboxes_app/_entry.html", context)
-    kept = form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
-    return detail_page(request, sandbox_id, kept, entry)
+    next_form = (
+        form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
+    )
+    return detail_page(request, sandbox_id, next_form, entry)
 
 
 @require_safe
@@ -145,17 +147,17 @@ def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 @console_page
 def sandbox_pause(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     """Let it stand still; its page says so."""
-    return acted(request, sandbox_id, services.pause_sandbox)
+    return run_action(request, sandbox_id, services.pause_sandbox)
 
 
 @require_POST
 @console_page
 def sandbox_resume(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     """Let it run on."""
-    return acted(request, sandbox_id, services.resume_sandbox)
+    return run_action(request, sandbox_id, services.resume_sandbox)
 
 
-def acted(
+def run_action(
     request: ConsoleRequest, sandbox_id: str, service: Callable[[Actor, str], Sandbox]
 ) -> HttpResponse:
     """Do it, and show the sandbox; or its page with why it was not done."""
@@ -170,7 +172,7 @@ def acted(
 
 @require_safe
 @console_page
-def of_template(request: ConsoleRequest, template_id: str) -> HttpResponse:
+def template_use(request: ConsoleRequest, template_id: str) -> HttpResponse:
     """What deleting a template means: the part of its dialog, or without a script a page."""
     use = services.template_use(request.actor, template_id)
     name = "_of_template" if request.htmx else "of_template"

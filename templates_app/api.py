@@ -22,22 +22,22 @@ from templates_app.models import Template
 from templates_app.services import contents
 from templates_app.specs import TemplateSpec
 
-LARGEST_TEMPLATE = 8 * 1024 * 1024
-LONGEST_NUMBER = 9  # digits
+MAX_TEMPLATE_BODY = 8 * 1024 * 1024
+MAX_DIGITS = 9  # digits
 KEEP_ALIVE = b": the build goes on\n\n"
 # For so long is a token believed to hold; then it is looked at again.
-LONGEST_TRUST = 10.0  # seconds
+TOKEN_RECHECK_SECONDS = 10.0  # seconds
 # How long a client that lost the stream waits before it comes again, in milliseconds.
-RETRY = b"retry: 1000\n\n"
+RETRY_FIELD = b"retry: 1000\n\n"
 # Those who watch one build share its events (services.events): so what was made of them.
-_sent: WeakKeyDictionary[services.Told, bytes] = WeakKeyDictionary()
+_encoded: WeakKeyDictionary[services.Event, bytes] = WeakKeyDictionary()
 
 
 @api(scope=WRITE)
 def create_template(request: ApiRequest) -> HttpResponse:
     """``POST /v1/templates``: answers at once, the build goes on."""
     # A recipe of 1 MiB, and what JSON may make of each character.
-    spec = read_json(request, TemplateSpec, largest=LARGEST_TEMPLATE)
+    spec = read_json(request, TemplateSpec, largest=MAX_TEMPLATE_BODY)
     return detail_answer(services.create_template(request.actor, spec), status=201)
 
 
@@ -74,8 +74,8 @@ def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
 
 def detail_answer(template: Template, status: int = 200) -> HttpResponse:
     """A template with its steps."""
-    steps, place = services.list_steps(template), services.place(template)
-    return json_answer(presenters.template_detail(template, steps, place), status=status)
+    steps, position = services.list_steps(template), services.queue_position(template)
+    return json_answer(presenters.template_detail(template, steps, position), status=status)
 
 
 @api(scope=READ)
@@ -84,7 +84,9 @@ def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
     after = read_after(request)
     if request.GET.get("follow", "false") == "true":
         template = services.get_template(request.actor, template_id)
-        return stream(request, sent_events(request, template.pk, after), "text/event-stream")
+        return streaming_response(
+            request, event_stream(request, template.pk, after), "text/event-stream"
+        )
     limit = read_limit(request.GET.get("limit"))
     page = services.read_events(request.actor, template_id, after=after, limit=limit)
     return json_answer(presenters.event_page(page, after))
@@ -96,48 +98,48 @@ def read_after(request: HttpRequest) -> int:
     Raises ``InvalidInput`` unless a whole number.
     """
     text = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
-    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
         sentence = "must be the number of an event, 0 or more."
         raise InvalidInput(f"after: {sentence}", fields={"after": sentence})
     return int(text)
 
 
-async def sent_events(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
+async def event_stream(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
     """Server-sent events (HTML Living Standard, 9.2), the numbers as their ids, until the end.
 
     A silent build gets comments in between. Who may not read it any more gets no more of it: after
-    at most ``LONGEST_TRUST`` seconds, an error instead.
+    at most ``TOKEN_RECHECK_SECONDS`` seconds, an error instead.
     """
-    yield RETRY
-    trusted_until = monotonic() + LONGEST_TRUST
+    yield RETRY_FIELD
+    trusted_until = monotonic() + TOKEN_RECHECK_SECONDS
     async with aclosing(services.follow_events(template_id, after)) as batches:
         async for batch in batches:
             if not batch or monotonic() >= trusted_until:
-                error = await database_sync_to_async(no_longer)(request, template_id)
+                error = await database_sync_to_async(access_error)(request, template_id)
                 if error is not None:
-                    yield sent_error(error)
+                    yield encode_error(error)
                     return
-                trusted_until = monotonic() + LONGEST_TRUST
-            yield b"".join(sent(told) for told in batch) or KEEP_ALIVE
+                trusted_until = monotonic() + TOKEN_RECHECK_SECONDS
+            yield b"".join(encode_event(event) for event in batch) or KEEP_ALIVE
 
 
-def sent(told: services.Told) -> bytes:
+def encode_event(event: services.Event) -> bytes:
     """One event, made once for all who watch, and kept for as long as the event itself is."""
-    known = _sent.get(told)
-    if known is None:
-        data = json.dumps(presenters.event_detail(told), separators=(",", ":"))
-        known = f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
-        _sent[told] = known
-    return known
+    encoded = _encoded.get(event)
+    if encoded is None:
+        data = json.dumps(presenters.event_detail(event), separators=(",", ":"))
+        encoded = f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n".encode()
+        _encoded[event] = encoded
+    return encoded
 
 
-def sent_error(error: DomainError) -> bytes:
+def encode_error(error: DomainError) -> bytes:
     """Why the stream ends before the build; it has no number, so that of the last event stays."""
-    told = {"kind": "error", "code": error.code, "message": error.detail}
-    return f"event: error\ndata: {json.dumps(told, separators=(',', ':'))}\n\n".encode()
+    payload = {"kind": "error", "code": error.code, "message": error.detail}
+    return f"event: error\ndata: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
 
 
-def no_longer(request: HttpRequest, template_id: str) -> DomainError | None:
+def access_error(request: HttpRequest, template_id: str) -> DomainError | None:
     """Why the token does not read the template any more, None while it does."""
     return ended(request, lambda actor: services.get_template(actor, template_id))
 
@@ -146,15 +148,17 @@ def no_longer(request: HttpRequest, template_id: str) -> DomainError | None:
 def get_log(request: ApiRequest, template_id: str) -> HttpResponseBase:
     """``GET /v1/templates/{id}/log``: text, or with ``format=jsonl`` the events as JSON lines."""
     template = services.get_template(request.actor, template_id)
-    chosen = request.GET.get("format") or "text"
-    if chosen not in {"text", "jsonl"}:
+    log_format = request.GET.get("format") or "text"
+    if log_format not in {"text", "jsonl"}:
         sentence = "must be 'text' or 'jsonl'."
         raise InvalidInput(f"format: {sentence}", fields={"format": sentence})
-    if chosen == "jsonl":
-        answer = stream(request, event_lines(template.pk), "application/x-ndjson")
+    if log_format == "jsonl":
+        answer = streaming_response(request, event_lines(template.pk), "application/x-ndjson")
     else:
-        answer = stream(request, services.log_text(template), "text/plain; charset=utf-8")
-    name = f"{template.pk}.{'log' if chosen == 'text' else 'jsonl'}"
+        answer = streaming_response(
+            request, services.log_text(template), "text/plain; charset=utf-8"
+        )
+    name = f"{template.pk}.{'log' if log_format == 'text' else 'jsonl'}"
     answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
     return answer
 
@@ -163,7 +167,7 @@ async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
     """Every event so far, one JSON object a line."""
     async with aclosing(services.all_events(template_id)) as batches:
         async for batch in batches:
-            lines = (json.dumps(presenters.event_detail(told)) + "\n" for told in batch)
+            lines = (json.dumps(presenters.event_detail(event)) + "\n" for event in batch)
             yield "".join(lines).encode()
 
 
@@ -177,7 +181,7 @@ def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
     return json_answer(presenters.contents_detail(found))
 
 
-def stream(
+def streaming_response(
     request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
 ) -> HttpResponseBase:
     """An answer that is sent as it comes; to HEAD, its headers alone."""

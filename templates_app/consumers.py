@@ -17,9 +17,9 @@ from templates_app.models import Template
 from templates_app.services import output
 
 # How much of what the page has already is read again: its unfinished line and colours.
-KNOWN = 64 * 1024
+REPLAY_CHARS = 64 * 1024
 # A queue moves on when other teams' builds end, of which this team's pages get no notice.
-QUEUE_SECONDS = 3.0
+QUEUE_REFRESH_SECONDS = 3.0
 
 
 class TemplateListPage(LivePage):
@@ -42,14 +42,14 @@ class StepLog:
 
     def __init__(self, template: Template, step: int, after: int) -> None:
         self._log = Log()
-        known = output.tail(template, step, KNOWN, until=after)
-        lines, _ = self._log.feed(known.text)
+        replayed = output.tail(template, step, REPLAY_CHARS, until=after)
+        lines, _ = self._log.feed(replayed.text)
         # The number of the line that is not ended yet.
-        self._number = known.first + ended(lines)
+        self._number = replayed.first + ended(lines)
 
     def append(self, step: int, text: str) -> Message:
         """The lines that ``text`` completed, at most those that a page shows, and the next."""
-        text, skipped = self._newest(text)
+        text, skipped = self._trim(text)
         lines, tail = self._log.feed(text)
         shown = deque(lines, maxlen=MOST_LINES)
         first = self._number + ended(islice(lines, len(lines) - len(shown)))
@@ -63,12 +63,12 @@ class StepLog:
             "next": self._number,
         }
 
-    def _newest(self, text: str) -> tuple[str, int]:
+    def _trim(self, text: str) -> tuple[str, int]:
         """The end of very much text, and how many lines before it are passed over."""
         cut = len(text) - LARGEST_SHOWN
         if cut <= 0:
             return text, 0
-        cut = text.find("\n", cut, cut + output.LONGEST_LINE) + 1 or cut
+        cut = text.find("\n", cut, cut + output.MAX_LINE_LENGTH) + 1 or cut
         skipped = text.count("\n", 0, cut)
         self._number += skipped
         self._log = Log()
@@ -82,7 +82,7 @@ class TemplatePage(LivePage):
     def groups_of(self, actor: Actor) -> list[str]:
         """The template, if it is the team's."""
         template = services.get_template(actor, self.template_id)
-        self._after = self._seen()
+        self._after = self._after_parameter()
         self._logs: dict[int, StepLog] = {}
         self._steps: dict[int, object] = {}
         return [template_group(template.pk)]
@@ -90,23 +90,23 @@ class TemplatePage(LivePage):
     def changes(self, actor: Actor) -> list[Message]:
         """New output first, then the state: a step is shown as ended once its output is there."""
         template = services.get_template(actor, self.template_id)
-        self.look_again_after = QUEUE_SECONDS if template.is_queued else None
+        self.look_again_after = QUEUE_REFRESH_SECONDS if template.is_queued else None
         parts = pages.fragments(template, self.address, self._steps)
         return [*self._output(template), *self.fresh(parts)]
 
     def _output(self, template: Template) -> list[Message]:
         last = pages.last_event(template)
-        news = template.events.filter(kind="output", seq__gt=self._after, seq__lte=last)
+        events = template.events.filter(kind="output", seq__gt=self._after, seq__lte=last)
         texts: dict[int, list[str]] = {}
-        for step, text in pages.outputs(news):
+        for step, text in pages.output_texts(events):
             texts.setdefault(step, []).append(text)
         if not texts:
             return []
-        steps = [self._appended(template, step, "".join(parts)) for step, parts in texts.items()]
+        steps = [self._append(template, step, "".join(parts)) for step, parts in texts.items()]
         self._after = last
         return [{"kind": "append", "steps": steps, "seq": last}]
 
-    def _appended(self, template: Template, step: int, text: str) -> Message:
+    def _append(self, template: Template, step: int, text: str) -> Message:
         if step not in self._logs:
             # The page's unfinished line is continued, so the log begins where the page's ended.
             self._logs[step] = StepLog(template, step, self._after)
@@ -117,7 +117,7 @@ class TemplatePage(LivePage):
         """The id in the address."""
         return str(self.scope["url_route"]["kwargs"]["template_id"])
 
-    def _seen(self) -> int:
+    def _after_parameter(self) -> int:
         """The last event that the page has; anything that is no number counts as none."""
-        given = parse_qs(self.scope["query_string"].decode("latin-1")).get("after", ["0"])[0]
-        return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+        after = parse_qs(self.scope["query_string"].decode("latin-1")).get("after", ["0"])[0]
+        return int(after) if after.isascii() and after.isdigit() and len(after) < 10 else 0

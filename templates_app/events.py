@@ -15,13 +15,13 @@ def templates_group(team_id: str) -> str:
     return f"team.{team_id}.templates"
 
 
-def tell_changed(template_id: str, team_id: str) -> None:
+def notify_changed(template_id: str, team_id: str) -> None:
     """The template's own state changed: its page and the team's list. Leaves on commit."""
     message = {"type": "template.changed", "id": template_id}
     notify(template_group(template_id), message)
     notify(templates_group(team_id), message)
 
 
-def tell_progress(template_id: str) -> None:
+def notify_progress(template_id: str) -> None:
     """The build has news, but the template's state is the same: its page alone."""
     notify(template_group(template_id), {"type": "template.changed", "id": template_id})

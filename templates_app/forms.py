@@ -126,16 +126,16 @@ class TemplateForm(Form):
         return cls(
             name=template.name,
             base_template=template.base_template,
-            recipe="\n".join(fenced(step) for _, step in steps if sayable(step)),
+            recipe="\n".join(format_step(step) for _, step in steps if is_displayable(step)),
             network=template.network,
             env=as_typed(template.env),
             allow_domains=own_names(template.allow_domains),
             only_these=replaces_default(template.allow_domains),
-            step_timeout_seconds=written(template.step_timeout_seconds),
-            build_timeout_seconds=written(template.build_timeout_seconds),
-            disk_mb=written(template.disk_mb),
+            step_timeout_seconds=field_text(template.step_timeout_seconds),
+            build_timeout_seconds=field_text(template.build_timeout_seconds),
+            disk_mb=field_text(template.disk_mb),
             left_out_env=not_typed(template.env),
-            left_out=tuple(number for number, step in steps if not sayable(step)),
+            left_out=tuple(number for number, step in steps if not is_displayable(step)),
         )
 
     def spec(self) -> TemplateSpec:
@@ -146,11 +146,11 @@ class TemplateForm(Form):
             {
                 "name": self.name,
                 "base_template": self.base_template,
-                "recipe": [step.command for step in steps_of(self.recipe)],
+                "recipe": [step.command for step in parse_steps(self.recipe)],
                 "network": self.network,
                 "env": typed_environment(self.env),
                 "allow_domains": self.allowlist(),
-                **{name: whole_number(getattr(self, name)) for name in NUMBERS},
+                **{name: parse_number(getattr(self, name)) for name in NUMBERS},
                 "reuse": self.reuse or None,
             },
         )
@@ -180,7 +180,7 @@ class TemplateForm(Form):
         """As any form; of a wrong step it says the line, as that is what people see."""
         super().take(error)
         self.take_limit(error)
-        steps = steps_of(self.recipe)
+        steps = parse_steps(self.recipe)
         sentences = [
             f"Line {steps[int(found[1])].line} {sentence}"
             for name, sentence in (error.fields or {}).items()
@@ -191,17 +191,17 @@ class TemplateForm(Form):
             self.errors["recipe"] = " ".join(sentences)
 
 
-def written(number: int | None) -> str:
+def field_text(number: int | None) -> str:
     """A number as a field has it; blank for none."""
     return "" if number is None else str(number)
 
 
-def whole_number(typed: str) -> int | str | None:
+def parse_number(typed: str) -> int | str | None:
     """What was typed as a number, None for nothing; what is none stays, for the spec to refuse."""
     return int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 10 else typed or None
 
 
-def steps_of(recipe: str) -> list[Step]:
+def parse_steps(recipe: str) -> list[Step]:
     """The steps of a recipe: a line each, but one that ends in ``\\`` goes on on the next.
 
     Blank lines and lines that begin with ``#`` are left out. Lines between two of backticks are
@@ -213,13 +213,13 @@ def steps_of(recipe: str) -> list[Step]:
     lines = enumerate(recipe.split("\n"), start=1)
     for number, line in lines:
         if fence := _FENCE.fullmatch(line.rstrip()):
-            steps.append(Step(number + 1, "\n".join(block(lines, len(fence[1])))))
-        elif not is_remark(line):
-            steps.append(Step(number, "\n".join(continued(line, lines))))
+            steps.append(Step(number + 1, "\n".join(fenced_lines(lines, len(fence[1])))))
+        elif not is_comment(line):
+            steps.append(Step(number, "\n".join(continuation_lines(line, lines))))
     return steps
 
 
-def block(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
+def fenced_lines(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
     """The lines up to one of at least so many backticks, or up to the last there is."""
     for _, line in lines:
         if re.fullmatch(rf"`{{{backticks},}}", line.rstrip()):
@@ -227,7 +227,7 @@ def block(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
         yield line
 
 
-def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+def continuation_lines(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
     """A line, and those it goes on on."""
     yield line
     if line.endswith("\\"):
@@ -237,22 +237,22 @@ def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
                 return
 
 
-def fenced(step: str) -> str:
+def format_step(step: str) -> str:
     """A step as the recipe's text says it: as it is, or between lines of backticks."""
     # One that ends in a backslash would go on on the line of the step after it.
-    alone = not step.startswith("#!") and not step.endswith("\\")
-    if alone and [found.command for found in steps_of(step)] == [step]:
+    unfenced = not step.startswith("#!") and not step.endswith("\\")
+    if unfenced and [found.command for found in parse_steps(step)] == [step]:
         return step
-    longest = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
-    fence = "`" * (longest + 1)
+    longest_run = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
+    fence = "`" * (longest_run + 1)
     return f"{fence}\n{step}\n{fence}"
 
 
-def is_remark(line: str) -> bool:
+def is_comment(line: str) -> bool:
     """Whether a line is no step."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
-def sayable(step: str) -> bool:
+def is_displayable(step: str) -> bool:
     """Whether a person who reads the step sees all that is in it."""
     return not STEERING.search(step)

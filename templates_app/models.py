@@ -15,7 +15,7 @@ from django.utils import timezone
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.core.ids import new_id
 
-LONGEST_NAME = 100
+MAX_NAME_LENGTH = 100
 # The error of a build that somebody ended.
 CANCELLED = "build_cancelled"
 
@@ -74,7 +74,7 @@ class TemplateQuerySet(models.QuerySet["Template"]):
         """Those whose build has begun and not ended."""
         return self.building().exclude(started_at=None)
 
-    def counted(self) -> TemplateQuerySet:
+    def using_slots(self) -> TemplateQuerySet:
         """Those that take one of the plan's slots: a failed build takes none."""
         return self.exclude(status=TemplateStatus.FAILED)
 
@@ -97,7 +97,7 @@ class Template(models.Model):
     created_by = models.ForeignKey(
         User, on_delete=models.SET_NULL, null=True, blank=True, related_name="templates"
     )
-    name = models.CharField(max_length=LONGEST_NAME)
+    name = models.CharField(max_length=MAX_NAME_LENGTH)
     base_template = models.CharField(max_length=64)
     base_image = models.CharField(max_length=64)
     recipe = models.JSONField()
@@ -244,7 +244,7 @@ class StepStatus(models.TextChoices):
         }[self.value]
 
     @property
-    def without_output(self) -> str:
+    def empty_output_text(self) -> str:
         """What stands where the output of a step would be that printed nothing."""
         return {
             "pending": "Not started yet.",

@@ -10,11 +10,11 @@ from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
 from orkestr_console.core.script import usable_step
 from orkestr_console.core.text import JOINERS, readable
-from templates_app.models import LONGEST_NAME
+from templates_app.models import MAX_NAME_LENGTH
 
-MOST_STEPS = 100
-LARGEST_RECIPE = 1024 * 1024  # bytes, all steps together
-SMALLEST_DISK_MB, LARGEST_DISK_MB = 256, 20_480
+MAX_STEPS = 100
+MAX_RECIPE_BYTES = 1024 * 1024  # bytes, all steps together
+MIN_DISK_MB, MAX_DISK_MB = 256, 20_480
 
 
 def usable_name(name: str) -> str:
@@ -22,8 +22,8 @@ def usable_name(name: str) -> str:
     name = name.strip().strip(JOINERS)
     if not name:
         raise ValueError("must not be blank.")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"must have at most {MAX_NAME_LENGTH} characters; this has {len(name)}.")
     return readable(name)
 
 
@@ -31,13 +31,13 @@ def usable_recipe(recipe: list[str]) -> list[str]:
     """At least one step, and not too many."""
     if not recipe:
         raise ValueError("needs at least one step, such as 'pip install requests'.")
-    if len(recipe) > MOST_STEPS:
+    if len(recipe) > MAX_STEPS:
         raise ValueError(
-            f"has {len(recipe)} steps; a template takes at most {MOST_STEPS}. Join some with '&&'."
+            f"has {len(recipe)} steps; a template takes at most {MAX_STEPS}. Join some with '&&'."
         )
-    if (size := sum(len(step.encode()) for step in recipe)) > LARGEST_RECIPE:
+    if (size := sum(len(step.encode()) for step in recipe)) > MAX_RECIPE_BYTES:
         raise ValueError(
-            f"has {size:,} bytes; at most {LARGEST_RECIPE:,} are allowed. Download large files "
+            f"has {size:,} bytes; at most {MAX_RECIPE_BYTES:,} are allowed. Download large files "
             "in a step instead."
         )
     return recipe
@@ -70,12 +70,12 @@ class TemplateSpec(BaseModel):
     # Less than the plan allows, in seconds and MiB.
     step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
     build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
-    disk_mb: Annotated[int, Field(ge=SMALLEST_DISK_MB, le=LARGEST_DISK_MB)] | None = None
+    disk_mb: Annotated[int, Field(ge=MIN_DISK_MB, le=MAX_DISK_MB)] | None = None
     # "failed": do not run again what a build that did not end well had completed.
     reuse: Literal["failed"] | None = None
 
     @model_validator(mode="after")
-    def a_list_is_read(self) -> Self:
+    def allowlist_needs_restricted(self) -> Self:
         """An allowlist means something to the restricted network alone."""
         if self.allow_domains is not None and self.network != "restricted":
             raise ValueError("'allow_domains' applies to network 'restricted' only.")

@@ -19,8 +19,8 @@ from templates_app.services.lost import IMAGE_LOST
 logger = logging.getLogger(__name__)
 
 FORGET = "templates_app.tasks.forget_image"
-FORGET_AGAIN = timedelta(seconds=15)
-FORGET_TRIES = 240  # an hour
+FORGET_RETRY_DELAY = timedelta(seconds=15)
+MAX_FORGET_TRIES = 240  # an hour
 
 
 def drive_builds() -> None:
@@ -37,23 +37,23 @@ def forget_image(image_id: str, tries: int = 1) -> None:
     A host that does not answer is asked again: its build would go on otherwise, for hours maybe.
     """
     try:
-        driver.forget(image_id)
+        driver.discard(image_id)
     except HostError as error:
         logger.warning("image %s stays for now (try %d): %s", image_id, tries, error.detail)
-        if tries < FORGET_TRIES:
-            soon = timezone.now() + FORGET_AGAIN
-            schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=soon)
+        if tries < MAX_FORGET_TRIES:
+            next_run = timezone.now() + FORGET_RETRY_DELAY
+            schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=next_run)
 
 
 def reconcile_images() -> None:
     """Have the host set aside images that no template names, and that are older than 10 minutes."""
     # What a build that did not end well left behind nobody can boot; one that was lost may be back.
     live = Template.objects.exclude(Q(status=TemplateStatus.FAILED) & ~Q(error_code=IMAGE_LOST))
-    keep = list(live.values_list("image_id", flat=True))
+    known_images = list(live.values_list("image_id", flat=True))
     try:
-        done = installation.reconcile(images=keep)
+        result = installation.reconcile(images=known_images)
     except HostError as error:
         logger.warning("images were not reconciled: %s", error.detail)
         return
-    if done is not None:
-        installation.note_waiting(len(done.waiting))
+    if result is not None:
+        installation.note_waiting(len(result.waiting))

@@ -18,7 +18,7 @@ from templates_app import pages, services
 from templates_app.forms import PRESETS, TemplateForm
 from templates_app.models import Template
 from templates_app.services import again
-from templates_app.specs import LARGEST_DISK_MB, MOST_STEPS, SMALLEST_DISK_MB
+from templates_app.specs import MAX_DISK_MB, MAX_STEPS, MIN_DISK_MB
 
 _LINE = re.compile(r"(\d{1,4})-(\d{1,9})", re.ASCII)
 
@@ -74,9 +74,9 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
         "longest_step": allowed.value("step_timeout_seconds"),
         "longest_build": allowed.value("build_timeout_seconds"),
         "presets": PRESETS,
-        "most_steps": MOST_STEPS,
-        "disk_from": SMALLEST_DISK_MB,
-        "disk_to": LARGEST_DISK_MB,
+        "most_steps": MAX_STEPS,
+        "disk_from": MIN_DISK_MB,
+        "disk_to": MAX_DISK_MB,
     }
     return render(request, "templates_app/new.html", context, status=status)
 
@@ -93,7 +93,7 @@ def detail_page(
     request: ConsoleRequest, template: Template, refused: DomainError | None = None
 ) -> HttpResponse:
     """The page of one template, with why something it was asked to do was not done."""
-    line = line_asked_for(request.GET.get("line", ""))
+    line = requested_line(request.GET.get("line", ""))
     context = pages.detail_context(template, console_address(request), line)
     status = refused.status if refused else 200
     return render(
@@ -101,10 +101,10 @@ def detail_page(
     )
 
 
-def line_asked_for(text: str) -> pages.Line | None:
+def requested_line(text: str) -> pages.LineReference | None:
     """The line that ``?line=2-1234`` names; None for anything that names none."""
     found = _LINE.fullmatch(text)
-    return pages.Line(int(found[1]), int(found[2])) if found else None
+    return pages.LineReference(int(found[1]), int(found[2])) if found else None
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
@@ -123,11 +123,11 @@ def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
 
 @require_POST
 @console_page
-def template_again(request: ConsoleRequest, template_id: str) -> HttpResponse:
+def template_rebuild(request: ConsoleRequest, template_id: str) -> HttpResponse:
     """Build the same again, as a new template; with ``reuse=failed`` not what was completed."""
     reuse: Literal["failed"] | None = "failed" if request.POST.get("reuse") == "failed" else None
     try:
-        template = again.build_again(request.actor, template_id, reuse=reuse)
+        template = again.rebuild_template(request.actor, template_id, reuse=reuse)
     except NotFound:
         raise
     except DomainError as error:

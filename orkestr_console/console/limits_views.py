@@ -110,5 +110,5 @@ def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
 
 def counts(teams: list[Team]) -> dict[str, dict[str, int]]:
     """What each team uses of each limit that something counts against, by the team's id."""
-    booted = sandboxes.counts(teams)
-    return {team: {**used, **booted[team]} for team, used in templates.counts(teams).items()}
+    booted = sandboxes.usage_counts(teams)
+    return {team: {**used, **booted[team]} for team, used in templates.usage_counts(teams).items()}

@@ -13,7 +13,7 @@ from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
 from templates_app.models import StepStatus, Template
-from templates_app.services import ShownStep
+from templates_app.services import StepOutput
 
 LOG_TAIL = 4_000  # characters
 # How much of a recipe goes with a template, in characters.
@@ -252,7 +252,7 @@ def template_line(template: Template) -> TemplateLine:
 
 def template_answer(template: Template, recipe_from: int = 1) -> TemplateAnswer:
     """A template, its steps and the end of its log. Reads rows."""
-    steps, place = templates.list_steps(template), templates.place(template)
+    steps, place = templates.list_steps(template), templates.queue_position(template)
     said = template_presenters.template_detail(template, steps, place)
     recipe, following = recipe_part(template.recipe, recipe_from)
     extra = {
@@ -292,7 +292,7 @@ def shortened(command: str) -> str:
     return command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]}…"
 
 
-def log_tail(steps: list[ShownStep]) -> str:
+def log_tail(steps: list[StepOutput]) -> str:
     """The last of what the steps that have begun printed."""
     begun = [shown for shown in steps if shown.output or shown.step.started_at]
     text = "\n".join(f"$ {shortened(shown.step.command)}\n{plain(shown.output)}" for shown in begun)

@@ -24,16 +24,16 @@ from orkestr_console.core.hosts import async_host, awaited, told
 from orkestr_console.core.postgres import persistently
 from orkestr_console.http.closing import why_cut_off
 from sandboxes_app.models import Sandbox
-from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import ExecSpec
 
 # What an error repeats of the output, so that a command that was stopped still shows its work.
-KEPT_OUTPUT = 64 * 1024
+ERROR_OUTPUT_BYTES = 64 * 1024
 # When one that was refused may try again: commands are short, most of them.
-BUSY_SECONDS = 2
+RETRY_AFTER_SECONDS = 2
 # The frames that a command's stream ends with.
-LAST = ("exec_exited", "error")
-LEFT_OUT = (
+FINAL_FRAMES = ("exec_exited", "error")
+TRUNCATION_NOTICE = (
     "\n[… output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
 )
 
@@ -49,12 +49,12 @@ class ExecAnswer:
     truncated: bool = False
 
 
-def noted(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
+def audit_details(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
     """What the audit log keeps: not the command, which may hold secrets."""
     return {"exit_code": answer.exit_code, "duration_ms": answer.duration_ms}
 
 
-@audited("sandbox.exec", "sandbox", note=noted)
+@audited("sandbox.exec", "sandbox", note=audit_details)
 def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     """Run a command to its end.
 
@@ -65,40 +65,40 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     try:
-        result = awaited(to_the_end, sandbox, spec, quota_of(actor))
+        result = awaited(run_to_completion, sandbox, spec, command_quota(actor))
     except host_errors.TooManyCommands as error:
-        raise too_many(actor, error) from error
+        raise too_many_commands(actor, error) from error
     except host_errors.HostError as error:
-        raise refused(sandbox, error) from error
+        raise translate_exec_error(sandbox, error) from error
     except asyncio.CancelledError:
-        note_abandoned(actor, sandbox, why_cut_off())
+        record_abandoned(actor, sandbox, why_cut_off())
         raise
     if result.signal is not None:
-        raise killed(result)
-    return answered(result)
+        raise killed_error(result)
+    return exec_answer(result)
 
 
-def quota_of(actor: Actor) -> Quota:
+def command_quota(actor: Actor) -> Quota:
     """How many commands the actor's team may run at once: the host that runs them counts them."""
     return Quota(actor.team.pk, build(actor.team).value("max_concurrent_commands"))
 
 
-def too_many(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
+def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
     """The error for a command that is one too many. Reads rows, to say whom to ask for more."""
     try:
         envelope(actor.team).require_room("max_concurrent_commands", error.running)
     except PlanLimit as limit:
-        return RateLimited(limit.detail, retry_after=BUSY_SECONDS, extra=limit.extra)
+        return RateLimited(limit.detail, retry_after=RETRY_AFTER_SECONDS, extra=limit.extra)
     # The limit was raised, just now.
     return RateLimited(error.detail, retry_after=1)
 
 
-async def to_the_end(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
+async def run_to_completion(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
     """What came of a command; cancelled, it ends it. Raises the host's errors."""
-    return await async_host().exec_to_end(sandbox.pk, asked(sandbox, spec, quota))
+    return await async_host().exec_to_end(sandbox.pk, exec_request(sandbox, spec, quota))
 
 
-def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
+def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
     """What the host is to run."""
     return Exec(
         spec.command,
@@ -109,7 +109,7 @@ def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
     )
 
 
-def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
+def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
     """Nobody waits for a command any more, and it was ended: put that on record."""
     persistently(
         lambda: audit.record(
@@ -118,17 +118,17 @@ def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
             kind="sandbox",
             object_id=sandbox.pk,
             name=sandbox.template_name,
-            data={"ended": why},
+            data={"ended": reason},
         )
     )
 
 
-def answered(result: ExecResult) -> ExecAnswer:
+def exec_answer(result: ExecResult) -> ExecAnswer:
     """The answer; output that was cut says so itself, as not every client shows ``truncated``."""
-    printed = {"stdout": text(result.stdout), "stderr": text(result.stderr)}
+    printed = {"stdout": decode_output(result.stdout), "stderr": decode_output(result.stderr)}
     if result.truncated:
-        cut = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
-        printed[cut] += LEFT_OUT
+        truncated_stream = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
+        printed[truncated_stream] += TRUNCATION_NOTICE
     return ExecAnswer(
         **printed,
         exit_code=result.code,
@@ -137,32 +137,32 @@ def answered(result: ExecResult) -> ExecAnswer:
     )
 
 
-def refused(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
     """The domain error for a command that did not end by itself; the row is put right."""
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
-        settle_if_gone(sandbox)
+        settle_if_missing(sandbox)
         return told(host_errors.ContainerGone(error.detail))
     domain = told(error)
     if isinstance(error, host_errors.ExecTimeout):
         for stream in ("stdout", "stderr"):
             if isinstance(printed := error.extra.get(stream), bytes):
-                domain.extra[stream] = text(printed[-KEPT_OUTPUT:])
+                domain.extra[stream] = decode_output(printed[-ERROR_OUTPUT_BYTES:])
     return domain
 
 
-def killed(result: ExecResult) -> ExecKilled:
+def killed_error(result: ExecResult) -> ExecKilled:
     """The error for a command that a signal ended, with what it had printed."""
     number = result.signal or 0
-    error = ExecKilled(killed_by(number, memory=result.out_of_memory), signal=number)
+    error = ExecKilled(kill_message(number, memory=result.out_of_memory), signal=number)
     error.extra |= {
         "exit_code": result.code,
-        "stdout": text(result.stdout[-KEPT_OUTPUT:]),
-        "stderr": text(result.stderr[-KEPT_OUTPUT:]),
+        "stdout": decode_output(result.stdout[-ERROR_OUTPUT_BYTES:]),
+        "stderr": decode_output(result.stderr[-ERROR_OUTPUT_BYTES:]),
     }
     return error
 
 
-def killed_by(number: int, *, memory: bool) -> str:
+def kill_message(number: int, *, memory: bool) -> str:
     """The sentence for it."""
     if memory:
         return "The command was killed because the sandbox ran out of memory; use a larger size."
@@ -180,14 +180,14 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
     """
 
     def __init__(self, frames: AsyncGenerator[dict[str, Any]]) -> None:
-        self.why = ""
+        self.close_reason = ""
         self._frames = frames
 
     @classmethod
     def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
         """The stream of a command that starts when its first frame is asked for."""
-        stream = cls(frames_of(actor, sandbox, spec))
-        stream._frames = noted_if_abandoned(actor, sandbox, stream._frames, stream)
+        stream = cls(exec_frames(actor, sandbox, spec))
+        stream._frames = recording_abandonment(actor, sandbox, stream._frames, stream)
         return stream
 
     async def asend(self, value: None) -> dict[str, Any]:
@@ -216,89 +216,91 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
     return CommandStream.of(actor, sandbox, spec)
 
 
-async def noted_if_abandoned(
+async def recording_abandonment(
     actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
 ) -> AsyncGenerator[dict[str, Any]]:
     """The frames; that nobody waited for the last of them is put on record, and why."""
-    ended = False
-    note = database_sync_to_async(note_abandoned)
+    finished = False
+    record = database_sync_to_async(record_abandoned)
     try:
         async with aclosing(frames):
             async for frame in frames:
-                ended = frame["kind"] in LAST
+                finished = frame["kind"] in FINAL_FRAMES
                 try:
                     yield frame
                 except DomainError as error:
-                    await note(actor, sandbox, error.detail)
+                    await record(actor, sandbox, error.detail)
                     raise
     except (GeneratorExit, asyncio.CancelledError):
         # One that has had the last frame often leaves before it hears that there is no other.
-        if not ended:
-            await asyncio.shield(note(actor, sandbox, stream.why or why_cut_off()))
+        if not finished:
+            await asyncio.shield(record(actor, sandbox, stream.close_reason or why_cut_off()))
         raise
 
 
-async def frames_of(
+async def exec_frames(
     actor: Actor, sandbox: Sandbox, spec: ExecSpec
 ) -> AsyncGenerator[dict[str, Any]]:
     """The frames of a command, which starts when the first is asked for."""
-    quota = await database_sync_to_async(quota_of)(actor)
-    started = async_host().exec_frames(sandbox.pk, asked(sandbox, spec, quota))
+    quota = await database_sync_to_async(command_quota)(actor)
+    started = async_host().exec_frames(sandbox.pk, exec_request(sandbox, spec, quota))
     # An async generator, whatever the client calls it: closing it ends the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
-    whole = {"stdout": WholeCharacters(), "stderr": WholeCharacters()}
-    begun = False
+    boundaries = {"stdout": Utf8Boundaries(), "stderr": Utf8Boundaries()}
+    first_frame_seen = False
     try:
         async with aclosing(frames):
             async for frame in frames:
-                if not begun and frame.kind == "error":
+                if not first_frame_seen and frame.kind == "error":
                     raise host_errors.HostError.from_wire(
                         {"code": frame.error_code, "message": frame.message}
                     )
-                begun = True
-                for shown in to_wire(frame, whole):
-                    yield shown
+                first_frame_seen = True
+                for wire_frame in to_wire(frame, boundaries):
+                    yield wire_frame
     except host_errors.TooManyCommands as error:
         # Before any frame: it is the first thing that is looked at.
-        raise await database_sync_to_async(too_many)(actor, error) from error
+        raise await database_sync_to_async(too_many_commands)(actor, error) from error
     except host_errors.HostError as error:
-        domain = await database_sync_to_async(refused)(sandbox, error)
-        if not begun:
+        domain = await database_sync_to_async(translate_exec_error)(sandbox, error)
+        if not first_frame_seen:
             raise domain from error
         yield {"kind": "error", "code": domain.code, "message": domain.detail}
 
 
-def to_wire(frame: ExecFrame, whole: dict[str, WholeCharacters]) -> list[dict[str, Any]]:
+def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dict[str, Any]]:
     """A host's frame in the words of the wire contract; the last one lets go of what was held."""
     if frame.kind == "started":
         return [{"kind": "exec_started", "pid": frame.pid}]
     if frame.kind == "chunk":
         stream = frame.stream or "stdout"
-        return chunk(stream, whole[stream].feed(frame.data))
-    held = [item for name, part in whole.items() for item in chunk(name, part.rest())]
-    return [*held, last(frame)]
+        return output_frames(stream, boundaries[stream].feed(frame.data))
+    remaining = [
+        item for name, part in boundaries.items() for item in output_frames(name, part.flush())
+    ]
+    return [*remaining, final_frame(frame)]
 
 
-def chunk(stream: str, data: bytes) -> list[dict[str, Any]]:
+def output_frames(stream: str, data: bytes) -> list[dict[str, Any]]:
     """A frame of output, unless there is none."""
     encoded = base64.b64encode(data).decode("ascii")
     return [{"kind": "exec_chunk", "stream": stream, "data": encoded}] if data else []
 
 
-def last(frame: ExecFrame) -> dict[str, Any]:
+def final_frame(frame: ExecFrame) -> dict[str, Any]:
     """The frame that ends the stream."""
     if frame.kind == "error":
         code, message, number = frame.error_code, frame.message, frame.signal
     elif frame.signal is not None:
         number = frame.signal
-        code, message = "exec_killed", killed_by(number, memory=frame.out_of_memory)
+        code, message = "exec_killed", kill_message(number, memory=frame.out_of_memory)
     else:
         return {"kind": "exec_exited", "code": frame.code, "duration_ms": frame.duration_ms or 0}
-    ended = {"kind": "error", "code": code, "message": message}
-    return ended if number is None else {**ended, "signal": number}
+    error_frame = {"kind": "error", "code": code, "message": message}
+    return error_frame if number is None else {**error_frame, "signal": number}
 
 
-class WholeCharacters:
+class Utf8Boundaries:
     """Cuts a byte stream between characters: clients decode each chunk of UTF-8 by itself."""
 
     def __init__(self) -> None:
@@ -312,12 +314,12 @@ class WholeCharacters:
         self._held = decoder.getstate()[0]
         return data[: len(data) - len(self._held)]
 
-    def rest(self) -> bytes:
+    def flush(self) -> bytes:
         """What was held back."""
         held, self._held = self._held, b""
         return held
 
 
-def text(data: bytes) -> str:
+def decode_output(data: bytes) -> str:
     """Output as text: what is not UTF-8 is replaced."""
     return data.decode("utf-8", "replace")

@@ -30,15 +30,15 @@ from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
 
-NO_SUCH = "There is no such sandbox in your team; check the id."
+NOT_FOUND = "There is no such sandbox in your team; check the id."
 # What has a container that the host must know.
-STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
+SETTLED = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is under way.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
-STRANGERS_AT_ONCE = 5
+MAX_UNKNOWN_RELEASES = 5
 RELEASE = "sandboxes_app.tasks.release_sandboxes"
 # What a task is told has to go through a socket (orkestr_console.queue.sockets).
-RELEASED_AT_ONCE = 1000
+RELEASE_BATCH = 1000
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
@@ -50,10 +50,10 @@ def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
 def find(actor: Actor, sandbox_id: str) -> Sandbox:
     """The row, its expiry settled. Raises ``NotFound``."""
     if not is_id("sbx", sandbox_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     sandbox = Sandbox.objects.for_team(actor.team).filter(pk=sandbox_id).first()
     if sandbox is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     if sandbox.expires_at <= timezone.now() and sandbox.status in LIVE:
         settle_overdue(sandbox)
     return sandbox
@@ -111,19 +111,19 @@ def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     sandbox = find(actor, sandbox_id)
     if sandbox.status in LIVE:
         with driving() as driver:
-            if note_terminated(actor, sandbox, driver):
+            if mark_terminated(actor, sandbox, driver):
                 release(sandbox.pk)
-                state.released([sandbox.pk], driver)
+                state.mark_released([sandbox.pk], driver)
     return sandbox
 
 
-def note_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
+def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
     """Settle one as ended by somebody, whose container ``driver`` frees; False if it has ended.
 
     Who starts it just now drives it on: there may be a container only once that is done.
     """
     with transaction.atomic():
-        if not state.ended(sandbox, "terminated", sandbox.driver or driver):
+        if not state.mark_ended(sandbox, "terminated", sandbox.driver or driver):
             return False
         name = sandbox.template_name
         audit.record(actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name)
@@ -148,23 +148,23 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    expires_at = new_end(actor, sandbox, spec.timeout_seconds)
+    expires_at = new_expiry(actor, sandbox, spec.timeout_seconds)
     with errors_told():
         host().set_deadline(sandbox.pk, expires_at.timestamp())
-    if not state.prolonged(sandbox, expires_at):
+    if not state.mark_extended(sandbox, expires_at):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
     return sandbox
 
 
-def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
+def new_expiry(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
     """When a lifetime of ``seconds`` from now ends. Raises ``PlanLimit`` if the plan forbids it."""
     allowed = envelope(actor.team)
     allowed.require_at_most("max_timeout_seconds", seconds, "timeout_seconds")
     plan = allowed.plan
     end = timezone.now() + timedelta(seconds=seconds)
     longest = plan.max_running_lifetime_seconds
-    begun = sandbox.started_at or sandbox.created_at
-    if longest is not None and end > begun + timedelta(seconds=longest):
+    started_at = sandbox.started_at or sandbox.created_at
+    if longest is not None and end > started_at + timedelta(seconds=longest):
         raise PlanLimit(
             f"The {plan.name} plan lets a sandbox run for {longest} seconds without a pause, "
             "and this would be longer; create another one, or ask your administrator for a "
@@ -187,24 +187,24 @@ def settle_overdue(sandbox: Sandbox) -> None:
     except host_errors.HostError as error:
         logger.warning("sandbox %s is not settled yet: %s", sandbox.pk, error.detail)
         return
-    end = info.deadline if info is not None and info.state == "running" else None
-    if end is None or end <= timezone.now().timestamp():
+    deadline = info.deadline if info is not None and info.state == "running" else None
+    if deadline is None or deadline <= timezone.now().timestamp():
         expire(sandbox)
         return
-    sandbox.expires_at = datetime.fromtimestamp(end, UTC)
+    sandbox.expires_at = datetime.fromtimestamp(deadline, UTC)
     Sandbox.objects.filter(pk=sandbox.pk, status__in=LIVE).update(expires_at=sandbox.expires_at)
 
 
 def expire(sandbox: Sandbox) -> None:
     """Settle one whose time is over. The host ends the container by itself as well."""
     with transaction.atomic():
-        if state.ended(sandbox, "expired"):
+        if state.mark_ended(sandbox, "expired"):
             async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
             return
     sandbox.refresh_from_db()
 
 
-def expire_due() -> int:
+def expire_overdue() -> int:
     """Settle every sandbox whose time is over, of all teams; how many there were."""
     due = list(Sandbox.objects.live().filter(expires_at__lte=timezone.now()))
     for sandbox in due:
@@ -212,14 +212,14 @@ def expire_due() -> int:
     return len(due)
 
 
-def note_all_ended() -> int:
+def terminate_all() -> int:
     """Settle every sandbox of all teams as terminated: the operator ended them all; how many."""
     end = state.End("terminated", SandboxStatus.TERMINATED)
     live = Sandbox.objects.live().values_list("pk", flat=True)
-    return len(state.all_ended(dict.fromkeys(live, end)))
+    return len(state.mark_many_ended(dict.fromkeys(live, end)))
 
 
-def settle_if_gone(sandbox: Sandbox) -> bool:
+def settle_if_missing(sandbox: Sandbox) -> bool:
     """Bring the row up to date if the host has no running container for it; whether it has none."""
     try:
         info = host().sandbox(sandbox.pk)
@@ -227,17 +227,17 @@ def settle_if_gone(sandbox: Sandbox) -> bool:
         info = None
     if info is not None and info.state == "running":
         return False
-    state.gone(sandbox, info)
+    state.mark_missing(sandbox, info)
     return True
 
 
-def note_changed(changed: Iterable[SandboxInfo]) -> None:
+def apply_changes(changed: Iterable[SandboxInfo]) -> None:
     """Make rows say what the host says of these. Raises the host's errors."""
     known = {info.id: info for info in changed}
-    end_all({key: state.end_of(info) for key, info in known.items() if not runs(info)})
-    running = [key for key, info in known.items() if runs(info)]
-    rows = Sandbox.objects.filter(pk__in=running, status__in=STANDING)
-    say_as_on_host([one for one in rows if known[one.pk].paused is not one.is_paused])
+    end_many({key: state.end_reason(info) for key, info in known.items() if not is_running(info)})
+    running = [key for key, info in known.items() if is_running(info)]
+    rows = Sandbox.objects.filter(pk__in=running, status__in=SETTLED)
+    match_host([sandbox for sandbox in rows if known[sandbox.pk].paused is not sandbox.is_paused])
 
 
 def reconcile() -> None:
@@ -245,63 +245,69 @@ def reconcile() -> None:
 
     Rows on their way to another state are their driver's (:mod:`sandboxes_app.services.settling`).
     """
-    rows = Sandbox.objects.filter(status__in=STANDING)
+    rows = Sandbox.objects.filter(status__in=SETTLED)
     # Read before the host is asked: what a row has then, the host had before.
-    standing = list(rows.only("pk", "status", "team_id", "expires_at"))
+    settled = list(rows.only("pk", "status", "team_id", "expires_at"))
     known = {info.id: info for info in host().sandboxes()}
-    ended = {one.pk: known.get(one.pk) for one in standing if not runs(known.get(one.pk))}
-    end_all({sandbox_id: state.end_of(info) for sandbox_id, info in ended.items()})
-    others = [one for one in standing if one.pk not in ended]
-    say_as_on_host([one for one in others if known[one.pk].paused is not one.is_paused])
-    release_strangers([info for info in known.values() if runs(info)])
+    ended = {
+        sandbox.pk: known.get(sandbox.pk)
+        for sandbox in settled
+        if not is_running(known.get(sandbox.pk))
+    }
+    end_many({sandbox_id: state.end_reason(info) for sandbox_id, info in ended.items()})
+    others = [sandbox for sandbox in settled if sandbox.pk not in ended]
+    match_host([sandbox for sandbox in others if known[sandbox.pk].paused is not sandbox.is_paused])
+    release_unknown([info for info in known.values() if is_running(info)])
 
 
-def say_as_on_host(sandboxes: Sequence[Sandbox], among: Iterable[str] = LIVE) -> None:
+def match_host(sandboxes: Sequence[Sandbox], from_statuses: Iterable[str] = LIVE) -> None:
     """Make these rows say what the host has now. Raises the host's errors.
 
     Not those to which something else happens meanwhile, or that are not in one of ``among``.
     """
     if not sandboxes:
         return
-    seen = {sandbox.pk: state.last_event(sandbox) for sandbox in sandboxes}
+    last_seen_events = {sandbox.pk: state.last_event(sandbox) for sandbox in sandboxes}
     known = {info.id: info for info in host().sandboxes()}
     ends: dict[str, state.End] = {}
     for sandbox in sandboxes:
         info = known.get(sandbox.pk)
-        if runs(info):
-            state.as_on_host(sandbox, info, seen[sandbox.pk])
+        if is_running(info):
+            state.match_host(sandbox, info, last_seen_events[sandbox.pk])
         else:
-            ends[sandbox.pk] = state.end_of(info)
-    end_all(ends, among)
+            ends[sandbox.pk] = state.end_reason(info)
+    end_many(ends, from_statuses)
 
 
-def runs(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
+def is_running(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
     """Whether the host has a container for it, paused or not."""
     return info is not None and info.state == "running"
 
 
-def end_all(ends: Mapping[str, state.End], among: Iterable[str] = LIVE) -> None:
+def end_many(ends: Mapping[str, state.End], from_statuses: Iterable[str] = LIVE) -> None:
     """Say that these have ended, and have what the host still has of them freed by a task."""
     if not ends:
         return
     with transaction.atomic():
-        if ended := state.all_ended(ends, among):
-            release_soon(ended)
+        if ended := state.mark_many_ended(ends, from_statuses):
+            release_later(ended)
 
 
-def release_left(drivers: Mapping[str, str]) -> None:
+def release_orphaned(drivers: Mapping[str, str]) -> None:
     """Have containers freed whose rows say that they have ended, and whose drivers are gone."""
     with transaction.atomic():
-        release_soon([key for key, driver in drivers.items() if state.released([key], driver)])
+        release_later(
+            [key for key, driver in drivers.items() if state.mark_released([key], driver)]
+        )
 
 
-def release_soon(sandbox_ids: Iterable[str]) -> None:
+def release_later(sandbox_ids: Iterable[str]) -> None:
     """Have what the host has of these freed by tasks."""
-    for some in batched(sandbox_ids, RELEASED_AT_ONCE):
-        async_task(RELEASE, some, group="sandboxes")
+    for batch in batched(sandbox_ids, RELEASE_BATCH):
+        async_task(RELEASE, batch, group="sandboxes")
 
 
-def release_strangers(running: Collection[SandboxInfo]) -> None:
+def release_unknown(running: Collection[SandboxInfo]) -> None:
     """Free containers that no live row names, but those that may just be starting.
 
     All whose rows say that they have ended: they were ended while the host was away. Of those that
@@ -314,8 +320,10 @@ def release_strangers(running: Collection[SandboxInfo]) -> None:
         if info.id in statuses and statuses[info.id] not in LIVE:
             logger.warning("sandbox %s has ended and runs: it is freed", info.id)
             release(info.id)
-    old = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
-    unknown = [info for info in running if info.id not in statuses and info.started_at < old]
-    for info in unknown[:STRANGERS_AT_ONCE]:
+    started_before = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
+    unknown = [
+        info for info in running if info.id not in statuses and info.started_at < started_before
+    ]
+    for info in unknown[:MAX_UNKNOWN_RELEASES]:
         logger.error("sandbox %s runs and no row names it: it is ended", info.id)
         release(info.id)

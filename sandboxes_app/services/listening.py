@@ -15,7 +15,7 @@ from sandboxes_app.services import lifecycle, settling, standing
 
 # How long the agent keeps the answer back while nothing changes. In between what nobody drives is
 # looked for, by one statement: with settling.SURE_SECONDS, it is settled within ten seconds.
-HOLD_SECONDS = 7.5
+LONG_POLL_SECONDS = 7.5
 
 
 class Listener:
@@ -25,16 +25,16 @@ class Listener:
         self._run = ""
         self._seq = 0
 
-    def hear(self) -> None:
+    def poll(self) -> None:
         """Wait for a change, or for a while, and bring the rows up to date.
 
         Raises the host's errors and the database's: then the same is heard again.
         """
-        told = host().changes(self._run, self._seq, seconds=HOLD_SECONDS)
-        if not told.whole:
-            if installation.agree(standing.knows_some):
+        changes = host().changes(self._run, self._seq, seconds=LONG_POLL_SECONDS)
+        if not changes.whole:
+            if installation.agree(standing.has_known_objects):
                 settling.settle_all()
-        elif told.sandboxes and not installation.is_apart():
-            lifecycle.note_changed(told.sandboxes)
-        settling.settle_left()
-        self._run, self._seq = told.run, told.seq
+        elif changes.sandboxes and not installation.is_apart():
+            lifecycle.apply_changes(changes.sandboxes)
+        settling.settle_orphans()
+        self._run, self._seq = changes.run, changes.seq

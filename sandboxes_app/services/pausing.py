@@ -1,7 +1,7 @@
 """Pausing a sandbox and taking it up again: its processes stand still, its memory and files stay.
 
 A paused sandbox takes one of the places that the plan has for those, instead of one of the places
-for running ones, and ends when nobody resumes it for ``LONGEST_PAUSE``. What it keeps in memory is
+for running ones, and ends when nobody resumes it for ``MAX_PAUSE``. What it keeps in memory is
 still in the machine's memory: it does not outlive a restart of the machine.
 """
 
@@ -21,11 +21,11 @@ from orkestr_console.core.hosts import host, told
 from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
-from sandboxes_app.services.create import counted
-from sandboxes_app.services.lifecycle import find, find_running, settle_if_gone
+from sandboxes_app.services.create import using_slots
+from sandboxes_app.services.lifecycle import find, find_running, settle_if_missing
 
-LONGEST_PAUSE = timedelta(days=7)
-PARKED = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
+MAX_PAUSE = timedelta(days=7)
+PAUSED_STATUSES = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
 
 
 @audited("sandbox.pause", "sandbox", note=lambda s, _: {"until": s.expires_at.isoformat()})
@@ -38,35 +38,35 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     with driving() as driver:
-        begin_pausing(actor, sandbox, driver)
+        mark_pausing(actor, sandbox, driver)
         pause(sandbox)
     return sandbox
 
 
-def begin_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+def mark_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
     """Take one of the places for paused ones, and say so in the row. Raises ``Conflict``."""
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        parked = Sandbox.objects.for_team(actor.team).filter(status__in=PARKED)
+        limits = hold(actor.team, actor.user)
+        paused = Sandbox.objects.for_team(actor.team).filter(status__in=PAUSED_STATUSES)
         try:
-            held.require_room("max_snapshots", parked.count())
+            limits.require_room("max_snapshots", paused.count())
         except PlanLimit as error:
             # What clients know it as: they free a place and try again.
             raise Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra) from None
-        if not state.pausing(sandbox, driver):
+        if not state.mark_pausing(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
 def pause(sandbox: Sandbox) -> None:
     """Have the host freeze it, and say what came of it. Raises ``Conflict`` and the host's."""
-    until = timezone.now() + LONGEST_PAUSE
+    until = timezone.now() + MAX_PAUSE
     try:
         host().pause_sandbox(sandbox.pk, until.timestamp())
     except host_errors.HostError as error:
-        if may_be_said(sandbox, error):
-            state.unpaused(sandbox)
+        if can_roll_back(sandbox, error):
+            state.mark_pause_failed(sandbox)
         raise told(error) from error
-    if not state.paused(sandbox, until):
+    if not state.mark_paused(sandbox, until):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
@@ -87,22 +87,22 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
             code="sandbox_not_paused",
         )
     with driving() as driver:
-        begin_resuming(actor, sandbox, driver)
+        mark_resuming(actor, sandbox, driver)
         resume(sandbox)
     return sandbox
 
 
-def begin_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+def mark_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
     """Take one of the places for running ones, and say so in the row.
 
     Raises ``PlanLimit``, ``Conflict``.
     """
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        running = counted([held.team])
+        limits = hold(actor.team, actor.user)
+        running = using_slots([limits.team])
         mine = running.filter(created_by=actor.user).count() if actor.user else None
-        held.require_room("max_concurrent_sandboxes", running.count(), mine)
-        if not state.resuming(sandbox, driver):
+        limits.require_room("max_concurrent_sandboxes", running.count(), mine)
+        if not state.mark_resuming(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_paused")
 
 
@@ -112,19 +112,19 @@ def resume(sandbox: Sandbox) -> None:
     try:
         host().resume_sandbox(sandbox.pk, end.timestamp())
     except host_errors.HostError as error:
-        if may_be_said(sandbox, error):
-            state.still_paused(sandbox)
+        if can_roll_back(sandbox, error):
+            state.mark_resume_failed(sandbox)
         raise told(error) from error
-    if not state.resumed(sandbox, end):
+    if not state.mark_resumed(sandbox, end):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
-def may_be_said(sandbox: Sandbox, error: host_errors.HostError) -> bool:
+def can_roll_back(sandbox: Sandbox, error: host_errors.HostError) -> bool:
     """Whether a failed call left things as they were.
 
     A host that did not answer may have done it or not: it is asked when it answers
     (:mod:`sandboxes_app.services.settling`).
     """
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
-        return not settle_if_gone(sandbox)
+        return not settle_if_missing(sandbox)
     return not isinstance(error, host_errors.HostUnavailable)

@@ -15,9 +15,16 @@ from django.db.models import Q, QuerySet, Value
 from orkestr_console.core.postgres import let_go
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import SURE_SECONDS, IsDriven
-from sandboxes_app.models import LIVE, PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
+from sandboxes_app.models import (
+    LIVE,
+    TRANSITIONAL,
+    Sandbox,
+    SandboxStatus,
+    Snapshot,
+    SnapshotStatus,
+)
 from sandboxes_app.services import lifecycle, snapshots, state
-from sandboxes_app.services.lifecycle import end_all, say_as_on_host
+from sandboxes_app.services.lifecycle import end_many, match_host
 from templates_app import services as templates
 from templates_app.models import Template
 
@@ -27,7 +34,7 @@ SANDBOX, ENDED, SNAPSHOT, TEMPLATE = "sandbox", "ended", "snapshot", "template"
 CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
-class Left(NamedTuple):
+class Orphan(NamedTuple):
     """A row on its way, and who drove it."""
 
     kind: str
@@ -35,46 +42,46 @@ class Left(NamedTuple):
     driver: str
 
 
-def left() -> set[Left]:
+def find_orphans() -> set[Orphan]:
     """What nobody drives just now, by one statement.
 
     A build that has no driver waits for a worker, and is not left.
     """
     rows = (
-        (SANDBOX, Sandbox.objects.filter(status__in=PASSING)),
+        (SANDBOX, Sandbox.objects.filter(status__in=TRANSITIONAL)),
         (ENDED, Sandbox.objects.exclude(status__in=LIVE).exclude(driver="")),
         (SNAPSHOT, Snapshot.objects.filter(status=SnapshotStatus.CAPTURING)),
         (TEMPLATE, Template.objects.running().exclude(driver="")),
     )
-    first, *others = (not_driven(kind, passing) for kind, passing in rows)
-    return {Left(*row) for row in first.union(*others, all=True)}
+    first, *others = (undriven(kind, passing) for kind, passing in rows)
+    return {Orphan(*row) for row in first.union(*others, all=True)}
 
 
-def not_driven(kind: str, passing: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, str]]:
+def undriven(kind: str, rows: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, str]]:
     """Those among the rows that nobody drives."""
-    found = passing.filter(~Q(IsDriven("driver")))
+    found = rows.filter(~Q(IsDriven("driver")))
     return found.order_by().values_list(Value(kind), "pk", "driver")
 
 
-def settle_left() -> None:
+def settle_orphans() -> None:
     """Settle what nobody drives and nobody drove a moment before.
 
     Not while database and host do not belong together. Raises the host's errors.
     """
-    found = left()
+    orphans = find_orphans()
     # At once: a driver that lives loses nothing when another follows its build.
-    for template in of_kind(found, TEMPLATE):
-        templates.pass_on(template.id, template.driver)
-    found.difference_update(of_kind(found, TEMPLATE))
-    if not found or installation.is_apart():
+    for template in select_kind(orphans, TEMPLATE):
+        templates.hand_off(template.id, template.driver)
+    orphans.difference_update(select_kind(orphans, TEMPLATE))
+    if not orphans or installation.is_apart():
         return
     let_go()
     # PostgreSQL may have restarted just now, and those who drive take their locks again.
     time.sleep(SURE_SECONDS)
-    found &= left()
-    lifecycle.release_left({one.id: one.driver for one in of_kind(found, ENDED)})
-    settle_sandboxes(found)
-    snapshots.settle_left([one.id for one in of_kind(found, SNAPSHOT)])
+    orphans &= find_orphans()
+    lifecycle.release_orphaned({orphan.id: orphan.driver for orphan in select_kind(orphans, ENDED)})
+    settle_sandboxes(orphans)
+    snapshots.settle_orphans([orphan.id for orphan in select_kind(orphans, SNAPSHOT)])
 
 
 def settle_all() -> None:
@@ -83,24 +90,24 @@ def settle_all() -> None:
     For a host whose state is this database's.
     """
     lifecycle.reconcile()
-    settle_left()
+    settle_orphans()
     templates.settle_images()
     snapshots.reconcile()
 
 
-def of_kind(found: set[Left], kind: str) -> list[Left]:
+def select_kind(orphans: set[Orphan], kind: str) -> list[Orphan]:
     """Those of one kind."""
-    return [one for one in found if one.kind == kind]
+    return [orphan for orphan in orphans if orphan.kind == kind]
 
 
-def settle_sandboxes(found: set[Left]) -> None:
+def settle_sandboxes(orphans: set[Orphan]) -> None:
     """Settle those sandboxes, by what the host has of each. Raises the host's errors."""
-    drivers = {one.id: one.driver for one in of_kind(found, SANDBOX)}
+    drivers = {orphan.id: orphan.driver for orphan in select_kind(orphans, SANDBOX)}
     if not drivers:
         return
-    rows = Sandbox.objects.filter(pk__in=drivers, status__in=PASSING)
+    rows = Sandbox.objects.filter(pk__in=drivers, status__in=TRANSITIONAL)
     mine = [sandbox for sandbox in rows if sandbox.driver == drivers[sandbox.pk]]
-    starting = [one.pk for one in mine if one.status == SandboxStatus.STARTING]
+    starting = [orphan.pk for orphan in mine if orphan.status == SandboxStatus.STARTING]
     # Nobody was told of it: who asked for it asks again, and counts on nothing being left.
-    end_all(dict.fromkeys(starting, CUT_OFF), PASSING)
-    say_as_on_host([one for one in mine if one.pk not in starting], PASSING)
+    end_many(dict.fromkeys(starting, CUT_OFF), TRANSITIONAL)
+    match_host([orphan for orphan in mine if orphan.pk not in starting], TRANSITIONAL)

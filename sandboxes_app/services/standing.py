@@ -8,11 +8,11 @@ from sandboxes_app.models import Snapshot
 from templates_app.models import Template
 
 
-def knows_some() -> bool:
+def has_known_objects() -> bool:
     """Whether any row names an image or a snapshot that the host has. Raises the host's errors."""
     let_go()
     images = [image.id for image in host().images() if image.kind == "template"]
-    snapshots = [one.id for one in host().snapshots()]
+    snapshots = [snapshot.id for snapshot in host().snapshots()]
     return (
         Template.objects.filter(image_id__in=images).exists()
         or Snapshot.objects.filter(pk__in=snapshots).exists()

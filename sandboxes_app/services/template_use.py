@@ -10,12 +10,12 @@ from sandboxes_app.models import Sandbox
 from templates_app import services as templates
 from templates_app.models import Template
 
-MOST_SHOWN = 50
+MAX_LISTED = 50
 
 
 @dataclass(frozen=True)
 class TemplateUse:
-    """The live sandboxes of a template, newest first and at most ``MOST_SHOWN`` of ``count``.
+    """The live sandboxes of a template, newest first and at most ``MAX_LISTED`` of ``count``.
 
     ``derived`` is how many templates were built on it. ``reclaimable_bytes`` is what deleting it
     gives back, once those sandboxes have ended; None when the host does not answer.
@@ -39,7 +39,7 @@ def template_use(actor: Actor, template_id: str) -> TemplateUse:
     derived = Template.objects.for_team(actor.team).filter(base_template=template.pk)
     return TemplateUse(
         template=template,
-        sandboxes=list(live.order_by("-created_at", "-pk")[:MOST_SHOWN]),
+        sandboxes=list(live.order_by("-created_at", "-pk")[:MAX_LISTED]),
         count=live.count(),
         derived=derived.count(),
         last_used_at=template.last_used_at,

@@ -11,7 +11,7 @@ from templates_app.services.templates import create_template, get_template
 from templates_app.specs import TemplateSpec
 
 
-def build_again(
+def rebuild_template(
     actor: Actor, template_id: str, *, reuse: Literal["failed"] | None = None
 ) -> Template:
     """A new template with the recipe and the choices of one of the team's templates.
@@ -19,10 +19,10 @@ def build_again(
     The old one stays as it is. Raises ``NotFound`` and whatever ``create_template`` does.
     """
     template = get_template(actor, template_id)
-    return create_template(actor, spec_of(template, reuse))
+    return create_template(actor, spec_from(template, reuse))
 
 
-def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
+def spec_from(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
     """What would have to be asked for to get the same again."""
     # Not validated again: it was when it was asked for, and its base is looked up anew.
     return TemplateSpec.model_construct(
@@ -39,7 +39,7 @@ def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> Templ
     )
 
 
-def completed(template: Template) -> int:
+def completed_steps(template: Template) -> int:
     """How many steps of a build that did not end well need not be run again."""
     if template.status != "failed" or template.error_code == IMAGE_LOST:
         # A build that did end well keeps none.

@@ -18,7 +18,7 @@ from templates_app.models import Template, TemplateStatus
 
 # Names that clients still send, and what they mean now.
 ALIASES = {"ubuntu-24.04": "debian-12"}
-LOOKS_LIKE_A_TEMPLATE = "tmpl_"
+TEMPLATE_ID_PREFIX = "tmpl_"
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,24 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
     Raises ``InvalidInput`` naming ``field`` for an unknown built-in, ``NotFound`` for a template
     that is not the team's, ``Conflict`` for one that is not ready, ``HostUnavailable``.
     """
-    if name.startswith(LOOKS_LIKE_A_TEMPLATE):
-        return own_template(team, name)
-    wanted = ALIASES.get(name, name)
+    if name.startswith(TEMPLATE_ID_PREFIX):
+        return team_template(team, name)
+    base = ALIASES.get(name, name)
     with errors_told():
-        known = {base.name: base for base in host().bases()}
-    if wanted not in known:
+        known = {info.name: info for info in host().bases()}
+    if base not in known:
         raise unknown_base(name, known, field)
-    if (state := known[wanted].state) != "ready":
-        how = "could not be created" if state == "failed" else "is not made"
+    if (state := known[base].state) != "ready":
+        problem = "could not be created" if state == "failed" else "is not made"
         raise HostUnavailable(
-            f"The base image '{wanted}' {how} on this host yet, which is tried by itself; try "
+            f"The base image '{base}' {problem} on this host yet, which is tried by itself; try "
             "again in a minute, or ask your operator: the host agent's log says why.",
             retry_after=30,
         )
-    return Source(name, wanted, wanted)
+    return Source(name, base, base)
 
 
-def own_template(team: Team, template_id: str) -> Source:
+def team_template(team: Team, template_id: str) -> Source:
     """The image of one of the team's own templates. Raises ``NotFound`` or ``Conflict``."""
     row = (
         Template.objects.for_team(team).filter(pk=template_id).first()

@@ -168,20 +168,20 @@ def contents(actor: Actor, template_id: str) -> Contents:
             f"Template '{template.name}' has no image: its build {state}.",
             code="template_not_ready",
         )
-    told = template.contents or {}
+    stored = template.contents or {}
     return Contents(
         template=template,
-        digest=str(told["digest"]) if told.get("digest") else None,
-        packages=packages_of(told),
-        truncated=bool(told.get("truncated")),
-        steps=tuple(size_of(step) for step in template.steps.defer("output")),
+        digest=str(stored["digest"]) if stored.get("digest") else None,
+        packages=parse_packages(stored),
+        truncated=bool(stored.get("truncated")),
+        steps=tuple(step_size(step) for step in template.steps.defer("output")),
         removed=removed_by_scrub(template),
     )
 
 
-def packages_of(told: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
+def parse_packages(stored: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
     """The packages by manager, the managers that we know first."""
-    lists: Mapping[str, Any] = told.get("packages") or {}
+    lists: Mapping[str, Any] = stored.get("packages") or {}
     order = [*MANAGERS, *sorted(set(lists) - set(MANAGERS))]
     return {
         manager: tuple(Package(str(name), str(version)) for name, version in lists[manager])
@@ -190,7 +190,7 @@ def packages_of(told: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
     }
 
 
-def size_of(step: BuildStep) -> StepSize:
+def step_size(step: BuildStep) -> StepSize:
     """What a step added."""
     return StepSize(
         step.number,
@@ -207,10 +207,10 @@ def removed_by_scrub(template: Template) -> tuple[Removed, ...]:
     rules: Any = payload.get("removed") or []
     if not rules and payload.get("removed_bytes"):
         rules = [{"what": "caches and logs", "bytes": payload["removed_bytes"], "files": 0}]
-    found = [
+    rows = [
         Removed(str(rule["what"]), int(rule["bytes"]), int(rule.get("files", 0))) for rule in rules
     ]
-    return tuple(sorted(found, key=lambda gone: -gone.bytes))
+    return tuple(sorted(rows, key=lambda gone: -gone.bytes))
 
 
 def compare(a: Contents, b: Contents) -> Difference:
@@ -249,10 +249,10 @@ def compare_packages(manager: str, a: Iterable[Package], b: Iterable[Package]) -
 
 def versions(packages: Iterable[Package]) -> dict[str, tuple[str, ...]]:
     """The versions of each package, sorted."""
-    found: dict[str, set[str]] = {}
+    versions_by_name: dict[str, set[str]] = {}
     for package in packages:
-        found.setdefault(package.name, set()).add(package.version)
-    return {name: tuple(sorted(known)) for name, known in found.items()}
+        versions_by_name.setdefault(package.name, set()).add(package.version)
+    return {name: tuple(sorted(known)) for name, known in versions_by_name.items()}
 
 
 def compare_steps(a: tuple[StepSize, ...], b: tuple[StepSize, ...]) -> tuple[StepDifference, ...]:

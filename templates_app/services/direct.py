@@ -13,22 +13,22 @@ from orkestr_console.core.text import few
 from templates_app.models import Template
 
 # The events that carry what a step was refused.
-KINDS = ("step_finished", "step_cached")
+REFUSAL_EVENTS = ("step_finished", "step_cached")
 
 
-def past_the_proxy(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
+def bypass_advice(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
     """What to do for the programs of ``who`` ("This step") that were refused so, in sentences.
 
     ``refused`` are hosts as the host's events have them.
     """
-    direct = [one for one in refused if one.get("direct")]
-    names = listed(one for one in direct if one.get("can_be_listed"))
-    addresses = listed(one for one in direct if one.get("reason") == "past_proxy")
+    direct = [refusal for refusal in refused if refusal.get("direct")]
+    names = unique_hosts(refusal for refusal in direct if refusal.get("can_be_listed"))
+    addresses = unique_hosts(refusal for refusal in direct if refusal.get("reason") == "past_proxy")
     sentences = []
     if names:
-        them = "it" if len(names) == 1 else "they"
+        pronoun = "it" if len(names) == 1 else "they"
         sentences.append(
-            f"{who} asked DNS for {few(names)}, past the proxy. In allow_domains alone {them} "
+            f"{who} asked DNS for {few(names)}, past the proxy. In allow_domains alone {pronoun} "
             "would not be reached: the program also needs the address in $HTTPS_PROXY as its proxy."
         )
     if addresses:
@@ -40,16 +40,18 @@ def past_the_proxy(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
     return sentences
 
 
-def listed(refused: Iterable[Mapping[str, Any]]) -> list[str]:
+def unique_hosts(refused: Iterable[Mapping[str, Any]]) -> list[str]:
     """The hosts, each once."""
-    return list(dict.fromkeys(str(one["host"]) for one in refused))
+    return list(dict.fromkeys(str(refusal["host"]) for refusal in refused))
 
 
 def advice(template: Template) -> list[str]:
     """What to do for each step of a build whose programs went past the proxy."""
-    events = template.events.filter(kind__in=KINDS, payload__has_key="refused").order_by("seq")
+    events = template.events.filter(kind__in=REFUSAL_EVENTS, payload__has_key="refused").order_by(
+        "seq"
+    )
     return [
         sentence
         for step, payload in events.values_list("step", "payload")
-        for sentence in past_the_proxy(payload["refused"] or (), f"Step {step}")
+        for sentence in bypass_advice(payload["refused"] or (), f"Step {step}")
     ]

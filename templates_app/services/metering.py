@@ -21,12 +21,12 @@ def count_build(template: Template, until: datetime | None = None) -> None:
 
     One that the host never began told nothing and counts for nothing; waiting for room neither.
     """
-    told = template.events.aggregate(
+    span = template.events.aggregate(
         begin=Min("at", filter=Q(host_seq__isnull=False)), end=Max("at")
     )
-    if told["begin"] is not None:
-        end = until or told["end"]
-        usage.add(usage.spread(template.team_id, Metric.BUILD_SECONDS, told["begin"], end))
+    if span["begin"] is not None:
+        end = until or span["end"]
+        usage.add(usage.spread(template.team_id, Metric.BUILD_SECONDS, span["begin"], end))
 
 
 def note_image_bytes(team_id: str | None = None) -> None:

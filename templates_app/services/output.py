@@ -19,21 +19,21 @@ from django.db.models.functions import Cast, Length, Replace, Right
 from orkestr_console.core.errors import NotFound
 from orkestr_console.core.text import plain
 from templates_app.models import Template
-from templates_app.services.record import printed
+from templates_app.services.record import output_from_events
 
 # A line that the last characters begin in the middle of is left out if it ends this soon.
-LONGEST_LINE = 16 * 1024
+MAX_LINE_LENGTH = 16 * 1024
 # What of a text before a stretch says what colours it begins in.
 LEAD = 16 * 1024
-MOST_LINES = 1000
-LARGEST_STRETCH = 512 * 1024
-MOST_COUNTED = 10_000
-EXCERPT = 120
-LONGEST_WANTED = 200
+MAX_LINES = 1000
+MAX_SLICE_CHARS = 512 * 1024
+MAX_COUNTED_HITS = 10_000
+EXCERPT_CHARS = 120
+MAX_QUERY_LENGTH = 200
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TextSlice:
     """Some of a step's output in a row: ``text`` begins with line ``first``, counted from 1.
 
     ``lead`` is some of what stands before it, for the colours it is in.
@@ -61,7 +61,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Some hits in order; ``count`` lines have one, or more than that if ``many``."""
 
     hits: list[Hit]
@@ -74,100 +74,102 @@ def line_count(text: str) -> int:
     return text.count("\n") + (text != "" and not text.endswith("\n"))
 
 
-def tail(template: Template, number: int, size: int, *, until: int | None = None) -> Stretch:
+def tail(template: Template, number: int, size: int, *, until: int | None = None) -> TextSlice:
     """The last ``size`` characters that a step printed, or had printed at event ``until``."""
-    if until is None or ended_by(template, number, until):
+    if until is None or finished_by(template, number, until):
         row = template.steps.filter(number=number).values_list(
-            Right("output", size), feeds("output"), Length("output")
+            Right("output", size), newline_count("output"), Length("output")
         )
         text, lines, length = row.get()
         if length or until is not None:
-            return whole_lines(text, lines, length)
-    return told_tail(template, number, size, until)
+            return from_line_start(text, lines, length)
+    return tail_from_events(template, number, size, until)
 
 
-def ended_by(template: Template, number: int, seq: int) -> bool:
+def finished_by(template: Template, number: int, seq: int) -> bool:
     """Whether a step had ended when event ``seq`` came: then its row has what it had printed."""
     return template.events.filter(kind="step_finished", step=number, seq__lte=seq).exists()
 
 
-def told_tail(template: Template, number: int, size: int, until: int | None) -> Stretch:
+def tail_from_events(template: Template, number: int, size: int, until: int | None) -> TextSlice:
     """The same from the events, of which only the last are read."""
     events = template.events.filter(kind="output", step=number)
     if until is not None:
         events = events.filter(seq__lte=until)
     text = Cast(KT("payload__text"), TextField())
-    sums = events.annotate(text=text).aggregate(lines=Sum(feeds("text")), size=Sum(Length("text")))
+    sums = events.annotate(text=text).aggregate(
+        lines=Sum(newline_count("text")), size=Sum(Length("text"))
+    )
     parts: list[str] = []
     for payload in events.order_by("-seq").values_list("payload", flat=True).iterator(20):
         parts.append(str(payload.get("text", "")))
         if sum(map(len, parts)) >= size:
             break
     end = "".join(reversed(parts))[-size:]
-    return whole_lines(end, sums["lines"] or 0, sums["size"] or 0)
+    return from_line_start(end, sums["lines"] or 0, sums["size"] or 0)
 
 
-def feeds(field: str) -> CombinedExpression:
+def newline_count(field: str) -> CombinedExpression:
     """How many line feeds a column has, as an expression."""
     without = Replace(F(field), Value("\n"), Value(""))
     return Length(field) - Length(without)
 
 
-def whole_lines(text: str, lines: int, length: int) -> Stretch:
+def from_line_start(text: str, lines: int, length: int) -> TextSlice:
     """The end of a text of ``length`` characters and ``lines`` line feeds, from a line's start."""
     first = lines - text.count("\n") + 1
     if len(text) < length:
-        end = text.find("\n", 0, LONGEST_LINE) + 1
-        return Stretch(text[end:], first + bool(end), text[:end])
-    return Stretch(text, first)
+        end = text.find("\n", 0, MAX_LINE_LENGTH) + 1
+        return TextSlice(text[end:], first + bool(end), text[:end])
+    return TextSlice(text, first)
 
 
-def lines(template: Template, number: int, first: int, last: int, at: int) -> Stretch:
-    """Up to ``MOST_LINES`` of the lines ``first`` to ``last`` of a step, around line ``at``.
+def lines(template: Template, number: int, first: int, last: int, at: int) -> TextSlice:
+    """Up to ``MAX_LINES`` of the lines ``first`` to ``last`` of a step, around line ``at``.
 
     Fewer if they are long; a line that alone is too long is cut. Raises ``NotFound`` for a step
     that is not there.
     """
-    text = all_of(template, number)
+    text = step_output(template, number)
     rows = text.split("\n")
     if rows[-1] == "":
         rows.pop()
     first, last = max(first, 1), min(last, len(rows))
     if first > last:
-        return Stretch("", first)
-    begin = min(max(at - MOST_LINES // 2, first), max(last - MOST_LINES + 1, first))
-    end = min(begin + MOST_LINES - 1, last)
-    begin, end = narrowed(rows, begin, end, min(max(at, begin), end))
+        return TextSlice("", first)
+    begin = min(max(at - MAX_LINES // 2, first), max(last - MAX_LINES + 1, first))
+    end = min(begin + MAX_LINES - 1, last)
+    begin, end = narrow_range(rows, begin, end, min(max(at, begin), end))
     shown = "".join(f"{row}\n" for row in rows[begin - 1 : end])
-    if len(shown) > LARGEST_STRETCH:
-        shown = f"{shown[:LARGEST_STRETCH]}…\n"
+    if len(shown) > MAX_SLICE_CHARS:
+        shown = f"{shown[:MAX_SLICE_CHARS]}…\n"
     lead = "\n".join(rows[max(begin - 200, 0) : begin - 1])[-LEAD:]
-    return Stretch(shown, begin, lead)
+    return TextSlice(shown, begin, lead)
 
 
-def narrowed(rows: list[str], begin: int, end: int, at: int) -> tuple[int, int]:
+def narrow_range(rows: list[str], begin: int, end: int, at: int) -> tuple[int, int]:
     """The lines nearest to ``at`` that together are not too large."""
     size, low, high = len(rows[at - 1]), at, at
     while low > begin or high < end:
         down = low > begin and (high == end or at - low <= high - at)
         size += len(rows[low - 2 if down else high]) + 1
-        if size > LARGEST_STRETCH:
+        if size > MAX_SLICE_CHARS:
             break
         low, high = (low - 1, high) if down else (low, high + 1)
     return low, high
 
 
-def all_of(template: Template, number: int) -> str:
+def step_output(template: Template, number: int) -> str:
     """All that is kept of what a step printed. Raises ``NotFound``."""
     step = template.steps.filter(number=number).first()
     if step is None:
         raise NotFound("This template has no such step.")
-    return step.output or printed(template, number)
+    return step.output or output_from_events(template, number)
 
 
 def search(
-    template: Template, wanted: str, *, after: tuple[int, int] = (0, 0), limit: int = 100
-) -> Found:
+    template: Template, query: str, *, after: tuple[int, int] = (0, 0), limit: int = 100
+) -> SearchResult:
     """The lines of all steps that have ``wanted``, in any case, colours left out of account.
 
     At most ``limit`` of them, after line ``after`` (step, line).
@@ -175,38 +177,38 @@ def search(
     matches = (
         (number, hit)
         for number in template.steps.values_list("number", flat=True)
-        for hit in hits_in(plain(all_of(template, number)), wanted)
+        for hit in find_lines(plain(step_output(template, number)), query)
     )
     hits: list[Hit] = []
     count = 0
-    for number, (line, text) in islice(matches, MOST_COUNTED):
+    for number, (line, text) in islice(matches, MAX_COUNTED_HITS):
         count += 1
         if (number, line) > after and len(hits) < limit:
-            hits.append(excerpt(number, line, text, wanted))
-    return Found(hits, count, many=next(matches, None) is not None)
+            hits.append(excerpt(number, line, text, query))
+    return SearchResult(hits, count, many=next(matches, None) is not None)
 
 
-def hits_in(text: str, wanted: str) -> Iterator[tuple[int, str]]:
+def find_lines(text: str, query: str) -> Iterator[tuple[int, str]]:
     """The lines of a text that have ``wanted``: their number and themselves."""
-    low, wanted = text.lower(), wanted.lower()
-    if wanted not in low:
+    lowered, query = text.lower(), query.lower()
+    if query not in lowered:
         return
     rows, line, at = text.split("\n"), 1, 0
-    while (found := low.find(wanted, at)) >= 0:
-        line += low.count("\n", at, found)
+    while (position := lowered.find(query, at)) >= 0:
+        line += lowered.count("\n", at, position)
         yield line, rows[line - 1]
-        at = low.find("\n", found)
+        at = lowered.find("\n", position)
         if at < 0:
             return
 
 
-def excerpt(step: int, line: int, text: str, wanted: str) -> Hit:
+def excerpt(step: int, line: int, text: str, query: str) -> Hit:
     """The line, or of a long one the part that has what was searched for."""
-    at = max(text.lower().find(wanted.lower()), 0)
-    end = at + len(wanted)
+    at = max(text.lower().find(query.lower()), 0)
+    end = at + len(query)
     before, after = text[:at], text[end:]
-    if len(before) > EXCERPT // 2:
-        before = f"…{before[-EXCERPT // 2 :].lstrip()}"
-    if len(after) > EXCERPT:
-        after = f"{after[:EXCERPT]}…"
+    if len(before) > EXCERPT_CHARS // 2:
+        before = f"…{before[-EXCERPT_CHARS // 2 :].lstrip()}"
+    if len(after) > EXCERPT_CHARS:
+        after = f"{after[:EXCERPT_CHARS]}…"
     return Hit(step, line, before, text[at:end], after)

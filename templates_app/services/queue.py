@@ -29,12 +29,12 @@ from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
 # The advisory lock of those who take a build: the bytes of "build".
-TAKING = 0x6275696C64
+CLAIM_LOCK = 0x6275696C64
 DRIVE = "templates_app.tasks.drive_builds"
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """Where a queued build stands: 1 is next. ``waits_for`` says what has to end first."""
 
     number: int
@@ -42,7 +42,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedBuild:
     """A queued build, and how many of its team's builds run or stand before it."""
 
     template: str
@@ -50,26 +50,26 @@ class Waiting:
     turn: int
 
 
-def call_worker() -> None:
+def wake_worker() -> None:
     """Have a worker look which builds may begin, when the transaction commits."""
     async_task(DRIVE, group="builds")
 
 
-def pass_on(template_id: str, driver: str) -> None:
+def hand_off(template_id: str, driver: str) -> None:
     """A driver does not go on with a build that still builds: another one shall, at once."""
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
         if mine.update(driver=""):
-            call_worker()
+            wake_worker()
 
 
-def call_next() -> None:
+def wake_for_next() -> None:
     """A build has ended: the next may begin, if one waits."""
     if Template.objects.queued().exists():
-        call_worker()
+        wake_worker()
 
 
-def take(driver: str) -> Template | None:
+def claim_next(driver: str) -> Template | None:
     """Take the build whose turn it is; None if there is none that may run.
 
     A build that lost its driver comes before those that never had one. Takers are one at a time,
@@ -77,62 +77,62 @@ def take(driver: str) -> Template | None:
     """
     with transaction.atomic():
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [TAKING])
-        found = orphan() or first_in_turn()
-        if found is None or not claim(found, driver):
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [CLAIM_LOCK])
+        template_id = orphaned_build() or next_queued()
+        if template_id is None or not assign_driver(template_id, driver):
             return None
-    return Template.objects.select_related("team__plan").get(pk=found)
+    return Template.objects.select_related("team__plan").get(pk=template_id)
 
 
-def claim(template_id: str, driver: str) -> bool:
+def assign_driver(template_id: str, driver: str) -> bool:
     """Write ``driver`` on a building row that has no live one; whether that came about."""
-    free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
+    free = Template.objects.filter(is_undriven(), pk=template_id, status=TemplateStatus.BUILDING)
     return bool(free.update(driver=driver, started_at=Coalesce("started_at", Now())))
 
 
-def abandoned() -> Q:
+def is_undriven() -> Q:
     """Builds that nobody follows now: they have no driver, or it is gone."""
     return ~Q(IsDriven("driver"))
 
 
-def orphan() -> str | None:
+def orphaned_build() -> str | None:
     """The oldest build that has begun and lost its driver, or None."""
-    rows = Template.objects.running().filter(abandoned()).order_by("created_at", "pk")
+    rows = Template.objects.running().filter(is_undriven()).order_by("created_at", "pk")
     return rows.values_list("pk", flat=True).first()
 
 
-def first_in_turn() -> str | None:
+def next_queued() -> str | None:
     """The queued build that may begin, or None."""
     if Template.objects.running().count() >= settings.BUILDS_AT_ONCE:
         return None
-    most = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
-    for waiting in in_turn():
-        if waiting.turn < most(waiting.team):
-            return waiting.template
+    limit = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
+    for queued_build in queue_order():
+        if queued_build.turn < limit(queued_build.team):
+            return queued_build.template
     return None
 
 
-def in_turn() -> list[Waiting]:
+def queue_order() -> list[QueuedBuild]:
     """Every queued build, the next first."""
     running = Template.objects.running().values_list("team_id", flat=True)
     queued = Template.objects.queued().order_by("created_at", "pk").values_list("pk", "team_id")
     # Sorting is stable: among equal turns the oldest stays first.
-    return sorted(turns(queued, Counter(running)), key=lambda waiting: waiting.turn)
+    return sorted(number_turns(queued, Counter(running)), key=lambda waiting: waiting.turn)
 
 
-def turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[Waiting]:
+def number_turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[QueuedBuild]:
     """Number each team's builds, given oldest first, on from those that run."""
     for template, team in queued:
-        yield Waiting(template, team, before[team])
+        yield QueuedBuild(template, team, before[team])
         before[team] += 1
 
 
-def place(template: Template) -> Place | None:
+def queue_position(template: Template) -> QueuePosition | None:
     """Where a queued build stands; None for one that is not queued."""
     if not template.is_queued:
         return None
-    most = envelope(template.team).value("max_concurrent_builds")
-    for number, waiting in enumerate(in_turn(), start=1):
-        if waiting.template == template.pk:
-            return Place(number, "team" if waiting.turn >= most else "host")
+    limit = envelope(template.team).value("max_concurrent_builds")
+    for number, queued_build in enumerate(queue_order(), start=1):
+        if queued_build.template == template.pk:
+            return QueuePosition(number, "team" if queued_build.turn >= limit else "host")
     return None

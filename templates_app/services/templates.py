@@ -23,20 +23,20 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
-from templates_app.events import tell_changed
+from templates_app.events import notify_changed
 from templates_app.models import CANCELLED, BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services import queue
-from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services.bases import ALIASES, TEMPLATE_ID_PREFIX, Source, resolve
 from templates_app.services.metering import count_build
-from templates_app.services.record import append, end
+from templates_app.services.record import append_event, fail_build
 from templates_app.specs import TemplateSpec
 
-NO_SUCH = "There is no such template in your team; check the id."
+NOT_FOUND = "There is no such template in your team; check the id."
 # How much of each step's output goes with a template, in characters: a hundred steps stay small.
-SHOWN_OUTPUT = 16 * 1024
+OUTPUT_TAIL_CHARS = 16 * 1024
 MEGABYTE = 10**6
 # Writing it for every sandbox would make those that start together wait for each other.
-LAST_USE_GRAIN = timedelta(minutes=1)
+LAST_USED_INTERVAL = timedelta(minutes=1)
 FORGET = "templates_app.tasks.forget_image"
 
 
@@ -54,7 +54,7 @@ class TemplateUsage:
 
 
 @dataclass(frozen=True)
-class ShownStep:
+class StepOutput:
     """A step and the end of what it printed; ``truncated`` says that there is more before."""
 
     step: BuildStep
@@ -75,15 +75,15 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     source = resolve_base(actor.team, spec.base_template)
     check_environment(source, spec)
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        check_limits(actor, held, spec)
-        check_times(held, spec)
-        team = held.team
+        limits = hold(actor.team, actor.user)
+        check_limits(actor, limits, spec)
+        check_timeouts(limits, spec)
+        team = limits.team
         template = insert(actor, team, spec, source)
         # The queue is in this database, so the task exists exactly if the template does.
-        queue.call_worker()
-        note_used(spec.base_template)
-        tell_changed(template.pk, team.pk)
+        queue.wake_worker()
+        mark_used(spec.base_template)
+        notify_changed(template.pk, team.pk)
         audit.record(
             actor,
             "template.create",
@@ -116,7 +116,7 @@ def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Temp
         BuildStep(template=template, number=number, command=command)
         for number, command in enumerate(spec.recipe, start=1)
     )
-    append(template, "queued", {})
+    append_event(template, "queued", {})
     return template
 
 
@@ -139,27 +139,27 @@ def check_environment(source: Source, spec: TemplateSpec) -> None:
         raise InvalidInput(f"env: {error.detail}", fields={"env": error.detail}) from None
 
 
-def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
+def check_limits(actor: Actor, limits: Envelope, spec: TemplateSpec) -> None:
     """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have one more."""
-    kept = Template.objects.for_team(held.team).counted()
-    mine = kept.filter(created_by=actor.user).count() if actor.user else None
-    held.require_room("max_templates", kept.count(), mine)
+    existing = Template.objects.for_team(limits.team).using_slots()
+    mine = existing.filter(created_by=actor.user).count() if actor.user else None
+    limits.require_room("max_templates", existing.count(), mine)
     # However many build, another may wait its turn; unless there is none to wait for.
-    held.require_room("max_concurrent_builds", 0)
-    held.require_room("template_disk_mb", disk_mb(held.team))
-    held.require_network(spec.network)
+    limits.require_room("max_concurrent_builds", 0)
+    limits.require_room("template_disk_mb", disk_mb(limits.team))
+    limits.require_network(spec.network)
     if spec.allow_domains is not None:
-        held.require_allowlist()
-    if not spec.base_template.startswith(LOOKS_LIKE_A_TEMPLATE):
-        held.require_base(ALIASES.get(spec.base_template, spec.base_template))
+        limits.require_allowlist()
+    if not spec.base_template.startswith(TEMPLATE_ID_PREFIX):
+        limits.require_base(ALIASES.get(spec.base_template, spec.base_template))
 
 
-def check_times(held: Envelope, spec: TemplateSpec) -> None:
+def check_timeouts(limits: Envelope, spec: TemplateSpec) -> None:
     """Raise ``PlanLimit`` for a step or a build that may take longer than the plan lets it."""
     for name in ("step_timeout_seconds", "build_timeout_seconds"):
-        wanted: int | None = getattr(spec, name)
-        if wanted is not None:
-            held.require_at_most(name, wanted, name)
+        requested: int | None = getattr(spec, name)
+        if requested is not None:
+            limits.require_at_most(name, requested, name)
 
 
 def disk_mb(team: Team) -> int:
@@ -176,32 +176,32 @@ def get_template(actor: Actor, template_id: str) -> Template:
     """One of the team's templates. Raises ``NotFound``."""
     actor.require(READ)
     if not is_id("tmpl", template_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     row = Template.objects.for_team(actor.team).filter(pk=template_id).first()
     if row is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     return row
 
 
-def list_steps(template: Template) -> list[ShownStep]:
+def list_steps(template: Template) -> list[StepOutput]:
     """The steps of a build, each with its output so far, of which the end is kept."""
     events = BuildEvent.objects.filter(
         template=OuterRef("template"), step=OuterRef("number"), kind="output"
     )
     # What a running step printed is in the events alone until it ends.
-    told = (
+    printed = (
         events.order_by()
         .values("step")
         .annotate(text=StringAgg(Cast(KT("payload__text"), TextField()), Value(""), order_by="seq"))
     )
     blank = Value("", output_field=TextField())
-    whole = Coalesce(NullIf("output", blank), Subquery(told.values("text")), blank)
+    whole = Coalesce(NullIf("output", blank), Subquery(printed.values("text")), blank)
     rows = (
         template.steps.defer("output")
         .annotate(whole=whole)
-        .annotate(shown=Right("whole", SHOWN_OUTPUT), more=Length("whole") - SHOWN_OUTPUT)
+        .annotate(shown=Right("whole", OUTPUT_TAIL_CHARS), more=Length("whole") - OUTPUT_TAIL_CHARS)
     )
-    return [ShownStep(row, row.shown, row.more > 0) for row in rows]
+    return [StepOutput(row, row.shown, row.more > 0) for row in rows]
 
 
 def list_templates(
@@ -220,10 +220,10 @@ def cancel_template(actor: Actor, template_id: str) -> Template:
     """
     actor.require(WRITE)
     with transaction.atomic():
-        template = held_row(actor, template_id)
+        template = lock_template(actor, template_id)
         if template.status != TemplateStatus.BUILDING:
             return refuse_unless_cancelled(template)
-        end(template, CANCELLED, f"The build was cancelled by {audit.named(actor)}.")
+        fail_build(template, CANCELLED, f"The build was cancelled by {audit.named(actor)}.")
         audit.record(
             actor, "template.cancel", kind="template", object_id=template.pk, name=template.name
         )
@@ -236,21 +236,21 @@ def refuse_unless_cancelled(template: Template) -> Template:
     """A build that was cancelled stays so; raises ``Conflict`` for one that ended otherwise."""
     if template.error_code == CANCELLED:
         return template
-    ended = "is ready; delete it" if template.is_ready else "has failed already; delete it"
+    outcome = "is ready; delete it" if template.is_ready else "has failed already; delete it"
     raise Conflict(
-        f"There is no build to cancel: template '{template.name}' {ended} if you do not want it.",
+        f"There is no build to cancel: template '{template.name}' {outcome} if you do not want it.",
         code="build_ended",
     )
 
 
-def held_row(actor: Actor, template_id: str) -> Template:
+def lock_template(actor: Actor, template_id: str) -> Template:
     """One of the team's templates, its row locked. Raises ``NotFound``."""
     if not is_id("tmpl", template_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     rows = Template.objects.for_team(actor.team).select_for_update(of=("self",))
     template = rows.filter(pk=template_id).first()
     if template is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     return template
 
 
@@ -262,7 +262,7 @@ def delete_template(actor: Actor, template_id: str) -> None:
     """
     actor.require(WRITE)
     with transaction.atomic():
-        template = held_row(actor, template_id)
+        template = lock_template(actor, template_id)
         team_id, image_id = template.team_id, template.image_id
         if not template.state.is_terminal:
             # Its build ends here and now; one that has ended was counted when it did.
@@ -273,24 +273,24 @@ def delete_template(actor: Actor, template_id: str) -> None:
         )
         # Its step is killed and its image goes; nothing that its driver still hears is recorded.
         async_task(FORGET, image_id, group="images")
-        tell_changed(template_id, team_id)
+        notify_changed(template_id, team_id)
 
 
-def note_used(template_id: str) -> None:
+def mark_used(template_id: str) -> None:
     """Remember that something was started from a template now, at most once a minute.
 
     A base's name is none.
     """
     now = timezone.now()
-    unnoted = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USE_GRAIN)
-    Template.objects.filter(unnoted, pk=template_id).update(last_used_at=now)
+    stale = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USED_INTERVAL)
+    Template.objects.filter(stale, pk=template_id).update(last_used_at=now)
 
 
-def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
+def usage_counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
     """What each team uses of the limits that templates count against, by team id and limit."""
     ready = Q(status=TemplateStatus.READY)
     rows = (
-        Template.objects.counted()
+        Template.objects.using_slots()
         .filter(team__in=teams)
         .values("team")
         .annotate(
@@ -302,8 +302,8 @@ def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
             shared=Coalesce(Sum("shared_bytes", filter=ready), 0),
         )
     )
-    nothing = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
-    found = {
+    zero = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
+    used = {
         row["team"]: {
             "max_templates": row["kept"],
             "max_concurrent_builds": row["building"],
@@ -311,10 +311,10 @@ def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
         }
         for row in rows
     }
-    return {team.pk: found.get(team.pk, nothing) for team in teams}
+    return {team.pk: used.get(team.pk, zero) for team in teams}
 
 
 def template_usage(actor: Actor) -> TemplateUsage:
     """How full the team's plan is."""
-    used = Template.objects.for_team(actor.team).counted().count()
+    used = Template.objects.for_team(actor.team).using_slots().count()
     return TemplateUsage(used, envelope(actor.team).value("max_templates"))

@@ -11,7 +11,7 @@ from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 
 MILLISECOND = timedelta(milliseconds=1)
 # Too large or too many to be read again with every change, and the page needs them not.
-LARGE = ("output", "contents", "progress")
+EXCLUDED_KINDS = ("output", "contents", "progress")
 PHASES = {
     "capture": "Capturing",
     "scrub": "Cleaning up",
@@ -48,7 +48,7 @@ class Progress:
 
 def build_events(template: Template) -> list[BuildEvent]:
     """What a build told, but for its steps' output, its image's contents and how far it was."""
-    return list(template.events.exclude(kind__in=LARGE))
+    return list(template.events.exclude(kind__in=EXCLUDED_KINDS))
 
 
 def parts(
@@ -58,34 +58,40 @@ def parts(
 
     A build from before a part was told, or one that ended before it, is without.
     """
-    told: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
-    boot = told.get("boot", {})
+    payloads: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
+    boot = payloads.get("boot", {})
     measured: list[tuple[str, str, float | None]] = [
         ("boot", "Boot", boot.get("duration_ms", boot.get("boot_ms"))),
         ("steps", "Steps", sum(step.duration_ms or 0 for step in steps)),
-        ("scrub", "Clean", told.get("scrub", {}).get("duration_ms")),
-        ("capture", "Capture", told.get("capture", {}).get("duration_ms")),
+        ("scrub", "Clean", payloads.get("scrub", {}).get("duration_ms")),
+        ("capture", "Capture", payloads.get("capture", {}).get("duration_ms")),
         ("contents", "List contents", listing_ms(template)),
-        ("publish", "Publish", told.get("published", {}).get("publish_ms")),
+        ("publish", "Publish", payloads.get("published", {}).get("publish_ms")),
     ]
     known = sum(ms or 0 for _, _, ms in measured)
     # Such as waiting for the disk.
     other = (template.build_ms or 0) - known
-    whole = [("queue", "In the queue", waited(template)), *measured, ("other", "Other", other)]
-    return [Part(name, label, round(ms)) for name, label, ms in whole if ms and ms >= 0.5]
+    all_parts = [
+        ("queue", "In the queue", queue_ms(template)),
+        *measured,
+        ("other", "Other", other),
+    ]
+    return [Part(name, label, round(ms)) for name, label, ms in all_parts if ms and ms >= 0.5]
 
 
 def listing_ms(template: Template) -> float | None:
     """How long the host took to read what is in the image; None if it has not, or did not say."""
-    told = template.events.filter(kind="contents").values_list("payload__duration_ms", flat=True)
-    found = told.first()
+    durations = template.events.filter(kind="contents").values_list(
+        "payload__duration_ms", flat=True
+    )
+    found = durations.first()
     return float(found) if isinstance(found, int | float) else None
 
 
-def waited(template: Template) -> float | None:
+def queue_ms(template: Template) -> float | None:
     """How long a build was in the queue, in milliseconds; None while it is."""
-    ended = template.started_at or template.finished_at
-    return (ended - template.created_at) / MILLISECOND if ended else None
+    left_queue_at = template.started_at or template.finished_at
+    return (left_queue_at - template.created_at) / MILLISECOND if left_queue_at else None
 
 
 def progress(template: Template) -> Progress | None:

@@ -26,7 +26,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     # No connection stays after a test: the database is dropped after the last.
     monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
     # A build is over when its task is.
-    monkeypatch.setattr(driver, "in_background", lambda work: work())
+    monkeypatch.setattr(driver, "run_in_background", lambda work: work())
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake

@@ -20,7 +20,7 @@ from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app.models import Template
-from templates_app.services import give_image
+from templates_app.services import adopt_image
 from templates_app.tasks import reconcile_images
 from tests.fakes.host import FakeHost
 from tests.services.test_snapshots import OLD, aged
@@ -275,7 +275,7 @@ def test_an_image_is_given_to_a_team_as_a_template(
     a_pass()
     assert "img_unknown" in host.stored
     with pytest.raises(Conflict, match="already"):
-        give_image(actor.team, "img_unknown", "twice")
+        adopt_image(actor.team, "img_unknown", "twice")
 
 
 @pytest.mark.django_db(transaction=True)

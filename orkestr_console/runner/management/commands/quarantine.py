@@ -10,7 +10,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from orkestr_console.accounts.management.commands.mint_token import find_team
 from orkestr_console.core.errors import DomainError
 from orkestr_console.installation import services
-from templates_app.services import give_image
+from templates_app.services import adopt_image
 
 
 class Command(BaseCommand):
@@ -53,7 +53,7 @@ class Command(BaseCommand):
             thing = services.restore(key)
             self.stdout.write(f"{thing.kind} {thing.name} was put back.")
             if owner is not None and thing.kind == "image":
-                template = give_image(owner, thing.name, name)
+                template = adopt_image(owner, thing.name, name)
                 self.stdout.write(f"It is template {template.pk} of {owner.name}.")
         else:
             services.delete(key)
