@@ -38,7 +38,7 @@ KEEP_ALIVE = b": the command still runs\n\n"
 
 @api(scope=WRITE)
 def create_sandbox(request: ApiRequest) -> HttpResponse:
-    """``POST /v1/sandboxes``: answers when it runs."""
+    """``POST /v1/sandboxes``: answers once it is running."""
     spec = read_json(request, SandboxSpec)
     sandbox = services.create_sandbox(request.actor, spec)
     return json_answer(presenters.sandbox_detail(sandbox), status=201)
@@ -99,13 +99,13 @@ def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 @api(scope=WRITE)
 def pause_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/pause``: answers when it stands still."""
+    """``POST …/pause``: answers once it is paused."""
     return json_answer({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
 
 
 @api(scope=WRITE)
 def resume_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/resume``: answers when it runs on."""
+    """``POST …/resume``: answers once it is running again."""
     sandbox = services.resume_sandbox(request.actor, sandbox_id)
     return json_answer(presenters.sandbox_detail(sandbox))
 
@@ -116,7 +116,7 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     spec = read_json(request, ExecSpec)
     if spec.stream:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
-        # On the server's own event loop, where the response will go on reading.
+        # On the server's own event loop, where the response continues to read.
         return awaited(streaming_response, request, frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
@@ -126,7 +126,7 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
 async def streaming_response(
     request: HttpRequest, frames: services.CommandStream
 ) -> StreamingHttpResponse:
-    """The stream, once its first frame is there: until then, an error is an ordinary answer."""
+    """Start the stream once its first frame arrives: until then, an error is a normal response."""
     first = await anext(frames)
     return StreamingHttpResponse(
         event_stream(request, first, frames),
@@ -140,9 +140,9 @@ async def event_stream(
 ) -> AsyncIterator[bytes]:
     """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
 
-    A silent command gets comments in between, as clients give up on a silent connection; about as
-    often the token is looked at, and once it does not hold an error is the last. However this
-    ends, the command's process tree ends with it.
+    Comments keep a silent command's connection alive. The token is re-checked about as often, and
+    the stream ends with an error once it is no longer valid. However this ends, the command's
+    process tree is killed with it.
     """
     async with aclosing(frames):
         yield encode_event(first)
@@ -172,7 +172,7 @@ async def event_stream(
 
 
 def access_error(request: HttpRequest) -> DomainError | None:
-    """Why the token may not run the command any more, None while it may."""
+    """Why the token may no longer run the command; None while it may."""
     return ended(request, lambda actor: actor.require(WRITE))
 
 
@@ -219,14 +219,14 @@ def move(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 @api(scope=READ)
 def stat(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``GET …/files/stat?path=``: missing is ``exists: false``, not an error."""
+    """``GET …/files/stat?path=``: a missing path is ``exists: false``, not an error."""
     found = services.stat(request.actor, sandbox_id, request.GET.get("path"))
     return json_answer(presenters.path_stat(found))
 
 
 @api(scope=WRITE)
 def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/files/batch``: each file goes well or not by itself."""
+    """``POST …/files/batch``: each file succeeds or fails on its own."""
     spec = read_json(request, BatchSpec, largest=settings.LARGEST_BODY)
     return json_answer(presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec)))
 
@@ -239,14 +239,14 @@ def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 @api(scope=READ)
 def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``GET /v1/templates/{id}/usage``: what deleting it means; an extension of the public API."""
+    """``GET /v1/templates/{id}/usage``: what uses it; an extension of the public API."""
     use = services.template_use(request.actor, template_id)
     return json_answer(presenters.template_use_detail(use))
 
 
 @api(scope=WRITE)
 def create_snapshot(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST /v1/sandboxes/{id}/snapshots``: answers when it can be started from."""
+    """``POST /v1/sandboxes/{id}/snapshots``: answers once sandboxes can start from it."""
     spec = read_json(request, SnapshotSpec)
     snapshot = services.create_snapshot(request.actor, sandbox_id, spec)
     return json_answer(presenters.snapshot_detail(snapshot), status=201)

@@ -14,7 +14,7 @@ from sandboxes_app.models import SandboxStatus
 
 
 class SandboxListPage(LivePage):
-    """The list: sent again when a sandbox of the team changed."""
+    """The list: sent again whenever one of the team's sandboxes changes."""
 
     def groups_of(self, actor: Actor) -> list[str]:
         """The team's sandboxes."""
@@ -28,7 +28,7 @@ class SandboxListPage(LivePage):
         )
 
     def _status(self) -> str | None:
-        """The status that the page is narrowed to."""
+        """The status that the page filters by."""
         status = parse_qs(self.scope["query_string"].decode("latin-1")).get("status", [""])[0]
         return status if status in SandboxStatus.values else None
 

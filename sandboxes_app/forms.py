@@ -40,7 +40,7 @@ def sizes(allowed: Envelope) -> list[SizeChoice]:
 
 
 def lifetimes(allowed: Envelope, chosen: str) -> list[int]:
-    """The lifetimes to choose from, in seconds: within the limit, and whatever was chosen."""
+    """The lifetimes to choose from, in seconds: those within the limit, and the one chosen."""
     longest = allowed.value("max_timeout_seconds")
     allowed_lifetimes = {length for length in LIFETIMES if length <= longest}
     typed = {int(chosen)} if chosen.isascii() and chosen.isdigit() and len(chosen) < 9 else set()
@@ -49,14 +49,14 @@ def lifetimes(allowed: Envelope, chosen: str) -> list[int]:
 
 @dataclass
 class SandboxForm(Form):
-    """What is chosen in *New sandbox*."""
+    """The *New sandbox* form."""
 
     template: str = ""
     size: str = "small"
     network: str = "off"
     timeout_seconds: str = "600"
     env: str = ""
-    # Host names, with blanks between, that it may reach beside the default list.
+    # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
 
     labels: ClassVar[Mapping[str, str]] = {
@@ -81,7 +81,7 @@ class SandboxForm(Form):
         )
 
     def spec(self) -> SandboxSpec:
-        """What is asked for. Raises ``InvalidInput`` with a sentence per field."""
+        """The validated request. Raises ``InvalidInput`` with a sentence per field."""
         self.refuse_unusable()
         if not self.template:
             sentence = "Choose what to start from."
@@ -99,11 +99,11 @@ class SandboxForm(Form):
         )
 
     def allowlist(self) -> list[str] | None:
-        """What the names typed come to; on other networks they do not matter."""
+        """The allowlist that the typed names stand for; None on other networks."""
         return besides_default(self.allow_domains) if self.network == "restricted" else None
 
     def take(self, error: DomainError) -> None:
-        """As any form; what is wrong with the image stands at the picker."""
+        """As any form does, but show what is wrong with the image at the picker."""
         super().take(error)
         if isinstance(error, (NotFound, Conflict)):
             self.errors = {"template": error.detail}
@@ -111,7 +111,7 @@ class SandboxForm(Form):
 
 @dataclass
 class CommandForm(Form):
-    """What is typed into a sandbox's command box."""
+    """A sandbox's command form."""
 
     command: str = ""
     cwd: str = "/workspace"
@@ -133,7 +133,7 @@ class CommandForm(Form):
         )
 
     def spec(self) -> ExecSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.refuse_unusable()
         return parse_spec(
             ExecSpec,
@@ -146,5 +146,5 @@ class CommandForm(Form):
 
 
 def parse_number(text: str) -> int | str:
-    """The number a field holds; text that is none stays, for the spec to refuse."""
+    """The number in a field. Other text stays, for the spec to refuse."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text

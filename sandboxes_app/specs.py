@@ -1,4 +1,4 @@
-"""What a caller may ask of sandboxes: strict models for console, REST and MCP alike."""
+"""The request models for sandboxes: strict, and shared by console, REST and MCP."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES: dict[str, tuple[float, int]] = {
 
 
 def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Labels small enough to be kept with the sandbox."""
+    """Labels small enough to be stored with the sandbox."""
     if len(metadata) > MAX_METADATA_ENTRIES:
         raise ValueError(f"has {len(metadata)} entries; at most {MAX_METADATA_ENTRIES} are kept.")
     if any(not key for key in metadata):
@@ -64,16 +64,16 @@ Path = Annotated[str, AfterValidator(usable_path)]
 
 
 class Spec(BaseModel):
-    """The root of the specs: nothing is converted, nothing unknown is taken."""
+    """The base of the specs: nothing is coerced, and unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class SandboxSpec(Spec):
-    """A sandbox to be created. What later releases add is taken with its default only.
+    """A sandbox to create. Features of later releases are accepted with their defaults only.
 
-    With a snapshot the size is the snapshot's, and so are the network and its list of hosts where
-    the caller names none.
+    With a snapshot, the size is the snapshot's, and so are the network and its allowlist unless the
+    caller sets them.
     """
 
     template: str | None = None
@@ -94,27 +94,27 @@ class SandboxSpec(Spec):
 
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        """Exactly one of a template and a snapshot is what it boots from."""
+        """Require exactly one of a template and a snapshot to boot from."""
         if bool(self.template) == bool(self.snapshot):
             raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
         return self
 
 
 def usable_label(name: str) -> str:
-    """A name a person can read, or none."""
+    """A readable name, or a blank."""
     if len(name := name.strip().strip(JOINERS)) > MAX_NAME_LENGTH:
         raise ValueError(f"must have at most {MAX_NAME_LENGTH} characters; this has {len(name)}.")
     return readable(name)
 
 
 class SnapshotSpec(Spec):
-    """A snapshot to be taken, and what to call it."""
+    """A snapshot to create, and its name."""
 
     name: Annotated[str, AfterValidator(usable_label)] | None = None
 
 
 class ExecSpec(Spec):
-    """A command to be run; ``timeout_seconds`` ends its whole process tree."""
+    """A command to run; its whole process tree is killed after ``timeout_seconds``."""
 
     command: Annotated[str, AfterValidator(usable_script)]
     cwd: Path = "/workspace"
@@ -130,7 +130,7 @@ class TimeoutSpec(Spec):
 
 
 class FileSpec(Spec):
-    """A file to be written; ``content`` is base64 (RFC 4648)."""
+    """A file to write; ``content`` is base64 (RFC 4648)."""
 
     path: Path
     content: str
@@ -145,13 +145,13 @@ class FileSpec(Spec):
 
 
 class InvalidRow(Spec):
-    """A row of a batch that is no file to be written."""
+    """A row of a batch that is not a valid ``FileSpec``."""
 
     path: str
 
 
 def parse_row(value: Any) -> Any:
-    """A row by itself: what is wrong with one must not spoil the others."""
+    """Validate a row on its own: one invalid row must not fail the others."""
     if not isinstance(value, dict):
         return value
     try:
@@ -162,7 +162,7 @@ def parse_row(value: Any) -> Any:
 
 
 class BatchSpec(Spec):
-    """Files to be written in one call; each fails or not by itself."""
+    """Files to write in one call; each succeeds or fails on its own."""
 
     files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row)]] = Field(
         min_length=1, max_length=MAX_FILES
@@ -170,14 +170,14 @@ class BatchSpec(Spec):
 
 
 class DirectorySpec(Spec):
-    """A directory to be made."""
+    """A directory to create."""
 
     path: Path
     parents: bool = True
 
 
 class MoveSpec(Spec):
-    """A file or directory to be renamed."""
+    """A file or directory to rename."""
 
     source: Path
     destination: Path

@@ -1,4 +1,4 @@
-"""What the workers do for sandboxes. Each may run twice safely."""
+"""Worker tasks for sandboxes. Each is safe to run twice."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sandboxes_app.services.listening import Listener
 from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
-# Before the host or the database, which cannot be reached, is tried again.
+# The delay before an unreachable host or database is tried again.
 RETRY_SECONDS = 1.0
 MAX_COUNTED_SINGLY = 20
 
 
 def listen(beat: Callable[[], None]) -> None:
-    """Hear what has ended, for ever, in a process of its own; ``beat`` is called each round.
+    """Receive the host's changes, for ever, in a process of its own; calls ``beat`` every round.
 
-    What does not answer is tried again. The first round makes all rows agree with the host: after
-    a start the schedule first looks after half a minute.
+    Failures are retried. The first round makes all rows agree with the host: after a start, the
+    schedule runs only after half a minute.
     """
     listener, healthy = Listener(), True
     while True:
@@ -35,7 +35,7 @@ def listen(beat: Callable[[], None]) -> None:
         except Exception as error:
             if healthy:
                 known = isinstance(error, HostError)
-                logger.warning("nothing is heard of the host: %s", error, exc_info=not known)
+                logger.warning("cannot poll the host: %s", error, exc_info=not known)
             healthy = False
             connection.close()
             time.sleep(RETRY_SECONDS)
@@ -44,13 +44,13 @@ def listen(beat: Callable[[], None]) -> None:
 
 
 def release_sandbox(sandbox_id: str) -> None:
-    """Free the container of a sandbox that has ended; the reconcile pass tries again."""
+    """Release the container of a sandbox that has ended; the reconcile pass retries."""
     release_sandboxes([sandbox_id])
 
 
 def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
-    """Free what the host has of sandboxes that have ended, and count what they used."""
-    # To count for all that there are is one answer of the host's, but has all their rows locked.
+    """Release what the host has of sandboxes that have ended, and count their usage."""
+    # Counting all sandboxes takes one request to the host, but locks all their rows.
     singly = len(sandbox_ids) <= MAX_COUNTED_SINGLY
     try:
         for sandbox_id in sandbox_ids:
@@ -60,32 +60,32 @@ def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
         if not singly:
             metering.collect()
     except HostError as error:
-        logger.warning("ended sandboxes stay until the next pass: %s", error.detail)
+        logger.warning("could not release ended sandboxes; the next pass retries: %s", error.detail)
 
 
 def tidy() -> None:
-    """Every minute: settle what has expired, make rows and containers agree, count what is used.
+    """Every minute: settle expired sandboxes, make rows and containers agree, and count usage.
 
-    Each pass stands alone: what one of them raises keeps no other from its turn.
+    The passes are independent: an exception in one doesn't keep the others from running.
     """
     host_reachable = True
     try:
         if not installation.agree(standing.has_known_objects):
-            # What the rows say is of another state: nothing is settled, and nothing released.
+            # The rows belong to another state directory: settle nothing, release nothing.
             return
     except HostError as error:
-        logger.warning("sandboxes were not reconciled: %s", error.detail)
+        logger.warning("could not reconcile sandboxes: %s", error.detail)
         host_reachable = False
-    _run_pass("what has expired was not ended", lifecycle.expire_overdue)
-    _run_pass("the room that images take was not counted", note_image_bytes)
+    _run_pass("could not expire sandboxes", lifecycle.expire_overdue)
+    _run_pass("could not record image sizes", note_image_bytes)
     if host_reachable:
         reconcile()
 
 
 def reconcile() -> None:
-    """Make what the rows say and what is on the host agree."""
-    _run_pass("sandboxes were not reconciled", settling.settle_all)
-    _run_pass("what sandboxes use was not collected", metering.collect)
+    """Make the rows agree with the host."""
+    _run_pass("could not reconcile sandboxes", settling.settle_all)
+    _run_pass("could not collect usage", metering.collect)
 
 
 def _run_pass(failure: str, work: Callable[[], object]) -> None:
@@ -94,4 +94,4 @@ def _run_pass(failure: str, work: Callable[[], object]) -> None:
     except HostError as error:
         logger.warning("%s: %s", failure, error.detail)
     except Exception:
-        logger.exception("%s, by a defect", failure)
+        logger.exception("%s: a bug", failure)

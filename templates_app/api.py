@@ -24,19 +24,19 @@ from templates_app.specs import TemplateSpec
 
 MAX_TEMPLATE_BODY = 8 * 1024 * 1024
 MAX_DIGITS = 9  # digits
-KEEP_ALIVE = b": the build goes on\n\n"
-# For so long is a token believed to hold; then it is looked at again.
+KEEP_ALIVE = b": the build is still running\n\n"
+# Re-check the token this often.
 TOKEN_RECHECK_SECONDS = 10.0  # seconds
-# How long a client that lost the stream waits before it comes again, in milliseconds.
+# How long a client waits before it reconnects, in milliseconds.
 RETRY_FIELD = b"retry: 1000\n\n"
-# Those who watch one build share its events (services.events): so what was made of them.
+# Everybody who watches a build shares its events (services.events), so share their encoding too.
 _encoded: WeakKeyDictionary[services.Event, bytes] = WeakKeyDictionary()
 
 
 @api(scope=WRITE)
 def create_template(request: ApiRequest) -> HttpResponse:
-    """``POST /v1/templates``: answers at once, the build goes on."""
-    # A recipe of 1 MiB, and what JSON may make of each character.
+    """``POST /v1/templates``: answers immediately; the build runs in the background."""
+    # A recipe of 1 MiB, with room for JSON's escaping of each character.
     spec = read_json(request, TemplateSpec, largest=MAX_TEMPLATE_BODY)
     return detail_answer(services.create_template(request.actor, spec), status=201)
 
@@ -68,7 +68,7 @@ def delete_template(request: ApiRequest, template_id: str) -> HttpResponse:
 
 @api(scope=WRITE)
 def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``POST /v1/templates/{id}/cancel``: the template is failed when this answers."""
+    """``POST /v1/templates/{id}/cancel``: the template has failed by the time this answers."""
     return detail_answer(services.cancel_template(request.actor, template_id))
 
 
@@ -80,7 +80,7 @@ def detail_answer(template: Template, status: int = 200) -> HttpResponse:
 
 @api(scope=READ)
 def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
-    """``GET /v1/templates/{id}/events``: a page after ``after``, or with ``follow`` a stream."""
+    """``GET /v1/templates/{id}/events``: a page of events, or a stream with ``follow=true``."""
     after = read_after(request)
     if request.GET.get("follow", "false") == "true":
         template = services.get_template(request.actor, template_id)
@@ -93,9 +93,9 @@ def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
 
 
 def read_after(request: HttpRequest) -> int:
-    """The last event that the client has: ``Last-Event-ID`` if it came again, else ``after``.
+    """The last event the client has: ``Last-Event-ID`` after a reconnect, else ``after``.
 
-    Raises ``InvalidInput`` unless a whole number.
+    Raises ``InvalidInput`` unless it is a whole number.
     """
     text = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
@@ -105,10 +105,10 @@ def read_after(request: HttpRequest) -> int:
 
 
 async def event_stream(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
-    """Server-sent events (HTML Living Standard, 9.2), the numbers as their ids, until the end.
+    """Server-sent events (HTML Living Standard, 9.2) until the end; their ids are the numbers.
 
-    A silent build gets comments in between. Who may not read it any more gets no more of it: after
-    at most ``TOKEN_RECHECK_SECONDS`` seconds, an error instead.
+    Comments keep the stream of a silent build alive. A client that loses access gets an error
+    instead of more events, at most ``TOKEN_RECHECK_SECONDS`` later.
     """
     yield RETRY_FIELD
     trusted_until = monotonic() + TOKEN_RECHECK_SECONDS
@@ -124,7 +124,7 @@ async def event_stream(request: HttpRequest, template_id: str, after: int) -> As
 
 
 def encode_event(event: services.Event) -> bytes:
-    """One event, made once for all who watch, and kept for as long as the event itself is."""
+    """One event; encoded once for all viewers, and cached as long as the event itself lives."""
     encoded = _encoded.get(event)
     if encoded is None:
         data = json.dumps(presenters.event_detail(event), separators=(",", ":"))
@@ -134,13 +134,13 @@ def encode_event(event: services.Event) -> bytes:
 
 
 def encode_error(error: DomainError) -> bytes:
-    """Why the stream ends before the build; it has no number, so that of the last event stays."""
+    """Why the stream ends before the build. It has no id, so the client keeps the last event's."""
     payload = {"kind": "error", "code": error.code, "message": error.detail}
     return f"event: error\ndata: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
 
 
 def access_error(request: HttpRequest, template_id: str) -> DomainError | None:
-    """Why the token does not read the template any more, None while it does."""
+    """Why the token can no longer read the template; None while it can."""
     return ended(request, lambda actor: services.get_template(actor, template_id))
 
 
@@ -164,7 +164,7 @@ def get_log(request: ApiRequest, template_id: str) -> HttpResponseBase:
 
 
 async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
-    """Every event so far, one JSON object a line."""
+    """Every event so far, one JSON object per line."""
     async with aclosing(services.all_events(template_id)) as batches:
         async for batch in batches:
             lines = (json.dumps(presenters.event_detail(event)) + "\n" for event in batch)
@@ -173,7 +173,7 @@ async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
 
 @api(scope=READ)
 def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, how that one's differ."""
+    """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, the difference from that one."""
     found = contents.contents(request.actor, template_id)
     if other := request.GET.get("compare"):
         difference = contents.compare(found, contents.contents(request.actor, other))
@@ -184,7 +184,7 @@ def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
 def streaming_response(
     request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
 ) -> HttpResponseBase:
-    """An answer that is sent as it comes; to HEAD, its headers alone."""
+    """A response sent as its chunks arrive; for HEAD, only the headers."""
     let_go()
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":

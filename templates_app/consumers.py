@@ -16,14 +16,14 @@ from templates_app.events import template_group, templates_group
 from templates_app.models import Template
 from templates_app.services import output
 
-# How much of what the page has already is read again: its unfinished line and colours.
+# How much of what the page already has is read again, for its unfinished line and colours.
 REPLAY_CHARS = 64 * 1024
-# A queue moves on when other teams' builds end, of which this team's pages get no notice.
+# The queue also moves when other teams' builds finish, and this team's pages get no notice of it.
 QUEUE_REFRESH_SECONDS = 3.0
 
 
 class TemplateListPage(LivePage):
-    """The list: sent again when a template of the team changed."""
+    """The list: sent again whenever one of the team's templates changes."""
 
     def groups_of(self, actor: Actor) -> list[str]:
         """The team's templates."""
@@ -38,17 +38,17 @@ class TemplateListPage(LivePage):
 
 
 class StepLog:
-    """What a page has of one step's output: it goes on from there."""
+    """Where a page stands in one step's output, to continue from there."""
 
     def __init__(self, template: Template, step: int, after: int) -> None:
         self._log = Log()
         replayed = output.tail(template, step, REPLAY_CHARS, until=after)
         lines, _ = self._log.feed(replayed.text)
-        # The number of the line that is not ended yet.
+        # The number of the unfinished line.
         self._number = replayed.first + ended(lines)
 
     def append(self, step: int, text: str) -> Message:
-        """The lines that ``text`` completed, at most those that a page shows, and the next."""
+        """The lines that ``text`` completes, no more than a page shows, and the unfinished one."""
         text, skipped = self._trim(text)
         lines, tail = self._log.feed(text)
         shown = deque(lines, maxlen=MOST_LINES)
@@ -57,14 +57,14 @@ class StepLog:
         return {
             "step": step,
             "lines": lines_html(list(shown), first),
-            # What the page has before is then no more in a row with these.
+            # If any are dropped, these lines no longer follow on from those of the page.
             "dropped": skipped + len(lines) - len(shown),
             "tail": tail,
             "next": self._number,
         }
 
     def _trim(self, text: str) -> tuple[str, int]:
-        """The end of very much text, and how many lines before it are passed over."""
+        """The end of a very long text, and how many lines before it are skipped."""
         cut = len(text) - LARGEST_SHOWN
         if cut <= 0:
             return text, 0
@@ -77,7 +77,7 @@ class StepLog:
 
 
 class TemplatePage(LivePage):
-    """One template: its state, and the output that came after ``?after=``."""
+    """One template: its state, and the output after event ``?after=``."""
 
     def groups_of(self, actor: Actor) -> list[str]:
         """The template, if it is the team's."""
@@ -88,7 +88,7 @@ class TemplatePage(LivePage):
         return [template_group(template.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
-        """New output first, then the state: a step is shown as ended once its output is there."""
+        """New output first, then the state: a step looks finished only once its output is there."""
         template = services.get_template(actor, self.template_id)
         self.look_again_after = QUEUE_REFRESH_SECONDS if template.is_queued else None
         parts = pages.fragments(template, self.address, self._steps)
@@ -108,7 +108,7 @@ class TemplatePage(LivePage):
 
     def _append(self, template: Template, step: int, text: str) -> Message:
         if step not in self._logs:
-            # The page's unfinished line is continued, so the log begins where the page's ended.
+            # The page's unfinished line is continued, so the log starts where the page's ends.
             self._logs[step] = StepLog(template, step, self._after)
         return self._logs[step].append(step, text)
 
@@ -118,6 +118,6 @@ class TemplatePage(LivePage):
         return str(self.scope["url_route"]["kwargs"]["template_id"])
 
     def _after_parameter(self) -> int:
-        """The last event that the page has; anything that is no number counts as none."""
+        """The last event that the page has; 0 if the parameter is not a number."""
         after = parse_qs(self.scope["query_string"].decode("latin-1")).get("after", ["0"])[0]
         return int(after) if after.isascii() and after.isdigit() and len(after) < 10 else 0

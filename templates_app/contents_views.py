@@ -1,4 +1,4 @@
-"""The pages that say what is in an image, and how two images differ."""
+"""The pages that show what is in an image, and how two images differ."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from templates_app import services
 from templates_app.models import Template
 from templates_app.services.contents import Contents, compare, contents
 
-# So many can be chosen from, the newest; an older one has a link on its own page.
+# The newest ones are offered; an older one has a link on its own page.
 MAX_CHOICES = 200
 
 
 @require_safe
 @console_page
 def template_contents(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """What is in a template's image; why there is nothing to see, if it has none."""
+    """What is in a template's image, or why it has none."""
     try:
         image_contents = contents(request.actor, template_id)
     except Conflict as error:
@@ -41,7 +41,7 @@ def template_contents(request: ConsoleRequest, template_id: str) -> HttpResponse
 
 
 def package_rows(image_contents: Contents, manager: str) -> list[tuple[str, str, str]]:
-    """Manager, name and version of the packages; of one manager, if it is one that has any."""
+    """Manager, name and version of the packages; only one manager's, if it has any."""
     managers = [manager] if manager in image_contents.packages else list(image_contents.packages)
     return [
         (name, package.name, package.version)
@@ -53,7 +53,7 @@ def package_rows(image_contents: Contents, manager: str) -> list[tuple[str, str,
 @require_safe
 @console_page
 def template_compare(request: ConsoleRequest) -> HttpResponse:
-    """How the images ``a`` and ``b`` differ, or the choice of them."""
+    """How the images ``a`` and ``b`` differ, or the form to choose them."""
     sides = {side: request.GET.get(side, "") for side in ("a", "b")}
     context: dict[str, Any] = {**sides, "choices": ready_templates(request.actor)}
     if all(sides.values()):
@@ -67,6 +67,6 @@ def template_compare(request: ConsoleRequest) -> HttpResponse:
 
 
 def ready_templates(actor: Actor) -> list[Template]:
-    """The team's templates that have an image, the newest first."""
+    """The team's templates that have an image, newest first."""
     rows = Template.objects.for_team(actor.team).ready().defer("contents", "recipe")
     return list(rows.order_by("-created_at", "-pk")[:MAX_CHOICES])

@@ -1,4 +1,4 @@
-"""What a build printed, as the console's pages and downloads have it."""
+"""A build's output in the console: pages, search and downloads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from templates_app.services import output
 
 PLAIN = "text/plain; charset=utf-8"
 MAX_HITS = 100
-# The digits of the largest line number there can be, and then some.
+# More digits than the largest possible line number has.
 MAX_DIGITS = 9
 
 
 @require_safe
 @console_page
 def step_output(request: ConsoleRequest, template_id: str, number: int) -> HttpResponse:
-    """All that is kept of a step's output, as text; without its colours if ``plain`` is given."""
+    """A step's stored output as text; without colours if ``plain`` is given."""
     template = services.get_template(request.actor, template_id)
     text = output.step_output(template, number)
     return HttpResponse(plain(text) if "plain" in request.GET else text, content_type=PLAIN)
@@ -31,7 +31,7 @@ def step_output(request: ConsoleRequest, template_id: str, number: int) -> HttpR
 @require_safe
 @console_page
 def step_lines(request: ConsoleRequest, template_id: str, number: int) -> HttpResponse:
-    """Some of the lines ``first`` to ``last`` that a page does not have: those around ``at``."""
+    """The lines around ``at``, of those from ``first`` to ``last`` that the page doesn't have."""
     template = services.get_template(request.actor, template_id)
     gap = pages.Gap(required_number(request, "first"), required_number(request, "last"))
     window = pages.log_window(template, number, gap, required_number(request, "at"))
@@ -40,7 +40,7 @@ def step_lines(request: ConsoleRequest, template_id: str, number: int) -> HttpRe
 
 
 def required_number(request: HttpRequest, name: str) -> int:
-    """A line's number out of the query. Raises ``InvalidInput``."""
+    """A line number from the query string. Raises ``InvalidInput``."""
     text = request.GET.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
         sentence = "must be the number of a line."
@@ -51,7 +51,7 @@ def required_number(request: HttpRequest, name: str) -> int:
 @require_safe
 @console_page
 def search(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """The lines that have ``q``: the part that the page asks for, or without a script a page."""
+    """The lines that contain ``q``: as a fragment for the script, or as a page without it."""
     template = services.get_template(request.actor, template_id)
     query = request.GET.get("q", "")
     too_long = len(query) > output.MAX_QUERY_LENGTH
@@ -65,14 +65,14 @@ def search(request: ConsoleRequest, template_id: str) -> HttpResponse:
 
 
 def optional_number(request: HttpRequest, name: str) -> int:
-    """The same where there need not be one: then 0."""
+    """A line number from the query string; 0 if there is none. Raises ``InvalidInput``."""
     return required_number(request, name) if name in request.GET else 0
 
 
 @require_safe
 @console_page
 def download_log(request: ConsoleRequest, template_id: str) -> HttpResponseBase:
-    """The build's log to be saved, as plain text."""
+    """The complete build log as a plain text download."""
     template = services.get_template(request.actor, template_id)
     headers = {
         "Cache-Control": "no-store",

@@ -1,4 +1,4 @@
-"""What the template pages show: the same for a request and for a live update."""
+"""The content of the template pages, shared by requests and live updates."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from templates_app.services import again, output, timing
 
 PAGE = 100
 PARTIALS = "templates_app/_detail.html"
-# A page opens with the ends of its logs: much of those that are open, a little of the others.
+# A page opens with the tails of its logs: long ones for expanded steps, short ones for the rest.
 OPEN_LINES, OPEN_CHARACTERS = 1000, 512 * 1024
 CLOSED_LINES, CLOSED_CHARACTERS = 4000, 64 * 1024
-# The side is drawn anew with every change, and 64 KiB of environment may be thousands.
+# The sidebar is rendered with every change, and 64 KiB of environment may be thousands.
 MAX_VARIABLES = 40
 DONE = (StepStatus.SUCCEEDED, StepStatus.CACHED)
-# These have printed nothing.
 STATUSES_WITHOUT_OUTPUT = (StepStatus.PENDING, StepStatus.CACHED, StepStatus.SKIPPED)
 EXPANDED_STATUSES = (StepStatus.RUNNING, StepStatus.FAILED)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Lines of a log that the page does not have, ``first`` to ``last``."""
+    """Lines of a log that the page doesn't have, ``first`` to ``last``."""
 
     first: int
     last: int
@@ -45,7 +44,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class LogSegment:
-    """Some lines of a log, and what is missing before them."""
+    """Some lines of a log, and the gap before them."""
 
     gap: Gap
     log: Rendered
@@ -53,7 +52,7 @@ class LogSegment:
 
 @dataclass(frozen=True)
 class StepView:
-    """A step and its output as far as the page has it; the last piece is the log's end."""
+    """A step and the output that the page shows; the last segment is the log's end."""
 
     step: BuildStep
     pieces: Sequence[LogSegment]
@@ -62,7 +61,7 @@ class StepView:
 
 @dataclass(frozen=True)
 class LineReference:
-    """A line of a step's output, as an address names it: ``2-1234``."""
+    """A line of a step's output, as in ``?line=2-1234``."""
 
     step: int
     number: int
@@ -82,8 +81,8 @@ def list_context(actor: Actor, cursor: str | None) -> dict[str, Any]:
 def detail_context(
     template: Template, address: str, line: LineReference | None = None
 ) -> dict[str, Any]:
-    """The whole page of one template. ``after`` is the last event that it shows."""
-    # The number first: whatever is stored after it comes through the socket.
+    """The full page of one template. ``after`` is the last event that it shows."""
+    # The number first: whatever is stored after it arrives through the socket.
     after = last_event(template)
     until = after if template.status == TemplateStatus.BUILDING else None
     context = live_context(template, address)
@@ -94,7 +93,7 @@ def detail_context(
 def step_view(
     step: BuildStep, steps: int, until: int | None, line: LineReference | None
 ) -> StepView:
-    """A step with the end of its log, and with the line asked for if that is one of its own."""
+    """A step with the end of its log, and with the requested line if it is one of its own."""
     target = line if line and line.step == step.number else None
     expanded = step.status in EXPANDED_STATUSES or target is not None
     if expanded:
@@ -113,23 +112,23 @@ def step_view(
 
 
 def segments_around(step: BuildStep, last: Rendered, target: LineReference) -> list[LogSegment]:
-    """A stretch with the line that was asked for, and the end of the log."""
+    """The segments around the requested line, and the end of the log."""
     window = log_window(step.template, step.number, Gap(1, last.first - 1), target.number)
     return [*window.pieces, LogSegment(window.after, last)]
 
 
 @dataclass(frozen=True)
 class LogWindow:
-    """Some of the lines that were missing, and what still is, ``after`` them too."""
+    """Some of a gap's lines, with the gaps that remain before them and ``after`` them."""
 
     pieces: list[LogSegment]
     after: Gap
 
 
 def log_window(template: Template, number: int, gap: Gap, at: int) -> LogWindow:
-    """The lines around line ``at`` of those that are missing. Raises ``NotFound``."""
+    """The lines of a gap around line ``at``. Raises ``NotFound``."""
     stretch = output.lines(template, number, gap.first, gap.last, at)
-    # A piece of a line that is too long to be shown whole is all there is of it.
+    # Of a line too long to be shown in full, only this part is shown.
     log = drawn(
         stretch.text,
         first=stretch.first,
@@ -142,7 +141,7 @@ def log_window(template: Template, number: int, gap: Gap, at: int) -> LogWindow:
 
 
 def live_context(template: Template, address: str) -> dict[str, Any]:
-    """What the parts of the page that change need."""
+    """The context of the parts of the page that change."""
     steps = list(template.steps.defer("output"))
     events = timing.build_events(template)
     completed_steps = sum(step.status in DONE for step in steps)
@@ -154,7 +153,7 @@ def live_context(template: Template, address: str) -> dict[str, Any]:
         "done": completed_steps,
         "doing": activity(len(steps), completed_steps, running, phases),
         "refused_steps": [step for step in steps if step.refused_hosts],
-        # Looked up for those pages alone that have something to offer by it.
+        # Looked up only for pages that offer to allow hosts.
         "allowed": envelope(template.team) if template.refused_hosts else None,
         "allowing": allow_query(template),
         **variables(template),
@@ -170,9 +169,9 @@ def live_context(template: Template, address: str) -> dict[str, Any]:
 
 
 def variables(template: Template) -> dict[str, Any]:
-    """The first of a template's own variables, then of those it has from elsewhere."""
+    """The first of a template's own variables, then of those it inherits."""
     own, baked = template.env, template.baked_env or {}
-    # PATH may be both: what it comes to with what it stands on.
+    # PATH may be both: its own value extends the inherited one.
     inherited = {name: value for name, value in baked.items() if own.get(name) != value}
     shown = list(own.items())[:MAX_VARIABLES]
     others = list(inherited.items())[: MAX_VARIABLES - len(shown)]
@@ -181,7 +180,7 @@ def variables(template: Template) -> dict[str, Any]:
 
 
 def allow_query(template: Template) -> str:
-    """The query of the form that builds it again with the hosts allowed that it was refused."""
+    """The query string of the form that rebuilds it with the refused hosts allowed."""
     query = {"from": template.pk, "allow": " ".join(template.refused_hosts)}
     if template.status == TemplateStatus.FAILED:
         query["reuse"] = Reuse.FAILED
@@ -189,7 +188,7 @@ def allow_query(template: Template) -> str:
 
 
 def activity(steps: int, completed_steps: int, running: BuildStep | None, phases: set[str]) -> str:
-    """What a build that has its turn does at the moment, as the heading of a notice."""
+    """What a running build is doing now, as the heading of a notice."""
     if running is not None:
         return f"Step {running.number} of {steps} is running"
     if completed_steps == steps:
@@ -200,7 +199,7 @@ def activity(steps: int, completed_steps: int, running: BuildStep | None, phases
 
 
 def capture_state(template: Template, completed_steps: int) -> str:
-    """The state of a build's last phase, in the words of its steps; ``done`` counts those."""
+    """The status of a build's last phase, in the terms of its steps; ``done`` counts those."""
     if template.status != TemplateStatus.BUILDING:
         return "succeeded" if template.is_ready else "skipped"
     return "running" if completed_steps == len(template.recipe) else "pending"
@@ -208,7 +207,7 @@ def capture_state(template: Template, completed_steps: int) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A part of the build's time with its place in the bar, in thousandths of the whole."""
+    """A part of the build's time and its position in the bar, in thousandths of the total."""
 
     part: timing.Part
     start: float
@@ -216,7 +215,7 @@ class Bar:
 
 
 def time_bars(parts: Sequence[timing.Part]) -> list[Bar]:
-    """The parts of a build's time side by side."""
+    """The parts of a build's time as bars side by side."""
     total = sum(part.ms for part in parts) or 1
     bars: list[Bar] = []
     start = 0.0
@@ -228,7 +227,7 @@ def time_bars(parts: Sequence[timing.Part]) -> list[Bar]:
 
 
 def cached_step_origins(template: Template, steps: Iterable[BuildStep]) -> dict[str, Template]:
-    """The templates, where they still are, whose builds ran the cached steps; by image."""
+    """The templates whose builds ran the cached steps, by image id; not those since deleted."""
     images = {step.cached_from for step in steps if step.cached_from}
     if not images:
         return {}
@@ -241,8 +240,8 @@ def fragments(
 ) -> dict[str, str]:
     """The parts of the page that change, by the id of their element.
 
-    Of the steps only those that are not as they were when ``seen``, by number, was last written:
-    there may be a hundred, and news ten times a second.
+    ``seen`` remembers what was last sent of each step, by number, and unchanged steps are left out:
+    there may be a hundred, and updates ten times a second.
     """
     seen = {} if seen is None else seen
     context = live_context(template, address)
@@ -271,12 +270,12 @@ def step_fragments(context: dict[str, Any], step: BuildStep) -> dict[str, str]:
 
 
 def last_event(template: Template) -> int:
-    """The number of the last event there is; 0 before the first."""
+    """The number of the last event; 0 before the first."""
     last: int | None = template.events.aggregate(last=Max("seq"))["last"]
     return last or 0
 
 
 def output_texts(events: Any) -> Iterable[tuple[int, str]]:
-    """Step and text of output events."""
+    """The step and text of each output event."""
     for step, payload in events.values_list("step", "payload"):
         yield step, str(payload.get("text", ""))

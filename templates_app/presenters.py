@@ -1,4 +1,4 @@
-"""Templates as clients see them."""
+"""Templates as the API presents them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def template_summary(template: Template) -> dict[str, Any]:
 def template_detail(
     template: Template, steps: Iterable[StepOutput], position: QueuePosition | None
 ) -> dict[str, Any]:
-    """One template, with its place in the queue if it waits, and the steps of its build.
+    """One template, with its queue position if it waits, and the steps of its build.
 
-    ``baked_env`` is what the image has in the end: its base's variables, those of its recipe's
-    /etc/environment, and its own ``env`` over them.
+    ``baked_env`` is the image's final environment: its base's variables, those that its recipe put
+    into /etc/environment, and its own ``env`` on top.
     """
     return {
         **template_summary(template),
@@ -83,12 +83,12 @@ def step_detail(shown: StepOutput) -> dict[str, Any]:
 
 
 def event_detail(event: Event) -> dict[str, Any]:
-    """One event of a build; beside the first three its members are the kind's own."""
+    """One event of a build; all members but the first three depend on the kind."""
     return {"seq": event.seq, "kind": event.kind, "at": timestamp(event.at), **event.payload}
 
 
 def event_page(page: EventPage, after: int) -> dict[str, Any]:
-    """Some events, and the number to go on after."""
+    """A page of events, and the number to continue after."""
     last = page.events[-1].seq if page.events else after
     events = [event_detail(event) for event in page.events]
     return {"events": events, "next_after": last, "ended": page.ended}
@@ -127,7 +127,7 @@ def step_size(step: StepSize) -> dict[str, Any]:
 
 
 def difference_detail(difference: Difference) -> dict[str, Any]:
-    """How two images differ; ``a`` is the one that was asked for, ``b`` what it is compared to."""
+    """How two images differ; ``a`` is the requested one, ``b`` the one it is compared with."""
     return {
         "a": difference.a.template.pk,
         "b": difference.b.template.pk,

@@ -1,4 +1,4 @@
-"""What a caller may ask of templates: one strict model for console, REST and MCP alike."""
+"""The request models for templates: strict, and shared by console, REST and MCP."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def usable_recipe(recipe: list[str]) -> list[str]:
 
 
 def usable_base(base: str) -> str:
-    """A base's name or a template's id, as far as its form can tell."""
+    """A base's name or a template's id; only its form is checked."""
     if not base.strip():
         raise ValueError("is required; choose a base image such as 'python-3.12'.")
     if len(base) > 64:
@@ -63,7 +63,7 @@ class TemplateSpec(BaseModel):
         list[Annotated[str, AfterValidator(usable_step)]], AfterValidator(usable_recipe)
     ]
     network: Literal["restricted", "open"] = Field(default="restricted")
-    # What the build may reach in place of the default list; ``@default`` in it stands for that.
+    # Replaces the default list of allowed hosts; ``@default`` in it stands for that list.
     allow_domains: Allowlist = None
     # Baked into the image, for every step and for every command of a sandbox made from it.
     env: Environment = Field(default_factory=dict)
@@ -71,12 +71,12 @@ class TemplateSpec(BaseModel):
     step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
     build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
     disk_mb: Annotated[int, Field(ge=MIN_DISK_MB, le=MAX_DISK_MB)] | None = None
-    # "failed": do not run again what a build that did not end well had completed.
+    # "failed": reuse the steps that a failed build completed.
     reuse: Literal["failed"] | None = None
 
     @model_validator(mode="after")
     def allowlist_needs_restricted(self) -> Self:
-        """An allowlist means something to the restricted network alone."""
+        """Refuse an allowlist on any network but ``restricted``."""
         if self.allow_domains is not None and self.network != "restricted":
             raise ValueError("'allow_domains' applies to network 'restricted' only.")
         return self

@@ -35,7 +35,7 @@ def template_list(request: ConsoleRequest) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_new(request: ConsoleRequest) -> HttpResponse:
-    """The form, and what it posts. A refusal keeps everything as it was typed."""
+    """Show the form, or create a template from it. A refused form keeps what was typed."""
     if request.method != "POST":
         return form_page(request, prefilled(request))
     form = TemplateForm.typed(request.POST)
@@ -48,7 +48,7 @@ def template_new(request: ConsoleRequest) -> HttpResponse:
 
 
 def prefilled(request: ConsoleRequest) -> TemplateForm:
-    """A form as ``?from=``, ``?preset=`` or ``?base=`` ask for it."""
+    """A form prefilled from ``?from=``, ``?preset=`` or ``?base=``."""
     if source := request.GET.get("from"):
         form = TemplateForm.like(services.get_template(request.actor, source))
         form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
@@ -84,7 +84,7 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
 @require_safe
 @console_page
 def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """One template: how its build goes, or what came of it."""
+    """One template: the progress of its build, or its result."""
     template = services.get_template(request.actor, template_id)
     return detail_page(request, template)
 
@@ -92,7 +92,7 @@ def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
 def detail_page(
     request: ConsoleRequest, template: Template, refused: DomainError | None = None
 ) -> HttpResponse:
-    """The page of one template, with why something it was asked to do was not done."""
+    """The page of one template; ``refused`` is why a requested action was not done."""
     line = requested_line(request.GET.get("line", ""))
     context = pages.detail_context(template, console_address(request), line)
     status = refused.status if refused else 200
@@ -102,7 +102,7 @@ def detail_page(
 
 
 def requested_line(text: str) -> pages.LineReference | None:
-    """The line that ``?line=2-1234`` names; None for anything that names none."""
+    """The line that ``?line=2-1234`` refers to; None if it is malformed."""
     found = _LINE.fullmatch(text)
     return pages.LineReference(int(found[1]), int(found[2])) if found else None
 
@@ -110,7 +110,7 @@ def requested_line(text: str) -> pages.LineReference | None:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Ask, then end the build. The page asks where there is no script for the dialog."""
+    """Ask for confirmation, then cancel the build. The page is the dialog without a script."""
     template = services.get_template(request.actor, template_id)
     if request.method != "POST":
         return render(request, "templates_app/cancel.html", {"template": template})
@@ -124,7 +124,7 @@ def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
 @require_POST
 @console_page
 def template_rebuild(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Build the same again, as a new template; with ``reuse=failed`` not what was completed."""
+    """Build the same again, as a new template; ``reuse=failed`` skips completed steps."""
     reuse: Literal["failed"] | None = "failed" if request.POST.get("reuse") == "failed" else None
     try:
         template = again.rebuild_template(request.actor, template_id, reuse=reuse)
@@ -138,7 +138,7 @@ def template_rebuild(request: ConsoleRequest, template_id: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_delete(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Ask, then delete. The page asks where there is no script for the dialog."""
+    """Ask for confirmation, then delete. The page replaces the dialog without a script."""
     template = services.get_template(request.actor, template_id)
     if request.method != "POST":
         return render(request, "templates_app/delete.html", {"template": template})

@@ -1,4 +1,4 @@
-"""What can be done with sandboxes. Console, REST and MCP all come through here."""
+"""Operations on sandboxes, shared by console, REST and MCP."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import ExecSpec
 
-# What an error repeats of the output, so that a command that was stopped still shows its work.
+# How much output an error includes, so that a killed command still shows its work.
 ERROR_OUTPUT_BYTES = 64 * 1024
-# When one that was refused may try again: commands are short, most of them.
+# When a refused caller may try again: most commands are short.
 RETRY_AFTER_SECONDS = 2
-# The frames that a command's stream ends with.
+# The frames that end a command's stream.
 FINAL_FRAMES = ("exec_exited", "error")
 TRUNCATION_NOTICE = (
     "\n[… output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
@@ -40,7 +40,7 @@ TRUNCATION_NOTICE = (
 
 @dataclass(frozen=True)
 class ExecAnswer:
-    """A command that ended. ``truncated`` says that output past 16 MiB was dropped."""
+    """A finished command. ``truncated`` means that output past 16 MiB was dropped."""
 
     stdout: str
     stderr: str
@@ -50,13 +50,13 @@ class ExecAnswer:
 
 
 def audit_details(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
-    """What the audit log keeps: not the command, which may hold secrets."""
+    """The audit log's details: not the command, which may contain secrets."""
     return {"exit_code": answer.exit_code, "duration_ms": answer.duration_ms}
 
 
 @audited("sandbox.exec", "sandbox", note=audit_details)
 def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
-    """Run a command to its end.
+    """Run a command to completion.
 
     Raises ``NotFound``, ``Conflict`` (not running), ``ExecTimeout``, ``ExecKilled``,
     ``RateLimited`` when as many of the team's commands run as its plan allows, ``InvalidInput``
@@ -79,12 +79,12 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
 
 
 def command_quota(actor: Actor) -> Quota:
-    """How many commands the actor's team may run at once: the host that runs them counts them."""
+    """The team's limit on concurrent commands, for the host, which counts them."""
     return Quota(actor.team.pk, build(actor.team).value("max_concurrent_commands"))
 
 
 def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
-    """The error for a command that is one too many. Reads rows, to say whom to ask for more."""
+    """The error for one command too many. Reads rows, to say who can raise the limit."""
     try:
         envelope(actor.team).require_room("max_concurrent_commands", error.running)
     except PlanLimit as limit:
@@ -94,12 +94,12 @@ def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> Domai
 
 
 async def run_to_completion(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
-    """What came of a command; cancelled, it ends it. Raises the host's errors."""
+    """A command's result; kills it if cancelled. Raises the host's errors."""
     return await async_host().exec_to_end(sandbox.pk, exec_request(sandbox, spec, quota))
 
 
 def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
-    """What the host is to run."""
+    """The host's request for a command."""
     return Exec(
         spec.command,
         cwd=spec.cwd,
@@ -110,7 +110,7 @@ def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
 
 
 def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
-    """Nobody waits for a command any more, and it was ended: put that on record."""
+    """Record in the audit log that a command was killed because nobody waits for it."""
     persistently(
         lambda: audit.record(
             actor,
@@ -124,7 +124,7 @@ def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
 
 
 def exec_answer(result: ExecResult) -> ExecAnswer:
-    """The answer; output that was cut says so itself, as not every client shows ``truncated``."""
+    """The answer; truncated output says so itself, as not every client shows ``truncated``."""
     printed = {"stdout": decode_output(result.stdout), "stderr": decode_output(result.stderr)}
     if result.truncated:
         truncated_stream = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
@@ -138,7 +138,7 @@ def exec_answer(result: ExecResult) -> ExecAnswer:
 
 
 def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
-    """The domain error for a command that did not end by itself; the row is put right."""
+    """The domain error for a command that the host ended or refused; corrects the row."""
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
         settle_if_missing(sandbox)
         return told(host_errors.ContainerGone(error.detail))
@@ -151,7 +151,7 @@ def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> Doma
 
 
 def killed_error(result: ExecResult) -> ExecKilled:
-    """The error for a command that a signal ended, with what it had printed."""
+    """The error for a command killed by a signal, with its output."""
     number = result.signal or 0
     error = ExecKilled(kill_message(number, memory=result.out_of_memory), signal=number)
     error.extra |= {
@@ -163,7 +163,7 @@ def killed_error(result: ExecResult) -> ExecKilled:
 
 
 def kill_message(number: int, *, memory: bool) -> str:
-    """The sentence for it."""
+    """The message for a command killed by a signal."""
     if memory:
         return "The command was killed because the sandbox ran out of memory; use a larger size."
     try:
@@ -174,7 +174,7 @@ def kill_message(number: int, *, memory: bool) -> str:
 
 
 class CommandStream(AsyncGenerator[dict[str, Any]]):
-    """The frames of a command. Closing it ends the command, and puts on record why.
+    """The frames of a command. Closing it kills the command, and records why.
 
     ``why`` is a sentence of who closes it; without one it was the client, or the server's end.
     """
@@ -185,7 +185,7 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
 
     @classmethod
     def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
-        """The stream of a command that starts when its first frame is asked for."""
+        """The stream of a command that starts when its first frame is requested."""
         stream = cls(exec_frames(actor, sandbox, spec))
         stream._frames = recording_abandonment(actor, sandbox, stream._frames, stream)
         return stream
@@ -195,21 +195,21 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
         return await self._frames.asend(value)
 
     async def athrow(self, *error: Any) -> dict[str, Any]:
-        """Raise an error where the frames come from."""
+        """Raise an error inside the underlying generator."""
         return await self._frames.athrow(*error)
 
     async def aclose(self) -> None:
-        """End the command, if it has not ended."""
+        """Kill the command, if it is still running."""
         await self._frames.aclose()
 
 
 @audited("sandbox.exec", "sandbox", note=lambda *_: {"stream": True})
 def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
-    """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
+    """Run a command; the frames of the wire contract as they arrive, ``exec_started`` first.
 
-    Close the iterator early and the command's process tree is killed; who has had enough of it
-    throws a ``DomainError`` in, which goes on record as why. Raises like :func:`exec_command`, but
-    only at once or before the first frame.
+    Closing the iterator early kills the command's process tree; a caller can throw in a
+    ``DomainError``, which is recorded as the reason. Raises like :func:`exec_command`, but only
+    immediately or before the first frame.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
@@ -219,7 +219,7 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
 async def recording_abandonment(
     actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The frames; that nobody waited for the last of them is put on record, and why."""
+    """The frames; records it, and why, if nobody waited for the last of them."""
     finished = False
     record = database_sync_to_async(record_abandoned)
     try:
@@ -232,7 +232,7 @@ async def recording_abandonment(
                     await record(actor, sandbox, error.detail)
                     raise
     except (GeneratorExit, asyncio.CancelledError):
-        # One that has had the last frame often leaves before it hears that there is no other.
+        # A client that has the last frame often leaves before it learns that there is no other.
         if not finished:
             await asyncio.shield(record(actor, sandbox, stream.close_reason or why_cut_off()))
         raise
@@ -241,10 +241,10 @@ async def recording_abandonment(
 async def exec_frames(
     actor: Actor, sandbox: Sandbox, spec: ExecSpec
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The frames of a command, which starts when the first is asked for."""
+    """The frames of a command, which starts when the first is requested."""
     quota = await database_sync_to_async(command_quota)(actor)
     started = async_host().exec_frames(sandbox.pk, exec_request(sandbox, spec, quota))
-    # An async generator, whatever the client calls it: closing it ends the command.
+    # An async generator, whatever the client calls it: closing it kills the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
     boundaries = {"stdout": Utf8Boundaries(), "stderr": Utf8Boundaries()}
     first_frame_seen = False
@@ -259,7 +259,7 @@ async def exec_frames(
                 for wire_frame in to_wire(frame, boundaries):
                     yield wire_frame
     except host_errors.TooManyCommands as error:
-        # Before any frame: it is the first thing that is looked at.
+        # Before any frame: the quota is checked first.
         raise await database_sync_to_async(too_many_commands)(actor, error) from error
     except host_errors.HostError as error:
         domain = await database_sync_to_async(translate_exec_error)(sandbox, error)
@@ -269,7 +269,7 @@ async def exec_frames(
 
 
 def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dict[str, Any]]:
-    """A host's frame in the words of the wire contract; the last one lets go of what was held."""
+    """A host's frame as in the wire contract; the last one flushes the held bytes."""
     if frame.kind == "started":
         return [{"kind": "exec_started", "pid": frame.pid}]
     if frame.kind == "chunk":
@@ -282,7 +282,7 @@ def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dic
 
 
 def output_frames(stream: str, data: bytes) -> list[dict[str, Any]]:
-    """A frame of output, unless there is none."""
+    """A frame of output, or none if it is empty."""
     encoded = base64.b64encode(data).decode("ascii")
     return [{"kind": "exec_chunk", "stream": stream, "data": encoded}] if data else []
 
@@ -301,13 +301,13 @@ def final_frame(frame: ExecFrame) -> dict[str, Any]:
 
 
 class Utf8Boundaries:
-    """Cuts a byte stream between characters: clients decode each chunk of UTF-8 by itself."""
+    """Splits a byte stream between characters: clients decode each UTF-8 chunk on its own."""
 
     def __init__(self) -> None:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """``data`` after what was held back, but for a last character that is not whole."""
+        """The held bytes and ``data``, except for an incomplete last character."""
         data = self._held + data
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(data)
@@ -315,11 +315,11 @@ class Utf8Boundaries:
         return data[: len(data) - len(self._held)]
 
     def flush(self) -> bytes:
-        """What was held back."""
+        """The held bytes."""
         held, self._held = self._held, b""
         return held
 
 
 def decode_output(data: bytes) -> str:
-    """Output as text: what is not UTF-8 is replaced."""
+    """Output as text; invalid UTF-8 is replaced."""
     return data.decode("utf-8", "replace")

@@ -36,7 +36,7 @@ from templates_app.services.bases import ALIASES, TEMPLATE_ID_PREFIX, Source, re
 FAILED_TO_START = (
     "The host couldn't start the sandbox. Try again; if it keeps failing, tell your operator."
 )
-# A page that shows a count among others does not wait for it as long as for what was asked.
+# A page that shows the count among others doesn't wait for it as long as for its main content.
 COUNT_TIMEOUT = 2.0
 NODE_ID = socket.gethostname()
 # Lower case and short, which the ids of templates and images are not.
@@ -45,10 +45,10 @@ BUILT_IN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 @audited("sandbox.create", "sandbox")
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
-    """A new sandbox, running.
+    """Create a sandbox; it is running when this returns.
 
     Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template or snapshot that is not ready),
-    ``PlanLimit``, ``FleetFull`` (nothing was created then), ``HostUnavailable``.
+    ``PlanLimit``, ``FleetFull`` (then nothing was created), ``HostUnavailable``.
     """
     actor.require(WRITE)
     reject_unsupported(spec)
@@ -70,11 +70,11 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
 def boot_or_discard(
     actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None
 ) -> None:
-    """Boot it; what fails leaves nothing on the host. Raises the error to tell of that."""
+    """Boot it; a failure leaves nothing on the host. Raises the domain error."""
     try:
         boot(sandbox, snapshot)
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
-        # Clients ask again, for the same or for something else, and count on nothing being left.
+        # Clients try again, with the same or another request, and rely on nothing being left.
         persistently(sandbox.delete)
         raise told(error) from error
     except host_errors.NotFound:
@@ -88,7 +88,7 @@ def boot_or_discard(
 
 
 def reject_unsupported(spec: SandboxSpec) -> None:
-    """Raise ``Unsupported`` for what this release does not do, rather than ignore it."""
+    """Raise ``Unsupported`` for features that this release lacks, rather than ignore them."""
     unsupported = {
         "volume": spec.volume is not None,
         "on_timeout": spec.on_timeout != "kill",
@@ -105,9 +105,9 @@ def reject_unsupported(spec: SandboxSpec) -> None:
 
 
 def resolve_source(team: Team, name: str) -> Source:
-    """What to boot. A built-in name is taken as it is: the host knows best, and saves a call.
+    """What to boot. A built-in name is passed on unchecked: the host knows it, which saves a call.
 
-    An image's own id is no such name: the host would boot it whosever template it came of.
+    An image's id is not such a name: the host would boot it whichever team it belongs to.
     """
     if not BUILT_IN_NAME.fullmatch(name):
         return resolve(team, name, field="template")
@@ -116,7 +116,7 @@ def resolve_source(team: Team, name: str) -> Source:
 
 
 def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
-    """The error for an image that the host does not have."""
+    """The error for an image that the host doesn't have."""
     name = spec.template or ""
     try:
         resolve(team, name, field="template")
@@ -134,7 +134,7 @@ def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
 def insert_row(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None, driver: str
 ) -> Sandbox:
-    """The row, counted against the plan under the team's lock; ``driver`` is to start it."""
+    """Insert the row, counted against the plan under the team's lock; ``driver`` starts it."""
     with transaction.atomic():
         limits = hold(actor.team, actor.user)
         check_limits(actor, limits, spec)
@@ -165,7 +165,7 @@ def insert_row(
 
 
 def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dict[str, Any]:
-    """What is asked for, as the row has it."""
+    """The request as columns of the row."""
     cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
     now = timezone.now()
     return {
@@ -188,7 +188,7 @@ def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dic
 
 
 def check_limits(actor: Actor, limits: Envelope, spec: SandboxSpec) -> None:
-    """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have this one."""
+    """Raise ``PlanLimit`` unless the team, whose row the caller has locked, may have it."""
     limits.require_size(spec.size)
     limits.require_at_most("max_timeout_seconds", spec.timeout_seconds, "timeout_seconds")
     limits.require_network(spec.network)
@@ -203,13 +203,13 @@ def check_limits(actor: Actor, limits: Envelope, spec: SandboxSpec) -> None:
 
 
 def using_slots(teams: Iterable[Team]) -> SandboxQuerySet:
-    """The sandboxes that take one of the teams' places now; a paused one has a place of its own."""
+    """The sandboxes that use a running slot of the teams; paused ones use other slots."""
     rows = Sandbox.objects.live().filter(team__in=teams)
     return rows.filter(expires_at__gt=timezone.now()).exclude(status=SandboxStatus.PAUSED)
 
 
 def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of the limits that sandboxes count against, by team id and limit."""
+    """Each team's usage of the limits on sandboxes, by team id and limit."""
     running = count_by_team(using_slots(teams))
     paused = count_by_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
     snapshot_counts = snapshots.usage_counts(teams)
@@ -226,7 +226,7 @@ def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
 
 
 def running_commands() -> dict[str, int] | None:
-    """How many commands run of each team that has any, by its id; None if the host is silent."""
+    """Running commands by team id, without zeros; None if the host doesn't answer."""
     try:
         return host().commands(seconds=COUNT_TIMEOUT)
     except host_errors.HostError:
@@ -234,12 +234,12 @@ def running_commands() -> dict[str, int] | None:
 
 
 def count_by_team(rows: SandboxQuerySet) -> dict[str, int]:
-    """How many of the rows each team has, by its id."""
+    """The number of rows by team id."""
     return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
-    """Start the container and say so. Raises the host's errors."""
+    """Start the container and update the row. Raises the host's errors."""
     info = host().create_sandbox(
         CreateSandbox(
             sandbox.pk,
@@ -261,12 +261,12 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
 
 
 def abandon(sandbox: Sandbox) -> None:
-    """Settle one that did not start, and leave nothing of it on the host."""
+    """Settle a sandbox that did not start, and leave nothing of it on the host."""
     driver = sandbox.driver
     state.mark_failed(sandbox, FAILED_TO_START, driver=driver)
     try:
         host().delete_sandbox(sandbox.pk)
     except host_errors.HostError:
-        # Who looks after what nobody drives finds it.
+        # It keeps its driver, so it is settled as an orphan later.
         return
     state.mark_released([sandbox.pk], driver)

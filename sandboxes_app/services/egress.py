@@ -1,4 +1,4 @@
-"""What a sandbox asked of the network, and what it was answered."""
+"""A sandbox's outbound requests, and their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sandboxes_app.services.lifecycle import get_sandbox
 
 
 def list_egress(actor: Actor, sandbox_id: str) -> list[EgressHost]:
-    """The hosts a sandbox asked for, refused ones first; none on network open.
+    """The hosts a sandbox contacted, refused ones first; none on network ``open``.
 
     Raises ``NotFound``, ``HostUnavailable``.
     """

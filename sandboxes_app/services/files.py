@@ -36,7 +36,7 @@ WRITABLE = ("/workspace", "/tmp")
 
 @dataclass(frozen=True)
 class BatchRow:
-    """How one file of a batch went: the bytes written, or the code of its error."""
+    """The result of one file of a batch: the bytes written, or an error code."""
 
     path: str
     bytes_written: int | None
@@ -44,7 +44,7 @@ class BatchRow:
 
 
 def read_path(actor: Actor, sandbox_id: str, path: str | None) -> FileContent | DirectoryListing:
-    """A file whole, or a directory's entries.
+    """A complete file, or a directory's entries.
 
     Raises ``NotFound``, ``Conflict`` (neither file nor directory), ``PayloadTooLarge`` (16 MiB).
     """
@@ -55,7 +55,7 @@ def read_path(actor: Actor, sandbox_id: str, path: str | None) -> FileContent | 
 
 
 def stat(actor: Actor, sandbox_id: str, path: str | None) -> FileStat:
-    """What is at a path; missing is no error."""
+    """What is at a path; a missing one is not an error."""
     actor.require(READ)
     checked = required_path(path)
     with running_sandbox(actor, sandbox_id) as sandbox:
@@ -64,7 +64,7 @@ def stat(actor: Actor, sandbox_id: str, path: str | None) -> FileStat:
 
 @audited("file.write", "sandbox", note=lambda size, spec: {"path": spec.path, "bytes": size})
 def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> int:
-    """Write a file whole or not at all; the bytes written.
+    """Write a complete file or nothing; the number of bytes written.
 
     Raises ``InvalidInput`` (not base64, or outside the writable roots), ``PayloadTooLarge``.
     """
@@ -87,14 +87,14 @@ def write(sandbox: Sandbox, spec: FileSpec) -> int:
 
 @audited("file.write", "sandbox", note=lambda rows, _: {"files": len(rows)})
 def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> list[BatchRow]:
-    """Write many files; a bad one is a row, and never stops the rest."""
+    """Write many files; a failure is a row of the result, and doesn't stop the rest."""
     actor.require(WRITE)
     with running_sandbox(actor, sandbox_id) as sandbox:
         return [write_row(sandbox, file) for file in spec.files]
 
 
 def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> BatchRow:
-    """One file of a batch. Only a sandbox that is gone ends the batch."""
+    """Write one file of a batch. Only a missing sandbox ends the batch."""
     if isinstance(spec, InvalidRow):
         return BatchRow(spec.path, None, InvalidInput.default_code)
     try:
@@ -124,7 +124,7 @@ def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
 
 @audited("file.mkdir", "sandbox", note=lambda _, spec: {"path": spec.path})
 def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> None:
-    """Make a directory."""
+    """Create a directory."""
     actor.require(WRITE)
     target = writable_path(spec.path)
     with running_sandbox(actor, sandbox_id) as sandbox:
@@ -142,7 +142,7 @@ def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> None:
 
 @contextmanager
 def running_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
-    """A running sandbox, with what the host says of its files told as domain errors."""
+    """A running sandbox; translates the host's errors about its files into domain errors."""
     sandbox = find_running(actor, sandbox_id)
     try:
         yield sandbox
@@ -169,9 +169,9 @@ def required_path(path: str | None) -> str:
 
 
 def writable_path(path: str) -> str:
-    """The path, in its normal form, if it is below a writable root. Raises ``InvalidInput``.
+    """The normalized path, if it is below a writable root. Raises ``InvalidInput``.
 
-    Only what was asked is judged: a link inside leads nowhere but into the same container.
+    Only the path's text is checked: a link inside can only lead into the same container.
     """
     normalized = "/" + posixpath.normpath(path).lstrip("/")
     if not normalized.startswith(tuple(f"{root}/" for root in WRITABLE)):

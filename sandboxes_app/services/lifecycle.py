@@ -1,4 +1,4 @@
-"""Reading sandboxes, ending them, and ending those whose time is over."""
+"""Reading sandboxes, terminating them, and expiring them."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from sandboxes_app.specs import TimeoutSpec
 logger = logging.getLogger(__name__)
 
 NOT_FOUND = "There is no such sandbox in your team; check the id."
-# What has a container that the host must know.
+# The states in which the host must have a container.
 SETTLED = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
-# A container this young may belong to a create whose transaction is under way.
+# A container this young may belong to a create whose transaction is still open.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
 MAX_UNKNOWN_RELEASES = 5
 RELEASE = "sandboxes_app.tasks.release_sandboxes"
-# What a task is told has to go through a socket (orkestr_console.queue.sockets).
+# A task's arguments have to fit through a socket (orkestr_console.queue.sockets).
 RELEASE_BATCH = 1000
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """One of the team's sandboxes, ended ones included. Raises ``NotFound``."""
+    """One of the team's sandboxes, which may have ended. Raises ``NotFound``."""
     actor.require(READ)
     return find(actor, sandbox_id)
 
 
 def find(actor: Actor, sandbox_id: str) -> Sandbox:
-    """The row, its expiry settled. Raises ``NotFound``."""
+    """The row, settled if it has expired. Raises ``NotFound``."""
     if not is_id("sbx", sandbox_id):
         raise NotFound(NOT_FOUND)
     sandbox = Sandbox.objects.for_team(actor.team).filter(pk=sandbox_id).first()
@@ -106,7 +106,7 @@ def list_sandboxes(
 
 @audited("sandbox.terminate", "sandbox")
 def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """End a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
+    """Terminate a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
     if sandbox.status in LIVE:
@@ -118,9 +118,9 @@ def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
 
 
 def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
-    """Settle one as ended by somebody, whose container ``driver`` frees; False if it has ended.
+    """Mark as terminated; ``driver`` releases the container. False if it has already ended.
 
-    Who starts it just now drives it on: there may be a container only once that is done.
+    A process that is starting it remains its driver: the container may only exist later.
     """
     with transaction.atomic():
         if not state.mark_ended(sandbox, "terminated", sandbox.driver or driver):
@@ -131,12 +131,12 @@ def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
 
 
 def release(sandbox_id: str) -> None:
-    """Free the container now, or by a task when the host does not answer; count what it used."""
+    """Release the container now, or by a task if the host doesn't answer, and count its usage."""
     try:
         host().delete_sandbox(sandbox_id)
         metering.collect(sandbox_id)
     except host_errors.HostError as error:
-        logger.warning("sandbox %s could not be released yet: %s", sandbox_id, error.detail)
+        logger.warning("could not release sandbox %s yet: %s", sandbox_id, error.detail)
         async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
 
 
@@ -157,7 +157,7 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
 
 
 def new_expiry(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
-    """When a lifetime of ``seconds`` from now ends. Raises ``PlanLimit`` if the plan forbids it."""
+    """The end of a lifetime of ``seconds`` from now. Raises ``PlanLimit`` if it is too late."""
     allowed = envelope(actor.team)
     allowed.require_at_most("max_timeout_seconds", seconds, "timeout_seconds")
     plan = allowed.plan
@@ -175,17 +175,17 @@ def new_expiry(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
 
 
 def settle_overdue(sandbox: Sandbox) -> None:
-    """Settle one whose time is over by this clock, which may have been set meanwhile.
+    """Settle a sandbox that has expired by this clock, which may have been changed meanwhile.
 
-    The host counts the seconds (:mod:`hostruntime.host.clock`): what it says is left is left, and
-    the row gets the moment at which that is now. While it does not answer the row stays as it is.
+    The host counts the seconds (:mod:`hostruntime.host.clock`): its remaining time is the truth,
+    and the row is moved to match. While the host doesn't answer, the row stays as it is.
     """
     try:
         info = host().sandbox(sandbox.pk)
     except host_errors.NotFound:
         info = None
     except host_errors.HostError as error:
-        logger.warning("sandbox %s is not settled yet: %s", sandbox.pk, error.detail)
+        logger.warning("could not settle sandbox %s yet: %s", sandbox.pk, error.detail)
         return
     deadline = info.deadline if info is not None and info.state == "running" else None
     if deadline is None or deadline <= timezone.now().timestamp():
@@ -196,7 +196,7 @@ def settle_overdue(sandbox: Sandbox) -> None:
 
 
 def expire(sandbox: Sandbox) -> None:
-    """Settle one whose time is over. The host ends the container by itself as well."""
+    """Mark a sandbox as expired. The host also ends the container on its own."""
     with transaction.atomic():
         if state.mark_ended(sandbox, "expired"):
             async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
@@ -205,7 +205,7 @@ def expire(sandbox: Sandbox) -> None:
 
 
 def expire_overdue() -> int:
-    """Settle every sandbox whose time is over, of all teams; how many there were."""
+    """Settle all teams' sandboxes that are past their deadline; how many there were."""
     due = list(Sandbox.objects.live().filter(expires_at__lte=timezone.now()))
     for sandbox in due:
         settle_overdue(sandbox)
@@ -213,14 +213,14 @@ def expire_overdue() -> int:
 
 
 def terminate_all() -> int:
-    """Settle every sandbox of all teams as terminated: the operator ended them all; how many."""
+    """Mark all teams' sandboxes as terminated, as the operator ended them; how many."""
     end = state.End("terminated", SandboxStatus.TERMINATED)
     live = Sandbox.objects.live().values_list("pk", flat=True)
     return len(state.mark_many_ended(dict.fromkeys(live, end)))
 
 
 def settle_if_missing(sandbox: Sandbox) -> bool:
-    """Bring the row up to date if the host has no running container for it; whether it has none."""
+    """Settle the row if the host has no running container for it; whether it has none."""
     try:
         info = host().sandbox(sandbox.pk)
     except host_errors.NotFound:
@@ -232,7 +232,7 @@ def settle_if_missing(sandbox: Sandbox) -> bool:
 
 
 def apply_changes(changed: Iterable[SandboxInfo]) -> None:
-    """Make rows say what the host says of these. Raises the host's errors."""
+    """Update the rows of sandboxes that the host reports as changed. Raises the host's errors."""
     known = {info.id: info for info in changed}
     end_many({key: state.end_reason(info) for key, info in known.items() if not is_running(info)})
     running = [key for key, info in known.items() if is_running(info)]
@@ -241,12 +241,12 @@ def apply_changes(changed: Iterable[SandboxInfo]) -> None:
 
 
 def reconcile() -> None:
-    """Make rows and containers agree, by a few statements. Raises the host's errors.
+    """Make rows and containers agree, with few statements. Raises the host's errors.
 
-    Rows on their way to another state are their driver's (:mod:`sandboxes_app.services.settling`).
+    Rows in a transitional state belong to their driver (:mod:`sandboxes_app.services.settling`).
     """
     rows = Sandbox.objects.filter(status__in=SETTLED)
-    # Read before the host is asked: what a row has then, the host had before.
+    # Read before the host is asked: it had a container before the row said so.
     settled = list(rows.only("pk", "status", "team_id", "expires_at"))
     known = {info.id: info for info in host().sandboxes()}
     ended = {
@@ -261,9 +261,9 @@ def reconcile() -> None:
 
 
 def match_host(sandboxes: Sequence[Sandbox], from_statuses: Iterable[str] = LIVE) -> None:
-    """Make these rows say what the host has now. Raises the host's errors.
+    """Make these rows agree with the host. Raises the host's errors.
 
-    Not those to which something else happens meanwhile, or that are not in one of ``among``.
+    Rows that change meanwhile, or are not in one of ``from_statuses``, stay as they are.
     """
     if not sandboxes:
         return
@@ -280,12 +280,12 @@ def match_host(sandboxes: Sequence[Sandbox], from_statuses: Iterable[str] = LIVE
 
 
 def is_running(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
-    """Whether the host has a container for it, paused or not."""
+    """Whether the host has a container, paused or not."""
     return info is not None and info.state == "running"
 
 
 def end_many(ends: Mapping[str, state.End], from_statuses: Iterable[str] = LIVE) -> None:
-    """Say that these have ended, and have what the host still has of them freed by a task."""
+    """Mark these as ended, and queue the release of what the host still has of them."""
     if not ends:
         return
     with transaction.atomic():
@@ -294,7 +294,7 @@ def end_many(ends: Mapping[str, state.End], from_statuses: Iterable[str] = LIVE)
 
 
 def release_orphaned(drivers: Mapping[str, str]) -> None:
-    """Have containers freed whose rows say that they have ended, and whose drivers are gone."""
+    """Queue the release of ended sandboxes whose drivers are gone, by id and driver."""
     with transaction.atomic():
         release_later(
             [key for key, driver in drivers.items() if state.mark_released([key], driver)]
@@ -302,28 +302,28 @@ def release_orphaned(drivers: Mapping[str, str]) -> None:
 
 
 def release_later(sandbox_ids: Iterable[str]) -> None:
-    """Have what the host has of these freed by tasks."""
+    """Queue the release of what the host has of these, in batches."""
     for batch in batched(sandbox_ids, RELEASE_BATCH):
         async_task(RELEASE, batch, group="sandboxes")
 
 
 def release_unknown(running: Collection[SandboxInfo]) -> None:
-    """Free containers that no live row names, but those that may just be starting.
+    """Release containers without a live row, except those that may just be starting.
 
-    All whose rows say that they have ended: they were ended while the host was away. Of those that
-    no row names a few at a time: if it is the rows that are wrong, somebody is to notice.
+    All whose rows have ended: that happened while the host was away. Of those without a row only a
+    few at a time: if the rows are wrong, somebody should notice.
     """
     ids = [info.id for info in running]
-    # A row is there before its container.
+    # A row exists before its container.
     statuses = dict(Sandbox.objects.filter(pk__in=ids).values_list("pk", "status"))
     for info in running:
         if info.id in statuses and statuses[info.id] not in LIVE:
-            logger.warning("sandbox %s has ended and runs: it is freed", info.id)
+            logger.warning("sandbox %s has ended but is running: releasing it", info.id)
             release(info.id)
     started_before = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
     unknown = [
         info for info in running if info.id not in statuses and info.started_at < started_before
     ]
     for info in unknown[:MAX_UNKNOWN_RELEASES]:
-        logger.error("sandbox %s runs and no row names it: it is ended", info.id)
+        logger.error("sandbox %s is running but has no row: releasing it", info.id)
         release(info.id)

@@ -1,8 +1,8 @@
-"""Counting what sandboxes use, exactly once.
+"""Counting sandboxes' usage, exactly once.
 
-The host tells sums that only grow, by day. What of them is counted already is on the sandbox's
-row, and both change in one transaction under the row's lock: a collector that crashes, runs twice
-or beside another adds nothing twice. Only once that is committed may the host forget.
+The host reports totals that only grow, by day. The part already counted is on the sandbox's row,
+and both change in one transaction under the row's lock: a collector that crashes, or runs twice, or
+next to another, adds nothing twice. Only after the commit may the host forget.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sandboxes_app.models import Sandbox
 
 
 def collect(sandbox_id: str | None = None) -> None:
-    """Count what all sandboxes used, or one; safe at any time. Raises the host's errors."""
+    """Count the usage of all sandboxes, or of one; safe at any time. Raises the host's errors."""
     usage_by_id = {info.id: info for info in host().usage(sandbox_id)}
     rows = Sandbox.objects.filter(pk__in=usage_by_id)
     for team_id in sorted(set(rows.values_list("team_id", flat=True))):
         count(team_id, usage_by_id)
-    # One whose row is gone belongs to nobody: it is forgotten as well.
+    # One without a row belongs to nobody, and is forgotten as well.
     ended = [info.id for info in usage_by_id.values() if info.ended]
     if ended:
         host().usage_collected(ended)
 
 
 def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
-    """Count what is new of one team's sandboxes."""
+    """Count the new usage of one team's sandboxes."""
     amounts: dict[Key, float] = {}
     with transaction.atomic():
         rows = Sandbox.objects.filter(team_id=team_id, pk__in=usage_by_id).order_by("pk")
@@ -53,9 +53,9 @@ def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
 
 
 def uncounted_by_day(info: UsageInfo, counted: Used) -> Iterator[tuple[date, Used]]:
-    """What each day has beyond ``counted``, of which the earliest days were counted first.
+    """The usage of each day beyond ``counted``, which covers the earliest days first.
 
-    What was used before the days that the host still tells apart goes to the first of them.
+    Usage from before the days that the host still distinguishes goes to the first of them.
     """
     counted_up_to = Used()
     for number, used in enumerate(info.days):
@@ -71,12 +71,12 @@ def uncounted_by_day(info: UsageInfo, counted: Used) -> Iterator[tuple[date, Use
 
 
 def amount_after(begin: float, end: float, counted: float) -> float:
-    """How much of the stretch from ``begin`` to ``end`` lies after ``counted``."""
+    """How much of the range from ``begin`` to ``end`` is above ``counted``."""
     return max(end - max(begin, counted), 0.0)
 
 
 def by_metric(used: Used) -> tuple[tuple[Metric, float], ...]:
-    """The amounts by the metric they are counted under."""
+    """The amounts by metric."""
     return (
         (Metric.VCPU_SECONDS, used.cpu_seconds),
         (Metric.GB_SECONDS, used.gb_seconds),

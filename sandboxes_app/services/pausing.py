@@ -1,8 +1,8 @@
-"""Pausing a sandbox and taking it up again: its processes stand still, its memory and files stay.
+"""Pausing and resuming a sandbox: its processes are frozen, its memory and files stay.
 
-A paused sandbox takes one of the places that the plan has for those, instead of one of the places
-for running ones, and ends when nobody resumes it for ``MAX_PAUSE``. What it keeps in memory is
-still in the machine's memory: it does not outlive a restart of the machine.
+A paused sandbox uses one of the plan's slots for paused ones instead of one for running ones, and
+ends if nobody resumes it within ``MAX_PAUSE``. Its memory stays in the machine's memory, and
+doesn't survive a restart of the machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAUSED_STATUSES = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
 
 @audited("sandbox.pause", "sandbox", note=lambda s, _: {"until": s.expires_at.isoformat()})
 def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """Let a running sandbox stand still; it is paused when this returns.
+    """Pause a running sandbox; it is paused when this returns.
 
     Raises ``NotFound``, ``Conflict`` (not running, or the plan's number of paused ones is
     reached), ``HostUnavailable``.
@@ -44,21 +44,21 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
 
 
 def mark_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
-    """Take one of the places for paused ones, and say so in the row. Raises ``Conflict``."""
+    """Take one of the slots for paused sandboxes, and update the row. Raises ``Conflict``."""
     with transaction.atomic():
         limits = hold(actor.team, actor.user)
         paused = Sandbox.objects.for_team(actor.team).filter(status__in=PAUSED_STATUSES)
         try:
             limits.require_room("max_snapshots", paused.count())
         except PlanLimit as error:
-            # What clients know it as: they free a place and try again.
+            # The code that clients know: they free a slot and try again.
             raise Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra) from None
         if not state.mark_pausing(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
 def pause(sandbox: Sandbox) -> None:
-    """Have the host freeze it, and say what came of it. Raises ``Conflict`` and the host's."""
+    """Have the host freeze it, and record the result. Raises ``Conflict`` and the host's errors."""
     until = timezone.now() + MAX_PAUSE
     try:
         host().pause_sandbox(sandbox.pk, until.timestamp())
@@ -72,10 +72,10 @@ def pause(sandbox: Sandbox) -> None:
 
 @audited("sandbox.resume", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
 def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """Let a paused sandbox run on, for as long again as it was created for.
+    """Resume a paused sandbox, for another full lifetime.
 
-    Raises ``NotFound``, ``Conflict`` (not paused, or gone), ``PlanLimit`` (no place among the
-    running ones), ``HostUnavailable``.
+    Raises ``NotFound``, ``Conflict`` (not paused, or missing), ``PlanLimit`` (no slot for another
+    running one), ``HostUnavailable``.
     """
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
@@ -93,7 +93,7 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
 
 
 def mark_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
-    """Take one of the places for running ones, and say so in the row.
+    """Take one of the slots for running sandboxes, and update the row.
 
     Raises ``PlanLimit``, ``Conflict``.
     """
@@ -107,7 +107,7 @@ def mark_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
 
 
 def resume(sandbox: Sandbox) -> None:
-    """Have the host thaw it, and say what came of it. Raises ``Conflict`` and the host's."""
+    """Have the host thaw it, and record the result. Raises ``Conflict`` and the host's errors."""
     end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
     try:
         host().resume_sandbox(sandbox.pk, end.timestamp())
@@ -122,7 +122,7 @@ def resume(sandbox: Sandbox) -> None:
 def can_roll_back(sandbox: Sandbox, error: host_errors.HostError) -> bool:
     """Whether a failed call left things as they were.
 
-    A host that did not answer may have done it or not: it is asked when it answers
+    A host that did not answer may have done it or not: that is settled once it answers
     (:mod:`sandboxes_app.services.settling`).
     """
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):

@@ -1,7 +1,7 @@
-"""Settling what is on its way to another state while nobody drives it there any more.
+"""Settling rows that are on their way to another state but have lost their driver.
 
-A process was killed, or gave up on a host that did not answer. What the row then says is decided
-by what the host has, and by nothing that a clock says (:mod:`orkestr_console.queue.driving`).
+Their process was killed, or gave up on a host that did not answer. What the host has decides the
+row's new state, and no clock does (:mod:`orkestr_console.queue.driving`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
 class Orphan(NamedTuple):
-    """A row on its way, and who drove it."""
+    """A row in a transitional state, and the driver it lost."""
 
     kind: str
     id: str
@@ -43,9 +43,9 @@ class Orphan(NamedTuple):
 
 
 def find_orphans() -> set[Orphan]:
-    """What nobody drives just now, by one statement.
+    """The rows that nobody drives now, by one statement.
 
-    A build that has no driver waits for a worker, and is not left.
+    A build without a driver is waiting for a worker, and is no orphan.
     """
     rows = (
         (SANDBOX, Sandbox.objects.filter(status__in=TRANSITIONAL)),
@@ -58,25 +58,25 @@ def find_orphans() -> set[Orphan]:
 
 
 def undriven(kind: str, rows: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, str]]:
-    """Those among the rows that nobody drives."""
+    """The rows that nobody drives."""
     found = rows.filter(~Q(IsDriven("driver")))
     return found.order_by().values_list(Value(kind), "pk", "driver")
 
 
 def settle_orphans() -> None:
-    """Settle what nobody drives and nobody drove a moment before.
+    """Settle the rows that have had no driver for ``SURE_SECONDS``.
 
-    Not while database and host do not belong together. Raises the host's errors.
+    Not while database and host don't belong together. Raises the host's errors.
     """
     orphans = find_orphans()
-    # At once: a driver that lives loses nothing when another follows its build.
+    # Immediately: a live driver loses nothing if another follows its build.
     for template in select_kind(orphans, TEMPLATE):
         templates.hand_off(template.id, template.driver)
     orphans.difference_update(select_kind(orphans, TEMPLATE))
     if not orphans or installation.is_apart():
         return
     let_go()
-    # PostgreSQL may have restarted just now, and those who drive take their locks again.
+    # PostgreSQL may have just restarted, and live drivers take their locks again.
     time.sleep(SURE_SECONDS)
     orphans &= find_orphans()
     lifecycle.release_orphaned({orphan.id: orphan.driver for orphan in select_kind(orphans, ENDED)})
@@ -85,9 +85,9 @@ def settle_orphans() -> None:
 
 
 def settle_all() -> None:
-    """Make all rows and the host agree. Raises the host's errors.
+    """Make all rows agree with the host. Raises the host's errors.
 
-    For a host whose state is this database's.
+    Only for a host whose state belongs to this database.
     """
     lifecycle.reconcile()
     settle_orphans()
@@ -96,18 +96,18 @@ def settle_all() -> None:
 
 
 def select_kind(orphans: set[Orphan], kind: str) -> list[Orphan]:
-    """Those of one kind."""
+    """The orphans of one kind."""
     return [orphan for orphan in orphans if orphan.kind == kind]
 
 
 def settle_sandboxes(orphans: set[Orphan]) -> None:
-    """Settle those sandboxes, by what the host has of each. Raises the host's errors."""
+    """Settle orphaned sandboxes by what the host has. Raises the host's errors."""
     drivers = {orphan.id: orphan.driver for orphan in select_kind(orphans, SANDBOX)}
     if not drivers:
         return
     rows = Sandbox.objects.filter(pk__in=drivers, status__in=TRANSITIONAL)
     mine = [sandbox for sandbox in rows if sandbox.driver == drivers[sandbox.pk]]
     starting = [orphan.pk for orphan in mine if orphan.status == SandboxStatus.STARTING]
-    # Nobody was told of it: who asked for it asks again, and counts on nothing being left.
+    # Their creator got no answer, will ask again, and relies on nothing being left.
     end_many(dict.fromkeys(starting, CUT_OFF), TRANSITIONAL)
     match_host([orphan for orphan in mine if orphan.pk not in starting], TRANSITIONAL)

@@ -1,4 +1,4 @@
-"""Snapshots of running sandboxes: taking, reading and deleting them, and starting from one."""
+"""Snapshots of running sandboxes: creating, reading and deleting them, and starting from one."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MEGABYTE = 1_000_000
 
 @audited("snapshot.create", "sandbox")
 def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapshot:
-    """The files of a running sandbox as they are now, for others to start from; it runs on.
+    """Capture the files of a running sandbox, for others to start from; it keeps running.
 
-    Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, one is being taken),
-    ``FleetFull``, ``HostUnavailable``; the row then says that it failed and why.
+    Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, another capture is
+    running), ``FleetFull``, ``HostUnavailable``; the row then records the failure.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
@@ -53,7 +53,7 @@ def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapsh
 
 
 def capture(snapshot: Snapshot, sandbox: Sandbox) -> None:
-    """Have the host copy the files. Raises the error to tell, nothing being left but the row."""
+    """Have the host copy the files. A failure leaves only the row; raises the domain error."""
     try:
         info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
@@ -64,7 +64,7 @@ def capture(snapshot: Snapshot, sandbox: Sandbox) -> None:
 
 
 def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Snapshot:
-    """The row, counted against the plan under the team's lock; ``driver`` is to take it."""
+    """Insert the row, counted against the plan under the team's lock; ``driver`` captures it."""
     with transaction.atomic():
         limits = hold(actor.team, actor.user)
         try:
@@ -101,7 +101,7 @@ def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) 
 
 
 def usage_counts(teams: Collection[Team]) -> dict[str, int]:
-    """How many snapshots each team keeps, by team id."""
+    """The number of stored snapshots by team id."""
     rows = (
         Snapshot.objects.stored().filter(team__in=teams).values("team").annotate(kept=Count("pk"))
     )
@@ -110,27 +110,26 @@ def usage_counts(teams: Collection[Team]) -> dict[str, int]:
 
 
 def mark_ready(snapshot: Snapshot, info: SnapshotInfo) -> bool:
-    """It is there, unless it was deleted or given up meanwhile; whether it is."""
+    """Mark it as ready, unless it was deleted or abandoned meanwhile; whether it is ready."""
     rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
     size_mb = -(-info.size_bytes // MEGABYTE)
     ready = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
     persistently(lambda: rows.update(**ready))
     persistently(snapshot.refresh_from_db)
-    # Whoever deleted it or gave it up left another status, or when.
+    # A deletion or failure meanwhile shows in the status or ``deleted_at``.
     return snapshot.status == SnapshotStatus.READY and snapshot.deleted_at is None
 
 
 def mark_failed(snapshot: Snapshot, message: str) -> None:
-    """It came to nothing, or is no more."""
+    """Mark it as failed or lost."""
     rows = Snapshot.objects.filter(pk=snapshot.pk)
     persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
 
 
 def settle_orphans(snapshot_ids: Collection[str]) -> None:
-    """Settle those, which nobody takes any more, by what the host has. Raises the host's errors.
+    """Settle snapshots without a driver by what the host has. Raises the host's errors.
 
-    One whose copy was done is ready; nothing is left of the others, whose copy is ended, nor of
-    those that were deleted meanwhile.
+    One whose copy is complete is ready; the others, and those deleted meanwhile, are released.
     """
     rows = list(Snapshot.objects.filter(pk__in=snapshot_ids, status=SnapshotStatus.CAPTURING))
     if not rows:
@@ -146,12 +145,12 @@ def settle_orphans(snapshot_ids: Collection[str]) -> None:
 
 
 def discard(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
-    """The error to tell of a capture that failed; nothing is left of it but the row."""
+    """Discard a failed capture, so that only the row is left; the domain error to raise."""
     try:
         if settle_if_missing(sandbox):
             error = host_errors.ContainerGone(error.detail)
     except host_errors.HostError:
-        logger.warning("sandbox %s was not looked at: the host does not answer", sandbox.pk)
+        logger.warning("could not check sandbox %s: the host does not answer", sandbox.pk)
     domain = translate_exec_error(sandbox, error)
     mark_failed(snapshot, domain.detail)
     release(snapshot.pk)
@@ -183,7 +182,7 @@ def list_snapshots(
 
 @audited("snapshot.delete", "snapshot")
 def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
-    """Delete a snapshot; one that is deleted stays so. Sandboxes started from it run on.
+    """Delete a snapshot; deleting it again is no error. Sandboxes started from it keep running.
 
     Raises ``NotFound``.
     """
@@ -204,18 +203,18 @@ def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
 
 
 def release(snapshot_id: str) -> None:
-    """Delete what the host has of it now, or leave it to the reconcile pass."""
+    """Delete it on the host now, or leave that to the reconcile pass."""
     try:
         host().delete_snapshot(snapshot_id)
     except host_errors.HostError as error:
-        logger.warning("snapshot %s stays until the next pass: %s", snapshot_id, error.detail)
+        logger.warning("could not delete snapshot %s yet: %s", snapshot_id, error.detail)
 
 
 # Starting from one ----------------------------------------------------------------------------
 
 
 def apply_snapshot(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
-    """What is asked for with all that the snapshot decides filled in, and the snapshot.
+    """The request completed with what the snapshot determines, and the snapshot.
 
     Raises ``NotFound``, ``Conflict`` (it is not ready).
     """
@@ -229,13 +228,13 @@ def apply_snapshot(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapsh
     if "network" not in spec.model_fields_set:
         inherited["network"] = snapshot.network
     if spec.allow_domains is None and inherited.get("network", spec.network) == snapshot.network:
-        # Never wider than what the snapshot's sandbox could reach, unless the caller says so.
+        # Never wider than what the snapshot's sandbox could reach, unless the caller asks for it.
         inherited["allow_domains"] = snapshot.allow_domains
     return spec.model_copy(update=inherited), snapshot
 
 
 def missing_error(snapshot: Snapshot) -> DomainError:
-    """The error for a snapshot that the host does not have, which the row then says."""
+    """The error for a snapshot that the host doesn't have; marks the row as failed."""
     if not installation.is_apart():
         mark_failed(snapshot, LOST)
     return Conflict(LOST, code="snapshot_not_ready")
@@ -247,7 +246,8 @@ def missing_error(snapshot: Snapshot) -> DomainError:
 def reconcile() -> None:
     """Make rows and the host's snapshots agree. Raises the host's errors.
 
-    For a host whose state is this database's. What no row names is set aside, not deleted.
+    Only for a host whose state belongs to this database. What no row refers to is quarantined, not
+    deleted.
     """
     ready = list(Snapshot.objects.stored().filter(status=SnapshotStatus.READY))
     known = host().snapshots()
@@ -256,13 +256,13 @@ def reconcile() -> None:
         if snapshot.pk not in present:
             mark_failed(snapshot, LOST)
     lost = Q(status=SnapshotStatus.FAILED, error_message=LOST, deleted_at=None)
-    # An operator has put it back.
+    # An operator has restored it.
     Snapshot.objects.filter(lost, pk__in=present).update(
         status=SnapshotStatus.READY, error_message=""
     )
     for deleted in Snapshot.objects.filter(pk__in=present).exclude(deleted_at=None):
-        # The host was away when somebody deleted it.
+        # The host was unreachable when somebody deleted it.
         release(deleted.pk)
-    # A row is there before the host begins, and what is young the host keeps.
+    # A row exists before the host starts, and the host keeps what is young.
     known_ids = list(Snapshot.objects.stored().values_list("pk", flat=True))
     installation.reconcile(snapshots=known_ids)

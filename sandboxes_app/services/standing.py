@@ -1,4 +1,4 @@
-"""Whether the rows have anything to do with what is on the host."""
+"""Whether the rows and the host belong together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from templates_app.models import Template
 
 
 def has_known_objects() -> bool:
-    """Whether any row names an image or a snapshot that the host has. Raises the host's errors."""
+    """Whether any row refers to an image or snapshot on the host. Raises the host's errors."""
     let_go()
     images = [image.id for image in host().images() if image.kind == "template"]
     snapshots = [snapshot.id for snapshot in host().snapshots()]

@@ -1,4 +1,4 @@
-"""The only place where a sandbox's status changes: compare, set, and say so in one transaction."""
+"""The only place where a sandbox's status changes: compare-and-set with an event and a notice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUT_OFF = (
 
 @dataclass(frozen=True)
 class End:
-    """How a sandbox ended: the event, the status, and why if it is not as it should be."""
+    """How a sandbox ended: the event, the status, and the error message of a failure."""
 
     kind: str
     to: SandboxStatus
@@ -52,10 +52,11 @@ def transition(
     driver: str = "",
     **fields: Any,
 ) -> bool:
-    """Move ``sandbox`` to ``to`` if it is in one of ``among``; whether it was.
+    """Move ``sandbox`` to ``to`` if it is in one of ``from_statuses``; whether it was.
 
-    The event row and the notice are in the same transaction. The object is brought up to date.
-    With ``seen`` that event must still be the last. ``driver`` takes it on from there, if any.
+    The event row and the notice are in the same transaction. The object is updated too. If
+    ``last_seen_event`` is set, that event must still be the last. ``driver`` is the new driver,
+    if any.
     """
     fields["driver"] = driver
     with transaction.atomic():
@@ -76,7 +77,7 @@ def transition(
 
 
 def last_event(sandbox: Sandbox) -> int:
-    """The number of what happened to it last; 0 for nothing."""
+    """The id of its last event; 0 if there is none."""
     events = SandboxEvent.objects.filter(sandbox=sandbox).order_by("-id")
     return events.values_list("pk", flat=True).first() or 0
 
@@ -84,9 +85,9 @@ def last_event(sandbox: Sandbox) -> int:
 def transition_persistently(
     sandbox: Sandbox, kind: str, *, to: SandboxStatus, **changes: Any
 ) -> bool:
-    """The same for what has happened on the host already, however long the database is away.
+    """The same for a change that the host has already made, however long the database is away.
 
-    Done again because the answer was lost, it finds the row as it should be, which counts.
+    A retry after a lost answer finds the row already changed, which counts as success.
     """
     tries = 0
 
@@ -101,7 +102,7 @@ def transition_persistently(
 
 
 def mark_running(sandbox: Sandbox, info: SandboxInfo) -> bool:
-    """It runs."""
+    """It is running."""
     return transition_persistently(
         sandbox,
         "running",
@@ -113,7 +114,7 @@ def mark_running(sandbox: Sandbox, info: SandboxInfo) -> bool:
 
 
 def mark_extended(sandbox: Sandbox, expires_at: datetime) -> bool:
-    """It runs on, until another moment."""
+    """It keeps running, until a new deadline."""
     return transition_persistently(
         sandbox,
         "timeout_set",
@@ -125,20 +126,20 @@ def mark_extended(sandbox: Sandbox, expires_at: datetime) -> bool:
 
 
 def mark_pausing(sandbox: Sandbox, driver: str) -> bool:
-    """It is about to stand still."""
+    """It is about to be paused."""
     from_statuses, to = [SandboxStatus.RUNNING], SandboxStatus.PAUSING
     return transition(sandbox, "pausing", from_statuses=from_statuses, to=to, driver=driver)
 
 
 def mark_pause_failed(sandbox: Sandbox) -> bool:
-    """It could not be paused, and runs on."""
+    """It could not be paused, and keeps running."""
     return transition_persistently(
         sandbox, "pause_failed", from_statuses=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING
     )
 
 
 def mark_paused(sandbox: Sandbox, until: datetime) -> bool:
-    """It stands still, and ends then unless it is resumed."""
+    """It is paused, and ends at ``until`` unless it is resumed."""
     from_statuses = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
     return transition_persistently(
         sandbox,
@@ -151,7 +152,7 @@ def mark_paused(sandbox: Sandbox, until: datetime) -> bool:
 
 
 def mark_resuming(sandbox: Sandbox, driver: str) -> bool:
-    """It is about to run on."""
+    """It is about to be resumed."""
     from_statuses, to = [SandboxStatus.PAUSED], SandboxStatus.RESUMING
     return transition(sandbox, "resuming", from_statuses=from_statuses, to=to, driver=driver)
 
@@ -164,7 +165,7 @@ def mark_resume_failed(sandbox: Sandbox) -> bool:
 
 
 def mark_resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
-    """It runs on: a new stretch, until another moment."""
+    """It is running again, until a new deadline."""
     from_statuses = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
     return transition_persistently(
         sandbox,
@@ -178,27 +179,27 @@ def mark_resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
 
 
 def mark_ended(sandbox: Sandbox, kind: str, driver: str = "") -> bool:
-    """It ended as it should: ``terminated`` by somebody, or ``expired``.
+    """It ended normally: ``terminated`` by somebody, or ``expired``.
 
-    ``driver`` is to free what the host has of it.
+    ``driver`` releases what the host has of it.
     """
     now, to = timezone.now(), SandboxStatus.TERMINATED
     return transition(sandbox, kind, from_statuses=LIVE, to=to, driver=driver, ended_at=now)
 
 
 def mark_released(sandbox_ids: Iterable[str], driver: str) -> bool:
-    """What the host had of these, which have ended, is freed or about to be; whether it was news.
+    """Clear ``driver`` from ended sandboxes, as their release is done or queued.
 
-    Not of those that another driver is at.
+    Whether any had it: those with another driver stay as they are.
     """
     rows = Sandbox.objects.filter(pk__in=sandbox_ids, driver=driver).exclude(status__in=LIVE)
     return rows.update(driver="") > 0
 
 
 def match_host(sandbox: Sandbox, info: SandboxInfo, last_seen_event: int) -> bool:
-    """It runs or stands still as the host says, unless something happened to it since ``seen``."""
+    """Match the host, running or paused, unless the row has a newer event than the one seen."""
     end = datetime.fromtimestamp(info.deadline, UTC) if info.deadline else sandbox.expires_at
-    # A new stretch of running is one that follows on standing still.
+    # Running counts anew after a pause.
     restarted = sandbox.status != SandboxStatus.PAUSING and not info.paused
     times: dict[str, Any] = {"started_at": timezone.now()} if restarted else {}
     return transition(
@@ -216,7 +217,7 @@ def match_host(sandbox: Sandbox, info: SandboxInfo, last_seen_event: int) -> boo
 def mark_failed(
     sandbox: Sandbox, message: str, from_statuses: Iterable[str] = LIVE, driver: str = ""
 ) -> bool:
-    """It ended as it should not; ``driver`` is to free what the host has of it."""
+    """It ended abnormally; ``driver`` releases what the host has of it."""
     return transition_persistently(
         sandbox,
         "failed",
@@ -230,7 +231,7 @@ def mark_failed(
 
 
 def mark_missing(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
-    """Settle a sandbox whose container is no more, by what the host knows of it."""
+    """Settle a sandbox whose container is gone, by what the host knows of it."""
     end = end_reason(info)
     if end.to == SandboxStatus.TERMINATED:
         return mark_ended(sandbox, end.kind)
@@ -238,7 +239,7 @@ def mark_missing(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
 
 
 def end_reason(info: SandboxInfo | None) -> End:
-    """How a sandbox ended of which the host knows this."""
+    """How a sandbox ended, by what the host knows of it."""
     if info is not None and info.reason == "expired":
         return End("expired", SandboxStatus.TERMINATED)
     reasons = {"exited": EXITED, "out_of_disk": OUT_OF_DISK}
@@ -247,9 +248,9 @@ def end_reason(info: SandboxInfo | None) -> End:
 
 
 def mark_many_ended(ends: Mapping[str, End], from_statuses: Iterable[str] = LIVE) -> list[str]:
-    """The same for many, by a few statements however many there are; which of them it was so of.
+    """The same for many, with few statements however many there are; the ids that changed.
 
-    Those are in one of ``among``. Events and notices are in the same transaction.
+    Only those in one of ``from_statuses`` do. Events and notices are in the same transaction.
     """
     now = timezone.now()
     with transaction.atomic():
@@ -270,7 +271,7 @@ def mark_many_ended(ends: Mapping[str, End], from_statuses: Iterable[str] = LIVE
 
 
 def end_event(sandbox: Sandbox, end: End) -> SandboxEvent:
-    """What is written down of an end."""
+    """The event that records an end."""
     data = {"reason": end.message} if end.message else {}
     return SandboxEvent(
         sandbox=sandbox, kind=end.kind, from_status=sandbox.status, to_status=end.to, data=data

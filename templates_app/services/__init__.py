@@ -1,4 +1,4 @@
-"""What can be done with templates. Console, REST and MCP all come through here."""
+"""Operations on templates, shared by console, REST and MCP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building a template again: the same recipe, as a new template."""
+"""Rebuilding a template: the same recipe, as a new template."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def rebuild_template(
 
 
 def spec_from(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
-    """What would have to be asked for to get the same again."""
-    # Not validated again: it was when it was asked for, and its base is looked up anew.
+    """The request that would create the same template again."""
+    # Not validated again: it was when it was created, and its base is resolved anew.
     return TemplateSpec.model_construct(
         name=template.name,
         base_template=template.base_template,
@@ -40,9 +40,9 @@ def spec_from(template: Template, reuse: Literal["failed"] | None = None) -> Tem
 
 
 def completed_steps(template: Template) -> int:
-    """How many steps of a build that did not end well need not be run again."""
+    """How many steps of a failed build need not run again."""
     if template.status != "failed" or template.error_code == IMAGE_LOST:
-        # A build that did end well keeps none.
+        # A successful build keeps none.
         return 0
     done = (StepStatus.SUCCEEDED, StepStatus.CACHED)
     return template.steps.filter(status__in=done).count()

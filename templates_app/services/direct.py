@@ -1,7 +1,7 @@
-"""What programs of a build asked for past the proxy, and which setting they need instead.
+"""Hosts that a build's programs tried to reach without the proxy, and the setting they need.
 
-To be on an allowlist is nothing to a program that does not ask the proxy. The words are the same on
-the step, on the page, and in what an agent is told to do next.
+An allowlist doesn't help a program that doesn't use the proxy. The wording is the same on the step,
+on the page, and in the advice to agents.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from orkestr_console.core.text import few
 from templates_app.models import Template
 
-# The events that carry what a step was refused.
+# The events that list the hosts refused to a step.
 REFUSAL_EVENTS = ("step_finished", "step_cached")
 
 
 def bypass_advice(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
-    """What to do for the programs of ``who`` ("This step") that were refused so, in sentences.
+    """Advice, in sentences, for the programs of ``who`` ("This step") that bypassed the proxy.
 
-    ``refused`` are hosts as the host's events have them.
+    ``refused`` are hosts in the form of the host's events.
     """
     direct = [refusal for refusal in refused if refusal.get("direct")]
     names = unique_hosts(refusal for refusal in direct if refusal.get("can_be_listed"))
@@ -46,7 +46,7 @@ def unique_hosts(refused: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def advice(template: Template) -> list[str]:
-    """What to do for each step of a build whose programs went past the proxy."""
+    """Advice for each step of a build whose programs bypassed the proxy."""
     events = template.events.filter(kind__in=REFUSAL_EVENTS, payload__has_key="refused").order_by(
         "seq"
     )

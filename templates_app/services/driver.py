@@ -1,9 +1,9 @@
 """Driving a build: claim it, hand it to the host, follow it to its end.
 
-The build itself lives on the host under the id of the image it would publish. A driver only
-follows, and mostly waits, so it is a thread of a worker's; the queue's task is done as soon as
-there is one. One that dies with its worker is replaced, and the next goes on after the last event
-that was stored. So a task delivered twice builds once, and a killed worker loses nothing.
+The build itself runs on the host under the id of the image that it will publish. A driver only
+follows it, and mostly waits, so it is a thread of a worker; the queue's task is done as soon as the
+thread has started. A driver that dies with its worker is replaced, and the next continues after the
+last event stored. So a task delivered twice builds once, and a killed worker loses nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from templates_app.services.record import Superseded, fail_build, record
 
 logger = logging.getLogger(__name__)
 
-# How long the host may be away (restarting, upgrading) before its build counts as lost.
+# How long the host may be unreachable (restarting, upgrading) before its build counts as lost.
 PATIENCE_SECONDS = scaled(120.0)
-# How long a build waits for room on the host before it gives up.
+# How long a build waits for room on the host before it fails.
 ROOM_WAIT_SECONDS = 1800.0
 MAX_BACKOFF = 2.0
-# Before a build whose driver failed is given to another.
+# The delay before a build whose driver failed is handed to another.
 RETRY_SECONDS = 1.0
 
 BUILD_LOST = (
@@ -58,19 +58,22 @@ BASE_MISSING = (
 
 
 def drive() -> None:
-    """Take each build whose turn it is, and follow it in the background."""
+    """Claim each build whose turn it is, and follow it in the background."""
     while start_next():
         pass
 
 
 def start_next() -> bool:
-    """The same for the next one; whether there was any. It is driven from before it is taken."""
+    """Claim and follow the next build; whether there was one.
+
+    The driver's lock is taken before the build is claimed.
+    """
     with ExitStack() as lock:
         driver = lock.enter_context(driving())
         template = queue.claim_next(driver)
         if template is None:
             return False
-        # No longer ours to let go of, unless there is no room for another thread.
+        # The thread releases the lock, unless it cannot be started.
         lock_to_release = lock.pop_all()
         try:
             run_in_background(partial(drive_build, template, driver, lock_to_release))
@@ -81,13 +84,13 @@ def start_next() -> bool:
 
 
 def run_in_background(work: Callable[[], None]) -> None:
-    """Do something in a thread of its own, which ends with the process."""
+    """Do something in a daemon thread of its own."""
 
     def work_and_let_go() -> None:
         try:
             work()
         except Exception:
-            logger.exception("a build is left to another driver")
+            logger.exception("a build's driver failed; another will take over")
         finally:
             connection.close()
 
@@ -95,14 +98,14 @@ def run_in_background(work: Callable[[], None]) -> None:
 
 
 def drive_build(template: Template, driver: str, lock: ExitStack) -> None:
-    """Follow a build that was taken, and have it seen to which is next."""
+    """Follow a claimed build, then have a worker start the next."""
     with lock:
         try:
             follow(template, driver)
         except Superseded:
             discard_if_finished(template)
         except Exception:
-            # Most likely the database was away. Another driver goes on from the last event stored.
+            # Most likely the database was away. Another driver resumes from the last event stored.
             time.sleep(RETRY_SECONDS)
             queue.hand_off(template.pk, driver)
             raise
@@ -111,11 +114,11 @@ def drive_build(template: Template, driver: str, lock: ExitStack) -> None:
 
 
 def follow(template: Template, driver: str) -> None:
-    """Hand the build over and store its events until the last, through the host's absences.
+    """Start the build on the host and store its events to the last, across the host's outages.
 
-    Raises :class:`Superseded` when it is not ours any more.
+    Raises :class:`Superseded` when another driver has it.
     """
-    failing_since: float | None = None  # since when the host does not do what it is asked
+    failing_since: float | None = None
     delay = 0.1
     while True:
         try:
@@ -152,7 +155,7 @@ def events_from_host(template: Template) -> Iterator[HostEvent]:
 
 
 def ensure_started(template: Template, driver: str) -> None:
-    """Start the build on the host, once; whether it ever was is on the row."""
+    """Start the build on the host once; the row records that it was."""
     if template.handed_over:
         host().build(template.image_id)
         return
@@ -178,14 +181,14 @@ def ensure_started(template: Template, driver: str) -> None:
 
 
 def cache_of(template: Template) -> Cache:
-    """Whose completed steps the host keeps this build's with, and whether it may take of them."""
+    """The team whose cache this build's steps go into, and whether it may reuse from it."""
     return Cache(template.team_id, reuse=template.reuse == Reuse.FAILED)
 
 
 def give_up_after(
     since: float, patience: float, template: Template, driver: str, code: str, message: str
 ) -> bool:
-    """Whether ``patience`` seconds have passed; the build is given up then."""
+    """Give up the build once ``patience`` seconds have passed; whether they have."""
     if time.monotonic() - since < patience:
         return False
     give_up(template, driver, code, message)
@@ -193,7 +196,7 @@ def give_up_after(
 
 
 def failure_reason(template: Template, error: host_errors.HostError) -> tuple[str, str]:
-    """The code and sentence of a build that the host refused or does not know."""
+    """The code and message for a build that the host refused or doesn't know."""
     if isinstance(error, host_errors.ImageNotFound):
         return "base_missing", BASE_MISSING
     if isinstance(error, host_errors.NotFound) and template.handed_over:
@@ -203,7 +206,7 @@ def failure_reason(template: Template, error: host_errors.HostError) -> tuple[st
 
 
 def give_up(template: Template, driver: str, code: str, message: str) -> None:
-    """Settle as failed what will not end by itself, and tell the host to drop it."""
+    """Settle a build as failed, and have the host cancel it."""
     with transaction.atomic():
         rows = Template.objects.select_for_update().filter(
             pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
@@ -212,19 +215,19 @@ def give_up(template: Template, driver: str, code: str, message: str) -> None:
             raise Superseded
         fail_build(template, code, message)
     try:
-        # What it has published nobody asked to delete: the row may be an old one, from a backup.
+        # Keep what it has published: the row may be an old one, from a backup.
         host().cancel_build(template.image_id, keep_published=True)
     except host_errors.HostError:
-        logger.warning("could not cancel build %s; the reconcile pass will", template.pk)
+        logger.warning("could not cancel build %s; the reconcile pass retries", template.pk)
 
 
 def discard_if_finished(template: Template) -> None:
-    """End the build on the host if its template is gone, or was settled by somebody else."""
+    """Discard the build if its template was deleted, or settled by somebody else."""
     if not Template.objects.filter(pk=template.pk).exclude(status=TemplateStatus.FAILED).exists():
         discard(template.image_id)
 
 
 def discard(image_id: str) -> None:
-    """End a build and delete its image, however far either is. Raises the host's errors."""
+    """Cancel a build and delete its image, if there is one. Raises the host's errors."""
     host().cancel_build(image_id)
     host().delete_image(image_id)

@@ -1,9 +1,9 @@
-"""Reading what a build told: a page of events at a time, or following it to its end.
+"""Reading a build's events: a page at a time, or following them to the end.
 
-The rows are the truth. A viewer holds a number, the last event it has, and gets what comes after
-that number: whoever leaves and comes back has neither gap nor repeat. Any number of viewers of one
-build in a process share one reader (:class:`Tail`), which looks once for all of them when there is
-news. The build knows of none of them.
+The rows are the truth. A viewer holds the number of the last event it has, and gets what comes
+after it: one that reconnects sees no gap and no repeat. All viewers of one build in a process share
+one reader (:class:`Tail`), which reads once for all of them when there is a notice. The build knows
+of none of them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 200
 MAX_LIMIT = 1000
-# How much a reader keeps for viewers that are a little behind, in events.
+# How many events a reader buffers for viewers that are a little behind.
 BUFFERED_EVENTS = 256
-MIN_READ_INTERVAL = 0.1  # seconds between two looks, however many notices there were
+MIN_READ_INTERVAL = 0.1  # seconds between two reads, however many notices there were
 DATABASE_RETRY_SECONDS = 1.0
-# Should a notice be lost, a look is taken all the same.
+# Should a notice be lost, the events are read anyway.
 MAX_WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Event:
-    """One event. ``payload`` is the kind's own members, JSON-safe; ``at`` when it happened."""
+    """One event. ``payload`` has the members of its kind, JSON-safe; ``at`` is when it happened."""
 
     seq: int
     kind: str
@@ -51,7 +51,7 @@ class Event:
 
 @dataclass(frozen=True)
 class EventPage:
-    """Some events in order. ``ended`` says that none will follow the last of them."""
+    """Some events in order. ``ended`` means that none will follow the last of them."""
 
     events: list[Event]
     ended: bool
@@ -66,8 +66,8 @@ def read_events(
 
 
 def load_page(template_id: str, after: int, limit: int) -> EventPage:
-    """The same for a template that the caller may read; of one that was deleted, nothing more."""
-    # The status first: a build that has ended by now has told everything by the next statement.
+    """The same for a template that the caller may read; an empty last page if it was deleted."""
+    # The status first: all events of a build that is over are there for the next statement.
     template = Template.objects.filter(pk=template_id).first()
     if template is None:
         return EventPage([], ended=True)
@@ -78,7 +78,7 @@ def load_page(template_id: str, after: int, limit: int) -> EventPage:
 
 
 async def all_events(template_id: str) -> AsyncGenerator[list[Event]]:
-    """Every event so far, some at a time. For a template that the caller may read."""
+    """Every event so far, in batches. For a template that the caller may read."""
     after = 0
     while True:
         page = await database_sync_to_async(load_page)(template_id, after, DEFAULT_LIMIT)
@@ -89,7 +89,7 @@ async def all_events(template_id: str) -> AsyncGenerator[list[Event]]:
 
 
 async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list[Event]]:
-    """The events numbered above ``after`` as they come, until the build has ended.
+    """The events numbered above ``after`` as they arrive, until the build is over.
 
     An empty list after every ``MAX_WAIT_SECONDS`` of silence. For a template that the
     caller may read.
@@ -113,7 +113,7 @@ async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list
 
 
 async def load_page_if_available(template_id: str, after: int) -> EventPage | None:
-    """The next events from their rows; None while the database is away, which ends no stream."""
+    """The next events from the database; None while it is away, which ends no stream."""
     try:
         return await database_sync_to_async(load_page)(template_id, after, DEFAULT_LIMIT)
     except Exception as error:
@@ -123,7 +123,7 @@ async def load_page_if_available(template_id: str, after: int) -> EventPage | No
 
 
 class Tail:
-    """The end of one build's events, read once for all who watch it in this event loop."""
+    """The latest events of one build, read once for all its viewers in this event loop."""
 
     def __init__(self, template_id: str) -> None:
         self.viewers = 0
@@ -135,18 +135,18 @@ class Tail:
         self._reader = asyncio.create_task(self._read_loop(), name=f"events of {template_id}")
 
     def after(self, seq: int) -> EventPage | None:
-        """What came after ``seq``, from memory; None if that does not reach back so far."""
+        """The events after ``seq``, from memory; None if the buffer doesn't reach back that far."""
         first = self._events[0].seq if self._events else (self._last or 0) + 1
         if self._last is None or seq + 1 < first:
             return None
         return EventPage([event for event in self._events if event.seq > seq], self._finished)
 
     async def wait_until_loaded(self) -> bool:
-        """Return whether it has read anything yet, after waiting for that for a while."""
+        """Wait for the first read; False if that takes longer than ``MAX_WAIT_SECONDS``."""
         return await self._wait_for(lambda: self._last is not None)
 
     async def wait_for_change(self, seq: int) -> bool:
-        """Return whether there is anything after ``seq``, or the end; wait for it for a while."""
+        """Wait for an event after ``seq`` or the end; False after ``MAX_WAIT_SECONDS``."""
         return await self._wait_for(lambda: self._finished or (self._last or 0) > seq)
 
     async def _wait_for(self, condition: Callable[[], bool]) -> bool:
@@ -158,16 +158,16 @@ class Tail:
         return True
 
     async def close(self) -> None:
-        """Stop reading, and let go of what was read: it may be megabytes."""
+        """Stop reading, and free the buffer: it may be megabytes."""
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
-        # The task and this refer to each other, so this is freed whenever cycles are looked for.
+        # The task and this refer to each other, so only the cycle collector frees this.
         self._events.clear()
 
     async def _read_loop(self) -> None:
-        """Look whenever there is a notice; the first look is once notices can be heard."""
+        """Read after every notice, and once when subscribed."""
         while not self._finished:
-            # None can be heard while the database is away.
+            # Subscribing fails while the database is away.
             with suppress(TimeoutError):
                 async with subscribe(template_group(self._template_id)) as notice:
                     await self._read_on_notice(notice)
@@ -179,7 +179,7 @@ class Tail:
                 await self._read_new()
             except Exception as error:
                 if unavailable(error) is None:
-                    logger.exception("the events of %s cannot be read just now", self._template_id)
+                    logger.exception("could not read the events of %s", self._template_id)
             with suppress(TimeoutError):
                 async with asyncio.timeout(MAX_WAIT_SECONDS):
                     await notice.wait()
@@ -206,7 +206,7 @@ class Tail:
 
 @asynccontextmanager
 async def subscribe(group: str) -> AsyncGenerator[asyncio.Event]:
-    """An event that every notice to ``group`` sets, one that others were lost among them."""
+    """An event that every notice to ``group`` sets, including one that says others were lost."""
     layer = get_channel_layer()
     assert layer is not None
     channel = await layer.new_channel()
@@ -228,7 +228,7 @@ async def subscribe(group: str) -> AsyncGenerator[asyncio.Event]:
 
 
 def start_of_buffer(template_id: str, count: int) -> int:
-    """The number of the event before the last ``count``: where a new reader begins."""
+    """The number of the event before the last ``count``: where a new reader starts."""
     events = Template(pk=template_id).events.order_by("-seq").values_list("seq", flat=True)
     newest = events.first() or 0
     return max(newest - count, 0)
@@ -239,7 +239,7 @@ _tails: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Tail]] = WeakKeyD
 
 @asynccontextmanager
 async def shared_tail(template_id: str) -> AsyncGenerator[Tail]:
-    """The shared reader of a build, for as long as somebody watches."""
+    """The shared reader of a build, which runs while anybody watches."""
     tails = _tails.setdefault(asyncio.get_running_loop(), {})
     tail = tails.get(template_id)
     if tail is None:

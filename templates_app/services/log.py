@@ -1,4 +1,4 @@
-"""A build's whole log, as text to be saved."""
+"""A build's complete log, as text for download."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from templates_app.services.record import output_from_events
 
 
 async def log_text(template: Template) -> AsyncGenerator[bytes]:
-    """The steps with all they printed, without colours, a step at a time."""
+    """The steps with all their output, without colours, one step at a time."""
     yield log_header(template).encode()
-    # Each call gives its connection back; Django's own asynchronous queries keep theirs.
+    # Each call returns its connection; Django's own asynchronous queries keep theirs.
     for step in await database_sync_to_async(steps_without_output)(template):
         yield f"\n$ {step.command}\n".encode()
         text = await database_sync_to_async(step_output)(template, step.number)
@@ -26,18 +26,18 @@ async def log_text(template: Template) -> AsyncGenerator[bytes]:
 
 
 def steps_without_output(template: Template) -> list[BuildStep]:
-    """The steps, without what they printed."""
+    """The steps, without their output."""
     return list(template.steps.defer("output"))
 
 
 def step_output(template: Template, number: int) -> str:
-    """All that is kept of what a step printed so far, as plain text."""
+    """A step's stored output so far, as plain text."""
     step = template.steps.get(number=number)
     return plain(step.output or output_from_events(template, number))
 
 
 def log_header(template: Template) -> str:
-    """Which template it is."""
+    """The lines that name the template."""
     return (
         f"# Template {template.name} ({template.pk}) on {template.base_template}, network "
         f"{template.network}\n# Created {timestamp(template.created_at)}, now {template.status}\n"
@@ -45,7 +45,7 @@ def log_header(template: Template) -> str:
 
 
 def outcome_text(step: BuildStep) -> str:
-    """How a step ended, in words."""
+    """A step's result in words."""
     if step.status == StepStatus.CACHED:
         return f"cached: run by an earlier build, {timestamp(step.cached_at)}"
     if step.exit_code is None and step.signal is None:

@@ -1,4 +1,4 @@
-"""Templates whose image the host has not: said where it is seen, and taken back when it returns."""
+"""Templates whose image is missing on the host: marked as lost, and restored if it returns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settle_images() -> None:
 
     For a host whose state is this database's.
     """
-    # Before the host is asked: what is ready now it must have.
+    # Read before the host is asked: it must have what is ready now.
     ready = list(Template.objects.ready())
     let_go()
     present = {image.id for image in host().images()}
@@ -38,7 +38,7 @@ def settle_images() -> None:
 
 
 def mark_lost(template: Template) -> bool:
-    """A ready template has lost its image: it failed, with a way out; whether it was ready."""
+    """Mark a ready template as failed because its image is lost; whether it was ready."""
     with transaction.atomic():
         rows = Template.objects.filter(pk=template.pk, status=TemplateStatus.READY)
         changed = rows.update(
@@ -53,7 +53,7 @@ def mark_lost(template: Template) -> bool:
 
 
 def mark_restored(template: Template) -> None:
-    """An image that was lost is there again: an operator has put it back."""
+    """Mark a template as ready again: an operator has restored its lost image."""
     with transaction.atomic():
         rows = Template.objects.filter(
             pk=template.pk, status=TemplateStatus.FAILED, error_code=IMAGE_LOST
@@ -63,12 +63,12 @@ def mark_restored(template: Template) -> None:
             notify_changed(template.pk, template.team_id)
 
 
-# What stands for the recipe of an image that only its files are left of.
+# Stands in for the recipe of an image of which only the files are left.
 UNKNOWN_RECIPE = "# Put back by the operator; what the recipe was is not known."
 
 
 def adopt_image(team: Team, image_id: str, name: str) -> Template:
-    """A template of a team for an image that no row names, which an operator has put back.
+    """Create a team's template for an image that an operator restored and no row refers to.
 
     Raises ``NotFound`` (the host has no such image), ``Conflict`` (a template has it already).
     """

@@ -1,7 +1,7 @@
-"""Counting build seconds, once for each build, and how much disk the images take.
+"""Metering build seconds, once per build, and the disk space of images.
 
-A build is counted in the transaction that ends it: settled as ready or failed, or deleted while
-it runs. There is one such transaction for each build, so it is counted exactly once.
+A build is counted in the transaction that settles it as ready or failed, or deletes it while it
+runs. There is one such transaction per build, so it is counted exactly once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from templates_app.models import Template
 def count_build(template: Template, until: datetime | None = None) -> None:
     """Count a build from its first event to its last, or to ``until``; by host time.
 
-    One that the host never began told nothing and counts for nothing; waiting for room neither.
+    A build that the host never started counts for nothing, and neither does waiting for room.
     """
     span = template.events.aggregate(
         begin=Min("at", filter=Q(host_seq__isnull=False)), end=Max("at")
@@ -30,7 +30,7 @@ def count_build(template: Template, until: datetime | None = None) -> None:
 
 
 def note_image_bytes(team_id: str | None = None) -> None:
-    """Note how much the images of every team take now, or of one; the day keeps its most."""
+    """Record the current size of every team's images, or one team's; a day keeps its peak."""
     today = usage.today()
     ready = Template.objects.ready().filter(size_bytes__isnull=False)
     if team_id is not None:

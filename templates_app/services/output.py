@@ -1,8 +1,8 @@
-"""What a build's steps printed, a stretch at a time: its end, some lines of it, and search.
+"""The output of a build's steps, in slices: its tail, a range of lines, and search.
 
-A line ends in a line feed and nothing else, here and on the page, so that a line keeps its number
-for ever. What a running step prints is in its events alone; of a step that has ended the row has
-all of it. Up to 9 MiB are kept of a step, so nothing here reads what it does not need.
+Only a line feed ends a line, here and on the page, so that a line's number never changes. A running
+step's output is only in its events; a finished step's row has all of it. Up to 9 MiB are stored per
+step, so nothing here reads more than it needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from orkestr_console.core.text import plain
 from templates_app.models import Template
 from templates_app.services.record import output_from_events
 
-# A line that the last characters begin in the middle of is left out if it ends this soon.
+# A slice that starts in the middle of a line skips the rest of that line, if it ends this soon.
 MAX_LINE_LENGTH = 16 * 1024
-# What of a text before a stretch says what colours it begins in.
+# How much text before a slice is read to find the colours it starts in.
 LEAD = 16 * 1024
 MAX_LINES = 1000
 MAX_SLICE_CHARS = 512 * 1024
@@ -34,9 +34,9 @@ MAX_QUERY_LENGTH = 200
 
 @dataclass(frozen=True)
 class TextSlice:
-    """Some of a step's output in a row: ``text`` begins with line ``first``, counted from 1.
+    """A part of a step's output: ``text`` starts with line ``first``, counted from 1.
 
-    ``lead`` is some of what stands before it, for the colours it is in.
+    ``lead`` is some of the text before it, for the colours it starts in.
     """
 
     text: str
@@ -45,13 +45,13 @@ class TextSlice:
 
     @property
     def last(self) -> int:
-        """Its last line; one before ``first`` if it has none."""
+        """The number of its last line; one less than ``first`` if it is empty."""
         return self.first + line_count(self.text) - 1
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A line that has what was searched for, at ``start`` of ``excerpt``; both from 1."""
+    """A line that matches a search, split around the match; numbers count from 1."""
 
     step: int
     line: int
@@ -62,7 +62,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Some hits in order; ``count`` lines have one, or more than that if ``many``."""
+    """Some hits in order. ``count`` lines match; with ``many``, more than that."""
 
     hits: list[Hit]
     count: int
@@ -70,12 +70,12 @@ class SearchResult:
 
 
 def line_count(text: str) -> int:
-    """How many lines a text has; what follows the last line feed is one if there is anything."""
+    """How many lines a text has, an unfinished last line included."""
     return text.count("\n") + (text != "" and not text.endswith("\n"))
 
 
 def tail(template: Template, number: int, size: int, *, until: int | None = None) -> TextSlice:
-    """The last ``size`` characters that a step printed, or had printed at event ``until``."""
+    """The last ``size`` characters of a step's output, or of its output up to event ``until``."""
     if until is None or finished_by(template, number, until):
         row = template.steps.filter(number=number).values_list(
             Right("output", size), newline_count("output"), Length("output")
@@ -87,12 +87,12 @@ def tail(template: Template, number: int, size: int, *, until: int | None = None
 
 
 def finished_by(template: Template, number: int, seq: int) -> bool:
-    """Whether a step had ended when event ``seq`` came: then its row has what it had printed."""
+    """Whether a step was finished at event ``seq``: then its row has its output."""
     return template.events.filter(kind="step_finished", step=number, seq__lte=seq).exists()
 
 
 def tail_from_events(template: Template, number: int, size: int, until: int | None) -> TextSlice:
-    """The same from the events, of which only the last are read."""
+    """The same from the events, reading only the last ones."""
     events = template.events.filter(kind="output", step=number)
     if until is not None:
         events = events.filter(seq__lte=until)
@@ -110,13 +110,13 @@ def tail_from_events(template: Template, number: int, size: int, until: int | No
 
 
 def newline_count(field: str) -> CombinedExpression:
-    """How many line feeds a column has, as an expression."""
+    """An expression for the number of line feeds in a column."""
     without = Replace(F(field), Value("\n"), Value(""))
     return Length(field) - Length(without)
 
 
 def from_line_start(text: str, lines: int, length: int) -> TextSlice:
-    """The end of a text of ``length`` characters and ``lines`` line feeds, from a line's start."""
+    """The tail of a text of ``length`` characters and ``lines`` line feeds, from a line's start."""
     first = lines - text.count("\n") + 1
     if len(text) < length:
         end = text.find("\n", 0, MAX_LINE_LENGTH) + 1
@@ -127,8 +127,8 @@ def from_line_start(text: str, lines: int, length: int) -> TextSlice:
 def lines(template: Template, number: int, first: int, last: int, at: int) -> TextSlice:
     """Up to ``MAX_LINES`` of the lines ``first`` to ``last`` of a step, around line ``at``.
 
-    Fewer if they are long; a line that alone is too long is cut. Raises ``NotFound`` for a step
-    that is not there.
+    Fewer if they are long; a single line that is too long is cut. Raises ``NotFound`` for an
+    unknown step.
     """
     text = step_output(template, number)
     rows = text.split("\n")
@@ -148,7 +148,7 @@ def lines(template: Template, number: int, first: int, last: int, at: int) -> Te
 
 
 def narrow_range(rows: list[str], begin: int, end: int, at: int) -> tuple[int, int]:
-    """The lines nearest to ``at`` that together are not too large."""
+    """The largest range of lines around ``at`` that fits into ``MAX_SLICE_CHARS``."""
     size, low, high = len(rows[at - 1]), at, at
     while low > begin or high < end:
         down = low > begin and (high == end or at - low <= high - at)
@@ -160,7 +160,7 @@ def narrow_range(rows: list[str], begin: int, end: int, at: int) -> tuple[int, i
 
 
 def step_output(template: Template, number: int) -> str:
-    """All that is kept of what a step printed. Raises ``NotFound``."""
+    """A step's complete stored output. Raises ``NotFound``."""
     step = template.steps.filter(number=number).first()
     if step is None:
         raise NotFound("This template has no such step.")
@@ -170,7 +170,7 @@ def step_output(template: Template, number: int) -> str:
 def search(
     template: Template, query: str, *, after: tuple[int, int] = (0, 0), limit: int = 100
 ) -> SearchResult:
-    """The lines of all steps that have ``wanted``, in any case, colours left out of account.
+    """The lines of all steps that contain ``query``, ignoring case and colours.
 
     At most ``limit`` of them, after line ``after`` (step, line).
     """
@@ -189,7 +189,7 @@ def search(
 
 
 def find_lines(text: str, query: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text that have ``wanted``: their number and themselves."""
+    """The lines of a text that contain ``query``, with their numbers."""
     lowered, query = text.lower(), query.lower()
     if query not in lowered:
         return
@@ -203,7 +203,7 @@ def find_lines(text: str, query: str) -> Iterator[tuple[int, str]]:
 
 
 def excerpt(step: int, line: int, text: str, query: str) -> Hit:
-    """The line, or of a long one the part that has what was searched for."""
+    """The line, or the part around the match of a long one."""
     at = max(text.lower().find(query.lower()), 0)
     end = at + len(query)
     before, after = text[:at], text[end:]

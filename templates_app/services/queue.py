@@ -1,12 +1,12 @@
-"""Whose build is next: fair between teams, each no more at once than its plan allows.
+"""Which build is next: fair between teams, and within each plan's limit.
 
-Nor are there more at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of those
-that wait the one begins whose *turn* is lowest: how many of its team's builds run or stand before
-it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets no more of the
-machine than one that asks for two, and nobody waits for ever.
+No more builds run at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of the
+queued builds, the one with the lowest *turn* starts: the number of its team's builds that run or
+are queued before it. Among equal turns the oldest goes first. So a team that requests fifty builds
+gets no more of the machine than one that requests two, and nobody waits for ever.
 
-There is a task in the queue for each build that was asked for, but it only says that a worker is
-to look. A build is taken on its row, so a task that runs twice takes nothing twice.
+Each requested build puts a task into the queue, but the task only makes a worker check. A build is
+claimed on its row, so a task that runs twice claims nothing twice.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
-# The advisory lock of those who take a build: the bytes of "build".
+# The advisory lock for claiming a build: the bytes of "build".
 CLAIM_LOCK = 0x6275696C64
 DRIVE = "templates_app.tasks.drive_builds"
 
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """Where a queued build stands: 1 is next. ``waits_for`` says what has to end first."""
+    """A queued build's position: 1 is next. ``waits_for`` is what has to finish first."""
 
     number: int
     waits_for: Literal["team", "host"]
@@ -43,7 +43,7 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class QueuedBuild:
-    """A queued build, and how many of its team's builds run or stand before it."""
+    """A queued build, and how many of its team's builds run or are queued before it."""
 
     template: str
     team: str
@@ -51,12 +51,12 @@ class QueuedBuild:
 
 
 def wake_worker() -> None:
-    """Have a worker look which builds may begin, when the transaction commits."""
+    """Have a worker check which builds can start, once the transaction commits."""
     async_task(DRIVE, group="builds")
 
 
 def hand_off(template_id: str, driver: str) -> None:
-    """A driver does not go on with a build that still builds: another one shall, at once."""
+    """Release a build that is still running, for another driver to claim immediately."""
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
         if mine.update(driver=""):
@@ -64,16 +64,16 @@ def hand_off(template_id: str, driver: str) -> None:
 
 
 def wake_for_next() -> None:
-    """A build has ended: the next may begin, if one waits."""
+    """Wake a worker if any build is queued: one has finished."""
     if Template.objects.queued().exists():
         wake_worker()
 
 
 def claim_next(driver: str) -> Template | None:
-    """Take the build whose turn it is; None if there is none that may run.
+    """Claim the build whose turn it is; None if none can run.
 
-    A build that lost its driver comes before those that never had one. Takers are one at a time,
-    so that none of them counts a team's builds while another adds to them.
+    A build that lost its driver comes before those that never had one. Claims are serialized, so
+    that none counts a team's builds while another adds to them.
     """
     with transaction.atomic():
         with connection.cursor() as cursor:
@@ -85,24 +85,24 @@ def claim_next(driver: str) -> Template | None:
 
 
 def assign_driver(template_id: str, driver: str) -> bool:
-    """Write ``driver`` on a building row that has no live one; whether that came about."""
+    """Assign ``driver`` to a building row that has no live one; whether it did."""
     free = Template.objects.filter(is_undriven(), pk=template_id, status=TemplateStatus.BUILDING)
     return bool(free.update(driver=driver, started_at=Coalesce("started_at", Now())))
 
 
 def is_undriven() -> Q:
-    """Builds that nobody follows now: they have no driver, or it is gone."""
+    """A filter for builds that nobody follows: they have no driver, or it is gone."""
     return ~Q(IsDriven("driver"))
 
 
 def orphaned_build() -> str | None:
-    """The oldest build that has begun and lost its driver, or None."""
+    """The oldest running build that lost its driver, or None."""
     rows = Template.objects.running().filter(is_undriven()).order_by("created_at", "pk")
     return rows.values_list("pk", flat=True).first()
 
 
 def next_queued() -> str | None:
-    """The queued build that may begin, or None."""
+    """The queued build that can start, or None."""
     if Template.objects.running().count() >= settings.BUILDS_AT_ONCE:
         return None
     limit = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
@@ -113,7 +113,7 @@ def next_queued() -> str | None:
 
 
 def queue_order() -> list[QueuedBuild]:
-    """Every queued build, the next first."""
+    """Every queued build, the next one first."""
     running = Template.objects.running().values_list("team_id", flat=True)
     queued = Template.objects.queued().order_by("created_at", "pk").values_list("pk", "team_id")
     # Sorting is stable: among equal turns the oldest stays first.
@@ -121,14 +121,14 @@ def queue_order() -> list[QueuedBuild]:
 
 
 def number_turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[QueuedBuild]:
-    """Number each team's builds, given oldest first, on from those that run."""
+    """Number each team's queued builds, oldest first, after those that run."""
     for template, team in queued:
         yield QueuedBuild(template, team, before[team])
         before[team] += 1
 
 
 def queue_position(template: Template) -> QueuePosition | None:
-    """Where a queued build stands; None for one that is not queued."""
+    """A queued build's position; None for one that is not queued."""
     if not template.is_queued:
         return None
     limit = envelope(template.team).value("max_concurrent_builds")

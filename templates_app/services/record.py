@@ -1,7 +1,7 @@
-"""Writing down what a build tells: the only place where a building template changes.
+"""Recording a build's events: the only place where a building template changes.
 
-Every change is one compare-and-set that names the driver, so one whose build another has taken on
-writes nothing more, and the event's row is in the same transaction.
+Every change is a compare-and-set that names the driver, so a superseded driver writes nothing more,
+and the event's row is in the same transaction.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAX_MESSAGE_CHARS = 16 * 1024
 MAX_REFUSED_HOSTS = 40
 
 
-class Superseded(Exception):  # noqa: N818 - it is news, not a mistake
-    """Another driver follows this build now, or the template is gone."""
+class Superseded(Exception):  # noqa: N818 - not an error
+    """Another driver follows this build now, or the template was deleted."""
 
 
 def record(template: Template, driver: str, event: HostEvent) -> None:
-    """Store one event and what follows from it. Raises :class:`Superseded`."""
+    """Store one event and apply its effects. Raises :class:`Superseded`."""
     try:
         with transaction.atomic():
-            # Taken first, and kept: nobody else settles or deletes the template meanwhile.
+            # Locked first, so that nobody else settles or deletes the template meanwhile.
             locked = Template.objects.select_for_update().filter(
                 pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
             )
@@ -57,7 +57,7 @@ def append_event(
     at: datetime | None = None,
     host_seq: int | None = None,
 ) -> None:
-    """Append an event under the next number. The caller's transaction holds the template's row."""
+    """Append an event under the next number. The caller has locked the template's row."""
     last = template.events.aggregate(last=Max("seq"))["last"] or 0
     BuildEvent.objects.create(
         template=template,
@@ -71,13 +71,13 @@ def append_event(
 
 
 def step_started(template: Template, event: HostEvent) -> None:
-    """A step runs."""
+    """A step started."""
     event_step(template, event).update(status=StepStatus.RUNNING, started_at=to_datetime(event.at))
     notify_progress(template.pk)
 
 
 def step_cached(template: Template, event: HostEvent) -> None:
-    """A step is not run again: what it left in an earlier build was taken."""
+    """A step was not run: an earlier build's result was reused."""
     data = event.data
     event_step(template, event).update(
         status=StepStatus.CACHED,
@@ -89,12 +89,12 @@ def step_cached(template: Template, event: HostEvent) -> None:
 
 
 def output(template: Template, event: HostEvent) -> None:
-    """A step printed something; whoever watches reads it from the events."""
+    """A step printed something; viewers read it from the events."""
     notify_progress(template.pk)
 
 
 def step_finished(template: Template, event: HostEvent) -> None:
-    """A step ended: how, and all it printed."""
+    """A step finished: store its result and all its output."""
     data = event.data
     succeeded = data.get("exit_code") == 0 and data.get("signal") is None
     event_step(template, event).update(
@@ -113,7 +113,7 @@ def step_finished(template: Template, event: HostEvent) -> None:
 
 
 def record_refused_hosts(template: Template, event: HostEvent) -> None:
-    """What the network policy refused the step, however it ended."""
+    """Store which hosts the network policy refused to the step, whatever its result."""
     refused = event.data.get("refused") or []
     if refused:
         hosts = list(dict.fromkeys(str(refusal["host"]) for refusal in refused))
@@ -126,7 +126,7 @@ def record_refused_hosts(template: Template, event: HostEvent) -> None:
 
 
 def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
-    """Add to what another build could be allowed."""
+    """Add to the hosts that a rebuild could allow."""
     row = Template.objects.filter(pk=template.pk)
     known = row.values_list("refused_hosts", flat=True).get()
     hosts_seen = list(dict.fromkeys([*known, *hosts]))
@@ -134,7 +134,7 @@ def add_refused_hosts(template: Template, hosts: Sequence[str]) -> None:
 
 
 def step_warned(template: Template, event: HostEvent) -> None:
-    """Something that a step did has not the effect that its author may think it has."""
+    """Something that a step did has no lasting effect."""
     add_warning(template, event, str(event.data.get("message", "")))
     notify_progress(template.pk)
 
@@ -147,13 +147,13 @@ def add_warning(template: Template, event: HostEvent, text: str) -> None:
 
 
 def contents(template: Template, event: HostEvent) -> None:
-    """What the image will hold."""
+    """What the image will contain."""
     Template.objects.filter(pk=template.pk).update(contents=event.data)
     notify_progress(template.pk)
 
 
 def published(template: Template, event: HostEvent) -> None:
-    """The image is there: the template is ready."""
+    """The image is published: the template is ready."""
     settle(
         template,
         status=TemplateStatus.READY,
@@ -167,7 +167,7 @@ def published(template: Template, event: HostEvent) -> None:
 
 
 def failed(template: Template, event: HostEvent) -> None:
-    """The build ended without an image: say why, and which steps never ran."""
+    """The build failed: store why, and which steps never ran."""
     add_refused_hosts(template, event.data.get("refused") or [])
     mark_failed(
         template, str(event.data.get("code", "internal")), str(event.data.get("message", ""))
@@ -175,7 +175,7 @@ def failed(template: Template, event: HostEvent) -> None:
 
 
 def ignore(template: Template, event: HostEvent) -> None:
-    """Boot, silence, progress, scrub and capture are kept as events and change nothing."""
+    """Boot, silence, progress, scrub and capture are stored as events and change nothing else."""
     notify_progress(template.pk)
 
 
@@ -193,16 +193,16 @@ HANDLERS = {
 
 
 def fail_build(template: Template, code: str, message: str) -> None:
-    """End a build from this side, whatever the host still does: the event, then the state.
+    """Fail a build from this side, whatever the host still does: the event, then the state.
 
-    The caller's transaction holds the row. From then on no driver records anything of it.
+    The caller has locked the row. From then on no driver records anything for it.
     """
     append_event(template, "failed", {"code": code, "message": truncate_middle(message)})
     mark_failed(template, code, message)
 
 
 def mark_failed(template: Template, code: str, message: str) -> None:
-    """Settle the template as failed, and the steps that were not to be."""
+    """Settle the template as failed, and its remaining steps."""
     for step in template.steps.filter(status=StepStatus.RUNNING):
         step.status = StepStatus.FAILED
         step.output = output_from_events(template, step.number)
@@ -219,7 +219,7 @@ def mark_failed(template: Template, code: str, message: str) -> None:
 
 
 def truncate_middle(message: str) -> str:
-    """The message without its middle if it is too long: the step leads, its output's end closes."""
+    """The message without its middle if it is too long: the step comes first, its output last."""
     if len(message) <= MAX_MESSAGE_CHARS:
         return message
     half = MAX_MESSAGE_CHARS // 2
@@ -228,7 +228,7 @@ def truncate_middle(message: str) -> str:
 
 
 def settle(template: Template, **changes: Any) -> None:
-    """The one transition out of ``building``. The caller's transaction holds the row."""
+    """The only transition out of ``building``. The caller has locked the row."""
     rows = Template.objects.filter(pk=template.pk, status=TemplateStatus.BUILDING)
     if not rows.update(driver="", **changes):
         raise Superseded
@@ -248,5 +248,5 @@ def event_step(template: Template, event: HostEvent) -> Any:
 
 
 def to_datetime(at: float) -> datetime:
-    """A Unix time as the database keeps it."""
+    """A Unix time as an aware datetime."""
     return datetime.fromtimestamp(at, UTC)

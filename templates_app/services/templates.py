@@ -32,10 +32,10 @@ from templates_app.services.record import append_event, fail_build
 from templates_app.specs import TemplateSpec
 
 NOT_FOUND = "There is no such template in your team; check the id."
-# How much of each step's output goes with a template, in characters: a hundred steps stay small.
+# How much of each step's output a template includes, in characters: a hundred steps stay small.
 OUTPUT_TAIL_CHARS = 16 * 1024
 MEGABYTE = 10**6
-# Writing it for every sandbox would make those that start together wait for each other.
+# Writing it for every sandbox would make sandboxes that start together wait for each other.
 LAST_USED_INTERVAL = timedelta(minutes=1)
 FORGET = "templates_app.tasks.forget_image"
 
@@ -55,7 +55,7 @@ class TemplateUsage:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step and the end of what it printed; ``truncated`` says that there is more before."""
+    """A step and the end of its output; ``truncated`` means that there is more before it."""
 
     step: BuildStep
     output: str
@@ -64,7 +64,7 @@ class StepOutput:
 
 @audited("template.create", "template")
 def create_template(actor: Actor, spec: TemplateSpec) -> Template:
-    """A new template, building.
+    """Create a template and queue its build.
 
     Raises ``InvalidInput``, ``NotFound`` or ``Conflict`` for its base, ``PlanLimit`` when the plan
     has no slot left, ``HostUnavailable``. Nothing is created then.
@@ -80,7 +80,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
         check_timeouts(limits, spec)
         team = limits.team
         template = insert(actor, team, spec, source)
-        # The queue is in this database, so the task exists exactly if the template does.
+        # The queue is in this database, so the task exists if and only if the template does.
         queue.wake_worker()
         mark_used(spec.base_template)
         notify_changed(template.pk, team.pk)
@@ -121,7 +121,7 @@ def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Temp
 
 
 def resolve_base(team: Team, name: str) -> Source:
-    """The base's image. Somebody else's template is as unknown as one that never was."""
+    """The base's image. Another team's template is as unknown as one that never existed."""
     try:
         return resolve(team, name, field="base_template")
     except NotFound as error:
@@ -132,7 +132,7 @@ def resolve_base(team: Team, name: str) -> Source:
 
 
 def check_environment(source: Source, spec: TemplateSpec) -> None:
-    """Raise ``InvalidInput`` for an ``env`` that is too large with what the base has baked in."""
+    """Raise ``InvalidInput`` if ``env`` is too large together with the base's environment."""
     try:
         environment.check_environment(environment.baked(source.env, spec.env))
     except InvalidRequest as error:
@@ -144,7 +144,7 @@ def check_limits(actor: Actor, limits: Envelope, spec: TemplateSpec) -> None:
     existing = Template.objects.for_team(limits.team).using_slots()
     mine = existing.filter(created_by=actor.user).count() if actor.user else None
     limits.require_room("max_templates", existing.count(), mine)
-    # However many build, another may wait its turn; unless there is none to wait for.
+    # However many builds run, another can be queued, unless the limit is 0.
     limits.require_room("max_concurrent_builds", 0)
     limits.require_room("template_disk_mb", disk_mb(limits.team))
     limits.require_network(spec.network)
@@ -155,7 +155,7 @@ def check_limits(actor: Actor, limits: Envelope, spec: TemplateSpec) -> None:
 
 
 def check_timeouts(limits: Envelope, spec: TemplateSpec) -> None:
-    """Raise ``PlanLimit`` for a step or a build that may take longer than the plan lets it."""
+    """Raise ``PlanLimit`` for a step or build timeout above the plan's."""
     for name in ("step_timeout_seconds", "build_timeout_seconds"):
         requested: int | None = getattr(spec, name)
         if requested is not None:
@@ -163,7 +163,7 @@ def check_timeouts(limits: Envelope, spec: TemplateSpec) -> None:
 
 
 def disk_mb(team: Team) -> int:
-    """What the team's images take of the disk, less what they share with their bases."""
+    """The disk space of the team's images, without what they share with their bases."""
     sums = (
         Template.objects.for_team(team)
         .ready()
@@ -184,11 +184,11 @@ def get_template(actor: Actor, template_id: str) -> Template:
 
 
 def list_steps(template: Template) -> list[StepOutput]:
-    """The steps of a build, each with its output so far, of which the end is kept."""
+    """The steps of a build, each with the end of its output so far."""
     events = BuildEvent.objects.filter(
         template=OuterRef("template"), step=OuterRef("number"), kind="output"
     )
-    # What a running step printed is in the events alone until it ends.
+    # A running step's output is only in its events.
     printed = (
         events.order_by()
         .values("step")
@@ -214,9 +214,9 @@ def list_templates(
 
 @audited("template.cancel", "template")
 def cancel_template(actor: Actor, template_id: str) -> Template:
-    """End a build that has not ended: the template is failed at once, whatever the host still does.
+    """Cancel a build: the template fails immediately, whatever the host still does.
 
-    A second time changes nothing. Raises ``NotFound``, ``Conflict`` for a build that has ended.
+    A second call changes nothing. Raises ``NotFound``, ``Conflict`` for a build that is over.
     """
     actor.require(WRITE)
     with transaction.atomic():
@@ -233,7 +233,7 @@ def cancel_template(actor: Actor, template_id: str) -> Template:
 
 
 def refuse_unless_cancelled(template: Template) -> Template:
-    """A build that was cancelled stays so; raises ``Conflict`` for one that ended otherwise."""
+    """Return a cancelled template as it is; raise ``Conflict`` for any other finished build."""
     if template.error_code == CANCELLED:
         return template
     outcome = "is ready; delete it" if template.is_ready else "has failed already; delete it"
@@ -256,38 +256,35 @@ def lock_template(actor: Actor, template_id: str) -> Template:
 
 @audited("template.delete", "template")
 def delete_template(actor: Actor, template_id: str) -> None:
-    """Delete a template, ending its build first if it has not ended. Raises ``NotFound``.
+    """Delete a template, cancelling its build if that is not over. Raises ``NotFound``.
 
-    Its slot is free at once; its image goes once no sandbox runs from it.
+    Its slot is free immediately; its image is removed once no sandbox runs from it.
     """
     actor.require(WRITE)
     with transaction.atomic():
         template = lock_template(actor, template_id)
         team_id, image_id = template.team_id, template.image_id
         if not template.state.is_terminal:
-            # Its build ends here and now; one that has ended was counted when it did.
+            # Its build ends now; a finished one was counted when it finished.
             count_build(template, until=timezone.now())
         template.delete()
         audit.record(
             actor, "template.delete", kind="template", object_id=template_id, name=template.name
         )
-        # Its step is killed and its image goes; nothing that its driver still hears is recorded.
+        # This kills its step and removes its image; nothing its driver still receives is recorded.
         async_task(FORGET, image_id, group="images")
         notify_changed(template_id, team_id)
 
 
 def mark_used(template_id: str) -> None:
-    """Remember that something was started from a template now, at most once a minute.
-
-    A base's name is none.
-    """
+    """Record that a template was used now, at most once a minute. Ignores a base's name."""
     now = timezone.now()
     stale = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USED_INTERVAL)
     Template.objects.filter(stale, pk=template_id).update(last_used_at=now)
 
 
 def usage_counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of the limits that templates count against, by team id and limit."""
+    """Each team's usage of the limits on templates, by team id and limit."""
     ready = Q(status=TemplateStatus.READY)
     rows = (
         Template.objects.using_slots()
@@ -315,6 +312,6 @@ def usage_counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
 
 
 def template_usage(actor: Actor) -> TemplateUsage:
-    """How full the team's plan is."""
+    """How many of the plan's template slots the team uses."""
     used = Template.objects.for_team(actor.team).using_slots().count()
     return TemplateUsage(used, envelope(actor.team).value("max_templates"))

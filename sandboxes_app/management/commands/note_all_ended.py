@@ -1,4 +1,4 @@
-"""`manage.py note_all_ended`: what `make down` did, for the database."""
+"""`manage.py note_all_ended`: records in the database that `make down` ended all sandboxes."""
 
 from __future__ import annotations
 
