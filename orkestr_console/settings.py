@@ -268,7 +268,7 @@ Q_CLUSTER: dict[str, Any] = {
 # A process of the worker's that does nothing for so long, and comes round no more, is replaced.
 WORKER_STALE_SECONDS = float(os.environ.get("ORKESTR_WORKER_STALE") or scaled(30))
 # How many builds this machine runs at once, whatever the plans of its teams allow.
-BUILDS_AT_ONCE = machine.builds_at_once()
+BUILDS_AT_ONCE = machine.max_concurrent_builds()
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
     ("Begin builds, resume those whose driver is gone", "templates_app.tasks.drive_builds", 1),

@@ -15,7 +15,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
-from orkestr_console.core.hosts import awaited
+from orkestr_console.core.hosts import run_async
 from orkestr_console.http.decorators import ApiRequest, api, ended
 from orkestr_console.http.json_api import json_answer, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
@@ -117,7 +117,7 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     if spec.stream:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
         # On the server's own event loop, where the response continues to read.
-        return awaited(streaming_response, request, frames)
+        return run_async(streaming_response, request, frames)
     return json_answer(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )

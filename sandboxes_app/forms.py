@@ -9,8 +9,8 @@ from typing import ClassVar
 from django.http import QueryDict
 
 from orkestr_console.accounts.limits import Envelope
-from orkestr_console.core.allowlist import besides_default
-from orkestr_console.core.environment import typed_environment
+from orkestr_console.core.allowlist import extend_default
+from orkestr_console.core.environment import parse_environment
 from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.core.script import unix_lines
 from orkestr_console.http.validation import parse_spec
@@ -93,14 +93,14 @@ class SandboxForm(Form):
                 "size": self.size,
                 "network": self.network,
                 "timeout_seconds": parse_number(self.timeout_seconds),
-                "env": typed_environment(self.env),
+                "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
             },
         )
 
     def allowlist(self) -> list[str] | None:
         """The allowlist that the typed names stand for; None on other networks."""
-        return besides_default(self.allow_domains) if self.network == "restricted" else None
+        return extend_default(self.allow_domains) if self.network == "restricted" else None
 
     def take(self, error: DomainError) -> None:
         """As any form does, but show what is wrong with the image at the picker."""

@@ -19,7 +19,7 @@ from pydantic import (
 from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
 from orkestr_console.core.script import usable_script
-from orkestr_console.core.text import JOINERS, place, readable
+from orkestr_console.core.text import JOINERS, position_text, readable
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_FILE_BYTES = 16 * 1024 * 1024
@@ -54,7 +54,9 @@ def usable_path(path: str) -> str:
     if not path.startswith("/"):
         raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
     if (at := path.find("\0")) >= 0:
-        raise ValueError(f"must not contain NUL characters; take out \\0, {place(path, at)}.")
+        raise ValueError(
+            f"must not contain NUL characters; take out \\0, {position_text(path, at)}."
+        )
     if len(path.encode()) > MAX_PATH_BYTES:
         raise ValueError(f"is longer than {MAX_PATH_BYTES:,} bytes.")
     return path

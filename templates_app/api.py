@@ -13,7 +13,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.http.decorators import ApiRequest, api, ended
 from orkestr_console.http.json_api import json_answer, no_content, read_json
 from orkestr_console.http.paging import read_limit
@@ -185,7 +185,7 @@ def streaming_response(
     request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
 ) -> HttpResponseBase:
     """A response sent as its chunks arrive; for HEAD, only the headers."""
-    let_go()
+    release_connection()
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
         return HttpResponse(content_type=content_type, headers=headers)

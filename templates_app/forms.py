@@ -12,11 +12,20 @@ from typing import ClassVar
 
 from django.http import QueryDict
 
-from orkestr_console.core.allowlist import besides_default, names_in, own_names, replaces_default
-from orkestr_console.core.environment import as_typed, not_typed, typed_environment
+from orkestr_console.core.allowlist import (
+    extend_default,
+    extra_names,
+    replaces_default,
+    split_names,
+)
+from orkestr_console.core.environment import (
+    format_environment,
+    parse_environment,
+    unformattable_names,
+)
 from orkestr_console.core.errors import DomainError
 from orkestr_console.core.script import unix_lines
-from orkestr_console.core.text import STEERING
+from orkestr_console.core.text import INVISIBLE
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
 from templates_app.models import Network, Template
@@ -128,13 +137,13 @@ class TemplateForm(Form):
             base_template=template.base_template,
             recipe="\n".join(format_step(step) for _, step in steps if is_displayable(step)),
             network=template.network,
-            env=as_typed(template.env),
-            allow_domains=own_names(template.allow_domains),
+            env=format_environment(template.env),
+            allow_domains=extra_names(template.allow_domains),
             only_these=replaces_default(template.allow_domains),
             step_timeout_seconds=field_text(template.step_timeout_seconds),
             build_timeout_seconds=field_text(template.build_timeout_seconds),
             disk_mb=field_text(template.disk_mb),
-            left_out_env=not_typed(template.env),
+            left_out_env=unformattable_names(template.env),
             left_out=tuple(number for number, step in steps if not is_displayable(step)),
         )
 
@@ -148,7 +157,7 @@ class TemplateForm(Form):
                 "base_template": self.base_template,
                 "recipe": [step.command for step in parse_steps(self.recipe)],
                 "network": self.network,
-                "env": typed_environment(self.env),
+                "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
                 **{name: parse_number(getattr(self, name)) for name in NUMBERS},
                 "reuse": self.reuse or None,
@@ -166,7 +175,9 @@ class TemplateForm(Form):
         if self.network != Network.RESTRICTED:
             return None
         return (
-            names_in(self.allow_domains) if self.only_these else besides_default(self.allow_domains)
+            split_names(self.allow_domains)
+            if self.only_these
+            else extend_default(self.allow_domains)
         )
 
     def take_limit(self, error: DomainError) -> None:
@@ -255,4 +266,4 @@ def is_comment(line: str) -> bool:
 
 def is_displayable(step: str) -> bool:
     """Whether a reader sees everything in the step: it has no invisible characters."""
-    return not STEERING.search(step)
+    return not INVISIBLE.search(step)

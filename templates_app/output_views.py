@@ -7,7 +7,7 @@ from django.shortcuts import render
 from django.views.decorators.http import require_safe
 
 from orkestr_console.core.errors import InvalidInput
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.core.text import plain
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from templates_app import pages, services
@@ -80,5 +80,5 @@ def download_log(request: ConsoleRequest, template_id: str) -> HttpResponseBase:
     }
     if request.method == "HEAD":
         return HttpResponse(content_type=PLAIN, headers=headers)
-    let_go()
+    release_connection()
     return StreamingHttpResponse(services.log_text(template), content_type=PLAIN, headers=headers)

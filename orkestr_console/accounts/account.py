@@ -14,7 +14,7 @@ from orkestr_console.accounts import audit, people, second_factor, sessions
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import Forbidden, InvalidInput
-from orkestr_console.core.text import unreadable
+from orkestr_console.core.text import name_problem
 
 WRONG_PASSWORD = "Wrong password."  # noqa: S105 - a sentence
 LONGEST_NAME = 100
@@ -46,7 +46,7 @@ def refuse_wrong(user: User, password: str, field: str) -> None:
 def change_name(actor: Actor, name: str) -> None:
     """What the console calls the person. Raises ``InvalidInput``."""
     with changing(actor, "account.name") as user:
-        problem = unreadable(name)
+        problem = name_problem(name)
         if len(name) > LONGEST_NAME:
             problem = f"Your name has at most {LONGEST_NAME} characters."
         if problem:

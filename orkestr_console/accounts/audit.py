@@ -16,7 +16,7 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
 from orkestr_console.core.errors import DomainError, ExecKilled, ExecTimeout
 from orkestr_console.core.postgres import persistently
-from orkestr_console.core.text import clean
+from orkestr_console.core.text import replace_unstorable
 
 LONGEST_NAME = 254
 LONGEST_DETAIL = 2000
@@ -53,7 +53,7 @@ def denied(
         kind,
         object_id,
         code=error.code,
-        detail=clean(error.detail)[:LONGEST_DETAIL],
+        detail=replace_unstorable(error.detail)[:LONGEST_DETAIL],
     )
 
 
@@ -77,8 +77,8 @@ def write(
         action=action,
         outcome=outcome,
         object_kind=kind,
-        object_id=clean(str(object_id))[:64],
-        object_name=clean(name)[:LONGEST_NAME],
+        object_id=replace_unstorable(str(object_id))[:64],
+        object_name=replace_unstorable(name)[:LONGEST_NAME],
         **{"data": {}, **{key: value for key, value in rest.items() if value is not None}},
     )
 
@@ -144,7 +144,7 @@ def record_sign_in(
     """Note that somebody signed in, or why they were not let in, in one of their teams."""
     AuditEntry.objects.create(
         team_id=team_id,
-        who=clean(email)[:LONGEST_NAME],
+        who=replace_unstorable(email)[:LONGEST_NAME],
         user_id=user.pk if user else None,
         surface="console",
         address=address,

@@ -28,7 +28,7 @@ from orkestr_console.accounts.limit_changes import Amount
 from orkestr_console.accounts.models import ApiToken, Invitation, Membership, Role, Team, User
 from orkestr_console.core.channel_layer import notify
 from orkestr_console.core.errors import Conflict, Forbidden, InvalidInput, NotFound
-from orkestr_console.core.text import clean, readable, unreadable
+from orkestr_console.core.text import name_problem, readable, replace_unstorable
 
 INVITATION_DAYS = 7
 MOST_OPEN_INVITATIONS = 100
@@ -154,7 +154,7 @@ def invite(actor: Actor, spec: InviteSpec) -> tuple[Invitation, str]:
 def usable_email(text: str) -> str:
     """The address in lower case. Raises ``InvalidInput``."""
     email = text.strip().lower()
-    sentence = unreadable(email)
+    sentence = name_problem(email)
     try:
         # It takes a domain by what IDNA makes of it, which drops what cannot be seen.
         validate_email(email)
@@ -274,7 +274,7 @@ def register(spec: NewPersonSpec, password: str, secret: str, address: str | Non
 
     Raises ``InvalidInput`` for an address that has an account and for a weak password.
     """
-    stranger = User(email=clean(spec.email)[: audit.LONGEST_NAME], name=spec.name)
+    stranger = User(email=replace_unstorable(spec.email)[: audit.LONGEST_NAME], name=spec.name)
     with refusals(secret, stranger, address), transaction.atomic():
         invitation = find_invitation(secret, locked=True)
         user = User(email=free_address(spec.email, invitation), name=spec.name)

@@ -13,7 +13,7 @@ from orkestr_console.accounts import limits, rates, tokens
 from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
 from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
-from orkestr_console.core.text import unreadable
+from orkestr_console.core.text import name_problem
 
 # A token's last use is worth knowing to the minute; writing it on every call is not worth it.
 LAST_USE_GRAIN = timedelta(minutes=1)
@@ -37,7 +37,7 @@ def mint_token(
     """
     wanted = sorted(set(scopes))
     unknown = [scope for scope in wanted if scope not in SCOPES]
-    if unfit := unreadable(name):
+    if unfit := name_problem(name):
         raise InvalidInput(f"The token's name {unfit}", fields={"name": unfit})
     if unknown or not wanted:
         problem = f"'{unknown[0]}' is not a scope" if unknown else "A token needs a scope"

@@ -19,7 +19,7 @@ from orkestr_console.accounts.services import TEAM_KEY
 from orkestr_console.console.people_forms import InviteForm, JoinForm, ShareForm
 from orkestr_console.core.addresses import console_address
 from orkestr_console.core.errors import DomainError, InvalidInput, NotFound
-from orkestr_console.core.text import clean
+from orkestr_console.core.text import replace_unstorable
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 
@@ -165,7 +165,7 @@ def join(request: HttpRequest, secret: str) -> HttpResponse:
         invitation = people.find_invitation(secret)
         return join_page(request, invitation, JoinForm(email=invitation.email))
     form = JoinForm.typed(request.POST)
-    asking = user or User(email=clean(form.email)[:LONGEST_NAME])
+    asking = user or User(email=replace_unstorable(form.email)[:LONGEST_NAME])
     with people.refusals(secret, asking, address):
         invitation = people.find_invitation(secret)
     try:

@@ -17,7 +17,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from orkestr_console.accounts import second_factor, sessions
 from orkestr_console.accounts.models import User
-from orkestr_console.core.text import unusable
+from orkestr_console.core.text import storage_problem
 
 NO_MATCH = "Wrong email or password. Try again."
 TOO_MANY = "Too many failed sign-ins for this address from here. Try again in {minutes} minutes."
@@ -55,7 +55,7 @@ def sign_in(request: HttpRequest) -> HttpResponse:
 
 def known_person(request: HttpRequest, email: str, password: str) -> User | None:
     """Who this is; a refusal is on record in the team of whoever it was tried for."""
-    if unusable(email) or unusable(password):
+    if storage_problem(email) or storage_problem(password):
         return None
     # In lower case, so that guesses at one account are counted together.
     user = authenticate(request, username=email.strip().lower(), password=password)
@@ -85,7 +85,7 @@ def sign_in_code(request: HttpRequest) -> HttpResponse:
     if request.method != "POST":
         return render(request, "console/sign_in_code.html", context)
     code = request.POST.get("code", "")
-    if unusable(code) or not second_factor.verify(user, code):
+    if storage_problem(code) or not second_factor.verify(user, code):
         address = sessions.address_of(request)
         sessions.note_sign_in(user.email, address, user=None, error="Wrong code.")
         context["error"] = second_factor.WRONG_CODE

@@ -21,7 +21,7 @@ from orkestr_console.core.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from orkestr_console.core.text import unusable
+from orkestr_console.core.text import storage_problem
 from orkestr_console.http.validation import invalid_input
 
 DEEPEST = 32
@@ -102,11 +102,11 @@ def refuse_unusable(value: Any, path: str, depth: int) -> None:
     if depth < 0:
         raise MalformedJson(f"The body is nested more than {DEEPEST} levels deep.")
     if isinstance(value, str):
-        if problem := unusable(value):
+        if problem := storage_problem(value):
             raise InvalidInput(f"{path or 'The body'}: {problem}", fields={path: problem})
     elif isinstance(value, dict):
         for name, member in value.items():
-            if problem := unusable(name):
+            if problem := storage_problem(name):
                 raise InvalidInput(f"A field's name {problem}")
             refuse_unusable(member, f"{path}.{name}" if path else name, depth - 1)
     elif isinstance(value, list):

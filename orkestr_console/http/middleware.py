@@ -24,7 +24,7 @@ from orkestr_console.core.errors import (
     to_json_response,
     to_response,
 )
-from orkestr_console.core.postgres import let_go, unavailable
+from orkestr_console.core.postgres import release_connection, unavailable
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
@@ -57,7 +57,7 @@ def release_database(get_response: Handler) -> Handler:
         try:
             return get_response(request)
         finally:
-            let_go()
+            release_connection()
 
     return middleware
 

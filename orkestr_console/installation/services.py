@@ -20,8 +20,8 @@ from hostruntime.host.paths import StatePaths
 from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
-from orkestr_console.core.hosts import errors_told, host
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.hosts import host, translated_errors
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.installation.models import Installation, new_word
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,12 @@ def agree(knows_some: Callable[[], bool]) -> bool:
     of what is in it. Raises the host's errors when it does not answer.
     """
     row = advanced(current())
-    let_go()
+    release_connection()
     try:
         host().agree(row.claim())
     except StateUnclaimed:
         known = knows_some()
-        let_go()
+        release_connection()
         try:
             host().agree(row.claim(), known=known)
         except InstallationMismatch as error:
@@ -95,7 +95,7 @@ def reconcile(
         row = current()
         if row.mismatch:
             return None
-        let_go()
+        release_connection()
         if row.confirmed:
             try:
                 done = host().reconcile(Reconcile(row.claim(), images, snapshots))
@@ -127,13 +127,13 @@ def adopt(operator: Operator | None = None) -> Installation:
 
     What no row names is then set aside, a few things at a time. Raises ``HostUnavailable``.
     """
-    with errors_told():
+    with translated_errors():
         seen = host().installation()
     with transaction.atomic():
         row = marked_anew(seen.epoch)
         if operator is not None:
             record(operator, "installation.adopt", row.pk, seen.mismatch)
-    with errors_told():
+    with translated_errors():
         host().adopt(row.claim())
     return confirmed(row)
 
@@ -167,20 +167,20 @@ def confirmed(row: Installation) -> Installation:
 
 def standing() -> StandingInfo:
     """What the state directory says of itself. Raises ``HostUnavailable``."""
-    with errors_told():
+    with translated_errors():
         return host().installation()
 
 
 def held() -> list[HeldInfo]:
     """What was set aside, the oldest first. Raises ``HostUnavailable``."""
-    let_go()
-    with errors_told():
+    release_connection()
+    with translated_errors():
         return host().quarantine()
 
 
 def restore(key: str, operator: Operator | None = None) -> HeldInfo:
     """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
-    with noting(operator, "quarantine.restore", key), errors_told():
+    with noting(operator, "quarantine.restore", key), translated_errors():
         thing = host().restore_held(key)
     if operator is not None:
         record(operator, "quarantine.restore", thing.name, thing.kind)
@@ -189,7 +189,7 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
-    with noting(operator, "quarantine.delete", key), errors_told():
+    with noting(operator, "quarantine.delete", key), translated_errors():
         host().delete_held(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")

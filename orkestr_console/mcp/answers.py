@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.core.text import few, plain
+from orkestr_console.core.text import plain, shorten_list
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
@@ -341,7 +341,7 @@ def warning(template: Template) -> str:
     if not steps:
         return ""
     hosts = list(dict.fromkeys(host for step in steps for host in step.refused_hosts))
-    numbers = few([str(step.number) for step in steps])
+    numbers = shorten_list([str(step.number) for step in steps])
     remedy = (
         to_be_reached(template)
         if template.refused_hosts
@@ -350,8 +350,9 @@ def warning(template: Template) -> str:
     )
     advice = "".join(f" {sentence}" for sentence in templates.direct_advice(template))
     return (
-        f" But the network policy refused {few(hosts)} while it was built (step {numbers}), "
-        "and the build went on: look at the log whether the image has what the recipe was to "
+        f" But the network policy refused {shorten_list(hosts)} while it was built "
+        f"(step {numbers}), and the build went on: look at the log "
+        "whether the image has what the recipe was to "
         f"install. If not: {remedy}{advice}"
     )
 

@@ -17,7 +17,7 @@ from itertools import groupby, islice
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
 
-from orkestr_console.core.text import STEERING, code_point
+from orkestr_console.core.text import INVISIBLE, code_point
 
 MOST_LINES = 2000
 LONGEST_LINE = 16 * 1024
@@ -214,7 +214,7 @@ class Log:
 
 def dressed(text: str, style: Style) -> str:
     """Escaped text, in a span where it has a style."""
-    html = STEERING.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
+    html = INVISIBLE.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
     return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
 
 

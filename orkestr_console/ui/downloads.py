@@ -15,7 +15,7 @@ from typing import Any
 
 from django.http import HttpResponse
 
-from orkestr_console.core.text import visible
+from orkestr_console.core.text import escape_invisible
 
 # OWASP's list, the full-width forms that some locales read alike, and our own mark.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
@@ -55,4 +55,8 @@ def cell(value: float | str) -> float | str:
     """A value that no spreadsheet computes and no terminal obeys."""
     if not isinstance(value, str):
         return value
-    return f"'{visible(value)}" if value.lstrip(" ").startswith(FORMULA) else visible(value)
+    return (
+        f"'{escape_invisible(value)}"
+        if value.lstrip(" ").startswith(FORMULA)
+        else escape_invisible(value)
+    )

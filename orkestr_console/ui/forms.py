@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from orkestr_console.core.errors import DomainError, InvalidInput
-from orkestr_console.core.text import unusable
+from orkestr_console.core.text import storage_problem
 
 # At no field: shown above the form.
 WHOLE = "form"
@@ -26,7 +26,7 @@ class Form:
 
     def refuse_unusable(self) -> None:
         """Raise ``InvalidInput`` for text that can be neither stored nor sent on."""
-        found = {name: unusable(str(getattr(self, name, ""))) for name in self.labels}
+        found = {name: storage_problem(str(getattr(self, name, ""))) for name in self.labels}
         fields = {name: sentence for name, sentence in found.items() if sentence}
         if fields:
             raise InvalidInput(next(iter(fields.values())), fields=fields)

@@ -33,7 +33,7 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.people import people_group
 from orkestr_console.accounts.services import actor_of_session
 from orkestr_console.accounts.sessions import person_group
-from orkestr_console.core.channel_layer import SERVICE_RESTART, LosesNotices
+from orkestr_console.core.channel_layer import SERVICE_RESTART, ReconnectsOnLoss
 from orkestr_console.core.errors import Forbidden, NotFound, Unauthenticated
 from orkestr_console.core.postgres import unavailable
 
@@ -51,7 +51,7 @@ BREATH = 0.1  # seconds between two answers, however many notices there were
 type Message = dict[str, Any]
 
 
-class LivePage(LosesNotices, AsyncWebsocketConsumer):
+class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
     """The root of the live consumers. A subclass says which groups, and what has changed."""
 
     # Seconds after which to look even without a notice; None for never.

@@ -20,7 +20,7 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import build, envelope
 from orkestr_console.core.errors import DomainError, ExecKilled, PlanLimit, RateLimited
-from orkestr_console.core.hosts import async_host, awaited, told
+from orkestr_console.core.hosts import async_host, run_async, translate_error
 from orkestr_console.core.postgres import persistently
 from orkestr_console.http.closing import why_cut_off
 from sandboxes_app.models import Sandbox
@@ -65,7 +65,7 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     try:
-        result = awaited(run_to_completion, sandbox, spec, command_quota(actor))
+        result = run_async(run_to_completion, sandbox, spec, command_quota(actor))
     except host_errors.TooManyCommands as error:
         raise too_many_commands(actor, error) from error
     except host_errors.HostError as error:
@@ -141,8 +141,8 @@ def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> Doma
     """The domain error for a command that the host ended or refused; corrects the row."""
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
         settle_if_missing(sandbox)
-        return told(host_errors.ContainerGone(error.detail))
-    domain = told(error)
+        return translate_error(host_errors.ContainerGone(error.detail))
+    domain = translate_error(error)
     if isinstance(error, host_errors.ExecTimeout):
         for stream in ("stdout", "stderr"):
             if isinstance(printed := error.extra.get(stream), bytes):

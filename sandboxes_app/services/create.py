@@ -21,7 +21,7 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
-from orkestr_console.core.hosts import host, told
+from orkestr_console.core.hosts import host, translate_error
 from orkestr_console.core.postgres import persistently
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import driving
@@ -76,7 +76,7 @@ def boot_or_discard(
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
         # Clients try again, with the same or another request, and rely on nothing being left.
         persistently(sandbox.delete)
-        raise told(error) from error
+        raise translate_error(error) from error
     except host_errors.NotFound:
         persistently(sandbox.delete)
         raise (
@@ -84,7 +84,7 @@ def boot_or_discard(
         ) from None
     except host_errors.HostError as error:
         abandon(sandbox)
-        raise told(error) from error
+        raise translate_error(error) from error
 
 
 def reject_unsupported(spec: SandboxSpec) -> None:

@@ -18,7 +18,7 @@ from orkestr_console.core.errors import (
     NotFound,
     PayloadTooLarge,
 )
-from orkestr_console.core.hosts import host, told
+from orkestr_console.core.hosts import host, translate_error
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import (
@@ -102,7 +102,7 @@ def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> BatchRow:
     except host_errors.ContainerGone:
         raise
     except host_errors.HostError as error:
-        return BatchRow(spec.path, None, told(error).code)
+        return BatchRow(spec.path, None, translate_error(error).code)
     except DomainError as error:
         return BatchRow(spec.path, None, error.code)
 
@@ -148,16 +148,16 @@ def running_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
         yield sandbox
     except host_errors.ContainerGone as error:
         settle_if_missing(sandbox)
-        raise told(error) from error
+        raise translate_error(error) from error
     except host_errors.NotFound as error:
         # Either the path, or the container itself.
         if settle_if_missing(sandbox):
-            raise told(host_errors.ContainerGone(error.detail)) from error
+            raise translate_error(host_errors.ContainerGone(error.detail)) from error
         raise NotFound(error.detail, code="file_not_found") from error
     except host_errors.FileTooLarge as error:
         raise PayloadTooLarge(MAX_FILE_BYTES, error.detail) from error
     except host_errors.HostError as error:
-        raise told(error) from error
+        raise translate_error(error) from error
 
 
 def required_path(path: str | None) -> str:

@@ -20,7 +20,7 @@ from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLimit
-from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.hosts import host, translated_errors
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
 from orkestr_console.queue.driving import driving
@@ -149,7 +149,7 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     expires_at = new_expiry(actor, sandbox, spec.timeout_seconds)
-    with errors_told():
+    with translated_errors():
         host().set_deadline(sandbox.pk, expires_at.timestamp())
     if not state.mark_extended(sandbox, expires_at):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")

@@ -17,7 +17,7 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
 from orkestr_console.core.errors import Conflict, PlanLimit
-from orkestr_console.core.hosts import host, told
+from orkestr_console.core.hosts import host, translate_error
 from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
@@ -65,7 +65,7 @@ def pause(sandbox: Sandbox) -> None:
     except host_errors.HostError as error:
         if can_roll_back(sandbox, error):
             state.mark_pause_failed(sandbox)
-        raise told(error) from error
+        raise translate_error(error) from error
     if not state.mark_paused(sandbox, until):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
@@ -114,7 +114,7 @@ def resume(sandbox: Sandbox) -> None:
     except host_errors.HostError as error:
         if can_roll_back(sandbox, error):
             state.mark_resume_failed(sandbox)
-        raise told(error) from error
+        raise translate_error(error) from error
     if not state.mark_resumed(sandbox, end):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 

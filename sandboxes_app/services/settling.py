@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from django.db.models import Q, QuerySet, Value
 
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.installation import services as installation
-from orkestr_console.queue.driving import SURE_SECONDS, IsDriven
+from orkestr_console.queue.driving import ORPHAN_GRACE_SECONDS, IsDriven
 from sandboxes_app.models import (
     LIVE,
     TRANSITIONAL,
@@ -64,7 +64,7 @@ def undriven(kind: str, rows: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, st
 
 
 def settle_orphans() -> None:
-    """Settle the rows that have had no driver for ``SURE_SECONDS``.
+    """Settle the rows that have had no driver for ``ORPHAN_GRACE_SECONDS``.
 
     Not while database and host don't belong together. Raises the host's errors.
     """
@@ -75,9 +75,9 @@ def settle_orphans() -> None:
     orphans.difference_update(select_kind(orphans, TEMPLATE))
     if not orphans or installation.is_apart():
         return
-    let_go()
+    release_connection()
     # PostgreSQL may have just restarted, and live drivers take their locks again.
-    time.sleep(SURE_SECONDS)
+    time.sleep(ORPHAN_GRACE_SECONDS)
     orphans &= find_orphans()
     lifecycle.release_orphaned({orphan.id: orphan.driver for orphan in select_kind(orphans, ENDED)})
     settle_sandboxes(orphans)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from orkestr_console.core.hosts import host
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from sandboxes_app.models import Snapshot
 from templates_app.models import Template
 
 
 def has_known_objects() -> bool:
     """Whether any row refers to an image or snapshot on the host. Raises the host's errors."""
-    let_go()
+    release_connection()
     images = [image.id for image in host().images() if image.kind == "template"]
     snapshots = [snapshot.id for snapshot in host().snapshots()]
     return (

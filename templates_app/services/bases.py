@@ -12,7 +12,7 @@ from hostruntime.wire.images import BaseInfo
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, HostUnavailable, InvalidInput, NotFound
-from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.hosts import host, translated_errors
 from orkestr_console.core.ids import is_id
 from templates_app.models import Template, TemplateStatus
 
@@ -80,7 +80,7 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
     if name.startswith(TEMPLATE_ID_PREFIX):
         return team_template(team, name)
     base = ALIASES.get(name, name)
-    with errors_told():
+    with translated_errors():
         known = {info.name: info for info in host().bases()}
     if base not in known:
         raise unknown_base(name, known, field)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orkestr_console.core.text import few
+from orkestr_console.core.text import shorten_list
 from templates_app.models import Template
 
 # The events that list the hosts refused to a step.
@@ -28,14 +28,15 @@ def bypass_advice(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
     if names:
         pronoun = "it" if len(names) == 1 else "they"
         sentences.append(
-            f"{who} asked DNS for {few(names)}, past the proxy. In allow_domains alone {pronoun} "
-            "would not be reached: the program also needs the address in $HTTPS_PROXY as its proxy."
+            f"{who} asked DNS for {shorten_list(names)}, past the proxy. In allow_domains alone "
+            f"{pronoun} would not be reached: the program also needs the address "
+            "in $HTTPS_PROXY as its proxy."
         )
     if addresses:
         sentences.append(
-            f"{who} tried {few(addresses)} by address, past the proxy, which is the only way out: "
-            "the program needs the address in $HTTPS_PROXY as its proxy, and has to ask for a host "
-            "by name."
+            f"{who} tried {shorten_list(addresses)} by address, past the proxy, which is the "
+            "only way out: the program needs the address in $HTTPS_PROXY as its proxy, "
+            "and has to ask for a host by name."
         )
     return sentences
 

@@ -7,8 +7,8 @@ from django.utils import timezone
 
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict
-from orkestr_console.core.hosts import errors_told, host
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.hosts import host, translated_errors
+from orkestr_console.core.postgres import release_connection
 from templates_app.events import notify_changed
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.record import append_event
@@ -27,7 +27,7 @@ def settle_images() -> None:
     """
     # Read before the host is asked: it must have what is ready now.
     ready = list(Template.objects.ready())
-    let_go()
+    release_connection()
     present = {image.id for image in host().images()}
     for template in ready:
         if template.image_id not in present:
@@ -72,7 +72,7 @@ def adopt_image(team: Team, image_id: str, name: str) -> Template:
 
     Raises ``NotFound`` (the host has no such image), ``Conflict`` (a template has it already).
     """
-    with errors_told():
+    with translated_errors():
         image = host().image(image_id)
     now = timezone.now()
     with transaction.atomic():

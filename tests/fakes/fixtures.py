@@ -22,7 +22,7 @@ from tests.fakes.host import FakeHost
 def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     """A host in memory in place of the agent, for every service."""
     fake = FakeHost()
-    monkeypatch.setattr(settling, "SURE_SECONDS", 0.0)
+    monkeypatch.setattr(settling, "ORPHAN_GRACE_SECONDS", 0.0)
     # No connection stays after a test: the database is dropped after the last.
     monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
     # A build is over when its task is.

@@ -15,7 +15,7 @@ from django.utils.safestring import SafeString
 from hostruntime.wire.health import EgressHost
 from orkestr_console.accounts.limits import Kind
 from orkestr_console.core import text as texts
-from orkestr_console.core.text import visible
+from orkestr_console.core.text import escape_invisible
 from orkestr_console.ui.ansi import rendered
 
 register = template.Library()
@@ -139,13 +139,17 @@ def visible_text(value: object) -> str | list[str]:
 
     Of a list each member, so before ``join``, which escapes.
     """
-    return [visible(str(one)) for one in value] if isinstance(value, list) else visible(str(value))
+    return (
+        [escape_invisible(str(one)) for one in value]
+        if isinstance(value, list)
+        else escape_invisible(str(value))
+    )
 
 
 @register.filter
 def few(names: list[str]) -> str:
     """As many names as anybody reads, as :func:`visible_text` has them."""
-    return texts.few([visible(name) for name in names])
+    return texts.shorten_list([escape_invisible(name) for name in names])
 
 
 @register.filter
