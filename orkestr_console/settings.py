@@ -78,12 +78,12 @@ MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.http.middleware.request_id",
     "orkestr_console.http.middleware.release_database",
-    "orkestr_console.http.middleware.browser_rules",
+    "orkestr_console.http.middleware.browser_headers",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django.middleware.csp.ContentSecurityPolicyMiddleware",
-    "orkestr_console.http.middleware.refuse_unusable_text",
+    "orkestr_console.http.middleware.reject_nul",
     "orkestr_console.http.middleware.StaticFiles",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -185,7 +185,7 @@ SESSION_COOKIE_HTTPONLY = True
 CSRF_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 14 * 24 * 3600
-CSRF_FAILURE_VIEW = "orkestr_console.http.health.csrf_refused"
+CSRF_FAILURE_VIEW = "orkestr_console.http.health.csrf_failure"
 X_FRAME_OPTIONS = "DENY"
 # No other site learns an address of ours, and so no invitation's secret. Not "no-referrer": with
 # that browsers send "Origin: null" with a form, which says nothing of where it came from.

@@ -16,8 +16,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
 from orkestr_console.core.hosts import run_async
-from orkestr_console.http.decorators import ApiRequest, api, ended
-from orkestr_console.http.json_api import json_answer, no_content, read_json, timestamp
+from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
@@ -41,7 +41,7 @@ def create_sandbox(request: ApiRequest) -> HttpResponse:
     """``POST /v1/sandboxes``: answers once it is running."""
     spec = read_json(request, SandboxSpec)
     sandbox = services.create_sandbox(request.actor, spec)
-    return json_answer(presenters.sandbox_detail(sandbox), status=201)
+    return json_response(presenters.sandbox_detail(sandbox), status=201)
 
 
 @api(scope=READ)
@@ -55,7 +55,7 @@ def list_sandboxes(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.sandbox_detail(row) for row in rows]
-    return json_answer({"sandboxes": listed, "next_cursor": cursor})
+    return json_response({"sandboxes": listed, "next_cursor": cursor})
 
 
 def metadata_filter(request: ApiRequest) -> dict[str, str]:
@@ -73,13 +73,13 @@ def metadata_filter(request: ApiRequest) -> dict[str, str]:
 @api(scope=READ)
 def get_limits(request: ApiRequest) -> HttpResponse:
     """``GET /v1/sandboxes/limits``."""
-    return json_answer(presenters.limits_detail(services.limits(request.actor)))
+    return json_response(presenters.limits_detail(services.limits(request.actor)))
 
 
 @api(scope=READ)
 def get_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/{id}``."""
-    return json_answer(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
+    return json_response(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
 
 
 @api(scope=WRITE)
@@ -94,20 +94,20 @@ def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/timeout``: a new lifetime, from now."""
     spec = read_json(request, TimeoutSpec)
     sandbox = services.set_timeout(request.actor, sandbox_id, spec)
-    return json_answer({"expires_at": timestamp(sandbox.expires_at)})
+    return json_response({"expires_at": timestamp(sandbox.expires_at)})
 
 
 @api(scope=WRITE)
 def pause_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/pause``: answers once it is paused."""
-    return json_answer({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
+    return json_response({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
 
 
 @api(scope=WRITE)
 def resume_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/resume``: answers once it is running again."""
     sandbox = services.resume_sandbox(request.actor, sandbox_id)
-    return json_answer(presenters.sandbox_detail(sandbox))
+    return json_response(presenters.sandbox_detail(sandbox))
 
 
 @api(scope=WRITE)
@@ -118,7 +118,7 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
         # On the server's own event loop, where the response continues to read.
         return run_async(streaming_response, request, frames)
-    return json_answer(
+    return json_response(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )
 
@@ -173,7 +173,7 @@ async def event_stream(
 
 def access_error(request: HttpRequest) -> DomainError | None:
     """Why the token may no longer run the command; None while it may."""
-    return ended(request, lambda actor: actor.require(WRITE))
+    return revalidate(request, lambda actor: actor.require(WRITE))
 
 
 def encode_event(frame: dict[str, Any]) -> bytes:
@@ -185,15 +185,15 @@ def encode_event(frame: dict[str, Any]) -> bytes:
 def read_path(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/files?path=``: a file or a directory."""
     found = services.read_path(request.actor, sandbox_id, request.GET.get("path"))
-    return json_answer(presenters.path_content(found))
+    return json_response(presenters.path_content(found))
 
 
 @api(scope=WRITE)
 def write_file(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/files``."""
-    spec = read_json(request, FileSpec, largest=settings.LARGEST_BODY)
+    spec = read_json(request, FileSpec, max_bytes=settings.LARGEST_BODY)
     written = services.write_file(request.actor, sandbox_id, spec)
-    return json_answer({"path": spec.path, "bytes_written": written})
+    return json_response({"path": spec.path, "bytes_written": written})
 
 
 @api(scope=WRITE)
@@ -221,27 +221,29 @@ def move(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 def stat(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/files/stat?path=``: a missing path is ``exists: false``, not an error."""
     found = services.stat(request.actor, sandbox_id, request.GET.get("path"))
-    return json_answer(presenters.path_stat(found))
+    return json_response(presenters.path_stat(found))
 
 
 @api(scope=WRITE)
 def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/files/batch``: each file succeeds or fails on its own."""
-    spec = read_json(request, BatchSpec, largest=settings.LARGEST_BODY)
-    return json_answer(presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec)))
+    spec = read_json(request, BatchSpec, max_bytes=settings.LARGEST_BODY)
+    return json_response(
+        presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec))
+    )
 
 
 @api(scope=READ)
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
-    return json_answer(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
+    return json_response(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
 
 
 @api(scope=READ)
 def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}/usage``: what uses it; an extension of the public API."""
     use = services.template_use(request.actor, template_id)
-    return json_answer(presenters.template_use_detail(use))
+    return json_response(presenters.template_use_detail(use))
 
 
 @api(scope=WRITE)
@@ -249,7 +251,7 @@ def create_snapshot(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST /v1/sandboxes/{id}/snapshots``: answers once sandboxes can start from it."""
     spec = read_json(request, SnapshotSpec)
     snapshot = services.create_snapshot(request.actor, sandbox_id, spec)
-    return json_answer(presenters.snapshot_detail(snapshot), status=201)
+    return json_response(presenters.snapshot_detail(snapshot), status=201)
 
 
 @api(scope=READ)
@@ -261,14 +263,14 @@ def list_snapshots(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.snapshot_detail(row) for row in rows]
-    return json_answer({"snapshots": listed, "next_cursor": cursor})
+    return json_response({"snapshots": listed, "next_cursor": cursor})
 
 
 @api(scope=READ)
 def get_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/snapshots/{id}``."""
     snapshot = services.get_snapshot(request.actor, snapshot_id)
-    return json_answer(presenters.snapshot_detail(snapshot))
+    return json_response(presenters.snapshot_detail(snapshot))
 
 
 @api(scope=WRITE)

@@ -69,7 +69,7 @@ class SandboxForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> SandboxForm:
+    def from_post(cls, data: QueryDict) -> SandboxForm:
         """What was posted; browsers end lines with CR LF."""
         return cls(
             template=data.get("template", ""),
@@ -82,7 +82,7 @@ class SandboxForm(Form):
 
     def spec(self) -> SandboxSpec:
         """The validated request. Raises ``InvalidInput`` with a sentence per field."""
-        self.refuse_unusable()
+        self.reject_unusable()
         if not self.template:
             sentence = "Choose what to start from."
             raise InvalidInput(sentence, fields={"template": sentence})
@@ -102,9 +102,9 @@ class SandboxForm(Form):
         """The allowlist that the typed names stand for; None on other networks."""
         return extend_default(self.allow_domains) if self.network == "restricted" else None
 
-    def take(self, error: DomainError) -> None:
+    def add_error(self, error: DomainError) -> None:
         """As any form does, but show what is wrong with the image at the picker."""
-        super().take(error)
+        super().add_error(error)
         if isinstance(error, (NotFound, Conflict)):
             self.errors = {"template": error.detail}
 
@@ -124,7 +124,7 @@ class CommandForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> CommandForm:
+    def from_post(cls, data: QueryDict) -> CommandForm:
         """What was posted; browsers end lines with CR LF."""
         return cls(
             command=unix_lines(data.get("command", "")),
@@ -134,7 +134,7 @@ class CommandForm(Form):
 
     def spec(self) -> ExecSpec:
         """The validated request. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        self.reject_unusable()
         return parse_spec(
             ExecSpec,
             {

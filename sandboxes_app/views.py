@@ -39,11 +39,11 @@ def sandbox_new(request: ConsoleRequest) -> HttpResponse:
     """Show the form, or create a sandbox from it. A refused form keeps what was chosen."""
     if request.method != "POST":
         return form_page(request, SandboxForm(template=request.GET.get("template", "")))
-    form = SandboxForm.typed(request.POST)
+    form = SandboxForm.from_post(request.POST)
     try:
         sandbox = services.create_sandbox(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return form_page(request, form, error.status)
     return redirect("sandboxes:detail", sandbox.pk)
 
@@ -97,7 +97,7 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 
     For a script the status is always 200: a failed command is a result, not an HTTP error.
     """
-    form = CommandForm.typed(request.POST)
+    form = CommandForm.from_post(request.POST)
     try:
         entry = Entry(
             form.command,
@@ -106,7 +106,7 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     except NotFound:
         raise
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         entry = Entry(form.command, error=error)
     if request.htmx:
         context = {"entry": entry, "form": form}

@@ -14,8 +14,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
 from orkestr_console.core.postgres import release_connection
-from orkestr_console.http.decorators import ApiRequest, api, ended
-from orkestr_console.http.json_api import json_answer, no_content, read_json
+from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.paging import read_limit
 from templates_app import presenters, services
 from templates_app.models import Template
@@ -37,7 +37,7 @@ _encoded: WeakKeyDictionary[services.Event, bytes] = WeakKeyDictionary()
 def create_template(request: ApiRequest) -> HttpResponse:
     """``POST /v1/templates``: answers immediately; the build runs in the background."""
     # A recipe of 1 MiB, with room for JSON's escaping of each character.
-    spec = read_json(request, TemplateSpec, largest=MAX_TEMPLATE_BODY)
+    spec = read_json(request, TemplateSpec, max_bytes=MAX_TEMPLATE_BODY)
     return detail_answer(services.create_template(request.actor, spec), status=201)
 
 
@@ -50,7 +50,7 @@ def list_templates(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.template_summary(row) for row in rows]
-    return json_answer({"templates": listed, "next_cursor": cursor})
+    return json_response({"templates": listed, "next_cursor": cursor})
 
 
 @api(scope=READ)
@@ -75,7 +75,7 @@ def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
 def detail_answer(template: Template, status: int = 200) -> HttpResponse:
     """A template with its steps."""
     steps, position = services.list_steps(template), services.queue_position(template)
-    return json_answer(presenters.template_detail(template, steps, position), status=status)
+    return json_response(presenters.template_detail(template, steps, position), status=status)
 
 
 @api(scope=READ)
@@ -89,7 +89,7 @@ def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
         )
     limit = read_limit(request.GET.get("limit"))
     page = services.read_events(request.actor, template_id, after=after, limit=limit)
-    return json_answer(presenters.event_page(page, after))
+    return json_response(presenters.event_page(page, after))
 
 
 def read_after(request: HttpRequest) -> int:
@@ -141,7 +141,7 @@ def encode_error(error: DomainError) -> bytes:
 
 def access_error(request: HttpRequest, template_id: str) -> DomainError | None:
     """Why the token can no longer read the template; None while it can."""
-    return ended(request, lambda actor: services.get_template(actor, template_id))
+    return revalidate(request, lambda actor: services.get_template(actor, template_id))
 
 
 @api(scope=READ)
@@ -177,8 +177,8 @@ def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
     found = contents.contents(request.actor, template_id)
     if other := request.GET.get("compare"):
         difference = contents.compare(found, contents.contents(request.actor, other))
-        return json_answer(presenters.difference_detail(difference))
-    return json_answer(presenters.contents_detail(found))
+        return json_response(presenters.difference_detail(difference))
+    return json_response(presenters.contents_detail(found))
 
 
 def streaming_response(

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.ui.ansi import LARGEST_SHOWN, MOST_LINES, Log, ended, lines_html
+from orkestr_console.ui.ansi import MAX_LINES, MAX_SHOWN_CHARS, Log, count_line_ends, lines_html
 from orkestr_console.ui.live import LivePage, Message
 from templates_app import pages, services
 from templates_app.events import template_group, templates_group
@@ -25,14 +25,14 @@ QUEUE_REFRESH_SECONDS = 3.0
 class TemplateListPage(LivePage):
     """The list: sent again whenever one of the team's templates changes."""
 
-    def groups_of(self, actor: Actor) -> list[str]:
+    def channel_groups(self, actor: Actor) -> list[str]:
         """The team's templates."""
         return [templates_group(actor.team.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
         """The rows and the meter."""
         context = pages.list_context(actor, None)
-        return self.fresh(
+        return self.changed_fragments(
             {"template-list": render_to_string("templates_app/_list.html#list", context)}
         )
 
@@ -45,15 +45,15 @@ class StepLog:
         replayed = output.tail(template, step, REPLAY_CHARS, until=after)
         lines, _ = self._log.feed(replayed.text)
         # The number of the unfinished line.
-        self._number = replayed.first + ended(lines)
+        self._number = replayed.first + count_line_ends(lines)
 
     def append(self, step: int, text: str) -> Message:
         """The lines that ``text`` completes, no more than a page shows, and the unfinished one."""
         text, skipped = self._trim(text)
         lines, tail = self._log.feed(text)
-        shown = deque(lines, maxlen=MOST_LINES)
-        first = self._number + ended(islice(lines, len(lines) - len(shown)))
-        self._number = first + ended(shown)
+        shown = deque(lines, maxlen=MAX_LINES)
+        first = self._number + count_line_ends(islice(lines, len(lines) - len(shown)))
+        self._number = first + count_line_ends(shown)
         return {
             "step": step,
             "lines": lines_html(list(shown), first),
@@ -65,7 +65,7 @@ class StepLog:
 
     def _trim(self, text: str) -> tuple[str, int]:
         """The end of a very long text, and how many lines before it are skipped."""
-        cut = len(text) - LARGEST_SHOWN
+        cut = len(text) - MAX_SHOWN_CHARS
         if cut <= 0:
             return text, 0
         cut = text.find("\n", cut, cut + output.MAX_LINE_LENGTH) + 1 or cut
@@ -79,7 +79,7 @@ class StepLog:
 class TemplatePage(LivePage):
     """One template: its state, and the output after event ``?after=``."""
 
-    def groups_of(self, actor: Actor) -> list[str]:
+    def channel_groups(self, actor: Actor) -> list[str]:
         """The template, if it is the team's."""
         template = services.get_template(actor, self.template_id)
         self._after = self._after_parameter()
@@ -90,9 +90,9 @@ class TemplatePage(LivePage):
     def changes(self, actor: Actor) -> list[Message]:
         """New output first, then the state: a step looks finished only once its output is there."""
         template = services.get_template(actor, self.template_id)
-        self.look_again_after = QUEUE_REFRESH_SECONDS if template.is_queued else None
+        self.refresh_after = QUEUE_REFRESH_SECONDS if template.is_queued else None
         parts = pages.fragments(template, self.address, self._steps)
-        return [*self._output(template), *self.fresh(parts)]
+        return [*self._output(template), *self.changed_fragments(parts)]
 
     def _output(self, template: Template) -> list[Message]:
         last = pages.last_event(template)

@@ -106,7 +106,7 @@ class TemplateForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> TemplateForm:
+    def from_post(cls, data: QueryDict) -> TemplateForm:
         """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             name=data.get("name", ""),
@@ -123,13 +123,13 @@ class TemplateForm(Form):
         )
 
     @classmethod
-    def preset(cls, key: str) -> TemplateForm:
+    def from_preset(cls, key: str) -> TemplateForm:
         """A form filled with a preset's recipe, or an empty one if there is no such preset."""
         chosen = next((preset for preset in PRESETS if preset.key == key), None)
         return cls(base_template=chosen.base, recipe=chosen.recipe) if chosen else cls()
 
     @classmethod
-    def like(cls, template: Template) -> TemplateForm:
+    def from_template(cls, template: Template) -> TemplateForm:
         """A form that would build the same template again, for the person to change."""
         steps = list(enumerate(template.recipe, start=1))
         return cls(
@@ -149,7 +149,7 @@ class TemplateForm(Form):
 
     def spec(self) -> TemplateSpec:
         """The validated request. Raises ``InvalidInput`` with a sentence per field."""
-        self.refuse_unusable()
+        self.reject_unusable()
         return parse_spec(
             TemplateSpec,
             {
@@ -180,17 +180,17 @@ class TemplateForm(Form):
             else extend_default(self.allow_domains)
         )
 
-    def take_limit(self, error: DomainError) -> None:
+    def add_limit_error(self, error: DomainError) -> None:
         """Attach the refusal of a limit to its field."""
         name = str(error.extra.get("limit", ""))
         if name in NUMBERS and not error.fields:
             sentence = error.detail.removeprefix(f"{name}: ")
             self.errors = {name: f"{sentence[:1].upper()}{sentence[1:]}"}
 
-    def take(self, error: DomainError) -> None:
+    def add_error(self, error: DomainError) -> None:
         """As any form does, but name the line of an invalid step: people see lines."""
-        super().take(error)
-        self.take_limit(error)
+        super().add_error(error)
+        self.add_limit_error(error)
         steps = parse_steps(self.recipe)
         sentences = [
             f"Line {steps[int(found[1])].line} {sentence}"

@@ -12,7 +12,7 @@ from django.template.loader import render_to_string
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.ui.ansi import Rendered, drawn
+from orkestr_console.ui.ansi import RenderedLog, render
 from templates_app import services
 from templates_app.models import BuildStep, Reuse, StepStatus, Template, TemplateStatus
 from templates_app.services import again, output, timing
@@ -47,7 +47,7 @@ class LogSegment:
     """Some lines of a log, and the gap before them."""
 
     gap: Gap
-    log: Rendered
+    log: RenderedLog
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def step_view(
         end = output.TextSlice("", 1)
     else:
         end = output.tail(step.template, step.number, size, until=until)
-    last = drawn(end.text, first=end.first, lead=end.lead, most=max_lines, numbered=True)
+    last = render(end.text, first=end.first, lead=end.lead, max_lines=max_lines, numbered=True)
     segments = [LogSegment(Gap(1, last.first - 1), last)]
     if target and target.number < last.first:
         segments = segments_around(step, last, target)
     return StepView(step, segments, expanded)
 
 
-def segments_around(step: BuildStep, last: Rendered, target: LineReference) -> list[LogSegment]:
+def segments_around(step: BuildStep, last: RenderedLog, target: LineReference) -> list[LogSegment]:
     """The segments around the requested line, and the end of the log."""
     window = log_window(step.template, step.number, Gap(1, last.first - 1), target.number)
     return [*window.pieces, LogSegment(window.after, last)]
@@ -129,11 +129,11 @@ def log_window(template: Template, number: int, gap: Gap, at: int) -> LogWindow:
     """The lines of a gap around line ``at``. Raises ``NotFound``."""
     stretch = output.lines(template, number, gap.first, gap.last, at)
     # Of a line too long to be shown in full, only this part is shown.
-    log = drawn(
+    log = render(
         stretch.text,
         first=stretch.first,
         lead=stretch.lead,
-        most=output.MAX_LINES * 2,
+        max_lines=output.MAX_LINES * 2,
         numbered=True,
     )
     before = Gap(gap.first, stretch.first - 1)

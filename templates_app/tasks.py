@@ -56,4 +56,4 @@ def reconcile_images() -> None:
         logger.warning("could not reconcile images: %s", error.detail)
         return
     if result is not None:
-        installation.note_waiting(len(result.waiting))
+        installation.record_waiting(len(result.waiting))

@@ -38,11 +38,11 @@ def template_new(request: ConsoleRequest) -> HttpResponse:
     """Show the form, or create a template from it. A refused form keeps what was typed."""
     if request.method != "POST":
         return form_page(request, prefilled(request))
-    form = TemplateForm.typed(request.POST)
+    form = TemplateForm.from_post(request.POST)
     try:
         template = services.create_template(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return form_page(request, form, error.status)
     return redirect("templates:detail", template.pk)
 
@@ -50,12 +50,12 @@ def template_new(request: ConsoleRequest) -> HttpResponse:
 def prefilled(request: ConsoleRequest) -> TemplateForm:
     """A form prefilled from ``?from=``, ``?preset=`` or ``?base=``."""
     if source := request.GET.get("from"):
-        form = TemplateForm.like(services.get_template(request.actor, source))
+        form = TemplateForm.from_template(services.get_template(request.actor, source))
         form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
         form.network = "open" if request.GET.get("network") == "open" else form.network
         form.reuse = "failed" if request.GET.get("reuse") == "failed" else ""
         return form
-    form = TemplateForm.preset(request.GET.get("preset", ""))
+    form = TemplateForm.from_preset(request.GET.get("preset", ""))
     form.base_template = request.GET.get("base") or form.base_template
     return form
 

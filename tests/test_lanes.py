@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orkestr_console.runner.layout import LARGEST_PID
+from orkestr_console.runner.layout import MAX_PID
 from tests.lanes import TREE, Check, Room, Verdicts
 from tests.runner.test_keeper import LONGEST_VAR
 from tests.verify import ALONE, APART, SCRATCH_PREFIX, parts
@@ -111,5 +111,5 @@ def test_what_runs_alone_is_there_and_left_out_of_the_rest() -> None:
 
 def test_a_test_has_room_for_an_installation_on_a_machine_of_many_processes() -> None:
     """Its name is cut at 30 characters by pytest, and numbered; sockets have to fit below that."""
-    longest = f"/var/tmp/{SCRATCH_PREFIX}{LARGEST_PID}-0/2/t/{'x' * 31}/v a r"
+    longest = f"/var/tmp/{SCRATCH_PREFIX}{MAX_PID}-0/2/t/{'x' * 31}/v a r"
     assert len(longest) <= LONGEST_VAR

@@ -62,24 +62,24 @@ class Actor:
     def require_template(self, name: str) -> None:
         """Raise ``Forbidden`` if the token is for other templates or bases only."""
         if self.token:
-            refuse_outside(self.token.allowed_templates, "template or base", name)
+            require_allowed(self.token.allowed_templates, "template or base", name)
 
     def require_network(self, network: str) -> None:
         """Raise ``Forbidden`` if the token is for other networks only."""
         if self.token:
-            refuse_outside(
+            require_allowed(
                 self.token.allowed_networks, "network", network, code="network_policy_blocked"
             )
 
 
-def refuse_outside(
-    allowed: list[str] | None, what: str, asked: str, code: str = "token_restricted"
+def require_allowed(
+    allowed: list[str] | None, kind: str, requested: str, code: str = "token_restricted"
 ) -> None:
     """Raise ``Forbidden`` unless ``asked`` is among ``allowed``, or everything is."""
-    if allowed is not None and asked not in allowed:
+    if allowed is not None and requested not in allowed:
         named = ", ".join(allowed) or "none"
         raise Forbidden(
-            f"This API token can't use the {what} {asked!r}, only: {named}. Use another token.",
+            f"This API token can't use the {kind} {requested!r}, only: {named}. Use another token.",
             code=code,
         )
 

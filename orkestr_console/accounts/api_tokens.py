@@ -17,8 +17,8 @@ from orkestr_console.accounts.services import mint_token, revoke_token
 from orkestr_console.core.errors import InvalidInput, NotFound
 from orkestr_console.core.text import readable
 
-LONGEST_DAYS = 3650
-MOST_TEMPLATES = 200
+MAX_DAYS = 3650
+MAX_TEMPLATES = 200
 
 
 class TokenSpec(BaseModel):
@@ -28,8 +28,8 @@ class TokenSpec(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(readable)]
     scopes: Annotated[list[str], Field(min_length=1)]
-    days: Annotated[int, Field(ge=1, le=LONGEST_DAYS)] | None = None
-    templates: Annotated[list[str], Field(max_length=MOST_TEMPLATES)] | None = None
+    days: Annotated[int, Field(ge=1, le=MAX_DAYS)] | None = None
+    templates: Annotated[list[str], Field(max_length=MAX_TEMPLATES)] | None = None
     networks: list[Literal["off", "restricted", "open"]] | None = None
 
 
@@ -57,11 +57,11 @@ def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
             allowed_templates=spec.templates,
             allowed_networks=list(spec.networks) if spec.networks is not None else None,
         )
-        note_created(actor, token)
+        record_created(actor, token)
     return token, text
 
 
-def note_created(actor: Actor, token: ApiToken) -> None:
+def record_created(actor: Actor, token: ApiToken) -> None:
     """On record: there is a new token, and what it may do."""
     data = {
         "token": token.prefix,

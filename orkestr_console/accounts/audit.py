@@ -18,12 +18,12 @@ from orkestr_console.core.errors import DomainError, ExecKilled, ExecTimeout
 from orkestr_console.core.postgres import persistently
 from orkestr_console.core.text import replace_unstorable
 
-LONGEST_NAME = 254
-LONGEST_DETAIL = 2000
+MAX_NAME_LENGTH = 254
+MAX_DETAIL_LENGTH = 2000
 # From here on it is our failure to do it, not a refusal.
-FIRST_FAILURE = 500
+FIRST_SERVER_ERROR = 500
 # Errors to the caller, of something that happened all the same.
-HAPPENED = (ExecKilled, ExecTimeout)
+ERRORS_AFTER_EFFECT = (ExecKilled, ExecTimeout)
 
 
 def record(
@@ -42,18 +42,18 @@ def record(
     write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
 
 
-def denied(
+def record_denial(
     actor: Actor, action: str, error: DomainError, *, kind: str = "", object_id: object = ""
 ) -> None:
     """Note that ``action`` was refused, and why. Outside any transaction that rolls back."""
     write(
         actor,
         action,
-        Outcome.DONE if isinstance(error, HAPPENED) else Outcome.DENIED,
+        Outcome.DONE if isinstance(error, ERRORS_AFTER_EFFECT) else Outcome.DENIED,
         kind,
         object_id,
         code=error.code,
-        detail=replace_unstorable(error.detail)[:LONGEST_DETAIL],
+        detail=replace_unstorable(error.detail)[:MAX_DETAIL_LENGTH],
     )
 
 
@@ -69,7 +69,7 @@ def write(
     """Add one entry."""
     AuditEntry.objects.create(
         team_id=actor.team.pk,
-        who=who(actor),
+        who=actor_identity(actor),
         user_id=actor.user.pk if actor.user else None,
         token=actor.token.prefix if actor.token else "",
         surface=actor.surface,
@@ -78,19 +78,19 @@ def write(
         outcome=outcome,
         object_kind=kind,
         object_id=replace_unstorable(str(object_id))[:64],
-        object_name=replace_unstorable(name)[:LONGEST_NAME],
+        object_name=replace_unstorable(name)[:MAX_NAME_LENGTH],
         **{"data": {}, **{key: value for key, value in rest.items() if value is not None}},
     )
 
 
-def who(actor: Actor) -> str:
+def actor_identity(actor: Actor) -> str:
     """The name under which the actor is written down."""
     if actor.user:
         return actor.user.email
     return actor.token.name if actor.token else "system"
 
 
-def named(actor: Actor) -> str:
+def actor_description(actor: Actor) -> str:
     """The actor as their team knows them: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
     person = (actor.user.get_full_name() or actor.user.email) if actor.user else ""
     if actor.token is None:
@@ -104,11 +104,13 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
     try:
         yield
     except DomainError as error:
-        told = error
-        if isinstance(error, HAPPENED):
-            persistently(lambda: denied(actor, action, told, kind=kind, object_id=object_id))
-        elif error.status < FIRST_FAILURE:
-            denied(actor, action, error, kind=kind, object_id=object_id)
+        raised = error
+        if isinstance(error, ERRORS_AFTER_EFFECT):
+            persistently(
+                lambda: record_denial(actor, action, raised, kind=kind, object_id=object_id)
+            )
+        elif error.status < FIRST_SERVER_ERROR:
+            record_denial(actor, action, error, kind=kind, object_id=object_id)
         raise
 
 
@@ -124,7 +126,7 @@ def audited[**P, R](
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
         @wraps(service)
-        def noting(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapped(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
             subject = args[0] if args and isinstance(args[0], str) else ""
             with denials(actor, action, kind, subject):
                 answer = service(actor, *args, **kwargs)
@@ -133,7 +135,7 @@ def audited[**P, R](
                 persistently(lambda: record(actor, action, kind=kind, object_id=subject, data=data))
             return answer
 
-        return noting
+        return wrapped
 
     return decorate
 
@@ -144,7 +146,7 @@ def record_sign_in(
     """Note that somebody signed in, or why they were not let in, in one of their teams."""
     AuditEntry.objects.create(
         team_id=team_id,
-        who=replace_unstorable(email)[:LONGEST_NAME],
+        who=replace_unstorable(email)[:MAX_NAME_LENGTH],
         user_id=user.pk if user else None,
         surface="console",
         address=address,

@@ -14,7 +14,7 @@ from orkestr_console.accounts.models import AuditEntry, Role
 
 PAGE = 50
 # An export is made in memory; whoever needs more narrows the dates.
-MOST_EXPORTED = 50_000
+MAX_EXPORTED = 50_000
 
 type Text = Annotated[str, Field(max_length=254)]
 # Of the last day there is, the midnight after it is none.
@@ -38,19 +38,19 @@ class AuditQuery(BaseModel):
 def entries(actor: Actor, query: AuditQuery) -> QuerySet[AuditEntry]:
     """The team's entries that match, newest first. Raises ``Forbidden`` for a member."""
     actor.require_role(Role.ADMIN)
-    found = AuditEntry.objects.filter(team_id=actor.team.pk)
+    rows = AuditEntry.objects.filter(team_id=actor.team.pk)
     exact = {"outcome": query.outcome, "surface": query.surface, "action": query.action}
-    found = found.filter(**{name: value for name, value in exact.items() if value})
+    rows = rows.filter(**{name: value for name, value in exact.items() if value})
     if query.who:
-        found = found.filter(Q(who__icontains=query.who) | Q(token__startswith=query.who))
+        rows = rows.filter(Q(who__icontains=query.who) | Q(token__startswith=query.who))
     if query.text:
         named = Q(object_name__icontains=query.text) | Q(object_id__icontains=query.text)
-        found = found.filter(named | Q(detail__icontains=query.text))
+        rows = rows.filter(named | Q(detail__icontains=query.text))
     if query.since:
-        found = found.filter(at__gte=midnight(query.since))
+        rows = rows.filter(at__gte=midnight(query.since))
     if query.until:
-        found = found.filter(at__lt=midnight(query.until) + timedelta(days=1))
-    return found.order_by("-id")
+        rows = rows.filter(at__lt=midnight(query.until) + timedelta(days=1))
+    return rows.order_by("-id")
 
 
 def midnight(day: date) -> datetime:
@@ -76,6 +76,6 @@ def actions(actor: Actor) -> list[str]:
     return list(rows.order_by("action").values_list("action", flat=True).distinct())
 
 
-def exported(actor: Actor, query: AuditQuery) -> Iterator[AuditEntry]:
+def export_entries(actor: Actor, query: AuditQuery) -> Iterator[AuditEntry]:
     """Everything that matches, newest first, to the most that one export holds."""
-    return entries(actor, query)[:MOST_EXPORTED].iterator(chunk_size=2000)
+    return entries(actor, query)[:MAX_EXPORTED].iterator(chunk_size=2000)

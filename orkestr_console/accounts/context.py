@@ -14,7 +14,7 @@ from orkestr_console.accounts.models import Role
 
 
 @dataclass(frozen=True)
-class Entry:
+class MenuEntry:
     """A line of the menu."""
 
     label: str
@@ -27,10 +27,13 @@ def team_and_plan(request: HttpRequest) -> dict[str, Any]:
     if actor is None:
         return {"actor": None, "team": None, "plan": None, "menu": []}
     found = {"actor": actor, "team": actor.team, "plan": actor.team.plan}
-    return {**found, "menu": [Entry(label, reverse(name)) for label, name in entries(actor)]}
+    return {
+        **found,
+        "menu": [MenuEntry(label, reverse(name)) for label, name in menu_entries(actor)],
+    }
 
 
-def entries(actor: Actor) -> Iterator[tuple[str, str]]:
+def menu_entries(actor: Actor) -> Iterator[tuple[str, str]]:
     """The menu of the team and the account: what this person may use."""
     yield "People", "console:people"
     yield "Limits", "console:limits"

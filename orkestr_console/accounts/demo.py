@@ -10,7 +10,7 @@ from django.db import transaction
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.accounts.models import Membership, Role, Team, User
-from orkestr_console.accounts.services import actor_of_token, mint_token, revoke_token
+from orkestr_console.accounts.services import authenticate_token, mint_token, revoke_token
 from orkestr_console.core.errors import Unauthenticated
 
 TEAM = "Demo"
@@ -32,7 +32,7 @@ def ensure_demo(previous: Mapping[str, Any]) -> dict[str, str]:
         "user": user.email,
         "password": keep_or_set_password(user, str(previous.get("password", ""))),
         "team": team.name,
-        "api_key": keep_or_mint(team, user, str(previous.get("api_key", ""))),
+        "api_key": keep_or_mint_token(team, user, str(previous.get("api_key", ""))),
     }
 
 
@@ -49,17 +49,17 @@ def keep_or_set_password(user: User, password: str) -> str:
     """``password`` if it is the user's and they may sign in with it, else a new one, now theirs."""
     if password and user.is_active and user.check_password(password):
         return password
-    fresh = secrets.token_urlsafe(15)
-    user.set_password(fresh)
+    new_password = secrets.token_urlsafe(15)
+    user.set_password(new_password)
     user.is_active = True
     user.save(update_fields=["password", "is_active"])
-    return fresh
+    return new_password
 
 
-def keep_or_mint(team: Team, user: User, api_key: str) -> str:
+def keep_or_mint_token(team: Team, user: User, api_key: str) -> str:
     """``api_key`` if it still stands for the team with both scopes, else a new one in its place."""
     try:
-        actor = actor_of_token(api_key, "system", None)
+        actor = authenticate_token(api_key, "system", None)
         if actor.team == team and actor.has(READ) and actor.has(WRITE):
             return api_key
     except Unauthenticated:

@@ -27,7 +27,7 @@ NETWORKS = ("off", "restricted", "open")
 
 
 @dataclass(frozen=True)
-class Kind:
+class LimitKind:
     """What a number limits: its ``label``, the ``unit`` it is in, and how to say it is reached."""
 
     label: str
@@ -37,28 +37,30 @@ class Kind:
     remedy: str = ""
 
 
-KINDS: Mapping[str, Kind] = {
-    "max_templates": Kind("Templates", "", "templates", "delete one you no longer need"),
+KINDS: Mapping[str, LimitKind] = {
+    "max_templates": LimitKind("Templates", "", "templates", "delete one you no longer need"),
     # What is over it waits for its turn; only where none may be built is one refused.
-    "max_concurrent_builds": Kind(
+    "max_concurrent_builds": LimitKind(
         "Concurrent builds", "", "concurrent builds", "use an existing template"
     ),
-    "max_concurrent_sandboxes": Kind(
+    "max_concurrent_sandboxes": LimitKind(
         "Concurrent sandboxes", "", "concurrent sandboxes", "terminate one"
     ),
-    "max_concurrent_commands": Kind(
+    "max_concurrent_commands": LimitKind(
         "Concurrent commands", "", "concurrent commands", "wait for one to finish"
     ),
-    "max_timeout_seconds": Kind("Longest sandbox lifetime", "s"),
-    "template_disk_mb": Kind(
+    "max_timeout_seconds": LimitKind("Longest sandbox lifetime", "s"),
+    "template_disk_mb": LimitKind(
         "Disk for templates", "MB", "megabytes of templates", "delete a template"
     ),
-    "step_timeout_seconds": Kind("Longest build step", "s"),
-    "build_timeout_seconds": Kind("Longest build", "s"),
-    "max_snapshots": Kind("Paused sandboxes", "", "paused sandboxes", "resume or terminate one"),
-    "max_named_snapshots": Kind("Snapshots", "", "snapshots", "delete one"),
-    "max_volumes": Kind("Volumes", "", "volumes", "delete one"),
-    "api_requests_per_minute": Kind("API requests per minute per token"),
+    "step_timeout_seconds": LimitKind("Longest build step", "s"),
+    "build_timeout_seconds": LimitKind("Longest build", "s"),
+    "max_snapshots": LimitKind(
+        "Paused sandboxes", "", "paused sandboxes", "resume or terminate one"
+    ),
+    "max_named_snapshots": LimitKind("Snapshots", "", "snapshots", "delete one"),
+    "max_volumes": LimitKind("Volumes", "", "volumes", "delete one"),
+    "api_requests_per_minute": LimitKind("API requests per minute per token"),
 }
 RELATED = ("plan", "limits", "agreement")
 # What a person can have a share of.
@@ -87,7 +89,7 @@ class Limit:
         return "agreement" if self.agreed else "plan"
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LimitKind:
         """What it limits, in words."""
         return KINDS[self.name]
 
@@ -119,7 +121,7 @@ class Envelope:
         share = self.shares.get(name)
         if share is not None and mine is not None and mine >= share:
             kind = limit.kind
-            raise refusal(
+            raise limit_error(
                 f"Your personal limit is {share} {kind.things} and you have {mine}; {kind.remedy}, "
                 f"or ask {self.admins()} to raise it.",
                 name,
@@ -130,14 +132,14 @@ class Envelope:
     def _full(self, limit: Limit, used: int) -> PlanLimit:
         kind, value = limit.kind, limit.value
         if value == 0 and limit.set_by == "plan" and limit.name == "max_templates":
-            return refusal(
+            return limit_error(
                 f"Custom templates are not part of the {self.plan.name} plan; ask your "
                 "administrator to move the team to a paid plan.",
                 limit.name,
                 used,
                 value,
             )
-        return refusal(
+        return limit_error(
             f"Your team is using {used:,} of the {value:,} {kind.things} that "
             f"{self.who_allows(limit)}; {kind.remedy}, or {self.advice(limit)}",
             limit.name,
@@ -149,7 +151,7 @@ class Envelope:
         """Raise ``PlanLimit`` naming ``field`` if ``wanted`` is more than the number."""
         limit = self.numbers[name]
         if wanted > limit.value:
-            raise refusal(
+            raise limit_error(
                 f"{field}: at most {limit.value} is what {self.who_allows(limit)}; ask for "
                 f"less, or {self.advice(limit)}",
                 name,
@@ -204,20 +206,20 @@ class Envelope:
             return "Not allowed by your team's admins."
         return f"Not part of the {self.plan.name} plan."
 
-    def instead_of_listing(self) -> str:
+    def allowlist_alternatives(self) -> str:
         """What there is to do about a host that cannot be allowed by name, in two sentences."""
         why, ask = self.default_list_alone, "ask your administrator for a larger plan"
         if "restricted" not in self.networks:
             why, ask = "your team's admins do not allow the network 'restricted'", ""
         elif not self.may_open and "open" in networks_of(self.plan):
             ask = f"ask {self.admins()} to allow the network 'open'"
-        ways = [
+        options = [
             "Fetch what is needed from a host on the default list" if ask else "",
             "build with network 'open'" if self.may_open else "",
             ask or f"ask {self.admins()}",
         ]
-        said = ", or ".join(way for way in ways if way)
-        return f"{why[:1].upper()}{why[1:]}. {said[:1].upper()}{said[1:]}."
+        alternatives = ", or ".join(way for way in options if way)
+        return f"{why[:1].upper()}{why[1:]}. {alternatives[:1].upper()}{alternatives[1:]}."
 
     def _refuse_choice(
         self, what: str, asked: str, allowed: Sequence[str], planned: Sequence[str]
@@ -254,18 +256,18 @@ class Envelope:
             .select_related("user")
             .order_by("created_at")[:3]
         )
-        named = " or ".join(f"{m.user.get_full_name()} ({m.user.email})" for m in people)
-        return named or "an admin of your team"
+        names = " or ".join(f"{m.user.get_full_name()} ({m.user.email})" for m in people)
+        return names or "an admin of your team"
 
 
-def refusal(detail: str, name: str, used: int, limit: int) -> PlanLimit:
+def limit_error(detail: str, name: str, used: int, limit: int) -> PlanLimit:
     """The error, with the numbers for a program to read."""
     return PlanLimit(detail, extra={"limit": name, "used": used, "max": limit})
 
 
 def envelope(team: Team, user: User | None = None) -> Envelope:
     """What limits ``team``, and ``user`` in it, now."""
-    return build(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
+    return build_envelope(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
 
 
 def hold(team: Team, user: User | None = None) -> Envelope:
@@ -274,10 +276,10 @@ def hold(team: Team, user: User | None = None) -> Envelope:
     Whoever counts against a limit and then takes a place does both under this lock.
     """
     rows = Team.objects.select_for_update(of=("self",)).select_related(*RELATED)
-    return build(rows.get(pk=team.pk), user)
+    return build_envelope(rows.get(pk=team.pk), user)
 
 
-def build(team: Team, user: User | None = None) -> Envelope:
+def build_envelope(team: Team, user: User | None = None) -> Envelope:
     """The envelope from rows already read."""
     plan = team.plan
     agreement: Agreement | None = getattr(team, "agreement", None)
@@ -285,24 +287,26 @@ def build(team: Team, user: User | None = None) -> Envelope:
     return Envelope(
         team=team,
         plan=plan,
-        numbers={name: number(name, plan, agreement, own) for name in KINDS},
-        sizes=narrowed(plan.allowed_sizes, own.allowed_sizes if own else None),
-        networks=narrowed(networks_of(plan), own.allowed_networks if own else None),
+        numbers={name: effective_limit(name, plan, agreement, own) for name in KINDS},
+        sizes=restrict(plan.allowed_sizes, own.allowed_sizes if own else None),
+        networks=restrict(networks_of(plan), own.allowed_networks if own else None),
         bases=tuple(own.allowed_bases) if own and own.allowed_bases is not None else None,
         shares=shares_of(team, user, own),
     )
 
 
-def number(name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None) -> Limit:
+def effective_limit(
+    name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None
+) -> Limit:
     """One number, from whoever has a say in it."""
     agreed = getattr(agreement, name, None)
     ceiling = int(getattr(plan, name) if agreed is None else agreed)
     return Limit(name, ceiling, getattr(own, name, None), agreed is not None)
 
 
-def narrowed(offered: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+def restrict(offered: Sequence[str], allowed: Sequence[str] | None) -> tuple[str, ...]:
     """What the plan offers, less what the team's admins leave out."""
-    return tuple(name for name in offered if wanted is None or name in wanted)
+    return tuple(name for name in offered if allowed is None or name in allowed)
 
 
 def networks_of(plan: Plan) -> list[str]:
@@ -312,11 +316,13 @@ def networks_of(plan: Plan) -> list[str]:
 
 def shares_of(team: Team, user: User | None, own: TeamLimits | None) -> dict[str, int | None]:
     """The person's share of each limit that is shared out; None without one."""
-    general = {name: getattr(own, f"member_{name}", None) for name in SHARES}
+    team_shares = {name: getattr(own, f"member_{name}", None) for name in SHARES}
     if user is None:
         return dict.fromkeys(SHARES)
-    place = Membership.objects.filter(team=team, user=user).first()
-    if place is None:
-        return general
-    personal = {name: getattr(place, name) for name in SHARES}
-    return {name: general[name] if personal[name] is None else personal[name] for name in SHARES}
+    membership = Membership.objects.filter(team=team, user=user).first()
+    if membership is None:
+        return team_shares
+    own_shares = {name: getattr(membership, name) for name in SHARES}
+    return {
+        name: team_shares[name] if own_shares[name] is None else own_shares[name] for name in SHARES
+    }

@@ -14,8 +14,8 @@ from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import InvalidInput
 
 RECOVERY_CODES = 10
-APP = "Authenticator app"
-CODES = "Recovery codes"
+APP_DEVICE_NAME = "Authenticator app"
+CODES_DEVICE_NAME = "Recovery codes"
 WRONG_CODE = "Invalid or already used code. Wait for a new one and try again."
 
 
@@ -35,7 +35,7 @@ def begin(user: User) -> TOTPDevice:
     if is_on(user):
         raise InvalidInput("Two-step sign-in is already on; turn it off first.")
     TOTPDevice.objects.filter(user=user, confirmed=False).delete()
-    return TOTPDevice.objects.create(user=user, name=APP, confirmed=False)
+    return TOTPDevice.objects.create(user=user, name=APP_DEVICE_NAME, confirmed=False)
 
 
 def pending(user: User) -> TOTPDevice | None:
@@ -52,17 +52,17 @@ def confirm(user: User, code: str) -> list[str]:
     device = TOTPDevice.objects.select_for_update().filter(user=user, confirmed=False).first()
     if device is None:
         raise InvalidInput("There is nothing to confirm; start again.")
-    if not device.verify_token(plain(code)):
+    if not device.verify_token(normalize_code(code)):
         raise InvalidInput(WRONG_CODE, fields={"code": WRONG_CODE})
     device.confirmed = True
     device.save(update_fields=["confirmed"])
-    return fresh_codes(user)
+    return replace_codes(user)
 
 
-def fresh_codes(user: User) -> list[str]:
+def replace_codes(user: User) -> list[str]:
     """New recovery codes in place of the old ones."""
     StaticDevice.objects.filter(user=user).delete()
-    device = StaticDevice.objects.create(user=user, name=CODES)
+    device = StaticDevice.objects.create(user=user, name=CODES_DEVICE_NAME)
     codes = [StaticToken.random_token() for _ in range(RECOVERY_CODES)]
     StaticToken.objects.bulk_create(StaticToken(device=device, token=code) for code in codes)
     return codes
@@ -73,7 +73,7 @@ def verify(user: User, code: str) -> bool:
 
     django-otp makes whoever guesses wait longer each time.
     """
-    return match_token(user, plain(code)) is not None
+    return match_token(user, normalize_code(code)) is not None
 
 
 @transaction.atomic
@@ -83,12 +83,12 @@ def turn_off(user: User) -> None:
     StaticDevice.objects.filter(user=user).delete()
 
 
-def plain(code: str) -> str:
+def normalize_code(code: str) -> str:
     """A code as apps show it, ``123 456``, without the blanks."""
     return "".join(code.split()).lower()
 
 
-def picture(device: TOTPDevice) -> str:
+def qr_code(device: TOTPDevice) -> str:
     """The secret as a QR code: an SVG element."""
     return str(
         segno.make(device.config_url, error="m").svg_inline(
@@ -97,7 +97,7 @@ def picture(device: TOTPDevice) -> str:
     )
 
 
-def secret_of(device: TOTPDevice) -> str:
+def secret_text(device: TOTPDevice) -> str:
     """The secret to be typed where no camera is, in groups of four."""
     text = b32encode(device.bin_key).decode().rstrip("=")
     return " ".join(text[at : at + 4] for at in range(0, len(text), 4))

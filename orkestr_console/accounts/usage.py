@@ -21,7 +21,7 @@ from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 
 # The day's most, not its sum.
-LEVELS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
+PEAK_METRICS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
 
 _UPSERT = """
 INSERT INTO accounts_usageday AS kept (team_id, day, metric, amount)
@@ -29,8 +29,8 @@ SELECT * FROM unnest(%s::varchar[], %s::date[], %s::varchar[], %s::float8[])
 ORDER BY 1, 2, 3
 ON CONFLICT (team_id, day, metric) DO UPDATE SET amount = {amount}
 """
-_ADDED = _UPSERT.format(amount="kept.amount + excluded.amount")
-_RAISED = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
+_ADD_SQL = _UPSERT.format(amount="kept.amount + excluded.amount")
+_MAXIMUM_SQL = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
 
 
 class Key(NamedTuple):
@@ -43,12 +43,12 @@ class Key(NamedTuple):
 
 def add(amounts: Mapping[Key, float]) -> None:
     """Add to the days' sums. In order of key, so that two writers never wait for each other."""
-    _write(_ADDED, {key: amount for key, amount in amounts.items() if amount > 0})
+    _write(_ADD_SQL, {key: amount for key, amount in amounts.items() if amount > 0})
 
 
-def raise_to(amounts: Mapping[Key, float]) -> None:
+def raise_maximum(amounts: Mapping[Key, float]) -> None:
     """Make each day's amount at least this."""
-    _write(_RAISED, amounts)
+    _write(_MAXIMUM_SQL, amounts)
 
 
 def _write(statement: str, amounts: Mapping[Key, float]) -> None:
@@ -59,7 +59,9 @@ def _write(statement: str, amounts: Mapping[Key, float]) -> None:
         cursor.execute(statement, [teams, days, [str(m) for m in metrics], list(amounts.values())])
 
 
-def spread(team_id: str, metric: Metric, begin: datetime, end: datetime) -> dict[Key, float]:
+def seconds_by_day(
+    team_id: str, metric: Metric, begin: datetime, end: datetime
+) -> dict[Key, float]:
     """The seconds from ``begin`` to ``end`` by the days they lie in."""
     seconds = max((end - begin).total_seconds(), 0.0)
     return {
@@ -89,7 +91,7 @@ class Month:
     def total(self, metric: Metric) -> float:
         """The month's sum; of a level, its most."""
         amounts = [day.amounts[metric] for day in self.days]
-        return max(amounts) if metric in LEVELS else sum(amounts)
+        return max(amounts) if metric in PEAK_METRICS else sum(amounts)
 
     @property
     def before(self) -> date:

@@ -36,8 +36,8 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
         "codes_left": second_factor.codes_left(user),
         "device": device,
         # Our own drawing of our own secret.
-        "picture": mark_safe(second_factor.picture(device)) if device else "",  # noqa: S308
-        "secret": second_factor.secret_of(device) if device else "",
+        "picture": mark_safe(second_factor.qr_code(device)) if device else "",  # noqa: S308
+        "secret": second_factor.secret_text(device) if device else "",
         "name": user.name,
         **more,
     }
@@ -73,7 +73,7 @@ def account_password(request: ConsoleRequest) -> HttpResponse:
     user = request.user
     sessions.forget(request)
     update_session_auth_hash(request, user)
-    sessions.remember(request, user)
+    sessions.record_session(request, user)
     messages.success(request, "Your password was changed, and every other browser signed out.")
     return redirect("console:account")
 

@@ -107,7 +107,9 @@ def claude_desktop(url: str, token: str) -> Guide:
         "Settings → Developer → Edit Config opens the file. It needs Node.js 18 or newer. "
         "Restart Claude Desktop afterwards."
     )
-    block = Block("claude_desktop_config.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block(
+        "claude_desktop_config.json", pretty_json({"mcpServers": {"orkestr": server}}), token
+    )
     return Guide("claude-desktop", "Claude Desktop", hint, (block,))
 
 
@@ -118,13 +120,13 @@ def cursor(url: str, token: str) -> Guide:
         "In the project, or `~/.cursor/mcp.json` for all of yours. The file holds the token: "
         "keep it out of version control."
     )
-    block = Block(".cursor/mcp.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block(".cursor/mcp.json", pretty_json({"mcpServers": {"orkestr": server}}), token)
     return Guide("cursor", "Cursor", hint, (block,))
 
 
 def vs_code(url: str, token: str) -> Guide:
     """VS Code asks for the token and keeps it, so the file can be shared."""
-    asked = {
+    token_input = {
         "type": "promptString",
         "id": "orkestr-token",
         "description": "Orkestr API token",
@@ -138,7 +140,9 @@ def vs_code(url: str, token: str) -> Guide:
     )
     blocks = (
         Block(
-            ".vscode/mcp.json", in_json({"inputs": [asked], "servers": {"orkestr": server}}), token
+            ".vscode/mcp.json",
+            pretty_json({"inputs": [token_input], "servers": {"orkestr": server}}),
+            token,
         ),
         Block("When VS Code asks", token, token),
     )
@@ -149,25 +153,25 @@ def codex(url: str, token: str) -> Guide:
     """Codex reads the token from the environment alone."""
     lines = (
         "[mcp_servers.orkestr]",
-        f"url = {quoted(url)}",
-        f"bearer_token_env_var = {quoted(VARIABLE)}",
+        f"url = {quote(url)}",
+        f"bearer_token_env_var = {quote(VARIABLE)}",
     )
     hint = "The variable must be set where Codex is started. `/mcp` in a session lists its tools."
     blocks = (
         Block("~/.codex/config.toml", "\n".join(lines), token),
-        Block("In the shell that starts Codex", exported(token), token),
+        Block("In the shell that starts Codex", export_command(token), token),
     )
     return Guide("codex", "Codex", hint, blocks)
 
 
 def python(url: str, token: str) -> Guide:
     """A whole program with the official SDK (2.3)."""
-    program = PROGRAM.format(url=quoted(url), variable=VARIABLE)
+    program = PROGRAM.format(url=quote(url), variable=VARIABLE)
     blocks = (
         Block("list_tools.py", program.rstrip("\n"), token),
         Block(
             "In a terminal",
-            f"pip install 'mcp>=2.3,<3'\n{exported(token)}\npython list_tools.py",
+            f"pip install 'mcp>=2.3,<3'\n{export_command(token)}\npython list_tools.py",
             token,
         ),
     )
@@ -208,21 +212,21 @@ def other(url: str, token: str) -> Guide:
         "Most clients read this form. What any of them needs: the transport Streamable HTTP, "
         "the address, and the header `Authorization`. There is no OAuth."
     )
-    block = Block("mcp.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block("mcp.json", pretty_json({"mcpServers": {"orkestr": server}}), token)
     return Guide("other", "Other clients", hint, (block,))
 
 
-def in_json(value: dict[str, Any]) -> str:
+def pretty_json(value: dict[str, Any]) -> str:
     """As people write it."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """A string of TOML and of Python: JSON's, whose escapes they have but for half a character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def exported(token: str) -> str:
+def export_command(token: str) -> str:
     """The token for the programs that this shell starts."""
     return f"export {VARIABLE}={token}"
 

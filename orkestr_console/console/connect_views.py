@@ -31,13 +31,13 @@ def connect_page(request: ConsoleRequest) -> HttpResponse:
     """The snippets; with the text of a token in them only in the answer that made it."""
     if request.method != "POST":
         return show(request, AgentForm())
-    form = AgentForm.typed(request.POST)
+    form = AgentForm.from_post(request.POST)
     if not request.actor.is_at_least(Role.ADMIN):
         return show(request, form, 403)
     try:
         token, text = api_tokens.create_token(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return show(request, form, error.status)
     return show(request, form, made=token, text=text)
 

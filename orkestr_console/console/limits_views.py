@@ -59,46 +59,46 @@ class Choice:
 def limits_page(request: ConsoleRequest) -> HttpResponse:
     """Every limit as a meter; a refusal keeps what was typed."""
     actor = request.actor
-    held = envelope(actor.team, actor.user)
+    limits = envelope(actor.team, actor.user)
     bases = [base.id for base in templates.list_bases(actor) if base.group == "builtin"]
     offered = {
-        "sizes": list(held.plan.allowed_sizes),
-        "networks": networks_of(held.plan),
+        "sizes": list(limits.plan.allowed_sizes),
+        "networks": networks_of(limits.plan),
         "bases": bases,
     }
     if request.method != "POST":
-        return show(request, held, offered, LimitsForm.current(held, bases))
-    form = LimitsForm.typed(request.POST)
+        return show(request, limits, offered, LimitsForm.current(limits, bases))
+    form = LimitsForm.from_post(request.POST)
     try:
-        limit_changes.set_team_limits(actor, form.spec(held, offered))
+        limit_changes.set_team_limits(actor, form.spec(limits, offered))
     except DomainError as error:
-        form.take(error)
-        return show(request, held, offered, form, error.status)
+        form.add_error(error)
+        return show(request, limits, offered, form, error.status)
     messages.success(request, "Limits saved.")
     return redirect("console:limits")
 
 
 def show(
     request: ConsoleRequest,
-    held: Envelope,
+    limits: Envelope,
     offered: dict[str, list[str]],
     form: LimitsForm,
     status: int = 200,
 ) -> HttpResponse:
     """The page."""
-    used = counts([request.actor.team])[request.actor.team.pk]
+    used = usage_counts([request.actor.team])[request.actor.team.pk]
     context = {
         "form": form,
-        "held": held,
-        "rows": [Row(held.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
-        "shares": [(n, SHARE_LABELS[n], form.shares.get(n, ""), held.shares[n]) for n in SHARES],
+        "held": limits,
+        "rows": [Row(limits.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
+        "shares": [(n, SHARE_LABELS[n], form.shares.get(n, ""), limits.shares[n]) for n in SHARES],
         "groups": [
             ("sizes", "Sizes", choices(offered["sizes"], form.sizes)),
             ("networks", "Networks", choices(offered["networks"], form.networks)),
             ("bases", "Base images", choices(offered["bases"], form.bases)),
         ],
         "may_edit": request.actor.is_at_least(Role.ADMIN),
-        "admins": held.admins(),
+        "admins": limits.admins(),
     }
     return render(request, "console/limits.html", context, status=status)
 
@@ -108,7 +108,10 @@ def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
     return [Choice(name, name, name in ticked) for name in offered]
 
 
-def counts(teams: list[Team]) -> dict[str, dict[str, int]]:
+def usage_counts(teams: list[Team]) -> dict[str, dict[str, int]]:
     """What each team uses of each limit that something counts against, by the team's id."""
-    booted = sandboxes.usage_counts(teams)
-    return {team: {**used, **booted[team]} for team, used in templates.usage_counts(teams).items()}
+    sandbox_counts = sandboxes.usage_counts(teams)
+    return {
+        team: {**used, **sandbox_counts[team]}
+        for team, used in templates.usage_counts(teams).items()
+    }

@@ -11,7 +11,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
-from orkestr_console.console.operator_views import operator_of
+from orkestr_console.console.operator_views import request_operator
 from orkestr_console.core.errors import DomainError
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.installation import services
@@ -24,14 +24,14 @@ PAGE = "console:operator_storage"
 @console_page
 def storage_page(request: ConsoleRequest) -> HttpResponse:
     """Whether database and state directory belong together, and what is in quarantine."""
-    operator_of(request)
+    request_operator(request)
     context: dict[str, Any] = {"installation": services.current()}
     try:
-        things = services.held()
+        items = services.list_quarantine()
     except DomainError as error:
         context["error"] = error.detail
     else:
-        context["things"] = [(one, datetime.fromtimestamp(one.at, UTC)) for one in things]
+        context["things"] = [(one, datetime.fromtimestamp(one.at, UTC)) for one in items]
     return render(request, "console/operator_storage.html", context)
 
 
@@ -39,13 +39,13 @@ def storage_page(request: ConsoleRequest) -> HttpResponse:
 @console_page
 def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
     """Put something back."""
-    who = operator_of(request)
+    operator = request_operator(request)
     try:
-        thing = services.restore(key, who)
+        item = services.restore(key, operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:
-        messages.success(request, f"The {thing.kind} {thing.name} was put back.")
+        messages.success(request, f"The {item.kind} {item.name} was put back.")
     return redirect(PAGE)
 
 
@@ -53,12 +53,12 @@ def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
 @console_page
 def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
     """Delete something for good, once that was confirmed."""
-    who = operator_of(request)
+    operator = request_operator(request)
     if request.method != "POST":
         context = {"key": key, "heading": "Delete it permanently?", "action": "Delete permanently"}
         return render(request, "console/operator_storage_sure.html", context)
     try:
-        services.delete(key, who)
+        services.delete(key, operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:
@@ -70,7 +70,7 @@ def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
 @console_page
 def storage_accept(request: ConsoleRequest) -> HttpResponse:
     """Say that database and state directory belong together, once that was confirmed."""
-    who = operator_of(request)
+    operator = request_operator(request)
     if request.method != "POST":
         context = {
             "installation": services.current(),
@@ -79,7 +79,7 @@ def storage_accept(request: ConsoleRequest) -> HttpResponse:
         }
         return render(request, "console/operator_storage_sure.html", context)
     try:
-        services.adopt(who)
+        services.adopt(operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:

@@ -24,13 +24,13 @@ class InviteForm(Form):
     labels: ClassVar[Mapping[str, str]] = {"role": "The role", "email": "The email address"}
 
     @classmethod
-    def typed(cls, data: QueryDict) -> InviteForm:
+    def from_post(cls, data: QueryDict) -> InviteForm:
         """What was posted."""
         return cls(data.get("role", ""), data.get("email", ""))
 
     def spec(self) -> InviteSpec:
         """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        self.reject_unusable()
         return parse_spec(InviteSpec, {"role": self.role, "email": self.email})
 
 
@@ -53,7 +53,7 @@ class ShareForm(Form):
         return cls(*("" if value is None else str(value) for value in values))
 
     @classmethod
-    def typed(cls, data: QueryDict) -> ShareForm:
+    def from_post(cls, data: QueryDict) -> ShareForm:
         """What was posted."""
         return cls(*(data.get(name, "").strip() for name in cls.labels))
 
@@ -77,11 +77,11 @@ class JoinForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> JoinForm:
+    def from_post(cls, data: QueryDict) -> JoinForm:
         """What was posted."""
         return cls(data.get("name", ""), data.get("email", ""), data.get("password", ""))
 
     def spec(self) -> NewPersonSpec:
         """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        self.reject_unusable()
         return parse_spec(NewPersonSpec, {"name": self.name, "email": self.email})

@@ -36,12 +36,12 @@ def tokens_page(request: ConsoleRequest) -> HttpResponse:
         return render(request, "console/tokens_members.html", {"admins": admins}, status=403)
     if request.method != "POST":
         return show(request, TokenForm())
-    form = TokenForm.typed(request.POST)
+    form = TokenForm.from_post(request.POST)
     try:
         spec = form.spec(base.id for base in templates.list_bases(request.actor))
         token, text = api_tokens.create_token(request.actor, spec)
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return show(request, form, error.status)
     return show(request, TokenForm(), made=token, text=text)
 

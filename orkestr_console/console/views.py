@@ -49,7 +49,7 @@ def sign_in(request: HttpRequest) -> HttpResponse:
     if second_factor.is_on(user):
         request.session[PENDING_KEY] = [user.pk, int(time.time())]
         return redirect(f"{reverse('console:sign_in_code')}?{urlencode({'next': onward})}")
-    sessions.open_session(request, user)
+    sessions.sign_in(request, user)
     return redirect(onward)
 
 
@@ -61,7 +61,9 @@ def known_person(request: HttpRequest, email: str, password: str) -> User | None
     user = authenticate(request, username=email.strip().lower(), password=password)
     if isinstance(user, User):
         return user
-    sessions.note_sign_in(email, sessions.address_of(request), user=None, error="Wrong password.")
+    sessions.record_sign_in(
+        email, sessions.client_address(request), user=None, error="Wrong password."
+    )
     return None
 
 
@@ -86,12 +88,12 @@ def sign_in_code(request: HttpRequest) -> HttpResponse:
         return render(request, "console/sign_in_code.html", context)
     code = request.POST.get("code", "")
     if storage_problem(code) or not second_factor.verify(user, code):
-        address = sessions.address_of(request)
-        sessions.note_sign_in(user.email, address, user=None, error="Wrong code.")
+        address = sessions.client_address(request)
+        sessions.record_sign_in(user.email, address, user=None, error="Wrong code.")
         context["error"] = second_factor.WRONG_CODE
         return render(request, "console/sign_in_code.html", context, status=400)
     del request.session[PENDING_KEY]
-    sessions.open_session(request, user)
+    sessions.sign_in(request, user)
     return redirect(onward)
 
 
@@ -106,7 +108,7 @@ def halfway_in(request: HttpRequest) -> User | None:
 @require_POST
 def sign_out(request: HttpRequest) -> HttpResponse:
     """End the session."""
-    sessions.note_sign_out(request)
+    sessions.record_sign_out(request)
     sessions.forget(request)
     logout(request)
     return redirect("console:sign_in")

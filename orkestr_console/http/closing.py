@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-_stopped = False
+_stopping = False
 
 
-def note_stopped() -> None:
+def mark_stopping() -> None:
     """From now on the server itself ends what still runs."""
-    global _stopped
-    _stopped = True
+    global _stopping
+    _stopping = True
 
 
-def why_cut_off() -> str:
+def cut_off_reason() -> str:
     """Why an answer that was under way is not waited for any more."""
-    return "the server was stopped" if _stopped else "the client went away"
+    return "the server was stopped" if _stopping else "the client went away"

@@ -65,11 +65,11 @@ def api[**P](
 
     def decorate(view: Callable[Concatenate[ApiRequest, P], Any]) -> View:
         def admit(request: HttpRequest) -> ApiRequest:
-            refuse_method(request, methods)
-            known = cast("ApiRequest", request)
-            known.actor = authenticate(request)
-            require_scope(known, scope)
-            return known
+            require_method(request, methods)
+            api_request = cast("ApiRequest", request)
+            api_request.actor = authenticate(request)
+            require_scope(api_request, scope)
+            return api_request
 
         if iscoroutinefunction(view):
 
@@ -77,8 +77,8 @@ def api[**P](
             async def guarded_async(
                 request: HttpRequest, *args: P.args, **kwargs: P.kwargs
             ) -> HttpResponseBase:
-                known = await database_sync_to_async(admit)(request)
-                return cast("HttpResponseBase", await view(known, *args, **kwargs))
+                api_request = await database_sync_to_async(admit)(request)
+                return cast("HttpResponseBase", await view(api_request, *args, **kwargs))
 
             return cast("View", csrf_exempt(guarded_async))
 
@@ -108,10 +108,12 @@ def authenticate(request: HttpRequest) -> Actor:
         raise Unauthenticated
     if scheme.lower() != "bearer":
         raise Unauthenticated("The Authorization header must be 'Bearer' and your API token.")
-    return services.actor_of_token(credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR"))
+    return services.authenticate_token(
+        credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR")
+    )
 
 
-def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError | None:
+def revalidate(request: HttpRequest, check: Callable[[Actor], object]) -> DomainError | None:
     """Why an answer that is still being sent must end, None while it may go on.
 
     The token is looked at anew, and then by ``look`` whatever else must hold of its actor. A token
@@ -119,7 +121,7 @@ def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError 
     is away for a moment: nobody can have revoked it meanwhile.
     """
     try:
-        look(authenticate(request))
+        check(authenticate(request))
     except RateLimited:
         return None
     except DomainError as error:
@@ -130,7 +132,7 @@ def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError 
     return None
 
 
-def refuse_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
+def require_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
     """Raise ``MethodNotAllowed`` unless the method is among ``methods`` or none are named."""
     if methods and request.method not in methods:
         raise MethodNotAllowed(str(request.method), methods)
@@ -180,7 +182,7 @@ def console_page[**P](
     @login_required
     def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
         known = cast("ConsoleRequest", request)
-        known.actor = services.actor_of_session(request)
+        known.actor = services.session_actor(request)
         sessions.touch(request)
         return view(known, *args, **kwargs)
 

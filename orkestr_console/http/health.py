@@ -39,9 +39,9 @@ def readyz(request: HttpRequest) -> JsonResponse:
     readiness.start()
     checks = readiness.checks()
     ready = is_ready(checks)
-    told = {name: check.to_wire() for name, check in checks.items()}
+    details = {name: check.to_wire() for name, check in checks.items()}
     answer = JsonResponse(
-        {"status": "ready" if ready else "not_ready", "checks": told},
+        {"status": "ready" if ready else "not_ready", "checks": details},
         status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
         headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
     )
@@ -71,7 +71,7 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
     return to_response(request, InvalidInput())
 
 
-def csrf_refused(request: HttpRequest, reason: str = "") -> HttpResponse:
+def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     """403 for a form that did not come from a page of ours; says what to do, not ``reason``."""
     return to_response(
         request,
@@ -99,7 +99,7 @@ def server_error(request: HttpRequest) -> HttpResponse:
     Or 503, where it is a middleware that cannot reach the database. Django calls this while it
     handles the exception.
     """
-    if (away := unavailable(sys.exception())) is not None:
-        return to_response(request, away)
+    if (database_error := unavailable(sys.exception())) is not None:
+        return to_response(request, database_error)
     error = Internal(extra={"request_id": getattr(request, "request_id", None)})
     return to_json_response(error) if is_api(request) else to_console_response(None, error)

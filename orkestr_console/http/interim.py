@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 
 # Well under 30 s, should one be late.
-SECONDS = 9.0
+INTERIM_SECONDS = 9.0
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"  # RFC 2518, section 10.1
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_READ_102 = re.compile(rb"(?:orkestr-|python-httpx/|curl/|node|undici|mozilla/|.*\baiohttp/)")
-_READ_100 = re.compile(rb"(?:python-requests/|python-urllib)")
+_ACCEPTS_102 = re.compile(rb"(?:orkestr-|python-httpx/|curl/|node|undici|mozilla/|.*\baiohttp/)")
+_ACCEPTS_100 = re.compile(rb"(?:python-requests/|python-urllib)")
 
 
 def interim_answer(
@@ -29,6 +29,6 @@ def interim_answer(
     """
     if protocol != b"HTTP/1.1" or not path.startswith(b"/v1/") or b"close" in connection.lower():
         return None
-    if _READ_102.match(agent.lower()):
+    if _ACCEPTS_102.match(agent.lower()):
         return PROCESSING
-    return CONTINUE if _READ_100.match(agent.lower()) else None
+    return CONTINUE if _ACCEPTS_100.match(agent.lower()) else None

@@ -28,7 +28,7 @@ from orkestr_console.core.postgres import release_connection, unavailable
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
-REQUEST_ID = "X-Request-Id"
+REQUEST_ID_HEADER = "X-Request-Id"
 # What a proxy in front or a client may have chosen; anything else is replaced.
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{8,64}", re.ASCII)
 
@@ -37,11 +37,11 @@ def request_id(get_response: Handler) -> Handler:
     """Give every request an id, and every response the header ``X-Request-Id``."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
-        given = request.headers.get(REQUEST_ID, "")
-        chosen = given if _USABLE_ID.fullmatch(given) else f"req_{ULID()}"
-        request.request_id = chosen  # type: ignore[attr-defined]
+        header = request.headers.get(REQUEST_ID_HEADER, "")
+        value = header if _USABLE_ID.fullmatch(header) else f"req_{ULID()}"
+        request.request_id = value  # type: ignore[attr-defined]
         response = get_response(request)
-        response.headers[REQUEST_ID] = chosen
+        response.headers[REQUEST_ID_HEADER] = value
         return response
 
     return middleware
@@ -91,7 +91,7 @@ PERMISSIONS = ", ".join(
 )
 
 
-def browser_rules(get_response: Handler) -> Handler:
+def browser_headers(get_response: Handler) -> Handler:
     """Say to browsers what Django's own middleware does not.
 
     Other sites may not embed what is here (Cross-Origin-Resource-Policy), pages may use no devices
@@ -103,15 +103,15 @@ def browser_rules(get_response: Handler) -> Handler:
         response = get_response(request)
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         response.headers.setdefault("Permissions-Policy", PERMISSIONS)
-        passing = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
-        kept = "no-store" if passing else "private, no-cache"
-        response.headers.setdefault("Cache-Control", kept)
+        uncacheable = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
+        cache_control = "no-store" if uncacheable else "private, no-cache"
+        response.headers.setdefault("Cache-Control", cache_control)
         return response
 
     return middleware
 
 
-def refuse_unusable_text(get_response: Handler) -> Handler:
+def reject_nul(get_response: Handler) -> Handler:
     """Refuse a path or query with NUL in it, which PostgreSQL would answer with an error."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
@@ -134,12 +134,14 @@ class StaticFiles(WhiteNoiseMiddleware):  # type: ignore[misc]
     @staticmethod
     def serve(static_file: Any, request: HttpRequest) -> HttpResponse:
         """A file, or the part or the 304 that the request asks for."""
-        found = static_file.get_response(request.method, request.META)
+        file_response = static_file.get_response(request.method, request.META)
         body = b""
-        if found.file is not None:
-            with found.file:
-                body = found.file.read()
-        return HttpResponse(body, status=int(found.status), headers=dict(found.headers))
+        if file_response.file is not None:
+            with file_response.file:
+                body = file_response.file.read()
+        return HttpResponse(
+            body, status=int(file_response.status), headers=dict(file_response.headers)
+        )
 
 
 class DomainErrors:
@@ -154,5 +156,5 @@ class DomainErrors:
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
         """Django calls this with whatever the view raised."""
-        told = error if isinstance(error, DomainError) else unavailable(error)
-        return to_response(request, told) if told is not None else None
+        domain_error = error if isinstance(error, DomainError) else unavailable(error)
+        return to_response(request, domain_error) if domain_error is not None else None

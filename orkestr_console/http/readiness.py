@@ -35,14 +35,14 @@ from orkestr_console.core.postgres import unavailable
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+PROBE_SECONDS = 1.0
 MIB = 1024 * 1024
 # A look that takes longer is no answer; nor is one that is so old.
-SILENT_SECONDS = scaled(4.0)
-AGENT_SECONDS = 3.0
+PROBE_TIMEOUT = scaled(4.0)
+AGENT_TIMEOUT = 3.0
 # The pusher comes round at least every second (broker.POLL_SECONDS).
-WORKER_SECONDS = scaled(10.0)
-PUSHER = """
+WORKER_TIMEOUT = scaled(10.0)
+PUSHER_AGE_SQL = """
 SELECT extract(epoch FROM clock_timestamp() - max(query_start))::float8
 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'orkestr queue'
 """
@@ -68,57 +68,57 @@ class Check:
 
 
 @dataclass
-class Look:
+class Probe:
     """Something that is looked at again and again in a thread, and what was seen last."""
 
     names: tuple[str, ...]
-    look: Callable[[], Findings]
-    _began: float | None = None
-    _found: Findings = field(default_factory=dict)
-    _well: dict[str, float] = field(default_factory=dict)
+    probe: Callable[[], Findings]
+    _started_at: float | None = None
+    _findings: Findings = field(default_factory=dict)
+    _last_ok: dict[str, float] = field(default_factory=dict)
 
-    def go_on(self) -> None:
+    def run_forever(self) -> None:
         """Look for ever. What a look raises is told of all its things, in one sentence of ours."""
         while True:
-            self.once()
-            time.sleep(LOOK_SECONDS)
+            self.run_once()
+            time.sleep(PROBE_SECONDS)
 
-    def once(self) -> None:
+    def run_once(self) -> None:
         """Look once."""
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         try:
-            found = self.look()
+            findings = self.probe()
         except Exception:
             logger.exception("could not look at %s", ", ".join(self.names))
-            found = dict.fromkeys(self.names, "could not be looked at; the log says why")
+            findings = dict.fromkeys(self.names, "could not be looked at; the log says why")
         now = time.monotonic()
-        self._well |= {name: now for name, wrong in found.items() if wrong is None}
-        self._found, self._began = found, None
+        self._last_ok |= {name: now for name, problem in findings.items() if problem is None}
+        self._findings, self._started_at = findings, None
 
     def checks(self) -> dict[str, Check]:
         """Each of its things as it was seen last."""
-        now, began, found = time.monotonic(), self._began, self._found
-        silent = began is not None and now - began > SILENT_SECONDS
-        return {name: self._check(name, found, now, silent=silent) for name in self.names}
+        now, started_at, findings = time.monotonic(), self._started_at, self._findings
+        silent = started_at is not None and now - started_at > PROBE_TIMEOUT
+        return {name: self._check(name, findings, now, silent=silent) for name in self.names}
 
-    def _check(self, name: str, found: Findings, now: float, *, silent: bool) -> Check:
-        well = self._well.get(name)
-        age = None if well is None else now - well
+    def _check(self, name: str, findings: Findings, now: float, *, silent: bool) -> Check:
+        last_ok = self._last_ok.get(name)
+        age = None if last_ok is None else now - last_ok
         if silent:
             return Check("silent", age, "does not answer")
-        if name not in found:
+        if name not in findings:
             return Check("unknown", age, "was not looked at yet")
-        wrong = found[name]
-        return Check("ok", age) if wrong is None else Check("failing", age, wrong)
+        problem = findings[name]
+        return Check("ok", age) if problem is None else Check("failing", age, problem)
 
 
-def look_at_database() -> Findings:
+def probe_database() -> Findings:
     """Through the pool, as any request; and from there at the worker."""
     try:
         with connection.cursor() as cursor:
-            cursor.execute(PUSHER)
+            cursor.execute(PUSHER_AGE_SQL)
             row = cursor.fetchone()
-        return {"database": None, "worker": worker_of(row[0] if row else None)}
+        return {"database": None, "worker": worker_problem(row[0] if row else None)}
     except Exception as error:
         if unavailable(error) is None:
             raise
@@ -128,29 +128,29 @@ def look_at_database() -> Findings:
         connection.close()
 
 
-def worker_of(seconds: float | None) -> str | None:
+def worker_problem(seconds: float | None) -> str | None:
     """What is wrong with a worker that came round so long ago, by the database's clock."""
     if seconds is None:
         return "does not run"
-    return None if seconds < WORKER_SECONDS else "does not take tasks"
+    return None if seconds < WORKER_TIMEOUT else "does not take tasks"
 
 
-def look_at_agent() -> Findings:
+def probe_agent() -> Findings:
     """One question; what the agent knows of the proxy comes with the answer."""
     try:
-        health = host_client(settings.HOST_SOCKET).health(seconds=AGENT_SECONDS)
+        health = host_client(settings.HOST_SOCKET).health(seconds=AGENT_TIMEOUT)
     except host_errors.HostError:
         return {"agent": "does not answer", "proxy": "is not known while the agent is away"}
     return {"agent": None, "proxy": None if health.proxy.get("healthy") else "does not run"}
 
 
-def look_at_disk() -> Findings:
+def probe_disk() -> Findings:
     """Room for bytes and files, and that they may be written."""
-    wrong = [room_at(path) for path in (settings.VAR, settings.HOST_STATE_DIR)]
-    return {"disk": next((one for one in wrong if one is not None), None)}
+    problems = [disk_problem(path) for path in (settings.VAR, settings.HOST_STATE_DIR)]
+    return {"disk": next((problem for problem in problems if problem is not None), None)}
 
 
-def room_at(path: Path) -> str | None:
+def disk_problem(path: Path) -> str | None:
     """What is wrong with the file system that ``path`` is on, as far as we may look."""
     while not os.access(path, os.X_OK) and path != path.parent:
         path = path.parent
@@ -159,32 +159,32 @@ def room_at(path: Path) -> str | None:
         return "cannot be written to"
     if room.level is Level.WELL:
         return None
-    left = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
-    kept = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"
-    return f"is short of room: {left} are free, {kept} are reserved"
+    free = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
+    reserved = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"
+    return f"is short of room: {free} are free, {reserved} are reserved"
 
 
 @dataclass
 class Readiness:
     """All that is looked at."""
 
-    looks: tuple[Look, ...]
+    probes: tuple[Probe, ...]
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _looking: bool = False
+    _started: bool = False
 
     def start(self) -> None:
         """Begin to look, once a process."""
         with self._guard:
-            if self._looking:
+            if self._started:
                 return
-            self._looking = True
-        for look in self.looks:
-            name = f"look at {', '.join(look.names)}"
-            threading.Thread(target=look.go_on, name=name, daemon=True).start()
+            self._started = True
+        for probe in self.probes:
+            name = f"look at {', '.join(probe.names)}"
+            threading.Thread(target=probe.run_forever, name=name, daemon=True).start()
 
     def checks(self) -> dict[str, Check]:
         """What was seen of each thing last; waits for nothing."""
-        return {name: check for look in self.looks for name, check in look.checks().items()}
+        return {name: check for probe in self.probes for name, check in probe.checks().items()}
 
 
 def is_ready(checks: Mapping[str, Check]) -> bool:
@@ -194,8 +194,8 @@ def is_ready(checks: Mapping[str, Check]) -> bool:
 
 readiness = Readiness(
     (
-        Look(("database", "worker"), look_at_database),
-        Look(("agent", "proxy"), look_at_agent),
-        Look(("disk",), look_at_disk),
+        Probe(("database", "worker"), probe_database),
+        Probe(("agent", "proxy"), probe_agent),
+        Probe(("disk",), probe_disk),
     )
 )

@@ -52,9 +52,9 @@ def parse_spec[S: BaseModel](spec: type[S], data: Any) -> S:
 
 def invalid_input(error: ValidationError) -> InvalidInput:
     """The domain error for what pydantic found; the first finding is the sentence."""
-    found = error.errors(include_url=False, include_input=False)
+    errors = error.errors(include_url=False, include_input=False)
     fields: dict[str, str] = {}
-    for finding in found:
+    for finding in errors:
         fields.setdefault(field_path(finding["loc"]), sentence(finding))
     first = next(iter(fields))
     detail = fields[first] if first == "" else f"{first}: {fields[first]}"

@@ -19,7 +19,7 @@ from hostruntime.host.installation import InstallationBook, InstallationMismatch
 from hostruntime.host.paths import StatePaths
 from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
 from orkestr_console.accounts import audit
-from orkestr_console.accounts.limit_changes import Operator, refusals
+from orkestr_console.accounts.limit_changes import Operator, record_refusals
 from orkestr_console.core.hosts import host, translated_errors
 from orkestr_console.core.postgres import release_connection
 from orkestr_console.installation.models import Installation, new_word
@@ -27,7 +27,7 @@ from orkestr_console.installation.models import Installation, new_word
 logger = logging.getLogger(__name__)
 
 # For as long as the mark is being changed, which takes two calls.
-TRIES = 20
+MAX_TRIES = 20
 PAUSE_SECONDS = 0.5
 
 
@@ -36,37 +36,37 @@ def current() -> Installation:
     return Installation.objects.get_or_create(only=True)[0]
 
 
-def is_apart() -> bool:
+def is_mismatched() -> bool:
     """Whether database and state are known not to belong together."""
     return bool(current().mismatch)
 
 
-def agree(knows_some: Callable[[], bool]) -> bool:
+def agree(has_known_objects: Callable[[], bool]) -> bool:
     """Whether the host's state is this database's, by a new mark that both then have.
 
     ``knows_some`` is asked, of a state that no database has claimed, whether a row names anything
     of what is in it. Raises the host's errors when it does not answer.
     """
-    row = advanced(current())
+    row = advance_mark(current())
     release_connection()
     try:
         host().agree(row.claim())
     except StateUnclaimed:
-        known = knows_some()
+        known = has_known_objects()
         release_connection()
         try:
             host().agree(row.claim(), known=known)
         except InstallationMismatch as error:
-            return apart(error.detail)
+            return record_mismatch(error.detail)
     except InstallationMismatch as error:
-        return apart(error.detail)
+        return record_mismatch(error.detail)
     Installation.objects.filter(pk=row.pk, mark=row.mark).update(
         confirmed=True, mismatch="", mismatch_at=None
     )
     return True
 
 
-def advanced(row: Installation) -> Installation:
+def advance_mark(row: Installation) -> Installation:
     """The row with a new mark, unless the host has not taken down the last one yet."""
     if row.confirmed:
         Installation.objects.filter(pk=row.pk, mark=row.mark).update(
@@ -76,10 +76,12 @@ def advanced(row: Installation) -> Installation:
     return row
 
 
-def apart(why: str) -> bool:
+def record_mismatch(reason: str) -> bool:
     """Note that nothing may be reconciled, and why; False."""
-    logger.error("nothing is reconciled with the host: %s", why)
-    Installation.objects.exclude(mismatch=why).update(mismatch=why, mismatch_at=timezone.now())
+    logger.error("nothing is reconciled with the host: %s", reason)
+    Installation.objects.exclude(mismatch=reason).update(
+        mismatch=reason, mismatch_at=timezone.now()
+    )
     return False
 
 
@@ -91,20 +93,20 @@ def reconcile(
     Waits a little while another task changes the mark. Raises the host's errors when it does not
     answer.
     """
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         row = current()
         if row.mismatch:
             return None
         release_connection()
         if row.confirmed:
             try:
-                done = host().reconcile(Reconcile(row.claim(), images, snapshots))
+                result = host().reconcile(Reconcile(row.claim(), images, snapshots))
             except InstallationMismatch as error:
                 logger.warning("the host set nothing aside: %s", error.detail)
             else:
-                if done.set_aside:
-                    logger.error("set aside, as no row names them: %s", ", ".join(done.set_aside))
-                return done
+                if result.set_aside:
+                    logger.error("set aside, as no row names them: %s", ", ".join(result.set_aside))
+                return result
         pause()
     return None
 
@@ -114,9 +116,9 @@ def pause() -> None:
     time.sleep(PAUSE_SECONDS)
 
 
-def note_waiting(many: int) -> None:
+def record_waiting(count: int) -> None:
     """How much more there is to be set aside."""
-    Installation.objects.exclude(waiting=many).update(waiting=many)
+    Installation.objects.exclude(waiting=count).update(waiting=count)
 
 
 # The operator's ---------------------------------------------------------------------------------
@@ -128,14 +130,14 @@ def adopt(operator: Operator | None = None) -> Installation:
     What no row names is then set aside, a few things at a time. Raises ``HostUnavailable``.
     """
     with translated_errors():
-        seen = host().installation()
+        standing = host().installation()
     with transaction.atomic():
-        row = marked_anew(seen.epoch)
+        row = new_mark(standing.epoch)
         if operator is not None:
-            record(operator, "installation.adopt", row.pk, seen.mismatch)
+            record(operator, "installation.adopt", row.pk, standing.mismatch)
     with translated_errors():
         host().adopt(row.claim())
-    return confirmed(row)
+    return confirm(row)
 
 
 def adopt_restored(paths: StatePaths) -> Installation:
@@ -143,35 +145,35 @@ def adopt_restored(paths: StatePaths) -> Installation:
 
     Raises ``OSError``.
     """
-    row = marked_anew(0)
+    row = new_mark(0)
     InstallationBook(paths).adopt(row.claim())
-    return confirmed(row)
+    return confirm(row)
 
 
-def marked_anew(seen: int) -> Installation:
+def new_mark(seen: int) -> Installation:
     """The row with a mark that follows on no other, later than the epoch that was seen."""
-    most = Installation.objects.aggregate(most=Max("epoch"))["most"] or 0
+    last_epoch = Installation.objects.aggregate(most=Max("epoch"))["most"] or 0
     row = current()
-    row.epoch, row.previous, row.mark = max(most, seen) + 1, "", new_word()
+    row.epoch, row.previous, row.mark = max(last_epoch, seen) + 1, "", new_word()
     row.confirmed = False
     row.save()
     return row
 
 
-def confirmed(row: Installation) -> Installation:
+def confirm(row: Installation) -> Installation:
     """The row, now that the host has taken down its mark."""
     row.confirmed, row.mismatch, row.mismatch_at = True, "", None
     row.save()
     return row
 
 
-def standing() -> StandingInfo:
+def host_standing() -> StandingInfo:
     """What the state directory says of itself. Raises ``HostUnavailable``."""
     with translated_errors():
         return host().installation()
 
 
-def held() -> list[HeldInfo]:
+def list_quarantine() -> list[HeldInfo]:
     """What was set aside, the oldest first. Raises ``HostUnavailable``."""
     release_connection()
     with translated_errors():
@@ -180,33 +182,33 @@ def held() -> list[HeldInfo]:
 
 def restore(key: str, operator: Operator | None = None) -> HeldInfo:
     """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
-    with noting(operator, "quarantine.restore", key), translated_errors():
-        thing = host().restore_held(key)
+    with record_refusals_of(operator, "quarantine.restore", key), translated_errors():
+        item = host().restore_held(key)
     if operator is not None:
-        record(operator, "quarantine.restore", thing.name, thing.kind)
-    return thing
+        record(operator, "quarantine.restore", item.name, item.kind)
+    return item
 
 
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
-    with noting(operator, "quarantine.delete", key), translated_errors():
+    with record_refusals_of(operator, "quarantine.delete", key), translated_errors():
         host().delete_held(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")
 
 
 @contextmanager
-def noting(operator: Operator | None, action: str, key: str) -> Iterator[None]:
+def record_refusals_of(operator: Operator | None, action: str, key: str) -> Iterator[None]:
     """Note in the audit log what an operator is refused."""
     if operator is None:
         yield
         return
-    with refusals(operator, action, "host", key):
+    with record_refusals(operator, action, "host", key):
         yield
 
 
 def record(operator: Operator, action: str, name: str, note: str) -> None:
     """An entry in the audit log, of the team that the operator acts for just now."""
     if operator.home is not None:
-        actor, data = operator.of(operator.home), {"note": note} if note else {}
+        actor, data = operator.acting_for(operator.home), {"note": note} if note else {}
         audit.record(actor, action, kind="host", object_id=name, name=name, data=data)

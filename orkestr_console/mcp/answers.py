@@ -320,7 +320,7 @@ def to_be_reached(template: Template) -> str:
     """How the hosts that a build was refused could be reached, as far as the plan goes."""
     allowed = envelope(template.team)
     if not allowed.may_list:
-        return f"{allowed.instead_of_listing()} Then call create_template again."
+        return f"{allowed.allowlist_alternatives()} Then call create_template again."
     other = ', or with network="open"' if allowed.may_open else ""
     return (
         f'Call create_template again with the refused hosts and "@default" in allow_domains{other}.'

@@ -51,12 +51,12 @@ def blocked_directory(user: str, path: Path) -> Path | None:
 
 def outermost(paths: Iterable[Path]) -> list[Path]:
     """The distinct paths that do not lie inside another of them, in a stable order."""
-    kept: list[Path] = []
+    outer: list[Path] = []
     # Sorted by their parts, what lies inside a path follows it: one look back is enough.
     for path in sorted(set(paths)):
-        if not kept or not path.is_relative_to(kept[-1]):
-            kept.append(path)
-    return kept
+        if not outer or not path.is_relative_to(outer[-1]):
+            outer.append(path)
+    return outer
 
 
 def mount_points(mountinfo: str) -> list[Path]:
@@ -67,11 +67,11 @@ def mount_points(mountinfo: str) -> list[Path]:
 
 def unneeded_mounts(mounts: Iterable[Path], needs: Sequence[Path]) -> list[Path]:
     """The mounts that lead neither to a need nor to the system's own directories, outermost."""
-    wanted = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
-    leading = {above for path in wanted for above in (path, *path.parents)}
+    needed = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
+    ancestors = {above for path in needed for above in (path, *path.parents)}
     return [
         mount
-        for mount in outermost(set(mounts) - leading)
+        for mount in outermost(set(mounts) - ancestors)
         if not any(mount.is_relative_to(own) for own in KERNEL_DIRECTORIES)
     ]
 
@@ -87,7 +87,7 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
         return
     os.unshare(os.CLONE_NEWNS)
     _run("mount", "--make-rprivate", "/")
-    detach_unneeded(needs)
+    detach_mounts(needs)
     handles = {need: os.open(need, os.O_PATH) for need in outermost(needs)}
     for directory in closed:
         _run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "orkestr-view", str(directory))
@@ -100,7 +100,7 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
         os.close(handle)
 
 
-def detach_unneeded(needs: Sequence[Path]) -> None:
+def detach_mounts(needs: Sequence[Path]) -> None:
     """Detach every mount that leads to no need.
 
     A sandbox that ends removes its mount points, and the kernel then takes the mounts on them away
@@ -110,10 +110,10 @@ def detach_unneeded(needs: Sequence[Path]) -> None:
     Raises ``OSError``.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
-        if not doomed:
+        unneeded = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
+        if not unneeded:
             return
-        for mount in doomed:
+        for mount in unneeded:
             try:
                 kernel.umount(mount, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
             except OSError:
@@ -125,7 +125,9 @@ def _run(*argv: str | Path) -> None:
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
 
 
-def dropping(user: str, *, stop_signal: str = "TERM", group: str | None = None) -> list[str]:
+def drop_privileges_command(
+    user: str, *, stop_signal: str = "TERM", group: str | None = None
+) -> list[str]:
     """The setpriv(1) command that becomes ``user`` for good and dies with its parent.
 
     With ``group`` it is in that group alone, in place of the user's own.
@@ -139,7 +141,7 @@ def dropping(user: str, *, stop_signal: str = "TERM", group: str | None = None) 
     ]
 
 
-def environment_of(user: str) -> dict[str, str]:
+def user_environment(user: str) -> dict[str, str]:
     """This process's environment with the names that say who one is put right."""
     entry = pwd.getpwnam(user)
     return {**os.environ, "HOME": entry.pw_dir, "USER": user, "LOGNAME": user}
@@ -154,8 +156,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
     enter_private_view(options.user, [need.resolve() for need in options.need])
-    command = [*dropping(options.user, stop_signal=options.stop_signal), *options.command]
-    os.execvpe(command[0], command, environment_of(options.user))
+    command = [
+        *drop_privileges_command(options.user, stop_signal=options.stop_signal),
+        *options.command,
+    ]
+    os.execvpe(command[0], command, user_environment(options.user))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Display:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._moving = stream.isatty()
+        self._interactive = stream.isatty()
         self._lock = threading.Lock()
         self._progress: dict[str, str] = {}
         encoding = (stream.encoding or "ascii").lower()
@@ -46,10 +46,10 @@ class Display:
         try:
             yield step
         except BaseException:
-            self._forget(label)
+            self._clear_progress(label)
             raise
         seconds = time.monotonic() - step.started
-        self._forget(label)
+        self._clear_progress(label)
         self.line(
             f"  {self._done} {label:<{LABEL_WIDTH}}{step.detail:<{DETAIL_WIDTH}}{seconds:6.1f} s"
         )
@@ -62,13 +62,13 @@ class Display:
                 return
             self._progress[label] = message
             with suppress(OSError):
-                if self._moving:
-                    self._draw()
+                if self._interactive:
+                    self._redraw()
                 else:
                     self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}\n")
                     self._stream.flush()
 
-    def _forget(self, label: str) -> None:
+    def _clear_progress(self, label: str) -> None:
         with self._lock:
             self._progress.pop(label, None)
 
@@ -79,12 +79,12 @@ class Display:
     def line(self, text: str = "") -> None:
         """Print a line above the moving one."""
         with self._lock, suppress(OSError):
-            self._stream.write(f"{CLEAR_LINE if self._moving else ''}{text}\n")
-            if self._moving:
-                self._draw()
+            self._stream.write(f"{CLEAR_LINE if self._interactive else ''}{text}\n")
+            if self._interactive:
+                self._redraw()
             self._stream.flush()
 
-    def _draw(self) -> None:
+    def _redraw(self) -> None:
         self._stream.write(CLEAR_LINE)
         for label, message in list(self._progress.items())[:1]:
             self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}")

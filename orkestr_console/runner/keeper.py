@@ -32,23 +32,23 @@ from orkestr_console.runner.layout import Layout, StartError
 LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 3
 TAIL_LINES = 20
-DO_NOT_WAIT = False
+NO_WAIT = False
 # A program that crashes as it starts may only have come too early: supervisord tries it again,
 # after one second, then two, then three.
-MOST_CRASHES = 4
+MAX_CRASHES = 4
 START_SECONDS = 15
 STOP_SECONDS = 60
 # An answer of supervisord's own takes a moment, but its machine may be busy.
 CALL_SECONDS = 30
 # Between two looks at what starts. On a slow machine looking itself takes from what is waited for.
-SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.05, 1.0
 # How often the operator is told what is still waited for.
-TELL_SECONDS = 15.0
+REPORT_SECONDS = 15.0
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-class ManagerSilent(Exception):  # noqa: N818 - what it is
+class ManagerUnresponsive(Exception):  # noqa: N818 - what it is
     """supervisord does not answer: it has ended, or hangs."""
 
 
@@ -73,8 +73,8 @@ class Keeper:
         self._config = layout.run / "supervisord.conf"
         self._socket = layout.manager_socket
         self._process: subprocess.Popen[bytes] | None = None
-        self._seen: dict[str, int] = {}
-        self._said: deque[str] = deque(maxlen=TAIL_LINES)
+        self._log_offsets: dict[str, int] = {}
+        self._output: deque[str] = deque(maxlen=TAIL_LINES)
 
     def start(self) -> None:
         """Start supervisord itself, with no program running yet. Raises ``StartError``."""
@@ -92,17 +92,17 @@ class Keeper:
             # Ctrl-C reaches `up` alone, which then stops everything in order.
             start_new_session=True,
         )
-        threading.Thread(target=self._hear, args=[self._process.stdout], daemon=True).start()
-        if not wait_until(self._answers, START_SECONDS, self._process):
-            raise StartError(f"the process manager did not start:\n{self.last_words()}")
+        threading.Thread(target=self._read_output, args=[self._process.stdout], daemon=True).start()
+        if not wait_until(self._responds, START_SECONDS, self._process):
+            raise StartError(f"the process manager did not start:\n{self.output_tail()}")
 
-    def _hear(self, output: IO[bytes]) -> None:
+    def _read_output(self, output: IO[bytes]) -> None:
         with output:
-            self._said.extend(line.decode(errors="replace").rstrip() for line in output)
+            self._output.extend(line.decode(errors="replace").rstrip() for line in output)
 
-    def last_words(self) -> str:
+    def output_tail(self) -> str:
         """The end of what supervisord itself said outside its log, indented for a terminal."""
-        return _indented(list(self._said))
+        return _indented(list(self._output))
 
     def _write_config(self) -> None:
         config = RawConfigParser()
@@ -149,11 +149,11 @@ class Keeper:
 
     def launch(self, name: str) -> None:
         """Start one program and return at once; :meth:`await_ready` says whether it crashes."""
-        self._seen[name] = self._written(name)
+        self._log_offsets[name] = self._log_size(name)
         self.revive(name)
 
     def await_ready(
-        self, name: str, ready: Callable[[], bool], seconds: float, say: Say = lambda _: None
+        self, name: str, ready: Callable[[], bool], seconds: float, report: Report = lambda _: None
     ) -> None:
         """Wait until ``ready()``. Raises ``StartError`` with the end of the program's log.
 
@@ -163,35 +163,35 @@ class Keeper:
         time.
         """
         patience = Patience(
-            seconds, lambda: tree_of(self.states()[name][1]), sign=lambda: self._written(name)
+            seconds, lambda: tree_of(self.states()[name][1]), sign=lambda: self._log_size(name)
         )
         starts: set[int] = set()
-        began = told = time.monotonic()
-        pause = SHORTEST_PAUSE_SECONDS
+        started = last_report = time.monotonic()
+        delay = MIN_POLL_SECONDS
         while not ready():
             if self._crashed(name, starts):
                 raise self._not_ready(name, "crashed as it started")
             if patience.spent():
                 raise self._not_ready(name, f"is not ready: it {patience.why}")
-            if time.monotonic() > told + TELL_SECONDS:
-                told = time.monotonic()
-                say(f"waiting for {name}, at work for {told - began:.0f} s")
-            time.sleep(pause)
-            pause = min(pause * 1.2, LONGEST_PAUSE_SECONDS)
+            if time.monotonic() > last_report + REPORT_SECONDS:
+                last_report = time.monotonic()
+                report(f"waiting for {name}, at work for {last_report - started:.0f} s")
+            time.sleep(delay)
+            delay = min(delay * 1.2, MAX_POLL_SECONDS)
 
     def _crashed(self, name: str, starts: set[int]) -> bool:
         """Whether a program will not come up; collects in ``starts`` when it was started, each."""
-        info = next(info for info in self._all() if info["name"] == name)
+        info = next(info for info in self._process_info() if info["name"] == name)
         starts |= {info["start"]} - {0}
         down = info["statename"] in {"BACKOFF", "FATAL", "EXITED"}
         crashes = len(starts) - (0 if down else 1)
-        return info["statename"] == "FATAL" or crashes >= MOST_CRASHES
+        return info["statename"] == "FATAL" or crashes >= MAX_CRASHES
 
-    def _not_ready(self, name: str, what: str) -> StartError:
-        end = tail(self._log(name), self._seen[name])
-        return StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
+    def _not_ready(self, name: str, problem: str) -> StartError:
+        end = tail(self._log(name), self._log_offsets[name])
+        return StartError(f"{name} {problem}; {self._log(name)} ends with:\n{end}")
 
-    def _written(self, name: str) -> int:
+    def _log_size(self, name: str) -> int:
         log = self._log(name)
         return log.stat().st_size if log.exists() else 0
 
@@ -201,15 +201,17 @@ class Keeper:
     def states(self, seconds: float | None = None) -> dict[str, tuple[str, int]]:
         """Each program's supervisord state name and process id (0 when not running).
 
-        Raises ``ManagerSilent`` when there is no answer in ``seconds``, by default in a time that
-        a slow machine has more of.
+        Raises ``ManagerUnresponsive`` if there is no answer within ``seconds``, by default within a
+        limit that is longer on a slow machine.
         """
-        return {info["name"]: (info["statename"], info["pid"]) for info in self._all(seconds)}
+        return {
+            info["name"]: (info["statename"], info["pid"]) for info in self._process_info(seconds)
+        }
 
     def revive(self, name: str) -> None:
         """Start a program, be it one that supervisord has given up on; silent if it crashes."""
         try:
-            self._call("startProcess", name, DO_NOT_WAIT)
+            self._call("startProcess", name, NO_WAIT)
         except xmlrpc.client.Fault:
             return
 
@@ -233,11 +235,11 @@ class Keeper:
         """Whether supervisord itself runs."""
         return self._process is not None and self._process.poll() is None
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         """Whether it can be spoken to: it listens some time after its socket is there."""
         try:
             self._call("getState")
-        except ManagerSilent:
+        except ManagerUnresponsive:
             return False
         return True
 
@@ -256,7 +258,7 @@ class Keeper:
         """Every process of every program; none when supervisord does not answer."""
         try:
             running = [pid for _, pid in self.states().values() if pid]
-        except ManagerSilent:
+        except ManagerUnresponsive:
             return []
         return [pid for program in running for pid in tree_of(program)]
 
@@ -264,7 +266,7 @@ class Keeper:
         """The end of one file of the log directory."""
         return tail(self._layout.log / log)
 
-    def _all(self, seconds: float | None = None) -> list[dict[str, Any]]:
+    def _process_info(self, seconds: float | None = None) -> list[dict[str, Any]]:
         answer = self._call("getAllProcessInfo", seconds=seconds)
         return answer if isinstance(answer, list) else []
 
@@ -277,7 +279,7 @@ class Keeper:
             with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
                 return getattr(server.supervisor, method)(*arguments)
         except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
-            raise ManagerSilent(f"the process manager does not answer: {error}") from error
+            raise ManagerUnresponsive(f"the process manager does not answer: {error}") from error
 
 
 class _Connection(UnixStreamHTTPConnection):  # type: ignore[misc]

@@ -14,10 +14,10 @@ from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
 # sun_path of unix(7), less its NUL.
-LONGEST_SOCKET_PATH = 107
+MAX_SOCKET_PATH = 107
 # PID_MAX_LIMIT of a 64-bit kernel (proc(5), pid_max).
-LARGEST_PID = 2**22
-UNUSABLE = frozenset("%;#\"'\n")
+MAX_PID = 2**22
+FORBIDDEN_CHARACTERS = frozenset("%;#\"'\n")
 
 
 class StartError(Exception):
@@ -57,12 +57,12 @@ class Layout:
         return self.run / "ready"
 
     @property
-    def all_ended(self) -> Path:
+    def sandboxes_ended_marker(self) -> Path:
         """Exists after `make down` until the next start tells the database of it."""
         return self.run / "sandboxes-ended"
 
     @property
-    def restoring(self) -> Path:
+    def restore_marker(self) -> Path:
         """Exists, with the backup's name in it, until a restore is whole: nothing starts before."""
         return self.var / "restoring"
 
@@ -94,7 +94,7 @@ class Layout:
         return f"http://{f'[{reached}]' if ':' in reached else reached}:{self.port}"
 
     @property
-    def hidden_from_public_url(self) -> bool:
+    def public_url_unreachable(self) -> bool:
         """Whether others are told an address at which, without a proxy, nothing answers."""
         public = urlsplit(self.url)
         local = {"localhost", "127.0.0.1", "::1"}
@@ -121,16 +121,16 @@ class Layout:
         Raises ``StartError``.
         """
         for path in (self.tree, self.var, self.state_dir):
-            if UNUSABLE & set(str(path)):
+            if FORBIDDEN_CHARACTERS & set(str(path)):
                 raise StartError(
-                    f"the path {path} has one of {' '.join(sorted(UNUSABLE))} in it, which the "
-                    "process manager's configuration cannot express: use another directory"
+                    f"the path {path} has one of {' '.join(sorted(FORBIDDEN_CHARACTERS))} in it, which "
+                    "the process manager's configuration cannot express: use another directory"
                 )
         for setting, path in self._longest_sockets():
-            if (size := len(os.fsencode(path))) > LONGEST_SOCKET_PATH:
+            if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
                 raise StartError(
                     f"{path} is too long a path for a Unix socket, {size} bytes where the kernel "
-                    f"takes {LONGEST_SOCKET_PATH}: set {setting} to a shorter path"
+                    f"takes {MAX_SOCKET_PATH}: set {setting} to a shorter path"
                 )
         for directory in (self.var, self.run, self.log):
             directory.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class Layout:
 
     def _longest_sockets(self) -> list[tuple[str, Path]]:
         """What each is named by, and what it is first made as: supervisord adds its process id."""
-        manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{LARGEST_PID}")
+        manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{MAX_PID}")
         found = [("ORKESTR_HOST_SOCKET or ORKESTR_VAR", self.host_socket), ("ORKESTR_VAR", manager)]
         if self.database_url is None:
             found.append(("ORKESTR_VAR", self.cluster.sockets / ".s.PGSQL.5432.lock"))

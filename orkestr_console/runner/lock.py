@@ -11,7 +11,7 @@ from orkestr_console.runner.layout import Layout, StartError
 
 
 @contextmanager
-def only_one(layout: Layout) -> Iterator[None]:
+def exclusive_lock(layout: Layout) -> Iterator[None]:
     """Hold the installation's lock (flock(2): the kernel frees it however we end).
 
     Raises ``StartError`` if another process holds it.
@@ -29,7 +29,7 @@ def only_one(layout: Layout) -> Iterator[None]:
         yield
 
 
-def holder(layout: Layout) -> int | None:
+def lock_holder(layout: Layout) -> int | None:
     """The process id of the `up` that runs now, if one does."""
     if not layout.lock.exists():
         return None
@@ -45,6 +45,6 @@ def holder(layout: Layout) -> int | None:
 def _already_running(layout: Layout) -> str:
     url = layout.ready.read_text().strip() if layout.ready.exists() else "and still starting"
     return (
-        f"it already runs: process {holder(layout) or '?'}, {url}. Use that one, stop it with "
+        f"it already runs: process {lock_holder(layout) or '?'}, {url}. Use that one, stop it with "
         "Ctrl-C or `make down`, or start a second installation with ORKESTR_VAR=… and PORT=…"
     )

@@ -25,13 +25,13 @@ import psycopg
 from psycopg import sql
 
 from hostruntime.host.patience import Patience, scaled, tree_of
-from orkestr_console.runner.account import USER, confined, ensure_user, give
+from orkestr_console.runner.account import USER, change_owner, confined_command, ensure_user
 
 SERVER_USER = "postgres"
 DATABASE = "orkestr"
 DISTRIBUTION = Path("/usr/lib/postgresql")
 # sun_path of unix(7) is 108 bytes with its NUL; PostgreSQL adds "/.s.PGSQL.5432.lock".
-LONGEST_SOCKET_DIRECTORY = 108 - 20
+MAX_SOCKET_DIRECTORY = 108 - 20
 CONNECT_SECONDS = 10
 IDLE_SECONDS = 30
 
@@ -65,7 +65,7 @@ class Cluster:
         staging = self.data.with_name(f"{self.data.name}.new")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True, mode=0o700)
-        give(staging, SERVER_USER)
+        change_owner(staging, SERVER_USER)
         self._initdb(staging)
         (staging / "pg_hba.conf").write_text("local all all peer map=orkestr\n")
         (staging / "pg_ident.conf").write_text(_ident_map())
@@ -73,11 +73,11 @@ class Cluster:
         return True
 
     def _prepare_sockets(self) -> None:
-        if len(os.fsencode(self.sockets)) > LONGEST_SOCKET_DIRECTORY:
+        if len(os.fsencode(self.sockets)) > MAX_SOCKET_DIRECTORY:
             raise PostgresError(
                 f"{self.sockets} is too long a path for a Unix socket: set ORKESTR_VAR shorter"
             )
-        _server_user_exists()
+        _require_server_user()
         self.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Nobody else may even connect, and so take the server's connections.
         os.chown(self.sockets, pwd.getpwnam(SERVER_USER).pw_uid, grp.getgrnam(USER).gr_gid)
@@ -88,10 +88,10 @@ class Cluster:
             *(newest_server() / "initdb", "-D", directory, "-U", SERVER_USER),
             *("-A", "peer", "-E", "UTF8", "--locale=C.UTF-8", "--data-checksums", "-N"),
         ]
-        argv = [*confined(SERVER_USER, [directory]), *map(str, initdb)]
-        made = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if made.returncode != 0:
-            raise PostgresError(f"initdb failed in {directory}: {made.stderr.strip()}")
+        argv = [*confined_command(SERVER_USER, [directory]), *map(str, initdb)]
+        result = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if result.returncode != 0:
+            raise PostgresError(f"initdb failed in {directory}: {result.stderr.strip()}")
 
     def command(self, **settings: str) -> list[str]:
         """The argv that runs the server in the foreground; it stops with its parent.
@@ -111,12 +111,12 @@ class Cluster:
             "log_error_verbosity": "terse",
         }
         options = [f"--{name}={value}" for name, value in (fixed | settings).items()]
-        server = str(server_of(self.data) / "postgres")
+        server = str(server_programs(self.data) / "postgres")
         # SIGINT is PostgreSQL's fast shutdown: it does not wait for clients to leave.
-        prefix = confined(SERVER_USER, [self.data, self.sockets], stop_signal="INT")
+        prefix = confined_command(SERVER_USER, [self.data, self.sockets], stop_signal="INT")
         return [*prefix, server, "-D", str(self.data), *options]
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the server takes connections now."""
         try:
             self._connect(SERVER_USER).close()
@@ -133,7 +133,7 @@ class Cluster:
             return "FATAL" in str(error)
         return True
 
-    def end_orphan(self) -> None:
+    def stop_orphan(self) -> None:
         """End a server whose parent was killed before it could stop with it.
 
         For who holds the installation's lock. Raises ``PostgresError`` if it stays.
@@ -187,7 +187,7 @@ def _ident_map() -> str:
     return "".join(f"orkestr {system} {role}\n" for system, role in pairs)
 
 
-def _server_user_exists() -> None:
+def _require_server_user() -> None:
     try:
         pwd.getpwnam(SERVER_USER)
     except KeyError:
@@ -198,13 +198,13 @@ def _server_user_exists() -> None:
 
 def newest_server() -> Path:
     """The program directory of the newest PostgreSQL server installed from packages."""
-    found = [path.parent for path in DISTRIBUTION.glob("*/bin/postgres")]
-    if not found:
+    servers = [path.parent for path in DISTRIBUTION.glob("*/bin/postgres")]
+    if not servers:
         raise PostgresError("no PostgreSQL server is installed: apt-get install postgresql")
-    return max(found, key=lambda path: int(path.parent.name))
+    return max(servers, key=lambda path: int(path.parent.name))
 
 
-def server_of(data: Path) -> Path:
+def server_programs(data: Path) -> Path:
     """The program directory of the version that made ``data``."""
     version = (data / "PG_VERSION").read_text().strip()
     programs = DISTRIBUTION / version / "bin"
@@ -227,20 +227,20 @@ def temporary_cluster(directory: Path) -> Iterator[Cluster]:
     cluster = Cluster(directory / "data", directory / "sockets")
     cluster.create()
     try:
-        quick = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-        with serving(cluster, directory / "postgres.log", **quick):
+        settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        with running_server(cluster, directory / "postgres.log", **settings):
             yield cluster
     finally:
         shutil.rmtree(directory)
 
 
 @contextmanager
-def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
+def running_server(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
     """Run the cluster's server for as long as the block lasts, with its database made.
 
     ``settings`` are server parameters. Raises ``PostgresError`` if it does not come up.
     """
-    cluster.end_orphan()
+    cluster.stop_orphan()
     with log.open("ab") as output:
         server = subprocess.Popen(
             # From the first moment, though what drops its rights sets it anew (prctl(2)).
@@ -251,23 +251,23 @@ def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
             start_new_session=True,
         )
     try:
-        _wait_until_it_answers(cluster, server, log)
+        _wait_until_ready(cluster, server, log)
         cluster.ensure_database()
         yield
     finally:
         server.send_signal(signal.SIGINT)
-        _wait_until_it_ends(server)
+        _wait_until_exited(server)
 
 
-def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
     patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
-    while not cluster.answers():
+    while not cluster.is_ready():
         if server.poll() is not None or patience.spent():
             raise PostgresError(f"the database did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
-def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
+def _wait_until_exited(server: subprocess.Popen[bytes]) -> None:
     patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
     while server.poll() is None:
         if patience.spent():

@@ -55,27 +55,27 @@ def manage(layout: Layout, *arguments: str) -> list[str]:
     return [sys.executable, str(layout.tree / "manage.py"), *arguments]
 
 
-def web_answers(layout: Layout) -> bool:
+def web_is_ready(layout: Layout) -> bool:
     """Whether the web process serves requests now, and reaches the database."""
-    return is_well(layout, "database")
+    return check_ok(layout, "database")
 
 
-def worker_answers(layout: Layout) -> bool:
+def worker_is_ready(layout: Layout) -> bool:
     """Whether the worker takes tasks now, as the web process sees it."""
-    return is_well(layout, "worker")
+    return check_ok(layout, "worker")
 
 
-def is_well(layout: Layout, thing: str) -> bool:
+def check_ok(layout: Layout, check: str) -> bool:
     """What ``/readyz`` says of one thing; False while there is nobody to say it."""
     address = f"{layout.local_url}/readyz"
     try:
         answer = httpx.get(address, timeout=scaled(ANSWER_SECONDS), trust_env=False)
-        return bool(answer.json()["checks"][thing]["state"] == "ok")
+        return bool(answer.json()["checks"][check]["state"] == "ok")
     except (httpx.HTTPError, ValueError, KeyError):
         return False
 
 
-def agent_answers(socket: Path) -> bool:
+def agent_is_ready(socket: Path) -> bool:
     """Whether the host agent serves requests on ``socket`` now."""
     try:
         with HostClient(socket) as host:

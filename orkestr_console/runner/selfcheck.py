@@ -34,7 +34,7 @@ class SelfCheck:
 
     url: str
     api_key: str
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     pids: Pids = tuple
     times: list[tuple[str, float]] = field(default_factory=list)
 
@@ -86,7 +86,7 @@ class SelfCheck:
         for event in page["events"]:
             after = event["seq"]
             if event["kind"] == "step_started":
-                self.say(f"step {event['step']} of {event['total']}")
+                self.report(f"step {event['step']} of {event['total']}")
         return after
 
     def _use(self, template: str) -> None:
@@ -108,11 +108,11 @@ class SelfCheck:
                 self._call("DELETE", f"/v1/templates/{row['id']}")
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        self.say(what)
+    def _timed(self, step: str) -> Iterator[None]:
+        self.report(step)
         started = time.monotonic()
         yield
-        self.times.append((what, time.monotonic() - started))
+        self.times.append((step, time.monotonic() - started))
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         try:

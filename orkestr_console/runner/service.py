@@ -40,10 +40,10 @@ WantedBy=multi-user.target
 SECRETS_FILE = "/etc/orkestr.env"
 SECRETS = ("DATABASE_URL", "ORKESTR_SECRET_KEY", "ORKESTR_TOKEN_PEPPER")
 # What a start by hand chooses.
-BY_HAND = frozenset({"ORKESTR_PYTHON"})
+EXCLUDED = frozenset({"ORKESTR_PYTHON"})
 
 
-def secrets_in(environment: Mapping[str, str] = os.environ) -> list[str]:
+def configured_secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The names of what is configured now, and left out of the unit."""
     return [name for name in SECRETS if environment.get(name)]
 
@@ -54,7 +54,7 @@ def unit(layout: Layout, environment: Mapping[str, str] = os.environ) -> str:
         name: value
         for name, value in sorted(environment.items())
         if value and (name == "PORT" or name.startswith("ORKESTR_"))
-        if name not in BY_HAND and name not in SECRETS
+        if name not in EXCLUDED and name not in SECRETS
     }
     return UNIT.format(
         url=layout.url.replace("%", "%%"),

@@ -20,48 +20,48 @@ from hostruntime.host.patience import Patience
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.programs import ANSWER_SECONDS
 
-ASK_SECONDS = 5.0
+PROBE_SECONDS = 5.0
 # In which a program neither answers nor works. One that is at work gets ten times that.
 HUNG_SECONDS = 30.0
 
-type Question = Callable[[], bool]
+type Probe = Callable[[], bool]
 type Pids = Callable[[], Iterable[int]]
 
 
-class Watched:
+class Watch:
     """One program's answers; ``pids`` are the processes whose work counts as life."""
 
-    def __init__(self, question: Question, pids: Pids) -> None:
-        self._question = question
+    def __init__(self, question: Probe, pids: Pids) -> None:
+        self._probe = question
         self._pids = pids
-        self._asking: threading.Thread | None = None
-        self.begin()
+        self._probing: threading.Thread | None = None
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Have patience anew: it answered, or was started."""
         self._patience = Patience(HUNG_SECONDS, self._pids)
-        self._ask_at = time.monotonic() + ASK_SECONDS
+        self._next_probe_at = time.monotonic() + PROBE_SECONDS
 
-    def hung(self) -> str:
+    def symptom(self) -> str:
         """What is seen of a program that gives no sign of life any more; empty for any other.
 
         To be called every second or so; never waits.
         """
-        if not self._is_asking() and time.monotonic() >= self._ask_at:
-            self._asking = threading.Thread(target=self._ask, daemon=True)
-            self._asking.start()
+        if not self._is_probing() and time.monotonic() >= self._next_probe_at:
+            self._probing = threading.Thread(target=self._run_probe, daemon=True)
+            self._probing.start()
         return self._patience.why if self._patience.spent() else ""
 
-    def _is_asking(self) -> bool:
-        return self._asking is not None and self._asking.is_alive()
+    def _is_probing(self) -> bool:
+        return self._probing is not None and self._probing.is_alive()
 
-    def _ask(self) -> None:
-        asked = self._patience
+    def _run_probe(self) -> None:
+        patience = self._patience
         # An answer to what the process before it was asked says nothing of this one.
-        if self._question() and self._patience is asked:
-            self.begin()
+        if self._probe() and self._patience is patience:
+            self.reset()
         else:
-            self._ask_at = time.monotonic() + ASK_SECONDS
+            self._next_probe_at = time.monotonic() + PROBE_SECONDS
 
 
 def web_responds(layout: Layout) -> bool:

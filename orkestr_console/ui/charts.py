@@ -15,7 +15,7 @@ DAY_WIDTH = 10
 BAR_WIDTH = 7
 HEIGHT = 100
 # Days of a month that are named below the chart.
-NAMED_DAYS = frozenset({1, 8, 15, 22, 29})
+LABELLED_DAYS = frozenset({1, 8, 15, 22, 29})
 STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 
 
@@ -54,37 +54,37 @@ def chart(
     words: Callable[[float], str],
 ) -> Chart:
     """The chart of amounts by day; several series (name, amounts) stand on top of each other."""
-    most = max((sum(amounts) for amounts in zip(*(a for _, a in series), strict=True)), default=0)
-    top = round_above(most)
+    peak = max((sum(amounts) for amounts in zip(*(a for _, a in series), strict=True)), default=0)
+    top = round_up(peak)
     columns = tuple(
-        _column(place, day, [(name, amounts[place]) for name, amounts in series], top, words)
-        for place, day in enumerate(days)
+        _column(index, day, [(name, amounts[index]) for name, amounts in series], top, words)
+        for index, day in enumerate(days)
     )
     return Chart(columns, DAY_WIDTH * len(days), (words(top), words(top / 2), words(0)))
 
 
-def round_above(most: float) -> float:
+def round_up(amount: float) -> float:
     """The round number at or above ``most`` that the scale ends with; 1 for nothing."""
-    if most <= 0:
+    if amount <= 0:
         return 1.0
-    unit = 10.0 ** math.floor(math.log10(most))
-    return next(step * unit for step in STEPS if step * unit >= most * (1 - 1e-9))
+    unit = 10.0 ** math.floor(math.log10(amount))
+    return next(step * unit for step in STEPS if step * unit >= amount * (1 - 1e-9))
 
 
 def _column(
-    place: int,
+    index: int,
     day: date,
     parts: Sequence[tuple[str, float]],
     top: float,
     words: Callable[[float], str],
 ) -> Column:
     bars: list[Bar] = []
-    x, y = place * DAY_WIDTH + (DAY_WIDTH - BAR_WIDTH) / 2, float(HEIGHT)
+    x, y = index * DAY_WIDTH + (DAY_WIDTH - BAR_WIDTH) / 2, float(HEIGHT)
     for number, (_, amount) in enumerate(parts, start=1):
         height = round(amount / top * HEIGHT, 2)
         if height > 0:
             y = round(y - height, 2)
             bars.append(Bar(number, x, y, height))
-    said = ", ".join(f"{name} {words(amount)}".strip() for name, amount in parts)
-    label = str(day.day) if day.day in NAMED_DAYS else ""
-    return Column(place * DAY_WIDTH, tuple(bars), f"{day:%-d %B}: {said}", label)
+    amounts_text = ", ".join(f"{name} {words(amount)}".strip() for name, amount in parts)
+    label = str(day.day) if day.day in LABELLED_DAYS else ""
+    return Column(index * DAY_WIDTH, tuple(bars), f"{day:%-d %B}: {amounts_text}", label)

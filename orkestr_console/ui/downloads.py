@@ -18,7 +18,20 @@ from django.http import HttpResponse
 from orkestr_console.core.text import escape_invisible
 
 # OWASP's list, the full-width forms that some locales read alike, and our own mark.
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
+FORMULA_PREFIXES = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+    "'",
+)
 
 
 def csv_file(
@@ -29,7 +42,7 @@ def csv_file(
     writer = csv.writer(response)
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([cell(value) for value in row])
+        writer.writerow([safe_cell(value) for value in row])
     return response
 
 
@@ -51,12 +64,12 @@ def attachment(name: str, content_type: str) -> HttpResponse:
     return response
 
 
-def cell(value: float | str) -> float | str:
+def safe_cell(value: float | str) -> float | str:
     """A value that no spreadsheet computes and no terminal obeys."""
     if not isinstance(value, str):
         return value
     return (
         f"'{escape_invisible(value)}"
-        if value.lstrip(" ").startswith(FORMULA)
+        if value.lstrip(" ").startswith(FORMULA_PREFIXES)
         else escape_invisible(value)
     )

@@ -14,7 +14,7 @@ from orkestr_console.core.errors import DomainError, InvalidInput
 from orkestr_console.core.text import storage_problem
 
 # At no field: shown above the form.
-WHOLE = "form"
+FORM_ERROR = "form"
 
 
 @dataclass
@@ -24,25 +24,25 @@ class Form:
     errors: dict[str, str] = field(default_factory=dict, kw_only=True)
     labels: ClassVar[Mapping[str, str]] = {}
 
-    def refuse_unusable(self) -> None:
+    def reject_unusable(self) -> None:
         """Raise ``InvalidInput`` for text that can be neither stored nor sent on."""
-        found = {name: storage_problem(str(getattr(self, name, ""))) for name in self.labels}
-        fields = {name: sentence for name, sentence in found.items() if sentence}
+        problems = {name: storage_problem(str(getattr(self, name, ""))) for name in self.labels}
+        fields = {name: sentence for name, sentence in problems.items() if sentence}
         if fields:
             raise InvalidInput(next(iter(fields.values())), fields=fields)
 
-    def take(self, error: DomainError) -> None:
+    def add_error(self, error: DomainError) -> None:
         """Put the refusal where it belongs; what belongs to no field stands above the form."""
         fields = error.fields or {}
         self.errors = {
-            name: self.labelled(name, sentence)
+            name: self.with_label(name, sentence)
             for name, sentence in fields.items()
             if name in self.labels
         }
         if not self.errors:
-            self.errors[WHOLE] = error.detail
+            self.errors[FORM_ERROR] = error.detail
 
-    def labelled(self, name: str, sentence: str) -> str:
+    def with_label(self, name: str, sentence: str) -> str:
         """The sentence with its subject: specs say "must not be blank", people read more."""
         if sentence[:1].islower():
             return f"{self.labels[name]} {sentence}"

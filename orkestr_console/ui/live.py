@@ -31,7 +31,7 @@ from django.urls import URLPattern, path
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.people import people_group
-from orkestr_console.accounts.services import actor_of_session
+from orkestr_console.accounts.services import session_actor
 from orkestr_console.accounts.sessions import person_group
 from orkestr_console.core.channel_layer import SERVICE_RESTART, ReconnectsOnLoss
 from orkestr_console.core.errors import Forbidden, NotFound, Unauthenticated
@@ -40,13 +40,13 @@ from orkestr_console.core.postgres import unavailable
 logger = logging.getLogger(__name__)
 
 UNAUTHENTICATED = 4401
-FOREIGN = 4404
+NOT_FOUND = 4404
 # The server takes and sends no larger frames than 64 KiB (orkestr_console.http.daphne). A frame
 # that begins with MORE is the beginning of a message that goes on in the next; JSON never begins
 # so.
-LARGEST_FRAME = 60 * 1024
-MORE = "+"
-BREATH = 0.1  # seconds between two answers, however many notices there were
+MAX_FRAME = 60 * 1024
+CONTINUATION = "+"
+MIN_SEND_INTERVAL = 0.1  # seconds between two answers, however many notices there were
 
 type Message = dict[str, Any]
 
@@ -55,9 +55,9 @@ class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
     """The root of the live consumers. A subclass says which groups, and what has changed."""
 
     # Seconds after which to look even without a notice; None for never.
-    look_again_after: float | None = None
+    refresh_after: float | None = None
 
-    def groups_of(self, actor: Actor) -> list[str]:
+    def channel_groups(self, actor: Actor) -> list[str]:
         """The groups whose notices matter to the page. Raises ``NotFound``."""
         raise NotImplementedError
 
@@ -67,9 +67,9 @@ class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
 
     async def connect(self) -> None:
         """Accept first: a browser is only told the code of a socket that was open."""
-        self._news = asyncio.Event()
+        self._notified = asyncio.Event()
         self._sent: dict[str, str] = {}
-        self._teller: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
         self._joined: list[str] = []
         await self.accept()
         if not self._same_origin():
@@ -83,84 +83,88 @@ class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
         except (Unauthenticated, Forbidden):
             await self.close(code=UNAUTHENTICATED)
         except NotFound:
-            await self._say_gone()
+            await self._send_gone()
         except Exception as error:
             # The page comes back, and reads anew, once there is a database again.
             if unavailable(error) is None:
                 raise
             await self.close(code=SERVICE_RESTART)
         else:
-            self._news.set()
-            self._teller = asyncio.create_task(self._tell())
+            self._notified.set()
+            self._sender = asyncio.create_task(self._send_changes())
 
     async def disconnect(self, code: int) -> None:
         """Leave no task behind."""
         for group in self._joined:
             await self.channel_layer.group_discard(group, self.channel_name)
-        teller, self._teller = self._teller, None
-        if teller is not None and teller is not asyncio.current_task():
-            teller.cancel()
+        sender, self._sender = self._sender, None
+        if sender is not None and sender is not asyncio.current_task():
+            sender.cancel()
             with suppress(asyncio.CancelledError):
-                await teller
+                await sender
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Pages have nothing to say."""
 
     async def template_changed(self, event: Message) -> None:
         """A template has news."""
-        self._news.set()
+        self._notified.set()
 
     async def sandbox_changed(self, event: Message) -> None:
         """A sandbox has news."""
-        self._news.set()
+        self._notified.set()
 
     async def people_changed(self, event: Message) -> None:
         """Who may see the page may be somebody else now."""
-        self._news.set()
+        self._notified.set()
 
     async def session_ended(self, event: Message) -> None:
         """The session may be the one that the page was opened in."""
-        self._news.set()
+        self._notified.set()
 
-    async def _tell(self) -> None:
+    async def _send_changes(self) -> None:
         """Answer notices until the page leaves; re-check who is asking each time."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.look_again_after):
-                    await self._news.wait()
-            self._news.clear()
+                async with asyncio.timeout(self.refresh_after):
+                    await self._notified.wait()
+            self._notified.clear()
             try:
                 for message in await database_sync_to_async(self._changes)():
-                    await self._say(message)
+                    await self._send_message(message)
             except (Unauthenticated, Forbidden):
                 await self.close(code=UNAUTHENTICATED)
                 return
             except NotFound:
-                await self._say_gone()
+                await self._send_gone()
                 return
             except Exception as error:
                 if unavailable(error) is None:
                     logger.exception("cannot tell a page its news")
                 await self.close(code=SERVICE_RESTART)
                 return
-            await asyncio.sleep(BREATH)
+            await asyncio.sleep(MIN_SEND_INTERVAL)
 
-    async def _say(self, message: Message) -> None:
+    async def _send_message(self, message: Message) -> None:
         """Send a message, in as many frames as it takes."""
         text = json.dumps(message)
-        while len(text) > LARGEST_FRAME:
-            await self.send(f"{MORE}{text[:LARGEST_FRAME]}")
-            text = text[LARGEST_FRAME:]
+        while len(text) > MAX_FRAME:
+            await self.send(f"{CONTINUATION}{text[:MAX_FRAME]}")
+            text = text[MAX_FRAME:]
         await self.send(text)
 
-    async def _say_gone(self) -> None:
-        await self._say({"kind": "gone"})
-        await self.close(code=FOREIGN)
+    async def _send_gone(self) -> None:
+        await self._send_message({"kind": "gone"})
+        await self.close(code=NOT_FOUND)
 
     def _groups(self) -> list[str]:
         actor = self._actor()
         assert actor.user is not None
-        return [*self.groups_of(actor), people_group(actor.team.pk), person_group(actor.user.pk)]
+        return [
+            *self.channel_groups(actor),
+            people_group(actor.team.pk),
+            person_group(actor.user.pk),
+        ]
 
     def _changes(self) -> list[Message]:
         return self.changes(self._actor())
@@ -174,13 +178,13 @@ class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
         if not user.is_authenticated:
             raise Unauthenticated
         request.user = user
-        return actor_of_session(request)
+        return session_actor(request)
 
-    def fresh(self, fragments: dict[str, str]) -> list[Message]:
+    def changed_fragments(self, fragments: dict[str, str]) -> list[Message]:
         """One ``swap`` of the fragments (element id → HTML) that differ from what was sent."""
-        news = [html for key, html in fragments.items() if self._sent.get(key) != html]
+        changed = [html for key, html in fragments.items() if self._sent.get(key) != html]
         self._sent.update(fragments)
-        return [{"kind": "swap", "html": "".join(news)}] if news else []
+        return [{"kind": "swap", "html": "".join(changed)}] if changed else []
 
     def _header(self, name: bytes) -> str:
         return next((v.decode("latin-1") for k, v in self.scope["headers"] if k == name), "")
@@ -199,10 +203,10 @@ class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
         origin, host = self._header(b"origin"), self._header(b"host")
         if origin in settings.CSRF_TRUSTED_ORIGINS:
             return True
-        scheme, _, place = origin.partition("://")
+        scheme, _, origin_host = origin.partition("://")
         known = validate_host(split_domain_port(host)[0], settings.ALLOWED_HOSTS)
         secure = scheme == "https" or (scheme == "http" and not settings.SESSION_COOKIE_SECURE)
-        return known and secure and place == host
+        return known and secure and origin_host == host
 
 
 def live_page(route: str, consumer: type[LivePage]) -> URLPattern:

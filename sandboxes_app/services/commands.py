@@ -18,11 +18,11 @@ from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import build, envelope
+from orkestr_console.accounts.limits import build_envelope, envelope
 from orkestr_console.core.errors import DomainError, ExecKilled, PlanLimit, RateLimited
 from orkestr_console.core.hosts import async_host, run_async, translate_error
 from orkestr_console.core.postgres import persistently
-from orkestr_console.http.closing import why_cut_off
+from orkestr_console.http.closing import cut_off_reason
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import ExecSpec
@@ -71,7 +71,7 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     except host_errors.HostError as error:
         raise translate_exec_error(sandbox, error) from error
     except asyncio.CancelledError:
-        record_abandoned(actor, sandbox, why_cut_off())
+        record_abandoned(actor, sandbox, cut_off_reason())
         raise
     if result.signal is not None:
         raise killed_error(result)
@@ -80,7 +80,7 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
 
 def command_quota(actor: Actor) -> Quota:
     """The team's limit on concurrent commands, for the host, which counts them."""
-    return Quota(actor.team.pk, build(actor.team).value("max_concurrent_commands"))
+    return Quota(actor.team.pk, build_envelope(actor.team).value("max_concurrent_commands"))
 
 
 def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
@@ -234,7 +234,7 @@ async def recording_abandonment(
     except (GeneratorExit, asyncio.CancelledError):
         # A client that has the last frame often leaves before it learns that there is no other.
         if not finished:
-            await asyncio.shield(record(actor, sandbox, stream.close_reason or why_cut_off()))
+            await asyncio.shield(record(actor, sandbox, stream.close_reason or cut_off_reason()))
         raise
 
 

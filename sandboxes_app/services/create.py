@@ -123,7 +123,7 @@ def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
     except Exception as error:  # noqa: BLE001 - whatever it finds wrong is the answer
         return error
     template = Template.objects.for_team(team).filter(pk=name).first()
-    if template is not None and not installation.is_apart():
+    if template is not None and not installation.is_mismatched():
         mark_lost(template)
     return Conflict(
         "The image of this template is gone from the host; rebuild the template.",

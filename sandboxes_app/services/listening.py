@@ -33,7 +33,7 @@ class Listener:
         if not changes.whole:
             if installation.agree(standing.has_known_objects):
                 settling.settle_all()
-        elif changes.sandboxes and not installation.is_apart():
+        elif changes.sandboxes and not installation.is_mismatched():
             lifecycle.apply_changes(changes.sandboxes)
         settling.settle_orphans()
         self._run, self._seq = changes.run, changes.seq

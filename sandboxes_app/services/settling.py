@@ -73,7 +73,7 @@ def settle_orphans() -> None:
     for template in select_kind(orphans, TEMPLATE):
         templates.hand_off(template.id, template.driver)
     orphans.difference_update(select_kind(orphans, TEMPLATE))
-    if not orphans or installation.is_apart():
+    if not orphans or installation.is_mismatched():
         return
     release_connection()
     # PostgreSQL may have just restarted, and live drivers take their locks again.

@@ -235,7 +235,7 @@ def apply_snapshot(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapsh
 
 def missing_error(snapshot: Snapshot) -> DomainError:
     """The error for a snapshot that the host doesn't have; marks the row as failed."""
-    if not installation.is_apart():
+    if not installation.is_mismatched():
         mark_failed(snapshot, LOST)
     return Conflict(LOST, code="snapshot_not_ready")
 

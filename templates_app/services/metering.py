@@ -26,7 +26,7 @@ def count_build(template: Template, until: datetime | None = None) -> None:
     )
     if span["begin"] is not None:
         end = until or span["end"]
-        usage.add(usage.spread(template.team_id, Metric.BUILD_SECONDS, span["begin"], end))
+        usage.add(usage.seconds_by_day(template.team_id, Metric.BUILD_SECONDS, span["begin"], end))
 
 
 def note_image_bytes(team_id: str | None = None) -> None:
@@ -42,4 +42,4 @@ def note_image_bytes(team_id: str | None = None) -> None:
     for row in sums:
         amounts[Key(row["team_id"], today, Metric.IMAGE_BYTES)] = max(float(row["own"] or 0), 0.0)
         amounts[Key(row["team_id"], today, Metric.SHARED_BYTES)] = float(row["shared"] or 0)
-    usage.raise_to(amounts)
+    usage.raise_maximum(amounts)

@@ -223,7 +223,9 @@ def cancel_template(actor: Actor, template_id: str) -> Template:
         template = lock_template(actor, template_id)
         if template.status != TemplateStatus.BUILDING:
             return refuse_unless_cancelled(template)
-        fail_build(template, CANCELLED, f"The build was cancelled by {audit.named(actor)}.")
+        fail_build(
+            template, CANCELLED, f"The build was cancelled by {audit.actor_description(actor)}."
+        )
         audit.record(
             actor, "template.cancel", kind="template", object_id=template.pk, name=template.name
         )

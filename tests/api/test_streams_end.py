@@ -136,6 +136,6 @@ async def test_a_token_that_calls_too_often_still_holds(
     def too_often(token: ApiToken, most: int) -> None:
         raise RateLimited(retry_after=1)
 
-    monkeypatch.setattr(rates, "take", too_often)
+    monkeypatch.setattr(rates, "consume", too_often)
     looked = await sync_to_async(templates_api.access_error)(request_of, building.pk)
     assert looked is None

@@ -114,7 +114,7 @@ def test_down_ends_sandboxes_and_keeps_everything_else(
     assert [line for line in lines if str(stack.layout.state_dir) in line] == []
     stack.start()
     assert stack.credentials == credentials
-    assert not stack.layout.all_ended.exists()
+    assert not stack.layout.sandboxes_ended_marker.exists()
     with stack.client() as client:
         assert client.get(f"/v1/sandboxes/{sandbox.id}").json()["status"] == "terminated"
         body = {"template": template}

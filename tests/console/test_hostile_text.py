@@ -21,7 +21,7 @@ from orkestr_console.accounts.limits import KINDS
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Invitation, Plan, Team, User
 from orkestr_console.core.errors import InvalidInput
 from orkestr_console.core.text import INVISIBLE, escape_invisible, name_problem
-from orkestr_console.ui.ansi import LARGEST_SHOWN, Log, rendered
+from orkestr_console.ui.ansi import MAX_SHOWN_CHARS, Log, render_tail
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus
 from tests.api.asking import post, refusal
@@ -276,7 +276,7 @@ MICROSECONDS = 8e-6
 
 def spent(text: str) -> float:
     begun = time.process_time()
-    rendered(text)
+    render_tail(text)
     return time.process_time() - begun
 
 
@@ -288,7 +288,7 @@ def test_any_mixture_is_drawn_in_time(units: list[str]) -> None:
 
 def test_a_page_draws_the_end_of_a_flood(console: Client, sandbox: Sandbox, host: FakeHost) -> None:
     flood = b"".join(b"line %d\n" % n for n in range(600_000))
-    assert len(flood) > 4 * LARGEST_SHOWN
+    assert len(flood) > 4 * MAX_SHOWN_CHARS
     host.answers["flood"] = ExecResult(0, None, flood, b"", 3)
     begun = time.process_time()
     answer = console.post(f"/sandboxes/{sandbox.pk}/exec/", {"command": "flood"})
@@ -296,4 +296,4 @@ def test_a_page_draws_the_end_of_a_flood(console: Client, sandbox: Sandbox, host
     page = answer.content.decode()
     assert "598000 earlier lines are not shown" in page
     assert "line 599999\n" in page and "line 597999\n" not in page
-    assert len(page) < LARGEST_SHOWN
+    assert len(page) < MAX_SHOWN_CHARS

@@ -136,7 +136,7 @@ def test_a_template_can_be_built_again_from_its_form(console: Client, building: 
         "#!/bin/sh\nd",
         "e\u200b",
     ]
-    form = TemplateForm.like(building)
+    form = TemplateForm.from_template(building)
     assert form.recipe.startswith("a && \\\nb\n```\ntwo\nlines\n```\n```\n#no\n```\n")
     assert [step.command for step in parse_steps(form.recipe)] == building.recipe[:-1]
     assert form.left_out == (8,)
@@ -201,7 +201,7 @@ def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None
     assert "APP=a=b</small>" in text(console.get(f"/templates/{template.pk}/"))
     template.env["KEY"] = "two\nlines"
     template.save()
-    form = TemplateForm.like(template)
+    form = TemplateForm.from_template(template)
     assert (form.env, form.left_out_env) == ("APP=a=b\nPATH=/opt/x/bin:$PATH", ("KEY",))
     page = text(console.get(f"/templates/new/?from={template.pk}"))
     assert "The variable KEY can't be shown" in page

@@ -347,7 +347,7 @@ def test_a_month_has_all_its_days_and_nothing_of_others(actor: Actor, other_acto
         (other_actor.team, date(2026, 2, 1), 64.0),
     ]:
         usage.add({Key(team.pk, day, Metric.VCPU_SECONDS): amount})
-        usage.raise_to({Key(team.pk, day, Metric.IMAGE_BYTES): amount})
+        usage.raise_maximum({Key(team.pk, day, Metric.IMAGE_BYTES): amount})
     month = usage.month(actor, date(2026, 2, 1))
     assert [day.day.day for day in month.days] == list(range(1, 29))
     assert month.total(Metric.VCPU_SECONDS) == 6

@@ -9,8 +9,8 @@ from django.db import models
 from django.utils import timezone
 
 # No plan may allow more: what a build takes nobody else has for as long.
-LONGEST_BUILD_SECONDS = 6 * 3600
-BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
+MAX_BUILD_SECONDS = 6 * 3600
+BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(MAX_BUILD_SECONDS)]
 
 
 class Plan(models.Model):
@@ -39,8 +39,8 @@ class Plan(models.Model):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.CheckConstraint(
                 condition=models.Q(
-                    build_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
-                    step_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
+                    build_timeout_seconds__range=(1, MAX_BUILD_SECONDS),
+                    step_timeout_seconds__range=(1, MAX_BUILD_SECONDS),
                 ),
                 name="plan_build_times_within_the_queues",
             ),
@@ -55,7 +55,7 @@ def optional(**options: object) -> models.PositiveIntegerField[int | None, int |
     return models.PositiveIntegerField(null=True, blank=True, **options)  # type: ignore[arg-type]
 
 
-class Numbers(models.Model):
+class LimitNumbers(models.Model):
     """A number for each limit of a plan that is one, each optional."""
 
     max_templates = optional()
@@ -75,7 +75,7 @@ class Numbers(models.Model):
         abstract = True
 
 
-class Agreement(Numbers):
+class Agreement(LimitNumbers):
     """Ceilings agreed with one team in place of its plan's. Only an operator writes these."""
 
     team = models.OneToOneField(
@@ -87,7 +87,7 @@ class Agreement(Numbers):
         return f"agreed with {self.team_id}"
 
 
-class TeamLimits(Numbers):
+class TeamLimits(LimitNumbers):
     """What a team's admins allow within the ceilings. Null is: as much as the ceiling allows.
 
     ``member_…`` is each person's share, unless their membership has one of its own.

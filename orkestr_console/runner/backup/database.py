@@ -13,8 +13,8 @@ from psycopg.conninfo import conninfo_to_dict
 from hostruntime.host.run import run
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import holder, only_one
-from orkestr_console.runner.postgres import DISTRIBUTION, serving
+from orkestr_console.runner.lock import exclusive_lock, lock_holder
+from orkestr_console.runner.postgres import DISTRIBUTION, running_server
 
 # How long pg_dump or pg_restore may do nothing; the time they work does not count.
 IDLE_SECONDS = 300
@@ -36,7 +36,7 @@ _TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
 
 
 @dataclass(frozen=True)
-class Dumped:
+class DumpContents:
     """What a dump holds: ``images`` and ``snapshots`` that its rows count on, by their names.
 
     ``server`` is the major version of PostgreSQL.
@@ -57,8 +57,8 @@ def database(layout: Layout) -> Iterator[str]:
     """
     if layout.database_url is not None:
         yield layout.database_url
-    elif holder(layout) is not None:
-        if not layout.cluster.answers():
+    elif lock_holder(layout) is not None:
+        if not layout.cluster.is_ready():
             raise BackupError("the console's database does not answer just now; try again")
         yield layout.cluster.url
     elif not (layout.cluster.data / "PG_VERSION").exists():
@@ -67,11 +67,11 @@ def database(layout: Layout) -> Iterator[str]:
             "the console"
         )
     else:
-        with only_one(layout), serving(layout.cluster, layout.log / "postgres.log"):
+        with exclusive_lock(layout), running_server(layout.cluster, layout.log / "postgres.log"):
             yield layout.cluster.url
 
 
-def dump(url: str, target: Path) -> Dumped:
+def dump(url: str, target: Path) -> DumpContents:
     """Write the archive, and say what its rows name: both see the same instant.
 
     Raises BackupError, CommandFailed, psycopg.Error.
@@ -80,21 +80,21 @@ def dump(url: str, target: Path) -> Dumped:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         (snapshot,) = _column(connection, "SELECT pg_export_snapshot()")
-        dumped = Dumped(
+        contents = DumpContents(
             server=connection.info.server_version // 10_000,
             installation="".join(_column(connection, _INSTALLATION)),
             migrations=_column(connection, _MIGRATIONS),
             images=_column(connection, _READY_IMAGES),
             snapshots=_column(connection, _READY_SNAPSHOTS),
         )
-        program = _program("pg_dump", dumped.server)
+        program = _program("pg_dump", contents.server)
         options = ["--format=custom", "--no-owner", "--no-privileges", f"--snapshot={snapshot}"]
         run(
             [str(program), *options, f"--file={target}"],
             timeout=IDLE_SECONDS,
             env=environment(url),
         )
-    return dumped
+    return contents
 
 
 def load(url: str, archive: Path, server: int) -> None:
@@ -137,10 +137,10 @@ def _column(connection: psycopg.Connection, query: str) -> list[str]:
 def _program(name: str, server: int) -> Path:
     """The program of that server's version, or the oldest that is newer. Raises BackupError."""
     found = {int(path.parents[1].name): path for path in DISTRIBUTION.glob(f"*/bin/{name}")}
-    fit = [version for version in found if version >= server]
-    if not fit:
+    suitable = [version for version in found if version >= server]
+    if not suitable:
         raise BackupError(
             f"the database is PostgreSQL {server}, whose {name} is not installed: "
             f"apt-get install postgresql-client-{server}"
         )
-    return found[min(fit)]
+    return found[min(suitable)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from hostruntime.container import delegation
 from hostruntime.container.cgroups import CGROUPS, CONTROLLERS, SYSTEMD
 from hostruntime.errors import HostError
-from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root
 from orkestr_console.runner.layout import Layout
 
 
@@ -38,7 +38,7 @@ def check_delegation(_: Layout, systemd: Path = SYSTEMD, root: Path = CGROUPS) -
     if not (root / "cgroup.controllers").exists():
         return Finding("delegation", "ok", "not needed: limits are not in systemd's tree")
     if not is_root():
-        return unseen("delegation")
+        return needs_root("delegation")
     try:
         delegation.check()
     except HostError as error:

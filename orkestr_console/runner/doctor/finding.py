@@ -18,11 +18,11 @@ class Finding:
 
     name: str
     verdict: Verdict
-    seen: str
+    detail: str
     remedy: str = ""
 
 
-def unseen(name: str) -> Finding:
+def needs_root(name: str) -> Finding:
     """The finding of a check that only root can make."""
     return Finding(name, "warn", "cannot be seen without root", AS_ROOT)
 
@@ -32,9 +32,9 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def existing(path: Path) -> Path:
+def existing_ancestor(path: Path) -> Path:
     """``path``, or the nearest directory above it that exists."""
-    return path if path.exists() else existing(path.parent)
+    return path if path.exists() else existing_ancestor(path.parent)
 
 
 def read_number(path: Path) -> int:

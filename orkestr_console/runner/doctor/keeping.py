@@ -9,7 +9,7 @@ from hostruntime.image.trash import Trash
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import Layout
 
-NAMED = 5
+MAX_LISTED = 5
 
 
 def check_installation(layout: Layout) -> Finding:
@@ -32,13 +32,13 @@ def check_quarantine(layout: Layout) -> Finding:
     paths, name = StatePaths(layout.state_dir), "quarantine"
     if not paths.quarantine.is_dir():
         return Finding(name, "ok", "nothing was set aside")
-    held = Quarantine(paths, Trash(paths)).list()
-    if not held:
+    items = Quarantine(paths, Trash(paths)).list()
+    if not items:
         return Finding(name, "ok", "nothing was set aside")
-    shown = ", ".join(f"{one.key} ({one.reason})" for one in held[:NAMED])
-    more = f" and {len(held) - NAMED} more" if len(held) > NAMED else ""
+    shown = ", ".join(f"{one.key} ({one.reason})" for one in items[:MAX_LISTED])
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
     remedy = (
         "./manage.py quarantine list, restore or delete; each is deleted for good "
         f"{keep_days():g} days after it was set aside"
     )
-    return Finding(name, "warn", f"{len(held)} set aside: {shown}{more}", remedy)
+    return Finding(name, "warn", f"{len(items)} set aside: {shown}{more}", remedy)

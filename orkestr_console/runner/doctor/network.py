@@ -12,9 +12,9 @@ from hostruntime.errors import HostError
 from hostruntime.host.paths import StatePaths
 from hostruntime.network.egress import host_registries, proxy_obstacles
 from hostruntime.network.foreign_firewalls import barriers
-from orkestr_console.runner.doctor.finding import Finding, is_root, read_number, unseen
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root, read_number
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import holder
+from orkestr_console.runner.lock import lock_holder
 
 
 def check_forwarding(_: Layout) -> Finding:
@@ -31,7 +31,7 @@ def check_forwarding(_: Layout) -> Finding:
 def check_firewalls(_: Layout) -> Finding:
     """Docker, ufw and firewalld drop what they were not told of, whatever our rules accept."""
     if not is_root():
-        return unseen("firewalls")
+        return needs_root("firewalls")
     try:
         found = barriers()
     except HostError as error:
@@ -46,7 +46,7 @@ def check_firewalls(_: Layout) -> Finding:
 def check_proxy(_: Layout) -> Finding:
     """Squid, as the egress proxy needs it."""
     if not is_root():
-        return unseen("egress proxy")
+        return needs_root("egress proxy")
     obstacles = proxy_obstacles()
     if not obstacles:
         return Finding("egress proxy", "ok", "Squid can be run")
@@ -66,17 +66,17 @@ def check_registries(layout: Layout) -> Finding:
 
 def check_port(layout: Layout) -> Finding:
     """The console's port; it is no fault if this very installation serves on it."""
-    if holder(layout) is not None:
+    if lock_holder(layout) is not None:
         return Finding("port", "ok", f"{layout.port}: this console serves on it")
-    if (fault := listening_fault(layout.port, layout.listen)) is None:
+    if (problem := listen_problem(layout.port, layout.listen)) is None:
         return Finding("port", "ok", f"{layout.port} is free")
-    return Finding("port", "fail", *fault)
+    return Finding("port", "fail", *problem)
 
 
-def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
+def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
     """What keeps a server from listening on ``port`` of these addresses, and what to do."""
     for address in addresses:
-        error = _refusal(address, port)
+        error = _bind_error(address, port)
         if error == errno.EADDRNOTAVAIL:
             return f"{address} is no address of this machine", "put right ORKESTR_LISTEN"
         if error == errno.EACCES:
@@ -89,10 +89,10 @@ def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | No
 
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on ``port`` of every IPv4 address now."""
-    return _refusal("0.0.0.0", port) == 0  # noqa: S104 - released at once
+    return _bind_error("0.0.0.0", port) == 0  # noqa: S104 - released at once
 
 
-def _refusal(address: str, port: int) -> int:
+def _bind_error(address: str, port: int) -> int:
     """The error number of bind(2), 0 if it is granted."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

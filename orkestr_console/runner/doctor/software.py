@@ -12,7 +12,7 @@ from pathlib import Path
 from hostruntime.container import apparmor
 from hostruntime.errors import HostError
 from hostruntime.host.paths import ID_BASE, ID_COUNT
-from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root
 from orkestr_console.runner.layout import Layout
 
 PROGRAMS = {
@@ -90,7 +90,7 @@ def check_apparmor(_: Layout) -> Finding:
     if not apparmor.enabled():
         return Finding("apparmor", "ok", "this kernel does not use it")
     if not is_root():
-        return unseen("apparmor")
+        return needs_root("apparmor")
     try:
         apparmor.check()
         apparmor.is_loaded(_NO_PROFILE)

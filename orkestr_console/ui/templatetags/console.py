@@ -13,10 +13,10 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from hostruntime.wire.health import EgressHost
-from orkestr_console.accounts.limits import Kind
+from orkestr_console.accounts.limits import LimitKind
 from orkestr_console.core import text as texts
 from orkestr_console.core.text import escape_invisible
-from orkestr_console.ui.ansi import rendered
+from orkestr_console.ui.ansi import render_tail
 
 register = template.Library()
 
@@ -126,7 +126,7 @@ def seconds(value: int) -> str:
 @register.filter
 def ansi(text: str) -> SafeString:
     """A program's output, coloured: the end of it, if it is long."""
-    shown = rendered(text)
+    shown = render_tail(text)
     if not shown.hidden:
         return shown.lines + shown.tail
     note = format_html('<span class="ctl">{} earlier lines are not shown</span>\n', shown.hidden)
@@ -193,7 +193,7 @@ def pretty(value: object) -> str:
 
 
 @register.filter
-def amount(value: int, kind: Kind) -> str:
+def amount(value: int, kind: LimitKind) -> str:
     """The number of a limit in its unit: ``10 minutes``, ``20,000 MB``, ``3``."""
     if kind.unit == "s":
         return seconds(value)

@@ -40,7 +40,7 @@ class Command(BaseCommand):
             raise CommandError(error.detail) from error
 
     def _list(self) -> None:
-        held = services.held()
+        held = services.list_quarantine()
         for thing in held:
             at = datetime.fromtimestamp(thing.at, UTC)
             self.stdout.write(f"{thing.key}  {at:%Y-%m-%d %H:%M} UTC  {thing.detail}")
