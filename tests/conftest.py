@@ -38,7 +38,7 @@ def settings_for_tests() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def emptied_quickly() -> Iterator[None]:
+def fast_table_cleanup() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TransactionTestCase, "_fixture_teardown", empty_tables)
         yield

@@ -123,8 +123,8 @@ class Layout:
         for path in (self.tree, self.var, self.state_dir):
             if FORBIDDEN_CHARACTERS & set(str(path)):
                 raise StartError(
-                    f"the path {path} has one of {' '.join(sorted(FORBIDDEN_CHARACTERS))} in it, which "
-                    "the process manager's configuration cannot express: use another directory"
+                    f"the path {path} has one of {' '.join(sorted(FORBIDDEN_CHARACTERS))} in "
+                    "it, which the process manager's configuration cannot express: use another directory"
                 )
         for setting, path in self._longest_sockets():
             if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
