@@ -70,7 +70,7 @@ class SandboxForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> SandboxForm:
-        """What was posted; browsers end lines with CR LF."""
+        """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             template=data.get("template", ""),
             size=data.get("size", ""),
@@ -125,7 +125,7 @@ class CommandForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> CommandForm:
-        """What was posted; browsers end lines with CR LF."""
+        """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             command=unix_lines(data.get("command", "")),
             cwd=data.get("cwd", "").strip() or "/workspace",

@@ -32,8 +32,8 @@ class Room:
 class Check:
     """A Python command, by default of this interpreter, and its display name.
 
-    ``{room}`` in its arguments is its room's directory. It starts when the checks named in ``after``
-    have finished: they share something outside their rooms.
+    ``{room}`` in its arguments is its room's directory. It starts when the checks named in
+    ``after`` have finished: they share something outside their rooms.
     """
 
     name: str

@@ -22,7 +22,7 @@ MAX_NAME_LENGTH = 100
 
 @contextmanager
 def audited_change(actor: Actor, action: str) -> Iterator[User]:
-    """The person themselves, in a transaction; a refusal is on record."""
+    """The acting person, in a transaction; refusals go to the audit log."""
     user = actor.user
     if user is None:
         raise Forbidden("An API token has no account.")
@@ -31,20 +31,20 @@ def audited_change(actor: Actor, action: str) -> Iterator[User]:
 
 
 def record(actor: Actor, action: str, **data: object) -> None:
-    """On record: the person did this to their account."""
+    """Record in the audit log a change of the person's own account."""
     user = actor.user
     assert user is not None
     audit.record(actor, action, kind="user", object_id=user.pk, name=user.email, data=data)
 
 
 def require_password(user: User, password: str, field: str) -> None:
-    """Raise ``InvalidInput`` unless it is the person's password."""
+    """Raise ``InvalidInput`` unless ``password`` is the person's."""
     if not user.check_password(password):
         raise InvalidInput(WRONG_PASSWORD, fields={field: WRONG_PASSWORD})
 
 
 def change_name(actor: Actor, name: str) -> None:
-    """What the console calls the person. Raises ``InvalidInput``."""
+    """Change the person's display name. Raises ``InvalidInput``."""
     with audited_change(actor, "account.name") as user:
         problem = name_problem(name)
         if len(name) > MAX_NAME_LENGTH:
@@ -72,14 +72,14 @@ def change_password(actor: Actor, current: str, password: str, keep_session: str
 
 
 def end_session(actor: Actor, session_id: int) -> None:
-    """Sign one of the person's browsers out. Raises ``NotFound``."""
+    """Sign out one of the person's browsers. Raises ``NotFound``."""
     with audited_change(actor, "session.end") as user:
         sessions.end_session(user, session_id)
         record(actor, "session.end", sessions_ended=1)
 
 
 def end_other_sessions(actor: Actor, keep_session: str | None) -> int:
-    """Sign every other browser of the person out; how many."""
+    """Sign out all the person's other browsers; how many."""
     with audited_change(actor, "session.end") as user:
         sessions_ended = sessions.end_other_sessions(user, keep_session)
         record(actor, "session.end", sessions_ended=sessions_ended)
@@ -87,14 +87,14 @@ def end_other_sessions(actor: Actor, keep_session: str | None) -> int:
 
 
 def begin_second_factor(actor: Actor) -> None:
-    """A secret to be scanned. Raises ``InvalidInput`` if two-step sign-in is on already."""
+    """Create a secret to scan. Raises ``InvalidInput`` if two-step sign-in is already on."""
     with audited_change(actor, "second_factor.begin") as user:
         second_factor.begin(user)
         record(actor, "second_factor.begin")
 
 
 def confirm_second_factor(actor: Actor, code: str) -> list[str]:
-    """Turn it on with a first code; the recovery codes. Raises ``InvalidInput``."""
+    """Turn it on with a first code; returns the recovery codes. Raises ``InvalidInput``."""
     with audited_change(actor, "second_factor.on") as user:
         codes = second_factor.confirm(user, code)
         record(actor, "second_factor.on")
@@ -102,7 +102,7 @@ def confirm_second_factor(actor: Actor, code: str) -> list[str]:
 
 
 def turn_off_second_factor(actor: Actor, password: str) -> None:
-    """Ask for a password alone from now on, which needs it. Raises ``InvalidInput``."""
+    """Turn it off, given the password. Raises ``InvalidInput``."""
     with audited_change(actor, "second_factor.off") as user:
         require_password(user, password, "off")
         second_factor.turn_off(user)

@@ -1,4 +1,4 @@
-"""A team's API tokens as its admins make, see and revoke them."""
+"""A team's API tokens: its admins create, list and revoke them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TEMPLATES = 200
 
 
 class TokenSpec(BaseModel):
-    """A token to make; None is no restriction, or no end."""
+    """A token to create; None means no restriction, or no expiry."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
@@ -35,7 +35,7 @@ class TokenSpec(BaseModel):
 
 @audited("token.create", "token")
 def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
-    """A new token and its text, which cannot be had again.
+    """A new token and its text, which cannot be retrieved again.
 
     Raises ``Forbidden`` for a member and ``InvalidInput`` for a restriction that allows nothing.
     """
@@ -62,7 +62,7 @@ def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
 
 
 def record_created(actor: Actor, token: ApiToken) -> None:
-    """On record: there is a new token, and what it may do."""
+    """Record in the audit log a new token and its permissions."""
     data = {
         "token": token.prefix,
         "scopes": token.scopes,
@@ -84,7 +84,7 @@ def list_tokens(actor: Actor) -> list[ApiToken]:
 
 @audited("token.revoke", "token")
 def revoke(actor: Actor, token_id: str) -> ApiToken:
-    """End one of the team's tokens: its next call is refused. Again is fine.
+    """Revoke one of the team's tokens: its next call is refused. Idempotent.
 
     Raises ``NotFound``, and ``Forbidden`` for a member.
     """

@@ -1,8 +1,8 @@
 """The audit log: who did what to which object, from where, for every write and denied write.
 
-What happened is recorded in the transaction that did it, so neither is there without the other.
-What was denied is recorded once whatever it had begun is rolled back: hence the decorator, which
-is outermost on every service that writes.
+A change is recorded in its own transaction, so neither exists without the other. A denial is
+recorded after its transaction has been rolled back: hence the decorator, which is outermost on
+every service that writes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from orkestr_console.core.text import replace_unstorable
 
 MAX_NAME_LENGTH = 254
 MAX_DETAIL_LENGTH = 2000
-# From here on it is our failure to do it, not a refusal.
+# From this status on it is a failure of ours, not a refusal.
 FIRST_SERVER_ERROR = 500
-# Errors to the caller, of something that happened all the same.
+# Errors of calls that had an effect nevertheless.
 ERRORS_AFTER_EFFECT = (ExecKilled, ExecTimeout)
 
 
@@ -35,9 +35,9 @@ def record(
     name: str = "",
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Note that ``actor`` did ``action`` (``"template.create"``); call it where it is done.
+    """Record that ``actor`` did ``action`` (``"template.create"``), in its transaction.
 
-    ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON and holds no secrets.
+    ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON without secrets.
     """
     write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
 
@@ -45,7 +45,7 @@ def record(
 def record_denial(
     actor: Actor, action: str, error: DomainError, *, kind: str = "", object_id: object = ""
 ) -> None:
-    """Note that ``action`` was refused, and why. Outside any transaction that rolls back."""
+    """Record that ``action`` was refused, and why. Call it outside the rolled-back transaction."""
     write(
         actor,
         action,
@@ -84,14 +84,14 @@ def write(
 
 
 def actor_identity(actor: Actor) -> str:
-    """The name under which the actor is written down."""
+    """The actor's name in the log."""
     if actor.user:
         return actor.user.email
     return actor.token.name if actor.token else "system"
 
 
 def actor_description(actor: Actor) -> str:
-    """The actor as their team knows them: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
+    """The actor in words for their team: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
     person = (actor.user.get_full_name() or actor.user.email) if actor.user else ""
     if actor.token is None:
         return person or "the system"
@@ -100,7 +100,7 @@ def actor_description(actor: Actor) -> str:
 
 @contextmanager
 def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -> Iterator[None]:
-    """Note a refusal that leaves the block."""
+    """Record a refusal that propagates out of the block."""
     try:
         yield
     except DomainError as error:
@@ -117,11 +117,11 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
 def audited[**P, R](
     action: str, kind: str = "", *, note: Callable[[Any, Any], dict[str, Any]] | None = None
 ) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
-    """For a service that writes: notes its refusals.
+    """Decorate a service that writes: record its refusals.
 
-    With ``note`` it notes what was done as well, with the data that ``note`` makes of the answer
-    and the last argument; a service that changes rows notes that itself, in its transaction. A
-    first argument after the actor that is text is taken to be the object's id.
+    With ``note``, also record each success, with the data that ``note`` derives from the result and
+    the last argument; a service that changes rows records that itself, in its transaction. If the
+    first argument after the actor is a string, it is the object's id.
     """
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
@@ -143,7 +143,7 @@ def audited[**P, R](
 def record_sign_in(
     email: str, address: str, team_id: str, *, user: User | None, error: str = ""
 ) -> None:
-    """Note that somebody signed in, or why they were not let in, in one of their teams."""
+    """Record a sign-in, or why it was refused, for one of the person's teams."""
     AuditEntry.objects.create(
         team_id=team_id,
         who=replace_unstorable(email)[:MAX_NAME_LENGTH],

@@ -1,4 +1,4 @@
-"""What every console page may show of the caller: their team and its plan."""
+"""The template context of every console page: the caller, their team and its plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MenuEntry:
 
 
 def team_and_plan(request: HttpRequest) -> dict[str, Any]:
-    """``actor``, ``team`` and ``plan`` of a signed-in request; None each where nobody is."""
+    """``actor``, ``team`` and ``plan`` of a signed-in request; each None otherwise."""
     actor: Actor | None = getattr(request, "actor", None)
     if actor is None:
         return {"actor": None, "team": None, "plan": None, "menu": []}
@@ -34,7 +34,7 @@ def team_and_plan(request: HttpRequest) -> dict[str, Any]:
 
 
 def menu_entries(actor: Actor) -> Iterator[tuple[str, str]]:
-    """The menu of the team and the account: what this person may use."""
+    """The menu entries that this person may use, as label and URL name."""
     yield "People", "console:people"
     yield "Limits", "console:limits"
     yield "Usage", "console:usage"

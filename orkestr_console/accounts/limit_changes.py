@@ -1,7 +1,7 @@
-"""What a team's admins change about its limits, and what an operator does about plans and teams.
+"""Changes of a team's limits by its admins, and of plans and teams by an operator.
 
-All of it counts at once: every check reads the same rows. Lowering a limit below what is in use
-blocks new ones and ends nothing that exists.
+They take effect immediately: every check reads the same rows. Lowering a limit below current usage
+blocks new resources but doesn't end existing ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orkestr_console.core.text import readable
 
 # PostgreSQL's integer.
 MAX_NUMBER = 2**31 - 1
-# What can be set to no less than this: none of them means anything at zero.
+# Limits that make no sense at zero.
 MINIMUMS = {
     "max_timeout_seconds": 10,
     "step_timeout_seconds": 1,
@@ -46,7 +46,7 @@ type Numbers = dict[str, Amount | None]
 
 
 class LimitsSpec(BaseModel):
-    """A team's own limits; None is as much as the ceiling allows, or everything offered."""
+    """A team's own limits; None means up to the ceiling, or everything offered."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +58,7 @@ class LimitsSpec(BaseModel):
 
 
 class AgreementSpec(BaseModel):
-    """Ceilings agreed with one team; None is its plan's."""
+    """Ceilings agreed with one team; None means its plan's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,7 +80,7 @@ class PlanSpec(BaseModel):
 
 
 class NewTeamSpec(BaseModel):
-    """A team to make."""
+    """A team to create."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
@@ -90,7 +90,7 @@ class NewTeamSpec(BaseModel):
 
 @audited("limits.set", "team")
 def set_team_limits(actor: Actor, spec: LimitsSpec) -> Envelope:
-    """Set the team's own limits, anywhere up to its ceilings.
+    """Set the team's own limits, up to its ceilings.
 
     Raises ``Forbidden`` for a member, ``InvalidInput`` naming each number that is out of range.
     """
@@ -121,7 +121,7 @@ def set_team_limits(actor: Actor, spec: LimitsSpec) -> Envelope:
 
 
 def limits_problems(limits: Envelope, spec: LimitsSpec) -> dict[str, str]:
-    """What of ``spec`` cannot be, by field."""
+    """The invalid fields of ``spec``, with the reason."""
     problems = range_problems({**spec.numbers})
     for name, value in spec.numbers.items():
         limit = limits.numbers.get(name)
@@ -145,7 +145,7 @@ def limits_problems(limits: Envelope, spec: LimitsSpec) -> dict[str, str]:
 
 
 def choice_problem(chosen: Sequence[str] | None, offered: Sequence[str]) -> str | None:
-    """Why ``chosen`` is no selection of what is offered, if it is none."""
+    """Why ``chosen`` is not a valid selection of what is offered; None if it is."""
     if chosen is None:
         return None
     unknown = [name for name in chosen if name not in offered]
@@ -155,7 +155,7 @@ def choice_problem(chosen: Sequence[str] | None, offered: Sequence[str]) -> str 
 
 
 def range_problems(numbers: Mapping[str, int | None]) -> dict[str, str]:
-    """Which of the numbers no limit of that name can be, and why."""
+    """The numbers that are out of range or not a limit, with the reason."""
     problems = {name: "is not a limit." for name in numbers if name not in KINDS}
     for name, value in numbers.items():
         if value is None:
@@ -175,12 +175,12 @@ def raise_problems(problems: Mapping[str, str]) -> None:
 
 
 def pick(numbers: Mapping[str, int | None], names: Iterable[str]) -> dict[str, int | None]:
-    """A value for each name; what was not given is None."""
+    """A value for each name; None where there is none."""
     return {name: numbers.get(name) for name in names}
 
 
 def apply_changes(row: models.Model, changes: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Set the fields, and say which were what before and are what now."""
+    """Set the fields; returns the old and new values of those that changed."""
     before = {name: getattr(row, name) for name in changes}
     for name, value in changes.items():
         setattr(row, name, value)
@@ -189,9 +189,9 @@ def apply_changes(row: models.Model, changes: Mapping[str, Any]) -> dict[str, li
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A person who runs this server, in whichever team. Made by :func:`require_operator`.
+    """A person who runs this server, whatever their team. Created by :func:`require_operator`.
 
-    ``home`` is the team they act for just now: what is refused of no team's is on record there.
+    ``home`` is the team they currently act for: refusals that concern no team are recorded there.
     """
 
     user: User
@@ -205,7 +205,7 @@ class Operator:
 
 
 def require_operator(user: User, address: str | None, home: Team | None = None) -> Operator:
-    """Raises ``NotFound`` for anybody else: they have no business knowing what is here."""
+    """The operator. Raises ``NotFound`` for anybody else, so that they learn nothing."""
     if not user.is_staff:
         raise NotFound
     return Operator(user, address, home)
@@ -215,7 +215,7 @@ def require_operator(user: User, address: str | None, home: Team | None = None) 
 def record_refusals(
     operator: Operator, action: str, kind: str, object_id: str = ""
 ) -> Iterator[None]:
-    """Note a refusal that leaves the block with the operator's team, if they act for one."""
+    """Record a refusal from the block for the operator's team, if they act for one."""
     if operator.home is None:
         yield
         return
@@ -224,7 +224,7 @@ def record_refusals(
 
 
 def list_teams(_: Operator, text: str = "") -> list[Team]:
-    """Every team whose name, slug or id has ``text``, with its plan and number of people."""
+    """Every team that matches ``text`` by name, slug or id, with its plan and number of people."""
     found = Team.objects.select_related("plan").annotate(people=models.Count("memberships"))
     if text:
         named = models.Q(name__icontains=text) | models.Q(slug__icontains=text)
@@ -241,7 +241,7 @@ def get_team(_: Operator, team_id: str) -> Team:
 
 
 def list_plans(_: Operator | Actor) -> list[Plan]:
-    """Every plan, the smallest first."""
+    """Every plan, smallest first."""
     return list(Plan.objects.order_by("max_templates", "max_concurrent_sandboxes", "code"))
 
 
@@ -254,7 +254,7 @@ def get_plan(_: Operator, code: str) -> Plan:
 
 
 def set_agreement(operator: Operator, team_id: str, spec: AgreementSpec) -> Team:
-    """Put a team on a plan, with ceilings of its own where given. Raises ``InvalidInput``."""
+    """Put a team on a plan, with its own ceilings where set. Raises ``InvalidInput``."""
     team = get_team(operator, team_id)
     actor = operator.acting_for(team)
     with audit.denials(actor, "plan.set", "team", team.pk), transaction.atomic():
@@ -336,7 +336,7 @@ def create_team(operator: Operator, spec: NewTeamSpec) -> Team:
 
 
 def free_slug(name: str) -> str:
-    """A short name for addresses and commands that no team has."""
+    """An unused short name for URLs and commands."""
     stem = slugify(name)[:50] or "team"
     taken = set(Team.objects.filter(slug__startswith=stem).values_list("slug", flat=True))
     numbered = (f"{stem}-{number}" for number in range(2, len(taken) + 3))

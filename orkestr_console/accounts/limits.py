@@ -1,9 +1,9 @@
-"""What a team and a person may have: plan, agreement, the admins' own limits, and shares.
+"""The limits of a team and a person: plan, agreement, the admins' own limits, and shares.
 
-A number is found from the outside in. The plan gives the ceiling, unless an operator has agreed
-on another with this team; the team's admins may set their limit anywhere up to it; a person may
-have a share of that. Every check of every surface asks an :class:`Envelope`, and one that counts
-asks the one from :func:`hold`, so that no two callers take the same last place.
+A number is resolved from the outside in. The plan sets the ceiling, unless an operator has agreed
+another with this team; the team's admins may set their limit anywhere up to it; a person may have a
+share of that. Every check of every surface uses an :class:`Envelope`, and one that counts uses that
+of :func:`hold`, so that no two callers take the same last slot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NETWORKS = ("off", "restricted", "open")
 
 @dataclass(frozen=True)
 class LimitKind:
-    """What a number limits: its ``label``, the ``unit`` it is in, and how to say it is reached."""
+    """What a number limits: its ``label``, its ``unit``, and the words for having reached it."""
 
     label: str
     unit: str = ""
@@ -39,7 +39,7 @@ class LimitKind:
 
 KINDS: Mapping[str, LimitKind] = {
     "max_templates": LimitKind("Templates", "", "templates", "delete one you no longer need"),
-    # What is over it waits for its turn; only where none may be built is one refused.
+    # Builds above it are queued; one is refused only if the limit is 0.
     "max_concurrent_builds": LimitKind(
         "Concurrent builds", "", "concurrent builds", "use an existing template"
     ),
@@ -63,13 +63,13 @@ KINDS: Mapping[str, LimitKind] = {
     "api_requests_per_minute": LimitKind("API requests per minute per token"),
 }
 RELATED = ("plan", "limits", "agreement")
-# What a person can have a share of.
+# The limits that have a personal share.
 SHARES = ("max_templates", "max_concurrent_sandboxes")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One number: the ``ceiling``, the team's ``own`` limit below it if any, and who set which."""
+    """One number: the ``ceiling``, the team's ``own`` limit below it if any, and their origin."""
 
     name: str
     ceiling: int
@@ -78,12 +78,12 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """What counts."""
+        """The effective number."""
         return self.ceiling if self.own is None else min(self.own, self.ceiling)
 
     @property
     def set_by(self) -> Literal["plan", "agreement", "team"]:
-        """Whom to ask for more."""
+        """Who set the effective number, and so can raise it."""
         if self.own is not None and self.own < self.ceiling:
             return "team"
         return "agreement" if self.agreed else "plan"
@@ -107,13 +107,13 @@ class Envelope:
     shares: Mapping[str, int | None]
 
     def value(self, name: str) -> int:
-        """The number that counts."""
+        """The effective number of a limit."""
         return self.numbers[name].value
 
     def require_room(self, name: str, used: int, mine: int | None = None) -> None:
         """Raise ``PlanLimit`` unless the team, which uses ``used``, may have one more.
 
-        ``mine`` is what the person uses, where they may have a share.
+        ``mine`` is the person's own usage, for limits with a personal share.
         """
         limit = self.numbers[name]
         if used >= limit.value:
@@ -148,7 +148,7 @@ class Envelope:
         )
 
     def require_at_most(self, name: str, wanted: int, field: str) -> None:
-        """Raise ``PlanLimit`` naming ``field`` if ``wanted`` is more than the number."""
+        """Raise ``PlanLimit`` naming ``field`` if ``wanted`` exceeds the limit."""
         limit = self.numbers[name]
         if wanted > limit.value:
             raise limit_error(
@@ -184,7 +184,7 @@ class Envelope:
 
     @property
     def default_list_alone(self) -> str:
-        """That there are no custom egress allowlists, as the beginning of a sentence."""
+        """That the plan has no custom egress allowlists, as the start of a sentence."""
         return f"the {self.plan.name} plan has the default allowlist only"
 
     @property
@@ -199,7 +199,7 @@ class Envelope:
 
     @property
     def why_not_open(self) -> str:
-        """Why the open network cannot be used, in a sentence; blank where it can."""
+        """Why the open network cannot be used, in a sentence; blank if it can."""
         if self.may_open:
             return ""
         if self.plan.allow_open_network:
@@ -207,7 +207,7 @@ class Envelope:
         return f"Not part of the {self.plan.name} plan."
 
     def allowlist_alternatives(self) -> str:
-        """What there is to do about a host that cannot be allowed by name, in two sentences."""
+        """The alternatives for a host that cannot be allowed by name, in two sentences."""
         why, ask = self.default_list_alone, "ask your administrator for a larger plan"
         if "restricted" not in self.networks:
             why, ask = "your team's admins do not allow the network 'restricted'", ""
@@ -236,7 +236,7 @@ class Envelope:
         )
 
     def who_allows(self, limit: Limit) -> str:
-        """Whose limit it is, to follow "that"."""
+        """Who set the limit, in words that follow "that"."""
         return {
             "team": "your team's admins allow",
             "agreement": "was agreed for your team",
@@ -250,7 +250,7 @@ class Envelope:
         return "ask your administrator for a larger plan."
 
     def admins(self) -> str:
-        """Who can change the team's limits, by name: looked up only to tell somebody."""
+        """Who can change the team's limits, by name; queried only for messages."""
         people = (
             Membership.objects.filter(team=self.team, role__in=[Role.ADMIN, Role.OWNER])
             .select_related("user")
@@ -261,19 +261,19 @@ class Envelope:
 
 
 def limit_error(detail: str, name: str, used: int, limit: int) -> PlanLimit:
-    """The error, with the numbers for a program to read."""
+    """The error, with the numbers in machine-readable form."""
     return PlanLimit(detail, extra={"limit": name, "used": used, "max": limit})
 
 
 def envelope(team: Team, user: User | None = None) -> Envelope:
-    """What limits ``team``, and ``user`` in it, now."""
+    """The current limits of ``team``, and of ``user`` in it."""
     return build_envelope(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
 
 
 def hold(team: Team, user: User | None = None) -> Envelope:
     """The same, with the team's row locked until the caller's transaction ends.
 
-    Whoever counts against a limit and then takes a place does both under this lock.
+    Counting against a limit and taking a slot must both happen under this lock.
     """
     rows = Team.objects.select_for_update(of=("self",)).select_related(*RELATED)
     return build_envelope(rows.get(pk=team.pk), user)
@@ -298,14 +298,14 @@ def build_envelope(team: Team, user: User | None = None) -> Envelope:
 def effective_limit(
     name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None
 ) -> Limit:
-    """One number, from whoever has a say in it."""
+    """One number, resolved from agreement, plan and own limit."""
     agreed = getattr(agreement, name, None)
     ceiling = int(getattr(plan, name) if agreed is None else agreed)
     return Limit(name, ceiling, getattr(own, name, None), agreed is not None)
 
 
 def restrict(offered: Sequence[str], allowed: Sequence[str] | None) -> tuple[str, ...]:
-    """What the plan offers, less what the team's admins leave out."""
+    """What the plan offers, without what the team's admins exclude."""
     return tuple(name for name in offered if allowed is None or name in allowed)
 
 
@@ -315,7 +315,7 @@ def networks_of(plan: Plan) -> list[str]:
 
 
 def shares_of(team: Team, user: User | None, own: TeamLimits | None) -> dict[str, int | None]:
-    """The person's share of each limit that is shared out; None without one."""
+    """The person's share of each limit in ``SHARES``; None without one."""
     team_shares = {name: getattr(own, f"member_{name}", None) for name in SHARES}
     if user is None:
         return dict.fromkeys(SHARES)

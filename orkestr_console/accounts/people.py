@@ -1,7 +1,7 @@
-"""Who is in a team: inviting, joining, roles, shares, leaving.
+"""A team's members: inviting, joining, roles, shares, leaving.
 
-Owners make and unmake owners, admins everybody else. A team always has an owner: whatever could
-take the last one away locks the team's row first, so two who leave at once do not both.
+Owners appoint and demote owners, admins everybody else. A team always has an owner: whatever could
+remove the last one locks the team's row first, so that two cannot both leave concurrently.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PERSON_NOT_FOUND = "There is no such person in your team."
 
 
 class InviteSpec(BaseModel):
-    """Whom to invite: ``email`` blank is whoever has the link."""
+    """Whom to invite; with a blank ``email``, anybody with the link."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
@@ -48,7 +48,7 @@ class InviteSpec(BaseModel):
 
 
 class ShareSpec(BaseModel):
-    """One person's share of the team's limits; None is what everybody has."""
+    """One person's share of the team's limits; None is the team's default share."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,7 +57,7 @@ class ShareSpec(BaseModel):
 
 
 class NewPersonSpec(BaseModel):
-    """Somebody who has no account yet."""
+    """Somebody without an account."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
@@ -69,7 +69,7 @@ class NewPersonSpec(BaseModel):
 class Departure:
     """Somebody who was removed or left.
 
-    ``tokens`` is how many API tokens of theirs still work, ``invitations`` how many of their open
+    ``tokens`` is how many of their API tokens still work, ``invitations`` how many of their open
     invitations were revoked.
     """
 
@@ -79,12 +79,12 @@ class Departure:
 
 
 def people_group(team_id: str) -> str:
-    """The group of those to tell that who is in a team, and as what, has changed."""
+    """The channel group for changes of a team's members and roles."""
     return f"team.{team_id}.people"
 
 
 def notify_people_changed(team_id: str) -> None:
-    """Let open pages look again at who may see them."""
+    """Have open pages re-check who may see them."""
     notify(people_group(team_id), {"type": "people.changed"})
 
 
@@ -98,14 +98,14 @@ def list_people(actor: Actor) -> list[Membership]:
 
 
 def list_invitations(actor: Actor) -> list[Invitation]:
-    """The links that can still be taken. Raises ``Forbidden`` for a member."""
+    """The invitations that are still open. Raises ``Forbidden`` for a member."""
     actor.require_role(Role.ADMIN)
     rows = Invitation.objects.filter(team=actor.team, accepted_at=None, revoked_at=None)
     return list(rows.filter(expires_at__gt=timezone.now()).select_related("created_by"))
 
 
 def list_teams(user: User, text: str = "") -> list[Team]:
-    """The teams a person may act for: an operator's are all, found by ``text``."""
+    """The teams a person may act for, filtered by ``text``; all teams for an operator."""
     teams = Team.objects.select_related("plan").order_by("name", "pk")
     found = teams if user.is_staff else teams.filter(memberships__user=user)
     return list(found.filter(name__icontains=text) if text else found)
@@ -115,13 +115,13 @@ def list_teams(user: User, text: str = "") -> list[Team]:
 
 
 def digest(secret: str) -> str:
-    """What is stored of an invitation: 256 random bits need no slow hash."""
+    """The stored digest of an invitation's secret: 256 random bits need no slow hash."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 @audited("invitation.create", "invitation")
 def invite(actor: Actor, spec: InviteSpec) -> tuple[Invitation, str]:
-    """A new invitation and the secret of its link, which cannot be had again.
+    """A new invitation and its link's secret, which cannot be retrieved again.
 
     Raises ``Forbidden`` for a member, and for an admin who invites an owner.
     """
@@ -156,7 +156,7 @@ def normalize_email(text: str) -> str:
     email = text.strip().lower()
     sentence = name_problem(email)
     try:
-        # It takes a domain by what IDNA makes of it, which drops what cannot be seen.
+        # It validates the domain's IDNA form, which drops invisible characters.
         validate_email(email)
     except ValidationError:
         sentence = "is not a valid email address."
@@ -167,7 +167,7 @@ def normalize_email(text: str) -> str:
 
 @audited("invitation.revoke", "invitation")
 def revoke_invitation(actor: Actor, invitation_id: str) -> None:
-    """Make a link useless; again is fine. Raises ``NotFound``."""
+    """Revoke an invitation; idempotent. Raises ``NotFound``."""
     actor.require_role(Role.ADMIN)
     with transaction.atomic():
         row = Invitation.objects.filter(team=actor.team, pk=invitation_id).first()
@@ -179,10 +179,10 @@ def revoke_invitation(actor: Actor, invitation_id: str) -> None:
 
 
 def find_invitation(secret: str, *, locked: bool = False) -> Invitation:
-    """The invitation behind a link. Raises ``NotFound`` that says why it cannot be taken."""
+    """The invitation behind a link. Raises ``NotFound`` with the reason if it is not open."""
     rows = Invitation.objects.select_related("team__plan", "created_by")
     if locked:
-        # The team first, as whoever removes or demotes its maker does.
+        # The team first, in the same order as removing or demoting its inviter.
         teams = Team.objects.filter(invitations__digest=digest(secret))
         teams.select_for_update(of=("self",)).first()
         rows = rows.select_for_update(of=("self",))
@@ -198,7 +198,7 @@ def find_invitation(secret: str, *, locked: bool = False) -> Invitation:
 
 
 def is_inviter_authorized(invitation: Invitation) -> bool:
-    """Whether its maker still has the role that it gives, or more."""
+    """Whether its inviter still has at least the role that it gives."""
     inviter = invitation.created_by
     if inviter is None or inviter.is_staff:
         return inviter is not None
@@ -209,7 +209,7 @@ def is_inviter_authorized(invitation: Invitation) -> bool:
 def revoke_invitations_above(
     actor: Actor, membership: Membership, remaining_role: Role | None
 ) -> int:
-    """Revoke a person's open invitations for roles above ``left``, None for all; how many.
+    """Revoke a person's open invitations above ``remaining_role``, or all for None; how many.
 
     The team is locked.
     """
@@ -224,16 +224,16 @@ def revoke_invitations_above(
 
 
 def record_revoked(actor: Actor, row: Invitation) -> None:
-    """On record: the link is useless."""
+    """Record a revoked invitation in the audit log."""
     audit.record(actor, "invitation.revoke", kind="invitation", object_id=row.pk, name=row.email)
 
 
 @contextmanager
 def record_refusals(secret: str, user: User, address: str | None) -> Iterator[None]:
-    """Note with the team that ``user``, who may have no account, was refused its invitation."""
+    """Record in the team's log that ``user``, perhaps without an account, was refused."""
     row = Invitation.objects.select_related("team").filter(digest=digest(secret)).first()
     if row is None:
-        # It is no team's.
+        # It belongs to no team.
         yield
         return
     with audit.denials(invitee_actor(row, user, address), "member.join", "invitation", row.pk):
@@ -241,18 +241,18 @@ def record_refusals(secret: str, user: User, address: str | None) -> Iterator[No
 
 
 def invitee_actor(invitation: Invitation, user: User, address: str | None) -> Actor:
-    """Whoever takes an invitation, acting in its team."""
+    """The person who accepts an invitation, acting in its team."""
     return Actor(invitation.team, user, None, "console", address, frozenset({EVERYTHING}))
 
 
 def accept_invitation(user: User, secret: str, address: str | None) -> Membership:
-    """Take an invitation. Raises ``NotFound``, ``Forbidden`` (another's), ``Conflict`` (is in)."""
+    """Accept an invitation. Raises ``NotFound``, ``Forbidden`` (another's), ``Conflict``."""
     with record_refusals(secret, user, address), transaction.atomic():
         return create_membership(find_invitation(secret, locked=True), user, address)
 
 
 def create_membership(invitation: Invitation, user: User, address: str | None) -> Membership:
-    """The place that an invitation gives, which is locked. Raises ``Forbidden``, ``Conflict``."""
+    """Create the membership of a locked invitation. Raises ``Forbidden``, ``Conflict``."""
     if invitation.email and invitation.email != user.email:
         raise Forbidden(
             f"This invitation is for {invitation.email}, and you are signed in as {user.email}. "
@@ -272,9 +272,9 @@ def create_membership(invitation: Invitation, user: User, address: str | None) -
 
 
 def register(spec: NewPersonSpec, password: str, secret: str, address: str | None) -> User:
-    """A new person, who takes the invitation with it.
+    """Create an account and accept the invitation with it.
 
-    Raises ``InvalidInput`` for an address that has an account and for a weak password.
+    Raises ``InvalidInput`` for an address that already has an account, and for a weak password.
     """
     unregistered = User(
         email=replace_unstorable(spec.email)[: audit.MAX_NAME_LENGTH], name=spec.name
@@ -302,7 +302,7 @@ def new_account_email(text: str, invitation: Invitation) -> str:
 
 
 def require_strong(password: str, user: User) -> None:
-    """Raise ``InvalidInput`` with what the validators of passwords say."""
+    """Raise ``InvalidInput`` with the messages of the password validators."""
     try:
         validate_password(password, user)
     except ValidationError as error:
@@ -314,7 +314,7 @@ def require_strong(password: str, user: User) -> None:
 
 
 def lock_membership(actor: Actor, user_id: int) -> Membership:
-    """A person's place, with the team locked. Raises ``NotFound``."""
+    """A person's membership, with the team's row locked. Raises ``NotFound``."""
     Team.objects.select_for_update().get(pk=actor.team.pk)
     rows = Membership.objects.filter(team=actor.team, user_id=user_id).select_related("user")
     membership = rows.first()
@@ -324,7 +324,7 @@ def lock_membership(actor: Actor, user_id: int) -> Membership:
 
 
 def require_other_owner(membership: Membership) -> None:
-    """Raise ``Conflict`` if this is the last owner. The team is locked."""
+    """Raise ``Conflict`` if this is the last owner. The caller has locked the team."""
     others = Membership.objects.filter(team_id=membership.team_id, role=Role.OWNER).exclude(
         pk=membership.pk
     )
@@ -334,7 +334,7 @@ def require_other_owner(membership: Membership) -> None:
 
 @audited("member.role", "user")
 def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
-    """Make somebody a member, an admin or an owner.
+    """Change somebody's role.
 
     Their open invitations for roles above the new one are revoked. Raises ``Forbidden``,
     ``NotFound``, and ``Conflict`` for the last owner.
@@ -357,7 +357,7 @@ def change_role(actor: Actor, user_id: int, role: Role) -> Membership:
 
 @audited("member.share", "user")
 def set_share(actor: Actor, user_id: int, spec: ShareSpec) -> Membership:
-    """Give somebody a share of their own. Raises ``Forbidden``, ``NotFound``."""
+    """Set somebody's personal share. Raises ``Forbidden``, ``NotFound``."""
     actor.require_role(Role.ADMIN)
     with transaction.atomic():
         membership = lock_membership(actor, user_id)
@@ -375,7 +375,7 @@ def set_share(actor: Actor, user_id: int, spec: ShareSpec) -> Membership:
 
 @audited("member.remove", "user")
 def remove(actor: Actor, user_id: int) -> Departure:
-    """Take somebody out of the team: their next request is refused.
+    """Remove somebody from the team: their next request is refused.
 
     Raises ``Forbidden``, ``NotFound``, and ``Conflict`` for the last owner.
     """
@@ -389,7 +389,7 @@ def remove(actor: Actor, user_id: int) -> Departure:
 
 @audited("member.leave", "user")
 def leave(actor: Actor) -> Departure:
-    """Leave the team. Raises ``NotFound`` for an operator who is not in it, and ``Conflict``."""
+    """Leave the team. Raises ``NotFound`` for an operator who isn't a member, and ``Conflict``."""
     if actor.user is None:
         raise Forbidden("An API token can't leave a team.")
     with transaction.atomic():
@@ -397,7 +397,7 @@ def leave(actor: Actor) -> Departure:
 
 
 def end_membership(actor: Actor, action: str, membership: Membership) -> Departure:
-    """End a place in the team, which is locked; invitations are not left behind."""
+    """Delete a membership and revoke its invitations. The caller has locked the team."""
     require_other_owner(membership)
     tokens = ApiToken.objects.filter(team=actor.team, created_by=membership.user, revoked_at=None)
     record_change(actor, action, membership, {"role": membership.role})
@@ -410,7 +410,7 @@ def end_membership(actor: Actor, action: str, membership: Membership) -> Departu
 
 
 def record_change(actor: Actor, action: str, membership: Membership, data: dict[str, Any]) -> None:
-    """On record, and open pages look again."""
+    """Record the change in the audit log, and notify open pages."""
     user = membership.user
     audit.record(actor, action, kind="user", object_id=user.pk, name=user.email, data=data)
     notify_people_changed(membership.team_id)

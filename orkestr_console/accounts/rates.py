@@ -1,7 +1,7 @@
-"""How fast a token may call: a token bucket in the database, so that all processes share it.
+"""Rate limits of API tokens: a token bucket in the database, shared by all processes.
 
-The bucket holds one minute's calls and fills evenly. One statement takes a call out or says there
-is none; the table is not logged, so no call waits for a disk.
+The bucket holds one minute's calls and refills evenly. One statement takes a call or reports an
+empty bucket; the table is unlogged, so no call waits for a disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orkestr_console.core.errors import RateLimited
 
 LEVEL_SQL = (
     "LEAST(%(most)s::float8, b.level"
-    # A clock that was set back gives nothing, and takes nothing either.
+    # A clock that was set back neither adds nor removes calls.
     " + GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - b.at), 0) * %(most)s::float8 / 60)"
 )
 CONSUME_SQL = sql.SQL(

@@ -1,4 +1,4 @@
-"""The optional second factor: time-based codes (RFC 6238) by django-otp, and recovery codes."""
+"""The optional second factor: time-based codes (RFC 6238) with django-otp, and recovery codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRONG_CODE = "Invalid or already used code. Wait for a new one and try again."
 
 
 def is_on(user: User) -> bool:
-    """Whether signing in asks for a code."""
+    """Whether signing in requires a code."""
     return any(isinstance(device, TOTPDevice) for device in devices_for_user(user))
 
 
@@ -31,7 +31,7 @@ def codes_left(user: User) -> int:
 
 @transaction.atomic
 def begin(user: User) -> TOTPDevice:
-    """A secret to be scanned, which counts for nothing until a code of it was typed."""
+    """Create a secret to scan, which has no effect until its first code is entered."""
     if is_on(user):
         raise InvalidInput("Two-step sign-in is already on; turn it off first.")
     TOTPDevice.objects.filter(user=user, confirmed=False).delete()
@@ -39,13 +39,13 @@ def begin(user: User) -> TOTPDevice:
 
 
 def pending(user: User) -> TOTPDevice | None:
-    """The secret that waits for its first code."""
+    """The secret that is waiting for its first code."""
     return TOTPDevice.objects.filter(user=user, confirmed=False).first()
 
 
 @transaction.atomic
 def confirm(user: User, code: str) -> list[str]:
-    """Turn it on with a first code; the recovery codes, which cannot be had again.
+    """Turn it on with a first code; the recovery codes, which cannot be retrieved again.
 
     Raises ``InvalidInput`` for a wrong code.
     """
@@ -60,7 +60,7 @@ def confirm(user: User, code: str) -> list[str]:
 
 
 def replace_codes(user: User) -> list[str]:
-    """New recovery codes in place of the old ones."""
+    """Replace the recovery codes; the new ones."""
     StaticDevice.objects.filter(user=user).delete()
     device = StaticDevice.objects.create(user=user, name=CODES_DEVICE_NAME)
     codes = [StaticToken.random_token() for _ in range(RECOVERY_CODES)]
@@ -69,22 +69,22 @@ def replace_codes(user: User) -> list[str]:
 
 
 def verify(user: User, code: str) -> bool:
-    """Whether ``code`` is the app's, or a recovery code, which is then used up.
+    """Whether ``code`` is the app's, or a recovery code, which is then consumed.
 
-    django-otp makes whoever guesses wait longer each time.
+    django-otp makes repeated guesses wait longer and longer.
     """
     return match_token(user, normalize_code(code)) is not None
 
 
 @transaction.atomic
 def turn_off(user: User) -> None:
-    """Ask for a password alone from now on."""
+    """Turn two-step sign-in off."""
     TOTPDevice.objects.filter(user=user).delete()
     StaticDevice.objects.filter(user=user).delete()
 
 
 def normalize_code(code: str) -> str:
-    """A code as apps show it, ``123 456``, without the blanks."""
+    """A code without the spaces that apps show: ``123 456``."""
     return "".join(code.split()).lower()
 
 
@@ -98,6 +98,6 @@ def qr_code(device: TOTPDevice) -> str:
 
 
 def secret_text(device: TOTPDevice) -> str:
-    """The secret to be typed where no camera is, in groups of four."""
+    """The secret in groups of four, for typing it without a camera."""
     text = b32encode(device.bin_key).decode().rstrip("=")
     return " ".join(text[at : at + 4] for at in range(0, len(text), 4))

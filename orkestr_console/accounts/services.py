@@ -1,4 +1,4 @@
-"""What is done with people, teams and tokens."""
+"""Authentication: tokens, sessions, and the actors they stand for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, Us
 from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
 from orkestr_console.core.text import name_problem
 
-# A token's last use is worth knowing to the minute; writing it on every call is not worth it.
+# A token's last use is stored to the minute; writing it on every call would cost too much.
 LAST_USED_INTERVAL = timedelta(minutes=1)
 TEAM_SESSION_KEY = "team_id"
 INVALID_TOKEN_CHALLENGE = 'Bearer error="invalid_token"'  # noqa: S105 - a header
@@ -31,9 +31,9 @@ def mint_token(
     allowed_templates: list[str] | None = None,
     allowed_networks: list[str] | None = None,
 ) -> tuple[ApiToken, str]:
-    """A new token of ``team`` and its text, which cannot be had again.
+    """A new token of ``team`` and its text, which cannot be retrieved again.
 
-    Raises ``InvalidInput`` for a scope that does not exist, or none, and for a name that is none.
+    Raises ``InvalidInput`` for an unknown or missing scope, and for an invalid name.
     """
     requested = sorted(set(scopes))
     unknown = [scope for scope in requested if scope not in SCOPES]
@@ -60,11 +60,11 @@ def mint_token(
 def authenticate_token(text: str, surface: Surface, address: str | None) -> Actor:
     """The actor that a Bearer token stands for, in one query.
 
-    Raises ``Unauthenticated``, the same for a token that is malformed, unknown or wrong; for one
-    that was good once it says whether it has expired or been revoked.
+    Raises ``Unauthenticated``, with the same message for a malformed, unknown or wrong token; for
+    one that was valid before, it says whether it has expired or was revoked.
     """
     lookup = tokens.lookup_of(text)
-    # With everything that limits the team: what follows needs no second look.
+    # With all of the team's limits: what follows needs no second query.
     related = ("team__plan", "team__limits", "team__agreement", "created_by")
     row = lookup and ApiToken.objects.select_related(*related).filter(lookup=lookup).first()
     if not row or not tokens.matches(text, row.digest):
@@ -83,7 +83,7 @@ def authenticate_token(text: str, surface: Surface, address: str | None) -> Acto
 
 
 def mark_used(token: ApiToken) -> None:
-    """Remember that the token was used now, at most once a minute."""
+    """Record that the token was used now, at most once a minute."""
     now = timezone.now()
     stale = now - LAST_USED_INTERVAL
     if token.last_used_at is None or token.last_used_at < stale:
@@ -92,12 +92,12 @@ def mark_used(token: ApiToken) -> None:
 
 
 def revoke_token(token: ApiToken) -> None:
-    """End a token at once; again is fine."""
+    """Revoke a token immediately; idempotent."""
     ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now())
 
 
 def session_actor(request: HttpRequest) -> Actor:
-    """The signed-in person acting for the team their session names, else their first.
+    """The signed-in person, acting for their session's team, else for their first team.
 
     Raises ``Forbidden`` for a person without a team.
     """
@@ -107,7 +107,7 @@ def session_actor(request: HttpRequest) -> Actor:
 
 
 def user_actor(user: User, team_id: str | None, address: str | None) -> Actor:
-    """``user`` acting for team ``team_id`` if a member of it, else for their first team.
+    """``user``, acting for team ``team_id`` if they are a member, else for their first team.
 
     An operator may act for any team, as an owner. Raises ``Forbidden`` for a person without a team.
     """

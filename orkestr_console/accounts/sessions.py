@@ -1,4 +1,4 @@
-"""The browsers a person is signed in with: which there are, and ending them."""
+"""The browsers that a person is signed in with: listing and ending sessions."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from orkestr_console.accounts.services import session_actor
 from orkestr_console.core.channel_layer import notify
 from orkestr_console.core.errors import Forbidden, NotFound
 
-# When a session was last used is worth knowing to this many seconds.
+# A session's last use is stored to this precision.
 SEEN_INTERVAL_SECONDS = 300
 SEEN_SESSION_KEY = "seen_at"
 MAX_USER_AGENT_LENGTH = 300
 
 
 def person_group(user_id: int) -> str:
-    """The group of a person's open pages."""
+    """The channel group of a person's open pages."""
     return f"person.{user_id}"
 
 
 def sign_in(request: HttpRequest, user: User) -> None:
-    """Sign ``user`` in with this browser, on record."""
+    """Sign ``user`` in with this browser, and record it."""
     previous = request.session.session_key
     login(request, user, backend=settings.LOGIN_BACKEND)
     if previous:
@@ -40,7 +40,7 @@ def sign_in(request: HttpRequest, user: User) -> None:
 
 
 def record_session(request: HttpRequest, user: User) -> None:
-    """List the request's session among the person's."""
+    """Store the request's session in the list of the person's sessions."""
     if request.session.session_key is None:
         request.session.save()
     request.session[SEEN_SESSION_KEY] = int(time.time())
@@ -56,7 +56,7 @@ def record_session(request: HttpRequest, user: User) -> None:
 
 
 def record_sign_in(email: str, address: str, *, user: User | None, error: str = "") -> None:
-    """Put a sign-in, or a refused one of somebody we know, on record in each of their teams."""
+    """Record a known person's sign-in, or its refusal, in each of their teams."""
     person = user or User.objects.filter(email=email.strip().lower()).first()
     if person is None:
         return
@@ -65,20 +65,20 @@ def record_sign_in(email: str, address: str, *, user: User | None, error: str = 
 
 
 def record_sign_out(request: HttpRequest) -> None:
-    """Put on record that the person ends this session, in the team they act for."""
+    """Record a sign-out in the team that the person acts for."""
     if isinstance(request.user, User):
-        # Whoever is in no team any more has no log to be written in.
+        # A person without a team has no log to record it in.
         with suppress(Forbidden):
             audit.record(session_actor(request), "session.end", kind="session")
 
 
 def client_address(request: HttpRequest) -> str:
-    """Where the request comes from."""
+    """The request's network address."""
     return str(request.META.get("REMOTE_ADDR") or "")[:64]
 
 
 def touch(request: HttpRequest) -> None:
-    """Remember that the session is used now, at most every five minutes."""
+    """Record that the session was used now, at most every five minutes."""
     now = int(time.time())
     if now - int(request.session.get(SEEN_SESSION_KEY, 0)) >= SEEN_INTERVAL_SECONDS:
         user = request.user
@@ -87,7 +87,7 @@ def touch(request: HttpRequest) -> None:
 
 
 def list_sessions(user: User) -> list[SignedIn]:
-    """The browsers signed in, the one used last first; what has expired is forgotten."""
+    """The signed-in browsers, last used first; deletes expired ones."""
     live = Session.objects.filter(expire_date__gt=timezone.now()).values("session_key")
     rows = SignedIn.objects.filter(user=user)
     rows.exclude(session_key__in=live).delete()
@@ -95,7 +95,7 @@ def list_sessions(user: User) -> list[SignedIn]:
 
 
 def end_session(user: User, session_id: int) -> None:
-    """Sign one browser out. Raises ``NotFound``."""
+    """Sign out one browser. Raises ``NotFound``."""
     row = SignedIn.objects.filter(user=user, pk=session_id).first()
     if row is None:
         raise NotFound("This session has already ended.")
@@ -103,14 +103,14 @@ def end_session(user: User, session_id: int) -> None:
 
 
 def end_other_sessions(user: User, keep_session: str | None) -> int:
-    """Sign every other browser out; how many."""
+    """Sign out all other browsers; how many."""
     keys = SignedIn.objects.filter(user=user).exclude(session_key=keep_session or "")
     return end_sessions(user, list(keys.values_list("session_key", flat=True)))
 
 
 @transaction.atomic
 def end_sessions(user: User, keys: list[str]) -> int:
-    """End these sessions, and tell the pages that are open in them."""
+    """End these sessions, and notify their open pages."""
     Session.objects.filter(session_key__in=keys).delete()
     SignedIn.objects.filter(user=user, session_key__in=keys).delete()
     notify(person_group(user.pk), {"type": "session.ended"})
@@ -118,5 +118,5 @@ def end_sessions(user: User, keys: list[str]) -> int:
 
 
 def forget(request: HttpRequest) -> None:
-    """The session ends itself: sign-out."""
+    """Remove the request's session from the list: it signs out."""
     SignedIn.objects.filter(session_key=request.session.session_key or "").delete()

@@ -42,12 +42,12 @@ class Key(NamedTuple):
 
 
 def add(amounts: Mapping[Key, float]) -> None:
-    """Add to the days' sums. In order of key, so that two writers never wait for each other."""
+    """Add to the days' totals. In key order, so that two writers cannot deadlock."""
     _write(_ADD_SQL, {key: amount for key, amount in amounts.items() if amount > 0})
 
 
 def raise_maximum(amounts: Mapping[Key, float]) -> None:
-    """Make each day's amount at least this."""
+    """Raise each day's amount to at least this."""
     _write(_MAXIMUM_SQL, amounts)
 
 
@@ -62,7 +62,7 @@ def _write(statement: str, amounts: Mapping[Key, float]) -> None:
 def seconds_by_day(
     team_id: str, metric: Metric, begin: datetime, end: datetime
 ) -> dict[Key, float]:
-    """The seconds from ``begin`` to ``end`` by the days they lie in."""
+    """The seconds from ``begin`` to ``end``, split by day."""
     seconds = max((end - begin).total_seconds(), 0.0)
     return {
         Key(team_id, day, metric): seconds * share
@@ -75,7 +75,7 @@ type Amounts = Mapping[Metric, float]
 
 @dataclass(frozen=True)
 class Day:
-    """One day's amounts; a metric of which nothing was used is 0."""
+    """One day's amounts; 0 for metrics without usage."""
 
     day: date
     amounts: Amounts
@@ -83,13 +83,13 @@ class Day:
 
 @dataclass(frozen=True)
 class Month:
-    """A team's usage in the month that begins with ``first``: every day of it."""
+    """A team's usage on every day of the month that starts with ``first``."""
 
     first: date
     days: tuple[Day, ...]
 
     def total(self, metric: Metric) -> float:
-        """The month's sum; of a level, its most."""
+        """The month's total, or its peak for ``PEAK_METRICS``."""
         amounts = [day.amounts[metric] for day in self.days]
         return max(amounts) if metric in PEAK_METRICS else sum(amounts)
 
@@ -105,12 +105,12 @@ class Month:
 
 
 def today() -> date:
-    """The day that usage is counted on now."""
+    """The current day in UTC, on which usage is counted."""
     return timezone.now().astimezone(UTC).date()
 
 
 def month(actor: Actor, first: date) -> Month:
-    """What the actor's team used in the month that ``first`` begins."""
+    """The team's usage in the month that starts with ``first``."""
     actor.require(READ)
     dates = [first + timedelta(days=n) for n in range(monthrange(first.year, first.month)[1])]
     amounts = {day: dict.fromkeys(Metric, 0.0) for day in dates}
@@ -120,7 +120,7 @@ def month(actor: Actor, first: date) -> Month:
 
 
 def months(actor: Actor) -> list[date]:
-    """The months in which the actor's team used anything, latest first."""
+    """The months with any usage of the team, latest first."""
     actor.require(READ)
     found: Iterable[date] = _rows(actor).dates("day", "month", order="DESC")
     return list(found)

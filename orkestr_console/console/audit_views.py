@@ -1,4 +1,4 @@
-"""The page of the audit log, for a team's admins, and its export."""
+"""The audit log page for a team's admins, and its exports."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def typed_filters(request: ConsoleRequest) -> dict[str, str]:
 
 
 def parse_query(values: Mapping[str, str]) -> AuditQuery:
-    """What is asked for. Raises ``InvalidInput``."""
+    """The validated filter. Raises ``InvalidInput``."""
     return parse_spec(AuditQuery, {name: value for name, value in values.items() if value})
 
 
 @require_safe
 @console_page
 def audit_page(request: ConsoleRequest) -> HttpResponse:
-    """The newest entries that match; filters that cannot be read are said, not ignored."""
+    """The newest matching entries; invalid filters are reported, not ignored."""
     actor, values = request.actor, typed_filters(request)
     context: dict[str, Any] = {"typed": values, "surfaces": SURFACES, "outcomes": Outcome}
     context["actions"] = audit_log.actions(actor)
@@ -60,7 +60,7 @@ def audit_page(request: ConsoleRequest) -> HttpResponse:
 
 
 def parse_before(text: str) -> int | None:
-    """Where a page begins. Raises ``InvalidInput``."""
+    """The entry that the page ends before, or None. Raises ``InvalidInput``."""
     if not text:
         return None
     is_number = text.isascii() and text.isdigit() and len(text) <= MAX_ID_DIGITS
@@ -72,7 +72,7 @@ def parse_before(text: str) -> int | None:
 @require_safe
 @console_page
 def audit_csv(request: ConsoleRequest) -> HttpResponse:
-    """The entries that match, as a table."""
+    """The matching entries as CSV."""
     entries = audit_log.export_entries(request.actor, parse_query(typed_filters(request)))
     rows = (text_cells(entry_record(entry)) for entry in entries)
     return csv_file(f"audit-{request.actor.team.slug}.csv", COLUMNS, rows)
@@ -81,7 +81,7 @@ def audit_csv(request: ConsoleRequest) -> HttpResponse:
 @require_safe
 @console_page
 def audit_json(request: ConsoleRequest) -> HttpResponse:
-    """The entries that match, as an object a line."""
+    """The matching entries as JSON lines."""
     entries = audit_log.export_entries(request.actor, parse_query(typed_filters(request)))
     return json_lines_file(f"audit-{request.actor.team.slug}.jsonl", map(entry_record, entries))
 
@@ -92,5 +92,5 @@ def entry_record(entry: AuditEntry) -> dict[str, Any]:
 
 
 def text_cells(values: Mapping[str, Any]) -> list[str]:
-    """A record as cells; what is no text is JSON."""
+    """A record's values as text; other types as JSON."""
     return [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values.values()]

@@ -1,4 +1,4 @@
-"""What to write where so that an agent reaches our MCP endpoint: a snippet for each common client.
+"""Configuration snippets that connect common MCP clients to our endpoint.
 
 Each follows the client's own documentation: code.claude.com/docs/en/mcp (Claude Code), the README
 of ``mcp-remote`` (Claude Desktop, which starts programs only), cursor.com/docs/mcp,
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-# Stands where a token belongs, in the form that ours have.
+# A placeholder in the form of our tokens.
 PLACEHOLDER = "ork_YOUR_TOKEN"
-# The revision that ``initialize`` asks for; the server answers with the one it speaks.
+# The revision that ``initialize`` requests; the server answers with its own.
 PROTOCOL_VERSION = "2025-06-18"
 VARIABLE = "ORKESTR_API_KEY"
-# What mcp-remote calls over plain HTTP without being told that it may.
+# The hosts that mcp-remote calls over plain HTTP without an option.
 LOOPBACK = ("localhost", "127.0.0.1")
 
 PROGRAM = """\
@@ -49,20 +49,20 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Block:
-    """A text to copy; ``where`` says where to put it. ``secret`` is what in it must stay secret."""
+    """A text to copy and ``where`` to put it; ``secret`` is the secret part of it."""
 
     where: str
     text: str
     secret: str
 
     def parts(self) -> list[str]:
-        """What stands around the secret, for the page to mark it."""
+        """The text around the secret, so that the page can mark it."""
         return self.text.split(self.secret)
 
 
 @dataclass(frozen=True)
 class Guide:
-    """How one client is connected. ``key`` names it in forms; ``hint`` has code in backticks."""
+    """How to connect one client. ``key`` is its form value; ``hint`` has code in backticks."""
 
     key: str
     name: str
@@ -71,7 +71,7 @@ class Guide:
 
 
 def guides(url: str, token: str) -> list[Guide]:
-    """For every client, with the endpoint's ``url`` and ``token`` put in and quoted as it needs."""
+    """The guides of all clients, with the endpoint's ``url`` and ``token`` quoted as needed."""
     return [
         claude_code(url, token),
         claude_desktop(url, token),
@@ -85,7 +85,7 @@ def guides(url: str, token: str) -> list[Guide]:
 
 
 def claude_code(url: str, token: str) -> Guide:
-    """``--header`` takes all that follows it: so it stands last."""
+    """``--header`` takes everything that follows it, so it comes last."""
     line = (
         f"claude mcp add --transport http orkestr {shlex.quote(url)} "
         f'--header "Authorization: Bearer {token}"'
@@ -98,7 +98,7 @@ def claude_code(url: str, token: str) -> Guide:
 
 
 def claude_desktop(url: str, token: str) -> Guide:
-    """Through ``mcp-remote``; no space in its header, where Claude on Windows would split it."""
+    """Through ``mcp-remote``; its header has no space, where Claude on Windows would split it."""
     arguments = ["-y", "mcp-remote", url, "--header", "Authorization:${AUTH}"]
     if is_exposed(url):
         arguments.append("--allow-http")
@@ -114,7 +114,7 @@ def claude_desktop(url: str, token: str) -> Guide:
 
 
 def cursor(url: str, token: str) -> Guide:
-    """Cursor tells a remote server by its ``url``."""
+    """Cursor recognizes a remote server by its ``url``."""
     server = {"url": url, "headers": {"Authorization": f"Bearer {token}"}}
     hint = (
         "In the project, or `~/.cursor/mcp.json` for all of yours. The file holds the token: "
@@ -125,7 +125,7 @@ def cursor(url: str, token: str) -> Guide:
 
 
 def vs_code(url: str, token: str) -> Guide:
-    """VS Code asks for the token and keeps it, so the file can be shared."""
+    """VS Code asks for the token and stores it, so the file can be shared."""
     token_input = {
         "type": "promptString",
         "id": "orkestr-token",
@@ -150,7 +150,7 @@ def vs_code(url: str, token: str) -> Guide:
 
 
 def codex(url: str, token: str) -> Guide:
-    """Codex reads the token from the environment alone."""
+    """Codex reads the token only from the environment."""
     lines = (
         "[mcp_servers.orkestr]",
         f"url = {quote(url)}",
@@ -165,7 +165,7 @@ def codex(url: str, token: str) -> Guide:
 
 
 def python(url: str, token: str) -> Guide:
-    """A whole program with the official SDK (2.3)."""
+    """A complete program with the official SDK (2.3)."""
     program = PROGRAM.format(url=quote(url), variable=VARIABLE)
     blocks = (
         Block("list_tools.py", program.rstrip("\n"), token),
@@ -206,7 +206,7 @@ def curl(url: str, token: str) -> Guide:
 
 
 def other(url: str, token: str) -> Guide:
-    """The form that most clients read."""
+    """The format that most clients read."""
     server = {"type": "http", "url": url, "headers": {"Authorization": f"Bearer {token}"}}
     hint = (
         "Most clients read this form. What any of them needs: the transport Streamable HTTP, "
@@ -217,21 +217,21 @@ def other(url: str, token: str) -> Guide:
 
 
 def pretty_json(value: dict[str, Any]) -> str:
-    """As people write it."""
+    """Indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def quote(text: str) -> str:
-    """A string of TOML and of Python: JSON's, whose escapes they have but for half a character."""
+    """A string literal for TOML and Python: JSON's, as both support its escapes but surrogates."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def export_command(token: str) -> str:
-    """The token for the programs that this shell starts."""
+    """The shell command that exports the token."""
     return f"export {VARIABLE}={token}"
 
 
 def is_exposed(url: str) -> bool:
-    """Plain HTTP to another machine: whoever is on the way reads the token."""
+    """Whether it is plain HTTP to another machine, where the token can be read in transit."""
     found = urlsplit(url)
     return found.scheme == "http" and found.hostname not in LOOPBACK

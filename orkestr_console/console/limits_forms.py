@@ -31,23 +31,23 @@ NUMBER_LABELS = {name: kind.label for name, kind in KINDS.items()}
 
 
 def posted_numbers(data: QueryDict, names: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """What was typed for each number."""
+    """The text posted for each number."""
     return {name: data.get(f"{prefix}{name}", "").strip() for name in names}
 
 
 def blank_to_none(typed: Mapping[str, str]) -> dict[str, Any]:
-    """Blank is None; pydantic reads the rest."""
+    """The same with None for blanks; pydantic parses the rest."""
     return {name: text or None for name, text in typed.items()}
 
 
 def form_numbers(row: object, names: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """A row's numbers as a form shows them."""
+    """A row's numbers as form values."""
     values = {name: getattr(row, f"{prefix}{name}", None) for name in names}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def flatten_fields(error: DomainError) -> DomainError:
-    """``numbers.max_templates`` is typed in the field ``max_templates``."""
+    """The error with form field names: ``numbers.max_templates`` is ``max_templates``."""
     fields = error.fields or {}
     return InvalidInput(
         error.detail,
@@ -60,7 +60,7 @@ def flatten_fields(error: DomainError) -> DomainError:
 
 @dataclass
 class LimitsForm(Form):
-    """What the team's admins set."""
+    """The limits that a team's admins set."""
 
     numbers: dict[str, str] = field(default_factory=dict)
     shares: dict[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class LimitsForm(Form):
 
     @classmethod
     def current(cls, limits: Envelope, bases: list[str]) -> LimitsForm:
-        """The form as the limits are now."""
+        """A form with the current limits."""
         own = getattr(limits.team, "limits", None) or TeamLimits(team=limits.team)
         return cls(
             numbers=form_numbers(own, KINDS),
@@ -90,7 +90,7 @@ class LimitsForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> LimitsForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(
             numbers=posted_numbers(data, KINDS),
             shares=posted_numbers(data, SHARES, "share_"),
@@ -100,9 +100,9 @@ class LimitsForm(Form):
         )
 
     def spec(self, limits: Envelope, offered: Mapping[str, list[str]]) -> LimitsSpec:
-        """What is asked for. All that is offered is chosen: then what comes later is, too.
+        """The validated request. Choosing all options means None, which includes future ones.
 
-        Where the bases cannot be listed just now, they stay as they are.
+        If the bases cannot be listed now, they stay as they are.
         """
         chosen = {
             name: None if set(known) <= set(picked) else picked
@@ -118,13 +118,13 @@ class LimitsForm(Form):
         return parse_spec(LimitsSpec, {**numbers, **chosen})
 
     def add_error(self, error: DomainError) -> None:
-        """As any form."""
+        """As any form does, with flat field names."""
         super().add_error(flatten_fields(error))
 
 
 @dataclass
 class AgreementForm(Form):
-    """A team's plan, and what was agreed beyond it."""
+    """A team's plan, and the ceilings agreed with it."""
 
     plan: str = ""
     numbers: dict[str, str] = field(default_factory=dict)
@@ -134,22 +134,22 @@ class AgreementForm(Form):
 
     @classmethod
     def current(cls, plan: str, agreement: Agreement | None) -> AgreementForm:
-        """The form as it is now."""
+        """A form with the current agreement."""
         return cls(plan, form_numbers(agreement, KINDS), agreement.note if agreement else "")
 
     @classmethod
     def from_post(cls, data: QueryDict) -> AgreementForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(data.get("plan", ""), posted_numbers(data, KINDS), data.get("note", "").strip())
 
     def spec(self) -> AgreementSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         data = {"plan": self.plan, "numbers": blank_to_none(self.numbers), "note": self.note}
         return parse_spec(AgreementSpec, data)
 
     def add_error(self, error: DomainError) -> None:
-        """As any form."""
+        """As any form does, with flat field names."""
         super().add_error(flatten_fields(error))
 
 
@@ -167,13 +167,13 @@ class PlanForm(Form):
 
     @classmethod
     def current(cls, plan: Plan) -> PlanForm:
-        """The form as the plan is now."""
+        """A form with the current plan."""
         switches = (plan.allow_open_network, plan.custom_egress_allowlist)
         return cls(plan.name, form_numbers(plan, KINDS), list(plan.allowed_sizes), *switches)
 
     @classmethod
     def from_post(cls, data: QueryDict) -> PlanForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(
             data.get("name", "").strip(),
             posted_numbers(data, KINDS),
@@ -183,7 +183,7 @@ class PlanForm(Form):
         )
 
     def spec(self) -> PlanSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         return parse_spec(
             PlanSpec,
@@ -197,7 +197,7 @@ class PlanForm(Form):
         )
 
     def add_error(self, error: DomainError) -> None:
-        """As any form."""
+        """As any form does, with flat field names."""
         super().add_error(flatten_fields(error))
 
 
@@ -217,11 +217,11 @@ class TeamForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> TeamForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("plan", ""), data.get("email", "").strip())
 
     def spec(self) -> NewTeamSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         if self.email:
             self.email = normalize_email(self.email)
@@ -250,7 +250,7 @@ class TokenForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> TokenForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(
             data.get("name", ""),
             [scope for scope in data.getlist("scopes") if scope in SCOPES],
@@ -262,7 +262,7 @@ class TokenForm(Form):
         )
 
     def spec(self, known_templates: Iterable[str]) -> TokenSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         if self.restrict_templates and not set(self.templates) <= set(known_templates):
             problem = "includes one that no longer exists; choose again."
@@ -281,7 +281,7 @@ class TokenForm(Form):
 
 @dataclass
 class AgentForm(Form):
-    """A token for one agent; ``client`` is the guide that it was asked for from."""
+    """A token for one agent; ``client`` is the guide that the form was sent from."""
 
     name: str = "agent"
     access: str = "write"
@@ -293,11 +293,11 @@ class AgentForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> AgentForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("access", ""), data.get("client", ""))
 
     def spec(self) -> TokenSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         if self.access not in self.scopes:
             problem = "must be chosen: read, or read and write."

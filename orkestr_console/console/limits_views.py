@@ -1,4 +1,4 @@
-"""The page of a team's limits: everybody in the team sees it, its admins set them."""
+"""The page of a team's limits: every member sees it, admins can change them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 @dataclass(frozen=True)
 class Row:
-    """One limit as the page shows it: ``used`` is None for what is not counted."""
+    """One limit on the page: ``used`` is None if it is not counted."""
 
     limit: Limit
     used: int | None
@@ -36,18 +36,18 @@ class Row:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is room for no more."""
+        """Whether the limit is reached."""
         return self.used is not None and self.used >= self.limit.value
 
     @property
     def is_over(self) -> bool:
-        """Whether more is there than a new limit allows."""
+        """Whether usage exceeds the limit."""
         return self.used is not None and self.used > self.limit.value
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One box to tick."""
+    """One checkbox."""
 
     value: str
     label: str
@@ -57,7 +57,7 @@ class Choice:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def limits_page(request: ConsoleRequest) -> HttpResponse:
-    """Every limit as a meter; a refusal keeps what was typed."""
+    """Every limit as a meter. A refused form keeps what was typed."""
     actor = request.actor
     limits = envelope(actor.team, actor.user)
     bases = [base.id for base in templates.list_bases(actor) if base.group == "builtin"]
@@ -104,12 +104,12 @@ def show(
 
 
 def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
-    """A box for each."""
+    """A checkbox for each option."""
     return [Choice(name, name, name in ticked) for name in offered]
 
 
 def usage_counts(teams: list[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of each limit that something counts against, by the team's id."""
+    """Each team's usage of its counted limits, by team id."""
     sandbox_counts = sandboxes.usage_counts(teams)
     return {
         team: {**used, **sandbox_counts[team]}

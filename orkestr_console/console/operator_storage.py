@@ -1,4 +1,4 @@
-"""What the host set aside instead of deleting it, for an operator to put back or delete."""
+"""The quarantine: what the host kept instead of deleting, for an operator to restore or delete."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def storage_page(request: ConsoleRequest) -> HttpResponse:
 @require_POST
 @console_page
 def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
-    """Put something back."""
+    """Restore an item."""
     operator = request_operator(request)
     try:
         item = services.restore(key, operator)
@@ -52,7 +52,7 @@ def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
-    """Delete something for good, once that was confirmed."""
+    """Delete an item permanently, after confirmation."""
     operator = request_operator(request)
     if request.method != "POST":
         context = {"key": key, "heading": "Delete it permanently?", "action": "Delete permanently"}
@@ -69,7 +69,7 @@ def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def storage_accept(request: ConsoleRequest) -> HttpResponse:
-    """Say that database and state directory belong together, once that was confirmed."""
+    """Confirm that database and state directory belong together."""
     operator = request_operator(request)
     if request.method != "POST":
         context = {

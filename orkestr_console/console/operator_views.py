@@ -1,4 +1,4 @@
-"""What an operator of this server sees of all teams, and what only they change."""
+"""The operator's pages: all teams, plans and agreements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orkestr_console.installation import services as installation
 
 
 def request_operator(request: ConsoleRequest) -> Operator:
-    """The operator who asks. Raises ``NotFound`` for anybody else, a write of whom is on record."""
+    """The request's operator. Raises ``NotFound`` for anybody else, and records their writes."""
     actor = request.actor
     with ExitStack() as stack:
         if request.method == "POST":
@@ -39,7 +39,7 @@ def request_operator(request: ConsoleRequest) -> Operator:
 @require_safe
 @console_page
 def operator_page(request: ConsoleRequest) -> HttpResponse:
-    """Every team with its plan and use, and the plans."""
+    """Every team with its plan and usage, and the plans."""
     operator = request_operator(request)
     text = request.GET.get("q", "").strip()
     teams = limit_changes.list_teams(operator, text)
@@ -114,7 +114,7 @@ def operator_plan(request: ConsoleRequest, code: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def operator_team_new(request: ConsoleRequest) -> HttpResponse:
-    """A new team, and the link that makes whoever opens it its owner, which is shown once."""
+    """Create a team, and the invitation link for its owner, which is shown once."""
     operator = request_operator(request)
     context: dict[str, Any] = {"form": TeamForm(), "plans": limit_changes.list_plans(operator)}
     status = 200
@@ -129,7 +129,7 @@ def operator_team_new(request: ConsoleRequest) -> HttpResponse:
 
 
 def create_team(request: ConsoleRequest, operator: Operator, form: TeamForm) -> dict[str, Any]:
-    """Make the team and its owner's invitation, or neither."""
+    """Create the team and its owner's invitation, or neither."""
     with limit_changes.record_refusals(operator, "team.create", "team"), transaction.atomic():
         team = limit_changes.create_team(operator, form.spec())
         owner = InviteSpec(role=Role.OWNER, email=form.email)

@@ -16,7 +16,7 @@ from orkestr_console.ui.forms import Form
 
 @dataclass
 class InviteForm(Form):
-    """Whom to invite, as what."""
+    """Whom to invite, and their role."""
 
     role: str = Role.MEMBER.value
     email: str = ""
@@ -25,18 +25,18 @@ class InviteForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> InviteForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(data.get("role", ""), data.get("email", ""))
 
     def spec(self) -> InviteSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         return parse_spec(InviteSpec, {"role": self.role, "email": self.email})
 
 
 @dataclass
 class ShareForm(Form):
-    """One person's share; blank is what everybody has."""
+    """One person's share; blank for the team's default."""
 
     max_templates: str = ""
     max_concurrent_sandboxes: str = ""
@@ -54,17 +54,17 @@ class ShareForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> ShareForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(*(data.get(name, "").strip() for name in cls.labels))
 
     def spec(self) -> ShareSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         return parse_spec(ShareSpec, {name: getattr(self, name) or None for name in self.labels})
 
 
 @dataclass
 class JoinForm(Form):
-    """Somebody new. The password is never shown again."""
+    """A new account. The password is never shown again."""
 
     name: str = ""
     email: str = ""
@@ -78,10 +78,10 @@ class JoinForm(Form):
 
     @classmethod
     def from_post(cls, data: QueryDict) -> JoinForm:
-        """What was posted."""
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("email", ""), data.get("password", ""))
 
     def spec(self) -> NewPersonSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         self.reject_unusable()
         return parse_spec(NewPersonSpec, {"name": self.name, "email": self.email})

@@ -1,4 +1,4 @@
-"""Who is in the team: the page of people, invitations, and switching teams."""
+"""The team's people and invitations, joining, and switching teams."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orkestr_console.http.decorators import ConsoleRequest, console_page
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def people_page(request: ConsoleRequest) -> HttpResponse:
-    """The people and open invitations; posting makes a link, which is shown once."""
+    """The people and open invitations; posting creates a link, which is shown once."""
     if request.method != "POST":
         return show(request, InviteForm())
     form = InviteForm.from_post(request.POST)
@@ -60,7 +60,7 @@ def show(request: ConsoleRequest, form: InviteForm, status: int = 200, **made: A
 @require_POST
 @console_page
 def invitation_revoke(request: ConsoleRequest, invitation_id: str) -> HttpResponse:
-    """Make a link useless."""
+    """Revoke an invitation."""
     people.revoke_invitation(request.actor, invitation_id)
     messages.success(request, "The invitation was revoked. Its link no longer works.")
     return redirect("console:people")
@@ -114,7 +114,7 @@ def parse_role(text: str) -> Role:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def person_remove(request: ConsoleRequest, user_id: int) -> HttpResponse:
-    """Ask, then take somebody out of the team; of oneself, leave it."""
+    """Ask for confirmation, then remove somebody from the team, or leave it oneself."""
     own = request.user.pk == user_id
     if not own:
         request.actor.require_role(Role.ADMIN)
@@ -150,7 +150,7 @@ def switch_team(request: ConsoleRequest) -> HttpResponse:
 @require_safe
 @console_page
 def teams_page(request: ConsoleRequest) -> HttpResponse:
-    """All teams one may switch to, found by name: an operator has more than a menu holds."""
+    """All teams to switch to, with a search: an operator has more than fit a menu."""
     text = request.GET.get("q", "").strip()
     context = {"found": people.list_teams(request.user, text), "q": text}
     return render(request, "console/teams.html", context)
@@ -160,7 +160,7 @@ def teams_page(request: ConsoleRequest) -> HttpResponse:
 @never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 def join(request: HttpRequest, secret: str) -> HttpResponse:
-    """Take an invitation: signed in at once, else with a new account or after signing in."""
+    """Accept an invitation: as the signed-in person, else with a new account."""
     user = request.user if isinstance(request.user, User) else None
     address = sessions.client_address(request)
     if request.method != "POST":

@@ -30,7 +30,7 @@ SCOPE_WORDS = (
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def tokens_page(request: ConsoleRequest) -> HttpResponse:
-    """The tokens there are, and the form of a new one, whose text is shown once."""
+    """The tokens, and the form for a new one, whose text is shown once."""
     if not request.actor.is_at_least(Role.ADMIN):
         admins = envelope(request.actor.team).admins()
         return render(request, "console/tokens_members.html", {"admins": admins}, status=403)

@@ -1,4 +1,4 @@
-"""Whether this web process is being stopped: what it then cuts off did not end by itself."""
+"""Whether this web process is shutting down, which explains why responses are cut off."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _stopping = False
 
 
 def mark_stopping() -> None:
-    """From now on the server itself ends what still runs."""
+    """Record that the server is cancelling what still runs."""
     global _stopping
     _stopping = True
 
 
 def cut_off_reason() -> str:
-    """Why an answer that was under way is not waited for any more."""
+    """Why a response in progress was abandoned."""
     return "the server was stopped" if _stopping else "the client went away"

@@ -1,7 +1,7 @@
-"""Reading JSON bodies and writing JSON answers under ``/v1``.
+"""Reading JSON bodies and writing JSON responses under ``/v1``.
 
-The body must be unambiguous: UTF-8, no duplicate names, no NaN or Infinity, not absurdly deep, and
-no text that PostgreSQL cannot store (NUL, half a surrogate pair).
+The body must be unambiguous: UTF-8, no duplicate names, no NaN or Infinity, not nested too deeply,
+and no text that PostgreSQL cannot store (NUL, a lone surrogate).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_json[S: BaseModel](
 ) -> S:
     """The request's body as a ``spec``, a strict pydantic model.
 
-    ``largest`` is the most bytes this call takes (default ``settings.USUAL_BODY``). Raises
+    ``max_bytes`` limits the body (default ``settings.USUAL_BODY``). Raises
     ``UnsupportedMediaType`` (415), ``PayloadTooLarge`` (413), ``MalformedJson`` (400) or
     ``InvalidInput`` (400) naming the field.
     """
@@ -40,7 +40,7 @@ def read_json[S: BaseModel](
     if not isinstance(parse(body), dict):
         raise InvalidInput("The body must be a JSON object.")
     try:
-        # From the text, not from the objects: strict mode then still knows what JSON cannot say.
+        # From the text, not the objects: strict mode then still accepts types that JSON lacks.
         return spec.model_validate_json(body)
     except ValidationError as error:
         raise invalid_input(error) from None
@@ -75,7 +75,7 @@ def parse(body: bytes) -> Any:
     except RecursionError:
         raise MalformedJson(f"The body is nested more than {MAX_DEPTH} levels deep.") from None
     except ValueError:
-        # A number of thousands of digits.
+        # A number with thousands of digits.
         raise MalformedJson("The body holds a number that is too long.") from None
     reject_unusable(value, "", MAX_DEPTH)
     return value
@@ -95,9 +95,9 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def reject_unusable(value: Any, path: str, depth: int) -> None:
-    """Refuse nesting deeper than ``depth``, numbers past a double, and text nothing can store.
+    """Refuse nesting deeper than ``depth``, numbers beyond a double, and unstorable text.
 
-    ``path`` names ``value`` in what is raised: ``MalformedJson`` or ``InvalidInput``.
+    ``path`` names ``value`` in the error: ``MalformedJson`` or ``InvalidInput``.
     """
     if depth < 0:
         raise MalformedJson(f"The body is nested more than {MAX_DEPTH} levels deep.")

@@ -1,7 +1,5 @@
-"""What every request passes.
-
-A request id, the database's connection given back, rules for browsers, the client's address, a
-refusal of unusable text, errors made answers.
+"""Middleware: request ids, releasing the database connection, browser headers, static files,
+refusing NUL, and domain errors as responses.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from orkestr_console.core.postgres import release_connection, unavailable
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
 REQUEST_ID_HEADER = "X-Request-Id"
-# What a proxy in front or a client may have chosen; anything else is replaced.
+# An id that a proxy or client may choose; anything else is replaced.
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{8,64}", re.ASCII)
 
 
@@ -48,9 +46,9 @@ def request_id(get_response: Handler) -> Handler:
 
 
 def release_database(get_response: Handler) -> Handler:
-    """Give the request's database connection back before the answer is sent, not after.
+    """Release the request's database connection before the response is sent, not after.
 
-    Whoever reads slowly may take a minute over a large page, and would have a connection that long.
+    A slow reader may take a minute over a large page, and would hold a connection that long.
     """
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
@@ -62,7 +60,7 @@ def release_database(get_response: Handler) -> Handler:
     return middleware
 
 
-# What no page of ours uses, nobody who got into one may use either.
+# Browser features that our pages don't use, and injected scripts must not either.
 PERMISSIONS = ", ".join(
     [
         *(
@@ -92,11 +90,11 @@ PERMISSIONS = ", ".join(
 
 
 def browser_headers(get_response: Handler) -> Handler:
-    """Say to browsers what Django's own middleware does not.
+    """Set the browser headers that Django's own middleware doesn't.
 
-    Other sites may not embed what is here (Cross-Origin-Resource-Policy), pages may use no devices
-    (Permissions-Policy), and no cache that several people share keeps an answer (RFC 9111, 5.2.2)
-    unless the answer itself says otherwise, as static files do.
+    Other sites may not embed our responses (Cross-Origin-Resource-Policy), pages may use no devices
+    (Permissions-Policy), and shared caches store no response (RFC 9111, 5.2.2) unless it says
+    otherwise, as static files do.
     """
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
@@ -112,7 +110,7 @@ def browser_headers(get_response: Handler) -> Handler:
 
 
 def reject_nul(get_response: Handler) -> Handler:
-    """Refuse a path or query with NUL in it, which PostgreSQL would answer with an error."""
+    """Refuse a path or query with NUL, on which PostgreSQL would fail."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         query = request.META.get("QUERY_STRING", "")
@@ -124,10 +122,10 @@ def reject_nul(get_response: Handler) -> Handler:
 
 
 class StaticFiles(WhiteNoiseMiddleware):  # type: ignore[misc]
-    """Static files, whole: Django streams a file badly under ASGI, and ours are small."""
+    """Static files, each in one piece: Django streams badly under ASGI, and ours are small."""
 
     def add_files(self, root: str, prefix: str | None = None) -> None:
-        """Take up a directory of files; one that is not there (a test run) is no trouble."""
+        """Add a directory of files; a missing one (in a test run) is ignored."""
         if Path(root).is_dir():
             super().add_files(root, prefix)
 
@@ -145,16 +143,16 @@ class StaticFiles(WhiteNoiseMiddleware):  # type: ignore[misc]
 
 
 class DomainErrors:
-    """Turn a ``DomainError`` that a view raises into the answer its surface understands."""
+    """Turn a view's ``DomainError`` into its surface's response."""
 
     def __init__(self, get_response: Handler) -> None:
         self._get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
-        """Pass the request on as it is."""
+        """Pass the request on unchanged."""
         return self._get_response(request)
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
-        """Django calls this with whatever the view raised."""
+        """The response for an exception that a view raised; None for others."""
         domain_error = error if isinstance(error, DomainError) else unavailable(error)
         return to_response(request, domain_error) if domain_error is not None else None

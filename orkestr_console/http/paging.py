@@ -1,4 +1,4 @@
-"""Lists, newest first, a page at a time: keyset paging behind a signed, opaque cursor."""
+"""Paged lists, newest first: keyset paging behind a signed, opaque cursor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def page[R: models.Model](
 ) -> tuple[list[R], str | None]:
     """The newest ``limit`` rows after ``cursor``, and the cursor of the next page or None.
 
-    Raises ``InvalidInput`` for a cursor that is not one of ours. A limit past the server's own is
+    Raises ``InvalidInput`` for a cursor that is not one of ours. A limit above the server's own is
     lowered to it.
     """
     limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)

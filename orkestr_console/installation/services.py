@@ -1,7 +1,7 @@
-"""Agreeing with the host on whose its state is, and what may be set aside for that.
+"""Agreeing with the host that its state belongs to this database, and the quarantine.
 
-No connection to the database is held while the host is asked: :func:`agree` writes its new mark,
-commits, and only then tells the host of it.
+No database connection is held during calls to the host: :func:`agree` writes its new mark, commits,
+and only then sends it to the host.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from orkestr_console.installation.models import Installation, new_word
 
 logger = logging.getLogger(__name__)
 
-# For as long as the mark is being changed, which takes two calls.
+# Long enough for a change of the mark, which takes two calls.
 MAX_TRIES = 20
 PAUSE_SECONDS = 0.5
 
 
 def current() -> Installation:
-    """The row, made the first time anybody asks."""
+    """The row, created at first use."""
     return Installation.objects.get_or_create(only=True)[0]
 
 
 def is_mismatched() -> bool:
-    """Whether database and state are known not to belong together."""
+    """Whether database and state directory are known not to belong together."""
     return bool(current().mismatch)
 
 
 def agree(has_known_objects: Callable[[], bool]) -> bool:
-    """Whether the host's state is this database's, by a new mark that both then have.
+    """Whether the host's state belongs to this database; both then have the same new mark.
 
     ``knows_some`` is asked, of a state that no database has claimed, whether a row names anything
     of what is in it. Raises the host's errors when it does not answer.
@@ -67,7 +67,7 @@ def agree(has_known_objects: Callable[[], bool]) -> bool:
 
 
 def advance_mark(row: Installation) -> Installation:
-    """The row with a new mark, unless the host has not taken down the last one yet."""
+    """The row with a new mark, unless the host has not confirmed the last one yet."""
     if row.confirmed:
         Installation.objects.filter(pk=row.pk, mark=row.mark).update(
             epoch=F("epoch") + 1, previous=row.mark, mark=new_word(), confirmed=False
@@ -77,7 +77,7 @@ def advance_mark(row: Installation) -> Installation:
 
 
 def record_mismatch(reason: str) -> bool:
-    """Note that nothing may be reconciled, and why; False."""
+    """Record that nothing may be reconciled, and why; returns False."""
     logger.error("nothing is reconciled with the host: %s", reason)
     Installation.objects.exclude(mismatch=reason).update(
         mismatch=reason, mismatch_at=timezone.now()
@@ -88,9 +88,9 @@ def record_mismatch(reason: str) -> bool:
 def reconcile(
     *, images: Sequence[str] | None = None, snapshots: Sequence[str] | None = None
 ) -> Reconciliation | None:
-    """Have the host set aside some of what is not named; None when it may not.
+    """Have the host quarantine some of what has no row; None if it must not.
 
-    Waits a little while another task changes the mark. Raises the host's errors when it does not
+    Waits briefly while another task changes the mark. Raises the host's errors if it doesn't
     answer.
     """
     for _ in range(MAX_TRIES):
@@ -112,12 +112,12 @@ def reconcile(
 
 
 def pause() -> None:
-    """Let the other task go on."""
+    """Wait for the other task."""
     time.sleep(PAUSE_SECONDS)
 
 
 def record_waiting(count: int) -> None:
-    """How much more there is to be set aside."""
+    """Record how many more items will be quarantined."""
     Installation.objects.exclude(waiting=count).update(waiting=count)
 
 
@@ -125,9 +125,9 @@ def record_waiting(count: int) -> None:
 
 
 def adopt(operator: Operator | None = None) -> Installation:
-    """An operator's word that database and state belong together from now on.
+    """Have an operator confirm that database and state belong together from now on.
 
-    What no row names is then set aside, a few things at a time. Raises ``HostUnavailable``.
+    What has no row is then quarantined, a few items at a time. Raises ``HostUnavailable``.
     """
     with translated_errors():
         standing = host().installation()
@@ -141,7 +141,7 @@ def adopt(operator: Operator | None = None) -> Installation:
 
 
 def adopt_restored(paths: StatePaths) -> Installation:
-    """:func:`adopt`, of a state directory that was restored with the database; no host runs yet.
+    """:func:`adopt` for a state directory restored with the database; no host is running yet.
 
     Raises ``OSError``.
     """
@@ -151,7 +151,7 @@ def adopt_restored(paths: StatePaths) -> Installation:
 
 
 def new_mark(seen: int) -> Installation:
-    """The row with a mark that follows on no other, later than the epoch that was seen."""
+    """The row with a mark without a predecessor, and an epoch after the last one ``seen``."""
     last_epoch = Installation.objects.aggregate(most=Max("epoch"))["most"] or 0
     row = current()
     row.epoch, row.previous, row.mark = max(last_epoch, seen) + 1, "", new_word()
@@ -161,27 +161,27 @@ def new_mark(seen: int) -> Installation:
 
 
 def confirm(row: Installation) -> Installation:
-    """The row, now that the host has taken down its mark."""
+    """The row, marked as confirmed by the host."""
     row.confirmed, row.mismatch, row.mismatch_at = True, "", None
     row.save()
     return row
 
 
 def host_standing() -> StandingInfo:
-    """What the state directory says of itself. Raises ``HostUnavailable``."""
+    """The state directory's own record. Raises ``HostUnavailable``."""
     with translated_errors():
         return host().installation()
 
 
 def list_quarantine() -> list[HeldInfo]:
-    """What was set aside, the oldest first. Raises ``HostUnavailable``."""
+    """The items in quarantine, oldest first. Raises ``HostUnavailable``."""
     release_connection()
     with translated_errors():
         return host().quarantine()
 
 
 def restore(key: str, operator: Operator | None = None) -> HeldInfo:
-    """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
+    """Restore an item from quarantine. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
     with record_refusals_of(operator, "quarantine.restore", key), translated_errors():
         item = host().restore_held(key)
     if operator is not None:
@@ -190,7 +190,7 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 
 
 def delete(key: str, operator: Operator | None = None) -> None:
-    """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
+    """Delete a quarantined item permanently. Raises ``NotFound``, ``HostUnavailable``."""
     with record_refusals_of(operator, "quarantine.delete", key), translated_errors():
         host().delete_held(key)
     if operator is not None:
@@ -199,7 +199,7 @@ def delete(key: str, operator: Operator | None = None) -> None:
 
 @contextmanager
 def record_refusals_of(operator: Operator | None, action: str, key: str) -> Iterator[None]:
-    """Note in the audit log what an operator is refused."""
+    """Record an operator's refused action in the audit log."""
     if operator is None:
         yield
         return
@@ -208,7 +208,7 @@ def record_refusals_of(operator: Operator | None, action: str, key: str) -> Iter
 
 
 def record(operator: Operator, action: str, name: str, note: str) -> None:
-    """An entry in the audit log, of the team that the operator acts for just now."""
+    """Record an operator's action in the audit log of the team they currently act for."""
     if operator.home is not None:
         actor, data = operator.acting_for(operator.home), {"note": note} if note else {}
         audit.record(actor, action, kind="host", object_id=name, name=name, data=data)

@@ -1,4 +1,4 @@
-"""What the operator sees while the console starts: one line a step, and one that moves."""
+"""The operator's view of a start: one line per step, and one progress line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAR_LINE = "\r\x1b[2K"
 
 @dataclass
 class Step:
-    """One step under way; what it writes in ``detail`` is printed when it is done."""
+    """A running step; its ``detail`` is printed when it is done."""
 
     label: str
     detail: str = ""
@@ -26,7 +26,7 @@ class Step:
 class Display:
     """Prints steps from several threads without mixing their lines.
 
-    A terminal that has gone, or a file on a full disk, must not end what it would have told of.
+    A closed terminal, or a file on a full disk, must not stop the work that it reports.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -41,7 +41,7 @@ class Display:
 
     @contextmanager
     def step(self, label: str) -> Iterator[Step]:
-        """Time a block and print its line when it succeeds; an exception prints nothing here."""
+        """Time a block and print its line if it succeeds; an exception prints nothing here."""
         step = Step(label)
         try:
             yield step
@@ -55,7 +55,7 @@ class Display:
         )
 
     def progress(self, label: str, message: str) -> None:
-        """Show what ``label`` is doing now: on the moving line, or as a line where none moves."""
+        """Show the current progress of ``label``: on the progress line, or as a line of its own."""
         message = " ".join(message.split())[: DETAIL_WIDTH + 10]
         with self._lock:
             if self._progress.get(label) == message:
@@ -73,11 +73,11 @@ class Display:
             self._progress.pop(label, None)
 
     def warn(self, text: str) -> None:
-        """A thing the operator should know that does not stop the start."""
+        """Print something the operator should know that doesn't stop the start."""
         self.line(f"  {self._warn} {text}")
 
     def line(self, text: str = "") -> None:
-        """Print a line above the moving one."""
+        """Print a line above the progress line."""
         with self._lock, suppress(OSError):
             self._stream.write(f"{CLEAR_LINE if self._interactive else ''}{text}\n")
             if self._interactive:

@@ -1,4 +1,4 @@
-"""`manage.py down`: end the sandboxes, stop the console, give everything of the host back."""
+"""`manage.py down`: end the sandboxes, stop the console, and release all host resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orkestr_console.runner.confine import mount_points
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import lock_holder
 
-# How long what ends may do nothing; the time it works does not count.
+# How long stopping programs may be idle; the time they work doesn't count.
 STOP_SECONDS = 90
 TEARDOWN_SECONDS = 120
 
@@ -33,7 +33,7 @@ def bring_down(layout: Layout, report: Callable[[str], None]) -> None:
     Safe to repeat. Raises ``DownError``.
     """
     running = count_sandboxes(layout)
-    # First, so that nobody makes another one, or takes what is ended here for lost.
+    # First, so that nobody creates another, or takes those ended here for lost.
     if stop_console(layout):
         report("console stopped")
     if layout.state_dir.exists():
@@ -46,7 +46,7 @@ def bring_down(layout: Layout, report: Callable[[str], None]) -> None:
 
 
 def count_sandboxes(layout: Layout) -> int:
-    """How many run, if the agent answers."""
+    """How many sandboxes run; 0 if the agent doesn't answer."""
     if not layout.host_socket.exists():
         return 0
     try:
@@ -57,7 +57,7 @@ def count_sandboxes(layout: Layout) -> int:
 
 
 def stop_console(layout: Layout) -> bool:
-    """Stop the `up` of this installation; whether there was one."""
+    """Stop this installation's `up`; whether one was running."""
     process = lock_holder(layout)
     if process is None:
         return False
@@ -74,7 +74,7 @@ def stop_console(layout: Layout) -> bool:
 
 
 def tear_down_host(layout: Layout, report: Callable[[str], None]) -> None:
-    """Have the host runtime remove everything of this state directory from the host.
+    """Have the host runtime remove all of this state directory's resources from the host.
 
     Raises ``DownError``.
     """

@@ -1,4 +1,4 @@
-"""What `manage.py up` does while the console serves: replace what died or hangs, and say so."""
+"""What `manage.py up` does while the console serves: replace and report what died or hangs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from orkestr_console.runner.watch import (
 )
 
 CHECK_SECONDS = 1.0
-# Not longer: while this waits for the process manager, it watches nothing.
+# Short: while this waits for the process manager, it watches nothing.
 STATES_TIMEOUT = 1.0
 RETRY_SECONDS = 15.0
-# After which what the manager left behind, and was asked by the kernel to end, is killed.
+# How long programs may survive their manager, after the kernel's signal, until they are killed.
 ORPHAN_SECONDS = 10.0
 
 type States = dict[str, tuple[str, int]]
@@ -54,23 +54,23 @@ class Guard:
             "postgres": layout.cluster.responds,
             "agent": partial(agent_responds, layout.host_socket),
             "web": partial(web_responds, layout),
-            # Its own watchdog sees to the rest of its processes (orkestr_console.queue.worker).
+            # Its own watchdog handles its other processes (orkestr_console.queue.worker).
             "worker": lambda: not any(map(is_stopped, self._pids("worker"))),
         }
 
     def run(self) -> None:
-        """Watch, for ever; ends by an exception such as ``KeyboardInterrupt``."""
+        """Watch until an exception such as ``KeyboardInterrupt``."""
         while True:
             time.sleep(CHECK_SECONDS)
             self.check()
 
     def check(self) -> None:
-        """One round: see to the process manager, then to its programs."""
+        """Check the process manager, then its programs, once."""
         if not self._keeper.alive():
             self._restart_all(f"has ended:\n{self._keeper.tail('supervisord.log')}")
         elif symptom := self._manager.symptom():
             self._restart_all(f"hangs: it {symptom}")
-        # One that only takes its time is asked again.
+        # A manager that is only slow is asked again.
         with contextlib.suppress(ManagerUnresponsive):
             self._check_programs()
 
@@ -101,7 +101,7 @@ class Guard:
             self._watched[name].reset()
 
     def _retry_failed(self, states: States) -> None:
-        """supervisord gives up after a while; a disk that is full now may not be later."""
+        """Restart programs that supervisord gave up on: a full disk may not be full later."""
         if time.monotonic() - self._last_retry < RETRY_SECONDS:
             return
         self._last_retry = time.monotonic()
@@ -110,7 +110,7 @@ class Guard:
                 self._keeper.revive(name)
 
     def _restart_all(self, problem: str) -> None:
-        """Start a process manager and all its programs, for as often as it takes."""
+        """Start a process manager and all its programs, retrying until that works."""
         self._display.warn(f"the process manager {problem}\n  ! everything is started again")
         self._keeper.kill()
         self._kill_orphans(pid for _, pid in self._states.values() if pid)
@@ -129,7 +129,7 @@ class Guard:
             watched.reset()
 
     def _kill_orphans(self, pids: Iterable[int]) -> None:
-        """The kernel has told the programs to end with their manager; those that hang cannot."""
+        """Kill programs that survived their manager: hung ones ignore the kernel's signal."""
         orphans = [pid for pid in pids if is_running(pid)]
         patience = Patience(ORPHAN_SECONDS, lambda: orphans)
         while orphans and not patience.spent():

@@ -1,4 +1,4 @@
-"""One `manage.py up` at a time for each var directory."""
+"""A lock that allows one `manage.py up` per var directory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from orkestr_console.runner.layout import Layout, StartError
 
 @contextmanager
 def exclusive_lock(layout: Layout) -> Iterator[None]:
-    """Hold the installation's lock (flock(2): the kernel frees it however we end).
+    """Hold the installation's lock (flock(2): the kernel releases it however we exit).
 
     Raises ``StartError`` if another process holds it.
     """
     with layout.lock.open("a+") as stream:
-        # Who could open it, if only to read, could hold it against us (flock(2)).
+        # Anybody who can open it, even only to read, could lock it against us (flock(2)).
         layout.lock.chmod(0o600)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,7 +30,7 @@ def exclusive_lock(layout: Layout) -> Iterator[None]:
 
 
 def lock_holder(layout: Layout) -> int | None:
-    """The process id of the `up` that runs now, if one does."""
+    """The process id of the running `up`, or None."""
     if not layout.lock.exists():
         return None
     with layout.lock.open() as stream:

@@ -1,4 +1,4 @@
-"""`manage.py up`: start everything, say what came up, keep it running until Ctrl-C."""
+"""`manage.py up`: start everything, report it, and keep it running until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orkestr_console.runner.summary import (
 
 MEBIBYTE = 1024**2
 OOM_SCORE_ADJ = -900
-# What Django keeps in var/run and the unprivileged processes must be able to read.
+# Django's secrets in var/run, which the unprivileged processes must be able to read.
 SECRETS = ("secret_key", "token_pepper")
 
 
@@ -51,16 +51,16 @@ class Console:
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM.
 
-        Raises ``StartError`` or ``PostgresError`` when something does not come up; what had come
-        up is stopped again.
+        Raises ``StartError`` or ``PostgresError`` if something doesn't start; what had started is
+        stopped again.
         """
         self._require_root()
-        # What is made without a mode of its own is no matter of who starts it, and how.
+        # Files created without an explicit mode must not depend on who starts it.
         os.umask(0o022)
         protect_from_oom_killer()
         self._layout.prepare()
         with exclusive_lock(self._layout):
-            # One that was killed leaves it.
+            # A killed run leaves it.
             self._layout.ready.unlink(missing_ok=True)
             self._require_complete_restore()
             self._require_port()
@@ -117,7 +117,7 @@ class Console:
         except KeyboardInterrupt:
             self._display.line("\n  Stopping. Sandboxes keep running; `make down` ends them.")
         finally:
-            # A second Ctrl-C must not leave half of it running.
+            # A second Ctrl-C must not leave anything running.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._stopping = True
             self._layout.ready.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ class Console:
             step.detail = f"private PostgreSQL in {cluster.data}"
 
     def _prepare(self, identity: Identity) -> Credentials:
-        """Bring the schema up to date and make sure the demo team exists."""
+        """Migrate the schema and ensure that the demo team exists."""
         command = ["prepare", f"--credentials={self._layout.console_json}"]
         if self._layout.sandboxes_ended_marker.exists():
             command.append("--sandboxes-ended")
@@ -159,7 +159,7 @@ class Console:
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C must not interrupt it half-way: the stop that follows waits for it.
+                # Ctrl-C must not interrupt it: the shutdown that follows waits for it.
                 start_new_session=True,
             )
             credentials = known_credentials(self._layout)
@@ -189,7 +189,7 @@ class Console:
         self._keeper.await_ready(program, ready, seconds, say)
 
     def _start_host(self) -> None:
-        """Start the agent, then make the base images it lacks; in a thread of its own."""
+        """Start the agent, then create missing base images; runs in its own thread."""
         socket = self._layout.host_socket
         with self._display.step("host agent") as step:
             self._keeper.launch("agent")
@@ -222,7 +222,7 @@ class Console:
                     elif event.image:
                         step.detail = f"{event.image.size_bytes / MEBIBYTE:.0f} MiB"
         except HostError as error:
-            # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
+            # A base that cannot be created (say, no mirror has its packages) doesn't affect others.
             if not self._stopping:
                 self._display.warn(
                     f"{label} could not be created. It is retried automatically, and not offered "
@@ -252,10 +252,10 @@ class Console:
 
 
 def protect_from_oom_killer() -> None:
-    """Have the kernel take this process and what it starts last, when memory ends (proc(5)).
+    """Make this process and its children the kernel's last choice when memory runs out (proc(5)).
 
-    Sandboxes are not among it: their launcher says so (hostruntime.container.lxc).
+    Sandboxes are excluded by their launcher (hostruntime.container.lxc).
     """
     with contextlib.suppress(OSError):
-        # Not ours to say in a container whose root may not.
+        # Not permitted to the root of some containers.
         Path("/proc/self/oom_score_adj").write_text(f"{OOM_SCORE_ADJ}\n")

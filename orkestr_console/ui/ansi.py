@@ -1,9 +1,9 @@
-"""A program's output as HTML: colours as classes, progress lines redrawn, nothing else obeyed.
+"""A program's output as HTML: colours as classes, progress lines redrawn, and nothing else.
 
-What is understood of ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
-erase-in-line, which is what progress bars are made of. Every other sequence is dropped. Text is
-escaped; characters that turn the direction of text or cannot be seen (Unicode TR 36) are shown,
-not obeyed. The work is in proportion to the text, whatever the text is.
+Supported from ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
+erase-in-line, which progress bars use. Every other sequence is dropped. Text is escaped; invisible
+and text-direction characters (Unicode TR 36) are shown as code points, not applied. The work is
+linear in the text's length, whatever the text is.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MAX_LINES = 2000
 MAX_LINE_LENGTH = 16 * 1024
 MAX_SEQUENCE_LENGTH = 4096
 MAX_PARAMETERS = 64
-# A page is given no more of a text than this, the end: drawing 16 MiB would hold up everybody.
+# A page gets at most this much of a text, its end: rendering 16 MiB would delay everybody.
 MAX_SHOWN_CHARS = 1024 * 1024
 
-# Text up to the next special; or one special: line end, CSI, a string such as OSC, another escape.
-# Hostile output comes through here: no alternative may read on to the end and then fail. None has
-# a line feed inside: a line has the same number here as in the text.
+# Text up to the next control; or one control: line end, CSI, a string such as OSC, another escape.
+# Hostile output passes through here: no alternative may scan to the end and then fail. None
+# contains a line feed, so that a line has the same number here as in the text.
 _TOKENS = re.compile(
     r"(?P<text>[^\x00-\x1f\x7f-\x9f]+|\t)"
     r"|(?P<newline>\r{0,4}\n)"
@@ -39,13 +39,13 @@ _TOKENS = re.compile(
     r"|\x1b[0-OQ-WYZ`-~\\=>]"
     r"|[\x00-\x1f\x7f-\x9f]"
 )
-# An escape sequence, or the first half of a line end, that the text breaks off in.
+# An incomplete escape sequence, or the first half of a line end, at the end of the text.
 _INCOMPLETE = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)|\r{1,4})\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a character looks: colours by number (xterm's 16), and marks."""
+    """A character's style: colours by number (xterm's 16), and marks."""
 
     fore: int | None = None
     back: int | None = None
@@ -91,7 +91,7 @@ def apply_sgr(style: Style, parameters: str) -> Style:
 
 
 def apply_colour(style: Style, code: int) -> Style:
-    """The style after one of the plain colour codes; others change nothing."""
+    """The style after one of the basic colour codes; others change nothing."""
     if 30 <= code <= 37:
         return replace(style, fore=code - 30)
     if 90 <= code <= 97:
@@ -106,7 +106,7 @@ def apply_colour(style: Style, code: int) -> Style:
 
 
 def parse_extended_colour(codes: list[int]) -> int | None:
-    """The nearest of 16 to ``5;n`` or ``2;r;g;b``, which are taken off ``codes``."""
+    """The nearest of the 16 colours to ``5;n`` or ``2;r;g;b``, which are removed from ``codes``."""
     kind = codes.pop(0) if codes else 0
     if kind == 5 and codes:
         number = codes.pop(0)
@@ -120,7 +120,7 @@ def parse_extended_colour(codes: list[int]) -> int | None:
 
 
 def xterm_rgb(number: int) -> tuple[int, int, int]:
-    """Red, green and blue of one of xterm's 256 colours from 16 on."""
+    """Red, green and blue of one of xterm's 256 colours, from number 16 on."""
     if number >= 232:
         grey = 8 + 10 * (min(number, 255) - 232)
         return grey, grey, grey
@@ -129,7 +129,7 @@ def xterm_rgb(number: int) -> tuple[int, int, int]:
 
 
 def nearest_colour(red: int, green: int, blue: int) -> int:
-    """The one of 16 colours that is meant: which channels stand out, and whether it is bright."""
+    """The nearest of the 16 colours, by its dominant channels and brightness."""
     top = max(red, green, blue)
     if top < 50:
         return 0
@@ -140,24 +140,24 @@ def nearest_colour(red: int, green: int, blue: int) -> int:
 
 
 def dark_colour(colour: int | None) -> int | None:
-    """A background: the eight dark ones are enough, so that text on them stays readable."""
+    """A background colour: one of the eight dark ones, so that text on it stays readable."""
     return None if colour is None else colour % 8
 
 
 class Log:
-    """Output as it grows: feed it text, get the lines that are complete and the one that is not."""
+    """Incremental rendering: feed it text, get the completed lines and the unfinished one."""
 
     def __init__(self) -> None:
         self._style = PLAIN
         self._chars: list[str] = []
         self._styles: list[Style] = []
         self._column = 0
-        # So many cells from the left are known to be blank, and need not be blanked again.
+        # So many cells from the left are already blank, and need not be blanked again.
         self._blank_until = 0
         self._incomplete = ""
 
     def feed(self, text: str) -> tuple[list[str], str]:
-        """The HTML of the lines that ``text`` completed, and of the unfinished last line."""
+        """The HTML of the lines that ``text`` completes, and of the unfinished last line."""
         text = self._incomplete + text
         incomplete = _INCOMPLETE.search(text, max(len(text) - MAX_SEQUENCE_LENGTH, 0))
         self._incomplete = ""
@@ -217,7 +217,7 @@ class Log:
 
 
 def styled_html(text: str, style: Style) -> str:
-    """Escaped text, in a span where it has a style."""
+    """Escaped text, in a span if it has a style."""
     html = INVISIBLE.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
     return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
 
@@ -225,8 +225,7 @@ def styled_html(text: str, style: Style) -> str:
 def lines_html(lines: list[str], first: int | None = None) -> str:
     """Lines as elements, so that a page can drop the oldest of a long log.
 
-    With the number of the ``first`` each has its own. A piece of a very long line that was cut
-    has the number of that line.
+    With ``first``, each has its number. The pieces of a very long line have that line's number.
     """
     if first is None:
         return "".join(f"<span>{line}</span>" for line in lines)
@@ -238,15 +237,15 @@ def lines_html(lines: list[str], first: int | None = None) -> str:
 
 
 def count_line_ends(lines: Iterable[str]) -> int:
-    """How many of the pieces end a line."""
+    """How many of the pieces end with a line feed."""
     return sum(line.endswith("\n") for line in lines)
 
 
 @dataclass(frozen=True)
 class RenderedLog:
-    """A log as a page shows it: lines from number ``first`` on, and the unfinished line ``last``.
+    """A rendered log: its lines from number ``first`` on, and the unfinished line ``last``.
 
-    Without numbers ``first`` counts from 1 all the same.
+    ``first`` counts from 1 even if the lines have no numbers.
     """
 
     lines: SafeString
@@ -259,7 +258,7 @@ class RenderedLog:
 
     @property
     def hidden(self) -> int:
-        """How many lines before are not shown."""
+        """How many earlier lines are not shown."""
         return self.first - 1
 
 
@@ -268,7 +267,7 @@ def render_tail(text: str) -> RenderedLog:
     cut = len(text) - MAX_SHOWN_CHARS
     if cut <= 0:
         return render(text)
-    # From the next line on, if one begins soon: half a line says little.
+    # From the next line on, if one starts soon.
     cut = text.find("\n", cut, cut + MAX_LINE_LENGTH) + 1 or cut
     return render(text[cut:], first=text.count("\n", 0, cut) + 1)
 
@@ -281,9 +280,9 @@ def render(
     max_lines: int = MAX_LINES,
     numbered: bool = False,
 ) -> RenderedLog:
-    """``text`` that begins with line ``first`` as HTML: its last ``most`` lines.
+    """The last ``max_lines`` lines of ``text``, which starts with line ``first``, as HTML.
 
-    ``lead`` is what stands before it; the text is in the colours that it ends with.
+    ``lead`` is the text before it, whose final colours it continues.
     """
     log = Log()
     if lead:

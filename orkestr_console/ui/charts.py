@@ -1,7 +1,7 @@
-"""Charts by day, as the shapes that a template draws: bars in a box 100 high, 10 wide a day.
+"""Charts by day, as shapes for a template: bars in a box 100 high and 10 wide per day.
 
-The box is stretched to whatever room there is, so only what may be stretched is in it; words and
-numbers stand beside it as HTML, at their own size.
+The box is stretched to fit, so it contains only what can be stretched; words and numbers are HTML
+next to it, at their own size.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from datetime import date
 DAY_WIDTH = 10
 BAR_WIDTH = 7
 HEIGHT = 100
-# Days of a month that are named below the chart.
+# Days of a month that are labelled below the chart.
 LABELLED_DAYS = frozenset({1, 8, 15, 22, 29})
 STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A piece of a day's bar; ``series`` numbers what it stands for, from 1."""
+    """A segment of a day's bar; ``series`` is the number of its series, from 1."""
 
     series: int
     x: float
@@ -31,7 +31,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Column:
-    """A day: where its column is, its bars, what it says when pointed at, its name below."""
+    """A day: its position, bars, tooltip text and label."""
 
     x: int
     bars: tuple[Bar, ...]
@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Chart:
-    """A whole chart; ``scale`` are the words at the top, the middle and the bottom."""
+    """A complete chart; ``scale`` has the labels at the top, the middle and the bottom."""
 
     columns: tuple[Column, ...]
     width: int
@@ -53,7 +53,7 @@ def chart(
     series: Sequence[tuple[str, Sequence[float]]],
     words: Callable[[float], str],
 ) -> Chart:
-    """The chart of amounts by day; several series (name, amounts) stand on top of each other."""
+    """A chart of amounts by day; several series (name, amounts) are stacked."""
     peak = max((sum(amounts) for amounts in zip(*(a for _, a in series), strict=True)), default=0)
     top = round_up(peak)
     columns = tuple(
@@ -64,7 +64,7 @@ def chart(
 
 
 def round_up(amount: float) -> float:
-    """The round number at or above ``most`` that the scale ends with; 1 for nothing."""
+    """The next round number, as the top of the scale; 1 for 0."""
     if amount <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(amount))

@@ -1,4 +1,4 @@
-"""What the commands `backup` and `restore` share: telling how far they are, and errors in words."""
+"""Shared by the commands `backup` and `restore`: progress reports, and readable errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from orkestr_console.runner.postgres import PostgresError
 
 REPORT_SECONDS = 5
 _MIB = 1024 * 1024
-# ENOTSUP, EPERM: owners, attributes and hard links are what such a file system cannot keep.
+# Errors of file systems without owners, attributes or hard links.
 _UNSUPPORTED_ERRNOS = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK})
 
 
 class ProgressReporter:
-    """Says what is begun, and every few seconds how far it is."""
+    """Reports each phase, and the progress every few seconds."""
 
     def __init__(self, stream: OutputWrapper) -> None:
         self._stream = stream
@@ -35,7 +35,7 @@ class ProgressReporter:
         self.progress = Progress()
 
     def report(self, text: str) -> None:
-        """What is done next."""
+        """Report the next phase."""
         self._stream.write(f"  {text}")
 
     def on_progress(self) -> None:
@@ -48,7 +48,7 @@ class ProgressReporter:
 
 @contextmanager
 def command_errors(operation: str, directory: Path) -> Iterator[None]:
-    """Do it as root, closed to others, until Ctrl-C or SIGTERM; every fault in words.
+    """Require root and a private umask; turn errors and interrupts into messages.
 
     Raises CommandError.
     """

@@ -1,4 +1,4 @@
-"""The database in a backup: one custom-format archive of pg_dump(1), of one instant."""
+"""The database in a backup: one custom-format archive of pg_dump(1), from one snapshot."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import exclusive_lock, lock_holder
 from orkestr_console.runner.postgres import DISTRIBUTION, running_server
 
-# How long pg_dump or pg_restore may do nothing; the time they work does not count.
+# How long pg_dump or pg_restore may be idle; the time they work doesn't count.
 IDLE_SECONDS = 300
 CONNECT_SECONDS = 30
-# libpq's environment variables that are not called as the parameter is, in capitals (libpq-envars).
+# libpq's environment variables whose names differ from their parameters' (libpq-envars).
 _VARIABLES = {
     "dbname": "PGDATABASE",
     "application_name": "PGAPPNAME",
@@ -37,9 +37,9 @@ _TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
 
 @dataclass(frozen=True)
 class DumpContents:
-    """What a dump holds: ``images`` and ``snapshots`` that its rows count on, by their names.
+    """A dump's contents: the ids of ``images`` and ``snapshots`` that its rows refer to.
 
-    ``server`` is the major version of PostgreSQL.
+    ``server`` is PostgreSQL's major version.
     """
 
     server: int
@@ -51,9 +51,9 @@ class DumpContents:
 
 @contextmanager
 def database(layout: Layout) -> Iterator[str]:
-    """The URL of the installation's database, started for the time if the console does not run.
+    """The URL of the installation's database, which is started if the console is not running.
 
-    Raises BackupError, StartError (the console is being started), PostgresError.
+    Raises BackupError, StartError (the console is starting), PostgresError.
     """
     if layout.database_url is not None:
         yield layout.database_url
@@ -72,7 +72,7 @@ def database(layout: Layout) -> Iterator[str]:
 
 
 def dump(url: str, target: Path) -> DumpContents:
-    """Write the archive, and say what its rows name: both see the same instant.
+    """Write the archive, and list what its rows refer to, from the same snapshot.
 
     Raises BackupError, CommandFailed, psycopg.Error.
     """
@@ -98,9 +98,9 @@ def dump(url: str, target: Path) -> DumpContents:
 
 
 def load(url: str, archive: Path, server: int) -> None:
-    """Fill a database from an archive of a server of that version, wholly or not at all.
+    """Load an archive from a server of that version into a database, atomically.
 
-    What is there of the same names is replaced. Raises BackupError, CommandFailed.
+    Existing objects of the same names are replaced. Raises BackupError, CommandFailed.
     """
     options = ["--clean", "--if-exists", "--no-owner", "--no-privileges", "--single-transaction"]
     run(
@@ -121,7 +121,7 @@ def is_empty(url: str) -> bool:
 
 
 def environment(url: str) -> Mapping[str, str]:
-    """The connection as libpq's environment: a password is nothing for a command line."""
+    """The connection as libpq's environment: a password must not be on a command line."""
     parameters = conninfo_to_dict(url)
     return {
         _VARIABLES.get(name, f"PG{name.replace('_', '').upper()}"): str(value)
@@ -135,7 +135,7 @@ def _column(connection: psycopg.Connection, query: str) -> list[str]:
 
 
 def _program(name: str, server: int) -> Path:
-    """The program of that server's version, or the oldest that is newer. Raises BackupError."""
+    """The program of that server version, or the next newer one. Raises BackupError."""
     found = {int(path.parents[1].name): path for path in DISTRIBUTION.glob(f"*/bin/{name}")}
     suitable = [version for version in found if version >= server]
     if not suitable:

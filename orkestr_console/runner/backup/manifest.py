@@ -1,4 +1,4 @@
-"""One backup in its directory: what it names, and the sums of its files.
+"""One backup in its directory: its manifest and the checksums of its files.
 
 ::
 
@@ -40,9 +40,9 @@ _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\dZ(?:-\d+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one backup holds. ``made_at`` is Unix seconds, ``server`` PostgreSQL's major version.
+    """A backup's contents. ``made_at`` is Unix seconds, ``server`` PostgreSQL's major version.
 
-    ``lost`` was named by the database and not on the disk any more.
+    ``lost`` lists what the database refers to but the disk no longer has.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -60,19 +60,19 @@ _KIND = TypeAdapter(Manifest)
 
 
 def backups(directory: Path) -> list[Path]:
-    """Every whole backup in a directory, the oldest first."""
+    """Every complete backup in a directory, oldest first."""
     return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name))
 
 
 def write(staged: Path, manifest: Manifest) -> None:
-    """Complete a backup that is being made. Raises OSError."""
+    """Write the manifest and checksums of a staged backup. Raises OSError."""
     write_json(staged / _MANIFEST, asdict(manifest))
     lines = [f"{_sha256(staged / name)}  {name}\n" for name in _files(staged)]
     (staged / _SUMS).write_text("".join(lines))
 
 
 def read(backup: Path) -> Manifest:
-    """The manifest of one whose own files are what their sums say. Raises BackupError, OSError."""
+    """The manifest of a backup whose own files are intact. Raises BackupError, OSError."""
     damaged = damaged_files(backup)
     if damaged:
         raise BackupError(f"the backup is damaged: {'; '.join(damaged)}")
@@ -86,7 +86,7 @@ def read(backup: Path) -> Manifest:
 
 
 def read_installation(backup: Path) -> str:
-    """Whose backup it is, as far as that can still be read."""
+    """The id of a backup's installation; blank if unreadable."""
     with suppress(BadRecord, OSError):
         found = read_record(backup / _MANIFEST, _KIND)
         return found.installation if found is not None else ""
@@ -94,7 +94,7 @@ def read_installation(backup: Path) -> str:
 
 
 def damaged_files(backup: Path) -> list[str]:
-    """Which of a backup's own files are not what their sums say, with the reason."""
+    """The damaged ones among a backup's own files, with the reason."""
     try:
         lines = (backup / _SUMS).read_text(errors="replace").splitlines()
     except OSError as error:
@@ -128,7 +128,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(directory: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold the backup's directory (flock(2)), against who writes or against everybody.
+    """Lock the backup directory (flock(2)), shared or exclusive.
 
     Raises BackupError, OSError.
     """

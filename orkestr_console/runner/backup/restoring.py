@@ -1,7 +1,7 @@
-"""`manage.py restore`: bring a backup back into an installation that is empty.
+"""`manage.py restore`: restore a backup into an empty installation.
 
-Everything is read and held against its digest first; then ``restoring`` in the var directory says
-that it has begun, and the console does not start until it is whole.  A repeat begins anew.
+Everything is verified against its digest first; then the file ``restoring`` in the var directory
+marks the start, and the console does not start until the restore is complete.  A retry starts over.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def restore(
 ) -> Manifest:
     """Restore the backup of that name, or the newest; return its manifest.
 
-    Raises BackupError, StartError (the console runs), PostgresError, HostError, OSError. What was
-    not whole before is not used by anything, and a repeat replaces it.
+    Raises BackupError, StartError (the console runs), PostgresError, HostError, OSError. Nothing
+    uses an incomplete restore, and a retry replaces it.
     """
     backup = choose_backup(directory, name)
     with manifest.locked(directory, exclusive=False):
@@ -51,7 +51,7 @@ def restore(
             report("database")
             restore_keys(layout, backup)
             restore_database(layout, backup, backup_manifest)
-            # No container is here: the next start tells the database.
+            # There are no containers: the next start records that in the database.
             layout.sandboxes_ended_marker.touch()
             os.sync()
             layout.restore_marker.unlink()
@@ -59,7 +59,7 @@ def restore(
 
 
 def choose_backup(directory: Path, name: str | None) -> Path:
-    """The backup to restore. Raises BackupError where there is none of that name."""
+    """The backup to restore. Raises BackupError if there is none of that name."""
     candidates = manifest.backups(directory) if directory.is_dir() else []
     if name is not None:
         candidates = [backup for backup in candidates if backup.name == name]
@@ -70,7 +70,7 @@ def choose_backup(directory: Path, name: str | None) -> Path:
 
 
 def require_empty(layout: Layout) -> None:
-    """Raise BackupError where there is anything that a restore would have to replace."""
+    """Raise BackupError if there is anything that a restore would have to replace."""
     if layout.restore_marker.exists():
         return
     kinds = ("images", "snapshots", "sandboxes", "disks", "quarantine")
@@ -91,7 +91,7 @@ def require_empty(layout: Layout) -> None:
 
 
 def verify_backup(backup: Path, vault: Vault) -> Manifest:
-    """The manifest of a backup that is all there, and is for this console. Raises BackupError."""
+    """The manifest of a complete backup for this console version. Raises BackupError."""
     backup_manifest = manifest.read(backup)
     damaged = vault.damaged(backup_manifest.stored)
     if damaged:
@@ -114,14 +114,14 @@ def verify_backup(backup: Path, vault: Vault) -> Manifest:
 
 
 def known_migrations() -> set[str]:
-    """The migrations that this version of the console has, as the database writes them down."""
+    """The migrations of this console version, named as in the database."""
     loader = MigrationLoader(None)
     replaced = (old for migration in loader.disk_migrations.values() for old in migration.replaces)
     return {f"{app}.{name}" for app, name in (*loader.disk_migrations, *replaced)}
 
 
 def restore_state(layout: Layout, backup: Path, found: Manifest, vault: Vault) -> None:
-    """Images, snapshots and the operator's own list. Raises OSError."""
+    """Restore images, snapshots and the operator's allowlist. Raises OSError."""
     paths = StatePaths(layout.state_dir).ensure()
     for directory in (paths.images, paths.snapshots):
         # What an earlier attempt left.
@@ -142,7 +142,7 @@ def restore_keys(layout: Layout, backup: Path) -> None:
 
 
 def restore_database(layout: Layout, backup: Path, found: Manifest) -> None:
-    """Make the database, and have its rows own the restored state.
+    """Create the database, and associate the restored state with it.
 
     Raises BackupError, PostgresError, CommandFailed, OSError.
     """
@@ -158,7 +158,7 @@ def restore_database(layout: Layout, backup: Path, found: Manifest) -> None:
 
 
 def load_database(layout: Layout, url: str, backup: Path, found: Manifest) -> None:
-    """Load the archive, bring the schema up to date, and agree on whose the state is."""
+    """Load the archive, migrate the schema, and adopt the restored state."""
     load(url, backup / manifest.DUMP, found.server)
     try:
         call_command("migrate", interactive=False, verbosity=0)

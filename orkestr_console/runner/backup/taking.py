@@ -1,4 +1,4 @@
-"""`manage.py backup`: copy what is new, beside a console that goes on working."""
+"""`manage.py backup`: copy what is new, while the console keeps running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import Layout
 
 KEEP = 7
-# Files of the installation's run directory; and what stands for two of them in the environment.
+# Secret files of the run directory, and the environment variables that override them.
 SECRETS = {"secret_key": "ORKESTR_SECRET_KEY", "token_pepper": "ORKESTR_TOKEN_PEPPER"}
 ALLOWLIST = "egress-allowlist.txt"
 Report = Callable[[str], None]
@@ -26,7 +26,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BackupSummary:
-    """A backup that is whole. ``lost`` is what the database names and the disk has no more."""
+    """A complete backup. ``lost`` is what the database refers to but the disk no longer has."""
 
     name: str
     text: str
@@ -36,10 +36,10 @@ class BackupSummary:
 def create_backup(
     layout: Layout, directory: Path, keep: int, vault: Vault, report: Report
 ) -> BackupSummary:
-    """Make a backup in ``directory``, and drop all but the last ``keep``.
+    """Create a backup in ``directory``, and delete all but the last ``keep``.
 
-    Raises BackupError, StartError, PostgresError, HostError, psycopg.Error, OSError; then no backup
-    was made, and a repeat goes on with what had been copied.
+    Raises BackupError, StartError, PostgresError, HostError, psycopg.Error, OSError; then there is
+    no new backup, and a retry reuses what was copied.
     """
     prepare(layout, directory)
     with manifest.locked(directory, exclusive=True):
@@ -69,7 +69,7 @@ def create_backup(
 
 
 def prepare(layout: Layout, directory: Path) -> None:
-    """Make the directory root's alone. Raises BackupError for one that cannot be meant."""
+    """Create the directory, accessible only to root. Raises BackupError for an unsuitable one."""
     for inside, what in ((layout.var, "ORKESTR_VAR"), (layout.state_dir, "ORKESTR_STATE_DIR")):
         if directory.resolve().is_relative_to(inside.resolve()):
             raise BackupError(
@@ -89,8 +89,8 @@ def prepare(layout: Layout, directory: Path) -> None:
 
 
 def require_same_installation(directory: Path, contents: DumpContents) -> None:
-    """What is found again by its name must be of the same installation. Raises BackupError."""
-    # Empty of a console that has never served.
+    """Require existing backups to be of the same installation. Raises BackupError."""
+    # Blank for a console that has never served.
     owners = {manifest.read_installation(backup) for backup in manifest.backups(directory)} - {""}
     if owners - {contents.installation}:
         raise BackupError(
@@ -99,7 +99,7 @@ def require_same_installation(directory: Path, contents: DumpContents) -> None:
 
 
 def copy_keys(layout: Layout, staged: Path) -> None:
-    """Copy keys, credentials, and what the operator added. Raises BackupError, OSError."""
+    """Copy keys, credentials and the operator's allowlist. Raises BackupError, OSError."""
     keys = staged / manifest.KEYS
     keys.mkdir(mode=0o700)
     for name, variable in SECRETS.items():
@@ -113,7 +113,7 @@ def copy_keys(layout: Layout, staged: Path) -> None:
 
 
 def secret_in(path: Path) -> str:
-    """The secret in a file of the run directory. Raises BackupError where there is none."""
+    """The secret in a file of the run directory. Raises BackupError if it is missing."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def secret_in(path: Path) -> str:
 
 
 def publish(directory: Path, staged: Path, contents: DumpContents, stored_files: Taken) -> str:
-    """Flush and publish the backup by one rename; its name. Raises OSError."""
+    """Flush and publish the backup with one rename; its name. Raises OSError."""
     made_at = time.time()
     manifest.write(
         staged,
@@ -148,9 +148,9 @@ def publish(directory: Path, staged: Path, contents: DumpContents, stored_files:
 
 
 def prune(directory: Path, keep: int, vault: Vault) -> None:
-    """Drop all but the last ``keep`` backups, and what only they named.
+    """Delete all but the last ``keep`` backups, and what only they refer to.
 
-    Nothing of images is dropped while one of those that stay cannot be read. Raises OSError.
+    No images are deleted while any remaining backup is unreadable. Raises OSError.
     """
     complete_backups = manifest.backups(directory)
     for old in complete_backups[:-keep]:
@@ -169,9 +169,9 @@ def prune(directory: Path, keep: int, vault: Vault) -> None:
 
 
 def verify(directory: Path, vault: Vault, report: Report) -> list[str]:
-    """Read every backup in a directory; what is damaged, as paths with the reason.
+    """Read every backup in a directory; the damaged paths, with the reason.
 
-    Raises BackupError where there is none, OSError.
+    Raises BackupError if there is none, OSError.
     """
     if not directory.is_dir() or not (complete_backups := manifest.backups(directory)):
         raise BackupError(f"there is no whole backup in {directory}")
