@@ -19,8 +19,8 @@ class Installation(models.Model):
     """This database's side of :mod:`hostruntime.host.installation`.
 
     ``confirmed`` means that the host has stored ``mark``. ``mismatch`` is why nothing is
-    reconciled, since ``mismatch_at``; ``waiting`` is how many images and snapshots without a row have not been
-    quarantined yet.
+    reconciled, since ``mismatch_at``. ``waiting`` is how many images and snapshots without a row
+    have not been quarantined yet.
     """
 
     # One value only: there is one row.

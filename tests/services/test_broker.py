@@ -92,7 +92,7 @@ def test_a_task_that_was_rolled_back_is_never_seen(broker: PgBroker) -> None:
 
 def test_a_commit_wakes_the_pusher(broker: PgBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 10.0)
-    broker._watch()
+    broker._connection()
     task = put(broker)
     began = time.monotonic()
     found = given(broker) or given(broker)
