@@ -1,4 +1,4 @@
-"""What this machine lacks, in plain words: each check names what to do about it.
+"""Checks of what this machine lacks, each with what to do about it.
 
 What the kernel can do is tried, as a file or a version that promises it may not be true; nothing
 of the machine is changed by it.

@@ -1,4 +1,4 @@
-"""What the state directory says of itself: whose it is, and what was set aside in it."""
+"""The state directory's own records: its installation, and its quarantine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_LISTED = 5
 
 
 def check_installation(layout: Layout) -> Finding:
-    """Whether the database was found to be this state directory's, when it was last compared."""
+    """Whether the database matched this state directory at the last comparison."""
     paths, name = StatePaths(layout.state_dir), "installation"
     found = standing_in(paths.installation_file)
     if found.mismatch:
@@ -28,7 +28,7 @@ def check_installation(layout: Layout) -> Finding:
 
 
 def check_quarantine(layout: Layout) -> Finding:
-    """What was set aside, which somebody may miss."""
+    """Quarantined items, which somebody may miss."""
     paths, name = StatePaths(layout.state_dir), "quarantine"
     if not paths.quarantine.is_dir():
         return Finding(name, "ok", "nothing was set aside")

@@ -1,4 +1,4 @@
-"""What the kernel can do, by trying it, and what may keep it from doing so."""
+"""The kernel's features, found by trials, and what may prevent them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_kernel(_: Layout) -> Finding:
 
 
 def check_architecture(_: Layout) -> Finding:
-    """The system-call filter knows the numbers of these."""
+    """The system-call filter supports only these architectures."""
     machine = platform.machine()
     if machine not in TRIED_ON:
         known = " or ".join(TRIED_ON)
@@ -81,7 +81,7 @@ def check_architecture(_: Layout) -> Finding:
 
 
 def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
-    """Without the running kernel's modules, it can do no more than what is loaded already."""
+    """Without its modules, the running kernel can use only what is already loaded."""
     release = os.uname().release
     if (modules / release).is_dir():
         return Finding("kernel modules", "ok", f"those of Linux {release} are installed")
@@ -99,7 +99,7 @@ def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
 
 
 def trial_findings(layout: Layout) -> Iterator[Finding]:
-    """One finding for each trial (:mod:`hostruntime.container.trials`); only root can try."""
+    """One finding per trial (:mod:`hostruntime.container.trials`); they need root."""
     if not is_root():
         yield needs_root("kernel features")
         return
@@ -115,7 +115,7 @@ def trial_findings(layout: Layout) -> Iterator[Finding]:
 
 
 def run_trials(directory: Path, tree: Path) -> dict[str, str | None]:
-    """Run the trials in a process of their own; each one's error, or None."""
+    """Run the trials in a separate process; each one's error, or None."""
     argv = [sys.executable, "-m", "hostruntime.container.trials", str(directory)]
     result = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
     answers = (json.loads(line) for line in result.stdout.splitlines())
@@ -123,7 +123,7 @@ def run_trials(directory: Path, tree: Path) -> dict[str, str | None]:
 
 
 def check_namespaces(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
-    """Each sandbox takes a namespace of every kind; distributions restrict users, not root."""
+    """Each sandbox needs a namespace of every kind; distributions restrict users, not root."""
     limits = {kind: read_number(sysctls / f"user/max_{kind}_namespaces") for kind in NAMESPACES}
     kind, least = min(limits.items(), key=lambda item: item[1])
     if least < MIN_NAMESPACES:
@@ -150,7 +150,7 @@ def _restrictions(sysctls: Path) -> str:
 
 
 def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
-    """Limits of the whole machine that sandboxes and the proxy would meet."""
+    """System-wide limits that sandboxes and the proxy would reach."""
     low, descriptors = low_limits(sysctls), read_number(sysctls / _DESCRIPTORS)
     read_only = is_read_only(sysctls)
     other_limits = []
@@ -169,7 +169,7 @@ def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
 
 
 def is_read_only(path: Path) -> bool:
-    """Whether the mount that ``path`` is on lets nobody write, as /proc/sys in a container."""
+    """Whether ``path`` is on a read-only mount, as /proc/sys is in a container."""
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 

@@ -1,4 +1,4 @@
-"""The machine itself: who asks, where things are kept, disk, memory and clock."""
+"""The machine itself: privileges, directories, disk, memory and clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_root(_: Layout) -> Finding:
 
 
 def check_state_directory(layout: Layout) -> Finding:
-    """Images are run from here, and are the lower layers of containers' roots."""
+    """Images here are executed, and are the lower layers of containers' roots."""
     name, place = "state directory", existing_ancestor(layout.state_dir)
     kind, flags = filesystem_of(place), os.statvfs(place).f_flag
     elsewhere = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
@@ -48,7 +48,7 @@ def check_state_directory(layout: Layout) -> Finding:
 
 
 def check_writable(layout: Layout, run: Path = Path("/run")) -> Finding:
-    """What else is written to (noexec, nosuid and nodev do no harm there)."""
+    """The other writable directories (noexec, nosuid and nodev are harmless there)."""
     for place in (run, existing_ancestor(layout.var), Path("/etc"), Path("/tmp")):
         if os.statvfs(place).f_flag & os.ST_RDONLY:
             remedy = f"mount -o remount,rw {mount_point(place)}"
@@ -57,7 +57,7 @@ def check_writable(layout: Layout, run: Path = Path("/run")) -> Finding:
 
 
 def check_disk(layout: Layout) -> Finding:
-    """Base images take about 2 GB, and every template its own changes, beside what is reserved."""
+    """Base images need about 2 GB, and templates their changes, in addition to the reserve."""
     room = Room.of(existing_ancestor(layout.state_dir))
     reserved = f"{room.reserve_bytes / GIB:.1f} GiB are reserved"
     seen = f"{room.free_bytes / GIB:.1f} GiB free at {layout.state_dir}, of which {reserved}"
@@ -92,7 +92,7 @@ def check_clock(_: Layout, reference_files: Iterable[Path] = REFERENCE_FILES) ->
 
 
 def check_tree(layout: Layout) -> Finding:
-    """Web and worker run as a user of their own, who must be able to read the clone."""
+    """Web and worker run as their own user, who must be able to read the clone."""
     if layout.tree.stat().st_mode & 0o005 == 0o005:
         return Finding("tree", "ok", f"{layout.tree} is readable by the orkestr user")
     remedy = f"chmod -R go+rX {layout.tree}"
@@ -111,6 +111,6 @@ def filesystem_of(path: Path) -> str:
 
 
 def mount_point(path: Path) -> Path:
-    """Where the mount begins that ``path`` is on."""
+    """The mount point that ``path`` is below."""
     above = {path, *path.parents}
     return max(above & set(mount_points(Path("/"))), key=lambda point: len(point.parts))

@@ -1,4 +1,4 @@
-"""The way out: forwarding, others' firewalls, the proxy, the registries, the console's port."""
+"""Network checks: forwarding, other firewalls, the proxy, registries, the console's port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_forwarding(_: Layout) -> Finding:
 
 
 def check_firewalls(_: Layout) -> Finding:
-    """Docker, ufw and firewalld drop what they were not told of, whatever our rules accept."""
+    """Docker, ufw and firewalld drop unknown traffic, whatever our rules accept."""
     if not is_root():
         return needs_root("firewalls")
     try:
@@ -55,7 +55,7 @@ def check_proxy(_: Layout) -> Finding:
 
 
 def check_registries(layout: Layout) -> Finding:
-    """What pip, npm and apt of this machine say is what sandboxes reach by default."""
+    """This machine's pip, npm and apt configuration is what sandboxes reach by default."""
     paths = StatePaths(layout.state_dir)
     notes = host_registries(paths).notes
     if not notes:
@@ -65,7 +65,7 @@ def check_registries(layout: Layout) -> Finding:
 
 
 def check_port(layout: Layout) -> Finding:
-    """The console's port; it is no fault if this very installation serves on it."""
+    """The console's port, which this installation itself may be serving on."""
     if lock_holder(layout) is not None:
         return Finding("port", "ok", f"{layout.port}: this console serves on it")
     if (problem := listen_problem(layout.port, layout.listen)) is None:
@@ -74,7 +74,7 @@ def check_port(layout: Layout) -> Finding:
 
 
 def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
-    """What keeps a server from listening on ``port`` of these addresses, and what to do."""
+    """Why a server cannot listen on ``port`` of these addresses, and what to do; None if it can."""
     for address in addresses:
         error = _bind_error(address, port)
         if error == errno.EADDRNOTAVAIL:
@@ -88,12 +88,12 @@ def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | Non
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen on ``port`` of every IPv4 address now."""
+    """Whether a server could listen on ``port`` of every IPv4 address."""
     return _bind_error("0.0.0.0", port) == 0  # noqa: S104 - released at once
 
 
 def _bind_error(address: str, port: int) -> int:
-    """The error number of bind(2), 0 if it is granted."""
+    """The error number of bind(2); 0 for success."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""`manage.py backup`: a backup of this installation, made while it runs, or verified."""
+"""`manage.py backup`: back up this installation while it runs, or verify its backups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manage.py quarantine`: what was set aside instead of deleted; put it back, or delete it."""
+"""`manage.py quarantine`: list, restore or delete what was quarantined instead of deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manage.py restore`: bring a backup back into an empty installation."""
+"""`manage.py restore`: restore a backup into an empty installation."""
 
 from __future__ import annotations
 

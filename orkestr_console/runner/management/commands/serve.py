@@ -43,7 +43,7 @@ class Command(BaseCommand):
 
 
 def use_request_settings() -> None:
-    """Make of the process what requests need, before there is a pool or a connection.
+    """Configure the process for requests, before there is a pool or a connection.
 
     Whoever waits is told soon that it is no use (:mod:`orkestr_console.core.postgres`). Each
     request under way has a socket of its client's and maybe one to the host, so as many files are
