@@ -1,4 +1,4 @@
-"""How the agent is, and what the egress proxy let through and refused."""
+"""The agent's health, and the egress proxy's decisions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hostruntime.wire.message import Message
 
 @dataclass(frozen=True)
 class Health(Message):
-    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``.
+    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` has ``healthy``, ``address``.
 
-    ``notes`` are sentences on package managers whose registries sandboxes will not reach, and on
-    the disk when it is short of room or read-only.  ``room`` has its ``level`` (well, low, critical
-    or read_only), ``free_bytes`` and ``free_files``, what is reserved of each, how many containers
-    are ``held`` for it, and whether there is ``ballast``.
+    ``notes`` are sentences on package managers whose registries sandboxes cannot reach, and on the
+    disk if it is low on space or read-only.  ``room`` has its ``level`` (well, low, critical or
+    read_only), ``free_bytes`` and ``free_files``, the reserve of each, the number of containers
+    ``held`` for lack of space, and whether there is ``ballast``.
     """
 
     version: str
@@ -38,9 +38,9 @@ class DefaultDomains(Message):
 
 @dataclass(frozen=True)
 class EgressHost(Message):
-    """What one container did with one host and port; ``reason`` and ``message`` are the latest.
+    """One container's requests to one host and port; ``reason`` and ``message`` are the latest.
 
-    How often it was ``allowed`` and ``refused``, and the bytes of tunnels that have ended.
+    Has the number of ``allowed`` and ``refused`` requests, and the bytes of closed tunnels.
     """
 
     host: str
@@ -52,9 +52,9 @@ class EgressHost(Message):
     last_at: float
     sent_bytes: int
     received_bytes: int
-    # Of what was allowed that which came to nothing: no address, refused, timed out, no TLS.
+    # The allowed requests that failed: no address, connection refused, timed out, no TLS.
     unreached: int = 0
-    # Asked for past the proxy: by DNS, which names no port (0), or an address that was tried.
+    # Bypassing the proxy: a DNS query, which has no port (0), or a direct connection attempt.
     direct: bool = False
 
 
@@ -67,9 +67,9 @@ class EgressHosts(Message):
 
 @dataclass(frozen=True)
 class EgressDecision(Message):
-    """One answer of the egress proxy, or to what was asked past it (``direct``).
+    """One decision of the egress proxy, or on an attempt to bypass it (``direct``).
 
-    ``verdict`` is allowed, refused, or unreached: allowed, and then not to be reached.
+    ``verdict`` is allowed, refused, or unreached (allowed, but the host could not be reached).
     """
 
     at: float

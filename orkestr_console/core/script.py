@@ -11,7 +11,7 @@ import re
 
 from orkestr_console.core.text import INVISIBLE, code_point, position_text
 
-# The shell gets it as more than one argument: see hostruntime.container.exec.shell.
+# The shell gets it as more than one argument: see hostruntime.container.exec.shell_argv.
 MAX_SCRIPT_BYTES = 256 * 1024
 _DISK = "everything that a step writes to the disk is in the image"
 _FILES_ALONE = "an image holds files and variables alone; give the command to a sandbox's exec"

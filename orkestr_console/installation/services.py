@@ -15,9 +15,14 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
-from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.reconciliation import (
+    InstallationInfo,
+    QuarantinedItemInfo,
+    Reconcile,
+    Reconciliation,
+)
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, record_refusals
 from orkestr_console.core.hosts import host, translated_errors
@@ -146,7 +151,7 @@ def adopt_restored(paths: StatePaths) -> Installation:
     Raises ``OSError``.
     """
     row = new_mark(0)
-    InstallationBook(paths).adopt(row.claim())
+    InstallationStore(paths).adopt(row.claim())
     return confirm(row)
 
 
@@ -167,23 +172,23 @@ def confirm(row: Installation) -> Installation:
     return row
 
 
-def host_standing() -> StandingInfo:
+def host_standing() -> InstallationInfo:
     """The state directory's own record. Raises ``HostUnavailable``."""
     with translated_errors():
         return host().installation()
 
 
-def list_quarantine() -> list[HeldInfo]:
+def list_quarantine() -> list[QuarantinedItemInfo]:
     """The items in quarantine, oldest first. Raises ``HostUnavailable``."""
     release_connection()
     with translated_errors():
         return host().quarantine()
 
 
-def restore(key: str, operator: Operator | None = None) -> HeldInfo:
+def restore(key: str, operator: Operator | None = None) -> QuarantinedItemInfo:
     """Restore an item from quarantine. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
     with record_refusals_of(operator, "quarantine.restore", key), translated_errors():
-        item = host().restore_held(key)
+        item = host().restore_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.restore", item.name, item.kind)
     return item
@@ -192,7 +197,7 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete a quarantined item permanently. Raises ``NotFound``, ``HostUnavailable``."""
     with record_refusals_of(operator, "quarantine.delete", key), translated_errors():
-        host().delete_held(key)
+        host().delete_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")
 

@@ -91,8 +91,8 @@ class Heartbeats:
             if self._beats[index] != self._seen[index]:
                 self._seen[index] = self._beats[index]
                 self._patience[index] = self._new_patience(index)
-            elif self._patience[index].spent():
-                return self._patience[index].why
+            elif self._patience[index].exhausted():
+                return self._patience[index].reason
         return ""
 
     def _new_patience(self, index: int) -> Patience:

@@ -132,7 +132,7 @@ class Guard:
         """Kill programs that survived their manager: hung ones ignore the kernel's signal."""
         orphans = [pid for pid in pids if is_running(pid)]
         patience = Patience(ORPHAN_SECONDS, lambda: orphans)
-        while orphans and not patience.spent():
+        while orphans and not patience.exhausted():
             time.sleep(CHECK_SECONDS / 10)
             orphans = [pid for pid in orphans if is_running(pid)]
         for pid in orphans:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hostruntime.host.patience import named_slowness, slowness
+from hostruntime.host.patience import configured_slowness, slowness
 from orkestr_console.core.listening import listen_addresses, trusted_proxies
 from orkestr_console.runner.postgres import Cluster
 
@@ -154,7 +154,7 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
     Raises ``StartError``, with the fix, for an invalid one.
     """
     try:
-        named_slowness(environment)
+        configured_slowness(environment)
         listen = listen_addresses(environment.get("ORKESTR_LISTEN"))
         trusted_proxies(environment.get("ORKESTR_TRUSTED_PROXIES"))
     except ValueError as error:

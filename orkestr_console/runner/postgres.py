@@ -24,7 +24,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from hostruntime.host.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, process_tree, scaled
 from orkestr_console.runner.account import USER, change_owner, confined_command, ensure_user
 
 SERVER_USER = "postgres"
@@ -142,9 +142,9 @@ class Cluster:
         if pid is None:
             return
         os.kill(pid, signal.SIGINT)
-        patience = Patience(IDLE_SECONDS, lambda: tree_of(pid))
+        patience = Patience(IDLE_SECONDS, lambda: process_tree(pid))
         while self._server_pid() is not None:
-            if patience.spent():
+            if patience.exhausted():
                 raise PostgresError(f"the server of {self.data}, process {pid}, does not stop")
             time.sleep(0.05)
 
@@ -260,18 +260,18 @@ def running_server(cluster: Cluster, log: Path, **settings: str) -> Iterator[Non
 
 
 def _wait_until_ready(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
-    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
+    patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
     while not cluster.is_ready():
-        if server.poll() is not None or patience.spent():
+        if server.poll() is not None or patience.exhausted():
             raise PostgresError(f"the database did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
 def _wait_until_exited(server: subprocess.Popen[bytes]) -> None:
-    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
+    patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
     while server.poll() is None:
-        if patience.spent():
-            raise PostgresError(f"the database did not stop: it {patience.why}")
+        if patience.exhausted():
+            raise PostgresError(f"the database did not stop: it {patience.reason}")
         time.sleep(0.05)
 
 

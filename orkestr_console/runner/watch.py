@@ -50,7 +50,7 @@ class Watch:
         if not self._is_probing() and time.monotonic() >= self._next_probe_at:
             self._probing = threading.Thread(target=self._run_probe, daemon=True)
             self._probing.start()
-        return self._patience.why if self._patience.spent() else ""
+        return self._patience.reason if self._patience.exhausted() else ""
 
     def _is_probing(self) -> bool:
         return self._probing is not None and self._probing.is_alive()

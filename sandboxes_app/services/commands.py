@@ -95,7 +95,7 @@ def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> Domai
 
 async def run_to_completion(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
     """A command's result; kills it if cancelled. Raises the host's errors."""
-    return await async_host().exec_to_end(sandbox.pk, exec_request(sandbox, spec, quota))
+    return await async_host().exec_to_completion(sandbox.pk, exec_request(sandbox, spec, quota))
 
 
 def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:

@@ -12,7 +12,7 @@ from datetime import date
 
 from django.db import transaction
 
-from hostruntime.wire.sandboxes import UsageInfo, Used
+from hostruntime.wire.sandboxes import ResourceUsage, UsageInfo
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Key
@@ -29,7 +29,7 @@ def collect(sandbox_id: str | None = None) -> None:
     # One without a row belongs to nobody, and is forgotten as well.
     ended = [info.id for info in usage_by_id.values() if info.ended]
     if ended:
-        host().usage_collected(ended)
+        host().acknowledge_usage(ended)
 
 
 def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
@@ -39,7 +39,7 @@ def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
         rows = Sandbox.objects.filter(team_id=team_id, pk__in=usage_by_id).order_by("pk")
         updated: list[Sandbox] = []
         for sandbox in rows.select_for_update().only("cpu_seconds", "gb_seconds"):
-            counted = Used(sandbox.cpu_seconds, sandbox.gb_seconds)
+            counted = ResourceUsage(sandbox.cpu_seconds, sandbox.gb_seconds)
             for day, used in uncounted_by_day(usage_by_id[sandbox.pk], counted):
                 for metric, amount in by_metric(used):
                     key = Key(team_id, day, metric)
@@ -52,17 +52,19 @@ def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
         usage.add(amounts)
 
 
-def uncounted_by_day(info: UsageInfo, counted: Used) -> Iterator[tuple[date, Used]]:
+def uncounted_by_day(
+    info: UsageInfo, counted: ResourceUsage
+) -> Iterator[tuple[date, ResourceUsage]]:
     """The usage of each day beyond ``counted``, which covers the earliest days first.
 
     Usage from before the days that the host still distinguishes goes to the first of them.
     """
-    counted_up_to = Used()
+    counted_up_to = ResourceUsage()
     for number, used in enumerate(info.days):
-        until = counted_up_to + used + (Used() if number else info.before)
+        until = counted_up_to + used + (ResourceUsage() if number else info.before)
         yield (
             used.day,
-            Used(
+            ResourceUsage(
                 amount_after(counted_up_to.cpu_seconds, until.cpu_seconds, counted.cpu_seconds),
                 amount_after(counted_up_to.gb_seconds, until.gb_seconds, counted.gb_seconds),
             ),
@@ -75,7 +77,7 @@ def amount_after(begin: float, end: float, counted: float) -> float:
     return max(end - max(begin, counted), 0.0)
 
 
-def by_metric(used: Used) -> tuple[tuple[Metric, float], ...]:
+def by_metric(used: ResourceUsage) -> tuple[tuple[Metric, float], ...]:
     """The amounts by metric."""
     return (
         (Metric.VCPU_SECONDS, used.cpu_seconds),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostruntime.container.shared_limits import Low, low_limits, most_processes
+from hostruntime.container.shared_limits import LowLimit, low_limits, max_processes
 from hostruntime.container.trials import TRIALS
 from hostruntime.network.squid_config import DESCRIPTORS
 from orkestr_console.runner.doctor.finding import (
@@ -155,14 +155,14 @@ def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
     read_only = is_read_only(sysctls)
     other_limits = []
     if descriptors < DESCRIPTORS:
-        other_limits.append(Low(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
+        other_limits.append(LowLimit(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
     if other_limits or (low and read_only):
         wanted = [*(low if read_only else []), *other_limits]
         settings = " ".join(each.assignment for each in wanted)
         return Finding("limits", "warn", _values(wanted), f"sysctl -w {settings}")
     if low:
         return Finding("limits", "ok", f"{_values(low)}; the next start raises what is too low")
-    process_limit = most_processes(sysctls)
+    process_limit = max_processes(sysctls)
     return Finding(
         "limits", "ok", f"all sandboxes together run up to {process_limit} processes and threads"
     )
@@ -173,5 +173,5 @@ def is_read_only(path: Path) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _values(limits: list[Low]) -> str:
+def _values(limits: list[LowLimit]) -> str:
     return ", ".join(f"{each.setting} is {each.value}" for each in limits)
