@@ -32,7 +32,7 @@ from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
-from tests.bases import leave_bases
+from tests.bases import save_bases
 
 # Less than a test's time, so that what the installation said is what the failure shows.
 READY_SECONDS = 840
@@ -216,7 +216,7 @@ def running_stack() -> Iterator[Stack]:
     stack = Stack(var, keep=bool(kept))
     try:
         stack.start()
-        leave_bases(stack.layout.state_dir)
+        save_bases(stack.layout.state_dir)
         yield stack
     finally:
         stack.close()

@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.core.text import few, plain
+from orkestr_console.core.text import plain, shorten_list
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
 from templates_app.models import StepStatus, Template
-from templates_app.services import ShownStep
+from templates_app.services import StepOutput
 
 LOG_TAIL = 4_000  # characters
 # How much of a recipe goes with a template, in characters.
@@ -252,7 +252,7 @@ def template_line(template: Template) -> TemplateLine:
 
 def template_answer(template: Template, recipe_from: int = 1) -> TemplateAnswer:
     """A template, its steps and the end of its log. Reads rows."""
-    steps, place = templates.list_steps(template), templates.place(template)
+    steps, place = templates.list_steps(template), templates.queue_position(template)
     said = template_presenters.template_detail(template, steps, place)
     recipe, following = recipe_part(template.recipe, recipe_from)
     extra = {
@@ -292,7 +292,7 @@ def shortened(command: str) -> str:
     return command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]}…"
 
 
-def log_tail(steps: list[ShownStep]) -> str:
+def log_tail(steps: list[StepOutput]) -> str:
     """The last of what the steps that have begun printed."""
     begun = [shown for shown in steps if shown.output or shown.step.started_at]
     text = "\n".join(f"$ {shortened(shown.step.command)}\n{plain(shown.output)}" for shown in begun)
@@ -320,7 +320,7 @@ def to_be_reached(template: Template) -> str:
     """How the hosts that a build was refused could be reached, as far as the plan goes."""
     allowed = envelope(template.team)
     if not allowed.may_list:
-        return f"{allowed.instead_of_listing()} Then call create_template again."
+        return f"{allowed.allowlist_alternatives()} Then call create_template again."
     other = ', or with network="open"' if allowed.may_open else ""
     return (
         f'Call create_template again with the refused hosts and "@default" in allow_domains{other}.'
@@ -341,7 +341,7 @@ def warning(template: Template) -> str:
     if not steps:
         return ""
     hosts = list(dict.fromkeys(host for step in steps for host in step.refused_hosts))
-    numbers = few([str(step.number) for step in steps])
+    numbers = shorten_list([str(step.number) for step in steps])
     remedy = (
         to_be_reached(template)
         if template.refused_hosts
@@ -350,8 +350,9 @@ def warning(template: Template) -> str:
     )
     advice = "".join(f" {sentence}" for sentence in templates.direct_advice(template))
     return (
-        f" But the network policy refused {few(hosts)} while it was built (step {numbers}), "
-        "and the build went on: look at the log whether the image has what the recipe was to "
+        f" But the network policy refused {shorten_list(hosts)} while it was built "
+        f"(step {numbers}), and the build went on: look at the log "
+        "whether the image has what the recipe was to "
         f"install. If not: {remedy}{advice}"
     )
 

@@ -89,7 +89,7 @@ async def admitted(request: Request) -> Actor:
     if scheme.lower() != "bearer":
         raise Unauthenticated
     address = request.client.host if request.client else None
-    actor = await ask(services.actor_of_token, token.strip(" "), "mcp", address)
+    actor = await ask(services.authenticate_token, token.strip(" "), "mcp", address)
     actor.require(READ)
     return actor
 

@@ -38,7 +38,7 @@ from orkestr_console.mcp.output import Kept
 from orkestr_console.mcp.template_tools import Cursor, Limit
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
 from sandboxes_app import presenters, services
-from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
+from sandboxes_app.specs import MAX_EXEC_SECONDS, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
 
 USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
 # Beyond it a command is ended: nobody reads so much through a tool.
@@ -148,7 +148,7 @@ async def exec_command(
     cwd: WorkingDirectory = "/workspace",
     env: Environment = None,
     timeout_seconds: Annotated[
-        int, Field(ge=1, le=LONGEST_EXEC, description="Seconds after which it is stopped.")
+        int, Field(ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped.")
     ] = 60,
 ) -> ExecResult:
     """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.

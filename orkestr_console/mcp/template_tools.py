@@ -23,7 +23,7 @@ from orkestr_console.mcp.answers import (
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
 from templates_app import services
 from templates_app.models import Template
-from templates_app.services import Told, timing
+from templates_app.services import Event, timing
 from templates_app.specs import TemplateSpec
 
 # Under the minute after which many clients give up on a call that says nothing.
@@ -228,7 +228,7 @@ async def report_until_the_end(ctx: Ctx, template_id: str, steps: int) -> None:
                     reported = progress
 
 
-def progress_of(told: Told, steps: int) -> tuple[float, str]:
+def progress_of(told: Event, steps: int) -> tuple[float, str]:
     """How far a build is with an event, in steps, and what to say; 0 for one not worth a word."""
     step = told.payload.get("step") or 0
     command = str(told.payload.get("command", "")).partition("\n")[0][:200]
@@ -244,7 +244,7 @@ def progress_of(told: Told, steps: int) -> tuple[float, str]:
     return said.get(told.kind, (0, ""))
 
 
-def made(told: Told) -> str:
+def made(told: Event) -> str:
     """How far the image is."""
     progress = timing.progress_of(told.payload)
     return f"{progress.label}: {progress.files:,} files, {progress.bytes / 1e6:,.0f} MB so far."
