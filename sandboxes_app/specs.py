@@ -31,6 +31,7 @@ SHORTEST_LIFE = 10
 LONGEST_EXEC = 3600
 
 Size = Literal["small", "medium", "large"]
+Network = Literal["off", "restricted", "open"]
 SIZES: dict[str, tuple[float, int]] = {
     "small": (1.0, 1024),
     "medium": (2.0, 4096),
@@ -60,13 +61,22 @@ def usable_path(path: str) -> str:
     return path
 
 
-Path = Annotated[str, AfterValidator(usable_path)]
+Path = Annotated[
+    str,
+    AfterValidator(usable_path),
+    Field(description="An absolute path, such as '/workspace/main.py'."),
+]
 
 
 class Spec(BaseModel):
     """The root of the specs: nothing is converted, nothing unknown is taken."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def network_off() -> Network:
+    """The network of a sandbox that names none."""
+    return "off"
 
 
 class SandboxSpec(Spec):
@@ -76,20 +86,36 @@ class SandboxSpec(Spec):
     the caller names none.
     """
 
-    template: str | None = None
-    snapshot: str | None = None
-    size: Size = "small"
-    network: Literal["off", "restricted", "open"] = "off"
-    timeout_seconds: int = Field(default=600, ge=SHORTEST_LIFE)
+    template: str | None = Field(
+        default=None, description="A ready template's id, or a base's name."
+    )
+    snapshot: str | None = Field(
+        default=None,
+        description="Instead of template: a ready snapshot's id. It determines the size.",
+    )
+    size: Size = Field(default="small", description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB.")
+    network: Network = Field(
+        # A factory, because JSON schemas leave its value out: with a snapshot it is another.
+        default_factory=network_off,
+        description="off; restricted: package registries and the default list; open. By default "
+        "off, or the snapshot's.",
+    )
+    timeout_seconds: int = Field(
+        default=600, ge=SHORTEST_LIFE, description="Seconds until it expires."
+    )
     on_timeout: Literal["kill", "pause"] = "kill"
     auto_resume: bool = False
     preview_auth: bool = False
-    env: Environment = Field(default_factory=dict)
+    env: Environment = Field(
+        default_factory=dict, description="Environment variables for its commands."
+    )
     metadata: Annotated[dict[str, str], AfterValidator(usable_metadata)] = Field(
-        default_factory=dict
+        default_factory=dict, description="Labels to find it by."
     )
     region: str | None = None
-    allow_domains: Allowlist = None
+    allow_domains: Allowlist = Field(
+        default=None, description="Hosts instead of the default list, for network restricted."
+    )
     volume: str | None = None
 
     @model_validator(mode="after")
@@ -110,23 +136,27 @@ def usable_label(name: str) -> str:
 class SnapshotSpec(Spec):
     """A snapshot to be taken, and what to call it."""
 
-    name: Annotated[str, AfterValidator(usable_label)] | None = None
+    name: Annotated[str, AfterValidator(usable_label)] | None = Field(
+        default=None, description="What to call it."
+    )
 
 
 class ExecSpec(Spec):
     """A command to be run; ``timeout_seconds`` ends its whole process tree."""
 
-    command: Annotated[str, AfterValidator(usable_script)]
-    cwd: Path = "/workspace"
-    env: Environment = Field(default_factory=dict)
-    timeout_seconds: int = Field(default=60, ge=1, le=LONGEST_EXEC)
+    command: Annotated[str, AfterValidator(usable_script)] = Field(description="A shell command.")
+    cwd: Path = Field(default="/workspace", description="Where it runs.")
+    env: Environment = Field(default_factory=dict, description="Additional environment variables.")
+    timeout_seconds: int = Field(
+        default=60, ge=1, le=LONGEST_EXEC, description="Seconds after which it is stopped."
+    )
     stream: bool = False
 
 
 class TimeoutSpec(Spec):
     """A new lifetime, from now, in seconds."""
 
-    timeout_seconds: int = Field(ge=SHORTEST_LIFE)
+    timeout_seconds: int = Field(ge=SHORTEST_LIFE, description="Seconds from now until it expires.")
 
 
 class FileSpec(Spec):

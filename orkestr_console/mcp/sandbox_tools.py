@@ -34,11 +34,12 @@ from orkestr_console.mcp.answers import (
     Written,
     sandbox_answer,
 )
+from orkestr_console.mcp.arguments import Without
 from orkestr_console.mcp.output import Kept
 from orkestr_console.mcp.template_tools import Cursor, Limit
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
 from sandboxes_app import presenters, services
-from sandboxes_app.specs import LONGEST_EXEC, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
+from sandboxes_app.specs import ExecSpec, FileSpec, Path, SandboxSpec, TimeoutSpec
 
 USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
 # Beyond it a command is ended: nobody reads so much through a tool.
@@ -50,66 +51,18 @@ TOO_MUCH = (
 OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
-Path = Annotated[str, Field(description="An absolute path, such as '/workspace/main.py'.")]
-Command = Annotated[str, Field(description="A shell command.")]
-WorkingDirectory = Annotated[str, Field(description="Where it runs.")]
-Environment = Annotated[
-    dict[str, str] | None, Field(description="Additional environment variables.")
-]
-Source = Annotated[str | None, Field(description="A ready template's id, or a base's name.")]
-FromSnapshot = Annotated[
-    str | None,
-    Field(description="Instead of template: a ready snapshot's id. It determines the size."),
-]
-Size = Annotated[
-    Literal["small", "medium", "large"],
-    Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
-]
-Network = Annotated[
-    Literal["off", "restricted", "open"] | None,
-    Field(
-        description="off; restricted: package registries and the default list; open. By default "
-        "off, or the snapshot's."
-    ),
-]
-Lifetime = Annotated[int, Field(description="Seconds until it expires.")]
-SandboxEnvironment = Annotated[
-    dict[str, str] | None, Field(description="Environment variables for its commands.")
-]
-Labels = Annotated[dict[str, str] | None, Field(description="Labels to find it by.")]
-Domains = Annotated[
-    list[str] | None,
-    Field(description="Hosts instead of the default list, for network restricted."),
+# What the public API's SDK can send, and this server accepts with its default only.
+SandboxArguments = Annotated[
+    SandboxSpec, Without("on_timeout", "auto_resume", "preview_auth", "region", "volume")
 ]
 
 
-async def create_sandbox(
-    ctx: Ctx,
-    template: Source = None,
-    snapshot: FromSnapshot = None,
-    size: Size = "small",
-    network: Network = None,
-    timeout_seconds: Lifetime = 600,
-    env: SandboxEnvironment = None,
-    metadata: Labels = None,
-    allow_domains: Domains = None,
-) -> SandboxAnswer:
+async def create_sandbox(ctx: Ctx, spec: SandboxArguments) -> SandboxAnswer:
     """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
     Answers when it runs; give exactly one of the two. Write files under /workspace or /tmp.
     Terminate it when you are done.
     """
-    wanted = {
-        "template": template,
-        "snapshot": snapshot,
-        "size": size,
-        "timeout_seconds": timeout_seconds,
-        "env": env or {},
-        "metadata": metadata or {},
-        "allow_domains": allow_domains,
-        **({} if network is None else {"network": network}),
-    }
-    spec = parse_spec(SandboxSpec, wanted)
     return sandbox_answer(await ask(services.create_sandbox, actor_of(ctx), spec))
 
 
@@ -142,22 +95,14 @@ async def get_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
 
 
 async def exec_command(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    command: Command,
-    cwd: WorkingDirectory = "/workspace",
-    env: Environment = None,
-    timeout_seconds: Annotated[
-        int, Field(ge=1, le=LONGEST_EXEC, description="Seconds after which it is stopped.")
-    ] = 60,
+    ctx: Ctx, sandbox_id: SandboxId, spec: Annotated[ExecSpec, Without("stream")]
 ) -> ExecResult:
     """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.
 
     Of long output the beginning and the end are kept; for all of it, redirect it to a file and use
     read_file. For what runs on, use exec_background.
     """
-    wanted = {"command": command, "cwd": cwd, "env": env or {}, "timeout_seconds": timeout_seconds}
-    return await run_to_the_end(ctx, sandbox_id, parse_spec(ExecSpec, wanted))
+    return await run_to_the_end(ctx, sandbox_id, spec)
 
 
 async def run_to_the_end(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResult:
@@ -205,15 +150,12 @@ def with_output(error: DomainError, kept: dict[str, Kept]) -> DomainError:
 async def exec_background(
     ctx: Ctx,
     sandbox_id: SandboxId,
-    command: Command,
-    cwd: WorkingDirectory = "/workspace",
-    env: Environment = None,
+    spec: Annotated[ExecSpec, Without("stream", "timeout_seconds")],
 ) -> Background:
     """Start a shell command that runs on after this call, such as a server or a long test run.
 
     Its output goes to a file in the sandbox, which takes of the sandbox's memory.
     """
-    spec = parse_spec(ExecSpec, {"command": command, "cwd": cwd, "env": env or {}})
     place = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
     recorded = spec.model_copy(update={"command": in_background(spec.command, place)})
     done = await run_to_the_end(ctx, sandbox_id, recorded)
@@ -354,13 +296,8 @@ async def list_files(
     )
 
 
-async def set_sandbox_timeout(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    timeout_seconds: Annotated[int, Field(description="Seconds from now until it expires.")],
-) -> SandboxAnswer:
+async def set_sandbox_timeout(ctx: Ctx, sandbox_id: SandboxId, spec: TimeoutSpec) -> SandboxAnswer:
     """Let a running sandbox live longer, or shorter, from now on."""
-    spec = parse_spec(TimeoutSpec, {"timeout_seconds": timeout_seconds})
     await ask(services.set_timeout, actor_of(ctx), sandbox_id, spec)
     return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.answers import Done, SnapshotAnswer, Snapshots, snapshot_answer
 from orkestr_console.mcp.sandbox_tools import SandboxId
 from orkestr_console.mcp.template_tools import Cursor, Limit
@@ -15,18 +14,13 @@ from sandboxes_app import services
 from sandboxes_app.specs import SnapshotSpec
 
 
-async def snapshot_sandbox(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    name: Annotated[str | None, Field(description="What to call it.")] = None,
-) -> SnapshotAnswer:
+async def snapshot_sandbox(ctx: Ctx, sandbox_id: SandboxId, spec: SnapshotSpec) -> SnapshotAnswer:
     """Keep the files of a running sandbox as they are now, to start any number of others from.
 
     The sandbox runs on; it stands still only while its disk is copied. All files are captured,
     /workspace and /tmp included, but no memory: programs have to be started again in a sandbox
     made from it. Call create_sandbox with snapshot set to the id.
     """
-    spec = parse_spec(SnapshotSpec, {"name": name})
     return snapshot_answer(await ask(services.create_snapshot, actor_of(ctx), sandbox_id, spec))
 
 

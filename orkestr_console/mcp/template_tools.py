@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from orkestr_console.accounts.actor import READ
-from orkestr_console.http.validation import parse_spec
+from orkestr_console.http.paging import HIGHEST_LIMIT, USUAL_LIMIT
 from orkestr_console.mcp.answers import (
     BaseAnswer,
     Bases,
@@ -20,6 +20,7 @@ from orkestr_console.mcp.answers import (
     template_answer,
     template_line,
 )
+from orkestr_console.mcp.arguments import Without
 from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
 from templates_app import services
 from templates_app.models import Template
@@ -32,47 +33,11 @@ USUAL_WAIT, LONGEST_WAIT = 50, 3600
 MAKING = ("progress", "capture")
 
 TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
-Limit = Annotated[int | None, Field(ge=1, le=200, description="Maximum number; 50 by default.")]
+Limit = Annotated[
+    int | None,
+    Field(ge=1, le=HIGHEST_LIMIT, description=f"Maximum number; {USUAL_LIMIT} by default."),
+]
 Cursor = Annotated[str | None, Field(description="next_cursor of the previous page.")]
-Name = Annotated[str, Field(description="A name people will recognise.")]
-BaseTemplate = Annotated[
-    str, Field(description="A base such as 'python-3.12', or the id of a ready template.")
-]
-Recipe = Annotated[
-    list[str],
-    Field(
-        description="Shell steps, run in order as root with HOME=/root. Each step is a new shell: "
-        "cd and variables don't carry over. /workspace and /tmp are not kept."
-    ),
-]
-BuildNetwork = Annotated[
-    Literal["restricted", "open"],
-    Field(description="restricted: package registries and the default list; open: anywhere."),
-]
-BuildDomains = Annotated[
-    list[str] | None,
-    Field(
-        description="Hosts instead of the default list, for network restricted; include "
-        "'@default' to keep the default list as well."
-    ),
-]
-ImageEnvironment = Annotated[
-    dict[str, str] | None,
-    Field(
-        description="Variables baked into the image, for every step and every command of a "
-        "sandbox started from it; $PATH in PATH's value stands for the usual one. No secrets: "
-        "anyone who uses the template can read them."
-    ),
-]
-StepTimeout = Annotated[
-    int | None, Field(description="Step timeout in seconds; the plan's by default.")
-]
-BuildTimeout = Annotated[
-    int | None, Field(description="Build timeout in seconds; the plan's by default.")
-]
-BuildDisk = Annotated[
-    int | None, Field(description="The size of the build's disk in MiB; 20 GiB by default.")
-]
 ReuseFailed = Annotated[
     bool,
     Field(
@@ -105,36 +70,15 @@ async def list_base_templates(ctx: Ctx) -> Bases:
 
 
 async def create_template(
-    ctx: Ctx,
-    name: Name,
-    base_template: BaseTemplate,
-    recipe: Recipe,
-    network: BuildNetwork = "restricted",
-    allow_domains: BuildDomains = None,
-    env: ImageEnvironment = None,
-    step_timeout_seconds: StepTimeout = None,
-    build_timeout_seconds: BuildTimeout = None,
-    disk_mb: BuildDisk = None,
-    reuse_failed: ReuseFailed = False,
+    ctx: Ctx, spec: Annotated[TemplateSpec, Without("reuse")], reuse_failed: ReuseFailed = False
 ) -> TemplateAnswer:
     """Build a template: an image with your dependencies installed, from a base and shell steps.
 
     Answers at once with status 'building'; call wait_for_template next. Pin versions. A template
     never changes: to update one, build another and delete the old one.
     """
-    wanted = {
-        "name": name,
-        "base_template": base_template,
-        "recipe": recipe,
-        "network": network,
-        "allow_domains": allow_domains,
-        "env": env or {},
-        "step_timeout_seconds": step_timeout_seconds,
-        "build_timeout_seconds": build_timeout_seconds,
-        "disk_mb": disk_mb,
-        "reuse": "failed" if reuse_failed else None,
-    }
-    spec = parse_spec(TemplateSpec, wanted)
+    if reuse_failed:
+        spec = spec.model_copy(update={"reuse": "failed"})
     template = await ask(services.create_template, actor_of(ctx), spec)
     return await ask(template_answer, template)
 

@@ -20,6 +20,7 @@ from orkestr_console.core.errors import DomainError, Internal, InvalidInput, to_
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.json_api import DEEPEST, refuse_unusable
 from orkestr_console.http.validation import invalid_input
+from orkestr_console.mcp.arguments import flattened
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,13 @@ def writing(
 def tool(function: Callable[..., Any], name: str, hints: ToolAnnotations) -> ConsoleTool:
     """A tool of a function; its docstring is what agents read."""
     description = inspect.getdoc(function)
-    made = ConsoleTool.from_function(
+    console_tool = ConsoleTool.from_function(
         function, name=name or None, description=description, annotations=hints
     )
-    return cast("ConsoleTool", made)
+    arguments = flattened(console_tool.fn_metadata.arg_model)
+    console_tool.fn_metadata.arg_model = arguments
+    console_tool.parameters = arguments.model_json_schema()
+    return cast("ConsoleTool", console_tool)
 
 
 def request_of(context: Context[Any, Any]) -> Request:
