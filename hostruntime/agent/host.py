@@ -122,7 +122,7 @@ class Host:
                 "images": len(self.store.list()),
             },
             notes=[*host_registries(self.paths).notes, *self.room.notes()],
-            room=self.room.to_wire(),
+            room=self.room.status(),
         )
 
     # What the watch of the room asks for -----------------------------------------------------

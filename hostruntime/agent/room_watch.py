@@ -35,6 +35,7 @@ from hostruntime.errors import ContainerGone, HostFull, HostUnavailable
 from hostruntime.host.patience import scaled
 from hostruntime.host.room import Level, Room
 from hostruntime.host.tasks import every, in_background
+from hostruntime.wire.health import DiskRoom
 
 _GIB, _MIB = 1024**3, 1024**2
 # So far above the reserve a second is soon enough: few disks write more in it.
@@ -185,12 +186,23 @@ class RoomWatch:
         stand = f" {held} sandboxes and builds stand still until there is room." if held else ""
         return [self._fault + stand] if self._fault else []
 
-    def to_wire(self) -> dict[str, Any]:
+    def status(self) -> DiskRoom:
         """For the agent's health."""
-        room = self._room.to_wire() if self._room is not None else {}
-        level = {"level": self.level.name.lower()}
-        held = {"held": len(self.containers.held()), "ballast": self.ballast.is_held}
-        return {**room, **level, **held}
+        status = DiskRoom(
+            level=self.level.name.lower(),
+            held=len(self.containers.held()),
+            ballast=self.ballast.is_held,
+        )
+        if self._room is None:
+            return status
+        return replace(
+            status,
+            size_bytes=self._room.size_bytes,
+            free_bytes=self._room.free_bytes,
+            reserve_bytes=self._room.reserve_bytes,
+            free_files=self._room.free_files,
+            reserve_files=self._room.reserve_files,
+        )
 
     # Pieces --------------------------------------------------------------------------------
 

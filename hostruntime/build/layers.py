@@ -210,11 +210,6 @@ class LayerStore:
             if layer is not None and layer.steps[-1].build == build:
                 self.discard(layer.directory)
 
-    def drop(self, scope: str) -> None:
-        """Delete every layer of a scope.  Raises InvalidRequest for what is no name."""
-        with self._lock:
-            self._trash.discard(self._root / check_name(scope))
-
     def recover(self) -> None:
         """The pass at start: drop what was being written, and what an earlier boot left."""
         for directory in self._root.glob(".*"):

@@ -244,10 +244,6 @@ class BuildManager:
         """Delete the records of builds that ended long ago."""
         await in_thread(self._forget_old)
 
-    async def drop_layers(self, scope: str) -> None:
-        """Delete the layers of a scope.  Raises InvalidRequest for what is no name."""
-        await in_thread(self._host.layers.drop, scope)
-
     def users(self) -> set[str]:
         """The ids under which running builds use their base images."""
         return set(self._running)

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 from urllib.parse import quote
 
 import httpx
@@ -27,7 +27,6 @@ from hostruntime.client.transport import (
     error_of,
     errors_told,
     read,
-    stat_of,
     timeouts,
 )
 from hostruntime.errors import HostError
@@ -43,8 +42,6 @@ from hostruntime.wire.files import (
 )
 from hostruntime.wire.health import (
     DefaultDomains,
-    EgressDecision,
-    EgressDecisions,
     EgressHost,
     EgressHosts,
     Health,
@@ -103,7 +100,7 @@ class HostClient:
             trust_env=False,
         )
 
-    def __enter__(self) -> HostClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -122,11 +119,6 @@ class HostClient:
     def default_domains(self) -> list[str]:
         """The default allowlist of the restricted network."""
         return list(self._get(DefaultDomains, "/egress/defaults").domains)
-
-    def egress_decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
-        """What the proxy let through or refused for a sandbox or build since a Unix time."""
-        params = {"owner": owner, "since": since}
-        return list(self._get(EgressDecisions, "/egress/decisions", params=params).decisions)
 
     def egress_hosts(self, owner: str) -> list[EgressHost]:
         """What a sandbox or build did with each host, refused ones first."""
@@ -182,10 +174,6 @@ class HostClient:
         """
         params = {"keep_published": "true" if keep_published else "false"}
         return self._ask(BuildInfo, "DELETE", f"/builds/{build_id}", params=params)
-
-    def drop_layers(self, scope: str) -> None:
-        """Delete everything that builds of a scope kept for others to reuse."""
-        self._send("DELETE", f"/layers/{scope}")
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True
@@ -243,19 +231,6 @@ class HostClient:
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate a sandbox and forget it; idempotent."""
         self._send("DELETE", f"/sandboxes/{sandbox_id}")
-
-    def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """Run a command to its end.
-
-        Of its output the first 16 MiB are kept unless the request says otherwise; more is dropped
-        and ``truncated`` set.  Raises ExecTimeout (its ``extra`` holds the ``stdout`` and
-        ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands if
-        it would be one more than its quota allows.
-        """
-        collected, path = Collected(), f"/sandboxes/{sandbox_id}/exec"
-        for frame in self._lines(ExecFrame, "POST", path, _capped(request)):
-            collected.add(frame)
-        return collected.result()
 
     def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
         """How many commands run of each scope that has any; it has so long to answer."""
@@ -441,7 +416,7 @@ class AsyncHostClient:
             trust_env=False,
         )
 
-    async def __aenter__(self) -> AsyncHostClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -464,41 +439,19 @@ class AsyncHostClient:
                     yield read(ExecFrame, line)
 
     async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """As :meth:`HostClient.exec`; cancelled, it ends the command."""
-        collected, frames = Collected(), self.exec_frames(sandbox_id, _capped(request))
+        """Run a command to its end; cancelled, it ends the command.
+
+        Of its output the first 16 MiB are kept unless the request says otherwise; more is dropped
+        and ``truncated`` set.  Raises ExecTimeout (its ``extra`` holds the ``stdout`` and
+        ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands if
+        it would be one more than its quota allows.
+        """
+        collected, frames = Collected(), self.exec_frames(sandbox_id, capped(request))
         # An async generator, whatever its annotation says: closing it ends the command.
         async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
             async for frame in stream:
                 collected.add(frame)
         return collected.result()
-
-    async def build_events(self, build_id: str, after: int = 0) -> AsyncIterator[BuildEvent]:
-        """The events after number ``after``, until the terminal one."""
-        params = {"after": str(after), "follow": "true"}
-        path = f"/builds/{build_id}/events"
-        async with self._stream("GET", path, params=params) as response:
-            async for line in response.aiter_lines():
-                if line.strip():
-                    yield read(BuildEvent, line)
-
-    @asynccontextmanager
-    async def open_file(
-        self, sandbox_id: str, path: str
-    ) -> AsyncIterator[tuple[FileStat, AsyncIterator[bytes]]]:
-        """A file's stat and its bytes as they come, of any size; raises as read_path does."""
-        params = {"path": path, "directories": "false"}
-        url = f"/sandboxes/{sandbox_id}/files"
-        async with self._stream("GET", url, params=params) as response:
-            yield stat_of(path, response.headers), response.aiter_raw()
-
-    async def write_file(
-        self, sandbox_id: str, path: str, content: AsyncIterator[bytes], *, mode: int | None = None
-    ) -> int:
-        """Write a file of any size from a stream, whole or not at all; return its size."""
-        params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
-        url = f"/sandboxes/{sandbox_id}/files"
-        async with self._stream("PUT", url, params=params, content=content) as response:
-            return read(WrittenFile, await response.aread()).size
 
     @asynccontextmanager
     async def _stream(
@@ -512,7 +465,7 @@ class AsyncHostClient:
                 yield response
 
 
-def _capped(request: Exec) -> Exec:
+def capped(request: Exec) -> Exec:
     """The same, for output that is kept in memory."""
     if request.max_output_bytes is not None:
         return request

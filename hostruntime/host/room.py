@@ -17,7 +17,6 @@ import os
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 from hostruntime.errors import HostFull, HostUnavailable, InvalidRequest
 
@@ -119,17 +118,6 @@ class Room:
             raise HostUnavailable(str(self.fault))
         if after.level is not Level.WELL:
             raise HostFull(str(self.fault or f"There is no room on the disk under {self.path}."))
-
-    def to_wire(self) -> dict[str, Any]:
-        """For the agent's health."""
-        return {
-            "level": self.level.name.lower(),
-            "size_bytes": self.size_bytes,
-            "free_bytes": self.free_bytes,
-            "reserve_bytes": self.reserve_bytes,
-            "free_files": self.free_files,
-            "reserve_files": self.reserve_files,
-        }
 
 
 def _bytes_kept(size: int) -> int:

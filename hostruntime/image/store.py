@@ -47,10 +47,10 @@ from hostruntime.image.digest import image_digest
 from hostruntime.image.holdings import Holdings, reclaimable_bytes, write_holdings
 from hostruntime.image.quarantine import Held, Quarantine
 from hostruntime.image.trash import Trash
-from hostruntime.image.trees import Check, Inventory, Measure, go_on, measure, tree_digest
+from hostruntime.image.trees import Check, Inventory, Measure, go_on, measure
 from hostruntime.wire.images import ImageInfo
 
-__all__ = ["Image", "ImageManifest", "ImageStore", "read_image", "tree_digest"]
+__all__ = ["Image", "ImageManifest", "ImageStore", "read_image"]
 
 # Names that clients still use for an image that has another name now.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}

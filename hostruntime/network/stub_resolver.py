@@ -123,11 +123,6 @@ class StubResolver:
         with self._lock:
             self._close(namespace)
 
-    def attended(self) -> set[Path]:
-        """The namespaces that questions are answered in."""
-        with self._lock:
-            return set(self._stations)
-
     def close(self) -> None:
         """Close all sockets and end the thread; a later :meth:`attend` begins anew."""
         with self._lock:

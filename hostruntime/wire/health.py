@@ -10,13 +10,29 @@ from hostruntime.wire.message import Message
 
 
 @dataclass(frozen=True)
+class DiskRoom(Message):
+    """The room on the disk of the state directory; sizes are null until it is first checked.
+
+    ``level`` is well, low, critical or read_only. ``held`` containers are frozen until there is
+    room again, and ``ballast`` tells whether the file is there that can be deleted to get some.
+    """
+
+    level: str = "well"
+    size_bytes: int | None = None
+    free_bytes: int | None = None
+    reserve_bytes: int | None = None
+    free_files: int | None = None
+    reserve_files: int | None = None
+    held: int = 0
+    ballast: bool = False
+
+
+@dataclass(frozen=True)
 class Health(Message):
     """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``.
 
     ``notes`` are sentences on package managers whose registries sandboxes will not reach, and on
-    the disk when it is short of room or read-only.  ``room`` has its ``level`` (well, low, critical
-    or read_only), ``free_bytes`` and ``free_files``, what is reserved of each, how many containers
-    are ``held`` for it, and whether there is ``ballast``.
+    the disk when it is short of room or read-only.
     """
 
     version: str
@@ -26,7 +42,7 @@ class Health(Message):
     proxy: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    room: Mapping[str, Any] = field(default_factory=dict)
+    room: DiskRoom = field(default_factory=DiskRoom)
 
 
 @dataclass(frozen=True)
@@ -82,10 +98,3 @@ class EgressDecision(Message):
     method: str = ""
     message: str = ""
     direct: bool = False
-
-
-@dataclass(frozen=True)
-class EgressDecisions(Message):
-    """``GET /egress/decisions``."""
-
-    decisions: tuple[EgressDecision, ...]

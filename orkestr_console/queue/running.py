@@ -22,7 +22,6 @@ from orkestr_console.queue.sockets import SocketQueue
 
 logger = logging.getLogger(__name__)
 
-STOP = "STOP"
 # A result is kept for people to look at; a traceback fits, a runaway message is cut.
 LONGEST_RESULT = 32 * 1024
 AWAY = (DatabaseUnavailable, DatabaseError, InterfaceError, PostgresError)
@@ -39,7 +38,7 @@ class HeldTasks:
         self._lock = ExitStack()
 
     def get(self) -> Task | str:
-        """The next task to run, or ``STOP``; the one before is done."""
+        """The next task to run, or django-q2's ``"STOP"``; the one before is done."""
         self.finish()
         while True:
             task: Task | str = self._queue.get()

@@ -1,4 +1,4 @@
-"""Builds of templates, and the layers that they keep."""
+"""Builds of templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from hostruntime.agent.requests import body, flag, in_path
-from hostruntime.agent.responses import NDJSON, answer, nothing
+from hostruntime.agent.responses import NDJSON, answer
 from hostruntime.build.manager import BuildManager
 from hostruntime.errors import InvalidRequest
 from hostruntime.wire.builds import StartBuild
@@ -33,12 +33,7 @@ def routes(builds: BuildManager) -> list[Route]:
         lines = await builds.events(in_path(request), _after(request), follow=follow)
         return StreamingResponse(lines, media_type=NDJSON)
 
-    async def drop_layers(request: Request) -> Response:
-        await builds.drop_layers(in_path(request, "scope"))
-        return nothing()
-
     return [
-        Route("/layers/{scope}", drop_layers, methods=["DELETE"]),
         Route("/builds", start, methods=["POST"]),
         Route("/builds/{id}", get, methods=["GET"]),
         Route("/builds/{id}", cancel, methods=["DELETE"]),

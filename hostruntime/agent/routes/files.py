@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.agent.requests import body, flag, in_path, number, parameter
+from hostruntime.agent.requests import body, in_path, number, parameter
 from hostruntime.agent.responses import answer, nothing
 from hostruntime.container.files import FileService
 from hostruntime.errors import InvalidRequest
@@ -64,10 +64,7 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
         """A file's bytes, or a directory's entries; ``X-File-*`` say what it is."""
         name, path = sandboxes.container_name(in_path(request)), parameter(request, "path")
         cap = int(number(request, "max_bytes", -1))
-        directories = flag(request, "directories", default=True)
-        opening = files.read(
-            name, path, max_bytes=cap if cap >= 0 else None, directories=directories
-        )
+        opening = files.read(name, path, max_bytes=cap if cap >= 0 else None)
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(opening)
             headers = _stat_headers(opened.stat)

@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hostruntime.agent.host import Host
-from hostruntime.agent.requests import number, parameter
+from hostruntime.agent.requests import parameter
 from hostruntime.agent.responses import answer
 from hostruntime.network.egress import default_domains
-from hostruntime.wire.health import DefaultDomains, EgressDecisions, EgressHosts
+from hostruntime.wire.health import DefaultDomains, EgressHosts
 
 
 def routes(host: Host) -> list[Route]:
@@ -24,11 +24,6 @@ def routes(host: Host) -> list[Route]:
     async def defaults(_: Request) -> Response:
         return answer(DefaultDomains(await asyncio.to_thread(default_domains, host.paths)))
 
-    async def decisions(request: Request) -> Response:
-        owner, since = parameter(request, "owner"), number(request, "since", 0.0)
-        found = await asyncio.to_thread(host.proxy.decisions, owner, since)
-        return answer(EgressDecisions(tuple(found)))
-
     async def hosts(request: Request) -> Response:
         found = await asyncio.to_thread(host.proxy.hosts, parameter(request, "owner"))
         return answer(EgressHosts(tuple(found)))
@@ -36,6 +31,5 @@ def routes(host: Host) -> list[Route]:
     return [
         Route("/health", health),
         Route("/egress/defaults", defaults),
-        Route("/egress/decisions", decisions),
         Route("/egress/hosts", hosts),
     ]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 from orkestr_console.runner.doctor import cgroups, keeping, kernel, machine, network, software
 from orkestr_console.runner.doctor.finding import Finding, unseen
-from orkestr_console.runner.doctor.network import listening_fault, port_is_free
+from orkestr_console.runner.doctor.network import listening_fault
 from orkestr_console.runner.layout import Layout
 
-__all__ = ["Finding", "examine", "listening_fault", "port_is_free"]
+__all__ = ["Finding", "examine", "listening_fault"]
 
 Check = Callable[[Layout], Finding]
 

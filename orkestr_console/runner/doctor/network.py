@@ -87,11 +87,6 @@ def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | No
     return None
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on ``port`` of every IPv4 address now."""
-    return _refusal("0.0.0.0", port) == 0  # noqa: S104 - released at once
-
-
 def _refusal(address: str, port: int) -> int:
     """The error number of bind(2), 0 if it is granted."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
