@@ -201,12 +201,12 @@ async def read_file(
     Read files above 16 MiB in parts with exec: tail -c +OFFSET FILE | head -c 30000.
     """
     try:
-        found = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
+        file = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
     except PayloadTooLarge:
         raise Conflict(too_large_advice(path), code=PayloadTooLarge.default_code) from None
-    if not isinstance(found, FileContent):
+    if not isinstance(file, FileContent):
         raise Conflict(f"{path} is a directory; use list_files.", code="is_a_directory")
-    return file_part(path, found.content, offset, limit)
+    return file_part(path, file.content, offset, limit)
 
 
 def too_large_advice(path: str) -> str:
@@ -287,15 +287,15 @@ async def list_files(
 ) -> Directory:
     """List the entries of a directory of a sandbox by name, with sizes and times."""
     try:
-        found = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
+        listing = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
     except PayloadTooLarge:
         raise Conflict(
             f"{path} has more entries than list_files can return; use ls and head with exec.",
             code=PayloadTooLarge.default_code,
         ) from None
-    if not isinstance(found, DirectoryListing):
+    if not isinstance(listing, DirectoryListing):
         raise Conflict(f"{path} is a file; use read_file.", code="is_a_file")
-    entries = presenters.path_content(found)["entries"]
+    entries = presenters.path_content(listing)["entries"]
     end = offset + limit
     return Directory(
         path=path,
