@@ -8,17 +8,17 @@
      ├─ NotFound                 404 not_found           no such sandbox, build, image or file
      │   └─ ImageNotFound        404 image_not_found
      ├─ Conflict                 409 conflict            it exists, but not in the right state
-     │   ├─ ContainerGone        409 container_gone      the container stopped under the caller
+     │   ├─ ContainerGone        409 container_gone      the container is not running (any more)
      │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
      ├─ FileTooLarge             413 file_too_large
-     ├─ ExecTimeout              408 exec_timeout        ran past its time and was killed
+     ├─ ExecTimeout              408 exec_timeout        exceeded its time limit and was killed
      ├─ ExecKilled               409 exec_killed         killed by a signal (+ ``signal``)
      ├─ TooManyCommands          429 too_many_commands   (+ ``running``) of the caller's scope
      ├─ BuildFailed              409 build_failed        (+ ``reason``, ``step``)
-     ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry
-     ├─ HostUnavailable          503 host_unavailable    the agent does not answer
-     │   └─ Held                 503 held                stands still until the host has room again
-     └─ HostFault                500 internal            a defect or a broken machine
+     ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry later
+     ├─ HostUnavailable          503 host_unavailable    the agent does not respond
+     │   └─ Held                 503 held                frozen until the host has space again
+     └─ HostFault                500 internal            a bug or a broken machine
 
 A leaf module: it imports nothing of the project.  ``detail`` is always a sentence that says what
 was wrong and what to do about it.
@@ -32,10 +32,10 @@ from typing import Any, ClassVar
 
 
 class HostError(Exception):
-    """The root of everything this package raises on purpose.
+    """The base of every error that this package raises on purpose.
 
     ``code`` is the machine-readable name, ``status`` the HTTP status the agent answers with,
-    ``detail`` the sentence for a person, ``extra`` further JSON-safe fields of the answer.
+    ``detail`` the sentence for a person, ``extra`` further JSON-safe fields of the response.
     """
 
     code: ClassVar[str] = "host_error"
@@ -58,7 +58,9 @@ class HostError(Exception):
         """
         code = str(payload.get("code", ""))
         detail = str(payload.get("detail") or payload.get("message") or f"The host said {status}.")
-        extra = {k: v for k, v in payload.items() if k not in _OWN_FIELDS and isinstance(k, str)}
+        extra = {
+            k: v for k, v in payload.items() if k not in _RESERVED_FIELDS and isinstance(k, str)
+        }
         cls = _by_code().get(code)
         if cls is None:
             cls = _BY_STATUS.get(status, HostFault)
@@ -67,7 +69,7 @@ class HostError(Exception):
 
 
 class InvalidRequest(HostError):
-    """The request itself is wrong; asking again unchanged cannot work."""
+    """The request itself is wrong; retrying it unchanged cannot work."""
 
     code = "invalid_request"
     status = 400
@@ -106,25 +108,25 @@ class ContainerGone(Conflict):
 
 
 class ContainerPaused(Conflict):
-    """The container is paused: nothing runs in it until it is resumed."""
+    """The container is paused; nothing runs in it until it is resumed."""
 
     code = "container_paused"
 
 
 class Exhausted(Conflict):
-    """The container's own bounds leave no room for one more process, or kill it."""
+    """The container's own limits prevent one more process from starting, or kill it."""
 
     code = "sandbox_exhausted"
 
 
 class NoSpace(Conflict):
-    """The container's disk, or the memory that holds the directory, is full."""
+    """The container's disk, or the tmpfs that holds the directory, is full."""
 
     code = "no_space"
 
 
 class FileConflict(Conflict):
-    """A file operation met the wrong kind of thing (a directory, a device, an existing name)."""
+    """A file operation found the wrong kind of file (a directory, a device, an existing name)."""
 
     code = "file_conflict"
 
@@ -137,7 +139,7 @@ class FileTooLarge(HostError):
 
 
 class ExecTimeout(HostError):
-    """A command ran past its time; its whole process tree was killed."""
+    """A command exceeded its time limit; its whole process tree was killed."""
 
     code = "exec_timeout"
     status = 408
@@ -157,53 +159,53 @@ class ExecKilled(HostError):
 
 
 class TooManyCommands(HostError):
-    """As many commands of the scope run as may; nothing was run."""
+    """The scope already runs as many commands as it may; nothing was started."""
 
     code = "too_many_commands"
     status = 429
 
     @property
     def running(self) -> int:
-        """How many run."""
+        """How many commands of the scope are running."""
         value = self.extra.get("running")
         return value if isinstance(value, int) else 0
 
 
 class BuildFailed(HostError):
-    """A build ended without an image; ``reason`` is the build's own failure code."""
+    """A build ended without an image; ``reason`` is the build's failure code."""
 
     code = "build_failed"
     status = 409
 
 
 class HostFull(HostError):
-    """The host cannot take one more container; nothing was created, so retrying is safe."""
+    """The host has no capacity for one more container; nothing was created; retrying is safe."""
 
     code = "fleet_full_retry"
     status = 503
 
 
 class HostUnavailable(HostError):
-    """The agent does not answer, or the machine lacks something the runtime needs."""
+    """The agent does not respond, or the machine lacks something the runtime needs."""
 
     code = "host_unavailable"
     status = 503
 
 
 class Held(HostUnavailable):
-    """The container stands still until the machine has room again; nothing of it is lost."""
+    """The container is frozen until the machine has free space again; none of it is lost."""
 
     code = "held"
 
 
 class HostFault(HostError):
-    """A defect of ours or a broken machine; the agent's log has the whole story."""
+    """A bug in this package or a broken machine; the agent's log has the details."""
 
     code = "internal"
     status = 500
 
 
-_OWN_FIELDS = frozenset({"code", "detail", "message"})
+_RESERVED_FIELDS = frozenset({"code", "detail", "message"})
 _BY_STATUS: Mapping[int, type[HostError]] = {
     400: InvalidRequest,
     404: NotFound,
@@ -217,11 +219,11 @@ _BY_STATUS: Mapping[int, type[HostError]] = {
 
 
 def _by_code() -> dict[str, type[HostError]]:
-    # A code that is inherited says nothing of the subclass, which may not even take a detail.
+    # An inherited code says nothing about the subclass, which may not even accept a detail.
     return {cls.code: cls for cls in _subclasses(HostError) if "code" in vars(cls)}
 
 
 def _subclasses(cls: type[HostError]) -> Iterator[type[HostError]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

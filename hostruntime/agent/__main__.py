@@ -1,4 +1,4 @@
-"""``python -m hostruntime.agent``: serve, or take everything down."""
+"""``python -m hostruntime.agent``: serve, or tear everything down."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
 
 _LOCK_SECONDS = 10.0
-_TOLD_EVERY = 25
+_PROGRESS_EVERY = 25
 _REQUESTS_GRACE_SECONDS = 1
 _SOCKET_MODE = 0o660
 # M_ARENA_MAX of mallopt(3), and how many heaps our threads share.
@@ -41,19 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, handlers=[logs.handler()])
-    # One line a request says nothing that the answer did not.
+    # The access log adds nothing to the responses.
     logging.getLogger("uvicorn.access").disabled = True
-    # LXC goes through directories as others, and images keep the modes they are made with.
+    # LXC traverses directories as "others", and images keep the modes they are created with.
     os.umask(0o022)
     try:
         paths = StatePaths(options.state_dir.resolve())
         if options.action == "teardown":
             if paths.root.is_dir():
-                with _only_agent(paths):
-                    tear_down(paths.ensure(), _tell)
+                with _exclusive_lock(paths):
+                    tear_down(paths.ensure(), _print_progress)
             return 0
         path = options.socket or paths.root / "sock"
-        with _only_agent(paths.ensure()) as lock, _listening(path, options.socket_group) as sock:
+        with _exclusive_lock(paths.ensure()) as lock, _listen(path, options.socket_group) as sock:
             asyncio.run(_serve(paths, sock, lock))
     except (HostError, OSError) as error:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _tell(done: int, of: int) -> None:
-    """Say on standard output how far the teardown is; the log goes elsewhere."""
-    if done == of or done % _TOLD_EVERY == 0:
-        print(f"ended {done} of {of} containers", flush=True)  # noqa: T201 - the command's answer
+def _print_progress(done: int, total: int) -> None:
+    """Print the teardown's progress to standard output; the log goes elsewhere."""
+    if done == total or done % _PROGRESS_EVERY == 0:
+        print(f"ended {done} of {total} containers", flush=True)  # noqa: T201 - the command's answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,24 +77,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn; told to stop, it also ends the commands that requests are waiting for."""
+    """A uvicorn server that also kills running commands when it is told to stop."""
 
     def __init__(self, config: uvicorn.Config, host: Host) -> None:
         super().__init__(config)
         self._host = host
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not super(): it would raise the signal again once served, and end us before the rest.
+        # Not super(): it would re-raise the signal after serving, and kill us before the cleanup.
         self.should_exit = True
         self._host.builds.going()
         self._host.sandboxes.changes.close()
-        self._host.containers.kill_execs()
+        self._host.containers.kill_commands()
 
 
 async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
     _raise_file_limit()
     share_heaps()
-    host = await Host.open(paths, keep=[lock])
+    host = await Host.open(paths, inherited_fds=[lock])
     try:
         config = uvicorn.Config(
             application(host),
@@ -107,31 +107,31 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
         _log.info("serving on %s", sock.getsockname())
         await _Server(config, host).serve(sockets=[sock])
     finally:
-        # A second signal must not interrupt the end.
+        # A second signal must not interrupt the cleanup.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         await host.close()
 
 
 def _raise_file_limit() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def share_heaps() -> None:
-    """Let our threads share a few heaps: by default each new one gets its own, eight a core.
+    """Make threads share a few heaps; by default each gets its own, up to eight per core.
 
-    Each keeps what its busiest moment took, so that memory rises for hours until every thread has
-    had every kind of work.  They take turns in Python anyway, and hardly ever wait for a heap.
+    A heap keeps its peak size, so memory would rise for hours until every thread has done every
+    kind of work.  Because of the GIL, threads hardly ever wait for a shared heap.
     """
     libc = ctypes.CDLL(None)
-    # musl has one heap, and no mallopt.
+    # musl has a single heap, and no mallopt.
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 @contextmanager
-def _listening(path: Path, group: str | None) -> Iterator[socket.socket]:
+def _listen(path: Path, group: str | None) -> Iterator[socket.socket]:
     """A Unix socket that root and ``group`` may connect to.  Raises InvalidRequest, OSError."""
     gid = _group_id(group) if group else 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,17 +159,17 @@ def _group_id(name: str) -> int:
 
 
 @contextmanager
-def _only_agent(paths: StatePaths) -> Iterator[int]:
-    """Hold the pid file's lock; launchers hold it too, so that none outlives its agent unseen.
+def _exclusive_lock(paths: StatePaths) -> Iterator[int]:
+    """Hold the pid file's lock; launchers inherit it, so that none outlives its agent unnoticed.
 
-    Raises HostUnavailable when another agent has it.
+    Raises HostUnavailable if another agent holds it.
     """
     descriptor = os.open(paths.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # Not for as long as the other works: it may be there to stay.
-        until = time.monotonic() + scaled(_LOCK_SECONDS)
+        # A fixed time: the other agent may be there to stay.
+        deadline = time.monotonic() + scaled(_LOCK_SECONDS)
         while not _try_lock(descriptor):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 raise HostUnavailable(
                     f"Another host agent (pid {pid}) runs on {paths.root}. Stop it first."

@@ -1,9 +1,9 @@
-"""Ballast: room that is taken while there is plenty, to be let go of when there is none.
+"""Ballast: disk space that is allocated while there is plenty, and released in an emergency.
 
-Who fills a disk to the last block leaves nobody room to get out of it: PostgreSQL cannot write the
-log of a transaction that would delete something.  So a file of nothing lies in the state directory,
-its blocks allocated (posix_fallocate(3)), until the disk is nearly full; and again once there is
-room.
+When a disk is full to the last block, nobody can clean it up: PostgreSQL cannot even write the log
+of a transaction that would delete something.  So an empty file with allocated blocks
+(posix_fallocate(3)) lies in the state directory until the disk is nearly full, and is allocated
+again once there is enough space.
 """
 
 from __future__ import annotations
@@ -14,67 +14,71 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostruntime.host.room import Room
+from hostruntime.host.disk_space import DiskSpace
 
 _MIB = 1024**2
-_MOST_BYTES = 256 * _MIB
-_LEAST_BYTES = 16 * _MIB
-# Of a small file system it takes less.
+_MAX_BYTES = 256 * _MIB
+_MIN_BYTES = 16 * _MIB
+# The maximum share of a small file system.
 _SHARE = 1 / 32
-# It goes when so little is left of the reserve, and is taken when so much is free, in reserves.
-RELEASE_BELOW, TAKE_ABOVE = 0.25, 1.5
+# Free space, as a multiple of the reserve, below which it is released and above which allocated.
+RELEASE_BELOW, ALLOCATE_ABOVE = 0.25, 1.5
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Ballast:
-    """The ballast of one installation.  All of it blocks for some milliseconds."""
+    """The ballast of one installation.  Every method blocks for some milliseconds."""
 
     path: Path
     _refused: bool = False
 
-    def balance(self, room: Room) -> None:
-        """Take it, or let it go, as the room is."""
-        if room.read_only:
+    def balance(self, space: DiskSpace) -> None:
+        """Allocate or release it, depending on the free space."""
+        if space.read_only:
             return
-        if room.shares < RELEASE_BELOW:
+        if space.free_ratio < RELEASE_BELOW:
             self.release()
-        elif room.shares > TAKE_ABOVE and not self._refused:
-            self._take(room)
+        elif space.free_ratio > ALLOCATE_ABOVE and not self._refused:
+            self._allocate(space)
 
     def release(self) -> None:
-        """Give the room back; idempotent.  Raises OSError."""
+        """Free the space; idempotent.  Raises OSError."""
         try:
             self.path.unlink()
         except FileNotFoundError:
             return
-        _log.error("the disk is nearly full: the ballast %s was let go", self.path)
+        _log.error("the disk is nearly full: released the ballast %s", self.path)
 
     @property
-    def is_held(self) -> bool:
-        """Whether there is any."""
+    def is_allocated(self) -> bool:
+        """Whether it is allocated."""
         return self.path.exists()
 
-    def _take(self, room: Room) -> None:
-        size = ballast_bytes(room)
-        if self.is_held or size < _LEAST_BYTES or room.less(size).shares <= TAKE_ABOVE:
+    def _allocate(self, space: DiskSpace) -> None:
+        size = ballast_bytes(space)
+        if (
+            self.is_allocated
+            or size < _MIN_BYTES
+            or space.after_writing(size).free_ratio <= ALLOCATE_ABOVE
+        ):
             return
-        fresh = self.path.with_suffix(".new")
+        temporary = self.path.with_suffix(".new")
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(fresh, flags, 0o600)
+            descriptor = os.open(temporary, flags, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, size)
             finally:
                 os.close(descriptor)
-            fresh.rename(self.path)
+            temporary.rename(self.path)
         except OSError as error:
             self._refused = True
-            _log.warning("there is no ballast on this file system: %s", error.strerror)
+            _log.warning("this file system supports no ballast: %s", error.strerror)
             with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
 
-def ballast_bytes(room: Room) -> int:
-    """How much it is on such a file system."""
-    return int(min(_MOST_BYTES, room.size_bytes * _SHARE, room.reserve_bytes / 2))
+def ballast_bytes(space: DiskSpace) -> int:
+    """The ballast's size on such a file system."""
+    return int(min(_MAX_BYTES, space.size_bytes * _SHARE, space.reserve_bytes / 2))

@@ -1,4 +1,4 @@
-"""Everything one agent runs, opened and closed in the right order."""
+"""All parts of one agent, opened and closed in the right order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import partial
 
 from hostruntime import __version__
 from hostruntime.agent.ballast import Ballast
-from hostruntime.agent.reclaim import Told, reclaim, take_down
-from hostruntime.agent.room_watch import RoomWatch
+from hostruntime.agent.disk_monitor import DiskMonitor
+from hostruntime.agent.reclaim import OnProgress, reclaim, remove_instance
 from hostruntime.build import plan as build_plan
 from hostruntime.build.bases import BaseBuilder
 from hostruntime.build.layers import LayerStore, budget_bytes
@@ -20,9 +20,10 @@ from hostruntime.build.manager import BuildManager
 from hostruntime.container import apparmor, delegation, shared_limits
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.manager import ContainerManager, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import (
     Instance,
     StatePaths,
@@ -30,26 +31,25 @@ from hostruntime.host.paths import (
     ensure_subordinate_ids,
     release_instance,
 )
-from hostruntime.host.room import Room
-from hostruntime.host.tasks import end, every, logged, threads
+from hostruntime.host.tasks import cancel_and_wait, create_thread_pool, every, log_errors
 from hostruntime.image.quarantine import keep_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
 from hostruntime.network.policy import PolicyError
 from hostruntime.network.slots import SlotPool
 from hostruntime.sandbox.manager import SandboxManager
-from hostruntime.sandbox.snapshots import users_of_images
+from hostruntime.sandbox.snapshots import image_users
 from hostruntime.wire.health import Health
 
 PROXY_CHECK_SECONDS = 5.0
-LAYERS_CHECK_SECONDS = 3600.0
+CLEANUP_SECONDS = 3600.0
 _THREADS = 64
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Host:
-    """One installation at work."""
+    """One running installation."""
 
     paths: StatePaths
     instance: Instance
@@ -62,51 +62,53 @@ class Host:
     builds: BuildManager
     bases: BaseBuilder
     layers: LayerStore
-    room: RoomWatch = field(init=False)
+    disk_monitor: DiskMonitor = field(init=False)
     proxy_healthy: bool = False
-    _keepers: tuple[asyncio.Task[None], ...] = ()
+    _periodic_tasks: tuple[asyncio.Task[None], ...] = ()
 
     def __post_init__(self) -> None:
         ballast = Ballast(self.paths.ballast)
-        self.room = RoomWatch(self.paths.root, self.containers, ballast, self)
+        self.disk_monitor = DiskMonitor(self.paths.root, self.containers, ballast, self)
 
     @classmethod
-    async def open(cls, paths: StatePaths, keep: Sequence[int] = ()) -> Host:
-        """Take up the state directory: reclaim, start the launchers and the proxy.
+    async def open(cls, paths: StatePaths, inherited_fds: Sequence[int] = ()) -> Host:
+        """Open the state directory: reclaim, start the launchers and the proxy.
 
-        ``keep`` are descriptors for the launchers to hold.  Raises HostError, OSError.
+        Launchers keep ``inherited_fds`` open.  Raises HostError, OSError.
         """
-        # A disk that hangs keeps whoever waits for it, and must not keep everybody else.
-        asyncio.get_running_loop().set_default_executor(threads(_THREADS))
-        host = await asyncio.to_thread(_assemble, paths, keep)
+        # A hanging disk blocks the threads that wait for it, and must not block the others.
+        asyncio.get_running_loop().set_default_executor(create_thread_pool(_THREADS))
+        host = await asyncio.to_thread(_assemble, paths, inherited_fds)
         await host.launchers.open()
         await host.sandboxes.recover()
-        await host.sandboxes.freeze_again()
-        host.sandboxes.begin()
+        await host.sandboxes.refreeze_paused()
+        host.sandboxes.start_sweeping()
         await host.builds.recover()
         await host._check_proxy(first=True)
-        host._keepers = (
-            every(PROXY_CHECK_SECONDS, host._keep_network, "the network could not be seen to"),
-            every(LAYERS_CHECK_SECONDS, host._keep_old, "old layers and builds stay"),
-            host.room.begin(),
+        host._periodic_tasks = (
+            every(
+                PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be maintained"
+            ),
+            every(CLEANUP_SECONDS, host._remove_old, "old layers and builds could not be removed"),
+            host.disk_monitor.start(),
         )
         return host
 
     async def close(self) -> None:
-        """End everything but the containers of sandboxes and the proxy, which serves them."""
-        await end(*self._keepers)
-        self.room.close()
+        """Stop everything except the containers of sandboxes, and the proxy, which serves them."""
+        await cancel_and_wait(*self._periodic_tasks)
+        self.disk_monitor.close()
         self.sandboxes.snapshots.close()
         await self.sandboxes.close()
         await self.bases.close()
         await self.builds.close()
-        self.containers.kill_execs()
+        self.containers.kill_commands()
         await self.launchers.close()
         await self.containers.close()
         await asyncio.to_thread(self.pool.close)
 
     def health(self) -> Health:
-        """The answer to ``GET /health``."""
+        """The response to ``GET /health``."""
         running = len(self.containers.running())
         address, port = self.pool.proxy_address()
         return Health(
@@ -121,55 +123,55 @@ class Host:
                 "builds": len(self.builds.users()),
                 "images": len(self.store.list()),
             },
-            notes=[*host_registries(self.paths).notes, *self.room.notes()],
-            room=self.room.status(),
+            notes=[*host_registries(self.paths).notes, *self.disk_monitor.notes()],
+            room=self.disk_monitor.status(),
         )
 
-    # What the watch of the room asks for -----------------------------------------------------
+    # Relief for the disk monitor -------------------------------------------------------------
 
-    async def drop_what_can_be(self) -> None:
-        """Begin nothing more that takes room, and delete what is made again."""
-        self.sandboxes.snapshots.make_room()
+    async def free_space(self) -> None:
+        """Abort what uses more space, and delete what can be created again."""
+        self.sandboxes.snapshots.abort_for_space()
         await asyncio.to_thread(self.layers.collect)
         self.store.trash.empty()
 
     def is_build(self, owner: str) -> bool:
-        """Whether what an owner runs is a build, of a template or of a base."""
+        """Whether an owner is a build, of a template or of a base."""
         return owner not in self.sandboxes.live()
 
-    async def end_for_room(self, owner: str) -> None:
-        """End what an owner runs, and tell them why.  Raises HostError, OSError."""
+    async def terminate_for_space(self, owner: str) -> None:
+        """Terminate an owner's container and record why.  Raises HostError, OSError."""
         if owner in self.sandboxes.live():
-            await self.sandboxes.end_for_room(owner)
+            await self.sandboxes.terminate_for_space(owner)
         elif owner in self.builds.users():
-            await self.builds.end_for_room(owner)
+            await self.builds.terminate_for_space(owner)
         else:
             self.containers.kill(owner)
 
     def capturing(self) -> list[str]:
-        """The builds whose container has ended, and whose tree is being made; the newest last."""
-        return [one for one in self.builds.users() if one not in self.containers.running()]
+        """The builds whose container has exited and whose tree is being captured; newest last."""
+        return [owner for owner in self.builds.users() if owner not in self.containers.running()]
 
-    # What is done again and again; no part of it keeps another from its turn ------------------
+    # Periodic work; a failing part must not prevent the others --------------------------------
 
-    async def _keep_network(self) -> None:
-        with logged("the firewall could not be checked"):
+    async def _maintain_network(self) -> None:
+        with log_errors("the firewall could not be checked"):
             await asyncio.to_thread(self.pool.firewall.ensure_whole)
-        with logged("the AppArmor profile could not be checked"):
+        with log_errors("the AppArmor profile could not be checked"):
             await asyncio.to_thread(self._ensure_profile)
-        with logged("a launcher near a limit could not be replaced"):
-            await self.launchers.tend()
-        with logged("what containers tried to reach could not be read"):
+        with log_errors("a launcher near a limit could not be replaced"):
+            await self.launchers.maintain()
+        with log_errors("the containers' connection attempts could not be read"):
             await asyncio.to_thread(self.pool.record_attempts)
-        with logged("the egress proxy could not be checked"):
+        with log_errors("the egress proxy could not be checked"):
             await self._check_proxy(first=False)
 
-    async def _keep_old(self) -> None:
-        with logged("old layers could not be deleted"):
+    async def _remove_old(self) -> None:
+        with log_errors("old layers could not be deleted"):
             await asyncio.to_thread(self.layers.collect)
-        with logged("runtime layers that nobody uses could not be deleted"):
+        with log_errors("unused runtime layers could not be deleted"):
             await asyncio.to_thread(remove_unused, self.paths)
-        with logged("the records of old builds could not be deleted"):
+        with log_errors("the records of old builds could not be deleted"):
             await self.builds.forget_old()
 
     def _ensure_profile(self) -> None:
@@ -182,36 +184,36 @@ class Host:
             self.proxy_healthy = True
         except (HostError, PolicyError, OSError) as error:
             if self.proxy_healthy or first:
-                _log.error("the egress proxy does not run: %s", error)
+                _log.error("the egress proxy is not running: %s", error)
             self.proxy_healthy = False
 
 
-def _assemble(paths: StatePaths, keep: Sequence[int]) -> Host:
+def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     cgroup_layout()
-    # Said now, and not to whoever reconciles.
+    # Invalid settings must fail here, and not in a later reconciliation.
     keep_days()
-    Room.of(paths.root)
+    DiskSpace.of(paths.root)
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)
     pool = SlotPool(paths, instance)
-    launchers = _launchers(paths, instance, keep)
+    launchers = _launchers(paths, instance, inherited_fds)
     pool.setup()
-    # Now that the kernel tracks connections.
-    _share_the_machine(instance)
+    # After pool.setup, which loads connection tracking and its sysctls.
+    _limit_machine_use(instance)
     build_runtime_layers(paths, pool)
     store = ImageStore(paths)
     live = reclaim(paths, instance, pool, store)
-    _log.info("instance %d, %d sandboxes still run", instance.index, len(live))
+    _log.info("instance %d, %d sandboxes still running", instance.index, len(live))
     return _host(paths, instance, store, ContainerManager(paths, instance, pool, launchers))
 
 
-def _launchers(paths: StatePaths, instance: Instance, keep: Sequence[int]) -> LauncherPool:
-    """The launchers, which are yet to be started, with the profile they need in the kernel."""
+def _launchers(paths: StatePaths, instance: Instance, inherited_fds: Sequence[int]) -> LauncherPool:
+    """The launchers, not started yet; loads the AppArmor profile that they need."""
     label = apparmor.profile_name(instance)
     if label is not None:
         apparmor.load(label)
-    return LauncherPool(lxcpath_of(instance), paths.root / "launcher.log", keep, label)
+    return LauncherPool(lxc_dir(instance), paths.root / "launcher.log", inherited_fds, label)
 
 
 def _host(
@@ -242,27 +244,27 @@ def _host(
     )
 
 
-def _share_the_machine(instance: Instance) -> None:
+def _limit_machine_use(instance: Instance) -> None:
     shared_limits.raise_limits()
     try:
         shared_limits.limit_processes(instance)
     except (HostError, OSError) as error:
-        # Each container has its own limit, and nobody's sandbox is to wait for this one.
-        _log.error("what all sandboxes may run together could not be limited: %s", error)
+        # Each container has its own limit, so this failure must not block the start.
+        _log.error("the processes of all sandboxes together could not be limited: %s", error)
 
 
-def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:
-    """Stop every container and remove all it has on the host; images and snapshots stay.
+def tear_down(paths: StatePaths, on_progress: OnProgress = lambda done, of: None) -> None:
+    """Stop every container and remove all its resources; images and snapshots stay.
 
-    ``told`` hears how many of how many containers are gone.  No agent may run on the state
-    directory.  Raises HostError, OSError.
+    ``on_progress`` is called with the number of removed containers and the total.  No agent may be
+    running on the state directory.  Raises HostError, OSError.
     """
     if not paths.instance_file.exists():
         return
     instance = claim_instance(paths)
     pool = SlotPool(paths, instance)
     store = ImageStore(paths)
-    take_down(paths, instance, store.trash, told)
+    remove_instance(paths, instance, store.trash, on_progress)
     EgressProxy(paths, instance, pool).stop()
     pool.teardown()
     delegation.tear_down(instance)
@@ -272,7 +274,7 @@ def tear_down(paths: StatePaths, told: Told = lambda done, of: None) -> None:
     for directory in paths.sandboxes.iterdir():
         with contextlib.suppress(OSError):
             store.trash.discard(directory)
-    store.recover(users_of_images(paths))
+    store.recover(image_users(paths))
     store.trash.wait()
     paths.ballast.unlink(missing_ok=True)
     release_instance(paths)

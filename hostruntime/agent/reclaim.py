@@ -1,8 +1,8 @@
-"""The pass at start, and the taking down of a whole instance.
+"""The cleanup at start, and the removal of a whole instance.
 
-A killed agent leaves what it was at: containers (which is right, if a sandbox owns them), roots
-mounted for containers that never started, slots, half-made trees.  Everything found that no
-living sandbox owns goes; nothing is believed from records alone that the kernel can be asked.
+A killed agent leaves things behind: containers (rightly, if a sandbox owns them), roots mounted
+for containers that never started, slots, incomplete trees.  Everything that no running sandbox
+owns is removed; the kernel's state takes precedence over records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hostruntime.container.cgroups import cgroup_layout, kill_group
 from hostruntime.container.disk import Disks
-from hostruntime.container.manager import dismantle, lxcpath_of, roots_of
+from hostruntime.container.manager import dismantle, lxc_dir, roots_dir
 from hostruntime.errors import HostError
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.records import BadRecord
@@ -24,85 +24,88 @@ from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.network.slots import SlotPool
 from hostruntime.sandbox.manager import read_sandbox
-from hostruntime.sandbox.snapshots import clear_half_made, users_of_images
+from hostruntime.sandbox.snapshots import image_users, remove_incomplete
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = 8
+_PARALLEL = 8
 
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 def reclaim(
     paths: StatePaths, instance: Instance, pool: SlotPool, store: ImageStore
 ) -> frozenset[str]:
-    """Clear away what nobody owns; return the sandboxes that still run.
+    """Remove what nobody owns; return the sandboxes that are still running.
 
-    The pool must be set up.  Raises HostError or OSError when something will not go.
+    The pool must be set up.  Raises HostError or OSError if something cannot be removed.
     """
-    clear_half_made(paths, instance, store.trash)
+    remove_incomplete(paths, instance, store.trash)
     candidates = _recorded_as_running(paths.sandboxes)
-    live = {owner for owner in candidates if _runs(instance, owner)}
-    _dismantle_all_but(instance, live)
+    live = {owner for owner in candidates if _is_running(instance, owner)}
+    _dismantle_except(instance, live)
     pool.reclaim(live)
-    cut_off = {owner for owner in live if pool.slot_of(owner) is None}
-    if cut_off:
-        # Without its network namespace or its policy a container must not go on.
-        _log.error("stopping %s: the network slot is gone", ", ".join(sorted(cut_off)))
-        _dismantle_all_but(instance, live - cut_off)
-    Disks(paths, instance).release_all_but(live - cut_off)
-    store.recover((live - cut_off) | users_of_images(paths))
-    return frozenset(live - cut_off)
+    without_slot = {owner for owner in live if pool.slot_of(owner) is None}
+    if without_slot:
+        # Without its network namespace or its policy a container must not keep running.
+        _log.error("stopping %s: the network slot is gone", ", ".join(sorted(without_slot)))
+        _dismantle_except(instance, live - without_slot)
+    Disks(paths, instance).release_except(live - without_slot)
+    store.recover((live - without_slot) | image_users(paths))
+    return frozenset(live - without_slot)
 
 
-def take_down(
-    paths: StatePaths, instance: Instance, trash: Trash, told: Told = lambda done, of: None
+def remove_instance(
+    paths: StatePaths,
+    instance: Instance,
+    trash: Trash,
+    on_progress: OnProgress = lambda done, of: None,
 ) -> None:
     """Stop every container of an instance and remove their groups and mounts; idempotent.
 
-    ``told`` hears, after each, how many of how many are gone.
+    ``on_progress`` is called after each with the number of removed containers and the total.
     """
-    clear_half_made(paths, instance, trash)
-    _dismantle_all_but(instance, set(), told)
+    remove_incomplete(paths, instance, trash)
+    _dismantle_except(instance, set(), on_progress)
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)
-    disks.release_all_but(())
-    for directory in (roots_of(instance), lxcpath_of(instance), disks.mounts):
+    disks.release_except(())
+    for directory in (roots_dir(instance), lxc_dir(instance), disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _recorded_as_running(sandboxes: Path) -> set[str]:
-    found: set[str] = set()
+    running: set[str] = set()
     for directory in sandboxes.iterdir():
         try:
             sandbox = read_sandbox(directory)
         except BadRecord as error:
-            # Nobody could say whose it is, what it may reach, or when it ends.
-            _log.error("sandbox %s is ended if it runs: %s", directory.name, error)
+            # Its owner, its network policy and its deadline are unknown.
+            _log.error("sandbox %s is stopped if it is running: %s", directory.name, error)
             continue
         if sandbox is not None and sandbox.state == "running":
-            found.add(directory.name)
-    return found
+            running.add(directory.name)
+    return running
 
 
-def _runs(instance: Instance, owner: str) -> bool:
+def _is_running(instance: Instance, owner: str) -> bool:
     return cgroup_layout().container(f"{instance.prefix}{owner}").init_pid() is not None
 
 
-def _dismantle_all_but(
-    instance: Instance, live: set[str], told: Told = lambda done, of: None
+def _dismantle_except(
+    instance: Instance, live: set[str], on_progress: OnProgress = lambda done, of: None
 ) -> None:
     keep = {f"{instance.prefix}{owner}" for owner in live}
-    roots = roots_of(instance)
+    roots = roots_dir(instance)
     names = set(cgroup_layout().container_names(instance.prefix))
     with contextlib.suppress(FileNotFoundError):
         names |= {path.name for path in roots.iterdir()}
     doomed = sorted(names - keep)
     for name in doomed:
-        _log.info("clearing away %s, which nobody owns", name)
-        # All of them first: each takes the kernel a while, most of it waiting.
+        _log.info("removing %s, which nobody owns", name)
+        # Kill all of them first: each takes the kernel a while, mostly waiting.
         kill_group(cgroup_layout().container(name).unified)
 
-    def gone(name: str) -> str:
+    def dismantle_one(name: str) -> str:
         try:
             dismantle(cgroup_layout().container(name), roots / name)
         except HostError as error:
@@ -110,9 +113,9 @@ def _dismantle_all_but(
         return ""
 
     failures: list[str] = []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done, failure in enumerate(pool.map(gone, doomed), start=1):
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        for done, failure in enumerate(pool.map(dismantle_one, doomed), start=1):
             failures += [failure] if failure else []
-            told(done, len(doomed))
+            on_progress(done, len(doomed))
     if failures:
         raise HostError(" ".join(failures))

@@ -1,4 +1,4 @@
-"""How the agent reads what it is asked: a message of the wire, or a parameter of the address."""
+"""Reading the agent's requests: wire messages, path and query parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hostruntime.errors import InvalidRequest
 from hostruntime.wire.message import MalformedError, Message, decode
 
 
-async def body[M: Message](request: Request, kind: type[M]) -> M:
+async def read_message[M: Message](request: Request, kind: type[M]) -> M:
     """The request's JSON body as a message.  Raises InvalidRequest with one sentence."""
     try:
         return decode(kind, await request.body())
@@ -16,21 +16,21 @@ async def body[M: Message](request: Request, kind: type[M]) -> M:
         raise InvalidRequest(str(error)) from error
 
 
-def in_path(request: Request, name: str = "id") -> str:
-    """A part of the path."""
+def path_parameter(request: Request, name: str = "id") -> str:
+    """A parameter of the path."""
     return str(request.path_params[name])
 
 
-def parameter(request: Request, name: str) -> str:
-    """A parameter that has to be there.  Raises InvalidRequest."""
+def query_parameter(request: Request, name: str) -> str:
+    """A required query parameter.  Raises InvalidRequest."""
     value = request.query_params.get(name)
     if not value:
         raise InvalidRequest(f"The parameter {name} is missing.")
     return value
 
 
-def number(request: Request, name: str, default: float) -> float:
-    """A parameter that is a number.  Raises InvalidRequest."""
+def query_number(request: Request, name: str, default: float) -> float:
+    """A numeric query parameter.  Raises InvalidRequest."""
     text = request.query_params.get(name)
     try:
         return default if text is None else float(text)
@@ -38,6 +38,6 @@ def number(request: Request, name: str, default: float) -> float:
         raise InvalidRequest(f"The parameter {name} must be a number, not {text!r}.") from None
 
 
-def flag(request: Request, name: str, *, default: bool = False) -> bool:
-    """A parameter that is true or false."""
+def query_flag(request: Request, name: str, *, default: bool = False) -> bool:
+    """A boolean query parameter."""
     return request.query_params.get(name, "true" if default else "false") == "true"

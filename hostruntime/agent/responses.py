@@ -1,4 +1,4 @@
-"""How the agent answers: errors as JSON, streams as NDJSON that ends when the caller goes."""
+"""The agent's responses: errors as JSON, and NDJSON streams that stop when the client leaves."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ NDJSON = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
 
-def answer(
+def respond(
     message: Message, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A message as the whole answer."""
+    """A response with one message."""
     return Response(encode(message), status, headers, "application/json")
 
 
-def nothing() -> Response:
-    """The answer to what succeeded and has nothing to say."""
+def no_content() -> Response:
+    """An empty success response."""
     return Response(status_code=204)
 
 
-def line(message: Message) -> bytes:
-    """A message as one of a stream; what has its default is left out."""
+def ndjson_line(message: Message) -> bytes:
+    """A message as one line of a stream; fields with their default are left out."""
     return encode(message, brief=True) + b"\n"
 
 
 class NdjsonResponse(Response):
     """A stream of lines.
 
-    An empty line is sent when nothing was for ten seconds.  When the caller goes away the
-    generator is closed at once, and what it does in ``finally`` is waited for.
+    An empty line is sent after ten seconds of silence.  When the client disconnects, the generator
+    is closed immediately, and its ``finally`` blocks are awaited.
     """
 
     def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type=NDJSON)
-        # Not known: the body is sent in chunks.
+        # The length is unknown: the body is sent in chunks.
         del self.headers["content-length"]
         self._lines = lines
 
@@ -57,13 +57,13 @@ class NdjsonResponse(Response):
         async with aclosing(self._lines):
             await send(head)
             sending = asyncio.ensure_future(self._send_lines(send))
-            leaving = asyncio.ensure_future(_disconnected(receive))
+            disconnecting = asyncio.ensure_future(_disconnected(receive))
             try:
-                await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([sending, disconnecting], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in (sending, leaving):
+                for task in (sending, disconnecting):
                     task.cancel()
-                results = await asyncio.gather(sending, leaving, return_exceptions=True)
+                results = await asyncio.gather(sending, disconnecting, return_exceptions=True)
             if isinstance(results[0], Exception):
                 raise results[0]
 
@@ -96,7 +96,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def host_error(request: Request, error: Exception) -> Response:
-    """Answer a HostError with its own status and words."""
+    """Respond to a HostError with its own status and text."""
     assert isinstance(error, HostError)
     if isinstance(error, HostFault):
         _log.error("%s %s failed: %s", request.method, request.url.path, error.detail)
@@ -105,26 +105,28 @@ async def host_error(request: Request, error: Exception) -> Response:
 
 
 async def disk_error(request: Request, error: Exception) -> Response:
-    """Answer that the machine's own disk is full, or read-only; any other is a defect."""
+    """Respond that the host's disk is full or read-only; any other OSError is internal."""
     number = error.errno if isinstance(error, OSError) else None
     if number in {errno.ENOSPC, errno.EDQUOT}:
-        told: HostError = HostFull("The host's disk is full; try again when there is room on it.")
+        host_failure: HostError = HostFull("The host's disk is full; try again when it has space.")
     elif number == errno.EROFS:
-        told = HostUnavailable("The host's disk is mounted read-only; its operator has to fix it.")
+        host_failure = HostUnavailable(
+            "The host's disk is mounted read-only; its operator has to fix it."
+        )
     else:
-        return await defect(request, error)
+        return await internal_error(request, error)
     _log.error("%s %s failed: %s", request.method, request.url.path, error)
-    return await host_error(request, told)
+    return await host_error(request, host_failure)
 
 
-async def gone_away(request: Request, _: Exception) -> Response:
-    """Nobody is there to be answered: the caller was killed, or gave up, while it sent its body."""
-    _log.info("%s %s: the caller went away", request.method, request.url.path)
+async def client_disconnected(request: Request, _: Exception) -> Response:
+    """The client was killed, or gave up, while it sent its body: nobody reads the response."""
+    _log.info("%s %s: the client disconnected", request.method, request.url.path)
     return Response(status_code=400)
 
 
-async def defect(request: Request, error: Exception) -> Response:
-    """Answer what nobody foresaw; the log has the traceback."""
+async def internal_error(request: Request, error: Exception) -> Response:
+    """Respond to an unexpected error; the log has the traceback."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     fault = HostFault("Something went wrong in the host agent; its log has the details.")
     return JSONResponse(fault.to_wire(), fault.status)

@@ -38,7 +38,7 @@ from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.digest import image_digest
 from hostruntime.image.store import CONTENTS, read_image
 from hostruntime.image.trees import Check, TreeTooDeep, go_on
-from hostruntime.sandbox.snapshots import read_snapshot, user_of
+from hostruntime.sandbox.snapshots import image_user, read_snapshot
 
 Kind = Literal["images", "snapshots"]
 PARTIAL = ".partial"
@@ -309,7 +309,7 @@ class Vault:
 
 def _images(paths: StatePaths, images: Names, snapshots: Names) -> list[_Original]:
     """The images there are of those, the bases, and what snapshots are made over; oldest first."""
-    users = {user_of(name) for name in snapshots}
+    users = {image_user(name) for name in snapshots}
     aliases = {
         str(entry.readlink()): entry.name
         for entry in paths.images.iterdir()

@@ -31,12 +31,12 @@ from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import not_kept, ran_past_build_time
 from hostruntime.build.steps import StepRunner
 from hostruntime.build.uncaptured import Uncaptured
-from hostruntime.container.joining import Unkept, take_back
-from hostruntime.container.manager import ContainerSpec, Running
+from hostruntime.container.manager import ContainerSpec, RunningContainer
+from hostruntime.container.merging import LostWrites, strip_host_parts
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import write_json
-from hostruntime.host.progress import Progress, telling
-from hostruntime.host.tasks import Stop, in_thread, to_the_end
+from hostruntime.host.progress import Progress, reporting
+from hostruntime.host.tasks import Stop, in_thread, run_to_completion
 from hostruntime.image.capture import capture
 from hostruntime.image.contents import installed_packages
 from hostruntime.image.digest import image_digest
@@ -160,7 +160,7 @@ class Assembly:
 
     def _telling(self, phase: str, done: Progress) -> AbstractAsyncContextManager[None]:
         """Say every second how far a phase is that is not over sooner."""
-        return telling(
+        return reporting(
             lambda: self._emit("progress", phase=phase, files=done.files, bytes=done.bytes)
         )
 
@@ -170,7 +170,7 @@ class Assembly:
         inherited = await in_thread(self._inherit, base)
         cached = await self._boot(base, layers)
         uncaptured = Uncaptured(self._host.containers, self._plan.image_id)
-        unkept = Unkept()
+        unkept = LostWrites()
         if cached:
             await self._take_up(base, cached, uncaptured, unkept)
         steps = StepRunner(
@@ -204,7 +204,7 @@ class Assembly:
     async def _environment(self, inherited: Inherited, last_step: int) -> Mapping[str, str]:
         """What the step that begins now has: what is baked so far, over what the host gives."""
         try:
-            data = await self._host.containers.text_of(
+            data = await self._host.containers.read_head(
                 self._plan.image_id, ETC_ENVIRONMENT, MAX_FILE_BYTES + 1
             )
         except HostError:
@@ -225,7 +225,7 @@ class Assembly:
 
     async def _start_from_layer(
         self, base: Image, layers: BuildLayers, layer: Layer
-    ) -> Running | None:
+    ) -> RunningContainer | None:
         """Start where the layer was; None, and nothing started, if that cannot be done."""
         try:
             running = await self._start(base, layer.disk)
@@ -234,12 +234,12 @@ class Assembly:
             raise
         except (HostError, OSError) as error:
             _log.warning("the layer %s is of no use: %s", layer.directory, error)
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
             await in_thread(layers.drop, layer)
             return None
         return running
 
-    async def _start(self, base: Image, saved_disk: Path | None = None) -> Running:
+    async def _start(self, base: Image, saved_disk: Path | None = None) -> RunningContainer:
         plan = self._plan
         return await self._host.containers.start(
             ContainerSpec(
@@ -248,7 +248,7 @@ class Assembly:
                 policy=plan.policy,
                 limits=plan.limits,
                 directory=plan.directory,
-                provide=None if saved_disk else partial(self._provide, base),
+                populate=None if saved_disk else partial(self._provide, base),
                 saved_disk=saved_disk,
             )
         )
@@ -259,7 +259,7 @@ class Assembly:
             self._plan.provide(upper)
 
     async def _take_up(
-        self, base: Image, cached: Sequence[RanStep], uncaptured: Uncaptured, unkept: Unkept
+        self, base: Image, cached: Sequence[RanStep], uncaptured: Uncaptured, unkept: LostWrites
     ) -> None:
         """Say of each step that is not run again what it did in vain."""
         uncaptured.take_up([step.left for step in cached])
@@ -271,7 +271,7 @@ class Assembly:
             unclaimed -= set(step.unkept)
         self._tell_unkept(len(cached), sorted(unclaimed))
 
-    async def _unkept_of_step(self, base: Image, unkept: Unkept) -> list[str]:
+    async def _unkept_of_step(self, base: Image, unkept: LostWrites) -> list[str]:
         """What was written since this was last asked that every container gets from its host."""
         lent = await in_thread(self._host.runtime_tree, self._plan.policy, base.tree)
         upper = self._host.containers.layer(self._plan.image_id)
@@ -311,7 +311,7 @@ class Assembly:
         captured = capture(base.tree, layer, tree, self._stop.check, done)
         lent = self._host.runtime_tree(self._plan.policy, base.tree)
         remove_residue(tree, base.tree, lent)
-        take_back(tree, base.tree, lent)
+        strip_host_parts(tree, base.tree, lent)
         return captured.known
 
     def _take_stock(self, base: Image, directory: Path) -> Inventory:
@@ -396,7 +396,7 @@ class Assembly:
         hide why the build ended.
         """
         try:
-            await to_the_end(self._host.containers.stop(self._plan.image_id))
+            await run_to_completion(self._host.containers.stop(self._plan.image_id))
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

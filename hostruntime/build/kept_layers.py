@@ -17,7 +17,7 @@ from hostruntime.build.layers import DISK, TMPFS, Layer, RanStep, layer_keys
 from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import Refused
 from hostruntime.container.disk import DiskStuckError
-from hostruntime.container.exec import shell
+from hostruntime.container.exec import shell_argv
 from hostruntime.container.tmpfs import restore_tmpfs, save_tmpfs
 from hostruntime.errors import HostError, HostFault
 from hostruntime.host.tasks import Stop, in_thread
@@ -60,7 +60,7 @@ class BuildLayers:
                 "digest": manifest.digest or manifest.definition,
                 "runtime": self._host.runtime_tree(plan.policy, self._base.tree).name,
             },
-            commands=[shell(command) for command in plan.recipe],
+            commands=[shell_argv(command) for command in plan.recipe],
             environment={
                 **self._host.containers.environment(plan.policy.mode),
                 **baked(manifest.env, plan.env),
@@ -154,7 +154,7 @@ class BuildLayers:
             )
             if status != 0:
                 return
-            await containers.kill_strays(owner)
+            await containers.kill_all_but_init(owner)
             # Not waited for when cancelled: taking the disk away ends it.
             await asyncio.to_thread(containers.flush_disk, owner)
             await self._stop.in_thread(

@@ -32,8 +32,8 @@ from typing import Any, Self
 
 from hostruntime.build.report import Refused
 from hostruntime.errors import InvalidRequest
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import StatePaths, read_json, write_json
-from hostruntime.host.room import Room
 from hostruntime.image.store import check_name
 from hostruntime.image.trash import Trash
 
@@ -175,8 +175,8 @@ class LayerStore:
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether a layer of that size may be written: never on the last gigabytes of the disk."""
-        left = Room.of(self._root).less(size_bytes)
-        return size_bytes <= self._budget and not left.read_only and left.shares > SHARES_LEFT
+        left = DiskSpace.of(self._root).after_writing(size_bytes)
+        return size_bytes <= self._budget and not left.read_only and left.free_ratio > SHARES_LEFT
 
     def begin(self, build: str) -> Path:
         """An empty directory to write a layer in, to be given to :meth:`add` or :meth:`discard`."""

@@ -39,7 +39,7 @@ from hostruntime.errors import (
 )
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, in_thread, logged, unbroken
+from hostruntime.host.tasks import KeyedLocks, in_thread, log_errors, shielded
 from hostruntime.image.environment import check_environment
 from hostruntime.image.store import Image, check_name
 from hostruntime.network.policy import Policy, PolicyError
@@ -162,7 +162,7 @@ class BuildManager:
 
         Raises InvalidRequest, and HostFull (nothing is known of it then) while the disk is full.
         """
-        return await unbroken(self._start(request))
+        return await shielded(self._start(request))
 
     async def _start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
         async with self._turns.holding(request.id):
@@ -172,7 +172,7 @@ class BuildManager:
             policy = _checked(request)
             if request.cache is not None:
                 check_name(request.cache.scope)
-            await in_thread(self._host.containers.require_room)
+            await in_thread(self._host.containers.require_space)
             build = await in_thread(self._new, request.id, {"request": asdict(request)})
             self._running[build.id] = build
             work = self._run(build, request, policy)
@@ -260,7 +260,7 @@ class BuildManager:
         """Wait for the work; whatever it came to, the build has an end that says so."""
         assert build.work is not None
         await asyncio.wait([build.work])
-        with logged(f"how build {build.id} ended could not be written down"):
+        with log_errors(f"how build {build.id} ended could not be written down"):
             await self._note_end(build, request, build.work)
         self._running.pop(build.id, None)
         await in_thread(self._host.store.reinstate, build.id)
@@ -299,7 +299,7 @@ class BuildManager:
             publish_ms=publish_ms,
         )
 
-    async def end_for_room(self, build_id: str) -> None:
+    async def terminate_for_space(self, build_id: str) -> None:
         """End a build, now, because the machine is out of disk."""
         build = self._running.get(build_id)
         if build is not None:

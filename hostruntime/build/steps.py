@@ -27,7 +27,7 @@ from hostruntime.build.report import (
     step_failed,
     went_without,
 )
-from hostruntime.container.exec import Chunk, Exited, Started, TimedOut, shell
+from hostruntime.container.exec import Chunk, Exited, Started, TimedOut, shell_argv
 from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled
 from hostruntime.host.tasks import in_thread
 
@@ -98,7 +98,7 @@ class StepRunner:
         output = StepOutput(lambda text: self.emit("output", step=number, text=text), self._budget)
         try:
             end = await self._execute(number, output, min(self.plan.step_timeout, remaining))
-            await self.host.containers.kill_strays(self.plan.image_id)
+            await self.host.containers.kill_all_but_init(self.plan.image_id)
         except (ContainerGone, ExecKilled):
             raise container_stopped(number, total, command, output.tail()) from None
         finally:
@@ -150,7 +150,7 @@ class StepRunner:
     async def _execute(self, number: int, output: StepOutput, limit: float) -> Exited | TimedOut:
         frames = self.host.containers.exec(
             self.plan.image_id,
-            shell(self.plan.recipe[number - 1]),
+            shell_argv(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
             env=await self.environment(self.last),
             timeout=limit,

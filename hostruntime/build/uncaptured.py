@@ -40,7 +40,7 @@ class Uncaptured:
         own: list[str] = []
         for directory in DIRECTORIES:
             try:
-                names = await self._containers.names_in(self._owner, directory)
+                names = await self._containers.list_directory(self._owner, directory)
             except HostError:
                 # Too many to be listed, or out of memory: nothing that a build should end for.
                 continue

@@ -1,1 +1,1 @@
-"""How others speak to the host agent, in the words of :mod:`hostruntime.wire`."""
+"""The client side of the host agent's API (:mod:`hostruntime.wire`)."""

@@ -1,4 +1,4 @@
-"""What comes back over the agent's socket: answers read, frames put together, errors rebuilt."""
+"""Parsing what the agent sends: responses, frames of commands, errors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hostruntime.wire.message import MalformedError, Message, decode
 
 
 def timeouts(*, read: float) -> httpx.Timeout:
-    """How long to wait for the agent, which may not be looked at from here; ``read`` in seconds."""
+    """Timeouts for the agent, whose progress cannot be observed here; ``read`` is in seconds."""
     limits = {"connect": 5.0, "read": read, "write": 60.0, "pool": 30.0}
     return httpx.Timeout(**{name: scaled(seconds) for name, seconds in limits.items()})
 
 
-def read[M: Message](kind: type[M], data: bytes | str) -> M:
-    """The agent's answer as a message.  Raises HostFault for one that is none."""
+def parse[M: Message](kind: type[M], data: bytes | str) -> M:
+    """Parse a response of the agent.  Raises HostFault if it is invalid."""
     try:
         return decode(kind, data)
     except MalformedError as error:
         raise HostFault(f"The answer of the host agent is not valid: {error}") from error
 
 
-class Collected:
-    """The frames of one exec, put together."""
+class ExecCollector:
+    """Collects the frames of one exec."""
 
     def __init__(self) -> None:
         self.streams: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
@@ -39,7 +39,7 @@ class Collected:
         self.last: ExecFrame | None = None
 
     def add(self, frame: ExecFrame) -> None:
-        """Take the next one."""
+        """Add the next frame."""
         if frame.kind == "started":
             self.pid = frame.pid
         elif frame.kind == "chunk" and frame.stream in self.streams:
@@ -48,7 +48,7 @@ class Collected:
             self.last = frame
 
     def result(self) -> ExecResult:
-        """What came of the command. Raises the error that it ended with."""
+        """The result of the command.  Raises the error that it ended with."""
         out, err = (b"".join(self.streams[name]) for name in ("stdout", "stderr"))
         last = self.last
         if last is None:
@@ -68,7 +68,7 @@ class Collected:
 
 
 def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
-    """The error of a stream's last frame, with what was printed until then."""
+    """The error in a stream's last frame, with the output so far."""
     payload: dict[str, Any] = {"code": frame.error_code, "message": frame.message}
     payload |= {"duration_ms": frame.duration_ms}
     if frame.signal is not None:
@@ -79,16 +79,16 @@ def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
     return error
 
 
-def content_of(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
-    """A file or a directory, as the agent answers with it."""
-    stat = stat_of(path, response.headers)
+def parse_content(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
+    """Parse a response with a file or a directory."""
+    stat = parse_stat(path, response.headers)
     if not stat.is_dir:
         return FileContent(stat, response.content)
-    return DirectoryListing(stat, read(DirectoryEntries, response.content).entries)
+    return DirectoryListing(stat, parse(DirectoryEntries, response.content).entries)
 
 
-def stat_of(path: str, headers: httpx.Headers) -> FileStat:
-    """What the headers say of a file."""
+def parse_stat(path: str, headers: httpx.Headers) -> FileStat:
+    """Parse a file's stat from the response headers."""
     return FileStat(
         path=path,
         exists=True,
@@ -99,8 +99,8 @@ def stat_of(path: str, headers: httpx.Headers) -> FileStat:
     )
 
 
-def error_of(response: httpx.Response) -> HostError:
-    """The error that an answer is."""
+def parse_error(response: httpx.Response) -> HostError:
+    """Parse an error response."""
     try:
         payload = response.json()
     except ValueError:
@@ -111,8 +111,8 @@ def error_of(response: httpx.Response) -> HostError:
 
 
 @contextmanager
-def errors_told(socket: Path) -> Iterator[None]:
-    """Turn transport failures into HostUnavailable with a sentence that says what to do."""
+def transport_errors(socket: Path) -> Iterator[None]:
+    """Convert transport failures to HostUnavailable with a sentence that says what to do."""
     try:
         yield
     except httpx.TimeoutException as error:

@@ -1,16 +1,16 @@
-"""The AppArmor profile that containers run under, where the kernel has AppArmor.
+"""The AppArmor profile of containers, if the kernel has AppArmor.
 
-LXC can make each container a profile (``lxc.apparmor.profile = generated``), and so runs
+LXC can generate a profile per container (``lxc.apparmor.profile = generated``), but then runs
 apparmor_parser(8) at every start and leaves files behind for each.  All containers of an instance
-have the same one instead: it says what a sandbox may do, is loaded when the agent starts, and
-goes with the instance.
+share one profile instead: it defines what a sandbox may do, is loaded when the agent starts, and
+is removed with the instance.
 
-LXC takes on the profile it is given well before it executes the container's init, and still has
-capabilities to use then.  So it is given one of its own, which ends where init is executed.
+LXC switches to the configured profile well before it executes the container's init, and still
+needs capabilities then.  So it gets a profile of its own, which init leaves when it is executed.
 
-It is the last of several walls.  The user namespace, the system-call filter and the capabilities
-already deny what it denies; it holds if one of them does not, and it keeps mounts and the kernel's
-own files out of reach by what they are, not by how they are got at.
+The profile is defence in depth.  The user namespace, the system-call filter and the capabilities
+already deny what it denies; it protects if one of them fails, and it denies mounts and the kernel's
+files by what they are, not by how they are accessed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from hostruntime.errors import HostError, HostUnavailable
 from hostruntime.host.paths import Instance
 from hostruntime.host.run import run
 
-# Where liblxc looks, too: with anything but Y there, it has nothing to do with AppArmor.
+# liblxc reads it, too: unless it is Y, LXC does not use AppArmor.
 _ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 _SECURITYFS = Path("/sys/kernel/security/apparmor")
-# What the rules mean, whatever later versions learn to mediate (apparmor.d(5), "Feature ABI").
+# Fixes the meaning of the rules, whatever later versions mediate (apparmor.d(5), "Feature ABI").
 _ABI = Path("/etc/apparmor.d/abi/3.0")
 _PARSER = "apparmor_parser"
 _SECONDS = 60.0
 
 
 def profile_name(instance: Instance) -> str | None:
-    """The profile of an instance's containers; None where the kernel does not use AppArmor."""
+    """The profile of an instance's containers; None if the kernel does not use AppArmor."""
     return f"orkestr-{instance.index}" if enabled() else None
 
 
@@ -45,22 +45,22 @@ def enabled() -> bool:
 
 
 def start_profile(name: str) -> str:
-    """The name of the profile that LXC starts containers of profile ``name`` with."""
+    """The name of the profile that LXC itself uses to start containers of profile ``name``."""
     return f"{name}-start"
 
 
 def profile(name: str, abi: Path = _ABI) -> str:
     """The text of both profiles (apparmor.d(5)), for containers of profile ``name``.
 
-    Nobody comes under them by what they execute, but for init.
+    Neither is attached by the path of an executable; only init's execution switches profiles.
     """
     first = f"abi <{abi.parent.name}/{abi.name}>,\n" if abi.exists() else ""
-    words = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
-    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **words)
+    names = {"name": name, "start": start_profile(name), "init": INIT.partition(" ")[0]}
+    return first + _RULES.format(capabilities=" ".join(CAPABILITIES), **names)
 
 
-# `file` is everything a program does with files; which ones there are is the mount namespace's
-# matter.  What is denied by name is denied without a line in the kernel's log: programs try it.
+# `file` allows all file operations; the mount namespace limits which files exist.  Explicit denials
+# are not logged by the kernel, as programs routinely try these.
 _RULES = """\
 profile {name} flags=(attach_disconnected,mediate_deleted) {{
   capability {capabilities},
@@ -98,7 +98,7 @@ profile {start} flags=(attach_disconnected,mediate_deleted) {{
 
 
 def is_loaded(name: str) -> bool:
-    """Whether the kernel has the profile of this name, and its start.  Raises HostUnavailable."""
+    """Whether this profile and its start profile are loaded.  Raises HostUnavailable."""
     try:
         lines = (_SECURITYFS / "profiles").read_text().splitlines()
     except OSError as error:
@@ -106,18 +106,18 @@ def is_loaded(name: str) -> bool:
             f"AppArmor is on, but {_SECURITYFS} cannot be read ({error.strerror}). Mount it: "
             "mount -t securityfs securityfs /sys/kernel/security"
         ) from error
-    found = {line.rpartition(" (")[0] for line in lines}
-    return {name, start_profile(name)} <= found
+    loaded = {line.rpartition(" (")[0] for line in lines}
+    return {name, start_profile(name)} <= loaded
 
 
 def load(name: str) -> None:
-    """Load the profiles, or replace the one of that name, for running containers too.
+    """Load or replace both profiles, also for running containers.
 
     Raises HostUnavailable.
     """
     _parse(name, "--replace", "--skip-cache")
     if not is_loaded(name):
-        raise HostUnavailable(f"The kernel did not take the AppArmor profile {name}.")
+        raise HostUnavailable(f"The kernel did not load the AppArmor profile {name}.")
 
 
 def ensure_loaded(name: str) -> None:
@@ -130,13 +130,13 @@ def ensure_loaded(name: str) -> None:
 
 
 def unload(name: str) -> None:
-    """Remove the profiles; nothing may run under it any more; idempotent.  Raises HostError."""
+    """Remove the profiles, which nothing may be using; idempotent.  Raises HostError."""
     if enabled():
         run([_PARSER, "--remove"], input=profile(name).encode(), timeout=_SECONDS, check=False)
 
 
 def check() -> None:
-    """Have the profiles parsed, and not loaded.  Raises HostUnavailable."""
+    """Parse the profiles without loading them.  Raises HostUnavailable."""
     _parse("orkestr", "--skip-kernel-load", "--skip-cache")
 
 

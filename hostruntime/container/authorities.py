@@ -1,4 +1,4 @@
-"""Certificate authorities in the two forms that programs want: PEM, and a Java key store."""
+"""Certificate authorities in the two formats that programs need: PEM, and a Java key store."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from collections.abc import Iterable
 _CERTIFICATE = re.compile(
     rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----"
 )
-# sun.security.provider.JavaKeyStore, which every JVM reads: magic, version, and what its digest
-# begins with beside the password.
-_MAGIC, _VERSION, _TRUSTED = 0xFEEDFEED, 2, 2
-# Everybody's: it guards against damage alone.
-_KEY_OF_ALL = "changeit"
-_WHITENER = b"Mighty Aphrodite"
+# sun.security.provider.JavaKeyStore, which every JVM reads: magic, version, entry type.
+_MAGIC, _VERSION, _TRUSTED_ENTRY = 0xFEEDFEED, 2, 2
+# The well-known password, which only detects corruption, and the fixed salt of the digest.
+_INTEGRITY_KEY = "changeit"
+_DIGEST_SALT = b"Mighty Aphrodite"
 
 
 def certificates(pem: bytes) -> dict[bytes, bytes]:
     """The certificates in a PEM file (RFC 7468), each once, in order: base64 body to its text."""
-    return {b"".join(found[1].split()): found[0] for found in _CERTIFICATE.finditer(pem)}
+    return {b"".join(match[1].split()): match[0] for match in _CERTIFICATE.finditer(pem)}
 
 
 def without_certificates(pem: bytes, unwanted: Iterable[bytes]) -> bytes:
-    """The PEM file without certificates of those base64 bodies; all other text stays."""
-    gone = frozenset(unwanted)
+    """The PEM file without the certificates with those base64 bodies; other text is retained."""
+    removed = frozenset(unwanted)
     pattern = re.compile(_CERTIFICATE.pattern + rb"\n?")
-    return pattern.sub(lambda found: b"" if b"".join(found[1].split()) in gone else found[0], pem)
+    return pattern.sub(
+        lambda match: b"" if b"".join(match[1].split()) in removed else match[0], pem
+    )
 
 
 def java_key_store(pem: bytes) -> bytes:
     """The certificates of a PEM file as a Java key store (JKS, password "changeit").
 
-    What is no base64 is left out: an image may hold anything.
+    Invalid base64 is skipped: an image may contain anything.
     """
     bodies = [der for body in certificates(pem) if (der := _der(body)) is not None]
     entries = b"".join(
-        struct.pack(">I", _TRUSTED)
+        struct.pack(">I", _TRUSTED_ENTRY)
         + _utf(f"orkestr-{number}")
         + struct.pack(">Q", 0)
         + _utf("X.509")
@@ -48,7 +49,7 @@ def java_key_store(pem: bytes) -> bytes:
         for number, der in enumerate(bodies, 1)
     )
     store = struct.pack(">III", _MAGIC, _VERSION, len(bodies)) + entries
-    secret = _KEY_OF_ALL.encode("utf-16-be") + _WHITENER
+    secret = _INTEGRITY_KEY.encode("utf-16-be") + _DIGEST_SALT
     return store + hashlib.sha1(secret + store, usedforsecurity=False).digest()
 
 

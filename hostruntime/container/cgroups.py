@@ -1,13 +1,13 @@
-"""What a container may use, and the control groups that enforce it.
+"""A container's resource limits, and the control groups that enforce them.
 
 Three layouts exist (cgroups(7)): *v2* alone on ``/sys/fs/cgroup``; *hybrid*, where the resource
 controllers are v1 hierarchies and a unified one without controllers is on
 ``/sys/fs/cgroup/unified``; and *v1* alone, which this runtime refuses, because only the unified
 hierarchy can kill a process tree that forks as it is being killed (``cgroup.kill``, Linux 5.14).
 
-In every hierarchy the groups of instance 0 are below ``ork0``: a container's is its name, its LXC
-monitor's ``mon-`` and that name.  A command gets a child group of its own in the unified one.
-Where systemd owns a v2 hierarchy, that group is a unit of its own, which systemd has delegated
+In every hierarchy the groups of instance 0 are below ``ork0``: a container's group has its name,
+its LXC monitor's has the prefix ``mon-``.  A command gets its own child group in the unified one.
+Where systemd owns a v2 hierarchy, ``ork0`` is a unit that systemd has delegated
 (:mod:`hostruntime.container.delegation`): ``orkestr.slice/ork0.service``.
 """
 
@@ -34,19 +34,19 @@ MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
 _MIB = 1024 * 1024
-# cgroup v1's limit of what sockets of all protocols of IP hold, despite its name.
-_BUFFERS = "memory.kmem.tcp.limit_in_bytes"
-_BUFFERS_PART, _LEAST_BUFFERS = 4, 16 * _MIB
+# cgroup v1's limit for socket buffers of all IP protocols, despite its name.
+_SOCKET_BUFFERS = "memory.kmem.tcp.limit_in_bytes"
+_SOCKET_BUFFERS_DIVISOR, _MIN_SOCKET_BUFFERS = 4, 16 * _MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(Resources):
-    """A container's share of the machine, as it was asked for, and what follows from that.
+    """A container's requested share of the machine, and the limits derived from it.
 
     Swap is never added to the memory.  ``pids`` counts processes and threads.  ``workspace_mb`` and
-    ``tmp_mb`` bound the two tmpfs, whose content also counts as memory; the disk bounds everything
-    else that is written, and so the number of files, one for every 16 KiB of it.  None derives each
-    from the memory.
+    ``tmp_mb`` limit the two tmpfs, whose content also counts as memory; the disk limits everything
+    else that is written, and thereby the number of files, one for every 16 KiB of it.  None derives
+    each from the memory.
     """
 
     pids: int = 1024
@@ -54,23 +54,23 @@ class Limits(Resources):
     tmp_mb: int | None = None
 
     @classmethod
-    def of(cls, asked: Resources) -> Limits:
-        """Those of a sandbox or a build."""
-        return cls(**{item.name: getattr(asked, item.name) for item in fields(Resources)})
+    def of(cls, resources: Resources) -> Limits:
+        """The limits of a sandbox or a build."""
+        return cls(**{item.name: getattr(resources, item.name) for item in fields(Resources)})
 
     @property
     def disk_size_mb(self) -> int:
-        """The size of the writable layer: ten times the memory, 4 to 20 GiB, unless given."""
+        """The size of the writable layer; by default ten times the memory, 4 to 20 GiB."""
         return self.disk_mb or min(max(self.memory_mb * 10, 4096), 20_480)
 
     @property
     def workspace_size_mb(self) -> int:
-        """The size of ``/workspace``: three quarters of the memory unless given."""
+        """The size of ``/workspace``; by default three quarters of the memory."""
         return self.workspace_mb or self.memory_mb * 3 // 4
 
     @property
     def tmp_size_mb(self) -> int:
-        """The size of ``/tmp``: half of the memory unless given."""
+        """The size of ``/tmp``; by default half of the memory."""
         return self.tmp_mb or self.memory_mb // 2
 
 
@@ -78,7 +78,7 @@ class Limits(Resources):
 class CgroupLayout:
     """Where this machine's hierarchies are; ``v1`` maps a v1 controller to its mount point.
 
-    ``delegated`` says that systemd owns the hierarchy, and groups may be made in units only.
+    ``delegated`` means that systemd owns the hierarchy, and groups may only be created in units.
     """
 
     kind: str
@@ -88,12 +88,12 @@ class CgroupLayout:
     delegated: bool = False
 
     def instance_group(self, name: str) -> str:
-        """What is above every group of an instance, given any name or prefix of it."""
+        """The parent of all groups of an instance, from any of its names or its prefix."""
         instance = name.partition("-")[0]
         return f"{SLICE}/{instance}.service" if self.delegated else instance
 
     def lxc_items(self, limits: Limits, name: str) -> list[tuple[str, str]]:
-        """The LXC configuration (lxc.container.conf(5)) that puts and holds a container here."""
+        """The LXC configuration (lxc.container.conf(5)) of a container's groups and limits."""
         group = self.instance_group(name)
         items = [
             ("lxc.cgroup.dir.container", f"{group}/{name}"),
@@ -110,7 +110,7 @@ class CgroupLayout:
             ("lxc.cgroup2.pids.max", str(limits.pids)),
             ("lxc.cgroup2.cpu.max", f"{quota} {_CPU_PERIOD_US}"),
         ]
-        # Whether there is swap now or not: it may be added while the container runs.
+        # Even if there is no swap now: it may be added while the container runs.
         if (self.unified / group / "memory.swap.max").exists() or _has_swap():
             items.append(("lxc.cgroup2.memory.swap.max", "0"))
         return items
@@ -126,25 +126,25 @@ class CgroupLayout:
         ]
         if (self.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
             items.append(("lxc.cgroup.memory.memsw.limit_in_bytes", memory))
-        # What is in its network buffers does not count as a container's memory there, and for
-        # nobody at all without a limit of its own (mem_cgroup_sk_alloc in the kernel's memcontrol).
-        # A stream may go beyond it by its last segment, so that it never stalls for good.
-        if (self.v1["memory"] / _BUFFERS).exists():
-            buffers = max(limits.memory_mb * _MIB // _BUFFERS_PART, _LEAST_BUFFERS)
-            items.append((f"lxc.cgroup.{_BUFFERS}", str(buffers)))
+        # In v1, network buffers do not count as a container's memory, and are not accounted at all
+        # without a limit (mem_cgroup_sk_alloc in the kernel's memcontrol).  A stream may exceed the
+        # limit by its last segment, so that it never stalls permanently.
+        if (self.v1["memory"] / _SOCKET_BUFFERS).exists():
+            buffers = max(limits.memory_mb * _MIB // _SOCKET_BUFFERS_DIVISOR, _MIN_SOCKET_BUFFERS)
+            items.append((f"lxc.cgroup.{_SOCKET_BUFFERS}", str(buffers)))
         return items
 
     def container(self, name: str) -> ContainerGroups:
         """The groups of one container, whether they exist or not."""
         return ContainerGroups(self, name)
 
-    def processes_group(self, name: str) -> Path:
-        """Where the processes of all containers of an instance are counted (pids.max)."""
+    def pids_group(self, name: str) -> Path:
+        """The group where all processes of an instance's containers are counted (pids.max)."""
         hierarchy = self.unified if self.kind == "v2" else self.v1["pids"]
         return hierarchy / self.instance_group(name)
 
     def container_names(self, prefix: str) -> list[str]:
-        """Every container with this name prefix that has a group, or whose monitor has."""
+        """Every container with this name prefix that has a group, or whose monitor has one."""
         names: set[str] = set()
         for hierarchy in self.hierarchies:
             for entry in _entries(hierarchy / self.instance_group(prefix)):
@@ -154,7 +154,7 @@ class CgroupLayout:
         return sorted(names)
 
     def remove_instance(self, prefix: str) -> None:
-        """Remove what is left of an instance's groups once none of its containers runs."""
+        """Remove the remaining groups of an instance once none of its containers runs."""
         for hierarchy in self.hierarchies:
             _remove_tree(hierarchy / self.instance_group(prefix))
 
@@ -203,36 +203,36 @@ class ContainerGroups:
         return self.unified / f"exec-{tag}"
 
     def exec_groups(self) -> list[Path]:
-        """The groups of commands that run, or whose agent died before they ended."""
+        """The groups of commands that are running, or whose agent died before they exited."""
         return [path for path in _entries(self.unified) if path.name.startswith("exec-")]
 
     def memory_group(self) -> Path:
-        """Where memory is accounted."""
+        """The group where memory is accounted."""
         if self.layout.kind == "v2":
             return self.unified
         return self.layout.v1["memory"] / self.layout.instance_group(self.name) / self.name
 
-    def for_commands(self) -> list[Path]:
-        """The container's group in every hierarchy that has one, the unified hierarchy's last."""
+    def command_groups(self) -> list[Path]:
+        """The container's group in every hierarchy, the unified hierarchy's last."""
         group = f"{self.layout.instance_group(self.name)}/{self.name}"
         others = (h for h in self.layout.hierarchies if h != self.layout.unified)
         return [*(h / group for h in others if (h / group).is_dir()), self.unified]
 
     def oom_kills(self) -> int:
-        """How many processes the kernel has killed here because memory ran out."""
+        """How many processes the kernel has killed here for lack of memory."""
         file = "memory.events" if self.layout.kind == "v2" else "memory.oom_control"
         return _flat_value(self.memory_group() / file, "oom_kill")
 
     def cpu_us(self) -> int:
-        """CPU time used so far, in microseconds, ended commands included; 0 without the group.
+        """CPU time used so far in microseconds, including exited commands; 0 without the group.
 
-        ``cpu.stat`` of the unified hierarchy has it whether or not the cpu controller is there
-        (Documentation/admin-guide/cgroup-v2.rst), so it serves the hybrid layout as well.
+        ``cpu.stat`` of the unified hierarchy reports it with or without the cpu controller
+        (Documentation/admin-guide/cgroup-v2.rst), so it works for the hybrid layout as well.
         """
         return _flat_value(self.unified / "cpu.stat", "usage_usec")
 
     def memory_bytes(self) -> int | None:
-        """What is charged to the container now, page cache and tmpfs included; None if gone."""
+        """The container's current memory, including page cache and tmpfs; None if gone."""
         v2 = self.layout.kind == "v2"
         file = self.memory_group() / ("memory.current" if v2 else "memory.usage_in_bytes")
         try:
@@ -241,19 +241,19 @@ class ContainerGroups:
             return None
 
     def init_pid(self) -> int | None:
-        """The host pid of the container's init, if it runs: the one that is pid 1 inside."""
-        return next((pid for pid in pids_below(self.unified) if pid_inside(pid) == 1), None)
+        """The host pid of the container's init (pid 1 inside), if it is running."""
+        return next((pid for pid in pids_under(self.unified) if pid_inside(pid) == 1), None)
 
     def remove(self, timeout: float = 2.0) -> bool:
-        """Remove all groups of a container that has ended; False if some are still busy."""
-        until = time.monotonic() + timeout
-        while left := [path for path in self._everywhere() if not _remove_tree(path)]:
-            if time.monotonic() > until:
-                return not left
+        """Remove all groups of an exited container; False if some are still busy."""
+        deadline = time.monotonic() + timeout
+        while remaining := [path for path in self._all_paths() if not _remove_tree(path)]:
+            if time.monotonic() > deadline:
+                return not remaining
             time.sleep(0.005)
         return True
 
-    def _everywhere(self) -> list[Path]:
+    def _all_paths(self) -> list[Path]:
         return [
             hierarchy / self.layout.instance_group(self.name) / name
             for hierarchy in self.layout.hierarchies
@@ -275,13 +275,13 @@ def pids_in(group: Path) -> list[int]:
         raise
 
 
-def pids_below(group: Path) -> list[int]:
+def pids_under(group: Path) -> list[int]:
     """The pids in this group and in every group below it."""
     return [pid for path, _, _ in os.walk(group) for pid in pids_in(Path(path))]
 
 
 def pid_inside(pid: int) -> int | None:
-    """What a process's pid is in its own, innermost pid namespace (NSpid in proc(5))."""
+    """A process's pid in its own, innermost pid namespace (NSpid in proc(5))."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -290,11 +290,11 @@ def pid_inside(pid: int) -> int | None:
     return int(line.split()[-1]) if line else None
 
 
-def signal_group(group: Path, number: signal.Signals, keep: frozenset[int] = frozenset()) -> int:
-    """Send a signal to every process in and below a group but ``keep``; return how many."""
+def signal_group(group: Path, number: signal.Signals, exclude: frozenset[int] = frozenset()) -> int:
+    """Signal every process in and below a group except ``exclude``; return how many."""
     count = 0
-    for pid in pids_below(group):
-        if pid not in keep:
+    for pid in pids_under(group):
+        if pid not in exclude:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
                 count += 1
@@ -302,29 +302,29 @@ def signal_group(group: Path, number: signal.Signals, keep: frozenset[int] = fro
 
 
 def kill_group(group: Path) -> None:
-    """SIGKILL everything in and below a group of the unified hierarchy, even forks in flight."""
+    """SIGKILL everything in and below a group of the unified hierarchy, including ongoing forks."""
     with contextlib.suppress(OSError):
         (group / "cgroup.kill").write_text("1")
 
 
 def freeze_group(group: Path, frozen: bool) -> None:
-    """Freeze or thaw a group of the unified hierarchy; one that is gone is no error."""
+    """Freeze or thaw a group of the unified hierarchy; a missing group is not an error."""
     with contextlib.suppress(OSError):
         (group / "cgroup.freeze").write_text("1" if frozen else "0")
 
 
 def is_frozen(group: Path) -> bool:
-    """Whether every process in or below a group of the unified hierarchy stands still."""
+    """Whether every process in or below a group of the unified hierarchy is frozen."""
     return _flat_value(group / "cgroup.events", "frozen") > 0
 
 
-def populated(group: Path) -> bool:
+def is_populated(group: Path) -> bool:
     """Whether any live process is in or below a group of the unified hierarchy."""
     return _flat_value(group / "cgroup.events", "populated") > 0
 
 
-def adopt_strays(group: Path, parent: Path) -> None:
-    """Move what a finished command left running up into the container's own group."""
+def move_survivors(group: Path, parent: Path) -> None:
+    """Move the processes that outlive their command to the container's group."""
     for _ in range(20):
         pids = pids_in(group)
         if not pids:

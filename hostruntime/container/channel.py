@@ -1,4 +1,4 @@
-"""Messages between the agent and its launchers: JSON objects, with file descriptors beside them.
+"""Messages between the agent and its launchers: JSON objects with file descriptors attached.
 
 A message is a 4-byte big-endian length and that many bytes of JSON, on a Unix stream socket; its
 descriptors travel with the first byte (SCM_RIGHTS, unix(7)).
@@ -20,11 +20,11 @@ _HEADER = struct.Struct("!I")
 
 
 class ChannelClosed(ConnectionError):  # noqa: N818 - says what happened, as ConnectionReset does
-    """The other end is gone."""
+    """The other end has closed the connection."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """A message as it goes over the wire.  Raises ValueError when it is too large."""
+    """Encode a message for the wire.  Raises ValueError if it is too large."""
     body = json.dumps(message, separators=(",", ":")).encode()
     if len(body) > MAX_MESSAGE:
         raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_MESSAGE}")
@@ -32,7 +32,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
-    """Send a whole message on a blocking socket.  Raises ChannelClosed."""
+    """Send a message on a blocking socket.  Raises ChannelClosed."""
     data = encode(message)
     try:
         sent = socket.send_fds(sock, [data], list(fds)) if fds else sock.send(data)
@@ -42,7 +42,7 @@ def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int] = (
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Receive a whole message from a blocking socket.
+    """Receive a message from a blocking socket.
 
     The caller owns the descriptors (close-on-exec is set).  Raises ChannelClosed, ValueError.
     """

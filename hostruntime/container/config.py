@@ -1,8 +1,8 @@
-"""The LXC configuration of a container: pure, a table of what it gets and what it does not.
+"""The LXC configuration of a container: pure data on what it gets and what it does not.
 
-Keys are those of lxc.container.conf(5).  The container runs in a user namespace with a host id
-range of its own, so its root is nobody on the host.  Privilege it could never use for good is
-dropped as well, to keep the kernel's rarely tested corners out of reach.
+Keys are those of lxc.container.conf(5).  The container runs in a user namespace with its own range
+of host ids, so its root is an unprivileged user on the host.  Capabilities without a legitimate use
+are dropped as well, to reduce the kernel's attack surface.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from pathlib import Path
 
 from hostruntime.container.cgroups import CgroupLayout, Limits
 from hostruntime.container.rootfs import DEVICES
-from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 
 INIT = "/.orkestr/init -P"
-# Pseudo-terminals that a container may have at once.
-TERMINALS = 64
+# Pseudo-terminals that a container may have open at the same time.
+MAX_TERMINALS = 64
 _SHM_MB = 64
 
-# What tells of the machine or of its other tenants, to anybody who may read it (proc(5)).  The
-# rest that is delicate belongs to the host's root, who is nobody inside.
+# World-readable files that expose the machine or its other tenants (proc(5)).  Other sensitive
+# files belong to the host's root, which has no id inside.
 _MASKED_FILES = (
     *("interrupts", "kallsyms", "kcore", "key-users", "keys"),
     *("latency_stats", "sched_debug", "timer_list"),
-    # What every disk of the machine is and does, each tenant's among them.
+    # Names and activity of every disk of the machine, including each tenant's.
     *("diskstats", "partitions"),
 )
 _MASKED_DIRECTORIES = (
     *("proc/acpi", "proc/asound", "proc/bus", "proc/fs", "proc/irq", "proc/scsi"),
-    # Loop devices say which file they are made of, which names the host's paths and its tenants.
+    # Loop devices show their backing files, which reveals the host's paths and tenants.
     *("sys/devices/virtual/block", "sys/devices/virtual/powercap", "sys/firmware"),
-    # What is mounted on each, and how much was written to it since.
+    # Mounted file systems, and how much was written to each.
     *("sys/fs/ext4", "sys/fs/xfs", "sys/fs/btrfs"),
 )
 # Files of 4 KiB on average fill a tmpfs before its inodes run out.
 _INODES_PER_MB = 256
 
-# What apt, dpkg, pip, npm, su, sudo, chown and chroot need (capabilities(7)).  net_raw does
-# nothing, as the network namespace is not the container's, but without it the kernel refuses to
-# execute ping and mtr, whose files carry it.
+# What apt, dpkg, pip, npm, su, sudo, chown and chroot need (capabilities(7)).  net_raw has no
+# effect, as the container does not own its network namespace, but without it the kernel refuses to
+# execute ping and mtr, whose files have it.
 CAPABILITIES = (
     "chown",
     "dac_override",
@@ -60,10 +60,10 @@ CAPABILITIES = (
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """What differs from one container to the next.
+    """The settings that differ between containers.
 
-    ``netns`` None means no network at all; ``apparmor`` is the name of a profile that is loaded
-    (:mod:`hostruntime.container.apparmor`), None where the kernel has no AppArmor.
+    ``netns`` None means no network at all; ``apparmor`` is the name of a loaded profile
+    (:mod:`hostruntime.container.apparmor`), None if the kernel has no AppArmor.
     """
 
     name: str
@@ -85,10 +85,10 @@ class ContainerConfig:
             ("lxc.log.file", str(self.log)),
             ("lxc.log.level", "ERROR"),
             ("lxc.tty.max", "0"),
-            # The other end of a console would be LXC's monitor, outside the container's limits.
+            # A console would be served by LXC's monitor, outside the container's limits.
             ("lxc.console.path", "none"),
-            # There are only so many on the machine (kernel.pty.max), for everybody.
-            ("lxc.pty.max", str(TERMINALS)),
+            # The machine has a limited number (kernel.pty.max), shared by everybody.
+            ("lxc.pty.max", str(MAX_TERMINALS)),
             *self._confinement(),
             *self._mounts(),
             *self._network(),
@@ -96,13 +96,13 @@ class ContainerConfig:
         ]
 
     def _confinement(self) -> list[tuple[str, str]]:
-        inside, outside, count = FAR_IDS
+        inside, outside, count = HIGH_IDS
         items = [
             ("lxc.idmap", f"u 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"g 0 {self.id_base} {IDS_PER_SLOT}"),
             ("lxc.idmap", f"u {inside} {outside} {count}"),
             ("lxc.idmap", f"g {inside} {outside} {count}"),
-            # It gets one that is made already (user_namespace_items).
+            # It gets an existing one (user_namespace_items).
             ("lxc.namespace.keep", "user"),
             ("lxc.cap.keep", " ".join(CAPABILITIES)),
             ("lxc.seccomp.profile", str(self.seccomp)),
@@ -113,15 +113,15 @@ class ContainerConfig:
 
     def _mounts(self) -> list[tuple[str, str]]:
         return [
-            # /sys is there already: a container that shares a network namespace of the initial
+            # /sys is already mounted: a container that shares a network namespace of the initial
             # user namespace may not mount sysfs itself (sysfs(5)).
             ("lxc.mount.auto", "proc:mixed"),
             ("lxc.mount.entry", _tmpfs("workspace", self.limits.workspace_size_mb)),
             ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
             ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
-            # In place before LXC would bind the host's.
+            # These take precedence over LXC's bind mounts of the host's devices.
             *(("lxc.mount.entry", _device(self.devices, name)) for name in DEVICES),
-            *(("lxc.mount.entry", entry) for entry in _masks(Path("/"), self.devices)),
+            *(("lxc.mount.entry", entry) for entry in _mask_entries(Path("/"), self.devices)),
         ]
 
     @property
@@ -136,12 +136,13 @@ class ContainerConfig:
 
 
 def user_namespace_items(descriptor: int) -> list[tuple[str, str]]:
-    """What has LXC start the container in a user namespace that this process has open.
+    """The configuration that makes LXC use a user namespace that this process has open.
 
-    LXC itself makes one as root, to whose account then goes what every container holds (`maker` of
-    :func:`hostruntime.host.kernel.user_namespace`).  What is shared it joins by kind, a user
-    namespace first, and after that it may not join a network namespace of the host's any more.  So
-    this one is handed over under the name of the last kind: setns(2) goes by what a descriptor is.
+    LXC itself would create one as root, and the usage of all containers would be charged to root
+    (``creator_uid`` of :func:`hostruntime.host.kernel.create_user_namespace`).  LXC joins shared
+    namespaces by kind, a user namespace first, and after that it may no longer join one of the
+    host's network namespaces.  So this one is passed under the name of the last kind: setns(2)
+    determines the kind by the descriptor.
     """
     return [("lxc.namespace.share.time", f"/proc/{os.getpid()}/fd/{descriptor}")]
 
@@ -156,14 +157,14 @@ def _device(devices: Path, name: str) -> str:
     return f"{devices / name} dev/{name} none bind,create=file 0 0"
 
 
-def _masks(host: Path, devices: Path) -> Iterator[str]:
+def _mask_entries(host: Path, devices: Path) -> Iterator[str]:
     """Mounts that hide those of the masked paths that this kernel has."""
     for name in _MASKED_FILES:
         if (host / "proc" / name).exists():
             yield f"{devices / 'null'} proc/{name} none bind,ro 0 0"
     for path in _MASKED_DIRECTORIES:
         if (host / path).is_dir():
-            # A container without a network of its own has no /sys.
+            # A container without a network has no /sys.
             optional = ",optional" if path.startswith("sys/") else ""
             options = f"ro,nosuid,nodev,noexec,mode=555,size=4k,nr_inodes=1{optional}"
             yield f"tmpfs {path} tmpfs {options} 0 0"

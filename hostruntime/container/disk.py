@@ -1,22 +1,22 @@
 """A container's own disk: a small ext4 in a sparse file, mounted through a loop device.
 
-What bounds a writable layer must hold on whatever the state directory is on.  Project quotas do
-not: ext4 wants them chosen when it is made and a kernel with the quota format, xfs a mount option,
-btrfs another mechanism altogether; Debian's defaults have none of them.  A file system of its own
-bounds blocks and inodes everywhere, answers ENOSPC to that container alone, is given back by one
-``unlink`` however many files a tenant made, and costs 2 ms at start::
+The limit of a writable layer must work on any file system that holds the state directory.  Project
+quotas do not: ext4 needs them at mkfs time and a kernel with the quota format, xfs a mount option,
+btrfs another mechanism altogether; Debian's defaults have none of them.  A separate file system
+limits blocks and inodes everywhere, returns ENOSPC to that container alone, is freed by one
+``unlink`` however many files a tenant created, and costs 2 ms at start::
 
-    <state dir>/disks/<size>.ext4        an empty one, made once, to copy
+    <state dir>/disks/<size>.ext4        an empty one, created once, to copy
     <state dir>/disks/<owner>.img        sparse: takes what was written, at most its size
-    /run/orkestr/<n>/disks/<owner>/      where it is mounted, ids as inside (0 = root): for root
-                                         alone, at every level
+    /run/orkestr/<n>/disks/<owner>/      the mount point, ids as inside (0 = root): accessible to
+                                         root alone, at every level
 
 There is no journal and nothing is flushed: a disk does not outlive its container's boot, and an
-image is captured from what the page cache says.  Only to save a copy (:meth:`Disks.save`) is it
-made read-only for a moment, which leaves a clean file system in the file; where programs go on
-having files open (:meth:`Disks.save_open`) it is frozen instead, and the copy is put right.  The
-loop device frees itself with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a
-killed agent leaves none behind.
+image is captured from the page cache.  Only for saving a copy (:meth:`Disks.save`) is it made
+read-only for a moment, which leaves a clean file system in the file; if programs keep files open
+(:meth:`Disks.save_frozen`), it is frozen instead, and the copy is repaired.  The loop device is
+freed with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves
+none behind.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from pathlib import Path
 
 from hostruntime.errors import HostError, HostFault
 from hostruntime.host import kernel
+from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import Instance, StatePaths
-from hostruntime.host.room import Room
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
 from hostruntime.image.sparse import copy_whole
@@ -44,7 +44,7 @@ from hostruntime.image.trees import Check, go_on
 MIB = 1024 * 1024
 _BLOCK = 4096
 _MKFS_SECONDS = 120.0
-# Named one by one, so that no machine's mke2fs.conf(5) decides; no journal among them.
+# Listed explicitly, so that mke2fs.conf(5) has no influence; without a journal.
 _FEATURES = (
     "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,"
     "sparse_super,uninit_bg,64bit"
@@ -66,71 +66,70 @@ _SHUTDOWN_NO_FLUSH = 2
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 _FSCK_SECONDS = 300.0
-# e2fsck(8): nothing was wrong; what was wrong has been put right.
-_FSCK_FINE = frozenset({0, 1})
+# e2fsck(8): no errors; errors corrected.
+_FSCK_SUCCESS = frozenset({0, 1})
 
 
 class DiskStuckError(HostFault):
-    """A disk stayed read-only: its container cannot go on."""
+    """A disk is stuck read-only: its container cannot continue."""
 
 
 @dataclass(frozen=True)
 class DiskSize:
-    """What a disk takes of the host's, and what is in use of it, what is only in memory included.
+    """The host's blocks that a disk occupies, and its used blocks, including unwritten ones.
 
-    In bytes.  ext4 counts as used what it has promised room to (delayed allocation).
+    In bytes.  ext4 counts blocks reserved by delayed allocation as used.
     """
 
     allocated: int
     used: int
 
     @property
-    def whole(self) -> int:
-        """What it takes once everything is written."""
+    def when_written(self) -> int:
+        """The space it occupies once everything is written."""
         return max(self.allocated, self.used)
 
     @property
     def unwritten(self) -> int:
-        """What of it the host's disk has not been asked for yet, at most."""
-        return self.whole - self.allocated
+        """The upper bound of what has not been allocated on the host's disk yet."""
+        return self.when_written - self.allocated
 
 
 @dataclass
 class Disks:
-    """The disks of one installation, by owner.  Everything blocks for some milliseconds."""
+    """The disks of one installation, by owner.  Every method blocks for some milliseconds."""
 
     paths: StatePaths
     instance: Instance
-    # What the watch of the room has found (hostruntime.agent.room_watch), None while there is
-    # enough.
+    # Set by hostruntime.agent.disk_monitor while disk space is short, else None.
     refusal: Callable[[], HostError] | None = None
-    _making: threading.Lock = field(default_factory=threading.Lock)
+    _create_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def mounts(self) -> Path:
-        """Where disks are mounted."""
+        """The directory where disks are mounted."""
         return RunDir.of(self.instance).disks
 
     def path(self, owner: str) -> Path:
-        """Where an owner's disk is mounted, if it has one."""
+        """The mount point of an owner's disk, whether it exists or not."""
         return self.mounts / owner
 
     def attach(self, owner: str, size_mb: int, saved: Path | None = None) -> Path:
-        """Give ``owner`` an empty disk of ``size_mb`` MiB, in place of any it has; its path.
+        """Mount an empty disk of ``size_mb`` MiB for ``owner``, replacing any; return its path.
 
-        ``saved`` is a disk of that size, made by :meth:`save`, to begin with instead.  Raises
-        HostFull, HostUnavailable, HostFault, OSError; then nothing is left.
+        ``saved`` is a disk of that size, created by :meth:`save`, to start from instead.  Raises
+        HostFull, HostUnavailable, HostFault, OSError; then nothing is left behind.
         """
-        self.require_room()
+        self.require_space()
         self.release(owner)
-        source = saved or self._empty(size_mb)
+        source = saved or self._empty_disk(size_mb)
         target = self.path(owner)
         try:
             RunDir.of(self.instance).ensure_disks()
             target.mkdir(mode=0o700)
-            with _copied(source, self._image(owner)) as image, _loop_device(image) as device:
+            with _copy_of(source, self._image(owner)) as image, _loop_device(image) as device:
                 kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
-            # What is mounted has a mode of its own, and hides that of the mount point.
+            # The mounted root has its own mode, which hides the mount point's.
             target.chmod(0o700)
         except BaseException:
             self.release(owner)
@@ -138,57 +137,57 @@ class Disks:
         return target
 
     def release(self, owner: str) -> None:
-        """Unmount and unlink an owner's disk, whatever was written to it; idempotent.
+        """Unmount and delete an owner's disk with its contents; idempotent.
 
-        Raises OSError when it cannot be unmounted.
+        Raises OSError if it cannot be unmounted.
         """
         target = self.path(owner)
-        while target in kernel.mount_points(target):
-            _shut_down(target)
+        while target in kernel.mount_points_under(target):
+            _discard_writes(target)
             _unmount(target)
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()
         self._image(owner).unlink(missing_ok=True)
 
-    def release_all_but(self, live: Iterable[str]) -> None:
-        """What a killed agent left.  Raises OSError."""
-        found = {path.stem for path in self.paths.disks.glob("*.img")}
+    def release_except(self, keep: Iterable[str]) -> None:
+        """Release the disks that a killed agent left behind.  Raises OSError."""
+        owners = {path.stem for path in self.paths.disks.glob("*.img")}
         with contextlib.suppress(FileNotFoundError):
-            found |= {path.name for path in self.mounts.iterdir()}
-        for owner in sorted(found - set(live)):
+            owners |= {path.name for path in self.mounts.iterdir()}
+        for owner in sorted(owners - set(keep)):
             self.release(owner)
 
     def flush(self, owner: str) -> None:
-        """Write to the file what is still in memory, so that :meth:`save` is quick; slow."""
+        """Write cached data to the file, so that :meth:`save` is quick; may be slow."""
         kernel.syncfs(self.path(owner))
 
     def save(self, owner: str, target: Path, check: Check = go_on) -> None:
-        """Copy an owner's disk to the file ``target``, as it is at one instant.
+        """Copy an owner's disk to the file ``target``, as of one instant.
 
-        Nothing may have a file on it open for writing: that is EBUSY.  What tries to write
-        meanwhile fails.  ``target`` is not flushed, and half made when this raises OSError, what
-        ``check`` does, or DiskStuckError.
+        No file on it may be open for writing (EBUSY).  Writes during the copy fail.  ``target`` is
+        not flushed, and is incomplete if this raises OSError, DiskStuckError or what ``check``
+        raises.
         """
         mounted = self.path(owner)
         kernel.mount("", mounted, None, _FLAGS | kernel.MS_REMOUNT | kernel.MS_RDONLY)
         try:
-            with _copied(self._image(owner), target, check):
+            with _copy_of(self._image(owner), target, check):
                 pass
         finally:
             _make_writable(mounted)
 
-    def save_open(self, owner: str, target: Path, check: Check = go_on) -> None:
-        """As :meth:`save`, though files on it are open for writing; what writes to it waits.
+    def save_frozen(self, owner: str, target: Path, check: Check = go_on) -> None:
+        """Like :meth:`save`, but files may be open for writing; writes wait during the copy.
 
-        Nobody may be in the middle of a write who is to be frozen later: freeze processes first.
-        The copy is that of a machine whose plug was pulled after everything had been written, to
-        be put right by :func:`mend`.  Raises OSError, and what ``check`` does.
+        Freeze processes first: a process that is blocked in a write cannot be frozen later.  The
+        copy is like the disk of a machine that lost power after all data had been written; repair
+        it with :func:`repair`.  Raises OSError, and what ``check`` raises.
         """
         mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.ioctl(mounted, _FIFREEZE, 0)
             try:
-                with _copied(self._image(owner), target, check):
+                with _copy_of(self._image(owner), target, check):
                     pass
             finally:
                 fcntl.ioctl(mounted, _FITHAW, 0)
@@ -196,7 +195,7 @@ class Disks:
             os.close(mounted)
 
     def thaw(self, owner: str) -> None:
-        """Undo what a killed agent left of :meth:`save_open`; nothing frozen is fine."""
+        """Thaw a disk that a killed agent left frozen by :meth:`save_frozen`, if it is."""
         with contextlib.suppress(OSError):
             mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -205,69 +204,69 @@ class Disks:
                 os.close(mounted)
 
     def allocated(self, owner: str) -> int:
-        """How many bytes of an owner's disk a copy would have to take over.  Raises OSError."""
+        """The number of bytes that a copy of an owner's disk must transfer.  Raises OSError."""
         return max(self.used(owner)[0], self._image(owner).stat().st_blocks * 512)
 
     def sizes(self) -> dict[str, DiskSize]:
-        """What each owner's disk takes of the host's, as far as it is there."""
-        found: dict[str, DiskSize] = {}
+        """The sizes of all existing disks, by owner."""
+        sizes: dict[str, DiskSize] = {}
         for image in self.paths.disks.glob("*.img"):
             owner = image.stem
             with contextlib.suppress(OSError):
                 allocated = image.stat().st_blocks * 512
                 used = self.used(owner)[0] if self.path(owner).is_mount() else 0
-                found[owner] = DiskSize(allocated, used)
-        return found
+                sizes[owner] = DiskSize(allocated, used)
+        return sizes
 
     def used(self, owner: str) -> tuple[int, int]:
         """How many bytes and inodes of an owner's disk are in use.  Raises OSError."""
-        found = os.statvfs(self.path(owner))
-        used_bytes = (found.f_blocks - found.f_bfree) * found.f_frsize
-        return used_bytes, found.f_files - found.f_ffree
+        stat = os.statvfs(self.path(owner))
+        used_bytes = (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+        return used_bytes, stat.f_files - stat.f_ffree
 
     def is_full(self, owner: str) -> bool:
-        """Whether an owner's disk has next to no blocks or inodes left; False without a disk."""
+        """Whether an owner's disk has almost no blocks or inodes left; False without a disk."""
         if not self.path(owner).is_mount():
             return False
-        found = os.statvfs(self.path(owner))
-        return found.f_bavail < found.f_blocks // 200 or found.f_favail < found.f_files // 200
+        stat = os.statvfs(self.path(owner))
+        return stat.f_bavail < stat.f_blocks // 200 or stat.f_favail < stat.f_files // 200
 
     def _image(self, owner: str) -> Path:
         return self.paths.disks / f"{owner}.img"
 
-    def require_room(self, size_bytes: int = 0) -> None:
-        """Raise HostFull when so much would be of what nothing new may take.
+    def require_space(self, size_bytes: int = 0) -> None:
+        """Raise HostFull if ``size_bytes`` more would use the reserve.
 
-        HostUnavailable when nothing can be written at all.  Raises OSError.
+        Raises HostUnavailable if nothing can be written at all, OSError.
         """
         if self.refusal is not None:
             raise self.refusal()
-        Room.of(self.paths.root).require(size_bytes)
+        DiskSpace.of(self.paths.root).require(size_bytes)
 
-    def _empty(self, size_mb: int) -> Path:
-        """An empty file system of this size, made the first time."""
+    def _empty_disk(self, size_mb: int) -> Path:
+        """An empty file system of this size, created on first use."""
         path = self.paths.disks / f"{size_mb}.ext4"
-        with self._making:
+        with self._create_lock:
             if not path.exists():
-                _make(path, size_mb)
+                _create_filesystem(path, size_mb)
         return path
 
 
-def mend(saved: Path) -> None:
-    """Make a clean file system of what :meth:`Disks.save_open` copied.
+def repair(saved: Path) -> None:
+    """Repair the file system that :meth:`Disks.save_frozen` copied.
 
-    There is no journal: files that were deleted while open are in the way.  Raises HostFault.
+    There is no journal, and files that were deleted while open remain.  Raises HostFault.
     """
-    done = run(["e2fsck", "-f", "-p", str(saved)], timeout=_FSCK_SECONDS, check=False)
-    if done.returncode not in _FSCK_FINE:
-        raise HostFault(f"{saved} cannot be put right: {done.text.strip()[-500:]}")
+    result = run(["e2fsck", "-f", "-p", str(saved)], timeout=_FSCK_SECONDS, check=False)
+    if result.returncode not in _FSCK_SUCCESS:
+        raise HostFault(f"{saved} cannot be repaired: {result.text.strip()[-500:]}")
 
 
-def mount_nameless(directory: Path, target: Path, size_mb: int) -> None:
-    """Mount an empty disk, made as all are, at ``target``: it is gone with the mount.
+def mount_anonymous(directory: Path, target: Path, size_mb: int) -> None:
+    """Mount an empty disk at ``target``, created like all disks, that vanishes when unmounted.
 
-    Its file is on the file system of ``directory`` and in no directory (O_TMPFILE in open(2)).
-    Raises HostFault, OSError.
+    Its file is on the file system of ``directory`` but unnamed (O_TMPFILE in open(2)).  Raises
+    HostFault, OSError.
     """
     image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -280,8 +279,8 @@ def mount_nameless(directory: Path, target: Path, size_mb: int) -> None:
         os.close(image)
 
 
-def _make(path: Path, size_mb: int) -> None:
-    """mke2fs(8), into place when it is whole."""
+def _create_filesystem(path: Path, size_mb: int) -> None:
+    """Run mke2fs(8), and rename the result into place when it is complete."""
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     with temporary.open("wb") as file:
@@ -294,8 +293,8 @@ def _make(path: Path, size_mb: int) -> None:
 
 
 @contextmanager
-def _copied(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
-    """A descriptor of a copy, as sparse as the original (SEEK_DATA in lseek(2))."""
+def _copy_of(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
+    """Copy a file and yield a descriptor; as sparse as the original (SEEK_DATA in lseek(2))."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with source.open("rb") as original:
         descriptor = os.open(target, flags, 0o600)
@@ -308,28 +307,28 @@ def _copied(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
 
 @contextmanager
 def _loop_device(image: int) -> Iterator[str]:
-    """A loop device on ``image``, to be mounted before this ends.  Raises HostFault, OSError."""
-    with contextlib.ExitStack() as opened:
-        yield f"/dev/loop{_configured(image, opened)}"
+    """A loop device on ``image``, to be mounted within the block.  Raises HostFault, OSError."""
+    with contextlib.ExitStack() as stack:
+        yield f"/dev/loop{_configure_loop_device(image, stack)}"
 
 
-def _configured(image: int, opened: contextlib.ExitStack) -> int:
-    control = _device("/dev/loop-control", opened)
+def _configure_loop_device(image: int, stack: contextlib.ExitStack) -> int:
+    control = _open_device("/dev/loop-control", stack)
     while True:
         number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-        device = _device(f"/dev/loop{number}", opened)
+        device = _open_device(f"/dev/loop{number}", stack)
         flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO
         info = _LOOP_INFO.pack(0, 0, 0, 0, 0, number, 0, 0, flags, b"", b"", b"", 0, 0)
         try:
             fcntl.ioctl(device, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, _BLOCK, info))
         except OSError as error:
-            if error.errno != errno.EBUSY:  # Somebody else was quicker to take this one.
+            if error.errno != errno.EBUSY:  # Another process claimed this one first.
                 raise
         else:
             return number
 
 
-def _device(path: str, opened: contextlib.ExitStack) -> int:
+def _open_device(path: str, stack: contextlib.ExitStack) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -337,12 +336,12 @@ def _device(path: str, opened: contextlib.ExitStack) -> int:
             f"{path} cannot be opened ({error.strerror}): sandboxes get their disk through loop "
             "devices. Run `modprobe loop` as root."
         ) from error
-    opened.callback(os.close, descriptor)
+    stack.callback(os.close, descriptor)
     return descriptor
 
 
-def _shut_down(target: Path) -> None:
-    """Let nothing of what was written reach the disk any more: it is about to be deleted."""
+def _discard_writes(target: Path) -> None:
+    """Discard unwritten data, as the disk is about to be deleted."""
     with contextlib.suppress(OSError):
         descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -1,9 +1,9 @@
 """Running a command in a container: separate pipes, a time limit, the whole tree killed.
 
-Every command gets a control group of its own.  When it runs past its time, or whoever reads its
-output goes away, everything in that group gets SIGTERM, then, after two seconds, SIGKILL: what
-it forked, however often, dies with it.  What it leaves running when it ends by itself lives on
-in the container's group, and what that still writes is read and dropped.
+Every command gets its own control group.  When it exceeds its time limit, or the reader of its
+output disconnects, everything in that group gets SIGTERM and, two seconds later, SIGKILL: all of
+its descendants die with it.  Processes that it leaves behind when it exits by itself live on in
+the container's group, and whatever they still write is read and discarded.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from typing import Literal
 
 from hostruntime.container.cgroups import (
     ContainerGroups,
-    adopt_strays,
+    is_populated,
     kill_group,
-    pids_below,
-    populated,
+    move_survivors,
+    pids_under,
     signal_group,
 )
 from hostruntime.container.inside_exec import SHELL
 from hostruntime.container.launcher import Attached, LauncherPool, close_all
 from hostruntime.errors import CwdNotFound
 from hostruntime.host.patience import Patience, scaled
-from hostruntime.host.tasks import logged, readable, to_the_end
+from hostruntime.host.tasks import log_errors, readable, run_to_completion
 
 GRACE_SECONDS = 2.0
-# How long output is waited for after the command itself has ended (`cmd > >(tee log)`).
+# How long to wait for more output after the command itself has exited (`cmd > >(tee log)`).
 _LINGER_SECONDS = 0.05
 _POLL_SECONDS = 0.02
 _READ_BYTES = 64 * 1024
-# What commands left in the background goes on to write is read at most so fast, of so many pipes.
+# Pace, and maximum number of pipes, for discarding what background processes still write.
 _DRAIN_PAUSE_SECONDS = 0.02
-_MOST_DRAINED = 128
+_MAX_DRAINED_PIPES = 128
 _draining: dict[str, dict[int, asyncio.TimerHandle | None]] = {}
 _BACKLOG_BYTES = 1024 * 1024
 _MAX_ARGUMENT_BYTES = 128 * 1024
 _PART_CHARACTERS = 30_000  # of at most four bytes each (RFC 3629)
 _SHELL_NAME = "bash"
-# Those that bash can stand in for.
+# Shells that bash can substitute for.
 _SHELLS = frozenset({"bash", "dash", "sh"})
-# The file must stay until the script has ended: some interpreters look at it again.
+# The file must exist until the script has finished: some interpreters read it again.
 _RUN_SCRIPT = (
     'f=$(mktemp) && printf %s "$@" >"$f" && chmod 700 "$f" || exit; "$f"; s=$?; rm -f "$f"; exit $s'
 )
@@ -63,7 +63,7 @@ Stream = Literal["stdout", "stderr"]
 
 @dataclass(frozen=True)
 class Started:
-    """The command runs; ``pid`` is its pid as seen inside the container."""
+    """The command is running; ``pid`` is its pid inside the container."""
 
     pid: int
 
@@ -78,7 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Exited:
-    """The command ended by itself or by a signal; ``code`` is 128 + n for signal n."""
+    """The command exited or was killed by a signal; ``code`` is 128 + n for signal n."""
 
     code: int
     signal: int | None
@@ -88,7 +88,7 @@ class Exited:
 
 @dataclass(frozen=True)
 class TimedOut:
-    """The command ran past its time and its process tree was killed."""
+    """The command exceeded its time limit and its process tree was killed."""
 
     duration_ms: int
 
@@ -96,45 +96,45 @@ class TimedOut:
 Frame = Started | Chunk | Exited | TimedOut
 
 
-def shell(command: str) -> list[str]:
-    """The argv that runs ``command`` through bash where the image has it, else /bin/sh.
+def shell_argv(command: str) -> list[str]:
+    """The argv that runs ``command`` through bash if the image has it, else /bin/sh.
 
-    A script whose first line names another interpreter, or options, is run by that, from a file
-    (execve(2), "Interpreter scripts").
+    A script whose first line names another interpreter, or options, is run by that interpreter,
+    from a file (execve(2), "Interpreter scripts").
 
-    The kernel takes no single argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).  A longer command
-    goes in parts that the shell puts together, and drops, before it runs it.
+    The kernel rejects a single argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).  A longer command
+    is passed in parts, which the shell joins, and removes from its arguments, before it runs it.
     """
-    if _names_its_interpreter(command):
-        return [SHELL, "-c", _RUN_SCRIPT, _SHELL_NAME, *_parts_of(command)]
+    if _has_other_interpreter(command):
+        return [SHELL, "-c", _RUN_SCRIPT, _SHELL_NAME, *_split_command(command)]
     if len(command.encode()) < _MAX_ARGUMENT_BYTES:
         return [SHELL, "-c", command]
-    parts = _parts_of(command)
-    whole = "".join(f"${{{number}}}" for number in range(1, len(parts) + 1))
-    # The shift comes with the command in one argument: it is expanded before there is none.
-    return [SHELL, "-c", f'eval "shift {len(parts)}; {whole}"', _SHELL_NAME, *parts]
+    parts = _split_command(command)
+    joined = "".join(f"${{{number}}}" for number in range(1, len(parts) + 1))
+    # eval gets the shift and the command together, so the parts are expanded before the shift.
+    return [SHELL, "-c", f'eval "shift {len(parts)}; {joined}"', _SHELL_NAME, *parts]
 
 
-def _parts_of(command: str) -> list[str]:
-    begins = range(0, len(command), _PART_CHARACTERS)
-    return [command[begin : begin + _PART_CHARACTERS] for begin in begins]
+def _split_command(command: str) -> list[str]:
+    starts = range(0, len(command), _PART_CHARACTERS)
+    return [command[start : start + _PART_CHARACTERS] for start in starts]
 
 
-def _names_its_interpreter(command: str) -> bool:
-    """Whether a script's first line asks for more than a shell without options."""
+def _has_other_interpreter(command: str) -> bool:
+    """Whether a script's first line requests anything but a shell without options."""
     if not command.startswith("#!"):
         return False
-    words = command.partition("\n")[0].removeprefix("#!").split()
-    if words and words[0].rpartition("/")[2] == "env":
-        words = words[1:]
-    return len(words) != 1 or words[0].rpartition("/")[2] not in _SHELLS
+    parts = command.partition("\n")[0].removeprefix("#!").split()
+    if parts and parts[0].rpartition("/")[2] == "env":
+        parts = parts[1:]
+    return len(parts) != 1 or parts[0].rpartition("/")[2] not in _SHELLS
 
 
 @dataclass(frozen=True)
 class ExecRequest:
     """A command to run; ``timeout`` is in seconds, None for no limit.
 
-    ``stdin`` is the null device unless a descriptor is given, which stays the caller's.
+    ``stdin`` is the null device unless a descriptor is provided, which the caller must close.
     """
 
     argv: Sequence[str]
@@ -150,20 +150,20 @@ async def run_command(
 ) -> AsyncGenerator[Frame, None]:
     """Run a command in a container; iterate under ``contextlib.aclosing``: closing kills the tree.
 
-    The last frame is Exited or TimedOut, and then no process of a timed-out command is left.
-    Raises CwdNotFound before any frame, HostFault when the container cannot be attached to, and
-    LauncherLost, before or after, when what attaches to containers has died, and the command so.
+    The last frame is Exited or TimedOut; no process of a timed-out command is left by then.
+    Raises CwdNotFound before any frame, HostFault if attaching to the container fails, and
+    LauncherLost, before or after, if the launcher has died, and the command with it.
     """
     session = _Session(groups.exec_group(f"{os.getpid()}-{next(_tags)}"), groups)
     try:
-        refusal = await session.begin(launchers, request)
-        if refusal.get("code") == "cwd_not_found":
-            raise CwdNotFound(refusal["detail"])
+        failure = await session.start(launchers, request)
+        if failure.get("code") == "cwd_not_found":
+            raise CwdNotFound(failure["detail"])
         yield Started(session.pid_inside)
         async for chunk in session.chunks():
             yield chunk
-        if "detail" in refusal:
-            yield Chunk("stderr", f"{refusal['detail']}\n".encode())
+        if "detail" in failure:
+            yield Chunk("stderr", f"{failure['detail']}\n".encode())
         yield await session.outcome()
     finally:
         await session.finish()
@@ -171,14 +171,14 @@ async def run_command(
 
 @dataclass
 class _Session:
-    """One command from its start to the last process of it."""
+    """One command, from its start until its last process has exited."""
 
     group: Path
     groups: ContainerGroups
     output: _Output = field(default_factory=lambda: _Output())
     attached: Attached | None = None
-    started: float = 0.0
-    ended: float = 0.0
+    started_at: float = 0.0
+    exited_at: float = 0.0
     oom_before: int = 0
     timer: asyncio.TimerHandle | None = None
     killing: asyncio.Task[None] | None = None
@@ -187,84 +187,84 @@ class _Session:
     def pid_inside(self) -> int:
         return self.attached.pid_inside if self.attached is not None else 0
 
-    async def begin(self, launchers: LauncherPool, request: ExecRequest) -> dict[str, str]:
-        """Start the command; return why it could not be entered or run, if so."""
+    async def start(self, launchers: LauncherPool, request: ExecRequest) -> dict[str, str]:
+        """Start the command; return why it could not be run, or an empty dictionary."""
         loop = asyncio.get_running_loop()
         self.oom_before = self.groups.oom_kills()
         status_out, status_in = os.pipe()
-        ends = self.output.open(merge=request.merge_output)
+        write_ends = self.output.open(merge=request.merge_output)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
             message = _attach_message(self.groups.name, self.group, request)
-            fds = [null if request.stdin is None else request.stdin, *ends, status_in]
+            fds = [null if request.stdin is None else request.stdin, *write_ends, status_in]
             self.attached = await launchers.attach(message, fds)
-            self.started = loop.time()
-            self.attached.ended.add_done_callback(self._on_end)
+            self.started_at = loop.time()
+            self.attached.exit_status.add_done_callback(self._on_exit)
         except BaseException:
             os.close(status_out)
             raise
         finally:
-            close_all([*{null, *ends, status_in}])
+            close_all([*{null, *write_ends, status_in}])
         if request.timeout is not None:
             self.timer = loop.call_later(request.timeout, self.kill)
         self.output.start()
-        return await _status(status_out)
+        return await _read_failure(status_out)
 
-    def _on_end(self, _: asyncio.Future[int]) -> None:
-        self.ended = asyncio.get_running_loop().time()
+    def _on_exit(self, _: asyncio.Future[int]) -> None:
+        self.exited_at = asyncio.get_running_loop().time()
         self.output.wake()
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """The output until the command has ended and what it wrote has been read."""
+        """The output, until the command has exited and all it wrote has been read."""
         assert self.attached is not None
-        while not (self.attached.ended.done() and self.output.idle()):
-            await self.output.something()
-            for chunk in self.output.take():
+        while not (self.attached.exit_status.done() and self.output.is_empty()):
+            await self.output.wait()
+            for chunk in self.output.pop_chunks():
                 yield chunk
         if self.killing is None:
             self._stop_timer()
         else:
             await asyncio.shield(self.killing)
-        self.output.drain_now()
-        if not self.output.closed():
+        self.output.read_available()
+        if not self.output.is_closed():
             await self.output.linger(scaled(_LINGER_SECONDS))
-        for chunk in self.output.take():
+        for chunk in self.output.pop_chunks():
             yield chunk
 
     async def outcome(self) -> Exited | TimedOut:
         assert self.attached is not None
-        # The end can be known here before the callback that notes its time has had its turn.
-        ended = self.ended or asyncio.get_running_loop().time()
-        duration = round((ended - self.started) * 1000)
+        # The exit can be known here before the callback that records its time has run.
+        exited_at = self.exited_at or asyncio.get_running_loop().time()
+        duration = round((exited_at - self.started_at) * 1000)
         if self.killing is not None:
-            return TimedOut(round((asyncio.get_running_loop().time() - self.started) * 1000))
-        status = os.waitstatus_to_exitcode(await self.attached.ended)
-        code, number = (128 - status, -status) if status < 0 else (status, None)
+            return TimedOut(round((asyncio.get_running_loop().time() - self.started_at) * 1000))
+        status = os.waitstatus_to_exitcode(await self.attached.exit_status)
+        code, signal_number = (128 - status, -status) if status < 0 else (status, None)
         oom = code != 0 and self.groups.oom_kills() > self.oom_before
-        return Exited(code, number, duration, oom)
+        return Exited(code, signal_number, duration, oom)
 
     def kill(self) -> None:
-        """Begin to kill the whole tree: asked to end, then made to."""
+        """Start killing the whole tree: SIGTERM, then SIGKILL."""
         if self.killing is None:
             self.killing = asyncio.ensure_future(kill_tree(self.group))
 
     async def finish(self) -> None:
-        """Whatever happened, leave nothing behind: no process of an unfinished command, no fd."""
+        """Clean up in any case: leave no process of an unfinished command and no descriptor."""
         self._stop_timer()
-        if self.attached is not None and not self._ended_properly():
+        if self.attached is not None and not self._exit_is_known():
             self.kill()
         try:
             if self.killing is not None:
-                with logged(f"what runs in {self.group} could not be ended"):
-                    await to_the_end(self.killing)
+                with log_errors(f"the processes in {self.group} could not be killed"):
+                    await run_to_completion(self.killing)
         finally:
-            self.output.leave_to_drain(self.groups.name)
-            adopt_strays(self.group, self.groups.unified)
+            self.output.drain_in_background(self.groups.name)
+            move_survivors(self.group, self.groups.unified)
 
-    def _ended_properly(self) -> bool:
-        # The other way is that the launcher died, and with it the news of the command's end.
-        ended = self.attached.ended if self.attached is not None else None
-        return ended is not None and ended.done() and ended.exception() is None
+    def _exit_is_known(self) -> bool:
+        # If the launcher died, the command's exit can no longer be observed.
+        exit_status = self.attached.exit_status if self.attached is not None else None
+        return exit_status is not None and exit_status.done() and exit_status.exception() is None
 
     def _stop_timer(self) -> None:
         if self.timer is not None:
@@ -272,18 +272,18 @@ class _Session:
 
 
 async def kill_tree(group: Path) -> None:
-    """SIGTERM, up to two seconds of grace, SIGKILL for everything in a group."""
+    """Send SIGTERM to everything in a group, wait up to two seconds, and send SIGKILL."""
     loop = asyncio.get_running_loop()
     signal_group(group, signal.SIGTERM)
-    until = loop.time() + GRACE_SECONDS
-    while populated(group) and loop.time() < until:
+    deadline = loop.time() + GRACE_SECONDS
+    while is_populated(group) and loop.time() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
     kill_group(group)
-    patience = Patience(GRACE_SECONDS, lambda: pids_below(group))
-    while populated(group) and not patience.spent():
+    patience = Patience(GRACE_SECONDS, lambda: pids_under(group))
+    while is_populated(group) and not patience.exhausted():
         await asyncio.sleep(_POLL_SECONDS)
-    if populated(group):
-        _log.error("processes in %s survive SIGKILL; they wait for the kernel", group)
+    if is_populated(group):
+        _log.error("processes in %s survive SIGKILL; they are blocked in the kernel", group)
 
 
 def _attach_message(name: str, group: Path, request: ExecRequest) -> dict[str, object]:
@@ -297,8 +297,8 @@ def _attach_message(name: str, group: Path, request: ExecRequest) -> dict[str, o
     }
 
 
-async def _status(descriptor: int) -> dict[str, str]:
-    """What the attached process says of becoming the command: nothing if it did."""
+async def _read_failure(descriptor: int) -> dict[str, str]:
+    """Read why the attached process could not become the command; empty if it did."""
     data = b""
     os.set_blocking(descriptor, False)
     try:
@@ -327,7 +327,7 @@ class _Output:
         self._event = asyncio.Event()
 
     def open(self, *, merge: bool) -> tuple[int, int]:
-        """Make the pipes; return the ends for the command's stdout and stderr."""
+        """Create the pipes; return the write ends for the command's stdout and stderr."""
         out_read, out_write = os.pipe()
         self._pipes[out_read] = "stdout"
         err_write = out_write
@@ -339,57 +339,57 @@ class _Output:
         return out_write, err_write
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading."""
         loop = asyncio.get_running_loop()
         for descriptor in self._pipes:
             loop.add_reader(descriptor, self._read, descriptor)
 
-    def closed(self) -> bool:
-        """Whether every pipe has come to its end."""
+    def is_closed(self) -> bool:
+        """Whether every pipe is at its end."""
         return not self._pipes
 
-    def idle(self) -> bool:
-        """Whether nothing that was read waits to be taken."""
+    def is_empty(self) -> bool:
+        """Whether no chunk is waiting for :meth:`pop_chunks`."""
         return not self._chunks
 
     def wake(self) -> None:
-        """Let :meth:`something` return."""
+        """Make :meth:`wait` return."""
         self._event.set()
 
-    async def something(self) -> None:
+    async def wait(self) -> None:
         """Wait for a chunk, or for :meth:`wake`."""
         if not self._chunks:
             await self._event.wait()
         self._event.clear()
 
-    def take(self) -> list[Chunk]:
-        """What was read since the last time; reading goes on if it had been paused."""
+    def pop_chunks(self) -> list[Chunk]:
+        """The chunks read since the last call; resumes reading if it was paused."""
         chunks, self._chunks, self._backlog = list(self._chunks), deque(), 0
         for descriptor in self._paused:
             asyncio.get_running_loop().add_reader(descriptor, self._read, descriptor)
         self._paused.clear()
         return chunks
 
-    def drain_now(self) -> None:
-        """Read everything that is in the pipes at this moment."""
+    def read_available(self) -> None:
+        """Read everything that is in the pipes now."""
         for descriptor in list(self._pipes):
-            # What is left in the background may write for ever: only what is there counts.
+            # Background processes may write forever: read only what is there already.
             for _ in range(_MAX_PIPE_BYTES // _READ_BYTES):
                 if descriptor not in self._pipes or not self._read(descriptor):
                     break
 
     async def linger(self, seconds: float) -> None:
-        """Give what a finished command left in the background a moment to end its output."""
+        """Give the background processes of a finished command a moment to finish their output."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
-        while self._pipes and loop.time() < until:
+        deadline = loop.time() + seconds
+        while self._pipes and loop.time() < deadline:
             self._event.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(deadline):
                     await self._event.wait()
 
-    def leave_to_drain(self, owner: str) -> None:
-        """Go on reading pipes that are still open, dropping what comes, until they end."""
+    def drain_in_background(self, owner: str) -> None:
+        """Keep reading pipes that are still open, and discard the data, until they end."""
         for descriptor in self._pipes:
             asyncio.get_running_loop().remove_reader(descriptor)
             _drain(owner, descriptor)
@@ -423,43 +423,43 @@ class _Output:
 
 
 def _drain(owner: str, descriptor: int) -> None:
-    """Read a pipe at a bounded pace; of too many the oldest is closed, for its writer to notice.
+    """Discard a pipe's data at a bounded pace; if there are too many pipes, close the oldest.
 
-    Both are the agent's to bear: what writes may be an endless loop, or hold any number of pipes.
+    Both protect the agent: the writer may be an endless loop, or hold any number of pipes.
     """
     draining = _draining.setdefault(owner, {})
     draining[descriptor] = None
-    asyncio.get_running_loop().add_reader(descriptor, _drop, owner, descriptor)
-    if len(draining) > _MOST_DRAINED:
-        _end_draining(owner, next(iter(draining)))
+    asyncio.get_running_loop().add_reader(descriptor, _discard, owner, descriptor)
+    if len(draining) > _MAX_DRAINED_PIPES:
+        _stop_draining(owner, next(iter(draining)))
 
 
-def _drop(owner: str, descriptor: int) -> None:
+def _discard(owner: str, descriptor: int) -> None:
     try:
         data = os.read(descriptor, _READ_BYTES)
     except BlockingIOError:
         return
     if not data:
-        _end_draining(owner, descriptor)
+        _stop_draining(owner, descriptor)
         return
     loop = asyncio.get_running_loop()
     loop.remove_reader(descriptor)
     _draining[owner][descriptor] = loop.call_later(
-        _DRAIN_PAUSE_SECONDS, _drop_on, owner, descriptor
+        _DRAIN_PAUSE_SECONDS, _resume_discarding, owner, descriptor
     )
 
 
-def _drop_on(owner: str, descriptor: int) -> None:
+def _resume_discarding(owner: str, descriptor: int) -> None:
     _draining[owner][descriptor] = None
-    asyncio.get_running_loop().add_reader(descriptor, _drop, owner, descriptor)
+    asyncio.get_running_loop().add_reader(descriptor, _discard, owner, descriptor)
 
 
-def _end_draining(owner: str, descriptor: int) -> None:
-    waiting = _draining[owner].pop(descriptor)
-    if waiting is None:
+def _stop_draining(owner: str, descriptor: int) -> None:
+    timer = _draining[owner].pop(descriptor)
+    if timer is None:
         asyncio.get_running_loop().remove_reader(descriptor)
     else:
-        waiting.cancel()
+        timer.cancel()
     os.close(descriptor)
     if not _draining[owner]:
         del _draining[owner]

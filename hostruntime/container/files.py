@@ -1,7 +1,7 @@
-"""File operations in a container, as the agent drives them.
+"""The agent's side of file operations in a container.
 
-Each is done by a process attached to the container (:mod:`hostruntime.container.inside_files`);
-what goes wrong there comes back as the matching class of :mod:`hostruntime.errors`.
+Each runs in a process attached to the container (:mod:`hostruntime.container.inside_files`); errors
+there are raised here as the matching class of :mod:`hostruntime.errors`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hostruntime.container.inside_files import LENGTH, PIECE_BYTES
+from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH
 from hostruntime.container.launcher import Attached, LauncherPool
 from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.host.patience import Patience
@@ -23,14 +23,14 @@ from hostruntime.wire.files import DirectoryEntries, DirectoryEntry, FileStat
 from hostruntime.wire.message import MalformedError, Message, from_fields
 
 MAX_PATH_BYTES = 4096
-# How long one step may take without the process inside doing anything (hostruntime.host.patience).
+# How long the process inside may be idle during one step (hostruntime.host.patience).
 _STEP_TIMEOUT_SECONDS = 60.0
 _END_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A path that was read: its stat, and its bytes, or its entries if it is a directory."""
+class OpenedPath:
+    """A path opened for reading: its stat, and its content, or its entries if a directory."""
 
     stat: FileStat
     entries: tuple[DirectoryEntry, ...] | None
@@ -46,29 +46,33 @@ class FileService:
     @asynccontextmanager
     async def read(
         self, name: str, path: str, *, max_bytes: int | None = None, directories: bool = True
-    ) -> AsyncIterator[Opened]:
+    ) -> AsyncIterator[OpenedPath]:
         """Open a file or a directory.
 
         Raises NotFound, FileConflict (a device, a pipe; or a directory when ``directories`` is
         off), FileTooLarge (over ``max_bytes``), InvalidRequest.
         """
-        arguments = {"path": checked(path), "max_bytes": max_bytes, "directories": directories}
+        arguments = {
+            "path": validate_path(path),
+            "max_bytes": max_bytes,
+            "directories": directories,
+        }
         async with self._operation(name, "read", arguments) as peer:
             header = await peer.header()
-            stat, entries = _told(FileStat, header.get("stat")), None
+            stat, entries = _parse_answer(FileStat, header.get("stat")), None
             if stat.is_dir:
-                entries = _told(DirectoryEntries, header).entries
-            yield Opened(stat, entries, peer.pieces())
+                entries = _parse_answer(DirectoryEntries, header).entries
+            yield OpenedPath(stat, entries, peer.chunks())
 
     async def write(
         self, name: str, path: str, content: AsyncIterator[bytes], *, mode: int | None
     ) -> int:
-        """Write a file whole or not at all; return its size.
+        """Write a file atomically; return its size.
 
-        Missing parents are made; ``mode`` None keeps an existing file's, else 0o644.  Raises
-        FileConflict, NoSpace, InvalidRequest.
+        Missing parents are created; ``mode`` None keeps an existing file's mode, else 0o644.
+        Raises FileConflict, NoSpace, InvalidRequest.
         """
-        arguments = {"path": checked(path), "mode": mode}
+        arguments = {"path": validate_path(path), "mode": mode}
         async with self._operation(name, "write", arguments) as peer:
             answer = asyncio.ensure_future(peer.answer())
             try:
@@ -82,22 +86,26 @@ class FileService:
 
     async def delete(self, name: str, path: str) -> None:
         """Delete a file, a link or a whole directory.  Raises NotFound, FileConflict."""
-        await self._simple(name, "delete", {"path": checked(path)})
+        await self._run_simple(name, "delete", {"path": validate_path(path)})
 
     async def mkdir(self, name: str, path: str, *, parents: bool) -> None:
-        """Make a directory.  Raises NotFound (no parent), FileConflict (exists)."""
-        await self._simple(name, "mkdir", {"path": checked(path), "parents": parents})
+        """Create a directory.  Raises NotFound (no parent), FileConflict (exists)."""
+        await self._run_simple(name, "mkdir", {"path": validate_path(path), "parents": parents})
 
     async def move(self, name: str, source: str, destination: str) -> None:
-        """Rename, across file systems too.  Raises NotFound, FileConflict."""
-        arguments = {"source": checked(source), "destination": checked(destination)}
-        await self._simple(name, "move", arguments)
+        """Rename, also across file systems.  Raises NotFound, FileConflict."""
+        arguments = {"source": validate_path(source), "destination": validate_path(destination)}
+        await self._run_simple(name, "move", arguments)
 
     async def stat(self, name: str, path: str) -> FileStat:
-        """What is at a path, or that nothing is."""
-        return _told(FileStat, await self._simple(name, "stat", {"path": checked(path)}))
+        """The stat of a path; ``exists`` is false if there is nothing."""
+        return _parse_answer(
+            FileStat, await self._run_simple(name, "stat", {"path": validate_path(path)})
+        )
 
-    async def _simple(self, name: str, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _run_simple(
+        self, name: str, operation: str, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         async with self._operation(name, operation, arguments) as peer:
             return await peer.header()
 
@@ -114,15 +122,15 @@ class FileService:
             except BaseException:
                 ours.close()
                 raise
-        reader, writer = await asyncio.open_connection(sock=ours, limit=2 * PIECE_BYTES)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=2 * CHUNK_BYTES)
         try:
             yield _Peer(reader, writer, attached)
         finally:
             writer.transport.abort()
             with contextlib.suppress(TimeoutError, HostError):
                 async with Patience(_END_TIMEOUT_SECONDS, lambda: [attached.pid]):
-                    await asyncio.shield(attached.ended)
-            if not attached.ended.done():
+                    await asyncio.shield(attached.exit_status)
+            if not attached.exit_status.done():
                 await attached.kill()
 
 
@@ -135,11 +143,11 @@ class _Peer:
     process: Attached
 
     def patience(self) -> Patience:
-        """For one step."""
+        """The timeout of one step."""
         return Patience(_STEP_TIMEOUT_SECONDS, lambda: [self.process.pid])
 
     async def header(self) -> dict[str, Any]:
-        """The answer of the process inside.  Raises HostError."""
+        """The response of the process inside.  Raises HostError."""
         try:
             async with self.patience():
                 return await self.answer()
@@ -147,7 +155,7 @@ class _Peer:
             raise Exhausted("The sandbox did not finish the file operation in time.") from None
 
     async def answer(self) -> dict[str, Any]:
-        """The same, however long it takes."""
+        """Like :meth:`header`, without a timeout."""
         try:
             (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
             header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
@@ -159,49 +167,49 @@ class _Peer:
             raise HostError.from_wire(header)
         return header
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[bytes]:
         while True:
             try:
                 async with self.patience():
-                    piece = await self.reader.read(PIECE_BYTES)
+                    chunk = await self.reader.read(CHUNK_BYTES)
             except (TimeoutError, ConnectionError) as error:
                 raise Exhausted("The file could not be read to its end.") from error
-            if not piece:
+            if not chunk:
                 return
-            yield piece
+            yield chunk
 
     async def upload(self, content: AsyncIterator[bytes], until: asyncio.Future[Any]) -> None:
-        """Send the content, or as much as is wanted: ``until`` is done early at a refusal."""
+        """Send the content; stop early if ``until`` is done, which means a refusal."""
         async for data in content:
-            for start in range(0, len(data), PIECE_BYTES):
+            for start in range(0, len(data), CHUNK_BYTES):
                 if until.done():
                     return
-                piece = data[start : start + PIECE_BYTES]
-                self.writer.write(LENGTH.pack(len(piece)) + piece)
-                await self._drained()
+                chunk = data[start : start + CHUNK_BYTES]
+                self.writer.write(LENGTH.pack(len(chunk)) + chunk)
+                await self._drain()
         self.writer.write(LENGTH.pack(0))
-        await self._drained()
+        await self._drain()
 
-    async def _drained(self) -> None:
+    async def _drain(self) -> None:
         try:
             async with self.patience():
                 await self.writer.drain()
         except TimeoutError:
             raise Exhausted("The sandbox didn't accept the file's content in time.") from None
         except ConnectionError:
-            return  # The process inside is gone: its answer, or the lack of one, says why.
+            return  # The process inside has exited: its response, or the lack of one, says why.
 
 
-def _told[M: Message](kind: type[M], fields: object) -> M:
-    """What the process inside answered.  Raises Exhausted: something there has changed it."""
+def _parse_answer[M: Message](kind: type[M], fields: object) -> M:
+    """Parse a response from inside.  Raises Exhausted if it has been tampered with there."""
     try:
         return from_fields(kind, fields)
     except MalformedError as error:
         raise Exhausted("The answer of the sandbox to the file operation is not valid.") from error
 
 
-def checked(path: str) -> str:
-    """A path that can be sent inside.  Raises InvalidRequest."""
+def validate_path(path: str) -> str:
+    """Return the path if it can be sent inside.  Raises InvalidRequest."""
     if not path:
         raise InvalidRequest("The path is empty; give an absolute path such as /workspace/a.txt.")
     if "\0" in path:

@@ -1,7 +1,7 @@
 """What an attached process does inside a container before it becomes the command.
 
 Runs in a process that a launcher put there (:mod:`hostruntime.container.entering`): paths already
-resolve inside the container, so nothing may be imported or opened lazily.  It leaves only by
+resolve inside the container, so nothing may be imported or opened lazily.  It must end with
 ``execve`` or ``_exit``.
 """
 
@@ -26,8 +26,8 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 class Command:
     """A command, and the descriptors it is started with.
 
-    ``argv[0]`` may be :data:`SHELL`.  ``gate`` gives one byte when the process has its place;
-    ``status`` is close-on-exec, so end-of-file there means that the command runs.
+    ``argv[0]`` may be :data:`SHELL`.  ``gate`` delivers one byte once the process is in its control
+    groups; ``status`` is close-on-exec, so end-of-file there means that the command is running.
     """
 
     argv: Sequence[str]
@@ -41,14 +41,14 @@ class Command:
 
 
 def become_command(command: Command) -> NoReturn:
-    """Turn the attached process into the command; a refusal is told on ``status``."""
+    """Turn the attached process into the command; a failure is reported on ``status``."""
     code = _NOT_FOUND
     try:
         _arrange_descriptors(command)
         if os.read(_GATE, 1) != b"1":
             os._exit(_NOT_FOUND)
         _reset_process()
-        refusal = _enter(command.cwd)
+        refusal = _change_directory(command.cwd)
         if refusal is None:
             code, refusal = _execute(command)
         os.write(_STATUS, json.dumps(refusal).encode())
@@ -57,12 +57,12 @@ def become_command(command: Command) -> NoReturn:
 
 
 def _arrange_descriptors(command: Command) -> None:
-    wanted = (command.stdin, command.stdout, command.stderr, command.gate, command.status)
-    # First out of the way of the numbers they are to get, then onto them.
-    high = [_duplicate_above(fd) for fd in wanted]
+    descriptors = (command.stdin, command.stdout, command.stderr, command.gate, command.status)
+    # First duplicate them above their final numbers, then onto those.
+    high = [_duplicate_above(fd) for fd in descriptors]
     for number, fd in enumerate(high):
         os.dup2(fd, number, inheritable=number < _GATE)
-    os.closerange(len(wanted), 1 << 30)
+    os.closerange(len(descriptors), 1 << 30)
 
 
 def _duplicate_above(fd: int) -> int:
@@ -81,7 +81,7 @@ def _reset_process() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def _enter(cwd: str) -> dict[str, str] | None:
+def _change_directory(cwd: str) -> dict[str, str] | None:
     try:
         os.chdir(cwd)
     except OSError as error:
@@ -93,17 +93,17 @@ def _enter(cwd: str) -> dict[str, str] | None:
 def _execute(command: Command) -> tuple[int, dict[str, str]]:
     name, *arguments = command.argv
     candidates = _SHELLS if name == SHELL else _search(name, command.env.get("PATH", ""))
-    worst = errno.ENOENT
+    error_number = errno.ENOENT
     for path in candidates:
         try:
             title = path.rpartition("/")[2] if name == SHELL else name
             os.execve(path, [title, *arguments], dict(command.env))
         except OSError as error:
             if error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-                worst = error.errno
-    what = "a shell" if name == SHELL else name
-    code = _NOT_FOUND if worst == errno.ENOENT else _NOT_EXECUTABLE
-    detail = f"The command {what} cannot be run in this image: {os.strerror(worst)}."
+                error_number = error.errno
+    description = "a shell" if name == SHELL else name
+    code = _NOT_FOUND if error_number == errno.ENOENT else _NOT_EXECUTABLE
+    detail = f"The command {description} cannot be run in this image: {os.strerror(error_number)}."
     return code, {"code": "command_not_found", "detail": detail}
 
 

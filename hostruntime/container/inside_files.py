@@ -1,10 +1,10 @@
-"""File operations as they run inside a container, as its root.
+"""The container's side of file operations, run as its root.
 
 Runs in a process that a launcher put there, like :mod:`hostruntime.container.inside_exec`: every
-path is walked by the container's own kernel view, so nothing a tenant plants in its tree (links,
-mounts, devices) can lead to the host.  The process speaks to the agent over one socket: it sends a
+path is resolved in the container's namespaces, so nothing a tenant plants in its tree (links,
+mounts, devices) can lead to the host.  The process talks to the agent over one socket: it sends a
 header (a 4-byte length and JSON), then the raw bytes of a file being read; a file being written
-arrives as length-prefixed pieces, a piece of length zero meaning that all of it was sent.
+arrives as length-prefixed chunks, of which one of length zero marks the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LENGTH = struct.Struct("!I")
-PIECE_BYTES = 256 * 1024
+CHUNK_BYTES = 256 * 1024
 MAX_ENTRIES = 50_000
 HOME = "/workspace"
 _DESCRIPTOR, _GATE = 3, 4
@@ -33,7 +33,7 @@ _TEMPORARY = ".ork-"
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a defect
-    """The operation cannot be done; ``code`` names one of :mod:`hostruntime.errors`."""
+    """The operation is refused; ``code`` is one of :mod:`hostruntime.errors`."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -42,13 +42,13 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a defect
 
 
 def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: int) -> NoReturn:
-    """Do one operation for the agent at the other end of ``descriptor``, and leave.
+    """Perform one operation for the agent at the other end of ``descriptor``, and exit.
 
-    ``gate`` gives one byte when this process has its place in the container's control groups.
+    ``gate`` delivers one byte once this process is in the container's control groups.
     """
     try:
-        # First all that is the launcher's, with the gate's other end: were that to die now, nobody
-        # else would have it.
+        # First close the launcher's descriptors, including the gate's write end: if the launcher
+        # dies now, reading the gate must not block.
         _keep_only(descriptor, gate)
         if os.read(_GATE, 1) != b"1":
             os._exit(1)
@@ -62,7 +62,7 @@ def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: i
 
 
 def _keep_only(*descriptors: int) -> None:
-    """Give these the first numbers after the standard ones', and close all others."""
+    """Renumber these right after the standard descriptors, and close all others."""
     above = _DESCRIPTOR + len(descriptors)
     high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, above) for each in descriptors]
     for number, each in enumerate(high, _DESCRIPTOR):
@@ -71,7 +71,7 @@ def _keep_only(*descriptors: int) -> None:
 
 
 def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -> None:
-    """Do one operation and answer it; nothing escapes but a broken connection."""
+    """Perform one operation and respond; only a broken connection raises."""
     try:
         with contextlib.suppress(OSError):
             os.chdir(HOME)
@@ -80,15 +80,15 @@ def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -
         _refuse(peer, refusal.code, refusal.detail)
     except OSError as error:
         path = str(arguments.get("path") or arguments.get("source"))
-        _refuse(peer, *_explained(error, path))
+        _refuse(peer, *_explain(error, path))
     except (ValueError, RuntimeError) as error:
         _refuse(peer, "invalid_request", f"The path is not usable: {error}.")
 
 
 def _refuse(peer: socket.socket, code: str, detail: str) -> None:
     _answer(peer, {"code": code, "detail": detail})
-    # Closing over unread data would reset the connection, and the answer might be lost with it.
-    while peer.recv(PIECE_BYTES):
+    # Closing with unread data would reset the connection, and the response might be lost.
+    while peer.recv(CHUNK_BYTES):
         pass
 
 
@@ -102,51 +102,51 @@ def _answer(peer: socket.socket, header: Mapping[str, Any]) -> None:
 
 def _read(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path, cap = str(arguments["path"]), arguments.get("max_bytes")
-    with _readable(path) as fd:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
+    with _open_readable(path) as fd:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
             if arguments.get("directories") is False:
                 raise Refusal("file_conflict", f"{path} is a directory, not a file.")
-            _answer(peer, {"stat": _described(path, found), "entries": _entries(fd, path)})
+            _answer(peer, {"stat": _describe(path, status), "entries": _entries(fd, path)})
             return
-        if cap is not None and found.st_size > cap:
+        if cap is not None and status.st_size > cap:
             raise Refusal(
-                "file_too_large", f"{path} has {found.st_size} bytes; at most {cap} can be read."
+                "file_too_large", f"{path} has {status.st_size} bytes; at most {cap} can be read."
             )
-        _answer(peer, {"stat": _described(path, found)})
+        _answer(peer, {"stat": _describe(path, status)})
         _send_file(peer, fd, cap)
 
 
 def _send_file(peer: socket.socket, fd: int, cap: int | None) -> None:
-    left = cap
-    while left is None or left > 0:
-        # Files of /proc have no size: only reading tells where they end.
-        data = os.read(fd, PIECE_BYTES if left is None else min(PIECE_BYTES, left))
+    remaining = cap
+    while remaining is None or remaining > 0:
+        # Files in /proc have no size: only reading finds their end.
+        data = os.read(fd, CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining))
         if not data:
             return
         peer.sendall(data)
-        left = None if left is None else left - len(data)
+        remaining = None if remaining is None else remaining - len(data)
 
 
 def _entries(fd: int, path: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     with os.scandir(fd) as names:
         for name in names:
-            if len(found) >= MAX_ENTRIES:
+            if len(entries) >= MAX_ENTRIES:
                 raise Refusal("file_too_large", f"{path} has over {MAX_ENTRIES} entries.")
             with contextlib.suppress(FileNotFoundError):
-                found.append(_entry(name))
-    return sorted(found, key=lambda entry: str(entry["name"]))
+                entries.append(_entry(name))
+    return sorted(entries, key=lambda entry: str(entry["name"]))
 
 
 def _entry(name: os.DirEntry[str]) -> dict[str, Any]:
-    itself = name.stat(follow_symlinks=False)
+    status = name.stat(follow_symlinks=False)
     return {
         "name": name.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
         "is_dir": name.is_dir(),
-        "size": itself.st_size,
-        "mode": stat.S_IMODE(itself.st_mode),
-        "modified_at": itself.st_mtime,
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "modified_at": status.st_mtime,
     }
 
 
@@ -154,15 +154,15 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path, mode = Path(os.path.realpath(str(arguments["path"]))), arguments.get("mode")
     existing = _existing_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(path)
+    temporary = _temporary_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with _opened(temporary, flags) as fd:
+        with _open(temporary, flags) as fd:
             size = _receive_file(peer, fd)
             if existing is not None:
                 os.fchown(fd, existing.st_uid, existing.st_gid)
-            kept = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
-            os.fchmod(fd, kept if mode is None else mode)
+            current_mode = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
+            os.fchmod(fd, current_mode if mode is None else mode)
         temporary.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -171,29 +171,29 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     _answer(peer, {"size": size})
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
 
 
 def _existing_file(path: Path) -> os.stat_result | None:
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(found.st_mode):
-        raise Refusal("file_conflict", f"{path} is {_kind(found.st_mode)}; it is not replaced.")
-    return found
+    if not stat.S_ISREG(status.st_mode):
+        raise Refusal("file_conflict", f"{path} is {_kind(status.st_mode)}; it is not replaced.")
+    return status
 
 
 def _receive_file(peer: socket.socket, fd: int) -> int:
     total = 0
     while True:
-        (length,) = LENGTH.unpack(_exactly(peer, LENGTH.size))
+        (length,) = LENGTH.unpack(_receive_exactly(peer, LENGTH.size))
         if length == 0:
             return total
         total += length
         while length:
-            data = peer.recv(min(length, PIECE_BYTES))
+            data = peer.recv(min(length, CHUNK_BYTES))
             if not data:
                 raise Refusal("invalid_request", "The upload ended before all of it had arrived.")
             length -= len(data)
@@ -206,7 +206,7 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _exactly(peer: socket.socket, size: int) -> bytes:
+def _receive_exactly(peer: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
         part = peer.recv(size - len(data))
@@ -218,10 +218,10 @@ def _exactly(peer: socket.socket, size: int) -> bytes:
 
 def _delete(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path = Path(str(arguments["path"]))
-    found = path.lstat()
+    status = path.lstat()
     if os.path.ismount(path):
         raise Refusal("file_conflict", f"{path} is a mount point; delete what is in it instead.")
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         shutil.rmtree(path)
     else:
         path.unlink()
@@ -254,7 +254,7 @@ def _move(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
 
 
 def _copy_over(source: Path, destination: Path) -> None:
-    temporary = _temporary_beside(destination)
+    temporary = _temporary_path(destination)
     try:
         shutil.move(source, temporary)
         temporary.rename(destination)
@@ -266,14 +266,14 @@ def _copy_over(source: Path, destination: Path) -> None:
 def _stat(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path = str(arguments["path"])
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except (FileNotFoundError, NotADirectoryError):
         try:
-            found = Path(path).lstat()
+            status = Path(path).lstat()
         except (FileNotFoundError, NotADirectoryError):
             _answer(peer, {"path": path, "exists": False})
             return
-    _answer(peer, _described(path, found))
+    _answer(peer, _describe(path, status))
 
 
 _OPERATIONS: Mapping[str, Callable[[socket.socket, Mapping[str, Any]], None]] = {
@@ -287,11 +287,11 @@ _OPERATIONS: Mapping[str, Callable[[socket.socket, Mapping[str, Any]], None]] = 
 OPERATIONS = frozenset(_OPERATIONS)
 
 
-# Words -------------------------------------------------------------------------------------
+# Opening and describing --------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path, flags: int) -> Iterator[int]:
+def _open(path: str | Path, flags: int) -> Iterator[int]:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield fd
@@ -300,43 +300,43 @@ def _opened(path: str | Path, flags: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[int]:
-    """A file or directory, opened for reading once it is known to be one of the sandbox's.
+def _open_readable(path: str) -> Iterator[int]:
+    """Open a file or directory for reading once it is known to belong to the sandbox.
 
-    Opening a FIFO would wait for its other end, a device may act on being opened.
+    Opening a FIFO would block until its other end is opened; opening a device may have effects.
     """
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    path_fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        _require_readable(path, os.fstat(place).st_mode)
-        _require_not_ours(path, place)
-        with _opened(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as fd:
+        _require_readable(path, os.fstat(path_fd).st_mode)
+        _refuse_own_process(path, path_fd)
+        with _open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as fd:
             yield fd
     finally:
-        os.close(place)
+        os.close(path_fd)
 
 
-def _require_not_ours(path: str, place: int) -> None:
-    """Refuse what /proc tells of this process, and the host's interpreter that it runs (proc(5)).
+def _refuse_own_process(path: str, path_fd: int) -> None:
+    """Refuse this process's files in /proc, and the host's interpreter that it runs (proc(5)).
 
-    Its descriptors are sockets, its root and directory are the container's.
+    Its descriptors are sockets; its root and working directory are the container's.
     """
-    tells = Path(f"/proc/self/fd/{place}").readlink().is_relative_to(f"/proc/{os.getpid()}")
-    if tells or os.path.samestat(os.fstat(place), Path("/proc/self/exe").stat()):
+    is_own = Path(f"/proc/self/fd/{path_fd}").readlink().is_relative_to(f"/proc/{os.getpid()}")
+    if is_own or os.path.samestat(os.fstat(path_fd), Path("/proc/self/exe").stat()):
         raise Refusal(
             "not_found",
-            f"{path} would be of the process that reads files, which is none of the sandbox's. Run "
-            "a command to read it there.",
+            f"{path} belongs to the process that reads files, which is not part of the sandbox. "
+            "Run a command to read it there.",
         )
 
 
-def _described(path: str, found: os.stat_result) -> dict[str, Any]:
+def _describe(path: str, status: os.stat_result) -> dict[str, Any]:
     return {
         "path": path,
         "exists": True,
-        "is_dir": stat.S_ISDIR(found.st_mode),
-        "size": found.st_size,
-        "mode": stat.S_IMODE(found.st_mode),
-        "modified_at": found.st_mtime,
+        "is_dir": stat.S_ISDIR(status.st_mode),
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "modified_at": status.st_mtime,
     }
 
 
@@ -377,7 +377,7 @@ _CODES: Mapping[int, tuple[str, str]] = {
 }
 
 
-def _explained(error: OSError, path: str) -> tuple[str, str]:
-    code, sentence = _CODES.get(error.errno or 0, ("internal", "{path}: " + str(error.strerror)))
-    where = Path(os.fsdecode(error.filename)).as_posix() if error.filename else path
-    return code, sentence.format(path=path if _TEMPORARY in where else where)
+def _explain(error: OSError, path: str) -> tuple[str, str]:
+    code, template = _CODES.get(error.errno or 0, ("internal", "{path}: " + str(error.strerror)))
+    error_path = Path(os.fsdecode(error.filename)).as_posix() if error.filename else path
+    return code, template.format(path=path if _TEMPORARY in error_path else error_path)

@@ -1,8 +1,8 @@
-"""The agent's side of its launchers: requests, answers, and a new launcher when one dies.
+"""The agent's side of its launchers: requests, responses, and a new launcher when one dies.
 
-A :class:`LauncherPool` keeps two launcher processes (:mod:`hostruntime.container.lxc`) and gives
-each request to the one with the least to do.  What was attached through a launcher that died is
-lost to the agent (its exit cannot be seen any more), so it is reported as lost; containers live on.
+A :class:`LauncherPool` keeps two launcher processes (:mod:`hostruntime.container.lxc`) and sends
+each request to the least busy one.  When a launcher dies, the exit of what was attached through it
+can no longer be observed, so those processes are reported as lost; containers keep running.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 from hostruntime.container import channel
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
-from hostruntime.host.patience import Patience, tree_of
-from hostruntime.host.run import Process, end, spawn
-from hostruntime.host.tasks import in_thread, to_the_end, writable
+from hostruntime.host.patience import Patience, process_tree
+from hostruntime.host.run import Process, spawn, wait_or_kill
+from hostruntime.host.tasks import in_thread, run_to_completion, writable
 
-LAUNCHERS = 2
+LAUNCHER_COUNT = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
-NO_PROCESS = (
+NO_PROCESS_MESSAGE = (
     "The sandbox cannot start one more process: it is out of processes or memory, or is just "
     "ending. End some of what runs in it, or use a larger size."
 )
@@ -43,38 +43,38 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _log = logging.getLogger(__name__)
 
 
-AT_A_LIMIT = (
-    "This host is out of processes, descriptors or memory of its own, so nothing can be begun in "
-    "the sandbox. It is no fault of yours, and what runs goes on; try again in a moment."
+AT_LIMIT_MESSAGE = (
+    "This host is out of processes, descriptors or memory of its own, so nothing can be started in "
+    "the sandbox. It isn't your fault, and running commands continue; try again in a moment."
 )
-# A launcher with more than this part of the descriptors that it may have is to be replaced.
-_WORN = 0.5
-_MOST_RETIRED = 4
+# Replace a launcher that uses more than this share of its descriptor limit.
+_MAX_DESCRIPTOR_SHARE = 0.5
+_MAX_RETIRED = 4
 
 
 class LauncherLost(HostUnavailable):
-    """A launcher process died, or was ended, while it was needed: another is there at once.
+    """A launcher process died or was killed during a request; it is replaced immediately.
 
-    What was to be started is undone, and what was attached has ended.
+    A start in progress is undone, and attached processes have exited.
     """
 
 
 class AtLimit(HostUnavailable):
-    """A launcher, or the host, is at a limit: another launcher may still do it."""
+    """A launcher, or the host, has reached a limit; another launcher may still succeed."""
 
 
 @dataclass
 class Attached:
-    """A process attached to a container.  ``ended`` resolves to its wait status (wait(2))."""
+    """A process attached to a container.  ``exit_status`` resolves to its wait status (wait(2))."""
 
     request: int
     pid: int
     pid_inside: int
-    ended: asyncio.Future[int]
+    exit_status: asyncio.Future[int]
     _link: Link
 
     async def kill(self) -> None:
-        """SIGKILL the process; what it started lives on."""
+        """Send SIGKILL to the process, not to its children."""
         with contextlib.suppress(LauncherLost):
             await self._link.request(
                 {"do": "signal", "target": self.request, "signal": int(signal.SIGKILL)}
@@ -96,16 +96,18 @@ class Link:
 
     @classmethod
     async def open(
-        cls, lxcpath: Path, log: Path, keep: Sequence[int], apparmor: str | None
+        cls, lxcpath: Path, log: Path, inherited_fds: Sequence[int], apparmor: str | None
     ) -> Link:
-        """Start a launcher that also keeps these descriptors open.  Raises HostError."""
+        """Start a launcher that also inherits these descriptors.  Raises HostError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             fd = theirs.fileno()
             argv = [sys.executable, "-m", "hostruntime.container.lxc", str(fd), str(lxcpath)]
             argv += [] if apparmor is None else [apparmor]
-            begin = partial(spawn, argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *keep])
-            process = await in_thread(begin)
+            start = partial(
+                spawn, argv, log=log, cwd=_PACKAGE_PARENT, pass_fds=[fd, *inherited_fds]
+            )
+            process = await in_thread(start)
         ours.setblocking(False)  # noqa: FBT003 - positional-only
         link = cls(process, ours)
         link._reader = asyncio.create_task(link._read())
@@ -113,23 +115,23 @@ class Link:
 
     @property
     def load(self) -> int:
-        """How many requests wait for an answer."""
+        """The number of requests without a response."""
         return len(self.pending)
 
     async def request(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Send a request and wait for its answer.
+        """Send a request and wait for its response.
 
-        Raises LauncherLost, or HostFault with what the launcher says went wrong.  A launcher
-        that neither answers nor does anything is killed: LXC hangs in it.
+        Raises LauncherLost, or HostFault with the launcher's error.  A launcher that neither
+        responds nor makes progress is killed: LXC hangs in it.
         """
-        return await self._numbered(next(self._ids), message, fds)
+        return await self._send_and_wait(next(self._ids), message, fds)
 
     async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
-        """Attach a process; its end will be known even if it ends at once."""
+        """Attach a process; its exit status is reported even if it exits immediately."""
         number = next(self._ids)
-        ended = self.exits[number] = asyncio.get_running_loop().create_future()
+        exit_status = self.exits[number] = asyncio.get_running_loop().create_future()
         try:
-            reply = await self._numbered(number, {"do": "attach", **message}, fds)
+            reply = await self._send_and_wait(number, {"do": "attach", **message}, fds)
         except LauncherLost:
             self.exits.pop(number, None)
             raise
@@ -139,13 +141,13 @@ class Link:
         except HostFault as error:
             self.exits.pop(number, None)
             _log.warning("nothing could be attached to %s: %s", message.get("name"), error)
-            raise Exhausted(NO_PROCESS) from error
+            raise Exhausted(NO_PROCESS_MESSAGE) from error
         except BaseException:
             self.exits.pop(number, None)
             raise
-        return Attached(number, int(reply["pid"]), int(reply["pid_inside"] or 0), ended, self)
+        return Attached(number, int(reply["pid"]), int(reply["pid_inside"] or 0), exit_status, self)
 
-    async def _numbered(
+    async def _send_and_wait(
         self, request: int, message: dict[str, Any], fds: Sequence[int]
     ) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -156,7 +158,7 @@ class Link:
                 await self._send({"id": request, **message}, fds)
                 reply = await answer
         except TimeoutError:
-            _log.error("launcher %d is ended: it %s", self.process.pid, patience.why)
+            _log.error("killing launcher %d: it %s", self.process.pid, patience.reason)
             self.process.kill()
             raise LauncherLost(
                 "What starts containers and commands hung, and was replaced; try again."
@@ -165,52 +167,52 @@ class Link:
             self.pending.pop(request, None)
         if reply.get("at_limit"):
             _log.error("launcher %d is at a limit: %s", self.process.pid, reply["error"])
-            raise AtLimit(AT_A_LIMIT)
+            raise AtLimit(AT_LIMIT_MESSAGE)
         if "error" in reply:
             raise HostFault(str(reply["error"]))
         return reply
 
     def descriptors(self) -> tuple[int, int]:
-        """How many the launcher has open, and how many it may; (0, 0) of one that has ended."""
+        """The launcher's number of open descriptors and its limit; (0, 0) if it has exited."""
         pid = self.process.pid
         try:
-            most, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), most
+            limit, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), limit
         except (OSError, ValueError):
             return 0, 0
 
     @property
     def idle(self) -> bool:
-        """Whether it neither owes an answer nor has anything attached."""
+        """Whether it has no pending request and no attached process."""
         return not self.pending and not self.exits
 
     def _processes(self) -> list[int]:
-        """The launcher, and what it has forked that has not become something else yet."""
+        """The launcher and its forks that have not executed another program yet."""
         own = _executable(self.process.pid)
-        return tree_of(self.process.pid, lambda pid: _executable(pid) == own)
+        return process_tree(self.process.pid, lambda pid: _executable(pid) == own)
 
     async def close(self) -> None:
-        """End the launcher; it kills what is still attached through it."""
+        """Stop the launcher; it kills what is still attached through it."""
         self.alive = False
         if self._reader is not None:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
         self.sock.close()
-        self._fail_everything()
-        await asyncio.to_thread(end, self.process, _CLOSE_SECONDS)
+        self._fail_all()
+        await asyncio.to_thread(wait_or_kill, self.process, _CLOSE_SECONDS)
 
     async def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         loop, data = asyncio.get_running_loop(), channel.encode(message)
         async with self._sending:
             if not self.alive:
-                raise _lost()
+                raise _lost_error()
             try:
                 if fds:
                     data = data[await self._send_with_fds(data, fds) :]
                 await loop.sock_sendall(self.sock, data)
             except OSError as error:
-                raise _lost() from error
+                raise _lost_error() from error
 
     async def _send_with_fds(self, data: bytes, fds: Sequence[int]) -> int:
         while True:
@@ -225,47 +227,51 @@ class Link:
         try:
             while data := await loop.sock_recv(self.sock, 65_536):
                 buffer += data
-                while (message := _take_message(buffer)) is not None:
+                while (message := _pop_message(buffer)) is not None:
                     self._handle(message)
         except OSError:
             _log.exception("the connection to a launcher broke")
         self.alive = False
-        _log.error("launcher %d ended", self.process.pid)
-        self._fail_everything()
+        _log.error("launcher %d exited", self.process.pid)
+        self._fail_all()
 
     def _handle(self, message: dict[str, Any]) -> None:
         if "exit" in message:
-            ended = self.exits.pop(int(message["exit"]), None)
-            if ended is not None and not ended.done():
-                ended.set_result(int(message["status"]))
+            exit_status = self.exits.pop(int(message["exit"]), None)
+            if exit_status is not None and not exit_status.done():
+                exit_status.set_result(int(message["status"]))
             return
         answer = self.pending.get(int(message["id"]))
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-    def _fail_everything(self) -> None:
+    def _fail_all(self) -> None:
         waiting: list[asyncio.Future[Any]] = [*self.pending.values(), *self.exits.values()]
         for future in waiting:
             if not future.done():
-                future.set_exception(_lost())
-                future.exception()  # Whoever waits sees it; nobody waiting is no error.
+                future.set_exception(_lost_error())
+                future.exception()  # Marks it as retrieved: it is no error if nobody waits for it.
         self.exits.clear()
 
 
 class LauncherPool:
-    """Two launchers, replaced when they die or are at a limit.  Belongs to one event loop.
+    """Two launchers, replaced when they die or reach a limit.  For use on one event loop.
 
-    One that is at a limit begins nothing more, and ends when all has that was attached through it.
-    ``keep`` are descriptors that launchers hold for as long as they live; ``apparmor`` is the
-    profile of what they put into containers.
+    A launcher at a limit starts nothing more, and exits when everything attached through it has.
+    ``inherited_fds`` are descriptors that launchers keep open for life; ``apparmor`` is the profile
+    of the processes they put into containers.
     """
 
     def __init__(
-        self, lxcpath: Path, log: Path, keep: Sequence[int] = (), apparmor: str | None = None
+        self,
+        lxcpath: Path,
+        log: Path,
+        inherited_fds: Sequence[int] = (),
+        apparmor: str | None = None,
     ) -> None:
         self._lxcpath = lxcpath
         self._log = log
-        self._keep = tuple(keep)
+        self._inherited_fds = tuple(inherited_fds)
         self._apparmor = apparmor
         self._links: list[Link] = []
         self._retired: list[Link] = []
@@ -274,11 +280,11 @@ class LauncherPool:
 
     async def open(self) -> None:
         """Start the launchers.  Raises HostError, OSError."""
-        for _ in range(LAUNCHERS):
+        for _ in range(LAUNCHER_COUNT):
             self._links.append(await self._open_link())
 
     async def close(self) -> None:
-        """End the launchers; containers stay."""
+        """Stop the launchers; containers keep running."""
         await asyncio.gather(*(link.close() for link in self._all))
         self._links.clear()
         self._retired.clear()
@@ -286,10 +292,10 @@ class LauncherPool:
     async def start(self, message: dict[str, Any]) -> int:
         """Start a container; return its init's pid.  Raises AtLimit, HostFault, LauncherLost.
 
-        A cancelled caller still waits for the answer, so that what it undoes is all there is.
+        A cancelled caller still waits for the response, so that it can undo everything.
         """
-        reply = await to_the_end(
-            self._by_a_launcher(lambda link: link.request({"do": "start", **message}))
+        reply = await run_to_completion(
+            self._retry_at_limit(lambda link: link.request({"do": "start", **message}))
         )
         return int(reply["init_pid"])
 
@@ -297,39 +303,39 @@ class LauncherPool:
         """Attach a process to a container.
 
         Raises ContainerPaused, AtLimit, Exhausted, HostFault, LauncherLost.
-        Waits while the container's gate is shut.  When the caller is cancelled the process is
+        Waits while the container's gate is closed.  If the caller is cancelled, the process is
         killed before this returns.
         """
         async with self.gate.entering(str(message["name"])):
             return await self._attach(message, fds)
 
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
-        task = asyncio.ensure_future(self._by_a_launcher(lambda link: link.attach(message, fds)))
+        task = asyncio.ensure_future(self._retry_at_limit(lambda link: link.attach(message, fds)))
         try:
-            return await to_the_end(task)
+            return await run_to_completion(task)
         except asyncio.CancelledError:
             if not task.cancelled() and task.exception() is None:
                 await task.result().kill()
             raise
 
     async def forget(self, name: str) -> None:
-        """Let the launchers drop what they remember of a container that has ended."""
+        """Make the launchers drop their state of a container that has exited."""
         await self.gate.forget(name)
         for link in self._all:
             with contextlib.suppress(HostError):
                 await link.request({"do": "forget", "name": name})
 
-    async def tend(self) -> None:
-        """Replace the launchers that near a limit, and end those that were and have nothing to do.
+    async def maintain(self) -> None:
+        """Replace launchers that approach a limit, and stop replaced ones that are idle.
 
-        Raises HostError, OSError when there can be no other; the old ones then serve on.
+        Raises HostError, OSError if no new one can be started; the old ones then stay in use.
         """
         for link in list(self._links):
-            used, most = link.descriptors()
-            if used > most * _WORN:
-                _log.error("launcher %d has %d of %d descriptors", link.process.pid, used, most)
+            used, limit = link.descriptors()
+            if used > limit * _MAX_DESCRIPTOR_SHARE:
+                _log.error("launcher %d has %d of %d descriptors", link.process.pid, used, limit)
                 await self._retire(link)
-        for link in [each for each in self._retired if each.idle or not each.alive]:
+        for link in [retired for retired in self._retired if retired.idle or not retired.alive]:
             self._retired.remove(link)
             await link.close()
 
@@ -341,21 +347,21 @@ class LauncherPool:
     def _all(self) -> list[Link]:
         return [*self._links, *self._retired]
 
-    async def _by_a_launcher[T](self, ask: Callable[[Link], Awaitable[T]]) -> T:
-        """Have a launcher do it; if that one is at a limit, a new one.
+    async def _retry_at_limit[T](self, send: Callable[[Link], Awaitable[T]]) -> T:
+        """Send a request to a launcher; if that one is at a limit, retry with a new one.
 
-        Raises AtLimit when that is, too: then it is the host.
+        Raises AtLimit if that is at a limit, too: then it is the host's limit.
         """
         link = await self._least_busy()
         try:
-            return await ask(link)
+            return await send(link)
         except AtLimit as error:
             try:
                 await self._retire(link)
             except (HostError, OSError):
-                _log.exception("there can be no other launcher")
+                _log.exception("no other launcher could be started")
                 raise error from None
-        return await ask(await self._least_busy())
+        return await send(await self._least_busy())
 
     async def _least_busy(self) -> Link:
         if not all(link.alive for link in self._links):
@@ -363,13 +369,13 @@ class LauncherPool:
         return min(self._links, key=lambda link: link.load)
 
     async def _open_link(self) -> Link:
-        return await Link.open(self._lxcpath, self._log, self._keep, self._apparmor)
+        return await Link.open(self._lxcpath, self._log, self._inherited_fds, self._apparmor)
 
     async def _retire(self, link: Link) -> None:
-        """Have another launcher in a launcher's place, which goes on with what it has begun."""
+        """Replace a launcher by a new one; the old one finishes what it has started."""
         async with self._replacing:
-            # Somebody else may have found the same; and not one after the other while none is well.
-            if link not in self._links or len(self._retired) >= _MOST_RETIRED:
+            # Another task may have retired it already; and stop if new ones keep failing as well.
+            if link not in self._links or len(self._retired) >= _MAX_RETIRED:
                 return
             self._links[self._links.index(link)] = await self._open_link()
             self._retired.append(link)
@@ -382,7 +388,7 @@ class LauncherPool:
                     self._links[index] = await self._open_link()
 
 
-def _take_message(buffer: bytearray) -> dict[str, Any] | None:
+def _pop_message(buffer: bytearray) -> dict[str, Any] | None:
     if len(buffer) < _HEADER.size:
         return None
     (length,) = _HEADER.unpack_from(buffer)
@@ -395,20 +401,20 @@ def _take_message(buffer: bytearray) -> dict[str, Any] | None:
 
 
 def _executable(pid: int) -> tuple[int, int] | None:
-    """Which file a process runs, as device and inode; None if it has ended."""
+    """The file that a process executes, as device and inode; None if it has exited."""
     try:
-        found = Path(f"/proc/{pid}/exe").stat()
+        status = Path(f"/proc/{pid}/exe").stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
-def _lost() -> LauncherLost:
+def _lost_error() -> LauncherLost:
     return LauncherLost("What starts containers and commands died, and is replaced; try again.")
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors, ignoring those that are closed already."""
+    """Close descriptors, ignoring those that are already closed."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

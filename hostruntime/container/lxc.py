@@ -4,14 +4,14 @@ Started by the agent as ``python -m hostruntime.container.lxc <descriptor>``, it
 that socket (:mod:`hostruntime.container.channel`) until the agent closes it:
 
 ``start``   mount a root file system and start a container on it → ``{init_pid}``
-``attach``  put a process into a container (:mod:`hostruntime.container.entering`) and let it go →
-            ``{pid, pid_inside}``, and an ``exit`` message when it has ended
+``attach``  put a process into a container (:mod:`hostruntime.container.entering`) and run it →
+            ``{pid, pid_inside}``, and an ``exit`` message when it has exited
 ``signal``  signal an attached process
 
-Why a process of its own: python-lxc holds the GIL while it waits, and entering a container takes a
-process of one thread.  Why a start forks once more: LXC moves the process that starts a container
-into the control group of that container's monitor, for good.  So the launcher also goes on serving
-meanwhile.  LXC's monitors are daemons and outlive the launcher.
+It is a separate process because python-lxc holds the GIL while it waits, and entering a container
+requires a single-threaded process.  A start forks once more because LXC moves the process that
+starts a container into the control group of that container's monitor permanently; this also lets
+the launcher serve other requests meanwhile.  LXC's monitors are daemons and outlive the launcher.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ _TITLE = "orkestr hostruntime.container.lxc"
 _OPEN_FILES = 65_536
 _OOM_SCORE_ADJ = 300
 _LOG_TAIL_BYTES = 1500
-_OPEN = b"1"
-_SIGNALS_AT_ONCE = 4096
-# How many come with a request to attach.
-_DESCRIPTORS = {"exec": 4, "file": 1}
+_GO = b"1"
+_SIGNAL_READ_BYTES = 4096
+# The number of descriptors in a request to attach, by call.
+_DESCRIPTOR_COUNTS = {"exec": 4, "file": 1}
 
 
-# What the kernel says when the host or this process is at a limit: a container never is for these,
-# as what enters it is counted there last.
-_OUR_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
+# Errors that mean that the host or this process is at a limit, and never the container: a process
+# is charged to the container's limits only at the end.
+_HOST_LIMIT_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 class RequestFailed(Exception):  # noqa: N818 - an answer to the agent
-    """A request that could not be done; the text goes to the agent."""
+    """A request that failed; the text is sent to the agent."""
 
 
 class DescriptorsLost(Exception):  # noqa: N818 - an answer to the agent
-    """There was no room for the descriptors that came with a request (MSG_CTRUNC in recv(2))."""
+    """The descriptors of a request could not be received (MSG_CTRUNC in recv(2))."""
 
     errno = errno.EMFILE
 
 
-_REFUSALS = (RequestFailed, EnteringFailed, DescriptorsLost)
+_EXPECTED_ERRORS = (RequestFailed, EnteringFailed, DescriptorsLost)
 
 
 @dataclass
@@ -93,23 +93,23 @@ class Launcher:
     sock: socket.socket
     lxcpath: str
     confinement: Confinement
-    ended: int = field(default_factory=lambda: kernel.signal_descriptor(signal.SIGCHLD))
+    child_signals: int = field(default_factory=lambda: kernel.create_signalfd(signal.SIGCHLD))
     poller: select.poll = field(default_factory=select.poll)
     attached: dict[int, _Attached] = field(default_factory=dict)
     starting: dict[int, _Starting] = field(default_factory=dict)
     doorways: dict[str, Doorway] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Serve until the agent is gone, then kill what it can no longer watch."""
+        """Serve until the agent disconnects, then kill what it can no longer watch."""
         self.poller.register(self.sock, select.POLLIN)
-        self.poller.register(self.ended, select.POLLIN)
+        self.poller.register(self.child_signals, select.POLLIN)
         try:
             while True:
                 for fd, _ in self.poller.poll():
                     if fd == self.sock.fileno():
                         self._serve_one()
-                    elif fd == self.ended:
-                        os.read(self.ended, _SIGNALS_AT_ONCE)
+                    elif fd == self.child_signals:
+                        os.read(self.child_signals, _SIGNAL_READ_BYTES)
                         self._reap()
                     elif fd in self.starting:
                         self._report_start(fd)
@@ -125,8 +125,8 @@ class Launcher:
         request = message.get("id")
         try:
             answer = self._dispatch(message, fds)
-        except (*_REFUSALS, OSError, KeyError, TypeError, ValueError) as error:
-            answer = _refusal(error)
+        except (*_EXPECTED_ERRORS, OSError, KeyError, TypeError, ValueError) as error:
+            answer = _error_answer(error)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -136,8 +136,8 @@ class Launcher:
     def _dispatch(self, message: Mapping[str, Any], fds: list[int]) -> dict[str, Any] | None:
         match message["do"]:
             case "start":
-                self._begin_start(message)
-                return None  # The answer comes when the start has ended.
+                self._fork_start(message)
+                return None  # The response is sent when the start has finished.
             case "attach":
                 return self._attach(message, fds)
             case "signal":
@@ -149,7 +149,7 @@ class Launcher:
 
     # Starting ------------------------------------------------------------------------------
 
-    def _begin_start(self, message: Mapping[str, Any]) -> None:
+    def _fork_start(self, message: Mapping[str, Any]) -> None:
         plan = _rootfs_plan(message["rootfs"])
         result_out, result_in = os.pipe()
         try:
@@ -168,30 +168,30 @@ class Launcher:
         self, message: Mapping[str, Any], plan: RootfsPlan, result: int
     ) -> NoReturn:
         _close_all_but(result)
-        # LXC waits for children, and init has the signals blocked that this has.
+        # LXC waits for children, and init inherits the blocked signals.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
             answer: dict[str, Any] = {"init_pid": self._start(message, plan)}
-        except Exception as error:  # noqa: BLE001 - whatever it is, the agent is to know
-            answer = _refusal(error)
+        except Exception as error:  # noqa: BLE001 - any error is reported to the agent
+            answer = _error_answer(error)
         try:
             os.write(result, json.dumps(answer).encode())
         finally:
             os._exit(0)
 
     def _start(self, message: Mapping[str, Any], plan: RootfsPlan) -> int:
-        # Init sets itself up through its own /proc entries; nobody else is in there yet.
+        # Init configures itself through its own /proc entries; nobody else is inside yet.
         kernel.set_dumpable(dumpable=True)
-        mount_rootfs(plan, kernel.user_namespace(id_extents(plan.id_base)))
+        mount_rootfs(plan, kernel.create_user_namespace(id_extents(plan.id_base)))
         try:
-            # Made by the container's own root, so that nothing in it counts for anybody else.
-            own = kernel.user_namespace(container_extents(plan.id_base), plan.id_base)
-            items = [*message["config"], *user_namespace_items(own)]
-            container = self._configured(str(message["name"]), items)
-            # close_fds: the monitor, a daemon, must not keep the agent's socket.
+            # Created by the container's own root, so that its usage is charged to nobody else.
+            userns_fd = kernel.create_user_namespace(container_extents(plan.id_base), plan.id_base)
+            items = [*message["config"], *user_namespace_items(userns_fd)]
+            container = self._configure(str(message["name"]), items)
+            # close_fds: the monitor, a daemon, must not keep the agent's socket open.
             if not container.start(close_fds=True, daemonize=True):
-                said = _tail(Path(message["log"]))
-                raise RequestFailed(f"LXC did not start the container. {said}".strip())
+                log_tail = _tail(Path(message["log"]))
+                raise RequestFailed(f"LXC did not start the container. {log_tail}".strip())
             return int(container.init_pid)
         except BaseException:
             unmount_rootfs(plan.mounts)
@@ -210,10 +210,10 @@ class Launcher:
             answer = json.loads(starting.result)
         channel.send(self.sock, {"id": starting.request, **answer})
 
-    def _configured(self, name: str, items: Sequence[Sequence[str]]) -> lxc.Container:
+    def _configure(self, name: str, items: Sequence[Sequence[str]]) -> lxc.Container:
         container = lxc.Container(name, self.lxcpath)
         for key, value in items:
-            # Not set_config_item: of a repeated key that keeps only the last.
+            # Not set_config_item, which keeps only the last value of a repeated key.
             if not container.append_config_item(key, value):
                 raise RequestFailed(f"LXC refused the configuration {key} = {value}.")
         return container
@@ -225,18 +225,18 @@ class Launcher:
         group = Path(message["group"]) if message.get("group") is not None else None
         gate_out, gate_in = os.pipe()
         try:
-            inside = _inside(message, fds, gate_out)
-            pid, number_inside = enter(self._doorway(name), self.confinement, group, inside)
+            action = _prepare_action(message, fds, gate_out)
+            pid, pid_inside = enter(self._doorway(name), self.confinement, group, action)
             self._watch(int(message["id"]), pid)
-            os.write(gate_in, _OPEN)
+            os.write(gate_in, _GO)
         except (EnteringFailed, OSError):
-            # It may have ended; if not, the next one finds it again.
+            # The container may have exited; if not, the next request finds it again.
             self._forget(name)
             raise
         finally:
             os.close(gate_out)
             os.close(gate_in)
-        return {"pid": pid, "pid_inside": number_inside}
+        return {"pid": pid, "pid_inside": pid_inside}
 
     def _doorway(self, name: str) -> Doorway:
         if name not in self.doorways:
@@ -259,25 +259,25 @@ class Launcher:
         self.poller.register(pidfd, select.POLLIN)
 
     def _reap(self) -> None:
-        """Wait for all that have ended, whoever made them.
+        """Reap every child that has exited, whoever created it.
 
-        A command is a child of this process, and so may make more of them (CLONE_PARENT in
-        clone(2)).  One that nobody waits for would keep its container from ever ending
+        A command is a child of this process, and so can create more of them (CLONE_PARENT in
+        clone(2)).  One that is never reaped would keep its container from ever exiting
         (pid_namespaces(7)).
         """
-        known = {process.pid: process for process in self.attached.values()}
+        by_pid = {process.pid: process for process in self.attached.values()}
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                pid, status = ended
-                if pid in known:
-                    self._report(known[pid], status)
+            while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = reaped
+                if pid in by_pid:
+                    self._report(by_pid[pid], status)
 
     def _report_exit(self, pidfd: int) -> None:
         self._reap()
-        # What is traced is for its tracer to wait for, who may take for ever (ptrace(2)).
+        # A traced process is reaped by its tracer first, which may take forever (ptrace(2)).
         process = self.attached.get(pidfd)
         status = kernel.exit_status(process.pid) if process is not None else None
-        # None, too, of another one that has the descriptor of one that was reaped just now.
+        # Also None if another process got the descriptor of one that was reaped just now.
         if process is not None and status is not None:
             self._report(process, status)
 
@@ -295,9 +295,11 @@ class Launcher:
         return {}
 
 
-def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[], NoReturn]:
-    """What the attached process is to do, with everything it needs already at hand."""
-    if len(fds) != _DESCRIPTORS[message["call"]]:
+def _prepare_action(
+    message: Mapping[str, Any], fds: list[int], gate: int
+) -> Callable[[], NoReturn]:
+    """What the attached process will do, with everything it needs prepared."""
+    if len(fds) != _DESCRIPTOR_COUNTS[message["call"]]:
         raise DescriptorsLost("The launcher has no room for descriptors.")
     if message["call"] == "exec":
         stdin, stdout, stderr, status = fds
@@ -320,7 +322,7 @@ def _inside(message: Mapping[str, Any], fds: list[int], gate: int) -> Callable[[
 
 
 def _close_all_but(*keep: int) -> None:
-    """Close what a start does not need: LXC's monitor goes through all that is left, one by one."""
+    """Close what a start does not need: LXC's monitor closes the rest, one by one."""
     first = 3
     for number in sorted(keep):
         os.closerange(first, number)
@@ -339,10 +341,12 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
     )
 
 
-def _refusal(error: Exception) -> dict[str, Any]:
-    """The answer for a request that failed; ``at_limit``: for a limit of the host's own."""
-    words = str(error) if isinstance(error, _REFUSALS) else f"{type(error).__name__}: {error}"
-    return {"error": words, "at_limit": getattr(error, "errno", None) in _OUR_OWN_LIMITS}
+def _error_answer(error: Exception) -> dict[str, Any]:
+    """The response to a failed request; ``at_limit`` means that a limit of the host was hit."""
+    message = (
+        str(error) if isinstance(error, _EXPECTED_ERRORS) else f"{type(error).__name__}: {error}"
+    )
+    return {"error": message, "at_limit": getattr(error, "errno", None) in _HOST_LIMIT_ERRNOS}
 
 
 def _tail(log: Path) -> str:
@@ -354,30 +358,30 @@ def _tail(log: Path) -> str:
 
 
 def _prepare_process() -> None:
-    # Without newuidmap in reach LXC writes the id maps itself, as root may: two programs fewer.
+    # If LXC cannot find newuidmap it writes the id maps itself, as root may: two programs fewer.
     os.environ.clear()
     os.environ["PATH"] = "/nonexistent"
-    # An attached process shows it until it has become the command: no paths of the host in it.
+    # An attached process shows this until it becomes the command: it must not show host paths.
     kernel.set_command_line(_TITLE)
-    # Inherited by init and by what is attached, and nobody in there may raise a hard limit: that
-    # takes a privilege over the host (getrlimit(2)).
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most),) * 2)
-    # When the machine's memory ends, what runs in a container goes before what serves everybody; as
-    # root's word it is also the least that anybody in there may ask for (proc(5)).
+    # Inherited by init and attached processes; nobody inside can raise a hard limit, which requires
+    # a capability in the initial user namespace (getrlimit(2)).
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard_limit),) * 2)
+    # When the machine runs out of memory, processes in containers are killed before the services;
+    # as root sets it, nobody inside can lower it (proc(5)).
     with contextlib.suppress(PermissionError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE_ADJ))
-    # The kernel writes a core where the host's core_pattern says, which may be a program there.
+    # Core dumps would go where the host's core_pattern says, which may be a program on the host.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # An attached process is born with this memory image, and for a moment with credentials that
-    # container root has power over: what is in here must not be readable then (ptrace(2)).
+    # An attached process starts with this memory image, and for a moment with credentials that
+    # container root controls: this memory must not be readable then (ptrace(2)).
     kernel.set_dumpable(dumpable=False)
-    # Ends by its socket closing; a Ctrl-C in the agent's terminal is not for it.
+    # The launcher exits when its socket is closed; ignore a Ctrl-C in the agent's terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:
-    """Serve; the arguments are a socket's descriptor, lxcpath, and an AppArmor profile if any."""
+    """Serve; arguments: a socket's descriptor, lxcpath, and optionally an AppArmor profile."""
     _prepare_process()
     descriptor, lxcpath, *labels = sys.argv[1:]
     confinement = Confinement.of(seccomp.program(), labels[0] if labels else None)

@@ -1,21 +1,21 @@
 """A container's root file system: overlayfs over idmapped mounts.
 
-On disk every id is what it is inside the container (root = 0), so image trees can be shared by
-containers that run under different host ids.  Three idmapped bind mounts shift ids into the
-container's own range, and the overlay is mounted over those, in the initial user namespace: an
-overlay mounted by the container itself would make dpkg fail with EXDEV (redirect_dir is off for
-unprivileged mounts, Documentation/filesystems/overlayfs.rst).
+On disk every id is the one inside the container (root = 0), so that containers with different host
+ids can share image trees.  Three idmapped bind mounts shift ids into the container's range, and
+the overlay is mounted over those, in the initial user namespace: an overlay mounted by the
+container itself would make dpkg fail with EXDEV (redirect_dir is off for unprivileged mounts,
+Documentation/filesystems/overlayfs.rst).
 
 The mount points are under ``/run/orkestr/<instance>/roots/<container name>/`` rather than in the
-state directory: LXC's child walks to the root as the container's root, which must not be able to
-enter the state directory (or the home directory it may be in), and can pass through these
+state directory: LXC's child enters the root as the container's root user, which must not be able
+to enter the state directory (or the home directory that may contain it), but can traverse these
 (:mod:`hostruntime.host.rundir`).  Each is owned by the container's root and closed to everybody
 else::
 
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
     roots/<name>/rw         the container's disk, holding upper/ and work/
     roots/<name>/dev        its own device nodes
-    roots/<name>/merged     what the container gets, with the slot's sysfs on /sys
+    roots/<name>/merged     the container's root, with the slot's sysfs on /sys
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.host import kernel
-from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 
-# The writable layer is on a file system of its own: without xino, files of the image would have
-# another device number than the directories they are in, and look like mount points.
+# The writable layer is on a separate file system: without xino, files of the image would have a
+# different device number than their directories, and look like mount points.
 _OPTIONS = "redirect_dir=on,index=off,metacopy=off,xino=on"
 
 
-# What LXC gives a container, by the numbers of the kernel's devices.txt.  Its own would be the
-# host's: one inode for all, whose locks and events every container could pass on to every other.
+# The devices that LXC gives a container, with the numbers of the kernel's devices.txt.  LXC would
+# bind the host's: shared inodes, whose locks and events would connect all containers.
 DEVICES = {
     **{"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)},
     "tty": (5, 0),
@@ -47,7 +47,7 @@ _DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
 
 @dataclass(frozen=True)
 class RootfsPlan:
-    """What to mount where.  ``mounts`` is ``roots/<name>``, ``writable`` gets upper and work."""
+    """What to mount where.  ``mounts`` is ``roots/<name>``; ``writable`` holds upper and work."""
 
     mounts: Path
     image_tree: Path
@@ -65,16 +65,16 @@ class RootfsPlan:
 def id_extents(id_base: int) -> list[tuple[int, int, int]]:
     """The (inside, outside, count) extents of the user namespace that idmaps a slot's mounts.
 
-    The last one lets the mounter's own id 0 through: overlayfs makes its work files as root,
-    which an idmapped mount would otherwise refuse, and the overlay would be read-only.
+    The last one maps the mounter's own id 0: overlayfs creates its work files as root, which an
+    idmapped mount would otherwise refuse, and the overlay would be read-only.
     """
-    beyond = FAR_IDS[0] + FAR_IDS[2]
-    return [*container_extents(id_base), (beyond, 0, 1)]
+    next_id = HIGH_IDS[0] + HIGH_IDS[2]
+    return [*container_extents(id_base), (next_id, 0, 1)]
 
 
 def container_extents(id_base: int) -> list[tuple[int, int, int]]:
     """The (inside, outside, count) extents of the user namespace that a container runs in."""
-    return [(0, id_base, IDS_PER_SLOT), FAR_IDS]
+    return [(0, id_base, IDS_PER_SLOT), HIGH_IDS]
 
 
 def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
@@ -100,11 +100,11 @@ def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
 def unmount_rootfs(mounts: Path) -> None:
     """Unmount whatever is mounted below ``roots/<name>`` and remove it; idempotent.
 
-    Raises OSError when something cannot be unmounted.
+    Raises OSError if something cannot be unmounted.
     """
     for name in ("merged/sys", "merged", "dev", "rw", "runtime", "image"):
         _unmount_all(mounts / name)
-    for point in kernel.mount_points(mounts):
+    for point in kernel.mount_points_under(mounts):
         kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
     for name in ("merged", "dev", "rw", "runtime", "image", "."):
         with contextlib.suppress(FileNotFoundError):
@@ -118,13 +118,13 @@ def _make_directories(plan: RootfsPlan) -> None:
         (plan.mounts / name).mkdir(mode=0o755, exist_ok=True)
     plan.writable.mkdir(mode=0o755, exist_ok=True)
     (plan.writable / "upper").mkdir(mode=0o755, exist_ok=True)
-    # A volatile overlay marks its work directory, and refuses to be mounted over the mark.
+    # A volatile overlay marks its work directory, and refuses to mount if the mark exists.
     shutil.rmtree(plan.writable / "work", ignore_errors=True)
     (plan.writable / "work").mkdir(mode=0o700)
 
 
 def _mount_overlay(plan: RootfsPlan) -> None:
-    # Relative, as these words are what the container reads in its mountinfo (proc(5)).
+    # Relative, as the container can read these options in its mountinfo (proc(5)).
     layers = "lowerdir=runtime:image,upperdir=rw/upper,workdir=rw/work"
     with contextlib.chdir(plan.mounts):
         try:
@@ -146,22 +146,22 @@ def _make_devices(directory: Path) -> None:
     )
     for name, numbers in DEVICES.items():
         os.mknod(directory / name, stat.S_IFCHR, os.makedev(*numbers))
-        # Not by the mode it is made with: a umask takes from that.
+        # Not by mknod's mode, which the umask reduces.
         (directory / name).chmod(0o666)
 
 
 def _bind_sysfs(source: Path, merged: Path) -> None:
     flags = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
     flags |= kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        opened.callback(os.close, root)
-        # An image's /sys may be anything, such as a link out of it: never follow one from here.
-        how = kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_BENEATH
-        target = kernel.openat2("sys", os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=how)
-        opened.callback(os.close, target)
+        stack.callback(os.close, root)
+        # An image's /sys may be anything, such as a link out of it: never follow it.
+        resolve = kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_BENEATH
+        target = kernel.openat2("sys", os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=resolve)
+        stack.callback(os.close, target)
         tree = kernel.open_tree(source)
-        opened.callback(os.close, tree)
+        stack.callback(os.close, tree)
         kernel.mount_setattr(tree, set_flags=flags)
         kernel.move_mount_onto(tree, target)
 

@@ -1,15 +1,15 @@
-"""The system calls a container may not make: one table, as LXC's profile and as a filter.
+"""The system calls denied to containers: one table, as LXC's profile and as a filter.
 
 As a *profile* it is a deny list in LXC's second format (lxc.container.conf(5),
 ``lxc.seccomp.profile``), which LXC installs before it executes init.  As a *program* it is what
 libseccomp compiles, to be installed in each attached process: LXC would read and compile the
 profile anew for every one of them, which takes some 3 ms.  Both cover every ABI the processor
 runs (on x86-64 also i386 and x32, on arm64 also arm); names that an architecture or an older
-libseccomp does not know are passed over.  Calls newer than this table are not there for attached
-processes, which is to say for all but init, by their number: nobody has looked at them.
+libseccomp does not know are skipped.  Attached processes, that is, all except init, also get
+ENOSYS for calls newer than this table, by number, as nobody has reviewed them.
 
-The container's user namespace already takes most of the power from these calls.  Denying them
-keeps the code behind them, which is where the kernel's holes have been, out of reach altogether.
+The container's user namespace already makes most of these calls harmless.  Denying them also makes
+the code behind them unreachable, where the kernel's vulnerabilities have been.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from hostruntime.host.paths import IDS_PER_SLOT, write_atomically
 
-# clone(2), unshare(2): a nested user namespace would give all capabilities back.
+# clone(2), unshare(2): a nested user namespace would restore all capabilities.
 _NAMESPACE_FLAGS = {
     "CLONE_NEWNS": 0x0002_0000,
     "CLONE_NEWCGROUP": 0x0200_0000,
@@ -39,9 +39,9 @@ _NAMESPACE_FLAGS = {
 }
 _CLONE_NEWTIME = 0x80  # unshare only: in clone's flags these bits are the exit signal
 
-# Programs fall back when a kernel has none of these, and they do not when they are forbidden.
-_ABSENT = (
-    "clone3",  # its flags are in memory, out of a filter's sight; glibc falls back to clone
+# Programs have fallbacks for kernels without these calls (ENOSYS), but not for EPERM.
+_UNIMPLEMENTED = (
+    "clone3",  # its flags are in memory, which a filter cannot read; glibc falls back to clone
     "io_uring_setup",
     "io_uring_enter",
     "io_uring_register",
@@ -54,25 +54,25 @@ _ABSENT = (
     "mount_setattr",
     "memfd_secret",
     "modify_ldt",
-    # One pool for the machine (fs.aio-max-nr): programs then read and write in threads.
+    # A machine-wide pool (fs.aio-max-nr); programs fall back to threads.
     "io_setup",
     *("statmount", "listmount", "open_tree_attr"),
     *("lsm_get_self_attr", "lsm_set_self_attr", "lsm_list_modules"),
 )
 # removexattrat(2) of Linux 6.13. Numbers are the same everywhere since 5.0.
 _LAST_NUMBER = 466
-# From statmount to lsm_list_modules, for a libseccomp that has no names for them.
-_UNNAMED = (457, 461)
+# statmount to lsm_list_modules, for a libseccomp that does not know their names.
+_UNNAMED_RANGE = (457, 461)
 
 _FORBIDDEN = (
     # Mounts and namespaces.
     *("mount", "umount", "umount2", "pivot_root", "setns"),
-    # The kernel itself, its modules, its log, the machine's power.
+    # The kernel itself, its modules, its log, and reboot.
     *("kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module"),
     *("reboot", "syslog"),
-    # Programs run by the kernel, and looking into it.
+    # Programs run by the kernel, and tracing.
     *("bpf", "perf_event_open", "userfaultfd", "fanotify_init"),
-    # Kernel objects that belong to no namespace, or get around paths.
+    # Kernel objects without a namespace, or that bypass paths.
     *("add_key", "request_key", "keyctl", "open_by_handle_at"),
     # The machine's clock, disks, ports, accounting, consoles.
     *("settimeofday", "clock_settime", "clock_settime64", "stime"),
@@ -90,8 +90,8 @@ _OTHER_FAMILIES = (
 _UNIX_FAMILY = 1
 _LAST_FAMILY = 16
 # netlink(7): NETLINK_ROUTE (0) and NETLINK_SOCK_DIAG (4) are what ip, ss and the C library use.
-# The others carry the whole machine's events, or load the module that they are for: 1, 2 and 3, 5,
-# 6 and 7, 8 to 15, 16 to 31, the last there can be.
+# The others carry events of the whole machine, or load their module: 1, 2 and 3, 5, 6 and 7, 8 to
+# 15, 16 to 31 (the maximum).
 _OTHER_NETLINK = (
     *((_LOW_32, 1), (_LOW_32 - 1, 2), (_LOW_32, 5), (_LOW_32 - 1, 6)),
     *((_LOW_32 - 7, 8), (_LOW_32 - 15, 16)),
@@ -100,22 +100,22 @@ _OTHER_NETLINK = (
 # in.h's). No other family has any of these.
 _OTHER_PROTOCOLS = (33, 132, 136, 262)
 
-# The calls that give a process another real id, by which the kernel finds the user whose epoll
-# watches, pipes and passed descriptors it counts (struct user_struct).  Their first argument is
-# that id; for these two, all bits set means "as it is".
+# The calls that change a process's real id, to which the kernel charges epoll watches, pipes and
+# passed descriptors (struct user_struct).  Their first argument is that id; for the first tuple,
+# all bits set means "unchanged".
 _REAL_ID_OR_NONE = ("setreuid", "setreuid32", "setresuid", "setresuid32")
 _REAL_ID = ("setuid", "setuid32")
-_FAR_BITS = [1 << bit for bit in range(16, 31)]
+_HIGH_ID_BITS = [1 << bit for bit in range(16, 31)]
 _TOP_BIT = 1 << 31
 _LAST_ID = IDS_PER_SLOT - 1
 
-# ioctl_tty(2): two put input into a terminal as if it had been typed, one gives it another line
+# ioctl_tty(2): two inject input into a terminal as if it had been typed, one sets its line
 # discipline, each of which is a module.
 _TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 
 
 _LIBRARY = "libseccomp.so.2"
-# seccomp.h: actions, attributes, comparisons and the architectures beside the native one.
+# seccomp.h: actions, attributes, comparisons and the non-native architectures.
 _ALLOW, _ERRNO = 0x7FFF_0000, 0x0005_0000
 _NO_NEW_PRIVS, _UNKNOWN = 3, -1
 _OPERATIONS = {"SCMP_CMP_EQ": 4, "SCMP_CMP_GT": 6, "SCMP_CMP_MASKED_EQ": 7}
@@ -125,7 +125,7 @@ _DOMAIN_ERROR = -errno.EDOM
 
 @dataclass(frozen=True)
 class Argument:
-    """A condition on a call's argument ``index``: compared, for MASKED_EQ after ``mask``."""
+    """A condition on a call's argument ``index``; MASKED_EQ compares it after applying ``mask``."""
 
     index: int
     operation: str
@@ -135,7 +135,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Rule:
-    """A call that fails with ``error``, if all conditions on its arguments hold."""
+    """A call that fails with ``error`` if all conditions on its arguments hold."""
 
     name: str
     error: int
@@ -147,48 +147,50 @@ class Rule:
         return f"{self.name} errno {self.error}" + (f" {conditions}" if conditions else "")
 
 
-def _condition(a: Argument) -> str:
-    # LXC takes the mask last, libseccomp first.
-    mask = f",{a.mask}" if a.operation == "SCMP_CMP_MASKED_EQ" else ""
-    return f"[{a.index},{a.value},{a.operation}{mask}]"
+def _condition(argument: Argument) -> str:
+    # LXC expects the mask last, libseccomp first.
+    mask = f",{argument.mask}" if argument.operation == "SCMP_CMP_MASKED_EQ" else ""
+    return f"[{argument.index},{argument.value},{argument.operation}{mask}]"
 
 
 def rules() -> Iterator[Rule]:
     """Everything that is denied."""
     # umount(2) with MNT_FORCE, LXC's reject_force_umount, goes with all of umount.
-    yield from (Rule(name, errno.ENOSYS) for name in _ABSENT)
+    yield from (Rule(name, errno.ENOSYS) for name in _UNIMPLEMENTED)
     yield from (Rule(name, errno.EPERM) for name in _FORBIDDEN)
     for call in ("clone", "unshare"):
-        yield from (_bits(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
-    yield _bits("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
-    # Those beyond are all containers' (FAR_IDS), and what is counted would be counted together.
-    beyond = (Argument(0, "SCMP_CMP_GT", _LAST_ID),)
-    yield from (Rule(call, errno.EINVAL, beyond) for call in _REAL_ID)
+        yield from (_deny_masked(call, 0, flag, flag) for flag in _NAMESPACE_FLAGS.values())
+    yield _deny_masked("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)
+    # Higher ids are shared by all containers (HIGH_IDS): their usage would be counted together.
+    above_last_id = (Argument(0, "SCMP_CMP_GT", _LAST_ID),)
+    yield from (Rule(call, errno.EINVAL, above_last_id) for call in _REAL_ID)
     for call in _REAL_ID_OR_NONE:
-        yield from (_bits(call, 0, _TOP_BIT | bit, bit, errno.EINVAL) for bit in _FAR_BITS)
-    # The kernel looks at 32 bits of these; with all 64 compared, a bit above would get it through.
+        yield from (
+            _deny_masked(call, 0, _TOP_BIT | bit, bit, errno.EINVAL) for bit in _HIGH_ID_BITS
+        )
+    # The kernel uses 32 bits of these; comparing all 64 would let a higher bit bypass the rule.
     terminals = (_TIOCSTI, _TIOCLINUX, _TIOCSETD)
-    yield from (_bits("ioctl", 1, _LOW_32, what) for what in terminals)
+    yield from (_deny_masked("ioctl", 1, _LOW_32, ioctl) for ioctl in terminals)
     yield from _socket_rules()
 
 
 def _socket_rules() -> Iterator[Rule]:
-    # For i386, libseccomp also denies making sockets by socketcall(2), whose arguments are in
-    # memory: programs have not done so since 2016.
+    # For i386, libseccomp also denies socketcall(2) for these, whose arguments are in memory:
+    # programs have not used it since 2016.
     for mask, value in _OTHER_FAMILIES:
-        yield _bits("socket", 0, mask, value, errno.EAFNOSUPPORT)
+        yield _deny_masked("socket", 0, mask, value, errno.EAFNOSUPPORT)
     yield Rule("socket", errno.EAFNOSUPPORT, (Argument(0, "SCMP_CMP_GT", _LAST_FAMILY),))
     for protocol in _OTHER_PROTOCOLS:
-        yield _bits("socket", 2, _LOW_32, protocol, errno.EPROTONOSUPPORT)
+        yield _deny_masked("socket", 2, _LOW_32, protocol, errno.EPROTONOSUPPORT)
     for mask, value in _OTHER_NETLINK:
-        both = (_masked(0, _LOW_32, _LAST_FAMILY), _masked(2, mask, value))
-        yield Rule("socket", errno.EPROTONOSUPPORT, both)
-    # It makes a socket of the family, loading its module, before it finds that pairs are not to
-    # be had of it: only those of AF_UNIX are of use.
+        conditions = (_masked(0, _LOW_32, _LAST_FAMILY), _masked(2, mask, value))
+        yield Rule("socket", errno.EPROTONOSUPPORT, conditions)
+    # It creates a socket of the family, loading its module, before it finds that the family has no
+    # pairs: only AF_UNIX is useful.
     yield Rule("socketpair", errno.EAFNOSUPPORT, (Argument(0, "SCMP_CMP_GT", _UNIX_FAMILY),))
 
 
-def _bits(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> Rule:
+def _deny_masked(name: str, argument: int, mask: int, value: int, error: int = errno.EPERM) -> Rule:
     """Deny when ``argument & mask == value``."""
     return Rule(name, error, (_masked(argument, mask, value),))
 
@@ -202,14 +204,14 @@ def _masked(argument: int, mask: int, value: int) -> Argument:
 
 @cache
 def profile() -> str:
-    """The profile, as the text of a file."""
+    """The profile as the text of a file."""
     return "\n".join(["2", "denylist", "[all]", *(rule.line() for rule in rules()), ""])
 
 
-def profile_in(directory: Path) -> Path:
-    """The profile as a file in ``directory``, written there once.  Raises OSError.
+def write_profile(directory: Path) -> Path:
+    """Write the profile to a file in ``directory``, if it is not there.  Raises OSError.
 
-    It is named after its content, as LXC may read it again for as long as the container runs.
+    It is named after its content, as LXC may read it again while the container is running.
     """
     text = profile().encode()
     path = directory / f"seccomp-{hashlib.sha256(text).hexdigest()[:16]}"
@@ -243,7 +245,7 @@ def program() -> bytes:
             _check(library.seccomp_arch_add(context, abi))
         for rule in rules():
             _add(library, context, rule)
-        return _newer_calls_absent() + _exported(library, context)
+        return _reject_unknown_calls() + _export(library, context)
     finally:
         library.seccomp_release(context)
 
@@ -254,26 +256,30 @@ def _add(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
         return
     count = len(rule.arguments)
     comparisons = (_Comparison * max(count, 1))()
-    for at, a in enumerate(rule.arguments):
-        pair = (a.mask, a.value) if a.operation == "SCMP_CMP_MASKED_EQ" else (a.value, 0)
-        comparisons[at] = _Comparison(a.index, _OPERATIONS[a.operation], *pair)
+    for position, argument in enumerate(rule.arguments):
+        pair = (
+            (argument.mask, argument.value)
+            if argument.operation == "SCMP_CMP_MASKED_EQ"
+            else (argument.value, 0)
+        )
+        comparisons[position] = _Comparison(argument.index, _OPERATIONS[argument.operation], *pair)
     action = _ERRNO | rule.error
     result = library.seccomp_rule_add_array(context, action, number, count, comparisons)
-    # A call that none of the architectures has.
+    # EDOM: none of the architectures has the call.
     _check(0 if result == _DOMAIN_ERROR else result)
 
 
-def _newer_calls_absent() -> bytes:
-    """What runs before libseccomp's program: instructions of classic BPF (bpf_common.h, filter.h).
+def _reject_unknown_calls() -> bytes:
+    """Classic BPF to run before libseccomp's program (bpf_common.h, filter.h).
 
-    Load the call's number, the first word of struct seccomp_data; refuse it above the last that is
-    known, and within those that have no name everywhere.  x32's are all above.
+    Loads the call's number, the first word of struct seccomp_data; rejects it if it is above the
+    last known one, or in the unnamed range.  x32's numbers are all above.
     """
     if platform.machine() != "x86_64":
-        # arm has calls of its own high above (ARM_NR_BASE), which programs need.
+        # arm has private calls far above (ARM_NR_BASE), which programs need.
         return b""
     load, greater, at_least, result = 0x20, 0x25, 0x35, 0x06
-    first, last = _UNNAMED
+    first, last = _UNNAMED_RANGE
     return b"".join(
         struct.pack("=HBBI", *instruction)
         for instruction in (
@@ -286,7 +292,7 @@ def _newer_calls_absent() -> bytes:
     )
 
 
-def _exported(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:
+def _export(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:
     descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         _check(library.seccomp_export_bpf(context, descriptor))

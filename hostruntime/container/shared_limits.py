@@ -1,10 +1,10 @@
-"""Limits of the whole machine that sandboxes could use up: raised, and how much of it they get.
+"""Machine-wide kernel limits that sandboxes could exhaust: raised, or shared out.
 
-Each is a ceiling of the kernel's on something whose memory it takes from the container that uses
-it, so that its size bounds it; the ceiling would only let one container take what its neighbours
-and the host need.  They are raised when the agent starts, never lowered, and stay so until the
-machine boots anew.  Processes and threads have a ceiling that cannot be raised
-(``threads-max``, an eighth of the memory), so all containers of an instance share a part of it.
+Each limits something whose memory is charged to the container that uses it, so the container's
+size limits it already; a low machine-wide limit would only let one container take what its
+neighbours and the host need.  They are raised when the agent starts, never lowered, and last until
+the machine reboots.  The limit of processes and threads cannot be raised (``threads-max``, an
+eighth of the memory), so all containers of an instance share a part of it.
 """
 
 from __future__ import annotations
@@ -18,106 +18,106 @@ from pathlib import Path
 
 from hostruntime.container import delegation
 from hostruntime.container.cgroups import CGROUPS, cgroup_layout
-from hostruntime.container.config import TERMINALS
+from hostruntime.container.config import MAX_TERMINALS
 from hostruntime.host.paths import MAX_SLOTS, Instance
 from hostruntime.network.firewall import CONNECTIONS_PER_SLOT
 
 SYSCTLS = Path("/proc/sys")
-# kernel.pty.reserve: what the kernel keeps of them for the host.
-_HOSTS_TERMINALS = 1024
+# kernel.pty.reserve: the number that the kernel reserves for the host.
+_RESERVED_TERMINALS = 1024
 _log = logging.getLogger(__name__)
 
-# By their names below /proc/sys (Documentation/admin-guide/sysctl in the kernel's tree).
-RAISED: Mapping[str, int] = {
-    # The most there can be on 64 bits (PID_MAX_LIMIT), and what systemd sets.
+# By name below /proc/sys (Documentation/admin-guide/sysctl in the kernel's tree).
+MINIMUMS: Mapping[str, int] = {
+    # The maximum on 64 bits (PID_MAX_LIMIT), which systemd sets as well.
     "kernel/pid_max": 4_194_304,
-    "kernel/pty/max": MAX_SLOTS * TERMINALS + _HOSTS_TERMINALS,
-    # The most the kernel takes, and what systemd sets.
+    "kernel/pty/max": MAX_SLOTS * MAX_TERMINALS + _RESERVED_TERMINALS,
+    # The kernel's maximum, which systemd sets as well.
     "fs/file-max": 2**63 - 1,
-    # Memory of the kernel's own, 320 bytes each; every slot has its part of it.
+    # Kernel memory, 320 bytes each; every slot has its share.
     "net/netfilter/nf_conntrack_max": MAX_SLOTS * CONNECTIONS_PER_SLOT,
 }
 
 
-# What sockets of all network namespaces hold together, in pages: when pressure begins, is high, and
-# nothing more is given (tcp(7)).  A large sandbox can reach the kernel's default, some 9 % of the
-# memory; what is in a container's sockets is its memory in cgroup v2, but not in v1.
-_IN_SOCKETS = ("net/ipv4/tcp_mem", "net/ipv4/udp_mem")
+# Socket memory of all network namespaces together, in pages: low, pressure and maximum (tcp(7)).  A
+# large sandbox can reach the kernel's default, some 9 % of the memory; socket buffers are charged
+# to the container in cgroup v2, but not in v1.
+_SOCKET_MEMORY = ("net/ipv4/tcp_mem", "net/ipv4/udp_mem")
 
 
 @dataclass(frozen=True)
-class Low:
-    """A limit that is lower than it should be: what it is, and what to set it to."""
+class LowLimit:
+    """A limit that is too low: its value, and what to set it to."""
 
     name: str
     value: str
-    wanted: str
+    required: str
 
     @property
     def setting(self) -> str:
-        """Its name as sysctl(8) has it."""
+        """Its name in the format of sysctl(8)."""
         return self.name.replace("/", ".")
 
     @property
     def assignment(self) -> str:
-        """The word that has sysctl(8) set it, quoted for a shell."""
-        return shlex.quote(f"{self.setting}={self.wanted}")
+        """The argument that makes sysctl(8) set it, quoted for a shell."""
+        return shlex.quote(f"{self.setting}={self.required}")
 
 
-def low_limits(sysctls: Path = SYSCTLS, cgroups: Path = CGROUPS) -> list[Low]:
-    """The limits that are too low; one that this kernel does not have (yet) is not."""
-    wanted = {name: str(number) for name, number in RAISED.items()}
+def low_limits(sysctls: Path = SYSCTLS, cgroups: Path = CGROUPS) -> list[LowLimit]:
+    """The limits that are too low, except those that this kernel does not have (yet)."""
+    required = {name: str(number) for name, number in MINIMUMS.items()}
     if (cgroups / "cgroup.controllers").exists():
-        wanted |= dict.fromkeys(_IN_SOCKETS, _most_in_sockets())
-    found = []
-    for name, numbers in wanted.items():
+        required |= dict.fromkeys(_SOCKET_MEMORY, _socket_memory_pages())
+    low = []
+    for name, numbers in required.items():
         value = _numbers(sysctls / name)
         if value and value[-1] < int(numbers.split()[-1]):
-            found.append(Low(name, " ".join(map(str, value)), numbers))
-    return found
+            low.append(LowLimit(name, " ".join(map(str, value)), numbers))
+    return low
 
 
 def raise_limits(sysctls: Path = SYSCTLS, cgroups: Path = CGROUPS) -> None:
-    """Raise what is low; what cannot be raised is logged with the command that would."""
+    """Raise low limits; log those that cannot be raised, with the command to do it."""
     for low in low_limits(sysctls, cgroups):
         try:
-            (sysctls / low.name).write_text(f"{low.wanted}\n")
+            (sysctls / low.name).write_text(f"{low.required}\n")
         except OSError as error:
-            words = "%s stays %s (%s), by which one sandbox can harm others; sysctl -w %s"
-            _log.warning(words, low.setting, low.value, error.strerror, low.assignment)
+            message = "%s stays %s (%s), so one sandbox can harm others; run sysctl -w %s"
+            _log.warning(message, low.setting, low.value, error.strerror, low.assignment)
         else:
-            _log.info("%s was %s and is %s now", low.setting, low.value, low.wanted)
+            _log.info("%s raised from %s to %s", low.setting, low.value, low.required)
 
 
-def _most_in_sockets() -> str:
+def _socket_memory_pages() -> str:
     pages = os.sysconf("SC_PHYS_PAGES")
     return f"{pages // 2} {pages * 5 // 8} {pages * 3 // 4}"
 
 
-def most_processes(sysctls: Path = SYSCTLS) -> int:
-    """How many processes and threads all containers of an instance may have: three quarters."""
+def max_processes(sysctls: Path = SYSCTLS) -> int:
+    """The maximum of processes and threads of all containers of an instance: three quarters."""
     limits = [_numbers(sysctls / f"kernel/{name}") for name in ("pid_max", "threads-max")]
     return min(number for numbers in limits for number in numbers) * 3 // 4
 
 
 def limit_processes(instance: Instance) -> None:
-    """Leave the host a quarter of the processes that there may be; idempotent.
+    """Reserve a quarter of the possible processes for the host; idempotent.
 
     Raises HostError, OSError.
     """
-    layout, most = cgroup_layout(), most_processes()
-    group = layout.processes_group(instance.prefix)
+    layout, maximum = cgroup_layout(), max_processes()
+    group = layout.pids_group(instance.prefix)
     if layout.delegated:
-        delegation.limit_tasks(instance, most)
+        delegation.limit_tasks(instance, maximum)
         return
     if layout.kind == "v2":
         (layout.unified / "cgroup.subtree_control").write_text("+pids")
     group.mkdir(exist_ok=True)
-    (group / "pids.max").write_text(f"{most}\n")
+    (group / "pids.max").write_text(f"{maximum}\n")
 
 
 def _numbers(path: Path) -> list[int]:
-    """What a sysctl's file holds; nothing without it."""
+    """The numbers in a sysctl's file; empty if it does not exist."""
     try:
         return [int(word) for word in path.read_text().split()]
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""A deadline that a jump of the clock does not move: so many seconds of this boot.
+"""Deadlines that a jump of the wall clock does not move: seconds since this boot.
 
-The wall clock is set by people, by NTP and by the hypervisor, an hour either way. What is to end
-*after so long* is kept by ``CLOCK_BOOTTIME`` (clock_gettime(2)), which only goes on, also while the
-machine sleeps, and is the same for every process; it begins anew with each boot, so what is kept
-on disk says of which.
+People, NTP and the hypervisor set the wall clock, an hour either way. A deadline *after some time*
+is kept by ``CLOCK_BOOTTIME`` (clock_gettime(2)), which only moves forward, also while the machine
+sleeps, and is the same for every process. It restarts with each boot, so a record on disk names
+the boot it belongs to.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def elapsed() -> float:
-    """Seconds since this machine was started, asleep or awake."""
+    """Seconds since this machine booted, including time asleep."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @cache
-def this_boot() -> str:
-    """What tells this boot from every other (random(4))."""
+def boot_id() -> str:
+    """The kernel's unique ID of this boot (random(4))."""
     return _BOOT_ID.read_text().strip()
 
 
-def due(deadline: float | None) -> float | None:
-    """When ``deadline``, in Unix seconds, is by :func:`elapsed`; None for no deadline."""
+def to_boottime(deadline: float | None) -> float | None:
+    """Convert ``deadline`` from Unix seconds to the scale of :func:`elapsed`; None stays None."""
     return None if deadline is None else elapsed() + (deadline - time.time())
 
 
-def deadline_of(moment: float | None) -> float | None:
-    """When a moment of :func:`elapsed` is by the wall clock as it goes now, in Unix seconds."""
-    return None if moment is None else time.time() + (moment - elapsed())
+def to_wall_clock(boot_seconds: float | None) -> float | None:
+    """Convert a time of :func:`elapsed` to Unix seconds, by the wall clock as it is now."""
+    return None if boot_seconds is None else time.time() + (boot_seconds - elapsed())

@@ -1,4 +1,4 @@
-"""A stretch of time by the days (UTC) it lies in."""
+"""Splitting a period into UTC days."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 
 
-def by_day(begin: float, end: float) -> Iterator[tuple[date, float]]:
-    """The days from ``begin`` to ``end`` (Unix seconds), each with its share of the stretch.
+def split_by_day(start: float, end: float) -> Iterator[tuple[date, float]]:
+    """The days from ``start`` to ``end`` (Unix seconds), each with its share of the period.
 
-    The shares add up to 1; a stretch without length is all on the day of its end.
+    The shares add up to 1; an empty period belongs to the day of its end.
     """
-    length = end - begin
+    length = end - start
     if length <= 0:
         yield datetime.fromtimestamp(end, UTC).date(), 1.0
         return
-    while begin < end:
-        day = datetime.fromtimestamp(begin, UTC).date()
+    while start < end:
+        day = datetime.fromtimestamp(start, UTC).date()
         midnight = datetime.combine(day + timedelta(days=1), datetime.min.time(), UTC).timestamp()
-        yield day, (min(midnight, end) - begin) / length
-        begin = midnight
+        yield day, (min(midnight, end) - start) / length
+        start = midnight

@@ -1,16 +1,16 @@
-"""Whether the database that gives the orders and the state directory belong together.
+"""Whether the database and the state directory belong to the same installation.
 
-What reconciliation deletes is what no row names, and so it must know that the rows are those of
-this state: not of an empty database, not of another installation's, not of a backup.  Both carry
-the installation's id and a *mark*, a random word that changes every minute: the database writes a
-new one down, and then tells it here, together with the one it replaces.  So (all in
+Reconciliation deletes what no row names, so it must know that the rows describe this state
+directory: they must not come from an empty database, another installation or a backup.  Both carry
+the installation's id and a *mark*, a random word that changes every minute: the database stores a
+new one, and then sends it here, together with the one it replaces.  So (all in
 ``installation.json``, flushed to disk)
 
-- the mark here is the database's, or the one it replaces (it, or we, died between the two): they
-  have been together without a break, and what the rows say holds;
-- it is neither: one of them has gone on without the other, as it does when one comes from a
-  backup.  Or the id is another's.  Nothing is deleted then, until an operator says that they
-  belong together (:meth:`InstallationBook.adopt`).
+- if the mark here is the database's, or the one it replaces (one side died between the two
+  writes), they have stayed in step and the rows can be trusted;
+- otherwise one of them has moved on without the other, as happens when one is restored from a
+  backup, or the id belongs to another installation.  Nothing is deleted then, until an operator
+  confirms that they belong together (:meth:`InstallationStore.adopt`).
 
 ``epoch`` counts the marks, for people.
 """
@@ -29,17 +29,17 @@ from pydantic import ConfigDict, TypeAdapter
 from hostruntime.errors import Conflict
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.wire.keeping import Claim, StandingInfo
+from hostruntime.wire.reconciliation import Claim, InstallationInfo
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What the state directory says of itself; no id as long as no database has claimed it.
+class InstallationRecord:
+    """What the state directory records about itself; ``id`` is empty until a database claims it.
 
-    ``mismatch`` is why nothing is deleted, empty while all is well; ``since`` when that was found
-    (Unix seconds).
+    ``mismatch`` is why nothing is deleted, empty if there is no mismatch; ``since`` is when it was
+    found (Unix seconds).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -50,13 +50,13 @@ class Standing:
     mismatch: str = ""
     since: float | None = None
 
-    def info(self) -> StandingInfo:
-        """What the agent's API answers: all but the mark."""
-        return StandingInfo(self.id, self.epoch, self.mismatch, self.since)
+    def info(self) -> InstallationInfo:
+        """The record as the agent's API returns it: everything but the mark."""
+        return InstallationInfo(self.id, self.epoch, self.mismatch, self.since)
 
 
 class InstallationMismatch(Conflict):
-    """The database and the state directory do not belong together: nothing is deleted."""
+    """The database and the state directory do not belong together; nothing is deleted."""
 
     code = "installation_mismatch"
 
@@ -67,7 +67,7 @@ class StateUnclaimed(Conflict):
     code = "state_unclaimed"
 
 
-_STANDING = TypeAdapter(Standing)
+_RECORD_ADAPTER = TypeAdapter(InstallationRecord)
 _EMPTY = (
     "The state directory is new or empty, and the database has had another: its disk may not be "
     "mounted."
@@ -83,98 +83,99 @@ _UNCLAIMED = (
 )
 
 
-class InstallationBook:
-    """The state directory's record of whose it is.  Methods may be called from any thread."""
+class InstallationStore:
+    """The record of which installation owns the state directory.  Thread-safe."""
 
     def __init__(self, paths: StatePaths) -> None:
         self._path = paths.installation_file
         self._lock = threading.Lock()
 
-    def read(self) -> Standing:
-        """What it says.  Raises OSError."""
-        return standing_in(self._path)
+    def read(self) -> InstallationRecord:
+        """The current record.  Raises OSError."""
+        return read_installation_record(self._path)
 
-    def agree(self, claim: Claim, *, empty: bool, known: bool) -> Standing:
-        """Take down the database's new mark, if the two have been together until now.
+    def agree(self, claim: Claim, *, empty: bool, known: bool) -> InstallationRecord:
+        """Record the database's new mark, if the two have stayed in step until now.
 
-        ``empty`` says that the state holds nothing of any tenant's, ``known`` that the database
-        knows some of what it holds.  A state that nobody has claimed is the database's if it knows
-        it, or if both are new.  Raises InstallationMismatch, StateUnclaimed, OSError.
+        ``empty`` means that the state directory holds no tenant's data, ``known`` that the database
+        knows some of what it holds.  An unclaimed state directory is assigned to the database if
+        the database knows its contents, or if both are new.  Raises InstallationMismatch,
+        StateUnclaimed, OSError.
         """
         with self._lock:
-            found = self.read()
-            why = _difference(found, claim)
-            both_new = empty and not claim.previous
-            if not why and not found.id and not (both_new or known):
+            record = self.read()
+            reason = _mismatch_reason(record, claim)
+            both_are_new = empty and not claim.previous
+            if not reason and not record.id and not (both_are_new or known):
                 raise StateUnclaimed(_EMPTY if empty else _UNCLAIMED)
-            if why:
-                self._say(found, why)
-                raise InstallationMismatch(why)
-            return self._write(Standing(claim.id, claim.epoch, claim.mark))
+            if reason:
+                self._record_mismatch(record, reason)
+                raise InstallationMismatch(reason)
+            return self._write(InstallationRecord(claim.id, claim.epoch, claim.mark))
 
     def refuse(self, *, empty: bool) -> None:
-        """The state is not the database's, which knows nothing of what it holds, or it is empty.
+        """Refuse a database that knows nothing of the state directory, or find it ``empty``.
 
         Raises InstallationMismatch, OSError.
         """
-        why = _EMPTY if empty else _UNCLAIMED
+        reason = _EMPTY if empty else _UNCLAIMED
         with self._lock:
-            found = self.read()
-            if not found.id:
-                self._say(found, why)
-        raise InstallationMismatch(found.mismatch if found.id else why)
+            record = self.read()
+            if not record.id:
+                self._record_mismatch(record, reason)
+        raise InstallationMismatch(record.mismatch if record.id else reason)
 
     def require(self, claim: Claim) -> None:
-        """Raise InstallationMismatch unless this very mark was agreed on last."""
+        """Raise InstallationMismatch unless exactly this mark was agreed on last."""
         with self._lock:
-            found = self.read()
-        if found.mismatch or (found.id, found.mark) != (claim.id, claim.mark):
-            raise InstallationMismatch(found.mismatch or "The database has another mark by now.")
+            record = self.read()
+        if record.mismatch or (record.id, record.mark) != (claim.id, claim.mark):
+            raise InstallationMismatch(record.mismatch or "The database has another mark by now.")
 
-    def adopt(self, claim: Claim) -> Standing:
-        """An operator's word: they belong together from now on.  Raises OSError."""
+    def adopt(self, claim: Claim) -> InstallationRecord:
+        """Assign the state directory to the database, as an operator decided.  Raises OSError."""
         with self._lock:
-            _log.warning("the state directory is taken to be of installation %s", claim.id)
-            return self._write(Standing(claim.id, claim.epoch, claim.mark))
+            _log.warning("an operator assigned the state directory to installation %s", claim.id)
+            return self._write(InstallationRecord(claim.id, claim.epoch, claim.mark))
 
-    def _say(self, found: Standing, why: str) -> None:
-        if found.mismatch != why:
-            _log.error("nothing is deleted by reconciliation: %s", why)
-            self._write(replace(found, mismatch=why, since=found.since or time.time()))
+    def _record_mismatch(self, record: InstallationRecord, reason: str) -> None:
+        if record.mismatch != reason:
+            _log.error("reconciliation deletes nothing: %s", reason)
+            self._write(replace(record, mismatch=reason, since=record.since or time.time()))
 
-    def _write(self, standing: Standing) -> Standing:
-        write_json(self._path, asdict(standing), durable=True)
-        return standing
+    def _write(self, record: InstallationRecord) -> InstallationRecord:
+        write_json(self._path, asdict(record), durable=True)
+        return record
 
 
-def standing_in(path: Path) -> Standing:
-    """What the record of a state directory says; also for who only looks.  Raises OSError."""
+def read_installation_record(path: Path) -> InstallationRecord:
+    """Read the record of a state directory without an InstallationStore.  Raises OSError."""
     try:
-        return read_record(path, _STANDING) or Standing()
+        return read_record(path, _RECORD_ADAPTER) or InstallationRecord()
     except BadRecord:
-        return Standing(mismatch=_DAMAGED)
+        return InstallationRecord(mismatch=_DAMAGED)
 
 
-def _difference(found: Standing, claim: Claim) -> str:
-    """Why the two do not belong together; empty if they do, or if nobody has claimed the state."""
-    if found.mismatch == _DAMAGED:
+def _mismatch_reason(record: InstallationRecord, claim: Claim) -> str:
+    """Why the two do not belong together; empty if they do, or if the state is unclaimed."""
+    if record.mismatch == _DAMAGED:
         return _DAMAGED
-    if not found.id:
+    if not record.id:
         return ""
-    if found.id != claim.id:
+    if record.id != claim.id:
         return _FOREIGN
-    if found.mark in (claim.mark, claim.previous):
+    if record.mark in (claim.mark, claim.previous):
         return ""
-    apart = found.epoch - claim.epoch
-    if apart > 0:
+    ahead = record.epoch - claim.epoch
+    if ahead > 0:
         return (
-            f"The database is older than the state directory, by about {apart} minutes of work: "
-            "it was restored from a backup, and knows nothing of what was made since."
+            f"The database is older than the state directory, by about {ahead} minutes of work: "
+            "it was restored from a backup, and lacks what was created since."
         )
-    if apart < -1:
+    if ahead < -1:
         return (
-            f"The state directory is older than the database, by about {-apart} minutes of work: "
-            "it was restored from a backup, and lacks what was made since."
+            f"The state directory is older than the database, by about {-ahead} minutes of work: "
+            "it was restored from a backup, and lacks what was created since."
         )
     return (
         "The database and the state directory have each gone on without the other: one of them "

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# Calls through this one keep the interpreter's lock, so nothing of Python changes hands meanwhile.
+# Calls through this one keep the GIL, so that no other Python thread runs meanwhile.
 _libc_locked = ctypes.PyDLL(None, use_errno=True)
 
 # The generic table's, but for x86-64.
@@ -53,7 +53,7 @@ CAPABILITY_NUMBERS = {
     "setfcap": 31,
 }
 
-# All that a container has of its own (namespaces(7)): what its init is in, and who enters it.
+# All namespaces of a container's own (namespaces(7)), which its init and all who enter it are in.
 ALL_NAMESPACES = (
     os.CLONE_NEWUSER
     | os.CLONE_NEWNS
@@ -150,7 +150,7 @@ def move_mount(tree_fd: int, target: str | Path) -> None:
 
 
 def move_mount_onto(tree_fd: int, target_fd: int) -> None:
-    """Attach a detached mount at the directory ``target_fd`` refers to: no path is walked."""
+    """Attach a detached mount at the directory ``target_fd`` refers to; no path is resolved."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
     _syscall(_SYS_MOVE_MOUNT, _long(tree_fd), b"", _long(target_fd), b"", _long(flags))
 
@@ -195,93 +195,94 @@ def umount(target: str | Path, flags: int = UMOUNT_NOFOLLOW) -> None:
         raise OSError(errno, os.strerror(errno), str(target))
 
 
-def mount_points(below: Path) -> list[Path]:
-    """Every mount point at or below ``below``, deepest (latest) first, from mountinfo (proc(5)).
+def mount_points_under(root: Path) -> list[Path]:
+    """Every mount point at or below ``root``, deepest (latest) first, from mountinfo (proc(5)).
 
-    Each start and end of a container asks, among thousands of others' mounts: what lies elsewhere
-    must cost next to nothing.
+    Called at each start and stop of a container, among thousands of others' mounts: mounts
+    elsewhere must cost next to nothing.
     """
-    top = os.fsencode(below)
-    inside = top.rstrip(b"/") + b"/"
-    found: list[Path] = []
+    root_bytes = os.fsencode(root)
+    prefix = root_bytes.rstrip(b"/") + b"/"
+    mounts: list[Path] = []
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         point = line.split(b" ", 5)[4]
         if b"\\" in point:
             point = point.decode("unicode_escape").encode("latin-1")
-        if point == top or point.startswith(inside):
-            found.append(Path(os.fsdecode(point)))
-    return found[::-1]
+        if point == root_bytes or point.startswith(prefix):
+            mounts.append(Path(os.fsdecode(point)))
+    return mounts[::-1]
 
 
-def user_namespace(extents: Sequence[tuple[int, int, int]], maker: int = 0) -> int:
+def create_user_namespace(extents: Sequence[tuple[int, int, int]], creator_uid: int = 0) -> int:
     """A descriptor of a new user namespace with these (inside, outside, count) uid/gid extents.
 
-    ``maker`` is the host id that makes it: to their account goes all that the kernel counts in
-    there (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
-    and RLIMIT_MEMLOCK since Linux 5.14).  Whoever has it as effective id outside has power over the
-    namespace (user_namespaces(7)).  Forks: call it from a single-threaded process only.
+    ``creator_uid`` is the host id that creates it: everything that the kernel counts in there is
+    charged to it (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING,
+    RLIMIT_MSGQUEUE and RLIMIT_MEMLOCK since Linux 5.14).  A process outside with that effective id
+    controls the namespace (user_namespaces(7)).  Forks: call it from a single-threaded process
+    only.
     """
-    ready, go = os.pipe(), os.pipe()
+    ready, proceed = os.pipe(), os.pipe()
     try:
-        child = _copy(0 if maker else os.CLONE_NEWUSER)
+        child = _clone(0 if creator_uid else os.CLONE_NEWUSER)
     except OSError as error:
-        for descriptor in (*ready, *go):
+        for descriptor in (*ready, *proceed):
             os.close(descriptor)
-        why = f"the kernel refused a new user namespace (clone(2)): {error.strerror}"
-        raise OSError(error.errno, why) from None
+        reason = f"the kernel refused a new user namespace (clone(2)): {error.strerror}"
+        raise OSError(error.errno, reason) from None
     if child == 0:
-        _namespace_child(ready[1], go[0], maker)
+        _namespace_child(ready[1], proceed[0], creator_uid)
     try:
-        for descriptor in (ready[1], go[0]):
+        for descriptor in (ready[1], proceed[0]):
             os.close(descriptor)
-        # Made by whoever calls this, it is there already: the other need not have run yet.
-        if maker and os.read(ready[0], 1) != b"1":
+        # Created by the caller, it exists already; created by the child, it may not yet.
+        if creator_uid and os.read(ready[0], 1) != b"1":
             raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
         mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
         for name in ("uid_map", "gid_map"):
             Path(f"/proc/{child}/{name}").write_text(mapping)
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        for descriptor in (ready[0], go[1]):
+        for descriptor in (ready[0], proceed[1]):
             os.close(descriptor)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
-def _namespace_child(ready: int, go: int, maker: int) -> None:
+def _namespace_child(ready: int, proceed: int, creator_uid: int) -> None:
     try:
-        if maker:
-            os.setresuid(-1, maker, -1)
-            # Distributions let no one else make them (kernel.unprivileged_userns_clone).
+        if creator_uid:
+            os.setresuid(-1, creator_uid, -1)
+            # Some distributions require this capability (kernel.unprivileged_userns_clone).
             set_capabilities([_CAP_SYS_ADMIN])
             os.unshare(os.CLONE_NEWUSER)
             os.write(ready, b"1")
-        os.read(go, 1)
+        os.read(proceed, 1)
     finally:
         os._exit(0)
 
 
 def set_dumpable(*, dumpable: bool) -> None:
-    """Whether processes of this memory image may be looked into (PR_SET_DUMPABLE in prctl(2)).
+    """Set whether this process may be traced and dumped (PR_SET_DUMPABLE in prctl(2)).
 
-    A copy made by fork inherits it; execve starts afresh.
+    A forked child inherits it; execve resets it.
     """
     if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
 
 
-def clone_sibling() -> int:
+def clone_as_sibling() -> int:
     """Copy this process as fork(2) does, as a child of its *parent* (CLONE_PARENT in clone(2)).
 
-    Returns the copy's pid, and 0 in the copy.  Only for a process of one thread: nobody's handlers
-    for a fork are run, neither Python's nor the C library's.
+    Returns the copy's pid, and 0 in the copy.  Only for a single-threaded process: no fork handlers
+    run, neither Python's nor the C library's.
     """
-    return _copy(_CLONE_PARENT)
+    return _clone(_CLONE_PARENT)
 
 
-def _copy(flags: int = 0) -> int:
-    # A third cheaper than os.fork, whose handlers are for threads.
+def _clone(flags: int = 0) -> int:
+    # A third cheaper than os.fork, which runs handlers that only threads need.
     arguments = (ctypes.c_long(flags | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
     result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
     if result < 0:
@@ -290,14 +291,14 @@ def _copy(flags: int = 0) -> int:
     return result
 
 
-def signal_descriptor(number: signal.Signals) -> int:
-    """A descriptor to read where a signal has come, which is blocked from now on (signalfd(2)).
+def create_signalfd(number: signal.Signals) -> int:
+    """Block a signal and return a descriptor to read it from (signalfd(2)).
 
-    What is forked inherits the block; what is executed does, too.
+    The block is inherited across fork and execve.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-    wanted = (1 << (number - 1)).to_bytes(_SIGSET_BYTES, sys.byteorder)
-    result: int = _libc.signalfd(-1, wanted, os.O_NONBLOCK | os.O_CLOEXEC)
+    mask = (1 << (number - 1)).to_bytes(_SIGSET_BYTES, sys.byteorder)
+    result: int = _libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
     if result < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
@@ -305,16 +306,16 @@ def signal_descriptor(number: signal.Signals) -> int:
 
 
 def exit_status(pid: int) -> int | None:
-    """The wait status (wait(2)) of a process that has ended and is not waited for yet, or None.
+    """The wait status (wait(2)) of a process that has exited but is not reaped yet, or None.
 
-    The last field of stat (proc(5)), for those who may look into it.  Raises OSError.
+    The last field of stat (proc(5)), which requires permission to trace it.  Raises OSError.
     """
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[-1]) if state == "Z" else None
 
 
 def drop_from_bounding_set(numbers: Iterable[int]) -> None:
-    """Make sure that no program executed from here on has these (PR_CAPBSET_DROP in prctl(2))."""
+    """Prevent any program executed from now on from gaining these (PR_CAPBSET_DROP in prctl(2))."""
     for number in numbers:
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) != 0:
             errno = ctypes.get_errno()
@@ -322,12 +323,12 @@ def drop_from_bounding_set(numbers: Iterable[int]) -> None:
 
 
 def last_capability() -> int:
-    """The highest capability that this kernel knows (cap_last_cap in proc(5))."""
+    """The highest capability that this kernel supports (cap_last_cap in proc(5))."""
     return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
 
 def set_capabilities(numbers: Iterable[int]) -> None:
-    """Keep these as permitted and effective, and nothing as inheritable (capset(2))."""
+    """Make exactly these permitted and effective, and none inheritable (capset(2))."""
     bits = sum(1 << number for number in numbers)
     low, high = bits & 0xFFFF_FFFF, bits >> 32
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
@@ -340,13 +341,13 @@ class SyscallFilter:
     """A seccomp program (classic BPF, seccomp(2)) ready to be installed."""
 
     def __init__(self, program: bytes) -> None:
-        # Kept with the object: the kernel reads it through the pointer in struct sock_fprog.
+        # Kept alive with the object: the kernel reads it through the pointer in struct sock_fprog.
         self._program = ctypes.create_string_buffer(program, len(program))
         count = len(program) // _SOCK_FILTER_BYTES
         self._header = struct.pack("@HP", count, ctypes.addressof(self._program))
 
     def install(self) -> None:
-        """Confine this thread, for good; it needs CAP_SYS_ADMIN in its user namespace."""
+        """Confine this thread permanently; it needs CAP_SYS_ADMIN in its user namespace."""
         if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header, 0, 0) != 0:
             errno = ctypes.get_errno()
             raise OSError(errno, os.strerror(errno))
@@ -355,13 +356,13 @@ class SyscallFilter:
 def set_command_line(title: str) -> None:
     """Show ``title`` as this process's command line (cmdline in proc(5)), as far as it fits.
 
-    Anybody in the same process namespace may read it; the words it was started with are
-    overwritten in place, between the addresses that fields 48 and 49 of stat give.
+    Every process in the same pid namespace can read it; the original arguments are overwritten in
+    place, between the addresses in fields 48 and 49 of stat.
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])
-    shown = title.encode()[: end - start - 1]
-    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+    visible = title.encode()[: end - start - 1]
+    ctypes.memmove(start, visible.ljust(end - start, b"\0"), end - start)
 
 
 def fsync(path: Path) -> None:

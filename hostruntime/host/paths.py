@@ -4,20 +4,20 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
 
     <state dir>/
       images/<image id>/tree/       an immutable root tree      images/<image id>/image.json
-      staging/<id>/                 half-made trees, cleared at start
+      staging/<id>/                 incomplete trees, cleared at start
       trash/                        trees being unlinked, cleared at start and in the background
       builds/<build id>/            build.json, events.ndjson, and the container's directory
       sandboxes/<sandbox id>/       sandbox.json, and the container's directory
-      layers/<scope>/<key>/         what a build's steps had made, to begin another with (layers.py)
+      layers/<scope>/<key>/         results of a build's steps, for reuse by another (layers.py)
       snapshots/<snapshot id>/      a sandbox's disk and tmpfs, to start others from (snapshots.py)
       quarantine/<kind>.<name>/     what was set aside instead of deleted (quarantine.py)
       usage/<sandbox id>.json       what a sandbox has used, until collected
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
       runtime/<mode>-<generation>/  runtime layers
       squid/                        generated configuration, logs, pid
-      ballast                       room for when there is none (ballast.py)
-      instance.json                 which instance number this state directory has
-      installation.json             which installation's it is, and since when (installation.py)
+      ballast                       disk space to release in an emergency (ballast.py)
+      instance.json                 the instance number of this state directory
+      installation.json             the installation it belongs to (installation.py)
 
 A container's directory holds ``lxc.log``.
 
@@ -48,12 +48,12 @@ MAX_SLOTS = 256
 IDS_PER_SLOT = 65_536
 ID_BASE = 1_000_000_000
 ID_COUNT = MAX_INSTANCES * MAX_SLOTS * IDS_PER_SLOT
-# Archives hold files of ids from all over 31 bits, and tar(1) as root gives them to those.  So the
-# ids from IDS_PER_SLOT on are mapped too, for all slots to the same: (inside, outside, count).
-# They are owners of files: no process can have one as its real id (seccomp.py), and no two
-# containers see the same file system.  LXC wants an id of its own after the last, within a C int.
-FAR_IDS = (IDS_PER_SLOT, ID_BASE + ID_COUNT, 2**31 - 1 - IDS_PER_SLOT)
-CLAIMS = Path("/run/orkestr/instances")
+# Archives hold files with ids across all 31 bits, and tar(1) as root assigns files to them.  So the
+# ids from IDS_PER_SLOT on are mapped too, identically for all slots: (inside, outside, count).
+# They only own files: no process can have one as its real id (seccomp.py), and no two containers
+# see the same file system.  LXC needs one more id after the last, within a C int.
+HIGH_IDS = (IDS_PER_SLOT, ID_BASE + ID_COUNT, 2**31 - 1 - IDS_PER_SLOT)
+CLAIMS_DIR = Path("/run/orkestr/instances")
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -70,7 +70,7 @@ class StatePaths:
 
     @property
     def staging(self) -> Path:
-        """Half-made trees; on the same filesystem as ``images`` so that publishing is a rename."""
+        """Incomplete trees; on the same filesystem as ``images`` so that publishing is a rename."""
         return self.root / "staging"
 
     @property
@@ -90,7 +90,7 @@ class StatePaths:
 
     @property
     def usage(self) -> Path:
-        """What each sandbox has used, until that is collected."""
+        """Each sandbox's usage, until it is collected."""
         return self.root / "usage"
 
     @property
@@ -100,7 +100,7 @@ class StatePaths:
 
     @property
     def layers(self) -> Path:
-        """What builds' steps had made, by scope and key."""
+        """Results of builds' steps, by scope and key."""
         return self.root / "layers"
 
     @property
@@ -130,17 +130,17 @@ class StatePaths:
 
     @property
     def ballast(self) -> Path:
-        """Room that is let go of when there is no other."""
+        """Disk space that is released when there is no other."""
         return self.root / "ballast"
 
     @property
     def instance_file(self) -> Path:
-        """Where the instance number is remembered."""
+        """The record of the instance number."""
         return self.root / "instance.json"
 
     @property
     def installation_file(self) -> Path:
-        """Which installation's this state is."""
+        """The record of the installation that this state belongs to."""
         return self.root / "installation.json"
 
     @property
@@ -149,7 +149,7 @@ class StatePaths:
         return self.root / "agent.pid"
 
     def ensure(self) -> StatePaths:
-        """Make every directory that is missing; return self.  Raises OSError."""
+        """Create every missing directory; return self.  Raises OSError."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root.chmod(0o700)
         for directory in (
@@ -211,7 +211,7 @@ class Instance:
         return f"{self.prefix}s{slot}"
 
 
-def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
+def claim_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> Instance:
     """The instance number of this state directory, claiming a free one the first time.
 
     A claim is a file ``<claims>/<number>`` that holds the state directory's path.  The number is
@@ -221,17 +221,19 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
     Raises :class:`HostUnavailable` when all sixteen are taken.
     """
     claims.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Not for others even to open: who opened the lock could hold it against every agent (flock(2)).
+    # Nobody else may even open the lock: they could hold it against every agent (flock(2)).
     claims.chmod(0o700)
-    remembered = _remembered_index(paths)
-    with _locked(claims / ".lock"):
-        if remembered is None:
-            # Its record may be bad, and what runs has the number's name all the same.
-            own = (n for n in range(MAX_INSTANCES) if _holder(claims / str(n)) == paths.root)
-            remembered = next(own, None)
-        order = [*([] if remembered is None else [remembered]), *range(MAX_INSTANCES)]
-        for index in order:
-            if _claimable(claims / str(index), paths, fresh=index != remembered):
+    recorded = _recorded_index(paths)
+    with _file_lock(claims / ".lock"):
+        if recorded is None:
+            # Its record may be damaged while running containers still use the number's names.
+            previously_claimed = (
+                n for n in range(MAX_INSTANCES) if _holder(claims / str(n)) == paths.root
+            )
+            recorded = next(previously_claimed, None)
+        candidates = [*([] if recorded is None else [recorded]), *range(MAX_INSTANCES)]
+        for index in candidates:
+            if _claimable(claims / str(index), paths, is_new=index != recorded):
                 write_atomically(claims / str(index), f"{paths.root}\n".encode())
                 write_json(paths.instance_file, {"index": index}, durable=True)
                 return Instance(index)
@@ -241,42 +243,42 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS) -> Instance:
     )
 
 
-def release_instance(paths: StatePaths, claims: Path = CLAIMS) -> None:
-    """Give the instance number back; nothing of the instance may be left on the host."""
-    index = _remembered_index(paths)
+def release_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> None:
+    """Release the instance number; nothing of the instance may be left on the host."""
+    index = _recorded_index(paths)
     if index is None:
         return
-    with _locked(claims / ".lock"):
+    with _file_lock(claims / ".lock"):
         claim = claims / str(index)
         if _holder(claim) == paths.root:
             claim.unlink()
     paths.instance_file.unlink(missing_ok=True)
 
 
-def _remembered_index(paths: StatePaths) -> int | None:
+def _recorded_index(paths: StatePaths) -> int | None:
     record = read_json(paths.instance_file)
     index = record.get("index") if record else None
     return index if isinstance(index, int) and 0 <= index < MAX_INSTANCES else None
 
 
-def _claimable(claim: Path, paths: StatePaths, *, fresh: bool) -> bool:
+def _claimable(claim: Path, paths: StatePaths, *, is_new: bool) -> bool:
     holder = _holder(claim)
     if holder == paths.root:
         return True
     if holder is not None and (holder / "instance.json").exists():
         return False
-    return not fresh or not _routed(Instance(int(claim.name)).subnet)
+    return not is_new or not _has_route(Instance(int(claim.name)).subnet)
 
 
 def _holder(claim: Path) -> Path | None:
-    """The state directory that a claim names; None if it names none."""
+    """The state directory named in a claim file; None if there is none."""
     if not claim.is_file():
         return None
-    named = claim.read_text(errors="replace").strip()
-    return Path(named) if named.startswith("/") and "\0" not in named else None
+    holder = claim.read_text(errors="replace").strip()
+    return Path(holder) if holder.startswith("/") and "\0" not in holder else None
 
 
-def _routed(subnet: IPv4Network) -> bool:
+def _has_route(subnet: IPv4Network) -> bool:
     """Whether a route other than the default one overlaps ``subnet`` (proc(5), net/route)."""
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         fields = line.split()
@@ -287,7 +289,7 @@ def _routed(subnet: IPv4Network) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _file_lock(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -299,11 +301,11 @@ def _locked(path: Path) -> Iterator[None]:
 def ensure_subordinate_ids(
     files: tuple[Path, ...] = (Path("/etc/subuid"), Path("/etc/subgid")),
 ) -> None:
-    """Reserve the runtime's id range for root (subuid(5)), so that no user is given it; idempotent.
+    """Reserve the runtime's id range for root (subuid(5)), so that no user gets it; idempotent.
 
     LXC itself does not need it: as root it writes the maps without newuidmap.
     """
-    line = f"root:{ID_BASE}:{ID_COUNT + FAR_IDS[2]}"
+    line = f"root:{ID_BASE}:{ID_COUNT + HIGH_IDS[2]}"
     for path in files:
         text = path.read_text() if path.exists() else ""
         if line not in text.splitlines():
@@ -312,10 +314,10 @@ def ensure_subordinate_ids(
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = False) -> None:
-    """Replace ``path`` by ``data``: readers see the old or the new, whole, also if the writer dies.
+    """Replace ``path`` by ``data`` so that readers see all of the old or all of the new content.
 
-    With ``durable`` the same goes for a power cut, and the new one is on disk on return; that costs
-    two flushes of the disk.  Raises OSError.
+    That holds if the writer dies, and with ``durable`` also after a power cut: the new content is
+    then on disk on return, which costs two flushes of the disk.  Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -340,9 +342,9 @@ def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = False) 
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a small record that is a hint; None when there is none that is a JSON object.
+    """Read a small record that serves as a hint; None if there is no valid JSON object.
 
-    What somebody's work hangs on is read by :func:`hostruntime.host.records.read_record`.
+    Records that users' data depends on are read by :func:`hostruntime.host.records.read_record`.
     """
     try:
         return read_record(path, _OBJECT)

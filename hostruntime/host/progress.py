@@ -1,4 +1,4 @@
-"""How far long work is: counted by the thread that does it, told by the event loop."""
+"""Progress of long work: counted by the thread that does it, reported by the event loop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from hostruntime.host.tasks import end, every
+from hostruntime.host.tasks import cancel_and_wait, every
 
-# Watchers are promised a word every second; a busy loop may be a little late.
-TELL_SECONDS = 0.8
+# Clients are promised a report every second; a busy loop may be a little late.
+REPORT_SECONDS = 0.8
 
 
 @dataclass
 class Progress:
-    """What has been dealt with so far: names that are not directories, and bytes of content.
+    """What has been processed so far: names that are not directories, and bytes of content.
 
-    One thread counts; others may look at any time.
+    One thread counts; others may read at any time.
     """
 
     files: int = 0
@@ -24,14 +24,14 @@ class Progress:
 
 
 @asynccontextmanager
-async def telling(tell: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``tell`` every :data:`TELL_SECONDS` until the end; of what is over sooner, nothing."""
+async def reporting(report: Callable[[], None]) -> AsyncIterator[None]:
+    """Call ``report`` every :data:`REPORT_SECONDS` until the block ends."""
 
-    async def say() -> None:
-        tell()
+    async def call_report() -> None:
+        report()
 
-    teller = every(TELL_SECONDS, say, "how far work is could not be told")
+    reporter = every(REPORT_SECONDS, call_report, "progress could not be reported")
     try:
         yield
     finally:
-        await end(teller)
+        await cancel_and_wait(reporter)

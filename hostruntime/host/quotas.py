@@ -1,10 +1,10 @@
-"""How many commands may run at once in a scope, of which the host knows no more than the name.
+"""How many commands may run concurrently in a scope, which the host knows only by name.
 
-Only who runs the commands can count them: a caller that dies tells nobody, and there may be many.
-So a caller says with each command how many its scope may have, and the answer is given here, from
-those that run. A command counts until no process of it is left; an agent that starts has ended
-what an earlier one ran (:meth:`hostruntime.container.manager.ContainerManager.adopt`), and counts
-from none.
+Only the process that runs the commands can count them: a caller that dies cannot report it, and
+there may be many callers. So a caller sends its scope's limit with each command, and this module
+checks it against the commands that are running. A command counts until none of its processes is
+left. An agent that starts has killed what an earlier one ran
+(:meth:`hostruntime.container.manager.ContainerManager.adopt`), and counts from zero.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from hostruntime.wire.commands import Quota
 
 @dataclass
 class RunningCommands:
-    """The commands that run now, by scope. For one event loop."""
+    """The running commands by scope. For use on one event loop."""
 
     _running: Counter[str] = field(default_factory=Counter)
 
     def by_scope(self) -> dict[str, int]:
-        """How many run of each scope that has any."""
+        """The number of running commands of each scope that has any."""
         return dict(self._running)
 
     @contextmanager
-    def one_more(self, quota: Quota | None) -> Iterator[None]:
-        """Count a command for the length of a block. Raises TooManyCommands; then it counts not."""
+    def track(self, quota: Quota | None) -> Iterator[None]:
+        """Count a command for the duration of a block. Raises TooManyCommands before counting."""
         if quota is None:
             yield
             return

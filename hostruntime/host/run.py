@@ -2,7 +2,7 @@
 
 Programs get a minimal environment (nothing of the agent's own leaks into them), a session of
 their own (so that giving up on one kills the program *and* its children), and stdin from /dev/null
-unless given input.  A failure carries the command line and the end of what it said.
+unless input is provided.  A failure carries the command line and the end of the output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from hostruntime.errors import HostFault
-from hostruntime.host.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, process_tree, scaled
 
 MINIMAL_ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -36,7 +36,7 @@ Process = subprocess.Popen[bytes]
 
 @dataclass(frozen=True)
 class Completed:
-    """A program that ended: its command line, exit status (−n = killed by signal n), output."""
+    """A finished program: its command line, exit status (−n = killed by signal n) and output."""
 
     argv: tuple[str, ...]
     returncode: int
@@ -50,12 +50,12 @@ class Completed:
 
 
 class CommandFailed(HostFault):
-    """A program exited non-zero, was killed, hung or could not be started."""
+    """A program exited with an error, was killed, hung or could not be started."""
 
-    def __init__(self, argv: Sequence[str], why: str, output: bytes = b"") -> None:
+    def __init__(self, argv: Sequence[str], reason: str, output: bytes = b"") -> None:
         tail = output[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
-        said = f" It said: {tail}" if tail else ""
-        super().__init__(f"`{shlex.join(argv)}` {why}.{said}")
+        output_note = f" It said: {tail}" if tail else ""
+        super().__init__(f"`{shlex.join(argv)}` {reason}.{output_note}")
         self.argv = tuple(argv)
         self.output = output
 
@@ -70,32 +70,32 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Completed:
-    """Run a program to its end and return what it wrote.
+    """Run a program until it exits and return its output.
 
-    ``timeout`` is how many seconds it may do nothing, it and what it started; the time it works
-    does not count, up to ten times as much (:class:`hostruntime.host.patience.Patience`).  None
-    waits for ever: only for programs that cannot hang.  ``env`` is laid over
-    :data:`MINIMAL_ENVIRONMENT`.  ``on_line`` is called, from another thread, with each line of
-    stdout and stderr as it is written.
+    ``timeout`` is how many seconds it and its children may be idle; the time it works does not
+    count, up to ten times as much (:class:`hostruntime.host.patience.Patience`).  None waits
+    forever: only for programs that cannot hang.  ``env`` is added to :data:`MINIMAL_ENVIRONMENT`.
+    ``on_line`` is called, from another thread, with each line of stdout and stderr as it is
+    written.
 
-    Raises :class:`CommandFailed` if it cannot start, is given up on (its process group is killed),
-    or ``check`` is set and the status is not zero.
+    Raises :class:`CommandFailed` if it cannot start or times out (its process group is killed), or
+    if ``check`` is set and the status is not zero.
     """
     process = _popen(argv, stdin=subprocess.PIPE if input is not None else None, env=env, cwd=cwd)
     readers = [_Reader(process.stdout, on_line), _Reader(process.stderr, on_line)]
     try:
-        _feed(process, input)
-        why = _hung(process, timeout)
+        _write_input(process, input)
+        reason = _wait_until_stalled(process, timeout)
     except BaseException:
         _kill_group(process)
         raise
-    if why:
+    if reason:
         _kill_group(process)
     out, err = _join(readers)
-    if why:
-        raise CommandFailed(argv, why, err)
+    if reason:
+        raise CommandFailed(argv, reason, err)
     if check and process.returncode != 0:
-        raise CommandFailed(argv, _how_it_ended(process.returncode), err or out)
+        raise CommandFailed(argv, _describe_exit(process.returncode), err or out)
     return Completed(tuple(argv), process.returncode, out, err)
 
 
@@ -107,34 +107,34 @@ def spawn(
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Process:
-    """Start a long-running program in a session of its own, its output appended to ``log``.
+    """Start a long-running program in its own session, with its output appended to ``log``.
 
-    The caller owns the process: it must wait for it and end it.  Raises :class:`CommandFailed`
-    if the program cannot be started.
+    The caller owns the process and must stop and reap it.  Raises :class:`CommandFailed` if the
+    program cannot be started.
     """
     with log.open("ab") as sink:
         return _popen(argv, stdout=sink, stderr=sink, env=env, cwd=cwd, pass_fds=pass_fds)
 
 
-def end(process: Process, timeout: float) -> None:
-    """Wait for a program to end by itself, kill it if it does nothing for so long; reap it."""
-    if _hung(process, timeout):
+def wait_or_kill(process: Process, timeout: float) -> None:
+    """Wait for a program to exit, kill it if it is idle for ``timeout`` seconds, and reap it."""
+    if _wait_until_stalled(process, timeout):
         process.kill()
         process.wait()
 
 
-def _hung(process: Process, timeout: float | None) -> str:
-    """Wait for a program; why it was given up on, if so: nothing when it has ended."""
+def _wait_until_stalled(process: Process, timeout: float | None) -> str:
+    """Wait for a program; return why it timed out, or an empty string once it has exited."""
     if timeout is None:
         process.wait()
         return ""
-    patience = Patience(timeout, lambda: tree_of(process.pid))
+    patience = Patience(timeout, lambda: process_tree(process.pid))
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience.pause)
+            process.wait(patience.poll_interval)
             return ""
-        if patience.spent():
-            return patience.why
+        if patience.exhausted():
+            return patience.reason
 
 
 def _popen(
@@ -186,11 +186,11 @@ class _Reader:
                     self._on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def join(self) -> bytes:
-        # A daemonised grandchild may keep the pipe open after the program itself has ended; but
-        # what was written before must be here, however slowly this thread gets its turn.
-        patience = Patience(scaled(_LINGER_SECONDS), sign=lambda: len(self._chunks))
-        while self._thread.is_alive() and not patience.spent():
-            self._thread.join(patience.pause)
+        # A daemonised grandchild may keep the pipe open after the program itself has exited; but
+        # all output written before that must be read, however slowly this thread is scheduled.
+        patience = Patience(scaled(_LINGER_SECONDS), marker=lambda: len(self._chunks))
+        while self._thread.is_alive() and not patience.exhausted():
+            self._thread.join(patience.poll_interval)
         return self.data
 
 
@@ -198,14 +198,14 @@ def _join(readers: Sequence[_Reader]) -> tuple[bytes, bytes]:
     return readers[0].join(), readers[1].join()
 
 
-def _feed(process: Process, data: bytes | None) -> None:
-    """Write a program's input, in a thread: one that hangs does not read."""
+def _write_input(process: Process, data: bytes | None) -> None:
+    """Write a program's input in a thread, as a program that hangs does not read."""
     pipe = process.stdin
     if data is None or pipe is None:
         return
 
     def write() -> None:
-        # It may end without reading everything; its exit status says whether that is bad.
+        # It may exit without reading everything; its exit status says whether that is an error.
         with contextlib.suppress(BrokenPipeError), pipe:
             pipe.write(data)
 
@@ -218,7 +218,7 @@ def _kill_group(process: Process) -> None:
     process.wait()
 
 
-def _how_it_ended(returncode: int) -> str:
+def _describe_exit(returncode: int) -> str:
     if returncode < 0:
         return f"was killed by {signal.Signals(-returncode).name}"
     return f"exited with status {returncode}"

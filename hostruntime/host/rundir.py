@@ -1,12 +1,12 @@
-"""What an instance keeps outside its state directory, because it dies with the kernel's state.
+"""What an instance keeps outside its state directory, because a reboot erases it.
 
-Network namespaces and who has them are gone after a reboot, and so is `/run`::
+Network namespaces and their assignments do not survive a reboot, and neither does `/run`::
 
     /run/orkestr/                  root:root 0711
       instances/                   root:root 0700, which state directory has which number (paths.py)
       <instance>/                  root:root 0711
         roots/<container name>/    the container's root:… 0700, in 0711 (rootfs.py)
-        lxc/                       0711, LXC's lxcpath; nothing is in it
+        lxc/                       0711, LXC's lxcpath; empty
         netns/<slot name>          a network namespace, bind-mounted (namespaces(7))
         sysfs/<slot name>/         the sysfs of that namespace
         disks/<owner>/             a container's writable layer, mounted
@@ -16,14 +16,14 @@ Network namespaces and who has them are gone after a reboot, and so is `/run`::
           helper.pyz, errors/      the proxy's helper and its refusal pages
           defaults.json            the default allowlist
           entries/<address>.json   who has a restricted address, and what it may reach
-          decisions/<owner>.ndjson proxy:proxy, what was asked and what was answered
-          direct/<owner>.ndjson    root:root, what was asked for past the proxy
+          decisions/<owner>.ndjson proxy:proxy, requests and decisions
+          direct/<owner>.ndjson    root:root, attempts to bypass the proxy
 
-What is not said otherwise is root's, and closed to everybody else: containers' files have the ids
-they have inside, so what is root's in there would otherwise be open to whoever is on this machine.
-Three directories can be passed through, and not listed, as LXC (5.0.2 and 6.0) goes to a
-container's root as that root, an id that owns nothing here and is in no group, and asks for
-passage to its lxcpath.  What it comes to is closed to all but that id.
+Unless stated otherwise, everything is owned by root and closed to everybody else: containers' files
+have the ids they have inside, so files of root's in there would otherwise be open to every user of
+this machine.  Three directories can be traversed, but not listed: LXC (5.0.2 and 6.0) enters a
+container's root as the container's root user, an id that owns nothing here and is in no group, and
+needs to traverse its lxcpath.  The directories below are closed to all but that id.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ class RunDir:
         return cls(RUN_ROOT / str(instance.index))
 
     def ensure(self, proxy_gid: int) -> None:
-        """Make the directories there are from the start; idempotent.  Raises OSError.
+        """Create the initial directories; idempotent.  Raises OSError.
 
-        Each has exactly its mode: whatever the umask is, and whatever an earlier version made.
+        Each gets exactly its mode, whatever the umask is and whatever an earlier version created.
         """
-        closed = (self.netns, self.sysfs, self.slots, self.disks)
+        private = (self.netns, self.sysfs, self.slots, self.disks)
         for directory in (self.root.parent, self.root, self.lxc, self.roots):
-            make_directory(directory, 0o711)
-        for directory in closed:
-            make_directory(directory, 0o700)
+            ensure_directory(directory, 0o711)
+        for directory in private:
+            ensure_directory(directory, 0o700)
         for directory in (self.egress, self.entries):
-            # Set-group-id: whatever root writes here belongs to the proxy's group.
-            make_directory(directory, 0o2750, proxy_gid)
-        make_directory(self.direct, 0o700)
+            # Set-group-id: files that root writes here belong to the proxy's group.
+            ensure_directory(directory, 0o2750, proxy_gid)
+        ensure_directory(self.direct, 0o700)
 
     def ensure_disks(self) -> None:
-        """Make the directory of disks and those above it; idempotent.  Raises OSError."""
+        """Create the directory of disks and its parents; idempotent.  Raises OSError."""
         for directory in (self.root.parent, self.root):
-            make_directory(directory, 0o711)
-        make_directory(self.disks, 0o700)
+            ensure_directory(directory, 0o711)
+        ensure_directory(self.disks, 0o700)
 
     @property
     def roots(self) -> Path:
@@ -121,14 +121,14 @@ class RunDir:
 
     @property
     def direct(self) -> Path:
-        """One log per owner, of what went past the proxy."""
+        """One log per owner of attempts to bypass the proxy."""
         return self.egress / "direct"
 
 
-def make_directory(path: Path, mode: int, gid: int = 0) -> None:
-    """Make a directory of root's with exactly this mode, or give one that is there this mode.
+def ensure_directory(path: Path, mode: int, gid: int = 0) -> None:
+    """Create a root-owned directory with exactly this mode, or set the mode of an existing one.
 
-    Its parent must be there.  Raises OSError.
+    Its parent must exist.  Raises OSError.
     """
     path.mkdir(mode=0o700, exist_ok=True)
     if gid:

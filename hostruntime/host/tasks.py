@@ -1,14 +1,14 @@
-"""The asynchronous toolbox: what the agent needs beside asyncio, once.
+"""The agent's asynchronous toolbox: what it needs in addition to asyncio.
 
-* :func:`threads`, a pool of them;
-* work that is finished although whoever waits for it is cancelled: :func:`in_thread`,
-  :func:`to_the_end`, which wait for the end, and :func:`unbroken`, which does not;
-* :class:`KeyedLocks`, one lock for each of any number of names;
+* :func:`create_thread_pool`;
+* work that completes even if the caller is cancelled: :func:`in_thread` and
+  :func:`run_to_completion`, which wait for it, and :func:`shielded`, which does not;
+* :class:`KeyedLocks`, one lock per name;
 * :func:`readable` and :func:`writable`, which wait for a descriptor;
-* :func:`every` for what is done again and again, and :func:`logged` for what may fail by itself.
+* :func:`every` for periodic work, and :func:`log_errors` for work whose failure only gets logged.
 
-The event loop waits for no disk: what reads or writes a file, a log or a tree goes to a thread.
-Control groups and proc(5) are the kernel's memory, and may be looked at from anywhere.
+The event loop never waits for a disk: what reads or writes a file, a log or a tree runs in a
+thread. Control groups and proc(5) are kernel memory, and may be read from anywhere.
 """
 
 from __future__ import annotations
@@ -25,62 +25,64 @@ from typing import Any
 
 from hostruntime.errors import HostError
 
-# What fails again and again in the same way is said once in so many seconds.
-SAY_AGAIN_SECONDS = 60.0
-_unbroken: set[asyncio.Future[Any]] = set()
+# Log a failure that repeats itself at most this often.
+REPEAT_LOG_SECONDS = 60.0
+_shielded: set[asyncio.Future[Any]] = set()
 _log = logging.getLogger(__name__)
 
 
-# Work that is not torn ---------------------------------------------------------------------------
+# Work that completes despite cancellation --------------------------------------------------------
 
 
-def threads(count: int) -> ThreadPoolExecutor:
-    """A pool whose threads are all there from the start.
+def create_thread_pool(count: int) -> ThreadPoolExecutor:
+    """Create a pool that starts all of its threads immediately.
 
-    One that the machine has no room for fails here, and not the call that would need it.
+    If the machine cannot start a thread, that fails here, and not in the call that would need it.
     Raises RuntimeError.
     """
-    pool, all_there = ThreadPoolExecutor(count), threading.Barrier(count)
-    for waiting in [pool.submit(all_there.wait) for _ in range(count)]:
-        waiting.result()
+    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count)
+    for future in [pool.submit(all_started.wait) for _ in range(count)]:
+        future.result()
     return pool
 
 
 class StoppedError(HostError):
-    """Work was asked to stop; what it was making is half made."""
+    """Work was asked to stop; its result is incomplete."""
 
     code = "stopped"
     status = 409
 
 
 class Stop:
-    """Ends long work in threads soon after whoever waits for it is cancelled."""
+    """Stops long work in threads soon after the caller is cancelled."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
 
     def check(self) -> None:
-        """Called by the work between its pieces.  Raises StoppedError."""
+        """Called periodically by the work.  Raises StoppedError."""
         if self.event.is_set():
             raise StoppedError("The work was asked to stop.")
 
     async def in_thread[T](self, function: Callable[..., T], *args: Any) -> T:
-        """Run work that looks at this in a thread, to its end, which comes soon if cancelled."""
+        """Run work that calls :meth:`check` in a thread; if cancelled, wait until it stops."""
         return await in_thread(function, *args, on_cancel=self.event.set)
 
 
 async def in_thread[T](
     function: Callable[..., T], *args: Any, on_cancel: Callable[[], None] | None = None
 ) -> T:
-    """Run ``function`` in a thread, to its end even when cancelled, and only then be cancelled.
+    """Run ``function`` in a thread; if cancelled, wait for it to finish before raising.
 
-    ``on_cancel`` is called at once, to make the function end soon.
+    ``on_cancel`` is called immediately on cancellation, to make the function finish soon.
     """
-    return await to_the_end(asyncio.to_thread(function, *args), on_cancel)
+    return await run_to_completion(asyncio.to_thread(function, *args), on_cancel)
 
 
-async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] | None = None) -> T:
-    """Await something, to its end even when cancelled, and only then be cancelled."""
+async def run_to_completion[T](
+    awaitable: Awaitable[T], on_cancel: Callable[[], None] | None = None
+) -> T:
+    """Await something; if cancelled, wait for it to finish before raising CancelledError."""
     work = asyncio.ensure_future(awaitable)
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
@@ -94,45 +96,45 @@ async def to_the_end[T](awaitable: Awaitable[T], on_cancel: Callable[[], None] |
         return work.result()
     failure = None if work.cancelled() else work.exception()
     if failure is not None and not isinstance(failure, StoppedError):
-        _log.info("cancelled work ended by %s", failure)
+        _log.info("cancelled work failed: %s", failure)
     raise cancelled
 
 
-async def unbroken[T](awaitable: Awaitable[T]) -> T:
-    """Await something that goes on to its end although the caller is cancelled, which is at once.
+async def shielded[T](awaitable: Awaitable[T]) -> T:
+    """Await something that keeps running if the caller is cancelled, which happens immediately.
 
-    What it raises when nobody waits any more goes to the log.
+    What it raises after the caller was cancelled is logged.
     """
     work = asyncio.ensure_future(awaitable)
-    # asyncio itself holds no task that somebody does not wait for.
-    _unbroken.add(work)
-    work.add_done_callback(_unbroken.discard)
+    # asyncio itself keeps only weak references to tasks.
+    _shielded.add(work)
+    work.add_done_callback(_shielded.discard)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        work.add_done_callback(_say_failure)
+        work.add_done_callback(_log_failure)
         raise
 
 
-def _say_failure(work: asyncio.Future[Any]) -> None:
+def _log_failure(work: asyncio.Future[Any]) -> None:
     if not work.cancelled() and (failure := work.exception()) is not None:
-        _log.info("work that nobody waited for any more ended by %s", failure)
+        _log.info("work whose caller was cancelled failed: %s", failure)
 
 
-# Turns -------------------------------------------------------------------------------------------
+# Locks -------------------------------------------------------------------------------------------
 
 
 class KeyedLocks:
-    """A lock for each name that is in use, and none for the others.  For one event loop."""
+    """A lock for each name in use.  For use on one event loop."""
 
     def __init__(self) -> None:
         self._locks: dict[str, asyncio.Lock] = {}
-        # Who holds one or waits for it.
+        # How many hold or wait for each lock.
         self._users: Counter[str] = Counter()
 
     @asynccontextmanager
     async def holding(self, key: str) -> AsyncIterator[None]:
-        """Hold the lock of that name in here; nobody else does."""
+        """Hold the lock of that name for the duration of the block."""
         lock = self._locks.setdefault(key, asyncio.Lock())
         self._users[key] += 1
         try:
@@ -152,7 +154,7 @@ class KeyedLocks:
 
 
 async def readable(descriptor: int) -> None:
-    """Wait until something can be read from a descriptor, or it has come to its end."""
+    """Wait until a descriptor is readable or at its end."""
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(descriptor, ready.set)
     try:
@@ -162,7 +164,7 @@ async def readable(descriptor: int) -> None:
 
 
 async def writable(descriptor: int) -> None:
-    """Wait until something can be written to a descriptor."""
+    """Wait until a descriptor is writable."""
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
     loop.add_writer(descriptor, ready.set)
     try:
@@ -171,50 +173,52 @@ async def writable(descriptor: int) -> None:
         loop.remove_writer(descriptor)
 
 
-# What goes on by itself --------------------------------------------------------------------------
+# Background and periodic work --------------------------------------------------------------------
 
 
 @contextmanager
-def logged(what: str) -> Iterator[None]:
-    """Whatever is raised in here goes to the log, and no further.  In threads, too.
+def log_errors(description: str) -> Iterator[None]:
+    """Log whatever the block raises, and suppress it.  Usable in threads, too.
 
-    A HostError or OSError is told in a line, a defect with its traceback.
+    A HostError or OSError is logged on one line, anything else with its traceback.
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the log is the only place to tell
-        _tell(what, error)
+    except Exception as error:  # noqa: BLE001 - the log is the only place to report it
+        _log_error(description, error)
 
 
-def _tell(what: str, error: BaseException) -> None:
-    known = isinstance(error, HostError | OSError)
-    _log.error("%s: %s", what, error or type(error).__name__, exc_info=None if known else error)
+def _log_error(description: str, error: BaseException) -> None:
+    expected = isinstance(error, HostError | OSError)
+    _log.error(
+        "%s: %s", description, error or type(error).__name__, exc_info=None if expected else error
+    )
 
 
 def every(
     seconds: float | Callable[[], float],
     work: Callable[[], Awaitable[None]],
-    what: str,
+    description: str,
     *,
-    at_once: bool = False,
+    immediately: bool = False,
 ) -> asyncio.Task[None]:
-    """Do ``work`` every so many seconds until the task that is returned is cancelled.
+    """Run ``work`` periodically until the returned task is cancelled.
 
-    The seconds are between the end of one round and the next; a function is asked anew each time.
-    Whatever a round raises is logged, with ``what`` before it, and the next one comes all the
-    same.  ``at_once`` does not wait before the first.
+    ``seconds`` is the time between the end of one run and the start of the next; a function is
+    called each time.  Whatever a run raises is logged, prefixed with ``description``, and does not
+    prevent the next.  ``immediately`` skips the wait before the first run.
     """
-    return asyncio.create_task(_again_and_again(seconds, work, what, at_once), name=what)
+    return asyncio.create_task(_repeat(seconds, work, description, immediately), name=description)
 
 
-async def _again_and_again(
+async def _repeat(
     seconds: float | Callable[[], float],
     work: Callable[[], Awaitable[None]],
-    what: str,
-    at_once: bool,
+    description: str,
+    immediately: bool,
 ) -> None:
-    said: tuple[str, float] = ("", 0.0)
-    wait = not at_once
+    last_logged: tuple[str, float] = ("", 0.0)
+    wait = not immediately
     while True:
         if wait:
             await asyncio.sleep(seconds if isinstance(seconds, float | int) else seconds())
@@ -224,38 +228,40 @@ async def _again_and_again(
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _is_cancelled():
                 raise
-            said = _tell_anew(what, error, said)
+            last_logged = _log_unless_repeated(description, error, last_logged)
         else:
-            said = ("", 0.0)
+            last_logged = ("", 0.0)
 
 
 def _is_cancelled() -> bool:
-    """Whether the running task itself was cancelled, and not what it waited for."""
+    """Whether the running task itself was cancelled, rather than what it awaited."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 
 
-def _tell_anew(what: str, error: BaseException, said: tuple[str, float]) -> tuple[str, float]:
+def _log_unless_repeated(
+    description: str, error: BaseException, last_logged: tuple[str, float]
+) -> tuple[str, float]:
     now, failure = time.monotonic(), repr(error)
-    if said[0] == failure and now < said[1] + SAY_AGAIN_SECONDS:
-        return said
-    _tell(what, error)
+    if last_logged[0] == failure and now < last_logged[1] + REPEAT_LOG_SECONDS:
+        return last_logged
+    _log_error(description, error)
     return failure, now
 
 
-async def end(*tasks: asyncio.Task[None] | None) -> None:
-    """Cancel tasks, and wait until they have ended."""
-    there = [task for task in tasks if task is not None]
-    for task in there:
+async def cancel_and_wait(*tasks: asyncio.Task[None] | None) -> None:
+    """Cancel tasks and wait until they have finished."""
+    pending = [task for task in tasks if task is not None]
+    for task in pending:
         task.cancel()
-    await asyncio.gather(*there, return_exceptions=True)
+    await asyncio.gather(*pending, return_exceptions=True)
 
 
-def in_background(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
-    """Begin something that nobody waits for: what it raises is logged.  Keep the task."""
-    return asyncio.create_task(_logged(work, what), name=what)
+def in_background(work: Coroutine[Any, Any, None], description: str) -> asyncio.Task[None]:
+    """Start work that nobody awaits; what it raises is logged.  Keep a reference to the task."""
+    return asyncio.create_task(_run_logged(work, description), name=description)
 
 
-async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
-    with logged(what):
+async def _run_logged(work: Coroutine[Any, Any, None], description: str) -> None:
+    with log_errors(description):
         await work

@@ -31,7 +31,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.records import BadRecord, read_record
 from hostruntime.image.trash import Trash
-from hostruntime.wire.keeping import HeldInfo
+from hostruntime.wire.reconciliation import QuarantinedItemInfo
 
 DEFAULT_DAYS = 7.0
 _DAY = 86_400.0
@@ -44,7 +44,7 @@ Reason = Literal["unknown", "damaged"]
 
 
 @dataclass(frozen=True)
-class Held(HeldInfo):
+class Held(QuarantinedItemInfo):
     """One thing in quarantine, of a kind and for a reason that are known here."""
 
     kind: Kind

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from hostruntime.host.paths import StatePaths
-from hostruntime.host.tasks import logged
+from hostruntime.host.tasks import log_errors
 from hostruntime.image.trees import entries, is_directory, opened
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Trash:
             with self._wake:
                 self._wake.wait_for(lambda: self._asked)
                 self._asked, self._busy = False, True
-            with logged("the trash could not be emptied; it will be tried again"):
+            with log_errors("the trash could not be emptied; it will be tried again"):
                 self._empty_now()
             with self._wake:
                 self._busy = False

@@ -124,7 +124,7 @@ class EgressProxy:
             for pid in self.processes():
                 _send(pid, sent)
             ending = Patience(patience, self.processes)
-            while self.processes() and not ending.spent():
+            while self.processes() and not ending.exhausted():
                 time.sleep(_POLL_SECONDS)
         # They end with Squid by themselves, but not when they hang.
         for pid in self.helpers():
@@ -174,13 +174,13 @@ class EgressProxy:
         patience = Patience(_PROBE_SECONDS, lambda: [*self.processes(), *self.helpers()])
         answer = b""
         with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
-            probe.settimeout(patience.pause)
+            probe.settimeout(patience.poll_interval)
             probe.sendall(f"CONNECT {host}:443 HTTP/1.0\r\n\r\n".encode())
             while words not in answer and len(answer) < _MOST_OF_AN_ANSWER:
                 try:
                     piece = probe.recv(_MOST_OF_AN_ANSWER)
                 except TimeoutError:
-                    if patience.spent():
+                    if patience.exhausted():
                         raise
                     continue
                 if not piece:
@@ -330,9 +330,11 @@ class EgressProxy:
             raise HostUnavailable(f"The egress proxy does not start. {why}") from error
         patience = Patience(_START_SECONDS, lambda: [*self.processes(), *self.helpers()])
         while not self.healthy():
-            if patience.spent():
+            if patience.exhausted():
                 why = telling_lines(_text_from(log, earlier))
-                raise HostUnavailable(f"The egress proxy does not answer; it {patience.why}. {why}")
+                raise HostUnavailable(
+                    f"The egress proxy does not answer; it {patience.reason}. {why}"
+                )
             time.sleep(_POLL_SECONDS)
 
     def processes(self) -> list[int]:

@@ -37,7 +37,7 @@ from hostruntime.host import kernel
 from hostruntime.host.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_atomically
 from hostruntime.host.patience import scaled
 from hostruntime.host.rundir import RunDir
-from hostruntime.host.tasks import logged
+from hostruntime.host.tasks import log_errors
 from hostruntime.network import firewall, nowhere
 from hostruntime.network.conntrack import forget_connections
 from hostruntime.network.direct import Listener, record_attempt
@@ -149,7 +149,7 @@ class SlotPool:
         self._destroy_leftovers(kept=set())
         run_ip_quietly([f"address delete {self._proxy()}/32 dev lo"])
         firewall.remove(self.instance.nft_table)
-        if left := kernel.mount_points(self.run_dir.root):
+        if left := kernel.mount_points_under(self.run_dir.root):
             raise HostFault(f"{left[0]} is still mounted; unmount it and try again.")
         shutil.rmtree(self.run_dir.root, ignore_errors=True)
         self._free = deque(range(MAX_SLOTS))
@@ -315,7 +315,7 @@ class SlotPool:
                 if work is None:
                     return
             done = False
-            with logged("a network slot could not be recycled"):
+            with log_errors("a network slot could not be recycled"):
                 work()
                 done = True
             if not done:

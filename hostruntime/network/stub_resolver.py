@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostruntime.host.tasks import logged
+from hostruntime.host.tasks import log_errors
 from hostruntime.network.netns import within
 
 ADDRESS, PORT = "127.0.0.53", 53
@@ -164,10 +164,10 @@ class StubResolver:
             if wake in ready:
                 return
             for descriptor in ready:
-                with logged("a question to a container's resolver could not be answered"):
+                with log_errors("a question to a container's resolver could not be answered"):
                     for station, datagram, sender in self._turn(poll, descriptor):
                         station.answer(datagram, sender)
-            with self._lock, logged("a container's resolver could not go on"):
+            with self._lock, log_errors("a container's resolver could not go on"):
                 self._resume(poll)
 
     def _turn(self, poll: select.epoll, descriptor: int) -> list[_Asked]:

@@ -2,8 +2,8 @@
 
 A sandbox is a directory ``sandboxes/<id>/`` with ``sandbox.json`` and the container's own files.
 The record is written before the container starts, and again whenever it changes, so a new agent
-knows what the last one did.  A sandbox that ended by itself (its deadline passed, its init died)
-keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
+knows what the previous one did.  A sandbox that ended by itself (its deadline passed, its init
+died) keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
 """
 
 from __future__ import annotations
@@ -22,28 +22,35 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
-from hostruntime.container.exec import Frame, shell
-from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.container.exec import Frame, shell_argv
+from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, NotFound
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged, unbroken
+from hostruntime.host.tasks import (
+    KeyedLocks,
+    cancel_and_wait,
+    every,
+    in_thread,
+    log_errors,
+    shielded,
+)
 from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
 from hostruntime.image.identity import give_identity
 from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.network.slots import Slot
 from hostruntime.sandbox.changes import Changes
-from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, user_of
-from hostruntime.sandbox.usage import UsageBook
+from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
+from hostruntime.sandbox.usage import UsageStore
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
 Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
 SWEEP_SECONDS = 0.5
-KEEP_GONE_SECONDS = 86_400.0
+KEEP_RECORD_SECONDS = 86_400.0
 _RECORD = "sandbox.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -51,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A sandbox as it is now."""
+    """The current state of a sandbox."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -60,7 +67,7 @@ class Sandbox:
     image_id: str
     image_tree: str
     deadline: float | None
-    # The same by :mod:`hostruntime.host.clock`, and of which boot: what counts.
+    # The effective deadline by :mod:`hostruntime.host.clock`, and the boot that it belongs to.
     due: float | None = None
     boot: str = ""
     started_at: float = 0.0
@@ -69,18 +76,18 @@ class Sandbox:
     ended_at: float | None = None
     slot: Mapping[str, Any] | None = None
     paused: bool = False
-    # What is baked into its image (hostruntime.image.environment).
+    # The environment variables of its image (hostruntime.image.environment).
     image_env: Mapping[str, str] = field(default_factory=dict)
 
     def info(self, *, held: bool) -> SandboxInfo:
-        """The answer of the agent's API."""
+        """The sandbox as the agent's API returns it."""
         return SandboxInfo(
             id=self.request.id,
             image=self.request.image,
             state=self.state,
             started_at=self.started_at,
             boot_ms=round(self.boot_ms, 2),
-            deadline=self.deadline if self.state == "gone" else self.end,
+            deadline=self.deadline if self.state == "gone" else self.ends_at,
             network=self.request.network,
             reason=self.reason,
             ended_at=self.ended_at,
@@ -89,22 +96,24 @@ class Sandbox:
         )
 
     @property
-    def end(self) -> float | None:
-        """When it ends, in Unix seconds by the clock as it goes now."""
-        now = clock.deadline_of(self.due)
-        # As it was asked for, while the clock has not been set.
-        same = now is not None and self.deadline is not None and abs(now - self.deadline) < 1
-        return self.deadline if same else now
+    def ends_at(self) -> float | None:
+        """When it ends, in Unix seconds by the current wall clock."""
+        current = clock.to_wall_clock(self.due)
+        # Exactly as requested, unless the clock has been set since.
+        unchanged = (
+            current is not None and self.deadline is not None and abs(current - self.deadline) < 1
+        )
+        return self.deadline if unchanged else current
 
     @property
-    def is_over(self) -> bool:
-        """Whether its time is over, however the clock was set meanwhile."""
+    def is_expired(self) -> bool:
+        """Whether its deadline has passed, however the clock was set meanwhile."""
         return self.due is not None and self.due <= clock.elapsed()
 
-    def until(self, deadline: float | None) -> Sandbox:
-        """The same with another end, in Unix seconds."""
-        due = clock.due(deadline)
-        return replace(self, deadline=deadline, due=due, boot=clock.this_boot())
+    def with_deadline(self, deadline: float | None) -> Sandbox:
+        """The same with another deadline, in Unix seconds."""
+        due = clock.to_boottime(deadline)
+        return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
 
 
 _SANDBOX = TypeAdapter(Sandbox)
@@ -113,95 +122,95 @@ Sandboxes = list[Sandbox]
 
 @dataclass
 class SandboxManager:
-    """The sandboxes of one host.  For one event loop; :meth:`recover` comes first."""
+    """The sandboxes of one host.  For use on one event loop; call :meth:`recover` first."""
 
     paths: StatePaths
     containers: ContainerManager
     store: ImageStore
-    usage: UsageBook = field(init=False)
+    usage: UsageStore = field(init=False)
     snapshots: SnapshotManager = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: KeyedLocks = field(default_factory=KeyedLocks)
-    # Those that are being ended, and why.
+    # Sandboxes that are being terminated, and why.
     _ending: dict[str, Reason] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.usage = UsageBook(self.paths.usage, self._groups, self.store.quarantine)
+        self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
 
-    # Life of the manager -------------------------------------------------------------------
+    # Lifecycle of the manager --------------------------------------------------------------
 
     async def recover(self) -> None:
-        """Load the records; take up the sandboxes that still run, note what became of others."""
+        """Load the records; adopt the sandboxes that still run, and record how others ended."""
         await in_thread(self.snapshots.recover)
-        for sandbox in await in_thread(self._recorded):
-            await self._take_up(sandbox)
+        for sandbox in await in_thread(self._load_records):
+            await self._restore(sandbox)
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         await in_thread(self.usage.recover, running)
 
-    def _recorded(self) -> Sandboxes:
-        """What the last agent wrote down; what cannot be believed, or was none yet, goes."""
-        found = []
+    def _load_records(self) -> Sandboxes:
+        """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
+        records = []
         for directory in sorted(self.paths.sandboxes.iterdir()):
             try:
                 sandbox = read_sandbox(directory)
             except BadRecord as error:
-                # Whatever ran has been ended: the pass at start takes it for nobody's, too.
+                # Its container has been stopped: the cleanup at start treats it as unowned, too.
                 self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
                 continue
             if sandbox is None:
-                # The agent died before there was a record.
+                # The agent died before it wrote a record.
                 self.store.trash.discard(directory)
                 continue
             if sandbox.state == "starting":
-                # Nobody was told of it: it never was.
+                # It was never reported to anybody.
                 self.store.trash.discard(directory)
                 continue
-            found.append(sandbox)
-        return found
+            records.append(sandbox)
+        return records
 
-    async def _take_up(self, sandbox: Sandbox) -> None:
-        if sandbox.state == "running" and sandbox.boot != clock.this_boot():
-            # Written by an agent that knew no other clock.
-            sandbox = sandbox.until(sandbox.deadline)
+    async def _restore(self, sandbox: Sandbox) -> None:
+        if sandbox.state == "running" and sandbox.boot != clock.boot_id():
+            # Another boot, or a record by an agent that only used the wall clock.
+            sandbox = sandbox.with_deadline(sandbox.deadline)
         if sandbox.state == "running" and not self._adopt(sandbox):
             sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
         await self._save(sandbox)
 
     def live(self) -> set[str]:
-        """The ids of running sandboxes: who uses slots and images."""
+        """The ids of running sandboxes, which use slots and images."""
         return {key for key, sandbox in self._sandboxes.items() if sandbox.state == "running"}
 
-    def begin(self) -> None:
-        """Begin to enforce deadlines; be told when containers end."""
+    def start_sweeping(self) -> None:
+        """Start enforcing deadlines and watching for containers that exit."""
         self.containers.on_exit.append(self._on_exit)
-        what = "the deadlines of sandboxes could not be looked at"
-        self._sweeper = every(SWEEP_SECONDS, self._sweep, what)
-        self.usage.open()
+        description = "the deadlines of sandboxes could not be checked"
+        self._sweeper = every(SWEEP_SECONDS, self._sweep, description)
+        self.usage.start_sampling()
 
     async def close(self) -> None:
-        """Stop enforcing deadlines; sandboxes stay."""
-        await end(self._sweeper)
+        """Stop enforcing deadlines; sandboxes keep running."""
+        await cancel_and_wait(self._sweeper)
         await self.usage.close()
 
-    async def freeze_again(self) -> None:
-        """What the records call paused is frozen, whatever the last agent had come to."""
+    async def refreeze_paused(self) -> None:
+        """Freeze all sandboxes recorded as paused, whatever state the previous agent left."""
         for sandbox in self.list():
             if sandbox.state == "running" and sandbox.paused:
-                with logged(f"sandbox {sandbox.request.id} cannot be paused again"):
+                with log_errors(f"sandbox {sandbox.request.id} cannot be paused again"):
                     await self.containers.pause(sandbox.request.id)
 
-    # What is asked of it -------------------------------------------------------------------
+    # Operations ----------------------------------------------------------------------------
 
     def info(self, sandbox: Sandbox) -> SandboxInfo:
-        """The answer of the agent's API."""
+        """A sandbox as the agent's API returns it."""
         return sandbox.info(held=sandbox.request.id in self.containers.held())
 
     def list(self) -> list[Sandbox]:
-        """Every sandbox, running ones and those gone within the last day."""
+        """Every running sandbox and those that ended within the last day."""
         return list(self._sandboxes.values())
 
     def get(self, sandbox_id: str) -> Sandbox:
@@ -215,39 +224,39 @@ class SandboxManager:
         """Start a sandbox; return it, and whether it is new (the same id starts once).
 
         Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
-        left of it.
+        left behind.
         """
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
-        policy = _checked(request)
-        return await unbroken(self._create(request, policy))
+        policy = _validate(request)
+        return await shielded(self._create(request, policy))
 
     async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
         async with self._locks.holding(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
-            await in_thread(self.containers.require_room)
+            await in_thread(self.containers.require_space)
             if request.snapshot is None:
-                return await self._begin(request, policy, None), True
-            async with self.snapshots.opened(request.snapshot) as snapshot:
+                return await self._start_sandbox(request, policy, None), True
+            async with self.snapshots.use(request.snapshot) as snapshot:
                 request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
-                return await self._begin(request, policy, snapshot), True
+                return await self._start_sandbox(request, policy, snapshot), True
 
-    async def _begin(
+    async def _start_sandbox(
         self, request: CreateSandbox, policy: Policy, snapshot: Snapshot | None
     ) -> Sandbox:
         try:
-            sandbox = await in_thread(self._written_down, request, snapshot)
+            sandbox = await in_thread(self._write_record, request, snapshot)
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
             await self._drop(request.id, request.image)
             raise
-        await self._save(_started(sandbox, running))
-        self.usage.begin(request.id, running.started_at)
+        await self._save(_as_running(sandbox, running))
+        self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
 
-    def _written_down(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
-        """The sandbox that is about to start, on disk before anything is there for it."""
+    def _write_record(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
+        """Write the record of a sandbox that is about to start, before anything is created."""
         directory = self._directory(request.id)
         directory.mkdir(mode=0o700, exist_ok=True)
         image = self._image(request, snapshot)
@@ -258,7 +267,7 @@ class SandboxManager:
             str(image.tree),
             None,
             image_env=image.manifest.env,
-        ).until(request.deadline)
+        ).with_deadline(request.deadline)
         check_variables(self._environment(sandbox))
         write_json(directory / _RECORD, asdict(sandbox))
         return sandbox
@@ -266,13 +275,13 @@ class SandboxManager:
     def _image(self, request: CreateSandbox, snapshot: Snapshot | None) -> Image:
         if snapshot is None:
             return self.store.acquire(request.image, request.id)
-        return self.store.share(snapshot.image_id, user_of(snapshot.id), request.id)
+        return self.store.share(snapshot.image_id, image_user(snapshot.id), request.id)
 
-    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> Running:
+    async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> RunningContainer:
         if snapshot is None:
             return await self.containers.start(spec)
         disk = self.snapshots.disk(snapshot)
-        running = await self.containers.start(replace(spec, saved_disk=disk, provide=None))
+        running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
             await self.snapshots.restore(snapshot, spec.owner)
         except BaseException:
@@ -281,7 +290,7 @@ class SandboxManager:
         return running
 
     async def snapshot(self, sandbox_id: str, snapshot_id: str) -> tuple[Snapshot, bool]:
-        """Take a snapshot of a running sandbox, which goes on
+        """Take a snapshot of a running sandbox, which keeps running
         (:mod:`hostruntime.sandbox.snapshots`).
 
         Raises NotFound, ContainerGone, Conflict, HostFull, HostError.
@@ -292,12 +301,12 @@ class SandboxManager:
             snapshot_id,
             source,
             self._locks.holding(sandbox_id),
-            lambda: self._check_runs(sandbox_id),
+            lambda: self._require_usable(sandbox_id),
         )
 
     async def terminate(self, sandbox_id: str) -> None:
-        """End a sandbox and forget it; idempotent.  Raises HostFault if the kernel will not."""
-        await unbroken(self._terminate(sandbox_id))
+        """Stop and delete a sandbox; idempotent.  Raises HostFault if the kernel fails to."""
+        await shielded(self._terminate(sandbox_id))
 
     async def _terminate(self, sandbox_id: str) -> None:
         self.snapshots.interrupt(sandbox_id)
@@ -306,53 +315,54 @@ class SandboxManager:
             if sandbox is not None:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
-                await self.usage.end(sandbox_id)
+                await self.usage.finish(sandbox_id)
                 await self._drop(sandbox_id, sandbox.image_id)
 
     async def set_deadline(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         """Change when a sandbox ends.  Raises NotFound, ContainerGone."""
         async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
-            await self._save(sandbox.until(deadline))
+            await self._save(sandbox.with_deadline(deadline))
             return self._sandboxes[sandbox_id]
 
     async def pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        """Freeze a sandbox until :meth:`resume`, or the end of it at ``deadline``; idempotent.
+        """Freeze a sandbox until :meth:`resume`, or until it ends at ``deadline``; idempotent.
 
-        Raises NotFound, ContainerGone, HostFault (it runs on).
+        Raises NotFound, ContainerGone, HostFault (it keeps running).
         """
-        return await unbroken(self._pause(sandbox_id, deadline))
+        return await shielded(self._pause(sandbox_id, deadline))
 
     async def _pause(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         async with self._locks.holding(sandbox_id):
             self._running(sandbox_id)
             await self.containers.pause(sandbox_id)
             # It may have ended while it was frozen.
-            await self._save(replace(self._running(sandbox_id), paused=True).until(deadline))
-            self.changes.note(sandbox_id)
+            sandbox = replace(self._running(sandbox_id), paused=True)
+            await self._save(sandbox.with_deadline(deadline))
+            self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     async def resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
-        """Let a paused sandbox run on until ``deadline``; idempotent.
+        """Resume a paused sandbox, which then ends at ``deadline``; idempotent.
 
         Raises NotFound, ContainerGone.
         """
-        return await unbroken(self._resume(sandbox_id, deadline))
+        return await shielded(self._resume(sandbox_id, deadline))
 
     async def _resume(self, sandbox_id: str, deadline: float | None) -> Sandbox:
         async with self._locks.holding(sandbox_id):
             sandbox = self._running(sandbox_id)
-            # First, so that the sweep ends none that somebody has just taken up again.
-            await self._save(replace(sandbox, paused=False).until(deadline))
+            # Saved first, so that the sweep does not end a sandbox that was just resumed.
+            await self._save(replace(sandbox, paused=False).with_deadline(deadline))
             await self.containers.resume(sandbox_id)
-            self.changes.note(sandbox_id)
+            self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
     def exec(self, sandbox_id: str, request: Exec) -> AsyncGenerator[Frame, None]:
-        """Run a command with the environment of the image, the sandbox and its own, in this order.
+        """Run a command; its environment overrides the sandbox's, which overrides the image's.
 
         See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
-        for a command or an environment that no process can have.
+        for an impossible command or environment.
         """
         argv = _argv(request)
         sandbox = self._usable(sandbox_id)
@@ -365,12 +375,12 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
-        return self._counted(frames, request.quota)
+        return self._exec_within_quota(frames, request.quota)
 
-    async def _counted(
+    async def _exec_within_quota(
         self, frames: AsyncGenerator[Frame, None], quota: Quota | None
     ) -> AsyncGenerator[Frame, None]:
-        with self.commands.one_more(quota):
+        with self.commands.track(quota):
             async with contextlib.aclosing(frames):
                 async for frame in frames:
                     yield frame
@@ -380,24 +390,25 @@ class SandboxManager:
         return {**resolved(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
-        """The name file operations go by.  Raises NotFound, ContainerGone, ContainerPaused."""
+        """The container's name, for file operations.  Raises NotFound, ContainerGone,
+        ContainerPaused."""
         self._usable(sandbox_id)
         return self.containers.get(sandbox_id).name
 
     # How sandboxes end ---------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        oldest = time.time() - KEEP_GONE_SECONDS
+        oldest = time.time() - KEEP_RECORD_SECONDS
         for sandbox in self.list():
-            name = sandbox.request.id
-            if name in self.snapshots.frozen:
+            sandbox_id = sandbox.request.id
+            if sandbox_id in self.snapshots.frozen:
                 continue  # At the next pass: the others must not wait for the copy.
-            if sandbox.state == "running" and sandbox.is_over:
-                # One that cannot be ended keeps no other from its end.
-                with logged(f"sandbox {name} is past its deadline and cannot be ended"):
-                    await self._expire(name)
+            if sandbox.state == "running" and sandbox.is_expired:
+                # A failure must not prevent the others from ending.
+                with log_errors(f"sandbox {sandbox_id} could not be ended at its deadline"):
+                    await self._expire(sandbox_id)
             elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
-                with logged(f"sandbox {name} is long gone and cannot be forgotten"):
+                with log_errors(f"the record of sandbox {sandbox_id} could not be deleted"):
                     await self._forget(sandbox)
 
     async def _forget(self, sandbox: Sandbox) -> None:
@@ -408,11 +419,11 @@ class SandboxManager:
     async def _expire(self, sandbox_id: str) -> None:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
-            # Its deadline may have been moved while we waited for the lock.
-            if sandbox is not None and sandbox.state == "running" and sandbox.is_over:
+            # Its deadline may have changed while we waited for the lock.
+            if sandbox is not None and sandbox.state == "running" and sandbox.is_expired:
                 await self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
-                await self._end(sandbox, "expired")
+                await self._record_end(sandbox, "expired")
 
     async def _on_exit(self, owner: str) -> None:
         if owner not in self._sandboxes:
@@ -421,33 +432,33 @@ class SandboxManager:
             sandbox = self._sandboxes.get(owner)
             if sandbox is not None and sandbox.state == "running":
                 await self.containers.stop(owner)
-                await self._end(sandbox, self._ending.pop(owner, "exited"))
+                await self._record_end(sandbox, self._ending.pop(owner, "exited"))
 
-    async def end_for_room(self, sandbox_id: str) -> None:
-        """End a sandbox, now, because the machine is out of disk and this one takes the most.
+    async def terminate_for_space(self, sandbox_id: str) -> None:
+        """Terminate a sandbox immediately because the machine is running out of disk space.
 
-        Raises HostFault if the kernel will not.
+        Raises HostFault if the kernel fails to.
         """
         self._ending[sandbox_id] = "out_of_disk"
         self.snapshots.interrupt(sandbox_id)
-        # Before anything that may have to wait: what is killed writes nothing more.
+        # Killed before anything that may have to wait, so that it stops writing.
         self.containers.kill(sandbox_id)
         try:
             await self._on_exit(sandbox_id)
         finally:
             self._ending.pop(sandbox_id, None)
 
-    async def _end(self, sandbox: Sandbox, reason: Reason) -> None:
-        await self.usage.end(sandbox.request.id)
-        await in_thread(self._clear_away, sandbox)
-        gone = replace(sandbox, state="gone", reason=reason, deadline=sandbox.end)
-        gone = replace(gone, ended_at=time.time())
-        # Known and told even if that cannot be written down: the disk may be full.
-        self._sandboxes[sandbox.request.id] = gone
-        self.changes.note(sandbox.request.id)
-        await self._save(gone)
+    async def _record_end(self, sandbox: Sandbox, reason: Reason) -> None:
+        await self.usage.finish(sandbox.request.id)
+        await in_thread(self._clear_directory, sandbox)
+        ended = replace(sandbox, state="gone", reason=reason, deadline=sandbox.ends_at)
+        ended = replace(ended, ended_at=time.time())
+        # Recorded in memory and reported even if it cannot be saved: the disk may be full.
+        self._sandboxes[sandbox.request.id] = ended
+        self.changes.record(sandbox.request.id)
+        await self._save(ended)
 
-    def _clear_away(self, sandbox: Sandbox) -> None:
+    def _clear_directory(self, sandbox: Sandbox) -> None:
         directory = self._directory(sandbox.request.id)
         self.store.release(sandbox.image_id, sandbox.request.id)
         self.store.trash.discard(directory)
@@ -459,9 +470,9 @@ class SandboxManager:
         slot = self.containers.pool.slot_of(sandbox.request.id)
         if slot is None:
             return False
-        spec = self._spec(sandbox, _checked(sandbox.request))
+        spec = self._spec(sandbox, _validate(sandbox.request))
         name = self.containers.name_of(sandbox.request.id)
-        running = Running(
+        running = RunningContainer(
             sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
         )
         return self.containers.adopt(running, paused=sandbox.paused)
@@ -478,17 +489,17 @@ class SandboxManager:
             raise ContainerPaused("The sandbox is paused; resume it first.")
         return sandbox
 
-    def _check_runs(self, sandbox_id: str) -> None:
+    def _require_usable(self, sandbox_id: str) -> None:
         self._usable(sandbox_id)
 
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        provide = partial(give_identity, tree)
-        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, provide)
+        populate = partial(give_identity, tree)
+        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
 
     async def _save(self, sandbox: Sandbox) -> None:
-        """What is so from now on, in memory and then on disk.  Hold its lock."""
+        """Record the new state in memory, then on disk.  The caller holds its lock."""
         self._sandboxes[sandbox.request.id] = sandbox
         path = self._directory(sandbox.request.id) / _RECORD
         await in_thread(write_json, path, asdict(sandbox))
@@ -509,7 +520,7 @@ class SandboxManager:
 
 
 def read_sandbox(directory: Path) -> Sandbox | None:
-    """The sandbox of a directory, None without a record.  Raises BadRecord."""
+    """Read the record in a sandbox's directory; None if there is none.  Raises BadRecord."""
     path = directory / _RECORD
     sandbox = read_record(path, _SANDBOX)
     if sandbox is None:
@@ -517,13 +528,13 @@ def read_sandbox(directory: Path) -> Sandbox | None:
     if sandbox.request.id != directory.name:
         raise BadRecord(path, f"it is the record of {sandbox.request.id[:100]!r}")
     try:
-        _checked(sandbox.request)
+        _validate(sandbox.request)
     except InvalidRequest as error:
         raise BadRecord(path, error.detail) from error
     return sandbox
 
 
-def _started(sandbox: Sandbox, running: Running) -> Sandbox:
+def _as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
     return replace(
         sandbox,
         state="running",
@@ -538,17 +549,17 @@ def _slot_record(slot: Slot) -> dict[str, Any]:
 
 
 def _argv(request: Exec) -> Sequence[str]:
-    """What to run.  Raises InvalidRequest."""
-    given = request.command
-    argv = [given] if isinstance(given, str) else given
+    """The argv of a command.  Raises InvalidRequest."""
+    command = request.command
+    argv = [command] if isinstance(command, str) else command
     if any("\0" in text for text in (*argv, request.cwd)):
         raise InvalidRequest("A command cannot contain a NUL character.")
     check_environment(request.env)
-    return shell(given) if isinstance(given, str) else argv
+    return shell_argv(command) if isinstance(command, str) else argv
 
 
-def _checked(request: CreateSandbox) -> Policy:
-    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+def _validate(request: CreateSandbox) -> Policy:
+    """Validate a request and return its network policy.  Raises InvalidRequest."""
     if _ID.fullmatch(request.id) is None:
         raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")
     check_environment(request.env)

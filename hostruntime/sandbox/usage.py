@@ -1,14 +1,14 @@
-"""What each sandbox has used: CPU-seconds and GB-seconds, by day, kept until collected.
+"""Each sandbox's usage: CPU-seconds and GB-seconds by day, stored until collected.
 
-Both come from the sandbox's control group.  The kernel itself counts the CPU time; memory is
-read every two seconds, and the mean of two readings times the time between them is added up
-(1 GB = 10⁹ bytes; what the kernel charges to the group, so files in /tmp and /workspace and its
-page cache too).
+Both come from the sandbox's control group.  The kernel counts the CPU time; memory is read every
+two seconds, and the mean of two readings times the time between them is added up (1 GB = 10⁹
+bytes; what the kernel charges to the group, including files in /tmp and /workspace and the page
+cache).
 
-A sandbox has a small file in ``usage/`` that holds its sums and the last reading.  It outlives
-the sandbox until whoever collects says so, so neither a killed agent nor a collector that is
-away loses anything; what ran on while no agent was there is made up for at the next reading.
-The sums only ever grow: whoever collects twice gets the same numbers, not twice as much.
+A sandbox has a small file in ``usage/`` with its sums and the last reading.  It outlives the
+sandbox until the collector acknowledges it, so neither a killed agent nor an absent collector loses
+anything; time without an agent is made up for at the next reading.  The sums only ever grow:
+collecting twice returns the same numbers, not twice as much.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.container.cgroups import ContainerGroups
-from hostruntime.host.days import by_day
+from hostruntime.host.days import split_by_day
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, end, every, in_thread, logged
+from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, every, in_thread, log_errors
 from hostruntime.image.quarantine import Quarantine
-from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
+from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, UsageInfo
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
-# More of them wait for the next reading: each is a file.
-SAVES_AT_ONCE = 25
-# Bounds of what nobody collects.
+# Each save writes a file; the rest wait for the next sample.
+MAX_SAVES_PER_SAMPLE = 25
+# Limits of uncollected meters.
 KEEP_ENDED_SECONDS = 30 * 86_400.0
 MAX_ENDED = 20_000
-# Older days are added up into one sum.
+# Older days are combined into one sum.
 MAX_DAYS = 40
 _GB = 1e9
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Reading:
 class Meter:
     """The sums of one sandbox; ``days`` maps ISO dates to ``[cpu_seconds, gb_seconds]``.
 
-    ``read_at`` is CLOCK_MONOTONIC, which agents that follow each other share: a container does
+    ``read_at`` is CLOCK_MONOTONIC, which is comparable between successive agents: a container does
     not outlive the machine's boot.
     """
 
@@ -74,14 +74,14 @@ class Meter:
     saved_at: float = 0.0
 
     def add(self, reading: Reading, now: float) -> None:
-        """Count what was used since the last reading; ``now`` is the reading's Unix time."""
+        """Add the usage since the last reading; ``now`` is the reading's Unix time."""
         seconds = reading.at - self.read_at
         if seconds <= 0 or self.ended_at is not None:
             return
-        last = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
-        gb_seconds = (last + reading.memory_bytes) / 2 * seconds / _GB
+        previous = reading.memory_bytes if self.memory_bytes is None else self.memory_bytes
+        gb_seconds = (previous + reading.memory_bytes) / 2 * seconds / _GB
         cpu_seconds = max(reading.cpu_us - self.cpu_us, 0) / 1e6
-        for day, share in by_day(now - seconds, now):
+        for day, share in split_by_day(now - seconds, now):
             sums = self.days.setdefault(day.isoformat(), [0.0, 0.0])
             sums[0] += cpu_seconds * share
             sums[1] += gb_seconds * share
@@ -95,11 +95,12 @@ class Meter:
             self.before = [total + part for total, part in zip(self.before, sums, strict=True)]
 
     def info(self) -> UsageInfo:
-        """The answer of the agent's API."""
+        """The usage as the agent's API returns it."""
         days = tuple(
-            DayUsed(*sums, day=date.fromisoformat(day)) for day, sums in sorted(self.days.items())
+            DailyUsage(*sums, day=date.fromisoformat(day))
+            for day, sums in sorted(self.days.items())
         )
-        return UsageInfo(self.id, self.ended_at is not None, Used(*self.before), days)
+        return UsageInfo(self.id, self.ended_at is not None, ResourceUsage(*self.before), days)
 
 
 _METER = TypeAdapter(Meter)
@@ -107,7 +108,7 @@ Meters = list[Meter]
 
 
 def read_meter(path: Path) -> Meter | None:
-    """The meter in a file, None without one.  Raises BadRecord."""
+    """Read the meter in a file; None if it does not exist.  Raises BadRecord."""
     meter = read_record(path, _METER)
     if meter is None:
         return None
@@ -119,16 +120,16 @@ def read_meter(path: Path) -> Meter | None:
         try:
             date.fromisoformat(day)
         except ValueError as error:
-            raise BadRecord(path, f"{day[:20]!r} is no day") from error
+            raise BadRecord(path, f"{day[:20]!r} is not a date") from error
     return meter
 
 
 @dataclass
-class UsageBook:
-    """The meters of one host's sandboxes.  For one event loop; :meth:`recover` comes first.
+class UsageStore:
+    """The meters of one host's sandboxes.  For use on one event loop; call :meth:`recover` first.
 
-    ``groups`` gives the control groups of a sandbox by its id; ``quarantine`` takes what cannot be
-    believed.
+    ``groups`` returns the control groups of a sandbox by its id; damaged records go to
+    ``quarantine``.
     """
 
     directory: Path
@@ -136,13 +137,13 @@ class UsageBook:
     quarantine: Quarantine
     _meters: dict[str, Meter] = field(default_factory=dict)
     _sampler: asyncio.Task[None] | None = None
-    # One file is written by one thread at a time, and the last to write has the latest sums.
+    # Only one thread at a time writes a file, so that the last write has the latest sums.
     _files: KeyedLocks = field(default_factory=KeyedLocks)
 
     def recover(self, running: Mapping[str, float]) -> None:
-        """Load the sums; what does not run (``running``: id → Unix time of start) has ended.
+        """Load the sums; sandboxes not in ``running`` (id → Unix time of start) have ended.
 
-        Blocks: for a thread, before anything else is asked.
+        Blocks: call it in a thread, before anything else.
         """
         for path in sorted(self.directory.glob("*.json")):
             try:
@@ -158,49 +159,49 @@ class UsageBook:
                 self._write(meter)
         for sandbox_id, started_at in running.items():
             if sandbox_id not in self._meters:
-                self.begin(sandbox_id, started_at)
-        for meter in self._surplus():
+                self.start(sandbox_id, started_at)
+        for meter in self._excess_meters():
             self._unlink(meter)
 
-    def open(self) -> None:
-        """Begin to read every two seconds."""
-        what = "what sandboxes use could not be read"
-        self._sampler = every(SAMPLE_SECONDS, self._sample, what)
+    def start_sampling(self) -> None:
+        """Start sampling every two seconds."""
+        description = "the usage of sandboxes could not be read"
+        self._sampler = every(SAMPLE_SECONDS, self._sample, description)
 
     async def close(self) -> None:
-        """Stop reading; write everything down."""
-        await end(self._sampler)
+        """Stop sampling; save everything."""
+        await cancel_and_wait(self._sampler)
         for meter in self._running():
             await self._save(meter)
 
-    # What sandboxes do ---------------------------------------------------------------------
+    # Sandbox lifecycle ---------------------------------------------------------------------
 
-    def begin(self, sandbox_id: str, started_at: float) -> None:
-        """A sandbox runs since ``started_at`` (Unix seconds).  Reads and writes nothing yet."""
+    def start(self, sandbox_id: str, started_at: float) -> None:
+        """Start the meter of a sandbox started at ``started_at`` (Unix seconds); no I/O yet."""
         meter = self._meters.setdefault(sandbox_id, Meter(sandbox_id, 0.0))
         meter.read_at = time.monotonic() - max(time.time() - started_at, 0.0)
         meter.cpu_us, meter.memory_bytes, meter.ended_at = 0, None, None
         meter.saved_at = time.monotonic()
 
     async def read(self, sandbox_id: str) -> None:
-        """Count up to now: before a sandbox is ended, which removes its counters."""
+        """Read a sandbox's counters now; call it before a stop, which removes them."""
         self._apply(await asyncio.to_thread(self._readings, [sandbox_id]))
 
-    async def end(self, sandbox_id: str) -> None:
-        """A sandbox has ended: its sums are final, and stay until collected."""
+    async def finish(self, sandbox_id: str) -> None:
+        """Finalise the sums of a sandbox that has ended; they are stored until collected."""
         meter = self._meters.get(sandbox_id)
         if meter is not None and meter.ended_at is None:
             meter.ended_at = time.time()
             await self._save(meter)
 
-    # What collectors ask -------------------------------------------------------------------
+    # Collection ----------------------------------------------------------------------------
 
     def list(self, only: str | None = None) -> list[Meter]:
         """The meters of running sandboxes and of ended ones not yet collected."""
         return [meter for meter in self._meters.values() if only in (None, meter.id)]
 
-    async def collected(self, ids: Iterable[str]) -> None:
-        """Forget the ended ones among these.  Raises OSError."""
+    async def forget_collected(self, ids: Iterable[str]) -> None:
+        """Delete those of these meters whose sandboxes have ended.  Raises OSError."""
         for sandbox_id in ids:
             meter = self._meters.get(sandbox_id)
             if meter is not None and meter.ended_at is not None:
@@ -212,58 +213,58 @@ class UsageBook:
         running = [meter.id for meter in self._running()]
         self._apply(await asyncio.to_thread(self._readings, running))
         await self._save_old()
-        for meter in self._surplus():
+        for meter in self._excess_meters():
             await self._forget(meter)
 
     def _running(self) -> Iterable[Meter]:
         return [meter for meter in self._meters.values() if meter.ended_at is None]
 
     def _readings(self, ids: Iterable[str]) -> dict[str, Reading]:
-        found: dict[str, Reading] = {}
+        readings: dict[str, Reading] = {}
         for sandbox_id in ids:
             groups = self.groups(sandbox_id)
             memory = groups.memory_bytes()
             if memory is not None:
-                found[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
-        return found
+                readings[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
+        return readings
 
     def _apply(self, readings: Mapping[str, Reading]) -> None:
-        ahead = time.time() - time.monotonic()
+        offset = time.time() - time.monotonic()
         for sandbox_id, reading in readings.items():
             meter = self._meters.get(sandbox_id)
             if meter is not None:
-                meter.add(reading, reading.at + ahead)
+                meter.add(reading, reading.at + offset)
 
     async def _save_old(self) -> None:
-        due = time.monotonic() - SAVE_SECONDS
-        old = [meter for meter in self._running() if meter.saved_at <= due]
-        for meter in sorted(old, key=lambda meter: meter.saved_at)[:SAVES_AT_ONCE]:
+        cutoff = time.monotonic() - SAVE_SECONDS
+        old = [meter for meter in self._running() if meter.saved_at <= cutoff]
+        for meter in sorted(old, key=lambda meter: meter.saved_at)[:MAX_SAVES_PER_SAMPLE]:
             await self._save(meter)
 
     async def _save(self, meter: Meter) -> None:
         async with self._files.holding(meter.id):
-            # Meanwhile it may have been collected.
+            # It may have been collected meanwhile.
             if self._meters.get(meter.id) is meter:
                 await in_thread(self._write, meter)
 
     def _write(self, meter: Meter) -> None:
         meter.saved_at = time.monotonic()
-        # A full disk must not keep a sandbox from ending; memory still has the sums.
-        with logged(f"what sandbox {meter.id} uses could not be written down"):
+        # A full disk must not prevent a sandbox from ending; the sums are still in memory.
+        with log_errors(f"the usage of sandbox {meter.id} could not be saved"):
             write_json(self._path(meter.id), asdict(meter))
 
-    def _surplus(self) -> Meters:
-        """What nobody has collected for too long, or of too many."""
+    def _excess_meters(self) -> Meters:
+        """Uncollected meters that are too old, or too many."""
         ended = [meter for meter in self._meters.values() if meter.ended_at is not None]
         ended.sort(key=lambda meter: meter.ended_at or 0.0, reverse=True)
         oldest = time.time() - KEEP_ENDED_SECONDS
         surplus = [
             meter
-            for place, meter in enumerate(ended)
-            if place >= MAX_ENDED or (meter.ended_at or 0.0) < oldest
+            for index, meter in enumerate(ended)
+            if index >= MAX_ENDED or (meter.ended_at or 0.0) < oldest
         ]
         for meter in surplus:
-            _log.error("nobody collected what sandbox %s used: forgetting it", meter.id)
+            _log.error("discarding the uncollected usage of sandbox %s", meter.id)
         return surplus
 
     async def _forget(self, meter: Meter) -> None:

@@ -1,25 +1,25 @@
-"""What the web and the agent say to each other: every request and every answer, by noun.
+"""The messages between the web process and the agent: every request and response, by noun.
 
 ====================== ==========================================================================
-``message``            the base of them all, and how one becomes JSON and back
+``message``            their base class, and conversion to and from JSON
 ``resources``          CPU, memory and disk of a container
 ``sandboxes``          creating sandboxes, their deadlines, snapshots, changes and usage
-``commands``           running commands, and what comes of them
+``commands``           running commands, and their results
 ``files``              files in a sandbox
 ``builds``             builds of templates and their events
 ``images``             bases and images
-``keeping``            whose the state is, reconciliation, quarantine
-``health``             how the agent is, and what the egress proxy decided
+``reconciliation``     the state's installation, reconciliation, quarantine
+``health``             the agent's health, and the egress proxy's decisions
 ====================== ==========================================================================
 
-Each is a frozen dataclass and nothing else describes it: the client takes and returns it, the agent
-validates it (:func:`hostruntime.wire.message.decode`) and hands it on.  The two may be of different
+Each is a frozen dataclass and its only definition: the client accepts and returns it, the agent
+validates it (:func:`hostruntime.wire.message.decode`) and passes it on.  The two may have different
 versions, so
 
-- a field that one side does not know is left out by it, in requests and in answers;
-- a field that is added has a default, which stands for what there was before it and never changes:
-  in streams what has its default is not sent;
-- what may grow, such as the states of a build, is a ``str`` in an answer.
+- each side ignores fields that it does not know, in requests and in responses;
+- an added field has a default, which means the behaviour before it and never changes: streams do
+  not send fields with their default;
+- sets of values that may grow, such as the states of a build, are a ``str`` in a response.
 
 Times named ``…_at``, ``deadline`` are Unix seconds (float), durations ``…_ms`` milliseconds,
 ``…_seconds`` seconds, sizes ``…_bytes`` bytes and ``…_mb`` MiB.

@@ -1,4 +1,4 @@
-"""Builds of templates: what is asked for, where they are, and what they tell."""
+"""Builds of templates: requests, their state and their events."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _ENVELOPE = ("seq", "at", "kind")
 
 @dataclass(frozen=True)
 class Cache(Message):
-    """Whose layers a build keeps and may use (``scope``, a plain name).
+    """The ``scope`` (a plain name) in which a build stores layers, and may reuse them.
 
-    ``reuse``: steps that an earlier build of the scope ran the same way are not run again.
+    ``reuse``: identical steps of earlier builds of the scope are not run again.
     """
 
     scope: str
@@ -30,8 +30,8 @@ class Cache(Message):
 class StartBuild(Resources):
     """``POST /builds``: build an image that will have the build's id.
 
-    ``network`` is restricted or open.  ``env`` is baked into the image.  Without a ``cache`` no
-    layers are kept, and none is begun with.
+    ``network`` is restricted or open.  ``env`` is stored in the image.  Without a ``cache`` no
+    layers are stored or reused.
     """
 
     id: str
@@ -49,7 +49,7 @@ class StartBuild(Resources):
 
 @dataclass(frozen=True)
 class BuildInfo(Message):
-    """Where a build is; ``state`` is running, published, failed or cancelled.
+    """The state of a build; ``state`` is running, published, failed or cancelled.
 
     ``error`` has ``code``, ``message`` and perhaps ``step`` and ``refused``.
     """
@@ -67,13 +67,13 @@ class BuildEvent(Message):
     ========== =================================================================================
     boot       ``boot_ms`` (the container alone), ``duration_ms`` (the whole phase)
     step_*     ``step`` (from 1); ``started``: ``total``, ``command``; ``silent``: ``seconds``
-    …cached    instead of started and finished, of a step that is reused: ``total``, ``command``,
-               ``build`` (that ran it) and ``saved_at`` (when it had, Unix seconds)
+    …cached    instead of started and finished, for a reused step: ``total``, ``command``,
+               ``build`` (that ran it) and ``saved_at`` (when, Unix seconds)
     output     ``step``, ``text`` (at most 64 KiB)
     …finished  ``exit_code``, ``signal``, ``duration_ms``, ``output_bytes``, ``elided_bytes``;
-               ``added_bytes``, ``added_files``: what it added to the disk, perhaps negative
-    progress   ``phase`` (capture, scrub, contents or publish), ``files`` and ``bytes`` that it has
-               dealt with; every second of a phase that takes longer
+               ``added_bytes``, ``added_files``: its change of the disk, possibly negative
+    progress   ``phase`` (capture, scrub, contents or publish), ``files`` and ``bytes`` processed
+               so far; every second of a phase that takes longer
     scrub      ``removed_bytes``, ``duration_ms``, ``removed``: [{``what``, ``bytes``, ``files``}]
     capture    ``size_bytes``, ``file_count``, ``shared_bytes``, ``duration_ms``
     contents   ``digest``, ``packages``: {dpkg, pip, npm: [[name, version]]}, ``truncated``,
@@ -82,7 +82,7 @@ class BuildEvent(Message):
     failed     ``code``, ``message``, perhaps ``step`` and ``refused`` (hosts)
     ========== =================================================================================
 
-    On the wire, and in the build's log, all fields are of one object.
+    On the wire and in the build's log, all fields are in one flat object.
     """
 
     seq: int
@@ -92,12 +92,12 @@ class BuildEvent(Message):
 
     @model_validator(mode="before")
     @classmethod
-    def _gathered(cls, flat: Any) -> Any:
+    def _nest_data(cls, flat: Any) -> Any:
         if not isinstance(flat, dict):
             return flat
-        known = {name: flat[name] for name in _ENVELOPE if name in flat}
-        return {**known, "data": {name: flat[name] for name in flat if name not in known}}
+        envelope = {name: flat[name] for name in _ENVELOPE if name in flat}
+        return {**envelope, "data": {name: flat[name] for name in flat if name not in envelope}}
 
     @model_serializer
-    def _flat(self) -> dict[str, Any]:
+    def _flatten(self) -> dict[str, Any]:
         return {"seq": self.seq, "at": self.at, "kind": self.kind, **self.data}

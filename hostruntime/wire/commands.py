@@ -1,4 +1,4 @@
-"""Commands in a sandbox: what to run, how many may run at once, and what comes of one."""
+"""Commands in a sandbox: what to run, how many may run concurrently, and their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TIMEOUT_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class Quota(Message):
-    """At most ``most`` commands of ``scope`` at once (:mod:`hostruntime.host.quotas`)."""
+    """At most ``most`` concurrent commands of ``scope`` (:mod:`hostruntime.host.quotas`)."""
 
     scope: Annotated[str, Field(min_length=1, max_length=128)]
     most: Annotated[int, Field(ge=0)]
@@ -23,10 +23,10 @@ class Quota(Message):
 
 @dataclass(frozen=True)
 class Exec(Message):
-    """``POST /sandboxes/{id}/exec``: a ``command`` for the shell, or as a list of its words.
+    """``POST /sandboxes/{id}/exec``: a ``command`` for the shell, or an argv as a list.
 
-    ``timeout_seconds`` None is no limit.  Of stdout and stderr together ``max_output_bytes`` are
-    sent, None sends all.
+    ``timeout_seconds`` None is no limit.  At most ``max_output_bytes`` of stdout and stderr
+    together are sent; None sends everything.
     """
 
     command: str | Annotated[Sequence[str], Field(min_length=1)]
@@ -39,7 +39,7 @@ class Exec(Message):
 
 @dataclass(frozen=True)
 class ExecFrame(Message):
-    """One line of the stream that a command answers with.
+    """One line of a command's response stream.
 
     ``kind`` started: ``pid``; chunk: ``stream`` and ``data``; exited: ``code`` (128 + n when signal
     n killed it), ``signal``, ``duration_ms``, ``out_of_memory``, ``truncated``; error:
@@ -60,23 +60,23 @@ class ExecFrame(Message):
 
     @property
     def is_last(self) -> bool:
-        """Whether the command has ended with it."""
+        """Whether it is the last frame."""
         return self.kind in {"exited", "error"}
 
 
 @dataclass(frozen=True)
 class RunningCommands(Message):
-    """``GET /commands``: how many commands run of each scope that has any."""
+    """``GET /commands``: the number of running commands by scope."""
 
     scopes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class ExecResult:
-    """A command that ended, its frames put together; ``code`` is 128 + n when signal n killed it.
+    """The result of a finished command; ``code`` is 128 + n if signal n killed it.
 
-    ``truncated`` says that output beyond the cap was read and dropped (the command was not
-    disturbed); ``out_of_memory`` that the kernel killed something in the container meanwhile.
+    ``truncated`` means that output beyond the limit was read and discarded (without affecting the
+    command); ``out_of_memory`` that the kernel killed something in the container meanwhile.
     """
 
     code: int

@@ -33,7 +33,7 @@ class WrittenFile(Message):
 
 @dataclass(frozen=True)
 class FileStat(Message):
-    """What is at a path; everything but ``path`` and ``exists`` is meaningless when it is not."""
+    """The stat of a path; unless it ``exists``, the other fields are meaningless."""
 
     path: str
     exists: bool
@@ -56,14 +56,14 @@ class DirectoryEntry(Message):
 
 @dataclass(frozen=True)
 class DirectoryEntries(Message):
-    """What ``GET /sandboxes/{id}/files`` answers for a directory, sorted by name."""
+    """The response to ``GET /sandboxes/{id}/files`` for a directory, sorted by name."""
 
     entries: tuple[DirectoryEntry, ...]
 
 
 @dataclass(frozen=True)
 class FileContent:
-    """A file that was read whole; its stat is in the answer's headers."""
+    """A complete file; its stat is in the response headers."""
 
     stat: FileStat
     content: bytes
@@ -71,7 +71,7 @@ class FileContent:
 
 @dataclass(frozen=True)
 class DirectoryListing:
-    """A directory that was read, sorted by name."""
+    """The entries of a directory, sorted by name."""
 
     stat: FileStat
     entries: tuple[DirectoryEntry, ...]

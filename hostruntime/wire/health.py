@@ -1,4 +1,4 @@
-"""How the agent is, and what the egress proxy let through and refused."""
+"""The agent's health, and the egress proxy's decisions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hostruntime.wire.message import Message
 
 
 @dataclass(frozen=True)
-class DiskRoom(Message):
-    """The room on the disk of the state directory; sizes are null until it is first checked.
+class DiskStatus(Message):
+    """The space on the disk of the state directory; sizes are null until it is first checked.
 
-    ``level`` is well, low, critical or read_only. ``held`` containers are frozen until there is
-    room again, and ``ballast`` tells whether the file is there that can be deleted to get some.
+    ``level`` is well, low, critical or read_only. ``held`` is the number of containers that are
+    frozen until there is space again; ``ballast`` tells whether the ballast file is allocated.
     """
 
     level: str = "well"
@@ -29,10 +29,10 @@ class DiskRoom(Message):
 
 @dataclass(frozen=True)
 class Health(Message):
-    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` says ``healthy``, ``address``.
+    """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` has ``healthy``, ``address``.
 
-    ``notes`` are sentences on package managers whose registries sandboxes will not reach, and on
-    the disk when it is short of room or read-only.
+    ``notes`` are sentences on package managers whose registries sandboxes cannot reach, and on the
+    disk if it is low on space or read-only.  ``room`` is the space on that disk.
     """
 
     version: str
@@ -42,7 +42,7 @@ class Health(Message):
     proxy: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    room: DiskRoom = field(default_factory=DiskRoom)
+    room: DiskStatus = field(default_factory=DiskStatus)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class DefaultDomains(Message):
 
 @dataclass(frozen=True)
 class EgressHost(Message):
-    """What one container did with one host and port; ``reason`` and ``message`` are the latest.
+    """One container's requests to one host and port; ``reason`` and ``message`` are the latest.
 
-    How often it was ``allowed`` and ``refused``, and the bytes of tunnels that have ended.
+    Has the number of ``allowed`` and ``refused`` requests, and the bytes of closed tunnels.
     """
 
     host: str
@@ -68,9 +68,9 @@ class EgressHost(Message):
     last_at: float
     sent_bytes: int
     received_bytes: int
-    # Of what was allowed that which came to nothing: no address, refused, timed out, no TLS.
+    # The allowed requests that failed: no address, connection refused, timed out, no TLS.
     unreached: int = 0
-    # Asked for past the proxy: by DNS, which names no port (0), or an address that was tried.
+    # Bypassing the proxy: a DNS query, which has no port (0), or a direct connection attempt.
     direct: bool = False
 
 
@@ -83,9 +83,9 @@ class EgressHosts(Message):
 
 @dataclass(frozen=True)
 class EgressDecision(Message):
-    """One answer of the egress proxy, or to what was asked past it (``direct``).
+    """One decision of the egress proxy, or on an attempt to bypass it (``direct``).
 
-    ``verdict`` is allowed, refused, or unreached: allowed, and then not to be reached.
+    ``verdict`` is allowed, refused, or unreached (allowed, but the host could not be reached).
     """
 
     at: float

@@ -13,7 +13,7 @@ from hostruntime.wire.message import Message
 class BaseInfo(Message):
     """A built-in base image; ``state`` is ready, missing, building or failed.
 
-    ``digest`` is its definition's, ``error`` why it failed.
+    ``digest`` is that of its definition, ``error`` is why it failed.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Images(Message):
 
 @dataclass(frozen=True)
 class ImageUsage(Message):
-    """What an image takes now; ``users`` counts the sandboxes and builds that run on it.
+    """An image's disk usage; ``users`` counts the sandboxes and builds that use it.
 
     ``shared_bytes`` are hard-linked to other images too; ``reclaimable_bytes`` is the rest, which
-    comes back once the image is deleted and its last user has gone.
+    is freed once the image is deleted and has no users.
     """
 
     size_bytes: int
@@ -69,9 +69,9 @@ class ImageUsage(Message):
 
 @dataclass(frozen=True)
 class Progress(Message):
-    """One line of a base being built; the last one is ``done``, with the image, or ``error``.
+    """One line of a base's build; the last one is ``done``, with the image, or ``error``.
 
-    Of an error the fields are those of :meth:`hostruntime.errors.HostError.to_wire`.
+    An error has the fields of :meth:`hostruntime.errors.HostError.to_wire`.
     """
 
     kind: Literal["progress", "done", "error"]

@@ -1,4 +1,4 @@
-"""The base of what goes over the agent's socket, and how it becomes JSON and back."""
+"""The base class of messages on the agent's socket, and their conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 
 class Message:
-    """Base of every request and answer.
+    """Base of every request and response.
 
-    No value of another type than its field's and no number that is none; a field that is not known
-    is left out: the other side may be newer.
+    Values must have exactly their field's type, without NaN and infinity; unknown fields are
+    ignored, as the other side may be newer.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
@@ -20,7 +20,7 @@ class Message:
 
 
 class MalformedError(ValueError):
-    """JSON that is not the message it should be; its text is one sentence that says why."""
+    """JSON that is not a valid message; the text is one sentence that says why."""
 
 
 _adapters: dict[type[Message], TypeAdapter[Any]] = {}
@@ -33,33 +33,33 @@ def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
 
 
 def encode(message: Message, *, brief: bool = False) -> bytes:
-    """A message as JSON; ``brief`` leaves out what has its default."""
+    """A message as JSON; ``brief`` leaves out fields with their default."""
     return _adapter(type(message)).dump_json(message, exclude_defaults=brief)
 
 
 def decode[M: Message](kind: type[M], data: bytes | str) -> M:
-    """The message of a kind from its JSON.  Raises MalformedError."""
+    """Parse a message of a kind from JSON.  Raises MalformedError."""
     try:
         message: M = _adapter(kind).validate_json(data)
     except ValidationError as error:
-        raise MalformedError(_first(error)) from error
+        raise MalformedError(_first_error(error)) from error
     return message
 
 
 def from_fields[M: Message](kind: type[M], fields: object) -> M:
-    """The message of a kind from an object that others wrote, such as a line of a log.
+    """Parse a message of a kind from an object of another origin, such as a line of a log.
 
-    A number may be written as text there.  Raises MalformedError.
+    Numbers may be text there.  Raises MalformedError.
     """
     try:
-        # Strict, it would take nothing but the dataclass itself.
+        # In strict mode it would accept only an instance of the dataclass.
         message: M = _adapter(kind).validate_python(fields, strict=False)
     except ValidationError as error:
-        raise MalformedError(_first(error)) from error
+        raise MalformedError(_first_error(error)) from error
     return message
 
 
-def _first(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}." if where else f"{first['msg']}."
+    location = ".".join(str(part) for part in first["loc"])
+    return f"{location}: {first['msg']}." if location else f"{first['msg']}."

@@ -1,4 +1,4 @@
-"""Sandboxes: what is asked of them, how they are, their snapshots, and what they have used."""
+"""Sandboxes: requests, their state, their snapshots and their usage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hostruntime.wire.resources import Resources
 
 @dataclass(frozen=True)
 class CreateSandbox(Resources):
-    """``POST /sandboxes``: start one from an ``image``, or a ``snapshot``, whose disk it gets.
+    """``POST /sandboxes``: start one from an ``image``, or from a ``snapshot`` with its disk.
 
-    ``network`` is off, restricted or open.  It ends at ``deadline``, or never.
+    ``network`` is off, restricted or open.  It ends at ``deadline``; None is never.
     """
 
     id: str
@@ -37,10 +37,10 @@ class SetDeadline(Message):
 class SandboxInfo(Message):
     """A sandbox; ``state`` is running or gone.
 
-    ``reason`` of a gone one: ``expired`` (its deadline passed), ``exited`` (its init ended, for
-    example because memory ran out), ``out_of_disk`` (the machine's disk was running out, and this
-    took more than others) or ``host_lost`` (the machine or the container went away).  A running one
-    may be ``paused``, or ``held`` (it stands still until the machine's disk has room again).
+    ``reason`` of a gone one: ``expired`` (its deadline passed), ``exited`` (its init exited, for
+    example for lack of memory), ``out_of_disk`` (the machine's disk was running out, and this one
+    used more than others) or ``host_lost`` (the machine rebooted or the container vanished).  A
+    running one may be ``paused``, or ``held`` (frozen until the machine's disk has space again).
     """
 
     id: str
@@ -65,9 +65,9 @@ class Sandboxes(Message):
 
 @dataclass(frozen=True)
 class ChangesInfo(Message):
-    """Sandboxes as they are after they changed, up to number ``seq`` of the agent's ``run``.
+    """The current state of changed sandboxes, up to number ``seq`` of the agent's ``run``.
 
-    Without ``whole`` there may be others: compare all that there are.
+    Unless ``whole``, changes may be missing: compare all sandboxes.
     """
 
     run: str
@@ -88,7 +88,7 @@ class CreateSnapshot(Message):
 
 @dataclass(frozen=True)
 class SnapshotInfo(Message):
-    """A snapshot of a sandbox over ``image``; ``frozen_ms`` is how long that stood still for it."""
+    """A snapshot of a sandbox over ``image``; ``frozen_ms`` is how long it was frozen for it."""
 
     id: str
     sandbox: str
@@ -101,7 +101,7 @@ class SnapshotInfo(Message):
 
 @dataclass(frozen=True)
 class Snapshots(Message):
-    """``GET /snapshots``, the oldest first."""
+    """``GET /snapshots``, oldest first."""
 
     snapshots: tuple[SnapshotInfo, ...]
 
@@ -110,38 +110,40 @@ class Snapshots(Message):
 
 
 @dataclass(frozen=True)
-class Used(Message):
+class ResourceUsage(Message):
     """CPU-seconds, and gigabyte-seconds of memory (1 GB = 10⁹ bytes)."""
 
     cpu_seconds: float = 0.0
     gb_seconds: float = 0.0
 
-    def __add__(self, other: Used) -> Used:
-        return Used(self.cpu_seconds + other.cpu_seconds, self.gb_seconds + other.gb_seconds)
+    def __add__(self, other: ResourceUsage) -> ResourceUsage:
+        return ResourceUsage(
+            self.cpu_seconds + other.cpu_seconds, self.gb_seconds + other.gb_seconds
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DayUsed(Used):
-    """The same of one ``day``, in UTC."""
+class DailyUsage(ResourceUsage):
+    """The usage of one ``day``, in UTC."""
 
     day: date
 
 
 @dataclass(frozen=True)
 class UsageInfo(Message):
-    """What a sandbox has used since it started: sums that only grow, ``ended`` ones not any more.
+    """A sandbox's usage since it started: sums that only grow, and are final once ``ended``.
 
-    ``days`` (UTC, ascending) hold the last ones, ``before`` what was used earlier.
+    ``days`` (UTC, ascending) has the most recent ones, ``before`` the sum of earlier ones.
     """
 
     id: str
     ended: bool
-    before: Used
-    days: tuple[DayUsed, ...]
+    before: ResourceUsage
+    days: tuple[DailyUsage, ...]
 
     @property
-    def total(self) -> Used:
-        """All of it."""
+    def total(self) -> ResourceUsage:
+        """The total usage."""
         return sum(self.days, self.before)
 
 
@@ -154,6 +156,6 @@ class Usage(Message):
 
 @dataclass(frozen=True)
 class CollectedUsage(Message):
-    """``POST /usage/collected``: the host may forget what these used, as far as they have ended."""
+    """``POST /usage/collected``: the host may delete the usage of those that have ended."""
 
     ids: Sequence[str]

@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from hostruntime.host.days import by_day
+from hostruntime.host.days import split_by_day
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 
@@ -64,7 +64,7 @@ def spread(team_id: str, metric: Metric, begin: datetime, end: datetime) -> dict
     seconds = max((end - begin).total_seconds(), 0.0)
     return {
         Key(team_id, day, metric): seconds * share
-        for day, share in by_day(begin.timestamp(), end.timestamp())
+        for day, share in split_by_day(begin.timestamp(), end.timestamp())
     }
 
 

@@ -11,7 +11,7 @@ import re
 
 from orkestr_console.core.text import STEERING, code_point, place
 
-# The shell gets more than one argument of it: see hostruntime.container.exec.shell.
+# The shell gets more than one argument of it: see hostruntime.container.exec.shell_argv.
 LARGEST_SCRIPT = 256 * 1024
 _DISK = "everything that a step writes to the disk is in the image"
 _FILES_ALONE = "an image holds files and variables alone; give the command to a sandbox's exec"

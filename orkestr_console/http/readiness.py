@@ -9,7 +9,7 @@ not answer is one whose last good answer grows old.
 ``agent``     the host agent answers
 ``proxy``     the agent finds the egress proxy well
 ``disk``      the installation's reserve is there, by the agent's measure
-(:mod:`hostruntime.host.room`):
+(:mod:`hostruntime.host.disk_space`):
               below it nothing new is begun
 """
 
@@ -29,8 +29,8 @@ from django.db import connection
 
 from hostruntime import errors as host_errors
 from hostruntime.client.host_client import host_client
+from hostruntime.host.disk_space import DiskSpace, Level
 from hostruntime.host.patience import scaled
-from hostruntime.host.room import Level, Room
 from orkestr_console.core.postgres import unavailable
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,10 @@ def room_at(path: Path) -> str | None:
     """What is wrong with the file system that ``path`` is on, as far as we may look."""
     while not os.access(path, os.X_OK) and path != path.parent:
         path = path.parent
-    room = Room.of(path)
+    room = DiskSpace.of(path)
     if room.read_only:
         return "cannot be written to"
-    if room.level is Level.WELL:
+    if room.level is Level.NORMAL:
         return None
     left = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
     kept = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"

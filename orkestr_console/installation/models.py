@@ -7,7 +7,7 @@ import secrets
 from django.db import models
 from django.utils import timezone
 
-from hostruntime.wire.keeping import Claim
+from hostruntime.wire.reconciliation import Claim
 
 
 def new_word() -> str:

@@ -15,9 +15,14 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
-from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.reconciliation import (
+    InstallationInfo,
+    QuarantinedItemInfo,
+    Reconcile,
+    Reconciliation,
+)
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.limit_changes import Operator, refusals
 from orkestr_console.core.hosts import errors_told, host
@@ -144,7 +149,7 @@ def adopt_restored(paths: StatePaths) -> Installation:
     Raises ``OSError``.
     """
     row = marked_anew(0)
-    InstallationBook(paths).adopt(row.claim())
+    InstallationStore(paths).adopt(row.claim())
     return confirmed(row)
 
 
@@ -165,23 +170,23 @@ def confirmed(row: Installation) -> Installation:
     return row
 
 
-def standing() -> StandingInfo:
+def standing() -> InstallationInfo:
     """What the state directory says of itself. Raises ``HostUnavailable``."""
     with errors_told():
         return host().installation()
 
 
-def held() -> list[HeldInfo]:
+def held() -> list[QuarantinedItemInfo]:
     """What was set aside, the oldest first. Raises ``HostUnavailable``."""
     let_go()
     with errors_told():
         return host().quarantine()
 
 
-def restore(key: str, operator: Operator | None = None) -> HeldInfo:
+def restore(key: str, operator: Operator | None = None) -> QuarantinedItemInfo:
     """Put back what was set aside. Raises ``NotFound``, ``Conflict``, ``HostUnavailable``."""
     with noting(operator, "quarantine.restore", key), errors_told():
-        thing = host().restore_held(key)
+        thing = host().restore_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.restore", thing.name, thing.kind)
     return thing
@@ -190,7 +195,7 @@ def restore(key: str, operator: Operator | None = None) -> HeldInfo:
 def delete(key: str, operator: Operator | None = None) -> None:
     """Delete for good what was set aside. Raises ``NotFound``, ``HostUnavailable``."""
     with noting(operator, "quarantine.delete", key), errors_told():
-        host().delete_held(key)
+        host().delete_quarantined(key)
     if operator is not None:
         record(operator, "quarantine.delete", key, "")
 

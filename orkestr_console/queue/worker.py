@@ -91,8 +91,8 @@ class Pulse:
             if self._beats[which] != self._seen[which]:
                 self._seen[which] = self._beats[which]
                 self._patience[which] = self._anew(which)
-            elif self._patience[which].spent():
-                return self._patience[which].why
+            elif self._patience[which].exhausted():
+                return self._patience[which].reason
         return ""
 
     def _anew(self, which: int) -> Patience:

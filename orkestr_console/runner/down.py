@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
-from hostruntime.host.patience import Patience, tree_of
+from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import CommandFailed, run
 from orkestr_console.runner.confine import mount_points
 from orkestr_console.runner.layout import Layout
@@ -62,11 +62,11 @@ def stop_console(layout: Layout) -> bool:
     if process is None:
         return False
     os.kill(process, signal.SIGTERM)
-    patience = Patience(STOP_SECONDS, lambda: tree_of(process))
+    patience = Patience(STOP_SECONDS, lambda: process_tree(process))
     while holder(layout) is not None:
-        if patience.spent():
+        if patience.exhausted():
             raise DownError(
-                f"process {process} does not stop: it {patience.why}. See {layout.log}; "
+                f"process {process} does not stop: it {patience.reason}. See {layout.log}; "
                 f"`kill -9 {process}` ends it and everything it runs"
             )
         time.sleep(0.1)

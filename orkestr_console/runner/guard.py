@@ -132,7 +132,7 @@ class Guard:
         """The kernel has told the programs to end with their manager; those that hang cannot."""
         left = [pid for pid in pids if is_running(pid)]
         patience = Patience(LEFT_BEHIND_SECONDS, lambda: left)
-        while left and not patience.spent():
+        while left and not patience.exhausted():
             time.sleep(WATCH_SECONDS / 10)
             left = [pid for pid in left if is_running(pid)]
         for pid in left:

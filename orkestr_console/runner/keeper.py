@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
 
-from hostruntime.host.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, process_tree, scaled
 from orkestr_console.runner.layout import Layout, StartError
 
 LOG_BYTES = 10 * 1024 * 1024
@@ -163,7 +163,9 @@ class Keeper:
         time.
         """
         patience = Patience(
-            seconds, lambda: tree_of(self.states()[name][1]), sign=lambda: self._written(name)
+            seconds,
+            lambda: process_tree(self.states()[name][1]),
+            marker=lambda: self._written(name),
         )
         starts: set[int] = set()
         began = told = time.monotonic()
@@ -171,8 +173,8 @@ class Keeper:
         while not ready():
             if self._crashed(name, starts):
                 raise self._not_ready(name, "crashed as it started")
-            if patience.spent():
-                raise self._not_ready(name, f"is not ready: it {patience.why}")
+            if patience.exhausted():
+                raise self._not_ready(name, f"is not ready: it {patience.reason}")
             if time.monotonic() > told + TELL_SECONDS:
                 told = time.monotonic()
                 say(f"waiting for {name}, at work for {told - began:.0f} s")
@@ -215,7 +217,7 @@ class Keeper:
 
     def replace(self, name: str) -> None:
         """Kill a program that hangs, and all it started; supervisord starts it again."""
-        for pid in tree_of(self.states()[name][1]):
+        for pid in process_tree(self.states()[name][1]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -258,7 +260,7 @@ class Keeper:
             running = [pid for _, pid in self.states().values() if pid]
         except ManagerSilent:
             return []
-        return [pid for program in running for pid in tree_of(program)]
+        return [pid for program in running for pid in process_tree(program)]
 
     def tail(self, log: str) -> str:
         """The end of one file of the log directory."""
@@ -296,9 +298,9 @@ class _Connection(UnixStreamHTTPConnection):  # type: ignore[misc]
 
 def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes]) -> bool:
     """Poll ``ready`` ten times a second until ``process`` has ended, or does nothing so long."""
-    patience = Patience(seconds, lambda: tree_of(process.pid))
+    patience = Patience(seconds, lambda: process_tree(process.pid))
     while not ready():
-        if process.poll() is not None or patience.spent():
+        if process.poll() is not None or patience.exhausted():
             return False
         time.sleep(0.1)
     return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hostruntime.host.patience import named_slowness, slowness
+from hostruntime.host.patience import configured_slowness, slowness
 from orkestr_console.core.listening import listen_addresses, trusted_proxies
 from orkestr_console.runner.postgres import Cluster
 
@@ -153,7 +153,7 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
     Raises ``StartError``, with what to write instead, for one that cannot be meant.
     """
     try:
-        named_slowness(environment)
+        configured_slowness(environment)
         listen = listen_addresses(environment.get("ORKESTR_LISTEN"))
         trusted_proxies(environment.get("ORKESTR_TRUSTED_PROXIES"))
     except ValueError as error:

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from hostruntime.host.patience import Patience, scaled, tree_of
+from hostruntime.host.patience import Patience, process_tree, scaled
 from orkestr_console.runner.account import USER, confined, ensure_user, give
 
 SERVER_USER = "postgres"
@@ -142,9 +142,9 @@ class Cluster:
         if pid is None:
             return
         os.kill(pid, signal.SIGINT)
-        patience = Patience(IDLE_SECONDS, lambda: tree_of(pid))
+        patience = Patience(IDLE_SECONDS, lambda: process_tree(pid))
         while self._server_pid() is not None:
-            if patience.spent():
+            if patience.exhausted():
                 raise PostgresError(f"the server of {self.data}, process {pid}, does not stop")
             time.sleep(0.05)
 
@@ -260,18 +260,18 @@ def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
 
 
 def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
-    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
+    patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
     while not cluster.answers():
-        if server.poll() is not None or patience.spent():
+        if server.poll() is not None or patience.exhausted():
             raise PostgresError(f"the database did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
 def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
-    patience = Patience(IDLE_SECONDS, lambda: tree_of(server.pid))
+    patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
     while server.poll() is None:
-        if patience.spent():
-            raise PostgresError(f"the database did not stop: it {patience.why}")
+        if patience.exhausted():
+            raise PostgresError(f"the database did not stop: it {patience.reason}")
         time.sleep(0.05)
 
 

@@ -67,8 +67,8 @@ class SelfCheck:
     def _wait_until_ready(self, template: str) -> None:
         """Follow the build by what it tells, for as long as it tells something or is worked on."""
         events = 0
-        patience = Patience(scaled(BUILD_SECONDS), self.pids, sign=lambda: events)
-        while not patience.spent():
+        patience = Patience(scaled(BUILD_SECONDS), self.pids, marker=lambda: events)
+        while not patience.exhausted():
             found = self._call("GET", f"/v1/templates/{template}")
             if found["status"] == "ready":
                 return
@@ -77,7 +77,7 @@ class SelfCheck:
             events = self._follow(template, events)
             time.sleep(0.1)
         raise SelfCheckError(
-            f"the template is still {found['status']}, and the installation {patience.why}"
+            f"the template is still {found['status']}, and the installation {patience.reason}"
         )
 
     def _follow(self, template: str, after: int) -> int:

@@ -50,7 +50,7 @@ class Watched:
         if not self._is_asking() and time.monotonic() >= self._ask_at:
             self._asking = threading.Thread(target=self._ask, daemon=True)
             self._asking.start()
-        return self._patience.why if self._patience.spent() else ""
+        return self._patience.reason if self._patience.exhausted() else ""
 
     def _is_asking(self) -> bool:
         return self._asking is not None and self._asking.is_alive()

@@ -95,7 +95,7 @@ def too_many(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
 
 async def to_the_end(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
     """What came of a command; cancelled, it ends it. Raises the host's errors."""
-    return await async_host().exec_to_end(sandbox.pk, asked(sandbox, spec, quota))
+    return await async_host().exec_to_completion(sandbox.pk, asked(sandbox, spec, quota))
 
 
 def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:

@@ -12,7 +12,7 @@ from datetime import date
 
 from django.db import transaction
 
-from hostruntime.wire.sandboxes import UsageInfo, Used
+from hostruntime.wire.sandboxes import ResourceUsage, UsageInfo
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Key
@@ -29,7 +29,7 @@ def collect(sandbox_id: str | None = None) -> None:
     # One whose row is gone belongs to nobody: it is forgotten as well.
     ended = [info.id for info in told.values() if info.ended]
     if ended:
-        host().usage_collected(ended)
+        host().acknowledge_usage(ended)
 
 
 def count(team_id: str, told: Mapping[str, UsageInfo]) -> None:
@@ -39,7 +39,7 @@ def count(team_id: str, told: Mapping[str, UsageInfo]) -> None:
         rows = Sandbox.objects.filter(team_id=team_id, pk__in=told).order_by("pk")
         grown: list[Sandbox] = []
         for sandbox in rows.select_for_update().only("cpu_seconds", "gb_seconds"):
-            counted = Used(sandbox.cpu_seconds, sandbox.gb_seconds)
+            counted = ResourceUsage(sandbox.cpu_seconds, sandbox.gb_seconds)
             for day, used in gained(told[sandbox.pk], counted):
                 for metric, amount in by_metric(used):
                     key = Key(team_id, day, metric)
@@ -52,17 +52,17 @@ def count(team_id: str, told: Mapping[str, UsageInfo]) -> None:
         usage.add(amounts)
 
 
-def gained(info: UsageInfo, counted: Used) -> Iterator[tuple[date, Used]]:
+def gained(info: UsageInfo, counted: ResourceUsage) -> Iterator[tuple[date, ResourceUsage]]:
     """What each day has beyond ``counted``, of which the earliest days were counted first.
 
     What was used before the days that the host still tells apart goes to the first of them.
     """
-    reached = Used()
+    reached = ResourceUsage()
     for number, used in enumerate(info.days):
-        until = reached + used + (Used() if number else info.before)
+        until = reached + used + (ResourceUsage() if number else info.before)
         yield (
             used.day,
-            Used(
+            ResourceUsage(
                 beyond(reached.cpu_seconds, until.cpu_seconds, counted.cpu_seconds),
                 beyond(reached.gb_seconds, until.gb_seconds, counted.gb_seconds),
             ),
@@ -75,7 +75,7 @@ def beyond(begin: float, end: float, counted: float) -> float:
     return max(end - max(begin, counted), 0.0)
 
 
-def by_metric(used: Used) -> tuple[tuple[Metric, float], ...]:
+def by_metric(used: ResourceUsage) -> tuple[tuple[Metric, float], ...]:
     """The amounts by the metric they are counted under."""
     return (
         (Metric.VCPU_SECONDS, used.cpu_seconds),

@@ -40,7 +40,7 @@ ASKING = {
     "DELETE v1/sandboxes/<sandbox>": "delete_sandbox",
     "POST v1/sandboxes/<sandbox>/timeout": "set_deadline",
     "POST v1/sandboxes/<sandbox>/pause": "pause_sandbox",
-    "POST v1/sandboxes/<sandbox>/exec": "exec_to_end",
+    "POST v1/sandboxes/<sandbox>/exec": "exec_to_completion",
     "GET v1/sandboxes/<sandbox>/files?path=/workspace/there": "read_path",
     "POST v1/sandboxes/<sandbox>/files": "write_file",
     "DELETE v1/sandboxes/<sandbox>/files?path=/workspace/there": "delete_path",
@@ -51,7 +51,7 @@ ASKING = {
     "POST templates/new/": "bases",
     "POST sandboxes/new/": "create_sandbox",
     "GET sandboxes/of-template/<template>/": "image_usage",
-    "POST sandboxes/<sandbox>/exec/": "exec_to_end",
+    "POST sandboxes/<sandbox>/exec/": "exec_to_completion",
     "POST sandboxes/<sandbox>/pause/": "pause_sandbox",
     "POST sandboxes/<sandbox>/terminate/": "delete_sandbox",
 }

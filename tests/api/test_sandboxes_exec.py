@@ -119,9 +119,9 @@ def test_a_directory_that_is_not_there_is_said_to_be_missing(
 def test_one_that_stands_still_for_want_of_room_says_so_and_is_there_yet(
     api: Client, host: FakeHost, box: str
 ) -> None:
-    host.answers["make"] = Held("The machine is short of disk room.")
+    host.answers["make"] = Held("The machine is low on disk space.")
     answer = run(api, box)
-    assert "short of disk room" in refusal(answer, 503, "host_unavailable")["detail"]
+    assert "low on disk space" in refusal(answer, 503, "host_unavailable")["detail"]
     assert answer.headers["Retry-After"]
     assert Sandbox.objects.get().status == "running"
 
@@ -367,7 +367,7 @@ def hanging(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         raise AssertionError
 
     monkeypatch.setattr(host, "exec_frames", endless)
-    monkeypatch.setattr(host, "exec_to_end", waited_for)
+    monkeypatch.setattr(host, "exec_to_completion", waited_for)
     return begun
 
 
@@ -434,7 +434,7 @@ async def test_a_client_that_waits_and_goes_away_ends_the_command(
             ended.set()
         raise AssertionError
 
-    monkeypatch.setattr(host, "exec_to_end", endless)
+    monkeypatch.setattr(host, "exec_to_completion", endless)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     box = created.json()["id"]
     to_server: asyncio.Queue[Any] = asyncio.Queue()
@@ -494,7 +494,7 @@ def test_a_command_past_those_that_may_run_at_once_is_a_429_that_says_whose_limi
     api: Client, host: FakeHost, box: str, team: Team, *, stream: bool
 ) -> None:
     TeamLimits.objects.create(team=team, max_concurrent_commands=1)
-    with host.running.one_more(Quota(team.pk, 99)):
+    with host.running.track(Quota(team.pk, 99)):
         answer = run(api, box, stream=stream)
         said = refusal(answer, 429, "rate_limited")
         assert int(answer["Retry-After"]) > 0
@@ -508,5 +508,5 @@ def test_another_teams_commands_count_for_nobody_else(
     api: Client, host: FakeHost, box: str, team: Team, other_team: Team
 ) -> None:
     TeamLimits.objects.create(team=team, max_concurrent_commands=1)
-    with host.running.one_more(Quota(other_team.pk, 99)):
+    with host.running.track(Quota(other_team.pk, 99)):
         assert run(api, box).status_code == 200

@@ -31,7 +31,7 @@ from orkestr import OrkestrClient, Sandbox, Snapshot
 from orkestr.errors import OrkestrError
 
 from hostruntime.host.paths import Instance
-from hostruntime.host.patience import tree_of
+from hostruntime.host.patience import process_tree
 from hostruntime.host.rundir import RunDir
 from orkestr_console.runner.keeper import Keeper
 from tests.clients.making import Templates
@@ -144,7 +144,7 @@ def sample(stack: Stack) -> dict[str, float]:
     for pid in managers:
         _count_process(found, "process manager", pid)
     for program, (_, pid) in states.items():
-        for each in tree_of(pid) if pid else ():
+        for each in process_tree(pid) if pid else ():
             with suppress(OSError):
                 _count_process(found, program, each)
     with stack.host() as host:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hostruntime.host.patience import tree_of
+from hostruntime.host.patience import process_tree
 from tests.stack import Stack, wait_for
 
 THINGS = {"database", "worker", "agent", "proxy", "disk"}
@@ -35,7 +35,7 @@ def states(stack: Stack) -> dict[str, Any]:
 @contextmanager
 def hanging(stack: Stack, program: str) -> Iterator[None]:
     """A program, with all its processes, that does nothing any more but is there."""
-    stopped = list(tree_of(stack.pid(program)))
+    stopped = list(process_tree(stack.pid(program)))
     for pid in stopped:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)

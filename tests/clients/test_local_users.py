@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from orkestr import Sandbox
 
-from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.rundir import RUN_ROOT
 from tests.clients.making import Sandboxes, Templates
 from tests.processes import command_lines
@@ -211,7 +211,7 @@ def test_a_tenants_disks_devices_and_processes_are_closed(busy: Busy) -> None:
     assert images
     ours = [pid for pid, line in command_lines().items() if str(state) in line]
     group = cgroup_layout().container(f"ork{busy.run.name}-{busy.sandbox.id}").unified
-    tenants = pids_below(group)
+    tenants = pids_under(group)
     assert ours
     assert tenants
     inside = [

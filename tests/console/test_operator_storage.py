@@ -9,7 +9,7 @@ import pytest
 from django.test import Client
 
 from hostruntime.wire.images import ImageInfo
-from hostruntime.wire.keeping import HeldInfo
+from hostruntime.wire.reconciliation import QuarantinedItemInfo
 from orkestr_console.accounts.models import AuditEntry, Team, User
 from orkestr_console.installation import services as installation
 from orkestr_console.installation.models import Installation
@@ -32,30 +32,30 @@ def operator(team: Team) -> Client:
 
 
 @pytest.fixture
-def held(host: FakeHost) -> HeldInfo:
+def held(host: FakeHost) -> QuarantinedItemInfo:
     detail = "<b>no template</b> names it"
-    info = HeldInfo(KEY, "image", "img_lost", "unknown", detail, time.time(), 5_000_000)
+    info = QuarantinedItemInfo(KEY, "image", "img_lost", "unknown", detail, time.time(), 5_000_000)
     host.held[KEY] = (info, ImageInfo("img_lost", "template"))
     return info
 
 
 @pytest.mark.parametrize("path", ["", f"{KEY}/restore/", f"{KEY}/delete/", "accept/"])
 def test_to_anybody_else_it_is_not_there(
-    console: Client, host: FakeHost, held: HeldInfo, path: str
+    console: Client, host: FakeHost, held: QuarantinedItemInfo, path: str
 ) -> None:
     assert console.get(PAGE + path).status_code in {404, 405}
     assert console.post(PAGE + path).status_code in {404, 405}
     assert set(host.held) == {KEY}
 
 
-def test_it_lists_what_was_set_aside_as_text(operator: Client, held: HeldInfo) -> None:
+def test_it_lists_what_was_set_aside_as_text(operator: Client, held: QuarantinedItemInfo) -> None:
     page = text(operator.get(PAGE))
     assert "img_lost" in page
     assert "&lt;b&gt;no template&lt;/b&gt; names it" in page
     assert "Keep them together" not in page
 
 
-def test_something_is_put_back(operator: Client, host: FakeHost, held: HeldInfo) -> None:
+def test_something_is_put_back(operator: Client, host: FakeHost, held: QuarantinedItemInfo) -> None:
     answer = operator.post(f"{PAGE}{KEY}/restore/", follow=True)
     assert "was put back" in text(answer)
     assert "Quarantine is empty" in text(answer)
@@ -64,7 +64,7 @@ def test_something_is_put_back(operator: Client, host: FakeHost, held: HeldInfo)
 
 
 def test_something_is_deleted_once_that_was_confirmed(
-    operator: Client, host: FakeHost, held: HeldInfo
+    operator: Client, host: FakeHost, held: QuarantinedItemInfo
 ) -> None:
     assert "Delete it permanently?" in text(operator.get(f"{PAGE}{KEY}/delete/"))
     assert set(host.held) == {KEY}
@@ -99,7 +99,7 @@ def test_it_says_when_the_host_does_not_answer(operator: Client, host: FakeHost)
 
 
 def test_what_an_operator_does_is_on_record(
-    console: Client, alice: User, host: FakeHost, held: HeldInfo
+    console: Client, alice: User, host: FakeHost, held: QuarantinedItemInfo
 ) -> None:
     alice.is_staff = True
     alice.save()

@@ -370,7 +370,7 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         with self.lock:
             return [info for info in self.used.values() if sandbox_id in (None, info.id)]
 
-    def usage_collected(self, ids: Sequence[str]) -> None:
+    def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """As the client."""
         self._up()
         with self.lock:
@@ -386,13 +386,13 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
             raise answer
         return answer
 
-    async def exec_to_end(self, sandbox_id: str, request: Exec) -> ExecResult:
-        with self.running.one_more(request.quota):
+    async def exec_to_completion(self, sandbox_id: str, request: Exec) -> ExecResult:
+        with self.running.track(request.quota):
             return self.exec(sandbox_id, request)
 
     async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
         """What ``frames`` has for the command; an error among them is raised."""
-        with self.running.one_more(request.quota):
+        with self.running.track(request.quota):
             self._note(sandbox_id, request)
         told = False
         try:

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from hostruntime.errors import ImageNotFound, NotFound
-from hostruntime.host.installation import InstallationBook
+from hostruntime.host.installation import InstallationStore
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import RECONCILE_MOST
 from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 from hostruntime.wire.images import ImageInfo
-from hostruntime.wire.keeping import Claim, HeldInfo, Reconcile, Reconciliation, StandingInfo
+from hostruntime.wire.reconciliation import (
+    Claim,
+    InstallationInfo,
+    QuarantinedItemInfo,
+    Reconcile,
+    Reconciliation,
+)
 from hostruntime.wire.sandboxes import SnapshotInfo
 
 
@@ -33,19 +39,19 @@ class FakeKeeping:
         return tempfile.TemporaryDirectory(prefix="orkestr-fake-")
 
     @property
-    def book(self) -> InstallationBook:
-        return InstallationBook(StatePaths(Path(self._directory.name)))
+    def book(self) -> InstallationStore:
+        return InstallationStore(StatePaths(Path(self._directory.name)))
 
     @cached_property
-    def held(self) -> dict[str, tuple[HeldInfo, Any]]:
+    def held(self) -> dict[str, tuple[QuarantinedItemInfo, Any]]:
         return {}
 
-    def installation(self) -> StandingInfo:
+    def installation(self) -> InstallationInfo:
         """As the client."""
         self._up()
         return self.book.read().info()
 
-    def agree(self, claim: Claim, *, known: bool | None = None) -> StandingInfo:
+    def agree(self, claim: Claim, *, known: bool | None = None) -> InstallationInfo:
         """As the client."""
         self._up()
         empty = not self.stored and not self.taken
@@ -53,7 +59,7 @@ class FakeKeeping:
             self.book.refuse(empty=empty)
         return self.book.agree(claim, empty=empty, known=bool(known)).info()
 
-    def adopt(self, claim: Claim) -> StandingInfo:
+    def adopt(self, claim: Claim) -> InstallationInfo:
         """As the client."""
         self._up()
         return self.book.adopt(claim).info()
@@ -74,7 +80,9 @@ class FakeKeeping:
                 surplus = [one for one in surplus if there[one][0].created_at < oldest]
             for name in surplus[:RECONCILE_MOST]:
                 key = f"{kind}.{name}"
-                info = HeldInfo(key, kind, name, "unknown", "nobody names it", time.time(), 10**6)
+                info = QuarantinedItemInfo(
+                    key, kind, name, "unknown", "nobody names it", time.time(), 10**6
+                )
                 self.held[key] = (info, there.pop(name))
             done += surplus[:RECONCILE_MOST]
             waiting += surplus[RECONCILE_MOST:]
@@ -87,12 +95,12 @@ class FakeKeeping:
             raise ImageNotFound(f"There is no image {image_id}.")
         return self.stored[image_id]
 
-    def quarantine(self) -> list[HeldInfo]:
+    def quarantine(self) -> list[QuarantinedItemInfo]:
         """As the client."""
         self._up()
         return [info for info, _ in self.held.values()]
 
-    def restore_held(self, key: str) -> HeldInfo:
+    def restore_quarantined(self, key: str) -> QuarantinedItemInfo:
         """As the client."""
         info, content = self._held(key)
         there: dict[str, Any] = self.stored if info.kind == "image" else self.taken
@@ -100,12 +108,12 @@ class FakeKeeping:
         del self.held[key]
         return info
 
-    def delete_held(self, key: str) -> None:
+    def delete_quarantined(self, key: str) -> None:
         """As the client."""
         self._held(key)
         del self.held[key]
 
-    def _held(self, key: str) -> tuple[HeldInfo, Any]:
+    def _held(self, key: str) -> tuple[QuarantinedItemInfo, Any]:
         self._up()
         if key not in self.held:
             raise NotFound(f"There is nothing called {key!r} in quarantine.")

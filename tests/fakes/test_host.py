@@ -30,5 +30,7 @@ def test_a_method_has_the_signature_of_the_clients(name: str) -> None:
 
 
 def test_streamed_commands_have_the_signature_of_the_async_clients() -> None:
-    assert inspect.signature(FakeHost.exec_to_end) == inspect.signature(AsyncHostClient.exec_to_end)
+    assert inspect.signature(FakeHost.exec_to_completion) == inspect.signature(
+        AsyncHostClient.exec_to_completion
+    )
     assert inspect.signature(FakeHost.exec_frames) == inspect.signature(AsyncHostClient.exec_frames)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from hostruntime.client import host_client
-from hostruntime.client.host_client import capped
-from hostruntime.client.transport import Collected
+from hostruntime.client.host_client import with_output_limit
+from hostruntime.client.transport import ExecCollector
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
 
 
@@ -14,9 +14,9 @@ class HostClient(host_client.HostClient):
     """The synchronous client that the product uses, and commands."""
 
     def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """``AsyncHostClient.exec_to_end`` for tests without an event loop."""
-        collected, path = Collected(), f"/sandboxes/{sandbox_id}/exec"
-        for frame in self._lines(ExecFrame, "POST", path, capped(request)):
+        """``AsyncHostClient.exec_to_completion`` for tests without an event loop."""
+        collected, path = ExecCollector(), f"/sandboxes/{sandbox_id}/exec"
+        for frame in self._lines(ExecFrame, "POST", path, with_output_limit(request)):
             collected.add(frame)
         return collected.result()
 

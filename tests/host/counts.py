@@ -6,7 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hostruntime.container.cgroups import pids_below
+from hostruntime.container.cgroups import pids_under
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, eventually, instance_groups
@@ -55,7 +55,7 @@ def counted(agent: Agent) -> Counter[str]:
     found["mounts"] = sum(line.split()[4].startswith(places) for line in mounts)
     groups = instance_groups(instance)
     found["control groups"] = sum(1 for group in groups for path in group.rglob("*/"))
-    found["processes"] = len({pid for group in groups for pid in pids_below(group)})
+    found["processes"] = len({pid for group in groups for pid in pids_under(group)})
     return found
 
 

@@ -15,7 +15,7 @@ from hostruntime.build.plan import Host, refused_hosts
 from hostruntime.container import delegation
 from hostruntime.container.apparmor import profile_name
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, lxcpath_of
+from hostruntime.container.manager import ContainerManager, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers
 from hostruntime.host.paths import (
     StatePaths,
@@ -57,7 +57,7 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         await in_thread(build_runtime_layers, paths, pool)
         await in_thread(proxy.start)
         launchers = LauncherPool(
-            lxcpath_of(instance), root / "launcher.log", apparmor=profile_name(instance)
+            lxc_dir(instance), root / "launcher.log", apparmor=profile_name(instance)
         )
         stack.push_async_callback(launchers.close)
         await launchers.open()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
-from hostruntime.container.shared_limits import low_limits, most_processes
+from hostruntime.container.shared_limits import low_limits, max_processes
 from hostruntime.errors import NotFound
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.files import FileContent
@@ -184,6 +184,6 @@ def in_sockets(groups: ContainerGroups) -> tuple[int, int]:
 def test_all_sandboxes_together_leave_the_host_what_it_needs(agent: Agent) -> None:
     """What is not counted for users, but once for the machine."""
     assert low_limits() == [], "it was raised when the agent started"
-    group = cgroup_layout().processes_group(agent.prefix)
-    assert int((group / "pids.max").read_text()) == most_processes()
-    assert most_processes() < int(Path("/proc/sys/kernel/threads-max").read_text())
+    group = cgroup_layout().pids_group(agent.prefix)
+    assert int((group / "pids.max").read_text()) == max_processes()
+    assert max_processes() < int(Path("/proc/sys/kernel/threads-max").read_text())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container.cgroups import cgroup_layout, pids_below
-from hostruntime.host.paths import FAR_IDS, IDS_PER_SLOT
+from hostruntime.container.cgroups import cgroup_layout, pids_under
+from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually
@@ -85,7 +85,7 @@ def host_status(agent: Agent, sandbox: SandboxInfo) -> Path:
     group = cgroup_layout().container(f"{agent.prefix}{sandbox.id}")
     pid = group.init_pid()
     assert pid is not None
-    assert pid in pids_below(group.unified)
+    assert pid in pids_under(group.unified)
     return Path(f"/proc/{pid}")
 
 
@@ -106,8 +106,8 @@ def test_the_ranges_of_ids_are_apart(agent: Agent, pair: tuple[SandboxInfo, Sand
             assert (inside, count) == (0, IDS_PER_SLOT)
             bases.append(outside)
             # Owners of files alone, the same for all: no process's, and beyond every slot's.
-            assert tuple(map(int, far.split())) == FAR_IDS
-            assert outside + count <= FAR_IDS[1]
+            assert tuple(map(int, far.split())) == HIGH_IDS
+            assert outside + count <= HIGH_IDS[1]
     assert bases[0] == bases[1]
     assert bases[2] == bases[3]
     assert abs(bases[0] - bases[2]) >= IDS_PER_SLOT

@@ -79,7 +79,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
         yield found
     finally:
         assert Path("/etc/passwd").read_bytes() == passwd
-        found.release_all_but(())
+        found.release_except(())
         shutil.rmtree(found.mounts.parent, ignore_errors=True)
         release_instance(paths)
 

@@ -17,7 +17,7 @@ from hostruntime.container.apparmor import profile_name
 from hostruntime.container.cgroups import Limits, cgroup_layout
 from hostruntime.container.exec import Chunk, Exited
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, ContainerSpec, lxcpath_of
+from hostruntime.container.manager import ContainerManager, ContainerSpec, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.network.egress import EgressProxy
@@ -120,7 +120,7 @@ async def containers(root: Path) -> AsyncIterator[Containers]:
         proxy.start()
         build_runtime_layers(paths, pool)
         launchers = LauncherPool(
-            lxcpath_of(instance), root / "launcher.log", apparmor=profile_name(instance)
+            lxc_dir(instance), root / "launcher.log", apparmor=profile_name(instance)
         )
         stack.push_async_callback(launchers.close)
         await launchers.open()

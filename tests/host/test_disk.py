@@ -128,8 +128,8 @@ def test_nothing_starts_on_a_host_without_room(
     paths = StatePaths(tmp_path).ensure()
     instance = claim_instance(paths)
     try:
-        monkeypatch.setattr("hostruntime.host.room._bytes_kept", lambda size: size)
-        with pytest.raises(HostFull, match="Delete templates or sandboxes, or make room"):
+        monkeypatch.setattr("hostruntime.host.disk_space._reserve_bytes", lambda size: size)
+        with pytest.raises(HostFull, match="Delete templates or sandboxes, or free up space"):
             Disks(paths, instance).attach("sbx_1", 16)
         assert list(paths.disks.iterdir()) == []
     finally:

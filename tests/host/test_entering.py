@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.rundir import RUN_ROOT
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
@@ -37,7 +37,7 @@ def find(name: str, marker: str) -> int:
     """The host's pid of the process in a container that was started with ``sleep <marker>``."""
     group = cgroup_layout().container(name).unified
     for _ in eventually(20):
-        for pid in pids_below(group):
+        for pid in pids_under(group):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
@@ -119,7 +119,7 @@ def test_what_moves_files_is_confined_like_a_command(
         yield b"a"
         group = cgroup_layout().container(name).unified
         for _ in eventually(20):
-            for pid in pids_below(group):
+            for pid in pids_under(group):
                 if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"orkestr hostruntime"):
                     seen.update(facts(pid, name))
                     return

@@ -18,7 +18,7 @@ from hostruntime.errors import ExecTimeout
 from hostruntime.host.paths import StatePaths
 from hostruntime.wire.builds import Cache, StartBuild
 from hostruntime.wire.commands import Exec
-from hostruntime.wire.keeping import Claim, Reconcile
+from hostruntime.wire.reconciliation import Claim, Reconcile
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, init_of
 from tests.host.client import HostClient
@@ -70,7 +70,7 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
     host.delete_sandbox(ends.id)
     host.delete_sandbox(one.id)
     host.usage()
-    host.usage_collected([one.id, ends.id])
+    host.acknowledge_usage([one.id, ends.id])
 
 
 def some_builds(agent: Agent) -> None:
@@ -111,7 +111,7 @@ def what_operators_ask(host: HostClient) -> None:
     images = [image.id for image in host.images()]
     host.reconcile(Reconcile(CLAIM, images, []))
     for held in host.quarantine():
-        host.restore_held(held.key)
+        host.restore_quarantined(held.key)
 
 
 @pytest.mark.usefixtures("other_installation")

@@ -140,7 +140,7 @@ def test_what_reads_files_tells_nothing_of_itself(
 ) -> None:
     """Its memory map names the host's interpreter and libraries, its descriptors the agent's."""
     for way in ("self", "thread-self"):
-        with pytest.raises(NotFound, match="none of the sandbox's"):
+        with pytest.raises(NotFound, match="not part of the sandbox"):
             content(host, sandbox, f"/proc/{way}/{name}")
 
 

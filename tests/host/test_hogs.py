@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container.cgroups import cgroup_layout, pids_below
+from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.errors import ExecTimeout, HostError
 from hostruntime.wire.commands import Exec, ExecResult
 from hostruntime.wire.sandboxes import SandboxInfo
@@ -44,7 +44,7 @@ class Hog(threading.Thread):
 
 def processes(agent: Agent, sandbox: SandboxInfo) -> int:
     groups = cgroup_layout().container(f"{agent.prefix}{sandbox.id}")
-    return len(pids_below(groups.unified))
+    return len(pids_under(groups.unified))
 
 
 def ask(host: HostClient, sandbox: SandboxInfo) -> None:

@@ -87,7 +87,7 @@ def test_that_the_host_is_out_of_something_is_not_the_sandboxs_fault(
                     await pool.attach({"name": "ork0-x"}, [])
                 assert caught.value.status == 503
             most = len(pool.pids())
-            await pool.tend()
+            await pool.maintain()
             assert len(pool.pids()) == 2
             return most
         finally:

@@ -34,17 +34,19 @@ async def test_one_too_many_is_refused_and_runs_nothing(
             await anext(second)
             assert host.commands() == {"team_a": 2}
             with pytest.raises(TooManyCommands) as refused:
-                await client.exec_to_end(sandbox.id, Exec("touch /tmp/ran", quota=TWO))
+                await client.exec_to_completion(sandbox.id, Exec("touch /tmp/ran", quota=TWO))
             assert refused.value.running == 2
             assert not host.stat(sandbox.id, "/tmp/ran").exists
             # Another scope has places of its own, and who names none is not counted.
             other = Quota("team_b", 1)
-            assert (await client.exec_to_end(sandbox.id, Exec("true", quota=other))).code == 0
-            assert (await client.exec_to_end(sandbox.id, Exec("true"))).code == 0
+            assert (
+                await client.exec_to_completion(sandbox.id, Exec("true", quota=other))
+            ).code == 0
+            assert (await client.exec_to_completion(sandbox.id, Exec("true"))).code == 0
         for _ in eventually():
             if host.commands() == {}:
                 break
-        assert (await client.exec_to_end(sandbox.id, Exec("true", quota=TWO))).code == 0
+        assert (await client.exec_to_completion(sandbox.id, Exec("true", quota=TWO))).code == 0
 
 
 async def test_one_whose_reader_left_counts_until_it_has_ended(
@@ -68,7 +70,7 @@ async def test_however_a_command_ends_its_place_is_free(
 ) -> None:
     async with AsyncHostClient(agent.socket) as client:
         for _ in range(5):
-            await client.exec_to_end(sandbox.id, Exec(command, quota=Quota("team_a", 1)))
+            await client.exec_to_completion(sandbox.id, Exec(command, quota=Quota("team_a", 1)))
     assert host.commands() == {}
 
 
@@ -77,7 +79,9 @@ async def test_one_past_its_time_frees_its_place(
 ) -> None:
     async with AsyncHostClient(agent.socket) as client:
         with pytest.raises(Exception, match="ran past its time"):
-            await client.exec_to_end(sandbox.id, Exec("sleep 60", timeout_seconds=0.3, quota=TWO))
+            await client.exec_to_completion(
+                sandbox.id, Exec("sleep 60", timeout_seconds=0.3, quota=TWO)
+            )
         with pytest.raises(Exception, match="directory"):
-            await client.exec_to_end(sandbox.id, Exec("true", cwd="/no/such", quota=TWO))
+            await client.exec_to_completion(sandbox.id, Exec("true", cwd="/no/such", quota=TWO))
     assert host.commands() == {}

@@ -221,9 +221,9 @@ def test_what_was_set_aside_can_be_mended_and_put_back(agent: Agent) -> None:
     record.write_bytes(b"{}")
     agent.start()
     with pytest.raises(HostError, match="still damaged"):
-        host.restore_held("image.img_bad")
+        host.restore_quarantined("image.img_bad")
     (agent.state / "quarantine/image.img_bad/content/image.json").write_bytes(whole)
-    host.restore_held("image.img_bad")
+    host.restore_quarantined("image.img_bad")
     assert host.quarantine() == []
     host.create_sandbox(CreateSandbox("sbx_back", image="img_bad", cpu=1, memory_mb=128))
 

@@ -20,7 +20,7 @@ from hostruntime.host.paths import Instance
 from hostruntime.host.rundir import RunDir
 from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
-from hostruntime.wire.health import DiskRoom
+from hostruntime.wire.health import DiskStatus
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, groups_named, is_running, mounts_below
 from tests.host.client import HostClient
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.host]
 
 MIB = 1024 * 1024
 SIZE_MB = 1536
-# A fifth of it is the least that is reserved of a disk that is not small (hostruntime.host.room).
+# At least a fifth of it is reserved on a disk that is not small (hostruntime.host.disk_space).
 LEAST_MB = 5 * 1024
 MOUNTED = "loop,errors=remount-ro"
 # Goes on until it is stopped; each file is one write(2) after the other.  Paced to 50 MiB a second
@@ -170,7 +170,7 @@ def mend(disk: Path, instance: Instance) -> None:
     subprocess.run(["mount", "-o", MOUNTED, str(image), str(disk)], check=True)
 
 
-def room(host: HostClient) -> DiskRoom:
+def room(host: HostClient) -> DiskStatus:
     return host.health().room
 
 
@@ -210,11 +210,11 @@ def test_who_writes_stands_still_and_goes_on_when_there_is_room(
     assert host.sandbox(noisy.id).held
     assert not host.sandbox(quiet.id).held
     assert python(host, quiet, "open('/var/tmp/a', 'w').write('b'); print(6 * 7)") == "42"
-    with pytest.raises(Held, match="stands still until there is room again"):
+    with pytest.raises(Held, match="frozen until there is space again"):
         python(host, noisy, "")
     with pytest.raises(Held):
         host.read_path(noisy.id, "/etc/passwd")
-    assert "1 sandboxes and builds stand still" in "".join(host.health().notes)
+    assert "1 sandboxes and builds are frozen" in "".join(host.health().notes)
     for begin in (
         lambda: a_sandbox(host, "new"),
         lambda: host.create_snapshot("snp_new", quiet.id),

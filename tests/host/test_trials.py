@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container import trials
-from hostruntime.container.trials import TRIALS, attempt
-from hostruntime.host.kernel import mount_points
+from hostruntime.container.trials import TRIALS, run_trial
+from hostruntime.host.kernel import mount_points_under
 from tests.host.network import wait_until
 
 pytestmark = pytest.mark.host
@@ -37,13 +37,13 @@ def loops_of(directory: Path) -> list[str]:
 
 def left_by(directory: Path) -> list[str]:
     groups = [str(path) for path in trials._CGROUPS.rglob("orkestr-trial-*")]
-    mounts = [str(path) for path in mount_points(directory)]
+    mounts = [str(path) for path in mount_points_under(directory)]
     return [*map(str, directory.iterdir()), *loops_of(directory), *groups, *mounts]
 
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_this_machine_can_do_it_and_nothing_is_left(name: str, tmp_path: Path) -> None:
-    assert attempt(TRIALS[name], tmp_path) is None
+    assert run_trial(TRIALS[name], tmp_path) is None
     wait_until(lambda: left_by(tmp_path) == [], 5)
 
 
@@ -53,7 +53,7 @@ def test_a_trial_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
         assert loops_of(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert attempt(die_with_a_disk, tmp_path) == "it was killed by signal 9"
+    assert run_trial(die_with_a_disk, tmp_path) == "it was killed by signal 9"
     wait_until(lambda: left_by(tmp_path) == [], 5)
 
 
@@ -66,8 +66,8 @@ def test_a_trial_is_followed_and_given_up_on_only_when_it_hangs(
         while time.process_time() < 1.5:
             pass
 
-    assert attempt(work, tmp_path) is None
-    said = attempt(lambda _: time.sleep(600), tmp_path)
+    assert run_trial(work, tmp_path) is None
+    said = run_trial(lambda _: time.sleep(600), tmp_path)
     assert said is not None
     assert said.startswith("it did nothing for 0.5 s (")
 
@@ -98,7 +98,7 @@ def test_a_root_of_less_than_the_machine_fails_by_each_thing_it_may_not(tmp_path
 
 def test_a_read_only_hierarchy_kills_nothing(tmp_path: Path) -> None:
     mount = "mount -t tmpfs -o ro none /sys/fs/cgroup"
-    call = "from hostruntime.container.trials import *; print(attempt(cgroup_kill, Path('/')))"
+    call = "from hostruntime.container.trials import *; print(run_trial(cgroup_kill, Path('/')))"
     argv = ["unshare", "--mount", "sh", "-c", f'{mount} && exec {sys.executable} -c "{call}"']
     done = subprocess.run(argv, cwd=TREE, capture_output=True, text=True, check=True)
     assert "Read-only file system" in done.stdout

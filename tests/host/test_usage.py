@@ -90,13 +90,13 @@ def test_a_short_life_is_counted_whole_and_once(host: HostClient, new_sandbox: N
     assert BURNT < first.total.cpu_seconds < 2
     assert first.total.gb_seconds > 0
     assert used(host, sandbox) == first
-    host.usage_collected([sandbox.id])
+    host.acknowledge_usage([sandbox.id])
     assert host.usage(sandbox.id) == []
     assert sandbox.id not in {info.id for info in host.usage()}
 
 
 def test_one_that_runs_is_not_forgotten(host: HostClient, sandbox: SandboxInfo) -> None:
-    host.usage_collected([sandbox.id])
+    host.acknowledge_usage([sandbox.id])
     assert not used(host, sandbox).ended
 
 
@@ -136,7 +136,7 @@ def test_what_is_collected_leaves_no_file(
     host.delete_sandbox(sandbox.id)
     file = Path(agent.state / "usage" / f"{sandbox.id}.json")
     assert file.exists()
-    host.usage_collected([sandbox.id])
+    host.acknowledge_usage([sandbox.id])
     assert not file.exists()
 
 

@@ -13,7 +13,7 @@ from typing import cast
 
 from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.container.launcher import LauncherLost
-from hostruntime.container.manager import ContainerManager, ContainerSpec, Running
+from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.container.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
 from hostruntime.image.trees import Check
@@ -36,11 +36,11 @@ class FakeContainers:
     def as_manager(self) -> ContainerManager:
         return cast("ContainerManager", self)
 
-    def require_room(self) -> None:
+    def require_space(self) -> None:
         if self.disk_full:
             raise HostFull("The disk has less than 1 GiB left.")
 
-    async def start(self, spec: ContainerSpec) -> Running:
+    async def start(self, spec: ContainerSpec) -> RunningContainer:
         await asyncio.sleep(self.start_seconds)
         if self.full:
             raise HostFull("There is no free slot on this host; try again.")
@@ -53,10 +53,10 @@ class FakeContainers:
                     saved.extractall(upper, filter="fully_trusted")
             except tarfile.ReadError as error:
                 raise OSError(errno.EUCLEAN, "Structure needs cleaning") from error
-        if spec.provide is not None:
-            spec.provide(upper)
+        if spec.populate is not None:
+            spec.populate(upper)
         slot = Slot(0, spec.policy.mode, 0, None, None, None)
-        return Running(spec.owner, spec.owner, slot, 1, time.time(), 12.34, spec)
+        return RunningContainer(spec.owner, spec.owner, slot, 1, time.time(), 12.34, spec)
 
     def layer(self, owner: str) -> Path:
         return self.specs[owner].directory / "disk" / "upper"
@@ -76,14 +76,14 @@ class FakeContainers:
         with tarfile.open(target, "w") as saved:
             saved.add(self.layer(owner), ".")
 
-    async def text_of(self, owner: str, path: str, max_bytes: int) -> bytes:
+    async def read_head(self, owner: str, path: str, max_bytes: int) -> bytes:
         await asyncio.sleep(0)
         file = self.layer(owner) / path.lstrip("/")
         if not file.is_file():
             raise NotFound("There is no such file.")
         return file.read_bytes()[:max_bytes]
 
-    async def names_in(self, owner: str, directory: str) -> list[str]:
+    async def list_directory(self, owner: str, directory: str) -> list[str]:
         await asyncio.sleep(0)
         path = self.layer(owner) / directory.lstrip("/")
         return [entry.name for entry in path.iterdir()] if path.is_dir() else []
@@ -108,7 +108,7 @@ class FakeContainers:
         if spec is not None:
             shutil.rmtree(spec.directory / "disk")
 
-    async def kill_strays(self, owner: str) -> None:
+    async def kill_all_but_init(self, owner: str) -> None:
         if owner not in self.specs or owner in self.halted:
             raise ContainerGone("It is gone.")
         self.kills += 1

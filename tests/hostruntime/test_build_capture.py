@@ -29,7 +29,7 @@ def world(tmp_path: Path) -> World:
 async def test_how_far_the_image_is_is_told_while_it_takes_long(
     world: World, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    monkeypatch.setattr("hostruntime.host.progress.TELL_SECONDS", 0.01)
+    monkeypatch.setattr("hostruntime.host.progress.REPORT_SECONDS", 0.01)
     log = world.paths.builds / "img_1" / "events.ndjson"
 
     def told() -> bool:

@@ -58,7 +58,7 @@ def run(sandboxes: SandboxManager, name: str, deadline: float | None) -> None:
     """Have one that runs until then."""
     (sandboxes.paths.sandboxes / name).mkdir()
     request = CreateSandbox(name, "img_1", cpu=1, memory_mb=512, deadline=deadline)
-    sandbox = Sandbox(request, "running", "img_1", "/nowhere", None).until(deadline)
+    sandbox = Sandbox(request, "running", "img_1", "/nowhere", None).with_deadline(deadline)
     sandboxes._sandboxes[name] = sandbox
 
 
@@ -83,7 +83,7 @@ async def test_a_round_that_fails_by_a_defect_is_not_the_last(
 
     monkeypatch.setattr(SandboxManager, "list", list_or_fail)
     run(sandboxes, "sbx_over", time.time() - 1)
-    sandboxes.begin()
+    sandboxes.start_sweeping()
     await ended(sandboxes, "sbx_over")
     await sandboxes.close()
     assert failures < 0
@@ -97,7 +97,7 @@ async def test_one_that_cannot_be_ended_keeps_no_other_from_its_end(
     for name in ("sbx_a", "sbx_b", "sbx_c"):
         run(sandboxes, name, time.time() - 1)
     run(sandboxes, "sbx_goes_on", time.time() + 600)
-    sandboxes.begin()
+    sandboxes.start_sweeping()
     await ended(sandboxes, "sbx_b", "sbx_c")
     containers.defects["sbx_a"] = 0
     await ended(sandboxes, "sbx_a")
@@ -121,6 +121,6 @@ async def test_what_is_used_is_read_on_after_a_defect(
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(sandboxes.usage, "_readings", readings)
-    sandboxes.begin()
+    sandboxes.start_sweeping()
     await asyncio.wait_for(third.wait(), 20)
     await sandboxes.close()

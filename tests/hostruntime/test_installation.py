@@ -6,31 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.installation import InstallationBook, InstallationMismatch, StateUnclaimed
+from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
-from hostruntime.wire.keeping import Claim
+from hostruntime.wire.reconciliation import Claim
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> InstallationBook:
-    return InstallationBook(StatePaths(tmp_path))
+def book(tmp_path: Path) -> InstallationStore:
+    return InstallationStore(StatePaths(tmp_path))
 
 
 def claim(epoch: int, *, of: str = "ours", fork: str = "") -> Claim:
     return Claim(of, epoch, f"{of}{epoch}{fork}", f"{of}{epoch - 1}")
 
 
-def agree(book: InstallationBook, claim: Claim) -> None:
+def agree(book: InstallationStore, claim: Claim) -> None:
     book.agree(claim, empty=False, known=False)
 
 
-def agreed_until(book: InstallationBook, epoch: int) -> None:
+def agreed_until(book: InstallationStore, epoch: int) -> None:
     book.agree(Claim("ours", 1, "ours1"), empty=True, known=False)
     for number in range(2, epoch + 1):
         agree(book, claim(number))
 
 
-def test_they_go_on_together(book: InstallationBook) -> None:
+def test_they_go_on_together(book: InstallationStore) -> None:
     agreed_until(book, 5)
     book.require(claim(5))
     assert (book.read().epoch, book.read().mismatch) == (5, "")
@@ -52,7 +52,7 @@ def test_they_go_on_together(book: InstallationBook) -> None:
     ],
 )
 def test_a_database_that_is_not_this_states_is_told_so(
-    book: InstallationBook, asked: Claim, words: str
+    book: InstallationStore, asked: Claim, words: str
 ) -> None:
     agreed_until(book, 10)
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_database_that_is_not_this_states_is_told_so(
     book.require(claim(11))
 
 
-def test_a_state_that_nobody_has_claimed_is_not_anybodys(book: InstallationBook) -> None:
+def test_a_state_that_nobody_has_claimed_is_not_anybodys(book: InstallationStore) -> None:
     with pytest.raises(StateUnclaimed):
         book.agree(claim(1), empty=False, known=False)
     assert book.read().mismatch == ""
@@ -83,7 +83,7 @@ def test_a_state_that_nobody_has_claimed_is_not_anybodys(book: InstallationBook)
 
 
 def test_an_empty_state_beside_a_database_that_is_not_new_is_a_disk_that_is_not_mounted(
-    book: InstallationBook,
+    book: InstallationStore,
 ) -> None:
     with pytest.raises(StateUnclaimed, match="mounted"):
         book.agree(claim(7), empty=True, known=False)
@@ -94,7 +94,7 @@ def test_an_empty_state_beside_a_database_that_is_not_new_is_a_disk_that_is_not_
     book.require(claim(8))
 
 
-def test_an_operators_word_counts(book: InstallationBook) -> None:
+def test_an_operators_word_counts(book: InstallationStore) -> None:
     agreed_until(book, 10)
     with pytest.raises(InstallationMismatch):
         agree(book, claim(3))
@@ -108,7 +108,7 @@ def test_an_operators_word_counts(book: InstallationBook) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}x", '{"id": 3}', '{"id": "ours", "epoch": "1"}', "[]"])
 def test_a_record_that_cannot_be_believed_agrees_with_nobody(
-    book: InstallationBook, tmp_path: Path, text: str
+    book: InstallationStore, tmp_path: Path, text: str
 ) -> None:
     agreed_until(book, 3)
     (tmp_path / "installation.json").write_text(text)

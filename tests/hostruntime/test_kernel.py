@@ -31,10 +31,11 @@ mine.mkdir()
 kernel.mount("orkestr-test", mine, "tmpfs", 0, "size=4k")
 (mine / "in").mkdir()
 kernel.mount("orkestr-test", mine / "in", "tmpfs", 0, "size=4k")
-assert kernel.mount_points(mine) == [mine / "in", mine]
-assert kernel.mount_points(top / "other 1") == [top / "other 1"]
+assert kernel.mount_points_under(mine) == [mine / "in", mine]
+assert kernel.mount_points_under(top / "other 1") == [top / "other 1"]
 table = Path("/proc/self/mountinfo")
-print(fewest(lambda: kernel.mount_points(mine)) / fewest(lambda: table.read_bytes().splitlines()))
+ours = fewest(lambda: kernel.mount_points_under(mine))
+print(ours / fewest(lambda: table.read_bytes().splitlines()))
 """
 
 

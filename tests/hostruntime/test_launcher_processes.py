@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container.entering import Confinement, Doorway, _born_inside
+from hostruntime.container.entering import Confinement, Doorway, _spawn_inside
 from hostruntime.host.kernel import SyscallFilter
 from tests.programs import python
 
@@ -30,7 +30,7 @@ import ctypes
 from hostruntime.container import entering
 from hostruntime.host import kernel
 kernel.set_dumpable(dumpable=True)
-entering._become_root_inside()
+entering._become_container_root()
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
 """
 
@@ -63,5 +63,5 @@ def test_a_fork_that_fails_costs_the_launcher_no_descriptor(
     monkeypatch.setattr(os, "fork", out_of_processes)
     before = open_descriptors()
     with pytest.raises(OSError, match="temporarily"):
-        _born_inside(Doorway(-1, (Path("/"),)), Confinement(SyscallFilter(b""), ()), os.abort)
+        _spawn_inside(Doorway(-1, (Path("/"),)), Confinement(SyscallFilter(b""), ()), os.abort)
     assert open_descriptors() == before

@@ -20,7 +20,7 @@ from hostruntime.build.layers import (
     layer_keys,
 )
 from hostruntime.build.report import Refused
-from hostruntime.container.manager import ContainerSpec, Running
+from hostruntime.container.manager import ContainerSpec, RunningContainer
 from hostruntime.errors import InvalidRequest
 from hostruntime.host.paths import StatePaths, read_json, write_json
 from hostruntime.image.trash import Trash
@@ -341,7 +341,7 @@ async def test_a_layer_that_is_replaced_while_it_is_used_is_not_used(
     await build(world, "img_1", *FIRST)
     real = world.containers.start
 
-    async def start(spec: ContainerSpec) -> Running:
+    async def start(spec: ContainerSpec) -> RunningContainer:
         running = await real(spec)
         if spec.saved_disk is not None:
             world.builds._host.layers.discard(world.paths.layers / "team_1")

@@ -18,11 +18,11 @@ MANY = 5_000
 HEAPS = """
 import ctypes, os, tempfile
 from hostruntime.agent.__main__ import share_heaps
-from hostruntime.host.tasks import threads
+from hostruntime.host.tasks import create_thread_pool
 
 if {shared}:
     share_heaps()
-pool = threads(64)
+pool = create_thread_pool(64)
 list(pool.map(bytearray, [20_000] * 640))
 libc = ctypes.CDLL(None)
 libc.fdopen.restype = ctypes.c_void_p

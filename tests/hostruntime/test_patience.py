@@ -15,14 +15,14 @@ import pytest
 
 from hostruntime.host import patience as module
 from hostruntime.host.patience import (
-    SLOWEST,
+    MAX_SLOWNESS,
     Patience,
-    named_slowness,
+    configured_slowness,
+    process_tree,
     scaled,
     slowness,
-    tree_of,
 )
-from hostruntime.host.run import CommandFailed, end, run, spawn
+from hostruntime.host.run import CommandFailed, run, spawn, wait_or_kill
 from tests.programs import BUSY, IDLING, WORKING, python, running
 from tests.stack import wait_for
 
@@ -89,10 +89,10 @@ def test_a_program_that_is_busy_for_ever_is_given_up_on_at_the_ceiling() -> None
 def test_a_program_that_was_asked_to_end_may_take_its_time(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = spawn(python(WORKING, 6), log=log)
-    end(process, 0.8)
+    wait_or_kill(process, 0.8)
     assert (process.returncode, log.read_text()) == (0, "done\n")
     hung = spawn(["sleep", "600"], log=log)
-    end(hung, 0.5)
+    wait_or_kill(hung, 0.5)
     assert hung.returncode == -signal.SIGKILL
 
 
@@ -101,7 +101,7 @@ def test_a_program_that_wants_the_cpu_and_is_not_given_it_does_not_hang() -> Non
         patience = Patience(0.5, lambda: [pid])
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            assert not patience.spent(), patience.why
+            assert not patience.exhausted(), patience.reason
             time.sleep(0.02)
 
 
@@ -131,14 +131,14 @@ class starved:  # noqa: N801 - used as a function
 def test_an_event_loop_waits_for_what_works() -> None:
     async def wait(argv: list[str], seconds: float) -> int:
         process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.DEVNULL)
-        patience = Patience(seconds, lambda: tree_of(process.pid))
+        patience = Patience(seconds, lambda: process_tree(process.pid))
         try:
             async with patience:
                 return await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
-            assert "did nothing" in patience.why
+            assert "did nothing" in patience.reason
             raise
 
     assert asyncio.run(wait(python(WORKING, 6), 0.8)) == 0
@@ -148,19 +148,19 @@ def test_an_event_loop_waits_for_what_works() -> None:
 
 def test_any_sign_of_progress_will_do() -> None:
     steps = iter(range(4))
-    patience = Patience(0.4, sign=lambda: next(steps, None))
+    patience = Patience(0.4, marker=lambda: next(steps, None))
     began = time.monotonic()
-    wait_for(patience.spent, 30)
+    wait_for(patience.exhausted, 30)
     # Four steps, each seen at a look, and then nothing for as long as it may take.
-    assert time.monotonic() - began > 3 * patience.pause + 0.4
+    assert time.monotonic() - began > 3 * patience.poll_interval + 0.4
 
 
 def test_a_look_that_comes_late_does_not_count_in_full() -> None:
     with running(["sleep", "600"]) as process:
         patience = Patience(3.0, lambda: [process.pid])
         # As of a machine that was suspended.
-        patience._looked -= 3600
-        assert not patience.spent()
+        patience._last_check -= 3600
+        assert not patience.exhausted()
 
 
 # How slow the machine is ----------------------------------------------------------------------
@@ -177,11 +177,11 @@ def test_measuring_is_quick_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("ORKESTR_PATIENCE")
     slowness.cache_clear()
     before = time.thread_time()
-    assert 1 <= slowness() <= SLOWEST
+    assert 1 <= slowness() <= MAX_SLOWNESS
     assert time.thread_time() - before < 0.03
-    monkeypatch.setattr(module, "_ORDINARY_SECONDS", 1e-9)
+    monkeypatch.setattr(module, "_REFERENCE_SECONDS", 1e-9)
     slowness.cache_clear()
-    assert slowness() == SLOWEST
+    assert slowness() == MAX_SLOWNESS
 
 
 def test_a_process_that_is_not_given_the_cpu_knows_it() -> None:
@@ -202,7 +202,7 @@ def test_a_process_that_is_not_given_the_cpu_knows_it() -> None:
 @pytest.mark.parametrize("text", ["slow", "0", "-3", "nan", "1e9"])
 def test_a_setting_that_is_none_says_so(text: str) -> None:
     with pytest.raises(ValueError, match="give a number from 1 to 1000"):
-        named_slowness({"ORKESTR_PATIENCE": text})
+        configured_slowness({"ORKESTR_PATIENCE": text})
 
 
 def test_a_tree_has_the_children_of_every_thread() -> None:
@@ -214,8 +214,8 @@ def test_a_tree_has_the_children_of_every_thread() -> None:
     )
     with running(python(program)) as process:
         try:
-            wait_for(lambda: len(tree_of(process.pid)) == 3, 30)
+            wait_for(lambda: len(process_tree(process.pid)) == 3, 30)
         finally:
-            for pid in tree_of(process.pid)[1:]:
+            for pid in process_tree(process.pid)[1:]:
                 os.kill(pid, signal.SIGKILL)
-    assert tree_of(process.pid) == []
+    assert process_tree(process.pid) == []

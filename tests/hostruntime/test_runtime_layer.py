@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container import lent_files, runtime_layer
-from hostruntime.container.lent_files import container_environment
+from hostruntime.container import host_files, runtime_layer
+from hostruntime.container.host_files import container_environment
 from hostruntime.container.runtime_layer import RuntimeTrees, build_runtime_layers, remove_unused
 from hostruntime.errors import HostUnavailable
 from hostruntime.host.paths import Instance, StatePaths
@@ -47,9 +47,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "bundle").write_text(CERTIFICATE)
     (tmp_path / "cas" / "deep").mkdir(parents=True)
     (tmp_path / "cas" / "deep" / "edge.crt").write_bytes(b"edge")
-    monkeypatch.setattr(lent_files, "_INIT_BINARIES", (tmp_path / "init",))
-    monkeypatch.setattr(lent_files, "_HOST_LOCAL_CAS", tmp_path / "cas")
-    monkeypatch.setattr(lent_files, "_HOST_PUBLIC_CAS", tmp_path / "public")
+    monkeypatch.setattr(host_files, "_INIT_BINARIES", (tmp_path / "init",))
+    monkeypatch.setattr(host_files, "_HOST_LOCAL_CAS", tmp_path / "cas")
+    monkeypatch.setattr(host_files, "_HOST_PUBLIC_CAS", tmp_path / "public")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "bundle"))
     answer(monkeypatch, combine(PIP, NPM, APT))
     monkeypatch.setattr(runtime_layer, "default_domains", lambda _: ["github.com"])
@@ -298,7 +298,7 @@ def test_what_the_host_lacks_is_named_with_its_package(
         build_runtime_layers(paths, pool)
     (host / "init").touch()
     (host / "bundle").unlink()
-    monkeypatch.setattr(lent_files, "_HOST_BUNDLES", (host / "nowhere",))
+    monkeypatch.setattr(host_files, "_HOST_BUNDLES", (host / "nowhere",))
     with pytest.raises(HostUnavailable, match="install the package ca-certificates"):
         build_runtime_layers(paths, pool)
 

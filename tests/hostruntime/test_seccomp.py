@@ -12,7 +12,7 @@ import pytest
 
 from hostruntime.container import seccomp
 from hostruntime.host import kernel
-from hostruntime.host.paths import FAR_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
+from hostruntime.host.paths import HIGH_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -72,7 +72,7 @@ def test_a_real_id_may_stay_as_it_is(number: int, abi: int) -> None:
 
 
 def test_ids_of_files_alone_are_apart_from_every_slots() -> None:
-    inside, outside, count = FAR_IDS
+    inside, outside, count = HIGH_IDS
     assert inside == IDS_PER_SLOT
     assert outside >= ID_BASE + ID_COUNT
     assert outside + count < 2**32 - 1
@@ -171,11 +171,11 @@ def test_a_filter_that_is_not_installed_is_not_passed_over() -> None:
 
 
 def test_the_profile_has_a_line_for_each_rule_and_is_written_once(tmp_path: Path) -> None:
-    path = seccomp.profile_in(tmp_path)
+    path = seccomp.write_profile(tmp_path)
     lines = path.read_text().splitlines()
     assert lines[:3] == ["2", "denylist", "[all]"]
     assert len(lines) - 3 == len(list(seccomp.rules())) == len(set(lines[3:]))
     assert f"ioctl errno 1 [1,{0x5412},SCMP_CMP_MASKED_EQ,{0xFFFF_FFFF}]" in lines
     written = path.stat().st_mtime_ns
-    assert seccomp.profile_in(tmp_path) == path
+    assert seccomp.write_profile(tmp_path) == path
     assert path.stat().st_mtime_ns == written

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container.shared_limits import RAISED, low_limits, most_processes, raise_limits
+from hostruntime.container.shared_limits import MINIMUMS, low_limits, max_processes, raise_limits
 
 NO_GROUPS = Path("/nonexistent")
 
@@ -19,7 +19,7 @@ def sysctls(tmp_path: Path) -> Path:
         "kernel/threads-max": 7000,
         "kernel/pty/max": 4096,
         "fs/file-max": 100_000,
-        "net/netfilter/nf_conntrack_max": 10 * RAISED["net/netfilter/nf_conntrack_max"],
+        "net/netfilter/nf_conntrack_max": 10 * MINIMUMS["net/netfilter/nf_conntrack_max"],
     }
     for name, value in values.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def test_what_is_low_is_raised_and_what_is_high_stays(sysctls: Path) -> None:
     high = number(sysctls / "net/netfilter/nf_conntrack_max")
     raise_limits(sysctls, NO_GROUPS)
     assert low_limits(sysctls, NO_GROUPS) == []
-    assert number(sysctls / "kernel/pid_max") == RAISED["kernel/pid_max"]
+    assert number(sysctls / "kernel/pid_max") == MINIMUMS["kernel/pid_max"]
     assert number(sysctls / "net/netfilter/nf_conntrack_max") == high
 
 
@@ -59,14 +59,14 @@ def test_what_cannot_be_raised_is_logged_with_the_command(
     (sysctls / "kernel/pty/max").symlink_to("/proc/sys/kernel/cap_last_cap")
     raise_limits(sysctls, NO_GROUPS)
     (warning,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
-    assert f"sysctl -w kernel.pty.max={RAISED['kernel/pty/max']}" in warning
-    assert number(sysctls / "kernel/pid_max") == RAISED["kernel/pid_max"], "the others are"
+    assert f"sysctl -w kernel.pty.max={MINIMUMS['kernel/pty/max']}" in warning
+    assert number(sysctls / "kernel/pid_max") == MINIMUMS["kernel/pid_max"], "the others are"
 
 
 def test_the_host_keeps_a_quarter_of_the_processes(sysctls: Path) -> None:
-    assert most_processes(sysctls) == 5250
+    assert max_processes(sysctls) == 5250
     (sysctls / "kernel/pid_max").write_text("4000\n")
-    assert most_processes(sysctls) == 3000
+    assert max_processes(sysctls) == 3000
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -13,14 +13,14 @@ import pytest
 from hostruntime.errors import HostFault
 from hostruntime.host.tasks import (
     KeyedLocks,
-    end,
+    cancel_and_wait,
     every,
     in_background,
     in_thread,
-    logged,
+    log_errors,
     readable,
-    to_the_end,
-    unbroken,
+    run_to_completion,
+    shielded,
     writable,
 )
 
@@ -42,7 +42,7 @@ async def test_a_cancelled_caller_waits_for_the_end(cancels: int) -> None:
         await go_on.wait()
         done.set()
 
-    caller = asyncio.create_task(to_the_end(work()))
+    caller = asyncio.create_task(run_to_completion(work()))
     for _ in range(cancels):
         await asyncio.sleep(0.01)
         caller.cancel()
@@ -77,7 +77,7 @@ async def test_unbroken_work_goes_on_without_its_caller(caplog: pytest.LogCaptur
         await go_on.wait()
         raise HostFault("it went wrong")
 
-    caller = asyncio.create_task(unbroken(work()))
+    caller = asyncio.create_task(shielded(work()))
     await asyncio.sleep(0.01)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -86,7 +86,7 @@ async def test_unbroken_work_goes_on_without_its_caller(caplog: pytest.LogCaptur
     await asyncio.sleep(0.01)
     assert "it went wrong" in caplog.text
     with pytest.raises(HostFault):
-        await unbroken(work())
+        await shielded(work())
 
 
 # Turns ------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ async def test_readiness_is_waited_for() -> None:
         os.read(reading, 1)
         waiting = asyncio.create_task(readable(reading))
         await asyncio.sleep(0)
-        await end(waiting)
+        await cancel_and_wait(waiting)
         assert not asyncio.get_running_loop().remove_reader(reading)
     finally:
         os.close(reading)
@@ -168,7 +168,7 @@ async def test_a_loop_goes_on_whatever_its_work_raises(raised: BaseException) ->
 
     task = every(0.001, work, "it failed")
     await soon(third)
-    await end(task)
+    await cancel_and_wait(task)
     assert task.cancelled()
 
 
@@ -184,9 +184,9 @@ async def test_a_defect_is_told_with_its_place_and_once_a_minute(
             return
         raise failures.pop(0)
 
-    task = every(lambda: 0.001, work, "it failed", at_once=True)
+    task = every(lambda: 0.001, work, "it failed", immediately=True)
     await soon(enough)
-    await end(task)
+    await cancel_and_wait(task)
     told = [(record.getMessage(), bool(record.exc_info)) for record in caplog.records]
     assert told == [("it failed: a defect", True), ("it failed: the host's", False)]
 
@@ -201,7 +201,7 @@ async def test_a_loop_ends_in_the_middle_of_its_work() -> None:
     task = every(0, work, "it failed")
     await soon(begun)
     began = time.monotonic()
-    await end(task, None)
+    await cancel_and_wait(task, None)
     assert time.monotonic() - began < 20
 
 
@@ -210,7 +210,7 @@ async def test_what_nobody_waits_for_is_told(caplog: pytest.LogCaptureFixture) -
         raise ZeroDivisionError("a defect")
 
     await in_background(work(), "it failed")
-    with logged("so did this"):
+    with log_errors("so did this"):
         raise KeyError("gone")
     assert [record.getMessage() for record in caplog.records] == [
         "it failed: a defect",

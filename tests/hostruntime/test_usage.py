@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container.cgroups import CgroupLayout, ContainerGroups
-from hostruntime.host.days import by_day
+from hostruntime.host.days import split_by_day
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.sandbox import usage
-from hostruntime.sandbox.usage import Meter, Reading, UsageBook
+from hostruntime.sandbox.usage import Meter, Reading, UsageStore
 
 MIDNIGHT = datetime(2026, 11, 24, tzinfo=UTC).timestamp()
 GB = 10**9
@@ -37,8 +37,8 @@ class Machine:
         (group / "cpu.stat").write_text(f"usage_usec {cpu_us}\nuser_usec 1\nsystem_usec 2\n")
         (group / "memory.current").write_text(f"{memory_bytes}\n")
 
-    def book(self) -> UsageBook:
-        return UsageBook(self.sums, self.groups, Quarantine(self.paths, Trash(self.paths)))
+    def book(self) -> UsageStore:
+        return UsageStore(self.sums, self.groups, Quarantine(self.paths, Trash(self.paths)))
 
 
 @pytest.fixture
@@ -52,12 +52,14 @@ def totals(meter: Meter) -> list[float]:
 
 
 def test_a_stretch_over_midnight_is_shared_by_its_days() -> None:
-    assert list(by_day(MIDNIGHT - 30, MIDNIGHT + 10)) == [
+    assert list(split_by_day(MIDNIGHT - 30, MIDNIGHT + 10)) == [
         (date(2026, 11, 23), 0.75),
         (date(2026, 11, 24), 0.25),
     ]
-    assert list(by_day(MIDNIGHT, MIDNIGHT)) == [(date(2026, 11, 24), 1.0)]
-    assert [share for _, share in by_day(MIDNIGHT - 86400, MIDNIGHT + 2 * 86400)] == [1 / 3] * 3
+    assert list(split_by_day(MIDNIGHT, MIDNIGHT)) == [(date(2026, 11, 24), 1.0)]
+    assert [share for _, share in split_by_day(MIDNIGHT - 86400, MIDNIGHT + 2 * 86400)] == [
+        1 / 3
+    ] * 3
 
 
 def test_memory_is_the_mean_of_two_readings_times_the_time() -> None:
@@ -97,7 +99,7 @@ def test_old_days_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_what_ran_while_no_agent_was_there_is_made_up_for(machine: Machine) -> None:
     machine.counters("a", 1_000_000, GB)
     first = machine.book()
-    first.begin("a", time.time() - 100)
+    first.start("a", time.time() - 100)
     await first.read("a")
     await first.close()
     machine.counters("a", 5_000_000, GB)
@@ -111,7 +113,7 @@ async def test_what_ran_while_no_agent_was_there_is_made_up_for(machine: Machine
 async def test_one_that_ended_while_no_agent_was_there_keeps_its_sums(machine: Machine) -> None:
     machine.counters("a", 1_000_000, GB)
     first = machine.book()
-    first.begin("a", time.time() - 10)
+    first.start("a", time.time() - 10)
     await first.read("a")
     await first.close()
     second = machine.book()
@@ -131,10 +133,10 @@ async def test_one_that_was_never_written_down_is_counted_from_its_start(machine
 async def test_only_what_has_ended_can_be_collected(machine: Machine) -> None:
     machine.counters("a", 1, 1)
     book = machine.book()
-    book.begin("a", time.time())
-    book.begin("b", time.time())
-    await book.end("b")
-    await book.collected(["a", "b", "../a"])
+    book.start("a", time.time())
+    book.start("b", time.time())
+    await book.finish("b")
+    await book.forget_collected(["a", "b", "../a"])
     assert [meter.id for meter in book.list()] == ["a"]
     again = machine.book()
     again.recover({})
@@ -156,8 +158,8 @@ async def test_what_nobody_collects_is_bounded(
     monkeypatch.setattr(usage, "MAX_ENDED", 2)
     book = machine.book()
     for number in range(4):
-        book.begin(f"s{number}", time.time())
-        await book.end(f"s{number}")
+        book.start(f"s{number}", time.time())
+        await book.finish(f"s{number}")
     again = machine.book()
     again.recover({})
     assert sorted(meter.id for meter in again.list()) == ["s2", "s3"]

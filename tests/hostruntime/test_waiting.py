@@ -24,7 +24,7 @@ from hostruntime.container.exec import Chunk, Exited, Frame
 from hostruntime.container.inside_files import LENGTH
 from hostruntime.container.launcher import LauncherLost, Link
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
-from hostruntime.host.patience import tree_of
+from hostruntime.host.patience import process_tree
 from hostruntime.network import egress
 from hostruntime.network.policy import NO_POLICY
 from hostruntime.sandbox import snapshots
@@ -96,7 +96,7 @@ async def test_what_a_launcher_runs_for_others_is_not_its_own_work() -> None:
         link = Link(process, ours)
         await settled(process.pid)
         assert [pid for pid in link._processes() if pid != process.pid] == []
-        for pid in tree_of(process.pid)[1:]:
+        for pid in process_tree(process.pid)[1:]:
             os.kill(pid, signal.SIGKILL)
     ours.close()
 
@@ -104,7 +104,9 @@ async def test_what_a_launcher_runs_for_others_is_not_its_own_work() -> None:
 async def settled(pid: int) -> None:
     """Until a process has a child that is a program of its own."""
     while not any(
-        Path(f"/proc/{child}/comm").read_text() == "sh\n" for child in tree_of(pid) if child != pid
+        Path(f"/proc/{child}/comm").read_text() == "sh\n"
+        for child in process_tree(pid)
+        if child != pid
     ):
         await asyncio.sleep(0.05)
 
@@ -229,7 +231,7 @@ async def test_an_archive_that_grows_is_waited_for(
 def test_a_process_that_is_slow_to_end_is_waited_for() -> None:
     for argv, ended in ((python(WORKING, 5), True), (python(IDLING), False)):
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
-            assert manager._wait_for(process.pid, 0.8) is ended
+            assert manager._wait_for_exit(process.pid, 0.8) is ended
             process.kill()
 
 
@@ -243,9 +245,9 @@ def test_a_group_that_does_not_freeze_while_it_works_is_waited_for(
     monkeypatch.setattr(snapshots, "is_frozen", lambda _: time.monotonic() > began + 2.5)
     for argv, stands in ((python(WORKING, 30), True), (["sleep", "600"], False)):
         with running(argv) as process:
-            monkeypatch.setattr(snapshots, "pids_below", lambda _, pid=process.pid: [pid])
+            monkeypatch.setattr(snapshots, "pids_under", lambda _, pid=process.pid: [pid])
             began = time.monotonic()
             with contextlib.ExitStack() as stack:
                 if not stands:
-                    stack.enter_context(pytest.raises(HostFault, match="waits for the kernel"))
+                    stack.enter_context(pytest.raises(HostFault, match="blocked in the kernel"))
                 stack.enter_context(snapshots.frozen(Path(sys.prefix)))

@@ -31,30 +31,31 @@ from hostruntime.wire.files import (
 )
 from hostruntime.wire.health import (
     DefaultDomains,
-    DiskRoom,
+    DiskStatus,
     EgressDecision,
     EgressHost,
     EgressHosts,
     Health,
 )
 from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
-from hostruntime.wire.keeping import (
+from hostruntime.wire.message import MalformedError, Message, decode, encode, from_fields
+from hostruntime.wire.reconciliation import (
     Agree,
     Claim,
-    HeldInfo,
+    InstallationInfo,
     Quarantine,
+    QuarantinedItemInfo,
     Reconcile,
     Reconciliation,
-    StandingInfo,
 )
-from hostruntime.wire.message import MalformedError, Message, decode, encode, from_fields
 from hostruntime.wire.resources import Resources
 from hostruntime.wire.sandboxes import (
     ChangesInfo,
     CollectedUsage,
     CreateSandbox,
     CreateSnapshot,
-    DayUsed,
+    DailyUsage,
+    ResourceUsage,
     Sandboxes,
     SandboxInfo,
     SetDeadline,
@@ -62,17 +63,16 @@ from hostruntime.wire.sandboxes import (
     Snapshots,
     Usage,
     UsageInfo,
-    Used,
 )
 from tests.host.client import HostClient
 
 SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expired", held=True)
 SNAPSHOT = SnapshotInfo("snap", "sbx", "debian-12", 64, 1 << 40, 2.5, 3.25)
-DAY = DayUsed(1.5, 2.5, day=date(2026, 11, 30))
-USED = UsageInfo("sbx", ended=False, before=Used(0.5), days=(DAY,))
+DAY = DailyUsage(1.5, 2.5, day=date(2026, 11, 30))
+USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
-HELD = HeldInfo("image.img", "image", "img", "unknown", "nobody names it", 1.0)
+HELD = QuarantinedItemInfo("image.img", "image", "img", "unknown", "nobody names it", 1.0)
 DECISION = EgressDecision(1.0, "sbx", "bücher.example", 443, "refused", "not_listed")
 HOST = EgressHost("example.org", 443, 1, 2, "listed", "It is.", 1.0, 10, 20)
 ENTRY = DirectoryEntry("grüße\n", is_dir=False, size=5, mode=0o4755, modified_at=1.5)
@@ -101,7 +101,7 @@ MESSAGES: list[Message] = [
     ChangesInfo("run", 3, whole=True, sandboxes=(SANDBOX,)),
     SNAPSHOT,
     Snapshots((SNAPSHOT,)),
-    Used(1.0, 2.0),
+    ResourceUsage(1.0, 2.0),
     DAY,
     USED,
     Usage((USED,)),
@@ -122,13 +122,13 @@ MESSAGES: list[Message] = [
     Progress("error", error={"code": "host_fault", "detail": "No."}),
     CLAIM,
     Agree("i", 7, "mark", known=True),
-    StandingInfo("i", 7, "Another's.", 1.0),
+    InstallationInfo("i", 7, "Another's.", 1.0),
     Reconcile(CLAIM, images=["img"], snapshots=None),
     Reconciliation(["img"], ["snap"]),
     HELD,
     Quarantine((HELD,)),
-    DiskRoom("low", 100, 20, 30, 5, 1, held=2, ballast=True),
-    Health("1", "/var", 0, "v2", {"healthy": True}, {"images": 1}, ["A note."], DiskRoom(held=1)),
+    DiskStatus("low", 100, 20, 30, 5, 1, held=2, ballast=True),
+    Health("1", "/var", 0, "v2", {"healthy": True}, {"images": 1}, ["A note."], DiskStatus(held=1)),
     DefaultDomains(["example.org"]),
     HOST,
     EgressHosts((HOST,)),
@@ -180,7 +180,7 @@ def test_a_field_of_a_newer_side_is_left_out(message: Message) -> None:
     assert decode(type(message), json.dumps(wire)) == message
 
 
-@pytest.mark.parametrize("message", [SANDBOX, IMAGE, HELD, HOST, BASE, StandingInfo()])
+@pytest.mark.parametrize("message", [SANDBOX, IMAGE, HELD, HOST, BASE, InstallationInfo()])
 def test_a_field_that_an_older_side_does_not_have_takes_its_default(message: Message) -> None:
     brief = json.loads(encode(message, brief=True))
     assert decode(type(message), json.dumps(brief)) == message

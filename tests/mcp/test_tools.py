@@ -379,7 +379,7 @@ async def test_a_command_too_many_and_a_database_that_is_away_are_told_as_rest_t
     await database_sync_to_async(Plan.objects.update)(max_concurrent_commands=1)
     async with connect(key) as client:
         box = (await done(client, "create_sandbox", template="debian-12"))["id"]
-        with host.running.one_more(Quota(team.pk, 99)):
+        with host.running.track(Quota(team.pk, 99)):
             refused = await client.call_tool("exec", {"sandbox_id": box, "command": "true"})
         assert error_of(refused)["code"] == "rate_limited"
         assert error_of(refused)["limit"] == "max_concurrent_commands"

@@ -21,14 +21,14 @@ import pytest
 
 from hostruntime.container import apparmor, delegation
 from hostruntime.container.trials import TRIALS
-from hostruntime.host.installation import InstallationBook, InstallationMismatch
+from hostruntime.host.disk_space import DiskSpace
+from hostruntime.host.installation import InstallationMismatch, InstallationStore
 from hostruntime.host.paths import StatePaths
-from hostruntime.host.room import Room
 from hostruntime.host.run import Completed, run
 from hostruntime.image.quarantine import Quarantine
 from hostruntime.image.trash import Trash
 from hostruntime.network.registries import combine
-from hostruntime.wire.keeping import Claim
+from hostruntime.wire.reconciliation import Claim
 from orkestr_console.runner.doctor import (
     cgroups,
     examine,
@@ -377,8 +377,8 @@ def test_a_full_disk_warns_and_then_fails(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, gibibytes: float, verdict: str
 ) -> None:
     free, gib = int(gibibytes * machine.GIB), machine.GIB
-    room = Room(layout.state_dir, 20 * gib, free, 0, 0, reserve_bytes=gib, reserve_files=0)
-    monkeypatch.setattr(Room, "of", lambda _path: room)
+    room = DiskSpace(layout.state_dir, 20 * gib, free, 0, 0, reserve_bytes=gib, reserve_files=0)
+    monkeypatch.setattr(DiskSpace, "of", lambda _path: room)
     finding = machine.check_disk(layout)
     assert finding.verdict == verdict
     assert bool(finding.remedy) == (verdict != "ok")
@@ -470,7 +470,7 @@ def test_a_database_that_is_not_the_states_is_said(layout: Layout) -> None:
     layout.state_dir.parent.mkdir(parents=True, exist_ok=True)
     assert keeping.check_installation(layout).verdict == "ok"
     assert keeping.check_quarantine(layout).verdict == "ok"
-    book = InstallationBook(paths.ensure())
+    book = InstallationStore(paths.ensure())
     book.agree(Claim("ours", 1, "one"), empty=True, known=False)
     assert keeping.check_installation(layout).verdict == "ok"
     with pytest.raises(InstallationMismatch):

@@ -16,7 +16,7 @@ from django.test import Client, RequestFactory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostruntime.host.logs import CONTINUED, LineFormatter, without_secrets
+from hostruntime.host.logs import CONTINUATION_PREFIX, LineFormatter, redact_secrets
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.runner.postgres import Cluster
 from sandboxes_app.models import Sandbox
@@ -46,7 +46,7 @@ def is_honest(log: str) -> None:
     assert "all is lost" in log, "it was not logged: no proof"
     assert not STEERS.search(log)
     for line in log.split("\n")[:-1]:
-        assert RECORD.match(line) or line.startswith(CONTINUED), line
+        assert RECORD.match(line) or line.startswith(CONTINUATION_PREFIX), line
         assert not line.startswith("2026-01-01")
 
 
@@ -118,7 +118,7 @@ def test_a_request_id_is_one_or_is_replaced(db: None, given_id: str) -> None:
     ],
 )
 def test_a_secret_of_an_address_is_left_out(text: str, kept: str) -> None:
-    assert without_secrets(text) == kept
+    assert redact_secrets(text) == kept
     record = logging.LogRecord("x", logging.ERROR, "", 0, "%s", (text,), None)
     assert "s3cretpart" not in LineFormatter().format(record)
 

@@ -11,7 +11,7 @@ from django.db import connection
 
 from hostruntime.host.installation import InstallationMismatch
 from hostruntime.wire.images import ImageInfo
-from hostruntime.wire.keeping import Reconcile
+from hostruntime.wire.reconciliation import Reconcile
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.core.errors import Conflict
 from orkestr_console.installation import services as installation

@@ -289,7 +289,7 @@ def test_a_link_whose_maker_is_gone_is_useless_though_it_was_never_revoked(
 
 
 @pytest.mark.django_db(transaction=True)
-def test_joining_while_the_maker_is_removed_is_before_or_after(
+def test_merging_while_the_maker_is_removed_is_before_or_after(
     plans: None, team: Team, alice: User, dora: User
 ) -> None:
     """Both lock the team first: neither waits for the other in a circle."""

@@ -13,7 +13,7 @@ from django.db import connection
 from django.test import Client
 from psycopg_pool import ConnectionPool
 
-from hostruntime.host.room import Room
+from hostruntime.host.disk_space import DiskSpace
 from orkestr_console.http import readiness as looking
 from orkestr_console.http.readiness import Findings, Look, Readiness, is_ready
 from tests.stack import wait_for
@@ -103,11 +103,11 @@ def test_a_disk_without_room_is_no_place_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert looking.room_at(tmp_path / "not" / "there" / "yet") is None
-    found = Room.of(tmp_path)
+    found = DiskSpace.of(tmp_path)
     half = replace(found, free_bytes=found.reserve_bytes // 2)
-    monkeypatch.setattr(Room, "of", lambda _: half)
+    monkeypatch.setattr(DiskSpace, "of", lambda _: half)
     assert "is short of room" in str(looking.room_at(tmp_path))
-    monkeypatch.setattr(Room, "of", lambda _: replace(half, read_only=True))
+    monkeypatch.setattr(DiskSpace, "of", lambda _: replace(half, read_only=True))
     assert looking.room_at(tmp_path) == "cannot be written to"
 
 

@@ -13,7 +13,7 @@ from django.db import connection
 from django.utils import timezone
 
 from hostruntime.errors import HostUnavailable
-from hostruntime.wire.sandboxes import DayUsed, UsageInfo, Used
+from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, UsageInfo
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, Team, UsageDay
@@ -44,12 +44,12 @@ def tell(
     host: FakeHost,
     sandbox: Sandbox,
     *days: tuple[date, float, float],
-    before: Used | None = None,
+    before: ResourceUsage | None = None,
     ended: bool = False,
 ) -> None:
     """Let the host say what a sandbox has used in all: ``(day, cpu_seconds, gb_seconds)``."""
-    parts = tuple(DayUsed(cpu, gb, day=day) for day, cpu, gb in days)
-    host.used[sandbox.pk] = UsageInfo(sandbox.pk, ended, before or Used(), parts)
+    parts = tuple(DailyUsage(cpu, gb, day=day) for day, cpu, gb in days)
+    host.used[sandbox.pk] = UsageInfo(sandbox.pk, ended, before or ResourceUsage(), parts)
 
 
 def counted(team: Team, metric: Metric = Metric.VCPU_SECONDS) -> dict[date, float]:
@@ -88,7 +88,7 @@ def test_days_the_host_has_added_up_are_not_lost(
     tell(host, sandbox, (MONDAY, 10, 4))
     tasks.tidy()
     # Monday was 11 in the end, one of which nobody had collected.
-    tell(host, sandbox, (TUESDAY, 2, 1), before=Used(11, 4))
+    tell(host, sandbox, (TUESDAY, 2, 1), before=ResourceUsage(11, 4))
     tasks.tidy()
     tasks.tidy()
     assert counted(team) == {MONDAY: 10, TUESDAY: 3}
@@ -182,7 +182,7 @@ def test_a_collector_that_dies_before_the_host_forgets_counts_once(
         raise HostUnavailable("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(host, "usage_collected", die)
+        patch.setattr(host, "acknowledge_usage", die)
         with pytest.raises(HostUnavailable):
             metering.collect()
     metering.collect()

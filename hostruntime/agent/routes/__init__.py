@@ -1,9 +1,9 @@
-"""The agent's routes, by noun: each reads its request, calls one manager, renders the answer.
+"""The agent's routes, by noun: each reads its request, calls one manager, renders the response.
 
-``health`` (and what the egress proxy says), ``images`` (and bases), ``builds``, ``sandboxes`` (with
-their usage and snapshots), ``commands``, ``files``, ``keeping``.  Handlers raise
-:mod:`hostruntime.errors`, which :func:`application` turns into answers; once a stream has begun an
-error can only be a line in it.
+``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
+(with their usage and snapshots), ``commands``, ``files``, ``reconciliation``.  Handlers raise
+:mod:`hostruntime.errors`, which :func:`application` turns into responses; once a stream has
+started, an error can only be a line in it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 
 from hostruntime.agent.host import Host
-from hostruntime.agent.keeping import Keeping
-from hostruntime.agent.responses import defect, disk_error, gone_away, host_error
-from hostruntime.agent.routes import builds, commands, files, health, images, keeping, sandboxes
+from hostruntime.agent.reconciliation import Reconciler
+from hostruntime.agent.responses import client_disconnected, disk_error, host_error, internal_error
+from hostruntime.agent.routes import (
+    builds,
+    commands,
+    files,
+    health,
+    images,
+    reconciliation,
+    sandboxes,
+)
 from hostruntime.errors import HostError
-from hostruntime.host.installation import InstallationBook
+from hostruntime.host.installation import InstallationStore
 
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
-    kept = Keeping(InstallationBook(host.paths), host.store, host.sandboxes.snapshots)
+    reconciler = Reconciler(InstallationStore(host.paths), host.store, host.sandboxes.snapshots)
     routes = [
         *health.routes(host),
         *images.routes(host.store, host.bases),
@@ -29,12 +37,12 @@ def application(host: Host) -> Starlette:
         *sandboxes.routes(host.sandboxes),
         *commands.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),
-        *keeping.routes(kept),
+        *reconciliation.routes(reconciler),
     ]
     handlers = {
         HostError: host_error,
         OSError: disk_error,
-        ClientDisconnect: gone_away,
-        Exception: defect,
+        ClientDisconnect: client_disconnected,
+        Exception: internal_error,
     }
     return Starlette(routes=routes, exception_handlers=handlers)

@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.agent.requests import body, flag, in_path
-from hostruntime.agent.responses import NDJSON, answer
+from hostruntime.agent.requests import path_parameter, query_flag, read_message
+from hostruntime.agent.responses import NDJSON, respond
 from hostruntime.build.manager import BuildManager
 from hostruntime.errors import InvalidRequest
 from hostruntime.wire.builds import StartBuild
@@ -17,20 +17,20 @@ def routes(builds: BuildManager) -> list[Route]:
     """The routes, over a host's builds."""
 
     async def start(request: Request) -> Response:
-        status, new = await builds.start(await body(request, StartBuild))
-        return answer(status, 202 if new else 200)
+        status, new = await builds.start(await read_message(request, StartBuild))
+        return respond(status, 202 if new else 200)
 
     async def get(request: Request) -> Response:
-        return answer(await builds.status(in_path(request)))
+        return respond(await builds.status(path_parameter(request)))
 
     async def cancel(request: Request) -> Response:
-        build_id = in_path(request)
-        await builds.cancel(build_id, keep_published=flag(request, "keep_published"))
-        return answer(await builds.status(build_id))
+        build_id = path_parameter(request)
+        await builds.cancel(build_id, keep_published=query_flag(request, "keep_published"))
+        return respond(await builds.status(build_id))
 
     async def events(request: Request) -> Response:
-        follow = flag(request, "follow")
-        lines = await builds.events(in_path(request), _after(request), follow=follow)
+        follow = query_flag(request, "follow")
+        lines = await builds.events(path_parameter(request), _after(request), follow=follow)
         return StreamingResponse(lines, media_type=NDJSON)
 
     return [

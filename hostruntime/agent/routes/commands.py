@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from hostruntime.agent.requests import body, in_path
-from hostruntime.agent.responses import NdjsonResponse, answer, line
+from hostruntime.agent.requests import path_parameter, read_message
+from hostruntime.agent.responses import NdjsonResponse, ndjson_line, respond
 from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.errors import ExecTimeout, HostError
 from hostruntime.sandbox.manager import SandboxManager
@@ -24,14 +24,14 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
     """The routes, over a host's sandboxes."""
 
     async def run(request: Request) -> Response:
-        """What is wrong before the command runs is an error answer, later an error line."""
-        asked = await body(request, Exec)
-        frames = sandboxes.exec(in_path(request), asked)
+        """An error before the command runs is an error response, later an error line."""
+        message = await read_message(request, Exec)
+        frames = sandboxes.exec(path_parameter(request), message)
         started = await anext(frames)
-        return NdjsonResponse(_lines(started, frames, asked.max_output_bytes))
+        return NdjsonResponse(_lines(started, frames, message.max_output_bytes))
 
     async def running(_: Request) -> Response:
-        return answer(RunningCommands(sandboxes.commands.by_scope()))
+        return respond(RunningCommands(sandboxes.commands.by_scope()))
 
     return [
         Route("/sandboxes/{id}/exec", run, methods=["POST"]),
@@ -40,23 +40,25 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
 
 
 async def _lines(
-    started: Frame, frames: AsyncGenerator[Frame, None], left: int | None
+    started: Frame, frames: AsyncGenerator[Frame, None], remaining: int | None
 ) -> AsyncGenerator[bytes, None]:
     truncated = False
     async with aclosing(frames):
-        yield line(_frame(started))
+        yield ndjson_line(_frame(started))
         try:
             async for frame in frames:
-                if isinstance(frame, Chunk) and left is not None:
-                    truncated = truncated or len(frame.data) > left
-                    frame = Chunk(frame.stream, frame.data[:left])
-                    left -= len(frame.data)
+                if isinstance(frame, Chunk) and remaining is not None:
+                    truncated = truncated or len(frame.data) > remaining
+                    frame = Chunk(frame.stream, frame.data[:remaining])
+                    remaining -= len(frame.data)
                     if not frame.data:
                         continue
-                shown = _frame(frame)
-                yield line(replace(shown, truncated=truncated) if shown.is_last else shown)
+                wire_frame = _frame(frame)
+                yield ndjson_line(
+                    replace(wire_frame, truncated=truncated) if wire_frame.is_last else wire_frame
+                )
         except HostError as error:
-            yield line(
+            yield ndjson_line(
                 ExecFrame(
                     "error",
                     error_code=error.code,

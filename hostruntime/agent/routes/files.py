@@ -10,8 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.agent.requests import body, in_path, number, parameter
-from hostruntime.agent.responses import answer, nothing
+from hostruntime.agent.requests import (
+    path_parameter,
+    query_number,
+    query_parameter,
+    read_message,
+)
+from hostruntime.agent.responses import no_content, respond
 from hostruntime.container.files import FileService
 from hostruntime.errors import InvalidRequest
 from hostruntime.sandbox.manager import SandboxManager
@@ -30,25 +35,25 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
     """The routes, over a host's sandboxes."""
 
     async def delete(request: Request) -> Response:
-        name = sandboxes.container_name(in_path(request))
-        await files.delete(name, parameter(request, "path"))
-        return nothing()
+        name = sandboxes.container_name(path_parameter(request))
+        await files.delete(name, query_parameter(request, "path"))
+        return no_content()
 
     async def mkdir(request: Request) -> Response:
-        asked = await body(request, MakeDirectory)
-        name = sandboxes.container_name(in_path(request))
-        await files.mkdir(name, asked.path, parents=asked.parents)
-        return JSONResponse({"path": asked.path})
+        message = await read_message(request, MakeDirectory)
+        name = sandboxes.container_name(path_parameter(request))
+        await files.mkdir(name, message.path, parents=message.parents)
+        return JSONResponse({"path": message.path})
 
     async def move(request: Request) -> Response:
-        asked = await body(request, MoveFile)
-        name = sandboxes.container_name(in_path(request))
-        await files.move(name, asked.source, asked.destination)
-        return JSONResponse({"path": asked.destination})
+        message = await read_message(request, MoveFile)
+        name = sandboxes.container_name(path_parameter(request))
+        await files.move(name, message.source, message.destination)
+        return JSONResponse({"path": message.destination})
 
     async def stat(request: Request) -> Response:
-        name = sandboxes.container_name(in_path(request))
-        return answer(await files.stat(name, parameter(request, "path")))
+        name = sandboxes.container_name(path_parameter(request))
+        return respond(await files.stat(name, query_parameter(request, "path")))
 
     return [
         *_content_routes(sandboxes, files),
@@ -61,28 +66,34 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
 
 def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
     async def read(request: Request) -> Response:
-        """A file's bytes, or a directory's entries; ``X-File-*`` say what it is."""
-        name, path = sandboxes.container_name(in_path(request)), parameter(request, "path")
-        cap = int(number(request, "max_bytes", -1))
+        """A file's bytes, or a directory's entries; ``X-File-*`` headers have its stat."""
+        name, path = (
+            sandboxes.container_name(path_parameter(request)),
+            query_parameter(request, "path"),
+        )
+        cap = int(query_number(request, "max_bytes", -1))
         opening = files.read(name, path, max_bytes=cap if cap >= 0 else None)
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(opening)
             headers = _stat_headers(opened.stat)
             if opened.entries is None:
                 return _FileResponse(opened.content, stack.pop_all(), headers)
-            return answer(DirectoryEntries(opened.entries), headers=headers)
+            return respond(DirectoryEntries(opened.entries), headers=headers)
 
     async def write(request: Request) -> Response:
-        """Write the body to a path, whole or not at all."""
-        name, path = sandboxes.container_name(in_path(request)), parameter(request, "path")
+        """Write the body to a path atomically."""
+        name, path = (
+            sandboxes.container_name(path_parameter(request)),
+            query_parameter(request, "path"),
+        )
         size = await files.write(name, path, request.stream(), mode=_mode(request))
-        return answer(WrittenFile(path, size))
+        return respond(WrittenFile(path, size))
 
     return [Route(_FILES, read), Route(_FILES, write, methods=["PUT"])]
 
 
 class _FileResponse(StreamingResponse):
-    """A file on its way; what it was opened with is closed whichever way the sending ends."""
+    """A streamed file; its resources are closed however the response ends."""
 
     def __init__(
         self, content: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]

@@ -1,4 +1,4 @@
-"""How the agent is, and what the egress proxy let through and refused."""
+"""The agent's health, and the egress proxy's decisions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hostruntime.agent.host import Host
-from hostruntime.agent.requests import parameter
-from hostruntime.agent.responses import answer
+from hostruntime.agent.requests import query_parameter
+from hostruntime.agent.responses import respond
 from hostruntime.network.egress import default_domains
 from hostruntime.wire.health import DefaultDomains, EgressHosts
 
@@ -19,14 +19,14 @@ def routes(host: Host) -> list[Route]:
     """The routes, over a host."""
 
     async def health(_: Request) -> Response:
-        return answer(await asyncio.to_thread(host.health))
+        return respond(await asyncio.to_thread(host.health))
 
     async def defaults(_: Request) -> Response:
-        return answer(DefaultDomains(await asyncio.to_thread(default_domains, host.paths)))
+        return respond(DefaultDomains(await asyncio.to_thread(default_domains, host.paths)))
 
     async def hosts(request: Request) -> Response:
-        found = await asyncio.to_thread(host.proxy.hosts, parameter(request, "owner"))
-        return answer(EgressHosts(tuple(found)))
+        result = await asyncio.to_thread(host.proxy.hosts, query_parameter(request, "owner"))
+        return respond(EgressHosts(tuple(result)))
 
     return [
         Route("/health", health),

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hostruntime.agent.requests import in_path
-from hostruntime.agent.responses import NDJSON, answer, line, nothing
+from hostruntime.agent.requests import path_parameter
+from hostruntime.agent.responses import NDJSON, ndjson_line, no_content, respond
 from hostruntime.build.bases import BASES, BaseBuilder
 from hostruntime.build.log import KEEP_ALIVE_SECONDS
 from hostruntime.errors import HostError, HostFault, ImageNotFound
@@ -27,10 +27,10 @@ def routes(store: ImageStore, bases: BaseBuilder) -> list[Route]:
 
 def _base_routes(bases: BaseBuilder) -> list[Route]:
     async def list_bases(_: Request) -> Response:
-        return answer(Bases(tuple(await bases.catalogue())))
+        return respond(Bases(tuple(await bases.catalogue())))
 
     async def ensure_base(request: Request) -> Response:
-        name = in_path(request, "name")
+        name = path_parameter(request, "name")
         if ALIASES.get(name, name) not in BASES:
             raise ImageNotFound(
                 f"There is no built-in base {name!r}. There are: {', '.join(BASES)}."
@@ -48,24 +48,24 @@ def _store_routes(store: ImageStore) -> list[Route]:
 
     async def list_images(_: Request) -> Response:
         images = await in_thread(store.list)
-        return answer(Images(tuple(image.manifest.info() for image in images)))
+        return respond(Images(tuple(image.manifest.info() for image in images)))
 
     async def get_image(request: Request) -> Response:
-        return answer((await in_thread(store.get, in_path(request))).manifest.info())
+        return respond((await in_thread(store.get, path_parameter(request))).manifest.info())
 
     async def usage(request: Request) -> Response:
-        image_id = in_path(request)
+        image_id = path_parameter(request)
         task = measuring.get(image_id)
         if task is None:
-            # Every inode is read: whoever asks meanwhile gets the same answer.
+            # Every inode is read, so concurrent requests share one measurement.
             task = asyncio.create_task(in_thread(_usage, store, image_id))
             measuring[image_id] = task
             task.add_done_callback(lambda _: measuring.pop(image_id))
-        return answer(await asyncio.shield(task))
+        return respond(await asyncio.shield(task))
 
     async def delete_image(request: Request) -> Response:
-        gone = await in_thread(store.delete, in_path(request))
-        return nothing() if gone else JSONResponse({"state": "in_use"}, 202)
+        deleted = await in_thread(store.delete, path_parameter(request))
+        return no_content() if deleted else JSONResponse({"state": "in_use"}, 202)
 
     return [
         Route("/images", list_images, methods=["GET"]),
@@ -76,22 +76,22 @@ def _store_routes(store: ImageStore) -> list[Route]:
 
 
 async def _progress(bases: BaseBuilder, name: str) -> AsyncIterator[bytes]:
-    said: asyncio.Queue[str | None] = asyncio.Queue()
-    work = asyncio.create_task(bases.ensure(name, said.put_nowait))
-    work.add_done_callback(lambda _: said.put_nowait(None))
+    messages: asyncio.Queue[str | None] = asyncio.Queue()
+    work = asyncio.create_task(bases.ensure(name, messages.put_nowait))
+    work.add_done_callback(lambda _: messages.put_nowait(None))
     try:
         while True:
             try:
-                message = await asyncio.wait_for(said.get(), KEEP_ALIVE_SECONDS)
+                message = await asyncio.wait_for(messages.get(), KEEP_ALIVE_SECONDS)
             except TimeoutError:
                 yield b"\n"
                 continue
             if message is None:
                 break
-            yield line(Progress("progress", message))
-        yield line(_outcome(work))
+            yield ndjson_line(Progress("progress", message))
+        yield ndjson_line(_outcome(work))
     finally:
-        # Only this listener goes: the base is made on.
+        # Only this listener stops: the base's build continues.
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError, HostError, OSError):
             await work

@@ -1,4 +1,4 @@
-"""Sandboxes, their snapshots, and what they have used."""
+"""Sandboxes, their snapshots and their usage."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from hostruntime.agent.requests import body, in_path, number
-from hostruntime.agent.responses import answer, nothing
+from hostruntime.agent.requests import path_parameter, query_number, read_message
+from hostruntime.agent.responses import no_content, respond
 from hostruntime.sandbox.manager import SandboxManager
 from hostruntime.wire.sandboxes import (
     ChangesInfo,
@@ -20,7 +20,7 @@ from hostruntime.wire.sandboxes import (
     Usage,
 )
 
-_LONGEST_WAIT_SECONDS = 60.0
+_MAX_WAIT_SECONDS = 60.0
 
 
 def routes(sandboxes: SandboxManager) -> list[Route]:
@@ -34,47 +34,55 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
 
 
 def _list_routes(sandboxes: SandboxManager) -> list[Route]:
-    async def listed(_: Request) -> Response:
-        return answer(Sandboxes(tuple(sandboxes.info(one) for one in sandboxes.list())))
+    async def list_all(_: Request) -> Response:
+        return respond(Sandboxes(tuple(sandboxes.info(item) for item in sandboxes.list())))
 
     async def changed(request: Request) -> Response:
-        """Those that ended, or were paused or resumed, after a number; waits a while for one."""
-        run, seq = request.query_params.get("run", ""), int(number(request, "after", 0))
-        seconds = min(max(number(request, "seconds", 0.0), 0.0), _LONGEST_WAIT_SECONDS)
-        heard = await sandboxes.changes.after(run, seq, seconds)
-        # One that was deleted meanwhile is known to have ended.
-        ids = set(heard.ids)
-        found = (sandboxes.info(one) for one in sandboxes.list() if one.request.id in ids)
-        return answer(ChangesInfo(heard.run, heard.seq, heard.whole, tuple(found)))
+        """Sandboxes that ended, were paused or resumed after a number; waits for the first."""
+        run, seq = request.query_params.get("run", ""), int(query_number(request, "after", 0))
+        seconds = min(max(query_number(request, "seconds", 0.0), 0.0), _MAX_WAIT_SECONDS)
+        changes = await sandboxes.changes.after(run, seq, seconds)
+        # One that was deleted meanwhile is known to be gone by its caller.
+        ids = set(changes.ids)
+        changed_sandboxes = (
+            sandboxes.info(item) for item in sandboxes.list() if item.request.id in ids
+        )
+        return respond(
+            ChangesInfo(changes.run, changes.seq, changes.complete, tuple(changed_sandboxes))
+        )
 
-    return [Route("/sandboxes", listed), Route("/changes", changed)]
+    return [Route("/sandboxes", list_all), Route("/changes", changed)]
 
 
 def _sandbox_routes(sandboxes: SandboxManager) -> list[Route]:
     async def create(request: Request) -> Response:
-        sandbox, new = await sandboxes.create(await body(request, CreateSandbox))
-        return answer(sandboxes.info(sandbox), 201 if new else 200)
+        sandbox, new = await sandboxes.create(await read_message(request, CreateSandbox))
+        return respond(sandboxes.info(sandbox), 201 if new else 200)
 
     async def get(request: Request) -> Response:
-        return answer(sandboxes.info(sandboxes.get(in_path(request))))
+        return respond(sandboxes.info(sandboxes.get(path_parameter(request))))
 
     async def set_deadline(request: Request) -> Response:
-        asked = await body(request, SetDeadline)
-        return answer(
-            sandboxes.info(await sandboxes.set_deadline(in_path(request), asked.deadline))
+        message = await read_message(request, SetDeadline)
+        return respond(
+            sandboxes.info(await sandboxes.set_deadline(path_parameter(request), message.deadline))
         )
 
     async def pause(request: Request) -> Response:
-        asked = await body(request, SetDeadline)
-        return answer(sandboxes.info(await sandboxes.pause(in_path(request), asked.deadline)))
+        message = await read_message(request, SetDeadline)
+        return respond(
+            sandboxes.info(await sandboxes.pause(path_parameter(request), message.deadline))
+        )
 
     async def resume(request: Request) -> Response:
-        asked = await body(request, SetDeadline)
-        return answer(sandboxes.info(await sandboxes.resume(in_path(request), asked.deadline)))
+        message = await read_message(request, SetDeadline)
+        return respond(
+            sandboxes.info(await sandboxes.resume(path_parameter(request), message.deadline))
+        )
 
     async def delete(request: Request) -> Response:
-        await sandboxes.terminate(in_path(request))
-        return nothing()
+        await sandboxes.terminate(path_parameter(request))
+        return no_content()
 
     return [
         Route("/sandboxes", create, methods=["POST"]),
@@ -90,40 +98,40 @@ def _snapshot_routes(sandboxes: SandboxManager) -> list[Route]:
     snapshots = sandboxes.snapshots
 
     async def capture(request: Request) -> Response:
-        asked = await body(request, CreateSnapshot)
-        made, new = await sandboxes.snapshot(in_path(request), asked.id)
-        return answer(made.info(), 201 if new else 200)
+        message = await read_message(request, CreateSnapshot)
+        snapshot, new = await sandboxes.snapshot(path_parameter(request), message.id)
+        return respond(snapshot.info(), 201 if new else 200)
 
-    async def listed(_: Request) -> Response:
-        return answer(Snapshots(tuple(one.info() for one in snapshots.list())))
+    async def list_all(_: Request) -> Response:
+        return respond(Snapshots(tuple(item.info() for item in snapshots.list())))
 
     async def get(request: Request) -> Response:
-        return answer(snapshots.get(in_path(request)).info())
+        return respond(snapshots.get(path_parameter(request)).info())
 
     async def delete(request: Request) -> Response:
-        await snapshots.delete(in_path(request))
-        return nothing()
+        await snapshots.delete(path_parameter(request))
+        return no_content()
 
     return [
         Route("/sandboxes/{id}/snapshots", capture, methods=["POST"]),
-        Route("/snapshots", listed),
+        Route("/snapshots", list_all),
         Route("/snapshots/{id}", get),
         Route("/snapshots/{id}", delete, methods=["DELETE"]),
     ]
 
 
 def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
-    book = sandboxes.usage
+    usage_store = sandboxes.usage
 
     async def usage(request: Request) -> Response:
-        """What sandboxes have used, ended ones until that is collected; ``id`` asks for one."""
-        meters = book.list(request.query_params.get("id"))
-        return answer(Usage(tuple(meter.info() for meter in meters)))
+        """Usage of all sandboxes, including uncollected ended ones; ``id`` selects one."""
+        meters = usage_store.list(request.query_params.get("id"))
+        return respond(Usage(tuple(meter.info() for meter in meters)))
 
     async def collected(request: Request) -> Response:
-        """Forget the ended sandboxes among those named; the others go on."""
-        await book.collected((await body(request, CollectedUsage)).ids)
-        return nothing()
+        """Forget those of the listed sandboxes that have ended."""
+        await usage_store.forget_collected((await read_message(request, CollectedUsage)).ids)
+        return no_content()
 
     return [
         Route("/usage", usage),

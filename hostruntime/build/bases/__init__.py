@@ -37,7 +37,7 @@ from hostruntime.container.cgroups import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
-from hostruntime.host.tasks import KeyedLocks, end, in_background, in_thread
+from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, in_background, in_thread
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
@@ -126,7 +126,7 @@ class BaseBuilder:
 
     async def close(self) -> None:
         """Stop making bases; nothing half-made is left."""
-        await end(*self._later)
+        await cancel_and_wait(*self._later)
         for again in self._again.values():
             again.cancel()
         tasks = [making.task for making in self._making.values()]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.build.bases.definitions import DEBIAN_SUITE, BaseDefinition
-from hostruntime.container.joining import PLACE
+from hostruntime.container.merging import PLACEHOLDER
 from hostruntime.errors import HostFault, HostUnavailable
-from hostruntime.host.patience import Patience, tree_of
+from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import Process, spawn
 from hostruntime.host.tasks import in_thread
 from hostruntime.network.registries import AptSource
@@ -49,15 +49,15 @@ async def bootstrap(
     log = target.with_name(f"{target.name}.log")
     process = await in_thread(_begin, base, target, sources, log)
     said = _Log(log)
-    patience = Patience(_IDLE_SECONDS, lambda: tree_of(process.pid), sign=lambda: said.size)
+    patience = Patience(_IDLE_SECONDS, lambda: process_tree(process.pid), marker=lambda: said.size)
     try:
         async with patience:
             await _watched(process, said, progress)
     except TimeoutError:
         _log.error("mmdebstrap was ended; it said: %s", await in_thread(_tail, log))
         raise HostFault(
-            f"Debian could not be fetched: mmdebstrap {patience.why}. Check whether this machine's "
-            "apt sources answer."
+            f"Debian could not be fetched: mmdebstrap {patience.reason}. Check whether this "
+            "machine's apt sources answer."
         ) from None
     finally:
         await in_thread(_end, process)
@@ -82,7 +82,7 @@ def _finish(
         raise HostFault(reason_in(log.read_text(errors="replace")))
     if named:
         # A container is told of the mirrors of the host it runs on.
-        (target / "etc/apt/sources.list").write_bytes(PLACE + b"\n")
+        (target / "etc/apt/sources.list").write_bytes(PLACEHOLDER + b"\n")
     _add(base, target)
     log.unlink()
 

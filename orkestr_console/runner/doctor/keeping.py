@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostruntime.host.installation import standing_in
+from hostruntime.host.installation import read_installation_record
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.quarantine import Quarantine, keep_days
 from hostruntime.image.trash import Trash
@@ -15,7 +15,7 @@ NAMED = 5
 def check_installation(layout: Layout) -> Finding:
     """Whether the database was found to be this state directory's, when it was last compared."""
     paths, name = StatePaths(layout.state_dir), "installation"
-    found = standing_in(paths.installation_file)
+    found = read_installation_record(paths.installation_file)
     if found.mismatch:
         remedy = (
             "put the right one beside the other, or say ./manage.py installation accept; until "

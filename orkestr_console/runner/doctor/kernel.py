@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostruntime.container.shared_limits import Low, low_limits, most_processes
+from hostruntime.container.shared_limits import LowLimit, low_limits, max_processes
 from hostruntime.container.trials import TRIALS
 from hostruntime.network.squid_config import DESCRIPTORS
 from orkestr_console.runner.doctor.finding import Finding, existing, is_root, read_number, unseen
@@ -149,14 +149,14 @@ def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
     read_only = is_read_only(sysctls)
     for_others = []
     if descriptors < DESCRIPTORS:
-        for_others.append(Low(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
+        for_others.append(LowLimit(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
     if for_others or (low and read_only):
         wanted = [*(low if read_only else []), *for_others]
         settings = " ".join(each.assignment for each in wanted)
         return Finding("limits", "warn", _values(wanted), f"sysctl -w {settings}")
     if low:
         return Finding("limits", "ok", f"{_values(low)}; the next start raises what is too low")
-    most = most_processes(sysctls)
+    most = max_processes(sysctls)
     return Finding("limits", "ok", f"all sandboxes together run up to {most} processes and threads")
 
 
@@ -165,5 +165,5 @@ def is_read_only(path: Path) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _values(limits: list[Low]) -> str:
+def _values(limits: list[LowLimit]) -> str:
     return ", ".join(f"{each.setting} is {each.value}" for each in limits)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hostruntime.host.kernel import mount_points
-from hostruntime.host.room import Level, Room
+from hostruntime.host.disk_space import DiskSpace, Level
+from hostruntime.host.kernel import mount_points_under
 from orkestr_console.runner.doctor.finding import AS_ROOT, Finding, existing, is_root
 from orkestr_console.runner.layout import Layout
 
@@ -58,15 +58,15 @@ def check_writable(layout: Layout, run: Path = Path("/run")) -> Finding:
 
 def check_disk(layout: Layout) -> Finding:
     """Base images take about 2 GB, and every template its own changes, beside what is reserved."""
-    room = Room.of(existing(layout.state_dir))
+    room = DiskSpace.of(existing(layout.state_dir))
     kept = f"{room.reserve_bytes / GIB:.1f} GiB are reserved"
     seen = f"{room.free_bytes / GIB:.1f} GiB free at {layout.state_dir}, of which {kept}"
     if room.files and room.free_files < 2 * room.reserve_files:
         seen += f"; {room.free_files} inodes free"
-    if room.level is Level.WELL and room.free_bytes - room.reserve_bytes >= BASES_NEED:
+    if room.level is Level.NORMAL and room.free_bytes - room.reserve_bytes >= BASES_NEED:
         return Finding("disk space", "ok", seen)
     remedy = "free some, set ORKESTR_STATE_DIR to a larger disk, or ORKESTR_RESERVE_GIB to less"
-    return Finding("disk space", "warn" if room.level is Level.WELL else "fail", seen, remedy)
+    return Finding("disk space", "warn" if room.level is Level.NORMAL else "fail", seen, remedy)
 
 
 def check_memory(_: Layout) -> Finding:
@@ -113,4 +113,4 @@ def filesystem_of(path: Path) -> str:
 def mount_point(path: Path) -> Path:
     """Where the mount begins that ``path`` is on."""
     above = {path, *path.parents}
-    return max(above & set(mount_points(Path("/"))), key=lambda point: len(point.parts))
+    return max(above & set(mount_points_under(Path("/"))), key=lambda point: len(point.parts))

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.container import joining
+from hostruntime.container import merging
 from hostruntime.container.authorities import certificates, java_key_store, without_certificates
-from hostruntime.container.joining import (
-    BEGIN,
-    END,
+from hostruntime.container.merging import (
+    BEGIN_MARKER,
+    END_MARKER,
     MAX_BYTES,
-    PLACE,
-    Unkept,
-    joined,
-    lend_again,
-    looking_into,
-    take_back,
+    PLACEHOLDER,
+    LostWrites,
+    merge,
+    open_image,
+    refresh_host_parts,
+    strip_host_parts,
 )
 from hostruntime.image.trees import opened
 from tests.hostruntime.trees_help import grow, shape, whiteout
@@ -50,13 +50,13 @@ def pem(name: str) -> str:
 
 def seen(image: Path, path: str, ours: str | None = None) -> str | None:
     """What a container on the image sees at a path; None where that is the image's alone."""
-    with looking_into(image) as files:
-        found = joined(path, (OURS[path] if ours is None else ours).encode(), files)
+    with open_image(image) as files:
+        found = merge(path, (OURS[path] if ours is None else ours).encode(), files)
     return None if found is None else found.decode()
 
 
 def marked(ours: str) -> str:
-    return f"{BEGIN.decode()}\n{ours}{END.decode()}\n"
+    return f"{BEGIN_MARKER.decode()}\n{ours}{END_MARKER.decode()}\n"
 
 
 # Joining ----------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_mirrors_are_the_hosts_unless_the_image_names_its_own(
 ) -> None:
     image = grow(tmp_path, {"etc/": None})
     if theirs is not None:
-        grow(image, {"etc/apt/sources.list": theirs.format(place=PLACE.decode())})
+        grow(image, {"etc/apt/sources.list": theirs.format(place=PLACEHOLDER.decode())})
     ours = marked(OURS["etc/apt/sources.list"])
     wanted = None if expected is None else expected.format(ours=ours)
     assert seen(image, "etc/apt/sources.list") == wanted
@@ -184,7 +184,7 @@ class Build:
         grow(self.tree, {path: text})
 
     def captured(self, path: str) -> str | None:
-        take_back(self.tree, self.base, self.lent)
+        strip_host_parts(self.tree, self.base, self.lent)
         return (self.tree / path).read_text() if (self.tree / path).exists() else None
 
 
@@ -202,7 +202,7 @@ def test_a_file_of_the_base_is_never_written_to(tmp_path: Path) -> None:
     build = Build(tmp_path, {"etc/hosts": "10.0.0.1 a\n"})
     before = (build.base / "etc/hosts").stat()
     assert build.captured("etc/hosts") == "10.0.0.1 a\n"
-    build.writes("etc/hosts", {BEGIN.decode(): BEGIN.decode()})
+    build.writes("etc/hosts", {BEGIN_MARKER.decode(): BEGIN_MARKER.decode()})
     assert build.captured("etc/hosts") == "10.0.0.1 a\n"
     after = (build.base / "etc/hosts").stat()
     assert (after.st_ino, after.st_mtime_ns, after.st_size, after.st_nlink) == (
@@ -222,7 +222,9 @@ def test_a_line_of_ours_that_a_step_changed_is_the_recipes(tmp_path: Path) -> No
     build.writes("etc/apt/sources.list", {"bookworm main": "bookworm main contrib"})
     changed = "deb https://debs.example/debian bookworm main contrib\n"
     assert build.captured("etc/apt/sources.list") == changed
-    build.writes("etc/gitconfig", {END.decode(): "\tpath = /opt/own\n" + END.decode()})
+    build.writes(
+        "etc/gitconfig", {END_MARKER.decode(): "\tpath = /opt/own\n" + END_MARKER.decode()}
+    )
     assert build.captured("etc/gitconfig") == "[include]\n\tpath = /opt/own\n"
 
 
@@ -230,7 +232,7 @@ def test_mirrors_keep_their_place_and_are_the_next_hosts(tmp_path: Path) -> None
     build = Build(tmp_path, {})
     build.writes("etc/apt/sources.list", more="deb https://corp.example/x stable main\n")
     assert build.captured("etc/apt/sources.list") == (
-        f"{PLACE.decode()}\ndeb https://corp.example/x stable main\n"
+        f"{PLACEHOLDER.decode()}\ndeb https://corp.example/x stable main\n"
     )
     again = seen(build.tree, "etc/apt/sources.list", "deb https://other.example/d bookworm main\n")
     assert again is not None
@@ -266,7 +268,7 @@ def test_what_is_no_small_file_is_not_looked_into(tmp_path: Path) -> None:
     (build.tree / "etc/hosts").symlink_to("/opt/hosts")
     with (build.tree / "etc/npmrc").open("wb") as huge:
         huge.truncate(1 << 30)
-    assert take_back(build.tree, build.base, build.lent) == 0
+    assert strip_host_parts(build.tree, build.base, build.lent) == 0
     assert (build.tree / "etc/hosts").is_symlink()
 
 
@@ -284,21 +286,21 @@ def test_a_saved_disk_has_the_lines_of_the_network_it_is_started_on(tmp_path: Pa
         "etc/apt/sources.list": marked("deb https://other.example/d bookworm main\n"),
     }
     now = grow(tmp_path / "now", {"etc/environment": marked("LANG=C.UTF-8\n"), **ours})
-    assert lend_again(upper, now, [restricted]) == 3
+    assert refresh_host_parts(upper, now, [restricted]) == 3
     assert (upper / "etc/hosts").read_text() == ours["etc/hosts"] + "# own\n"
     assert (upper / "etc/environment").read_text() == marked("LANG=C.UTF-8\n") + "# own\n"
     assert (upper / "etc/apt/sources.list").read_text() == (
         ours["etc/apt/sources.list"] + "# own\n"
     )
     assert (upper / "etc/npmrc").read_text() == "fund=false\n"
-    assert lend_again(upper, now, [now]) == 0
+    assert refresh_host_parts(upper, now, [now]) == 0
 
 
 # What stays behind ------------------------------------------------------------------------
 
 
 def test_what_no_sandbox_will_see_is_told_once_at_the_step_that_wrote_it(tmp_path: Path) -> None:
-    build, unkept = Build(tmp_path, {}), Unkept()
+    build, unkept = Build(tmp_path, {}), LostWrites()
     upper = grow(tmp_path / "upper", {"etc/hosts": "10.0.0.7 db\n", "opt/x": "y"})
     assert unkept.after_step(upper, build.lent) == []
     grow(upper, {"etc/resolv.conf": "nameserver 192.0.2.53\n"})
@@ -320,7 +322,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch, name: str, swap: Callable[[int], No
             swap(directory)
         return found
 
-    monkeypatch.setattr(joining, "status", status)
+    monkeypatch.setattr(merging, "status", status)
 
 
 def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
@@ -335,10 +337,10 @@ def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
             os.mkfifo("resolv.conf", dir_fd=directory)
 
     with opened(build.lent / "etc") as lent:
-        assert joining._content("resolv.conf", lent) == OURS["etc/resolv.conf"].encode()
+        assert merging._read_regular_file("resolv.conf", lent) == OURS["etc/resolv.conf"].encode()
     swapped(monkeypatch, "resolv.conf", pipe)
     with ThreadPoolExecutor(1) as pool, opened(upper / "etc") as etc:
-        reading = pool.submit(joining._content, "resolv.conf", etc)
+        reading = pool.submit(merging._read_regular_file, "resolv.conf", etc)
         try:
             assert reading.result(10) is None
         finally:
@@ -354,7 +356,7 @@ def test_a_file_that_grows_as_it_is_read_is_read_no_further_than_its_bound(
     upper = grow(tmp_path / "upper", {"hosts": "a"})
     swapped(monkeypatch, "hosts", lambda _: os.truncate(upper / "hosts", size))
     with opened(upper) as root:
-        found = joining._content("hosts", root)
+        found = merging._read_regular_file("hosts", root)
     assert (found is None) == (size > 2 * MAX_BYTES)
 
 

@@ -1,13 +1,13 @@
-"""What a container is lent over its image, as data: which files, with what in them, by mode.
+"""The files that the host adds over a container's image: paths and contents, by network mode.
 
-A process finds its way out by whatever it happens to look at.  What the agent runs has the
-environment of :func:`container_environment`; all else (`sudo`, `su -`, cron, logins, services)
-starts from nothing, so the same is said where each of them looks: PAM's /etc/environment, the
-drop-ins of sudo, of shells and of service scripts, and the files of those programs that read no
-variable.
+Programs find the proxy and the certificates in different places.  Commands that the agent runs get
+the environment of :func:`container_environment`; everything else (`sudo`, `su -`, cron, logins,
+services) starts with an empty environment, so the same settings are written to wherever each of
+them looks: PAM's /etc/environment, the drop-ins of sudo, of shells and of service scripts, and the
+configuration of those programs that read no variable.
 
-Files that an image may well have itself are only *our part* of them here;
-:mod:`hostruntime.container.joining` puts the two together.
+For files that an image may have itself, this is only *our part*;
+:mod:`hostruntime.container.merging` merges the two.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _ENVIRONMENT = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_ROOT_USER_ACTION": "ignore",
     "NPM_CONFIG_GLOBALCONFIG": "/etc/npmrc",
-    # These would be refused, and told of, for hosts that nobody asked for.
+    # These would contact hosts that the user never asked for, and be refused and logged.
     "YARN_ENABLE_TELEMETRY": "0",
     "DENO_NO_UPDATE_CHECK": "1",
     "NEXT_TELEMETRY_DISABLED": "1",
 }
-# So that with network off programs use what they have, and say at once what they lack: without it
-# some ask for minutes, and npx does not run even what is in its cache.  Those that have such a
-# switch and no variable for it are told in their files.
+# Makes programs use local data, and fail immediately if it is missing, while the network is off:
+# without these some retry for minutes, and npx does not even run what is in its cache.  Programs
+# that have such a switch but no variable for it are configured in their files.
 _OFFLINE = {
     "UV_OFFLINE": "1",
     "COREPACK_ENABLE_NETWORK": "0",
@@ -60,8 +60,8 @@ _OFFLINE = {
     "CONDA_OFFLINE": "true",
     "HF_HUB_OFFLINE": "1",
 }
-# What a login sets by itself, for whom it logs in.
-_OF_A_LOGIN = frozenset({"PATH", "HOME"})
+# Variables that a login sets by itself, for the user it logs in.
+_SET_BY_LOGIN = frozenset({"PATH", "HOME"})
 _CA_VARIABLES = (
     "SSL_CERT_FILE",
     "REQUESTS_CA_BUNDLE",
@@ -71,8 +71,7 @@ _CA_VARIABLES = (
     "GIT_SSL_CAINFO",
 )
 _NO_PROXY = "localhost,127.0.0.1,::1"
-# Node's own option against it (--disable-warning) ends a Node that does not know it; a module to
-# load first is known to every one.
+# An older Node exits on an unknown --disable-warning option; --require works in every version.
 _QUIET_NODE_SOURCE = """\
 'use strict';
 // Node warns of NODE_USE_ENV_PROXY in every process; this network has no other way out.
@@ -94,7 +93,7 @@ class LayerFile:
 
 
 def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
-    """Return the environment every process in a container of a mode begins with."""
+    """Return the initial environment of every process in a container of a mode."""
     environment = {**_ENVIRONMENT, **dict.fromkeys(_CA_VARIABLES, f"/{CA_BUNDLE}")}
     if mode == "restricted":
         environment |= _proxy_environment(_proxy_url(pool))
@@ -105,12 +104,12 @@ def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
     return environment
 
 
-def lent_files(
+def host_files(
     mode: Mode, pool: SlotPool, registries: Registries, domains: Sequence[str]
 ) -> list[LayerFile]:
-    """Return what a mode lends; ``domains`` are those of the default list.
+    """Return the files of a mode; ``domains`` are those of the default list.
 
-    Raises HostUnavailable when the host lacks init or a certificate bundle, OSError.
+    Raises HostUnavailable if the host lacks init or a certificate bundle, OSError.
     """
     return [
         LayerFile(".orkestr/init", _first(_INIT_BINARIES, "catatonit").read_bytes(), 0o755),
@@ -127,8 +126,8 @@ def lent_files(
 
 
 def _host_bundle() -> Path:
-    named = os.environ.get("SSL_CERT_FILE")
-    return _first((*([Path(named)] if named else []), *_HOST_BUNDLES), "ca-certificates")
+    configured = os.environ.get("SSL_CERT_FILE")
+    return _first((*([Path(configured)] if configured else []), *_HOST_BUNDLES), "ca-certificates")
 
 
 def _first(candidates: tuple[Path, ...], package: str) -> Path:
@@ -141,20 +140,24 @@ def _first(candidates: tuple[Path, ...], package: str) -> Path:
 @cache
 def _own_authorities(bundle: Path, local: Path, public: Path) -> Mapping[str, bytes]:
     files = [path for path in sorted(local.rglob("*.crt")) if path.is_file()]
-    found = {path.name: path.read_bytes() for path in files}
+    authorities = {path.name: path.read_bytes() for path in files}
     published = sorted(public.rglob("*.crt"))
     if published:
-        known = certificates(b"\n".join(found.values()))
+        known = certificates(b"\n".join(authorities.values()))
         known |= certificates(b"\n".join(path.read_bytes() for path in published))
-        more = [text for key, text in certificates(bundle.read_bytes()).items() if key not in known]
-        found |= {f"orkestr-host-{n}.crt": text + b"\n" for n, text in enumerate(more, 1)}
-    return found
+        host_only = [
+            text for key, text in certificates(bundle.read_bytes()).items() if key not in known
+        ]
+        authorities |= {
+            f"orkestr-host-{n}.crt": text + b"\n" for n, text in enumerate(host_only, 1)
+        }
+    return authorities
 
 
 def own_authorities() -> Mapping[str, bytes]:
-    """The authorities that this host trusts beside the public ones, as files of one each.
+    """The authorities that this host trusts in addition to the public ones, one per file.
 
-    update-ca-certificates(8), run inside by a package's postinst, makes the bundle anew from
+    update-ca-certificates(8), run inside by a package's postinst, regenerates the bundle from
     these and the image's own.
     """
     return _own_authorities(_host_bundle(), _HOST_LOCAL_CAS, _HOST_PUBLIC_CAS)
@@ -168,22 +171,22 @@ def _name_resolution(mode: Mode, resolvers: tuple[str, ...]) -> Iterator[LayerFi
     yield LayerFile("etc/hosts", hosts.encode())
     yield LayerFile("etc/hostname", f"{HOSTNAME}\n".encode())
     servers = "".join(f"nameserver {address}\n" for address in resolvers if ":" not in address)
-    # It knows no name; who asks for one is told so at once, and it is recorded.
-    none = f"# network {mode}: no name is resolved in here\nnameserver {STUB}\n"
-    none += "options timeout:1 attempts:1\n"
-    yield LayerFile("etc/resolv.conf", (servers if mode == "open" else none).encode())
+    # It resolves no names; each query is refused immediately, and recorded.
+    refusing = f"# network {mode}: no name is resolved in here\nnameserver {STUB}\n"
+    refusing += "options timeout:1 attempts:1\n"
+    yield LayerFile("etc/resolv.conf", (servers if mode == "open" else refusing).encode())
 
 
 def _package_managers(mode: Mode, pool: SlotPool, registries: Registries) -> Iterator[LayerFile]:
     url = _proxy_url(pool) if mode == "restricted" else None
     npmrc = _npmrc(mode, url, registries).encode()
     yield LayerFile("etc/npmrc", npmrc)
-    # Where npm looks that was not told of the other (NPM_CONFIG_GLOBALCONFIG): its prefix.
+    # In npm's prefix, for an npm without NPM_CONFIG_GLOBALCONFIG in its environment.
     yield LayerFile("usr/local/etc/npmrc", npmrc)
     # Read before /etc/pip.conf (pip's user guide, "Configuration"), which is the image's.
     options = {"cert": f"/{CA_BUNDLE}", **({"proxy": url} if url else {})}
     if mode == "off":
-        # It has no such switch, and says why it finds nothing only when it tries again.
+        # pip has no offline switch, and reports why it finds nothing only when it retries.
         options["retries"] = "1"
     yield LayerFile("etc/xdg/pip/pip.conf", registries.pip_conf(options).encode())
     if sources := registries.apt_sources(BASE_CODENAME):
@@ -208,7 +211,7 @@ def _apt_conf(mode: Mode, url: str | None) -> str:
 
 
 def _yarnrc(mode: Mode, url: str | None, registries: Registries) -> str:
-    """For Yarn 2 and later, which looks in every directory above a project, and at no npmrc."""
+    """For Yarn 2 and later, which searches every directory above a project, but no npmrc."""
     registry = registries.carries_npm()
     yarn = [f"npmRegistryServer: {registry}"] if registry else []
     yarn += [f"httpProxy: {url}", f"httpsProxy: {url}"] if url else []
@@ -217,24 +220,24 @@ def _yarnrc(mode: Mode, url: str | None, registries: Registries) -> str:
 
 
 def _environment_files(environment: Mapping[str, str]) -> Iterator[LayerFile]:
-    said = {name: value for name, value in environment.items() if name not in _OF_A_LOGIN}
+    variables = {name: value for name, value in environment.items() if name not in _SET_BY_LOGIN}
     # pam_env(8) reads it for su, sudo, cron, sshd and login.
-    pam = "".join(f"{name}={value}\n" for name, value in said.items())
+    pam = "".join(f"{name}={value}\n" for name, value in variables.items())
     yield LayerFile("etc/environment", pam.encode())
     shell = "".join(
         f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}\n'
-        for name, value in said.items()
+        for name, value in variables.items()
     )
     yield LayerFile("etc/profile.d/00-orkestr.sh", shell.encode())
-    # service(8) starts scripts with hardly a variable; they read what is in here as they begin
+    # service(8) starts scripts with an almost empty environment; they source this first
     # (init-functions of Debian's sysvinit-utils).
     yield LayerFile("usr/lib/lsb/init-functions.d/00-orkestr", shell.encode())
-    keep = f'Defaults env_keep += "{" ".join(said)}"\n'
+    keep = f'Defaults env_keep += "{" ".join(variables)}"\n'
     yield LayerFile("etc/sudoers.d/orkestr", keep.encode(), 0o440)
 
 
 def _other_programs(pool: SlotPool, domains: Sequence[str]) -> Iterator[LayerFile]:
-    """Those that need to be told of the proxy in a file of their own."""
+    """Configuration of programs that read the proxy from a file of their own."""
     url = _proxy_url(pool)
     yield LayerFile("etc/gitconfig", f"[include]\n\tpath = /{GIT_CONFIG}\n".encode())
     yield LayerFile(GIT_CONFIG, (_git_config(url) + git_rewrites(domains)).encode())
@@ -252,11 +255,11 @@ def _git_config(url: str) -> str:
 
 
 def git_rewrites(domains: Sequence[str]) -> str:
-    """Have git fetch by HTTPS, all that gets out, what is named by SSH or git's own protocol."""
-    forms = ("git@{0}:", "ssh://git@{0}/", "ssh://git@{0}:22/", "git://{0}/")
+    """Make git use HTTPS, which alone gets out, for SSH and git:// URLs."""
+    url_prefixes = ("git@{0}:", "ssh://git@{0}/", "ssh://git@{0}:22/", "git://{0}/")
     return "".join(
         f'[url "https://{domain}/"]\n'
-        + "".join(f"\tinsteadOf = {form.format(domain)}\n" for form in forms)
+        + "".join(f"\tinsteadOf = {prefix.format(domain)}\n" for prefix in url_prefixes)
         for domain in domains
     )
 
@@ -278,9 +281,9 @@ def _proxy_environment(url: str) -> Mapping[str, str]:
 
 
 def _java_options(mode: str, pool: SlotPool) -> list[str]:
-    """What a JVM and Maven need to be told, which read neither variables nor the bundle.
+    """Options for JVMs and Maven, which read neither the variables nor the bundle.
 
-    Java's "Networking Properties"; Maven's resolver asks for the last one before it heeds them.
+    Java's "Networking Properties"; Maven's resolver honours them only with the last one.
     """
     options: list[str] = []
     if mode == "restricted":
@@ -288,7 +291,7 @@ def _java_options(mode: str, pool: SlotPool) -> list[str]:
         for scheme in ("http", "https"):
             options += [f"-D{scheme}.proxyHost={address}", f"-D{scheme}.proxyPort={port}"]
         options.append("-Daether.connector.http.useSystemProperties=true")
-    # A JVM's own store has the public authorities.
+    # A JVM's built-in store has the public authorities.
     if mode != "off" and own_authorities():
         options.append(f"-Djavax.net.ssl.trustStore=/{TRUST_STORE}")
     return options

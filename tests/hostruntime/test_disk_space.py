@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from hostruntime.agent.ballast import Ballast, ballast_bytes
-from hostruntime.agent.room_watch import Growth
+from hostruntime.agent.disk_monitor import Growth
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Held, HostFull, HostUnavailable, InvalidRequest
-from hostruntime.host.room import Level, Room, _bytes_kept
+from hostruntime.host.disk_space import DiskSpace, Level, _reserve_bytes
 
 GIB, MIB = 1024**3, 1024**2
-ROOM = Room(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 200_000)
+ROOM = DiskSpace(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 200_000)
 
 
 @pytest.mark.parametrize(
@@ -23,24 +23,24 @@ ROOM = Room(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 
     [(1000 * GIB, 8 * GIB), (100 * GIB, 5 * GIB), (10 * GIB, GIB), (2 * GIB, int(0.4 * GIB))],
 )
 def test_a_twentieth_is_kept_within_bounds(size: int, kept: int) -> None:
-    assert _bytes_kept(size) == kept
+    assert _reserve_bytes(size) == kept
 
 
 def test_the_reserve_is_the_operators_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORKESTR_RESERVE_GIB", "0.5")
-    assert _bytes_kept(100 * GIB) == GIB // 2
+    assert _reserve_bytes(100 * GIB) == GIB // 2
     monkeypatch.setenv("ORKESTR_RESERVE_GIB", "500")
-    assert _bytes_kept(100 * GIB) == 90 * GIB
+    assert _reserve_bytes(100 * GIB) == 90 * GIB
     for bad in ("much", "-1", "0", "nan", "inf"):
         monkeypatch.setenv("ORKESTR_RESERVE_GIB", bad)
         with pytest.raises(InvalidRequest, match="takes a number of GiB"):
-            _bytes_kept(GIB)
+            _reserve_bytes(GIB)
 
 
 @pytest.mark.parametrize(
     ("free", "files", "level"),
     [
-        (6 * GIB, 300_000, Level.WELL),
+        (6 * GIB, 300_000, Level.NORMAL),
         (4 * GIB, 300_000, Level.LOW),
         (2 * GIB, 300_000, Level.CRITICAL),
         (6 * GIB, 150_000, Level.LOW),
@@ -53,8 +53,8 @@ def test_blocks_and_inodes_count_alike(free: int, files: int, level: Level) -> N
 
 def test_a_file_system_that_counts_no_inodes_has_enough_of_them() -> None:
     room = replace(ROOM, files=0, free_files=0, reserve_files=0)
-    assert room.level is Level.WELL
-    assert "inodes" not in str(replace(room, free_bytes=0).fault).partition(", less")[0]
+    assert room.level is Level.NORMAL
+    assert "inodes" not in str(replace(room, free_bytes=0).problem).partition(", less")[0]
 
 
 def test_who_wants_some_of_it_is_told_what_is_left() -> None:
@@ -76,24 +76,24 @@ def test_ballast_is_let_go_of_and_taken(tmp_path: Path) -> None:
     ballast = Ballast(tmp_path / "ballast")
     small = replace(ROOM, size_bytes=GIB, free_bytes=GIB, reserve_bytes=200 * MIB)
     ballast.balance(replace(small, free_bytes=300 * MIB))
-    assert not ballast.is_held
+    assert not ballast.is_allocated
     ballast.balance(small)
     assert ballast.path.stat().st_blocks * 512 >= 32 * MIB
     ballast.balance(replace(small, free_bytes=60 * MIB))
-    assert ballast.is_held
+    assert ballast.is_allocated
     ballast.balance(replace(small, free_bytes=40 * MIB))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_was_there_before_has_grown_by_what_was_written_since() -> None:
     growth = Growth()
-    growth.note({"a": 10 * MIB, "b": GIB})
-    growth.note({"a": 30 * MIB, "b": GIB, "c": 5 * MIB})
-    assert growth.of_late() == {"a": 20 * MIB, "b": 0, "c": 5 * MIB}
-    assert growth.largest_first(1) == ["a", "c"]
-    assert growth.largest_first(8 * MIB) == ["a"]
-    growth.begin_anew()
-    assert growth.largest_first(1) == []
+    growth.record({"a": 10 * MIB, "b": GIB})
+    growth.record({"a": 30 * MIB, "b": GIB, "c": 5 * MIB})
+    assert growth.recent() == {"a": 20 * MIB, "b": 0, "c": 5 * MIB}
+    assert growth.largest(1) == ["a", "c"]
+    assert growth.largest(8 * MIB) == ["a"]
+    growth.reset()
+    assert growth.largest(1) == []
 
 
 def test_who_is_held_is_told_or_waits() -> None:
@@ -114,7 +114,7 @@ def test_who_is_held_is_told_or_waits() -> None:
         assert not entering.done()
         await gate.forget("waits")
         await asyncio.wait_for(entering, 5)
-        await gate.let_go("told")
+        await gate.release("told")
         async with gate.entering("told"):
             pass
 

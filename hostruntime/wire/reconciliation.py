@@ -1,4 +1,4 @@
-"""Whose the host's state is, what nobody names, and what was set aside."""
+"""The installation that the host's state belongs to, reconciliation and quarantine."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pydantic import Field
 
 from hostruntime.wire.message import Message
 
-_Word = Annotated[str, Field(min_length=1, max_length=100)]
+_Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 @dataclass(frozen=True)
 class Claim(Message):
-    """What a database says of itself, and all of ``POST /installation/adopt``.
+    """A database's identity, and the body of ``POST /installation/adopt``.
 
     ``previous`` is the mark before ``mark`` (:mod:`hostruntime.host.installation`).
     """
 
-    id: _Word
+    id: _Name
     epoch: Annotated[int, Field(ge=0)]
-    mark: _Word
+    mark: _Name
     previous: str = ""
 
 
 @dataclass(frozen=True)
 class Agree(Claim):
-    """``POST /installation/agree``; ``known`` says whether it knows what the host holds.
+    """``POST /installation/agree``; ``known`` says whether the database knows what the host holds.
 
-    None as long as nobody has looked.
+    None if that has not been checked yet.
     """
 
     known: bool | None = None
 
 
 @dataclass(frozen=True)
-class StandingInfo(Message):
-    """Which installation the host's state is of; ``mismatch`` is why nothing is reconciled."""
+class InstallationInfo(Message):
+    """The installation the host's state belongs to; ``mismatch`` is why nothing is reconciled."""
 
     id: str = ""
     epoch: int = 0
@@ -48,7 +48,7 @@ class StandingInfo(Message):
 
 @dataclass(frozen=True)
 class Reconcile(Message):
-    """``POST /reconcile``: what is not among those named is surplus; None names all of a kind."""
+    """``POST /reconcile``: everything not named is surplus; None names all of a kind."""
 
     installation: Claim
     images: Sequence[str] | None = None
@@ -57,17 +57,17 @@ class Reconcile(Message):
 
 @dataclass(frozen=True)
 class Reconciliation(Message):
-    """The ids of what a pass set aside, and of what waits for the next one or an operator."""
+    """The ids of what a pass set aside, and of what is left for the next one or an operator."""
 
     set_aside: Sequence[str] = ()
     waiting: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class HeldInfo(Message):
-    """Something in quarantine; ``reason`` is unknown or damaged, ``detail`` says why in words.
+class QuarantinedItemInfo(Message):
+    """An item in quarantine; ``reason`` is unknown or damaged, ``detail`` a sentence that says why.
 
-    ``at`` is when it came there, ``size_bytes`` what its record said, None where that is not known.
+    ``at`` is when it was set aside, ``size_bytes`` the size in its record, None if unknown.
     """
 
     key: str
@@ -81,6 +81,6 @@ class HeldInfo(Message):
 
 @dataclass(frozen=True)
 class Quarantine(Message):
-    """``GET /quarantine``, the oldest first."""
+    """``GET /quarantine``, oldest first."""
 
-    quarantine: tuple[HeldInfo, ...]
+    quarantine: tuple[QuarantinedItemInfo, ...]
