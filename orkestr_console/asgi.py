@@ -15,7 +15,7 @@ from django.urls import re_path
 
 from orkestr_console.core.addresses import MCP_PATH
 from orkestr_console.core.channel_layer import SERVICE_RESTART
-from orkestr_console.core.listening import ForwardedBy
+from orkestr_console.core.listening import TrustedProxies
 from orkestr_console.core.postgres import unavailable
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
@@ -75,4 +75,4 @@ protocols: Any = ProtocolTypeRouter(
     }
 )
 # Before everything, so that HTTP, MCP and WebSockets are told the same.
-application = ForwardedBy(protocols, settings.TRUSTED_PROXIES)
+application = TrustedProxies(protocols, settings.TRUSTED_PROXIES)

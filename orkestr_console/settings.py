@@ -78,12 +78,12 @@ MIDDLEWARE = [
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.http.middleware.request_id",
     "orkestr_console.http.middleware.release_database",
-    "orkestr_console.http.middleware.browser_rules",
+    "orkestr_console.http.middleware.browser_headers",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django.middleware.csp.ContentSecurityPolicyMiddleware",
-    "orkestr_console.http.middleware.refuse_unusable_text",
+    "orkestr_console.http.middleware.reject_nul",
     "orkestr_console.http.middleware.StaticFiles",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -185,7 +185,7 @@ SESSION_COOKIE_HTTPONLY = True
 CSRF_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 14 * 24 * 3600
-CSRF_FAILURE_VIEW = "orkestr_console.http.health.csrf_refused"
+CSRF_FAILURE_VIEW = "orkestr_console.http.health.csrf_failure"
 X_FRAME_OPTIONS = "DENY"
 # No other site learns an address of ours, and so no invitation's secret. Not "no-referrer": with
 # that browsers send "Origin: null" with a form, which says nothing of where it came from.
@@ -268,7 +268,7 @@ Q_CLUSTER: dict[str, Any] = {
 # A process of the worker's that does nothing for so long, and comes round no more, is replaced.
 WORKER_STALE_SECONDS = float(os.environ.get("ORKESTR_WORKER_STALE") or scaled(30))
 # How many builds this machine runs at once, whatever the plans of its teams allow.
-BUILDS_AT_ONCE = machine.builds_at_once()
+BUILDS_AT_ONCE = machine.max_concurrent_builds()
 # What runs by the clock: (name, function, every so many minutes).
 PERIODIC_TASKS = [
     ("Begin builds, resume those whose driver is gone", "templates_app.tasks.drive_builds", 1),

@@ -15,9 +15,9 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
-from orkestr_console.core.hosts import awaited
-from orkestr_console.http.decorators import ApiRequest, api, ended
-from orkestr_console.http.json_api import json_answer, no_content, read_json, timestamp
+from orkestr_console.core.hosts import run_async
+from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
@@ -38,10 +38,10 @@ KEEP_ALIVE = b": the command still runs\n\n"
 
 @api(scope=WRITE)
 def create_sandbox(request: ApiRequest) -> HttpResponse:
-    """``POST /v1/sandboxes``: answers when it runs."""
+    """``POST /v1/sandboxes``: answers once it is running."""
     spec = read_json(request, SandboxSpec)
     sandbox = services.create_sandbox(request.actor, spec)
-    return json_answer(presenters.sandbox_detail(sandbox), status=201)
+    return json_response(presenters.sandbox_detail(sandbox), status=201)
 
 
 @api(scope=READ)
@@ -55,7 +55,7 @@ def list_sandboxes(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.sandbox_detail(row) for row in rows]
-    return json_answer({"sandboxes": listed, "next_cursor": cursor})
+    return json_response({"sandboxes": listed, "next_cursor": cursor})
 
 
 def metadata_filter(request: ApiRequest) -> dict[str, str]:
@@ -73,13 +73,13 @@ def metadata_filter(request: ApiRequest) -> dict[str, str]:
 @api(scope=READ)
 def get_limits(request: ApiRequest) -> HttpResponse:
     """``GET /v1/sandboxes/limits``."""
-    return json_answer(presenters.limits_detail(services.limits(request.actor)))
+    return json_response(presenters.limits_detail(services.limits(request.actor)))
 
 
 @api(scope=READ)
 def get_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/{id}``."""
-    return json_answer(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
+    return json_response(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
 
 
 @api(scope=WRITE)
@@ -94,20 +94,20 @@ def set_timeout(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/timeout``: a new lifetime, from now."""
     spec = read_json(request, TimeoutSpec)
     sandbox = services.set_timeout(request.actor, sandbox_id, spec)
-    return json_answer({"expires_at": timestamp(sandbox.expires_at)})
+    return json_response({"expires_at": timestamp(sandbox.expires_at)})
 
 
 @api(scope=WRITE)
 def pause_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/pause``: answers when it stands still."""
-    return json_answer({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
+    """``POST …/pause``: answers once it is paused."""
+    return json_response({"sandbox_id": services.pause_sandbox(request.actor, sandbox_id).pk})
 
 
 @api(scope=WRITE)
 def resume_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/resume``: answers when it runs on."""
+    """``POST …/resume``: answers once it is running again."""
     sandbox = services.resume_sandbox(request.actor, sandbox_id)
-    return json_answer(presenters.sandbox_detail(sandbox))
+    return json_response(presenters.sandbox_detail(sandbox))
 
 
 @api(scope=WRITE)
@@ -116,63 +116,67 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     spec = read_json(request, ExecSpec)
     if spec.stream:
         frames = services.exec_stream(request.actor, sandbox_id, spec)
-        # On the server's own event loop, where the response will go on reading.
-        return awaited(streamed, request, frames)
-    return json_answer(
+        # On the server's own event loop, where the response continues to read.
+        return run_async(streaming_response, request, frames)
+    return json_response(
         presenters.exec_answer(services.exec_command(request.actor, sandbox_id, spec))
     )
 
 
-async def streamed(request: HttpRequest, frames: services.CommandStream) -> StreamingHttpResponse:
-    """The stream, once its first frame is there: until then, an error is an ordinary answer."""
+async def streaming_response(
+    request: HttpRequest, frames: services.CommandStream
+) -> StreamingHttpResponse:
+    """Start the stream once its first frame arrives: until then, an error is a normal response."""
     first = await anext(frames)
     return StreamingHttpResponse(
-        sent_events(request, first, frames),
+        event_stream(request, first, frames),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def sent_events(
+async def event_stream(
     request: HttpRequest, first: dict[str, Any], frames: services.CommandStream
 ) -> AsyncIterator[bytes]:
     """Each frame as an event (HTML Living Standard, 9.2): one JSON object in a ``data:`` line.
 
-    A silent command gets comments in between, as clients give up on a silent connection; about as
-    often the token is looked at, and once it does not hold an error is the last. However this
-    ends, the command's process tree ends with it.
+    Comments keep a silent command's connection alive. The token is re-checked about as often, and
+    the stream ends with an error once it is no longer valid. However this ends, the command's
+    process tree is killed with it.
     """
     async with aclosing(frames):
-        yield event(first)
-        following = asyncio.ensure_future(anext(frames, None))
+        yield encode_event(first)
+        next_frame = asyncio.ensure_future(anext(frames, None))
         trusted_until = monotonic() + KEEP_ALIVE_SECONDS
         try:
             while True:
-                await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
-                if not following.done() or monotonic() >= trusted_until:
-                    if error := await database_sync_to_async(no_longer)(request):
-                        frames.why = error.detail
-                        yield event({"kind": "error", "code": error.code, "message": error.detail})
+                await asyncio.wait({next_frame}, timeout=KEEP_ALIVE_SECONDS)
+                if not next_frame.done() or monotonic() >= trusted_until:
+                    if error := await database_sync_to_async(access_error)(request):
+                        frames.close_reason = error.detail
+                        yield encode_event(
+                            {"kind": "error", "code": error.code, "message": error.detail}
+                        )
                         return
                     trusted_until = monotonic() + KEEP_ALIVE_SECONDS
-                if not following.done():
+                if not next_frame.done():
                     yield KEEP_ALIVE
                     continue
-                if (frame := following.result()) is None:
+                if (frame := next_frame.result()) is None:
                     return
-                yield event(frame)
-                following = asyncio.ensure_future(anext(frames, None))
+                yield encode_event(frame)
+                next_frame = asyncio.ensure_future(anext(frames, None))
         finally:
-            following.cancel()
-            await asyncio.wait({following})
+            next_frame.cancel()
+            await asyncio.wait({next_frame})
 
 
-def no_longer(request: HttpRequest) -> DomainError | None:
-    """Why the token may not run the command any more, None while it may."""
-    return ended(request, lambda actor: actor.require(WRITE))
+def access_error(request: HttpRequest) -> DomainError | None:
+    """Why the token may no longer run the command; None while it may."""
+    return revalidate(request, lambda actor: actor.require(WRITE))
 
 
-def event(frame: dict[str, Any]) -> bytes:
+def encode_event(frame: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 
@@ -181,15 +185,15 @@ def event(frame: dict[str, Any]) -> bytes:
 def read_path(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/files?path=``: a file or a directory."""
     found = services.read_path(request.actor, sandbox_id, request.GET.get("path"))
-    return json_answer(presenters.path_content(found))
+    return json_response(presenters.path_content(found))
 
 
 @api(scope=WRITE)
 def write_file(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``POST …/files``."""
-    spec = read_json(request, FileSpec, largest=settings.LARGEST_BODY)
+    spec = read_json(request, FileSpec, max_bytes=settings.LARGEST_BODY)
     written = services.write_file(request.actor, sandbox_id, spec)
-    return json_answer({"path": spec.path, "bytes_written": written})
+    return json_response({"path": spec.path, "bytes_written": written})
 
 
 @api(scope=WRITE)
@@ -215,37 +219,39 @@ def move(request: ApiRequest, sandbox_id: str) -> HttpResponse:
 
 @api(scope=READ)
 def stat(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``GET …/files/stat?path=``: missing is ``exists: false``, not an error."""
+    """``GET …/files/stat?path=``: a missing path is ``exists: false``, not an error."""
     found = services.stat(request.actor, sandbox_id, request.GET.get("path"))
-    return json_answer(presenters.path_stat(found))
+    return json_response(presenters.path_stat(found))
 
 
 @api(scope=WRITE)
 def write_batch(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST …/files/batch``: each file goes well or not by itself."""
-    spec = read_json(request, BatchSpec, largest=settings.LARGEST_BODY)
-    return json_answer(presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec)))
+    """``POST …/files/batch``: each file succeeds or fails on its own."""
+    spec = read_json(request, BatchSpec, max_bytes=settings.LARGEST_BODY)
+    return json_response(
+        presenters.batch_rows(services.write_batch(request.actor, sandbox_id, spec))
+    )
 
 
 @api(scope=READ)
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
-    return json_answer(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
+    return json_response(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
 
 
 @api(scope=READ)
 def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``GET /v1/templates/{id}/usage``: what deleting it means; an extension of the public API."""
+    """``GET /v1/templates/{id}/usage``: what uses it; an extension of the public API."""
     use = services.template_use(request.actor, template_id)
-    return json_answer(presenters.template_use_detail(use))
+    return json_response(presenters.template_use_detail(use))
 
 
 @api(scope=WRITE)
 def create_snapshot(request: ApiRequest, sandbox_id: str) -> HttpResponse:
-    """``POST /v1/sandboxes/{id}/snapshots``: answers when it can be started from."""
+    """``POST /v1/sandboxes/{id}/snapshots``: answers once sandboxes can start from it."""
     spec = read_json(request, SnapshotSpec)
     snapshot = services.create_snapshot(request.actor, sandbox_id, spec)
-    return json_answer(presenters.snapshot_detail(snapshot), status=201)
+    return json_response(presenters.snapshot_detail(snapshot), status=201)
 
 
 @api(scope=READ)
@@ -257,14 +263,14 @@ def list_snapshots(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.snapshot_detail(row) for row in rows]
-    return json_answer({"snapshots": listed, "next_cursor": cursor})
+    return json_response({"snapshots": listed, "next_cursor": cursor})
 
 
 @api(scope=READ)
 def get_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/snapshots/{id}``."""
     snapshot = services.get_snapshot(request.actor, snapshot_id)
-    return json_answer(presenters.snapshot_detail(snapshot))
+    return json_response(presenters.snapshot_detail(snapshot))
 
 
 @api(scope=WRITE)

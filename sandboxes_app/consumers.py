@@ -14,36 +14,36 @@ from sandboxes_app.models import SandboxStatus
 
 
 class SandboxListPage(LivePage):
-    """The list: sent again when a sandbox of the team changed."""
+    """The list: sent again whenever one of the team's sandboxes changes."""
 
-    def groups_of(self, actor: Actor) -> list[str]:
+    def channel_groups(self, actor: Actor) -> list[str]:
         """The team's sandboxes."""
         return [sandboxes_group(actor.team.pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
         """The rows."""
         context = pages.list_context(actor, self._status(), None)
-        return self.fresh(
+        return self.changed_fragments(
             {"sandbox-list": render_to_string("sandboxes_app/_list.html#list", context)}
         )
 
     def _status(self) -> str | None:
-        """The status that the page is narrowed to."""
-        given = parse_qs(self.scope["query_string"].decode("latin-1")).get("status", [""])[0]
-        return given if given in SandboxStatus.values else None
+        """The status that the page filters by."""
+        status = parse_qs(self.scope["query_string"].decode("latin-1")).get("status", [""])[0]
+        return status if status in SandboxStatus.values else None
 
 
 class SandboxPage(LivePage):
     """One sandbox: its state."""
 
-    def groups_of(self, actor: Actor) -> list[str]:
+    def channel_groups(self, actor: Actor) -> list[str]:
         """The sandbox, if it is the team's."""
         return [sandbox_group(services.get_sandbox(actor, self.sandbox_id).pk)]
 
     def changes(self, actor: Actor) -> list[Message]:
         """The badge, the facts, and whether commands can be run."""
         sandbox = services.get_sandbox(actor, self.sandbox_id)
-        return self.fresh(pages.fragments(sandbox, self.address))
+        return self.changed_fragments(pages.fragments(sandbox, self.address))
 
     @property
     def sandbox_id(self) -> str:

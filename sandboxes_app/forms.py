@@ -9,8 +9,8 @@ from typing import ClassVar
 from django.http import QueryDict
 
 from orkestr_console.accounts.limits import Envelope
-from orkestr_console.core.allowlist import besides_default
-from orkestr_console.core.environment import typed_environment
+from orkestr_console.core.allowlist import extend_default
+from orkestr_console.core.environment import parse_environment
 from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.core.script import unix_lines
 from orkestr_console.http.validation import parse_spec
@@ -40,23 +40,23 @@ def sizes(allowed: Envelope) -> list[SizeChoice]:
 
 
 def lifetimes(allowed: Envelope, chosen: str) -> list[int]:
-    """The lifetimes to choose from, in seconds: within the limit, and whatever was chosen."""
+    """The lifetimes to choose from, in seconds: those within the limit, and the one chosen."""
     longest = allowed.value("max_timeout_seconds")
-    within = {length for length in LIFETIMES if length <= longest}
+    allowed_lifetimes = {length for length in LIFETIMES if length <= longest}
     typed = {int(chosen)} if chosen.isascii() and chosen.isdigit() and len(chosen) < 9 else set()
-    return sorted(within | {longest} | typed)
+    return sorted(allowed_lifetimes | {longest} | typed)
 
 
 @dataclass
 class SandboxForm(Form):
-    """What is chosen in *New sandbox*."""
+    """The *New sandbox* form."""
 
     template: str = ""
     size: str = "small"
     network: str = "off"
     timeout_seconds: str = "600"
     env: str = ""
-    # Host names, with blanks between, that it may reach beside the default list.
+    # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
 
     labels: ClassVar[Mapping[str, str]] = {
@@ -69,8 +69,8 @@ class SandboxForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> SandboxForm:
-        """What was posted; browsers end lines with CR LF."""
+    def from_post(cls, data: QueryDict) -> SandboxForm:
+        """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             template=data.get("template", ""),
             size=data.get("size", ""),
@@ -81,8 +81,8 @@ class SandboxForm(Form):
         )
 
     def spec(self) -> SandboxSpec:
-        """What is asked for. Raises ``InvalidInput`` with a sentence per field."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput`` with a sentence per field."""
+        self.reject_unusable()
         if not self.template:
             sentence = "Choose what to start from."
             raise InvalidInput(sentence, fields={"template": sentence})
@@ -92,26 +92,26 @@ class SandboxForm(Form):
                 "template": self.template,
                 "size": self.size,
                 "network": self.network,
-                "timeout_seconds": whole(self.timeout_seconds),
-                "env": typed_environment(self.env),
+                "timeout_seconds": parse_number(self.timeout_seconds),
+                "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
             },
         )
 
     def allowlist(self) -> list[str] | None:
-        """What the names typed come to; on other networks they do not matter."""
-        return besides_default(self.allow_domains) if self.network == "restricted" else None
+        """The allowlist that the typed names stand for; None on other networks."""
+        return extend_default(self.allow_domains) if self.network == "restricted" else None
 
-    def take(self, error: DomainError) -> None:
-        """As any form; what is wrong with the image stands at the picker."""
-        super().take(error)
+    def add_error(self, error: DomainError) -> None:
+        """As any form does, but show what is wrong with the image at the picker."""
+        super().add_error(error)
         if isinstance(error, (NotFound, Conflict)):
             self.errors = {"template": error.detail}
 
 
 @dataclass
 class CommandForm(Form):
-    """What is typed into a sandbox's command box."""
+    """A sandbox's command form."""
 
     command: str = ""
     cwd: str = "/workspace"
@@ -124,8 +124,8 @@ class CommandForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> CommandForm:
-        """What was posted; browsers end lines with CR LF."""
+    def from_post(cls, data: QueryDict) -> CommandForm:
+        """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             command=unix_lines(data.get("command", "")),
             cwd=data.get("cwd", "").strip() or "/workspace",
@@ -133,18 +133,18 @@ class CommandForm(Form):
         )
 
     def spec(self) -> ExecSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         return parse_spec(
             ExecSpec,
             {
                 "command": self.command,
                 "cwd": self.cwd,
-                "timeout_seconds": whole(self.timeout_seconds),
+                "timeout_seconds": parse_number(self.timeout_seconds),
             },
         )
 
 
-def whole(text: str) -> int | str:
-    """The number a field holds; text that is none stays, for the spec to refuse."""
+def parse_number(text: str) -> int | str:
+    """The number in a field. Other text stays, for the spec to refuse."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text

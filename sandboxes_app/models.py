@@ -1,4 +1,4 @@
-"""A Sandbox and what happened to it. Rows stay after the end: they are the history."""
+"""A Sandbox and its events, and Snapshots. Rows stay after the end: they are the history."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orkestr_console.core.ids import new_id
 
 
 class SandboxStatus(models.TextChoices):
-    """Where a sandbox is, in the words of the wire contract."""
+    """The status of a sandbox, as in the wire contract."""
 
     STARTING = "starting", "Starting"
     RUNNING = "running", "Running"
@@ -34,12 +34,12 @@ class SandboxStatus(models.TextChoices):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether it never changes again."""
+        """Whether it is final."""
         return self in {SandboxStatus.TERMINATED, SandboxStatus.FAILED}
 
 
-# On the way to another state: somebody drives it there, or was killed.
-PASSING = (SandboxStatus.STARTING, SandboxStatus.PAUSING, SandboxStatus.RESUMING)
+# On the way to another state: driven there by a process, which may have been killed.
+TRANSITIONAL = (SandboxStatus.STARTING, SandboxStatus.PAUSING, SandboxStatus.RESUMING)
 LIVE = (
     SandboxStatus.STARTING,
     SandboxStatus.RUNNING,
@@ -53,25 +53,25 @@ class SandboxQuerySet(models.QuerySet["Sandbox"]):
     """Sandboxes, filtered."""
 
     def for_team(self, team: Team) -> SandboxQuerySet:
-        """Those of one team: the only way in for a caller."""
+        """One team's sandboxes: the only entry point for callers."""
         return self.filter(team=team)
 
     def running(self) -> SandboxQuerySet:
-        """Those that can be used now."""
+        """Sandboxes that can be used now."""
         return self.filter(status=SandboxStatus.RUNNING)
 
     def live(self) -> SandboxQuerySet:
-        """Those that have not ended: they count against the plan."""
+        """Sandboxes that have not ended: they count against the plan."""
         return self.filter(status__in=LIVE)
 
 
 def new_sandbox_id() -> str:
-    """A fresh sandbox id, as a migration can name it."""
+    """A new sandbox id. A function, so that migrations can refer to it."""
     return new_id("sbx")
 
 
 class Sandbox(models.Model):
-    """A container somebody uses. ``template`` keeps what was asked for, even once deleted."""
+    """A container in use. ``template`` keeps the requested name or id, even if that is deleted."""
 
     id = models.CharField(max_length=40, primary_key=True, default=new_sandbox_id, editable=False)
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="sandboxes")
@@ -98,7 +98,7 @@ class Sandbox(models.Model):
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # Who starts, pauses or resumes it now, or frees its container when it has ended
+    # Who starts, pauses or resumes it now, or releases its container when it has ended
     # (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
     started_at = models.DateTimeField(null=True, blank=True)
@@ -106,7 +106,7 @@ class Sandbox(models.Model):
     ended_at = models.DateTimeField(null=True, blank=True)
     error_message = models.TextField(blank=True, default="")
     boot_ms = models.FloatField(null=True, blank=True)
-    # What it has used, as the host's counters last said.
+    # What it has used, by the last reading of the host's counters.
     cpu_seconds = models.FloatField(default=0)
     gb_seconds = models.FloatField(default=0)
 
@@ -140,7 +140,7 @@ class Sandbox(models.Model):
 
     @property
     def searched(self) -> str:
-        """What the box above the list finds it by, in lower case."""
+        """The text that the filter above the list matches, in lower case."""
         metadata = [f"{key}={value}" for key, value in self.metadata.items()]
         return " ".join([self.template_name, self.id, self.status, *metadata]).lower()
 
@@ -151,12 +151,12 @@ class Sandbox(models.Model):
 
     @property
     def is_paused(self) -> bool:
-        """Whether it stands still until somebody resumes it."""
+        """Whether it is paused until somebody resumes it."""
         return self.status == SandboxStatus.PAUSED
 
 
 class SandboxEvent(models.Model):
-    """One thing that happened to a sandbox: written in the transaction that changed it."""
+    """One change of a sandbox, stored in the transaction that made it."""
 
     sandbox = models.ForeignKey(Sandbox, on_delete=models.CASCADE, related_name="events")
     kind = models.CharField(max_length=32)
@@ -173,7 +173,7 @@ class SandboxEvent(models.Model):
 
 
 class SnapshotStatus(models.TextChoices):
-    """Where a snapshot is, in the words of the wire contract."""
+    """The status of a snapshot, as in the wire contract."""
 
     CAPTURING = "capturing", "Capturing"
     READY = "ready", "Ready"
@@ -184,25 +184,25 @@ class SnapshotQuerySet(models.QuerySet["Snapshot"]):
     """Snapshots, filtered."""
 
     def for_team(self, team: Team) -> SnapshotQuerySet:
-        """Those of one team, deleted ones left out."""
+        """One team's snapshots, without deleted ones."""
         return self.filter(team=team, deleted_at=None)
 
-    def kept(self) -> SnapshotQuerySet:
-        """Those that have, or are about to have, files on the host: they count."""
-        kept = (SnapshotStatus.CAPTURING, SnapshotStatus.READY)
-        return self.filter(status__in=kept, deleted_at=None)
+    def stored(self) -> SnapshotQuerySet:
+        """Snapshots that have files on the host, or soon will: they count against the plan."""
+        statuses = (SnapshotStatus.CAPTURING, SnapshotStatus.READY)
+        return self.filter(status__in=statuses, deleted_at=None)
 
 
 def new_snapshot_id() -> str:
-    """A fresh snapshot id, as a migration can name it."""
+    """A new snapshot id. A function, so that migrations can refer to it."""
     return new_id("snap")
 
 
 class Snapshot(models.Model):
-    """The files of a sandbox as they were, to start others from; no memory, no processes.
+    """The files of a sandbox at one instant, to start others from; no memory, no processes.
 
-    It outlives its sandbox and its template: what it needs of them is copied. A deleted one stays
-    as a row, so that deleting it again is known to be no mistake.
+    It outlives its sandbox and its template: what it needs of them is copied. The row of a deleted
+    one stays, so that deleting it again is not an error.
     """
 
     id = models.CharField(max_length=40, primary_key=True, default=new_snapshot_id, editable=False)
@@ -228,7 +228,7 @@ class Snapshot(models.Model):
     node_id = models.CharField(max_length=100)
     error_message = models.TextField(blank=True, default="")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    # Who takes it (orkestr_console.queue.driving).
+    # Who captures it (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
     ready_at = models.DateTimeField(null=True, blank=True)
     deleted_at = models.DateTimeField(null=True, blank=True)

@@ -1,4 +1,4 @@
-"""What the sandbox pages show: the same for a request and for a live update."""
+"""The content of the sandbox pages, shared by requests and live updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTIALS = "sandboxes_app/_detail.html"
 
 @dataclass(frozen=True)
 class Entry:
-    """A command that was run and what came of it: an answer, or an error that may have output."""
+    """A command and its result: an answer, or an error that may include output."""
 
     command: str
     answer: ExecAnswer | None = None
@@ -28,26 +28,26 @@ class Entry:
 
     @property
     def stdout(self) -> str:
-        """What it printed."""
-        return self.answer.stdout if self.answer else self._kept("stdout")
+        """What it printed to standard output."""
+        return self.answer.stdout if self.answer else self._error_output("stdout")
 
     @property
     def stderr(self) -> str:
-        """What it complained about."""
-        return self.answer.stderr if self.answer else self._kept("stderr")
+        """What it printed to standard error."""
+        return self.answer.stderr if self.answer else self._error_output("stderr")
 
-    def _kept(self, stream: str) -> str:
+    def _error_output(self, stream: str) -> str:
         return str(self.error.extra.get(stream, "")) if self.error else ""
 
 
 def list_context(actor: Actor, status: str | None, cursor: str | None) -> dict[str, Any]:
     """A page of sandboxes, newest first."""
-    rows, following = services.list_sandboxes(actor, status=status, limit=PAGE, cursor=cursor)
-    return {"sandboxes": rows, "next_cursor": following, "status": status or ""}
+    rows, next_cursor = services.list_sandboxes(actor, status=status, limit=PAGE, cursor=cursor)
+    return {"sandboxes": rows, "next_cursor": next_cursor, "status": status or ""}
 
 
 def detail_context(sandbox: Sandbox, address: str) -> dict[str, Any]:
-    """The whole page of one sandbox."""
+    """The full page of one sandbox."""
     return {"sandbox": sandbox, "address": address, "command_seconds": COMMAND_SECONDS}
 
 

@@ -1,4 +1,4 @@
-"""Sandboxes as clients see them."""
+"""Sandboxes as the API presents them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sandboxes_app.specs import SIZES
 
 
 def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
-    """A sandbox, alone or in a list. Its environment is never shown."""
+    """A sandbox, on its own or in a list. Its environment is never shown."""
     return {
         "id": sandbox.pk,
         "status": sandbox.status,
@@ -43,7 +43,7 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
 
 
 def snapshot_detail(snapshot: Snapshot) -> dict[str, Any]:
-    """A snapshot, alone or in a list."""
+    """A snapshot, on its own or in a list."""
     return {
         "id": snapshot.pk,
         "status": snapshot.status,
@@ -110,7 +110,7 @@ def path_stat(stat: FileStat) -> dict[str, Any]:
 
 
 def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
-    """How each file of a batch went."""
+    """The result of each file of a batch."""
     return {
         "results": [
             {
@@ -124,7 +124,7 @@ def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
 
 
 def limits_detail(limits: Limits) -> dict[str, Any]:
-    """The plan's envelope, in the words of the wire contract. There is no trial credit here."""
+    """The plan's envelope, as in the wire contract. There is no trial credit here."""
     allowed, plan = limits.envelope, limits.envelope.plan
     return {
         "plan": plan.code,
@@ -151,9 +151,9 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
 
 
 def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
-    """What a sandbox did with each host; ``reason`` and ``message`` are of the latest answer.
+    """A sandbox's requests to each host; ``reason`` and ``message`` are of the latest result.
 
-    ``direct`` ones it asked for past the proxy: by DNS, which names no port (0), or by address.
+    ``direct`` ones bypassed the proxy: by DNS, which has no port (0), or by address.
     """
     return {
         "hosts": [
@@ -175,13 +175,13 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
     }
 
 
-def unix_timestamp(moment: float) -> str | None:
-    """A Unix time as clients read it."""
-    return timestamp(datetime.fromtimestamp(moment, UTC))
+def unix_timestamp(seconds: float) -> str | None:
+    """A Unix time in the API's format."""
+    return timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
 def template_use_detail(use: TemplateUse) -> dict[str, Any]:
-    """What a template is used for."""
+    """What uses a template."""
     return {
         "template_id": use.template.pk,
         "running_sandboxes": use.count,

@@ -1,4 +1,4 @@
-"""What a caller may ask of sandboxes: strict models for console, REST and MCP alike."""
+"""The request models for sandboxes: strict, and shared by console, REST and MCP."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pydantic import (
 from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
 from orkestr_console.core.script import usable_script
-from orkestr_console.core.text import JOINERS, place, readable
+from orkestr_console.core.text import JOINERS, position_text, readable
 
-LARGEST_METADATA = 16 * 1024
-LARGEST_FILE = 16 * 1024 * 1024
-LONGEST_PATH = 4096
-LONGEST_NAME = 100
-MOST_FILES = 64
-MOST_PAIRS = 64
-SHORTEST_LIFE = 10
-LONGEST_EXEC = 3600
+MAX_METADATA_BYTES = 16 * 1024
+MAX_FILE_BYTES = 16 * 1024 * 1024
+MAX_PATH_BYTES = 4096
+MAX_NAME_LENGTH = 100
+MAX_FILES = 64
+MAX_METADATA_ENTRIES = 64
+MIN_TIMEOUT_SECONDS = 10
+MAX_EXEC_SECONDS = 3600
 
 Size = Literal["small", "medium", "large"]
 Network = Literal["off", "restricted", "open"]
@@ -40,13 +40,13 @@ SIZES: dict[str, tuple[float, int]] = {
 
 
 def usable_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Labels small enough to be kept with the sandbox."""
-    if len(metadata) > MOST_PAIRS:
-        raise ValueError(f"has {len(metadata)} entries; at most {MOST_PAIRS} are kept.")
+    """Labels small enough to be stored with the sandbox."""
+    if len(metadata) > MAX_METADATA_ENTRIES:
+        raise ValueError(f"has {len(metadata)} entries; at most {MAX_METADATA_ENTRIES} are kept.")
     if any(not key for key in metadata):
         raise ValueError("has an entry with a blank name.")
-    if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > LARGEST_METADATA:
-        raise ValueError(f"is larger than {LARGEST_METADATA:,} bytes altogether.")
+    if sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items()) > MAX_METADATA_BYTES:
+        raise ValueError(f"is larger than {MAX_METADATA_BYTES:,} bytes altogether.")
     return metadata
 
 
@@ -55,9 +55,11 @@ def usable_path(path: str) -> str:
     if not path.startswith("/"):
         raise ValueError("must be an absolute path, such as '/workspace/main.py'.")
     if (at := path.find("\0")) >= 0:
-        raise ValueError(f"must not contain NUL characters; take out \\0, {place(path, at)}.")
-    if len(path.encode()) > LONGEST_PATH:
-        raise ValueError(f"is longer than {LONGEST_PATH:,} bytes.")
+        raise ValueError(
+            f"must not contain NUL characters; take out \\0, {position_text(path, at)}."
+        )
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"is longer than {MAX_PATH_BYTES:,} bytes.")
     return path
 
 
@@ -69,7 +71,7 @@ Path = Annotated[
 
 
 class Spec(BaseModel):
-    """The root of the specs: nothing is converted, nothing unknown is taken."""
+    """The base of the specs: nothing is coerced, and unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -80,10 +82,10 @@ def network_off() -> Network:
 
 
 class SandboxSpec(Spec):
-    """A sandbox to be created. What later releases add is taken with its default only.
+    """A sandbox to create. Features of later releases are accepted with their defaults only.
 
-    With a snapshot the size is the snapshot's, and so are the network and its list of hosts where
-    the caller names none.
+    With a snapshot, the size is the snapshot's, and so are the network and its allowlist unless the
+    caller sets them.
     """
 
     template: str | None = Field(
@@ -101,7 +103,7 @@ class SandboxSpec(Spec):
         "off, or the snapshot's.",
     )
     timeout_seconds: int = Field(
-        default=600, ge=SHORTEST_LIFE, description="Seconds until it expires."
+        default=600, ge=MIN_TIMEOUT_SECONDS, description="Seconds until it expires."
     )
     on_timeout: Literal["kill", "pause"] = "kill"
     auto_resume: bool = False
@@ -120,21 +122,21 @@ class SandboxSpec(Spec):
 
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        """Exactly one of a template and a snapshot is what it boots from."""
+        """Require exactly one of a template and a snapshot to boot from."""
         if bool(self.template) == bool(self.snapshot):
             raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
         return self
 
 
 def usable_label(name: str) -> str:
-    """A name a person can read, or none."""
-    if len(name := name.strip().strip(JOINERS)) > LONGEST_NAME:
-        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    """A readable name, or a blank."""
+    if len(name := name.strip().strip(JOINERS)) > MAX_NAME_LENGTH:
+        raise ValueError(f"must have at most {MAX_NAME_LENGTH} characters; this has {len(name)}.")
     return readable(name)
 
 
 class SnapshotSpec(Spec):
-    """A snapshot to be taken, and what to call it."""
+    """A snapshot to create, and its name."""
 
     name: Annotated[str, AfterValidator(usable_label)] | None = Field(
         default=None, description="What to call it."
@@ -142,13 +144,13 @@ class SnapshotSpec(Spec):
 
 
 class ExecSpec(Spec):
-    """A command to be run; ``timeout_seconds`` ends its whole process tree."""
+    """A command to run; its whole process tree is killed after ``timeout_seconds``."""
 
     command: Annotated[str, AfterValidator(usable_script)] = Field(description="A shell command.")
     cwd: Path = Field(default="/workspace", description="Where it runs.")
     env: Environment = Field(default_factory=dict, description="Additional environment variables.")
     timeout_seconds: int = Field(
-        default=60, ge=1, le=LONGEST_EXEC, description="Seconds after which it is stopped."
+        default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped."
     )
     stream: bool = False
 
@@ -156,11 +158,13 @@ class ExecSpec(Spec):
 class TimeoutSpec(Spec):
     """A new lifetime, from now, in seconds."""
 
-    timeout_seconds: int = Field(ge=SHORTEST_LIFE, description="Seconds from now until it expires.")
+    timeout_seconds: int = Field(
+        ge=MIN_TIMEOUT_SECONDS, description="Seconds from now until it expires."
+    )
 
 
 class FileSpec(Spec):
-    """A file to be written; ``content`` is base64 (RFC 4648)."""
+    """A file to write; ``content`` is base64 (RFC 4648)."""
 
     path: Path
     content: str
@@ -174,40 +178,40 @@ class FileSpec(Spec):
             raise ValueError("must be base64.") from None
 
 
-class BadRow(Spec):
-    """A row of a batch that is no file to be written."""
+class InvalidRow(Spec):
+    """A row of a batch that is not a valid ``FileSpec``."""
 
     path: str
 
 
-def row_of_batch(given: Any) -> Any:
-    """A row by itself: what is wrong with one must not spoil the others."""
-    if not isinstance(given, dict):
-        return given
+def parse_row(value: Any) -> Any:
+    """Validate a row on its own: one invalid row must not fail the others."""
+    if not isinstance(value, dict):
+        return value
     try:
-        return FileSpec.model_validate(given)
+        return FileSpec.model_validate(value)
     except ValidationError:
-        path = given.get("path")
-        return BadRow(path=path if isinstance(path, str) else "")
+        path = value.get("path")
+        return InvalidRow(path=path if isinstance(path, str) else "")
 
 
 class BatchSpec(Spec):
-    """Files to be written in one call; each fails or not by itself."""
+    """Files to write in one call; each succeeds or fails on its own."""
 
-    files: list[Annotated[FileSpec | BadRow, BeforeValidator(row_of_batch)]] = Field(
-        min_length=1, max_length=MOST_FILES
+    files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row)]] = Field(
+        min_length=1, max_length=MAX_FILES
     )
 
 
 class DirectorySpec(Spec):
-    """A directory to be made."""
+    """A directory to create."""
 
     path: Path
     parents: bool = True
 
 
 class MoveSpec(Spec):
-    """A file or directory to be renamed."""
+    """A file or directory to rename."""
 
     source: Path
     destination: Path

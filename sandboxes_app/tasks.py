@@ -1,4 +1,4 @@
-"""What the workers do for sandboxes. Each may run twice safely."""
+"""Worker tasks for sandboxes. Each is safe to run twice."""
 
 from __future__ import annotations
 
@@ -16,82 +16,82 @@ from sandboxes_app.services.listening import Listener
 from templates_app.services import note_image_bytes
 
 logger = logging.getLogger(__name__)
-# Before the host or the database, which cannot be reached, is tried again.
-AGAIN_SECONDS = 1.0
-COUNTED_ONE_BY_ONE = 20
+# The delay before an unreachable host or database is tried again.
+RETRY_SECONDS = 1.0
+MAX_COUNTED_SINGLY = 20
 
 
 def listen(beat: Callable[[], None]) -> None:
-    """Hear what has ended, for ever, in a process of its own; ``beat`` is called each round.
+    """Receive the host's changes, for ever, in a process of its own; calls ``beat`` every round.
 
-    What does not answer is tried again. The first round makes all rows agree with the host: after
-    a start the schedule first looks after half a minute.
+    Failures are retried. The first round makes all rows agree with the host: after a start, the
+    schedule runs only after half a minute.
     """
-    listener, well = Listener(), True
+    listener, healthy = Listener(), True
     while True:
         beat()
         try:
-            listener.hear()
+            listener.poll()
         except Exception as error:
-            if well:
+            if healthy:
                 known = isinstance(error, HostError)
-                logger.warning("nothing is heard of the host: %s", error, exc_info=not known)
-            well = False
+                logger.warning("cannot poll the host: %s", error, exc_info=not known)
+            healthy = False
             connection.close()
-            time.sleep(AGAIN_SECONDS)
+            time.sleep(RETRY_SECONDS)
         else:
-            well = True
+            healthy = True
 
 
 def release_sandbox(sandbox_id: str) -> None:
-    """Free the container of a sandbox that has ended; the reconcile pass tries again."""
+    """Release the container of a sandbox that has ended; the reconcile pass retries."""
     release_sandboxes([sandbox_id])
 
 
 def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
-    """Free what the host has of sandboxes that have ended, and count what they used."""
-    # To count for all that there are is one answer of the host's, but has all their rows locked.
-    one_by_one = len(sandbox_ids) <= COUNTED_ONE_BY_ONE
+    """Release what the host has of sandboxes that have ended, and count their usage."""
+    # Counting all sandboxes takes one request to the host, but locks all their rows.
+    singly = len(sandbox_ids) <= MAX_COUNTED_SINGLY
     try:
         for sandbox_id in sandbox_ids:
             host().delete_sandbox(sandbox_id)
-            if one_by_one:
+            if singly:
                 metering.collect(sandbox_id)
-        if not one_by_one:
+        if not singly:
             metering.collect()
     except HostError as error:
-        logger.warning("ended sandboxes stay until the next pass: %s", error.detail)
+        logger.warning("could not release ended sandboxes; the next pass retries: %s", error.detail)
 
 
 def tidy() -> None:
-    """Every minute: settle what has expired, make rows and containers agree, count what is used.
+    """Every minute: settle expired sandboxes, make rows and containers agree, and count usage.
 
-    Each pass stands alone: what one of them raises keeps no other from its turn.
+    The passes are independent: an exception in one doesn't keep the others from running.
     """
-    answers = True
+    host_reachable = True
     try:
-        if not installation.agree(standing.knows_some):
-            # What the rows say is of another state: nothing is settled, and nothing released.
+        if not installation.agree(standing.has_known_objects):
+            # The rows belong to another state directory: settle nothing, release nothing.
             return
     except HostError as error:
-        logger.warning("sandboxes were not reconciled: %s", error.detail)
-        answers = False
-    _pass("what has expired was not ended", lifecycle.expire_due)
-    _pass("the room that images take was not counted", note_image_bytes)
-    if answers:
+        logger.warning("could not reconcile sandboxes: %s", error.detail)
+        host_reachable = False
+    _run_pass("could not expire sandboxes", lifecycle.expire_overdue)
+    _run_pass("could not record image sizes", note_image_bytes)
+    if host_reachable:
         reconcile()
 
 
 def reconcile() -> None:
-    """Make what the rows say and what is on the host agree."""
-    _pass("sandboxes were not reconciled", settling.settle_all)
-    _pass("what sandboxes use was not collected", metering.collect)
+    """Make the rows agree with the host."""
+    _run_pass("could not reconcile sandboxes", settling.settle_all)
+    _run_pass("could not collect usage", metering.collect)
 
 
-def _pass(failed: str, work: Callable[[], object]) -> None:
+def _run_pass(failure: str, work: Callable[[], object]) -> None:
     try:
         work()
     except HostError as error:
-        logger.warning("%s: %s", failed, error.detail)
+        logger.warning("%s: %s", failure, error.detail)
     except Exception:
-        logger.exception("%s, by a defect", failed)
+        logger.exception("%s: a bug", failure)

@@ -25,31 +25,31 @@ from templates_app import services as template_services
 @require_safe
 @console_page
 def sandbox_list(request: ConsoleRequest) -> HttpResponse:
-    """The team's sandboxes, ended ones included."""
+    """The team's sandboxes, including ended ones."""
     cursor, status = request.GET.get("cursor") or None, request.GET.get("status") or None
     context = {**pages.list_context(request.actor, status, cursor), "cursor": cursor}
     return render(request, "sandboxes_app/list.html", context)
 
 
-# A refused form shows the variables that were typed, which may be secrets.
+# A refused form repeats the variables typed, which may be secrets.
 @never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def sandbox_new(request: ConsoleRequest) -> HttpResponse:
-    """The form, and what it posts. A refusal keeps everything as it was chosen."""
+    """Show the form, or create a sandbox from it. A refused form keeps what was chosen."""
     if request.method != "POST":
         return form_page(request, SandboxForm(template=request.GET.get("template", "")))
-    form = SandboxForm.typed(request.POST)
+    form = SandboxForm.from_post(request.POST)
     try:
         sandbox = services.create_sandbox(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return form_page(request, form, error.status)
     return redirect("sandboxes:detail", sandbox.pk)
 
 
 def form_page(request: ConsoleRequest, form: SandboxForm, status: int = 200) -> HttpResponse:
-    """The page with the form; only what can be booted now is offered."""
+    """The page with the form; offers only what can boot now."""
     bases = template_services.list_bases(request.actor)
     allowed = envelope(request.actor.team, request.actor.user)
     context = {
@@ -67,7 +67,7 @@ def form_page(request: ConsoleRequest, form: SandboxForm, status: int = 200) -> 
 @require_safe
 @console_page
 def sandbox_detail(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """One sandbox, with a box to run commands in it."""
+    """One sandbox, with a form to run commands in it."""
     return detail_page(request, sandbox_id, CommandForm())
 
 
@@ -78,9 +78,9 @@ def detail_page(
     entry: Entry | None = None,
     refused: DomainError | None = None,
 ) -> HttpResponse:
-    """The page; with the command just run where there is no script to append it.
+    """The page of one sandbox; without a script, with the command just run.
 
-    ``refused`` is why something that was asked of the sandbox was not done.
+    ``refused`` is why a requested action was not done.
     """
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     address = console_address(request)
@@ -93,11 +93,11 @@ def detail_page(
 @require_POST
 @console_page
 def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """Run a command; answer with what came of it, be it an error.
+    """Run a command and show its result, even if that is an error.
 
-    To a script the status is 200 either way: a command that fails is an answer, not a fault.
+    For a script the status is always 200: a failed command is a result, not an HTTP error.
     """
-    form = CommandForm.typed(request.POST)
+    form = CommandForm.from_post(request.POST)
     try:
         entry = Entry(
             form.command,
@@ -106,19 +106,21 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     except NotFound:
         raise
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         entry = Entry(form.command, error=error)
     if request.htmx:
         context = {"entry": entry, "form": form}
         return render(request, "sandboxes_app/_entry.html", context)
-    kept = form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
-    return detail_page(request, sandbox_id, kept, entry)
+    next_form = (
+        form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
+    )
+    return detail_page(request, sandbox_id, next_form, entry)
 
 
 @require_safe
 @console_page
 def sandbox_egress(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """What it asked of the network: the page's part, or without a script a page of its own."""
+    """Its outbound requests: a fragment for the script, or a page of its own without one."""
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     context: dict[str, object] = {"sandbox": sandbox}
     try:
@@ -132,7 +134,7 @@ def sandbox_egress(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """Ask, then end it. The page asks where there is no script for the dialog."""
+    """Ask for confirmation, then terminate it. The page is the dialog without a script."""
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     if request.method != "POST":
         return render(request, "sandboxes_app/terminate.html", {"sandbox": sandbox})
@@ -144,21 +146,21 @@ def sandbox_terminate(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 @require_POST
 @console_page
 def sandbox_pause(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """Let it stand still; its page says so."""
-    return acted(request, sandbox_id, services.pause_sandbox)
+    """Pause it, and show its page."""
+    return run_action(request, sandbox_id, services.pause_sandbox)
 
 
 @require_POST
 @console_page
 def sandbox_resume(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
-    """Let it run on."""
-    return acted(request, sandbox_id, services.resume_sandbox)
+    """Resume it, and show its page."""
+    return run_action(request, sandbox_id, services.resume_sandbox)
 
 
-def acted(
+def run_action(
     request: ConsoleRequest, sandbox_id: str, service: Callable[[Actor, str], Sandbox]
 ) -> HttpResponse:
-    """Do it, and show the sandbox; or its page with why it was not done."""
+    """Run a service, then show the sandbox, with the error if it was refused."""
     try:
         service(request.actor, sandbox_id)
     except NotFound:
@@ -170,8 +172,8 @@ def acted(
 
 @require_safe
 @console_page
-def of_template(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """What deleting a template means: the part of its dialog, or without a script a page."""
+def template_use(request: ConsoleRequest, template_id: str) -> HttpResponse:
+    """What uses a template: a fragment of its delete dialog, or a page without a script."""
     use = services.template_use(request.actor, template_id)
     name = "_of_template" if request.htmx else "of_template"
     return render(request, f"sandboxes_app/{name}.html", {"use": use})

@@ -1,1 +1,1 @@
-"""Custom templates: recipes, their builds, and the images that come of them."""
+"""Custom templates: recipes, their builds, and the images they produce."""

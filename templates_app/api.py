@@ -13,31 +13,31 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
-from orkestr_console.core.postgres import let_go
-from orkestr_console.http.decorators import ApiRequest, api, ended
-from orkestr_console.http.json_api import json_answer, no_content, read_json
+from orkestr_console.core.postgres import release_connection
+from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.paging import read_limit
 from templates_app import presenters, services
 from templates_app.models import Template
 from templates_app.services import contents
 from templates_app.specs import TemplateSpec
 
-LARGEST_TEMPLATE = 8 * 1024 * 1024
-LONGEST_NUMBER = 9  # digits
-KEEP_ALIVE = b": the build goes on\n\n"
-# For so long is a token believed to hold; then it is looked at again.
-LONGEST_TRUST = 10.0  # seconds
-# How long a client that lost the stream waits before it comes again, in milliseconds.
-RETRY = b"retry: 1000\n\n"
-# Those who watch one build share its events (services.events): so what was made of them.
-_sent: WeakKeyDictionary[services.Told, bytes] = WeakKeyDictionary()
+MAX_TEMPLATE_BODY = 8 * 1024 * 1024
+MAX_DIGITS = 9  # digits
+KEEP_ALIVE = b": the build is still running\n\n"
+# Re-check the token this often.
+TOKEN_RECHECK_SECONDS = 10.0  # seconds
+# How long a client waits before it reconnects, in milliseconds.
+RETRY_FIELD = b"retry: 1000\n\n"
+# Everybody who watches a build shares its events (services.events), so share their encoding too.
+_encoded: WeakKeyDictionary[services.Event, bytes] = WeakKeyDictionary()
 
 
 @api(scope=WRITE)
 def create_template(request: ApiRequest) -> HttpResponse:
-    """``POST /v1/templates``: answers at once, the build goes on."""
-    # A recipe of 1 MiB, and what JSON may make of each character.
-    spec = read_json(request, TemplateSpec, largest=LARGEST_TEMPLATE)
+    """``POST /v1/templates``: answers immediately; the build runs in the background."""
+    # A recipe of 1 MiB, with room for JSON's escaping of each character.
+    spec = read_json(request, TemplateSpec, max_bytes=MAX_TEMPLATE_BODY)
     return detail_answer(services.create_template(request.actor, spec), status=201)
 
 
@@ -50,7 +50,7 @@ def list_templates(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.template_summary(row) for row in rows]
-    return json_answer({"templates": listed, "next_cursor": cursor})
+    return json_response({"templates": listed, "next_cursor": cursor})
 
 
 @api(scope=READ)
@@ -68,120 +68,124 @@ def delete_template(request: ApiRequest, template_id: str) -> HttpResponse:
 
 @api(scope=WRITE)
 def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``POST /v1/templates/{id}/cancel``: the template is failed when this answers."""
+    """``POST /v1/templates/{id}/cancel``: the template has failed by the time this answers."""
     return detail_answer(services.cancel_template(request.actor, template_id))
 
 
 def detail_answer(template: Template, status: int = 200) -> HttpResponse:
     """A template with its steps."""
-    steps, place = services.list_steps(template), services.place(template)
-    return json_answer(presenters.template_detail(template, steps, place), status=status)
+    steps, position = services.list_steps(template), services.queue_position(template)
+    return json_response(presenters.template_detail(template, steps, position), status=status)
 
 
 @api(scope=READ)
 def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
-    """``GET /v1/templates/{id}/events``: a page after ``after``, or with ``follow`` a stream."""
+    """``GET /v1/templates/{id}/events``: a page of events, or a stream with ``follow=true``."""
     after = read_after(request)
     if request.GET.get("follow", "false") == "true":
         template = services.get_template(request.actor, template_id)
-        return stream(request, sent_events(request, template.pk, after), "text/event-stream")
+        return streaming_response(
+            request, event_stream(request, template.pk, after), "text/event-stream"
+        )
     limit = read_limit(request.GET.get("limit"))
     page = services.read_events(request.actor, template_id, after=after, limit=limit)
-    return json_answer(presenters.event_page(page, after))
+    return json_response(presenters.event_page(page, after))
 
 
 def read_after(request: HttpRequest) -> int:
-    """The last event that the client has: ``Last-Event-ID`` if it came again, else ``after``.
+    """The last event the client has: ``Last-Event-ID`` after a reconnect, else ``after``.
 
-    Raises ``InvalidInput`` unless a whole number.
+    Raises ``InvalidInput`` unless it is a whole number.
     """
     text = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
-    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
         sentence = "must be the number of an event, 0 or more."
         raise InvalidInput(f"after: {sentence}", fields={"after": sentence})
     return int(text)
 
 
-async def sent_events(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
-    """Server-sent events (HTML Living Standard, 9.2), the numbers as their ids, until the end.
+async def event_stream(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
+    """Server-sent events (HTML Living Standard, 9.2) until the end; their ids are the numbers.
 
-    A silent build gets comments in between. Who may not read it any more gets no more of it: after
-    at most ``LONGEST_TRUST`` seconds, an error instead.
+    Comments keep the stream of a silent build alive. A client that loses access gets an error
+    instead of more events, at most ``TOKEN_RECHECK_SECONDS`` later.
     """
-    yield RETRY
-    trusted_until = monotonic() + LONGEST_TRUST
+    yield RETRY_FIELD
+    trusted_until = monotonic() + TOKEN_RECHECK_SECONDS
     async with aclosing(services.follow_events(template_id, after)) as batches:
         async for batch in batches:
             if not batch or monotonic() >= trusted_until:
-                error = await database_sync_to_async(no_longer)(request, template_id)
+                error = await database_sync_to_async(access_error)(request, template_id)
                 if error is not None:
-                    yield sent_error(error)
+                    yield encode_error(error)
                     return
-                trusted_until = monotonic() + LONGEST_TRUST
-            yield b"".join(sent(told) for told in batch) or KEEP_ALIVE
+                trusted_until = monotonic() + TOKEN_RECHECK_SECONDS
+            yield b"".join(encode_event(event) for event in batch) or KEEP_ALIVE
 
 
-def sent(told: services.Told) -> bytes:
-    """One event, made once for all who watch, and kept for as long as the event itself is."""
-    known = _sent.get(told)
-    if known is None:
-        data = json.dumps(presenters.event_detail(told), separators=(",", ":"))
-        known = f"id: {told.seq}\nevent: {told.kind}\ndata: {data}\n\n".encode()
-        _sent[told] = known
-    return known
+def encode_event(event: services.Event) -> bytes:
+    """One event; encoded once for all viewers, and cached as long as the event itself lives."""
+    encoded = _encoded.get(event)
+    if encoded is None:
+        data = json.dumps(presenters.event_detail(event), separators=(",", ":"))
+        encoded = f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n".encode()
+        _encoded[event] = encoded
+    return encoded
 
 
-def sent_error(error: DomainError) -> bytes:
-    """Why the stream ends before the build; it has no number, so that of the last event stays."""
-    told = {"kind": "error", "code": error.code, "message": error.detail}
-    return f"event: error\ndata: {json.dumps(told, separators=(',', ':'))}\n\n".encode()
+def encode_error(error: DomainError) -> bytes:
+    """Why the stream ends before the build. It has no id, so the client keeps the last event's."""
+    payload = {"kind": "error", "code": error.code, "message": error.detail}
+    return f"event: error\ndata: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
 
 
-def no_longer(request: HttpRequest, template_id: str) -> DomainError | None:
-    """Why the token does not read the template any more, None while it does."""
-    return ended(request, lambda actor: services.get_template(actor, template_id))
+def access_error(request: HttpRequest, template_id: str) -> DomainError | None:
+    """Why the token can no longer read the template; None while it can."""
+    return revalidate(request, lambda actor: services.get_template(actor, template_id))
 
 
 @api(scope=READ)
 def get_log(request: ApiRequest, template_id: str) -> HttpResponseBase:
     """``GET /v1/templates/{id}/log``: text, or with ``format=jsonl`` the events as JSON lines."""
     template = services.get_template(request.actor, template_id)
-    chosen = request.GET.get("format") or "text"
-    if chosen not in {"text", "jsonl"}:
+    log_format = request.GET.get("format") or "text"
+    if log_format not in {"text", "jsonl"}:
         sentence = "must be 'text' or 'jsonl'."
         raise InvalidInput(f"format: {sentence}", fields={"format": sentence})
-    if chosen == "jsonl":
-        answer = stream(request, event_lines(template.pk), "application/x-ndjson")
+    if log_format == "jsonl":
+        answer = streaming_response(request, event_lines(template.pk), "application/x-ndjson")
     else:
-        answer = stream(request, services.log_text(template), "text/plain; charset=utf-8")
-    name = f"{template.pk}.{'log' if chosen == 'text' else 'jsonl'}"
+        answer = streaming_response(
+            request, services.log_text(template), "text/plain; charset=utf-8"
+        )
+    name = f"{template.pk}.{'log' if log_format == 'text' else 'jsonl'}"
     answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
     return answer
 
 
 async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
-    """Every event so far, one JSON object a line."""
+    """Every event so far, one JSON object per line."""
     async with aclosing(services.all_events(template_id)) as batches:
         async for batch in batches:
-            lines = (json.dumps(presenters.event_detail(told)) + "\n" for told in batch)
+            lines = (json.dumps(presenters.event_detail(event)) + "\n" for event in batch)
             yield "".join(lines).encode()
 
 
 @api(scope=READ)
 def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
-    """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, how that one's differ."""
+    """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, the difference from that one."""
     found = contents.contents(request.actor, template_id)
     if other := request.GET.get("compare"):
         difference = contents.compare(found, contents.contents(request.actor, other))
-        return json_answer(presenters.difference_detail(difference))
-    return json_answer(presenters.contents_detail(found))
+        return json_response(presenters.difference_detail(difference))
+    return json_response(presenters.contents_detail(found))
 
 
-def stream(
+def streaming_response(
     request: HttpRequest, chunks: AsyncIterator[bytes], content_type: str
 ) -> HttpResponseBase:
-    """An answer that is sent as it comes; to HEAD, its headers alone."""
-    let_go()
+    """A response sent as its chunks arrive; for HEAD, only the headers."""
+    release_connection()
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
         return HttpResponse(content_type=content_type, headers=headers)

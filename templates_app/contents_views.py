@@ -1,4 +1,4 @@
-"""The pages that say what is in an image, and how two images differ."""
+"""The pages that show what is in an image, and how two images differ."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ from templates_app import services
 from templates_app.models import Template
 from templates_app.services.contents import Contents, compare, contents
 
-# So many can be chosen from, the newest; an older one has a link on its own page.
-MOST_CHOICES = 200
+# The newest ones are offered; an older one has a link on its own page.
+MAX_CHOICES = 200
 
 
 @require_safe
 @console_page
 def template_contents(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """What is in a template's image; why there is nothing to see, if it has none."""
+    """What is in a template's image, or why it has none."""
     try:
-        found = contents(request.actor, template_id)
+        image_contents = contents(request.actor, template_id)
     except Conflict as error:
         template = services.get_template(request.actor, template_id)
         context = {"template": template, "refused": error}
         return render(request, "templates_app/contents.html", context, status=error.status)
     manager = request.GET.get("manager", "")
     context = {
-        "template": found.template,
-        "contents": found,
+        "template": image_contents.template,
+        "contents": image_contents,
         "manager": manager,
-        "packages": listed(found, manager),
-        "others": [other for other in ready(request.actor) if other.pk != template_id],
+        "packages": package_rows(image_contents, manager),
+        "others": [other for other in ready_templates(request.actor) if other.pk != template_id],
     }
     return render(request, "templates_app/contents.html", context)
 
 
-def listed(found: Contents, manager: str) -> list[tuple[str, str, str]]:
-    """Manager, name and version of the packages; of one manager, if it is one that has any."""
-    chosen = [manager] if manager in found.packages else list(found.packages)
+def package_rows(image_contents: Contents, manager: str) -> list[tuple[str, str, str]]:
+    """Manager, name and version of the packages; only one manager's, if it has any."""
+    managers = [manager] if manager in image_contents.packages else list(image_contents.packages)
     return [
-        (name, package.name, package.version) for name in chosen for package in found.packages[name]
+        (name, package.name, package.version)
+        for name in managers
+        for package in image_contents.packages[name]
     ]
 
 
 @require_safe
 @console_page
 def template_compare(request: ConsoleRequest) -> HttpResponse:
-    """How the images ``a`` and ``b`` differ, or the choice of them."""
-    asked = {side: request.GET.get(side, "") for side in ("a", "b")}
-    context: dict[str, Any] = {**asked, "choices": ready(request.actor)}
-    if all(asked.values()):
+    """How the images ``a`` and ``b`` differ, or the form to choose them."""
+    sides = {side: request.GET.get(side, "") for side in ("a", "b")}
+    context: dict[str, Any] = {**sides, "choices": ready_templates(request.actor)}
+    if all(sides.values()):
         try:
-            a, b = (contents(request.actor, asked[side]) for side in ("a", "b"))
+            a, b = (contents(request.actor, sides[side]) for side in ("a", "b"))
         except Conflict as error:
             context["refused"] = error
             return render(request, "templates_app/compare.html", context, status=error.status)
@@ -64,7 +66,7 @@ def template_compare(request: ConsoleRequest) -> HttpResponse:
     return render(request, "templates_app/compare.html", context)
 
 
-def ready(actor: Actor) -> list[Template]:
-    """The team's templates that have an image, the newest first."""
+def ready_templates(actor: Actor) -> list[Template]:
+    """The team's templates that have an image, newest first."""
     rows = Template.objects.for_team(actor.team).ready().defer("contents", "recipe")
-    return list(rows.order_by("-created_at", "-pk")[:MOST_CHOICES])
+    return list(rows.order_by("-created_at", "-pk")[:MAX_CHOICES])

@@ -1,6 +1,6 @@
 """The form of a new template: one build step per line, or between two lines of backticks.
 
-What is pasted with a script's first line, ``#!``, is one step altogether.
+A pasted script, with a first line of ``#!``, is one single step.
 """
 
 from __future__ import annotations
@@ -12,25 +12,34 @@ from typing import ClassVar
 
 from django.http import QueryDict
 
-from orkestr_console.core.allowlist import besides_default, names_in, own_names, replaces_default
-from orkestr_console.core.environment import as_typed, not_typed, typed_environment
+from orkestr_console.core.allowlist import (
+    extend_default,
+    extra_names,
+    replaces_default,
+    split_names,
+)
+from orkestr_console.core.environment import (
+    format_environment,
+    parse_environment,
+    unformattable_names,
+)
 from orkestr_console.core.errors import DomainError
 from orkestr_console.core.script import unix_lines
-from orkestr_console.core.text import STEERING
+from orkestr_console.core.text import INVISIBLE
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
 from templates_app.models import Network, Template
 from templates_app.specs import TemplateSpec
 
 NUMBERS = ("step_timeout_seconds", "build_timeout_seconds", "disk_mb")
-# As in Markdown (CommonMark, "Fenced code blocks"): as many or more of them end it.
+# As in Markdown (CommonMark, "Fenced code blocks"): at least as many backticks close it.
 _FENCE = re.compile(r"(`{3,})[^`]*", re.ASCII)
 _STEP_FIELD = re.compile(r"recipe\[(\d+)\]", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the recipe as typed, and the number of the line it begins on, from 1."""
+    """One step of the recipe as typed, and the line it starts on, counted from 1."""
 
     line: int
     command: str
@@ -61,7 +70,7 @@ PRESETS = (
 
 @dataclass
 class TemplateForm(Form):
-    """What is typed into *New template*."""
+    """The *New template* form."""
 
     name: str = ""
     base_template: str = "python-3.12"
@@ -69,18 +78,18 @@ class TemplateForm(Form):
     network: str = Network.RESTRICTED.value
     # ``NAME=value`` lines, baked into the image.
     env: str = ""
-    # Host names, with blanks between, that the build may reach beside the default list.
+    # Host names, separated by spaces, that the build may reach in addition to the default list.
     allow_domains: str = ""
-    # Whether it may reach those alone, without the default list.
+    # Whether the build may reach only those, without the default list.
     only_these: bool = False
-    # What the build may take, in seconds and MiB; blank for what the plan gives.
+    # The build's limits, in seconds and MiB; blank for the plan's.
     step_timeout_seconds: str = ""
     build_timeout_seconds: str = ""
     disk_mb: str = ""
     reuse: str = ""
-    # Steps of the template this one starts from that have what a person would not see.
+    # Steps of the original template that are left out, as they contain invisible characters.
     left_out: tuple[int, ...] = ()
-    # Of its variables those that a line cannot say.
+    # Its variables that don't fit on a line.
     left_out_env: tuple[str, ...] = ()
 
     labels: ClassVar[Mapping[str, str]] = {
@@ -97,8 +106,8 @@ class TemplateForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> TemplateForm:
-        """What was posted; browsers end lines with CR LF."""
+    def from_post(cls, data: QueryDict) -> TemplateForm:
+        """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             name=data.get("name", ""),
             base_template=data.get("base_template", ""),
@@ -114,73 +123,75 @@ class TemplateForm(Form):
         )
 
     @classmethod
-    def preset(cls, key: str) -> TemplateForm:
-        """A form filled with a preset's recipe; an unknown one leaves it as new."""
+    def from_preset(cls, key: str) -> TemplateForm:
+        """A form filled with a preset's recipe, or an empty one if there is no such preset."""
         chosen = next((preset for preset in PRESETS if preset.key == key), None)
         return cls(base_template=chosen.base, recipe=chosen.recipe) if chosen else cls()
 
     @classmethod
-    def like(cls, template: Template) -> TemplateForm:
-        """A form that builds the same again, for the person to change."""
+    def from_template(cls, template: Template) -> TemplateForm:
+        """A form that would build the same template again, for the person to change."""
         steps = list(enumerate(template.recipe, start=1))
         return cls(
             name=template.name,
             base_template=template.base_template,
-            recipe="\n".join(fenced(step) for _, step in steps if sayable(step)),
+            recipe="\n".join(format_step(step) for _, step in steps if is_displayable(step)),
             network=template.network,
-            env=as_typed(template.env),
-            allow_domains=own_names(template.allow_domains),
+            env=format_environment(template.env),
+            allow_domains=extra_names(template.allow_domains),
             only_these=replaces_default(template.allow_domains),
-            step_timeout_seconds=written(template.step_timeout_seconds),
-            build_timeout_seconds=written(template.build_timeout_seconds),
-            disk_mb=written(template.disk_mb),
-            left_out_env=not_typed(template.env),
-            left_out=tuple(number for number, step in steps if not sayable(step)),
+            step_timeout_seconds=field_text(template.step_timeout_seconds),
+            build_timeout_seconds=field_text(template.build_timeout_seconds),
+            disk_mb=field_text(template.disk_mb),
+            left_out_env=unformattable_names(template.env),
+            left_out=tuple(number for number, step in steps if not is_displayable(step)),
         )
 
     def spec(self) -> TemplateSpec:
-        """What is asked for. Raises ``InvalidInput`` with a sentence per field."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput`` with a sentence per field."""
+        self.reject_unusable()
         return parse_spec(
             TemplateSpec,
             {
                 "name": self.name,
                 "base_template": self.base_template,
-                "recipe": [step.command for step in steps_of(self.recipe)],
+                "recipe": [step.command for step in parse_steps(self.recipe)],
                 "network": self.network,
-                "env": typed_environment(self.env),
+                "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
-                **{name: whole_number(getattr(self, name)) for name in NUMBERS},
+                **{name: parse_number(getattr(self, name)) for name in NUMBERS},
                 "reuse": self.reuse or None,
             },
         )
 
     @property
     def has_limits(self) -> bool:
-        """Whether anything is said of what the build may take or reuse."""
+        """Whether any limit or reuse is set or has an error."""
         names = (*NUMBERS, "reuse")
         return any(getattr(self, name) or name in self.errors for name in names)
 
     def allowlist(self) -> list[str] | None:
-        """What the names typed come to; on the open network they do not matter."""
+        """The allowlist that the typed names stand for; None on the open network."""
         if self.network != Network.RESTRICTED:
             return None
         return (
-            names_in(self.allow_domains) if self.only_these else besides_default(self.allow_domains)
+            split_names(self.allow_domains)
+            if self.only_these
+            else extend_default(self.allow_domains)
         )
 
-    def take_limit(self, error: DomainError) -> None:
-        """Put the refusal of a number at its field."""
+    def add_limit_error(self, error: DomainError) -> None:
+        """Attach the refusal of a limit to its field."""
         name = str(error.extra.get("limit", ""))
         if name in NUMBERS and not error.fields:
             sentence = error.detail.removeprefix(f"{name}: ")
             self.errors = {name: f"{sentence[:1].upper()}{sentence[1:]}"}
 
-    def take(self, error: DomainError) -> None:
-        """As any form; of a wrong step it says the line, as that is what people see."""
-        super().take(error)
-        self.take_limit(error)
-        steps = steps_of(self.recipe)
+    def add_error(self, error: DomainError) -> None:
+        """As any form does, but name the line of an invalid step: people see lines."""
+        super().add_error(error)
+        self.add_limit_error(error)
+        steps = parse_steps(self.recipe)
         sentences = [
             f"Line {steps[int(found[1])].line} {sentence}"
             for name, sentence in (error.fields or {}).items()
@@ -191,21 +202,21 @@ class TemplateForm(Form):
             self.errors["recipe"] = " ".join(sentences)
 
 
-def written(number: int | None) -> str:
-    """A number as a field has it; blank for none."""
+def field_text(number: int | None) -> str:
+    """A number as a form field holds it; blank for None."""
     return "" if number is None else str(number)
 
 
-def whole_number(typed: str) -> int | str | None:
-    """What was typed as a number, None for nothing; what is none stays, for the spec to refuse."""
+def parse_number(typed: str) -> int | str | None:
+    """The number typed, or None for a blank. Other text stays, for the spec to refuse."""
     return int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 10 else typed or None
 
 
-def steps_of(recipe: str) -> list[Step]:
-    """The steps of a recipe: a line each, but one that ends in ``\\`` goes on on the next.
+def parse_steps(recipe: str) -> list[Step]:
+    """The steps of a recipe: one per line; a trailing ``\\`` continues a line on the next.
 
-    Blank lines and lines that begin with ``#`` are left out. Lines between two of backticks are
-    one step as they are, and so is a whole recipe that begins as a script does.
+    Blank lines and comments (``#``) are skipped. A fenced block is one step, taken verbatim, and so
+    is an entire recipe that starts with ``#!``.
     """
     if recipe.startswith("#!"):
         return [Step(1, recipe)]
@@ -213,22 +224,22 @@ def steps_of(recipe: str) -> list[Step]:
     lines = enumerate(recipe.split("\n"), start=1)
     for number, line in lines:
         if fence := _FENCE.fullmatch(line.rstrip()):
-            steps.append(Step(number + 1, "\n".join(block(lines, len(fence[1])))))
-        elif not is_remark(line):
-            steps.append(Step(number, "\n".join(continued(line, lines))))
+            steps.append(Step(number + 1, "\n".join(fenced_lines(lines, len(fence[1])))))
+        elif not is_comment(line):
+            steps.append(Step(number, "\n".join(continuation_lines(line, lines))))
     return steps
 
 
-def block(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
-    """The lines up to one of at least so many backticks, or up to the last there is."""
+def fenced_lines(lines: Iterator[tuple[int, str]], backticks: int) -> Iterator[str]:
+    """The lines up to the closing fence of at least ``backticks``, or to the end."""
     for _, line in lines:
         if re.fullmatch(rf"`{{{backticks},}}", line.rstrip()):
             return
         yield line
 
 
-def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
-    """A line, and those it goes on on."""
+def continuation_lines(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+    """A line, and the lines that continue it."""
     yield line
     if line.endswith("\\"):
         for _, following in lines:
@@ -237,22 +248,22 @@ def continued(line: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
                 return
 
 
-def fenced(step: str) -> str:
-    """A step as the recipe's text says it: as it is, or between lines of backticks."""
-    # One that ends in a backslash would go on on the line of the step after it.
-    alone = not step.startswith("#!") and not step.endswith("\\")
-    if alone and [found.command for found in steps_of(step)] == [step]:
+def format_step(step: str) -> str:
+    """A step as text of a recipe: on its own, or in a fenced block."""
+    # One that ends in a backslash would be continued by the next step's line.
+    unfenced = not step.startswith("#!") and not step.endswith("\\")
+    if unfenced and [found.command for found in parse_steps(step)] == [step]:
         return step
-    longest = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
-    fence = "`" * (longest + 1)
+    longest_run = max((len(run) for run in re.findall(r"^`{3,}", step, re.MULTILINE)), default=2)
+    fence = "`" * (longest_run + 1)
     return f"{fence}\n{step}\n{fence}"
 
 
-def is_remark(line: str) -> bool:
-    """Whether a line is no step."""
+def is_comment(line: str) -> bool:
+    """Whether a line is blank or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
-def sayable(step: str) -> bool:
-    """Whether a person who reads the step sees all that is in it."""
-    return not STEERING.search(step)
+def is_displayable(step: str) -> bool:
+    """Whether a reader sees everything in the step: it has no invisible characters."""
+    return not INVISIBLE.search(step)

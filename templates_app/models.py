@@ -1,4 +1,4 @@
-"""A Template, the Steps of its build, and the Events the build told.
+"""A Template, the steps of its build, and the events that the build reported.
 
 A template is immutable: its recipe and base are written once. What changes is the build's state,
 and only through :mod:`templates_app.services`.
@@ -15,13 +15,13 @@ from django.utils import timezone
 from orkestr_console.accounts.models import Team, User
 from orkestr_console.core.ids import new_id
 
-LONGEST_NAME = 100
-# The error of a build that somebody ended.
+MAX_NAME_LENGTH = 100
+# The error code of a build that somebody cancelled.
 CANCELLED = "build_cancelled"
 
 
 class TemplateStatus(models.TextChoices):
-    """Where a template is: ``building`` → ``ready`` | ``failed``, and back if an image is lost."""
+    """``building`` → ``ready`` | ``failed``; a ready one fails if its image is lost."""
 
     BUILDING = "building", "Building"
     READY = "ready", "Ready"
@@ -34,7 +34,7 @@ class TemplateStatus(models.TextChoices):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the build has ended. A ready one still fails if the host loses its image."""
+        """Whether the build is over. A ready template still fails if the host loses its image."""
         return self is not TemplateStatus.BUILDING
 
 
@@ -46,7 +46,7 @@ class Network(models.TextChoices):
 
 
 class Reuse(models.TextChoices):
-    """What of earlier builds may stand for running a step again; nothing, unless asked for."""
+    """Which results of earlier builds may replace running a step; none unless requested."""
 
     FAILED = "failed", "Completed steps of failed builds"
 
@@ -55,57 +55,57 @@ class TemplateQuerySet(models.QuerySet["Template"]):
     """Templates, filtered."""
 
     def for_team(self, team: Team) -> TemplateQuerySet:
-        """Those of one team: the only way in for a caller."""
+        """One team's templates: the only entry point for callers."""
         return self.filter(team=team)
 
     def ready(self) -> TemplateQuerySet:
-        """Those a sandbox can boot from."""
+        """Templates that a sandbox can boot from."""
         return self.filter(status=TemplateStatus.READY)
 
     def building(self) -> TemplateQuerySet:
-        """Those whose build has not ended."""
+        """Templates whose build is not over."""
         return self.filter(status=TemplateStatus.BUILDING)
 
     def queued(self) -> TemplateQuerySet:
-        """Those that no driver has taken yet."""
+        """Builds that no driver has claimed yet."""
         return self.building().filter(started_at=None)
 
     def running(self) -> TemplateQuerySet:
-        """Those whose build has begun and not ended."""
+        """Builds that have started and are not over."""
         return self.building().exclude(started_at=None)
 
-    def counted(self) -> TemplateQuerySet:
-        """Those that take one of the plan's slots: a failed build takes none."""
+    def using_slots(self) -> TemplateQuerySet:
+        """Templates that use one of the plan's slots: a failed build uses none."""
         return self.exclude(status=TemplateStatus.FAILED)
 
 
 def new_template_id() -> str:
-    """A fresh template id, as a migration can name it."""
+    """A new template id. A function, so that migrations can refer to it."""
     return new_id("tmpl")
 
 
 def new_image_id() -> str:
-    """A fresh image id: of the image the build would publish, and of the build on the host."""
+    """A new image id: of the image that the build will publish, and of the build on the host."""
     return new_id("img")
 
 
 class Template(models.Model):
-    """A base image and a recipe, and the image that came of them."""
+    """A base image and a recipe, and the image built from them."""
 
     id = models.CharField(max_length=40, primary_key=True, default=new_template_id, editable=False)
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="templates")
     created_by = models.ForeignKey(
         User, on_delete=models.SET_NULL, null=True, blank=True, related_name="templates"
     )
-    name = models.CharField(max_length=LONGEST_NAME)
+    name = models.CharField(max_length=MAX_NAME_LENGTH)
     base_template = models.CharField(max_length=64)
     base_image = models.CharField(max_length=64)
     recipe = models.JSONField()
     network = models.CharField(max_length=16, choices=Network.choices, default=Network.RESTRICTED)
     allow_domains = models.JSONField(null=True, blank=True)
-    # Baked into the image: what every step, and every command of a sandbox made from it, has.
+    # Baked into the image: set for every step, and for every command of a sandbox made from it.
     env = models.JSONField(default=dict, blank=True)
-    # Hosts that a step was refused, whether it failed or not, and that an allowlist could name.
+    # Hosts that were refused to a step, whether it failed or not, and that an allowlist could name.
     refused_hosts = models.JSONField(default=list, blank=True)
     status = models.CharField(
         max_length=16, choices=TemplateStatus.choices, default=TemplateStatus.BUILDING
@@ -115,21 +115,21 @@ class Template(models.Model):
     image_id = models.CharField(max_length=40, unique=True, default=new_image_id, editable=False)
     # The driver that follows the build now (orkestr_console.queue.driving).
     driver = models.CharField(max_length=40, blank=True, default="")
-    # Whether the host ever took the build: if it then knows nothing of it, it lost it.
+    # Whether the host ever accepted the build: if it then doesn't know it, it has lost it.
     handed_over = models.BooleanField(default=False)
-    # When a driver first took it: until then it is queued.
+    # When a driver first claimed it: until then it is queued.
     started_at = models.DateTimeField(null=True, blank=True)
-    # What the build may take, in seconds and MiB; without a value what the host gives.
+    # The build's limits, in seconds and MiB; the host's defaults where there is no value.
     step_timeout_seconds = models.PositiveIntegerField(null=True, blank=True)
     build_timeout_seconds = models.PositiveIntegerField(null=True, blank=True)
     disk_mb = models.PositiveIntegerField(null=True, blank=True)
-    # Whether completed steps of an earlier build may stand for running them again.
+    # Whether completed steps of an earlier build may be reused instead of running them again.
     reuse = models.CharField(max_length=16, choices=Reuse.choices, blank=True, default="")
     size_bytes = models.BigIntegerField(null=True, blank=True)
     file_count = models.BigIntegerField(null=True, blank=True)
     shared_bytes = models.BigIntegerField(null=True, blank=True)
     build_ms = models.BigIntegerField(null=True, blank=True)
-    # What is in the image, as the host told it: its digest, packages, and what is baked in.
+    # What is in the image, as the host reported: its digest, packages and baked-in environment.
     contents = models.JSONField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -162,9 +162,9 @@ class Template(models.Model):
 
     @property
     def baked_env(self) -> dict[str, str] | None:
-        """What is baked into the image: its base's, /etc/environment's and its own variables.
+        """The variables baked into the image: its base's, /etc/environment's and its own.
 
-        None while there is no image, and of one whose host did not tell yet.
+        None while there is no image, and for images built before hosts reported them.
         """
         return (self.contents or {}).get("env")
 
@@ -175,22 +175,22 @@ class Template(models.Model):
 
     @property
     def is_queued(self) -> bool:
-        """Whether its build waits for its turn."""
+        """Whether its build is waiting for its turn."""
         return self.status == TemplateStatus.BUILDING and self.started_at is None
 
     @property
     def label(self) -> str:
-        """The status in a word, for a badge; a build that waits for its turn is ``Queued``."""
+        """The status in one word, for a badge; a build that waits for its turn is ``Queued``."""
         return "Queued" if self.is_queued else self.state.label
 
     @property
     def searched(self) -> str:
-        """What the box above the list finds it by, in lower case."""
+        """The text that the filter above the list matches, in lower case."""
         return f"{self.name} {self.id} {self.base_template} {self.status}".lower()
 
     @property
     def milestone(self) -> tuple[str, datetime]:
-        """The time to show beside the status, and what happened then: ``("started", …)``."""
+        """The time to show next to the status, and what happened then: ``("started", …)``."""
         if self.is_queued:
             return "requested", self.created_at
         if self.status == TemplateStatus.BUILDING:
@@ -199,29 +199,29 @@ class Template(models.Model):
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether somebody ended its build before it was done."""
+        """Whether somebody cancelled its build."""
         return self.error_code == CANCELLED
 
     @property
     def outcome(self) -> str:
-        """How its build ended, in a word: ``Ready``, ``Failed`` or ``Cancelled``."""
+        """The result of its build in one word: ``Ready``, ``Failed`` or ``Cancelled``."""
         return "Cancelled" if self.is_cancelled else self.state.label
 
     @property
     def failure_tone(self) -> str:
-        """The colour of the banner that says why it failed: ``bad``, or ``busy`` if cancelled."""
+        """The colour of the failure banner: ``bad``, or ``busy`` if cancelled."""
         return "busy" if self.is_cancelled else "bad"
 
     @property
     def failure_icon(self) -> str:
-        """That banner's icon, of ``static/img/icons.svg``."""
+        """The failure banner's icon, from ``static/img/icons.svg``."""
         return "stop" if self.is_cancelled else "alert"
 
 
 class StepStatus(models.TextChoices):
-    """Where a step is. ``skipped`` never ran, because one before it failed.
+    """The status of a step. ``skipped`` never ran, because an earlier step failed.
 
-    ``cached`` was not run again: what it left in an earlier build was taken, as was asked for.
+    ``cached`` was not run again: an earlier build's result was reused, as requested.
     """
 
     PENDING = "pending", "Pending"
@@ -244,8 +244,8 @@ class StepStatus(models.TextChoices):
         }[self.value]
 
     @property
-    def without_output(self) -> str:
-        """What stands where the output of a step would be that printed nothing."""
+    def empty_output_text(self) -> str:
+        """The text shown in place of the output of a step that printed nothing."""
         return {
             "pending": "Not started yet.",
             "running": "No output yet.",
@@ -254,7 +254,7 @@ class StepStatus(models.TextChoices):
 
 
 class BuildStep(models.Model):
-    """One step of a build: what ran, how long, how it ended, and what it printed."""
+    """One step of a build: its command, duration, result and output."""
 
     template = models.ForeignKey(Template, on_delete=models.CASCADE, related_name="steps")
     number = models.PositiveIntegerField()
@@ -267,15 +267,15 @@ class BuildStep(models.Model):
     output = models.TextField(blank=True, default="")
     output_bytes = models.BigIntegerField(default=0)
     elided_bytes = models.BigIntegerField(default=0)
-    # What the step added to the build's disk; less than nothing if it removed more.
+    # What the step added to the build's disk; negative if it removed more.
     added_bytes = models.BigIntegerField(null=True, blank=True)
     added_files = models.BigIntegerField(null=True, blank=True)
-    # Of a cached step: when it was run, and in the build of which image.
+    # For a cached step: when it ran, and in the build of which image.
     cached_at = models.DateTimeField(null=True, blank=True)
     cached_from = models.CharField(max_length=40, blank=True, default="")
-    # Hosts that the network policy refused it; one that did without them may lack what they have.
+    # Hosts that the network policy refused. A step that succeeded without them may lack something.
     refused_hosts = models.JSONField(default=list, blank=True)
-    # Sentences for who wrote the step: what it did has not the effect that they may think it has.
+    # Sentences for the step's author: something it did has no lasting effect.
     warnings = models.JSONField(default=list, blank=True)
 
     class Meta:
@@ -296,7 +296,7 @@ class BuildStep(models.Model):
 class BuildEvent(models.Model):
     """One event of a build. Append-only; ``seq`` counts from 1, no gaps.
 
-    ``host_seq`` is the host's own number of an event that the host told; the console adds some.
+    ``host_seq`` is the host's own number, for events that the host reported; the console adds some.
     """
 
     template = models.ForeignKey(Template, on_delete=models.CASCADE, related_name="events")

@@ -1,4 +1,4 @@
-"""What a build printed, as the console's pages and downloads have it."""
+"""A build's output in the console: pages, search and downloads."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from django.shortcuts import render
 from django.views.decorators.http import require_safe
 
 from orkestr_console.core.errors import InvalidInput
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.core.text import plain
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from templates_app import pages, services
 from templates_app.services import output
 
 PLAIN = "text/plain; charset=utf-8"
-MOST_HITS = 100
-# The digits of the largest line number there can be, and then some.
-LONGEST_NUMBER = 9
+MAX_HITS = 100
+# More digits than the largest possible line number has.
+MAX_DIGITS = 9
 
 
 @require_safe
 @console_page
 def step_output(request: ConsoleRequest, template_id: str, number: int) -> HttpResponse:
-    """All that is kept of a step's output, as text; without its colours if ``plain`` is given."""
+    """A step's stored output as text; without colours if ``plain`` is given."""
     template = services.get_template(request.actor, template_id)
-    text = output.all_of(template, number)
+    text = output.step_output(template, number)
     return HttpResponse(plain(text) if "plain" in request.GET else text, content_type=PLAIN)
 
 
 @require_safe
 @console_page
 def step_lines(request: ConsoleRequest, template_id: str, number: int) -> HttpResponse:
-    """Some of the lines ``first`` to ``last`` that a page does not have: those around ``at``."""
+    """The lines around ``at``, of those from ``first`` to ``last`` that the page doesn't have."""
     template = services.get_template(request.actor, template_id)
-    gap = pages.Gap(number_in(request, "first"), number_in(request, "last"))
-    window = pages.window_of(template, number, gap, number_in(request, "at"))
+    gap = pages.Gap(required_number(request, "first"), required_number(request, "last"))
+    window = pages.log_window(template, number, gap, required_number(request, "at"))
     context = {"template": template, "number": number, "window": window}
     return render(request, "templates_app/_lines.html", context)
 
 
-def number_in(request: HttpRequest, name: str) -> int:
-    """A line's number out of the query. Raises ``InvalidInput``."""
+def required_number(request: HttpRequest, name: str) -> int:
+    """A line number from the query string. Raises ``InvalidInput``."""
     text = request.GET.get(name, "")
-    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
         sentence = "must be the number of a line."
         raise InvalidInput(f"{name}: {sentence}", fields={name: sentence})
     return int(text)
@@ -51,28 +51,28 @@ def number_in(request: HttpRequest, name: str) -> int:
 @require_safe
 @console_page
 def search(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """The lines that have ``q``: the part that the page asks for, or without a script a page."""
+    """The lines that contain ``q``: as a fragment for the script, or as a page without it."""
     template = services.get_template(request.actor, template_id)
-    wanted = request.GET.get("q", "")
-    too_long = len(wanted) > output.LONGEST_WANTED
-    found = None
-    if wanted.strip() and not too_long:
-        after = (number_of(request, "step"), number_of(request, "line"))
-        found = output.search(template, wanted, after=after, limit=MOST_HITS)
-    context = {"template": template, "wanted": wanted, "too_long": too_long, "found": found}
+    query = request.GET.get("q", "")
+    too_long = len(query) > output.MAX_QUERY_LENGTH
+    result = None
+    if query.strip() and not too_long:
+        after = (optional_number(request, "step"), optional_number(request, "line"))
+        result = output.search(template, query, after=after, limit=MAX_HITS)
+    context = {"template": template, "wanted": query, "too_long": too_long, "found": result}
     name = "_search" if request.htmx else "search"
     return render(request, f"templates_app/{name}.html", context)
 
 
-def number_of(request: HttpRequest, name: str) -> int:
-    """The same where there need not be one: then 0."""
-    return number_in(request, name) if name in request.GET else 0
+def optional_number(request: HttpRequest, name: str) -> int:
+    """A line number from the query string; 0 if there is none. Raises ``InvalidInput``."""
+    return required_number(request, name) if name in request.GET else 0
 
 
 @require_safe
 @console_page
-def whole_log(request: ConsoleRequest, template_id: str) -> HttpResponseBase:
-    """The build's log to be saved, as plain text."""
+def download_log(request: ConsoleRequest, template_id: str) -> HttpResponseBase:
+    """The complete build log as a plain text download."""
     template = services.get_template(request.actor, template_id)
     headers = {
         "Cache-Control": "no-store",
@@ -80,5 +80,5 @@ def whole_log(request: ConsoleRequest, template_id: str) -> HttpResponseBase:
     }
     if request.method == "HEAD":
         return HttpResponse(content_type=PLAIN, headers=headers)
-    let_go()
+    release_connection()
     return StreamingHttpResponse(services.log_text(template), content_type=PLAIN, headers=headers)

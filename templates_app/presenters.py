@@ -1,4 +1,4 @@
-"""Templates as clients see them."""
+"""Templates as the API presents them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from orkestr_console.http.json_api import timestamp
 from templates_app.models import Template, TemplateStatus
-from templates_app.services import EventPage, Place, ShownStep, Told
+from templates_app.services import Event, EventPage, QueuePosition, StepOutput
 from templates_app.services.contents import Contents, Difference, StepSize
 
 
@@ -44,22 +44,22 @@ def template_summary(template: Template) -> dict[str, Any]:
 
 
 def template_detail(
-    template: Template, steps: Iterable[ShownStep], place: Place | None
+    template: Template, steps: Iterable[StepOutput], position: QueuePosition | None
 ) -> dict[str, Any]:
-    """One template, with its place in the queue if it waits, and the steps of its build.
+    """One template, with its queue position if it waits, and the steps of its build.
 
-    ``baked_env`` is what the image has in the end: its base's variables, those of its recipe's
-    /etc/environment, and its own ``env`` over them.
+    ``baked_env`` is the image's final environment: its base's variables, those that its recipe put
+    into /etc/environment, and its own ``env`` on top.
     """
     return {
         **template_summary(template),
         "baked_env": template.baked_env,
-        "queue": place and {"place": place.number, "waits_for": place.waits_for},
+        "queue": position and {"place": position.number, "waits_for": position.waits_for},
         "steps": [step_detail(step) for step in steps],
     }
 
 
-def step_detail(shown: ShownStep) -> dict[str, Any]:
+def step_detail(shown: StepOutput) -> dict[str, Any]:
     """One step of a build."""
     step = shown.step
     return {
@@ -82,15 +82,15 @@ def step_detail(shown: ShownStep) -> dict[str, Any]:
     }
 
 
-def event_detail(told: Told) -> dict[str, Any]:
-    """One event of a build; beside the first three its members are the kind's own."""
-    return {"seq": told.seq, "kind": told.kind, "at": timestamp(told.at), **told.payload}
+def event_detail(event: Event) -> dict[str, Any]:
+    """One event of a build; all members but the first three depend on the kind."""
+    return {"seq": event.seq, "kind": event.kind, "at": timestamp(event.at), **event.payload}
 
 
 def event_page(page: EventPage, after: int) -> dict[str, Any]:
-    """Some events, and the number to go on after."""
+    """A page of events, and the number to continue after."""
     last = page.events[-1].seq if page.events else after
-    events = [event_detail(told) for told in page.events]
+    events = [event_detail(event) for event in page.events]
     return {"events": events, "next_after": last, "ended": page.ended}
 
 
@@ -127,30 +127,30 @@ def step_size(step: StepSize) -> dict[str, Any]:
 
 
 def difference_detail(difference: Difference) -> dict[str, Any]:
-    """How two images differ; ``a`` is the one that was asked for, ``b`` what it is compared to."""
+    """How two images differ; ``a`` is the requested one, ``b`` the one it is compared with."""
     return {
         "a": difference.a.template.pk,
         "b": difference.b.template.pk,
         "same_image": difference.same_image,
         "packages": {
-            one.manager: {
-                "only_in_a": [{"name": p.name, "version": p.version} for p in one.only_a],
-                "only_in_b": [{"name": p.name, "version": p.version} for p in one.only_b],
+            item.manager: {
+                "only_in_a": [{"name": p.name, "version": p.version} for p in item.only_a],
+                "only_in_b": [{"name": p.name, "version": p.version} for p in item.only_b],
                 "changed": [
-                    {"name": p.name, "a": ", ".join(p.a), "b": ", ".join(p.b)} for p in one.changed
+                    {"name": p.name, "a": ", ".join(p.a), "b": ", ".join(p.b)} for p in item.changed
                 ],
-                "same": one.same,
+                "same": item.same,
             }
-            for one in difference.packages
+            for item in difference.packages
         },
-        "sizes": {one.name: {"a": one.a, "b": one.b} for one in difference.sizes},
+        "sizes": {item.name: {"a": item.a, "b": item.b} for item in difference.sizes},
         "steps": [
             {
-                "number": one.number,
-                "same_command": one.same_command,
-                "a": one.a and step_size(one.a),
-                "b": one.b and step_size(one.b),
+                "number": item.number,
+                "same_command": item.same_command,
+                "a": item.a and step_size(item.a),
+                "b": item.b and step_size(item.b),
             }
-            for one in difference.steps
+            for item in difference.steps
         ],
     }

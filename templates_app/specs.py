@@ -1,4 +1,4 @@
-"""What a caller may ask of templates: one strict model for console, REST and MCP alike."""
+"""The request models for templates: strict, and shared by console, REST and MCP."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
 from orkestr_console.core.script import usable_step
 from orkestr_console.core.text import JOINERS, readable
-from templates_app.models import LONGEST_NAME
+from templates_app.models import MAX_NAME_LENGTH
 
-MOST_STEPS = 100
-LARGEST_RECIPE = 1024 * 1024  # bytes, all steps together
-SMALLEST_DISK_MB, LARGEST_DISK_MB = 256, 20_480
+MAX_STEPS = 100
+MAX_RECIPE_BYTES = 1024 * 1024  # bytes, all steps together
+MIN_DISK_MB, MAX_DISK_MB = 256, 20_480
 
 
 def usable_name(name: str) -> str:
@@ -22,8 +22,8 @@ def usable_name(name: str) -> str:
     name = name.strip().strip(JOINERS)
     if not name:
         raise ValueError("must not be blank.")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"must have at most {LONGEST_NAME} characters; this has {len(name)}.")
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"must have at most {MAX_NAME_LENGTH} characters; this has {len(name)}.")
     return readable(name)
 
 
@@ -31,20 +31,20 @@ def usable_recipe(recipe: list[str]) -> list[str]:
     """At least one step, and not too many."""
     if not recipe:
         raise ValueError("needs at least one step, such as 'pip install requests'.")
-    if len(recipe) > MOST_STEPS:
+    if len(recipe) > MAX_STEPS:
         raise ValueError(
-            f"has {len(recipe)} steps; a template takes at most {MOST_STEPS}. Join some with '&&'."
+            f"has {len(recipe)} steps; a template takes at most {MAX_STEPS}. Join some with '&&'."
         )
-    if (size := sum(len(step.encode()) for step in recipe)) > LARGEST_RECIPE:
+    if (size := sum(len(step.encode()) for step in recipe)) > MAX_RECIPE_BYTES:
         raise ValueError(
-            f"has {size:,} bytes; at most {LARGEST_RECIPE:,} are allowed. Download large files "
+            f"has {size:,} bytes; at most {MAX_RECIPE_BYTES:,} are allowed. Download large files "
             "in a step instead."
         )
     return recipe
 
 
 def usable_base(base: str) -> str:
-    """A base's name or a template's id, as far as its form can tell."""
+    """A base's name or a template's id; only its form is checked."""
     if not base.strip():
         raise ValueError("is required; choose a base image such as 'python-3.12'.")
     if len(base) > 64:
@@ -90,7 +90,7 @@ class TemplateSpec(BaseModel):
     build_timeout_seconds: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Build timeout in seconds; the plan's by default."
     )
-    disk_mb: Annotated[int, Field(ge=SMALLEST_DISK_MB, le=LARGEST_DISK_MB)] | None = Field(
+    disk_mb: Annotated[int, Field(ge=MIN_DISK_MB, le=MAX_DISK_MB)] | None = Field(
         default=None, description="The size of the build's disk in MiB; 20 GiB by default."
     )
     reuse: Literal["failed"] | None = Field(
@@ -100,8 +100,8 @@ class TemplateSpec(BaseModel):
     )
 
     @model_validator(mode="after")
-    def a_list_is_read(self) -> Self:
-        """An allowlist means something to the restricted network alone."""
+    def allowlist_needs_restricted(self) -> Self:
+        """Refuse an allowlist on any network but ``restricted``."""
         if self.allow_domains is not None and self.network != "restricted":
             raise ValueError("'allow_domains' applies to network 'restricted' only.")
         return self

@@ -1,4 +1,4 @@
-"""What the workers do for templates. Each takes ids at most, and may run twice safely."""
+"""Worker tasks for templates. Each takes ids only, and is safe to run twice."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from templates_app.services.lost import IMAGE_LOST
 logger = logging.getLogger(__name__)
 
 FORGET = "templates_app.tasks.forget_image"
-FORGET_AGAIN = timedelta(seconds=15)
-FORGET_TRIES = 240  # an hour
+FORGET_RETRY_DELAY = timedelta(seconds=15)
+MAX_FORGET_TRIES = 240  # an hour
 
 
 def drive_builds() -> None:
-    """Begin the builds that may run, and go on with those whose worker was killed.
+    """Start the builds that may run, and resume those whose worker was killed.
 
-    Every minute as well: who was to ask for it may have been killed.
+    Also runs every minute: the process that should have queued it may have been killed.
     """
     driver.drive()
 
 
 def forget_image(image_id: str, tries: int = 1) -> None:
-    """Drop the build and the image of a deleted template, or of a build that was cancelled.
+    """Discard the build and image of a deleted template or a cancelled build.
 
-    A host that does not answer is asked again: its build would go on otherwise, for hours maybe.
+    Retried while the host doesn't answer: otherwise its build could keep running for hours.
     """
     try:
-        driver.forget(image_id)
+        driver.discard(image_id)
     except HostError as error:
-        logger.warning("image %s stays for now (try %d): %s", image_id, tries, error.detail)
-        if tries < FORGET_TRIES:
-            soon = timezone.now() + FORGET_AGAIN
-            schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=soon)
+        logger.warning("could not delete image %s (try %d): %s", image_id, tries, error.detail)
+        if tries < MAX_FORGET_TRIES:
+            next_run = timezone.now() + FORGET_RETRY_DELAY
+            schedule(FORGET, image_id, tries + 1, schedule_type=Schedule.ONCE, next_run=next_run)
 
 
 def reconcile_images() -> None:
-    """Have the host set aside images that no template names, and that are older than 10 minutes."""
-    # What a build that did not end well left behind nobody can boot; one that was lost may be back.
+    """Have the host quarantine images older than 10 minutes that no template refers to."""
+    # Nobody can boot what a failed build left behind; a lost image may come back.
     live = Template.objects.exclude(Q(status=TemplateStatus.FAILED) & ~Q(error_code=IMAGE_LOST))
-    keep = list(live.values_list("image_id", flat=True))
+    known_images = list(live.values_list("image_id", flat=True))
     try:
-        done = installation.reconcile(images=keep)
+        result = installation.reconcile(images=known_images)
     except HostError as error:
-        logger.warning("images were not reconciled: %s", error.detail)
+        logger.warning("could not reconcile images: %s", error.detail)
         return
-    if done is not None:
-        installation.note_waiting(len(done.waiting))
+    if result is not None:
+        installation.record_waiting(len(result.waiting))

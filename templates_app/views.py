@@ -18,7 +18,7 @@ from templates_app import pages, services
 from templates_app.forms import PRESETS, TemplateForm
 from templates_app.models import Template
 from templates_app.services import again
-from templates_app.specs import LARGEST_DISK_MB, MOST_STEPS, SMALLEST_DISK_MB
+from templates_app.specs import MAX_DISK_MB, MAX_STEPS, MIN_DISK_MB
 
 _LINE = re.compile(r"(\d{1,4})-(\d{1,9})", re.ASCII)
 
@@ -35,27 +35,27 @@ def template_list(request: ConsoleRequest) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_new(request: ConsoleRequest) -> HttpResponse:
-    """The form, and what it posts. A refusal keeps everything as it was typed."""
+    """Show the form, or create a template from it. A refused form keeps what was typed."""
     if request.method != "POST":
         return form_page(request, prefilled(request))
-    form = TemplateForm.typed(request.POST)
+    form = TemplateForm.from_post(request.POST)
     try:
         template = services.create_template(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return form_page(request, form, error.status)
     return redirect("templates:detail", template.pk)
 
 
 def prefilled(request: ConsoleRequest) -> TemplateForm:
-    """A form as ``?from=``, ``?preset=`` or ``?base=`` ask for it."""
+    """A form prefilled from ``?from=``, ``?preset=`` or ``?base=``."""
     if source := request.GET.get("from"):
-        form = TemplateForm.like(services.get_template(request.actor, source))
+        form = TemplateForm.from_template(services.get_template(request.actor, source))
         form.allow_domains = f"{form.allow_domains} {request.GET.get('allow', '')}".strip()
         form.network = "open" if request.GET.get("network") == "open" else form.network
         form.reuse = "failed" if request.GET.get("reuse") == "failed" else ""
         return form
-    form = TemplateForm.preset(request.GET.get("preset", ""))
+    form = TemplateForm.from_preset(request.GET.get("preset", ""))
     form.base_template = request.GET.get("base") or form.base_template
     return form
 
@@ -74,9 +74,9 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
         "longest_step": allowed.value("step_timeout_seconds"),
         "longest_build": allowed.value("build_timeout_seconds"),
         "presets": PRESETS,
-        "most_steps": MOST_STEPS,
-        "disk_from": SMALLEST_DISK_MB,
-        "disk_to": LARGEST_DISK_MB,
+        "most_steps": MAX_STEPS,
+        "disk_from": MIN_DISK_MB,
+        "disk_to": MAX_DISK_MB,
     }
     return render(request, "templates_app/new.html", context, status=status)
 
@@ -84,7 +84,7 @@ def form_page(request: ConsoleRequest, form: TemplateForm, status: int = 200) ->
 @require_safe
 @console_page
 def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """One template: how its build goes, or what came of it."""
+    """One template: the progress of its build, or its result."""
     template = services.get_template(request.actor, template_id)
     return detail_page(request, template)
 
@@ -92,8 +92,8 @@ def template_detail(request: ConsoleRequest, template_id: str) -> HttpResponse:
 def detail_page(
     request: ConsoleRequest, template: Template, refused: DomainError | None = None
 ) -> HttpResponse:
-    """The page of one template, with why something it was asked to do was not done."""
-    line = line_asked_for(request.GET.get("line", ""))
+    """The page of one template; ``refused`` is why a requested action was not done."""
+    line = requested_line(request.GET.get("line", ""))
     context = pages.detail_context(template, console_address(request), line)
     status = refused.status if refused else 200
     return render(
@@ -101,16 +101,16 @@ def detail_page(
     )
 
 
-def line_asked_for(text: str) -> pages.Line | None:
-    """The line that ``?line=2-1234`` names; None for anything that names none."""
+def requested_line(text: str) -> pages.LineReference | None:
+    """The line that ``?line=2-1234`` refers to; None if it is malformed."""
     found = _LINE.fullmatch(text)
-    return pages.Line(int(found[1]), int(found[2])) if found else None
+    return pages.LineReference(int(found[1]), int(found[2])) if found else None
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Ask, then end the build. The page asks where there is no script for the dialog."""
+    """Ask for confirmation, then cancel the build. The page is the dialog without a script."""
     template = services.get_template(request.actor, template_id)
     if request.method != "POST":
         return render(request, "templates_app/cancel.html", {"template": template})
@@ -123,11 +123,11 @@ def template_cancel(request: ConsoleRequest, template_id: str) -> HttpResponse:
 
 @require_POST
 @console_page
-def template_again(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Build the same again, as a new template; with ``reuse=failed`` not what was completed."""
+def template_rebuild(request: ConsoleRequest, template_id: str) -> HttpResponse:
+    """Build the same again, as a new template; ``reuse=failed`` skips completed steps."""
     reuse: Literal["failed"] | None = "failed" if request.POST.get("reuse") == "failed" else None
     try:
-        template = again.build_again(request.actor, template_id, reuse=reuse)
+        template = again.rebuild_template(request.actor, template_id, reuse=reuse)
     except NotFound:
         raise
     except DomainError as error:
@@ -138,7 +138,7 @@ def template_again(request: ConsoleRequest, template_id: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def template_delete(request: ConsoleRequest, template_id: str) -> HttpResponse:
-    """Ask, then delete. The page asks where there is no script for the dialog."""
+    """Ask for confirmation, then delete. The page replaces the dialog without a script."""
     template = services.get_template(request.actor, template_id)
     if request.method != "POST":
         return render(request, "templates_app/delete.html", {"template": template})

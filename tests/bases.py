@@ -18,19 +18,19 @@ from hostruntime.image.store import ImageStore
 NAMES = ("python-3.12-bare", "node-22")
 
 
-def leave_bases(state: Path) -> None:
+def save_bases(state: Path) -> None:
     """Copy what there is in a state directory to where others look; nothing if nobody does."""
     for name in NAMES:
-        _copy(name, state, _place())
+        _copy(name, state, _cache_directory())
 
 
-def take_bases(state: Path) -> None:
+def restore_bases(state: Path) -> None:
     """Copy what has been left to a state directory that lacks it, be there an agent or not."""
     for name in NAMES:
-        _copy(name, _place(), state)
+        _copy(name, _cache_directory(), state)
 
 
-def _place() -> Path | None:
+def _cache_directory() -> Path | None:
     named = os.environ.get("ORKESTR_TEST_BASES")
     return Path(named) if named else None
 
@@ -45,7 +45,7 @@ def _copy(name: str, origin: Path | None, state: Path | None) -> None:
         image = ImageStore(StatePaths(origin)).get(name)
     except ImageNotFound:
         return
-    staged = store.staging(name)
-    # Copied and not linked: nobody else links to an image's files (hostruntime.image.holdings).
+    staged = store.create_staging(name)
+    # Copied and not linked: nobody else links to an image's files (hostruntime.image.inode_record).
     run(["cp", "-a", "--reflink=auto", str(image.tree), str(staged / "tree")], timeout=120)
     store.publish(staged, image.manifest)

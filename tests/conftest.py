@@ -16,7 +16,7 @@ from django.test import Client, TransactionTestCase, override_settings
 
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import Membership, Role, Team, User
-from orkestr_console.accounts.services import actor_of_token, actor_of_user, mint_token
+from orkestr_console.accounts.services import authenticate_token, mint_token, user_actor
 from tests.emptying import empty_tables
 
 PASSWORD = "correct horse battery staple"
@@ -38,7 +38,7 @@ def settings_for_tests() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def emptied_quickly() -> Iterator[None]:
+def fast_table_cleanup() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TransactionTestCase, "_fixture_teardown", empty_tables)
         yield
@@ -105,19 +105,19 @@ def key(team: Team, make_key: MakeKey) -> str:
 @pytest.fixture
 def actor(key: str) -> Actor:
     """Acme calling over REST with both scopes."""
-    return actor_of_token(key, "rest", "192.0.2.1")
+    return authenticate_token(key, "rest", "192.0.2.1")
 
 
 @pytest.fixture
 def console_actor(alice: User) -> Actor:
     """alice calling from the console."""
-    return actor_of_user(alice, None, "192.0.2.1")
+    return user_actor(alice, None, "192.0.2.1")
 
 
 @pytest.fixture
 def other_actor(other_team: Team, make_key: MakeKey) -> Actor:
     """Globex calling over REST with both scopes."""
-    return actor_of_token(make_key(other_team), "rest", "192.0.2.2")
+    return authenticate_token(make_key(other_team), "rest", "192.0.2.2")
 
 
 def api_client(key: str | None) -> Client:

@@ -13,7 +13,7 @@ from django.test import TransactionTestCase
 from psycopg import sql
 
 # Filled by the migrations with what follows from the models alone.
-KEPT = {"django_content_type", "auth_permission"}
+RETAINED_TABLES = {"django_content_type", "auth_permission"}
 # Its rows cannot be deleted (accounts.0004).
 APPEND_ONLY = "accounts_auditentry"
 
@@ -21,7 +21,7 @@ APPEND_ONLY = "accounts_auditentry"
 @cache
 def _tables() -> tuple[str, ...]:
     found = connection.introspection.django_table_names(only_existing=True, include_views=False)
-    return tuple(sorted(set(found) - KEPT))
+    return tuple(sorted(set(found) - RETAINED_TABLES))
 
 
 def empty_tables(_: TransactionTestCase | None = None) -> None:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[1]
-TELL_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Room:
-    """Where checks run that do not run at once: a directory, and an environment that names it."""
+    """A directory and environment in which checks run one at a time."""
 
     directory: Path
     environment: Mapping[str, str]
@@ -30,10 +30,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Check:
-    """A command of a Python's, this one if none is named, and the name that people know it by.
+    """A Python command, by default of this interpreter, and its display name.
 
-    ``{room}`` in its arguments is its room's directory. It begins when those have ended that
-    ``after`` names: with them it shares what is in no room.
+    ``{room}`` in its arguments is its room's directory. It starts when the checks named in
+    ``after`` have finished: they share something outside their rooms.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Check:
     after: frozenset[str] = frozenset()
 
     def run(self, room: Room, output: int | None = None) -> int:
-        """The exit status; what it says goes to a descriptor, or where ours goes."""
-        place = str(room.directory)
-        words = [word.replace("{room}", place) for word in self.arguments]
-        done = subprocess.run(
+        """Run it; its exit status. Output goes to a descriptor, or to ours."""
+        directory = str(room.directory)
+        words = [word.replace("{room}", directory) for word in self.arguments]
+        result = subprocess.run(
             [self.python, *words],
             cwd=TREE,
             env=room.environment,
@@ -53,36 +53,36 @@ class Check:
             stdout=output,
             stderr=output,
         )
-        return done.returncode
+        return result.returncode
 
 
-class Waiting:
-    """Checks that have not begun; lanes take the first that may."""
+class PendingChecks:
+    """Checks that have not started; lanes claim the first that can."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = list(checks)
-        self._not_ended = {check.name for check in checks}
+        self._unfinished = {check.name for check in checks}
         self._changed = threading.Condition()
 
-    def take(self) -> Check | None:
-        """The next one, as soon as there is one that may begin; None when none is left."""
+    def claim(self) -> Check | None:
+        """Wait for a check that can start; None when none is left."""
         with self._changed:
             while self._checks:
                 for check in self._checks:
-                    if not check.after & self._not_ended:
+                    if not check.after & self._unfinished:
                         self._checks.remove(check)
                         return check
                 self._changed.wait()
         return None
 
-    def ended(self, check: Check) -> None:
-        """Let those begin that come after it."""
+    def mark_finished(self, check: Check) -> None:
+        """Allow the checks after it to start."""
         with self._changed:
-            self._not_ended.discard(check.name)
+            self._unfinished.discard(check.name)
             self._changed.notify_all()
 
     def forget(self) -> None:
-        """Let none begin any more."""
+        """Start no more checks."""
         with self._changed:
             self._checks.clear()
             self._changed.notify_all()
@@ -90,70 +90,74 @@ class Waiting:
 
 @dataclass
 class Verdicts:
-    """What was run and whether it passed."""
+    """The checks that ran, and which failed."""
 
     failed: list[str] = field(default_factory=list)
-    # Where what runs in a lane now writes to, by its name.
+    # The output file of each check that runs in a lane, by name.
     _running: dict[str, Path] = field(default_factory=dict)
 
     def run(self, check: Check, room: Room) -> None:
-        """Run one check with nothing beside it, its output straight to ours."""
-        say(f"== {check.name}")
-        began = time.monotonic()
-        self._conclude(check, check.run(room), began)
+        """Run one check alone, with its output on ours."""
+        report(f"== {check.name}")
+        started = time.monotonic()
+        self._record(check, check.run(room), started)
 
-    def run_beside(self, checks: Sequence[Check], rooms: Sequence[Room]) -> None:
-        """Run them all, as many at once as there are rooms, whatever becomes of any of them."""
-        waiting = Waiting(checks)
+    def run_parallel(self, checks: Sequence[Check], rooms: Sequence[Room]) -> None:
+        """Run them all, one per room in parallel, whether or not any fails."""
+        pending = PendingChecks(checks)
         with ThreadPoolExecutor(len(rooms)) as pool:
-            lanes = [pool.submit(self._run_lane, waiting, room) for room in rooms]
+            lanes = [pool.submit(self._run_lane, pending, room) for room in rooms]
             try:
-                while wait(lanes, TELL_SECONDS).not_done:
-                    say(f".. {', '.join(_progress(*one) for one in self._running.copy().items())}")
+                while wait(lanes, REPORT_SECONDS).not_done:
+                    report(
+                        f".. {', '.join(_progress(*one) for one in self._running.copy().items())}"
+                    )
             finally:
-                # Ctrl-C ends the checks that run, and no other begins.
-                waiting.forget()
+                # Ctrl-C ends the running checks, and no other starts.
+                pending.forget()
             for lane in lanes:
                 lane.result()
 
-    def _run_lane(self, waiting: Waiting, room: Room) -> None:
-        while (check := waiting.take()) is not None:
+    def _run_lane(self, pending: PendingChecks, room: Room) -> None:
+        while (check := pending.claim()) is not None:
             try:
-                self._run_apart(check, room)
+                self._run_captured(check, room)
             finally:
-                waiting.ended(check)
+                pending.mark_finished(check)
 
-    def _run_apart(self, check: Check, room: Room) -> None:
-        say(f"== {check.name}: begun, and shown when it has ended")
-        began = time.monotonic()
+    def _run_captured(self, check: Check, room: Room) -> None:
+        report(f"== {check.name}: begun, and shown when it has ended")
+        started = time.monotonic()
         with (room.directory / "said").open("wb") as output:
             self._running[check.name] = Path(output.name)
             status = check.run(room, output.fileno())
             del self._running[check.name]
-            said = Path(output.name).read_text(errors="replace").rstrip("\n")
-        # What one says is not to stand in the middle of what another says.
-        with _saying:
-            say(f"== {check.name}")
-            say(said)
-            self._conclude(check, status, began)
+            text = Path(output.name).read_text(errors="replace").rstrip("\n")
+        # One check's output must not be in the middle of another's.
+        with _print_lock:
+            report(f"== {check.name}")
+            report(text)
+            self._record(check, status, started)
 
-    def _conclude(self, check: Check, status: int, began: float) -> None:
+    def _record(self, check: Check, status: int, started: float) -> None:
         if status != 0:
             self.failed.append(check.name)
-        say(f"-- {check.name}: {'failed' if status else 'ok'}, {time.monotonic() - began:.1f} s")
+        report(
+            f"-- {check.name}: {'failed' if status else 'ok'}, {time.monotonic() - started:.1f} s"
+        )
 
 
-_saying = threading.RLock()
+_print_lock = threading.RLock()
 
 
-def say(line: str) -> None:
-    """Print at once: the checks write to the same terminal."""
-    with _saying:
+def report(line: str) -> None:
+    """Print immediately: the checks write to the same terminal."""
+    with _print_lock:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
 
 def _progress(name: str, output: Path) -> str:
-    """How far a check is, by the last percentage that pytest has written at a line's end."""
+    """A check's progress, by pytest's last percentage at a line's end."""
     reached = re.findall(r"\[ *(\d+%)\]$", output.read_text(errors="replace"), re.MULTILINE)
     return f"{name} {reached[-1] if reached else '0%'}"

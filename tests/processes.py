@@ -23,7 +23,7 @@ def command_lines() -> dict[int, str]:
     return found
 
 
-def launchers_of(agent: int) -> list[int]:
+def launcher_pids(agent: int) -> list[int]:
     """The launchers of a host agent, whichever of its threads started them (proc(5), children)."""
     lines = command_lines()
     children = Path(f"/proc/{agent}/task").glob("*/children")
@@ -37,6 +37,6 @@ def own_mark() -> str:
     return f"9{os.getpid():07}{next(_numbers):03}"
 
 
-def commands_with(mark: str) -> list[str]:
+def commands_containing(mark: str) -> list[str]:
     """The command lines that have ``mark`` in them."""
     return [line for line in command_lines().values() if mark in line]

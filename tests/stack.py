@@ -30,7 +30,7 @@ import pytest
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
-from tests.bases import leave_bases
+from tests.bases import save_bases
 from tests.host.client import HostClient
 
 # Less than a test's time, so that what the installation said is what the failure shows.
@@ -226,7 +226,7 @@ def running_stack() -> Iterator[Stack]:
     stack = Stack(var, keep=bool(kept))
     try:
         stack.start()
-        leave_bases(stack.layout.state_dir)
+        save_bases(stack.layout.state_dir)
         yield stack
     finally:
         stack.close()

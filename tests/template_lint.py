@@ -20,12 +20,12 @@ TREE = Path(__file__).resolve().parents[1]
 APPS = ("orkestr_console", "sandboxes_app", "templates_app")
 DJADE = (str(Path(sys.executable).with_name("djade")), "--target-version", "6.1")
 
-LONGEST = 120
+MAX_LINE_LENGTH = 120
 STEP = 2
 BLOCKS = {"if", "for", "with", "block", "partialdef"}
 BRANCHES = {"elif", "else", "empty"}
 VOID = {"br", "hr", "img", "input", "link", "meta"}
-AS_WRITTEN = {"pre", "textarea"}
+PREFORMATTED = {"pre", "textarea"}
 # What may follow another of its kind on one line: words of a sentence, drawings.
 WORDS = {"a", "b", "bdi", "code", "i", "kbd", "mark", "small", "span", "time", "use"}
 
@@ -63,7 +63,7 @@ def tokens(text: str) -> Iterator[Token]:
             yield Token(
                 found.start(), at, "close" if found["close"] else "other" if alone else "open", name
             )
-            if name in AS_WRITTEN and not found["close"]:
+            if name in PREFORMATTED and not found["close"]:
                 at = text.index(f"</{name}", at)
 
 
@@ -73,7 +73,7 @@ def _of_template(word: str) -> tuple[str, str]:
     return ("open" if word in BLOCKS else "branch" if word in BRANCHES else "other"), word
 
 
-def indented(text: str) -> str:
+def indent(text: str) -> str:
     """A template with its lines indented as they should be. Raises ``ValueError`` if ill nested."""
     waiting = list(tokens(text))
     open_ones: list[tuple[str, int]] = []  # what is open, and the indentation of its line
@@ -95,7 +95,7 @@ def indented(text: str) -> str:
             token = waiting.pop(0)
             if token.end > end:
                 inside = token.end, depth
-            if token.name in AS_WRITTEN and token.kind == "open":
+            if token.name in PREFORMATTED and token.kind == "open":
                 written_until = text.index(f"</{token.name}", token.end)
             _follow(open_ones, token, depth, token is first)
         start = end
@@ -118,24 +118,26 @@ def _follow(open_ones: list[tuple[str, int]], token: Token, depth: int, is_first
 def complaints(text: str) -> list[str]:
     """What is wrong with a template, each as ``12: line has 131 characters``."""
     try:
-        right = indented(text)
+        right = indent(text)
     except ValueError as error:
         return [f"1: {error}"]
     wrong = []
     for number, (line, wanted) in enumerate(
         zip(text.split("\n"), right.split("\n"), strict=True), 1
     ):
-        if len(line) > LONGEST:
-            wrong.append(f"{number}: the line has {len(line)} characters; at most {LONGEST}")
+        if len(line) > MAX_LINE_LENGTH:
+            wrong.append(
+                f"{number}: the line has {len(line)} characters; at most {MAX_LINE_LENGTH}"
+            )
         if line != wanted:
             wrong.append(f"{number}: indent by {len(wanted) - len(wanted.lstrip())}")
-    for first, second in side_by_side(text):
+    for first, second in adjacent_tokens(text):
         number = text.count("\n", 0, second.start) + 1
         wrong.append(f"{number}: begin a line with {second.name}, which follows {first.name}")
     return wrong
 
 
-def side_by_side(text: str) -> Iterator[tuple[Token, Token]]:
+def adjacent_tokens(text: str) -> Iterator[tuple[Token, Token]]:
     """Elements that begin on the line on which another has just ended."""
     found = [one for one in tokens(text) if text.startswith("<", one.start)]
     for first, second in pairwise(found):
@@ -151,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     fixing = "--fix" in arguments
     if fixing:
         for path in paths:
-            path.write_text(indented(path.read_text()))
+            path.write_text(indent(path.read_text()))
     wrong = [
         f"{path.relative_to(TREE)}:{complaint}"
         for path in paths

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orkestr_console.runner.layout import LARGEST_PID
+from orkestr_console.runner.layout import MAX_PID
 from tests.lanes import TREE, Check, Room, Verdicts
 from tests.runner.test_keeper import LONGEST_VAR
-from tests.verify import ALONE, APART, SCRATCH_PREFIX, parts
+from tests.verify import RUN_ALONE, SCRATCH_PREFIX, SEPARATE, parts
 
 # Says so, and ends when the other one has said so as well.
 MEETING = """
@@ -46,7 +46,7 @@ def test_two_run_at_once_and_are_heard_whole(
 ) -> None:
     checks = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]
     verdicts = Verdicts()
-    verdicts.run_beside(checks, rooms(tmp_path))
+    verdicts.run_parallel(checks, rooms(tmp_path))
     assert verdicts.failed == []
     said = capsys.readouterr().out
     for own, other in (("a", "b"), ("b", "a")):
@@ -58,7 +58,7 @@ def test_what_fails_is_said_and_keeps_nothing_else_from_running(
 ) -> None:
     bad = script("bad", "import sys; sys.exit('it is broken')")
     verdicts = Verdicts()
-    verdicts.run_beside([bad, script("next", "print('ran')", after="bad")], rooms(tmp_path))
+    verdicts.run_parallel([bad, script("next", "print('ran')", after="bad")], rooms(tmp_path))
     assert verdicts.failed == ["bad"]
     said = capsys.readouterr().out
     assert "== bad\nit is broken\n-- bad: failed" in said
@@ -82,20 +82,20 @@ def test_what_comes_after_another_waits_for_it_and_the_rest_does_not(tmp_path: P
         script("free", "import sys; open(sys.argv[1], 'x')", str(tmp_path / "b")),
     ]
     # The meeting would never end if what is free waited as well.
-    Verdicts().run_beside(checks, rooms(tmp_path, 3))
+    Verdicts().run_parallel(checks, rooms(tmp_path, 3))
     assert Path(written).read_text() == "12"
 
 
 def test_a_check_knows_its_room(tmp_path: Path) -> None:
     (only,) = rooms(tmp_path, 1)
     made = "import sys; open(sys.argv[1], 'x')"
-    Verdicts().run_beside([script("it", made, "{room}/here")], [only])
+    Verdicts().run_parallel([script("it", made, "{room}/here")], [only])
     assert (only.directory / "here").exists()
 
 
 def test_every_test_is_in_one_session() -> None:
     """But for the commands of their own, and what runs alone."""
-    apart = {TREE / "tests" / name for name in APART}
+    apart = {TREE / "tests" / name for name in SEPARATE}
     sessions = [{TREE / path for path in paths} for paths in parts().values()]
     for file in (TREE / "tests").rglob("test_*.py"):
         if not apart & {*file.parents}:
@@ -104,12 +104,12 @@ def test_every_test_is_in_one_session() -> None:
 
 
 def test_what_runs_alone_is_there_and_left_out_of_the_rest() -> None:
-    for path in ALONE:
+    for path in RUN_ALONE:
         assert (TREE / path).is_file()
         assert all(f"--ignore={path}" in paths for paths in parts().values())
 
 
 def test_a_test_has_room_for_an_installation_on_a_machine_of_many_processes() -> None:
     """Its name is cut at 30 characters by pytest, and numbered; sockets have to fit below that."""
-    longest = f"/var/tmp/{SCRATCH_PREFIX}{LARGEST_PID}-0/2/t/{'x' * 31}/v a r"
+    longest = f"/var/tmp/{SCRATCH_PREFIX}{MAX_PID}-0/2/t/{'x' * 31}/v a r"
     assert len(longest) <= LONGEST_VAR

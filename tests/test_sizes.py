@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.test_imports import modules
 
-MOST_LINES = 600
-MOST_LINES_OF_A_FUNCTION = 40
+MAX_LINES = 600
+MAX_FUNCTION_LINES = 40
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -22,7 +22,7 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
 
 def test_no_module_is_too_long() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_no_function_is_longer_than_a_screen() -> None:
@@ -30,6 +30,6 @@ def test_no_function_is_longer_than_a_screen() -> None:
         f"{name}.{function}"
         for name, path in modules().items()
         for function, lines in functions(path)
-        if lines > MOST_LINES_OF_A_FUNCTION
+        if lines > MAX_FUNCTION_LINES
     }
     assert long == set()

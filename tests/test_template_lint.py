@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.template_lint import complaints, indented
+from tests.template_lint import complaints, indent
 
 GOOD = """\
 {% load console %}
@@ -46,4 +46,4 @@ def test_what_breaks_a_rule_is_named_with_its_line(was: str, becomes: str, compl
 
 def test_what_a_pre_holds_is_left_as_it_is() -> None:
     shifted = GOOD.replace("\n  ", "\n")
-    assert indented(shifted) == GOOD.replace("\n      is", "\n    is")
+    assert indent(shifted) == GOOD.replace("\n      is", "\n    is")

@@ -13,10 +13,10 @@ from hostruntime.image.trees import (
     TreeTooDeep,
     attributes,
     child_path,
-    entries,
     is_directory,
-    opened,
-    status,
+    list_entries,
+    lstat,
+    open_directory,
 )
 
 PIECE = 1024 * 1024
@@ -34,21 +34,21 @@ def tree_digest(tree: Path) -> str:
     def visit(dir_fd: int, path: bytes, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
-        for entry in sorted(entries(dir_fd), key=lambda item: os.fsencode(item.name)):
+        for entry in sorted(list_entries(dir_fd), key=lambda item: os.fsencode(item.name)):
             name = path + b"/" + os.fsencode(entry.name)
             _describe(digest.update, name, entry.name, dir_fd)
             if is_directory(entry):
-                with opened(entry.name, dir_fd) as inner:
+                with open_directory(entry.name, dir_fd) as inner:
                     visit(inner, name, depth + 1)
 
-    with opened(tree) as root:
+    with open_directory(tree) as root:
         _describe(digest.update, b"/", ".", root)
         visit(root, b"", 0)
     return digest.hexdigest()
 
 
 def _describe(update: Callable[[bytes], None], path: bytes, name: str, dir_fd: int) -> None:
-    found = status(name, dir_fd)
+    found = lstat(name, dir_fd)
     fields = (found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_rdev)
     update(b"\0".join((path, *(str(field).encode() for field in fields))) + b"\0")
     for attribute in sorted(attributes(name, dir_fd)):

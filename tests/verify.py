@@ -23,7 +23,7 @@ from typing import Any
 
 from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.postgres import temporary_cluster
-from tests.lanes import TREE, Check, Room, Verdicts, say
+from tests.lanes import TREE, Check, Room, Verdicts, report
 from tests.leftovers import host_names, leftovers
 
 TESTS = TREE / "tests"
@@ -35,12 +35,12 @@ PARTS = {
 }
 QUICK = "quick tests"
 # What these measure or count is the machine's, not theirs alone; what they take is, too.
-ALONE = ("tests/host/test_hogs.py", "tests/host/test_reserve.py")
+RUN_ALONE = ("tests/host/test_hogs.py", "tests/host/test_reserve.py")
 # By commands of their own: `make bench`, `make faults`, `make recipes`, `make test-vm`.
-APART = ("benchmarks", "faults", "recipes", "vm")
+SEPARATE = ("benchmarks", "faults", "recipes", "vm")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
-OTHER = TREE / ".venv-other/bin/python"
+OTHER_PYTHON = TREE / ".venv-other/bin/python"
 SCRATCH_PREFIX = "orkestr-test-"
 STATIC = (
     Check("ruff check", ["-m", "ruff", "check", "."]),
@@ -65,20 +65,20 @@ def main(argv: Sequence[str]) -> int:
     if options.only == "pythons":
         return verify(pythons)
     if options.only == "tests" and options.paths:
-        return verify(lambda verdicts, scratch: some(verdicts, scratch, options.paths))
+        return verify(lambda verdicts, scratch: run_paths(verdicts, scratch, options.paths))
     static = () if options.only == "tests" else (*STATIC, MIGRATIONS)
-    return verify(lambda verdicts, scratch: everything(verdicts, scratch, static))
+    return verify(lambda verdicts, scratch: run_all(verdicts, scratch, static))
 
 
-def everything(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
+def run_all(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
     """All that must hold: two checks at once, and then what runs alone."""
     first, *others = (pytest(name, paths) for name, paths in parts().items())
     # It has the agent's state directory to itself.
-    other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(ALONE)], first.name)
+    other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(RUN_ALONE)], first.name)
     shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
     with room(scratch, "1", **shared) as one, room(scratch, "2", **shared) as two:
-        verdicts.run_beside([first, *static, *others, *other], [one, two])
-        verdicts.run(pytest("tests that run alone", ALONE), one)
+        verdicts.run_parallel([first, *static, *others, *other], [one, two])
+        verdicts.run(pytest("tests that run alone", RUN_ALONE), one)
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:
@@ -88,7 +88,7 @@ def pythons(verdicts: Verdicts, scratch: Path) -> None:
             verdicts.run(check, one)
 
 
-def some(verdicts: Verdicts, scratch: Path, paths: Sequence[str]) -> None:
+def run_paths(verdicts: Verdicts, scratch: Path, paths: Sequence[str]) -> None:
     """The tests of ``paths``."""
     with room(scratch, "1") as one:
         verdicts.run(pytest("tests", paths), one)
@@ -100,11 +100,11 @@ def parts() -> dict[str, list[str]]:
     quick = [
         path.name
         for path in sorted(TESTS.iterdir())
-        if path.name not in {*named, *APART, "__pycache__"}
+        if path.name not in {*named, *SEPARATE, "__pycache__"}
         and (path.is_dir() or path.name.startswith("test_"))
     ]
     return {
-        part: [*(f"tests/{name}" for name in names), *_without(ALONE)]
+        part: [*(f"tests/{name}" for name in names), *_without(RUN_ALONE)]
         for part, names in (PARTS | {QUICK: quick}).items()
     }
 
@@ -123,12 +123,12 @@ def pytest(name: str, arguments: Sequence[str], **more: Any) -> Check:
 
 def on_the_other_python(arguments: Sequence[str], *after: str) -> list[Check]:
     """Tests on the Python that this one is not; without one it is said that they are not run."""
-    if not OTHER.exists():
-        say("== pytest on another Python: NOT RUN, for want of one (`make test` says why)")
+    if not OTHER_PYTHON.exists():
+        report("== pytest on another Python: NOT RUN, for want of one (`make test` says why)")
         return []
-    asked = [str(OTHER), "-c", "import platform; print(platform.python_version())"]
+    asked = [str(OTHER_PYTHON), "-c", "import platform; print(platform.python_version())"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    more = {"python": str(OTHER), "after": frozenset(after)}
+    more = {"python": str(OTHER_PYTHON), "after": frozenset(after)}
     return [pytest(f"Python {version}", arguments, **more)]
 
 
@@ -141,7 +141,7 @@ def verify(checks: Callable[[Verdicts, Path], None]) -> int:
         checks(verdicts, scratch)
         left = leftovers(scratch, before)
     for name in left:
-        say(f"left behind: {name}")
+        report(f"left behind: {name}")
     verdicts.failed += ["leftovers"] if left else []
     return conclude(verdicts)
 
@@ -212,7 +212,7 @@ def remove(directory: Path) -> None:
         subprocess.run([*command, "--socket", str(state / "sock"), "teardown"], cwd=TREE)
     mounted = [name for name in leftovers(directory) if name.startswith("mount ")]
     if mounted:
-        say(f"not removing {directory}: {', '.join(mounted)}")
+        report(f"not removing {directory}: {', '.join(mounted)}")
         return
     shutil.rmtree(directory)
 
@@ -220,9 +220,9 @@ def remove(directory: Path) -> None:
 def conclude(verdicts: Verdicts) -> int:
     """The last lines: what failed, or that nothing did."""
     if verdicts.failed:
-        say(f"FAILED: {', '.join(verdicts.failed)}")
+        report(f"FAILED: {', '.join(verdicts.failed)}")
         return 1
-    say("Everything holds.")
+    report("Everything holds.")
     return 0
 
 

@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not super(): it would re-raise the signal after serving, and kill us before the cleanup.
         self.should_exit = True
-        self._host.builds.going()
+        self._host.builds.prepare_shutdown()
         self._host.sandboxes.changes.close()
         self._host.containers.kill_commands()
 

@@ -289,7 +289,7 @@ class DiskMonitor:
 
     def _release_held(self) -> None:
         for owner in self.containers.held():
-            self._start_once("let go", owner, self.containers.release(owner))
+            self._start_once("release", owner, self.containers.release(owner))
 
     def _terminate_one(self, space: DiskSpace) -> None:
         if time.monotonic() < self._next_termination:

@@ -32,7 +32,7 @@ from hostruntime.host.paths import (
     release_instance,
 )
 from hostruntime.host.tasks import cancel_and_wait, create_thread_pool, every, log_errors
-from hostruntime.image.quarantine import keep_days
+from hostruntime.image.quarantine import retention_days
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
 from hostruntime.network.policy import PolicyError
@@ -156,7 +156,7 @@ class Host:
 
     async def _maintain_network(self) -> None:
         with log_errors("the firewall could not be checked"):
-            await asyncio.to_thread(self.pool.firewall.ensure_whole)
+            await asyncio.to_thread(self.pool.firewall.ensure_intact)
         with log_errors("the AppArmor profile could not be checked"):
             await asyncio.to_thread(self._ensure_profile)
         with log_errors("a launcher near a limit could not be replaced"):
@@ -172,7 +172,7 @@ class Host:
         with log_errors("unused runtime layers could not be deleted"):
             await asyncio.to_thread(remove_unused, self.paths)
         with log_errors("the records of old builds could not be deleted"):
-            await self.builds.forget_old()
+            await self.builds.delete_old_records()
 
     def _ensure_profile(self) -> None:
         if (label := apparmor.profile_name(self.instance)) is not None:
@@ -191,7 +191,7 @@ class Host:
 def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     cgroup_layout()
     # Invalid settings must fail here, and not in a later reconciliation.
-    keep_days()
+    retention_days()
     DiskSpace.of(paths.root)
     ensure_subordinate_ids()
     instance = claim_instance(paths)

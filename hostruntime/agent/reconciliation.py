@@ -13,8 +13,8 @@ from functools import partial
 from hostruntime.errors import Conflict
 from hostruntime.host.installation import InstallationRecord, InstallationStore
 from hostruntime.host.tasks import in_thread
-from hostruntime.image.quarantine import Held, keep_days
-from hostruntime.image.store import RECONCILE_MOST, ImageStore
+from hostruntime.image.quarantine import QuarantinedItem, retention_days
+from hostruntime.image.store import RECONCILE_LIMIT, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, image_user
 from hostruntime.wire.reconciliation import Claim, Reconcile, Reconciliation
 
@@ -61,23 +61,23 @@ class Reconciler:
         waiting: list[str] = []
         if request.snapshots is not None:
             set_aside, waiting = await self.snapshots.reconcile(
-                set(request.snapshots), RECONCILE_MOST
+                set(request.snapshots), RECONCILE_LIMIT
             )
         if request.images is not None:
-            await in_thread(self.store.set_aside_damaged)
+            await in_thread(self.store.quarantine_damaged)
             images = await in_thread(self.store.reconcile, set(request.images))
             set_aside, waiting = [*set_aside, *images[0]], [*waiting, *images[1]]
-        for item in await in_thread(self.store.quarantine.purge, keep_days()):
+        for item in await in_thread(self.store.quarantine.purge, retention_days()):
             await in_thread(self._release, item)
         return Reconciliation(set_aside, waiting)
 
     # Quarantine ----------------------------------------------------------------------------
 
-    async def quarantined(self) -> list[Held]:
+    async def quarantined(self) -> list[QuarantinedItem]:
         """Everything in quarantine, oldest first."""
         return await in_thread(self.store.quarantine.list)
 
-    async def restore(self, key: str) -> Held:
+    async def restore(self, key: str) -> QuarantinedItem:
         """Restore an image or a snapshot.  Raises NotFound, Conflict."""
         item = await in_thread(self.store.quarantine.get, key)
         if item.kind == "image":
@@ -97,7 +97,7 @@ class Reconciler:
         await in_thread(self.store.quarantine.delete, key)
         await in_thread(self._release, item)
 
-    def _release(self, item: Held) -> None:
+    def _release(self, item: QuarantinedItem) -> None:
         """Release the image that a deleted snapshot was based on."""
         if item.kind == "snapshot":
             self.store.release_all(image_user(item.name))

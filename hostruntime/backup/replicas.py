@@ -15,16 +15,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hostruntime.host.progress import Progress
+from hostruntime.image.content_hash import ContentHashCache
 from hostruntime.image.copying import Copier, copy_metadata
-from hostruntime.image.known_contents import KnownContents
 from hostruntime.image.trees import (
     MAX_DEPTH,
     Check,
     TreeTooDeep,
-    entries,
     is_directory,
-    opened,
-    status,
+    list_entries,
+    lstat,
+    open_directory,
 )
 
 # Too many links to the file (ext4 has 65,000), or too deep a path: it is copied instead.
@@ -36,7 +36,7 @@ class Replicas:
 
     def __init__(self, check: Check, progress: Progress) -> None:
         self._check = check
-        self._copier = Copier(check, KnownContents(), progress)
+        self._copier = Copier(check, ContentHashCache(), progress)
         # Where the copies are, and in which of them each file of several names is, at what path.
         self._places: list[bytes] = []
         self._links: dict[int, tuple[int, bytes]] = {}
@@ -44,7 +44,7 @@ class Replicas:
     def learn(self, source: Path, target: Path) -> None:
         """Take note of ``target``, the copy of ``source`` that there is already.  Raises OSError"""
         self._places.append(os.fsencode(target))
-        with opened(source) as origin:
+        with open_directory(source) as origin:
             self._learn(origin, b"", 0)
 
     def copy(self, source: Path, target: Path, only: Collection[str] | None = None) -> None:
@@ -54,7 +54,7 @@ class Replicas:
         """
         target.mkdir(mode=0o700)
         self._places.append(os.fsencode(target))
-        with opened(source) as origin, opened(target) as copy:
+        with open_directory(source) as origin, open_directory(target) as copy:
             self._visit(origin, copy, b"", 0, only)
 
     def forget(self) -> None:
@@ -70,12 +70,12 @@ class Replicas:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
         self._check()
-        for entry in entries(source):
+        for entry in list_entries(source):
             there = path + b"/" + os.fsencode(entry.name)
             if is_directory(entry):
-                with opened(entry.name, source) as inner:
+                with open_directory(entry.name, source) as inner:
                     self._learn(inner, there, depth + 1)
-            elif status(entry.name, source).st_nlink > 1:
+            elif lstat(entry.name, source).st_nlink > 1:
                 self._links.setdefault(entry.inode(), (len(self._places) - 1, there))
 
     def _visit(
@@ -83,21 +83,24 @@ class Replicas:
     ) -> None:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
-        for entry in entries(source):
+        for entry in list_entries(source):
             if only is not None and entry.name not in only:
                 continue
             self._check()
             there = path + b"/" + os.fsencode(entry.name)
             if is_directory(entry):
                 os.mkdir(entry.name, mode=0o700, dir_fd=target)
-                with opened(entry.name, source) as inner, opened(entry.name, target) as copy:
+                with (
+                    open_directory(entry.name, source) as inner,
+                    open_directory(entry.name, target) as copy,
+                ):
                     self._visit(inner, copy, there, depth + 1)
             else:
                 self._file(entry.name, source, target, there)
         copy_metadata(source, target)
 
     def _file(self, name: str, source: int, target: int, path: bytes) -> None:
-        found = status(name, source)
+        found = lstat(name, source)
         several = found.st_nlink > 1
         at = self._links.get(found.st_ino) if several else None
         if at is not None and _linked(self._places[at[0]] + at[1], name, target):

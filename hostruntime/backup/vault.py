@@ -29,15 +29,15 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.backup.replicas import Replicas
-from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
 from hostruntime.errors import HostFault, ImageNotFound
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.progress import Progress
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.digest import image_digest
-from hostruntime.image.store import CONTENTS, read_image
-from hostruntime.image.trees import Check, TreeTooDeep, go_on
+from hostruntime.image.store import CONTENTS_FILE, read_image
+from hostruntime.image.trees import Check, TreeTooDeep, no_check
 from hostruntime.sandbox.snapshots import image_user, read_snapshot
 
 Kind = Literal["images", "snapshots"]
@@ -46,8 +46,8 @@ _CONTENT, _ENTRY = "content", "entry.json"
 _CONDEMNED, _USERS = "condemned", "users"
 # The rest says who uses a thing here and now, or which inodes it has on this disk.
 _PARTS: dict[Kind, frozenset[str]] = {
-    "images": frozenset({"tree", "image.json", CONTENTS}),
-    "snapshots": frozenset({DISK, TMPFS, "snapshot.json"}),
+    "images": frozenset({"tree", "image.json", CONTENTS_FILE}),
+    "snapshots": frozenset({DISK_FILE, TMPFS_FILE, "snapshot.json"}),
 }
 _RECORDS: dict[Kind, str] = {"images": "image.json", "snapshots": "snapshot.json"}
 
@@ -126,7 +126,7 @@ class Vault:
     ``check`` is called between the pieces of long work, and may end it by raising.
     """
 
-    def __init__(self, root: Path, check: Check = go_on) -> None:
+    def __init__(self, root: Path, check: Check = no_check) -> None:
         self.root = root
         self._check = check
         self.progress = Progress()

@@ -1,1 +1,1 @@
-"""From a recipe to an image: the plan, its steps, layers, and what is told of it."""
+"""From a recipe to an image: plans, steps, layers, events and reports."""

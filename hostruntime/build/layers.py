@@ -1,19 +1,19 @@
-"""Layers: what the first steps of a build had made, kept for a build that begins the same.
+"""Layers: the result of a build's first steps, cached for builds that start with the same steps.
 
 A layer is a directory::
 
     layers/<scope>/<key>/disk.ext4     the build's disk (disk.py) after a step, sparse
-    layers/<scope>/<key>/tmpfs.tar     what was in the container's tmpfs, if anything was
+    layers/<scope>/<key>/tmpfs.tar     the content of the container's tmpfs, unless empty
     layers/<scope>/<key>/layer.json    which steps, when and by which build they were run
-    layers/.<name>/                    one being written
+    layers/.<name>/                    a layer being written
 
-Its key is the SHA-256 of the canonical JSON of all that what a step makes depends on, the key of
-the step before it included (:func:`layer_keys`).  A layer belongs to its scope (a team) and is
-never looked for in another.
+Its key is the SHA-256 of the canonical JSON of everything that a step's result depends on,
+including the key of the previous step (:func:`layer_keys`). A layer belongs to its scope (a team)
+and is never used in another.
 
-Layers are a cache.  They are not flushed to disk, so they are believed only until the machine
-boots anew; one that is damaged, or gone, means that the steps are run.  Kept are those used within
-a week, the most recently used first, as far as the budget goes; none while the disk is short.
+Layers are a cache. They are not flushed to disk, so they are valid only until the machine reboots;
+if one is damaged or missing, the steps are run. Layers are kept for a week after their last use,
+the most recently used first, within the budget; none while the disk is short of space.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.errors import InvalidRequest
 from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import StatePaths, read_json, write_json
@@ -40,63 +40,65 @@ from hostruntime.image.trash import Trash
 KEEP_SECONDS = 7 * 86_400.0
 DEFAULT_BUDGET_BYTES = 20 * 1024**3
 DEFAULT_SHARE = 0.10
-# Times what is reserved of the disk: with less left there are no layers.
-SHARES_LEFT = 2.0
-DISK, TMPFS = "disk.ext4", "tmpfs.tar"
+# In units of the disk reserve: with less free space, no layers are kept.
+MIN_FREE_SHARES = 2.0
+DISK_FILE, TMPFS_FILE = "disk.ext4", "tmpfs.tar"
 _RECORD = "layer.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
-class RanStep:
-    """A step that was run: by which build, when it had ended (Unix seconds), what it was refused.
+class CompletedStep:
+    """A step that was run: by which build, when it finished (Unix seconds), what it was refused.
 
-    A step that did without a host it was refused is as it is for want of that host, also where it
-    is not run again.  The same goes for what it did in vain: what it had ``left`` where nothing is
-    captured, and what it wrote that is not kept (``unkept``), both as absolute paths inside.
+    A step that succeeded without a host it was refused may be incomplete, so this is reported again
+    when it is reused. So are files it left in directories that are not captured (``uncaptured``),
+    and files it changed that the host replaces (``lost_writes``), both as absolute paths inside.
     """
 
     build: str
     at: float
-    refused: tuple[Refused, ...] = ()
-    left: tuple[str, ...] = ()
-    unkept: tuple[str, ...] = ()
+    refused: tuple[RefusedHost, ...] = ()
+    uncaptured: tuple[str, ...] = ()
+    lost_writes: tuple[str, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
-        """As a layer's record has it."""
-        refused = [one.to_wire() for one in self.refused]
-        vain = {"left": list(self.left), "unkept": list(self.unkept)}
-        return {"build": self.build, "at": self.at, "refused": refused, **vain}
+        """Return the form stored in a layer's record."""
+        refused = [item.to_wire() for item in self.refused]
+        paths = {"left": list(self.uncaptured), "unkept": list(self.lost_writes)}
+        return {"build": self.build, "at": self.at, "refused": refused, **paths}
 
     @classmethod
     def from_wire(cls, record: Mapping[str, Any]) -> Self:
-        """Read what :meth:`to_wire` wrote; raises KeyError, TypeError for anything else."""
-        refused = tuple(Refused.from_wire(one) for one in record.get("refused", ()))
-        left, unkept = (tuple(map(str, record.get(name, ()))) for name in ("left", "unkept"))
-        return cls(str(record["build"]), record["at"], refused, left, unkept)
+        """Parse the output of :meth:`to_wire`; raises KeyError, TypeError for anything else."""
+        refused = tuple(RefusedHost.from_wire(item) for item in record.get("refused", ()))
+        uncaptured, lost_writes = (
+            tuple(map(str, record.get(name, ()))) for name in ("left", "unkept")
+        )
+        return cls(str(record["build"]), record["at"], refused, uncaptured, lost_writes)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer on disk, as it was found; it may be deleted or replaced at any time.
+    """A layer on disk; it may be deleted or replaced at any time.
 
-    ``steps`` are those it holds the result of, from the first on; ``tmpfs`` is the archive of what
-    was in the tmpfs, None when they were empty.  ``inode`` tells it from what replaces it.
+    ``steps`` are those whose result it holds, starting with the first; ``tmpfs`` is the archive of
+    the tmpfs, None if that was empty. ``inode`` distinguishes the layer from a replacement.
     """
 
     directory: Path
-    steps: tuple[RanStep, ...]
+    steps: tuple[CompletedStep, ...]
     tmpfs: Path | None
     inode: int
 
     @property
     def disk(self) -> Path:
-        """The saved disk."""
-        return self.directory / DISK
+        """The path of the saved disk."""
+        return self.directory / DISK_FILE
 
-    def is_there(self) -> bool:
-        """Whether it still is what it was found to be."""
+    def still_exists(self) -> bool:
+        """Whether the layer has not been deleted or replaced."""
         try:
             return self.directory.stat().st_ino == self.inode
         except FileNotFoundError:
@@ -110,7 +112,7 @@ def layer_keys(
     network: Mapping[str, Any],
     disk_mb: int,
 ) -> list[str]:
-    """The key after each of ``commands`` (argvs), run one after the other over ``base``."""
+    """Return the key after each of ``commands`` (argvs), run in sequence over ``base``."""
     keys: list[str] = []
     parent = _canonical_digest(base)
     for argv in commands:
@@ -133,21 +135,21 @@ def _canonical_digest(record: Mapping[str, Any]) -> str:
 
 
 def budget_bytes(paths: StatePaths, environment: Mapping[str, str] = os.environ) -> int:
-    """How much layers may take: ``ORKESTR_LAYERS_GIB``, or 20 GiB, at most 10 % of the disk.
+    """Return the space for layers: ``ORKESTR_LAYERS_GIB``, or 20 GiB, at most 10 % of the disk.
 
-    0 means none.  Raises InvalidRequest for what is no such number.
+    0 disables layers.  Raises InvalidRequest for an invalid value.
     """
-    named = environment.get("ORKESTR_LAYERS_GIB", "").strip()
-    if not named:
+    setting = environment.get("ORKESTR_LAYERS_GIB", "").strip()
+    if not setting:
         found = os.statvfs(paths.root)
         return min(DEFAULT_BUDGET_BYTES, int(found.f_blocks * found.f_frsize * DEFAULT_SHARE))
     try:
-        size = float(named)
+        size = float(setting)
         if not 0 <= size < 1e9:
             raise ValueError
     except ValueError:
         raise InvalidRequest(
-            f"ORKESTR_LAYERS_GIB takes a number of GiB, 0 for none, not {named[:50]!r}."
+            f"ORKESTR_LAYERS_GIB takes a number of GiB, 0 for none, not {setting[:50]!r}."
         ) from None
     return int(size * 1024**3)
 
@@ -164,7 +166,10 @@ class LayerStore:
         self._counter = itertools.count()
 
     def deepest(self, scope: str, keys: Sequence[str]) -> Layer | None:
-        """The last of ``keys`` (one a step) that there is a sound layer for; now last used."""
+        """Return the layer of the last of ``keys`` (one per step) that has a valid one.
+
+        Marks it as used.
+        """
         for count in range(len(keys), 0, -1):
             layer = self._read(self._root / check_name(scope) / keys[count - 1])
             if layer is not None and len(layer.steps) == count:
@@ -174,18 +179,20 @@ class LayerStore:
         return None
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether a layer of that size may be written: never on the last gigabytes of the disk."""
-        left = DiskSpace.of(self._root).after_writing(size_bytes)
-        return size_bytes <= self._budget and not left.read_only and left.free_ratio > SHARES_LEFT
+        """Whether a layer of that size fits the budget and leaves enough free disk space."""
+        free = DiskSpace.of(self._root).after_writing(size_bytes)
+        return (
+            size_bytes <= self._budget and not free.read_only and free.free_ratio > MIN_FREE_SHARES
+        )
 
-    def begin(self, build: str) -> Path:
-        """An empty directory to write a layer in, to be given to :meth:`add` or :meth:`discard`."""
+    def create_staging(self, build: str) -> Path:
+        """Create an empty directory for a layer, to pass to :meth:`add` or :meth:`discard`."""
         directory = self._root / f".{check_name(build)}-{next(self._counter)}"
         directory.mkdir(mode=0o700)
         return directory
 
-    def add(self, directory: Path, scope: str, key: str, steps: Sequence[RanStep]) -> None:
-        """Make a layer of what is in ``directory``, in place of any of that key.
+    def add(self, directory: Path, scope: str, key: str, steps: Sequence[CompletedStep]) -> None:
+        """Turn ``directory`` into a layer, replacing any with that key.
 
         Raises OSError.
         """
@@ -200,18 +207,18 @@ class LayerStore:
         self.collect()
 
     def discard(self, path: Path) -> None:
-        """Delete a layer, or a directory of :meth:`begin`; a missing one is fine."""
+        """Delete a layer, or a directory of :meth:`create_staging`; idempotent."""
         self._trash.discard(path)
 
-    def forget(self, build: str, scope: str, keys: Sequence[str]) -> None:
-        """Delete those of ``keys`` whose layer that build wrote."""
+    def delete_written_by(self, build: str, scope: str, keys: Sequence[str]) -> None:
+        """Delete the layers of ``keys`` that ``build`` wrote."""
         for key in keys:
             layer = self._read(self._root / check_name(scope) / key)
             if layer is not None and layer.steps[-1].build == build:
                 self.discard(layer.directory)
 
     def recover(self) -> None:
-        """The pass at start: drop what was being written, and what an earlier boot left."""
+        """Delete unfinished layers and those of an earlier boot; called at start."""
         for directory in self._root.glob(".*"):
             self.discard(directory)
         for directory in self._root.glob("*/*"):
@@ -220,19 +227,19 @@ class LayerStore:
         self.collect()
 
     def collect(self) -> None:
-        """Delete what was not used for a week or is over the budget; all if the disk is short."""
+        """Delete layers unused for a week or over the budget; all if the disk is short."""
         with self._lock:
-            now, kept = time.time(), 0
+            now, total = time.time(), 0
             budget = self._budget if self.has_room(0) else 0
-            for used_at, directory in sorted(self._by_use(), reverse=True):
-                kept += _size(directory)
-                if kept > budget or used_at < now - KEEP_SECONDS:
+            for used_at, directory in sorted(self._by_last_use(), reverse=True):
+                total += _size(directory)
+                if total > budget or used_at < now - KEEP_SECONDS:
                     self.discard(directory)
             for scope in self._root.glob("[!.]*"):
                 with contextlib.suppress(OSError):
                     scope.rmdir()
 
-    def _by_use(self) -> list[tuple[float, Path]]:
+    def _by_last_use(self) -> list[tuple[float, Path]]:
         found = []
         for directory in self._root.glob("[!.]*/*"):
             used_at = 0.0
@@ -242,20 +249,20 @@ class LayerStore:
         return found
 
     def _read(self, directory: Path) -> Layer | None:
-        """The layer in a directory, if it is whole as far as can be told without reading it."""
+        """Read the layer in a directory, if it is complete judging by its record and sizes."""
         try:
             inode = directory.stat().st_ino
             record = read_json(directory / _RECORD)
             if record is None or record["boot"] != self._boot:
                 return None
-            names = {DISK, *record["sizes"]}
+            names = {DISK_FILE, *record["sizes"]}
             sizes = {name: (directory / name).stat().st_size for name in names}
-            steps = tuple(RanStep.from_wire(step) for step in record["steps"])
+            steps = tuple(CompletedStep.from_wire(step) for step in record["steps"])
         except (OSError, KeyError, TypeError, ValueError, AttributeError):
             return None
         if sizes != record["sizes"] or not steps:
             return None
-        tmpfs = directory / TMPFS if TMPFS in names else None
+        tmpfs = directory / TMPFS_FILE if TMPFS_FILE in names else None
         return Layer(directory, steps, tmpfs, inode)
 
 

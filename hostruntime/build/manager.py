@@ -1,11 +1,11 @@
-"""Builds of templates: started once, watched by anybody, cancelled at any point.
+"""Builds of templates: started once, followed by any number of clients, cancelled at any point.
 
-A build is a directory ``builds/<id>/`` with ``build.json`` (the request, the state and, when it
-ended, how) and ``events.ndjson``; while it runs also the container's directory.  Its id is that
-of the image it will publish.  States: running, then published, failed or cancelled.
+A build is a directory ``builds/<id>/`` with ``build.json`` (the request, the state and, once it has
+finished, the result) and ``events.ndjson``; while it runs also the container's directory. Its id is
+that of the image it will publish. States: running, then published, failed or cancelled.
 
-A build lives in the agent's process.  One that is found running when the agent starts has lost
-its host: it becomes ``failed`` with code ``host_lost``, unless its image was already published.
+A build runs in the agent's process. If its record says running when the agent starts, it was
+interrupted: it becomes ``failed`` with code ``host_lost``, unless its image was already published.
 """
 
 from __future__ import annotations
@@ -46,29 +46,28 @@ from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.wire.builds import BuildInfo, StartBuild
 
 State = Literal["running", "published", "failed", "cancelled"]
-Ending = Literal["cancelled", "host_lost", "no_room"]
+EndReason = Literal["cancelled", "host_lost", "no_room"]
 MAX_STEP_BYTES = 256 * 1024
 KEEP_SECONDS = 7 * 86_400.0
 CANCELLED = "The build was cancelled."
 HOST_LOST = (
-    "The host agent stopped while the template was being built, and the build with it. "
-    "Nothing is left of it; rebuild the template."
+    "The host agent stopped while the template was being built, so the build failed and left "
+    "nothing behind. Rebuild the template."
 )
 NO_ROOM = (
-    "The machine ran out of disk while the template was being built, and the build took the most "
-    "of it, so it was ended. Nothing is left of it; build the template again when the operator has "
-    "made room."
+    "The machine ran out of disk while the template was being built. The build used the most "
+    "space, so it was stopped. Rebuild the template once the operator has freed some space."
 )
 LAUNCHER_LOST = (
-    "The host's process that starts commands died while the template was being built, and the "
-    "build with it. Nothing is left of it; rebuild the template."
+    "The host's process that starts commands died while the template was being built, so the "
+    "build failed and left nothing behind. Rebuild the template."
 )
-DEFECT = "The host could not finish the build because of a defect; its log has the details."
+DEFECT = "The host could not finish the build due to a defect; its log has the details."
 _RECORD, _EVENTS = "build.json", "events.ndjson"
 _log = logging.getLogger(__name__)
 
 
-# What else a record has is kept as it is.
+# Other fields of a record are preserved.
 @with_config(ConfigDict(**{**STRICT, "extra": "allow"}))
 class _Record(TypedDict):
     """``build.json``."""
@@ -92,38 +91,38 @@ class _Build:
     directory: Path
     log: EventLog
     record: dict[str, Any]
-    # What makes the image, and who waits for that and says how it ended.
-    work: asyncio.Task[_Made] | None = None
+    # The task that builds the image, and the one that waits for it and records the result.
+    work: asyncio.Task[_BuildResult] | None = None
     task: asyncio.Task[None] | None = None
-    ending: Ending | None = None
+    end_reason: EndReason | None = None
     stopped: bool = False
     _final: dict[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> State:
-        state: State = self._now["state"]
+        state: State = self._current_record["state"]
         return state
 
     @property
-    def _now(self) -> dict[str, Any]:
-        """The record; with its end from the moment that followers hear of it."""
+    def _current_record(self) -> dict[str, Any]:
+        """The record, including the final fields once followers see the terminal event."""
         return self.record | (self._final if self.log.terminal is not None else {})
 
     def status(self) -> BuildInfo:
-        return BuildInfo(self.id, self.state, self.log.last_seq, self._now.get("error"))
+        return BuildInfo(self.id, self.state, self.log.last_seq, self._current_record.get("error"))
 
     def save(self) -> None:
         """Write the record.  Blocks; raises OSError."""
-        write_json(self.directory / _RECORD, self._now)
+        write_json(self.directory / _RECORD, self._current_record)
 
-    async def become(self, state: State, error: Mapping[str, Any] | None) -> None:
-        """Be in another state than the log says, on disk."""
-        self.record = self._now | {"state": state, "error": error}
+    async def override_state(self, state: State, error: Mapping[str, Any] | None) -> None:
+        """Save another state than the one in the log."""
+        self.record = self._current_record | {"state": state, "error": error}
         self._final = {}
         await in_thread(self.save)
 
-    async def end(self, state: State, kind: str, **fields: Any) -> None:
-        """The terminal event, on disk before the state says so.  Raises OSError."""
+    async def finish(self, state: State, kind: str, **fields: Any) -> None:
+        """Write the terminal event, then the final state.  Raises OSError."""
         error = {key: value for key, value in fields.items() if value is not None}
         self._final = {
             "state": state,
@@ -135,8 +134,8 @@ class _Build:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a build that went well has made, and in how many seconds."""
+class _BuildResult:
+    """The result of a successful build, and how long it took, in seconds."""
 
     published: Published
     seconds: float
@@ -146,30 +145,30 @@ Builds = list[_Build]
 
 
 class BuildManager:
-    """The builds of one host.  For one event loop; :meth:`recover` comes first."""
+    """The builds of one host, for use in one event loop; call :meth:`recover` first."""
 
     def __init__(self, paths: StatePaths, host: Host) -> None:
         self._directory = paths.builds
         self._host = host
         self._running: dict[str, _Build] = {}
-        # An id is started once, or cancelled before it is.
-        self._turns = KeyedLocks()
+        # By id: a build is started once, or cancelled before it starts.
+        self._locks = KeyedLocks()
 
-    # What is asked of it ------------------------------------------------------------------
+    # Requests -----------------------------------------------------------------------------
 
     async def start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
         """Start a build; return its status, and whether it is new (the same id starts once).
 
-        Raises InvalidRequest, and HostFull (nothing is known of it then) while the disk is full.
+        Raises InvalidRequest, and HostFull (nothing is recorded then) while the disk is full.
         """
         return await shielded(self._start(request))
 
     async def _start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
-        async with self._turns.holding(request.id):
+        async with self._locks.holding(request.id):
             known = await self._find(request.id)
             if known is not None:
                 return known.status(), False
-            policy = _checked(request)
+            policy = _validate(request)
             if request.cache is not None:
                 check_name(request.cache.scope)
             await in_thread(self._host.containers.require_space)
@@ -177,60 +176,61 @@ class BuildManager:
             self._running[build.id] = build
             work = self._run(build, request, policy)
             build.work = asyncio.create_task(work, name=f"build {request.id}")
-            build.task = asyncio.create_task(self._live(build, request))
+            build.task = asyncio.create_task(self._supervise(build, request))
             return build.status(), True
 
     async def status(self, build_id: str) -> BuildInfo:
-        """A build's state; raises NotFound."""
+        """Return a build's state; raises NotFound."""
         return (await self._get(build_id)).status()
 
     async def events(
         self, build_id: str, after: int = 0, *, follow: bool = True
     ) -> AsyncIterator[bytes]:
-        """The events after number ``after`` as NDJSON (see :class:`EventLog`); raises NotFound."""
+        """Return the events after ``after`` as NDJSON (:class:`EventLog`); raises NotFound."""
         return (await self._get(build_id)).log.follow(after, follow=follow)
 
     async def cancel(self, build_id: str, *, keep_published: bool = False) -> None:
-        """Stop a build; nothing of it is left when this returns, and nothing can come after.
+        """Stop a build and remove everything it left; it cannot publish afterwards.
 
-        What it published before the cancellation came is deleted, unless ``keep_published``:
-        then the build stays published.  Idempotent.  An id that was never started is remembered
-        as cancelled, so that a start that comes late starts nothing.  Raises InvalidRequest for
-        an id that is none.
+        An image it has already published is deleted, unless ``keep_published``: then the build
+        stays published. Idempotent. An id that was never started is recorded as cancelled, so a
+        late start has no effect. Raises InvalidRequest for an invalid id.
         """
-        async with self._turns.holding(build_id):
+        async with self._locks.holding(build_id):
             build = await self._find(build_id)
             if build is None:
                 build = await in_thread(self._new, build_id, {"request": None})
-                await build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+                await build.finish("cancelled", "failed", code="build_cancelled", message=CANCELLED)
                 return
-        await self._end(build, "cancelled")
+        await self._stop(build, "cancelled")
         if build.state == "published" and keep_published:
             return
         await in_thread(self._host.store.delete, build_id)
         if build.state == "published":
-            await build.become("cancelled", {"code": "build_cancelled", "message": CANCELLED})
+            await build.override_state(
+                "cancelled", {"code": "build_cancelled", "message": CANCELLED}
+            )
 
-    def going(self) -> None:
-        """The agent is about to go, and to end every command: that is why a build's step fails."""
+    def prepare_shutdown(self) -> None:
+        """Note that the agent is shutting down: builds whose steps it kills are ``host_lost``."""
         for build in self._running.values():
-            build.ending = build.ending or "host_lost"
+            build.end_reason = build.end_reason or "host_lost"
 
     async def close(self) -> None:
-        """The agent is going: end every build, leaving nothing of them on the host."""
+        """Stop every build and remove what it left; called when the agent shuts down."""
         running = list(self._running.values())
-        await asyncio.gather(*(self._end(build, "host_lost") for build in running))
+        await asyncio.gather(*(self._stop(build, "host_lost") for build in running))
 
     async def recover(self) -> None:
-        """The pass at start: settle the builds that were running, forget those long finished."""
-        for build in await in_thread(self._recorded):
+        """Settle interrupted builds and delete old records; called at start."""
+        for build in await in_thread(self._interrupted):
             if build.state == "running":
                 await self._settle(build)
-        await in_thread(self._forget_old)
+        await in_thread(self._delete_old_records)
         await in_thread(self._host.layers.recover)
 
-    def _recorded(self) -> Builds:
-        """The builds of which there is a record; what else is there goes."""
+    def _interrupted(self) -> Builds:
+        """Return the builds recorded as running; delete directories without a record."""
         found = []
         for directory in sorted(self._directory.iterdir()):
             build = self._read(directory)
@@ -240,55 +240,55 @@ class BuildManager:
                 found.append(build)
         return found
 
-    async def forget_old(self) -> None:
-        """Delete the records of builds that ended long ago."""
-        await in_thread(self._forget_old)
+    async def delete_old_records(self) -> None:
+        """Delete the records of builds that finished more than a week ago."""
+        await in_thread(self._delete_old_records)
 
     def users(self) -> set[str]:
         """The ids under which running builds use their base images."""
         return set(self._running)
 
-    # A build's life -----------------------------------------------------------------------
+    # Running ------------------------------------------------------------------------------
 
-    async def _run(self, build: _Build, request: StartBuild, policy: Policy) -> _Made:
-        began = time.monotonic()
+    async def _run(self, build: _Build, request: StartBuild, policy: Policy) -> _BuildResult:
+        started_at = time.monotonic()
         plan = _plan(request, policy, build.directory)
         published = await Assembly(self._host, plan, build.log.append).run()
-        return _Made(published, time.monotonic() - began)
+        return _BuildResult(published, time.monotonic() - started_at)
 
-    async def _live(self, build: _Build, request: StartBuild) -> None:
-        """Wait for the work; whatever it came to, the build has an end that says so."""
+    async def _supervise(self, build: _Build, request: StartBuild) -> None:
+        """Wait for the build to finish, and record its result whatever happens."""
         assert build.work is not None
         await asyncio.wait([build.work])
-        with log_errors(f"how build {build.id} ended could not be written down"):
-            await self._note_end(build, request, build.work)
+        with log_errors(f"the result of build {build.id} could not be recorded"):
+            await self._record_end(build, request, build.work)
         self._running.pop(build.id, None)
-        await in_thread(self._host.store.reinstate, build.id)
+        await in_thread(self._host.store.clear_revocation, build.id)
 
-    async def _note_end(
-        self, build: _Build, request: StartBuild, work: asyncio.Task[_Made]
+    async def _record_end(
+        self, build: _Build, request: StartBuild, work: asyncio.Task[_BuildResult]
     ) -> None:
         error = None if work.cancelled() else work.exception()
-        foreseen = isinstance(error, HostError | OSError)
-        if work.cancelled() or (foreseen and build.ending is not None):
-            # It was ended: whatever gave way first is not why.
-            await _note_ended(build)
+        is_expected = isinstance(error, HostError | OSError)
+        if work.cancelled() or (is_expected and build.end_reason is not None):
+            # It was stopped: the error is a consequence of that.
+            await _record_stopped(build)
         elif error is None:
-            made = work.result()
-            await self._note_published(
-                build, made.published.image, made.seconds, made.published.publish_ms
+            result = work.result()
+            await self._record_published(
+                build, result.published.image, result.seconds, result.published.publish_ms
             )
         elif isinstance(error, HostError | OSError):
-            await _note_failed(build, request, error)
+            await _record_failure(build, request, error)
         else:
-            _log.error("build %s failed by a defect", build.id, exc_info=error)
-            await build.end("failed", "failed", code="internal", message=DEFECT)
+            _log.error("build %s failed due to a defect", build.id, exc_info=error)
+            await build.finish("failed", "failed", code="internal", message=DEFECT)
 
-    async def _note_published(
+    async def _record_published(
         self, build: _Build, image: Image, seconds: float, publish_ms: int | None = None
     ) -> None:
         manifest = image.manifest
-        await build.end(
+        await build.finish(
             "published",
             "published",
             image=image.id,
@@ -300,44 +300,44 @@ class BuildManager:
         )
 
     async def terminate_for_space(self, build_id: str) -> None:
-        """End a build, now, because the machine is out of disk."""
+        """Stop a build immediately because the machine is out of disk."""
         build = self._running.get(build_id)
         if build is not None:
-            await self._end(build, "no_room")
+            await self._stop(build, "no_room")
 
-    async def _end(self, build: _Build, ending: Ending) -> None:
+    async def _stop(self, build: _Build, reason: EndReason) -> None:
         if build.task is None:
             return
-        build.ending = build.ending or ending
+        build.end_reason = build.end_reason or reason
         if not build.stopped:
             build.stopped = True
-            # Before anything else: from here on it cannot publish, whatever it still does.
+            # First of all, so that from here on it cannot publish.
             if await in_thread(self._host.store.revoke, build.id):
-                # At once, not by TERM first: a step that ignores it would hold up the answer.
+                # Immediately, without TERM: a step that ignores that would delay the response.
                 self._host.containers.kill(build.id)
                 if build.work is not None:
                     build.work.cancel()
         await asyncio.wait([build.task])
 
     async def _settle(self, build: _Build) -> None:
-        """A build whose agent died: tidy up, then say how it ended."""
+        """Clean up a build whose agent died, then record its result."""
         store, host = self._host.store, self._host.containers
         await host.stop(build.id)
-        await in_thread(self._clear_away, build)
+        await in_thread(self._remove_leftovers, build)
         terminal = build.log.terminal
         if terminal is not None:
             cancelled = terminal.get("code") == "build_cancelled"
             state: State = "published" if terminal["kind"] == "published" else "failed"
             error = None if state == "published" else _without_envelope(terminal)
-            await build.become("cancelled" if cancelled else state, error)
+            await build.override_state("cancelled" if cancelled else state, error)
         elif await in_thread(store.exists, build.id):
             elapsed = time.time() - float(build.record["created_at"])
-            await self._note_published(build, await in_thread(store.get, build.id), elapsed)
+            await self._record_published(build, await in_thread(store.get, build.id), elapsed)
         else:
-            await build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+            await build.finish("failed", "failed", code="host_lost", message=HOST_LOST)
 
-    def _clear_away(self, build: _Build) -> None:
-        """What a killed agent left of a build, but for its record."""
+    def _remove_leftovers(self, build: _Build) -> None:
+        """Remove what a killed agent left of a build, except its record."""
         store = self._host.store
         for entry in build.directory.iterdir():
             if entry.name not in (_RECORD, _EVENTS):
@@ -349,11 +349,11 @@ class BuildManager:
     # Records ------------------------------------------------------------------------------
 
     def _new(self, build_id: str, fields: Mapping[str, Any]) -> _Build:
-        self._host.store.staging_path(build_id)  # Raises InvalidRequest for an id that is none.
+        self._host.store.staging_path(build_id)  # Raises InvalidRequest for an invalid id.
         directory = self._directory / build_id
         directory.mkdir(mode=0o700)
         record = {"id": build_id, "state": "running", "created_at": time.time(), **fields}
-        build = _Build(build_id, directory, _log_of(directory), record)
+        build = _Build(build_id, directory, _read_log(directory), record)
         build.save()
         return build
 
@@ -366,14 +366,14 @@ class BuildManager:
         return None
 
     def _read(self, directory: Path) -> _Build | None:
-        """The build in a directory; one whose record cannot be believed is set aside, and none."""
+        """Read the build in a directory; quarantine it and return None if its record is invalid."""
         try:
             record = read_record(directory / _RECORD, _RECORDS)
             if record is None:
                 return None
             if record["id"] != directory.name:
                 raise BadRecord(directory / _RECORD, "it is the record of another build")
-            return _Build(directory.name, directory, _log_of(directory), dict(record))
+            return _Build(directory.name, directory, _read_log(directory), dict(record))
         except BadRecord as error:
             self._host.store.quarantine.add_damaged(directory, "build", error.detail)
             return None
@@ -384,7 +384,7 @@ class BuildManager:
             raise NotFound(f"There is no build {build_id!r} on this host.")
         return build
 
-    def _forget_old(self) -> None:
+    def _delete_old_records(self) -> None:
         for directory in self._directory.iterdir():
             if directory.name in self._running:
                 continue
@@ -394,41 +394,40 @@ class BuildManager:
                 shutil.rmtree(directory)
 
 
-async def _note_failed(build: _Build, request: StartBuild, error: HostError | OSError) -> None:
+async def _record_failure(build: _Build, request: StartBuild, error: HostError | OSError) -> None:
     if isinstance(error, BuildFailed):
         fields = {
             "code": error.extra["reason"],
             "step": error.extra.get("step"),
             "refused": error.extra.get("refused") or None,
         }
-        await build.end("failed", "failed", message=error.detail, **fields)
+        await build.finish("failed", "failed", message=error.detail, **fields)
     elif isinstance(error, ImageNotFound):
         message = (
             f"The base image {request.base_image} is not on this host: it was deleted, or it "
-            "is a built-in base that has not been made yet."
+            "is a built-in base that has not been built yet."
         )
-        await build.end("failed", "failed", code="base_missing", message=message)
+        await build.finish("failed", "failed", code="base_missing", message=message)
     elif isinstance(error, LauncherLost):
-        await build.end("failed", "failed", code="host_lost", message=LAUNCHER_LOST)
+        await build.finish("failed", "failed", code="host_lost", message=LAUNCHER_LOST)
     elif isinstance(error, HostError):
         code = "no_room" if isinstance(error, HostFull) else "internal"
-        await build.end("failed", "failed", code=code, message=error.detail)
+        await build.finish("failed", "failed", code=code, message=error.detail)
     elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        await build.end("failed", "failed", code="no_room", message=NO_ROOM)
+        await build.finish("failed", "failed", code="no_room", message=NO_ROOM)
     else:
-        _log.error("build %s failed by a broken machine", build.id, exc_info=error)
+        _log.error("build %s failed due to an I/O error", build.id, exc_info=error)
         message = f"The host could not finish the build: {error.strerror or error}."
-        await build.end("failed", "failed", code="internal", message=message)
+        await build.finish("failed", "failed", code="internal", message=message)
 
 
-async def _note_ended(build: _Build) -> None:
-    """What ended it was asked for, or the agent's own end."""
-    if build.ending == "cancelled":
-        await build.end("cancelled", "failed", code="build_cancelled", message=CANCELLED)
-    elif build.ending == "no_room":
-        await build.end("failed", "failed", code="no_room", message=NO_ROOM)
+async def _record_stopped(build: _Build) -> None:
+    if build.end_reason == "cancelled":
+        await build.finish("cancelled", "failed", code="build_cancelled", message=CANCELLED)
+    elif build.end_reason == "no_room":
+        await build.finish("failed", "failed", code="no_room", message=NO_ROOM)
     else:
-        await build.end("failed", "failed", code="host_lost", message=HOST_LOST)
+        await build.finish("failed", "failed", code="host_lost", message=HOST_LOST)
 
 
 def _plan(request: StartBuild, policy: Policy, directory: Path) -> Plan:
@@ -447,8 +446,8 @@ def _plan(request: StartBuild, policy: Policy, directory: Path) -> Plan:
     )
 
 
-def _checked(request: StartBuild) -> Policy:
-    """The network policy of a request whose fields make sense.  Raises InvalidRequest."""
+def _validate(request: StartBuild) -> Policy:
+    """Validate a request; return its network policy.  Raises InvalidRequest."""
     for number, step in enumerate(request.recipe, 1):
         if not step.strip() or "\0" in step or len(step.encode()) > MAX_STEP_BYTES:
             raise InvalidRequest(
@@ -462,8 +461,8 @@ def _checked(request: StartBuild) -> Policy:
         raise InvalidRequest(str(error)) from error
 
 
-def _log_of(directory: Path) -> EventLog:
-    """The events of a build.  Raises BadRecord when they are none."""
+def _read_log(directory: Path) -> EventLog:
+    """Read a build's events.  Raises BadRecord if they are damaged."""
     path = directory / _EVENTS
     try:
         return EventLog(path)

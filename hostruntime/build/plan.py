@@ -1,4 +1,4 @@
-"""What is to be made, and what a build needs of its host: the data every phase shares."""
+"""What to build, and what a build needs from its host: data shared by all phases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hostruntime.build.layers import LayerStore
-from hostruntime.build.report import NotReached, Refused
+from hostruntime.build.report import RefusedHost, UnreachedNotice
 from hostruntime.container.cgroups import Limits
 from hostruntime.container.manager import ContainerManager
 from hostruntime.image.store import ImageStore
@@ -18,7 +18,7 @@ from hostruntime.wire.builds import Cache
 
 
 class Emit(Protocol):
-    """Takes each event: its kind and its fields, as the contract names them."""
+    """A callback for events: kind and fields, as in :mod:`hostruntime.wire.builds`."""
 
     def __call__(self, kind: str, /, **fields: Any) -> None:
         """Record one event."""
@@ -26,30 +26,29 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class Host:
-    """What an assembly needs of the host.
+    """What an assembly needs from the host.
 
-    ``runtime_tree`` takes a policy and an image's tree.  ``refusals`` takes an owner and a Unix
-    time and says which hosts the network policy has refused it since; it reads files, so it is for
-    a thread.
+    ``runtime_tree`` takes a policy and an image's tree. ``refusals`` takes an owner and a Unix
+    time and returns the hosts the network policy has refused it since; it reads files, so call it
+    in a thread.
     """
 
     store: ImageStore
     containers: ContainerManager
     runtime_tree: Callable[[Policy, Path], Path]
-    refusals: Callable[[str, float], list[Refused]]
+    refusals: Callable[[str, float], list[RefusedHost]]
     layers: LayerStore
-    # As ``refusals``, the allowed hosts that could not be reached.
-    unreached: Callable[[str, float], list[NotReached]] = lambda _owner, _since: []
+    # Like ``refusals``, for allowed hosts that could not be reached.
+    unreached: Callable[[str, float], list[UnreachedNotice]] = lambda _owner, _since: []
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make.  Timeouts are in seconds; ``directory`` is the container's, made by the caller.
+    """What to build. Timeouts are in seconds; ``directory`` is the container's.
 
     ``provide`` is called with the writable layer's directory before the container starts, in a
-    thread, to put files in.  Without a ``cache`` no layers are kept.  ``env`` is baked into the
-    image (:mod:`hostruntime.image.environment`).  ``details`` and ``definition`` go into the
-    manifest.
+    thread, to add files. Without a ``cache`` no layers are saved. ``env`` is baked into the image
+    (:mod:`hostruntime.image.environment`). ``details`` and ``definition`` go into the manifest.
     """
 
     image_id: str
@@ -68,13 +67,13 @@ class Plan:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[Refused]:
-    """What an owner's container was refused since a Unix time, each once."""
+def refused_hosts(proxy: EgressProxy, owner: str, since: float) -> list[RefusedHost]:
+    """Return the hosts an owner's container was refused since a Unix time, without duplicates."""
     refused = (d for d in proxy.decisions(owner, since) if d.verdict == "refused")
-    return list(dict.fromkeys(Refused(d.host, d.port, d.reason, d.direct) for d in refused))
+    return list(dict.fromkeys(RefusedHost(d.host, d.port, d.reason, d.direct) for d in refused))
 
 
-def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[NotReached]:
-    """What kept an owner's container from allowed hosts since a Unix time, each once."""
+def unreached_hosts(proxy: EgressProxy, owner: str, since: float) -> list[UnreachedNotice]:
+    """Return why an owner's container could not reach allowed hosts since a Unix time."""
     found = (d for d in proxy.decisions(owner, since) if d.verdict == "unreached")
-    return list(dict.fromkeys(NotReached(d.message, d.direct) for d in found))
+    return list(dict.fromkeys(UnreachedNotice(d.message, d.direct) for d in found))

@@ -1,7 +1,7 @@
-"""Running a recipe's steps: one shell each, watched, and judged when it ends.
+"""Run a recipe's steps, each in its own shell, and report the results.
 
-Steps share nothing but the file system.  When one has ended everything it left running is
-killed, so that the next one, and the capture, find it still.
+Steps share nothing but the file system. When one has finished, everything it left running is
+killed, so that nothing changes during the next step or the capture.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hostruntime.build.output import OutputBudget, StepOutput
 from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import (
     MAX_REFUSED,
-    NotReached,
-    Refused,
+    RefusedHost,
+    UnreachedNotice,
+    build_timed_out,
     container_stopped,
     out_of_disk,
     out_of_memory,
-    ran_past_build_time,
-    ran_past_step_time,
     step_failed,
-    went_without,
+    step_timed_out,
+    unreached_message,
 )
 from hostruntime.container.exec import Chunk, Exited, Started, TimedOut, shell_argv
 from hostruntime.errors import BuildFailed, ContainerGone, ExecKilled
@@ -36,46 +36,46 @@ SILENCE_SECONDS: float = 60
 _log = logging.getLogger(__name__)
 
 
-class Silence:
-    """Tells when nothing has been heard for a minute, and whenever that has lasted twice as long.
+class SilenceTimer:
+    """Warns after a minute without output, then at doubling intervals.
 
-    ``tell`` gets the seconds.  For one event loop.
+    ``notify`` gets the seconds of silence. For use in one event loop.
     """
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
-        self._tell = tell
+    def __init__(self, notify: Callable[[float], None]) -> None:
+        self._notify = notify
         self._loop = asyncio.get_running_loop()
-        self._heard = self._loop.time()
-        self._told: float = 0
-        self._timer = self._loop.call_later(SILENCE_SECONDS, self._look)
+        self._last_output = self._loop.time()
+        self._reported: float = 0
+        self._timer = self._loop.call_later(SILENCE_SECONDS, self._check)
 
-    def heard(self) -> None:
-        """Something was said: begin anew."""
-        self._heard = self._loop.time()
-        if self._told:
-            self._told = 0
+    def reset(self) -> None:
+        """Restart the timer after output."""
+        self._last_output = self._loop.time()
+        if self._reported:
+            self._reported = 0
             self._timer.cancel()
-            self._timer = self._loop.call_later(SILENCE_SECONDS, self._look)
+            self._timer = self._loop.call_later(SILENCE_SECONDS, self._check)
 
     def stop(self) -> None:
-        """Tell nothing any more."""
+        """Stop the timer."""
         self._timer.cancel()
 
-    def _look(self) -> None:
-        # Set when output was last told of, not at each piece of it, of which there are many.
-        due = self._told * 2 or SILENCE_SECONDS
-        if self._loop.time() >= self._heard + due:
-            self._tell(due)
-            self._told, due = due, due * 2
-        self._timer = self._loop.call_at(self._heard + due, self._look)
+    def _check(self) -> None:
+        # Rescheduled here, not for each chunk of output, of which there are many.
+        due = self._reported * 2 or SILENCE_SECONDS
+        if self._loop.time() >= self._last_output + due:
+            self._notify(due)
+            self._reported, due = due, due * 2
+        self._timer = self._loop.call_at(self._last_output + due, self._check)
 
 
 @dataclass
 class StepRunner:
     """Runs the steps of one build.
 
-    ``remaining`` says how many seconds the build has left; ``environment`` takes the last step that
-    was run, 0 before the first, and says what one that begins now has.
+    ``remaining`` returns how many seconds the build has left; ``environment`` takes the number of
+    the last step that was run (0 before the first) and returns the next step's environment.
     """
 
     host: Host
@@ -83,17 +83,17 @@ class StepRunner:
     emit: Emit
     remaining: Callable[[], float]
     environment: Callable[[int], Awaitable[Mapping[str, str]]]
-    last: int = 0
+    last_step: int = 0
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
-    async def run(self, number: int) -> list[Refused]:
-        """Run the step of that number, the first being 1; return what it was refused.
+    async def run(self, number: int) -> list[RefusedHost]:
+        """Run a step, counted from 1; return the hosts it was refused.
 
         Raises BuildFailed.
         """
         command, total = self.plan.recipe[number - 1], len(self.plan.recipe)
         self.emit("step_started", step=number, total=total, command=command)
-        began, remaining = time.time(), self.remaining()
+        started_at, remaining = time.time(), self.remaining()
         used_bytes, used_files = await self._disk_used()
         output = StepOutput(lambda text: self.emit("output", step=number, text=text), self._budget)
         try:
@@ -103,7 +103,7 @@ class StepRunner:
             raise container_stopped(number, total, command, output.tail()) from None
         finally:
             output.finish()
-        refused = await self._asked_of_proxy(self.host.refusals, began)
+        refused = await self._query_proxy(self.host.refusals, started_at)
         now_bytes, now_files = await self._disk_used()
         self.emit(
             "step_finished",
@@ -115,36 +115,37 @@ class StepRunner:
             elided_bytes=output.elided_bytes,
             added_bytes=now_bytes - used_bytes,
             added_files=now_files - used_files,
-            refused=[one.to_wire() for one in refused[:MAX_REFUSED]],
+            refused=[host.to_wire() for host in refused[:MAX_REFUSED]],
         )
-        unreached = await self._asked_of_proxy(self.host.unreached, began)
+        unreached = await self._query_proxy(self.host.unreached, started_at)
         if isinstance(end, TimedOut):
-            raise self._out_of_time(number, output.tail(), remaining, refused, unreached)
+            raise self._timeout_error(number, output.tail(), remaining, refused, unreached)
         if end.code != 0:
-            raise await self._failed(number, output.tail(), end, refused, unreached)
-        self._tell_missing(number, unreached)
-        self.last = number
+            raise await self._step_error(number, output.tail(), end, refused, unreached)
+        self._report_unreached(number, unreached)
+        self.last_step = number
         return refused[:MAX_REFUSED]
 
     async def _disk_used(self) -> tuple[int, int]:
         return await in_thread(self.host.containers.disk_used, self.plan.image_id)
 
-    def _tell_missing(self, number: int, unreached: Sequence[NotReached]) -> None:
-        # Many a program asks DNS first, and then the proxy after all.
-        if missing := [one for one in unreached if not one.direct]:
-            self.emit("not_reached", step=number, message=went_without(missing))
+    def _report_unreached(self, number: int, unreached: Sequence[UnreachedNotice]) -> None:
+        # Many programs try DNS first and then use the proxy after all.
+        if missing := [notice for notice in unreached if not notice.direct]:
+            self.emit("not_reached", step=number, message=unreached_message(missing))
 
-    async def _asked_of_proxy[T](
-        self, ask: Callable[[str, float], list[T]], began: float
+    async def _query_proxy[T](
+        self, query: Callable[[str, float], list[T]], started_at: float
     ) -> list[T]:
-        """What the policy refused, however the step ended: `curl … | bash` succeeds with nothing.
+        """Query refused or unreached hosts, even for a successful step.
 
-        Or which allowed hosts were not reached.  Not knowing it is no failure of the step.
+        `curl … | bash` succeeds even if nothing was downloaded. A failed query does not fail the
+        step.
         """
         try:
-            return await asyncio.to_thread(ask, self.plan.image_id, began)
+            return await asyncio.to_thread(query, self.plan.image_id, started_at)
         except OSError as error:
-            _log.error("what %s was refused cannot be read: %s", self.plan.image_id, error)
+            _log.error("cannot read the proxy's decisions on %s: %s", self.plan.image_id, error)
             return []
 
     async def _execute(self, number: int, output: StepOutput, limit: float) -> Exited | TimedOut:
@@ -152,44 +153,46 @@ class StepRunner:
             self.plan.image_id,
             shell_argv(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
-            env=await self.environment(self.last),
+            env=await self.environment(self.last_step),
             timeout=limit,
             merge_output=True,
         )
-        silence = Silence(lambda seconds: self.emit("step_silent", step=number, seconds=seconds))
+        silence = SilenceTimer(
+            lambda seconds: self.emit("step_silent", step=number, seconds=seconds)
+        )
         try:
             async with aclosing(frames) as stream:
                 async for frame in stream:
                     if isinstance(frame, Chunk):
-                        silence.heard()
+                        silence.reset()
                         output.feed(frame.data)
                     elif not isinstance(frame, Started):
                         return frame
         finally:
             silence.stop()
-        raise ContainerGone("The step's command went away without a word.")
+        raise ContainerGone("The step's command disappeared without an exit status.")
 
-    def _out_of_time(
+    def _timeout_error(
         self,
         number: int,
         tail: str,
         remaining: float,
-        refused: Sequence[Refused],
-        unreached: Sequence[NotReached],
+        refused: Sequence[RefusedHost],
+        unreached: Sequence[UnreachedNotice],
     ) -> BuildFailed:
         plan = self.plan
         step = (number, len(plan.recipe), plan.recipe[number - 1], tail)
         if plan.step_timeout <= remaining:
-            return ran_past_step_time(*step, plan.step_timeout, refused, unreached)
-        return ran_past_build_time(plan.build_timeout, *step, refused, unreached)
+            return step_timed_out(*step, plan.step_timeout, refused, unreached)
+        return build_timed_out(plan.build_timeout, *step, refused, unreached)
 
-    async def _failed(
+    async def _step_error(
         self,
         number: int,
         tail: str,
         end: Exited,
-        refused: Sequence[Refused],
-        unreached: Sequence[NotReached],
+        refused: Sequence[RefusedHost],
+        unreached: Sequence[UnreachedNotice],
     ) -> BuildFailed:
         plan = self.plan
         command, total = plan.recipe[number - 1], len(plan.recipe)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 _CERTIFICATE = re.compile(
     rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----"
 )
-# sun.security.provider.JavaKeyStore, which every JVM reads: magic, version, entry type.
+# The format of sun.security.provider.JavaKeyStore, which every JVM reads: magic, version, type.
 _MAGIC, _VERSION, _TRUSTED_ENTRY = 0xFEEDFEED, 2, 2
 # The well-known password, which only detects corruption, and the fixed salt of the digest.
 _INTEGRITY_KEY = "changeit"

@@ -38,8 +38,8 @@ from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
-from hostruntime.image.sparse import copy_whole
-from hostruntime.image.trees import Check, go_on
+from hostruntime.image.sparse import clone_or_copy
+from hostruntime.image.trees import Check, no_check
 
 MIB = 1024 * 1024
 _BLOCK = 4096
@@ -161,7 +161,7 @@ class Disks:
         """Write cached data to the file, so that :meth:`save` is quick; may be slow."""
         kernel.syncfs(self.path(owner))
 
-    def save(self, owner: str, target: Path, check: Check = go_on) -> None:
+    def save(self, owner: str, target: Path, check: Check = no_check) -> None:
         """Copy an owner's disk to the file ``target``, as of one instant.
 
         No file on it may be open for writing (EBUSY).  Writes during the copy fail.  ``target`` is
@@ -176,7 +176,7 @@ class Disks:
         finally:
             _make_writable(mounted)
 
-    def save_frozen(self, owner: str, target: Path, check: Check = go_on) -> None:
+    def save_frozen(self, owner: str, target: Path, check: Check = no_check) -> None:
         """Like :meth:`save`, but files may be open for writing; writes wait during the copy.
 
         Freeze processes first: a process that is blocked in a write cannot be frozen later.  The
@@ -293,13 +293,13 @@ def _create_filesystem(path: Path, size_mb: int) -> None:
 
 
 @contextmanager
-def _copy_of(source: Path, target: Path, check: Check = go_on) -> Iterator[int]:
+def _copy_of(source: Path, target: Path, check: Check = no_check) -> Iterator[int]:
     """Copy a file and yield a descriptor; as sparse as the original (SEEK_DATA in lseek(2))."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with source.open("rb") as original:
         descriptor = os.open(target, flags, 0o600)
         try:
-            copy_whole(original.fileno(), descriptor, check)
+            clone_or_copy(original.fileno(), descriptor, check)
             yield descriptor
         finally:
             os.close(descriptor)

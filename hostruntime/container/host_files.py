@@ -212,7 +212,7 @@ def _apt_conf(mode: Mode, url: str | None) -> str:
 
 def _yarnrc(mode: Mode, url: str | None, registries: Registries) -> str:
     """For Yarn 2 and later, which searches every directory above a project, but no npmrc."""
-    registry = registries.carries_npm()
+    registry = registries.npm_registry()
     yarn = [f"npmRegistryServer: {registry}"] if registry else []
     yarn += [f"httpProxy: {url}", f"httpsProxy: {url}"] if url else []
     yarn += ["enableNetwork: false"] if mode == "off" else []

@@ -302,7 +302,7 @@ class ContainerManager:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # What runs inside ----------------------------------------------------------------------
+    # Commands and files inside -------------------------------------------------------------
 
     async def exec(
         self,

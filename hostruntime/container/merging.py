@@ -26,7 +26,7 @@ from typing import Literal
 from hostruntime.container.authorities import certificates, without_certificates
 from hostruntime.container.host_files import CA_BUNDLE, LOCAL_CAS
 from hostruntime.host import kernel
-from hostruntime.image.trees import entries, opened, opened_if_directory, status
+from hostruntime.image.trees import list_entries, lstat, open_directory, open_if_directory
 
 BEGIN_MARKER = b"# orkestr: lent to this container, not part of its image: begin"
 END_MARKER = b"# orkestr: end"
@@ -80,7 +80,7 @@ class UnreadableFile(Exception):  # noqa: N818 - what was found, not a mistake
 @contextmanager
 def open_image(image: Path) -> Iterator[ImageFiles]:
     """Open an image's tree to read single files.  Raises OSError."""
-    with opened(image) as root:
+    with open_directory(image) as root:
         yield ImageFiles(root)
 
 
@@ -221,7 +221,11 @@ def strip_host_parts(tree: Path, base: Path, layer: Path) -> int:
     with ``base``'s: it is replaced, never written to.
     """
     count = 0
-    with opened(tree) as root, opened(layer) as layer_root, opened(base) as base_root:
+    with (
+        open_directory(tree) as root,
+        open_directory(layer) as layer_root,
+        open_directory(base) as base_root,
+    ):
         private = _private_authorities(root, layer_root)
         for rule in MERGE_RULES:
             folder, _, name = rule.path.rpartition("/")
@@ -315,7 +319,7 @@ def _private_authorities(tree: int, layer: int) -> dict[str, bytes]:
         _open_subdirectory(tree, LOCAL_CAS) as theirs,
     ):
         if ours is not None:
-            for entry in entries(ours):
+            for entry in list_entries(ours):
                 if theirs is None or _read_regular_file(entry.name, theirs) is None:
                     private[entry.name] = _read_regular_file(entry.name, ours) or b""
     return private
@@ -325,7 +329,7 @@ def _remove_links(directory: int, names: frozenset[str]) -> None:
     """Remove the links that update-ca-certificates(8) created to files that no longer exist."""
     removed = {f"/{LOCAL_CAS}/{name}" for name in names}
     links: dict[str, str] = {}
-    for entry in entries(directory):
+    for entry in list_entries(directory):
         if entry.is_symlink():
             links[entry.name] = os.readlink(entry.name, dir_fd=directory)
     direct = {name for name, target in links.items() if target in removed}
@@ -341,7 +345,7 @@ def _open_subdirectory(root: int, path: str) -> Iterator[int | None]:
         current: int | None = root
         for part in path.split("/") if path else ():
             if current is not None:
-                current = stack.enter_context(opened_if_directory(part, current))
+                current = stack.enter_context(open_if_directory(part, current))
         yield current
 
 
@@ -352,7 +356,7 @@ def _read_regular_file(name: str, directory: int) -> bytes | None:
     not block us, or grow while it is read.
     """
     try:
-        if not stat.S_ISREG(status(name, directory).st_mode):
+        if not stat.S_ISREG(lstat(name, directory).st_mode):
             return None
         descriptor = os.open(name, _READ_FLAGS, dir_fd=directory)
     except OSError as error:
@@ -367,7 +371,7 @@ def _read_regular_file(name: str, directory: int) -> bytes | None:
 
 
 def _replace(name: str, directory: int, data: bytes) -> None:
-    original, temporary = status(name, directory), f".orkestr-joined-{token_hex(8)}"
+    original, temporary = lstat(name, directory), f".orkestr-joined-{token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:  # noqa: PTH123
@@ -393,7 +397,7 @@ def refresh_host_parts(upper: Path, layer: Path, earlier_layers: Sequence[Path])
     our lines may have come from; lines in none of them are the sandbox's own.
     """
     count = 0
-    with opened(upper) as root, opened(layer) as layer_root:
+    with open_directory(upper) as root, open_directory(layer) as layer_root:
         for rule in MERGE_RULES:
             folder, _, name = rule.path.rpartition("/")
             with (
@@ -430,7 +434,10 @@ def _refresh_content(content: bytes, current: bytes, known: Sequence[bytes], met
 
 
 def _host_lines_of_tree(tree: Path, path: str) -> list[bytes]:
-    with opened(tree) as root, _open_subdirectory(root, path.rpartition("/")[0]) as directory:
+    with (
+        open_directory(tree) as root,
+        _open_subdirectory(root, path.rpartition("/")[0]) as directory,
+    ):
         content = (
             _read_regular_file(path.rpartition("/")[2], directory)
             if directory is not None
@@ -451,7 +458,7 @@ class LostWrites:
     def after_step(self, upper: Path, layer: Path) -> list[str]:
         """The paths (absolute, as inside) that were written since the last call."""
         paths: list[str] = []
-        with opened(upper) as root, opened(layer) as layer_root:
+        with open_directory(upper) as root, open_directory(layer) as layer_root:
             for path in _files(layer_root):
                 folder, _, name = path.rpartition("/")
                 with (
@@ -467,7 +474,7 @@ class LostWrites:
 
     def _is_new_loss(self, path: str, name: str, target_dir: int, layer_dir: int) -> bool:
         try:
-            info = status(name, target_dir)
+            info = lstat(name, target_dir)
         except FileNotFoundError:
             self._known.pop(path, None)
             return False
@@ -484,9 +491,9 @@ class LostWrites:
 
 
 def _files(directory: int, prefix: str = "") -> Iterator[str]:
-    for entry in entries(directory):
+    for entry in list_entries(directory):
         if entry.is_dir(follow_symlinks=False):
-            with opened(entry.name, directory) as inner:
+            with open_directory(entry.name, directory) as inner:
                 yield from _files(inner, f"{prefix}{entry.name}/")
         else:
             yield prefix + entry.name

@@ -155,7 +155,7 @@ def _condition(argument: Argument) -> str:
 
 def rules() -> Iterator[Rule]:
     """Everything that is denied."""
-    # umount(2) with MNT_FORCE, LXC's reject_force_umount, goes with all of umount.
+    # umount(2) with MNT_FORCE (LXC's reject_force_umount) is covered, as all of umount is denied.
     yield from (Rule(name, errno.ENOSYS) for name in _UNIMPLEMENTED)
     yield from (Rule(name, errno.EPERM) for name in _FORBIDDEN)
     for call in ("clone", "unshare"):

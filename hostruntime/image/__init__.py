@@ -1,1 +1,1 @@
-"""Images: trees of files that never change, kept once and shared by hard links."""
+"""Images: immutable file trees that share files by hard links."""

@@ -1,24 +1,24 @@
-"""Turning a stopped container's writable layer into a new tree over its base.
+"""Turn a stopped container's writable layer into a new tree over its base.
 
-The new tree has a hard link for every file the container did not touch, and the writable layer's
-own files: renamed where the layer is on the same file system, otherwise copied, holes as holes and
-links as links.  A large file is unlinked as soon as it is copied, so that its pages need no writing
-back; for a small one that would cost more than it saves.  What a small file holds is noted in
-passing, for the digest of the image.  What the layer says in overlayfs's language is read as
-Documentation/filesystems/overlayfs.rst of the kernel defines it:
+The new tree has a hard link for every file the container did not touch, plus the files of the
+writable layer. Those are renamed if the layer is on the same file system, and otherwise copied;
+holes and hard links are preserved. A large file is unlinked as soon as it is copied, so its pages
+need no writeback; for a small one that would cost more than it saves. The content of small files
+is hashed in passing, for the digest of the image. Overlayfs metadata is interpreted as the
+kernel's Documentation/filesystems/overlayfs.rst defines it:
 
-* a character device 0/0 is a whiteout: the base's entry of that name is gone;
-* ``trusted.overlay.opaque`` = ``y`` on a directory: nothing of the base's shows through;
-* ``trusted.overlay.redirect`` on a directory: what shows through is the base's directory of
-  that other name (a sibling's name, or from the root when it starts with a slash).
+* a character device 0/0 is a whiteout: the base's entry of that name is deleted;
+* ``trusted.overlay.opaque`` = ``y`` on a directory hides everything in the base's directory;
+* ``trusted.overlay.redirect`` on a directory names the base directory that shows through
+  (a sibling's name, or a path from the root if it starts with a slash).
 
-Device nodes and sockets are left out: the first cannot be made in a container, the second mean
-nothing without their process.  So are extended attributes of the namespaces ``trusted.`` and
-``security.`` (the overlay's own bookkeeping, labels of the host), except
-``security.capability``: packages set it on their programs and it means something to the
-container's own root only, whose id is shifted when the image is mounted.
+Device nodes and sockets are omitted: a container cannot create the former, and the latter mean
+nothing without their process. Extended attributes in the namespaces ``trusted.`` and
+``security.`` (overlayfs metadata, labels of the host) are omitted too, except
+``security.capability``: packages set it on their programs, and it only applies to the container's
+own root, whose id is shifted when the image is mounted.
 
-No file of the base is ever opened for writing; at most its link count changes.
+No file of the base is ever opened for writing; only its link count changes.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostruntime.host.progress import Progress
+from hostruntime.image.content_hash import ContentHashCache
 from hostruntime.image.copying import (
     SMALL_BYTES,
     Copier,
     copy_metadata,
     copy_special,
-    kept,
-    opened_file,
+    is_preserved,
+    open_file,
 )
-from hostruntime.image.known_contents import KnownContents
 from hostruntime.image.trees import (
     MAX_DEPTH,
     Check,
     TreeTooDeep,
     attributes,
     child_path,
-    entries,
-    go_on,
     is_directory,
-    opened,
-    opened_if_directory,
-    status,
+    list_entries,
+    lstat,
+    no_check,
+    open_directory,
+    open_if_directory,
 )
 
 _PATH_MAX = 4096
 OPAQUE = "trusted.overlay.opaque"
 REDIRECT = "trusted.overlay.redirect"
-# What the runtime brings or mounts over, whatever the layer has there.
+# The runtime provides or mounts these, whatever the layer has there.
 NOT_CAPTURED = frozenset({".orkestr"})
 MOUNT_POINTS: Mapping[str, int] = {
     "dev": 0o755,
@@ -71,58 +71,62 @@ MOUNT_POINTS: Mapping[str, int] = {
 
 
 @dataclass
-class Captured:
-    """What a capture did.  ``known`` has of the small files that were copied what they hold."""
+class CaptureResult:
+    """The result of a capture; ``known`` holds the content hashes of the small copied files."""
 
-    known: KnownContents = field(default_factory=KnownContents)
+    known: ContentHashCache = field(default_factory=ContentHashCache)
     moved: int = 0
     copied: int = 0
-    left_out: int = 0
+    omitted: int = 0
 
 
 def capture(
     base: Path,
     upper: Path,
     output: Path,
-    check: Check = go_on,
+    check: Check = no_check,
     progress: Progress | None = None,
-) -> Captured:
-    """Make ``output`` (which must not exist) from ``base`` and ``upper``; ``upper`` is used up.
+) -> CaptureResult:
+    """Create ``output`` (which must not exist) from ``base`` and ``upper``; consumes ``upper``.
 
-    ``base`` and ``output`` are on one filesystem.  ``progress`` counts the new tree's names, and
-    the bytes that were copied.  Raises :class:`TreeTooDeep`, OSError, and what
-    ``check`` does; a half-made ``output`` is the caller's to remove.
+    ``base`` and ``output`` must be on one file system. ``progress`` counts the new tree's names
+    and the bytes copied. Raises :class:`TreeTooDeep`, OSError, and whatever ``check`` raises; the
+    caller must then remove a partial ``output``.
     """
     output.mkdir(mode=0o700)
-    with opened(base) as base_fd, opened(upper) as upper_fd, opened(output) as output_fd:
+    with (
+        open_directory(base) as base_fd,
+        open_directory(upper) as upper_fd,
+        open_directory(output) as output_fd,
+    ):
         walk = _Walk(base_fd, output_fd, check, progress or Progress())
-        walk.here = os.fstat(upper_fd).st_dev == os.fstat(output_fd).st_dev
+        walk.same_filesystem = os.fstat(upper_fd).st_dev == os.fstat(output_fd).st_dev
         walk.merge_root(upper_fd, output_fd)
     return walk.result
 
 
 class _Walk:
-    """One capture under way.  Each method fills one directory of the new tree."""
+    """A capture in progress. Each method fills one directory of the new tree."""
 
-    # Whether the layer is on the new tree's own file system.
-    here = False
+    # Whether the layer and the new tree are on the same file system.
+    same_filesystem = False
 
     def __init__(self, base_root: int, output_root: int, check: Check, progress: Progress) -> None:
         self._base_root = base_root
         self._output_root = output_root
         self._check = check
         self._progress = progress
-        # Where the walk is, and where the files with several names were copied to, by inode.
+        # The current path, and where each file with several names was copied to, by inode.
         self._path: list[str] = []
         self._copies: dict[int, str] = {}
-        self.result = Captured()
+        self.result = CaptureResult()
         self._copier = Copier(check, self.result.known, progress)
 
     def merge_root(self, upper: int, output: int) -> None:
         hidden = NOT_CAPTURED | MOUNT_POINTS.keys()
         self._merge(self._base_root, upper, output, 0, hidden)
         for name, mode in MOUNT_POINTS.items():
-            with _made(name, output) as directory:
+            with _create_directory(name, output) as directory:
                 os.fchmod(directory, mode)
                 os.utime(directory, ns=(0, 0))
         copy_metadata(upper, output)
@@ -133,7 +137,7 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
         self._check()
-        changed = [entry for entry in entries(upper) if entry.name not in hidden]
+        changed = [entry for entry in list_entries(upper) if entry.name not in hidden]
         if base is not None:
             self._link_all(base, output, depth, hidden | {entry.name for entry in changed})
         for entry in changed:
@@ -147,14 +151,14 @@ class _Walk:
         self, name: str, base_parent: int | None, upper: int, output: int, depth: int
     ) -> None:
         with (
-            opened(name, upper) as inner,
+            open_directory(name, upper) as inner,
             self._shown_through(name, inner, base_parent) as base,
-            _made(name, output) as made,
+            _create_directory(name, output) as created,
         ):
             self._path.append(name)
-            self._merge(base, inner, made, depth, frozenset())
+            self._merge(base, inner, created, depth, frozenset())
             self._path.pop()
-            copy_metadata(inner, made)
+            copy_metadata(inner, created)
 
     @contextmanager
     def _shown_through(self, name: str, inner: int, parent: int | None) -> Iterator[int | None]:
@@ -163,11 +167,11 @@ class _Walk:
         if _attribute(inner, OPAQUE) == b"y" or (redirect is None and parent is None):
             yield None
         elif redirect is not None and redirect.startswith(b"/"):
-            with _opened_below(self._base_root, os.fsdecode(redirect).split("/")[1:]) as found:
+            with _open_path(self._base_root, os.fsdecode(redirect).split("/")[1:]) as found:
                 yield found
         elif parent is not None:
             source = name if redirect is None else os.fsdecode(redirect)
-            with _opened_below(parent, [source]) as found:
+            with _open_path(parent, [source]) as found:
                 yield found
         else:
             yield None
@@ -176,15 +180,18 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
         self._check()
-        for entry in entries(base):
+        for entry in list_entries(base):
             name = entry.name
             if name in hidden:
                 continue
             self._check()
             if entry.is_dir(follow_symlinks=False):
-                with opened(name, base) as inner, _made(name, output) as made:
-                    self._link_all(inner, made, depth + 1, frozenset())
-                    copy_metadata(inner, made)
+                with (
+                    open_directory(name, base) as inner,
+                    _create_directory(name, output) as created,
+                ):
+                    self._link_all(inner, created, depth + 1, frozenset())
+                    copy_metadata(inner, created)
                 continue
             self._progress.files += 1
             try:
@@ -198,49 +205,49 @@ class _Walk:
     def _move(self, entry: os.DirEntry[str], upper: int, output: int) -> None:
         name, is_file = entry.name, entry.is_file(follow_symlinks=False)
         if not (is_file or entry.is_symlink()):
-            kind = status(name, upper)
+            kind = lstat(name, upper)
             if not stat.S_ISFIFO(kind.st_mode):
-                self.result.left_out += not _is_whiteout(kind)
+                self.result.omitted += not _is_whiteout(kind)
                 return
-        if self.here:
+        if self.same_filesystem:
             _strip_attributes(name, upper)
             os.rename(name, name, src_dir_fd=upper, dst_dir_fd=output)
         elif is_file:
-            descriptor = opened_file(name, upper)
+            descriptor = open_file(name, upper)
             try:
-                self._carry_over(name, os.fstat(descriptor), descriptor, upper, output)
+                self._copy_across(name, os.fstat(descriptor), descriptor, upper, output)
             finally:
                 os.close(descriptor)
         else:
-            self._carry_over(name, status(name, upper), None, upper, output)
+            self._copy_across(name, lstat(name, upper), None, upper, output)
         self.result.moved += 1
         self._progress.files += 1
 
-    def _carry_over(
+    def _copy_across(
         self, name: str, found: os.stat_result, descriptor: int | None, upper: int, output: int
     ) -> None:
-        """Copy to another file system; other names of what was copied become links.
+        """Copy to another file system; further names of a copied file become hard links.
 
-        ``descriptor`` is that of a regular file.
+        ``descriptor`` is None unless this is a regular file.
         """
-        if not self._linked_to_copy(found.st_ino, name, output):
+        if not self._link_to_copy(found.st_ino, name, output):
             if descriptor is None:
                 copy_special(name, upper, output, found)
             else:
                 self._copier.copy_file(descriptor, found, name, output)
             path = "/".join([*self._path, name]) if found.st_nlink > 1 else ""
-            # By a longer path the copy could not be found again: each name gets one of its own.
+            # link(2) cannot take a longer path, so each name then gets its own copy.
             if path and len(os.fsencode(path)) < _PATH_MAX:
                 self._copies[found.st_ino] = path
         if found.st_size > SMALL_BYTES:
             os.unlink(name, dir_fd=upper)
 
-    def _linked_to_copy(self, inode: int, name: str, output: int) -> bool:
+    def _link_to_copy(self, inode: int, name: str, output: int) -> bool:
         copy = self._copies.get(inode)
         if copy is None:
             return False
         try:
-            # Every directory on the way was made by this walk: none is a tenant's symlink.
+            # This walk created every directory on the path, so none is a tenant's symlink.
             os.link(
                 copy, name, src_dir_fd=self._output_root, dst_dir_fd=output, follow_symlinks=False
             )
@@ -252,14 +259,14 @@ class _Walk:
 
 
 @contextmanager
-def _made(name: str, parent: int) -> Iterator[int]:
+def _create_directory(name: str, parent: int) -> Iterator[int]:
     os.mkdir(name, mode=0o700, dir_fd=parent)
-    with opened(name, parent) as directory:
+    with open_directory(name, parent) as directory:
         yield directory
 
 
 @contextmanager
-def _opened_below(root: int, names: list[str]) -> Iterator[int | None]:
+def _open_path(root: int, names: list[str]) -> Iterator[int | None]:
     """Open a path below ``root`` one name at a time; None if any of it is not a directory."""
     with contextlib.ExitStack() as stack:
         found: int | None = root
@@ -267,7 +274,7 @@ def _opened_below(root: int, names: list[str]) -> Iterator[int | None]:
             if found is None or name in ("", ".", "..") or "/" in name:
                 found = None
                 break
-            found = stack.enter_context(opened_if_directory(name, found))
+            found = stack.enter_context(open_if_directory(name, found))
         yield found
 
 
@@ -286,5 +293,5 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
 
 def _strip_attributes(name: str, dir_fd: int) -> None:
     for attribute in attributes(name, dir_fd):
-        if not kept(attribute):
+        if not is_preserved(attribute):
             os.removexattr(child_path(name, dir_fd), attribute, follow_symlinks=False)

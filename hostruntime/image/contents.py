@@ -1,8 +1,8 @@
-"""What is installed in a finished tree: the package managers' own records, read and not run.
+"""List what is installed in a finished tree, by reading the package managers' own records.
 
-Everything in the tree may be a stranger's: directories are walked by descriptor and through no
-link, nothing but regular files is read, and of those a bounded part.  What is malformed is left
-out; of what is too much the first is kept and ``truncated`` set.
+Nothing in the tree is trusted or run: directories are walked by descriptor without following
+links, only regular files are read, and only a bounded part of each. Malformed records are skipped;
+if there are too many, the first are kept and ``truncated`` is set.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hostruntime.image.trees import Check, entries, go_on, is_directory, opened, opened_if_directory
+from hostruntime.image.trees import (
+    Check,
+    is_directory,
+    list_entries,
+    no_check,
+    open_directory,
+    open_if_directory,
+)
 
 MAX_PACKAGES = 5_000
 NAME_CHARACTERS = 200
 VERSION_CHARACTERS = 100
-# Looked at, whatever comes of it; and directories that one pattern leads to.
+# Limits on the records examined, valid or not, and on the directories that match one pattern.
 _MAX_CANDIDATES = 20_000
 _MAX_DIRECTORIES = 500
 _MAX_STATUS_BYTES = 32 * 1024 * 1024
@@ -32,8 +39,8 @@ _MAX_RECORD_BYTES = 256 * 1024
 Package = tuple[str, str]
 Candidates = Iterator[Package | None]
 
-# Where Python's packages are: the system's own, what `pip` installs for all and for root, and
-# virtual environments in the usual places. Our bases keep their CPython in usr/local.
+# Where Python packages live: the system's, those `pip` installs system-wide and for root, and
+# virtual environments in the usual places. Our bases have their CPython in usr/local.
 _PYTHON_HOMES = (
     *("usr", "usr/local", "opt/*", "opt/*/envs/*", "srv/*", "root/.local", "home/*/.local"),
     *("root/*", "home/*/*", "app/*", "venv", "root/.venv"),
@@ -41,7 +48,7 @@ _PYTHON_HOMES = (
 _SITE_DIRECTORIES = tuple(
     f"{home}/lib/python3*/{kind}-packages" for home in _PYTHON_HOMES for kind in ("site", "dist")
 )
-# `npm install --global`, of our node-22 and of Debian's npm.
+# `npm install --global`, in our node-22 and with Debian's npm.
 _NODE_DIRECTORIES = ("usr/local/lib/node_modules", "usr/lib/node_modules")
 
 
@@ -53,7 +60,7 @@ class Packages:
     truncated: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as events and ``contents.json`` have them."""
+        """Return the fields as written to events and ``contents.json``."""
         packages = {
             manager: [list(package) for package in found]
             for manager, found in self.installed.items()
@@ -61,29 +68,29 @@ class Packages:
         return {"packages": packages, "truncated": self.truncated}
 
 
-def installed_packages(tree: Path, check: Check = go_on) -> Packages:
-    """Read what is installed in ``tree``.  Raises OSError, and what ``check`` does."""
+def installed_packages(tree: Path, check: Check = no_check) -> Packages:
+    """List the packages in ``tree``. Raises OSError, and whatever ``check`` raises."""
     found: dict[str, tuple[Package, ...]] = {}
     truncated = False
-    with opened(tree) as root:
+    with open_directory(tree) as root:
         for manager, candidates in _MANAGERS.items():
-            found[manager], more = _collected(candidates(root), check)
+            found[manager], more = _collect(candidates(root), check)
             truncated = truncated or more
     return Packages(found, truncated)
 
 
-def _collected(candidates: Candidates, check: Check) -> tuple[tuple[Package, ...], bool]:
+def _collect(candidates: Candidates, check: Check) -> tuple[tuple[Package, ...], bool]:
     found: set[Package] = set()
     for seen, candidate in enumerate(candidates):
         check()
         if seen >= _MAX_CANDIDATES or len(found) >= MAX_PACKAGES:
-            return _sorted(found), True
+            return _sort_packages(found), True
         if candidate is not None:
             found.add(candidate)
-    return _sorted(found), False
+    return _sort_packages(found), False
 
 
-def _sorted(found: set[Package]) -> tuple[Package, ...]:
+def _sort_packages(found: set[Package]) -> tuple[Package, ...]:
     return tuple(sorted(found, key=lambda package: (package[0].lower(), package)))
 
 
@@ -93,7 +100,7 @@ def _sorted(found: set[Package]) -> tuple[Package, ...]:
 def _dpkg(root: int) -> Candidates:
     """The paragraphs of dpkg's status file (dpkg(1), deb-status)."""
     for directory in _directories(root, "var/lib/dpkg"):
-        text = _text("status", directory, _MAX_STATUS_BYTES)
+        text = _read_text("status", directory, _MAX_STATUS_BYTES)
         for paragraph in (text or "").split("\n\n"):
             fields = _fields(paragraph)
             if fields.get("status", "").endswith(" installed"):
@@ -101,31 +108,31 @@ def _dpkg(root: int) -> Candidates:
 
 
 def _pip(root: int) -> Candidates:
-    """Distributions as pip finds them (PyPA's "Recording installed projects", and its elders)."""
+    """Distributions as pip finds them (PyPA "Recording installed projects", older formats)."""
     for pattern in _SITE_DIRECTORIES:
         for directory in _directories(root, pattern):
-            for entry in _by_name(directory, "*.dist-info", "*.egg-info"):
+            for entry in _matching_entries(directory, "*.dist-info", "*.egg-info"):
                 yield _distribution(entry, directory)
 
 
 def _distribution(entry: os.DirEntry[str], directory: int) -> Package | None:
     if not is_directory(entry):
-        fields = _fields(_text(entry.name, directory, _MAX_RECORD_BYTES) or "")
+        fields = _fields(_read_text(entry.name, directory, _MAX_RECORD_BYTES) or "")
         return _package(fields.get("name"), fields.get("version"))
-    with opened_if_directory(entry.name, directory) as inner:
+    with open_if_directory(entry.name, directory) as inner:
         if inner is None:
             return None
         record = "METADATA" if entry.name.endswith(".dist-info") else "PKG-INFO"
-        fields = _fields(_text(record, inner, _MAX_RECORD_BYTES) or "")
+        fields = _fields(_read_text(record, inner, _MAX_RECORD_BYTES) or "")
         return _package(fields.get("name"), fields.get("version"))
 
 
 def _npm(root: int) -> Candidates:
-    """What is directly in npm's global node_modules, scoped packages included (npm-folders(5))."""
+    """Packages directly in npm's global node_modules, including scoped ones (npm-folders(5))."""
     for pattern in _NODE_DIRECTORIES:
         for where in (f"{pattern}/*", f"{pattern}/@*/*"):
             for directory in _directories(root, where, _MAX_CANDIDATES):
-                yield _node_package(_text("package.json", directory, _MAX_RECORD_BYTES * 4))
+                yield _node_package(_read_text("package.json", directory, _MAX_RECORD_BYTES * 4))
 
 
 def _node_package(text: str | None) -> Package | None:
@@ -147,17 +154,17 @@ _MANAGERS: Mapping[str, Callable[[int], Candidates]] = {"dpkg": _dpkg, "pip": _p
 def _package(name: object, version: object) -> Package | None:
     if not isinstance(name, str) or not isinstance(version, str):
         return None
-    cleaned = _clean(name, NAME_CHARACTERS), _clean(version, VERSION_CHARACTERS)
+    cleaned = _printable(name, NAME_CHARACTERS), _printable(version, VERSION_CHARACTERS)
     return cleaned if all(cleaned) else None
 
 
-def _clean(text: str, limit: int) -> str:
-    """As it can be shown: no control, formatting or undecodable characters, not without end."""
+def _printable(text: str, limit: int) -> str:
+    """Drop control, formatting and undecodable characters, and truncate."""
     return "".join(itertools.islice(filter(str.isprintable, text.strip()), limit))
 
 
 def _fields(paragraph: str) -> dict[str, str]:
-    """The header fields, names in lower case, of the first of each, up to an empty line."""
+    """Parse header fields up to an empty line: lower-case names, the first value of each."""
     fields: dict[str, str] = {}
     for line in paragraph.lstrip("\n").split("\n"):
         if not line.strip():
@@ -169,35 +176,35 @@ def _fields(paragraph: str) -> dict[str, str]:
 
 
 def _directories(root: int, pattern: str, limit: int = _MAX_DIRECTORIES) -> Iterator[int]:
-    """Descriptors of the directories that match, each open until the next one is asked for."""
-    yield from itertools.islice(_below(root, pattern.split("/")), limit)
+    """Yield descriptors of matching directories, each open until the next is requested."""
+    yield from itertools.islice(_walk_pattern(root, pattern.split("/")), limit)
 
 
-def _below(parent: int, parts: list[str]) -> Iterator[int]:
+def _walk_pattern(parent: int, parts: list[str]) -> Iterator[int]:
     if not parts:
         yield parent
         return
     names = [parts[0]]
     if "*" in parts[0]:
-        names = [entry.name for entry in _by_name(parent, parts[0]) if is_directory(entry)]
+        names = [entry.name for entry in _matching_entries(parent, parts[0]) if is_directory(entry)]
     for name in names[:_MAX_CANDIDATES]:
-        with opened_if_directory(name, parent) as found:
+        with open_if_directory(name, parent) as found:
             if found is not None:
-                yield from _below(found, parts[1:])
+                yield from _walk_pattern(found, parts[1:])
 
 
-def _by_name(directory: int, *patterns: str) -> list[os.DirEntry[str]]:
+def _matching_entries(directory: int, *patterns: str) -> list[os.DirEntry[str]]:
     found = (
         entry
-        for entry in entries(directory)
+        for entry in list_entries(directory)
         if any(fnmatchcase(entry.name, pattern) for pattern in patterns)
     )
     return sorted(found, key=lambda entry: os.fsencode(entry.name))
 
 
-def _text(name: str, directory: int, limit: int) -> str | None:
-    """The beginning of a regular file; None if it is anything else."""
-    with _opened_regular(name, directory) as descriptor:
+def _read_text(name: str, directory: int, limit: int) -> str | None:
+    """Return the beginning of a regular file; None if it is anything else."""
+    with _open_regular(name, directory) as descriptor:
         if descriptor is None:
             return None
         with open(descriptor, "rb", closefd=False) as file:
@@ -205,8 +212,8 @@ def _text(name: str, directory: int, limit: int) -> str | None:
 
 
 @contextmanager
-def _opened_regular(name: str, directory: int) -> Iterator[int | None]:
-    # Not blocking: a pipe of that name would wait for its other end.
+def _open_regular(name: str, directory: int) -> Iterator[int | None]:
+    # Non-blocking: opening a FIFO would wait for its writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(name, flags, dir_fd=directory)

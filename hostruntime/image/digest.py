@@ -1,21 +1,21 @@
-"""An image's digest: equal for trees that hold the same, whenever and wherever they were made.
+"""An image's digest: equal for trees with equal content, whenever and wherever they were built.
 
-``sha256:`` and the SHA-256, in hexadecimal, of a canonical listing.  It begins with the record
-``orkestr-image-1`` and the digest of the base (empty without one).  Then, directory by directory
-in the order of their names' bytes, comes a record for
+``sha256:`` and the SHA-256, in hexadecimal, of a canonical listing. The listing begins with the
+record ``orkestr-image-1`` and the digest of the base (empty without one). Then, directory by
+directory, sorted by the bytes of the names, follows a record for
 
-* every entry that is not the base's own entry of that path (the same inode): ``+``, path, type
+* every entry that is not the base's entry of that path (the same inode): ``+``, path, type
   (``d f l p`` for directory, file, link, pipe), permission bits (octal), uid, gid, size (0 for a
   directory), content, and each extended attribute's name and value (hexadecimal);
-* every path of the base that is gone: ``-`` and the path.
+* every path that was deleted from the base: ``-`` and the path.
 
-A record is its fields, each ended by NUL, and a newline.  The content of a link is its target, of
-a file the SHA-256 (hexadecimal) of each of its 64 KiB blocks that is not all zero, in order, its
-offset before it (8 bytes, big-endian): what is a hole costs nothing and counts as zeros.
+A record is its fields, each terminated by NUL, and a newline. The content of a link is its target;
+that of a file is the SHA-256 (hexadecimal) of each of its 64 KiB blocks that is not all zero, in
+order, each preceded by its offset (8 bytes, big-endian): a hole costs nothing and counts as zeros.
 
-Times and inode numbers count for nothing, nor which names are one file.  Files that are still the
-base's are not even looked at, so a digest costs what the image's own files do; and of those that a
-capture has just written it already knows what they hold (:mod:`hostruntime.image.known_contents`).
+Times, inode numbers and hard links between names do not count. Files shared with the base are
+skipped, so the cost of a digest depends on the image's own files only; and files that a capture
+has just written are not read again (:mod:`hostruntime.image.content_hash`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hostruntime.host.progress import Progress
-from hostruntime.image.known_contents import BLOCK, ContentHash, KnownContents
+from hostruntime.image.content_hash import BLOCK, ContentHash, ContentHashCache
 from hostruntime.image.sparse import data_extents
 from hostruntime.image.trees import (
     MAX_DEPTH,
@@ -37,17 +37,17 @@ from hostruntime.image.trees import (
     TreeTooDeep,
     attributes,
     child_path,
-    entries,
-    go_on,
     is_directory,
-    opened,
-    opened_if_directory,
-    status,
+    list_entries,
+    lstat,
+    no_check,
+    open_directory,
+    open_if_directory,
 )
 
 VERSION = "orkestr-image-1"
-_READ = 16 * BLOCK
-_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_READ_SIZE = 16 * BLOCK
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TYPES = {stat.S_IFDIR: b"d", stat.S_IFREG: b"f", stat.S_IFLNK: b"l", stat.S_IFIFO: b"p"}
 
 
@@ -55,38 +55,37 @@ def image_digest(
     tree: Path,
     base: Path | None = None,
     base_digest: str = "",
-    check: Check = go_on,
+    check: Check = no_check,
     *,
-    known: KnownContents | None = None,
+    known: ContentHashCache | None = None,
     progress: Progress | None = None,
     linked: dict[int, bytes] | None = None,
     only: Collection[str] | None = None,
 ) -> str:
-    """The digest of ``tree``, which was made over ``base``, whose digest is ``base_digest``.
+    """Compute the digest of ``tree``, built over ``base``, whose digest is ``base_digest``.
 
-    What is ``known`` of the tree's files is not read again.  ``progress`` counts the names that
-    are looked at, and their bytes.  ``linked``, given again with other trees that share files with
-    this one, keeps what those hold, by inode; nothing may write to them meanwhile.  With
-    ``only``, no other names in the tree itself count.  Raises TreeTooDeep, OSError, and what
-    ``check`` does.
+    Files whose hash is ``known`` are not read again. ``progress`` counts the names visited and
+    their bytes. ``linked`` caches content by inode; pass it again for other trees that share files
+    with this one, provided nothing writes to them meanwhile. With ``only``, other names at the
+    top level are ignored. Raises TreeTooDeep, OSError, and whatever ``check`` raises.
     """
     with ExitStack() as stack:
-        root = stack.enter_context(opened(tree))
-        below = stack.enter_context(opened(base)) if base is not None else None
-        listing = _Listing(check, known or KnownContents(), progress or Progress(), linked)
-        listing.record([VERSION.encode(), base_digest.encode()])
-        listing.entry(b"/", ".", root)
+        root = stack.enter_context(open_directory(tree))
+        below = stack.enter_context(open_directory(base)) if base is not None else None
+        listing = _Listing(check, known or ContentHashCache(), progress or Progress(), linked)
+        listing.add_record([VERSION.encode(), base_digest.encode()])
+        listing.add_entry(b"/", ".", root)
         listing.visit(root, below, b"", 0, only)
     return listing.digest()
 
 
 class _Listing:
-    """The records written so far, as their hash."""
+    """A running hash of the listing's records."""
 
     def __init__(
         self,
         check: Check,
-        known: KnownContents,
+        known: ContentHashCache,
         progress: Progress,
         linked: dict[int, bytes] | None,
     ) -> None:
@@ -94,13 +93,13 @@ class _Listing:
         self._known = known
         self._progress = progress
         self._hash = hashlib.sha256()
-        # Of files with several names, so that each is read once.
+        # Content of files with several names, so that each is read once.
         self._contents = {} if linked is None else linked
 
     def digest(self) -> str:
         return f"sha256:{self._hash.hexdigest()}"
 
-    def record(self, fields: Iterable[bytes]) -> None:
+    def add_record(self, fields: Iterable[bytes]) -> None:
         self._hash.update(b"\0".join([*fields, b"\n"]))
 
     def visit(
@@ -113,29 +112,31 @@ class _Listing:
     ) -> None:
         if depth > MAX_DEPTH:
             raise TreeTooDeep
-        old = {} if base is None else {entry.name: entry for entry in entries(base)}
-        new = {entry.name: entry for entry in entries(tree) if only is None or entry.name in only}
+        old = {} if base is None else {entry.name: entry for entry in list_entries(base)}
+        new = {
+            entry.name: entry for entry in list_entries(tree) if only is None or entry.name in only
+        }
         for name in sorted(old.keys() | new.keys(), key=os.fsencode):
             self._check()
-            there = path + b"/" + os.fsencode(name)
+            child = path + b"/" + os.fsencode(name)
             if name not in new:
-                self.record([b"-", there])
+                self.add_record([b"-", child])
             elif is_directory(new[name]):
-                self.entry(there, name, tree)
-                self._enter(name, tree, base, there, depth + 1)
+                self.add_entry(child, name, tree)
+                self._enter(name, tree, base, child, depth + 1)
             elif name not in old or old[name].inode() != new[name].inode():
-                self.entry(there, name, tree)
+                self.add_entry(child, name, tree)
 
     def _enter(self, name: str, tree: int, base: int | None, path: bytes, depth: int) -> None:
         with ExitStack() as stack:
-            inner = stack.enter_context(opened(name, tree))
+            inner = stack.enter_context(open_directory(name, tree))
             below = None
             if base is not None:
-                below = stack.enter_context(opened_if_directory(name, base))
+                below = stack.enter_context(open_if_directory(name, base))
             self.visit(inner, below, path, depth)
 
-    def entry(self, path: bytes, name: str, dir_fd: int) -> None:
-        found = status(name, dir_fd)
+    def add_entry(self, path: bytes, name: str, dir_fd: int) -> None:
+        found = lstat(name, dir_fd)
         mode, size = found.st_mode, found.st_size
         kind = _TYPES.get(stat.S_IFMT(mode), b"?")
         if kind == b"d":
@@ -145,13 +146,13 @@ class _Listing:
             self._progress.bytes += size
         numbers = b"%o\0%d\0%d\0%d" % (stat.S_IMODE(mode), found.st_uid, found.st_gid, size)
         fields = [b"+", path, kind, numbers]
-        known = self._known.digest_of(found)
+        known = self._known.lookup(found)
         if known is not None:
             fields.append(known.hex().encode())
         else:
             fields.append(self._content(name, dir_fd, found))
             fields += _attribute_fields(name, dir_fd)
-        self.record(fields)
+        self.add_record(fields)
 
     def _content(self, name: str, dir_fd: int, found: os.stat_result) -> bytes:
         if stat.S_ISLNK(found.st_mode):
@@ -167,15 +168,15 @@ class _Listing:
 
     def _read(self, name: str, dir_fd: int, size: int) -> bytes:
         content = ContentHash()
-        descriptor = os.open(name, _READING, dir_fd=dir_fd)
+        descriptor = os.open(name, _READ_FLAGS, dir_fd=dir_fd)
         try:
             done = 0
             for start, end in [(0, size)] if size <= BLOCK else data_extents(descriptor):
                 done = max(done, start - start % BLOCK)
                 while done < end:
                     self._check()
-                    want = min(_READ, end - done)
-                    data = os.pread(descriptor, want + -want % BLOCK, done)
+                    length = min(_READ_SIZE, end - done)
+                    data = os.pread(descriptor, length + -length % BLOCK, done)
                     if not data:
                         break
                     content.add(data, done)

@@ -1,16 +1,16 @@
-"""What is set aside instead of being deleted: out of use at once, and kept for days.
+"""Quarantine: files taken out of use immediately, but kept for days instead of being deleted.
 
-Two kinds of things come here, each by one rename on the same file system::
+Each item is moved here by one rename on the same file system::
 
-    quarantine/<kind>.<name>/why.json    what it was, when and why it was set aside
+    quarantine/<kind>.<name>/why.json    what it was, when and why it was quarantined
     quarantine/<kind>.<name>/content     the directory or file itself
 
-What *nobody names*: an image or a snapshot that no row of the console's database knows.  The
-database may be an older one, or another's, and then it would be the only copy of somebody's work.
-What is *damaged*: something whose record cannot be believed (:mod:`hostruntime.host.records`).
+An item is *unknown* if it is an image or a snapshot that no row of the console's database names.
+The database may be an older one, or a different one, so this may be the only copy of someone's
+work. It is *damaged* if its record is invalid (:mod:`hostruntime.host.records`).
 
-Both can be put back (:meth:`Quarantine.take`, then a rename) until :meth:`Quarantine.purge` deletes
-them for good.
+Both can be restored (rename :meth:`Quarantine.content_path`) until :meth:`Quarantine.purge` deletes
+them permanently.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hostruntime.wire.reconciliation import QuarantinedItemInfo
 
 DEFAULT_DAYS = 7.0
 _DAY = 86_400.0
-_WHY, _CONTENT = "why.json", "content"
+_RECORD, _CONTENT = "why.json", "content"
 _KEY = re.compile(r"[a-z]+\.[A-Za-z0-9][A-Za-z0-9._@~-]{0,199}", re.ASCII)
 _log = logging.getLogger(__name__)
 
@@ -44,31 +44,31 @@ Reason = Literal["unknown", "damaged"]
 
 
 @dataclass(frozen=True)
-class Held(QuarantinedItemInfo):
-    """One thing in quarantine, of a kind and for a reason that are known here."""
+class QuarantinedItem(QuarantinedItemInfo):
+    """An item in quarantine, with its kind and reason validated."""
 
     kind: Kind
     reason: Reason
 
 
-_HELD = TypeAdapter(Held)
-Things = list[Held]
+_ITEM = TypeAdapter(QuarantinedItem)
+Items = list[QuarantinedItem]
 Entries = list[Path]
 
 
-def keep_days(environment: Mapping[str, str] = os.environ) -> float:
-    """For how many days things stay: ``ORKESTR_QUARANTINE_DAYS``, or a week.
+def retention_days(environment: Mapping[str, str] = os.environ) -> float:
+    """Return how many days items are kept: ``ORKESTR_QUARANTINE_DAYS``, by default 7.
 
-    Raises InvalidRequest for what is no number of days.
+    Raises InvalidRequest if the variable is not a valid number of days.
     """
-    named = environment.get("ORKESTR_QUARANTINE_DAYS", "").strip()
+    setting = environment.get("ORKESTR_QUARANTINE_DAYS", "").strip()
     try:
-        days = float(named) if named else DEFAULT_DAYS
+        days = float(setting) if setting else DEFAULT_DAYS
         if not 1 <= days <= 36_500:
             raise ValueError
     except ValueError:
         raise InvalidRequest(
-            f"ORKESTR_QUARANTINE_DAYS takes a number of days, 1 or more, not {named[:50]!r}."
+            f"ORKESTR_QUARANTINE_DAYS takes a number of days, 1 or more, not {setting[:50]!r}."
         ) from None
     return days
 
@@ -82,78 +82,78 @@ class Quarantine:
 
     def add(
         self, path: Path, kind: Kind, reason: Reason, detail: str, size_bytes: int | None = None
-    ) -> Held:
-        """Move ``path`` here; nothing of that name is left when this returns.
+    ) -> QuarantinedItem:
+        """Move ``path`` into quarantine.
 
-        Raises OSError (EBUSY when something is mounted inside, FileNotFoundError when it is gone).
+        Raises OSError (EBUSY if something is mounted inside, FileNotFoundError if it is missing).
         """
         key = f"{kind}.{path.name}"
         if _KEY.fullmatch(key) is None:
             key = f"{kind}.odd~{time.time_ns()}"
         elif os.path.lexists(self._root / key):
             key = f"{key}~{time.time_ns()}"
-        held = Held(key, kind, path.name, reason, detail, time.time(), size_bytes)
+        item = QuarantinedItem(key, kind, path.name, reason, detail, time.time(), size_bytes)
         entry = self._root / key
         try:
             entry.mkdir(mode=0o700)
-            write_json(entry / _WHY, asdict(held), durable=True)
+            write_json(entry / _RECORD, asdict(item), durable=True)
             path.rename(entry / _CONTENT)
         except OSError:
             self._trash.discard(entry)
             raise
         kernel.fsync(path.parent)
         kernel.fsync(self._root)
-        _log.error("%s %s was set aside, not deleted: %s", kind, path.name, detail)
-        return held
+        _log.error("%s %s was quarantined: %s", kind, path.name, detail)
+        return item
 
     def add_damaged(self, path: Path, kind: Kind, detail: str) -> None:
-        """:meth:`add` what cannot be believed; where that fails (a full disk) it stays, unused.
+        """:meth:`add` something damaged; if that fails (a full disk), leave it in place, unused.
 
-        It must keep nobody from serving the rest.
+        A failure is only logged, so that the rest can still be served.
         """
         try:
             self.add(path, kind, "damaged", detail)
         except OSError as error:
-            _log.error("%s is left where it is, and not used: %s (%s)", path, detail, error)
+            _log.error("%s could not be quarantined, and is ignored: %s (%s)", path, detail, error)
 
-    def list(self) -> Things:
-        """Everything here, the oldest first."""
-        found = [held for entry in self._entries() if (held := _held(entry)) is not None]
-        return sorted(found, key=lambda held: held.at)
+    def list(self) -> Items:
+        """Return all items, the oldest first."""
+        found = [item for entry in self._entries() if (item := _read_entry(entry)) is not None]
+        return sorted(found, key=lambda item: item.at)
 
-    def get(self, key: str) -> Held:
-        """One thing; raises NotFound."""
+    def get(self, key: str) -> QuarantinedItem:
+        """Return one item.  Raises NotFound, InvalidRequest."""
         entry = self._entry(key)
-        held = _held(entry) if entry.is_dir() else None
-        if held is None:
+        item = _read_entry(entry) if entry.is_dir() else None
+        if item is None:
             raise NotFound(f"There is nothing called {key[:100]!r} in quarantine.")
-        return held
+        return item
 
-    def content(self, held: Held) -> Path:
-        """Where it is now: what is renamed away from there has been taken out."""
-        return self._root / held.key / _CONTENT
+    def content_path(self, item: QuarantinedItem) -> Path:
+        """Return where the item is now; rename it from there to take it out of quarantine."""
+        return self._root / item.key / _CONTENT
 
-    def forget(self, held: Held) -> None:
-        """Drop what is left of an entry whose content was taken out."""
-        self._trash.discard(self._root / held.key)
+    def remove_entry(self, item: QuarantinedItem) -> None:
+        """Remove the entry of an item whose content was taken out."""
+        self._trash.discard(self._root / item.key)
 
     def delete(self, key: str) -> None:
-        """Delete one thing for good; what is not here is fine.  Raises InvalidRequest, OSError."""
+        """Delete an item permanently; idempotent.  Raises InvalidRequest, OSError."""
         entry = self._entry(key)
         if entry.is_dir():
             _log.warning("%s is deleted from quarantine", key)
         self._trash.discard(entry)
 
-    def purge(self, days: float) -> Things:
-        """Delete what has been here for longer; return it."""
+    def purge(self, days: float) -> Items:
+        """Delete items older than ``days``; return them."""
         oldest = time.time() - days * _DAY
-        old = [held for held in self.list() if held.at < oldest]
-        for held in old:
-            self.delete(held.key)
+        old = [item for item in self.list() if item.at < oldest]
+        for item in old:
+            self.delete(item.key)
         return old
 
     def recover(self) -> None:
-        """The pass at start: drop entries that a killed agent left without their content."""
+        """Drop entries that a killed agent left without content; called at start."""
         for entry in self._entries():
             if not os.path.lexists(entry / _CONTENT):
                 self._trash.discard(entry)
@@ -167,21 +167,21 @@ class Quarantine:
         return self._root / key
 
 
-def _held(entry: Path) -> Held | None:
-    """What an entry says it is; of one whose own record is bad, what can be seen."""
+def _read_entry(entry: Path) -> QuarantinedItem | None:
+    """Read an entry's record; if that is damaged, build the item from the entry's name."""
     if not os.path.lexists(entry / _CONTENT):
         return None
     try:
-        held = read_record(entry / _WHY, _HELD)
+        item = read_record(entry / _RECORD, _ITEM)
     except BadRecord:
-        held = None
-    if held is not None and held.key == entry.name:
-        return held
+        item = None
+    if item is not None and item.key == entry.name:
+        return item
     kind, _, name = entry.name.partition(".")
     seen: dict[str, Any] = {"key": entry.name, "kind": kind, "name": name, "reason": "damaged"}
     try:
-        return _HELD.validate_python(
-            {**seen, "detail": "its own record is gone", "at": entry.stat().st_mtime}
+        return _ITEM.validate_python(
+            {**seen, "detail": "its own record is missing", "at": entry.stat().st_mtime}
         )
     except (ValueError, OSError):
         return None

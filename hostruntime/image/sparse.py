@@ -1,4 +1,4 @@
-"""Copying files within the kernel, holes as holes: what is not there takes no time and no disk."""
+"""Copy files within the kernel and preserve holes, which take neither time nor disk space."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Iterator
 
 _FICLONE = 0x40049409  # include/uapi/linux/fs.h
-_PIECE = 16 * 1024 * 1024
+_CHUNK_BYTES = 16 * 1024 * 1024
 
 
 def data_extents(descriptor: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data, as (start, end) offsets; holes are left out (lseek(2))."""
+    """Yield the (start, end) offsets of a file's data, skipping holes (lseek(2))."""
     end = 0
     while True:
         try:
@@ -27,9 +27,9 @@ def data_extents(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:
-    """Copy the bytes from ``start`` to ``end`` to the same place, within the kernel.
+    """Copy the bytes from ``start`` to ``end`` to the same offsets, within the kernel.
 
-    By sendfile(2): copy_file_range(2) refuses to go from one file system to another.
+    Uses sendfile(2): copy_file_range(2) refuses to copy across file systems.
     """
     os.lseek(target, start, os.SEEK_SET)
     while start < end:
@@ -39,17 +39,17 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
         start += sent
 
 
-def copy_whole(source: int, target: int, check: Callable[[], None]) -> None:
-    """Make the empty file ``target`` a copy of ``source``; ``check`` may end it by raising.
+def clone_or_copy(source: int, target: int, check: Callable[[], None]) -> None:
+    """Make the empty file ``target`` a copy of ``source``; ``check`` may raise to abort.
 
-    Where the file system can, the two share their blocks until one is written to (FICLONE in
-    ioctl_ficlonerange(2)), which takes no time.
+    If the file system supports it, the two share their blocks until one is written to (FICLONE,
+    ioctl_ficlonerange(2)), which is instant.
     """
     with contextlib.suppress(OSError):
         fcntl.ioctl(target, _FICLONE, source)
         return
     os.ftruncate(target, os.fstat(source).st_size)
     for start, end in data_extents(source):
-        for offset in range(start, end, _PIECE):
+        for offset in range(start, end, _CHUNK_BYTES):
             check()
-            copy_range(source, target, offset, min(offset + _PIECE, end))
+            copy_range(source, target, offset, min(offset + _CHUNK_BYTES, end))

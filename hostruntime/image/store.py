@@ -1,24 +1,24 @@
-"""The image store: immutable root trees, named, published whole and deleted when unused.
+"""The image store: named, immutable root trees, published atomically and deleted when unused.
 
 On disk, under ``images/``::
 
     img_01J…/                 a template's image
       tree/                   the root tree
       image.json              the manifest, readable JSON
-      contents.json           its digest and packages, as the build's event said
-      inodes                  what it holds, by inode (holdings.py)
-      digest                  the digest of an image that was made without, once asked for
+      contents.json           its digest and packages, as in the build's event
+      inodes                  its inode record (inode_record.py)
+      digest                  the digest of an image built without one, once requested
       users/<user>            an empty file for each sandbox or build that runs on it
-      condemned               there once it has been deleted while in use
-      kept                    there once it was put back from quarantine, until a row names it
+      condemned               marks an image deleted while in use
+      kept                    marks an image restored from quarantine, until a row names it
     debian-12 -> debian-12@1732…   a base: a link to its current generation
     debian-12@1732…/          the same layout
 
-A base can be made anew under its name while sandboxes run on the old one; the link is what
-publishing replaces.  An image that is deleted while in use stays on disk, unseen, until its last
-user has gone.  Everything is on disk, so it all holds when the agent starts again.
+A base can be rebuilt under its name while sandboxes run on the old one; publishing replaces the
+link. An image that is deleted while in use stays on disk, hidden, until its last user releases it.
+All state is on disk, so it survives a restart of the agent.
 
-An image that nobody names, and one whose manifest cannot be believed, are not deleted but set aside
+An image that no row names, or whose manifest is invalid, is quarantined instead of deleted
 (:mod:`hostruntime.image.quarantine`).
 """
 
@@ -44,26 +44,26 @@ from hostruntime.host.paths import StatePaths, write_atomically
 from hostruntime.host.patience import scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.digest import image_digest
-from hostruntime.image.holdings import Holdings, reclaimable_bytes, write_holdings
-from hostruntime.image.quarantine import Held, Quarantine
+from hostruntime.image.inode_record import InodeRecord, reclaimable_bytes, write_inode_record
+from hostruntime.image.quarantine import Quarantine, QuarantinedItem
 from hostruntime.image.trash import Trash
-from hostruntime.image.trees import Check, Inventory, Measure, go_on, measure
+from hostruntime.image.trees import Check, Inventory, TreeSize, measure, no_check
 from hostruntime.wire.images import ImageInfo
 
 __all__ = ["Image", "ImageManifest", "ImageStore", "read_image"]
 
-# Names that clients still use for an image that has another name now.
+# Former names of images that clients still use.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}
 RECONCILE_AGE_SECONDS = scaled(600.0)
-# So many are set aside in one pass without an operator's word.
-RECONCILE_MOST = 3
+# At most this many are quarantined in one pass without an operator's consent.
+RECONCILE_LIMIT = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _RECORD = "image.json"
-_CONDEMNED, _KEPT = "condemned", "kept"
-CONTENTS = "contents.json"
+_DELETED_MARKER, _RESTORED_MARKER = "condemned", "kept"
+CONTENTS_FILE = "contents.json"
 _DIGEST = "digest"
-# To read the records of all images between two deletions of one.
+# Attempts at reading the records of all images without one being deleted meanwhile.
 _ATTEMPTS = 5
 Directories = list[Path]
 Ids = list[str]
@@ -72,12 +72,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageManifest:
-    """What is known of an image.  Sizes are bytes of disk; ``created_at`` is Unix seconds.
+    """An image's metadata. Sizes are bytes of disk; ``created_at`` is Unix seconds.
 
     ``shared_bytes`` is the part of ``size_bytes`` that was hard-linked from ``base`` when the
-    image was made.  ``definition`` identifies the recipe of a built-in base, ``digest`` what is in
-    the tree (:mod:`hostruntime.image.digest`), ``env`` what its commands begin
-    with (:mod:`hostruntime.image.environment`).
+    image was built. ``definition`` identifies the recipe of a built-in base, ``digest`` the content
+    of the tree (:mod:`hostruntime.image.digest`), ``env`` is its commands' environment
+    (:mod:`hostruntime.image.environment`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -95,17 +95,17 @@ class ImageManifest:
     env: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is written to disk."""
+        """Return the manifest as written to disk."""
         return asdict(self)
 
     def info(self) -> ImageInfo:
-        """What clients are told of it."""
+        """Return the part that clients see."""
         return ImageInfo(**{item.name: getattr(self, item.name) for item in fields(ImageInfo)})
 
 
 @dataclass(frozen=True)
 class Image:
-    """A published image; ``tree`` stays where it is for as long as the image has a user."""
+    """A published image; ``tree`` stays in place as long as the image has a user."""
 
     id: str
     tree: Path
@@ -116,7 +116,7 @@ _MANIFEST = TypeAdapter(ImageManifest)
 
 
 class ImageRevokedError(HostError):
-    """Whoever was to publish this image has been ended meanwhile: it must not appear any more."""
+    """The build of this image was stopped meanwhile, so the image must not be published."""
 
     code = "image_revoked"
     status = 409
@@ -128,20 +128,20 @@ class ImageStore:
     def __init__(self, paths: StatePaths, trash: Trash | None = None) -> None:
         self._paths = paths
         self._lock = threading.RLock()
-        self._digesting = threading.Lock()
-        # What images give back, as long as there are exactly these directories.
-        self._usage: tuple[frozenset[str], dict[str, Measure]] = frozenset(), {}
+        self._digest_lock = threading.Lock()
+        # Usage of images, valid as long as exactly these directories exist.
+        self._usage: tuple[frozenset[str], dict[str, TreeSize]] = frozenset(), {}
         self._revoked: set[str] = set()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self.trash = trash or Trash(paths)
         self.quarantine = Quarantine(paths, self.trash)
 
     # Reading ------------------------------------------------------------------------------
 
     def get(self, image_id: str) -> Image:
-        """The image of that id or alias; raises ImageNotFound, also once it has been deleted.
+        """Return the image of that id or alias.
 
-        Raises BadRecord for one whose manifest cannot be believed.
+        Raises ImageNotFound, also once it has been deleted; BadRecord if its manifest is invalid.
         """
         directory = self._current(image_id)
         if directory is None:
@@ -156,82 +156,83 @@ class ImageStore:
         return self._current(image_id) is not None
 
     def list(self) -> list[Image]:
-        """Every image that can be booted, oldest first; one that is damaged is left out."""
+        """Return every image that can be booted, oldest first; damaged ones are skipped."""
         names = [entry.name for entry in self._paths.images.iterdir() if "@" not in entry.name]
         found = []
         for name in names:
             try:
                 found.append(self.get(name))
             except ImageNotFound:
-                continue  # Deleted while we look.
+                continue  # Deleted meanwhile.
             except BadRecord as error:
-                if name not in self._said:
-                    self._said.add(name)
-                    _log.error("image %s is left out: %s", name, error)
+                if name not in self._reported:
+                    self._reported.add(name)
+                    _log.error("skipping image %s: %s", name, error)
         return sorted(found, key=lambda image: image.manifest.created_at)
 
     def users(self, image_id: str) -> set[str]:
-        """Who runs on the image, its retired generations and a deleted image included."""
+        """Return the image's users, including those of retired generations and deleted images."""
         return {
             user.name
             for directory in self._generations(_resolve(image_id))
             for user in _users(directory)
         }
 
-    def usage(self, image_id: str) -> Measure:
-        """The image's sizes; its ``shared_bytes`` are shared with any other image there is now.
+    def usage(self, image_id: str) -> TreeSize:
+        """Return the image's sizes; ``shared_bytes`` are those shared with any current image.
 
-        ``size_bytes - shared_bytes`` is what deleting it frees.  Slow (it reads every inode) for
-        an image that was made before records were kept, and for one whose base has gone while
-        there are such.
+        ``size_bytes - shared_bytes`` is what deleting it frees. Slow (it reads every inode) for an
+        image built before inode records existed, and for one whose base was deleted while
+        such images exist.
         """
         for _ in range(_ATTEMPTS):
             image, names = self.get(image_id), self._directories()
-            kept = self._usage
-            if kept[0] != names:
-                kept = self._usage = names, {}
+            cached = self._usage
+            if cached[0] != names:
+                cached = self._usage = names, {}
             directory = image.tree.parent
             with contextlib.suppress(FileNotFoundError):  # Some image was deleted meanwhile.
-                if directory.name not in kept[1]:
-                    freed = self._freed_with(directory, names)
+                if directory.name not in cached[1]:
+                    freed = self._reclaimable(directory, names)
                     if freed is None:
                         break
                     size = image.manifest.size_bytes
-                    found = Measure(size, image.manifest.file_count, size - freed)
-                    kept[1][directory.name] = found
-                return kept[1][directory.name]
+                    found = TreeSize(size, image.manifest.file_count, size - freed)
+                    cached[1][directory.name] = found
+                return cached[1][directory.name]
         return measure(self.get(image_id).tree)
 
-    def _freed_with(self, directory: Path, names: Collection[str]) -> int | None:
-        holdings = Holdings.of(directory)
-        if holdings is None:
+    def _reclaimable(self, directory: Path, names: Collection[str]) -> int | None:
+        record = InodeRecord.read(directory)
+        if record is None:
             return None
-        return reclaimable_bytes(holdings, [self._paths.images / name for name in names])
+        return reclaimable_bytes(record, [self._paths.images / name for name in names])
 
     def _directories(self) -> frozenset[str]:
         with os.scandir(self._paths.images) as scan:
             return frozenset(entry.name for entry in scan if not entry.is_symlink())
 
-    def keep_holdings(self, staged: Path, below: Image | None, found: Inventory) -> None:
-        """Write down what the image in ``staged`` was found to hold.  Raises OSError."""
-        write_holdings(staged, below.tree.parent if below is not None else None, found)
+    def record_inodes(self, staged: Path, below: Image | None, found: Inventory) -> None:
+        """Record the inodes ``found`` in the image in ``staged``.  Raises OSError."""
+        write_inode_record(staged, below.tree.parent if below is not None else None, found)
 
-    def digest(self, image: Image, check: Check = go_on) -> str:
-        """The image's digest; that of one made without is computed the first time, and kept.
+    def digest(self, image: Image, check: Check = no_check) -> str:
+        """Return the image's digest; for an image built without one, compute and store it.
 
-        It is then that of a tree without a base: which one it was made over is not known for sure
-        any more.  Slow then.  The image must be in use.  Raises OSError, and what ``check`` does.
+        That is slow, and the digest is that of a tree without a base, as the base it was built
+        over is no longer known for sure. The image must be in use. Raises OSError, and whatever
+        ``check`` raises.
         """
         if image.manifest.digest is not None:
             return image.manifest.digest
-        kept = image.tree.parent / _DIGEST
-        with self._digesting:
+        cached = image.tree.parent / _DIGEST
+        with self._digest_lock:
             with contextlib.suppress(OSError):
-                found = kept.read_text(errors="replace")
+                found = cached.read_text(errors="replace")
                 if _SHA256.fullmatch(found):
                     return found
             digest = image_digest(image.tree, check=check)
-            write_atomically(kept, digest.encode())
+            write_atomically(cached, digest.encode())
             return digest
 
     # Using --------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class ImageStore:
     def acquire(self, image_id: str, user: str) -> Image:
         """Keep the image's tree on disk until ``user`` releases it; idempotent.
 
-        Raises ImageNotFound; InvalidRequest for a user that is no plain name.
+        Raises ImageNotFound; InvalidRequest if the user is not a valid name.
         """
         check_name(user)
         with self._lock:
@@ -250,9 +251,9 @@ class ImageStore:
         return image
 
     def share(self, image_id: str, holder: str, user: str) -> Image:
-        """As :meth:`acquire`, of the very tree that ``holder`` uses; it may have been deleted.
+        """Like :meth:`acquire`, for the same tree that ``holder`` uses, even if it was deleted.
 
-        Raises ImageNotFound when the holder uses none.
+        Raises ImageNotFound if the holder uses none.
         """
         check_name(user)
         with self._lock:
@@ -263,7 +264,7 @@ class ImageStore:
         raise ImageNotFound(f"{holder} does not use the image {image_id!r} any more.")
 
     def release(self, image_id: str, user: str) -> None:
-        """End ``user``'s use; an image or generation nobody can boot any more is then removed."""
+        """End ``user``'s use; removes an unused image or generation that can't be booted."""
         check_name(user)
         with self._lock:
             for directory in self._generations(_resolve(image_id)):
@@ -272,34 +273,34 @@ class ImageStore:
                 self._remove_if_unused(directory)
 
     def release_all(self, user: str) -> None:
-        """:meth:`release` of whatever image ``user`` uses."""
-        for mark in self._paths.images.glob(f"*/users/{check_name(user)}"):
-            self.release(mark.parents[1].name.partition("@")[0], user)
+        """:meth:`release` every image that ``user`` uses."""
+        for marker in self._paths.images.glob(f"*/users/{check_name(user)}"):
+            self.release(marker.parents[1].name.partition("@")[0], user)
 
-    # Making and deleting ------------------------------------------------------------------
+    # Creating and deleting ----------------------------------------------------------------
 
-    def staging(self, image_id: str) -> Path:
-        """An empty directory to make ``tree`` in, on the store's filesystem."""
+    def create_staging(self, image_id: str) -> Path:
+        """Create an empty directory to build ``tree`` in, on the store's file system."""
         directory = self.staging_path(image_id)
         self.trash.discard(directory)
         directory.mkdir(mode=0o700)
         return directory
 
     def staging_path(self, image_id: str) -> Path:
-        """Where :meth:`staging` puts the directory of that id."""
+        """Return the directory that :meth:`create_staging` creates for that id."""
         check_name(image_id)
         return self._paths.staging / image_id
 
     def flush(self) -> None:
-        """Write to disk what has been staged, without publishing it.  Raises OSError."""
+        """Flush everything staged to disk, without publishing it.  Raises OSError."""
         kernel.syncfs(self._paths.staging)
 
     def publish(self, staged: Path, manifest: ImageManifest, *, flushed: bool = False) -> Image:
-        """Make the image in ``staged`` (a directory with ``tree``) visible, whole, by one rename.
+        """Publish the image in ``staged`` (a directory with ``tree``) atomically, by one rename.
 
-        A base replaces the generation there was.  ``flushed`` says that :meth:`flush` has been
-        called on the tree.  Raises Conflict if a template image of that id exists;
-        ImageRevokedError after :meth:`revoke`; OSError.  On any failure ``staged`` is still there.
+        A base replaces its previous generation. ``flushed`` means :meth:`flush` was called after
+        the tree was written. Raises Conflict if a template image of that id exists;
+        ImageRevokedError after :meth:`revoke`; OSError. On failure ``staged`` remains.
         """
         check_name(manifest.id)
         write_atomically(
@@ -312,7 +313,7 @@ class ImageStore:
             self.flush()
         with self._lock:
             if manifest.id in self._revoked:
-                raise ImageRevokedError(f"The build of {manifest.id} has been ended.")
+                raise ImageRevokedError(f"The build of {manifest.id} has been stopped.")
             if manifest.kind == "base":
                 directory = self._publish_base(staged, manifest.id)
             else:
@@ -321,9 +322,9 @@ class ImageStore:
         return read_image(directory)
 
     def revoke(self, image_id: str) -> bool:
-        """From now on nothing is published under this id; False if something already has been.
+        """Refuse to publish this id from now on; False if it has been published already.
 
-        Decided under the lock of the rename that publishes: there is no third outcome.
+        Takes the lock of the rename that publishes, so there is no third outcome.
         """
         with self._lock:
             if self.exists(image_id):
@@ -331,8 +332,8 @@ class ImageStore:
             self._revoked.add(image_id)
             return True
 
-    def reinstate(self, image_id: str) -> None:
-        """Forget a :meth:`revoke`: nobody is left who could publish."""
+    def clear_revocation(self, image_id: str) -> None:
+        """Undo :meth:`revoke`, once nothing is left that could publish."""
         with self._lock:
             self._revoked.discard(image_id)
 
@@ -357,9 +358,9 @@ class ImageStore:
         return directory
 
     def delete(self, image_id: str) -> bool:
-        """Delete an image: at once it is not found any more, on disk it waits for its users.
+        """Delete an image: it disappears immediately, but stays on disk until its users finish.
 
-        Returns whether it is gone from disk's names already (or was never there).
+        Returns whether it has left the store's directory (or never existed).
         """
         with self._lock:
             directory = self._current(image_id)
@@ -368,36 +369,36 @@ class ImageStore:
                 if link.is_symlink():
                     link.unlink()
                 else:
-                    (directory / _CONDEMNED).touch(mode=0o600)
+                    (directory / _DELETED_MARKER).touch(mode=0o600)
                 self._remove_if_unused(directory)
             return not self._generations(_resolve(image_id))
 
     def reconcile(
         self,
-        keep: Collection[str],
-        most: int = RECONCILE_MOST,
+        named: Collection[str],
+        limit: int = RECONCILE_LIMIT,
         older_than: float = RECONCILE_AGE_SECONDS,
     ) -> tuple[Ids, Ids]:
-        """Set aside template images not in ``keep`` and older than that many seconds.
+        """Quarantine template images not in ``named`` and older than ``older_than`` seconds.
 
-        At most ``most`` of them, and none that is in use.  Returns those, and those that wait.
+        At most ``limit`` of them, and none in use. Returns those, and those left for later.
         Raises OSError.
         """
         cutoff = time.time() - older_than
         images = [image for image in self.list() if image.manifest.kind == "template"]
-        surplus = []
+        unknown = []
         for image in images:
-            mark = image.tree.parent / _KEPT
-            if image.id in keep:
-                mark.unlink(missing_ok=True)
-            elif image.manifest.created_at < cutoff and not mark.exists():
-                surplus.append(image)
-        idle = [image for image in surplus if not self.users(image.id)]
-        for image in idle[:most]:
-            self._set_aside_unknown(image)
-        return [image.id for image in idle[:most]], [image.id for image in idle[most:]]
+            marker = image.tree.parent / _RESTORED_MARKER
+            if image.id in named:
+                marker.unlink(missing_ok=True)
+            elif image.manifest.created_at < cutoff and not marker.exists():
+                unknown.append(image)
+        idle = [image for image in unknown if not self.users(image.id)]
+        for image in idle[:limit]:
+            self._quarantine_unknown(image)
+        return [image.id for image in idle[:limit]], [image.id for image in idle[limit:]]
 
-    def _set_aside_unknown(self, image: Image) -> None:
+    def _quarantine_unknown(self, image: Image) -> None:
         with self._lock:
             directory = image.tree.parent
             if self._current(image.id) == directory and not self.users(image.id):
@@ -405,8 +406,8 @@ class ImageStore:
                 size = image.manifest.size_bytes
                 self.quarantine.add(directory, "image", "unknown", detail, size)
 
-    def set_aside_damaged(self) -> None:
-        """Set aside every image whose manifest cannot be believed.  Raises OSError."""
+    def quarantine_damaged(self) -> None:
+        """Quarantine every image whose manifest is invalid.  Raises OSError."""
         with self._lock:
             for entry in list(self._paths.images.iterdir()):
                 if entry.is_symlink() or entry.name.startswith("."):
@@ -418,32 +419,32 @@ class ImageStore:
                 except BadRecord as error:
                     self.quarantine.add_damaged(entry, "image", error.detail)
 
-    def restore(self, held: Held) -> Image:
-        """Put an image back that was set aside: it stays, whether or not a row names it.
+    def restore(self, item: QuarantinedItem) -> Image:
+        """Restore an image from quarantine; it then stays, even if no row names it.
 
-        Raises Conflict (there is another one, or its manifest is still bad), OSError.
+        Raises Conflict (another one exists, or its manifest is still invalid), OSError.
         """
-        content = self.quarantine.content(held)
-        if "@" in held.name:
-            raise Conflict("A built-in base is made anew when the console starts; start it again.")
+        content = self.quarantine.content_path(item)
+        if "@" in item.name:
+            raise Conflict("Built-in bases are rebuilt when the console starts; restart it.")
         with self._lock:
-            target = self._paths.images / held.name
+            target = self._paths.images / item.name
             if os.path.lexists(target):
-                raise Conflict(f"There is an image {held.name} already.")
+                raise Conflict(f"There is an image {item.name} already.")
             try:
-                read_image(content, held.name)
+                read_image(content, item.name)
             except (ImageNotFound, BadRecord) as error:
                 raise Conflict(f"The image is still damaged. {error.detail}") from error
-            (content / _KEPT).touch(mode=0o600)
+            (content / _RESTORED_MARKER).touch(mode=0o600)
             content.rename(target)
             kernel.fsync(self._paths.images)
-        self.quarantine.forget(held)
+        self.quarantine.remove_entry(item)
         return read_image(target)
 
     def recover(self, live_users: Collection[str]) -> None:
-        """The pass at start: forget users that are gone, drop half-made and unused trees."""
+        """Remove dead users, and partial and unused trees; called at start."""
         self.quarantine.recover()
-        self.set_aside_damaged()
+        self.quarantine_damaged()
         with self._lock:
             for entry in list(self._paths.images.iterdir()):
                 if entry.is_symlink():
@@ -464,8 +465,8 @@ class ImageStore:
             return None
         entry = self._paths.images / name
         directory = entry.parent / entry.readlink() if entry.is_symlink() else entry
-        there = os.path.lexists(directory / _RECORD)
-        return directory if there and not (directory / _CONDEMNED).exists() else None
+        exists = os.path.lexists(directory / _RECORD)
+        return directory if exists and not (directory / _DELETED_MARKER).exists() else None
 
     def _generations(self, name: str) -> Directories:
         if _NAME.fullmatch(name) is None:
@@ -479,7 +480,7 @@ class ImageStore:
             return
         name = directory.name.partition("@")[0]
         retired = "@" in directory.name and self._current(name) != directory
-        if retired or (directory / _CONDEMNED).exists():
+        if retired or (directory / _DELETED_MARKER).exists():
             self.trash.discard(directory)
 
 
@@ -488,7 +489,7 @@ def _resolve(image_id: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return what is fit to be a directory's name; raises InvalidRequest for what is not."""
+    """Return ``name`` if it is a valid directory name; raises InvalidRequest otherwise."""
     if _NAME.fullmatch(name) is None:
         raise InvalidRequest(
             f"{name[:100]!r} is not a valid id: use letters, digits, dot, dash and underscore."
@@ -502,7 +503,10 @@ def _users(directory: Path) -> Iterator[Path]:
 
 
 def read_image(directory: Path, name: str | None = None) -> Image:
-    """The image in a directory, of that name or its own.  Raises ImageNotFound, BadRecord."""
+    """Read the image in a directory, which must have that name, or the directory's.
+
+    Raises ImageNotFound, BadRecord.
+    """
     path, named = directory / _RECORD, (name or directory.name).partition("@")[0]
     manifest = read_record(path, _MANIFEST)
     if manifest is None:
@@ -510,5 +514,5 @@ def read_image(directory: Path, name: str | None = None) -> Image:
     if manifest.id != named:
         raise BadRecord(path, f"it is the manifest of {manifest.id[:100]!r}")
     if not (directory / "tree").is_dir():
-        raise BadRecord(path, "its tree is gone")
+        raise BadRecord(path, "its tree is missing")
     return Image(manifest.id, directory / "tree", manifest)

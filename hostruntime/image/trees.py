@@ -1,7 +1,7 @@
-"""Walking, measuring and removing directory trees that strangers filled.
+"""Walk, measure and remove untrusted directory trees.
 
-Everything here goes by directory descriptors, one name at a time, and follows no symlink: a path
-joined together inside a tenant's tree could be made to point anywhere.
+Everything here goes by directory descriptors, one name at a time, without following symlinks: a
+joined path inside a tenant's tree could be made to point anywhere.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 
 from hostruntime.errors import HostFault
 
-# Descriptors are held open from the root of a walk down to where it is.  No real tree comes near.
+# A walk holds a descriptor for each level from the root down. No real tree comes near this limit.
 MAX_DEPTH = 200
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 BLOCK_BYTES = 512  # the unit of st_blocks (stat(2))
 
 
 Check = Callable[[], None]
-"""Called between the pieces of long work; it raises to end that."""
+"""Called periodically during long operations; raises to abort."""
 
 
-def go_on() -> None:
-    """The check that never ends anything."""
+def no_check() -> None:
+    """Do nothing: the check of an operation that cannot be aborted."""
 
 
 class TreeTooDeep(HostFault):
@@ -41,8 +41,8 @@ class TreeTooDeep(HostFault):
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What a tree holds.  Bytes are disk blocks, an inode counted once however often linked.
+class TreeSize:
+    """The size of a tree in allocated bytes; an inode counts once however often it is linked.
 
     ``shared_bytes`` is the part whose inodes are also linked elsewhere; ``size_bytes`` includes it.
     ``file_count`` counts names that are not directories.
@@ -54,8 +54,8 @@ class Measure:
 
 
 @contextmanager
-def opened(name: str | Path, dir_fd: int | None = None) -> Iterator[int]:
-    """A directory's descriptor, closed at the end; a symlink or anything else raises OSError."""
+def open_directory(name: str | Path, dir_fd: int | None = None) -> Iterator[int]:
+    """Open a directory, closed on exit; raises OSError for a symlink or anything else."""
     descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=dir_fd)
     try:
         yield descriptor
@@ -64,38 +64,38 @@ def opened(name: str | Path, dir_fd: int | None = None) -> Iterator[int]:
 
 
 @contextmanager
-def opened_if_directory(name: str, dir_fd: int) -> Iterator[int | None]:
-    """Like :func:`opened`, None where there is no directory of that name."""
+def open_if_directory(name: str, dir_fd: int) -> Iterator[int | None]:
+    """Like :func:`open_directory`, but None if there is no directory of that name."""
     with contextlib.ExitStack() as stack:
         descriptor: int | None = None
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            descriptor = stack.enter_context(opened(name, dir_fd))
+            descriptor = stack.enter_context(open_directory(name, dir_fd))
         yield descriptor
 
 
-def entries(dir_fd: int) -> list[os.DirEntry[str]]:
-    """What is in a directory, as scandir says it; in no order.
+def list_entries(dir_fd: int) -> list[os.DirEntry[str]]:
+    """List a directory's entries, unordered.
 
-    The entries' ``stat`` goes through the scan's own descriptor, which is closed: use
-    :func:`status`.
+    Do not call the entries' ``stat``, which uses the scan's descriptor, closed by now: use
+    :func:`lstat`.
     """
     with os.scandir(dir_fd) as scan:
         return list(scan)
 
 
-def status(name: str, dir_fd: int) -> os.stat_result:
-    """stat(2) of a name, no symlink followed."""
+def lstat(name: str, dir_fd: int) -> os.stat_result:
+    """stat(2) a name without following symlinks."""
     return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a directory itself; from the scan, without a system call."""
+    """Whether an entry is itself a directory; known from the scan, without a system call."""
     return entry.is_dir(follow_symlinks=False)
 
 
 @dataclass(frozen=True)
 class Freed:
-    """What removing gave back: bytes of disk, and how many names that are not directories."""
+    """What a removal freed: disk bytes, and how many names that are not directories."""
 
     size_bytes: int = 0
     files: int = 0
@@ -107,12 +107,12 @@ class Freed:
         return self.size_bytes > 0 or self.files > 0
 
 
-def freed_by_unlinking(found: os.stat_result) -> Freed:
-    """What goes with one name of a file: a file that is linked elsewhere gives nothing back."""
+def freed_by_unlink(found: os.stat_result) -> Freed:
+    """Return what unlinking one name frees: no bytes if the file has other links."""
     return Freed(found.st_blocks * BLOCK_BYTES if found.st_nlink == 1 else 0, 1)
 
 
-def remove(name: str, dir_fd: int, check: Check = go_on) -> Freed:
+def remove(name: str, dir_fd: int, check: Check = no_check) -> Freed:
     """Remove a file or a whole directory.  Raises :class:`TreeTooDeep`, OSError."""
     return _remove(name, dir_fd, check, 0)
 
@@ -121,13 +121,13 @@ def _remove(name: str, dir_fd: int, check: Check, depth: int) -> Freed:
     if depth > MAX_DEPTH:
         raise TreeTooDeep
     check()
-    found = status(name, dir_fd)
+    found = lstat(name, dir_fd)
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=dir_fd)
-        return freed_by_unlinking(found)
+        return freed_by_unlink(found)
     freed = Freed(found.st_blocks * BLOCK_BYTES)
-    with opened(name, dir_fd) as inner:
-        for entry in entries(inner):
+    with open_directory(name, dir_fd) as inner:
+        for entry in list_entries(inner):
             freed += _remove(entry.name, inner, check, depth + 1)
     os.rmdir(name, dir_fd=dir_fd)
     return freed
@@ -135,30 +135,30 @@ def _remove(name: str, dir_fd: int, check: Check, depth: int) -> Freed:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is in a tree: its inodes with their disk blocks, and how many names are no directories.
+    """A tree's inodes with their disk blocks, and its number of names that are not directories.
 
-    ``linked`` are the inodes that have more names than the tree itself holds.
+    ``linked`` are the inodes that also have names outside the tree.
     """
 
     blocks: Mapping[int, int]
     linked: Set[int]
     file_count: int
 
-    def measure(self) -> Measure:
-        """The sizes; what is linked elsewhere is shared."""
+    def measure(self) -> TreeSize:
+        """Return the sizes; inodes linked elsewhere count as shared."""
         common = sum(map(self.blocks.__getitem__, self.linked))
-        return Measure(
+        return TreeSize(
             sum(self.blocks.values()) * BLOCK_BYTES, self.file_count, common * BLOCK_BYTES
         )
 
 
-def inventory(tree: Path, check: Check = go_on) -> Inventory:
-    """Look at every inode of ``tree`` once, by stat(2).
+def inventory(tree: Path, check: Check = no_check) -> Inventory:
+    """Collect the inodes of ``tree``, calling stat(2) once for each.
 
-    Raises :class:`TreeTooDeep`, OSError, and what ``check`` does.
+    Raises :class:`TreeTooDeep`, OSError, and whatever ``check`` raises.
     """
     blocks: dict[int, int] = {}
-    # Of files with several names: how many have not been met yet.
+    # For files with several names: how many have not been found yet.
     missing: dict[int, int] = {}
     names = 0
 
@@ -186,24 +186,24 @@ def inventory(tree: Path, check: Check = go_on) -> Inventory:
                     if found.st_nlink > 1:
                         missing[inode] = found.st_nlink - 1
         for name in directories:
-            with opened(name, dir_fd) as inner:
+            with open_directory(name, dir_fd) as inner:
                 visit(inner, depth + 1)
 
-    with opened(tree) as root:
+    with open_directory(tree) as root:
         visit(root, 0)
     return Inventory(blocks, {inode for inode, count in missing.items() if count > 0}, names)
 
 
-def measure(tree: Path, check: Check = go_on) -> Measure:
-    """The sizes of ``tree``; raises as :func:`inventory`."""
+def measure(tree: Path, check: Check = no_check) -> TreeSize:
+    """Return the sizes of ``tree``; raises like :func:`inventory`."""
     return inventory(tree, check).measure()
 
 
 def child_path(name: str, dir_fd: int) -> str:
-    """A path for the calls that take no directory descriptor; one name deep, so still safe."""
+    """Return a path for calls that take no directory descriptor; one name deep, so still safe."""
     return f"/proc/self/fd/{dir_fd}/{name}"
 
 
 def attributes(name: str, dir_fd: int) -> list[str]:
-    """The names of a file's extended attributes, no symlink followed (xattr(7))."""
+    """List a file's extended attributes without following symlinks (xattr(7))."""
     return os.listxattr(child_path(name, dir_fd), follow_symlinks=False)

@@ -1,8 +1,8 @@
 """The egress proxy: one Squid per instance, the only way out of a restricted container.
 
-Squid detaches itself, so it and its decisions outlive the agent; a starting agent adopts the one
-that runs if its configuration is the one it would write, and replaces it otherwise. A proxy or
-helper that is gone means refused, never let through: restricted containers have no other route.
+Squid daemonizes, so it and its decisions outlive the agent; a starting agent adopts a running
+Squid if its configuration is current, and replaces it otherwise. It fails closed: without a proxy
+or helper, restricted containers have no other route.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hostruntime.host.paths import Instance, StatePaths, write_atomically
 from hostruntime.host.patience import Patience
 from hostruntime.host.run import CommandFailed, run
 from hostruntime.network import policy, registries
-from hostruntime.network.egress_log import entries_of
+from hostruntime.network.egress_log import read_entries
 from hostruntime.network.firewall import proxy_mark
 from hostruntime.network.policy import NO_POLICY
 from hostruntime.network.settings import NetworkSettings
@@ -48,8 +48,8 @@ from hostruntime.network.squid_config import (
     SquidPlan,
     squid_config,
 )
-from hostruntime.network.squid_log import telling_lines
-from hostruntime.network.unreached import Unreached, broken_tunnels, without_address
+from hostruntime.network.squid_log import error_summary
+from hostruntime.network.unreached import UnreachedHost, failed_tunnels, unresolved_hosts
 from hostruntime.wire.health import EgressDecision, EgressHost
 from hostruntime.wire.message import MalformedError, from_fields
 
@@ -57,33 +57,33 @@ PROXY_USER = "proxy"
 _START_SECONDS = 15.0
 _STOP_SECONDS = 5.0
 _PROBE_SECONDS = 3.0
-_MOST_OF_AN_ANSWER = 8192
+_MAX_RESPONSE_BYTES = 8192
 _POLL_SECONDS = 0.02
-_CUT_SECONDS = 15.0
+_CUT_MATCH_SECONDS = 15.0
 _MAX_LOG_BYTES = 8 * 1024 * 1024
-_KEEP_DECISIONS_SECONDS = 7 * 86_400.0
-# The packages they are in come along, so that they are imported by the same names.
+_DECISION_RETENTION_SECONDS = 7 * 86_400.0
+# Includes the enclosing packages, so that the module names are the same.
 _PACKAGED = ("__init__.py", "network/__init__.py", "network/policy.py", "network/egress_helper.py")
 _HELPER_MAIN = """\
 import sys
 from hostruntime.network.egress_helper import main
 main(sys.argv[1:])
 """
-# Squid wants a file for every page it could show, though these proxies show but one.
+# Squid requires a file for every error page, though this proxy shows only its own.
 _SQUID_PAGES = Path("/usr/share/squid/errors/templates")
 _ALLOWLIST = Path(__file__).with_name("data") / "egress-allowlist.txt"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What tunnels to one host carried: how many ended, and bytes each way."""
+    """Traffic of closed tunnels to one host: their number, and the bytes each way."""
 
     tunnels: int
     sent: int
     received: int
 
-    def plus(self, sent: int, received: int) -> Traffic:
-        """The same and one more tunnel."""
+    def add_tunnel(self, sent: int, received: int) -> Traffic:
+        """Return the sum with one more tunnel."""
         return Traffic(self.tunnels + 1, self.sent + sent, self.received + received)
 
 
@@ -98,40 +98,40 @@ class EgressProxy:
         self._config = self.run_dir.egress / "squid.conf"
 
     def start(self) -> None:
-        """Serve with today's configuration: adopt, replace or start Squid.
+        """Serve with the current configuration: adopt, replace or start Squid.
 
-        Raises HostUnavailable when it does not come up, PolicyError for a malformed allowlist.
+        Raises HostUnavailable if it does not start, PolicyError for a malformed allowlist.
         """
         self._write_defaults()
-        changed = self._write_parts()
+        changed = self._write_files()
         if not changed and self.healthy():
             return
         self.stop()
         self._launch()
 
     def refresh(self) -> None:
-        """Ask the package managers again; holds from the next request on, without a restart.
+        """Query the package managers again; takes effect immediately, without a restart.
 
-        For when the host's answers change, as when the node base brings the first npm. Raises
+        For when their answers change, as when the node base provides the first npm. Raises
         PolicyError for a malformed allowlist.
         """
-        registries.forget()
+        registries.clear_cache()
         self._write_defaults()
 
     def stop(self) -> None:
-        """End Squid; idempotent. Open tunnels are cut."""
+        """Stop Squid; idempotent. Closes open tunnels."""
         for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
             for pid in self.processes():
-                _send(pid, sent)
+                _kill(pid, sent)
             ending = Patience(patience, self.processes)
             while self.processes() and not ending.exhausted():
                 time.sleep(_POLL_SECONDS)
-        # They end with Squid by themselves, but not when they hang.
+        # They exit with Squid, unless they hang.
         for pid in self.helpers():
-            _send(pid, signal.SIGKILL)
+            _kill(pid, signal.SIGKILL)
 
     def ensure(self) -> None:
-        """Start it again if it does not answer. Raises HostUnavailable."""
+        """Restart Squid if it does not respond. Raises HostUnavailable."""
         if not self.healthy():
             self.stop()
             self._launch()
@@ -143,13 +143,13 @@ class EgressProxy:
             run([_squid(), "-k", "rotate", "-f", str(self._config)], timeout=_START_SECONDS)
 
     def healthy(self) -> bool:
-        """Tell whether Squid and its helper answer: a request of ours must be refused by both.
+        """Whether Squid and its helper respond: they must refuse a probe request.
 
-        And whether Squid's master lives: the process that serves would go on without it, but
-        nobody would start it again, nor have it rotate its logs (squid(8), `-k`).
+        Squid's master process must be alive, too: the worker would keep serving without it, but
+        would not be restarted, nor rotate its logs (squid(8), `-k`).
         """
         try:
-            return self._has_master() and self._refuses() and self._passes_on()
+            return self._has_master() and self._helper_refuses() and self._reaches_peek_port()
         except OSError:
             return False
 
@@ -157,59 +157,59 @@ class EgressProxy:
         text = (self.run_dir.egress / "squid.pid").read_text().strip()
         return text.isdecimal() and int(text) in self.processes()
 
-    def _refuses(self) -> bool:
-        # Squid would also refuse with a dead helper; these are the helper's own words.
-        return self._says("probe.invalid", NO_POLICY.encode())
+    def _helper_refuses(self) -> bool:
+        # Squid would also refuse with a dead helper; this message comes from the helper.
+        return self._response_contains("probe.invalid", NO_POLICY.encode())
 
-    def _passes_on(self) -> bool:
-        """Tell whether the first port reaches the second, as Squid first doubts for a second."""
-        return self._says(PEEK_PROBE, b" 200 ")
+    def _reaches_peek_port(self) -> bool:
+        """Whether the first port reaches the second; after a start, Squid takes a second."""
+        return self._response_contains(PEEK_PROBE, b" 200 ")
 
-    def _says(self, host: str, words: bytes) -> bool:
-        """Tell whether these are in the beginning of the answer to a CONNECT.  Raises OSError.
+    def _response_contains(self, host: str, words: bytes) -> bool:
+        """Whether the response to a CONNECT starts with text that contains ``words``.
 
-        Squid and helpers that are at work on it are waited for: a busy machine is no reason to
-        start them anew, which cuts every tunnel.
+        Waits as long as Squid and its helpers make progress: a busy machine is no reason to
+        restart them, which closes every tunnel. Raises OSError.
         """
         patience = Patience(_PROBE_SECONDS, lambda: [*self.processes(), *self.helpers()])
-        answer = b""
+        response = b""
         with socket.create_connection(self.pool.proxy_address(), _PROBE_SECONDS) as probe:
             probe.settimeout(patience.poll_interval)
             probe.sendall(f"CONNECT {host}:443 HTTP/1.0\r\n\r\n".encode())
-            while words not in answer and len(answer) < _MOST_OF_AN_ANSWER:
+            while words not in response and len(response) < _MAX_RESPONSE_BYTES:
                 try:
-                    piece = probe.recv(_MOST_OF_AN_ANSWER)
+                    chunk = probe.recv(_MAX_RESPONSE_BYTES)
                 except TimeoutError:
                     if patience.exhausted():
                         raise
                     continue
-                if not piece:
+                if not chunk:
                     break
-                answer += piece
-        return words in answer
+                response += chunk
+        return words in response
 
     def hosts(self, owner: str) -> list[EgressHost]:
-        """Return what an owner asked for and what came of it by host, what failed first."""
+        """Return an owner's requests and their results by host, failures first."""
         found: dict[tuple[str, int], list[EgressDecision]] = {}
         for decision in self.decisions(owner):
             found.setdefault((decision.host, decision.port), []).append(decision)
-        carried = self.traffic(owner)
-        nothing = Traffic(0, 0, 0)
+        traffic = self.traffic(owner)
+        no_traffic = Traffic(0, 0, 0)
         uses = [
             EgressHost(
                 host=host,
                 port=port,
-                allowed=sum(one.verdict == "allowed" for one in decisions),
-                refused=sum(one.verdict == "refused" for one in decisions),
+                allowed=sum(entry.verdict == "allowed" for entry in decisions),
+                refused=sum(entry.verdict == "refused" for entry in decisions),
                 reason=decisions[-1].reason,
                 message=decisions[-1].message,
                 last_at=decisions[-1].at,
-                # Nothing but TLS on its own port is ever carried.
-                sent_bytes=carried.get(host, nothing).sent if port == policy.TLS_PORT else 0,
-                received_bytes=carried.get(host, nothing).received
+                # Only TLS on its own port is ever let through.
+                sent_bytes=traffic.get(host, no_traffic).sent if port == policy.TLS_PORT else 0,
+                received_bytes=traffic.get(host, no_traffic).received
                 if port == policy.TLS_PORT
                 else 0,
-                unreached=sum(one.verdict == "unreached" for one in decisions),
+                unreached=sum(entry.verdict == "unreached" for entry in decisions),
                 direct=decisions[-1].direct,
             )
             for (host, port), decisions in found.items()
@@ -217,64 +217,73 @@ class EgressProxy:
         return sorted(uses, key=lambda use: (not use.refused, not use.unreached, -use.last_at))
 
     def traffic(self, owner: str) -> dict[str, Traffic]:
-        """Return what an owner's ended tunnels carried, by host."""
+        """Return the traffic of an owner's closed tunnels, by host."""
         found: dict[str, Traffic] = {}
-        for entry in self._logged(TRAFFIC_LOG, owner):
+        for entry in self._log_entries(TRAFFIC_LOG, owner):
             known = found.get(entry["host"], Traffic(0, 0, 0))
-            found[entry["host"]] = known.plus(entry["sent"], entry["received"])
+            found[entry["host"]] = known.add_tunnel(entry["sent"], entry["received"])
         return found
 
     def decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
-        """Return what an owner's container asked for and was answered, oldest first.
+        """Return the decisions on an owner's requests since `since` (Unix seconds), oldest first.
 
-        Reads files, as far back as `since` (Unix seconds): not for an event loop.
+        Reads files, so do not call it in an event loop.
         """
         if "/" in owner:
             return []
         self.pool.record_attempts(owner)
         records = (self.run_dir.decisions, self.run_dir.direct)
         found = [
-            _decision(entry)
+            _parse_decision(entry)
             for record in records
-            for entry in entries_of(record / f"{owner}.ndjson", owner, since)
+            for entry in read_entries(record / f"{owner}.ndjson", owner, since)
         ]
-        found += [_not_tls(entry) for entry in self._logged(NOT_TLS_LOG, owner, since)]
-        refused = [one for one in found if one is not None and one.reason in policy.CUT]
         found += [
-            _came_to_nothing(owner, one)
-            for one in self._unreached(owner, since)
-            # A tunnel that the policy cut looks like one that failed.
+            _not_tls_decision(entry) for entry in self._log_entries(NOT_TLS_LOG, owner, since)
+        ]
+        refused = [
+            entry for entry in found if entry is not None and entry.reason in policy.CUT_REASONS
+        ]
+        found += [
+            _unreached_decision(owner, entry)
+            for entry in self._unreached(owner, since)
+            # A tunnel cut by the policy also looks like a failed one.
             if not any(
-                cut.host == one.host and abs(cut.at - one.at) < _CUT_SECONDS for cut in refused
+                cut.host == entry.host and abs(cut.at - entry.at) < _CUT_MATCH_SECONDS
+                for cut in refused
             )
         ]
         known = [decision for decision in found if decision is not None]
         return sorted(known, key=lambda decision: decision.at)
 
-    def _unreached(self, owner: str, since: float) -> list[Unreached]:
+    def _unreached(self, owner: str, since: float) -> list[UnreachedHost]:
         named = [
             entry
-            for entry in self._logged(NO_ADDRESS_LOG, owner, since)
+            for entry in self._log_entries(NO_ADDRESS_LOG, owner, since)
             if str(entry.get("error", "")).endswith(NO_ADDRESS_PAGE)
         ]
-        tunnels = list(self._logged(TRAFFIC_LOG, owner, since))
-        # Whose a failure was only its tunnel says, which is logged when it ends.
-        failures = self._logged(BROKEN_LOG, None, since - _CUT_SECONDS) if tunnels else ()
-        return [*without_address(named), *broken_tunnels(tunnels, failures)]
+        tunnels = list(self._log_entries(TRAFFIC_LOG, owner, since))
+        # Only the tunnel, which is logged when it closes, says whose failure it was.
+        failures = (
+            self._log_entries(BROKEN_LOG, None, since - _CUT_MATCH_SECONDS) if tunnels else ()
+        )
+        return [*unresolved_hosts(named), *failed_tunnels(tunnels, failures)]
 
-    def _logged(self, name: str, owner: str | None, since: float = 0.0) -> Iterator[dict[str, Any]]:
-        """Yield what Squid itself has logged of an owner, or of everybody, oldest first."""
+    def _log_entries(
+        self, name: str, owner: str | None, since: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the entries of an owner, or of all, in one of Squid's logs, oldest first."""
         for path in sorted((self.run_dir.egress / "log").glob(f"{name}*"), reverse=True):
-            yield from entries_of(path, owner, since)
+            yield from read_entries(path, owner, since)
 
-    # Parts --------------------------------------------------------------------------------
+    # Files --------------------------------------------------------------------------------
 
     def _write_defaults(self) -> None:
         record = {"domains": default_domains(self.paths)}
         write_atomically(self.run_dir.defaults, json.dumps(record).encode(), 0o640)
 
-    def _write_parts(self) -> bool:
-        """Write what Squid reads; tell whether any of it is new."""
+    def _write_files(self) -> bool:
+        """Write the files that Squid reads; return whether any has changed."""
         egress = self.run_dir.egress
         _directory(egress / "errors", "root", 0o750)
         for page in _SQUID_PAGES.iterdir():
@@ -283,15 +292,15 @@ class EgressProxy:
         _directory(egress / "log", PROXY_USER, 0o700)
         _make_certificate(egress / PEEK_CERTIFICATE)
         _directory(self.run_dir.decisions, PROXY_USER, 0o700)
-        self._forget_old_decisions()
-        parts = {
+        self._delete_old_decisions()
+        files = {
             **{egress / "errors" / page: text.encode() for page, text in PAGES.items()},
             egress / "helper.pyz": _helper_archive(),
             self._config: squid_config(self._plan()).encode(),
         }
-        changed = [path for path, data in parts.items() if not _holds(path, data)]
+        changed = [path for path, data in files.items() if not _has_content(path, data)]
         for path in changed:
-            write_atomically(path, parts[path], 0o640)
+            write_atomically(path, files[path], 0o640)
         return bool(changed)
 
     def _plan(self) -> SquidPlan:
@@ -309,8 +318,8 @@ class EgressProxy:
             mark=proxy_mark(self.instance.index),
         )
 
-    def _forget_old_decisions(self) -> None:
-        oldest = time.time() - _KEEP_DECISIONS_SECONDS
+    def _delete_old_decisions(self) -> None:
+        oldest = time.time() - _DECISION_RETENTION_SECONDS
         records = (self.run_dir.decisions, self.run_dir.direct)
         for path in (path for record in records for path in record.glob("*.ndjson")):
             if path.stat().st_mtime < oldest:
@@ -319,37 +328,37 @@ class EgressProxy:
     # Process ------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        # A killed Squid leaves its pid behind, and a new one would take it for alive.
+        # A killed Squid leaves its pid file, and a new one would believe it to be running.
         (self.run_dir.egress / "squid.pid").unlink(missing_ok=True)
         log = self.run_dir.egress / "log" / "cache.log"
         earlier = log.stat().st_size if log.exists() else 0
         try:
-            run([*_limit(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
+            run([*_launch_prefix(), _squid(), "-f", str(self._config)], timeout=_START_SECONDS)
         except CommandFailed as error:
-            why = telling_lines(error.output.decode(errors="replace")) or error.detail
+            why = error_summary(error.output.decode(errors="replace")) or error.detail
             raise HostUnavailable(f"The egress proxy does not start. {why}") from error
         patience = Patience(_START_SECONDS, lambda: [*self.processes(), *self.helpers()])
         while not self.healthy():
             if patience.exhausted():
-                why = telling_lines(_text_from(log, earlier))
+                why = error_summary(_read_from(log, earlier))
                 raise HostUnavailable(
                     f"The egress proxy does not answer; it {patience.reason}. {why}"
                 )
             time.sleep(_POLL_SECONDS)
 
     def processes(self) -> list[int]:
-        """Return Squid's processes of this instance: those that name our configuration file."""
+        """Return this instance's Squid processes: those with our configuration file."""
         wanted = os.fsencode(self._config)
         return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
 
     def helpers(self) -> list[int]:
-        """Return the helpers' processes."""
+        """Return the helper processes."""
         wanted = os.fsencode(self.run_dir.egress / "helper.pyz")
         return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
 
 
-def proxy_obstacles() -> list[str]:
-    """Return sentences about what on this host would keep the proxy from running."""
+def proxy_problems() -> list[str]:
+    """Return sentences describing what would prevent the proxy from running on this host."""
     found: list[str] = []
     for ask in (_squid, _helper_python):
         try:
@@ -380,19 +389,19 @@ def default_domains(paths: StatePaths) -> list[str]:
 
 
 def host_registries(paths: StatePaths) -> registries.Registries:
-    """Return the host's registries; npm's from the node base if the host has no npm."""
+    """Return the host's registries, with npm's from the node base if the host has no npm."""
     return registries.host_registries(paths.images / "node-22" / "tree")
 
 
-def _decision(entry: dict[str, Any]) -> EgressDecision | None:
+def _parse_decision(entry: dict[str, Any]) -> EgressDecision | None:
     try:
         return from_fields(EgressDecision, entry)
     except MalformedError:
         return None
 
 
-def _not_tls(entry: dict[str, Any]) -> EgressDecision:
-    verdict = policy.not_tls(entry["host"])
+def _not_tls_decision(entry: dict[str, Any]) -> EgressDecision:
+    verdict = policy.not_tls_verdict(entry["host"])
     return EgressDecision(
         at=entry["at"],
         owner=entry["owner"],
@@ -406,31 +415,31 @@ def _not_tls(entry: dict[str, Any]) -> EgressDecision:
     )
 
 
-def _came_to_nothing(owner: str, one: Unreached) -> EgressDecision:
+def _unreached_decision(owner: str, entry: UnreachedHost) -> EgressDecision:
     return EgressDecision(
-        at=one.at,
+        at=entry.at,
         owner=owner,
-        host=one.host,
-        port=one.port,
+        host=entry.host,
+        port=entry.port,
         verdict="unreached",
-        reason=one.reason,
+        reason=entry.reason,
         method="CONNECT",
-        message=one.message,
+        message=entry.message,
     )
 
 
 def _make_certificate(path: Path) -> None:
-    """Write a self-signed certificate with its key, for as long as there is none."""
+    """Write a self-signed certificate with its key, unless there is one."""
     if path.exists():
         return
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     out = ["-days", "7300", "-subj", "/CN=egress", "-keyout", "-", "-out", "-"]
-    made = run(["openssl", "req", "-x509", *key, *out], timeout=_START_SECONDS)
-    write_atomically(path, made.stdout, 0o640)
+    certificate = run(["openssl", "req", "-x509", *key, *out], timeout=_START_SECONDS)
+    write_atomically(path, certificate.stdout, 0o640)
 
 
 def _helper_archive() -> bytes:
-    """Return the helper as a zip Python can run; the same bytes for the same sources."""
+    """Return the helper as a runnable zip; reproducible from the same sources."""
     package = Path(hostruntime.__file__).parent
     members = {f"hostruntime/{name}": (package / name).read_bytes() for name in _PACKAGED}
     members["__main__.py"] = _HELPER_MAIN.encode()
@@ -464,21 +473,21 @@ def _squid() -> str:
     return found
 
 
-def _limit() -> tuple[str, ...]:
-    """Return what to start Squid with, as it takes no more descriptors than root may have.
+def _launch_prefix() -> tuple[str, ...]:
+    """Return the command prefix that raises Squid's descriptor limit and resets its OOM score.
 
-    Without CAP_SYS_RESOURCE (a container's root) that is not ours to raise: it takes what it gets.
-    And unlike the agent, whose child it is, it is no process that the kernel must spare when
-    memory ends (choom(1)): tenants talk to it, and it is started again.
+    Without CAP_SYS_RESOURCE (in a container) the limit cannot be raised and stays as it is. The
+    OOM score is inherited from the agent, but the kernel need not spare Squid (choom(1)): tenants
+    can make it use memory, and it is restarted.
     """
     wanted = (
         ("choom", "-n", "0", "--"),
         ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", "--"),
     )
-    return tuple(word for prefix in wanted if _is_allowed(prefix) for word in prefix)
+    return tuple(word for prefix in wanted if _can_run(prefix) for word in prefix)
 
 
-def _is_allowed(prefix: tuple[str, ...]) -> bool:
+def _can_run(prefix: tuple[str, ...]) -> bool:
     try:
         run([*prefix, "true"], timeout=_START_SECONDS)
     except CommandFailed:
@@ -487,20 +496,20 @@ def _is_allowed(prefix: tuple[str, ...]) -> bool:
 
 
 def _local_addresses(settings: NetworkSettings) -> tuple[str, ...]:
-    """Return the host's own addresses, which a name must not lead to; less the permitted ones."""
+    """Return the host's addresses, which names must not resolve to, except permitted ones."""
     listing = json.loads(run(["ip", "-j", "address"], timeout=_START_SECONDS).stdout)
     texts = {info["local"] for link in listing for info in link.get("addr_info", [])}
     known = (*settings.denied, *settings.permitted)
     return tuple(sorted(t for t in texts if not policy.is_denied(ip_address(t), known)))
 
 
-def _text_from(log: Path, offset: int) -> str:
-    """What was written into a log after its first ``offset`` bytes."""
+def _read_from(log: Path, offset: int) -> str:
+    """Return the text in a log after its first ``offset`` bytes."""
     if not log.exists():
         return ""
-    with log.open("rb") as opened:
-        opened.seek(offset)
-        return opened.read().decode(errors="replace")
+    with log.open("rb") as file:
+        file.seek(offset)
+        return file.read().decode(errors="replace")
 
 
 def _directory(path: Path, user: str, mode: int) -> None:
@@ -510,12 +519,12 @@ def _directory(path: Path, user: str, mode: int) -> None:
     path.chmod(mode | 0o2000)
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _has_content(path: Path, data: bytes) -> bool:
     return path.exists() and path.read_bytes() == data
 
 
 def _pids() -> list[int]:
-    """The host's processes: those of a container may call themselves what they like."""
+    """Return the processes in the host's pid namespace: containers can fake command lines."""
     own = _pid_namespace("self")
     found = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [int(pid) for pid in found if _pid_namespace(pid) == own]
@@ -535,7 +544,7 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
-def _send(pid: int, number: signal.Signals) -> None:
+def _kill(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:

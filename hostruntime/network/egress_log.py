@@ -1,9 +1,8 @@
-"""Reading the egress logs: the end of a file, as far back as is asked for, and one owner's lines.
+"""Read one owner's entries from the end of an egress log, back to a given time.
 
-The logs that Squid writes are those of all containers, and any of them can make one grow by what
-it does.  So they are read from their end in pieces, a line is parsed only if the owner's name is
-in it, reading ends where the lines are older than what is wanted, and in any case after
-:data:`MOST_BYTES`.  To be called in a thread.
+Squid's logs are shared by all containers, and any container can make them grow. So they are read
+from the end in chunks, a line is parsed only if it contains the owner's name, and reading stops
+where the lines are older than requested, or after :data:`MAX_BYTES`. Call this in a thread.
 """
 
 from __future__ import annotations
@@ -14,71 +13,71 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 64 * 1024**2
-# Of one owner in one file; the latest.
-MOST_ENTRIES = 20_000
-_PIECE = 1024**2
-# Several processes append to a log, each with its own idea of when it began to.
-_DISORDER_SECONDS = 5.0
+MAX_BYTES = 64 * 1024**2
+# The latest entries of one owner in one file.
+MAX_ENTRIES = 20_000
+_CHUNK_BYTES = 1024**2
+# Several processes append to a log, so its lines are not strictly ordered by time.
+_MAX_DISORDER_SECONDS = 5.0
 
 
-def entries_of(path: Path, owner: str | None, since: float) -> list[dict[str, Any]]:
-    """An owner's entries, or everybody's, since a Unix time, oldest first; none without a file."""
+def read_entries(path: Path, owner: str | None, since: float) -> list[dict[str, Any]]:
+    """Return the entries of an owner, or of all, since a Unix time, oldest first."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return []
     found: list[dict[str, Any]] = []
     try:
-        if os.fstat(descriptor).st_mtime < since - _DISORDER_SECONDS:
+        if os.fstat(descriptor).st_mtime < since - _MAX_DISORDER_SECONDS:
             return []
-        for lines in _backwards(descriptor):
+        for lines in _read_backwards(descriptor):
             if owner is None or owner.encode() in lines:
-                found += reversed(list(_of_owner(lines, owner, since)))
-            if len(found) >= MOST_ENTRIES or _first_at(lines) < since - _DISORDER_SECONDS:
+                found += reversed(list(_owner_entries(lines, owner, since)))
+            if len(found) >= MAX_ENTRIES or _first_timestamp(lines) < since - _MAX_DISORDER_SECONDS:
                 break
     finally:
         os.close(descriptor)
-    return found[:MOST_ENTRIES][::-1]
+    return found[:MAX_ENTRIES][::-1]
 
 
-def _backwards(descriptor: int) -> Iterator[bytes]:
-    """The file's last bytes in pieces of whole lines, the last piece first."""
+def _read_backwards(descriptor: int) -> Iterator[bytes]:
+    """Yield the end of the file in chunks of complete lines, the last chunk first."""
     end = os.fstat(descriptor).st_size
-    limit, begun = max(0, end - MOST_BYTES), b""
+    limit, partial = max(0, end - MAX_BYTES), b""
     while end > limit:
-        start = max(limit, end - _PIECE)
-        data = os.pread(descriptor, end - start, start) + begun
-        # What began before the piece waits for the rest of it.
+        start = max(limit, end - _CHUNK_BYTES)
+        data = os.pread(descriptor, end - start, start) + partial
+        # A line that starts before the chunk is completed by the next one.
         cut = data.find(b"\n") + 1 if start > 0 else 0
-        begun, end = data[:cut], start
+        partial, end = data[:cut], start
         if cut < len(data):
             yield data[cut:]
 
 
-def _of_owner(lines: bytes, owner: str | None, since: float) -> Iterator[dict[str, Any]]:
+def _owner_entries(lines: bytes, owner: str | None, since: float) -> Iterator[dict[str, Any]]:
     wanted = (owner or "").encode()
     for line in lines.split(b"\n"):
         if line and wanted in line:
-            entry = _parsed(line)
-            if owner in (None, entry.get("owner")) and entry and _at(entry) >= since:
+            entry = _parse(line)
+            if owner in (None, entry.get("owner")) and entry and _timestamp(entry) >= since:
                 yield entry
 
 
-def _first_at(lines: bytes) -> float:
-    """When the first line that says so was written."""
+def _first_timestamp(lines: bytes) -> float:
+    """Return the time of the first line that has one."""
     for line in lines.split(b"\n", 10)[:10]:
-        if at := _at(_parsed(line)):
+        if at := _timestamp(_parse(line)):
             return at
     return float("inf")
 
 
-def _at(entry: dict[str, Any]) -> float:
+def _timestamp(entry: dict[str, Any]) -> float:
     at = entry.get("at")
     return at if isinstance(at, int | float) else 0.0
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError:

@@ -1,8 +1,8 @@
-"""The nftables table of an instance (nft(8)): what slots may send, by the kind of their interface.
+"""The nftables table of an instance (nft(8)): what slots may send, by interface name.
 
-Interfaces are named by mode (`ork0-r5` restricted, `ork0-o5` open), so the whole table is
-installed once, in one transaction, and no slot needs a rule of its own: an address is bound to
-its interface by the host's route to it, which is what `fib saddr . iif` checks.
+Interfaces are named by mode (`ork0-r5` restricted, `ork0-o5` open), so the complete table is
+installed once, in one transaction, and slots need no rules of their own: an address is bound to
+its interface by the host's route to it, which `fib saddr . iif` checks.
 """
 
 from __future__ import annotations
@@ -17,31 +17,37 @@ from hostruntime.host.run import run
 from hostruntime.network.policy import Network
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
 
-# Not Squid's usual port, which a Squid of the operator's own may hold on every address.
+# Not Squid's usual port, which the operator's own Squid may use on every address.
 PROXY_PORT = 13128
-# The set of containers that have connections to the proxy, each with their number.
-CLIENTS = "clients"
-# What restricted containers tried past the proxy, and how much of its rate each has used.
-PAST_PROXY, PACE = "attempts", "pace"
-# More than there are slots: an address that found no room in it would not be counted.
-_CLIENTS = 1024
-# How many connections a slot with an open network has that are not over yet, and how fast it begins
-# others: the host tracks all in one table (nf_conntrack_max), those that are over for up to two
-# minutes more, and when that is full nobody gets another.
-CONNECTIONS, BEGINNING = "connections", "beginning"
+# The set of containers with connections to the proxy, and their number.
+PROXY_CLIENTS_SET = "clients"
+# Attempts of restricted containers to bypass the proxy, and the limiter for recording them.
+ATTEMPTS_SET, ATTEMPT_RATES_SET = "attempts", "pace"
+# More than there are slots: an address that does not fit would not be counted.
+_MAX_ADDRESSES = 1024
+# The number of open connections of each slot with an open network, and the rate of new ones. The
+# host tracks all in one table (nf_conntrack_max), closed ones for up to two more minutes, and when
+# that is full nobody can open another.
+CONNECTIONS_SET, NEW_CONNECTIONS_SET = "connections", "beginning"
 CONNECTIONS_PER_SLOT = 2048
-BEGINNINGS = "256/second burst 4096 packets"
-# What containers do changes these, and nobody else: not part of what the table must be.
-CHANGING = (CLIENTS, PAST_PROXY, PACE, CONNECTIONS, BEGINNING)
-_ATTEMPTS = 65536
-RATE = "1/second burst 32 packets"
+NEW_CONNECTION_RATE = "256/second burst 4096 packets"
+# Only containers' activity changes these, so they are ignored when checking the table.
+DYNAMIC_SETS = (
+    PROXY_CLIENTS_SET,
+    ATTEMPTS_SET,
+    ATTEMPT_RATES_SET,
+    CONNECTIONS_SET,
+    NEW_CONNECTIONS_SET,
+)
+_MAX_ATTEMPTS = 65536
+ATTEMPT_RATE = "1/second burst 32 packets"
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
 
 
 @dataclass(frozen=True)
 class FirewallPlan:
-    """The values an instance's table is made of."""
+    """The parameters of an instance's table."""
 
     table: str
     prefix: str
@@ -55,11 +61,11 @@ class FirewallPlan:
     mark: int
     sockets: int = SOCKETS_PER_CONTAINER
     connections: int = CONNECTIONS_PER_SLOT
-    beginnings: str = BEGINNINGS
+    new_connection_rate: str = NEW_CONNECTION_RATE
 
 
 def proxy_mark(instance_index: int) -> int:
-    """Return the packet mark that tells an instance's proxy connections from all others."""
+    """Return the packet mark that identifies an instance's proxy connections."""
     return _MARK_BASE + instance_index
 
 
@@ -70,14 +76,14 @@ def install(plan: FirewallPlan) -> None:
 
 
 def remove(table: str) -> None:
-    """Delete the table if it is there; raises CommandFailed."""
+    """Delete the table if it exists; raises CommandFailed."""
     text = f"table inet {table}\ndelete table inet {table}\n"
     run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A connection, or a datagram, that a slot's address tried past the proxy."""
+    """A connection or datagram with which a slot's address tried to bypass the proxy."""
 
     source: str
     protocol: str
@@ -85,27 +91,30 @@ class Attempt:
     port: int
 
 
-def take_attempts(table: str, family: str = "inet") -> list[Attempt]:
-    """Return what was tried since this was last called; raises CommandFailed.
+def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
+    """Return and remove the attempts recorded since the last call; raises CommandFailed.
 
-    Of the calling thread's network namespace.  Only what is returned is taken out of the set, so
-    nothing is lost that comes meanwhile.
+    Uses the calling thread's network namespace. Only what is returned is removed from the set, so
+    concurrent attempts are not lost.
     """
-    listing = run(["nft", "-j", "list", "set", family, table, PAST_PROXY], timeout=_TIMEOUT).stdout
+    listing = run(
+        ["nft", "-j", "list", "set", family, table, ATTEMPTS_SET], timeout=_TIMEOUT
+    ).stdout
     found = [_attempts_in(item["set"]) for item in json.loads(listing)["nftables"] if "set" in item]
-    attempts = [one for each in found for one in each]
+    attempts = [attempt for each in found for attempt in each]
     if attempts:
         keys = ", ".join(
-            f"{one.source} . {one.protocol} . {one.address} . {one.port}" for one in attempts
+            f"{attempt.source} . {attempt.protocol} . {attempt.address} . {attempt.port}"
+            for attempt in attempts
         )
-        text = f"delete element {family} {table} {PAST_PROXY} {{ {keys} }}\n"
-        # One may have timed out since, and then none is deleted: they are told twice.
+        text = f"delete element {family} {table} {ATTEMPTS_SET} {{ {keys} }}\n"
+        # If one has timed out since, none is deleted, and they are reported twice.
         run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT, check=False)
     return attempts
 
 
 def _attempts_in(listed: Mapping[str, Any]) -> list[Attempt]:
-    # One that does not time out is not wrapped (libnftables-json(5)).
+    # Elements without a timeout are not wrapped (libnftables-json(5)).
     elements = [item.get("elem", {"val": item})["val"] for item in listed.get("elem", [])]
     return [
         Attempt(str(source), str(protocol), str(address), int(port))
@@ -114,10 +123,10 @@ def _attempts_in(listed: Mapping[str, Any]) -> list[Attempt]:
 
 
 def ruleset(plan: FirewallPlan) -> str:
-    """Return the table as nft(8) reads it."""
+    """Return the table in nft(8) syntax."""
     return f"""table inet {plan.table} {{
 {_named_sets(plan)}
-{_past_proxy(plan)}
+{_attempts_chain(plan)}
 {_antispoof(plan)}
 {_input(plan)}
 {_forward(plan)}
@@ -164,30 +173,30 @@ def _antispoof(plan: FirewallPlan) -> str:
   }}"""
 
 
-def _past_proxy(plan: FirewallPlan) -> str:
-    # Refused here and not further on, because an interface that forwards nothing (netns.py) lets
-    # such packets vanish, and programs wait. By reset, since ICMP is sent to an address but once a
-    # second (icmp_ratelimit, icmp(7)). Each container is noted at a rate of its own, so that none
-    # fills the set with what it scans.
-    return f"""  set {PACE} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic,timeout; \
-timeout 1m; }}
-  set {PAST_PROXY} {{ type ipv4_addr . inet_proto . ipv4_addr . inet_service; \
-size {_ATTEMPTS}; flags dynamic,timeout; timeout 5m; }}
+def _attempts_chain(plan: FirewallPlan) -> str:
+    # Rejected here and not later, because an interface that does not forward (netns.py) drops such
+    # packets silently, and programs would wait. By reset, as ICMP is limited to one per second for
+    # each address (icmp_ratelimit, icmp(7)). Recording is rate-limited for each container, so that
+    # none can fill the set by scanning.
+    return f"""  set {ATTEMPT_RATES_SET} {{ type ipv4_addr; size {_MAX_ADDRESSES}; \
+flags dynamic,timeout; timeout 1m; }}
+  set {ATTEMPTS_SET} {{ type ipv4_addr . inet_proto . ipv4_addr . inet_service; \
+size {_MAX_ATTEMPTS}; flags dynamic,timeout; timeout 5m; }}
   chain past_proxy {{
     ip daddr 224.0.0.0/3 drop
-    meta l4proto {{ tcp, udp }} add @{PACE} {{ ip saddr limit rate {RATE} }} \
-update @{PAST_PROXY} {{ ip saddr . meta l4proto . ip daddr . th dport }}
+    meta l4proto {{ tcp, udp }} add @{ATTEMPT_RATES_SET} {{ ip saddr limit rate {ATTEMPT_RATE} }} \
+update @{ATTEMPTS_SET} {{ ip saddr . meta l4proto . ip daddr . th dport }}
     meta l4proto tcp reject with tcp reset
     reject with icmpx admin-prohibited
   }}"""
 
 
 def _input(plan: FirewallPlan) -> str:
-    # The proxy's address is nobody's but the restricted slots': not the host's other users'
-    # networks, which would otherwise find a forward proxy there.
-    # A connection that says nothing costs the proxy a descriptor all the same, so they are counted
-    # here, by address.
-    return f"""  set {CLIENTS} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic; }}
+    # Only restricted slots may reach the proxy's address: to the host's other networks, it would
+    # be an open forward proxy.
+    # Even an idle connection costs the proxy a descriptor, so connections are counted here, by
+    # address.
+    return f"""  set {PROXY_CLIENTS_SET} {{ type ipv4_addr; size {_MAX_ADDRESSES}; flags dynamic; }}
   chain input {{
     type filter hook input priority filter - 5; policy accept;
     iifname "{plan.prefix}r*" ip saddr {plan.restricted} ip daddr {plan.proxy} \
@@ -196,15 +205,16 @@ tcp dport {plan.proxy_port} jump to_proxy
     iifname != "lo" ip daddr {plan.proxy} drop
   }}
   chain to_proxy {{
-    ct state new add @{CLIENTS} {{ ip saddr ct count over {plan.sockets} }} \
+    ct state new add @{PROXY_CLIENTS_SET} {{ ip saddr ct count over {plan.sockets} }} \
 reject with tcp reset
     accept
   }}"""
 
 
 def _forward(plan: FirewallPlan) -> str:
-    return f"""  set {CONNECTIONS} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic; }}
-  set {BEGINNING} {{ type ipv4_addr; size {_CLIENTS}; flags dynamic,timeout; timeout 1m; }}
+    return f"""  set {CONNECTIONS_SET} {{ type ipv4_addr; size {_MAX_ADDRESSES}; flags dynamic; }}
+  set {NEW_CONNECTIONS_SET} {{ type ipv4_addr; size {_MAX_ADDRESSES}; \
+flags dynamic,timeout; timeout 1m; }}
   chain forward {{
     type filter hook forward priority filter - 5; policy accept;
     iifname "{plan.prefix}*" jump from_slot
@@ -222,8 +232,9 @@ def _forward(plan: FirewallPlan) -> str:
     accept
   }}
   chain begins {{
-    add @{CONNECTIONS} {{ ip saddr ct count over {plan.connections} }} goto too_many
-    add @{BEGINNING} {{ ip saddr limit rate over {plan.beginnings} }} goto too_many
+    add @{CONNECTIONS_SET} {{ ip saddr ct count over {plan.connections} }} goto too_many
+    add @{NEW_CONNECTIONS_SET} {{ ip saddr limit rate over {plan.new_connection_rate} }} \
+goto too_many
   }}
   chain too_many {{
     meta l4proto tcp reject with tcp reset
@@ -236,7 +247,7 @@ def _forward(plan: FirewallPlan) -> str:
 
 
 def _proxy_output(plan: FirewallPlan) -> str:
-    # The proxy refuses such addresses itself; this holds when a name changes between the check
+    # The proxy refuses such addresses itself; this covers a name that changes between the check
     # and the connection.
     return f"""  chain output {{
     type filter hook output priority filter; policy accept;

@@ -1,8 +1,8 @@
-"""Sees to it that an instance's nftables table is there, whole, whenever a container starts.
+"""Ensures that an instance's nftables table is complete whenever a container starts.
 
-Others write rules on a host, too: `nft flush ruleset` is how a reload of theirs begins. Whether
-the table is there costs one netlink message (linux/netfilter/nf_tables.h) and is asked at every
-start; whether each rule of it is costs a listing and is asked every few seconds.
+Other programs manage rules on the host, too: their reloads often begin with `nft flush ruleset`.
+Checking that the table exists takes one netlink message (linux/netfilter/nf_tables.h), at every
+start; checking each rule takes a listing, every few seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _NFTA_TABLE_NAME, _NFTA_TABLE_USE = 1, 3
 _NLM_F_REQUEST = 0x1
 _NLMSG_ERROR = 2
 _TIMEOUT = 20.0
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
 class FirewallWatch:
-    """One instance's table. Thread-safe; raises HostUnavailable where rules cannot be had."""
+    """One instance's table. Thread-safe; raises HostUnavailable if it cannot be installed."""
 
     def __init__(self, plan: firewall.FirewallPlan) -> None:
         self.plan = plan
@@ -41,50 +41,50 @@ class FirewallWatch:
         self._listing: str | None = None
 
     def install(self) -> None:
-        """Replace the table by what it must be."""
+        """Replace the table."""
         with self._lock:
             self._install()
 
-    def ensure_there(self) -> None:
-        """Put the table back if it, or a chain or set of it, is missing; otherwise cheap."""
-        if self._parts is not None and self._parts == table_parts(self.plan.table):
+    def ensure_present(self) -> None:
+        """Reinstall the table if it, or a chain or set of it, is missing; otherwise cheap."""
+        if self._parts is not None and self._parts == count_table_parts(self.plan.table):
             return
         with self._lock:
-            if self._parts is None or self._parts != table_parts(self.plan.table):
+            if self._parts is None or self._parts != count_table_parts(self.plan.table):
                 _log.error("the firewall table %s was missing", self.plan.table)
                 self._install()
 
-    def ensure_whole(self) -> None:
-        """Put the table back if any rule or address of it is missing or new."""
+    def ensure_intact(self) -> None:
+        """Reinstall the table if any rule or address of it was added or removed."""
         with self._lock:
-            if self._listing is None or self._listing != self._listed():
+            if self._listing is None or self._listing != self._list_table():
                 _log.error("the firewall table %s was missing or changed", self.plan.table)
                 self._install()
 
     def _install(self) -> None:
-        # Until it is known to be there, it is not.
+        # Assume it is missing until it has been listed.
         self._parts = self._listing = None
         try:
             firewall.install(self.plan)
-            self._listing = self._listed()
-            self._parts = table_parts(self.plan.table)
+            self._listing = self._list_table()
+            self._parts = count_table_parts(self.plan.table)
         except (HostError, OSError) as error:
             detail = f"The firewall cannot be installed, so nothing may use the network: {error}"
             raise HostUnavailable(detail) from error
 
-    def _listed(self) -> str | None:
+    def _list_table(self) -> str | None:
         argv = ["nft", "--stateless", "list", "table", "inet", self.plan.table]
         listed = run(argv, timeout=_TIMEOUT, check=False)
-        # Who has connections right now, or tries others, is not for us to say.
-        names = "|".join(firewall.CHANGING)
+        # Ignore sets whose elements are the containers' current connections and attempts.
+        names = "|".join(firewall.DYNAMIC_SETS)
         own = re.compile(rf"\n\tset (?:{names}) \{{.*?\n\t\}}", re.DOTALL)
         return own.sub("", listed.text) if listed.returncode == 0 else None
 
 
-def table_parts(table: str) -> int | None:
-    """Return how many chains and sets a table of family inet has, None for no such table.
+def count_table_parts(table: str) -> int | None:
+    """Count the chains and sets of a table of family inet; None if there is no such table.
 
-    Of the calling thread's network namespace. Raises OSError.
+    Uses the calling thread's network namespace. Raises OSError.
     """
     name = table.encode() + b"\0"
     attribute = struct.pack("=HH", 4 + len(name), _NFTA_TABLE_NAME) + name + bytes(-len(name) % 4)
@@ -92,13 +92,13 @@ def table_parts(table: str) -> int | None:
     head = struct.pack("=IHHII", 16 + len(body), _NFT_MSG_GETTABLE, _NLM_F_REQUEST, 1, 0)
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as handle:
-        handle.settimeout(scaled(_ANSWER_SECONDS))
+        handle.settimeout(scaled(_RESPONSE_SECONDS))
         handle.bind((0, 0))
         handle.send(head + body)
-        return _parts(handle.recv(4096))
+        return _parse_use_count(handle.recv(4096))
 
 
-def _parts(answer: bytes) -> int | None:
+def _parse_use_count(answer: bytes) -> int | None:
     if struct.unpack_from("=H", answer, 4)[0] == _NLMSG_ERROR:
         code = -struct.unpack_from("=i", answer, 16)[0]
         if code == errno.ENOENT:

@@ -1,11 +1,11 @@
-"""A slot's network namespace: made whole, entered, and taken apart.
+"""Create, enter and destroy a slot's network namespace.
 
 The namespace belongs to the initial user namespace, so a container that joins it has no
 CAP_NET_ADMIN or CAP_NET_RAW over it: its root cannot change an address, add a route or send raw
-packets. It is kept by a bind mount (namespaces(7)), so it outlives the agent.
+packets. It is held open by a bind mount (namespaces(7)), so it outlives the agent.
 
 A networked namespace has one interface, `eth0`, whose other end is on the host and is routed
-point-to-point: there is no bridge, so no neighbour to see.
+point-to-point: there is no bridge, so no neighbour is visible.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _SIOCSIFFLAGS = 0x8914  # netdevice(7)
 _IFF_UP_RUNNING = 0x1 | 0x40
 _SYSFS_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
-# Ports below 1024 and ping for everybody: container root has no capability over the namespace
-# that would otherwise allow them (ip(7), icmp(7)).
+# Allow ports below 1024 and ping for everyone: container root lacks the capabilities over the
+# namespace that would otherwise be required (ip(7), icmp(7)).
 _SYSCTLS_INSIDE = {
     "net/ipv4/ip_unprivileged_port_start": "0",
     "net/ipv4/ping_group_range": "0 2147483647",
@@ -40,10 +40,10 @@ _SYSCTLS_INSIDE = {
 
 @dataclass(frozen=True)
 class Link:
-    """A networked namespace's interface: its host end, its address, the way out.
+    """A networked namespace's interface: its host end, its address and its gateway.
 
-    Everything is sent to `gateway`. What is not for the gateway itself goes no further unless
-    `forwarded`: the kernel then refuses it where it comes in, whatever the firewall says.
+    Everything is sent to `gateway`. Unless `forwarded`, the host does not forward packets for
+    other destinations: the kernel drops them on arrival, whatever the firewall says.
     """
 
     host_end: str
@@ -52,8 +52,8 @@ class Link:
     forwarded: bool
 
 
-def make_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
-    """Make a namespace, its sysfs and its link; on failure nothing is left.
+def create_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
+    """Create a namespace, its sysfs and its link; cleans up on failure.
 
     Raises OSError or CommandFailed.
     """
@@ -68,9 +68,9 @@ def make_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
 
 
 def destroy_namespace(run_dir: RunDir, name: str, host_end: str | None) -> None:
-    """Take a namespace apart; what is not there is no error. Raises OSError or CommandFailed."""
+    """Destroy a namespace; idempotent. Raises OSError or CommandFailed."""
     if host_end is not None and interface_exists(host_end):
-        # Waits until no packet of it is in flight, so that its address can be given anew.
+        # Waits until none of its packets is in flight, so that its address can be reused.
         run(["ip", "link", "delete", host_end], timeout=_TIMEOUT, check=False)
     for path, remove in ((run_dir.sysfs / name, Path.rmdir), (run_dir.netns / name, Path.unlink)):
         if path.exists():
@@ -78,25 +78,25 @@ def destroy_namespace(run_dir: RunDir, name: str, host_end: str | None) -> None:
             remove(path)
 
 
-def namespace_alive(run_dir: RunDir, name: str) -> bool:
-    """Tell whether the namespace is mounted (and not merely the file it was mounted on)."""
+def namespace_is_mounted(run_dir: RunDir, name: str) -> bool:
+    """Whether the namespace is mounted (not just the file it would be mounted on)."""
     path = run_dir.netns / name
     return path.is_file() and path.stat().st_dev != path.parent.stat().st_dev
 
 
-def within[R](namespace: Path, action: Callable[[], R]) -> R:
-    """Return what `action` returns in a thread that has joined a network namespace (setns(2))."""
+def run_in_namespace[R](namespace: Path, action: Callable[[], R]) -> R:
+    """Run `action` in a thread that has joined a network namespace (setns(2))."""
 
-    def joined() -> R:
+    def in_namespace() -> R:
         with namespace.open("rb") as handle:
             os.setns(handle.fileno(), os.CLONE_NEWNET)
         return action()
 
-    return _in_thread(joined)
+    return _in_thread(in_namespace)
 
 
 def interface_exists(name: str) -> bool:
-    """Tell whether the calling thread's namespace has an interface of this name."""
+    """Whether the calling thread's namespace has an interface of this name."""
     return any(found == name for _, found in socket.if_nameindex())
 
 
@@ -117,7 +117,7 @@ def run_ip(commands: list[str]) -> None:
 
 
 def _in_thread[R](action: Callable[[], R]) -> R:
-    # The thread ends with the action: no thread that has left home is ever used again.
+    # The thread ends with the action: a thread that changed its namespace is never reused.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="netns") as pool:
         return pool.submit(action).result()
 
@@ -158,10 +158,10 @@ def _connect(namespace: Path, link: Link) -> None:
         f"route add {link.gateway}/32 dev eth0 src {link.address}",
         f"route add default via {link.gateway} dev eth0 src {link.address}",
     ]
-    within(namespace, lambda: run_ip(commands))
+    run_in_namespace(namespace, lambda: run_ip(commands))
 
 
 def _unmount_all(path: Path) -> None:
-    # More than one mount can be stacked there if an agent died between mount and record.
+    # Mounts may be stacked here if an agent died between mounting and recording.
     while path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
         kernel.umount(path, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)

@@ -1,11 +1,11 @@
-"""What a container may reach: pure decisions, no input or output.
+"""What a container may reach: pure decisions, without input or output.
 
-Three modes. `off` has loopback only. `restricted` may open TLS tunnels, through the egress
-proxy, to the domains its allowlist names and to their subdomains. `open` reaches the outside
+There are three modes. `off` has loopback only. `restricted` may open TLS tunnels, through the
+egress proxy, to the domains on its allowlist and their subdomains. `open` reaches the internet
 through NAT. No mode reaches the addresses in the deny list.
 
-This module is also shipped to the proxy's helper, which runs under whatever Python the `proxy`
-user can execute, so it imports the standard library alone at module level and no sibling.
+This module is also shipped to the proxy's helper, which runs under any Python the `proxy` user can
+execute, so at module level it imports only the standard library, and no sibling.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MAX_DOMAINS = 200
 MAX_HOST_LENGTH = 253  # RFC 1035, section 2.3.4, without the root label
 TLS_PORT = 443
 NO_POLICY = "no policy is known for this address"
-# In an allowlist: everything that the host's default list has, beside what else is named.
+# In an allowlist: includes the host's default list.
 DEFAULT_LIST = "@default"
 
-# An underscore is no host name by RFC 952, but bucket and tenant names use it in DNS.
+# RFC 952 does not allow underscores in host names, but bucket and tenant names in DNS have them.
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-# What inet_aton(3) would read as a number: such a last label makes the whole name an address.
+# What inet_aton(3) parses as a number: a name whose last label is one is an address.
 _NUMERIC_LABEL = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)", re.ASCII)
 
-# Never reached from a container, whatever its policy. Explicit because Python's `is_global`
-# also calls the documentation ranges private, and real mirrors live there.
+# Never reachable from a container, whatever its policy. Listed explicitly because Python's
+# `is_global` also considers the documentation ranges private, where real mirrors exist.
 _DENIED_V4 = (
     "0.0.0.0/8",  # "this host" (RFC 1122)
     "10.0.0.0/8",  # private (RFC 1918)
@@ -65,18 +65,18 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class PolicyError(ValueError):
-    """A policy no container can be given; the text is one sentence for the person who sent it."""
+    """An invalid policy; the message is one sentence for the person who sent it."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What one container may reach. `allow_domains` None means the host's default list."""
+    """What a container may reach. `allow_domains` None means the host's default list."""
 
     mode: Mode
     allow_domains: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown mode, and a list where no proxy would read it."""
+        """Refuse an unknown mode, and an allowlist that no proxy would apply."""
         if self.mode not in MODES:
             raise PolicyError(f"network must be off, restricted or open, not {self.mode!r}")
         if self.allow_domains is not None and self.mode != "restricted":
@@ -84,7 +84,7 @@ class Policy:
 
     @classmethod
     def parse(cls, mode: str, allow_domains: Iterable[str] | None = None) -> Policy:
-        """Return the policy a request asks for, its domains normalised; raises PolicyError."""
+        """Return the policy of a request, with normalised domains; raises PolicyError."""
         if mode not in MODES:
             raise PolicyError(f"network must be off, restricted or open, not {mode!r}")
         domains = None if allow_domains is None else normalise_domains(allow_domains)
@@ -93,7 +93,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One decision: `reason` is a machine word, `message` a sentence for a person."""
+    """A decision: `reason` is a code for machines, `message` a sentence for people."""
 
     allowed: bool
     reason: str
@@ -118,7 +118,7 @@ def canonical_host(host: str) -> str | None:
 
 
 def is_address_literal(host: str) -> bool:
-    """Tell whether a host is an IP address, bracketed or in inet_aton's odd notations."""
+    """Whether a host is an IP address, bracketed or in one of inet_aton's notations."""
     bare = host.removeprefix("[").removesuffix("]")
     try:
         ipaddress.ip_address(bare.partition("%")[0])
@@ -128,7 +128,7 @@ def is_address_literal(host: str) -> bool:
 
 
 def matches(host: str, domains: Iterable[str]) -> str | None:
-    """Return the domain that covers a canonical host (itself or a parent of it), or None."""
+    """Return the domain that matches a canonical host (itself or a parent), or None."""
     listed = frozenset(domains)
     name = host
     while name:
@@ -162,7 +162,7 @@ def normalise_domain(text: str) -> str:
 
 
 def normalise_domains(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return allowlist entries normalised, without doubles, in order; raises PolicyError.
+    """Return allowlist entries normalised, deduplicated and in order; raises PolicyError.
 
     :data:`DEFAULT_LIST` stays as it is.
     """
@@ -205,9 +205,9 @@ def _to_ascii(name: str, shown: str) -> str:
 def decide(
     domains: Iterable[str] | None, method: str, host: str, port: int, *, shown: str | None = None
 ) -> Verdict:
-    """Judge one request to the proxy; `domains` None means the container has no policy.
+    """Decide one request to the proxy; `domains` None means the container has no policy.
 
-    The address behind the name is judged later, by whoever resolves it.
+    The address behind the name is checked later, by Squid, which resolves it.
     """
     name = shown or host
     if domains is None:
@@ -236,10 +236,10 @@ def decide(
     return Verdict(allowed=True, reason="allowed", message=f"{canonical} is on the allowlist")
 
 
-def judge_hello(host: str, server_name: str) -> Verdict:
-    """Judge the name in a tunnel's TLS ClientHello (RFC 6066, section 3) for CONNECT ``host``.
+def check_hello(host: str, server_name: str) -> Verdict:
+    """Check the server name in a tunnel's TLS ClientHello (RFC 6066, section 3) against ``host``.
 
-    Another name there would have a shared front end serve another host (domain fronting).
+    With another name, a shared front end would serve another host (domain fronting).
     """
     if not server_name or server_name == "-":
         text = f"the TLS connection to {host} names no server (SNI), so it cannot be checked"
@@ -250,13 +250,13 @@ def judge_hello(host: str, server_name: str) -> Verdict:
     return Verdict(allowed=True, reason="allowed", message=f"{host} is named in the tunnel too")
 
 
-# The reasons for which a tunnel is cut that had been opened.
-CUT = frozenset({"no_server_name", "server_name_differs", "not_tls"})
+# The reasons for which an open tunnel is closed.
+CUT_REASONS = frozenset({"no_server_name", "server_name_differs", "not_tls"})
 
 
-def not_tls(host: str) -> Verdict:
-    """Judge a tunnel to ``host`` that begins with no TLS ClientHello: what it asks is hidden."""
-    text = f"what was said to {host} is not TLS: only HTTPS is allowed"
+def not_tls_verdict(host: str) -> Verdict:
+    """Refuse a tunnel to ``host`` without a TLS ClientHello: its destination cannot be checked."""
+    text = f"the traffic to {host} is not TLS: only HTTPS is allowed"
     return Verdict(allowed=False, reason="not_tls", message=text)
 
 
@@ -264,7 +264,7 @@ def not_tls(host: str) -> Verdict:
 
 
 def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    """Return CIDR blocks; raises PolicyError naming the one that is none."""
+    """Parse CIDR blocks; raises PolicyError for an invalid one."""
     found: list[Network] = []
     for text in texts:
         try:
@@ -275,16 +275,16 @@ def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
 
 
 def deny_list(extra: Iterable[str] = (), permit: Iterable[str] = ()) -> tuple[Network, ...]:
-    """Return the networks no container reaches: the built-in ones and `extra`, less `permit`.
+    """Return the networks no container may reach: the built-in ones and `extra`, minus `permit`.
 
-    `permit` is how an operator opens a package mirror inside a private range. NAT64 forms of the
+    With `permit` an operator opens a package mirror inside a private range. NAT64 forms of the
     IPv4 networks are included. Raises PolicyError.
     """
     holes = parse_networks(permit)
     denied = [
         rest
         for net in parse_networks((*_DENIED_V4, *_DENIED_V6, *extra))
-        for rest in _without(net, holes)
+        for rest in _subtract(net, holes)
     ]
     v4 = [net for net in denied if isinstance(net, ipaddress.IPv4Network)]
     v6 = [net for net in denied if isinstance(net, ipaddress.IPv6Network)]
@@ -293,7 +293,7 @@ def deny_list(extra: Iterable[str] = (), permit: Iterable[str] = ()) -> tuple[Ne
 
 
 def is_denied(address: Address, denied: Iterable[Network]) -> bool:
-    """Tell whether an address, or the IPv4 address mapped into it, is in the deny list."""
+    """Whether an address, or the IPv4 address mapped into it, is in the deny list."""
     mapped = getattr(address, "ipv4_mapped", None)
     plain: Address = address if mapped is None else mapped
     return any(plain.version == net.version and plain in net for net in denied)
@@ -304,15 +304,15 @@ def _behind_nat64(net: ipaddress.IPv4Network) -> ipaddress.IPv6Network:
     return ipaddress.IPv6Network((base, 96 + net.prefixlen))
 
 
-def _without(net: Network, holes: Iterable[Network]) -> list[Network]:
-    """Return what is left of a network once every hole is cut out of it."""
-    left = [net]
+def _subtract(net: Network, holes: Iterable[Network]) -> list[Network]:
+    """Return what remains of a network without the holes."""
+    remaining = [net]
     for hole in holes:
-        left = [rest for part in left for rest in _cut(part, hole)]
-    return left
+        remaining = [rest for part in remaining for rest in _subtract_one(part, hole)]
+    return remaining
 
 
-def _cut(net: Network, hole: Network) -> list[Network]:
+def _subtract_one(net: Network, hole: Network) -> list[Network]:
     if isinstance(net, ipaddress.IPv4Network) and isinstance(hole, ipaddress.IPv4Network):
         if not net.overlaps(hole):
             return [net]

@@ -1,8 +1,8 @@
-"""Where this host's package managers fetch from: asked of them, never written down here.
+"""The registries this host's package managers use: queried from them, never hard-coded here.
 
-The answers become domains of the default allowlist and the configuration that pip, npm and apt
-get inside containers, so an operator who points the host at a mirror has pointed the sandboxes
-there too. Credentials in an address stay on the host.
+They become domains of the default allowlist, and the configuration of pip, npm and apt inside
+containers, so an operator who points the host to a mirror points the sandboxes there, too.
+Credentials in an address stay on the host.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hostruntime.host.run import CommandFailed, run
 from hostruntime.network.policy import TLS_PORT, canonical_host
 
 _TIMEOUT = 60.0
-_PASSED_ON = ("PIP_", "UV_", "NPM_CONFIG_", "npm_config_", "APT_CONFIG")
-# What pip itself falls back to, and where that index keeps its files (pip's own constants).
+_PASSED_VARIABLES = ("PIP_", "UV_", "NPM_CONFIG_", "npm_config_", "APT_CONFIG")
+# pip's default index, and where that index stores its files (pip's own constants).
 _PIP_DEFAULTS = (
     "from pip._internal.models.index import PyPI as i; print(i.simple_url, i.file_storage_domain)"
 )
 _APT_FORMAT = "$(SITE)\t$(RELEASE)\t$(COMPONENT)\t$(ORIGIN)"
-# How apt writes an origin that it has not learned yet.
-_UNKNOWN = frozenset({"", "$(ORIGIN)"})
+# How apt prints an origin that is unknown, as the lists have not been fetched.
+_UNKNOWN_ORIGINS = frozenset({"", "$(ORIGIN)"})
 _NPM_DEFINITIONS = Path(
     "usr/local/lib/node_modules/npm/node_modules/@npmcli/config/lib/definitions/definitions.js"
 )
 _NPM_DEFAULT = re.compile(r"""Definition\(['"]registry['"],\s*\{\s*default:\s*['"]([^'"]+)['"]""")
 _MIRROR_LIST = "mirror+file:"
 _DEBIAN_COMPONENTS = frozenset({"main", "contrib", "non-free", "non-free-firmware"})
-_SUITE_ENDINGS = ("-updates", "-security", "-backports")
+_SUITE_SUFFIXES = ("-updates", "-security", "-backports")
 
 
 @dataclass(frozen=True)
-class PipAnswer:
-    """pip's indexes: the addresses it is configured with and those it falls back to."""
+class PipConfig:
+    """pip's indexes: the configured addresses and the defaults."""
 
     index: str | None
     extra: tuple[str, ...]
@@ -55,7 +55,7 @@ class PipAnswer:
 
 
 @dataclass(frozen=True)
-class NpmAnswer:
+class NpmConfig:
     """npm's registry, and those of scopes (`@scope:registry` to address)."""
 
     registry: str
@@ -64,20 +64,20 @@ class NpmAnswer:
 
 @dataclass(frozen=True)
 class AptSource:
-    """One of Debian's own suites on the host's mirror; `ending` is "", "-updates" and so on."""
+    """One of Debian's own suites on the host's mirror; `suffix` is "", "-updates" and so on."""
 
     site: str
-    ending: str
+    suffix: str
     component: str
 
 
 @dataclass(frozen=True)
 class Registries:
-    """What the package managers said; `notes` are sentences about what cannot be carried over."""
+    """The package managers' registries; `notes` are sentences about what containers cannot use."""
 
     domains: tuple[str, ...]
-    pip: PipAnswer | None
-    npm: NpmAnswer | None
+    pip: PipConfig | None
+    npm: NpmConfig | None
     apt: tuple[AptSource, ...]
     notes: tuple[str, ...]
 
@@ -86,26 +86,26 @@ class Registries:
         options = dict(more or {})
         if self.pip is not None:
             index = [url for url in (self.pip.index,) if url and url != self.pip.default_index]
-            options["index-url"] = " ".join(filter(_carried, index))
-            options["extra-index-url"] = "\n".join(filter(_carried, self.pip.extra))
+            options["index-url"] = " ".join(filter(_is_usable, index))
+            options["extra-index-url"] = "\n".join(filter(_is_usable, self.pip.extra))
         return _pip_text({name: value for name, value in options.items() if value})
 
-    def carries_npm(self) -> str | None:
-        """Return npm's registry, if containers can be told of it."""
-        return self.npm.registry if self.npm is not None and _carried(self.npm.registry) else None
+    def npm_registry(self) -> str | None:
+        """Return npm's registry, if containers can use it."""
+        return self.npm.registry if self.npm is not None and _is_usable(self.npm.registry) else None
 
     def npmrc(self) -> str:
         """Return npm's global configuration for containers."""
         if self.npm is None:
             return ""
-        named = (("registry", self.npm.registry), *self.npm.scoped)
-        return "".join(f"{name}={url}\n" for name, url in named if _carried(url))
+        is_suite = (("registry", self.npm.registry), *self.npm.scoped)
+        return "".join(f"{name}={url}\n" for name, url in is_suite if _is_usable(url))
 
     def apt_sources(self, codename: str) -> str:
         """Return a sources.list(5) of Debian's own suites, over HTTPS."""
         grouped: dict[tuple[str, str], list[str]] = {}
         for source in self.apt:
-            key = (_over_https(source.site), codename + source.ending)
+            key = (_over_https(source.site), codename + source.suffix)
             grouped.setdefault(key, []).append(source.component)
         lines = (
             f"deb {site} {suite} {' '.join(dict.fromkeys(components))}\n"
@@ -116,25 +116,25 @@ class Registries:
 
 @functools.cache
 def host_registries(node_tree: Path | None = None) -> Registries:
-    """Ask pip, npm and apt; remembered until :func:`forget`.
+    """Query pip, npm and apt; cached until :func:`clear_cache`.
 
-    `node_tree` is a root tree with npm, asked when the host has none. A package manager that is
-    missing or fails is left out, with a note.
+    `node_tree` is a root tree with npm, used if the host has none. A package manager that is
+    missing or fails is skipped, with a note.
     """
     with ThreadPoolExecutor(max_workers=3, thread_name_prefix="registries") as pool:
-        pip = pool.submit(ask_pip)
-        npm = pool.submit(ask_npm, node_tree)
-        apt = pool.submit(ask_apt)
+        pip = pool.submit(query_pip)
+        npm = pool.submit(query_npm, node_tree)
+        apt = pool.submit(query_apt)
     return combine(pip.result(), npm.result(), apt.result())
 
 
-def forget() -> None:
-    """Ask the package managers again next time."""
+def clear_cache() -> None:
+    """Query the package managers again next time."""
     host_registries.cache_clear()
 
 
-def combine(pip: PipAnswer | None, npm: NpmAnswer | None, apt: Sequence[AptSource]) -> Registries:
-    """Put the answers together: the domains they need, and what cannot be carried over."""
+def combine(pip: PipConfig | None, npm: NpmConfig | None, apt: Sequence[AptSource]) -> Registries:
+    """Combine the results: the domains they need, and notes about what containers cannot use."""
     urls = [*_pip_urls(pip), *_npm_urls(npm), *(_over_https(source.site) for source in apt)]
     notes = [
         *([] if pip else ["pip was not found on this host: its index is not allowed by default"]),
@@ -160,8 +160,8 @@ def combine(pip: PipAnswer | None, npm: NpmAnswer | None, apt: Sequence[AptSourc
 # pip --------------------------------------------------------------------------------------
 
 
-def ask_pip() -> PipAnswer | None:
-    """Ask the first pip that answers; None without one."""
+def query_pip() -> PipConfig | None:
+    """Query the first pip that works; None without one."""
     for python, environment in _pythons_with_pip():
         try:
             listing = run(
@@ -174,14 +174,14 @@ def ask_pip() -> PipAnswer | None:
     return None
 
 
-def parse_pip(listing: str, defaults: str) -> PipAnswer:
-    """Read `pip config list` (a line `section.key='value'` each; later sections win)."""
+def parse_pip(listing: str, defaults: str) -> PipConfig:
+    """Parse `pip config list` (lines of `section.key='value'`; later sections take precedence)."""
     values: dict[str, str] = {}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
         values[name.rpartition(".")[2]] = value.strip().strip("'\"").replace("\\n", " ")
     words = defaults.split()
-    return PipAnswer(
+    return PipConfig(
         index=values.get("index-url"),
         extra=tuple(values.get("extra-index-url", "").split()),
         default_index=words[0].rstrip("/") + "/" if words else None,
@@ -190,10 +190,10 @@ def parse_pip(listing: str, defaults: str) -> PipAnswer:
 
 
 def _pythons_with_pip() -> Iterable[tuple[str, dict[str, str]]]:
-    named = (shutil.which("python3"), shutil.which("python"), "/usr/bin/python3")
-    for python in dict.fromkeys(filter(None, (sys.executable, *named))):
+    is_suite = (shutil.which("python3"), shutil.which("python"), "/usr/bin/python3")
+    for python in dict.fromkeys(filter(None, (sys.executable, *is_suite))):
         yield python, _environment()
-    # No pip anywhere (a machine set up by uv): the copy that every CPython carries will do.
+    # No pip anywhere (a machine set up by uv): use the copy bundled with every CPython.
     bundled = sorted(_bundled_pip())
     if bundled:
         yield sys.executable, {**_environment(), "PYTHONPATH": str(bundled[-1])}
@@ -206,14 +206,14 @@ def _bundled_pip() -> Iterable[Path]:
     return (Path(spec.origin).parent / "_bundled").glob("pip-*.whl")
 
 
-def _pip_urls(pip: PipAnswer | None) -> list[str]:
+def _pip_urls(pip: PipConfig | None) -> list[str]:
     if pip is None:
         return []
     index = pip.index or pip.default_index
-    return [url for url in (index, *pip.extra, *_uv_indexes()) if url and _is_web(url)]
+    return [url for url in (index, *pip.extra, *_uv_indexes()) if url and _is_http(url)]
 
 
-def _uses_default_index(pip: PipAnswer) -> bool:
+def _uses_default_index(pip: PipConfig) -> bool:
     return any(url.rstrip("/") == (pip.default_index or "").rstrip("/") for url in _pip_urls(pip))
 
 
@@ -238,83 +238,87 @@ def _pip_text(options: Mapping[str, str]) -> str:
 # npm --------------------------------------------------------------------------------------
 
 
-def ask_npm(node_tree: Path | None = None) -> NpmAnswer | None:
-    """Ask the host's npm, else read the default of the one in a root tree; None without one."""
+def query_npm(node_tree: Path | None = None) -> NpmConfig | None:
+    """Query the host's npm, or read the default of the one in a root tree; None without one."""
     if (npm := shutil.which("npm")) is not None:
         try:
             command = [npm, "config", "list", "--json"]
-            # To read its configuration, npm would make its cache in the home and log into it.
-            apart = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
-            return parse_npm(run(command, env=_environment() | apart, timeout=_TIMEOUT).text)
+            # Otherwise npm would create its cache in the home and write logs there.
+            overrides = {"NPM_CONFIG_CACHE": "/dev/null/npm", "NPM_CONFIG_LOGS_MAX": "0"}
+            return parse_npm(run(command, env=_environment() | overrides, timeout=_TIMEOUT).text)
         except (CommandFailed, ValueError, KeyError):
             pass
     definitions = node_tree / _NPM_DEFINITIONS if node_tree is not None else None
     if definitions is None or not definitions.is_file():
         return None
-    # Read, not run: npm would write its logs into the tree, which is immutable.
+    # Not run: npm would write its logs into the tree, which is immutable.
     return parse_npm_definitions(definitions.read_text(errors="replace"))
 
 
-def parse_npm_definitions(source: str) -> NpmAnswer | None:
+def parse_npm_definitions(source: str) -> NpmConfig | None:
     """Find the default registry in npm's own table of settings."""
     found = _NPM_DEFAULT.search(source)
-    return None if found is None else NpmAnswer(registry=found.group(1), scoped=())
+    return None if found is None else NpmConfig(registry=found.group(1), scoped=())
 
 
-def parse_npm(listing: str) -> NpmAnswer:
-    """Read `npm config list --json`; raises ValueError or KeyError if it is something else."""
+def parse_npm(listing: str) -> NpmConfig:
+    """Parse `npm config list --json`; raises ValueError or KeyError if it is malformed."""
     values = json.loads(listing)
     scoped = tuple(
         (name, str(url))
         for name, url in sorted(values.items())
         if name.startswith("@") and name.endswith(":registry")
     )
-    return NpmAnswer(registry=str(values["registry"]), scoped=scoped)
+    return NpmConfig(registry=str(values["registry"]), scoped=scoped)
 
 
-def _npm_urls(npm: NpmAnswer | None) -> list[str]:
+def _npm_urls(npm: NpmConfig | None) -> list[str]:
     return [] if npm is None else [npm.registry, *(url for _, url in npm.scoped)]
 
 
 # apt --------------------------------------------------------------------------------------
 
 
-def ask_apt() -> tuple[AptSource, ...]:
-    """Ask apt for the Debian suites the host uses; empty without apt.
+def query_apt() -> tuple[AptSource, ...]:
+    """Query apt for the Debian suites the host uses; empty without apt.
 
-    Asked twice: what it has lists of, whose origin it knows, and all that it is configured with,
-    as a machine that never ran `apt-get update` (an image, a container) has no lists.
+    This queries twice: for fetched lists, whose origin is known, and for everything configured, as
+    a machine that never ran `apt-get update` (an image, a container) has no lists.
     """
-    ask = ["apt-get", "indextargets", "--format", _APT_FORMAT]
+    command = ["apt-get", "indextargets", "--format", _APT_FORMAT]
     try:
-        fetched = run(ask, env=_environment(), timeout=_TIMEOUT)
-        configured = run([*ask, "--no-release-info"], env=_environment(), timeout=_TIMEOUT)
+        fetched = run(command, env=_environment(), timeout=_TIMEOUT)
+        configured = run([*command, "--no-release-info"], env=_environment(), timeout=_TIMEOUT)
     except CommandFailed:
         return ()
-    return parse_apt(fetched.text + configured.text, on_debian=_on_debian())
+    return parse_apt(fetched.text + configured.text, on_debian=_is_debian())
 
 
 def parse_apt(listing: str, *, on_debian: bool = True) -> tuple[AptSource, ...]:
-    """Read `apt-get indextargets`, keeping Debian's own suites, not other vendors' lists.
+    """Parse `apt-get indextargets`; keep Debian's own suites, not those of other vendors.
 
-    Where apt knows no origin it is told by its site's other suites; on another distribution than
-    Debian, what is unknown is none of Debian's.
+    An unknown origin is inferred from the site's other suites; on distributions other than
+    Debian, unknown origins are not Debian's.
     """
     targets = [_target(line) for line in listing.splitlines()]
     origins = {
-        (site, release): origin for site, release, _, origin in targets if origin not in _UNKNOWN
+        (site, release): origin
+        for site, release, _, origin in targets
+        if origin not in _UNKNOWN_ORIGINS
     }
     debians = {site for (site, _), origin in origins.items() if origin == "Debian"}
     if on_debian:
         known = {site for site, _ in origins}
-        debians |= _like_debians([target for target in targets if target[0] not in known], debians)
+        debians |= _likely_debian_sites(
+            [target for target in targets if target[0] not in known], debians
+        )
     found: dict[AptSource, None] = {}
     for site, release, component, _ in targets:
-        ending = next((end for end in _SUITE_ENDINGS if release.endswith(end)), "")
-        ours = site in debians and origins.get((site, release), "Debian") == "Debian"
-        named = component in _DEBIAN_COMPONENTS and release.removesuffix(ending).isalpha()
-        if ours and named and _is_web(site):
-            found[AptSource(site, ending, component)] = None
+        suffix = next((end for end in _SUITE_SUFFIXES if release.endswith(end)), "")
+        is_debian = site in debians and origins.get((site, release), "Debian") == "Debian"
+        is_suite = component in _DEBIAN_COMPONENTS and release.removesuffix(suffix).isalpha()
+        if is_debian and is_suite and _is_http(site):
+            found[AptSource(site, suffix, component)] = None
     return tuple(found)
 
 
@@ -322,21 +326,21 @@ _Target = tuple[str, str, str, str]
 
 
 def _target(line: str) -> _Target:
-    """Site, release, component and origin of a line."""
+    """Split a line into site, release, component and origin."""
     site, release, component, origin = (line.split("\t") + [""] * 4)[:4]
     return _first_mirror(site).rstrip("/"), release, component, origin
 
 
-def _like_debians(unknown: Sequence[_Target], known: Set[str]) -> set[str]:
-    """The sites that may be Debian's mirrors among those whose origin apt has not learned yet.
+def _likely_debian_sites(unknown: Sequence[_Target], known: Set[str]) -> set[str]:
+    """Return the sites that are likely Debian mirrors, of those whose origin is unknown.
 
-    Debian has updates and security suites; vendors that name theirs after Debian's have not.
+    Debian has updates and security suites; vendors that copy its suite names do not.
     """
-    updated = {site for site, release, *_ in unknown if release.endswith(_SUITE_ENDINGS)}
+    updated = {site for site, release, *_ in unknown if release.endswith(_SUITE_SUFFIXES)}
     return updated if updated or known else {site for site, *_ in unknown}
 
 
-def _on_debian() -> bool:
+def _is_debian() -> bool:
     """Whether this is Debian, by os-release(5)."""
     try:
         return platform.freedesktop_os_release()["ID"] == "debian"
@@ -345,8 +349,9 @@ def _on_debian() -> bool:
 
 
 def _first_mirror(site: str) -> str:
-    """The first web address of a mirror list, as Debian's cloud images name one (apt-transport-
-    mirror(1)); any other site as it is.
+    """Return the first HTTP address of a mirror list, or any other site unchanged.
+
+    Debian's cloud images use mirror lists (apt-transport-mirror(1)).
     """
     if not site.startswith(_MIRROR_LIST):
         return site
@@ -354,25 +359,27 @@ def _first_mirror(site: str) -> str:
         words = Path(site.removeprefix(_MIRROR_LIST)).read_text().split()
     except (OSError, UnicodeDecodeError):
         return site
-    return next((word for word in words if _is_web(word)), site)
+    return next((word for word in words if _is_http(word)), site)
 
 
 # Addresses --------------------------------------------------------------------------------
 
 
 def _environment() -> dict[str, str]:
-    """Return what the package managers' own configuration is found by."""
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    """Return the variables by which the package managers find their configuration."""
+    passed = {
+        name: value for name, value in os.environ.items() if name.startswith(_PASSED_VARIABLES)
+    }
     keep = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
     return {**passed, **keep}
 
 
-def _is_web(url: str) -> bool:
+def _is_http(url: str) -> bool:
     return urlsplit(url).scheme in ("http", "https")
 
 
-def _carried(url: str) -> bool:
-    return _is_web(url) and urlsplit(url).username is None
+def _is_usable(url: str) -> bool:
+    return _is_http(url) and urlsplit(url).username is None
 
 
 def _over_https(url: str) -> str:
@@ -380,7 +387,7 @@ def _over_https(url: str) -> str:
 
 
 def _domain(url: str) -> tuple[str | None, str | None]:
-    """Return the domain of an address, and a note if the proxy will refuse it all the same."""
+    """Return the domain of an address, and a note if the proxy will refuse it anyway."""
     parts = urlsplit(url)
     host = canonical_host(parts.hostname or "")
     if host is None:

@@ -1,4 +1,4 @@
-"""What an operator may set about the network, and what the host says about its resolvers."""
+"""Network settings of the operator, and the host's resolvers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RESOLVER_FILES = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.c
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """What an operator sets about the outside, read from the agent's environment.
+    """The operator's network settings, read from the agent's environment.
 
     `ORKESTR_EGRESS_DENY` and `ORKESTR_EGRESS_PERMIT` are comma-separated networks added to, and
     cut out of, the deny list. `ORKESTR_DNS` names the resolvers (addresses, comma-separated)
@@ -28,19 +28,19 @@ class NetworkSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NetworkSettings:
-        """Return the settings; raises PolicyError or ValueError naming the malformed one."""
-        permit = _listed(environment, "ORKESTR_EGRESS_PERMIT")
+        """Read the settings; raises PolicyError or ValueError for a malformed one."""
+        permit = _split(environment, "ORKESTR_EGRESS_PERMIT")
         return cls(
-            denied=deny_list(_listed(environment, "ORKESTR_EGRESS_DENY"), permit),
+            denied=deny_list(_split(environment, "ORKESTR_EGRESS_DENY"), permit),
             permitted=parse_networks(permit),
-            resolvers=_addresses(_listed(environment, "ORKESTR_DNS")) or host_resolvers(),
+            resolvers=_addresses(_split(environment, "ORKESTR_DNS")) or host_resolvers(),
         )
 
 
 def host_resolvers(files: Iterable[Path] = _RESOLVER_FILES) -> tuple[str, ...]:
-    """Return the resolvers the host uses that are not on its loopback (resolv.conf(5)).
+    """Return the host's resolvers that are not on its loopback (resolv.conf(5)).
 
-    Behind a local stub (systemd-resolved) these are the stub's own upstreams.
+    With a local stub (systemd-resolved), these are the stub's upstream servers.
     """
     for path in files:
         text = path.read_text(errors="replace") if path.exists() else ""
@@ -51,7 +51,7 @@ def host_resolvers(files: Iterable[Path] = _RESOLVER_FILES) -> tuple[str, ...]:
     return ()
 
 
-def _listed(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+def _split(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in environment.get(name, "").split(",") if word.strip())
 
 
@@ -63,7 +63,7 @@ def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _reachable(text: str) -> bool:
-    """Tell whether a resolver can be asked from elsewhere than the host's own loopback or link."""
+    """Whether a resolver is reachable from outside the host's loopback and local link."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

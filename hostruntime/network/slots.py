@@ -1,9 +1,9 @@
-"""Slots: a container's place on the network, and the policy in force there before it starts.
+"""Slots: a container's place on the network, with its policy in force before it starts.
 
-A slot is an index 0..255 and what follows from it: a range of host ids, a network namespace and,
-unless the mode is `off`, an address. Namespaces are made ahead, per mode, in the background, so
-that acquiring one costs two small files: the assignment, and what the egress proxy is to allow.
-Everything else about a mode is in the instance's one nftables table
+A slot is an index 0..255 and what is derived from it: a range of host ids, a network namespace
+and, unless the mode is `off`, an address. Namespaces are created in advance, per mode, in the
+background, so acquiring one only writes two small files: the assignment, and the egress proxy's
+allowlist. Everything else about a mode is in the instance's single nftables table
 (:mod:`hostruntime.network.firewall`). A released namespace is destroyed, never reused.
 """
 
@@ -38,15 +38,15 @@ from hostruntime.host.paths import MAX_SLOTS, Instance, StatePaths, read_json, w
 from hostruntime.host.patience import scaled
 from hostruntime.host.rundir import RunDir
 from hostruntime.host.tasks import log_errors
-from hostruntime.network import firewall, nowhere
+from hostruntime.network import blackhole, firewall
 from hostruntime.network.conntrack import forget_connections
-from hostruntime.network.direct import Listener, record_attempt
+from hostruntime.network.direct import QueryRecorder, record_attempt
 from hostruntime.network.firewall_watch import FirewallWatch
 from hostruntime.network.netns import (
     Link,
+    create_namespace,
     destroy_namespace,
-    make_namespace,
-    namespace_alive,
+    namespace_is_mounted,
     run_ip,
     write_sysctl,
 )
@@ -55,9 +55,9 @@ from hostruntime.network.settings import NetworkSettings
 from hostruntime.network.stub_resolver import StubResolver
 
 PROXY_GROUP = "proxy"
-# How many namespaces wait, made, for a container of each mode.
-READY: Mapping[Mode, int] = {"off": 8, "restricted": 6, "open": 4}
-# An owner's name becomes a file's.
+# How many namespaces to keep ready for each mode.
+READY_SLOTS: Mapping[Mode, int] = {"off": 8, "restricted": 6, "open": 4}
+# An owner's name is used as a file name.
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SLOTS_PER_OCTET = 128
 _WAIT_FOR_RECYCLING_SECONDS = 3.0
@@ -67,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Slot:
-    """One place: `id_base` is the host id of container root; `netns`, `sysfs` are mounted."""
+    """A slot; `id_base` is the host id of container root, `netns` and `sysfs` are mounted."""
 
     index: int
     mode: Mode
@@ -93,45 +93,46 @@ class SlotPool:
         self._free: deque[int] = deque(range(MAX_SLOTS))
         self._ready: dict[Mode, deque[Slot]] = {mode: deque() for mode in MODES}
         self._assigned: dict[str, Slot] = {}
-        self._doomed: deque[Slot] = deque()
+        self._to_destroy: deque[Slot] = deque()
         self._attempts = threading.Lock()
-        # Who has, or was the last to have, a slot without a free way out that is not free yet.
-        self._held: dict[Slot, str] = {}
+        # The current or last owner of each slot that is not mode open and not yet destroyed.
+        self._last_owners: dict[Slot, str] = {}
         self._recycler: threading.Thread | None = None
         self._closing = False
         self._busy = 0
         self._waiting = 0
 
-    # Life of the pool ---------------------------------------------------------------------
+    # Lifecycle ----------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Put in place what all slots share; idempotent. Raises OSError or HostError."""
+        """Set up what all slots share; idempotent. Raises OSError or HostError."""
         self.run_dir.ensure(_proxy_gid())
         self.firewall.install()
         run_ip([f"address replace {self._proxy()}/32 dev lo label lo:{self.instance.prefix}px"])
-        # Networked slots with mode open need it, and only packets of theirs are let through by
-        # our own table; what else the host forwards from now on is its other tables' business.
+        # Slots with mode open need this. Our own table only forwards their packets; anything else
+        # the host forwards from now on is up to its other tables.
         write_sysctl("net/ipv4/ip_forward", "1")
 
     def reclaim(self, live_owners: set[str]) -> None:
-        """Take up the slots of `live_owners`, destroy all others, and begin making ready ones.
+        """Adopt the slots of `live_owners`, destroy all others, and start the recycler.
 
-        For the agent's start, after :meth:`setup`; later calls only release what is not live.
+        Called when the agent starts, after :meth:`setup`; later calls only release other owners'
+        slots.
         """
         if self._recycler is not None:
             for owner in set(self._assigned) - live_owners:
                 self.release(owner)
             return
-        for slot, owner in self._recorded():
-            if owner in live_owners and self._whole(slot):
+        for slot, owner in self._recorded_slots():
+            if owner in live_owners and self._is_intact(slot):
                 self._adopt(owner, slot)
-        self._destroy_leftovers(kept=set(self._assigned.values()))
+        self._destroy_leftovers(keep=set(self._assigned.values()))
         self._closing = False
         self._recycler = threading.Thread(target=self._recycle, name="slots", daemon=True)
         self._recycler.start()
 
     def close(self) -> None:
-        """Stop making namespaces ready; those in use stay. For the agent's own end."""
+        """Stop the recycler, but keep namespaces in use; called when the agent shuts down."""
         with self._changed:
             self._closing = True
             recycler, self._recycler = self._recycler, None
@@ -146,29 +147,29 @@ class SlotPool:
         The egress proxy must have been stopped. Raises OSError or HostError.
         """
         self.close()
-        self._destroy_leftovers(kept=set())
-        run_ip_quietly([f"address delete {self._proxy()}/32 dev lo"])
+        self._destroy_leftovers(keep=set())
+        run_ip_ignoring_errors([f"address delete {self._proxy()}/32 dev lo"])
         firewall.remove(self.instance.nft_table)
-        if left := kernel.mount_points_under(self.run_dir.root):
-            raise HostFault(f"{left[0]} is still mounted; unmount it and try again.")
+        if mounts := kernel.mount_points_under(self.run_dir.root):
+            raise HostFault(f"{mounts[0]} is still mounted; unmount it and try again.")
         shutil.rmtree(self.run_dir.root, ignore_errors=True)
         self._free = deque(range(MAX_SLOTS))
         self._ready = {mode: deque() for mode in MODES}
         self._assigned.clear()
-        self._doomed.clear()
+        self._to_destroy.clear()
 
     # Slots --------------------------------------------------------------------------------
 
     def acquire(self, owner: str, policy: Policy) -> Slot:
-        """Give `owner` a slot in which `policy` is already in force.
+        """Assign `owner` a slot in which `policy` is already in force.
 
-        Raises HostFull when all slots are taken, Conflict when the owner has one, InvalidRequest
-        for an owner's name that could not be a file's, HostUnavailable while there is no firewall,
-        HostError or OSError when the policy cannot be put in force (the owner then has no slot).
+        Raises HostFull if all slots are in use, Conflict if the owner has one, InvalidRequest if
+        the owner's name is not a valid file name, HostUnavailable while there is no firewall,
+        HostError or OSError if the policy cannot be enforced (the owner then has no slot).
         """
         if not _OWNER.fullmatch(owner):
             raise InvalidRequest(f"{owner!r} cannot own a slot: letters, digits, . _ - only.")
-        slot = self._take(owner, policy.mode)
+        slot = self._claim(owner, policy.mode)
         try:
             self._enforce(owner, slot, policy)
         except BaseException:
@@ -177,79 +178,79 @@ class SlotPool:
         return slot
 
     def release(self, owner: str) -> None:
-        """Take the owner's slot back: no policy at once, the namespace soon; idempotent."""
+        """Release the owner's slot: removes its policy now, its namespace soon; idempotent."""
         with self._changed:
             slot = self._assigned.pop(owner, None)
         if slot is None:
             return
-        self._withdraw(slot)
+        self._remove_policy(slot)
         with self._changed:
-            self._doomed.append(slot)
+            self._to_destroy.append(slot)
             self._changed.notify_all()
         if self._recycler is None:
-            self._destroy_doomed()
+            self._destroy_next()
 
     def slot_of(self, owner: str) -> Slot | None:
-        """Return the owner's slot, if it has one."""
+        """Return the owner's slot, if any."""
         with self._changed:
             return self._assigned.get(owner)
 
     def ready(self) -> dict[Mode, int]:
-        """Return how many namespaces wait, made, per mode."""
+        """Return how many namespaces are ready, per mode."""
         with self._changed:
             return {mode: len(slots) for mode, slots in self._ready.items()}
 
-    def settle(self, timeout: float) -> bool:
-        """Wait until nothing is left to recycle or make ready; False after `timeout` seconds."""
+    def wait_until_idle(self, timeout: float) -> bool:
+        """Wait until the recycler has nothing left to do; False after `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(self._settled, timeout)
+            return self._changed.wait_for(self._is_idle, timeout)
 
     def proxy_address(self) -> tuple[str, int]:
-        """Return where restricted containers find the egress proxy."""
+        """Return the egress proxy's address and port."""
         return str(self._proxy()), firewall.PROXY_PORT
 
-    def record_attempts(self, reader: str | None = None) -> None:
-        """Have what containers tried past the proxy, or without one, in their owners' records.
+    def record_attempts(self, only_owner: str | None = None) -> None:
+        """Record containers' direct connection attempts in their owners' logs.
 
-        ``reader`` is whose record is to be read, if only one's. To be called every few seconds
-        without one, for the firewall forgets (not so a slot that is off), and in a thread.
+        ``only_owner`` is the owner whose log is about to be read, if only one. Call this every few
+        seconds without one, in a thread, as the firewall forgets (slots that are off do not).
         """
-        held = self._held.copy()
-        modes = {slot.mode for slot, owner in held.items() if owner == reader}
-        if reader is None or "restricted" in modes:
+        owners_by_slot = self._last_owners.copy()
+        modes = {slot.mode for slot, owner in owners_by_slot.items() if owner == only_owner}
+        if only_owner is None or "restricted" in modes:
             self._record_restricted()
-        for slot, owner in held.items():
-            if slot.mode == "off" and owner == reader:
+        for slot, owner in owners_by_slot.items():
+            if slot.mode == "off" and owner == only_owner:
                 self._record_off(slot, owner)
 
     def _record_restricted(self) -> None:
         with self._attempts:
             try:
-                found = firewall.take_attempts(self.instance.nft_table)
+                found = firewall.drain_attempts(self.instance.nft_table)
             except (HostError, OSError) as error:
-                _log.warning("what went past the proxy cannot be read: %s", error)
+                _log.warning("attempts to bypass the proxy cannot be read: %s", error)
                 return
-            owners = {slot.address: owner for slot, owner in self._held.copy().items()}
+            owners = {slot.address: owner for slot, owner in self._last_owners.copy().items()}
             for attempt in found:
                 if (owner := owners.get(attempt.source)) is not None:
                     record_attempt(self.run_dir, owner, "restricted", attempt)
 
     def _record_off(self, slot: Slot, owner: str) -> None:
         with self._attempts:
-            # Meanwhile it may be gone, and what was tried in it recorded.
-            if slot.netns is None or self._held.get(slot) != owner:
+            # It may have been destroyed meanwhile, after its attempts were recorded.
+            if slot.netns is None or self._last_owners.get(slot) != owner:
                 return
             try:
-                found = nowhere.take_attempts(slot.netns)
+                found = blackhole.drain_attempts(slot.netns)
             except (HostError, OSError) as error:
-                _log.warning("what was tried in slot %d cannot be read: %s", slot.index, error)
+                _log.warning("attempts in slot %d cannot be read: %s", slot.index, error)
                 return
             for attempt in found:
                 record_attempt(self.run_dir, owner, "off", attempt)
 
-    # Taking -------------------------------------------------------------------------------
+    # Acquiring ----------------------------------------------------------------------------
 
-    def _take(self, owner: str, mode: Mode) -> Slot:
+    def _claim(self, owner: str, mode: Mode) -> Slot:
         with self._changed:
             if owner in self._assigned:
                 raise Conflict(f"{owner} already has a network slot.")
@@ -258,10 +259,10 @@ class SlotPool:
                 self._assigned[owner] = slot
                 self._changed.notify_all()
                 return slot
-            slot = self._slot(self._any_index(), mode)
+            slot = self._slot(self._claim_index(), mode)
             self._assigned[owner] = slot
         try:
-            self._make(slot)
+            self._create(slot)
         except BaseException:
             with self._changed:
                 del self._assigned[owner]
@@ -269,14 +270,14 @@ class SlotPool:
             raise
         return slot
 
-    def _any_index(self) -> int:
-        """Return a free index, at the cost of another mode's ready slot if need be."""
+    def _claim_index(self) -> int:
+        """Return a free index, evicting another mode's ready slot if necessary."""
         deadline = time.monotonic() + scaled(_WAIT_FOR_RECYCLING_SECONDS)
         self._waiting += 1
         try:
             while not self._free:
-                self._sacrifice_a_ready_slot()
-                more_to_come = bool(self._doomed) or self._busy > 0
+                self._evict_ready_slot()
+                more_to_come = bool(self._to_destroy) or self._busy > 0
                 if not more_to_come or not self._changed.wait(deadline - time.monotonic()):
                     raise HostFull("All network slots of this host are taken; try again shortly.")
             return self._free.popleft()
@@ -284,23 +285,23 @@ class SlotPool:
             self._waiting -= 1
             self._changed.notify_all()
 
-    def _sacrifice_a_ready_slot(self) -> None:
+    def _evict_ready_slot(self) -> None:
         ready = max(self._ready.values(), key=len)
-        if ready and not self._doomed:
-            self._doomed.append(ready.pop())
+        if ready and not self._to_destroy:
+            self._to_destroy.append(ready.pop())
             self._changed.notify_all()
 
     def _enforce(self, owner: str, slot: Slot, policy: Policy) -> None:
         if slot.address is not None:
-            self.firewall.ensure_there()
+            self.firewall.ensure_present()
         if slot.mode != "open":
-            self._held[slot] = owner
+            self._last_owners[slot] = owner
         if slot.address is not None and policy.mode == "restricted":
             entry = {"owner": owner, "domains": policy.allow_domains}
-            _write_small(self._entry(slot), entry, mode=0o640)
-        _write_small(self._record(slot), {"index": slot.index, "mode": slot.mode, "owner": owner})
+            _write_record(self._entry(slot), entry, mode=0o640)
+        _write_record(self._record(slot), {"index": slot.index, "mode": slot.mode, "owner": owner})
 
-    def _withdraw(self, slot: Slot) -> None:
+    def _remove_policy(self, slot: Slot) -> None:
         if slot.address is not None:
             self._entry(slot).unlink(missing_ok=True)
         self._record(slot).unlink(missing_ok=True)
@@ -310,49 +311,49 @@ class SlotPool:
     def _recycle(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._next_work() is not None)
-                work = None if self._closing else self._next_work()
-                if work is None:
+                self._changed.wait_for(lambda: self._closing or self._next_task() is not None)
+                task = None if self._closing else self._next_task()
+                if task is None:
                     return
-            done = False
+            succeeded = False
             with log_errors("a network slot could not be recycled"):
-                work()
-                done = True
-            if not done:
+                task()
+                succeeded = True
+            if not succeeded:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, _PAUSE_AFTER_FAILURE_SECONDS)
 
-    def _next_work(self) -> Callable[[], None] | None:
-        short = [mode for mode in MODES if len(self._ready[mode]) < READY[mode]]
+    def _next_task(self) -> Callable[[], None] | None:
+        short = [mode for mode in MODES if len(self._ready[mode]) < READY_SLOTS[mode]]
         empty = [mode for mode in short if not self._ready[mode]]
         spare = bool(self._free) and not self._waiting
-        if self._doomed and not (empty and spare):
-            return self._destroy_doomed
+        if self._to_destroy and not (empty and spare):
+            return self._destroy_next
         if short and spare:
-            return partial(self._make_ready, (empty or short)[0])
+            return partial(self._create_ready, (empty or short)[0])
         return None
 
-    def _settled(self) -> bool:
-        return self._next_work() is None and self._busy == 0
+    def _is_idle(self) -> bool:
+        return self._next_task() is None and self._busy == 0
 
-    def _make_ready(self, mode: Mode) -> None:
-        with self._at_work(self._free) as index:
+    def _create_ready(self, mode: Mode) -> None:
+        with self._working_on(self._free) as index:
             if index is not None:
                 slot = self._slot(index, mode)
-                self._make(slot)
+                self._create(slot)
                 with self._changed:
                     self._ready[mode].append(slot)
 
-    def _destroy_doomed(self) -> None:
-        with self._at_work(self._doomed) as slot:
+    def _destroy_next(self) -> None:
+        with self._working_on(self._to_destroy) as slot:
             if slot is not None:
                 self._destroy(slot)
                 with self._changed:
                     self._free.append(slot.index)
 
     @contextmanager
-    def _at_work[T](self, queue: deque[T]) -> Iterator[T | None]:
-        """Take the first item of a queue (None if empty); put it back if the work fails."""
+    def _working_on[T](self, queue: deque[T]) -> Iterator[T | None]:
+        """Pop the first item of a queue (None if empty); put it back if the body raises."""
         with self._changed:
             item = queue.popleft() if queue else None
             self._busy += 1
@@ -368,59 +369,61 @@ class SlotPool:
                 self._busy -= 1
                 self._changed.notify_all()
 
-    def _make(self, slot: Slot) -> None:
-        make_namespace(self.run_dir, self._name(slot.index), self._link(slot))
-        self._attend(slot)
+    def _create(self, slot: Slot) -> None:
+        create_namespace(self.run_dir, self._name(slot.index), self._link(slot))
+        self._start_recording(slot)
 
     def _adopt(self, owner: str, slot: Slot) -> None:
-        """Take up what an earlier agent has left to a container that lives."""
+        """Adopt the slot of a running container from an earlier agent."""
         self._assigned[owner] = slot
         self._free.remove(slot.index)
-        self._attend(slot)
+        self._start_recording(slot)
         if slot.mode != "open":
-            self._held[slot] = owner
+            self._last_owners[slot] = owner
         link = self._link(slot)
         if link is not None and slot.mode == "restricted":
-            # Turning the host's own on, as we do, turns every interface's on.
+            # Enabling ip_forward, as setup does, enables it on every interface.
             write_sysctl(f"net/ipv4/conf/{link.host_end}/forwarding", "0", optional=True)
 
-    def _attend(self, slot: Slot) -> None:
-        """Have the names heard of that a container asks DNS for which has none, and addresses."""
+    def _start_recording(self, slot: Slot) -> None:
+        """Start recording a container's DNS queries and connection attempts, unless mode open."""
         if slot.mode == "open" or slot.netns is None:
             return
         if slot.mode == "off":
             try:
-                nowhere.lead_nowhere(slot.netns)
+                blackhole.install_blackhole(slot.netns)
             except (HostError, OSError) as error:
-                # What its programs try fails as well, and nobody is told.
-                _log.warning("nothing is heard of what slot %d tries: %s", slot.index, error)
-        listener = Listener(self.run_dir, slot.mode, slot.address, partial(self._owner_of, slot))
+                # Its programs' connections fail anyway; they are just not recorded.
+                _log.warning("attempts in slot %d are not recorded: %s", slot.index, error)
+        recorder = QueryRecorder(
+            self.run_dir, slot.mode, slot.address, partial(self._owner_of, slot)
+        )
         try:
-            self.resolver.attend(slot.netns, listener.hear)
+            self.resolver.add(slot.netns, recorder.record)
         except OSError as error:
-            # Its programs are told as before that there is no resolver, and nobody why.
-            _log.warning("no names are heard of in slot %d: %s", slot.index, error)
+            # Its programs find no resolver, and their queries are not recorded.
+            _log.warning("DNS queries in slot %d are not recorded: %s", slot.index, error)
 
     def _owner_of(self, slot: Slot) -> str | None:
         with self._changed:
-            found = (owner for owner, taken in self._assigned.items() if taken == slot)
+            found = (owner for owner, assigned in self._assigned.items() if assigned == slot)
             return next(found, None)
 
     def _destroy(self, slot: Slot) -> None:
         link = self._link(slot)
         if slot.netns is not None:
-            self.resolver.leave(slot.netns)
-        if (owner := self._held.get(slot)) is not None:
-            # Before somebody else gets it.
+            self.resolver.remove(slot.netns)
+        if (owner := self._last_owners.get(slot)) is not None:
+            # Before another owner gets it.
             self.record_attempts(owner)
-            self._held.pop(slot, None)
+            self._last_owners.pop(slot, None)
         destroy_namespace(self.run_dir, self._name(slot.index), link.host_end if link else None)
         if slot.mode == "open" and slot.address is not None:
             forget_connections(IPv4Address(slot.address))
 
     # Leftovers ----------------------------------------------------------------------------
 
-    def _recorded(self) -> list[tuple[Slot, str]]:
+    def _recorded_slots(self) -> list[tuple[Slot, str]]:
         found: list[tuple[Slot, str]] = []
         for path in sorted(self.run_dir.slots.glob("*.json")):
             record = read_json(path) or {}
@@ -429,24 +432,24 @@ class SlotPool:
                 found += [(self._slot(index, known), owner) for known in MODES if known == mode]
         return found
 
-    def _whole(self, slot: Slot) -> bool:
-        # A restricted slot without its entry would be cut off, not let loose; but say so early.
+    def _is_intact(self, slot: Slot) -> bool:
+        # A restricted slot without its entry has no access, which is safe; but fail early.
         entry_needed = slot.mode == "restricted"
-        return namespace_alive(self.run_dir, self._name(slot.index)) and (
+        return namespace_is_mounted(self.run_dir, self._name(slot.index)) and (
             not entry_needed or self._entry(slot).exists()
         )
 
-    def _destroy_leftovers(self, kept: set[Slot]) -> None:
-        indexes = {slot.index for slot in kept}
+    def _destroy_leftovers(self, keep: set[Slot]) -> None:
+        indexes = {slot.index for slot in keep}
         names = {self._name(index) for index in indexes}
-        addresses = {slot.address for slot in kept}
+        addresses = {slot.address for slot in keep}
         for path in (*_listing(self.run_dir.netns), *_listing(self.run_dir.sysfs)):
             if path.name not in names:
                 destroy_namespace(self.run_dir, path.name, None)
-        links = {link.host_end for slot in kept if (link := self._link(slot)) is not None}
-        for name in interfaces_named(self.instance.prefix):
+        links = {link.host_end for slot in keep if (link := self._link(slot)) is not None}
+        for name in interfaces_with_prefix(self.instance.prefix):
             if name not in links:
-                run_ip_quietly([f"link delete {name}"])
+                run_ip_ignoring_errors([f"link delete {name}"])
         for path in _listing(self.run_dir.slots):
             if path.stem not in {str(index) for index in indexes}:
                 path.unlink(missing_ok=True)
@@ -485,7 +488,7 @@ class SlotPool:
             host_end=f"{self.instance.prefix}{slot.mode[0]}{slot.index}",
             address=IPv4Address(slot.address),
             gateway=self._proxy(),
-            # So that what a restricted one tries is seen here; nothing of it is let through.
+            # Restricted slots have a link so that their attempts are seen; none are forwarded.
             forwarded=slot.mode == "open",
         )
 
@@ -516,16 +519,16 @@ class SlotPool:
         )
 
 
-def run_ip_quietly(commands: list[str]) -> None:
-    """Run `ip -batch`, taking for done what is already gone."""
+def run_ip_ignoring_errors(commands: list[str]) -> None:
+    """Run `ip -batch`, ignoring errors: what it removes may be gone already."""
     try:
         run_ip(commands)
     except HostError as error:
         _log.debug("ignored: %s", error)
 
 
-def interfaces_named(prefix: str) -> list[str]:
-    """Return the interfaces of the calling thread's namespace whose names start so."""
+def interfaces_with_prefix(prefix: str) -> list[str]:
+    """Return the interfaces of the calling thread's namespace with that name prefix."""
     return [name for _, name in socket.if_nameindex() if name.startswith(prefix)]
 
 
@@ -541,5 +544,5 @@ def _proxy_gid() -> int:
         raise HostUnavailable(text) from None
 
 
-def _write_small(path: Path, record: Mapping[str, object], mode: int = 0o600) -> None:
+def _write_record(path: Path, record: Mapping[str, object], mode: int = 0o600) -> None:
     write_atomically(path, json.dumps(record).encode() + b"\n", mode)

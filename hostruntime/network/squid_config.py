@@ -1,10 +1,10 @@
 """The egress proxy's configuration file and refusal page, as text.
 
-Squid decides nothing by itself: every request is put to the helper
-(:mod:`hostruntime.network.egress_helper`), then the name's addresses are held against the deny
-list. The addresses come from the cache the connection is made from, and its connections carry a
-mark by which nftables drops what is denied, should they ever differ. What then flows must begin
-with a TLS ClientHello that names the same host; it is never decrypted.
+Squid makes no decisions itself: every request is passed to the helper
+(:mod:`hostruntime.network.egress_helper`), then the name's addresses are checked against the deny
+list. They come from the same cache that the connection uses; should they ever differ, nftables
+drops what is denied by the mark of Squid's connections. The tunnel must then start with a TLS
+ClientHello that names the same host; it is never decrypted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hostruntime.network.unreached import CONNECT_SECONDS
 REFUSAL_PAGE = "ERR_ORKESTR_REFUSED"
 # Squid expands %o to the helper's message, escaped for HTML (deny_info, errorpage macros).
 REFUSAL_TEXT = "Refused by this sandbox's network policy: %o.\n"
-# What Squid says when the policy allowed a host that then could not be reached: told apart from a
-# refusal, and from anything the host itself might answer.
+# Squid's pages for an allowed host that could not be reached: distinct from a refusal, and from any
+# response of the host itself.
 UNREACHABLE_PAGES = ("ERR_CANNOT_FORWARD", "ERR_DNS_FAIL", "ERR_CONNECT_FAIL")
 UNREACHABLE_TEXT = "Allowed by the network policy, but %H could not be reached from this host.\n"
 NO_ADDRESS_PAGE = "ERR_ORKESTR_NO_ADDRESS"
@@ -34,14 +34,14 @@ TOO_MANY_TEXT = (
     "Refused by this sandbox's network policy: more than {most} connections at once; close some.\n"
 )
 CONNECTIONS_PER_CONTAINER = 512
-# Squid counts a connection once it has sent a request, nftables from its first packet; what is
-# between the two numbers is told why it is refused, what is above is reset.
+# Squid counts a connection once it has sent a request, nftables from its first packet; connections
+# between the two limits get an explanation, those above are reset.
 SOCKETS_PER_CONTAINER = CONNECTIONS_PER_CONTAINER + 64
-# A tunnel takes four: one on each side of each of the two ports. This holds 30 containers that
-# all do their worst, or 16,000 tunnels of any.
+# A tunnel takes four: one on each side of each of the two ports. This suffices for 30 containers at
+# their limits, or 16,000 tunnels in total.
 DESCRIPTORS = 65_536
-# For the first byte, and again for the first byte in a tunnel.  On a slow machine four or sixteen
-# times as long, but not by the exact measure: a new configuration is a new Squid, and cuts tunnels.
+# The timeout for the first byte, and for the first byte in a tunnel. On a slow machine it is four
+# or sixteen times as long, in coarse steps: any change restarts Squid, which closes tunnels.
 FIRST_BYTE_SECONDS = 8 * 4 ** min(2, round(math.log(slowness(), 4)))
 PAGES = {
     REFUSAL_PAGE: REFUSAL_TEXT,
@@ -52,7 +52,7 @@ PAGES = {
 PEEK_CERTIFICATE = "peek.pem"
 PEEK_PROBE = "peek.invalid"
 TRAFFIC_LOG = "traffic.log"
-# Tunnels in which something else than TLS was said: the helper is not asked about those.
+# Tunnels that carried something other than TLS: the helper is not queried for those.
 NOT_TLS_LOG = "not-tls.log"
 # Allowed hosts without an address, and connections to allowed hosts that failed.
 NO_ADDRESS_LOG = "no-address.log"
@@ -63,7 +63,7 @@ OWNER_HEADER = "X-Orkestr-Owner"
 
 @dataclass(frozen=True)
 class SquidPlan:
-    """The values the configuration is made of; all paths are readable by user `proxy`."""
+    """The configuration's parameters; all paths are readable by user `proxy`."""
 
     address: str
     port: int
@@ -84,7 +84,7 @@ def squid_config(plan: SquidPlan) -> str:
 
 def _identity(plan: SquidPlan) -> Iterable[str]:
     yield f"http_port {plan.address}:{plan.port} name=ask"
-    # The certificate is never shown to anybody, but Squid peeks on no port without one.
+    # The certificate is never presented, but Squid cannot peek on a port without one.
     yield (
         f"http_port {plan.address}:{plan.port + 1} name=peek ssl-bump "
         f"generate-host-certificates=off tls-cert={plan.directory}/{PEEK_CERTIFICATE}"
@@ -101,10 +101,10 @@ def _identity(plan: SquidPlan) -> Iterable[str]:
 
 
 def _stages(plan: SquidPlan) -> Iterable[str]:
-    """Squid twice in one process: containers ask the first port, which passes on to the second.
+    """Configure two stages in one process: the first port forwards requests to the second.
 
-    A port that looks into tunnels cannot refuse one legibly: it would say so inside TLS, under a
-    certificate of its own. So the first refuses, in plain HTTP, and only the second peeks.
+    A port that peeks into tunnels cannot refuse one legibly: the message would be inside TLS, with
+    its own certificate. So the first port refuses, in plain HTTP, and only the second peeks.
     """
     yield "acl asked myportname ask"
     yield "acl peeked myportname peek"
@@ -116,19 +116,19 @@ def _stages(plan: SquidPlan) -> Iterable[str]:
     )
     yield "never_direct allow asked"
     yield "always_direct allow peeked"
-    # The second port learns from the first, and from nobody else, whose tunnel it is.
+    # Only the first port tells the second which container a tunnel belongs to.
     yield "forwarded_for truncate"
 
 
 def _logs(plan: SquidPlan) -> Iterable[str]:
-    """What went through, what in a tunnel is no TLS, and what was allowed and not reached."""
+    """Log traffic, tunnels without TLS, and allowed hosts that could not be reached."""
     yield (
         'logformat traffic {"at":%ts.%03tu,"owner":"%et","host":"%>rd","via":"%<lp",'
         '"sent":%>st,"received":%<st}'
     )
     yield "acl tunnelled http_status 200"
     yield f"access_log stdio:{plan.log_directory}/{TRAFFIC_LOG} traffic asked tunnelled !probe"
-    # Which container a tunnel is of, the first port tells the second, whatever a client says it is.
+    # The first port tells the second which container a tunnel belongs to; clients cannot set this.
     yield f"request_header_access {OWNER_HEADER} deny all"
     yield f'request_header_add {OWNER_HEADER} "%et" asked'
     yield (
@@ -147,14 +147,14 @@ def _logs(plan: SquidPlan) -> Iterable[str]:
         "!probe"
     )
     yield ('logformat broken {"at":%ts.%03tu,"via":"%>p","host":"%>rd","status":%>Hs,"ms":%tr}')
-    # One line a tunnel: what fails in one has no status that an ACL could look at.
+    # One line per tunnel: a failure inside has no status that an ACL could match.
     yield "acl went_well http_status 200"
     yield f"access_log stdio:{plan.log_directory}/{BROKEN_LOG} broken peeked !went_well !probe"
     yield "access_log none"
 
 
 def _decisions(plan: SquidPlan) -> Iterable[str]:
-    # No answer is kept: a policy given or taken holds from the next request on.
+    # Do not cache verdicts: a policy change applies from the next request on.
     yield (
         "external_acl_type policy ttl=0 negative_ttl=0 cache=0 ipv4 concurrency=64 "
         "children-max=4 children-startup=1 children-idle=1 "
@@ -182,7 +182,7 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
     yield "http_access deny all"
     for name in ("may_reach", "may_use_address", "is_recorded"):
         yield f"deny_info 403:{REFUSAL_PAGE} {name}"
-    # Clients do not show the body of a refused CONNECT; some do show its headers.
+    # Clients do not display the body of a refused CONNECT; some display its headers.
     yield 'reply_header_add X-Orkestr-Egress "%\'{message}note" refused'
     yield f'reply_header_add X-Orkestr-Egress "allowed, but {NO_ADDRESS}" unavailable'
     for header in ("X-Squid-Error", "X-Cache", "X-Cache-Lookup"):
@@ -191,7 +191,7 @@ def _decisions(plan: SquidPlan) -> Iterable[str]:
 
 
 def _hello(plan: SquidPlan) -> Iterable[str]:
-    """Hold the name in the TLS ClientHello (SNI, RFC 6066) against the one that was asked for."""
+    """Check the name in the TLS ClientHello (SNI, RFC 6066) against the requested one."""
     yield (
         "external_acl_type hello ttl=0 negative_ttl=0 cache=0 ipv4 concurrency=64 "
         "children-max=4 children-startup=1 children-idle=1 "

@@ -1,13 +1,13 @@
-"""What Squid said before it ended, the telling lines first."""
+"""Summarize Squid's cache.log after it exited, the most relevant lines first."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Day, time and kid, as cache.log begins its lines.
-_HEAD = re.compile(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d( kid\d+)?\| ?")
-# Said at every start and every end.
+# The date, time and worker that start each line of cache.log.
+_LINE_PREFIX = re.compile(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d( kid\d+)?\| ?")
+# Logged at every start and exit.
 _NOISE = re.compile(
     r"^$|^(Starting Squid|Service Name|Startup:|Initializ|Processing |Using |Adding |Closing "
     r"|Requiring |Not requiring|CPU Usage|Maximum Resident|Page faults"
@@ -16,28 +16,28 @@ _NOISE = re.compile(
 _LIMIT = 1000
 
 
-def telling_lines(log: str) -> str:
-    """The end of a log in one line: what was fatal, then errors and the like, then warnings.
+def error_summary(log: str) -> str:
+    """Summarize a log in one line: fatal errors, then other lines, then warnings, latest first.
 
-    Each line once, however often Squid tried again.
+    Repeated lines appear once.
     """
-    said = dict.fromkeys(_HEAD.sub("", line).strip() for line in _whole(log))
-    lines = [line for line in said if not _NOISE.search(line)]
+    unique = dict.fromkeys(_LINE_PREFIX.sub("", line).strip() for line in _joined_lines(log))
+    lines = [line for line in unique if not _NOISE.search(line)]
     fatal = [line for line in lines if "FATAL" in line]
     warnings = [line for line in lines if line.startswith("WARNING")]
     other = [line for line in lines if line not in fatal and line not in warnings]
-    return " ".join(_fitting([*reversed(fatal), *reversed(other), *reversed(warnings)]))
+    return " ".join(_truncated([*reversed(fatal), *reversed(other), *reversed(warnings)]))
 
 
-def _whole(log: str) -> Iterable[str]:
-    """The lines, each with what Squid 6 has written below it, indented."""
+def _joined_lines(log: str) -> Iterable[str]:
+    """Return the lines, each joined with the indented lines that Squid 6 writes below it."""
     return re.sub(r"\n +", " ", log).splitlines()
 
 
-def _fitting(lines: Iterable[str]) -> Iterable[str]:
-    left = _LIMIT
+def _truncated(lines: Iterable[str]) -> Iterable[str]:
+    remaining = _LIMIT
     for line in lines:
-        if left <= 0:
+        if remaining <= 0:
             return
-        yield line[:left]
-        left -= len(line) + 1
+        yield line[:remaining]
+        remaining -= len(line) + 1

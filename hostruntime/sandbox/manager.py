@@ -37,8 +37,13 @@ from hostruntime.host.tasks import (
     log_errors,
     shielded,
 )
-from hostruntime.image.environment import Environment, check_environment, check_variables, resolved
-from hostruntime.image.identity import give_identity
+from hostruntime.image.environment import (
+    Environment,
+    check_environment,
+    check_variable_sizes,
+    resolve_environment,
+)
+from hostruntime.image.identity import write_identity
 from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.network.slots import Slot
@@ -268,7 +273,7 @@ class SandboxManager:
             None,
             image_env=image.manifest.env,
         ).with_deadline(request.deadline)
-        check_variables(self._environment(sandbox))
+        check_variable_sizes(self._environment(sandbox))
         write_json(directory / _RECORD, asdict(sandbox))
         return sandbox
 
@@ -367,7 +372,7 @@ class SandboxManager:
         argv = _argv(request)
         sandbox = self._usable(sandbox_id)
         environment = {**self._environment(sandbox), **request.env}
-        check_variables(environment)
+        check_variable_sizes(environment)
         frames = self.containers.exec(
             sandbox_id,
             argv,
@@ -387,7 +392,7 @@ class SandboxManager:
 
     def _environment(self, sandbox: Sandbox) -> Environment:
         host = self.containers.environment(sandbox.request.network)
-        return {**resolved(host, sandbox.image_env), **sandbox.request.env}
+        return {**resolve_environment(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
         """The container's name, for file operations.  Raises NotFound, ContainerGone,
@@ -495,7 +500,7 @@ class SandboxManager:
     def _spec(self, sandbox: Sandbox, policy: Policy) -> ContainerSpec:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
-        populate = partial(give_identity, tree)
+        populate = partial(write_identity, tree)
         return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
 
     async def _save(self, sandbox: Sandbox) -> None:

@@ -34,7 +34,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
 from hostruntime.container.cgroups import Limits, cgroup_layout, freeze_group, is_frozen, pids_under
 from hostruntime.container.disk import Disks, repair
 from hostruntime.container.manager import ContainerManager
@@ -45,7 +45,7 @@ from hostruntime.host.paths import Instance, StatePaths, read_json, write_json
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import Stop, StoppedError, in_thread
-from hostruntime.image.quarantine import Held
+from hostruntime.image.quarantine import QuarantinedItem
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.wire.sandboxes import SnapshotInfo
@@ -230,12 +230,12 @@ class SnapshotManager:
                 unnamed.append(snapshot)
         return unnamed
 
-    def restore_quarantined(self, item: Held) -> Snapshot:
+    def restore_quarantined(self, item: QuarantinedItem) -> Snapshot:
         """Restore a quarantined snapshot; it is then retained even if no row names it.
 
         Raises Conflict (its name is taken, or its record is still damaged), OSError.
         """
-        content, target = self.store.quarantine.content(item), self._directory(item.name)
+        content, target = self.store.quarantine.content_path(item), self._directory(item.name)
         if os.path.lexists(target):
             raise Conflict(f"There is a snapshot {item.name} already.")
         try:
@@ -246,7 +246,7 @@ class SnapshotManager:
         content.rename(target)
         kernel.fsync(self.paths.snapshots)
         self._snapshots[snapshot.id] = snapshot
-        self.store.quarantine.forget(item)
+        self.store.quarantine.remove_entry(item)
         return snapshot
 
     # Starting from a snapshot --------------------------------------------------------------
@@ -261,11 +261,11 @@ class SnapshotManager:
 
     def disk(self, snapshot: Snapshot) -> Path:
         """The file of its disk, to start a container with."""
-        return self._directory(snapshot.id) / DISK
+        return self._directory(snapshot.id) / DISK_FILE
 
     async def restore(self, snapshot: Snapshot, owner: str) -> None:
         """Restore the tmpfs of a container started on its disk.  Raises HostError, OSError."""
-        archive = self._directory(snapshot.id) / TMPFS
+        archive = self._directory(snapshot.id) / TMPFS_FILE
         if await in_thread(archive.exists):
             await restore_tmpfs(self.containers, owner, archive, timeout=ARCHIVE_SECONDS)
 
@@ -285,12 +285,12 @@ class SnapshotManager:
                 await in_thread(self._prepare, directory, snapshot_id, source)
                 require_running()
                 await in_thread(self._require_space_for_copy, source)
-                await self._archive(directory / TMPFS, source)
+                await self._archive(directory / TMPFS_FILE, source)
                 await asyncio.to_thread(self.containers.flush_disk, source.sandbox)
                 async with lock:
                     require_running()
-                    frozen_ms = await self._copy(directory / DISK, source.sandbox, stop)
-                await in_thread(repair, directory / DISK)
+                    frozen_ms = await self._copy(directory / DISK_FILE, source.sandbox, stop)
+                await in_thread(repair, directory / DISK_FILE)
                 stop.check()
                 return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
         except BaseException:
@@ -453,6 +453,6 @@ def read_snapshot(directory: Path, name: str | None = None) -> Snapshot:
         raise BadRecord(path, "it is missing")
     if snapshot.id != (name or directory.name):
         raise BadRecord(path, f"it is the record of {snapshot.id[:100]!r}")
-    if not (directory / DISK).is_file():
+    if not (directory / DISK_FILE).is_file():
         raise BadRecord(path, "its disk is missing")
     return snapshot

@@ -1,4 +1,4 @@
-"""Who is calling, on whose behalf, through which surface, and with which scopes."""
+"""The caller: who, for which team, through which surface, and with which scopes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SCOPES = (READ, WRITE, EVERYTHING)
 class Actor:
     """The caller of a service.
 
-    ``address`` is the network address it called from, where there is one. ``scopes`` is what the
-    token carries; a person in the console and the system itself have ``*``. An operator has the
-    role of an owner in every team.
+    ``address`` is the caller's network address, if there is one. ``scopes`` are the token's; a
+    person in the console and the system itself have ``*``. An operator has the owner role in every
+    team.
     """
 
     team: Team
@@ -31,7 +31,7 @@ class Actor:
     surface: Surface
     address: str | None = None
     scopes: frozenset[str] = field(default_factory=frozenset)
-    # What the person is in the team; None for a token, which can do no admin's work.
+    # The person's role in the team; None for a token, which cannot act as an admin.
     role: Role | None = None
 
     def has(self, scope: str) -> bool:
@@ -41,7 +41,7 @@ class Actor:
         return scope == READ and WRITE in self.scopes
 
     def require(self, scope: str) -> None:
-        """Return if the scopes cover ``scope``, else raise ``InsufficientScope`` (403)."""
+        """Raise ``InsufficientScope`` (403) unless the scopes cover ``scope``."""
         if not self.has(scope):
             raise InsufficientScope(scope)
 
@@ -50,36 +50,36 @@ class Actor:
         return self.role is not None and self.role.rank >= role.rank
 
     def require_role(self, role: Role) -> None:
-        """Return if the person's role includes ``role``, else raise ``Forbidden`` (403)."""
+        """Raise ``Forbidden`` (403) unless the person's role includes ``role``."""
         if not self.is_at_least(role):
             raise Forbidden(f"Only an {role.value} of the team can do this; ask one of them.")
 
     @property
     def is_operator(self) -> bool:
-        """Whether a person who runs this server is acting, in the console."""
+        """Whether an operator of this server is acting, in the console."""
         return self.token is None and self.user is not None and self.user.is_staff
 
     def require_template(self, name: str) -> None:
-        """Raise ``Forbidden`` if the token is for other templates or bases only."""
+        """Raise ``Forbidden`` if the token is restricted to other templates or bases."""
         if self.token:
-            refuse_outside(self.token.allowed_templates, "template or base", name)
+            require_allowed(self.token.allowed_templates, "template or base", name)
 
     def require_network(self, network: str) -> None:
-        """Raise ``Forbidden`` if the token is for other networks only."""
+        """Raise ``Forbidden`` if the token is restricted to other networks."""
         if self.token:
-            refuse_outside(
+            require_allowed(
                 self.token.allowed_networks, "network", network, code="network_policy_blocked"
             )
 
 
-def refuse_outside(
-    allowed: list[str] | None, what: str, asked: str, code: str = "token_restricted"
+def require_allowed(
+    allowed: list[str] | None, kind: str, requested: str, code: str = "token_restricted"
 ) -> None:
     """Raise ``Forbidden`` unless ``asked`` is among ``allowed``, or everything is."""
-    if allowed is not None and asked not in allowed:
+    if allowed is not None and requested not in allowed:
         named = ", ".join(allowed) or "none"
         raise Forbidden(
-            f"This API token can't use the {what} {asked!r}, only: {named}. Use another token.",
+            f"This API token can't use the {kind} {requested!r}, only: {named}. Use another token.",
             code=code,
         )
 

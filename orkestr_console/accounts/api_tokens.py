@@ -1,4 +1,4 @@
-"""A team's API tokens as its admins make, see and revoke them."""
+"""A team's API tokens: its admins create, list and revoke them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from orkestr_console.accounts.services import mint_token, revoke_token
 from orkestr_console.core.errors import InvalidInput, NotFound
 from orkestr_console.core.text import readable
 
-LONGEST_DAYS = 3650
-MOST_TEMPLATES = 200
+MAX_DAYS = 3650
+MAX_TEMPLATES = 200
 
 
 class TokenSpec(BaseModel):
-    """A token to make; None is no restriction, or no end."""
+    """A token to create; None means no restriction, or no expiry."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
     name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(readable)]
     scopes: Annotated[list[str], Field(min_length=1)]
-    days: Annotated[int, Field(ge=1, le=LONGEST_DAYS)] | None = None
-    templates: Annotated[list[str], Field(max_length=MOST_TEMPLATES)] | None = None
+    days: Annotated[int, Field(ge=1, le=MAX_DAYS)] | None = None
+    templates: Annotated[list[str], Field(max_length=MAX_TEMPLATES)] | None = None
     networks: list[Literal["off", "restricted", "open"]] | None = None
 
 
 @audited("token.create", "token")
 def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
-    """A new token and its text, which cannot be had again.
+    """A new token and its text, which cannot be retrieved again.
 
     Raises ``Forbidden`` for a member and ``InvalidInput`` for a restriction that allows nothing.
     """
@@ -57,12 +57,12 @@ def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
             allowed_templates=spec.templates,
             allowed_networks=list(spec.networks) if spec.networks is not None else None,
         )
-        note_created(actor, token)
+        record_created(actor, token)
     return token, text
 
 
-def note_created(actor: Actor, token: ApiToken) -> None:
-    """On record: there is a new token, and what it may do."""
+def record_created(actor: Actor, token: ApiToken) -> None:
+    """Record in the audit log a new token and its permissions."""
     data = {
         "token": token.prefix,
         "scopes": token.scopes,
@@ -84,7 +84,7 @@ def list_tokens(actor: Actor) -> list[ApiToken]:
 
 @audited("token.revoke", "token")
 def revoke(actor: Actor, token_id: str) -> ApiToken:
-    """End one of the team's tokens: its next call is refused. Again is fine.
+    """Revoke one of the team's tokens: its next call is refused. Idempotent.
 
     Raises ``NotFound``, and ``Forbidden`` for a member.
     """

@@ -1,8 +1,8 @@
 """The audit log: who did what to which object, from where, for every write and denied write.
 
-What happened is recorded in the transaction that did it, so neither is there without the other.
-What was denied is recorded once whatever it had begun is rolled back: hence the decorator, which
-is outermost on every service that writes.
+A change is recorded in its own transaction, so neither exists without the other. A denial is
+recorded after its transaction has been rolled back: hence the decorator, which is outermost on
+every service that writes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
 from orkestr_console.core.errors import DomainError, ExecKilled, ExecTimeout
 from orkestr_console.core.postgres import persistently
-from orkestr_console.core.text import clean
+from orkestr_console.core.text import replace_unstorable
 
-LONGEST_NAME = 254
-LONGEST_DETAIL = 2000
-# From here on it is our failure to do it, not a refusal.
-FIRST_FAILURE = 500
-# Errors to the caller, of something that happened all the same.
-HAPPENED = (ExecKilled, ExecTimeout)
+MAX_NAME_LENGTH = 254
+MAX_DETAIL_LENGTH = 2000
+# From this status on it is a failure of ours, not a refusal.
+FIRST_SERVER_ERROR = 500
+# Errors of calls that had an effect nevertheless.
+ERRORS_AFTER_EFFECT = (ExecKilled, ExecTimeout)
 
 
 def record(
@@ -35,25 +35,25 @@ def record(
     name: str = "",
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Note that ``actor`` did ``action`` (``"template.create"``); call it where it is done.
+    """Record that ``actor`` did ``action`` (``"template.create"``), in its transaction.
 
-    ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON and holds no secrets.
+    ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON without secrets.
     """
     write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
 
 
-def denied(
+def record_denial(
     actor: Actor, action: str, error: DomainError, *, kind: str = "", object_id: object = ""
 ) -> None:
-    """Note that ``action`` was refused, and why. Outside any transaction that rolls back."""
+    """Record that ``action`` was refused, and why. Call it outside the rolled-back transaction."""
     write(
         actor,
         action,
-        Outcome.DONE if isinstance(error, HAPPENED) else Outcome.DENIED,
+        Outcome.DONE if isinstance(error, ERRORS_AFTER_EFFECT) else Outcome.DENIED,
         kind,
         object_id,
         code=error.code,
-        detail=clean(error.detail)[:LONGEST_DETAIL],
+        detail=replace_unstorable(error.detail)[:MAX_DETAIL_LENGTH],
     )
 
 
@@ -69,7 +69,7 @@ def write(
     """Add one entry."""
     AuditEntry.objects.create(
         team_id=actor.team.pk,
-        who=who(actor),
+        who=actor_identity(actor),
         user_id=actor.user.pk if actor.user else None,
         token=actor.token.prefix if actor.token else "",
         surface=actor.surface,
@@ -77,21 +77,21 @@ def write(
         action=action,
         outcome=outcome,
         object_kind=kind,
-        object_id=clean(str(object_id))[:64],
-        object_name=clean(name)[:LONGEST_NAME],
+        object_id=replace_unstorable(str(object_id))[:64],
+        object_name=replace_unstorable(name)[:MAX_NAME_LENGTH],
         **{"data": {}, **{key: value for key, value in rest.items() if value is not None}},
     )
 
 
-def who(actor: Actor) -> str:
-    """The name under which the actor is written down."""
+def actor_identity(actor: Actor) -> str:
+    """The actor's name in the log."""
     if actor.user:
         return actor.user.email
     return actor.token.name if actor.token else "system"
 
 
-def named(actor: Actor) -> str:
-    """The actor as their team knows them: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
+def actor_description(actor: Actor) -> str:
+    """The actor in words for their team: ``Ada Demo``, ``the token 'ci' of Ada Demo``."""
     person = (actor.user.get_full_name() or actor.user.email) if actor.user else ""
     if actor.token is None:
         return person or "the system"
@@ -100,31 +100,33 @@ def named(actor: Actor) -> str:
 
 @contextmanager
 def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -> Iterator[None]:
-    """Note a refusal that leaves the block."""
+    """Record a refusal that propagates out of the block."""
     try:
         yield
     except DomainError as error:
-        told = error
-        if isinstance(error, HAPPENED):
-            persistently(lambda: denied(actor, action, told, kind=kind, object_id=object_id))
-        elif error.status < FIRST_FAILURE:
-            denied(actor, action, error, kind=kind, object_id=object_id)
+        raised = error
+        if isinstance(error, ERRORS_AFTER_EFFECT):
+            persistently(
+                lambda: record_denial(actor, action, raised, kind=kind, object_id=object_id)
+            )
+        elif error.status < FIRST_SERVER_ERROR:
+            record_denial(actor, action, error, kind=kind, object_id=object_id)
         raise
 
 
 def audited[**P, R](
     action: str, kind: str = "", *, note: Callable[[Any, Any], dict[str, Any]] | None = None
 ) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
-    """For a service that writes: notes its refusals.
+    """Decorate a service that writes: record its refusals.
 
-    With ``note`` it notes what was done as well, with the data that ``note`` makes of the answer
-    and the last argument; a service that changes rows notes that itself, in its transaction. A
-    first argument after the actor that is text is taken to be the object's id.
+    With ``note``, also record each success, with the data that ``note`` derives from the result and
+    the last argument; a service that changes rows records that itself, in its transaction. If the
+    first argument after the actor is a string, it is the object's id.
     """
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
         @wraps(service)
-        def noting(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapped(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
             subject = args[0] if args and isinstance(args[0], str) else ""
             with denials(actor, action, kind, subject):
                 answer = service(actor, *args, **kwargs)
@@ -133,7 +135,7 @@ def audited[**P, R](
                 persistently(lambda: record(actor, action, kind=kind, object_id=subject, data=data))
             return answer
 
-        return noting
+        return wrapped
 
     return decorate
 
@@ -141,10 +143,10 @@ def audited[**P, R](
 def record_sign_in(
     email: str, address: str, team_id: str, *, user: User | None, error: str = ""
 ) -> None:
-    """Note that somebody signed in, or why they were not let in, in one of their teams."""
+    """Record a sign-in, or why it was refused, for one of the person's teams."""
     AuditEntry.objects.create(
         team_id=team_id,
-        who=clean(email)[:LONGEST_NAME],
+        who=replace_unstorable(email)[:MAX_NAME_LENGTH],
         user_id=user.pk if user else None,
         surface="console",
         address=address,

@@ -1,4 +1,4 @@
-"""What every console page may show of the caller: their team and its plan."""
+"""The template context of every console page: the caller, their team and its plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orkestr_console.accounts.models import Role
 
 
 @dataclass(frozen=True)
-class Entry:
+class MenuEntry:
     """A line of the menu."""
 
     label: str
@@ -22,16 +22,19 @@ class Entry:
 
 
 def team_and_plan(request: HttpRequest) -> dict[str, Any]:
-    """``actor``, ``team`` and ``plan`` of a signed-in request; None each where nobody is."""
+    """``actor``, ``team`` and ``plan`` of a signed-in request; each None otherwise."""
     actor: Actor | None = getattr(request, "actor", None)
     if actor is None:
         return {"actor": None, "team": None, "plan": None, "menu": []}
     found = {"actor": actor, "team": actor.team, "plan": actor.team.plan}
-    return {**found, "menu": [Entry(label, reverse(name)) for label, name in entries(actor)]}
+    return {
+        **found,
+        "menu": [MenuEntry(label, reverse(name)) for label, name in menu_entries(actor)],
+    }
 
 
-def entries(actor: Actor) -> Iterator[tuple[str, str]]:
-    """The menu of the team and the account: what this person may use."""
+def menu_entries(actor: Actor) -> Iterator[tuple[str, str]]:
+    """The menu entries that this person may use, as label and URL name."""
     yield "People", "console:people"
     yield "Limits", "console:limits"
     yield "Usage", "console:usage"

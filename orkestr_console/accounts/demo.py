@@ -1,4 +1,4 @@
-"""The demo team that a fresh installation starts with."""
+"""The demo team of a new installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.db import transaction
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.accounts.models import Membership, Role, Team, User
-from orkestr_console.accounts.services import actor_of_token, mint_token, revoke_token
+from orkestr_console.accounts.services import authenticate_token, mint_token, revoke_token
 from orkestr_console.core.errors import Unauthenticated
 
 TEAM = "Demo"
@@ -21,10 +21,10 @@ TOKEN = "Demo"  # noqa: S105 - the token's name, not the token
 
 @transaction.atomic
 def ensure_demo(previous: Mapping[str, Any]) -> dict[str, str]:
-    """The demo team on plan Team, its admin and an API token, made where missing.
+    """Create what is missing of the demo team on plan Team, its admin and an API token.
 
-    ``previous`` is what an earlier call answered, if that is still known: a password and a token
-    in it that still work are kept, others are replaced. Answers ``user, password, team, api_key``.
+    ``previous`` is an earlier call's result, if known: its password and token are kept if they
+    still work, and replaced otherwise. Returns ``user, password, team, api_key``.
     """
     team, _ = Team.objects.get_or_create(slug=SLUG, defaults={"name": TEAM, "plan_id": "team"})
     user = ensure_admin(team)
@@ -32,7 +32,7 @@ def ensure_demo(previous: Mapping[str, Any]) -> dict[str, str]:
         "user": user.email,
         "password": keep_or_set_password(user, str(previous.get("password", ""))),
         "team": team.name,
-        "api_key": keep_or_mint(team, user, str(previous.get("api_key", ""))),
+        "api_key": keep_or_mint_token(team, user, str(previous.get("api_key", ""))),
     }
 
 
@@ -46,24 +46,24 @@ def ensure_admin(team: Team) -> User:
 
 
 def keep_or_set_password(user: User, password: str) -> str:
-    """``password`` if it is the user's and they may sign in with it, else a new one, now theirs."""
+    """``password`` if the user can sign in with it, else a new one that is set for them."""
     if password and user.is_active and user.check_password(password):
         return password
-    fresh = secrets.token_urlsafe(15)
-    user.set_password(fresh)
+    new_password = secrets.token_urlsafe(15)
+    user.set_password(new_password)
     user.is_active = True
     user.save(update_fields=["password", "is_active"])
-    return fresh
+    return new_password
 
 
-def keep_or_mint(team: Team, user: User, api_key: str) -> str:
-    """``api_key`` if it still stands for the team with both scopes, else a new one in its place."""
+def keep_or_mint_token(team: Team, user: User, api_key: str) -> str:
+    """``api_key`` if it is still valid for the team with both scopes, else a new token."""
     try:
-        actor = actor_of_token(api_key, "system", None)
+        actor = authenticate_token(api_key, "system", None)
         if actor.team == team and actor.has(READ) and actor.has(WRITE):
             return api_key
     except Unauthenticated:
-        # The earlier key is lost, revoked or of another database.
+        # The earlier key is unknown, revoked or from another database.
         pass
     for stale in team.tokens.filter(name=TOKEN, created_by=user, revoked_at=None):
         revoke_token(stale)

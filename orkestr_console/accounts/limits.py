@@ -1,9 +1,9 @@
-"""What a team and a person may have: plan, agreement, the admins' own limits, and shares.
+"""The limits of a team and a person: plan, agreement, the admins' own limits, and shares.
 
-A number is found from the outside in. The plan gives the ceiling, unless an operator has agreed
-on another with this team; the team's admins may set their limit anywhere up to it; a person may
-have a share of that. Every check of every surface asks an :class:`Envelope`, and one that counts
-asks the one from :func:`hold`, so that no two callers take the same last place.
+A number is resolved from the outside in. The plan sets the ceiling, unless an operator has agreed
+another with this team; the team's admins may set their limit anywhere up to it; a person may have a
+share of that. Every check of every surface uses an :class:`Envelope`, and one that counts uses that
+of :func:`hold`, so that no two callers take the same last slot.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NETWORKS = ("off", "restricted", "open")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a number limits: its ``label``, the ``unit`` it is in, and how to say it is reached."""
+class LimitKind:
+    """What a number limits: its ``label``, its ``unit``, and the words for having reached it."""
 
     label: str
     unit: str = ""
@@ -37,37 +37,39 @@ class Kind:
     remedy: str = ""
 
 
-KINDS: Mapping[str, Kind] = {
-    "max_templates": Kind("Templates", "", "templates", "delete one you no longer need"),
-    # What is over it waits for its turn; only where none may be built is one refused.
-    "max_concurrent_builds": Kind(
+KINDS: Mapping[str, LimitKind] = {
+    "max_templates": LimitKind("Templates", "", "templates", "delete one you no longer need"),
+    # Builds above it are queued; one is refused only if the limit is 0.
+    "max_concurrent_builds": LimitKind(
         "Concurrent builds", "", "concurrent builds", "use an existing template"
     ),
-    "max_concurrent_sandboxes": Kind(
+    "max_concurrent_sandboxes": LimitKind(
         "Concurrent sandboxes", "", "concurrent sandboxes", "terminate one"
     ),
-    "max_concurrent_commands": Kind(
+    "max_concurrent_commands": LimitKind(
         "Concurrent commands", "", "concurrent commands", "wait for one to finish"
     ),
-    "max_timeout_seconds": Kind("Longest sandbox lifetime", "s"),
-    "template_disk_mb": Kind(
+    "max_timeout_seconds": LimitKind("Longest sandbox lifetime", "s"),
+    "template_disk_mb": LimitKind(
         "Disk for templates", "MB", "megabytes of templates", "delete a template"
     ),
-    "step_timeout_seconds": Kind("Longest build step", "s"),
-    "build_timeout_seconds": Kind("Longest build", "s"),
-    "max_snapshots": Kind("Paused sandboxes", "", "paused sandboxes", "resume or terminate one"),
-    "max_named_snapshots": Kind("Snapshots", "", "snapshots", "delete one"),
-    "max_volumes": Kind("Volumes", "", "volumes", "delete one"),
-    "api_requests_per_minute": Kind("API requests per minute per token"),
+    "step_timeout_seconds": LimitKind("Longest build step", "s"),
+    "build_timeout_seconds": LimitKind("Longest build", "s"),
+    "max_snapshots": LimitKind(
+        "Paused sandboxes", "", "paused sandboxes", "resume or terminate one"
+    ),
+    "max_named_snapshots": LimitKind("Snapshots", "", "snapshots", "delete one"),
+    "max_volumes": LimitKind("Volumes", "", "volumes", "delete one"),
+    "api_requests_per_minute": LimitKind("API requests per minute per token"),
 }
 RELATED = ("plan", "limits", "agreement")
-# What a person can have a share of.
+# The limits that have a personal share.
 SHARES = ("max_templates", "max_concurrent_sandboxes")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One number: the ``ceiling``, the team's ``own`` limit below it if any, and who set which."""
+    """One number: the ``ceiling``, the team's ``own`` limit below it if any, and their origin."""
 
     name: str
     ceiling: int
@@ -76,18 +78,18 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """What counts."""
+        """The effective number."""
         return self.ceiling if self.own is None else min(self.own, self.ceiling)
 
     @property
     def set_by(self) -> Literal["plan", "agreement", "team"]:
-        """Whom to ask for more."""
+        """Who set the effective number, and so can raise it."""
         if self.own is not None and self.own < self.ceiling:
             return "team"
         return "agreement" if self.agreed else "plan"
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LimitKind:
         """What it limits, in words."""
         return KINDS[self.name]
 
@@ -105,13 +107,13 @@ class Envelope:
     shares: Mapping[str, int | None]
 
     def value(self, name: str) -> int:
-        """The number that counts."""
+        """The effective number of a limit."""
         return self.numbers[name].value
 
     def require_room(self, name: str, used: int, mine: int | None = None) -> None:
         """Raise ``PlanLimit`` unless the team, which uses ``used``, may have one more.
 
-        ``mine`` is what the person uses, where they may have a share.
+        ``mine`` is the person's own usage, for limits with a personal share.
         """
         limit = self.numbers[name]
         if used >= limit.value:
@@ -119,7 +121,7 @@ class Envelope:
         share = self.shares.get(name)
         if share is not None and mine is not None and mine >= share:
             kind = limit.kind
-            raise refusal(
+            raise limit_error(
                 f"Your personal limit is {share} {kind.things} and you have {mine}; {kind.remedy}, "
                 f"or ask {self.admins()} to raise it.",
                 name,
@@ -130,14 +132,14 @@ class Envelope:
     def _full(self, limit: Limit, used: int) -> PlanLimit:
         kind, value = limit.kind, limit.value
         if value == 0 and limit.set_by == "plan" and limit.name == "max_templates":
-            return refusal(
+            return limit_error(
                 f"Custom templates are not part of the {self.plan.name} plan; ask your "
                 "administrator to move the team to a paid plan.",
                 limit.name,
                 used,
                 value,
             )
-        return refusal(
+        return limit_error(
             f"Your team is using {used:,} of the {value:,} {kind.things} that "
             f"{self.who_allows(limit)}; {kind.remedy}, or {self.advice(limit)}",
             limit.name,
@@ -146,10 +148,10 @@ class Envelope:
         )
 
     def require_at_most(self, name: str, wanted: int, field: str) -> None:
-        """Raise ``PlanLimit`` naming ``field`` if ``wanted`` is more than the number."""
+        """Raise ``PlanLimit`` naming ``field`` if ``wanted`` exceeds the limit."""
         limit = self.numbers[name]
         if wanted > limit.value:
-            raise refusal(
+            raise limit_error(
                 f"{field}: at most {limit.value} is what {self.who_allows(limit)}; ask for "
                 f"less, or {self.advice(limit)}",
                 name,
@@ -182,7 +184,7 @@ class Envelope:
 
     @property
     def default_list_alone(self) -> str:
-        """That there are no custom egress allowlists, as the beginning of a sentence."""
+        """That the plan has no custom egress allowlists, as the start of a sentence."""
         return f"the {self.plan.name} plan has the default allowlist only"
 
     @property
@@ -197,27 +199,27 @@ class Envelope:
 
     @property
     def why_not_open(self) -> str:
-        """Why the open network cannot be used, in a sentence; blank where it can."""
+        """Why the open network cannot be used, in a sentence; blank if it can."""
         if self.may_open:
             return ""
         if self.plan.allow_open_network:
             return "Not allowed by your team's admins."
         return f"Not part of the {self.plan.name} plan."
 
-    def instead_of_listing(self) -> str:
-        """What there is to do about a host that cannot be allowed by name, in two sentences."""
+    def allowlist_alternatives(self) -> str:
+        """The alternatives for a host that cannot be allowed by name, in two sentences."""
         why, ask = self.default_list_alone, "ask your administrator for a larger plan"
         if "restricted" not in self.networks:
             why, ask = "your team's admins do not allow the network 'restricted'", ""
         elif not self.may_open and "open" in networks_of(self.plan):
             ask = f"ask {self.admins()} to allow the network 'open'"
-        ways = [
+        options = [
             "Fetch what is needed from a host on the default list" if ask else "",
             "build with network 'open'" if self.may_open else "",
             ask or f"ask {self.admins()}",
         ]
-        said = ", or ".join(way for way in ways if way)
-        return f"{why[:1].upper()}{why[1:]}. {said[:1].upper()}{said[1:]}."
+        alternatives = ", or ".join(way for way in options if way)
+        return f"{why[:1].upper()}{why[1:]}. {alternatives[:1].upper()}{alternatives[1:]}."
 
     def _refuse_choice(
         self, what: str, asked: str, allowed: Sequence[str], planned: Sequence[str]
@@ -234,7 +236,7 @@ class Envelope:
         )
 
     def who_allows(self, limit: Limit) -> str:
-        """Whose limit it is, to follow "that"."""
+        """Who set the limit, in words that follow "that"."""
         return {
             "team": "your team's admins allow",
             "agreement": "was agreed for your team",
@@ -248,36 +250,36 @@ class Envelope:
         return "ask your administrator for a larger plan."
 
     def admins(self) -> str:
-        """Who can change the team's limits, by name: looked up only to tell somebody."""
+        """Who can change the team's limits, by name; queried only for messages."""
         people = (
             Membership.objects.filter(team=self.team, role__in=[Role.ADMIN, Role.OWNER])
             .select_related("user")
             .order_by("created_at")[:3]
         )
-        named = " or ".join(f"{m.user.get_full_name()} ({m.user.email})" for m in people)
-        return named or "an admin of your team"
+        names = " or ".join(f"{m.user.get_full_name()} ({m.user.email})" for m in people)
+        return names or "an admin of your team"
 
 
-def refusal(detail: str, name: str, used: int, limit: int) -> PlanLimit:
-    """The error, with the numbers for a program to read."""
+def limit_error(detail: str, name: str, used: int, limit: int) -> PlanLimit:
+    """The error, with the numbers in machine-readable form."""
     return PlanLimit(detail, extra={"limit": name, "used": used, "max": limit})
 
 
 def envelope(team: Team, user: User | None = None) -> Envelope:
-    """What limits ``team``, and ``user`` in it, now."""
-    return build(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
+    """The current limits of ``team``, and of ``user`` in it."""
+    return build_envelope(Team.objects.select_related(*RELATED).get(pk=team.pk), user)
 
 
 def hold(team: Team, user: User | None = None) -> Envelope:
     """The same, with the team's row locked until the caller's transaction ends.
 
-    Whoever counts against a limit and then takes a place does both under this lock.
+    Counting against a limit and taking a slot must both happen under this lock.
     """
     rows = Team.objects.select_for_update(of=("self",)).select_related(*RELATED)
-    return build(rows.get(pk=team.pk), user)
+    return build_envelope(rows.get(pk=team.pk), user)
 
 
-def build(team: Team, user: User | None = None) -> Envelope:
+def build_envelope(team: Team, user: User | None = None) -> Envelope:
     """The envelope from rows already read."""
     plan = team.plan
     agreement: Agreement | None = getattr(team, "agreement", None)
@@ -285,24 +287,26 @@ def build(team: Team, user: User | None = None) -> Envelope:
     return Envelope(
         team=team,
         plan=plan,
-        numbers={name: number(name, plan, agreement, own) for name in KINDS},
-        sizes=narrowed(plan.allowed_sizes, own.allowed_sizes if own else None),
-        networks=narrowed(networks_of(plan), own.allowed_networks if own else None),
+        numbers={name: effective_limit(name, plan, agreement, own) for name in KINDS},
+        sizes=restrict(plan.allowed_sizes, own.allowed_sizes if own else None),
+        networks=restrict(networks_of(plan), own.allowed_networks if own else None),
         bases=tuple(own.allowed_bases) if own and own.allowed_bases is not None else None,
         shares=shares_of(team, user, own),
     )
 
 
-def number(name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None) -> Limit:
-    """One number, from whoever has a say in it."""
+def effective_limit(
+    name: str, plan: Plan, agreement: Agreement | None, own: TeamLimits | None
+) -> Limit:
+    """One number, resolved from agreement, plan and own limit."""
     agreed = getattr(agreement, name, None)
     ceiling = int(getattr(plan, name) if agreed is None else agreed)
     return Limit(name, ceiling, getattr(own, name, None), agreed is not None)
 
 
-def narrowed(offered: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """What the plan offers, less what the team's admins leave out."""
-    return tuple(name for name in offered if wanted is None or name in wanted)
+def restrict(offered: Sequence[str], allowed: Sequence[str] | None) -> tuple[str, ...]:
+    """What the plan offers, without what the team's admins exclude."""
+    return tuple(name for name in offered if allowed is None or name in allowed)
 
 
 def networks_of(plan: Plan) -> list[str]:
@@ -311,12 +315,14 @@ def networks_of(plan: Plan) -> list[str]:
 
 
 def shares_of(team: Team, user: User | None, own: TeamLimits | None) -> dict[str, int | None]:
-    """The person's share of each limit that is shared out; None without one."""
-    general = {name: getattr(own, f"member_{name}", None) for name in SHARES}
+    """The person's share of each limit in ``SHARES``; None without one."""
+    team_shares = {name: getattr(own, f"member_{name}", None) for name in SHARES}
     if user is None:
         return dict.fromkeys(SHARES)
-    place = Membership.objects.filter(team=team, user=user).first()
-    if place is None:
-        return general
-    personal = {name: getattr(place, name) for name in SHARES}
-    return {name: general[name] if personal[name] is None else personal[name] for name in SHARES}
+    membership = Membership.objects.filter(team=team, user=user).first()
+    if membership is None:
+        return team_shares
+    own_shares = {name: getattr(membership, name) for name in SHARES}
+    return {
+        name: team_shares[name] if own_shares[name] is None else own_shares[name] for name in SHARES
+    }

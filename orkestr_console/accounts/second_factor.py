@@ -1,4 +1,4 @@
-"""The optional second factor: time-based codes (RFC 6238) by django-otp, and recovery codes."""
+"""The optional second factor: time-based codes (RFC 6238) with django-otp, and recovery codes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import InvalidInput
 
 RECOVERY_CODES = 10
-APP = "Authenticator app"
-CODES = "Recovery codes"
+APP_DEVICE_NAME = "Authenticator app"
+CODES_DEVICE_NAME = "Recovery codes"
 WRONG_CODE = "Invalid or already used code. Wait for a new one and try again."
 
 
 def is_on(user: User) -> bool:
-    """Whether signing in asks for a code."""
+    """Whether signing in requires a code."""
     return any(isinstance(device, TOTPDevice) for device in devices_for_user(user))
 
 
@@ -31,64 +31,64 @@ def codes_left(user: User) -> int:
 
 @transaction.atomic
 def begin(user: User) -> TOTPDevice:
-    """A secret to be scanned, which counts for nothing until a code of it was typed."""
+    """Create a secret to scan, which has no effect until its first code is entered."""
     if is_on(user):
         raise InvalidInput("Two-step sign-in is already on; turn it off first.")
     TOTPDevice.objects.filter(user=user, confirmed=False).delete()
-    return TOTPDevice.objects.create(user=user, name=APP, confirmed=False)
+    return TOTPDevice.objects.create(user=user, name=APP_DEVICE_NAME, confirmed=False)
 
 
 def pending(user: User) -> TOTPDevice | None:
-    """The secret that waits for its first code."""
+    """The secret that is waiting for its first code."""
     return TOTPDevice.objects.filter(user=user, confirmed=False).first()
 
 
 @transaction.atomic
 def confirm(user: User, code: str) -> list[str]:
-    """Turn it on with a first code; the recovery codes, which cannot be had again.
+    """Turn it on with a first code; the recovery codes, which cannot be retrieved again.
 
     Raises ``InvalidInput`` for a wrong code.
     """
     device = TOTPDevice.objects.select_for_update().filter(user=user, confirmed=False).first()
     if device is None:
         raise InvalidInput("There is nothing to confirm; start again.")
-    if not device.verify_token(plain(code)):
+    if not device.verify_token(normalize_code(code)):
         raise InvalidInput(WRONG_CODE, fields={"code": WRONG_CODE})
     device.confirmed = True
     device.save(update_fields=["confirmed"])
-    return fresh_codes(user)
+    return replace_codes(user)
 
 
-def fresh_codes(user: User) -> list[str]:
-    """New recovery codes in place of the old ones."""
+def replace_codes(user: User) -> list[str]:
+    """Replace the recovery codes; the new ones."""
     StaticDevice.objects.filter(user=user).delete()
-    device = StaticDevice.objects.create(user=user, name=CODES)
+    device = StaticDevice.objects.create(user=user, name=CODES_DEVICE_NAME)
     codes = [StaticToken.random_token() for _ in range(RECOVERY_CODES)]
     StaticToken.objects.bulk_create(StaticToken(device=device, token=code) for code in codes)
     return codes
 
 
 def verify(user: User, code: str) -> bool:
-    """Whether ``code`` is the app's, or a recovery code, which is then used up.
+    """Whether ``code`` is the app's, or a recovery code, which is then consumed.
 
-    django-otp makes whoever guesses wait longer each time.
+    django-otp makes repeated guesses wait longer and longer.
     """
-    return match_token(user, plain(code)) is not None
+    return match_token(user, normalize_code(code)) is not None
 
 
 @transaction.atomic
 def turn_off(user: User) -> None:
-    """Ask for a password alone from now on."""
+    """Turn two-step sign-in off."""
     TOTPDevice.objects.filter(user=user).delete()
     StaticDevice.objects.filter(user=user).delete()
 
 
-def plain(code: str) -> str:
-    """A code as apps show it, ``123 456``, without the blanks."""
+def normalize_code(code: str) -> str:
+    """A code without the spaces that apps show: ``123 456``."""
     return "".join(code.split()).lower()
 
 
-def picture(device: TOTPDevice) -> str:
+def qr_code(device: TOTPDevice) -> str:
     """The secret as a QR code: an SVG element."""
     return str(
         segno.make(device.config_url, error="m").svg_inline(
@@ -97,7 +97,7 @@ def picture(device: TOTPDevice) -> str:
     )
 
 
-def secret_of(device: TOTPDevice) -> str:
-    """The secret to be typed where no camera is, in groups of four."""
+def secret_text(device: TOTPDevice) -> str:
+    """The secret in groups of four, for typing it without a camera."""
     text = b32encode(device.bin_key).decode().rstrip("=")
     return " ".join(text[at : at + 4] for at in range(0, len(text), 4))

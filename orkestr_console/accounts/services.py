@@ -1,4 +1,4 @@
-"""What is done with people, teams and tokens."""
+"""Authentication: tokens, sessions, and the actors they stand for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from orkestr_console.accounts import limits, rates, tokens
 from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
 from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
-from orkestr_console.core.text import unreadable
+from orkestr_console.core.text import name_problem
 
-# A token's last use is worth knowing to the minute; writing it on every call is not worth it.
-LAST_USE_GRAIN = timedelta(minutes=1)
-TEAM_KEY = "team_id"
-NO_GOOD = 'Bearer error="invalid_token"'
+# A token's last use is stored to the minute; writing it on every call would cost too much.
+LAST_USED_INTERVAL = timedelta(minutes=1)
+TEAM_SESSION_KEY = "team_id"
+INVALID_TOKEN_CHALLENGE = 'Bearer error="invalid_token"'  # noqa: S105 - a header
 
 
 def mint_token(
@@ -31,15 +31,15 @@ def mint_token(
     allowed_templates: list[str] | None = None,
     allowed_networks: list[str] | None = None,
 ) -> tuple[ApiToken, str]:
-    """A new token of ``team`` and its text, which cannot be had again.
+    """A new token of ``team`` and its text, which cannot be retrieved again.
 
-    Raises ``InvalidInput`` for a scope that does not exist, or none, and for a name that is none.
+    Raises ``InvalidInput`` for an unknown or missing scope, and for an invalid name.
     """
-    wanted = sorted(set(scopes))
-    unknown = [scope for scope in wanted if scope not in SCOPES]
-    if unfit := unreadable(name):
-        raise InvalidInput(f"The token's name {unfit}", fields={"name": unfit})
-    if unknown or not wanted:
+    requested = sorted(set(scopes))
+    unknown = [scope for scope in requested if scope not in SCOPES]
+    if name_error := name_problem(name):
+        raise InvalidInput(f"The token's name {name_error}", fields={"name": name_error})
+    if unknown or not requested:
         problem = f"'{unknown[0]}' is not a scope" if unknown else "A token needs a scope"
         raise InvalidInput(f"{problem}; there are {', '.join(SCOPES)}.")
     text, lookup = tokens.new_token()
@@ -49,7 +49,7 @@ def mint_token(
         name=name,
         lookup=lookup,
         digest=tokens.digest(text),
-        scopes=wanted,
+        scopes=requested,
         expires_at=expires_at,
         allowed_templates=allowed_templates,
         allowed_networks=allowed_networks,
@@ -57,69 +57,74 @@ def mint_token(
     return row, text
 
 
-def actor_of_token(text: str, surface: Surface, address: str | None) -> Actor:
+def authenticate_token(text: str, surface: Surface, address: str | None) -> Actor:
     """The actor that a Bearer token stands for, in one query.
 
-    Raises ``Unauthenticated``, the same for a token that is malformed, unknown or wrong; for one
-    that was good once it says whether it has expired or been revoked.
+    Raises ``Unauthenticated``, with the same message for a malformed, unknown or wrong token; for
+    one that was valid before, it says whether it has expired or was revoked.
     """
     lookup = tokens.lookup_of(text)
-    # With everything that limits the team: what follows needs no second look.
+    # With all of the team's limits: what follows needs no second query.
     related = ("team__plan", "team__limits", "team__agreement", "created_by")
     row = lookup and ApiToken.objects.select_related(*related).filter(lookup=lookup).first()
     if not row or not tokens.matches(text, row.digest):
         raise Unauthenticated(
-            "This API token is unknown; check that you copied all of it.", challenge=NO_GOOD
+            "This API token is unknown; check that you copied all of it.",
+            challenge=INVALID_TOKEN_CHALLENGE,
         )
     if not row.is_live():
         word = "has been revoked" if row.revoked_at else "has expired"
-        raise Unauthenticated(f"This API token {word}; create a new one.", challenge=NO_GOOD)
-    rates.take(row, limits.build(row.team).value("api_requests_per_minute"))
-    note_use(row)
+        raise Unauthenticated(
+            f"This API token {word}; create a new one.", challenge=INVALID_TOKEN_CHALLENGE
+        )
+    rates.consume(row, limits.build_envelope(row.team).value("api_requests_per_minute"))
+    mark_used(row)
     return Actor(row.team, row.created_by, row, surface, address, frozenset(row.scopes))
 
 
-def note_use(token: ApiToken) -> None:
-    """Remember that the token was used now, at most once a minute."""
+def mark_used(token: ApiToken) -> None:
+    """Record that the token was used now, at most once a minute."""
     now = timezone.now()
-    stale = now - LAST_USE_GRAIN
+    stale = now - LAST_USED_INTERVAL
     if token.last_used_at is None or token.last_used_at < stale:
-        unnoted = Q(last_used_at__isnull=True) | Q(last_used_at__lt=stale)
-        ApiToken.objects.filter(unnoted, pk=token.pk).update(last_used_at=now)
+        not_recorded = Q(last_used_at__isnull=True) | Q(last_used_at__lt=stale)
+        ApiToken.objects.filter(not_recorded, pk=token.pk).update(last_used_at=now)
 
 
 def revoke_token(token: ApiToken) -> None:
-    """End a token at once; again is fine."""
+    """Revoke a token immediately; idempotent."""
     ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now())
 
 
-def actor_of_session(request: HttpRequest) -> Actor:
-    """The signed-in person acting for the team their session names, else their first.
+def session_actor(request: HttpRequest) -> Actor:
+    """The signed-in person, acting for their session's team, else for their first team.
 
     Raises ``Forbidden`` for a person without a team.
     """
     user = request.user
     assert isinstance(user, User)
-    return actor_of_user(user, request.session.get(TEAM_KEY), request.META.get("REMOTE_ADDR"))
+    return user_actor(user, request.session.get(TEAM_SESSION_KEY), request.META.get("REMOTE_ADDR"))
 
 
-def actor_of_user(user: User, team_id: str | None, address: str | None) -> Actor:
-    """``user`` acting for team ``team_id`` if a member of it, else for their first team.
+def user_actor(user: User, team_id: str | None, address: str | None) -> Actor:
+    """``user``, acting for team ``team_id`` if they are a member, else for their first team.
 
     An operator may act for any team, as an owner. Raises ``Forbidden`` for a person without a team.
     """
     scopes = frozenset({EVERYTHING})
-    places = list(
+    memberships = list(
         Membership.objects.filter(user=user).select_related("team__plan").order_by("created_at")
     )
-    place = next((place for place in places if place.team_id == team_id), None)
-    if place is None and user.is_staff:
+    membership = next(
+        (membership for membership in memberships if membership.team_id == team_id), None
+    )
+    if membership is None and user.is_staff:
         teams = Team.objects.select_related("plan")
-        visited = teams.filter(pk=team_id).first() or (None if places else teams.first())
+        visited = teams.filter(pk=team_id).first() or (None if memberships else teams.first())
         if visited is not None:
             return Actor(visited, user, None, "console", address, scopes, Role.OWNER)
-    if not places:
+    if not memberships:
         raise Forbidden("You are in no team yet; ask an administrator to add you to one.")
-    place = place or places[0]
-    role = Role.OWNER if user.is_staff else Role(place.role)
-    return Actor(place.team, user, None, "console", address, scopes, role)
+    membership = membership or memberships[0]
+    role = Role.OWNER if user.is_staff else Role(membership.role)
+    return Actor(membership.team, user, None, "console", address, scopes, role)

@@ -1,4 +1,4 @@
-"""The browsers a person is signed in with: which there are, and ending them."""
+"""The browsers that a person is signed in with: listing and ending sessions."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from django.utils import timezone
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.models import Membership, SignedIn, User
-from orkestr_console.accounts.services import actor_of_session
+from orkestr_console.accounts.services import session_actor
 from orkestr_console.core.channel_layer import notify
 from orkestr_console.core.errors import Forbidden, NotFound
 
-# When a session was last used is worth knowing to this many seconds.
-SEEN_GRAIN_SECONDS = 300
-SEEN_KEY = "seen_at"
-LONGEST_AGENT = 300
+# A session's last use is stored to this precision.
+SEEN_INTERVAL_SECONDS = 300
+SEEN_SESSION_KEY = "seen_at"
+MAX_USER_AGENT_LENGTH = 300
 
 
 def person_group(user_id: int) -> str:
-    """The group of a person's open pages."""
+    """The channel group of a person's open pages."""
     return f"person.{user_id}"
 
 
-def open_session(request: HttpRequest, user: User) -> None:
-    """Sign ``user`` in with this browser, on record."""
+def sign_in(request: HttpRequest, user: User) -> None:
+    """Sign ``user`` in with this browser, and record it."""
     previous = request.session.session_key
     login(request, user, backend=settings.LOGIN_BACKEND)
     if previous:
         SignedIn.objects.filter(session_key=previous).delete()
-    remember(request, user)
-    note_sign_in(user.email, address_of(request), user=user)
+    record_session(request, user)
+    record_sign_in(user.email, client_address(request), user=user)
 
 
-def remember(request: HttpRequest, user: User) -> None:
-    """List the request's session among the person's."""
+def record_session(request: HttpRequest, user: User) -> None:
+    """Store the request's session in the list of the person's sessions."""
     if request.session.session_key is None:
         request.session.save()
-    request.session[SEEN_KEY] = int(time.time())
+    request.session[SEEN_SESSION_KEY] = int(time.time())
     SignedIn.objects.update_or_create(
         session_key=request.session.session_key,
         defaults={
             "user": user,
-            "address": address_of(request),
-            "user_agent": request.headers.get("User-Agent", "")[:LONGEST_AGENT],
+            "address": client_address(request),
+            "user_agent": request.headers.get("User-Agent", "")[:MAX_USER_AGENT_LENGTH],
             "seen_at": timezone.now(),
         },
     )
 
 
-def note_sign_in(email: str, address: str, *, user: User | None, error: str = "") -> None:
-    """Put a sign-in, or a refused one of somebody we know, on record in each of their teams."""
+def record_sign_in(email: str, address: str, *, user: User | None, error: str = "") -> None:
+    """Record a known person's sign-in, or its refusal, in each of their teams."""
     person = user or User.objects.filter(email=email.strip().lower()).first()
     if person is None:
         return
@@ -64,30 +64,30 @@ def note_sign_in(email: str, address: str, *, user: User | None, error: str = ""
         audit.record_sign_in(person.email, address, team_id, user=user, error=error)
 
 
-def note_sign_out(request: HttpRequest) -> None:
-    """Put on record that the person ends this session, in the team they act for."""
+def record_sign_out(request: HttpRequest) -> None:
+    """Record a sign-out in the team that the person acts for."""
     if isinstance(request.user, User):
-        # Whoever is in no team any more has no log to be written in.
+        # A person without a team has no log to record it in.
         with suppress(Forbidden):
-            audit.record(actor_of_session(request), "session.end", kind="session")
+            audit.record(session_actor(request), "session.end", kind="session")
 
 
-def address_of(request: HttpRequest) -> str:
-    """Where the request comes from."""
+def client_address(request: HttpRequest) -> str:
+    """The request's network address."""
     return str(request.META.get("REMOTE_ADDR") or "")[:64]
 
 
 def touch(request: HttpRequest) -> None:
-    """Remember that the session is used now, at most every five minutes."""
+    """Record that the session was used now, at most every five minutes."""
     now = int(time.time())
-    if now - int(request.session.get(SEEN_KEY, 0)) >= SEEN_GRAIN_SECONDS:
+    if now - int(request.session.get(SEEN_SESSION_KEY, 0)) >= SEEN_INTERVAL_SECONDS:
         user = request.user
         assert isinstance(user, User)
-        remember(request, user)
+        record_session(request, user)
 
 
 def list_sessions(user: User) -> list[SignedIn]:
-    """The browsers signed in, the one used last first; what has expired is forgotten."""
+    """The signed-in browsers, last used first; deletes expired ones."""
     live = Session.objects.filter(expire_date__gt=timezone.now()).values("session_key")
     rows = SignedIn.objects.filter(user=user)
     rows.exclude(session_key__in=live).delete()
@@ -95,22 +95,22 @@ def list_sessions(user: User) -> list[SignedIn]:
 
 
 def end_session(user: User, session_id: int) -> None:
-    """Sign one browser out. Raises ``NotFound``."""
+    """Sign out one browser. Raises ``NotFound``."""
     row = SignedIn.objects.filter(user=user, pk=session_id).first()
     if row is None:
         raise NotFound("This session has already ended.")
-    end_keys(user, [row.session_key])
+    end_sessions(user, [row.session_key])
 
 
-def end_other_sessions(user: User, kept: str | None) -> int:
-    """Sign every other browser out; how many."""
-    keys = SignedIn.objects.filter(user=user).exclude(session_key=kept or "")
-    return end_keys(user, list(keys.values_list("session_key", flat=True)))
+def end_other_sessions(user: User, keep_session: str | None) -> int:
+    """Sign out all other browsers; how many."""
+    keys = SignedIn.objects.filter(user=user).exclude(session_key=keep_session or "")
+    return end_sessions(user, list(keys.values_list("session_key", flat=True)))
 
 
 @transaction.atomic
-def end_keys(user: User, keys: list[str]) -> int:
-    """End these sessions, and tell the pages that are open in them."""
+def end_sessions(user: User, keys: list[str]) -> int:
+    """End these sessions, and notify their open pages."""
     Session.objects.filter(session_key__in=keys).delete()
     SignedIn.objects.filter(user=user, session_key__in=keys).delete()
     notify(person_group(user.pk), {"type": "session.ended"})
@@ -118,5 +118,5 @@ def end_keys(user: User, keys: list[str]) -> int:
 
 
 def forget(request: HttpRequest) -> None:
-    """The session ends itself: sign-out."""
+    """Remove the request's session from the list: it signs out."""
     SignedIn.objects.filter(session_key=request.session.session_key or "").delete()

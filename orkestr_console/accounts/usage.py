@@ -21,7 +21,7 @@ from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import Metric, UsageDay
 
 # The day's most, not its sum.
-LEVELS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
+PEAK_METRICS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
 
 _UPSERT = """
 INSERT INTO accounts_usageday AS kept (team_id, day, metric, amount)
@@ -29,8 +29,8 @@ SELECT * FROM unnest(%s::varchar[], %s::date[], %s::varchar[], %s::float8[])
 ORDER BY 1, 2, 3
 ON CONFLICT (team_id, day, metric) DO UPDATE SET amount = {amount}
 """
-_ADDED = _UPSERT.format(amount="kept.amount + excluded.amount")
-_RAISED = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
+_ADD_SQL = _UPSERT.format(amount="kept.amount + excluded.amount")
+_MAXIMUM_SQL = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
 
 
 class Key(NamedTuple):
@@ -42,13 +42,13 @@ class Key(NamedTuple):
 
 
 def add(amounts: Mapping[Key, float]) -> None:
-    """Add to the days' sums. In order of key, so that two writers never wait for each other."""
-    _write(_ADDED, {key: amount for key, amount in amounts.items() if amount > 0})
+    """Add to the days' totals. In key order, so that two writers cannot deadlock."""
+    _write(_ADD_SQL, {key: amount for key, amount in amounts.items() if amount > 0})
 
 
-def raise_to(amounts: Mapping[Key, float]) -> None:
-    """Make each day's amount at least this."""
-    _write(_RAISED, amounts)
+def raise_maximum(amounts: Mapping[Key, float]) -> None:
+    """Raise each day's amount to at least this."""
+    _write(_MAXIMUM_SQL, amounts)
 
 
 def _write(statement: str, amounts: Mapping[Key, float]) -> None:
@@ -59,8 +59,10 @@ def _write(statement: str, amounts: Mapping[Key, float]) -> None:
         cursor.execute(statement, [teams, days, [str(m) for m in metrics], list(amounts.values())])
 
 
-def spread(team_id: str, metric: Metric, begin: datetime, end: datetime) -> dict[Key, float]:
-    """The seconds from ``begin`` to ``end`` by the days they lie in."""
+def seconds_by_day(
+    team_id: str, metric: Metric, begin: datetime, end: datetime
+) -> dict[Key, float]:
+    """The seconds from ``begin`` to ``end``, split by day."""
     seconds = max((end - begin).total_seconds(), 0.0)
     return {
         Key(team_id, day, metric): seconds * share
@@ -73,7 +75,7 @@ type Amounts = Mapping[Metric, float]
 
 @dataclass(frozen=True)
 class Day:
-    """One day's amounts; a metric of which nothing was used is 0."""
+    """One day's amounts; 0 for metrics without usage."""
 
     day: date
     amounts: Amounts
@@ -81,15 +83,15 @@ class Day:
 
 @dataclass(frozen=True)
 class Month:
-    """A team's usage in the month that begins with ``first``: every day of it."""
+    """A team's usage on every day of the month that starts with ``first``."""
 
     first: date
     days: tuple[Day, ...]
 
     def total(self, metric: Metric) -> float:
-        """The month's sum; of a level, its most."""
+        """The month's total, or its peak for ``PEAK_METRICS``."""
         amounts = [day.amounts[metric] for day in self.days]
-        return max(amounts) if metric in LEVELS else sum(amounts)
+        return max(amounts) if metric in PEAK_METRICS else sum(amounts)
 
     @property
     def before(self) -> date:
@@ -103,12 +105,12 @@ class Month:
 
 
 def today() -> date:
-    """The day that usage is counted on now."""
+    """The current day in UTC, on which usage is counted."""
     return timezone.now().astimezone(UTC).date()
 
 
 def month(actor: Actor, first: date) -> Month:
-    """What the actor's team used in the month that ``first`` begins."""
+    """The team's usage in the month that starts with ``first``."""
     actor.require(READ)
     dates = [first + timedelta(days=n) for n in range(monthrange(first.year, first.month)[1])]
     amounts = {day: dict.fromkeys(Metric, 0.0) for day in dates}
@@ -118,7 +120,7 @@ def month(actor: Actor, first: date) -> Month:
 
 
 def months(actor: Actor) -> list[date]:
-    """The months in which the actor's team used anything, latest first."""
+    """The months with any usage of the team, latest first."""
     actor.require(READ)
     found: Iterable[date] = _rows(actor).dates("day", "month", order="DESC")
     return list(found)

@@ -1,1 +1,1 @@
-"""What the console's pages share: signing in, the frame around a page, live updates, output."""
+"""Console pages that belong to no app: sign-in, account, people, limits, tokens, operator."""

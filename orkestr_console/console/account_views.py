@@ -1,4 +1,4 @@
-"""A person's own account: name, password, two-step sign-in, and where they are signed in."""
+"""A person's own account: name, password, two-step sign-in and sessions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from orkestr_console.http.decorators import ConsoleRequest, console_page
 @require_safe
 @console_page
 def account_page(request: ConsoleRequest) -> HttpResponse:
-    """Everything about the account."""
+    """The account page."""
     return show(request)
 
 
 def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpResponse:
-    """The page; ``errors`` are sentences by field."""
+    """The page; ``errors`` maps fields to messages."""
     user = request.user
     device = second_factor.pending(user)
     context = {
@@ -35,13 +35,13 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
         "second_factor": second_factor.is_on(user),
         "codes_left": second_factor.codes_left(user),
         "device": device,
-        # Our own drawing of our own secret.
-        "picture": mark_safe(second_factor.picture(device)) if device else "",  # noqa: S308
-        "secret": second_factor.secret_of(device) if device else "",
+        # Our own rendering of our own secret.
+        "picture": mark_safe(second_factor.qr_code(device)) if device else "",  # noqa: S308
+        "secret": second_factor.secret_text(device) if device else "",
         "name": user.name,
         **more,
     }
-    # A secret that waits for its first code is on it, whichever form it answers.
+    # The page contains any secret that waits for its first code, whichever form was sent.
     response = render(request, "console/account.html", context, status=status)
     add_never_cache_headers(response)
     return response
@@ -50,7 +50,7 @@ def show(request: ConsoleRequest, status: int = 200, **more: Any) -> HttpRespons
 @require_POST
 @console_page
 def account_name(request: ConsoleRequest) -> HttpResponse:
-    """What the console calls the person."""
+    """Change the display name."""
     name = request.POST.get("name", "").strip()
     try:
         account.change_name(request.actor, name)
@@ -64,7 +64,7 @@ def account_name(request: ConsoleRequest) -> HttpResponse:
 @require_POST
 @console_page
 def account_password(request: ConsoleRequest) -> HttpResponse:
-    """A new password, which signs every other browser out."""
+    """Change the password, which signs out all other browsers."""
     current, password = (request.POST.get(field, "") for field in ("current", "password"))
     try:
         account.change_password(request.actor, current, password, request.session.session_key)
@@ -73,7 +73,7 @@ def account_password(request: ConsoleRequest) -> HttpResponse:
     user = request.user
     sessions.forget(request)
     update_session_auth_hash(request, user)
-    sessions.remember(request, user)
+    sessions.record_session(request, user)
     messages.success(request, "Your password was changed, and every other browser signed out.")
     return redirect("console:account")
 
@@ -81,7 +81,7 @@ def account_password(request: ConsoleRequest) -> HttpResponse:
 @require_POST
 @console_page
 def session_end(request: ConsoleRequest, session_id: int) -> HttpResponse:
-    """Sign one browser out."""
+    """Sign out one browser."""
     account.end_session(request.actor, session_id)
     messages.success(request, "That browser was signed out.")
     return redirect("console:account")
@@ -90,7 +90,7 @@ def session_end(request: ConsoleRequest, session_id: int) -> HttpResponse:
 @require_POST
 @console_page
 def sessions_end_others(request: ConsoleRequest) -> HttpResponse:
-    """Sign every other browser out."""
+    """Sign out all other browsers."""
     ended = account.end_other_sessions(request.actor, request.session.session_key)
     messages.success(request, f"{ended} other browsers were signed out.")
     return redirect("console:account")
@@ -119,7 +119,7 @@ def second_factor_confirm(request: ConsoleRequest) -> HttpResponse:
 @require_POST
 @console_page
 def second_factor_off(request: ConsoleRequest) -> HttpResponse:
-    """Turn it off, which needs the password."""
+    """Turn it off, given the password."""
     try:
         account.turn_off_second_factor(request.actor, request.POST.get("current", ""))
     except InvalidInput as error:

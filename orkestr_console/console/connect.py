@@ -1,4 +1,4 @@
-"""What to write where so that an agent reaches our MCP endpoint: a snippet for each common client.
+"""Configuration snippets that connect common MCP clients to our endpoint.
 
 Each follows the client's own documentation: code.claude.com/docs/en/mcp (Claude Code), the README
 of ``mcp-remote`` (Claude Desktop, which starts programs only), cursor.com/docs/mcp,
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-# Stands where a token belongs, in the form that ours have.
+# A placeholder in the form of our tokens.
 PLACEHOLDER = "ork_YOUR_TOKEN"
-# The revision that ``initialize`` asks for; the server answers with the one it speaks.
+# The revision that ``initialize`` requests; the server answers with its own.
 PROTOCOL_VERSION = "2025-06-18"
 VARIABLE = "ORKESTR_API_KEY"
-# What mcp-remote calls over plain HTTP without being told that it may.
+# The hosts that mcp-remote calls over plain HTTP without an option.
 LOOPBACK = ("localhost", "127.0.0.1")
 
 PROGRAM = """\
@@ -49,20 +49,20 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Block:
-    """A text to copy; ``where`` says where to put it. ``secret`` is what in it must stay secret."""
+    """A text to copy and ``where`` to put it; ``secret`` is the secret part of it."""
 
     where: str
     text: str
     secret: str
 
     def parts(self) -> list[str]:
-        """What stands around the secret, for the page to mark it."""
+        """The text around the secret, so that the page can mark it."""
         return self.text.split(self.secret)
 
 
 @dataclass(frozen=True)
 class Guide:
-    """How one client is connected. ``key`` names it in forms; ``hint`` has code in backticks."""
+    """How to connect one client. ``key`` is its form value; ``hint`` has code in backticks."""
 
     key: str
     name: str
@@ -71,7 +71,7 @@ class Guide:
 
 
 def guides(url: str, token: str) -> list[Guide]:
-    """For every client, with the endpoint's ``url`` and ``token`` put in and quoted as it needs."""
+    """The guides of all clients, with the endpoint's ``url`` and ``token`` quoted as needed."""
     return [
         claude_code(url, token),
         claude_desktop(url, token),
@@ -85,7 +85,7 @@ def guides(url: str, token: str) -> list[Guide]:
 
 
 def claude_code(url: str, token: str) -> Guide:
-    """``--header`` takes all that follows it: so it stands last."""
+    """``--header`` takes everything that follows it, so it comes last."""
     line = (
         f"claude mcp add --transport http orkestr {shlex.quote(url)} "
         f'--header "Authorization: Bearer {token}"'
@@ -98,7 +98,7 @@ def claude_code(url: str, token: str) -> Guide:
 
 
 def claude_desktop(url: str, token: str) -> Guide:
-    """Through ``mcp-remote``; no space in its header, where Claude on Windows would split it."""
+    """Through ``mcp-remote``; its header has no space, where Claude on Windows would split it."""
     arguments = ["-y", "mcp-remote", url, "--header", "Authorization:${AUTH}"]
     if is_exposed(url):
         arguments.append("--allow-http")
@@ -107,24 +107,26 @@ def claude_desktop(url: str, token: str) -> Guide:
         "Settings → Developer → Edit Config opens the file. It needs Node.js 18 or newer. "
         "Restart Claude Desktop afterwards."
     )
-    block = Block("claude_desktop_config.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block(
+        "claude_desktop_config.json", pretty_json({"mcpServers": {"orkestr": server}}), token
+    )
     return Guide("claude-desktop", "Claude Desktop", hint, (block,))
 
 
 def cursor(url: str, token: str) -> Guide:
-    """Cursor tells a remote server by its ``url``."""
+    """Cursor recognizes a remote server by its ``url``."""
     server = {"url": url, "headers": {"Authorization": f"Bearer {token}"}}
     hint = (
         "In the project, or `~/.cursor/mcp.json` for all of yours. The file holds the token: "
         "keep it out of version control."
     )
-    block = Block(".cursor/mcp.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block(".cursor/mcp.json", pretty_json({"mcpServers": {"orkestr": server}}), token)
     return Guide("cursor", "Cursor", hint, (block,))
 
 
 def vs_code(url: str, token: str) -> Guide:
-    """VS Code asks for the token and keeps it, so the file can be shared."""
-    asked = {
+    """VS Code asks for the token and stores it, so the file can be shared."""
+    token_input = {
         "type": "promptString",
         "id": "orkestr-token",
         "description": "Orkestr API token",
@@ -138,7 +140,9 @@ def vs_code(url: str, token: str) -> Guide:
     )
     blocks = (
         Block(
-            ".vscode/mcp.json", in_json({"inputs": [asked], "servers": {"orkestr": server}}), token
+            ".vscode/mcp.json",
+            pretty_json({"inputs": [token_input], "servers": {"orkestr": server}}),
+            token,
         ),
         Block("When VS Code asks", token, token),
     )
@@ -146,28 +150,28 @@ def vs_code(url: str, token: str) -> Guide:
 
 
 def codex(url: str, token: str) -> Guide:
-    """Codex reads the token from the environment alone."""
+    """Codex reads the token only from the environment."""
     lines = (
         "[mcp_servers.orkestr]",
-        f"url = {quoted(url)}",
-        f"bearer_token_env_var = {quoted(VARIABLE)}",
+        f"url = {quote(url)}",
+        f"bearer_token_env_var = {quote(VARIABLE)}",
     )
     hint = "The variable must be set where Codex is started. `/mcp` in a session lists its tools."
     blocks = (
         Block("~/.codex/config.toml", "\n".join(lines), token),
-        Block("In the shell that starts Codex", exported(token), token),
+        Block("In the shell that starts Codex", export_command(token), token),
     )
     return Guide("codex", "Codex", hint, blocks)
 
 
 def python(url: str, token: str) -> Guide:
-    """A whole program with the official SDK (2.3)."""
-    program = PROGRAM.format(url=quoted(url), variable=VARIABLE)
+    """A complete program with the official SDK (2.3)."""
+    program = PROGRAM.format(url=quote(url), variable=VARIABLE)
     blocks = (
         Block("list_tools.py", program.rstrip("\n"), token),
         Block(
             "In a terminal",
-            f"pip install 'mcp>=2.3,<3'\n{exported(token)}\npython list_tools.py",
+            f"pip install 'mcp>=2.3,<3'\n{export_command(token)}\npython list_tools.py",
             token,
         ),
     )
@@ -202,32 +206,32 @@ def curl(url: str, token: str) -> Guide:
 
 
 def other(url: str, token: str) -> Guide:
-    """The form that most clients read."""
+    """The format that most clients read."""
     server = {"type": "http", "url": url, "headers": {"Authorization": f"Bearer {token}"}}
     hint = (
         "Most clients read this form. What any of them needs: the transport Streamable HTTP, "
         "the address, and the header `Authorization`. There is no OAuth."
     )
-    block = Block("mcp.json", in_json({"mcpServers": {"orkestr": server}}), token)
+    block = Block("mcp.json", pretty_json({"mcpServers": {"orkestr": server}}), token)
     return Guide("other", "Other clients", hint, (block,))
 
 
-def in_json(value: dict[str, Any]) -> str:
-    """As people write it."""
+def pretty_json(value: dict[str, Any]) -> str:
+    """Indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def quoted(text: str) -> str:
-    """A string of TOML and of Python: JSON's, whose escapes they have but for half a character."""
+def quote(text: str) -> str:
+    """A string literal for TOML and Python: JSON's, as both support its escapes but surrogates."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def exported(token: str) -> str:
-    """The token for the programs that this shell starts."""
+def export_command(token: str) -> str:
+    """The shell command that exports the token."""
     return f"export {VARIABLE}={token}"
 
 
 def is_exposed(url: str) -> bool:
-    """Plain HTTP to another machine: whoever is on the way reads the token."""
+    """Whether it is plain HTTP to another machine, where the token can be read in transit."""
     found = urlsplit(url)
     return found.scheme == "http" and found.hostname not in LOOPBACK

@@ -1,4 +1,4 @@
-"""The page that connects an agent: snippets for the common clients, and a token to put in them."""
+"""The page that connects an agent: snippets for common clients, and a token for them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ ACCESS_WORDS = (
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def connect_page(request: ConsoleRequest) -> HttpResponse:
-    """The snippets; with the text of a token in them only in the answer that made it."""
+    """The snippets; they contain a token's text only in the response that created it."""
     if request.method != "POST":
         return show(request, AgentForm())
-    form = AgentForm.typed(request.POST)
+    form = AgentForm.from_post(request.POST)
     if not request.actor.is_at_least(Role.ADMIN):
         return show(request, form, 403)
     try:
         token, text = api_tokens.create_token(request.actor, form.spec())
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return show(request, form, error.status)
     return show(request, form, made=token, text=text)
 
@@ -45,7 +45,7 @@ def connect_page(request: ConsoleRequest) -> HttpResponse:
 def show(
     request: ConsoleRequest, form: AgentForm, status: int = 200, *, text: str = "", **made: Any
 ) -> HttpResponse:
-    """The page, with the client in front that the form was sent from."""
+    """The page, opened at the client that the form was sent from."""
     url = f"{console_address(request)}{MCP_PATH}"
     token = text or connect.PLACEHOLDER
     guides = connect.guides(url, token)

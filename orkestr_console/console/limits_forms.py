@@ -18,7 +18,7 @@ from orkestr_console.accounts.limit_changes import (
 )
 from orkestr_console.accounts.limits import KINDS, SHARES, Envelope
 from orkestr_console.accounts.models import Agreement, Plan, TeamLimits
-from orkestr_console.accounts.people import usable_email
+from orkestr_console.accounts.people import normalize_email
 from orkestr_console.core.errors import DomainError, InvalidInput
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
@@ -30,37 +30,37 @@ SHARE_LABELS = {
 NUMBER_LABELS = {name: kind.label for name, kind in KINDS.items()}
 
 
-def numbers_typed(data: QueryDict, names: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """What was typed for each number."""
+def posted_numbers(data: QueryDict, names: Iterable[str], prefix: str = "") -> dict[str, str]:
+    """The text posted for each number."""
     return {name: data.get(f"{prefix}{name}", "").strip() for name in names}
 
 
-def or_none(typed: Mapping[str, str]) -> dict[str, Any]:
-    """Blank is None; pydantic reads the rest."""
+def blank_to_none(typed: Mapping[str, str]) -> dict[str, Any]:
+    """The same with None for blanks; pydantic parses the rest."""
     return {name: text or None for name, text in typed.items()}
 
 
-def in_form(row: object, names: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """A row's numbers as a form shows them."""
+def form_numbers(row: object, names: Iterable[str], prefix: str = "") -> dict[str, str]:
+    """A row's numbers as form values."""
     values = {name: getattr(row, f"{prefix}{name}", None) for name in names}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
-def without_path(error: DomainError) -> DomainError:
-    """``numbers.max_templates`` is typed in the field ``max_templates``."""
-    found = error.fields or {}
+def flatten_fields(error: DomainError) -> DomainError:
+    """The error with form field names: ``numbers.max_templates`` is ``max_templates``."""
+    fields = error.fields or {}
     return InvalidInput(
         error.detail,
         fields={
             name.removeprefix("numbers.").replace("shares.", "share_"): sentence
-            for name, sentence in found.items()
+            for name, sentence in fields.items()
         },
     )
 
 
 @dataclass
 class LimitsForm(Form):
-    """What the team's admins set."""
+    """The limits that a team's admins set."""
 
     numbers: dict[str, str] = field(default_factory=dict)
     shares: dict[str, str] = field(default_factory=dict)
@@ -77,32 +77,32 @@ class LimitsForm(Form):
     }
 
     @classmethod
-    def current(cls, held: Envelope, bases: list[str]) -> LimitsForm:
-        """The form as the limits are now."""
-        own = getattr(held.team, "limits", None) or TeamLimits(team=held.team)
+    def current(cls, limits: Envelope, bases: list[str]) -> LimitsForm:
+        """A form with the current limits."""
+        own = getattr(limits.team, "limits", None) or TeamLimits(team=limits.team)
         return cls(
-            numbers=in_form(own, KINDS),
-            shares=in_form(own, SHARES, "member_"),
-            sizes=list(held.sizes),
-            networks=list(held.networks),
-            bases=bases if held.bases is None else list(held.bases),
+            numbers=form_numbers(own, KINDS),
+            shares=form_numbers(own, SHARES, "member_"),
+            sizes=list(limits.sizes),
+            networks=list(limits.networks),
+            bases=bases if limits.bases is None else list(limits.bases),
         )
 
     @classmethod
-    def typed(cls, data: QueryDict) -> LimitsForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> LimitsForm:
+        """A form from posted data."""
         return cls(
-            numbers=numbers_typed(data, KINDS),
-            shares=numbers_typed(data, SHARES, "share_"),
+            numbers=posted_numbers(data, KINDS),
+            shares=posted_numbers(data, SHARES, "share_"),
             sizes=data.getlist("sizes"),
             networks=data.getlist("networks"),
             bases=data.getlist("bases"),
         )
 
-    def spec(self, held: Envelope, offered: Mapping[str, list[str]]) -> LimitsSpec:
-        """What is asked for. All that is offered is chosen: then what comes later is, too.
+    def spec(self, limits: Envelope, offered: Mapping[str, list[str]]) -> LimitsSpec:
+        """The validated request. Choosing all options means None, which includes future ones.
 
-        Where the bases cannot be listed just now, they stay as they are.
+        If the bases cannot be listed now, they stay as they are.
         """
         chosen = {
             name: None if set(known) <= set(picked) else picked
@@ -113,18 +113,18 @@ class LimitsForm(Form):
             )
         }
         if not offered["bases"]:
-            chosen["bases"] = None if held.bases is None else list(held.bases)
-        numbers = {"numbers": or_none(self.numbers), "shares": or_none(self.shares)}
+            chosen["bases"] = None if limits.bases is None else list(limits.bases)
+        numbers = {"numbers": blank_to_none(self.numbers), "shares": blank_to_none(self.shares)}
         return parse_spec(LimitsSpec, {**numbers, **chosen})
 
-    def take(self, error: DomainError) -> None:
-        """As any form."""
-        super().take(without_path(error))
+    def add_error(self, error: DomainError) -> None:
+        """As any form does, with flat field names."""
+        super().add_error(flatten_fields(error))
 
 
 @dataclass
 class AgreementForm(Form):
-    """A team's plan, and what was agreed beyond it."""
+    """A team's plan, and the ceilings agreed with it."""
 
     plan: str = ""
     numbers: dict[str, str] = field(default_factory=dict)
@@ -134,23 +134,23 @@ class AgreementForm(Form):
 
     @classmethod
     def current(cls, plan: str, agreement: Agreement | None) -> AgreementForm:
-        """The form as it is now."""
-        return cls(plan, in_form(agreement, KINDS), agreement.note if agreement else "")
+        """A form with the current agreement."""
+        return cls(plan, form_numbers(agreement, KINDS), agreement.note if agreement else "")
 
     @classmethod
-    def typed(cls, data: QueryDict) -> AgreementForm:
-        """What was posted."""
-        return cls(data.get("plan", ""), numbers_typed(data, KINDS), data.get("note", "").strip())
+    def from_post(cls, data: QueryDict) -> AgreementForm:
+        """A form from posted data."""
+        return cls(data.get("plan", ""), posted_numbers(data, KINDS), data.get("note", "").strip())
 
     def spec(self) -> AgreementSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
-        asked = {"plan": self.plan, "numbers": or_none(self.numbers), "note": self.note}
-        return parse_spec(AgreementSpec, asked)
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
+        data = {"plan": self.plan, "numbers": blank_to_none(self.numbers), "note": self.note}
+        return parse_spec(AgreementSpec, data)
 
-    def take(self, error: DomainError) -> None:
-        """As any form."""
-        super().take(without_path(error))
+    def add_error(self, error: DomainError) -> None:
+        """As any form does, with flat field names."""
+        super().add_error(flatten_fields(error))
 
 
 @dataclass
@@ -167,24 +167,24 @@ class PlanForm(Form):
 
     @classmethod
     def current(cls, plan: Plan) -> PlanForm:
-        """The form as the plan is now."""
+        """A form with the current plan."""
         switches = (plan.allow_open_network, plan.custom_egress_allowlist)
-        return cls(plan.name, in_form(plan, KINDS), list(plan.allowed_sizes), *switches)
+        return cls(plan.name, form_numbers(plan, KINDS), list(plan.allowed_sizes), *switches)
 
     @classmethod
-    def typed(cls, data: QueryDict) -> PlanForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> PlanForm:
+        """A form from posted data."""
         return cls(
             data.get("name", "").strip(),
-            numbers_typed(data, KINDS),
+            posted_numbers(data, KINDS),
             data.getlist("sizes"),
             "allow_open_network" in data,
             "custom_egress_allowlist" in data,
         )
 
     def spec(self) -> PlanSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         return parse_spec(
             PlanSpec,
             {
@@ -196,9 +196,9 @@ class PlanForm(Form):
             },
         )
 
-    def take(self, error: DomainError) -> None:
-        """As any form."""
-        super().take(without_path(error))
+    def add_error(self, error: DomainError) -> None:
+        """As any form does, with flat field names."""
+        super().add_error(flatten_fields(error))
 
 
 @dataclass
@@ -216,15 +216,15 @@ class TeamForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> TeamForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> TeamForm:
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("plan", ""), data.get("email", "").strip())
 
     def spec(self) -> NewTeamSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         if self.email:
-            self.email = usable_email(self.email)
+            self.email = normalize_email(self.email)
         return parse_spec(NewTeamSpec, {"name": self.name, "plan": self.plan})
 
 
@@ -249,8 +249,8 @@ class TokenForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> TokenForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> TokenForm:
+        """A form from posted data."""
         return cls(
             data.get("name", ""),
             [scope for scope in data.getlist("scopes") if scope in SCOPES],
@@ -262,8 +262,8 @@ class TokenForm(Form):
         )
 
     def spec(self, known_templates: Iterable[str]) -> TokenSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         if self.restrict_templates and not set(self.templates) <= set(known_templates):
             problem = "includes one that no longer exists; choose again."
             raise InvalidInput(f"templates {problem}", fields={"templates": problem})
@@ -281,7 +281,7 @@ class TokenForm(Form):
 
 @dataclass
 class AgentForm(Form):
-    """A token for one agent; ``client`` is the guide that it was asked for from."""
+    """A token for one agent; ``client`` is the guide that the form was sent from."""
 
     name: str = "agent"
     access: str = "write"
@@ -292,15 +292,15 @@ class AgentForm(Form):
     days: ClassVar[int] = 90
 
     @classmethod
-    def typed(cls, data: QueryDict) -> AgentForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> AgentForm:
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("access", ""), data.get("client", ""))
 
     def spec(self) -> TokenSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         if self.access not in self.scopes:
             problem = "must be chosen: read, or read and write."
             raise InvalidInput(f"access {problem}", fields={"access": problem})
-        asked = {"name": self.name, "scopes": self.scopes[self.access], "days": self.days}
-        return parse_spec(TokenSpec, asked)
+        data = {"name": self.name, "scopes": self.scopes[self.access], "days": self.days}
+        return parse_spec(TokenSpec, data)

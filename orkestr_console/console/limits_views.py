@@ -1,4 +1,4 @@
-"""The page of a team's limits: everybody in the team sees it, its admins set them."""
+"""The page of a team's limits: every member sees it, admins can change them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orkestr_console.http.decorators import ConsoleRequest, console_page
 
 @dataclass(frozen=True)
 class Row:
-    """One limit as the page shows it: ``used`` is None for what is not counted."""
+    """One limit on the page: ``used`` is None if it is not counted."""
 
     limit: Limit
     used: int | None
@@ -36,18 +36,18 @@ class Row:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is room for no more."""
+        """Whether the limit is reached."""
         return self.used is not None and self.used >= self.limit.value
 
     @property
     def is_over(self) -> bool:
-        """Whether more is there than a new limit allows."""
+        """Whether usage exceeds the limit."""
         return self.used is not None and self.used > self.limit.value
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One box to tick."""
+    """One checkbox."""
 
     value: str
     label: str
@@ -57,58 +57,61 @@ class Choice:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def limits_page(request: ConsoleRequest) -> HttpResponse:
-    """Every limit as a meter; a refusal keeps what was typed."""
+    """Every limit as a meter. A refused form keeps what was typed."""
     actor = request.actor
-    held = envelope(actor.team, actor.user)
+    limits = envelope(actor.team, actor.user)
     bases = [base.id for base in templates.list_bases(actor) if base.group == "builtin"]
     offered = {
-        "sizes": list(held.plan.allowed_sizes),
-        "networks": networks_of(held.plan),
+        "sizes": list(limits.plan.allowed_sizes),
+        "networks": networks_of(limits.plan),
         "bases": bases,
     }
     if request.method != "POST":
-        return show(request, held, offered, LimitsForm.current(held, bases))
-    form = LimitsForm.typed(request.POST)
+        return show(request, limits, offered, LimitsForm.current(limits, bases))
+    form = LimitsForm.from_post(request.POST)
     try:
-        limit_changes.set_team_limits(actor, form.spec(held, offered))
+        limit_changes.set_team_limits(actor, form.spec(limits, offered))
     except DomainError as error:
-        form.take(error)
-        return show(request, held, offered, form, error.status)
+        form.add_error(error)
+        return show(request, limits, offered, form, error.status)
     messages.success(request, "Limits saved.")
     return redirect("console:limits")
 
 
 def show(
     request: ConsoleRequest,
-    held: Envelope,
+    limits: Envelope,
     offered: dict[str, list[str]],
     form: LimitsForm,
     status: int = 200,
 ) -> HttpResponse:
     """The page."""
-    used = counts([request.actor.team])[request.actor.team.pk]
+    used = usage_counts([request.actor.team])[request.actor.team.pk]
     context = {
         "form": form,
-        "held": held,
-        "rows": [Row(held.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
-        "shares": [(n, SHARE_LABELS[n], form.shares.get(n, ""), held.shares[n]) for n in SHARES],
+        "held": limits,
+        "rows": [Row(limits.numbers[n], used.get(n), form.numbers.get(n, "")) for n in KINDS],
+        "shares": [(n, SHARE_LABELS[n], form.shares.get(n, ""), limits.shares[n]) for n in SHARES],
         "groups": [
             ("sizes", "Sizes", choices(offered["sizes"], form.sizes)),
             ("networks", "Networks", choices(offered["networks"], form.networks)),
             ("bases", "Base images", choices(offered["bases"], form.bases)),
         ],
         "may_edit": request.actor.is_at_least(Role.ADMIN),
-        "admins": held.admins(),
+        "admins": limits.admins(),
     }
     return render(request, "console/limits.html", context, status=status)
 
 
 def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
-    """A box for each."""
+    """A checkbox for each option."""
     return [Choice(name, name, name in ticked) for name in offered]
 
 
-def counts(teams: list[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of each limit that something counts against, by the team's id."""
-    booted = sandboxes.counts(teams)
-    return {team: {**used, **booted[team]} for team, used in templates.counts(teams).items()}
+def usage_counts(teams: list[Team]) -> dict[str, dict[str, int]]:
+    """Each team's usage of its counted limits, by team id."""
+    sandbox_counts = sandboxes.usage_counts(teams)
+    return {
+        team: {**used, **sandbox_counts[team]}
+        for team, used in templates.usage_counts(teams).items()
+    }

@@ -1,4 +1,4 @@
-"""What the host set aside instead of deleting it, for an operator to put back or delete."""
+"""The quarantine: what the host kept instead of deleting, for an operator to restore or delete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
-from orkestr_console.console.operator_views import operator_of
+from orkestr_console.console.operator_views import request_operator
 from orkestr_console.core.errors import DomainError
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.installation import services
@@ -24,41 +24,41 @@ PAGE = "console:operator_storage"
 @console_page
 def storage_page(request: ConsoleRequest) -> HttpResponse:
     """Whether database and state directory belong together, and what is in quarantine."""
-    operator_of(request)
+    request_operator(request)
     context: dict[str, Any] = {"installation": services.current()}
     try:
-        things = services.held()
+        items = services.list_quarantine()
     except DomainError as error:
         context["error"] = error.detail
     else:
-        context["things"] = [(one, datetime.fromtimestamp(one.at, UTC)) for one in things]
+        context["things"] = [(one, datetime.fromtimestamp(one.at, UTC)) for one in items]
     return render(request, "console/operator_storage.html", context)
 
 
 @require_POST
 @console_page
 def storage_restore(request: ConsoleRequest, key: str) -> HttpResponse:
-    """Put something back."""
-    who = operator_of(request)
+    """Restore an item."""
+    operator = request_operator(request)
     try:
-        thing = services.restore(key, who)
+        item = services.restore(key, operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:
-        messages.success(request, f"The {thing.kind} {thing.name} was put back.")
+        messages.success(request, f"The {item.kind} {item.name} was put back.")
     return redirect(PAGE)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
-    """Delete something for good, once that was confirmed."""
-    who = operator_of(request)
+    """Delete an item permanently, after confirmation."""
+    operator = request_operator(request)
     if request.method != "POST":
         context = {"key": key, "heading": "Delete it permanently?", "action": "Delete permanently"}
         return render(request, "console/operator_storage_sure.html", context)
     try:
-        services.delete(key, who)
+        services.delete(key, operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:
@@ -69,8 +69,8 @@ def storage_delete(request: ConsoleRequest, key: str) -> HttpResponse:
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def storage_accept(request: ConsoleRequest) -> HttpResponse:
-    """Say that database and state directory belong together, once that was confirmed."""
-    who = operator_of(request)
+    """Confirm that database and state directory belong together."""
+    operator = request_operator(request)
     if request.method != "POST":
         context = {
             "installation": services.current(),
@@ -79,7 +79,7 @@ def storage_accept(request: ConsoleRequest) -> HttpResponse:
         }
         return render(request, "console/operator_storage_sure.html", context)
     try:
-        services.adopt(who)
+        services.adopt(operator)
     except DomainError as error:
         messages.error(request, error.detail)
     else:

@@ -16,7 +16,7 @@ from orkestr_console.ui.forms import Form
 
 @dataclass
 class InviteForm(Form):
-    """Whom to invite, as what."""
+    """Whom to invite, and their role."""
 
     role: str = Role.MEMBER.value
     email: str = ""
@@ -24,19 +24,19 @@ class InviteForm(Form):
     labels: ClassVar[Mapping[str, str]] = {"role": "The role", "email": "The email address"}
 
     @classmethod
-    def typed(cls, data: QueryDict) -> InviteForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> InviteForm:
+        """A form from posted data."""
         return cls(data.get("role", ""), data.get("email", ""))
 
     def spec(self) -> InviteSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         return parse_spec(InviteSpec, {"role": self.role, "email": self.email})
 
 
 @dataclass
 class ShareForm(Form):
-    """One person's share; blank is what everybody has."""
+    """One person's share; blank for the team's default."""
 
     max_templates: str = ""
     max_concurrent_sandboxes: str = ""
@@ -53,18 +53,18 @@ class ShareForm(Form):
         return cls(*("" if value is None else str(value) for value in values))
 
     @classmethod
-    def typed(cls, data: QueryDict) -> ShareForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> ShareForm:
+        """A form from posted data."""
         return cls(*(data.get(name, "").strip() for name in cls.labels))
 
     def spec(self) -> ShareSpec:
-        """What is asked for. Raises ``InvalidInput``."""
+        """The validated request. Raises ``InvalidInput``."""
         return parse_spec(ShareSpec, {name: getattr(self, name) or None for name in self.labels})
 
 
 @dataclass
 class JoinForm(Form):
-    """Somebody new. The password is never shown again."""
+    """A new account. The password is never shown again."""
 
     name: str = ""
     email: str = ""
@@ -77,11 +77,11 @@ class JoinForm(Form):
     }
 
     @classmethod
-    def typed(cls, data: QueryDict) -> JoinForm:
-        """What was posted."""
+    def from_post(cls, data: QueryDict) -> JoinForm:
+        """A form from posted data."""
         return cls(data.get("name", ""), data.get("email", ""), data.get("password", ""))
 
     def spec(self) -> NewPersonSpec:
-        """What is asked for. Raises ``InvalidInput``."""
-        self.refuse_unusable()
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
         return parse_spec(NewPersonSpec, {"name": self.name, "email": self.email})

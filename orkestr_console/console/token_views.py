@@ -30,18 +30,18 @@ SCOPE_WORDS = (
 @require_http_methods(["GET", "HEAD", "POST"])
 @console_page
 def tokens_page(request: ConsoleRequest) -> HttpResponse:
-    """The tokens there are, and the form of a new one, whose text is shown once."""
+    """The tokens, and the form for a new one, whose text is shown once."""
     if not request.actor.is_at_least(Role.ADMIN):
         admins = envelope(request.actor.team).admins()
         return render(request, "console/tokens_members.html", {"admins": admins}, status=403)
     if request.method != "POST":
         return show(request, TokenForm())
-    form = TokenForm.typed(request.POST)
+    form = TokenForm.from_post(request.POST)
     try:
         spec = form.spec(base.id for base in templates.list_bases(request.actor))
         token, text = api_tokens.create_token(request.actor, spec)
     except DomainError as error:
-        form.take(error)
+        form.add_error(error)
         return show(request, form, error.status)
     return show(request, TokenForm(), made=token, text=text)
 

@@ -161,10 +161,11 @@ def table(month: Month) -> list[tuple[date, list[str]]]:
 def cells(amounts: usage.Amounts) -> list[str]:
     """The amounts in words, in the order of the metrics."""
     return [
-        (byte_count if metric in usage.LEVELS else number)(amounts[metric]) for metric in Metric
+        (byte_count if metric in usage.PEAK_METRICS else number)(amounts[metric])
+        for metric in Metric
     ]
 
 
 def exact(metric: Metric, amount: float) -> str:
     """An amount for a spreadsheet."""
-    return f"{amount:.0f}" if metric in usage.LEVELS else f"{amount:.3f}"
+    return f"{amount:.0f}" if metric in usage.PEAK_METRICS else f"{amount:.3f}"

@@ -17,7 +17,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from orkestr_console.accounts import second_factor, sessions
 from orkestr_console.accounts.models import User
-from orkestr_console.core.text import unusable
+from orkestr_console.core.text import storage_problem
 
 NO_MATCH = "Wrong email or password. Try again."
 TOO_MANY = "Too many failed sign-ins for this address from here. Try again in {minutes} minutes."
@@ -49,19 +49,21 @@ def sign_in(request: HttpRequest) -> HttpResponse:
     if second_factor.is_on(user):
         request.session[PENDING_KEY] = [user.pk, int(time.time())]
         return redirect(f"{reverse('console:sign_in_code')}?{urlencode({'next': onward})}")
-    sessions.open_session(request, user)
+    sessions.sign_in(request, user)
     return redirect(onward)
 
 
 def known_person(request: HttpRequest, email: str, password: str) -> User | None:
     """Who this is; a refusal is on record in the team of whoever it was tried for."""
-    if unusable(email) or unusable(password):
+    if storage_problem(email) or storage_problem(password):
         return None
     # In lower case, so that guesses at one account are counted together.
     user = authenticate(request, username=email.strip().lower(), password=password)
     if isinstance(user, User):
         return user
-    sessions.note_sign_in(email, sessions.address_of(request), user=None, error="Wrong password.")
+    sessions.record_sign_in(
+        email, sessions.client_address(request), user=None, error="Wrong password."
+    )
     return None
 
 
@@ -85,13 +87,13 @@ def sign_in_code(request: HttpRequest) -> HttpResponse:
     if request.method != "POST":
         return render(request, "console/sign_in_code.html", context)
     code = request.POST.get("code", "")
-    if unusable(code) or not second_factor.verify(user, code):
-        address = sessions.address_of(request)
-        sessions.note_sign_in(user.email, address, user=None, error="Wrong code.")
+    if storage_problem(code) or not second_factor.verify(user, code):
+        address = sessions.client_address(request)
+        sessions.record_sign_in(user.email, address, user=None, error="Wrong code.")
         context["error"] = second_factor.WRONG_CODE
         return render(request, "console/sign_in_code.html", context, status=400)
     del request.session[PENDING_KEY]
-    sessions.open_session(request, user)
+    sessions.sign_in(request, user)
     return redirect(onward)
 
 
@@ -106,7 +108,7 @@ def halfway_in(request: HttpRequest) -> User | None:
 @require_POST
 def sign_out(request: HttpRequest) -> HttpResponse:
     """End the session."""
-    sessions.note_sign_out(request)
+    sessions.record_sign_out(request)
     sessions.forget(request)
     logout(request)
     return redirect("console:sign_in")

@@ -1,4 +1,4 @@
-"""The console's own addresses, for links and examples that people copy."""
+"""The console's own addresses, for links and for examples to copy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MCP_PATH = "/api/sandboxes/mcp"
 
 
 def console_address(request: HttpRequest) -> str:
-    """``https://console.example``, with no slash at its end.
+    """``https://console.example``, without a trailing slash.
 
-    What the operator has set, else how the request calls us: a name of ``ALLOWED_HOSTS``, but with
-    any port. So an installation that others can reach should set ``ORKESTR_PUBLIC_URL``.
+    The operator's setting, else the request's own host: a name of ``ALLOWED_HOSTS``, but with any
+    port. So an installation that others can reach should set ``ORKESTR_PUBLIC_URL``.
     """
     if settings.PUBLIC_URL_IS_SET:
         return str(settings.PUBLIC_URL)

@@ -1,4 +1,4 @@
-"""What may be asked of the restricted network's allowlist, of templates and sandboxes alike."""
+"""The restricted network's allowlist, as templates and sandboxes request it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hostruntime.network.policy import DEFAULT_LIST, PolicyError, normalise_doma
 
 
 def usable_domains(domains: list[str] | None) -> list[str] | None:
-    """An allowlist in its normal form."""
+    """An allowlist in normal form. Raises ``ValueError``."""
     if domains is None:
         return None
     try:
@@ -19,24 +19,24 @@ def usable_domains(domains: list[str] | None) -> list[str] | None:
         raise ValueError(str(error)) from None
 
 
-def besides_default(names: str) -> list[str] | None:
-    """A person's own names, typed with blanks or commas between, beside the default list's."""
-    own = names_in(names)
+def extend_default(names: str) -> list[str] | None:
+    """The default list extended by the names typed; None if there are none."""
+    own = split_names(names)
     return [DEFAULT_LIST, *own] if own else None
 
 
-def names_in(typed: str) -> list[str]:
-    """The names that a person typed, with blanks or commas between."""
+def split_names(typed: str) -> list[str]:
+    """The names typed, separated by spaces or commas."""
     return typed.replace(",", " ").split()
 
 
 def replaces_default(domains: list[str] | None) -> bool:
-    """Whether an allowlist stands in place of the default list, be it empty."""
+    """Whether an allowlist, even an empty one, replaces the default list."""
     return domains is not None and DEFAULT_LIST not in domains
 
 
-def own_names(domains: list[str] | None) -> str:
-    """The names of an allowlist that are not the default list, as they are typed."""
+def extra_names(domains: list[str] | None) -> str:
+    """The names of an allowlist besides the default list, separated by spaces."""
     return " ".join(domain for domain in domains or () if domain != DEFAULT_LIST)
 
 

@@ -1,15 +1,15 @@
-"""A channel layer over PostgreSQL's LISTEN and NOTIFY: notices cross processes, and only commits.
+"""A channel layer on PostgreSQL's LISTEN and NOTIFY: notices between processes, sent on commit.
 
-A notice is a pointer (an id, a number), never data: whoever gets it reads the rows. Each process
-listens on one connection and knows by itself which of its sockets are in which group.
+A notice is a pointer (an id, a number), never data: its receiver reads the rows. Each process
+listens on one connection, and keeps track of its own sockets' groups.
 
-``notify`` sends on Django's own connection, so the notice leaves when the transaction commits and
-not at all if it is rolled back (NOTIFY, PostgreSQL manual). A notice can be missed in two ways,
-and either way the consumer is told with a message of type ``layer.lost`` and closes its socket
-with 1012, so that the page reconnects and reads anew:
+``notify`` sends on Django's own connection, so the notice is sent when the transaction commits, and
+never if it is rolled back (NOTIFY, PostgreSQL manual). A notice can be lost in two ways. Either way
+the consumer gets a message of type ``layer.lost`` and closes its socket with 1012, so that the page
+reconnects and reads everything again:
 
-* the listening connection broke: said to every consumer once it listens again;
-* a consumer reads more slowly than notices come: its buffer is dropped.
+* the listening connection broke: every consumer is notified once it listens again;
+* a consumer reads more slowly than notices arrive: its buffer is dropped.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from orkestr_console.core.postgres import connection_arguments
 
 logger = logging.getLogger(__name__)
 
-# The PostgreSQL channel all notices of a database go through.
+# The PostgreSQL channel of all notices of a database.
 NOTICES = "orkestr_notices"
-LARGEST_NOTICE = 7999  # bytes; NOTIFY's limit is "less than 8000"
-BUFFERED = 100  # notices a consumer may be behind
+MAX_NOTICE_BYTES = 7999  # bytes; NOTIFY's limit is "less than 8000"
+MAX_BUFFERED = 100  # notices per consumer
 LOST: Mapping[str, Any] = {"type": "layer.lost"}
 SERVICE_RESTART = 1012  # RFC 6455's registry: come back in a moment
 LISTEN_SECONDS = 10.0
-LONGEST_PAUSE = 5.0
+MAX_BACKOFF = 5.0
 
 type Message = dict[str, Any]
 
@@ -48,23 +48,23 @@ type Message = dict[str, Any]
 def notify(group: str, message: Mapping[str, Any]) -> None:
     """Send ``message`` to a group of sockets, in every process, when the transaction commits.
 
-    Sync, on Django's connection. Raises ``ValueError`` for a message that is no small pointer and
-    ``TypeError`` for a group name that Channels does not take.
+    Synchronous, on Django's connection. Raises ``ValueError`` for a message that is too large, and
+    ``TypeError`` for a group name that Channels doesn't accept.
     """
     notify_all({group: message})
 
 
 def notify_all(messages: Mapping[str, Mapping[str, Any]]) -> None:
-    """The same to several groups, by one statement. Raises ``ValueError``, ``TypeError``."""
+    """The same for several groups, with one statement. Raises ``ValueError``, ``TypeError``."""
     for group in messages:
         _layer_names.require_valid_group_name(group)
-    _notify(*({"group": group, "message": dict(said)} for group, said in messages.items()))
+    _notify(*({"group": group, "message": dict(message)} for group, message in messages.items()))
 
 
 def _notify(*notices: Message) -> None:
     payloads = [json.dumps(notice, separators=(",", ":")) for notice in notices]
     for payload in payloads:
-        if len(payload.encode()) > LARGEST_NOTICE:
+        if len(payload.encode()) > MAX_NOTICE_BYTES:
             raise ValueError(f"a notice holds ids, not data: {len(payload)} bytes do not fit")
     with connection.cursor() as cursor:
         cursor.execute(
@@ -72,16 +72,16 @@ def _notify(*notices: Message) -> None:
         )
 
 
-class LosesNotices:
-    """For consumers: closes the socket when notices were lost, so that the page reads anew."""
+class ReconnectsOnLoss:
+    """A mixin for consumers: closes the socket when notices were lost, so the page reconnects."""
 
     async def layer_lost(self, event: Message) -> None:
-        """Channels calls this for a message of type ``layer.lost``."""
+        """Handle a message of type ``layer.lost``, as Channels dispatches it."""
         await self.close(code=SERVICE_RESTART)  # type: ignore[attr-defined]
 
 
 class Mailbox:
-    """The notices one consumer has yet to read; too many become a single ``layer.lost``."""
+    """A consumer's unread notices; too many become a single ``layer.lost``."""
 
     def __init__(self) -> None:
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -91,13 +91,13 @@ class Mailbox:
         """Add a notice."""
         if self._lost:
             return
-        if self._messages.qsize() >= BUFFERED:
+        if self._messages.qsize() >= MAX_BUFFERED:
             self.lose()
         else:
             self._messages.put_nowait(message)
 
     def lose(self) -> None:
-        """Drop what is waiting, and say so."""
+        """Replace what is waiting with ``layer.lost``."""
         while not self._messages.empty():
             self._messages.get_nowait()
         self._messages.put_nowait(dict(LOST))
@@ -124,24 +124,24 @@ class Hub:
         self._task: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
-        """Return once notices are heard. Raises ``TimeoutError`` when PostgreSQL is not there."""
+        """Start listening. Raises ``TimeoutError`` if PostgreSQL is unreachable."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen_forever(), name="notices")
         async with asyncio.timeout(scaled(LISTEN_SECONDS)):
             await self._listening.wait()
 
     async def _listen_forever(self) -> None:
-        pause = 0.1
-        heard_before = False
+        delay = 0.1
+        was_listening = False
         while True:
             try:
-                await self._listen_once(after_a_loss=heard_before)
+                await self._listen_once(after_a_loss=was_listening)
             except (psycopg.Error, OSError) as error:
-                heard_before = heard_before or self._listening.is_set()
-                pause = 0.1 if self._listening.is_set() else min(pause * 2, LONGEST_PAUSE)
+                was_listening = was_listening or self._listening.is_set()
+                delay = 0.1 if self._listening.is_set() else min(delay * 2, MAX_BACKOFF)
                 self._listening.clear()
                 logger.warning("not listening for notices, trying again: %s", error)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
 
     async def _listen_once(self, *, after_a_loss: bool) -> None:
         arguments = connection_arguments("notices")
@@ -170,11 +170,11 @@ class Hub:
         return list(self._members.get(group, ()))
 
     def join(self, group: str, channel: str) -> None:
-        """Put a channel into a group; again is fine."""
+        """Add a channel to a group; idempotent."""
         self._members[group].add(channel)
 
     def leave(self, group: str, channel: str) -> None:
-        """Take a channel out of a group; again is fine."""
+        """Remove a channel from a group; idempotent."""
         if members := self._members.get(group):
             members.discard(channel)
             if not members:
@@ -196,7 +196,7 @@ class Hub:
 
 
 class PgChannelLayer(BaseChannelLayer):
-    """What Channels calls. A channel can be joined to groups only in the process that made it."""
+    """The interface for Channels. Only the process that created a channel can add it to groups."""
 
     extensions = ("groups", "flush")
 
@@ -208,7 +208,7 @@ class PgChannelLayer(BaseChannelLayer):
         return self._hubs.setdefault(asyncio.get_running_loop(), Hub())
 
     async def new_channel(self, prefix: str = "specific") -> str:
-        """The name of a new channel, which hears from now on."""
+        """The name of a new channel, which receives from now on."""
         hub = self._hub()
         await hub.listen()
         name = f"{prefix}.{secrets.token_hex(8)}!{secrets.token_hex(8)}"
@@ -216,7 +216,7 @@ class PgChannelLayer(BaseChannelLayer):
         return name
 
     async def receive(self, channel: str) -> Message:
-        """The next message for a channel. A reader that is cancelled gives the channel up."""
+        """The next message for a channel. A cancelled reader forgets the channel."""
         hub = self._hub()
         mailbox = hub.mailboxes.get(channel)
         if mailbox is None:
@@ -235,14 +235,14 @@ class PgChannelLayer(BaseChannelLayer):
         await database_sync_to_async(_notify)({"channel": channel, "message": message})
 
     async def group_add(self, group: str, channel: str) -> None:
-        """Put a channel of this process into a group. Whatever is sent from now on reaches it."""
+        """Add a channel of this process to a group. It receives whatever is sent from now on."""
         self.require_valid_group_name(group)
         hub = self._hub()
         hub.join(group, channel)
         await hub.listen()
 
     async def group_discard(self, group: str, channel: str) -> None:
-        """Take a channel out of a group."""
+        """Remove a channel from a group."""
         self._hub().leave(group, channel)
 
     async def group_send(self, group: str, message: Message) -> None:

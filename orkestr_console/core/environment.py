@@ -1,4 +1,4 @@
-"""Variables that a template, a sandbox or a command is given, and how a person types them."""
+"""Environment variables of templates, sandboxes and commands, and their text form."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from orkestr_console.core.errors import InvalidInput
-from orkestr_console.core.text import STEERING, place
+from orkestr_console.core.text import INVISIBLE, position_text
 
-LARGEST_ENVIRONMENT = 64 * 1024
-# POSIX.1-2017, 8.1: what a shell can name.
+MAX_ENVIRONMENT_BYTES = 64 * 1024
+# POSIX.1-2017, 8.1: a shell's variable names.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def usable_environment(env: dict[str, str]) -> dict[str, str]:
-    """Variables that a process can be given."""
+    """Variables that can be passed to a process. Raises ``ValueError``."""
     for name, value in env.items():
         if not _VARIABLE.fullmatch(name):
             raise ValueError(
@@ -25,16 +25,16 @@ def usable_environment(env: dict[str, str]) -> dict[str, str]:
                 "start with a digit."
             )
         if (at := value.find("\0")) >= 0:
-            where = place(value, at)
+            where = position_text(value, at)
             raise ValueError(f"{name} must not contain NUL characters; take out \\0, {where}.")
-    if sum(len(name) + len(value.encode()) for name, value in env.items()) > LARGEST_ENVIRONMENT:
-        raise ValueError(f"is larger than {LARGEST_ENVIRONMENT:,} bytes altogether.")
+    if sum(len(name) + len(value.encode()) for name, value in env.items()) > MAX_ENVIRONMENT_BYTES:
+        raise ValueError(f"is larger than {MAX_ENVIRONMENT_BYTES:,} bytes altogether.")
     return env
 
 
-def typed_environment(text: str) -> dict[str, str]:
-    """``NAME=value`` lines. Raises ``InvalidInput`` naming the line that is none."""
-    found: dict[str, str] = {}
+def parse_environment(text: str) -> dict[str, str]:
+    """Parse ``NAME=value`` lines. Raises ``InvalidInput`` with the number of an invalid line."""
+    env: dict[str, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -42,23 +42,23 @@ def typed_environment(text: str) -> dict[str, str]:
         if not equals:
             sentence = f"Line {number} is not of the form NAME=value."
             raise InvalidInput(sentence, fields={"env": sentence})
-        found[name.strip()] = value
-    return found
+        env[name.strip()] = value
+    return env
 
 
-def as_typed(env: Mapping[str, str]) -> str:
-    """The lines that say ``env``, but for values that are no line (:func:`not_typed`)."""
-    return "\n".join(f"{name}={value}" for name, value in env.items() if is_line(value))
+def format_environment(env: Mapping[str, str]) -> str:
+    """``NAME=value`` lines, without values that don't fit (:func:`unformattable_names`)."""
+    return "\n".join(f"{name}={value}" for name, value in env.items() if fits_on_line(value))
 
 
-def not_typed(env: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of variables whose values a line cannot say, or a person not see."""
-    return tuple(name for name, value in env.items() if not is_line(value))
+def unformattable_names(env: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of variables whose values have line feeds or invisible characters."""
+    return tuple(name for name, value in env.items() if not fits_on_line(value))
 
 
-def is_line(value: str) -> bool:
-    """Whether a line can say a value, and a person who reads it sees all of it."""
-    return "\n" not in value and not STEERING.search(value)
+def fits_on_line(value: str) -> bool:
+    """Whether a value fits on a line, without invisible characters."""
+    return "\n" not in value and not INVISIBLE.search(value)
 
 
 Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]

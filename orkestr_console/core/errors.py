@@ -1,4 +1,4 @@
-"""What can go wrong, what it is called, and how each surface says it.
+"""The domain errors, their codes and statuses, and each surface's form of them.
 
 ::
 
@@ -21,7 +21,7 @@
      ├─ HostUnavailable              503 host_unavailable      (+ ``Retry-After``)
      ├─ DatabaseUnavailable          503 database_unavailable  (+ ``Retry-After``)
      ├─ FleetFull                    503 fleet_full_retry      (+ ``Retry-After``), nothing made
-     └─ Internal                     500 internal_error        a defect of ours
+     └─ Internal                     500 internal_error        a bug of ours
 
 A leaf module: it imports nothing of the project.  ``detail`` is one sentence for a person that
 says what was wrong and what to do.  ``STATUS_OF`` is the only table of statuses; a code that an
@@ -70,7 +70,7 @@ TOKEN_FIELD = "csrfmiddlewaretoken"  # noqa: S105 - a name
 
 
 class DomainError(Exception):
-    """The root of everything that is refused on purpose.
+    """The base of all deliberate refusals.
 
     ``detail`` is a sentence for a person; ``fields`` maps a field of the request to its own
     sentence; ``retry_after`` is in seconds; ``code`` overrides the class's machine name;
@@ -120,28 +120,28 @@ class DomainError(Exception):
 
 
 class InvalidInput(DomainError):
-    """The request is understood but asks for something that cannot be."""
+    """The request is understood, but not valid."""
 
     default_code = "invalid_request"
     default_detail = "The request is not valid."
 
 
 class MalformedJson(InvalidInput):
-    """The body is not JSON, or not JSON that can be relied on."""
+    """The body is not JSON, or ambiguous JSON."""
 
     default_code = "malformed_json"
     default_detail = "The body is not valid JSON."
 
 
 class Unsupported(InvalidInput):
-    """A part of the public API that this release does not have."""
+    """A part of the public API that this release lacks."""
 
     default_code = "unsupported"
     default_detail = "This console does not support that yet."
 
 
 class Unauthenticated(DomainError):
-    """Nobody is known to be calling. Carries the challenge of RFC 6750."""
+    """The caller is unknown. Carries the challenge of RFC 6750."""
 
     default_code = "unauthenticated"
     default_detail = "Send your API token in the header 'Authorization: Bearer ork_…'."
@@ -158,7 +158,7 @@ class Forbidden(DomainError):
 
 
 class InsufficientScope(Forbidden):
-    """The token is good but lacks the scope ``required``."""
+    """The token is valid but lacks the scope ``required``."""
 
     default_code = "insufficient_scope"
 
@@ -170,13 +170,13 @@ class InsufficientScope(Forbidden):
 
 
 class PlanLimit(Forbidden):
-    """The team's plan does not cover it: say the limit, the use, and what to do."""
+    """The team's plan does not cover it: with the limit, the usage and what to do."""
 
     default_code = "plan_limit"
 
 
 class NotFound(DomainError):
-    """It does not exist, or belongs to somebody else: the two must look the same."""
+    """It does not exist, or belongs to another team: the two must look the same."""
 
     default_code = "not_found"
     default_detail = "Page not found. Check the address."
@@ -196,13 +196,13 @@ class MethodNotAllowed(DomainError):
 
 
 class Conflict(DomainError):
-    """It exists, but is not in a state that allows this."""
+    """It exists, but its state does not allow this."""
 
     default_code = "conflict"
 
 
 class PayloadTooLarge(DomainError):
-    """The body is larger than this call takes."""
+    """The body is larger than this call accepts."""
 
     default_code = "payload_too_large"
 
@@ -212,14 +212,14 @@ class PayloadTooLarge(DomainError):
 
 
 class UnsupportedMediaType(DomainError):
-    """The body is not declared to be what this call reads."""
+    """The body's declared content type is not what this call reads."""
 
     default_code = "unsupported_media_type"
     default_detail = "Send the body as JSON, with the header 'Content-Type: application/json'."
 
 
 class RateLimited(DomainError):
-    """Too many calls; ``retry_after`` seconds until the next may pass."""
+    """Too many calls; the next one may succeed after ``retry_after`` seconds."""
 
     default_code = "rate_limited"
 
@@ -231,7 +231,7 @@ class RateLimited(DomainError):
 
 
 class ExecTimeout(DomainError):
-    """A command ran past its time and was stopped."""
+    """A command exceeded its time limit and was killed."""
 
     default_code = "exec_timeout"
 
@@ -246,7 +246,7 @@ class ExecKilled(DomainError):
 
 
 class HostUnavailable(DomainError):
-    """The host agent does not answer, or failed; trying again later may help."""
+    """The host agent does not answer, or failed; retrying later may help."""
 
     default_code = "host_unavailable"
     default_detail = "The sandbox host isn't responding; try again in a moment."
@@ -256,7 +256,7 @@ class HostUnavailable(DomainError):
 
 
 class DatabaseUnavailable(DomainError):
-    """The database restarts, is down, or has no connection free; trying again later helps."""
+    """The database is restarting, down, or out of connections; retrying later helps."""
 
     default_code = "database_unavailable"
     default_detail = (
@@ -269,7 +269,7 @@ class DatabaseUnavailable(DomainError):
 
 
 class FleetFull(DomainError):
-    """No room for another container just now. Nothing was created, so it is safe to retry."""
+    """No room for another container now. Nothing was created, so a retry is safe."""
 
     default_code = "fleet_full_retry"
     default_detail = "There is no room for another sandbox right now; try again in a moment."
@@ -279,14 +279,14 @@ class FleetFull(DomainError):
 
 
 class Internal(DomainError):
-    """A defect of ours. Never says more than that, and the request id to quote."""
+    """A bug of ours. It reveals no more than that, and the request id to quote."""
 
     default_code = "internal_error"
     default_detail = "Something went wrong on our side. Quote the request id to your operator."
 
 
 def to_json_response(error: DomainError) -> JsonResponse:
-    """How REST says it."""
+    """The REST response of an error."""
     return JsonResponse(error.to_wire(), status=error.status, headers=error.all_headers())
 
 
@@ -299,7 +299,7 @@ HEADINGS = {
 
 
 def heading(error: DomainError) -> str:
-    """The heading of the page that says an error."""
+    """The heading of an error's page."""
     if isinstance(error, DatabaseUnavailable):
         return "The console will be back in a moment"
     other = "Something went wrong" if error.status >= 500 else "That didn't work"
@@ -348,15 +348,15 @@ def sent(request: HttpRequest) -> list[tuple[str, str]] | None:
 
 
 def to_mcp_text(error: DomainError) -> str:
-    """How an MCP tool says it: one line, ``code: detail``."""
+    """The MCP form of an error: one line, ``code: detail``."""
     return f"{error.code}: {error.detail}"
 
 
 def is_api(request: HttpRequest) -> bool:
-    """Whether the request is for REST, and so gets JSON whatever happens."""
+    """Whether the request is for REST, and so always gets JSON."""
     return request.path == "/v1" or request.path.startswith("/v1/")
 
 
 def to_response(request: HttpRequest, error: DomainError) -> HttpResponse:
-    """The answer in the form that the caller's surface understands."""
+    """The response in the form of the caller's surface."""
     return to_json_response(error) if is_api(request) else to_console_response(request, error)

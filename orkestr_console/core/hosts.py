@@ -1,4 +1,4 @@
-"""The way to the host agent, and how its errors are told to people."""
+"""Clients of the host agent, and the translation of its errors into domain errors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from orkestr_console.core.errors import (
     InvalidInput,
     NotFound,
 )
-from orkestr_console.core.postgres import before_waiting
+from orkestr_console.core.postgres import release_before_waiting
 
 
-class Waiting:
-    """A client of the host agent that is never waited for with a database connection in hand.
+class ReleasingClient:
+    """A client of the host agent that never blocks while holding a database connection.
 
-    What a host is asked takes as long as it takes, so the connection goes back to the pool before
-    each call, and before each piece of what a call answers piece by piece. Inside of a transaction
-    that cannot be, and raises ``ConnectionHeldError``.
+    A call to the host may take arbitrarily long, so the connection returns to the pool before each
+    call, and before each piece of a streamed answer. Inside a transaction this is impossible, and
+    raises ``ConnectionHeldError``.
     """
 
     def __init__(self, client: HostClient) -> None:
@@ -46,18 +46,18 @@ class Waiting:
         method = getattr(self._client, name)
 
         @wraps(method)
-        def asking(*args: Any, **kwargs: Any) -> Any:
-            before_waiting()
+        def call(*args: Any, **kwargs: Any) -> Any:
+            release_before_waiting()
             answer = method(*args, **kwargs)
-            return pieces(answer) if isinstance(answer, Iterator) else answer
+            return stream_pieces(answer) if isinstance(answer, Iterator) else answer
 
-        return asking
+        return call
 
 
-def pieces[T](answer: Iterator[T]) -> Iterator[T]:
-    """What comes piece by piece, each waited for with nothing in hand."""
+def stream_pieces[T](answer: Iterator[T]) -> Iterator[T]:
+    """The pieces of a streamed answer, each awaited without a database connection."""
     while True:
-        before_waiting()
+        release_before_waiting()
         try:
             piece = next(answer)
         except StopIteration:
@@ -66,40 +66,41 @@ def pieces[T](answer: Iterator[T]) -> Iterator[T]:
 
 
 def host() -> HostClient:
-    """This process's client of the host agent, asked as :class:`Waiting` says."""
-    return cast("HostClient", Waiting(host_client(settings.HOST_SOCKET)))
+    """This process's client of the host agent, as a :class:`ReleasingClient`."""
+    return cast("HostClient", ReleasingClient(host_client(settings.HOST_SOCKET)))
 
 
 def async_host() -> AsyncHostClient:
-    """The running event loop's client of the host agent. A service comes here by :func:`awaited`.
+    """The running event loop's client of the host agent.
 
-    Or by a stream, whose reader holds nothing.
+    For services under :func:`run_async`, and for streams, whose readers hold no connection.
     """
     return async_host_client(settings.HOST_SOCKET)
 
 
-def awaited[**P, R](
+def run_async[**P, R](
     call: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs
 ) -> R:
-    """What a coroutine of the server's event loop answers, waited for in this thread.
+    """Run a coroutine on the server's event loop, and wait for its result in this thread.
 
-    With nothing in hand, as :class:`Waiting` says. It is cancelled when the client goes away.
+    Without a database connection, as in :class:`ReleasingClient`. It is cancelled when the client
+    disconnects.
     """
-    before_waiting()
+    release_before_waiting()
     return async_to_sync(call)(*args, **kwargs)
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
-    """Raise what the host refuses as the domain error that says the same."""
+def translated_errors() -> Iterator[None]:
+    """Raise the host's errors as the matching domain errors."""
     try:
         yield
     except host_errors.HostError as error:
-        raise told(error) from error
+        raise translate_error(error) from error
 
 
-def told(error: host_errors.HostError) -> DomainError:
-    """The domain error for a host error: same code and sentence, by class."""
+def translate_error(error: host_errors.HostError) -> DomainError:
+    """The domain error for a host error: the same code and message, by class."""
     match error:
         case host_errors.HostFull():
             return FleetFull()
@@ -118,7 +119,7 @@ def told(error: host_errors.HostError) -> DomainError:
         case host_errors.NotFound():
             return NotFound(error.detail, code=error.code)
         case host_errors.FileTooLarge():
-            # 413, as the file is what the call carries.
+            # 413, as the file is the call's payload.
             return DomainError(error.detail, code="payload_too_large")
         case host_errors.Conflict():
             return Conflict(error.detail, code=error.code)

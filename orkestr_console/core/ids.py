@@ -1,4 +1,4 @@
-"""Identifiers: a prefix that says what it names, and a ULID that sorts by creation time.
+"""Identifiers: a prefix for the kind of object, and a ULID, which sorts by creation time.
 
 A leaf module: it imports nothing of the project.
 """
@@ -14,7 +14,7 @@ _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}", re.ASCII)
 
 
 def new_id(prefix: str) -> str:
-    """A fresh identifier: ``new_id("tmpl")`` is like ``tmpl_01J…`` (prefix, ``_``, 26 digits)."""
+    """A new identifier: ``new_id("tmpl")`` is like ``tmpl_01J…`` (prefix, ``_``, 26 digits)."""
     return f"{prefix}_{ULID()}"
 
 

@@ -1,9 +1,9 @@
-"""Where the web process listens, and whom it believes about who its clients are.
+"""Where the web process listens, and which proxies it trusts to name its clients.
 
-It speaks plain HTTP, so it listens on this machine's own addresses unless the operator says
-otherwise.  What comes through a proxy of the operator's says in ``X-Forwarded-For`` and
-``X-Forwarded-Proto`` who asked, and how; anybody else could claim anything there, so from them
-those headers are taken off before any code sees them.
+It serves plain HTTP, so it listens on this machine's loopback addresses unless the operator sets
+others. A proxy of the operator's puts the client's address and protocol into ``X-Forwarded-For``
+and ``X-Forwarded-Proto``; anybody else could claim anything there, so those headers are removed
+from untrusted requests before any code sees them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ type Address = IPv4Address | IPv6Address
 type Scope = dict[str, Any]
 type Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-EVERYWHERE = "all"
-FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
+ALL_ADDRESSES = "all"
+FORWARDED_HEADERS = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
 LOOPBACK = "127.0.0.0/8,::1"
 
 
 def listen_addresses(text: str | None) -> list[str]:
-    """The addresses to listen on: loopback for nothing, every one for ``all``, else a comma list.
+    """The addresses to listen on: loopback if unset, all for ``all``, else a comma list.
 
-    Raises ``ValueError`` with what to write instead.
+    Raises ``ValueError`` with the fix.
     """
     wanted = (text or "").strip()
     if not wanted:
         return ["127.0.0.1", *(["::1"] if _has_ipv6() else [])]
-    if wanted == EVERYWHERE:
+    if wanted == ALL_ADDRESSES:
         return ["::"] if socket.has_dualstack_ipv6() else ["0.0.0.0"]  # noqa: S104 - asked for
     try:
-        return [str(ip_address(one.strip())) for one in wanted.split(",")]
+        return [str(ip_address(address.strip())) for address in wanted.split(",")]
     except ValueError:
         raise ValueError(
             f"ORKESTR_LISTEN is {wanted!r}: give addresses of this machine with commas between "
@@ -51,12 +51,14 @@ def _has_ipv6() -> bool:
 
 
 def trusted_proxies(text: str | None) -> list[Network]:
-    """The networks of a comma list; this machine's loopback for nothing.
+    """The networks of a comma list; this machine's loopback if unset.
 
-    Raises ``ValueError`` with what to write instead.
+    Raises ``ValueError`` with the fix.
     """
     try:
-        return [ip_network(one.strip()) for one in ((text or "").strip() or LOOPBACK).split(",")]
+        return [
+            ip_network(network.strip()) for network in ((text or "").strip() or LOOPBACK).split(",")
+        ]
     except ValueError:
         raise ValueError(
             f"ORKESTR_TRUSTED_PROXIES is {text!r}: give addresses or networks such as 10.0.0.0/24 "
@@ -64,10 +66,10 @@ def trusted_proxies(text: str | None) -> list[Network]:
         ) from None
 
 
-class ForwardedBy:
-    """An ASGI application whose clients are who a trusted proxy says, if one is in between.
+class TrustedProxies:
+    """An ASGI application that takes the client's address from trusted proxies.
 
-    Trusts ``proxies`` alone, and nobody where there are none.
+    Trusts only ``proxies``; without any, nobody.
     """
 
     def __init__(self, application: Application, proxies: Iterable[Network]) -> None:
@@ -77,17 +79,21 @@ class ForwardedBy:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answer one connection."""
         if "headers" in scope:
-            scope = self._told(scope) if self._trusts(_peer(scope)) else _untold(scope)
+            scope = (
+                self._apply_forwarded(scope)
+                if self._trusts(_peer(scope))
+                else _strip_forwarded(scope)
+            )
         await self._application(scope, receive, send)
 
     def _trusts(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self._proxies)
 
-    def _told(self, scope: Scope) -> Scope:
-        """The nearest address that is no proxy's: what stands before it the client may claim."""
-        given = b",".join(v for name, v in scope["headers"] if name == b"x-forwarded-for")
-        for one in reversed(given.decode("latin-1").split(",")):
-            address = _address(one.strip())
+    def _apply_forwarded(self, scope: Scope) -> Scope:
+        """Set the client to the last address that is not a proxy's: earlier ones can be forged."""
+        forwarded = b",".join(v for name, v in scope["headers"] if name == b"x-forwarded-for")
+        for part in reversed(forwarded.decode("latin-1").split(",")):
+            address = _address(part.strip())
             if address is None:
                 break
             scope = {**scope, "client": [str(address), 0]}
@@ -96,9 +102,9 @@ class ForwardedBy:
         return scope
 
 
-def _untold(scope: Scope) -> Scope:
-    kept = [(name, value) for name, value in scope["headers"] if name not in FORWARDED]
-    return {**scope, "headers": kept}
+def _strip_forwarded(scope: Scope) -> Scope:
+    headers = [(name, value) for name, value in scope["headers"] if name not in FORWARDED_HEADERS]
+    return {**scope, "headers": headers}
 
 
 def _peer(scope: Scope) -> Address | None:

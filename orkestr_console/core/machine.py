@@ -1,4 +1,4 @@
-"""What the settings have to find out about this machine: its secrets, names, addresses, size."""
+"""Facts about this machine for the settings: its secrets, names, addresses, size."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import struct
 from pathlib import Path
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
-# A build waits for the network and the disk half of the time, and few take the 4 GiB they may.
+# A build waits for the network and the disk half of the time, and few use the 4 GiB they may.
 BUILDS_PER_CPU = 4
 BUILD_BYTES = 2 * 1024**3
-FEWEST_BUILDS = 2
+MIN_BUILDS = 2
 
 
 def secret(variable: str, path: Path) -> str:
-    """The secret in environment variable ``variable``, else in ``path``, made there if missing.
+    """The secret in environment variable ``variable``, else in ``path``, created if missing.
 
-    Several processes may start at once: whoever links its file first wins, and all read that.
-    Raises ``OSError`` when the file can neither be read nor made.
+    Several processes may start concurrently: the first to link its file wins, and all read that.
+    Raises ``OSError`` if the file can be neither read nor created.
     """
     if value := os.environ.get(variable):
         return value
@@ -42,9 +42,9 @@ def secret(variable: str, path: Path) -> str:
 def allowed_hosts(public: str | None, configured: str) -> list[str]:
     """The host names requests may be addressed to.
 
-    ``public`` is the host of the public URL, ``configured`` the operator's comma-separated list
-    on top. The machine's own names and addresses are always among them; a foreign name never is,
-    which is what stops DNS rebinding.
+    ``public`` is the host of the public URL, ``configured`` the operator's comma-separated
+    additions. The machine's own names and addresses are always included, and foreign names never
+    are, which prevents DNS rebinding.
     """
     name = socket.gethostname()
     own = ["localhost", ".localhost", "127.0.0.1", "[::1]", name, f"{name}.local"]
@@ -53,12 +53,12 @@ def allowed_hosts(public: str | None, configured: str) -> list[str]:
 
 
 def own_addresses() -> list[str]:
-    """The IP addresses of this machine's interfaces; IPv6 ones in brackets, as a URL has them."""
+    """The IP addresses of this machine's interfaces; IPv6 ones in brackets, as in URLs."""
     return [*_ipv4_addresses(), *_ipv6_addresses()]
 
 
 def _ipv4_addresses() -> list[str]:
-    found = []
+    addresses = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
@@ -67,8 +67,8 @@ def _ipv4_addresses() -> list[str]:
             except OSError:
                 # An interface without an IPv4 address.
                 continue
-            found.append(socket.inet_ntoa(answer[20:24]))
-    return found
+            addresses.append(socket.inet_ntoa(answer[20:24]))
+    return addresses
 
 
 def _ipv6_addresses() -> list[str]:
@@ -79,8 +79,8 @@ def _ipv6_addresses() -> list[str]:
     return [f"[{socket.inet_ntop(socket.AF_INET6, address)}]" for address in packed]
 
 
-def builds_at_once() -> int:
-    """How many builds this machine has the CPUs and the memory for (sysconf(3))."""
+def max_concurrent_builds() -> int:
+    """How many concurrent builds this machine has the CPUs and the memory for (sysconf(3))."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     by_cpus = BUILDS_PER_CPU * (os.cpu_count() or 1)
-    return max(FEWEST_BUILDS, min(by_cpus, memory // BUILD_BYTES))
+    return max(MIN_BUILDS, min(by_cpus, memory // BUILD_BYTES))

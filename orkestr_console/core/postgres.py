@@ -1,9 +1,9 @@
 """Connections to PostgreSQL: those of Django's pool, and plain ones for LISTEN and for locks.
 
-A plain one is held for as long as its owner lives, which one from the pool must not be: with as
-many slow calls as the pool has connections, nobody else would be served. So nothing slow is waited
-for with a pooled connection in hand (:func:`before_waiting`), and a database that cannot be had
-just now is told as that, and not as a defect (:func:`unavailable`).
+A plain one is held as long as its owner lives, which one from the pool must not be: as many slow
+calls as the pool has connections would block everybody else. So nothing slow is awaited while
+holding a pooled connection (:func:`release_before_waiting`), and an unreachable database is
+reported as that, not as a bug (:func:`unavailable`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orkestr_console.core.errors import DatabaseUnavailable
 
 logger = logging.getLogger(__name__)
 
-# A peer that vanished without a word is noticed within half a minute (libpq's parameters).
+# A peer that vanished silently is noticed within half a minute (libpq's parameters).
 KEEPALIVE: dict[str, Any] = {
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -32,42 +32,42 @@ KEEPALIVE: dict[str, Any] = {
     "connect_timeout": round(scaled(10)),
 }
 
-# How long what has happened elsewhere is tried to be noted: a restart takes a few seconds.
-NOTING_SECONDS = 20.0
-LONGEST_PAUSE = 1.0
-# How often a wait looks whether it is to go on; psycopg's own.
-LOOK_SECONDS = 0.1
-# How long a request waits for what one statement answers. A server that is stopped (SIGSTOP) closes
-# no connection, and no timeout of its own ends a statement then; its watchdog takes longer.
-ANSWER_SECONDS = scaled(10.0)
-# Classes of SQLSTATE that say that the server cannot work just now (PostgreSQL manual, appendix A):
+# How long recording what has already happened is retried: a restart takes a few seconds.
+PERSIST_SECONDS = 20.0
+MAX_BACKOFF = 1.0
+# How often a wait checks whether to continue; psycopg's own default.
+CHECK_SECONDS = 0.1
+# How long a request waits for one statement. A stopped server (SIGSTOP) closes no connection, and
+# its own statement timeout doesn't fire then; its watchdog takes longer.
+STATEMENT_SECONDS = scaled(10.0)
+# Classes of SQLSTATE that mean the server cannot work now (PostgreSQL manual, appendix A):
 # connection exceptions, too few resources, operator intervention (a shutdown), system errors.
-AWAY = ("08", "53", "57P", "58")
+UNAVAILABLE_SQLSTATES = ("08", "53", "57P", "58")
 
 
 class ConnectionHeldError(RuntimeError):
-    """A defect of ours: something slow is waited for inside of a transaction."""
+    """A bug of ours: something slow is awaited inside a transaction."""
 
 
 class RequestConnection(psycopg.Connection[Any]):
-    """A connection of the pool that requests use: a server that says nothing is given up."""
+    """A pooled connection for requests: it gives up on a server that doesn't answer."""
 
     def wait(
-        self, gen: PQGen[Any], interval: float = LOOK_SECONDS, timeout: float | None = None
+        self, gen: PQGen[Any], interval: float = CHECK_SECONDS, timeout: float | None = None
     ) -> Any:
-        """As psycopg's. Raises ``psycopg.OperationalError`` after ``ANSWER_SECONDS``."""
+        """As psycopg's, but raise ``psycopg.OperationalError`` after ``STATEMENT_SECONDS``."""
         try:
-            return super().wait(gen, interval, timeout or ANSWER_SECONDS)
+            return super().wait(gen, interval, timeout or STATEMENT_SECONDS)
         except WaitTimeout as error:
-            # Nothing is known of what it was asked: it is asked nothing more.
+            # The fate of the statement is unknown, so the connection is not used again.
             self.pgconn.finish()
             raise psycopg.OperationalError("the database server does not answer") from error
 
 
 def connection_arguments(purpose: str) -> dict[str, Any]:
-    """What ``psycopg.connect`` needs to reach the default database, with autocommit.
+    """The arguments of ``psycopg.connect`` for the default database, with autocommit.
 
-    ``purpose`` is shown as the ``application_name`` in ``pg_stat_activity``.
+    ``purpose`` becomes part of the ``application_name`` in ``pg_stat_activity``.
     """
     database = connections.settings["default"]
     options = {
@@ -83,43 +83,43 @@ def connection_arguments(purpose: str) -> dict[str, Any]:
         "host": database["HOST"],
         "port": database["PORT"],
     }
-    given = {name: value for name, value in named.items() if value}
+    known = {name: value for name, value in named.items() if value}
     return {
         **KEEPALIVE,
-        **given,
+        **known,
         **options,
         "application_name": f"orkestr {purpose}",
         "autocommit": True,
     }
 
 
-def let_go() -> None:
-    """Give this thread's connection back to the pool before an answer that lasts.
+def release_connection() -> None:
+    """Return this thread's connection to the pool before a long response.
 
-    Django keeps it until the answer has been sent: as many streams as the pool has connections
-    would leave none for anybody else. A transaction keeps it.
+    Django keeps it until the response has been sent: as many streams as the pool has connections
+    would leave none for anybody else. Inside a transaction, nothing is returned.
     """
     if not connection.in_atomic_block:
         connection.close()
 
 
-def before_waiting() -> None:
-    """Give this thread's connection back to the pool: what follows may take long.
+def release_before_waiting() -> None:
+    """Return this thread's connection to the pool before something slow.
 
-    The next statement takes one again. Raises ``ConnectionHeldError`` inside of a transaction,
-    which could not be taken up again, and would keep its locks and its connection from everybody.
+    The next statement takes one again. Raises ``ConnectionHeldError`` inside a transaction, which
+    could not be resumed, and would keep its locks and connection meanwhile.
     """
-    # The transaction that Django wraps a test in is none of ours.
+    # The transaction that Django wraps around a test doesn't count.
     if any(not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
         raise ConnectionHeldError("a host is asked, or waited for, inside of a transaction")
-    let_go()
+    release_connection()
 
 
 def unavailable(error: BaseException | None) -> DatabaseUnavailable | None:
-    """What to tell of an error that says that the database cannot be had just now, else None.
+    """The domain error if ``error`` means that the database is unavailable, else None.
 
-    That is: no connection of the pool came free in time, or the server went away or does not let
-    anybody in (``AWAY``). An error in a statement of ours is a defect, and gets None.
+    That is: no pooled connection became free in time, or the server went away or refuses
+    connections (``UNAVAILABLE_SQLSTATES``). An error in one of our statements is a bug: None.
     """
     if isinstance(error, DatabaseError | InterfaceError):
         error = error.__cause__ or error
@@ -127,27 +127,31 @@ def unavailable(error: BaseException | None) -> DatabaseUnavailable | None:
         return DatabaseUnavailable()
     if not isinstance(error, psycopg.Error):
         return None
-    # Without an SQLSTATE it is libpq that says it, or the pool, in which nothing came free in time.
+    # Without an SQLSTATE it comes from libpq, or from the pool after its timeout.
     lost = error.sqlstate is None and isinstance(error, psycopg.OperationalError)
-    return DatabaseUnavailable() if lost or (error.sqlstate or "").startswith(AWAY) else None
+    return (
+        DatabaseUnavailable()
+        if lost or (error.sqlstate or "").startswith(UNAVAILABLE_SQLSTATES)
+        else None
+    )
 
 
-def persistently[R](note: Callable[[], R]) -> R:
-    """What ``note`` answers, tried again while the database is away: for what has happened already.
+def persistently[R](operation: Callable[[], R]) -> R:
+    """Run ``operation``, retrying while the database is away, to record what has already happened.
 
-    A command has run and a container has started whether or not that can be written down at once.
-    ``note`` must bear to be done twice, should the answer to its commit be what was lost. Raises
-    what it raises after ``NOTING_SECONDS``, and at once inside of a transaction.
+    A command has run and a container has started whether or not that can be recorded immediately.
+    ``operation`` must be safe to repeat, as the answer to its commit may be lost. Its exception is
+    raised after ``PERSIST_SECONDS``, and immediately inside a transaction.
     """
-    until, pause = time.monotonic() + scaled(NOTING_SECONDS), 0.1
+    until, delay = time.monotonic() + scaled(PERSIST_SECONDS), 0.1
     while True:
         try:
-            return note()
+            return operation()
         except (DatabaseError, InterfaceError) as error:
-            inside = connection.in_atomic_block
-            if inside or unavailable(error) is None or time.monotonic() > until:
+            in_transaction = connection.in_atomic_block
+            if in_transaction or unavailable(error) is None or time.monotonic() > until:
                 raise
-            logger.warning("the database is away, what happened is noted later: %s", error)
+            logger.warning("the database is away, retrying: %s", error)
             connection.close()
-        time.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
+        time.sleep(delay)
+        delay = min(delay * 2, MAX_BACKOFF)

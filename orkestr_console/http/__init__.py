@@ -1,1 +1,1 @@
-"""What every request passes, whichever page or call it is for, and the server it comes to."""
+"""The path of every request: the server, middleware, decorators, validation and errors."""

@@ -1,16 +1,16 @@
-"""Whether this web process is being stopped: what it then cuts off did not end by itself."""
+"""Whether this web process is shutting down, which explains why responses are cut off."""
 
 from __future__ import annotations
 
-_stopped = False
+_stopping = False
 
 
-def note_stopped() -> None:
-    """From now on the server itself ends what still runs."""
-    global _stopped
-    _stopped = True
+def mark_stopping() -> None:
+    """Record that the server is cancelling what still runs."""
+    global _stopping
+    _stopping = True
 
 
-def why_cut_off() -> str:
-    """Why an answer that was under way is not waited for any more."""
-    return "the server was stopped" if _stopped else "the client went away"
+def cut_off_reason() -> str:
+    """Why a response in progress was abandoned."""
+    return "the server was stopped" if _stopping else "the client went away"

@@ -1,15 +1,15 @@
-"""Daphne, made safe to leave running: back-pressure, body limits, a clean end.
+"""Daphne with back-pressure, body limits and a clean shutdown.
 
-Stock Daphne holds whatever a view sends until the client has read it, and whatever a client sends
+Stock Daphne buffers whatever a view sends until the client has read it, and whatever a client sends
 until the view has read it. Here
 
-* a view that sends faster than the client reads is made to wait, and a client that reads nothing
-  for ``STALLED_SECONDS`` is cut off;
-* a body over the limit is refused with 413 as soon as its length is known or passed, and one below
-  it waits in a file until the application asks for it;
-* a client that waits long for the answer to an API call hears every nine seconds that it comes;
-* SIGTERM closes the door, asks WebSockets to come back later (1012), lets running requests finish
-  for ``GRACE_SECONDS``, and then ends the process.
+* a view that sends faster than the client reads has to wait, and a client that reads nothing for
+  ``STALL_TIMEOUT`` is disconnected;
+* a body over the limit is refused with 413 as soon as its length is known or exceeded, and one
+  below it waits in a file until the application reads it;
+* a client that waits long for an API call gets an interim response every nine seconds;
+* SIGTERM stops accepting connections, asks WebSockets to reconnect (1012), lets running requests
+  finish for ``GRACE_SECONDS``, and then exits.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ reactor: Any = installed_reactor
 describe: Callable[..., Any] = serverFromString
 begin_logging: Callable[..., None] = globalLogBeginner.beginLoggingTo
 # Twisted's own log has a line for every request.
-NOWHERE: list[Callable[[object], None]] = [lambda _: None]
+NO_OBSERVERS: list[Callable[[object], None]] = [lambda _: None]
 logger = logging.getLogger(__name__)
 
-STALLED_SECONDS = 60.0
+STALL_TIMEOUT = 60.0
 GRACE_SECONDS = 4.0
-# How long a client that was refused may go on sending before it is cut off, so that it gets to
-# read why: closing a socket with unread data in it makes the kernel discard the answer (RFC 9112,
+# How long a refused client may keep sending before it is disconnected, so that it can read the
+# reason: closing a socket with unread data makes the kernel discard the response (RFC 9112,
 # section 9.6).
 LINGER_SECONDS = 2.0
-CHUNK = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 SERVICE_RESTART = 1012  # RFC 6455, section 7.4.2, and its registry
 
-# What every answer says that never reaches the application, whose middleware says more.
-PLAIN_ANSWER = {
+# The headers of responses that bypass the application and its middleware.
+ERROR_HEADERS = {
     "Content-Type": "application/json",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -72,39 +72,39 @@ type Application = Callable[..., Awaitable[None]]
 
 
 @implementer(IPushProducer)
-class Drain:
-    """Whether a transport takes more: Twisted pauses and resumes it, senders wait for it."""
+class Backpressure:
+    """Whether a transport accepts more: Twisted pauses and resumes it, senders wait for it."""
 
     def __init__(self) -> None:
-        self._open = asyncio.Event()
-        self._open.set()
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     def pauseProducing(self) -> None:  # noqa: N802 - Twisted's name
         """The transport's buffer is full."""
-        self._open.clear()
+        self._writable.clear()
 
     def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
         """The transport's buffer is empty again."""
-        self._open.set()
+        self._writable.set()
 
     def stopProducing(self) -> None:  # noqa: N802 - Twisted's name
-        """The connection is gone; nobody needs to wait any more."""
-        self._open.set()
+        """The connection is gone: release all waiters."""
+        self._writable.set()
 
     async def wait(self) -> bool:
-        """Wait until more may be sent; False if the other side has stalled for too long."""
-        if self._open.is_set():
+        """Wait until more can be sent; False if the peer has stalled for too long."""
+        if self._writable.is_set():
             return True
         try:
-            async with asyncio.timeout(STALLED_SECONDS):
-                await self._open.wait()
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await self._writable.wait()
         except TimeoutError:
             return False
         return True
 
 
 class RequestQueue:
-    """What the application receives of a request: its body, read when asked for, then events."""
+    """The application's input: the request's body, read on demand, then events."""
 
     def __init__(self, body: io.BufferedIOBase) -> None:
         self._body: io.BufferedIOBase | None = body
@@ -114,20 +114,20 @@ class RequestQueue:
         """The next ASGI message."""
         if self._body is None:
             return await self._events.get()
-        chunk = self._body.read(CHUNK)
-        more = len(chunk) == CHUNK
+        chunk = self._body.read(CHUNK_BYTES)
+        more = len(chunk) == CHUNK_BYTES
         if not more:
             self.close()
         return {"type": "http.request", "body": chunk, "more_body": more}
 
     def put_nowait(self, message: Message) -> None:
-        """Daphne's own copy of the body is dropped; a disconnect is passed on and ends the body."""
+        """Drop Daphne's own copy of the body; pass a disconnect on, which ends the body."""
         if message["type"] != "http.request":
             self.close()
             self._events.put_nowait(message)
 
     def close(self) -> None:
-        """Let go of the body's file."""
+        """Close the body's file."""
         if self._body is not None:
             self._body.close()
             self._body = None
@@ -138,7 +138,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.drain = Drain()
+        self.backpressure = Backpressure()
         self._received = 0
         self._refused = False
         self._interim: Any = None
@@ -150,7 +150,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
             self._refuse()
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
-        """A piece of the body, whichever way it is encoded."""
+        """A piece of the body, in any transfer encoding."""
         self._received += len(data)
         if self._received > settings.LARGEST_BODY and not self._refused:
             self._refuse()
@@ -163,9 +163,9 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
             super().requestReceived(*args)
 
     def process(self) -> Any:
-        """The request is in. Where the application begins is ours to say, not a client's header.
+        """Start the request, without the client's ``Daphne-Root-Path`` header.
 
-        Daphne takes ``Daphne-Root-Path`` from anybody, and every link would begin with it.
+        Daphne accepts it from anybody, and every link would start with it.
         """
         self.requestHeaders.removeHeader(b"daphne-root-path")
         answer = interim.interim_answer(
@@ -175,43 +175,43 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
             connection=self.getHeader(b"connection") or b"",
         )
         if answer is not None and settings.INTERIM_ANSWERS:
-            self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
+            self._interim = reactor.callLater(interim.INTERIM_SECONDS, self._send_interim, answer)
         return super().process()
 
-    def _keep_waiting(self, answer: bytes) -> None:
-        """Say that the answer still comes, and again after a while."""
+    def _send_interim(self, answer: bytes) -> None:
+        """Send an interim response, and schedule the next."""
         self.channel.transport.write(answer)
-        self._interim = reactor.callLater(interim.SECONDS, self._keep_waiting, answer)
+        self._interim = reactor.callLater(interim.INTERIM_SECONDS, self._send_interim, answer)
 
-    def _stop_waiting(self) -> None:
-        """The answer is there, or nobody waits for it."""
+    def _cancel_interim(self) -> None:
+        """Stop sending interim responses."""
         if self._interim is not None and self._interim.active():
             self._interim.cancel()
         self._interim = None
 
     def basic_error(self, status: int, status_text: bytes, body: str) -> None:
-        """What Daphne says without the application, in the form of every other error."""
+        """Daphne's own errors, in the form of all others."""
         error = InvalidInput(f"{body}.") if status < 500 else Internal()
-        answer, headers = plain_answer(error)
-        listed = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self.handle_reply({"type": "http.response.start", "status": status, "headers": listed})
+        answer, headers = error_body(error)
+        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.handle_reply({"type": "http.response.start", "status": status, "headers": encoded})
         self.handle_reply({"type": "http.response.body", "body": answer})
 
     def _refuse(self) -> None:
-        """Say 413 now, take no more, and close once the client has had time to read it."""
+        """Send 413 now, read no more, and close once the client has had time to read it."""
         self._refused = True
         self.requestHeaders.removeHeader(b"expect")
         transport = self.channel.transport
-        transport.write(refusal(PayloadTooLarge(settings.LARGEST_BODY)))
+        transport.write(error_response(PayloadTooLarge(settings.LARGEST_BODY)))
         transport.loseWriteConnection()
         reactor.callLater(LINGER_SECONDS, transport.abortConnection)
 
     def handle_reply(self, message: Message) -> None:
-        """A piece of the response; from the first on, the transport tells us when it is full."""
-        self._stop_waiting()
+        """Send a piece of the response; the first one registers for back-pressure."""
+        self._cancel_interim()
         starts = message["type"] == "http.response.start"
         if starts and not self.finished and self.channel is not None and self.producer is None:
-            self.registerProducer(self.drain, streaming=True)
+            self.registerProducer(self.backpressure, streaming=True)
         super().handle_reply(message)
 
     def finish(self) -> None:
@@ -222,12 +222,12 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802 - Twisted's name
         """The client has gone."""
-        self._stop_waiting()
-        self.drain.stopProducing()
+        self._cancel_interim()
+        self.backpressure.stopProducing()
         super().connectionLost(reason)
 
     def cut_off(self) -> None:
-        """Close the connection without waiting for what is unsent."""
+        """Close the connection without waiting for unsent data."""
         if self.channel is not None:
             self.channel.forceAbortClient()
 
@@ -237,26 +237,26 @@ class BoundedWebSocket(WebSocketProtocol):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.drain = Drain()
+        self.backpressure = Backpressure()
 
     def onOpen(self) -> None:  # noqa: N802 - autobahn's name
         """The handshake is done: the HTTP side no longer produces for this transport."""
         self.transport.unregisterProducer()
-        self.transport.registerProducer(self.drain, True)  # noqa: FBT003
+        self.transport.registerProducer(self.backpressure, True)  # noqa: FBT003
         super().onOpen()
 
     def onClose(self, *args: Any) -> None:  # noqa: N802 - autobahn's name
         """The socket has closed."""
-        self.drain.stopProducing()
+        self.backpressure.stopProducing()
         super().onClose(*args)
 
     def cut_off(self) -> None:
-        """Close the connection without waiting for what is unsent."""
+        """Close the connection without waiting for unsent data."""
         self.transport.abortConnection()
 
 
 class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
-    """Makes channels whose requests are bounded."""
+    """Creates channels whose requests are bounded."""
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: N802 - Twisted's name
         """One protocol for each connection."""
@@ -265,19 +265,19 @@ class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
         return protocol
 
 
-def refusal(error: PayloadTooLarge) -> bytes:
-    """A whole HTTP response for a request that never reaches the application."""
-    body, headers = plain_answer(error)
+def error_response(error: PayloadTooLarge) -> bytes:
+    """A complete HTTP response for a request that never reaches the application."""
+    body, headers = error_body(error)
     fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = f"HTTP/1.1 {error.status} Payload Too Large\r\n{fields}Connection: close\r\n\r\n"
     return head.encode() + body
 
 
-def plain_answer(error: DomainError) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an answer that never reaches the application."""
+def error_body(error: DomainError) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of a response that bypasses the application."""
     body = json.dumps(error.to_wire()).encode()
     length = {"Content-Length": str(len(body)), "X-Request-Id": new_id("req")}
-    return body, {**PLAIN_ANSWER, **length}
+    return body, {**ERROR_HEADERS, **length}
 
 
 class ConsoleServer(Server):  # type: ignore[misc]
@@ -300,13 +300,13 @@ class ConsoleServer(Server):  # type: ignore[misc]
         self._stopping = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, or until ``failure`` says why that is not possible.
+        """Serve until SIGTERM or SIGINT, or until ``failure`` is set.
 
-        In place of Daphne's own, which names its protocols where a subclass cannot reach them.
+        Replaces Daphne's own, which chooses its protocols where a subclass cannot reach them.
         """
         self.connections: dict[Any, dict[str, Any]] = {}
         self._make_factories()
-        begin_logging(NOWHERE, redirectStandardIO=False, discardBuffer=True)
+        begin_logging(NO_OBSERVERS, redirectStandardIO=False, discardBuffer=True)
         reactor.callLater(1, self.application_checker)
         reactor.callLater(2, self.timeout_checker)
         asyncio.set_event_loop(twisted_loop)
@@ -338,15 +338,15 @@ class ConsoleServer(Server):  # type: ignore[misc]
         super().listen_success(port)
 
     def listen_error(self, failure: Any) -> None:
-        """An endpoint cannot listen: nothing will do, so stop and say why."""
+        """An endpoint cannot listen: stop, and keep the reason."""
         self.failure = failure.getErrorMessage()
         self.stop()
 
     def create_application(self, protocol: Any, scope: Message) -> Any:
-        """Start the application for a request, giving it the body as it asks for it."""
+        """Start the application for a request, with its body on demand."""
         client = scope.get("client")
         if client:
-            # One socket listens for both families, and shows IPv4 clients as IPv6 ones.
+            # One socket listens for both families, and maps IPv4 clients to IPv6.
             client[0] = client[0].removeprefix("::ffff:")
         if scope["type"] != "http":
             return super().create_application(protocol, scope)
@@ -364,14 +364,14 @@ class ConsoleServer(Server):  # type: ignore[misc]
         return queue
 
     async def handle_reply(self, protocol: Any, message: Message) -> None:
-        """Pass a message to the client, and wait until it takes more."""
+        """Pass a message to the client, and wait until it accepts more."""
         await super().handle_reply(protocol, message)
-        if not await protocol.drain.wait():
-            logger.warning("a client has read nothing for %.0f s: cut off", STALLED_SECONDS)
+        if not await protocol.backpressure.wait():
+            logger.warning("disconnected a client that read nothing for %.0f s", STALL_TIMEOUT)
             protocol.cut_off()
 
     def stop_gracefully(self) -> None:
-        """Take no more, let what runs finish, then stop; at once when asked a second time."""
+        """Stop accepting, let running requests finish, then stop; a second call stops at once."""
         if self._stopping:
             self.stop()
             return
@@ -402,8 +402,8 @@ class ConsoleServer(Server):  # type: ignore[misc]
             reactor.stop()
 
     def kill_all_applications(self) -> Any:
-        """Cancel what still runs; the reactor's stop waits for this."""
-        closing.note_stopped()
+        """Cancel running requests; the reactor's shutdown waits for this."""
+        closing.mark_stopping()
         for task in self._applications():
             task.cancel()
 
@@ -418,7 +418,7 @@ def build_server(application: Application, addresses: Sequence[str], port: int) 
     return ConsoleServer(application, endpoints(addresses, port))
 
 
-def leave(status: int) -> None:
-    """End the process now: a view stuck in a thread must not keep it (threading joins them)."""
+def exit_process(status: int) -> None:
+    """Exit now: a view stuck in a thread must not delay it (threading joins threads)."""
     logging.shutdown()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Who may call a view. Each decorator checks, sets ``request.actor``, or answers early.
+"""Who may call a view. Each decorator checks and sets ``request.actor``, or responds early.
 
 REST::
 
@@ -35,14 +35,14 @@ from orkestr_console.http.json_api import no_content
 
 
 class ApiRequest(HttpRequest):
-    """A REST request whose token is known to be good."""
+    """A REST request with a valid token."""
 
     actor: Actor
     request_id: str
 
 
 class ConsoleRequest(HttpRequest):
-    """A console request of a signed-in person, acting for their current team."""
+    """A console request by a signed-in person, acting for their current team."""
 
     actor: Actor
     user: User
@@ -50,26 +50,26 @@ class ConsoleRequest(HttpRequest):
     request_id: str
 
 
-# An async view too, as Django's own annotations have it.
+# Async views too, as in Django's own annotations.
 type View = Callable[..., HttpResponseBase]
 
 
 def api[**P](
     *, scope: str, methods: tuple[str, ...] = ()
 ) -> Callable[[Callable[Concatenate[ApiRequest, P], Any]], View]:
-    """Require a Bearer token that carries ``scope``; set ``request.actor``.
+    """Require a Bearer token with ``scope``; set ``request.actor``.
 
-    ``methods`` refuses others with 405 where the view is mapped without :func:`methods`. Works for
-    plain and ``async`` views. The token is checked before the body is looked at.
+    With ``methods``, other methods get 405, for views mapped without :func:`methods`. Works for
+    plain and ``async`` views. The token is checked before the body is read.
     """
 
     def decorate(view: Callable[Concatenate[ApiRequest, P], Any]) -> View:
         def admit(request: HttpRequest) -> ApiRequest:
-            refuse_method(request, methods)
-            known = cast("ApiRequest", request)
-            known.actor = authenticate(request)
-            require_scope(known, scope)
-            return known
+            require_method(request, methods)
+            api_request = cast("ApiRequest", request)
+            api_request.actor = authenticate(request)
+            require_scope(api_request, scope)
+            return api_request
 
         if iscoroutinefunction(view):
 
@@ -77,8 +77,8 @@ def api[**P](
             async def guarded_async(
                 request: HttpRequest, *args: P.args, **kwargs: P.kwargs
             ) -> HttpResponseBase:
-                known = await database_sync_to_async(admit)(request)
-                return cast("HttpResponseBase", await view(known, *args, **kwargs))
+                api_request = await database_sync_to_async(admit)(request)
+                return cast("HttpResponseBase", await view(api_request, *args, **kwargs))
 
             return cast("View", csrf_exempt(guarded_async))
 
@@ -92,7 +92,7 @@ def api[**P](
 
 
 def require_scope(request: ApiRequest, scope: str) -> None:
-    """Raise ``InsufficientScope`` unless the token carries it; a write it was for is on record."""
+    """Raise ``InsufficientScope`` unless the token has it; records denied writes."""
     if scope == READ:
         request.actor.require(scope)
         return
@@ -108,18 +108,20 @@ def authenticate(request: HttpRequest) -> Actor:
         raise Unauthenticated
     if scheme.lower() != "bearer":
         raise Unauthenticated("The Authorization header must be 'Bearer' and your API token.")
-    return services.actor_of_token(credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR"))
+    return services.authenticate_token(
+        credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR")
+    )
 
 
-def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError | None:
-    """Why an answer that is still being sent must end, None while it may go on.
+def revalidate(request: HttpRequest, check: Callable[[Actor], object]) -> DomainError | None:
+    """Why a response in progress must end; None while it may continue.
 
-    The token is looked at anew, and then by ``look`` whatever else must hold of its actor. A token
-    that calls too often still holds, and so does one that cannot be looked at because the database
-    is away for a moment: nobody can have revoked it meanwhile.
+    Validates the token again, then its actor with ``check``. A rate-limited token is still valid,
+    and so is one that cannot be checked because the database is briefly away: nobody can have
+    revoked it meanwhile.
     """
     try:
-        look(authenticate(request))
+        check(authenticate(request))
     except RateLimited:
         return None
     except DomainError as error:
@@ -130,16 +132,16 @@ def ended(request: HttpRequest, look: Callable[[Actor], object]) -> DomainError 
     return None
 
 
-def refuse_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
-    """Raise ``MethodNotAllowed`` unless the method is among ``methods`` or none are named."""
+def require_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
+    """Raise ``MethodNotAllowed`` unless the method is in ``methods``, or that is empty."""
     if methods and request.method not in methods:
         raise MethodNotAllowed(str(request.method), methods)
 
 
 def methods(**views: View) -> Callable[..., HttpResponseBase]:
-    """One view out of one per method: ``methods(GET=…, POST=…)``.
+    """One view from one per method: ``methods(GET=…, POST=…)``.
 
-    HEAD is answered by GET, OPTIONS by the list of methods, anything else with 405.
+    GET also handles HEAD, OPTIONS lists the methods, and anything else gets 405.
     """
     routes = {**views, **({"HEAD": views["GET"]} if "GET" in views else {})}
     allowed = (*routes, "OPTIONS")
@@ -160,7 +162,7 @@ def methods(**views: View) -> Callable[..., HttpResponseBase]:
         return route(request)(request, *args, **kwargs)
 
     if any(iscoroutinefunction(view) for view in views.values()):
-        # Django awaits what a view that says it is a coroutine function returns.
+        # Django awaits the result of a view that is a coroutine function.
         async def dispatch_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
             view = route(request)
             if iscoroutinefunction(view):
@@ -174,13 +176,13 @@ def methods(**views: View) -> Callable[..., HttpResponseBase]:
 def console_page[**P](
     view: Callable[Concatenate[ConsoleRequest, P], HttpResponseBase],
 ) -> Callable[..., HttpResponseBase]:
-    """Require a signed-in person with a team, else send them to sign in; set ``request.actor``."""
+    """Require a signed-in person with a team, else redirect to sign-in; set ``request.actor``."""
 
     @wraps(view)
     @login_required
     def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
         known = cast("ConsoleRequest", request)
-        known.actor = services.actor_of_session(request)
+        known.actor = services.session_actor(request)
         sessions.touch(request)
         return view(known, *args, **kwargs)
 

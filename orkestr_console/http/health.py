@@ -1,4 +1,4 @@
-"""Views of no app: health, the routes nobody knows, and Django's own refusals as answers."""
+"""Views of no app: health checks, unknown routes, and Django's own error handlers."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from orkestr_console.settings import LARGEST_BODY
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
-    """200 while requests are answered. Asks nobody, so it says nothing of anything else."""
+    """200 while the process serves requests. It depends on nothing else."""
     return JsonResponse({"status": "ok"})
 
 
 def readyz(request: HttpRequest) -> JsonResponse:
-    """200 when all that requests need answers, else 503: each thing, and since when it was well.
+    """200 when every dependency of requests is ok, else 503; with each one's state and age.
 
-    What :mod:`orkestr_console.http.readiness` saw last: this waits for nothing.
+    These are the last results of :mod:`orkestr_console.http.readiness`: this waits for nothing.
     """
     readiness.start()
     checks = readiness.checks()
     ready = is_ready(checks)
-    told = {name: check.to_wire() for name, check in checks.items()}
+    details = {name: check.to_wire() for name, check in checks.items()}
     answer = JsonResponse(
-        {"status": "ready" if ready else "not_ready", "checks": told},
+        {"status": "ready" if ready else "not_ready", "checks": details},
         status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
         headers={"Cache-Control": "no-store", **({} if ready else {"Retry-After": "2"})},
     )
-    # No error of ours, though Django's log takes each 5xx for one; and a start asks often.
+    # Not an error, though Django logs each 5xx as one; and a starting console polls often.
     answer._has_been_logged = True  # type: ignore[attr-defined]
     return answer
 
 
 @csrf_exempt
 def unknown_route(request: HttpRequest) -> HttpResponse:
-    """404 in JSON for what this release does not have; 401 first, so that probing tells little."""
+    """404 in JSON for unknown routes; 401 first, so that probing reveals little."""
     authenticate(request)
     raise NotFound("This console has no such API route.")
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
-    """400, or 413 where Django says the body was too large."""
+    """400, or 413 if Django found the body too large."""
     if isinstance(exception, RequestDataTooBig):
         return to_response(request, PayloadTooLarge(LARGEST_BODY))
     if isinstance(exception, DisallowedHost):
@@ -71,8 +71,8 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
     return to_response(request, InvalidInput())
 
 
-def csrf_refused(request: HttpRequest, reason: str = "") -> HttpResponse:
-    """403 for a form that did not come from a page of ours; says what to do, not ``reason``."""
+def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
+    """403 for a form that was not sent from one of our pages; with the fix, not ``reason``."""
     return to_response(
         request,
         Forbidden(
@@ -94,12 +94,12 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
-    """500, with the request id to quote and nothing of the traceback.
+    """500, with the request id to quote and without the traceback.
 
-    Or 503, where it is a middleware that cannot reach the database. Django calls this while it
-    handles the exception.
+    Or 503, if a middleware could not reach the database. Django calls this while it handles the
+    exception.
     """
-    if (away := unavailable(sys.exception())) is not None:
-        return to_response(request, away)
+    if (database_error := unavailable(sys.exception())) is not None:
+        return to_response(request, database_error)
     error = Internal(extra={"request_id": getattr(request, "request_id", None)})
     return to_json_response(error) if is_api(request) else to_console_response(None, error)

@@ -1,7 +1,5 @@
-"""What every request passes.
-
-A request id, the database's connection given back, rules for browsers, the client's address, a
-refusal of unusable text, errors made answers.
+"""Middleware: request ids, releasing the database connection, browser headers, static files,
+refusing NUL, and domain errors as responses.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ from orkestr_console.core.errors import (
     to_json_response,
     to_response,
 )
-from orkestr_console.core.postgres import let_go, unavailable
+from orkestr_console.core.postgres import release_connection, unavailable
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
 
-REQUEST_ID = "X-Request-Id"
-# What a proxy in front or a client may have chosen; anything else is replaced.
+REQUEST_ID_HEADER = "X-Request-Id"
+# An id that a proxy or client may choose; anything else is replaced.
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{8,64}", re.ASCII)
 
 
@@ -37,32 +35,32 @@ def request_id(get_response: Handler) -> Handler:
     """Give every request an id, and every response the header ``X-Request-Id``."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
-        given = request.headers.get(REQUEST_ID, "")
-        chosen = given if _USABLE_ID.fullmatch(given) else f"req_{ULID()}"
-        request.request_id = chosen  # type: ignore[attr-defined]
+        header = request.headers.get(REQUEST_ID_HEADER, "")
+        value = header if _USABLE_ID.fullmatch(header) else f"req_{ULID()}"
+        request.request_id = value  # type: ignore[attr-defined]
         response = get_response(request)
-        response.headers[REQUEST_ID] = chosen
+        response.headers[REQUEST_ID_HEADER] = value
         return response
 
     return middleware
 
 
 def release_database(get_response: Handler) -> Handler:
-    """Give the request's database connection back before the answer is sent, not after.
+    """Release the request's database connection before the response is sent, not after.
 
-    Whoever reads slowly may take a minute over a large page, and would have a connection that long.
+    A slow reader may take a minute over a large page, and would hold a connection that long.
     """
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         try:
             return get_response(request)
         finally:
-            let_go()
+            release_connection()
 
     return middleware
 
 
-# What no page of ours uses, nobody who got into one may use either.
+# Browser features that our pages don't use, and injected scripts must not either.
 PERMISSIONS = ", ".join(
     [
         *(
@@ -91,28 +89,28 @@ PERMISSIONS = ", ".join(
 )
 
 
-def browser_rules(get_response: Handler) -> Handler:
-    """Say to browsers what Django's own middleware does not.
+def browser_headers(get_response: Handler) -> Handler:
+    """Set the browser headers that Django's own middleware doesn't.
 
-    Other sites may not embed what is here (Cross-Origin-Resource-Policy), pages may use no devices
-    (Permissions-Policy), and no cache that several people share keeps an answer (RFC 9111, 5.2.2)
-    unless the answer itself says otherwise, as static files do.
+    Other sites may not embed our responses (Cross-Origin-Resource-Policy), pages may use no devices
+    (Permissions-Policy), and shared caches store no response (RFC 9111, 5.2.2) unless it says
+    otherwise, as static files do.
     """
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         response.headers.setdefault("Permissions-Policy", PERMISSIONS)
-        passing = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
-        kept = "no-store" if passing else "private, no-cache"
-        response.headers.setdefault("Cache-Control", kept)
+        uncacheable = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
+        cache_control = "no-store" if uncacheable else "private, no-cache"
+        response.headers.setdefault("Cache-Control", cache_control)
         return response
 
     return middleware
 
 
-def refuse_unusable_text(get_response: Handler) -> Handler:
-    """Refuse a path or query with NUL in it, which PostgreSQL would answer with an error."""
+def reject_nul(get_response: Handler) -> Handler:
+    """Refuse a path or query with NUL, on which PostgreSQL would fail."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         query = request.META.get("QUERY_STRING", "")
@@ -124,35 +122,37 @@ def refuse_unusable_text(get_response: Handler) -> Handler:
 
 
 class StaticFiles(WhiteNoiseMiddleware):  # type: ignore[misc]
-    """Static files, whole: Django streams a file badly under ASGI, and ours are small."""
+    """Static files, each in one piece: Django streams badly under ASGI, and ours are small."""
 
     def add_files(self, root: str, prefix: str | None = None) -> None:
-        """Take up a directory of files; one that is not there (a test run) is no trouble."""
+        """Add a directory of files; a missing one (in a test run) is ignored."""
         if Path(root).is_dir():
             super().add_files(root, prefix)
 
     @staticmethod
     def serve(static_file: Any, request: HttpRequest) -> HttpResponse:
         """A file, or the part or the 304 that the request asks for."""
-        found = static_file.get_response(request.method, request.META)
+        file_response = static_file.get_response(request.method, request.META)
         body = b""
-        if found.file is not None:
-            with found.file:
-                body = found.file.read()
-        return HttpResponse(body, status=int(found.status), headers=dict(found.headers))
+        if file_response.file is not None:
+            with file_response.file:
+                body = file_response.file.read()
+        return HttpResponse(
+            body, status=int(file_response.status), headers=dict(file_response.headers)
+        )
 
 
 class DomainErrors:
-    """Turn a ``DomainError`` that a view raises into the answer its surface understands."""
+    """Turn a view's ``DomainError`` into its surface's response."""
 
     def __init__(self, get_response: Handler) -> None:
         self._get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
-        """Pass the request on as it is."""
+        """Pass the request on unchanged."""
         return self._get_response(request)
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
-        """Django calls this with whatever the view raised."""
-        told = error if isinstance(error, DomainError) else unavailable(error)
-        return to_response(request, told) if told is not None else None
+        """The response for an exception that a view raised; None for others."""
+        domain_error = error if isinstance(error, DomainError) else unavailable(error)
+        return to_response(request, domain_error) if domain_error is not None else None

@@ -1,4 +1,4 @@
-"""Lists, newest first, a page at a time: keyset paging behind a signed, opaque cursor."""
+"""Paged lists, newest first: keyset paging behind a signed, opaque cursor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from django.db.models import Q
 
 from orkestr_console.core.errors import InvalidInput
 
-USUAL_LIMIT = 50
-HIGHEST_LIMIT = 200
+DEFAULT_LIMIT = 50
+MAX_LIMIT = 200
 _SALT = "orkestr.cursor"
 
 
@@ -21,16 +21,16 @@ def page[R: models.Model](
 ) -> tuple[list[R], str | None]:
     """The newest ``limit`` rows after ``cursor``, and the cursor of the next page or None.
 
-    Raises ``InvalidInput`` for a cursor that is not one of ours. A limit past the server's own is
+    Raises ``InvalidInput`` for a cursor that is not one of ours. A limit above the server's own is
     lowered to it.
     """
-    limit = min(limit or USUAL_LIMIT, HIGHEST_LIMIT)
+    limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
     if cursor:
-        at, pk = _read(cursor)
+        at, pk = _decode_cursor(cursor)
         rows = rows.filter(Q(created_at__lt=at) | Q(created_at=at, pk__lt=pk))
-    found = list(rows.order_by("-created_at", "-pk")[: limit + 1])
-    following = _write(found[limit - 1]) if len(found) > limit else None
-    return found[:limit], following
+    newest = list(rows.order_by("-created_at", "-pk")[: limit + 1])
+    next_cursor = _encode_cursor(newest[limit - 1]) if len(newest) > limit else None
+    return newest[:limit], next_cursor
 
 
 def read_limit(text: str | None) -> int | None:
@@ -39,17 +39,17 @@ def read_limit(text: str | None) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) > 0):
         raise InvalidInput(
-            f"limit: must be a whole number from 1 to {HIGHEST_LIMIT}.",
-            fields={"limit": f"must be a whole number from 1 to {HIGHEST_LIMIT}."},
+            f"limit: must be a whole number from 1 to {MAX_LIMIT}.",
+            fields={"limit": f"must be a whole number from 1 to {MAX_LIMIT}."},
         )
     return int(text)
 
 
-def _write(row: Any) -> str:
+def _encode_cursor(row: Any) -> str:
     return signing.dumps([row.created_at.isoformat(), row.pk], salt=_SALT)
 
 
-def _read(cursor: str) -> tuple[datetime, str]:
+def _decode_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         at, pk = signing.loads(cursor, salt=_SALT)
         return datetime.fromisoformat(at), str(pk)

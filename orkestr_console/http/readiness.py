@@ -1,16 +1,16 @@
-"""Whether everything that a request may need answers: looked at all the time, told at once.
+"""Readiness of a request's dependencies: probed continuously, reported without waiting.
 
-Each thing is looked at by a thread of its own, which may hang for as long as what it looks at does.
-Whoever asks reads what was seen last and how old that is, and waits for nothing: a thing that does
-not answer is one whose last good answer grows old.
+Each probe runs in its own thread, which may hang as long as its dependency does. Readers get the
+last result and its age, and wait for nothing: a dependency that doesn't answer has an ageing
+result.
 
 ``database``  a statement through the pool that requests use
-``worker``    the queue's pusher comes round, as the database sees it
+``worker``    the queue's pusher is polling, as the database sees it
 ``agent``     the host agent answers
-``proxy``     the agent finds the egress proxy well
-``disk``      the installation's reserve is there, by the agent's measure
+``proxy``     the agent reports the egress proxy as healthy
+``disk``      the installation's reserve is free, by the agent's measure
 (:mod:`hostruntime.host.disk_space`):
-              below it nothing new is begun
+              below it nothing new is started
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from orkestr_console.core.postgres import unavailable
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+PROBE_SECONDS = 1.0
 MIB = 1024 * 1024
-# A look that takes longer is no answer; nor is one that is so old.
-SILENT_SECONDS = scaled(4.0)
-AGENT_SECONDS = 3.0
-# The pusher comes round at least every second (broker.POLL_SECONDS).
-WORKER_SECONDS = scaled(10.0)
-PUSHER = """
+# A probe that takes longer counts as silent.
+PROBE_TIMEOUT = scaled(4.0)
+AGENT_TIMEOUT = 3.0
+# The pusher polls at least every second (broker.POLL_SECONDS).
+WORKER_TIMEOUT = scaled(10.0)
+PUSHER_AGE_SQL = """
 SELECT extract(epoch FROM clock_timestamp() - max(query_start))::float8
 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'orkestr queue'
 """
 
 type State = Literal["ok", "failing", "silent", "unknown"]
-# What is wrong with each thing that was looked at; None for nothing.
+# The problem of each probed dependency; None if it is ok.
 type Findings = dict[str, str | None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing: its state, the seconds since it was last well, and what is wrong with it."""
+    """One dependency: its state, the seconds since it was last ok, and its problem."""
 
     state: State
     age_seconds: float | None
@@ -68,57 +68,57 @@ class Check:
 
 
 @dataclass
-class Look:
-    """Something that is looked at again and again in a thread, and what was seen last."""
+class Probe:
+    """A check that a thread repeats, and its last result."""
 
     names: tuple[str, ...]
-    look: Callable[[], Findings]
-    _began: float | None = None
-    _found: Findings = field(default_factory=dict)
-    _well: dict[str, float] = field(default_factory=dict)
+    probe: Callable[[], Findings]
+    _started_at: float | None = None
+    _findings: Findings = field(default_factory=dict)
+    _last_ok: dict[str, float] = field(default_factory=dict)
 
-    def go_on(self) -> None:
-        """Look for ever. What a look raises is told of all its things, in one sentence of ours."""
+    def run_forever(self) -> None:
+        """Probe for ever. An exception counts as a problem of all its dependencies."""
         while True:
-            self.once()
-            time.sleep(LOOK_SECONDS)
+            self.run_once()
+            time.sleep(PROBE_SECONDS)
 
-    def once(self) -> None:
-        """Look once."""
-        self._began = time.monotonic()
+    def run_once(self) -> None:
+        """Probe once."""
+        self._started_at = time.monotonic()
         try:
-            found = self.look()
+            findings = self.probe()
         except Exception:
-            logger.exception("could not look at %s", ", ".join(self.names))
-            found = dict.fromkeys(self.names, "could not be looked at; the log says why")
+            logger.exception("could not check %s", ", ".join(self.names))
+            findings = dict.fromkeys(self.names, "could not be checked; the log says why")
         now = time.monotonic()
-        self._well |= {name: now for name, wrong in found.items() if wrong is None}
-        self._found, self._began = found, None
+        self._last_ok |= {name: now for name, problem in findings.items() if problem is None}
+        self._findings, self._started_at = findings, None
 
     def checks(self) -> dict[str, Check]:
-        """Each of its things as it was seen last."""
-        now, began, found = time.monotonic(), self._began, self._found
-        silent = began is not None and now - began > SILENT_SECONDS
-        return {name: self._check(name, found, now, silent=silent) for name in self.names}
+        """The last result of each of its dependencies."""
+        now, started_at, findings = time.monotonic(), self._started_at, self._findings
+        silent = started_at is not None and now - started_at > PROBE_TIMEOUT
+        return {name: self._check(name, findings, now, silent=silent) for name in self.names}
 
-    def _check(self, name: str, found: Findings, now: float, *, silent: bool) -> Check:
-        well = self._well.get(name)
-        age = None if well is None else now - well
+    def _check(self, name: str, findings: Findings, now: float, *, silent: bool) -> Check:
+        last_ok = self._last_ok.get(name)
+        age = None if last_ok is None else now - last_ok
         if silent:
             return Check("silent", age, "does not answer")
-        if name not in found:
-            return Check("unknown", age, "was not looked at yet")
-        wrong = found[name]
-        return Check("ok", age) if wrong is None else Check("failing", age, wrong)
+        if name not in findings:
+            return Check("unknown", age, "was not checked yet")
+        problem = findings[name]
+        return Check("ok", age) if problem is None else Check("failing", age, problem)
 
 
-def look_at_database() -> Findings:
-    """Through the pool, as any request; and from there at the worker."""
+def probe_database() -> Findings:
+    """Query through the pool, as any request does; and through it check the worker."""
     try:
         with connection.cursor() as cursor:
-            cursor.execute(PUSHER)
+            cursor.execute(PUSHER_AGE_SQL)
             row = cursor.fetchone()
-        return {"database": None, "worker": worker_of(row[0] if row else None)}
+        return {"database": None, "worker": worker_problem(row[0] if row else None)}
     except Exception as error:
         if unavailable(error) is None:
             raise
@@ -128,30 +128,30 @@ def look_at_database() -> Findings:
         connection.close()
 
 
-def worker_of(seconds: float | None) -> str | None:
-    """What is wrong with a worker that came round so long ago, by the database's clock."""
+def worker_problem(seconds: float | None) -> str | None:
+    """The problem of a worker whose pusher last polled so many ``seconds`` ago, if any."""
     if seconds is None:
         return "does not run"
-    return None if seconds < WORKER_SECONDS else "does not take tasks"
+    return None if seconds < WORKER_TIMEOUT else "does not take tasks"
 
 
-def look_at_agent() -> Findings:
-    """One question; what the agent knows of the proxy comes with the answer."""
+def probe_agent() -> Findings:
+    """One request; its answer includes the proxy's health."""
     try:
-        health = host_client(settings.HOST_SOCKET).health(seconds=AGENT_SECONDS)
+        health = host_client(settings.HOST_SOCKET).health(seconds=AGENT_TIMEOUT)
     except host_errors.HostError:
         return {"agent": "does not answer", "proxy": "is not known while the agent is away"}
     return {"agent": None, "proxy": None if health.proxy.get("healthy") else "does not run"}
 
 
-def look_at_disk() -> Findings:
-    """Room for bytes and files, and that they may be written."""
-    wrong = [room_at(path) for path in (settings.VAR, settings.HOST_STATE_DIR)]
-    return {"disk": next((one for one in wrong if one is not None), None)}
+def probe_disk() -> Findings:
+    """Check free bytes and inodes, and that the disk is writable."""
+    problems = [disk_problem(path) for path in (settings.VAR, settings.HOST_STATE_DIR)]
+    return {"disk": next((problem for problem in problems if problem is not None), None)}
 
 
-def room_at(path: Path) -> str | None:
-    """What is wrong with the file system that ``path`` is on, as far as we may look."""
+def disk_problem(path: Path) -> str | None:
+    """The problem of the file system that ``path`` is on, as far as we can see."""
     while not os.access(path, os.X_OK) and path != path.parent:
         path = path.parent
     room = DiskSpace.of(path)
@@ -159,43 +159,43 @@ def room_at(path: Path) -> str | None:
         return "cannot be written to"
     if room.level is Level.NORMAL:
         return None
-    left = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
-    kept = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"
-    return f"is short of room: {left} are free, {kept} are reserved"
+    free = f"{max(room.free_bytes, 0) // MIB} MiB and {room.free_files} inodes"
+    reserved = f"{room.reserve_bytes // MIB} MiB and {room.reserve_files} inodes"
+    return f"is short of room: {free} are free, {reserved} are reserved"
 
 
 @dataclass
 class Readiness:
-    """All that is looked at."""
+    """All probes."""
 
-    looks: tuple[Look, ...]
+    probes: tuple[Probe, ...]
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _looking: bool = False
+    _started: bool = False
 
     def start(self) -> None:
-        """Begin to look, once a process."""
+        """Start the probes' threads, once per process."""
         with self._guard:
-            if self._looking:
+            if self._started:
                 return
-            self._looking = True
-        for look in self.looks:
-            name = f"look at {', '.join(look.names)}"
-            threading.Thread(target=look.go_on, name=name, daemon=True).start()
+            self._started = True
+        for probe in self.probes:
+            name = f"look at {', '.join(probe.names)}"
+            threading.Thread(target=probe.run_forever, name=name, daemon=True).start()
 
     def checks(self) -> dict[str, Check]:
-        """What was seen of each thing last; waits for nothing."""
-        return {name: check for look in self.looks for name, check in look.checks().items()}
+        """The last result of each dependency; waits for nothing."""
+        return {name: check for probe in self.probes for name, check in probe.checks().items()}
 
 
 def is_ready(checks: Mapping[str, Check]) -> bool:
-    """Whether all is well."""
+    """Whether all checks are ok."""
     return all(check.state == "ok" for check in checks.values())
 
 
 readiness = Readiness(
     (
-        Look(("database", "worker"), look_at_database),
-        Look(("agent", "proxy"), look_at_agent),
-        Look(("disk",), look_at_disk),
+        Probe(("database", "worker"), probe_database),
+        Probe(("agent", "proxy"), probe_agent),
+        Probe(("disk",), probe_disk),
     )
 )

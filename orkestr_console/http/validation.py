@@ -1,7 +1,7 @@
-"""From pydantic's findings to one sentence that names the field.
+"""Pydantic's errors as one sentence that names the field.
 
-Both REST (a JSON body) and the console (a form) validate through here, so that what is valid is
-said once, in the spec.
+REST (a JSON body) and the console (a form) both validate through here, so that the spec alone
+defines what is valid.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SENTENCES: Mapping[str, str] = {
 
 
 def parse_spec[S: BaseModel](spec: type[S], data: Any) -> S:
-    """``data`` as a ``spec``. Raises ``InvalidInput`` with a sentence per wrong field."""
+    """``data`` as a ``spec``. Raises ``InvalidInput`` with a sentence per invalid field."""
     try:
         return spec.model_validate(data)
     except ValidationError as error:
@@ -51,10 +51,10 @@ def parse_spec[S: BaseModel](spec: type[S], data: Any) -> S:
 
 
 def invalid_input(error: ValidationError) -> InvalidInput:
-    """The domain error for what pydantic found; the first finding is the sentence."""
-    found = error.errors(include_url=False, include_input=False)
+    """The domain error for pydantic's errors; the first one is the message."""
+    errors = error.errors(include_url=False, include_input=False)
     fields: dict[str, str] = {}
-    for finding in found:
+    for finding in errors:
         fields.setdefault(field_path(finding["loc"]), sentence(finding))
     first = next(iter(fields))
     detail = fields[first] if first == "" else f"{first}: {fields[first]}"
@@ -62,7 +62,7 @@ def invalid_input(error: ValidationError) -> InvalidInput:
 
 
 def field_path(location: tuple[int | str, ...]) -> str:
-    """``("recipe", 2)`` as people write it: ``recipe[2]``; blank for the whole body."""
+    """``("recipe", 2)`` as ``recipe[2]``; blank for the entire body."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
@@ -70,10 +70,10 @@ def field_path(location: tuple[int | str, ...]) -> str:
 
 
 def sentence(finding: ErrorDetails) -> str:
-    """One finding as a sentence."""
+    """One error as a sentence."""
     context: dict[str, Any] = finding.get("ctx", {})
     if finding["type"] in {"value_error", "assertion_error"}:
-        # What our own validators say, without pydantic's "Value error, ".
+        # Our own validators' messages, without pydantic's "Value error, ".
         return str(context["error"])
     words = SENTENCES.get(finding["type"])
     return f"{words.format(**context)}." if words else f"{finding['msg']}."

@@ -1,4 +1,4 @@
-"""The one row that says which installation's database this is, and how far it has come."""
+"""The single row that identifies the database's installation, and its current mark."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hostruntime.wire.reconciliation import Claim
 
 
 def new_word() -> str:
-    """A random word: an installation's id, or a mark."""
+    """A random string: an installation's id, or a mark."""
     return secrets.token_hex(16)
 
 
 class Installation(models.Model):
     """This database's side of :mod:`hostruntime.host.installation`.
 
-    ``confirmed`` says that the host has taken down ``mark``. ``mismatch`` is why nothing is
-    reconciled, since ``mismatch_at``; ``waiting`` how many images and snapshots no row names that
-    have not been set aside yet.
+    ``confirmed`` means that the host has stored ``mark``. ``mismatch`` is why nothing is
+    reconciled, since ``mismatch_at``. ``waiting`` is how many images and snapshots without a row
+    have not been quarantined yet.
     """
 
     # One value only: there is one row.
@@ -39,5 +39,5 @@ class Installation(models.Model):
         return f"installation {self.id}, mark {self.epoch}"
 
     def claim(self) -> Claim:
-        """What the host is told."""
+        """The claim that is sent to the host."""
         return Claim(self.id, self.epoch, self.mark, self.previous)

@@ -88,7 +88,7 @@ async def authenticate(request: Request) -> Actor:
     if scheme.lower() != "bearer":
         raise Unauthenticated
     address = request.client.host if request.client else None
-    actor = await call_service(services.actor_of_token, token.strip(" "), "mcp", address)
+    actor = await call_service(services.authenticate_token, token.strip(" "), "mcp", address)
     actor.require(READ)
     return actor
 

@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orkestr_console.accounts.limits import envelope
-from orkestr_console.core.text import few, plain
+from orkestr_console.core.text import plain, shorten_list
 from sandboxes_app import presenters as sandbox_presenters
 from sandboxes_app.models import Sandbox, Snapshot
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
 from templates_app.models import StepStatus, Template
-from templates_app.services import ShownStep
+from templates_app.services import StepOutput
 
 # All in characters.
 LOG_TAIL = 4_000
@@ -255,7 +255,7 @@ def template_summary(template: Template) -> TemplateSummary:
 
 def template_detail(template: Template, recipe_from: int = 1) -> TemplateDetail:
     """A template, its steps and the end of its log. Reads rows."""
-    steps, place = templates.list_steps(template), templates.place(template)
+    steps, place = templates.list_steps(template), templates.queue_position(template)
     detail = template_presenters.template_detail(template, steps, place)
     recipe, next_number = recipe_part(template.recipe, recipe_from)
     extra = {
@@ -295,7 +295,7 @@ def abbreviate(command: str) -> str:
     return command if len(command) <= MAX_COMMAND else f"{command[:MAX_COMMAND]}…"
 
 
-def log_tail(steps: list[ShownStep]) -> str:
+def log_tail(steps: list[StepOutput]) -> str:
     """The end of what the started steps have printed."""
     started = [shown for shown in steps if shown.output or shown.step.started_at]
     text = "\n".join(
@@ -325,7 +325,7 @@ def egress_advice(template: Template) -> str:
     """How to reach the hosts that the policy blocked, as far as the plan allows."""
     allowed = envelope(template.team)
     if not allowed.may_list:
-        return f"{allowed.instead_of_listing()} Then call create_template again."
+        return f"{allowed.allowlist_alternatives()} Then call create_template again."
     other = ', or with network="open"' if allowed.may_open else ""
     return (
         f'Call create_template again with the blocked hosts and "@default" in allow_domains{other}.'
@@ -346,7 +346,7 @@ def egress_warning(template: Template) -> str:
     if not steps:
         return ""
     hosts = list(dict.fromkeys(host for step in steps for host in step.refused_hosts))
-    numbers = few([str(step.number) for step in steps])
+    numbers = shorten_list([str(step.number) for step in steps])
     remedy = (
         egress_advice(template)
         if template.refused_hosts
@@ -355,9 +355,9 @@ def egress_warning(template: Template) -> str:
     )
     advice = "".join(f" {sentence}" for sentence in templates.direct_advice(template))
     return (
-        f" However, the network policy blocked {few(hosts)} during the build (step {numbers}), "
-        "and the build continued. Check the log to see whether everything was installed. "
-        f"If not: {remedy}{advice}"
+        f" However, the network policy blocked {shorten_list(hosts)} during the build "
+        f"(step {numbers}), and the build continued. Check the log to see whether everything was "
+        f"installed. If not: {remedy}{advice}"
     )
 
 

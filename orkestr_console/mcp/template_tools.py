@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from orkestr_console.accounts.actor import READ
-from orkestr_console.http.paging import HIGHEST_LIMIT, USUAL_LIMIT
+from orkestr_console.http.paging import DEFAULT_LIMIT, MAX_LIMIT
 from orkestr_console.mcp.arguments import Without
 from orkestr_console.mcp.results import (
     BaseTemplate,
@@ -31,7 +31,7 @@ from orkestr_console.mcp.tool import (
 )
 from templates_app import services
 from templates_app.models import Template
-from templates_app.services import Told, timing
+from templates_app.services import Event, timing
 from templates_app.specs import TemplateSpec
 
 # In seconds. The default is below the minute after which many clients time out.
@@ -42,7 +42,7 @@ IMAGE_PHASES = ("progress", "capture")
 TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
 Limit = Annotated[
     int | None,
-    Field(ge=1, le=HIGHEST_LIMIT, description=f"Maximum number; {USUAL_LIMIT} by default."),
+    Field(ge=1, le=MAX_LIMIT, description=f"Maximum number; {DEFAULT_LIMIT} by default."),
 ]
 Cursor = Annotated[str | None, Field(description="next_cursor of the previous page.")]
 ReuseFailed = Annotated[
@@ -181,7 +181,7 @@ async def report_progress(ctx: Ctx, template_id: str, steps: int) -> None:
                     reported = progress
 
 
-def progress_of(event: Told, steps: int) -> tuple[float, str]:
+def progress_of(event: Event, steps: int) -> tuple[float, str]:
     """How far the build is, in steps, and a message; 0 for an event that isn't reported."""
     step = event.payload.get("step") or 0
     command = str(event.payload.get("command", "")).partition("\n")[0][:200]
@@ -197,7 +197,7 @@ def progress_of(event: Told, steps: int) -> tuple[float, str]:
     return progress.get(event.kind, (0, ""))
 
 
-def image_progress(event: Told) -> str:
+def image_progress(event: Event) -> str:
     """How much of the image has been captured or listed."""
     progress = timing.progress_of(event.payload)
     return f"{progress.label}: {progress.files:,} files, {progress.bytes / 1e6:,.0f} MB so far."

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.core.errors import DomainError, Internal, InvalidInput, to_mcp_text
 from orkestr_console.core.postgres import unavailable
-from orkestr_console.http.json_api import DEEPEST, refuse_unusable
+from orkestr_console.http.json_api import MAX_DEPTH, reject_unusable
 from orkestr_console.http.validation import invalid_input
 from orkestr_console.mcp.arguments import flattened
 
@@ -70,7 +70,7 @@ def refuse_unstorable(arguments: dict[str, Any]) -> None:
     """Raise ``InvalidInput`` for text that REST refuses: NUL, half of a surrogate pair."""
     for name, value in arguments.items():
         if name not in UNSTORED:
-            refuse_unusable(value, name, DEEPEST)
+            reject_unusable(value, name, MAX_DEPTH)
 
 
 def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:

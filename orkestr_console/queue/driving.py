@@ -1,15 +1,15 @@
-"""Who drives what is on its way from one state to the next, and whether they still do.
+"""Who drives a row from one state to the next, and whether that driver is alive.
 
-A row on its way (``starting``, ``pausing``, ``capturing``, ``building`` …) names its *driver*: an
-id that stands for one piece of work of one process, and not for a moment. For as long as the work
-goes on its process holds an advisory lock of that name in PostgreSQL, so no clock says who lives:
-the lock goes when the work is done, when the work fails, and when the process is killed
-(pg_locks, and "Advisory Locks" in the PostgreSQL manual: those of a session end with it). A
-process that is slow, or stopped, has its locks still. A worker holds one for the task that it runs
-as well, under the name of that run (:mod:`orkestr_console.queue.broker`).
+A row in a transitional state (``starting``, ``pausing``, ``capturing``, ``building`` …) names its
+*driver*: an id for one piece of work of one process. During the work, its process holds an advisory
+lock of that name in PostgreSQL, so no clock decides who is alive: the lock is released when the
+work succeeds, when it fails, and when the process is killed (pg_locks, and "Advisory Locks" in the
+PostgreSQL manual: a session's locks end with it). A process that is slow, or stopped, still has its
+locks. A worker also holds one for the task that it runs, under that run's name
+(:mod:`orkestr_console.queue.broker`).
 
-When PostgreSQL restarts every lock is gone, and is taken again within moments. So whoever finds
-that nobody drives a row looks again after :data:`SURE_SECONDS` before they settle it.
+When PostgreSQL restarts, all locks are lost, and reacquired within moments. So whoever finds a row
+without a driver checks again after :data:`ORPHAN_GRACE_SECONDS` before settling it.
 """
 
 from __future__ import annotations
@@ -31,132 +31,132 @@ from orkestr_console.core.postgres import connection_arguments, unavailable
 
 logger = logging.getLogger(__name__)
 
-# How long nobody must be seen to drive a row.
-SURE_SECONDS = scaled(2.0)
-# How long the connection is kept for the next piece of work.
+# How long a row must be seen without a driver.
+ORPHAN_GRACE_SECONDS = scaled(2.0)
+# How long an idle connection is kept for the next piece of work.
 LINGER_SECONDS = 30.0
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 RETRY_SECONDS = 0.2
-# Tells our locks from others': the bytes of "drive".
-SEED = 0x6472697665
+# Separates our locks from others': the bytes of "drive".
+LOCK_SEED = 0x6472697665
 
-# The keys of all locks held; one of 64 bits is in two halves there (pg_locks).
-HELD = (
+# The keys of all locks held; pg_locks splits a 64-bit key into two halves.
+HELD_LOCKS_SQL = (
     "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks"
     " WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database ="
     " (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
-LOCK = "SELECT pg_advisory_lock(hashtextextended(d, %s)) FROM unnest(%s::text[]) AS d"
-UNLOCK = "SELECT pg_advisory_unlock(hashtextextended(%s, %s))"
+LOCK_SQL = "SELECT pg_advisory_lock(hashtextextended(d, %s)) FROM unnest(%s::text[]) AS d"
+UNLOCK_SQL = "SELECT pg_advisory_unlock(hashtextextended(%s, %s))"
 
 type Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 def connect(purpose: str) -> Connection:
-    """A plain connection of one's own. Raises ``psycopg.OperationalError``."""
+    """A plain connection outside of the pool. Raises ``psycopg.OperationalError``."""
     return psycopg.connect(**connection_arguments(purpose))
 
 
 class IsDriven(Func):
-    """Whether the driver that a column names is at it now; a filter of a queryset."""
+    """Whether the driver that a column names is alive; a queryset filter."""
 
     output_field = BooleanField()
-    template = f"hashtextextended(%(expressions)s) IN ({HELD})"
+    template = f"hashtextextended(%(expressions)s) IN ({HELD_LOCKS_SQL})"
 
     def __init__(self, column: str) -> None:
-        super().__init__(F(column), Value(SEED))
+        super().__init__(F(column), Value(LOCK_SEED))
 
 
 class Drivers:
-    """What this process drives, and the connection that holds the locks while there is anything."""
+    """This process's drivers, and the connection that holds their locks."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._driven: set[str] = set()
         self._session: Connection | None = None
-        self._used = 0.0
-        self._watched = False
+        self._last_used = 0.0
+        self._watching = False
 
     @contextmanager
     def driving(self, name: str = "") -> Iterator[str]:
-        """Drive something for as long as this lasts, under a name that its row is to have.
+        """Hold a driver's lock inside this context; yields the name for the row.
 
-        That is a new one unless it is given; who else holds it is waited for. Raises
+        A new name unless one is passed; waits while another holds it. Raises
         ``DatabaseUnavailable``.
         """
         driver = name or new_id("drv")
         with self._guard:
-            self._begin(driver)
+            self._acquire(driver)
         try:
             yield driver
         finally:
             with self._guard:
-                self._end(driver)
+                self._release(driver)
 
-    def _begin(self, driver: str) -> None:
+    def _acquire(self, driver: str) -> None:
         try:
             try:
                 self._lock([driver])
             except psycopg.Error:
-                # The connection may be one of before PostgreSQL restarted.
-                self._let_go()
+                # The connection may be from before PostgreSQL restarted.
+                self._disconnect()
                 self._lock([*self._driven, driver])
         except psycopg.Error as error:
-            self._let_go()
+            self._disconnect()
             raise unavailable(error) or error from error
         self._driven.add(driver)
-        if not self._watched:
+        if not self._watching:
             threading.Thread(target=self._watch, name="drivers", daemon=True).start()
-            self._watched = True
+            self._watching = True
 
-    def _end(self, driver: str) -> None:
+    def _release(self, driver: str) -> None:
         self._driven.discard(driver)
-        self._used = time.monotonic()
+        self._last_used = time.monotonic()
         try:
             if self._session is not None:
-                self._session.execute(UNLOCK, [driver, SEED])
+                self._session.execute(UNLOCK_SQL, [driver, LOCK_SEED])
         except psycopg.Error as error:
-            logger.warning("a connection that held locks is gone: %s", error)
-            self._let_go()
+            logger.warning("lost the connection that held the locks: %s", error)
+            self._disconnect()
         if not self._driven and not LINGER_SECONDS:
-            self._let_go()
+            self._disconnect()
 
     def _watch(self) -> None:
-        """Take the locks again when the connection is lost; end when there is none to keep."""
+        """Reacquire the locks when the connection is lost; return when it is idle."""
         while True:
             session = self._session
-            lost = hangs_up(session, LOOK_SECONDS if session else RETRY_SECONDS)
+            hung_up = wait_for_hangup(session, CHECK_SECONDS if session else RETRY_SECONDS)
             with self._guard:
-                if lost is self._session:
-                    self._let_go()
+                if hung_up is self._session:
+                    self._disconnect()
                 if self._session is None and self._driven:
-                    self._take_again()
-                idle = time.monotonic() - self._used > LINGER_SECONDS
+                    self._reacquire()
+                idle = time.monotonic() - self._last_used > LINGER_SECONDS
                 if not self._driven and (self._session is None or idle):
-                    self._let_go()
-                    self._watched = False
+                    self._disconnect()
+                    self._watching = False
                     return
 
-    def _take_again(self) -> None:
+    def _reacquire(self) -> None:
         try:
             self._lock(list(self._driven))
         except psycopg.Error as error:
-            logger.warning("locks are not held, trying again: %s", error)
-            self._let_go()
+            logger.warning("could not reacquire the locks, retrying: %s", error)
+            self._disconnect()
 
     def _lock(self, drivers: list[str]) -> None:
         if self._session is None:
             self._session = connect("drivers")
-        self._session.execute(LOCK, [SEED, drivers])
+        self._session.execute(LOCK_SQL, [LOCK_SEED, drivers])
 
-    def _let_go(self) -> None:
+    def _disconnect(self) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None
 
 
-def hangs_up(session: Connection | None, seconds: float) -> Connection | None:
-    """The session if its other end goes away within so many seconds (POLLRDHUP, poll(2))."""
+def wait_for_hangup(session: Connection | None, seconds: float) -> Connection | None:
+    """The session, if its peer hangs up within ``seconds``; else None (POLLRDHUP, poll(2))."""
     try:
         poller = select.poll()
         if session is not None:

@@ -1,7 +1,7 @@
-"""How a worker runs a task: under a lock of that run's name, and off the queue once it is done.
+"""How a worker runs a task: under a lock of its run's name, removing it from the queue when done.
 
-django-q2's worker loop takes tasks from one queue and puts results on another. Given these two in
-their place, it runs nothing that another worker runs, and lets go of a task when it asks for the
+django-q2's worker loop reads tasks from one queue and writes results to another. With these two in
+their place, it runs nothing that another worker runs, and finishes a task when it requests the
 next.
 """
 
@@ -16,21 +16,21 @@ from psycopg import Error as PostgresError
 
 from orkestr_console.core.errors import DatabaseUnavailable
 from orkestr_console.core.postgres import persistently
-from orkestr_console.queue.broker import finish, is_given
+from orkestr_console.queue.broker import finish, is_current_run
 from orkestr_console.queue.driving import driving
 from orkestr_console.queue.sockets import SocketQueue
 
 logger = logging.getLogger(__name__)
 
-# A result is kept for people to look at; a traceback fits, a runaway message is cut.
-LONGEST_RESULT = 32 * 1024
-AWAY = (DatabaseUnavailable, DatabaseError, InterfaceError, PostgresError)
+# A result is stored for people to read; a traceback fits, a runaway message is truncated.
+MAX_RESULT_CHARS = 32 * 1024
+DATABASE_ERRORS = (DatabaseUnavailable, DatabaseError, InterfaceError, PostgresError)
 
 type Task = dict[str, Any]
 
 
-class HeldTasks:
-    """The queue of tasks as a worker sees it: those that are its own to run."""
+class LockedTasks:
+    """A worker's view of the task queue: only tasks that it has locked."""
 
     def __init__(self, queue: SocketQueue) -> None:
         self._queue = queue
@@ -38,51 +38,51 @@ class HeldTasks:
         self._lock = ExitStack()
 
     def get(self) -> Task | str:
-        """The next task to run, or django-q2's ``"STOP"``; the one before is done."""
+        """Finish the previous task; the next one to run, or django-q2's ``"STOP"``."""
         self.finish()
         while True:
             task: Task | str = self._queue.get()
-            if isinstance(task, str) or self._begin(task["ack_id"]):
+            if isinstance(task, str) or self._acquire(task["ack_id"]):
                 return task
 
-    def _begin(self, run: str) -> bool:
-        """Whether the task is ours to run; if so its lock is held from now on."""
+    def _acquire(self, run: str) -> bool:
+        """Lock the task if this is its current run; whether it is."""
         close_old_connections()
         try:
             self._lock.enter_context(driving(run))
-            if is_given(run):
+            if is_current_run(run):
                 self._run = run
                 return True
-        except AWAY as error:
-            logger.warning("task %s is left to come back: %s", run, error)
+        except DATABASE_ERRORS as error:
+            logger.warning("could not lock task %s, it will be dispatched again: %s", run, error)
             connection.close()
         self._lock.close()
         return False
 
     def finish(self) -> None:
-        """Take the task that was run off the queue, however long the database is away."""
+        """Remove the finished task from the queue, retrying while the database is away."""
         if not self._run:
             return
         run, self._run = self._run, ""
         try:
             persistently(lambda: finish(run))
-        except AWAY as error:
-            logger.warning("task %s is done, and runs again: %s", run, error)
+        except DATABASE_ERRORS as error:
+            logger.warning("task %s is done but will run again: %s", run, error)
             connection.close()
         finally:
             self._lock.close()
 
 
 class Results:
-    """The queue of results as a worker sees it."""
+    """A worker's view of the result queue."""
 
     def __init__(self, queue: SocketQueue) -> None:
         self._queue = queue
 
     def put(self, task: Task) -> None:
-        """Pass what became of a task to the monitor."""
-        # The row is the worker's own to delete; the monitor has nothing to acknowledge.
+        """Pass a task's result to the monitor."""
+        # The worker itself deletes the row; the monitor has nothing to acknowledge.
         task.pop("ack_id", None)
         if isinstance(task["result"], str):
-            task["result"] = task["result"][:LONGEST_RESULT]
+            task["result"] = task["result"][:MAX_RESULT_CHARS]
         self._queue.put(task)

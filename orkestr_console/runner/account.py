@@ -1,4 +1,4 @@
-"""The system user that web and worker run as, and how a program is made to run as it."""
+"""The system user of web and worker, and the command prefix that runs a program as it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orkestr_console.runner.confine import dropping
+from orkestr_console.runner.confine import drop_privileges_command
 
 USER = "orkestr"
 
@@ -18,7 +18,7 @@ USER = "orkestr"
 def ensure_user(name: str = USER) -> pwd.struct_passwd:
     """The system user, created if the machine has none; needs root.
 
-    Raises ``subprocess.CalledProcessError`` with useradd(8)'s words where it refuses.
+    Raises ``subprocess.CalledProcessError`` with useradd(8)'s output if it fails.
     """
     try:
         return pwd.getpwnam(name)
@@ -35,28 +35,28 @@ def ensure_user(name: str = USER) -> pwd.struct_passwd:
         return pwd.getpwnam(name)
 
 
-def interpreter_needs(tree: Path) -> list[Path]:
-    """Directories a Python program of this tree reads: tree, virtual environment, interpreter."""
+def interpreter_paths(tree: Path) -> list[Path]:
+    """The directories that a Python program of this tree reads: tree, venv and interpreter."""
     return [tree.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
 
 
-def confined(user: str, needs: Sequence[Path], *, stop_signal: str = "TERM") -> list[str]:
-    """The command prefix that runs a program as ``user`` with a view of ``needs`` alone."""
-    wanted = [argument for need in needs for argument in ("--need", str(need))]
+def confined_command(user: str, needs: Sequence[Path], *, stop_signal: str = "TERM") -> list[str]:
+    """The command prefix that runs a program as ``user``, who sees only ``needs``."""
+    arguments = [argument for need in needs for argument in ("--need", str(need))]
     confine = [sys.executable, "-m", "orkestr_console.runner.confine"]
-    return [*confine, "--user", user, "--stop-signal", stop_signal, *wanted, "--"]
+    return [*confine, "--user", user, "--stop-signal", stop_signal, *arguments, "--"]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """How unprivileged programs are run here: a command prefix, and what to tell the operator."""
+    """How unprivileged programs run here: a command prefix, and a warning for the operator."""
 
     user: str
     prefix: tuple[str, ...]
     warning: str = ""
 
 
-def choose_identity(tree: Path, *more: Path) -> Identity:
+def choose_identity(tree: Path, *extra_paths: Path) -> Identity:
     """The ``orkestr`` user if it can really import this tree, else root without any power.
 
     ``more`` are further directories that the programs need to see.
@@ -64,25 +64,25 @@ def choose_identity(tree: Path, *more: Path) -> Identity:
     Tried rather than computed: file modes, ACLs, mount options and security modules all have a
     say in whether another user can read a clone.
     """
-    prefix = confined(USER, [*interpreter_needs(tree), *more])
+    prefix = confined_command(USER, [*interpreter_paths(tree), *extra_paths])
     probe = [sys.executable, "-c", "import django, orkestr_console.core.ids"]
-    trial = subprocess.run(
+    result = subprocess.run(
         [*prefix, *probe], cwd=tree, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    if trial.returncode == 0:
+    if result.returncode == 0:
         return Identity(USER, tuple(prefix))
-    reason = (trial.stderr.strip().splitlines() or ["no reason given"])[-1]
+    reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
     return Identity(
         "root",
-        # Root without power passes where the user would have only as one of its group.
-        tuple(dropping("root", group=USER)),
+        # Root without capabilities passes where the user would only as a member of its group.
+        tuple(drop_privileges_command("root", group=USER)),
         f"web and worker run as root without capabilities, because the user '{USER}' cannot use "
         f"{tree} ({reason}). To fix: chmod -R go+rX {tree}, or clone somewhere like /opt.",
     )
 
 
-def give(path: Path, user: str) -> None:
-    """Make ``user`` the owner of one file or directory, if it is not."""
+def change_owner(path: Path, user: str) -> None:
+    """Make ``user`` the owner of a file or directory."""
     entry = pwd.getpwnam(user)
     if path.stat().st_uid != entry.pw_uid:
         os.chown(path, entry.pw_uid, entry.pw_gid)

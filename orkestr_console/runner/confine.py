@@ -1,10 +1,10 @@
-"""Run a program as an unprivileged user who sees only what it needs of a private directory.
+"""Run a program as an unprivileged user who sees only the needed parts of private directories.
 
-A clone under ``/root`` or a ``0700`` home, or a Python kept there by pyenv or uv, cannot be
-reached by a system user. Rather than open those directories, or keep the program root, it gets a
-mount namespace of its own in which each closed directory is an empty one holding nothing but bind
-mounts of the paths it needs. Mounts made by others (sandboxes, builds) are detached in that
-namespace first, so that it never keeps one alive (mount_namespaces(7)).
+A system user cannot reach a clone under ``/root`` or a ``0700`` home, or a Python installed there
+by pyenv or uv. Rather than opening those directories, or running as root, the program gets its own
+mount namespace, in which each closed directory is an empty one with only bind mounts of the paths
+it needs. Mounts of others (sandboxes, builds) are detached in that namespace first, so that it
+never keeps one alive (mount_namespaces(7)).
 
 ``python -m orkestr_console.runner.confine --user U [--need PATH]… -- argv…``, as root.
 """
@@ -33,7 +33,7 @@ KERNEL_DIRECTORIES = ("/dev", "/proc", "/sys")
 
 
 def blocked_directory(user: str, path: Path) -> Path | None:
-    """The outermost directory on the way to ``path`` that ``user`` may not pass, if any."""
+    """The outermost parent directory of ``path`` that ``user`` cannot traverse, if any."""
     entry = pwd.getpwnam(user)
     groups = set(os.getgrouplist(user, entry.pw_gid))
     for directory in reversed(path.parents):
@@ -50,13 +50,13 @@ def blocked_directory(user: str, path: Path) -> Path | None:
 
 
 def outermost(paths: Iterable[Path]) -> list[Path]:
-    """The distinct paths that do not lie inside another of them, in a stable order."""
-    kept: list[Path] = []
-    # Sorted by their parts, what lies inside a path follows it: one look back is enough.
+    """The distinct paths that are not inside another of them, in a stable order."""
+    outer: list[Path] = []
+    # Sorted by their parts, a path's contents follow it: comparing with the last is enough.
     for path in sorted(set(paths)):
-        if not kept or not path.is_relative_to(kept[-1]):
-            kept.append(path)
-    return kept
+        if not outer or not path.is_relative_to(outer[-1]):
+            outer.append(path)
+    return outer
 
 
 def mount_points(mountinfo: str) -> list[Path]:
@@ -66,12 +66,12 @@ def mount_points(mountinfo: str) -> list[Path]:
 
 
 def unneeded_mounts(mounts: Iterable[Path], needs: Sequence[Path]) -> list[Path]:
-    """The mounts that lead neither to a need nor to the system's own directories, outermost."""
-    wanted = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
-    leading = {above for path in wanted for above in (path, *path.parents)}
+    """The outermost mounts that contain neither a need nor a system directory."""
+    needed = [*needs, *map(Path, SYSTEM_DIRECTORIES)]
+    ancestors = {above for path in needed for above in (path, *path.parents)}
     return [
         mount
-        for mount in outermost(set(mounts) - leading)
+        for mount in outermost(set(mounts) - ancestors)
         if not any(mount.is_relative_to(own) for own in KERNEL_DIRECTORIES)
     ]
 
@@ -87,7 +87,7 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
         return
     os.unshare(os.CLONE_NEWNS)
     _run("mount", "--make-rprivate", "/")
-    detach_unneeded(needs)
+    detach_mounts(needs)
     handles = {need: os.open(need, os.O_PATH) for need in outermost(needs)}
     for directory in closed:
         _run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "orkestr-view", str(directory))
@@ -100,20 +100,19 @@ def enter_private_view(user: str, needs: Sequence[Path]) -> None:
         os.close(handle)
 
 
-def detach_unneeded(needs: Sequence[Path]) -> None:
-    """Detach every mount that leads to no need.
+def detach_mounts(needs: Sequence[Path]) -> None:
+    """Detach every mount that contains no need.
 
-    A sandbox that ends removes its mount points, and the kernel then takes the mounts on them away
-    here too (detach_mounts, rmdir(2)): one that is gone by the time its turn comes is no failure.
-    By the system call, which takes along what is mounted below: umount(8) reads the table of mounts
-    for each of its arguments, and there are some thousands where there are hundreds of sandboxes.
-    Raises ``OSError``.
+    A sandbox that ends removes its mount points, and the kernel then detaches the mounts on them
+    here too (detach_mounts, rmdir(2)), so one that has already disappeared is not an error. Uses
+    the system call, which also detaches submounts: umount(8) reads the mount table for each
+    argument, and hundreds of sandboxes have thousands of mounts. Raises ``OSError``.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        doomed = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
-        if not doomed:
+        unneeded = unneeded_mounts(mount_points(Path("/proc/self/mountinfo").read_text()), needs)
+        if not unneeded:
             return
-        for mount in doomed:
+        for mount in unneeded:
             try:
                 kernel.umount(mount, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
             except OSError:
@@ -125,10 +124,12 @@ def _run(*argv: str | Path) -> None:
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
 
 
-def dropping(user: str, *, stop_signal: str = "TERM", group: str | None = None) -> list[str]:
-    """The setpriv(1) command that becomes ``user`` for good and dies with its parent.
+def drop_privileges_command(
+    user: str, *, stop_signal: str = "TERM", group: str | None = None
+) -> list[str]:
+    """The setpriv(1) command that becomes ``user`` permanently and dies with its parent.
 
-    With ``group`` it is in that group alone, in place of the user's own.
+    With ``group``, it has only that group instead of the user's own.
     """
     entry = pwd.getpwnam(user)
     groups = ["--init-groups"] if group is None else [f"--groups={grp.getgrnam(group).gr_gid}"]
@@ -139,8 +140,8 @@ def dropping(user: str, *, stop_signal: str = "TERM", group: str | None = None) 
     ]
 
 
-def environment_of(user: str) -> dict[str, str]:
-    """This process's environment with the names that say who one is put right."""
+def user_environment(user: str) -> dict[str, str]:
+    """This process's environment with the variables that identify the user replaced."""
     entry = pwd.getpwnam(user)
     return {**os.environ, "HOME": entry.pw_dir, "USER": user, "LOGNAME": user}
 
@@ -154,8 +155,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
     enter_private_view(options.user, [need.resolve() for need in options.need])
-    command = [*dropping(options.user, stop_signal=options.stop_signal), *options.command]
-    os.execvpe(command[0], command, environment_of(options.user))
+    command = [
+        *drop_privileges_command(options.user, stop_signal=options.stop_signal),
+        *options.command,
+    ]
+    os.execvpe(command[0], command, user_environment(options.user))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the operator sees while the console starts: one line a step, and one that moves."""
+"""The operator's view of a start: one line per step, and one progress line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAR_LINE = "\r\x1b[2K"
 
 @dataclass
 class Step:
-    """One step under way; what it writes in ``detail`` is printed when it is done."""
+    """A running step; its ``detail`` is printed when it is done."""
 
     label: str
     detail: str = ""
@@ -26,12 +26,12 @@ class Step:
 class Display:
     """Prints steps from several threads without mixing their lines.
 
-    A terminal that has gone, or a file on a full disk, must not end what it would have told of.
+    A closed terminal, or a file on a full disk, must not stop the work that it reports.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._moving = stream.isatty()
+        self._interactive = stream.isatty()
         self._lock = threading.Lock()
         self._progress: dict[str, str] = {}
         encoding = (stream.encoding or "ascii").lower()
@@ -41,50 +41,50 @@ class Display:
 
     @contextmanager
     def step(self, label: str) -> Iterator[Step]:
-        """Time a block and print its line when it succeeds; an exception prints nothing here."""
+        """Time a block and print its line if it succeeds; an exception prints nothing here."""
         step = Step(label)
         try:
             yield step
         except BaseException:
-            self._forget(label)
+            self._clear_progress(label)
             raise
         seconds = time.monotonic() - step.started
-        self._forget(label)
+        self._clear_progress(label)
         self.line(
             f"  {self._done} {label:<{LABEL_WIDTH}}{step.detail:<{DETAIL_WIDTH}}{seconds:6.1f} s"
         )
 
     def progress(self, label: str, message: str) -> None:
-        """Show what ``label`` is doing now: on the moving line, or as a line where none moves."""
+        """Show the current progress of ``label``: on the progress line, or as a line of its own."""
         message = " ".join(message.split())[: DETAIL_WIDTH + 10]
         with self._lock:
             if self._progress.get(label) == message:
                 return
             self._progress[label] = message
             with suppress(OSError):
-                if self._moving:
-                    self._draw()
+                if self._interactive:
+                    self._redraw()
                 else:
                     self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}\n")
                     self._stream.flush()
 
-    def _forget(self, label: str) -> None:
+    def _clear_progress(self, label: str) -> None:
         with self._lock:
             self._progress.pop(label, None)
 
     def warn(self, text: str) -> None:
-        """A thing the operator should know that does not stop the start."""
+        """Print something the operator should know that doesn't stop the start."""
         self.line(f"  {self._warn} {text}")
 
     def line(self, text: str = "") -> None:
-        """Print a line above the moving one."""
+        """Print a line above the progress line."""
         with self._lock, suppress(OSError):
-            self._stream.write(f"{CLEAR_LINE if self._moving else ''}{text}\n")
-            if self._moving:
-                self._draw()
+            self._stream.write(f"{CLEAR_LINE if self._interactive else ''}{text}\n")
+            if self._interactive:
+                self._redraw()
             self._stream.flush()
 
-    def _draw(self) -> None:
+    def _redraw(self) -> None:
         self._stream.write(CLEAR_LINE)
         for label, message in list(self._progress.items())[:1]:
             self._stream.write(f"  {self._busy} {label:<{LABEL_WIDTH}}{message}")

@@ -1,4 +1,4 @@
-"""`manage.py down`: end the sandboxes, stop the console, give everything of the host back."""
+"""`manage.py down`: end the sandboxes, stop the console, and release all host resources."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import CommandFailed, run
 from orkestr_console.runner.confine import mount_points
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import holder
+from orkestr_console.runner.lock import lock_holder
 
-# How long what ends may do nothing; the time it works does not count.
+# How long stopping programs may be idle; the time they work doesn't count.
 STOP_SECONDS = 90
 TEARDOWN_SECONDS = 120
 
@@ -27,26 +27,26 @@ class DownError(Exception):
     """Something could not be stopped or removed; the message says what to do."""
 
 
-def bring_down(layout: Layout, say: Callable[[str], None]) -> None:
+def bring_down(layout: Layout, report: Callable[[str], None]) -> None:
     """End every sandbox, stop a running console, release namespaces, mounts and firewall rules.
 
     Safe to repeat. Raises ``DownError``.
     """
     running = count_sandboxes(layout)
-    # First, so that nobody makes another one, or takes what is ended here for lost.
+    # First, so that nobody creates another, or takes those ended here for lost.
     if stop_console(layout):
-        say("console stopped")
+        report("console stopped")
     if layout.state_dir.exists():
-        tear_down_host(layout, say)
+        tear_down_host(layout, report)
         if running:
-            say(f"{running} {'sandbox' if running == 1 else 'sandboxes'} ended")
-        say("containers, mounts and networks released")
+            report(f"{running} {'sandbox' if running == 1 else 'sandboxes'} ended")
+        report("containers, mounts and networks released")
     if layout.run.is_dir():
-        layout.all_ended.touch()
+        layout.sandboxes_ended_marker.touch()
 
 
 def count_sandboxes(layout: Layout) -> int:
-    """How many run, if the agent answers."""
+    """How many sandboxes run; 0 if the agent doesn't answer."""
     if not layout.host_socket.exists():
         return 0
     try:
@@ -57,13 +57,13 @@ def count_sandboxes(layout: Layout) -> int:
 
 
 def stop_console(layout: Layout) -> bool:
-    """Stop the `up` of this installation; whether there was one."""
-    process = holder(layout)
+    """Stop this installation's `up`; whether one was running."""
+    process = lock_holder(layout)
     if process is None:
         return False
     os.kill(process, signal.SIGTERM)
     patience = Patience(STOP_SECONDS, lambda: process_tree(process))
-    while holder(layout) is not None:
+    while lock_holder(layout) is not None:
         if patience.exhausted():
             raise DownError(
                 f"process {process} does not stop: it {patience.reason}. See {layout.log}; "
@@ -73,15 +73,15 @@ def stop_console(layout: Layout) -> bool:
     return True
 
 
-def tear_down_host(layout: Layout, say: Callable[[str], None]) -> None:
-    """Have the host runtime remove everything of this state directory from the host.
+def tear_down_host(layout: Layout, report: Callable[[str], None]) -> None:
+    """Have the host runtime remove all of this state directory's resources from the host.
 
     Raises ``DownError``.
     """
 
     def on_line(line: str) -> None:
         if line.startswith("ended "):
-            say(line)
+            report(line)
 
     command = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(layout.state_dir)]
     try:
@@ -98,14 +98,14 @@ def tear_down_host(layout: Layout, say: Callable[[str], None]) -> None:
 
 def remove_state(layout: Layout) -> None:
     """Delete var/ and the state directory, but never through a mount. Raises ``DownError``."""
-    doomed = [path for path in (layout.state_dir, layout.var) if path.exists()]
+    paths_to_remove = [path for path in (layout.state_dir, layout.var) if path.exists()]
     mounted = [
         mount
         for mount in mount_points(Path("/proc/self/mountinfo").read_text())
-        if any(mount.is_relative_to(path) for path in doomed)
+        if any(mount.is_relative_to(path) for path in paths_to_remove)
     ]
     if mounted:
         paths = " ".join(map(str, mounted))
         raise DownError(f"still mounted, so nothing was removed; unmount it first: {paths}")
-    for path in doomed:
+    for path in paths_to_remove:
         shutil.rmtree(path, ignore_errors=False)

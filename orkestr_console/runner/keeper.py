@@ -1,7 +1,7 @@
-"""Keeps the installation's programs running: a supervisord of its own, spoken to over a socket.
+"""Keeps the installation's programs running with its own supervisord, controlled over a socket.
 
-supervisord restarts what crashes, with growing pauses, and rotates the logs. Every program asks
-the kernel to be stopped when supervisord dies (PR_SET_PDEATHSIG, prctl(2)), and supervisord when
+supervisord restarts what crashes, with growing delays, and rotates the logs. Every program asks the
+kernel to signal it when supervisord dies (PR_SET_PDEATHSIG, prctl(2)), and supervisord when
 `manage.py up` dies, so even ``kill -9`` leaves nothing running.
 """
 
@@ -32,24 +32,24 @@ from orkestr_console.runner.layout import Layout, StartError
 LOG_BYTES = 10 * 1024 * 1024
 LOG_BACKUPS = 3
 TAIL_LINES = 20
-DO_NOT_WAIT = False
-# A program that crashes as it starts may only have come too early: supervisord tries it again,
-# after one second, then two, then three.
-MOST_CRASHES = 4
+NO_WAIT = False
+# A program that crashes at startup may only have started too early: supervisord retries it after
+# one second, then two, then three.
+MAX_CRASHES = 4
 START_SECONDS = 15
 STOP_SECONDS = 60
-# An answer of supervisord's own takes a moment, but its machine may be busy.
+# supervisord itself answers quickly, but the machine may be busy.
 CALL_SECONDS = 30
-# Between two looks at what starts. On a slow machine looking itself takes from what is waited for.
-SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
-# How often the operator is told what is still waited for.
-TELL_SECONDS = 15.0
+# Between two checks of a starting program. On a slow machine, checks themselves slow it down.
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.05, 1.0
+# How often a wait is reported to the operator.
+REPORT_SECONDS = 15.0
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-class ManagerSilent(Exception):  # noqa: N818 - what it is
-    """supervisord does not answer: it has ended, or hangs."""
+class ManagerUnresponsive(Exception):  # noqa: N818 - what it is
+    """supervisord does not answer: it has exited, or hangs."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Program:
 
 
 class Keeper:
-    """A supervisord for the length of one `manage.py up`."""
+    """The supervisord of one `manage.py up`."""
 
     def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
         self._layout = layout
@@ -73,8 +73,8 @@ class Keeper:
         self._config = layout.run / "supervisord.conf"
         self._socket = layout.manager_socket
         self._process: subprocess.Popen[bytes] | None = None
-        self._seen: dict[str, int] = {}
-        self._said: deque[str] = deque(maxlen=TAIL_LINES)
+        self._log_offsets: dict[str, int] = {}
+        self._output: deque[str] = deque(maxlen=TAIL_LINES)
 
     def start(self) -> None:
         """Start supervisord itself, with no program running yet. Raises ``StartError``."""
@@ -86,23 +86,23 @@ class Keeper:
             cwd=self._layout.tree,
             env={**os.environ, **self._layout.environment()},
             stdin=subprocess.DEVNULL,
-            # Not into a file: it dies of an error it cannot write down, as on a full disk.
+            # Not to a file: it dies if it cannot write an error, as on a full disk.
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # Ctrl-C reaches `up` alone, which then stops everything in order.
             start_new_session=True,
         )
-        threading.Thread(target=self._hear, args=[self._process.stdout], daemon=True).start()
-        if not wait_until(self._answers, START_SECONDS, self._process):
-            raise StartError(f"the process manager did not start:\n{self.last_words()}")
+        threading.Thread(target=self._read_output, args=[self._process.stdout], daemon=True).start()
+        if not wait_until(self._responds, START_SECONDS, self._process):
+            raise StartError(f"the process manager did not start:\n{self.output_tail()}")
 
-    def _hear(self, output: IO[bytes]) -> None:
+    def _read_output(self, output: IO[bytes]) -> None:
         with output:
-            self._said.extend(line.decode(errors="replace").rstrip() for line in output)
+            self._output.extend(line.decode(errors="replace").rstrip() for line in output)
 
-    def last_words(self) -> str:
-        """The end of what supervisord itself said outside its log, indented for a terminal."""
-        return _indented(list(self._said))
+    def output_tail(self) -> str:
+        """The end of supervisord's output outside its log, indented for a terminal."""
+        return _indented(list(self._output))
 
     def _write_config(self) -> None:
         config = RawConfigParser()
@@ -110,7 +110,7 @@ class Keeper:
             "logfile": str(self._layout.log / "supervisord.log"),
             "pidfile": str(self._layout.run / "supervisord.pid"),
             "user": "root",
-            # What it logs is in its log; standard output is for what it cannot log.
+            # It has a log file; standard output is for what it cannot log.
             "silent": "true",
         }
         config["unix_http_server"] = {"file": str(self._socket), "chmod": "0700"}
@@ -148,12 +148,12 @@ class Keeper:
         }
 
     def launch(self, name: str) -> None:
-        """Start one program and return at once; :meth:`await_ready` says whether it crashes."""
-        self._seen[name] = self._written(name)
+        """Start one program without waiting; :meth:`await_ready` reports crashes."""
+        self._log_offsets[name] = self._log_size(name)
         self.revive(name)
 
     def await_ready(
-        self, name: str, ready: Callable[[], bool], seconds: float, say: Say = lambda _: None
+        self, name: str, ready: Callable[[], bool], seconds: float, report: Report = lambda _: None
     ) -> None:
         """Wait until ``ready()``. Raises ``StartError`` with the end of the program's log.
 
@@ -165,35 +165,35 @@ class Keeper:
         patience = Patience(
             seconds,
             lambda: process_tree(self.states()[name][1]),
-            marker=lambda: self._written(name),
+            marker=lambda: self._log_size(name),
         )
         starts: set[int] = set()
-        began = told = time.monotonic()
-        pause = SHORTEST_PAUSE_SECONDS
+        started = last_report = time.monotonic()
+        delay = MIN_POLL_SECONDS
         while not ready():
             if self._crashed(name, starts):
                 raise self._not_ready(name, "crashed as it started")
             if patience.exhausted():
                 raise self._not_ready(name, f"is not ready: it {patience.reason}")
-            if time.monotonic() > told + TELL_SECONDS:
-                told = time.monotonic()
-                say(f"waiting for {name}, at work for {told - began:.0f} s")
-            time.sleep(pause)
-            pause = min(pause * 1.2, LONGEST_PAUSE_SECONDS)
+            if time.monotonic() > last_report + REPORT_SECONDS:
+                last_report = time.monotonic()
+                report(f"waiting for {name}, at work for {last_report - started:.0f} s")
+            time.sleep(delay)
+            delay = min(delay * 1.2, MAX_POLL_SECONDS)
 
     def _crashed(self, name: str, starts: set[int]) -> bool:
-        """Whether a program will not come up; collects in ``starts`` when it was started, each."""
-        info = next(info for info in self._all() if info["name"] == name)
+        """Whether a program keeps crashing; collects its start times in ``starts``."""
+        info = next(info for info in self._process_info() if info["name"] == name)
         starts |= {info["start"]} - {0}
         down = info["statename"] in {"BACKOFF", "FATAL", "EXITED"}
         crashes = len(starts) - (0 if down else 1)
-        return info["statename"] == "FATAL" or crashes >= MOST_CRASHES
+        return info["statename"] == "FATAL" or crashes >= MAX_CRASHES
 
-    def _not_ready(self, name: str, what: str) -> StartError:
-        end = tail(self._log(name), self._seen[name])
-        return StartError(f"{name} {what}; {self._log(name)} ends with:\n{end}")
+    def _not_ready(self, name: str, problem: str) -> StartError:
+        end = tail(self._log(name), self._log_offsets[name])
+        return StartError(f"{name} {problem}; {self._log(name)} ends with:\n{end}")
 
-    def _written(self, name: str) -> int:
+    def _log_size(self, name: str) -> int:
         log = self._log(name)
         return log.stat().st_size if log.exists() else 0
 
@@ -203,62 +203,64 @@ class Keeper:
     def states(self, seconds: float | None = None) -> dict[str, tuple[str, int]]:
         """Each program's supervisord state name and process id (0 when not running).
 
-        Raises ``ManagerSilent`` when there is no answer in ``seconds``, by default in a time that
-        a slow machine has more of.
+        Raises ``ManagerUnresponsive`` if there is no answer within ``seconds``, by default within a
+        limit that is longer on a slow machine.
         """
-        return {info["name"]: (info["statename"], info["pid"]) for info in self._all(seconds)}
+        return {
+            info["name"]: (info["statename"], info["pid"]) for info in self._process_info(seconds)
+        }
 
     def revive(self, name: str) -> None:
-        """Start a program, be it one that supervisord has given up on; silent if it crashes."""
+        """Start a program, even one that supervisord has given up on; ignores a crash."""
         try:
-            self._call("startProcess", name, DO_NOT_WAIT)
+            self._call("startProcess", name, NO_WAIT)
         except xmlrpc.client.Fault:
             return
 
     def replace(self, name: str) -> None:
-        """Kill a program that hangs, and all it started; supervisord starts it again."""
+        """Kill a hung program and its child processes; supervisord restarts it."""
         for pid in process_tree(self.states()[name][1]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill a supervisord that hangs; its programs go with it."""
+        """Kill a hung supervisord; its programs exit with it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def manager(self) -> list[int]:
-        """supervisord's process, while there is one."""
+        """supervisord's process id, if it was started."""
         return [self._process.pid] if self._process is not None else []
 
     def alive(self) -> bool:
         """Whether supervisord itself runs."""
         return self._process is not None and self._process.poll() is None
 
-    def _answers(self) -> bool:
-        """Whether it can be spoken to: it listens some time after its socket is there."""
+    def _responds(self) -> bool:
+        """Whether it answers: it listens some time after its socket appears."""
         try:
             self._call("getState")
-        except ManagerSilent:
+        except ManagerUnresponsive:
             return False
         return True
 
     def stop(self) -> None:
-        """Stop every program in order, then supervisord. Safe to call at any time."""
+        """Stop every program in order, then supervisord. Can be called at any time."""
         if self._process is None:
             return
         self._process.terminate()
         if not wait_until(lambda: not self.alive(), STOP_SECONDS, self._process):
-            # Its programs go with it, each by its own parent-death signal.
+            # Its programs exit with it, each by its parent-death signal.
             self._process.kill()
             self._process.wait()
         self._socket.unlink(missing_ok=True)
 
     def pids(self) -> list[int]:
-        """Every process of every program; none when supervisord does not answer."""
+        """Every process of every program; none if supervisord doesn't answer."""
         try:
             running = [pid for _, pid in self.states().values() if pid]
-        except ManagerSilent:
+        except ManagerUnresponsive:
             return []
         return [pid for program in running for pid in process_tree(program)]
 
@@ -266,7 +268,7 @@ class Keeper:
         """The end of one file of the log directory."""
         return tail(self._layout.log / log)
 
-    def _all(self, seconds: float | None = None) -> list[dict[str, Any]]:
+    def _process_info(self, seconds: float | None = None) -> list[dict[str, Any]]:
         answer = self._call("getAllProcessInfo", seconds=seconds)
         return answer if isinstance(answer, list) else []
 
@@ -275,15 +277,15 @@ class Keeper:
         limit = scaled(CALL_SECONDS) if seconds is None else seconds
         transport._get_connection = lambda: _Connection(str(self._socket), limit)
         try:
-            # The address is a formality: the transport goes to the socket.
+            # The address is ignored: the transport connects to the socket.
             with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
                 return getattr(server.supervisor, method)(*arguments)
         except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
-            raise ManagerSilent(f"the process manager does not answer: {error}") from error
+            raise ManagerUnresponsive(f"the process manager does not answer: {error}") from error
 
 
 class _Connection(UnixStreamHTTPConnection):  # type: ignore[misc]
-    """supervisord's own, which would wait for ever for an answer."""
+    """supervisord's own connection with a timeout, which it lacks."""
 
     def __init__(self, path: str, seconds: float) -> None:
         super().__init__("localhost")
@@ -297,7 +299,7 @@ class _Connection(UnixStreamHTTPConnection):  # type: ignore[misc]
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes]) -> bool:
-    """Poll ``ready`` ten times a second until ``process`` has ended, or does nothing so long."""
+    """Poll ``ready`` until it is true, ``process`` exits, or it is idle for ``seconds``."""
     patience = Patience(seconds, lambda: process_tree(process.pid))
     while not ready():
         if process.poll() is not None or patience.exhausted():
@@ -307,7 +309,7 @@ def wait_until(ready: Callable[[], bool], seconds: float, process: subprocess.Po
 
 
 def tail(log: Path, offset: int = 0) -> str:
-    """The last lines of what was written to ``log`` after ``offset``, indented for a terminal."""
+    """The last lines written to ``log`` after ``offset``, indented for a terminal."""
     if not log.exists():
         return "    (it wrote nothing)"
     with log.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Where one installation keeps its state and its sockets, and the environment that says so."""
+"""The paths of an installation's state and sockets, and the environment that sets them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
 # sun_path of unix(7), less its NUL.
-LONGEST_SOCKET_PATH = 107
+MAX_SOCKET_PATH = 107
 # PID_MAX_LIMIT of a 64-bit kernel (proc(5), pid_max).
-LARGEST_PID = 2**22
-UNUSABLE = frozenset("%;#\"'\n")
+MAX_PID = 2**22
+FORBIDDEN_CHARACTERS = frozenset("%;#\"'\n")
 
 
 class StartError(Exception):
@@ -48,32 +48,32 @@ class Layout:
 
     @property
     def console_json(self) -> Path:
-        """Where a script finds the URL and the demo team's credentials (mode 0600)."""
+        """The URL and the demo team's credentials, for scripts (mode 0600)."""
         return self.run / "console.json"
 
     @property
     def ready(self) -> Path:
-        """Exists, with the URL in it, while the console serves and is checked."""
+        """Exists, with the URL as its content, once the console serves and has been checked."""
         return self.run / "ready"
 
     @property
-    def all_ended(self) -> Path:
-        """Exists after `make down` until the next start tells the database of it."""
+    def sandboxes_ended_marker(self) -> Path:
+        """Exists after `make down`, until the next start records it in the database."""
         return self.run / "sandboxes-ended"
 
     @property
-    def restoring(self) -> Path:
-        """Exists, with the backup's name in it, until a restore is whole: nothing starts before."""
+    def restore_marker(self) -> Path:
+        """Exists, with the backup's path, until a restore is complete: nothing starts before."""
         return self.var / "restoring"
 
     @property
     def lock(self) -> Path:
-        """Held, with the owner's process id in it, by the one `manage.py up` of this var."""
+        """The lock file of the only `manage.py up` of this var, with its process id."""
         return self.run / "up.lock"
 
     @property
     def manager_socket(self) -> Path:
-        """Where the process manager is told what to do."""
+        """The process manager's control socket."""
         return self.run / "supervisor.sock"
 
     @property
@@ -83,19 +83,19 @@ class Layout:
 
     @property
     def url(self) -> str:
-        """Where a browser on this machine finds the console."""
+        """The console's URL for browsers."""
         return os.environ.get("ORKESTR_PUBLIC_URL", f"http://127.0.0.1:{self.port}").rstrip("/")
 
     @property
     def local_url(self) -> str:
-        """Where a program on this machine reaches the web process."""
+        """The web process's URL for programs on this machine."""
         address = self.listen[0]
         reached = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(address, address)  # noqa: S104
         return f"http://{f'[{reached}]' if ':' in reached else reached}:{self.port}"
 
     @property
-    def hidden_from_public_url(self) -> bool:
-        """Whether others are told an address at which, without a proxy, nothing answers."""
+    def public_url_unreachable(self) -> bool:
+        """Whether the public URL is one that nothing serves, unless there is a proxy."""
         public = urlsplit(self.url)
         local = {"localhost", "127.0.0.1", "::1"}
         return (
@@ -103,44 +103,45 @@ class Layout:
         )
 
     def environment(self) -> dict[str, str]:
-        """What every program of the installation gets on top of the operator's environment."""
+        """The variables that every program gets in addition to the operator's environment."""
         return {
             "ORKESTR_VAR": str(self.var),
             "ORKESTR_STATE_DIR": str(self.state_dir),
             "ORKESTR_HOST_SOCKET": str(self.host_socket),
             "DATABASE_URL": self.database_url or self.cluster.url,
             "PORT": str(self.port),
-            # One measure for all: some wait for what others do.
+            # The same for all: some wait for others.
             "ORKESTR_PATIENCE": f"{slowness():.1f}",
             "PYTHONUNBUFFERED": "1",
         }
 
     def prepare(self) -> None:
-        """Make the directories that everything else expects, closed to who has no business there.
+        """Create the directories that everything else expects, closed to other users.
 
         Raises ``StartError``.
         """
         for path in (self.tree, self.var, self.state_dir):
-            if UNUSABLE & set(str(path)):
+            if FORBIDDEN_CHARACTERS & set(str(path)):
+                named = " ".join(sorted(FORBIDDEN_CHARACTERS))
                 raise StartError(
-                    f"the path {path} has one of {' '.join(sorted(UNUSABLE))} in it, which the "
-                    "process manager's configuration cannot express: use another directory"
+                    f"the path {path} has one of {named} in it, which the process manager's "
+                    "configuration cannot express: use another directory"
                 )
         for setting, path in self._longest_sockets():
-            if (size := len(os.fsencode(path))) > LONGEST_SOCKET_PATH:
+            if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
                 raise StartError(
                     f"{path} is too long a path for a Unix socket, {size} bytes where the kernel "
-                    f"takes {LONGEST_SOCKET_PATH}: set {setting} to a shorter path"
+                    f"takes {MAX_SOCKET_PATH}: set {setting} to a shorter path"
                 )
         for directory in (self.var, self.run, self.log):
             directory.mkdir(parents=True, exist_ok=True)
-            # Passed through by the web's user and PostgreSQL's, each to what is theirs; not listed.
+            # The users of web and PostgreSQL can traverse it to their own files, but not list it.
             directory.chmod(0o711)
         self.log.chmod(0o700)
 
     def _longest_sockets(self) -> list[tuple[str, Path]]:
-        """What each is named by, and what it is first made as: supervisord adds its process id."""
-        manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{LARGEST_PID}")
+        """The setting behind each socket, and its longest path: supervisord adds its process id."""
+        manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{MAX_PID}")
         found = [("ORKESTR_HOST_SOCKET or ORKESTR_VAR", self.host_socket), ("ORKESTR_VAR", manager)]
         if self.database_url is None:
             found.append(("ORKESTR_VAR", self.cluster.sockets / ".s.PGSQL.5432.lock"))
@@ -148,9 +149,9 @@ class Layout:
 
 
 def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
-    """The layout that the environment asks for, with the defaults of the README.
+    """The layout that the environment configures, with the README's defaults.
 
-    Raises ``StartError``, with what to write instead, for one that cannot be meant.
+    Raises ``StartError``, with the fix, for an invalid one.
     """
     try:
         configured_slowness(environment)

@@ -1,4 +1,4 @@
-"""One `manage.py up` at a time for each var directory."""
+"""A lock that allows one `manage.py up` per var directory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from orkestr_console.runner.layout import Layout, StartError
 
 
 @contextmanager
-def only_one(layout: Layout) -> Iterator[None]:
-    """Hold the installation's lock (flock(2): the kernel frees it however we end).
+def exclusive_lock(layout: Layout) -> Iterator[None]:
+    """Hold the installation's lock (flock(2): the kernel releases it however we exit).
 
     Raises ``StartError`` if another process holds it.
     """
     with layout.lock.open("a+") as stream:
-        # Who could open it, if only to read, could hold it against us (flock(2)).
+        # Anybody who can open it, even only to read, could lock it against us (flock(2)).
         layout.lock.chmod(0o600)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,8 +29,8 @@ def only_one(layout: Layout) -> Iterator[None]:
         yield
 
 
-def holder(layout: Layout) -> int | None:
-    """The process id of the `up` that runs now, if one does."""
+def lock_holder(layout: Layout) -> int | None:
+    """The process id of the running `up`, or None."""
     if not layout.lock.exists():
         return None
     with layout.lock.open() as stream:
@@ -45,6 +45,6 @@ def holder(layout: Layout) -> int | None:
 def _already_running(layout: Layout) -> str:
     url = layout.ready.read_text().strip() if layout.ready.exists() else "and still starting"
     return (
-        f"it already runs: process {holder(layout) or '?'}, {url}. Use that one, stop it with "
+        f"it already runs: process {lock_holder(layout) or '?'}, {url}. Use that one, stop it with "
         "Ctrl-C or `make down`, or start a second installation with ORKESTR_VAR=… and PORT=…"
     )

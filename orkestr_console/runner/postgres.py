@@ -1,7 +1,7 @@
-"""A private PostgreSQL cluster: made once, on a Unix socket only, with peer authentication.
+"""A private PostgreSQL cluster: created once, on a Unix socket only, with peer authentication.
 
 ``python -m orkestr_console.runner.postgres exec DIRECTORY -- command…`` runs a command against a
-throw-away cluster made in DIRECTORY, with ``DATABASE_URL`` set, and removes it afterwards.
+temporary cluster in DIRECTORY, with ``DATABASE_URL`` set, and removes it afterwards.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ import psycopg
 from psycopg import sql
 
 from hostruntime.host.patience import Patience, process_tree, scaled
-from orkestr_console.runner.account import USER, confined, ensure_user, give
+from orkestr_console.runner.account import USER, change_owner, confined_command, ensure_user
 
 SERVER_USER = "postgres"
 DATABASE = "orkestr"
 DISTRIBUTION = Path("/usr/lib/postgresql")
 # sun_path of unix(7) is 108 bytes with its NUL; PostgreSQL adds "/.s.PGSQL.5432.lock".
-LONGEST_SOCKET_DIRECTORY = 108 - 20
+MAX_SOCKET_DIRECTORY = 108 - 20
 CONNECT_SECONDS = 10
 IDLE_SECONDS = 30
 
 
 class PostgresError(Exception):
-    """The private cluster cannot be made or started; the message says what to do."""
+    """The private cluster cannot be created or started; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster's two directories: its data, and where its socket is."""
+    """A cluster's two directories: its data and its socket."""
 
     data: Path
     sockets: Path
 
     @property
     def url(self) -> str:
-        """What ``DATABASE_URL`` is for this cluster."""
+        """The ``DATABASE_URL`` of this cluster."""
         return f"postgres://{USER}@/{DATABASE}?host={quote(str(self.sockets))}"
 
     def create(self) -> bool:
-        """Make the cluster if there is none yet; whether one was made. Needs root.
+        """Create the cluster if there is none; whether one was created. Needs root.
 
-        The user of the console must be there (:func:`ensure_user`).
+        The console's user must exist (:func:`ensure_user`).
 
         Raises ``PostgresError``.
         """
@@ -65,7 +65,7 @@ class Cluster:
         staging = self.data.with_name(f"{self.data.name}.new")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True, mode=0o700)
-        give(staging, SERVER_USER)
+        change_owner(staging, SERVER_USER)
         self._initdb(staging)
         (staging / "pg_hba.conf").write_text("local all all peer map=orkestr\n")
         (staging / "pg_ident.conf").write_text(_ident_map())
@@ -73,13 +73,13 @@ class Cluster:
         return True
 
     def _prepare_sockets(self) -> None:
-        if len(os.fsencode(self.sockets)) > LONGEST_SOCKET_DIRECTORY:
+        if len(os.fsencode(self.sockets)) > MAX_SOCKET_DIRECTORY:
             raise PostgresError(
                 f"{self.sockets} is too long a path for a Unix socket: set ORKESTR_VAR shorter"
             )
-        _server_user_exists()
+        _require_server_user()
         self.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Nobody else may even connect, and so take the server's connections.
+        # Nobody else may connect at all, and so use up the server's connections.
         os.chown(self.sockets, pwd.getpwnam(SERVER_USER).pw_uid, grp.getgrnam(USER).gr_gid)
         self.sockets.chmod(0o710)
 
@@ -88,36 +88,36 @@ class Cluster:
             *(newest_server() / "initdb", "-D", directory, "-U", SERVER_USER),
             *("-A", "peer", "-E", "UTF8", "--locale=C.UTF-8", "--data-checksums", "-N"),
         ]
-        argv = [*confined(SERVER_USER, [directory]), *map(str, initdb)]
-        made = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if made.returncode != 0:
-            raise PostgresError(f"initdb failed in {directory}: {made.stderr.strip()}")
+        argv = [*confined_command(SERVER_USER, [directory]), *map(str, initdb)]
+        result = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if result.returncode != 0:
+            raise PostgresError(f"initdb failed in {directory}: {result.stderr.strip()}")
 
     def command(self, **settings: str) -> list[str]:
-        """The argv that runs the server in the foreground; it stops with its parent.
+        """The argv that runs the server in the foreground; it exits with its parent.
 
         ``settings`` are server parameters. Raises ``PostgresError`` if the cluster's version of
         PostgreSQL is not installed.
         """
-        # Autovacuum and the rest stay stock; only what reaches outside is set here.
+        # Autovacuum and the rest keep their defaults; only external interfaces are set here.
         fixed = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.sockets),
             "cluster_name": "orkestr",
             "log_line_prefix": "%m [%p] %u ",
-            # A statement that fails, and the row it was about, hold what people keep secret:
-            # sessions, variables of sandboxes. The web's and worker's logs say what failed.
+            # A failed statement and its row contain secrets: sessions, sandboxes' variables.
+            # The logs of web and worker say what failed.
             "log_min_error_statement": "panic",
             "log_error_verbosity": "terse",
         }
         options = [f"--{name}={value}" for name, value in (fixed | settings).items()]
-        server = str(server_of(self.data) / "postgres")
+        server = str(server_programs(self.data) / "postgres")
         # SIGINT is PostgreSQL's fast shutdown: it does not wait for clients to leave.
-        prefix = confined(SERVER_USER, [self.data, self.sockets], stop_signal="INT")
+        prefix = confined_command(SERVER_USER, [self.data, self.sockets], stop_signal="INT")
         return [*prefix, server, "-D", str(self.data), *options]
 
-    def answers(self) -> bool:
-        """Whether the server takes connections now."""
+    def is_ready(self) -> bool:
+        """Whether the server accepts connections."""
         try:
             self._connect(SERVER_USER).close()
         except psycopg.OperationalError:
@@ -125,18 +125,18 @@ class Cluster:
         return True
 
     def responds(self) -> bool:
-        """Whether the server says anything at all, be it that it takes no connection now."""
+        """Whether the server answers at all, even if only to refuse a connection."""
         try:
             self._connect(SERVER_USER).close()
         except psycopg.OperationalError as error:
-            # What the server itself says; libpq's own words for its silence have no severity.
+            # The server's own message; libpq's messages about its silence have no severity.
             return "FATAL" in str(error)
         return True
 
-    def end_orphan(self) -> None:
-        """End a server whose parent was killed before it could stop with it.
+    def stop_orphan(self) -> None:
+        """Stop a server that survived its killed parent.
 
-        For who holds the installation's lock. Raises ``PostgresError`` if it stays.
+        The caller holds the installation's lock. Raises ``PostgresError`` if it doesn't stop.
         """
         pid = self._server_pid()
         if pid is None:
@@ -149,7 +149,7 @@ class Cluster:
             time.sleep(0.05)
 
     def _server_pid(self) -> int | None:
-        """The process that serves this data now, as it says itself (postmaster.pid)."""
+        """The process that serves this data now, from postmaster.pid."""
         with suppress(OSError, ValueError, IndexError):
             pid = int((self.data / "postmaster.pid").read_text().splitlines()[0])
             if os.fsencode(self.data) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
@@ -157,7 +157,7 @@ class Cluster:
         return None
 
     def ensure_database(self) -> None:
-        """Make the role and the database the console uses, if missing. The server must answer."""
+        """Create the console's role and database, if missing. The server must be ready."""
         with self._connect(SERVER_USER) as connection:
             names = {"role": sql.Identifier(USER), "name": sql.Identifier(DATABASE)}
             if not _exists(connection, "SELECT 1 FROM pg_roles WHERE rolname = %s", USER):
@@ -182,12 +182,12 @@ def _exists(connection: psycopg.Connection, query: str, name: str) -> bool:
 
 
 def _ident_map() -> str:
-    """Which system users may be which database roles (pg_ident.conf)."""
+    """The mapping from system users to database roles (pg_ident.conf)."""
     pairs = [("root", USER), ("root", SERVER_USER), (USER, USER), (SERVER_USER, SERVER_USER)]
     return "".join(f"orkestr {system} {role}\n" for system, role in pairs)
 
 
-def _server_user_exists() -> None:
+def _require_server_user() -> None:
     try:
         pwd.getpwnam(SERVER_USER)
     except KeyError:
@@ -197,15 +197,15 @@ def _server_user_exists() -> None:
 
 
 def newest_server() -> Path:
-    """The program directory of the newest PostgreSQL server installed from packages."""
-    found = [path.parent for path in DISTRIBUTION.glob("*/bin/postgres")]
-    if not found:
+    """The program directory of the newest installed PostgreSQL server package."""
+    servers = [path.parent for path in DISTRIBUTION.glob("*/bin/postgres")]
+    if not servers:
         raise PostgresError("no PostgreSQL server is installed: apt-get install postgresql")
-    return max(found, key=lambda path: int(path.parent.name))
+    return max(servers, key=lambda path: int(path.parent.name))
 
 
-def server_of(data: Path) -> Path:
-    """The program directory of the version that made ``data``."""
+def server_programs(data: Path) -> Path:
+    """The program directory of the version that created ``data``."""
     version = (data / "PG_VERSION").read_text().strip()
     programs = DISTRIBUTION / version / "bin"
     if not (programs / "postgres").exists():
@@ -218,32 +218,32 @@ def server_of(data: Path) -> Path:
 
 @contextmanager
 def temporary_cluster(directory: Path) -> Iterator[Cluster]:
-    """A running cluster in ``directory`` for as long as the block lasts; removed afterwards.
+    """A running cluster in ``directory`` inside the block; removed afterwards.
 
-    Durability is off: it is for tests. Raises ``PostgresError`` if it does not come up.
+    Durability is off: it is for tests. Raises ``PostgresError`` if it doesn't start.
     """
     ensure_user()
     directory.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(directory / "data", directory / "sockets")
     cluster.create()
     try:
-        quick = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-        with serving(cluster, directory / "postgres.log", **quick):
+        settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        with running_server(cluster, directory / "postgres.log", **settings):
             yield cluster
     finally:
         shutil.rmtree(directory)
 
 
 @contextmanager
-def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
-    """Run the cluster's server for as long as the block lasts, with its database made.
+def running_server(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
+    """Run the cluster's server inside the block, and create its database.
 
-    ``settings`` are server parameters. Raises ``PostgresError`` if it does not come up.
+    ``settings`` are server parameters. Raises ``PostgresError`` if it doesn't start.
     """
-    cluster.end_orphan()
+    cluster.stop_orphan()
     with log.open("ab") as output:
         server = subprocess.Popen(
-            # From the first moment, though what drops its rights sets it anew (prctl(2)).
+            # From the start; dropping privileges clears it, and sets it again (prctl(2)).
             ["setpriv", "--pdeathsig=TERM", "--", *cluster.command(**settings)],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -251,23 +251,23 @@ def serving(cluster: Cluster, log: Path, **settings: str) -> Iterator[None]:
             start_new_session=True,
         )
     try:
-        _wait_until_it_answers(cluster, server, log)
+        _wait_until_ready(cluster, server, log)
         cluster.ensure_database()
         yield
     finally:
         server.send_signal(signal.SIGINT)
-        _wait_until_it_ends(server)
+        _wait_until_exited(server)
 
 
-def _wait_until_it_answers(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(cluster: Cluster, server: subprocess.Popen[bytes], log: Path) -> None:
     patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
-    while not cluster.answers():
+    while not cluster.is_ready():
         if server.poll() is not None or patience.exhausted():
             raise PostgresError(f"the database did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
-def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
+def _wait_until_exited(server: subprocess.Popen[bytes]) -> None:
     patience = Patience(IDLE_SECONDS, lambda: process_tree(server.pid))
     while server.poll() is None:
         if patience.exhausted():
@@ -276,7 +276,7 @@ def _wait_until_it_ends(server: subprocess.Popen[bytes]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command against a throw-away cluster; its exit status is the command's."""
+    """Run a command against a temporary cluster; returns its exit status."""
     parser = argparse.ArgumentParser(prog="postgres")
     parser.add_argument("verb", choices=["exec"])
     parser.add_argument("directory", type=Path)

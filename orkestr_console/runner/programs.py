@@ -1,4 +1,4 @@
-"""The programs of an installation, how each is started, and how one tells that it is ready."""
+"""The programs of an installation: how to start each, and how to check that it is ready."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from orkestr_console.runner.account import USER, Identity
 from orkestr_console.runner.keeper import Program
 from orkestr_console.runner.layout import Layout
 
-# How long a program may do nothing as it starts before something must be wrong; the time it works
-# does not count. The first start of the agent makes its pool of network namespaces and reclaims
-# what a killed one left.
+# How long a starting program may be idle before it counts as failed; the time it works doesn't
+# count. The agent's first start creates its pool of network namespaces and reclaims what a killed
+# one left.
 AGENT_SECONDS = 120
 DATABASE_SECONDS = 60
 WEB_SECONDS = 120
 WORKER_SECONDS = 120
-# A request that takes longer is made again: meanwhile nobody sees whether the program has crashed.
+# A slower request is retried: meanwhile nobody notices whether the program has crashed.
 ANSWER_SECONDS = 10
 
 
@@ -40,7 +40,7 @@ def agent(layout: Layout) -> Program:
 
 
 def worker(layout: Layout, identity: Identity) -> Program:
-    """The queue's worker. Its group is stopped whole: its children must not outlive it."""
+    """The queue's worker. Its entire group is stopped: its children must not outlive it."""
     command = [*identity.prefix, *manage(layout, "worker")]
     return Program("worker", command, 20, stop_group=True)
 
@@ -51,32 +51,32 @@ def web(layout: Layout, identity: Identity) -> Program:
 
 
 def manage(layout: Layout, *arguments: str) -> list[str]:
-    """The command line of one management command."""
+    """The command line of a management command."""
     return [sys.executable, str(layout.tree / "manage.py"), *arguments]
 
 
-def web_answers(layout: Layout) -> bool:
-    """Whether the web process serves requests now, and reaches the database."""
-    return is_well(layout, "database")
+def web_is_ready(layout: Layout) -> bool:
+    """Whether the web process serves requests and reaches the database."""
+    return check_ok(layout, "database")
 
 
-def worker_answers(layout: Layout) -> bool:
-    """Whether the worker takes tasks now, as the web process sees it."""
-    return is_well(layout, "worker")
+def worker_is_ready(layout: Layout) -> bool:
+    """Whether the worker is running, as the web process sees it."""
+    return check_ok(layout, "worker")
 
 
-def is_well(layout: Layout, thing: str) -> bool:
-    """What ``/readyz`` says of one thing; False while there is nobody to say it."""
+def check_ok(layout: Layout, check: str) -> bool:
+    """Whether ``/readyz`` reports one check as ok; False if it doesn't answer."""
     address = f"{layout.local_url}/readyz"
     try:
         answer = httpx.get(address, timeout=scaled(ANSWER_SECONDS), trust_env=False)
-        return bool(answer.json()["checks"][thing]["state"] == "ok")
+        return bool(answer.json()["checks"][check]["state"] == "ok")
     except (httpx.HTTPError, ValueError, KeyError):
         return False
 
 
-def agent_answers(socket: Path) -> bool:
-    """Whether the host agent serves requests on ``socket`` now."""
+def agent_is_ready(socket: Path) -> bool:
+    """Whether the host agent serves requests on ``socket``."""
     try:
         with HostClient(socket) as host:
             host.health(seconds=ANSWER_SECONDS)

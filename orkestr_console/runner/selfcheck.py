@@ -1,4 +1,4 @@
-"""The self-check: the whole way from a recipe to a command's output, through the REST API."""
+"""The self-check: from a recipe to a command's output, through the REST API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "self-check"
 BASE = "debian-12"
 RECIPE = ("echo baked > /root/.self-check", 'test "$(cat /root/.self-check)" = baked')
 COMMAND = "cat /root/.self-check"
-# How long nothing may come of the build, nor any program of the installation work on it.
+# How long the build may report nothing while no program of the installation works.
 BUILD_SECONDS = 120
 ANSWER_SECONDS = 60
 
@@ -27,14 +27,14 @@ class SelfCheckError(Exception):
 
 @dataclass
 class SelfCheck:
-    """One run against ``url``; ``times`` has a row (what, seconds) for each step that passed.
+    """One run against ``url``; ``times`` has a row (step, seconds) for each step that passed.
 
-    ``pids`` are the installation's processes, where they can be seen.
+    ``pids`` are the installation's processes, if visible.
     """
 
     url: str
     api_key: str
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     pids: Pids = tuple
     times: list[tuple[str, float]] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class SelfCheck:
         return template
 
     def _wait_until_ready(self, template: str) -> None:
-        """Follow the build by what it tells, for as long as it tells something or is worked on."""
+        """Follow the build's events until it is ready, while it makes any progress."""
         events = 0
         patience = Patience(scaled(BUILD_SECONDS), self.pids, marker=lambda: events)
         while not patience.exhausted():
@@ -81,12 +81,12 @@ class SelfCheck:
         )
 
     def _follow(self, template: str, after: int) -> int:
-        """Say what the build is at; the number of its last event."""
+        """Report the build's progress; the number of its last event."""
         page = self._call("GET", f"/v1/templates/{template}/events?after={after}")
         for event in page["events"]:
             after = event["seq"]
             if event["kind"] == "step_started":
-                self.say(f"step {event['step']} of {event['total']}")
+                self.report(f"step {event['step']} of {event['total']}")
         return after
 
     def _use(self, template: str) -> None:
@@ -102,17 +102,17 @@ class SelfCheck:
                 self._call("DELETE", f"/v1/sandboxes/{sandbox}")
 
     def _remove_leftovers(self) -> None:
-        """A self-check that was killed half-way leaves its template; it must not pile up."""
+        """Delete the templates that killed self-checks left."""
         for row in self._call("GET", "/v1/templates?limit=200")["templates"]:
             if row["name"] == NAME:
                 self._call("DELETE", f"/v1/templates/{row['id']}")
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        self.say(what)
+    def _timed(self, step: str) -> Iterator[None]:
+        self.report(step)
         started = time.monotonic()
         yield
-        self.times.append((what, time.monotonic() - started))
+        self.times.append((step, time.monotonic() - started))
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         try:

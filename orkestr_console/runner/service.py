@@ -1,7 +1,7 @@
-"""A unit for systemd: the console starts at boot, and again when it ends (systemd.service(5)).
+"""A systemd unit: starts the console at boot, and restarts it when it exits (systemd.service(5)).
 
-Everything else in an installation is restarted by `manage.py up`; that process itself is what only
-the machine's own service manager can restart.
+`manage.py up` restarts everything else in an installation; only the machine's own service manager
+can restart that process itself.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ OOMScoreAdjust=-900
 [Install]
 WantedBy=multi-user.target
 """
-# Where an operator puts what others on the machine must not read, as they may a unit.
+# Where an operator puts secrets: others on the machine can read a unit.
 SECRETS_FILE = "/etc/orkestr.env"
 SECRETS = ("DATABASE_URL", "ORKESTR_SECRET_KEY", "ORKESTR_TOKEN_PEPPER")
-# What a start by hand chooses.
-BY_HAND = frozenset({"ORKESTR_PYTHON"})
+# Variables of a manual start.
+EXCLUDED = frozenset({"ORKESTR_PYTHON"})
 
 
-def secrets_in(environment: Mapping[str, str] = os.environ) -> list[str]:
+def configured_secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The names of what is configured now, and left out of the unit."""
     return [name for name in SECRETS if environment.get(name)]
 
@@ -54,7 +54,7 @@ def unit(layout: Layout, environment: Mapping[str, str] = os.environ) -> str:
         name: value
         for name, value in sorted(environment.items())
         if value and (name == "PORT" or name.startswith("ORKESTR_"))
-        if name not in BY_HAND and name not in SECRETS
+        if name not in EXCLUDED and name not in SECRETS
     }
     return UNIT.format(
         url=layout.url.replace("%", "%%"),

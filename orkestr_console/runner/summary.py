@@ -1,4 +1,4 @@
-"""What `make run` says at the end: where the console is, how to get in, and what to paste."""
+"""The final output of `make run`: the console's URL, credentials and examples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXT = """
 
 @dataclass(frozen=True)
 class Credentials:
-    """The demo team's way in."""
+    """The demo team's credentials."""
 
     user: str
     password: str
@@ -57,7 +57,7 @@ def summary(layout: Layout, credentials: Credentials, seconds: float) -> str:
 
 
 def write_console_json(layout: Layout, credentials: Credentials) -> None:
-    """Leave the same facts for scripts, readable by root alone, replaced in one step."""
+    """Write the URL and credentials for scripts, readable only by root, atomically."""
     staging = layout.console_json.with_suffix(".new")
     descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as stream:
@@ -67,7 +67,7 @@ def write_console_json(layout: Layout, credentials: Credentials) -> None:
 
 
 def known_credentials(layout: Layout) -> Credentials | None:
-    """What an earlier start wrote; None when there is nothing readable."""
+    """The credentials that an earlier start wrote; None if unreadable."""
     try:
         record = json.loads(layout.console_json.read_text())
         return Credentials(*(record[name] for name in ("user", "password", "team", "api_key")))

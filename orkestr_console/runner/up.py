@@ -1,4 +1,4 @@
-"""`manage.py up`: start everything, say what came up, keep it running until Ctrl-C."""
+"""`manage.py up`: start everything, report it, and keep it running until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.images import BaseInfo
 from orkestr_console.runner import programs
-from orkestr_console.runner.account import Identity, choose_identity, ensure_user, give
+from orkestr_console.runner.account import Identity, change_owner, choose_identity, ensure_user
 from orkestr_console.runner.display import Display
-from orkestr_console.runner.doctor import listening_fault
+from orkestr_console.runner.doctor import listen_problem
 from orkestr_console.runner.guard import Guard
 from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, StartError
-from orkestr_console.runner.lock import only_one
+from orkestr_console.runner.lock import exclusive_lock
 from orkestr_console.runner.selfcheck import SelfCheck, SelfCheckError
 from orkestr_console.runner.summary import (
     Credentials,
@@ -34,7 +34,7 @@ from orkestr_console.runner.summary import (
 
 MEBIBYTE = 1024**2
 OOM_SCORE_ADJ = -900
-# What Django keeps in var/run and the unprivileged processes must be able to read.
+# Django's secrets in var/run, which the unprivileged processes must be able to read.
 SECRETS = ("secret_key", "token_pepper")
 
 
@@ -45,25 +45,25 @@ class Console:
         self._layout = layout
         self._display = display
         self._self_check = self_check
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._stopping = False
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM.
 
-        Raises ``StartError`` or ``PostgresError`` when something does not come up; what had come
-        up is stopped again.
+        Raises ``StartError`` or ``PostgresError`` if something doesn't start; what had started is
+        stopped again.
         """
-        self._refuse_unless_root()
-        # What is made without a mode of its own is no matter of who starts it, and how.
+        self._require_root()
+        # Files created without an explicit mode must not depend on who starts it.
         os.umask(0o022)
-        spare_from_the_oom_killer()
+        protect_from_oom_killer()
         self._layout.prepare()
-        with only_one(self._layout):
-            # One that was killed leaves it.
+        with exclusive_lock(self._layout):
+            # A killed run leaves it.
             self._layout.ready.unlink(missing_ok=True)
-            self._refuse_what_is_half_restored()
-            self._refuse_unless_it_can_listen()
+            self._require_complete_restore()
+            self._require_port()
             ensure_user()
             if self._layout.database_url is None:
                 self._layout.cluster.create()
@@ -71,24 +71,24 @@ class Console:
             self._keeper = Keeper(self._layout, self._programs(identity))
             self._serve(identity)
 
-    def _refuse_unless_root(self) -> None:
+    def _require_root(self) -> None:
         if os.geteuid() != 0:
             raise StartError(
                 "containers, mounts and networks need root: start with `make run`, or with sudo"
             )
 
-    def _refuse_what_is_half_restored(self) -> None:
-        if self._layout.restoring.exists():
+    def _require_complete_restore(self) -> None:
+        if self._layout.restore_marker.exists():
             raise StartError(
                 "a restore into this installation was not finished: repeat `./manage.py restore "
                 "DIRECTORY`, or give it up with `make clean`"
             )
 
-    def _refuse_unless_it_can_listen(self) -> None:
+    def _require_port(self) -> None:
         layout = self._layout
-        if (fault := listening_fault(layout.port, layout.listen)) is not None:
+        if (fault := listen_problem(layout.port, layout.listen)) is not None:
             raise StartError(f"port {': '.join(fault)}")
-        if layout.hidden_from_public_url:
+        if layout.public_url_unreachable:
             self._display.warn(
                 f"ORKESTR_PUBLIC_URL is {layout.url}, but the console listens on this machine "
                 "alone: set ORKESTR_LISTEN to an address that others reach, or to `all`"
@@ -102,12 +102,12 @@ class Console:
 
     def _programs(self, identity: Identity) -> list[Program]:
         layout = self._layout
-        found = [
+        selected = [
             programs.agent(layout),
             programs.worker(layout, identity),
             programs.web(layout, identity),
         ]
-        return found if layout.database_url else [programs.postgres(layout), *found]
+        return selected if layout.database_url else [programs.postgres(layout), *selected]
 
     def _serve(self, identity: Identity) -> None:
         pool = ThreadPoolExecutor(max_workers=1)
@@ -117,7 +117,7 @@ class Console:
         except KeyboardInterrupt:
             self._display.line("\n  Stopping. Sandboxes keep running; `make down` ends them.")
         finally:
-            # A second Ctrl-C must not leave half of it running.
+            # A second Ctrl-C must not leave anything running.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._stopping = True
             self._layout.ready.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class Console:
         self._start_database()
         credentials = self._prepare(identity)
         self._start_console()
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started_at
         host.result()
         if self._self_check:
             self._check(credentials)
@@ -143,14 +143,14 @@ class Console:
         cluster = self._layout.cluster
         with self._display.step("database") as step:
             self._keeper.launch("postgres")
-            self._await("database", "postgres", cluster.answers, programs.DATABASE_SECONDS)
+            self._await("database", "postgres", cluster.is_ready, programs.DATABASE_SECONDS)
             cluster.ensure_database()
             step.detail = f"private PostgreSQL in {cluster.data}"
 
     def _prepare(self, identity: Identity) -> Credentials:
-        """Bring the schema up to date and make sure the demo team exists."""
+        """Migrate the schema and ensure that the demo team exists."""
         command = ["prepare", f"--credentials={self._layout.console_json}"]
-        if self._layout.all_ended.exists():
+        if self._layout.sandboxes_ended_marker.exists():
             command.append("--sandboxes-ended")
         with self._display.step("schema") as step:
             prepared = subprocess.run(
@@ -159,29 +159,29 @@ class Console:
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C must not interrupt it half-way: the stop that follows waits for it.
+                # Ctrl-C must not interrupt it: the shutdown that follows waits for it.
                 start_new_session=True,
             )
             credentials = known_credentials(self._layout)
             if prepared.returncode != 0 or credentials is None:
                 raise StartError(f"the database could not be prepared:\n{prepared.stderr.strip()}")
-            self._layout.all_ended.unlink(missing_ok=True)
+            self._layout.sandboxes_ended_marker.unlink(missing_ok=True)
             migrated = json.loads(prepared.stdout)["migrated"]
             step.detail = f"{migrated} migrations applied" if migrated else "up to date"
         for secret in (self._layout.run / name for name in SECRETS):
             if secret.exists():
-                give(secret, identity.user)
+                change_owner(secret, identity.user)
         write_console_json(self._layout, credentials)
         return credentials
 
     def _start_console(self) -> None:
-        answers = partial(programs.web_answers, self._layout)
+        web_ready = partial(programs.web_is_ready, self._layout)
         with self._display.step("web, worker") as step:
             for name in ("web", "worker"):
                 self._keeper.launch(name)
-            self._await("web, worker", "web", answers, programs.WEB_SECONDS)
-            takes = partial(programs.worker_answers, self._layout)
-            self._await("web, worker", "worker", takes, programs.WORKER_SECONDS)
+            self._await("web, worker", "web", web_ready, programs.WEB_SECONDS)
+            worker_ready = partial(programs.worker_is_ready, self._layout)
+            self._await("web, worker", "worker", worker_ready, programs.WORKER_SECONDS)
             step.detail = f"answering at {self._layout.url}/"
 
     def _await(self, label: str, program: str, ready: Callable[[], bool], seconds: float) -> None:
@@ -189,12 +189,12 @@ class Console:
         self._keeper.await_ready(program, ready, seconds, say)
 
     def _start_host(self) -> None:
-        """Start the agent, then make the base images it lacks; in a thread of its own."""
+        """Start the agent, then create missing base images; runs in its own thread."""
         socket = self._layout.host_socket
         with self._display.step("host agent") as step:
             self._keeper.launch("agent")
-            answers = partial(programs.agent_answers, socket)
-            self._await("host agent", "agent", answers, programs.AGENT_SECONDS)
+            agent_ready = partial(programs.agent_is_ready, socket)
+            self._await("host agent", "agent", agent_ready, programs.AGENT_SECONDS)
             with HostClient(socket) as host:
                 health = host.health()
             step.detail = f"instance {health.instance}, cgroups {health.cgroup}"
@@ -207,12 +207,12 @@ class Console:
             bases = host.bases()
             for base in bases:
                 if base.state != "ready" and not self._stopping:
-                    self._make_base(host, base)
+                    self._create_base(host, base)
             for note in host.health().notes:
                 self._display.warn(note)
         self._report_bases([base for base in bases if base.state == "ready"])
 
-    def _make_base(self, host: HostClient, base: BaseInfo) -> None:
+    def _create_base(self, host: HostClient, base: BaseInfo) -> None:
         label = f"base {base.name}"
         try:
             with self._display.step(label) as step:
@@ -222,7 +222,7 @@ class Console:
                     elif event.image:
                         step.detail = f"{event.image.size_bytes / MEBIBYTE:.0f} MiB"
         except HostError as error:
-            # One base that cannot be made (say, no mirror has its packages) costs the rest nothing.
+            # A base that cannot be created (say, no mirror has its packages) doesn't affect others.
             if not self._stopping:
                 self._display.warn(
                     f"{label} could not be created. It is retried automatically, and not offered "
@@ -251,11 +251,11 @@ class Console:
             self._display.warn(f"the console serves all the same; see {self._layout.log}")
 
 
-def spare_from_the_oom_killer() -> None:
-    """Have the kernel take this process and what it starts last, when memory ends (proc(5)).
+def protect_from_oom_killer() -> None:
+    """Make this process and its children the kernel's last choice when memory runs out (proc(5)).
 
-    Sandboxes are not among it: their launcher says so (hostruntime.container.lxc).
+    Sandboxes are excluded by their launcher (hostruntime.container.lxc).
     """
     with contextlib.suppress(OSError):
-        # Not ours to say in a container whose root may not.
+        # Not permitted to the root of some containers.
         Path("/proc/self/oom_score_adj").write_text(f"{OOM_SCORE_ADJ}\n")

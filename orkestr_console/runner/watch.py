@@ -1,8 +1,8 @@
-"""Hung is not dead: a program that is asked something and neither answers nor works is replaced.
+"""Detecting hung programs: a program that neither answers a probe nor works is replaced.
 
-The process manager sees a program that has ended, but a stopped one (SIGSTOP), or one whose every
-thread waits for another, runs on for it.  So each is asked a question it can answer only itself,
-every few seconds, in a thread that may be left waiting.
+The process manager notices a program that has exited, but a stopped one (SIGSTOP) or a deadlocked
+one looks alive to it.  So each is probed every few seconds with a request that only it can answer,
+in a thread that may be left waiting.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from hostruntime.host.patience import Patience
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.programs import ANSWER_SECONDS
 
-ASK_SECONDS = 5.0
-# In which a program neither answers nor works. One that is at work gets ten times that.
+PROBE_SECONDS = 5.0
+# How long a program may neither answer nor work. One that works gets ten times that.
 HUNG_SECONDS = 30.0
 
-type Question = Callable[[], bool]
+type Probe = Callable[[], bool]
 type Pids = Callable[[], Iterable[int]]
 
 
-class Watched:
-    """One program's answers; ``pids`` are the processes whose work counts as life."""
+class Watch:
+    """Watches one program; ``pids`` are the processes whose work counts as a sign of life."""
 
-    def __init__(self, question: Question, pids: Pids) -> None:
-        self._question = question
+    def __init__(self, question: Probe, pids: Pids) -> None:
+        self._probe = question
         self._pids = pids
-        self._asking: threading.Thread | None = None
-        self.begin()
+        self._probing: threading.Thread | None = None
+        self.reset()
 
-    def begin(self) -> None:
-        """Have patience anew: it answered, or was started."""
+    def reset(self) -> None:
+        """Reset the patience: it answered, or was restarted."""
         self._patience = Patience(HUNG_SECONDS, self._pids)
-        self._ask_at = time.monotonic() + ASK_SECONDS
+        self._next_probe_at = time.monotonic() + PROBE_SECONDS
 
-    def hung(self) -> str:
-        """What is seen of a program that gives no sign of life any more; empty for any other.
+    def symptom(self) -> str:
+        """The symptom of a hung program; empty for any other.
 
-        To be called every second or so; never waits.
+        Call it every second or so; never waits.
         """
-        if not self._is_asking() and time.monotonic() >= self._ask_at:
-            self._asking = threading.Thread(target=self._ask, daemon=True)
-            self._asking.start()
+        if not self._is_probing() and time.monotonic() >= self._next_probe_at:
+            self._probing = threading.Thread(target=self._run_probe, daemon=True)
+            self._probing.start()
         return self._patience.reason if self._patience.exhausted() else ""
 
-    def _is_asking(self) -> bool:
-        return self._asking is not None and self._asking.is_alive()
+    def _is_probing(self) -> bool:
+        return self._probing is not None and self._probing.is_alive()
 
-    def _ask(self) -> None:
-        asked = self._patience
-        # An answer to what the process before it was asked says nothing of this one.
-        if self._question() and self._patience is asked:
-            self.begin()
+    def _run_probe(self) -> None:
+        patience = self._patience
+        # An answer to a probe of the previous process says nothing about this one.
+        if self._probe() and self._patience is patience:
+            self.reset()
         else:
-            self._ask_at = time.monotonic() + ASK_SECONDS
+            self._next_probe_at = time.monotonic() + PROBE_SECONDS
 
 
 def web_responds(layout: Layout) -> bool:
-    """Whether the web process says anything at all."""
+    """Whether the web process answers at all."""
     try:
         httpx.get(f"{layout.local_url}/healthz", timeout=ANSWER_SECONDS, trust_env=False)
     except httpx.HTTPError:
@@ -74,7 +74,7 @@ def web_responds(layout: Layout) -> bool:
 
 
 def agent_responds(socket: Path) -> bool:
-    """Whether the host agent says anything at all."""
+    """Whether the host agent answers at all."""
     try:
         with HostClient(socket) as host:
             host.health(seconds=ANSWER_SECONDS)
@@ -91,12 +91,12 @@ def is_stopped(pid: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended yet; one that only waits to be collected has."""
+    """Whether a process is running; a zombie is not."""
     return _state(pid) not in {"", "Z", "X"}
 
 
 def _state(pid: int) -> str:
-    """The letter of proc(5); nothing where there is no such process."""
+    """The process's state letter (proc(5)); empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,1 +1,1 @@
-"""What pages are made of: live parts, forms, charts, coloured output, template tags."""
+"""Building blocks of pages: live parts, forms, charts, coloured output, template tags."""

@@ -1,9 +1,9 @@
-"""A program's output as HTML: colours as classes, progress lines redrawn, nothing else obeyed.
+"""A program's output as HTML: colours as classes, progress lines redrawn, and nothing else.
 
-What is understood of ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
-erase-in-line, which is what progress bars are made of. Every other sequence is dropped. Text is
-escaped; characters that turn the direction of text or cannot be seen (Unicode TR 36) are shown,
-not obeyed. The work is in proportion to the text, whatever the text is.
+Supported from ECMA-48 and xterm: SGR (colours, bold, …), carriage return, backspace and
+erase-in-line, which progress bars use. Every other sequence is dropped. Text is escaped; invisible
+and text-direction characters (Unicode TR 36) are shown as code points, not applied. The work is
+linear in the text's length, whatever the text is.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from itertools import groupby, islice
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
 
-from orkestr_console.core.text import STEERING, code_point
+from orkestr_console.core.text import INVISIBLE, code_point
 
-MOST_LINES = 2000
-LONGEST_LINE = 16 * 1024
-LONGEST_SEQUENCE = 4096
-MOST_PARAMETERS = 64
-# A page is given no more of a text than this, the end: drawing 16 MiB would hold up everybody.
-LARGEST_SHOWN = 1024 * 1024
+MAX_LINES = 2000
+MAX_LINE_LENGTH = 16 * 1024
+MAX_SEQUENCE_LENGTH = 4096
+MAX_PARAMETERS = 64
+# A page gets at most this much of a text, its end: rendering 16 MiB would delay everybody.
+MAX_SHOWN_CHARS = 1024 * 1024
 
-# Text up to the next special; or one special: line end, CSI, a string such as OSC, another escape.
-# Hostile output comes through here: no alternative may read on to the end and then fail. None has
-# a line feed inside: a line has the same number here as in the text.
+# Text up to the next control; or one control: line end, CSI, a string such as OSC, another escape.
+# Hostile output passes through here: no alternative may scan to the end and then fail. None
+# contains a line feed, so that a line has the same number here as in the text.
 _TOKENS = re.compile(
     r"(?P<text>[^\x00-\x1f\x7f-\x9f]+|\t)"
     r"|(?P<newline>\r{0,4}\n)"
@@ -39,13 +39,13 @@ _TOKENS = re.compile(
     r"|\x1b[0-OQ-WYZ`-~\\=>]"
     r"|[\x00-\x1f\x7f-\x9f]"
 )
-# An escape sequence, or the first half of a line end, that the text breaks off in.
-_BROKEN_OFF = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)|\r{1,4})\Z")
+# An incomplete escape sequence, or the first half of a line end, at the end of the text.
+_INCOMPLETE = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)|\r{1,4})\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a character looks: colours by number (xterm's 16), and marks."""
+    """A character's style: colours by number (xterm's 16), and marks."""
 
     fore: int | None = None
     back: int | None = None
@@ -61,33 +61,37 @@ class Style:
 
 
 PLAIN = Style()
-MARKS = {1: "bold", 2: "dim", 3: "ital", 4: "under", 7: "inv", 9: "strike"}
-LEVELS = (0, 95, 135, 175, 215, 255)
-UNMARKS = {22: {"bold", "dim"}, 23: {"ital"}, 24: {"under"}, 27: {"inv"}, 29: {"strike"}}
+MARK_CODES = {1: "bold", 2: "dim", 3: "ital", 4: "under", 7: "inv", 9: "strike"}
+CUBE_LEVELS = (0, 95, 135, 175, 215, 255)
+UNMARK_CODES = {22: {"bold", "dim"}, 23: {"ital"}, 24: {"under"}, 27: {"inv"}, 29: {"strike"}}
 
 
-def restyled(style: Style, parameters: str) -> Style:
+def apply_sgr(style: Style, parameters: str) -> Style:
     """The style after ``CSI parameters m``."""
-    given = re.split("[;:]", parameters, maxsplit=MOST_PARAMETERS)[:MOST_PARAMETERS]
-    codes = [int(code) if code.isdecimal() and len(code) < 4 else 0 for code in given]
+    parameter_list = re.split("[;:]", parameters, maxsplit=MAX_PARAMETERS)[:MAX_PARAMETERS]
+    codes = [int(code) if code.isdecimal() and len(code) < 4 else 0 for code in parameter_list]
     while codes:
         code = codes.pop(0)
         if code == 0:
             style = PLAIN
-        elif code in MARKS:
-            style = replace(style, marks=style.marks | {MARKS[code]})
-        elif code in UNMARKS:
-            style = replace(style, marks=style.marks - UNMARKS[code])
+        elif code in MARK_CODES:
+            style = replace(style, marks=style.marks | {MARK_CODES[code]})
+        elif code in UNMARK_CODES:
+            style = replace(style, marks=style.marks - UNMARK_CODES[code])
         elif code in {38, 48}:
-            colour = extended(codes)
-            style = replace(style, fore=colour) if code == 38 else replace(style, back=dark(colour))
+            colour = parse_extended_colour(codes)
+            style = (
+                replace(style, fore=colour)
+                if code == 38
+                else replace(style, back=dark_colour(colour))
+            )
         else:
-            style = coloured(style, code)
+            style = apply_colour(style, code)
     return style
 
 
-def coloured(style: Style, code: int) -> Style:
-    """The style after one of the plain colour codes; others change nothing."""
+def apply_colour(style: Style, code: int) -> Style:
+    """The style after one of the basic colour codes; others change nothing."""
     if 30 <= code <= 37:
         return replace(style, fore=code - 30)
     if 90 <= code <= 97:
@@ -101,31 +105,31 @@ def coloured(style: Style, code: int) -> Style:
     return replace(style, back=None) if code == 49 else style
 
 
-def extended(codes: list[int]) -> int | None:
-    """The nearest of 16 to ``5;n`` or ``2;r;g;b``, which are taken off ``codes``."""
+def parse_extended_colour(codes: list[int]) -> int | None:
+    """The nearest of the 16 colours to ``5;n`` or ``2;r;g;b``, which are removed from ``codes``."""
     kind = codes.pop(0) if codes else 0
     if kind == 5 and codes:
         number = codes.pop(0)
-        return number if number < 16 else nearest(*cube(number))
+        return number if number < 16 else nearest_colour(*xterm_rgb(number))
     if kind == 2 and len(codes) >= 3:
         red, green, blue = codes[:3]
         del codes[:3]
-        return nearest(red, green, blue)
+        return nearest_colour(red, green, blue)
     codes.clear()
     return None
 
 
-def cube(number: int) -> tuple[int, int, int]:
-    """Red, green and blue of one of xterm's 256 colours from 16 on."""
+def xterm_rgb(number: int) -> tuple[int, int, int]:
+    """Red, green and blue of one of xterm's 256 colours, from number 16 on."""
     if number >= 232:
         grey = 8 + 10 * (min(number, 255) - 232)
         return grey, grey, grey
     number -= 16
-    return LEVELS[number // 36], LEVELS[number // 6 % 6], LEVELS[number % 6]
+    return CUBE_LEVELS[number // 36], CUBE_LEVELS[number // 6 % 6], CUBE_LEVELS[number % 6]
 
 
-def nearest(red: int, green: int, blue: int) -> int:
-    """The one of 16 colours that is meant: which channels stand out, and whether it is bright."""
+def nearest_colour(red: int, green: int, blue: int) -> int:
+    """The nearest of the 16 colours, by its dominant channels and brightness."""
     top = max(red, green, blue)
     if top < 50:
         return 0
@@ -135,46 +139,46 @@ def nearest(red: int, green: int, blue: int) -> int:
     return bits + 8 if top > 200 else bits
 
 
-def dark(colour: int | None) -> int | None:
-    """A background: the eight dark ones are enough, so that text on them stays readable."""
+def dark_colour(colour: int | None) -> int | None:
+    """A background colour: one of the eight dark ones, so that text on it stays readable."""
     return None if colour is None else colour % 8
 
 
 class Log:
-    """Output as it grows: feed it text, get the lines that are complete and the one that is not."""
+    """Incremental rendering: feed it text, get the completed lines and the unfinished one."""
 
     def __init__(self) -> None:
         self._style = PLAIN
         self._chars: list[str] = []
         self._styles: list[Style] = []
         self._column = 0
-        # So many cells from the left are known to be blank, and need not be blanked again.
-        self._blank = 0
-        self._rest = ""
+        # So many cells from the left are already blank, and need not be blanked again.
+        self._blank_until = 0
+        self._incomplete = ""
 
     def feed(self, text: str) -> tuple[list[str], str]:
-        """The HTML of the lines that ``text`` completed, and of the unfinished last line."""
-        text = self._rest + text
-        broken = _BROKEN_OFF.search(text, max(len(text) - LONGEST_SEQUENCE, 0))
-        self._rest = ""
-        if broken:
-            text, self._rest = text[: broken.start()], broken[0]
+        """The HTML of the lines that ``text`` completes, and of the unfinished last line."""
+        text = self._incomplete + text
+        incomplete = _INCOMPLETE.search(text, max(len(text) - MAX_SEQUENCE_LENGTH, 0))
+        self._incomplete = ""
+        if incomplete:
+            text, self._incomplete = text[: incomplete.start()], incomplete[0]
         lines: list[str] = []
         for token in _TOKENS.finditer(text):
-            self._take(token, lines)
+            self._apply(token, lines)
         return lines, self._html()
 
-    def _take(self, token: re.Match[str], lines: list[str]) -> None:
+    def _apply(self, token: re.Match[str], lines: list[str]) -> None:
         if token["text"] is not None:
             self._write(token["text"])
-            if len(self._chars) >= LONGEST_LINE:
+            if len(self._chars) >= MAX_LINE_LENGTH:
                 lines.append(self._end_line())
         elif token["newline"] is not None:
             lines.append(self._end_line() + "\n")
         elif token["back"] is not None:
             self._column = 0 if token["back"] == "\r" else max(self._column - 1, 0)
         elif token["final"] == "m":
-            self._style = restyled(self._style, token["parameters"])
+            self._style = apply_sgr(self._style, token["parameters"])
         elif token["final"] == "K":
             self._erase(token["parameters"])
 
@@ -182,47 +186,46 @@ class Log:
         end = self._column + len(text)
         self._chars[self._column : end] = text
         self._styles[self._column : end] = [self._style] * len(text)
-        self._blank = min(self._blank, self._column)
+        self._blank_until = min(self._blank_until, self._column)
         self._column = end
 
     def _erase(self, parameters: str) -> None:
         if parameters == "1":
             until = min(self._column, len(self._chars))
-            if until > self._blank:
-                self._chars[self._blank : until] = " " * (until - self._blank)
-                self._blank = until
+            if until > self._blank_until:
+                self._chars[self._blank_until : until] = " " * (until - self._blank_until)
+                self._blank_until = until
             return
         if parameters == "2":
             self._column = 0
         del self._chars[self._column :], self._styles[self._column :]
-        self._blank = min(self._blank, self._column)
+        self._blank_until = min(self._blank_until, self._column)
 
     def _end_line(self) -> str:
         html = self._html()
-        self._chars, self._styles, self._column, self._blank = [], [], 0, 0
+        self._chars, self._styles, self._column, self._blank_until = [], [], 0, 0
         return html
 
     def _html(self) -> str:
         if not self._chars:
             return ""
         if self._styles.count(self._styles[0]) == len(self._styles):
-            return dressed("".join(self._chars), self._styles[0])
+            return styled_html("".join(self._chars), self._styles[0])
         cells = zip(self._chars, self._styles, strict=True)
         runs = groupby(cells, key=lambda cell: cell[1])
-        return "".join(dressed("".join(char for char, _ in run), style) for style, run in runs)
+        return "".join(styled_html("".join(char for char, _ in run), style) for style, run in runs)
 
 
-def dressed(text: str, style: Style) -> str:
-    """Escaped text, in a span where it has a style."""
-    html = STEERING.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
+def styled_html(text: str, style: Style) -> str:
+    """Escaped text, in a span if it has a style."""
+    html = INVISIBLE.sub(lambda c: f'<span class="ctl">{code_point(c[0])}</span>', escape(text))
     return html if style == PLAIN else f'<span class="{style.classes}">{html}</span>'
 
 
 def lines_html(lines: list[str], first: int | None = None) -> str:
     """Lines as elements, so that a page can drop the oldest of a long log.
 
-    With the number of the ``first`` each has its own. A piece of a very long line that was cut
-    has the number of that line.
+    With ``first``, each has its number. The pieces of a very long line have that line's number.
     """
     if first is None:
         return "".join(f"<span>{line}</span>" for line in lines)
@@ -233,16 +236,16 @@ def lines_html(lines: list[str], first: int | None = None) -> str:
     return "".join(html)
 
 
-def ended(lines: Iterable[str]) -> int:
-    """How many of the pieces end a line."""
+def count_line_ends(lines: Iterable[str]) -> int:
+    """How many of the pieces end with a line feed."""
     return sum(line.endswith("\n") for line in lines)
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A log as a page shows it: lines from number ``first`` on, and the unfinished line ``last``.
+class RenderedLog:
+    """A rendered log: its lines from number ``first`` on, and the unfinished line ``last``.
 
-    Without numbers ``first`` counts from 1 all the same.
+    ``first`` counts from 1 even if the lines have no numbers.
     """
 
     lines: SafeString
@@ -255,42 +258,42 @@ class Rendered:
 
     @property
     def hidden(self) -> int:
-        """How many lines before are not shown."""
+        """How many earlier lines are not shown."""
         return self.first - 1
 
 
-def rendered(text: str) -> Rendered:
-    """``text`` as HTML; only its last ``LARGEST_SHOWN`` characters and ``MOST_LINES`` lines."""
-    cut = len(text) - LARGEST_SHOWN
+def render_tail(text: str) -> RenderedLog:
+    """``text`` as HTML; only its last ``MAX_SHOWN_CHARS`` characters and ``MAX_LINES`` lines."""
+    cut = len(text) - MAX_SHOWN_CHARS
     if cut <= 0:
-        return drawn(text)
-    # From the next line on, if one begins soon: half a line says little.
-    cut = text.find("\n", cut, cut + LONGEST_LINE) + 1 or cut
-    return drawn(text[cut:], first=text.count("\n", 0, cut) + 1)
+        return render(text)
+    # From the next line on, if one starts soon.
+    cut = text.find("\n", cut, cut + MAX_LINE_LENGTH) + 1 or cut
+    return render(text[cut:], first=text.count("\n", 0, cut) + 1)
 
 
-def drawn(
+def render(
     text: str,
     *,
     first: int = 1,
     lead: str = "",
-    most: int = MOST_LINES,
+    max_lines: int = MAX_LINES,
     numbered: bool = False,
-) -> Rendered:
-    """``text`` that begins with line ``first`` as HTML: its last ``most`` lines.
+) -> RenderedLog:
+    """The last ``max_lines`` lines of ``text``, which starts with line ``first``, as HTML.
 
-    ``lead`` is what stands before it; the text is in the colours that it ends with.
+    ``lead`` is the text before it, whose final colours it continues.
     """
     log = Log()
     if lead:
         log.feed(lead if lead.endswith("\n") else f"{lead}\n")
     lines, tail = log.feed(text)
-    shown = deque(lines, maxlen=most)
-    begin = first + ended(islice(lines, len(lines) - len(shown)))
-    html = lines_html(list(shown), begin if numbered else None)
-    return Rendered(
+    kept_lines = deque(lines, maxlen=max_lines)
+    begin = first + count_line_ends(islice(lines, len(lines) - len(kept_lines)))
+    html = lines_html(list(kept_lines), begin if numbered else None)
+    return RenderedLog(
         mark_safe(html),  # noqa: S308 - escaped in dressed()
         mark_safe(tail),  # noqa: S308 - the same
         begin,
-        begin + ended(shown),
+        begin + count_line_ends(kept_lines),
     )

@@ -3,13 +3,12 @@
 Messages to the page are JSON objects (large ones in several frames) with a ``kind``:
 
 ``swap {html}``                       each element in it replaces the one with its id
-``append {steps, seq}``   output that the page does not have yet, by step: the ``lines`` that are
-                          complete, the ``tail`` that is not and the number of its line, ``next``;
-                          and the last event that the page then has
+``append {steps, seq}``   new output by step: the complete ``lines``, the unfinished ``tail`` and
+                          its line number, ``next``; and the last event that the page then has
 ``gone {}``                           what the page shows was deleted
 
-A notice on the channel layer only says that something changed. Notices that come in a burst are
-answered together, at most ten times a second.
+A notice on the channel layer only says that something changed. A burst of notices is handled
+together, at most ten times a second.
 """
 
 from __future__ import annotations
@@ -31,142 +30,145 @@ from django.urls import URLPattern, path
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.people import people_group
-from orkestr_console.accounts.services import actor_of_session
+from orkestr_console.accounts.services import session_actor
 from orkestr_console.accounts.sessions import person_group
-from orkestr_console.core.channel_layer import SERVICE_RESTART, LosesNotices
+from orkestr_console.core.channel_layer import SERVICE_RESTART, ReconnectsOnLoss
 from orkestr_console.core.errors import Forbidden, NotFound, Unauthenticated
 from orkestr_console.core.postgres import unavailable
 
 logger = logging.getLogger(__name__)
 
 UNAUTHENTICATED = 4401
-FOREIGN = 4404
-# The server takes and sends no larger frames than 64 KiB (orkestr_console.http.daphne). A frame
-# that begins with MORE is the beginning of a message that goes on in the next; JSON never begins
-# so.
-LARGEST_FRAME = 60 * 1024
-MORE = "+"
-BREATH = 0.1  # seconds between two answers, however many notices there were
+NOT_FOUND = 4404
+# The server accepts and sends frames of up to 64 KiB (orkestr_console.http.daphne). A frame that
+# starts with CONTINUATION is continued by the next one; JSON never starts with it.
+MAX_FRAME = 60 * 1024
+CONTINUATION = "+"
+MIN_SEND_INTERVAL = 0.1  # seconds between two updates, however many notices there were
 
 type Message = dict[str, Any]
 
 
-class LivePage(LosesNotices, AsyncWebsocketConsumer):
-    """The root of the live consumers. A subclass says which groups, and what has changed."""
+class LivePage(ReconnectsOnLoss, AsyncWebsocketConsumer):
+    """The base of the live consumers. A subclass defines its groups and its changes."""
 
-    # Seconds after which to look even without a notice; None for never.
-    look_again_after: float | None = None
+    # Seconds after which to refresh even without a notice; None for never.
+    refresh_after: float | None = None
 
-    def groups_of(self, actor: Actor) -> list[str]:
-        """The groups whose notices matter to the page. Raises ``NotFound``."""
+    def channel_groups(self, actor: Actor) -> list[str]:
+        """The channel groups of the page. Raises ``NotFound``."""
         raise NotImplementedError
 
     def changes(self, actor: Actor) -> list[Message]:
-        """What the page does not have yet; sync, in a thread. Raises ``NotFound``."""
+        """What the page doesn't have yet; runs in a thread. Raises ``NotFound``."""
         raise NotImplementedError
 
     async def connect(self) -> None:
-        """Accept first: a browser is only told the code of a socket that was open."""
-        self._news = asyncio.Event()
+        """Accept first: a browser only learns the close code of a socket that was open."""
+        self._notified = asyncio.Event()
         self._sent: dict[str, str] = {}
-        self._teller: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
         self._joined: list[str] = []
         await self.accept()
         if not self._same_origin():
             await self.close(code=UNAUTHENTICATED)
             return
         try:
-            # Joined before the first reading, so that nothing falls between the two.
+            # Joined before the first read, so that no notice is lost in between.
             self._joined = await database_sync_to_async(self._groups)()
             for group in self._joined:
                 await self.channel_layer.group_add(group, self.channel_name)
         except (Unauthenticated, Forbidden):
             await self.close(code=UNAUTHENTICATED)
         except NotFound:
-            await self._say_gone()
+            await self._send_gone()
         except Exception as error:
-            # The page comes back, and reads anew, once there is a database again.
+            # The page reconnects and reads again once the database is back.
             if unavailable(error) is None:
                 raise
             await self.close(code=SERVICE_RESTART)
         else:
-            self._news.set()
-            self._teller = asyncio.create_task(self._tell())
+            self._notified.set()
+            self._sender = asyncio.create_task(self._send_changes())
 
     async def disconnect(self, code: int) -> None:
         """Leave no task behind."""
         for group in self._joined:
             await self.channel_layer.group_discard(group, self.channel_name)
-        teller, self._teller = self._teller, None
-        if teller is not None and teller is not asyncio.current_task():
-            teller.cancel()
+        sender, self._sender = self._sender, None
+        if sender is not None and sender is not asyncio.current_task():
+            sender.cancel()
             with suppress(asyncio.CancelledError):
-                await teller
+                await sender
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        """Pages have nothing to say."""
+        """Ignore messages from pages."""
 
     async def template_changed(self, event: Message) -> None:
-        """A template has news."""
-        self._news.set()
+        """A template changed."""
+        self._notified.set()
 
     async def sandbox_changed(self, event: Message) -> None:
-        """A sandbox has news."""
-        self._news.set()
+        """A sandbox changed."""
+        self._notified.set()
 
     async def people_changed(self, event: Message) -> None:
-        """Who may see the page may be somebody else now."""
-        self._news.set()
+        """The team's members or roles changed: access may have ended."""
+        self._notified.set()
 
     async def session_ended(self, event: Message) -> None:
-        """The session may be the one that the page was opened in."""
-        self._news.set()
+        """One of the person's sessions ended, perhaps the page's own."""
+        self._notified.set()
 
-    async def _tell(self) -> None:
-        """Answer notices until the page leaves; re-check who is asking each time."""
+    async def _send_changes(self) -> None:
+        """Send changes on every notice until the page leaves; re-check access each time."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.look_again_after):
-                    await self._news.wait()
-            self._news.clear()
+                async with asyncio.timeout(self.refresh_after):
+                    await self._notified.wait()
+            self._notified.clear()
             try:
                 for message in await database_sync_to_async(self._changes)():
-                    await self._say(message)
+                    await self._send_message(message)
             except (Unauthenticated, Forbidden):
                 await self.close(code=UNAUTHENTICATED)
                 return
             except NotFound:
-                await self._say_gone()
+                await self._send_gone()
                 return
             except Exception as error:
                 if unavailable(error) is None:
-                    logger.exception("cannot tell a page its news")
+                    logger.exception("could not send changes to a page")
                 await self.close(code=SERVICE_RESTART)
                 return
-            await asyncio.sleep(BREATH)
+            await asyncio.sleep(MIN_SEND_INTERVAL)
 
-    async def _say(self, message: Message) -> None:
-        """Send a message, in as many frames as it takes."""
+    async def _send_message(self, message: Message) -> None:
+        """Send a message, in as many frames as it needs."""
         text = json.dumps(message)
-        while len(text) > LARGEST_FRAME:
-            await self.send(f"{MORE}{text[:LARGEST_FRAME]}")
-            text = text[LARGEST_FRAME:]
+        while len(text) > MAX_FRAME:
+            await self.send(f"{CONTINUATION}{text[:MAX_FRAME]}")
+            text = text[MAX_FRAME:]
         await self.send(text)
 
-    async def _say_gone(self) -> None:
-        await self._say({"kind": "gone"})
-        await self.close(code=FOREIGN)
+    async def _send_gone(self) -> None:
+        await self._send_message({"kind": "gone"})
+        await self.close(code=NOT_FOUND)
 
     def _groups(self) -> list[str]:
         actor = self._actor()
         assert actor.user is not None
-        return [*self.groups_of(actor), people_group(actor.team.pk), person_group(actor.user.pk)]
+        return [
+            *self.channel_groups(actor),
+            people_group(actor.team.pk),
+            person_group(actor.user.pk),
+        ]
 
     def _changes(self) -> list[Message]:
         return self.changes(self._actor())
 
     def _actor(self) -> Actor:
-        """Who is signed in by the session as it is now: it may have ended since the last look."""
+        """The actor of the session's current state: it may have ended meanwhile."""
         request = HttpRequest()
         store = import_module(settings.SESSION_ENGINE).SessionStore
         request.session = store(self.scope["session"].session_key)
@@ -174,35 +176,35 @@ class LivePage(LosesNotices, AsyncWebsocketConsumer):
         if not user.is_authenticated:
             raise Unauthenticated
         request.user = user
-        return actor_of_session(request)
+        return session_actor(request)
 
-    def fresh(self, fragments: dict[str, str]) -> list[Message]:
-        """One ``swap`` of the fragments (element id → HTML) that differ from what was sent."""
-        news = [html for key, html in fragments.items() if self._sent.get(key) != html]
+    def changed_fragments(self, fragments: dict[str, str]) -> list[Message]:
+        """One ``swap`` with the fragments (element id → HTML) that changed since the last one."""
+        changed = [html for key, html in fragments.items() if self._sent.get(key) != html]
         self._sent.update(fragments)
-        return [{"kind": "swap", "html": "".join(news)}] if news else []
+        return [{"kind": "swap", "html": "".join(changed)}] if changed else []
 
     def _header(self, name: bytes) -> str:
         return next((v.decode("latin-1") for k, v in self.scope["headers"] if k == name), "")
 
     @property
     def address(self) -> str:
-        """The console's address as the browser knows it, for snippets."""
+        """The console's address as the browser sees it, for snippets."""
         return self._header(b"origin")
 
     def _same_origin(self) -> bool:
-        """Whether a page of this console opened it: cookies alone do not say (RFC 6455, 10.2).
+        """Whether a page of this console opened it: cookies alone don't prove it (RFC 6455, 10.2).
 
-        The host is one of ours, as for HTTP: a name that was rebound to our address is not. With
-        TLS the page came by TLS, too.
+        The host must be one of ours, as for HTTP: a name rebound to our address is not. With TLS,
+        the page must have been loaded over TLS, too.
         """
         origin, host = self._header(b"origin"), self._header(b"host")
         if origin in settings.CSRF_TRUSTED_ORIGINS:
             return True
-        scheme, _, place = origin.partition("://")
+        scheme, _, origin_host = origin.partition("://")
         known = validate_host(split_domain_port(host)[0], settings.ALLOWED_HOSTS)
         secure = scheme == "https" or (scheme == "http" and not settings.SESSION_COOKIE_SECURE)
-        return known and secure and place == host
+        return known and secure and origin_host == host
 
 
 def live_page(route: str, consumer: type[LivePage]) -> URLPattern:

@@ -1,4 +1,4 @@
-"""What can be done with sandboxes. Console, REST and MCP all come through here."""
+"""Operations on sandboxes, shared by console, REST and MCP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sandboxes_app.services.commands import (
     exec_command,
     exec_stream,
 )
-from sandboxes_app.services.create import counts, create_sandbox
+from sandboxes_app.services.create import create_sandbox, usage_counts
 from sandboxes_app.services.egress import list_egress
 from sandboxes_app.services.files import (
     BatchRow,
@@ -42,7 +42,6 @@ __all__ = [
     "ExecAnswer",
     "Limits",
     "TemplateUse",
-    "counts",
     "create_sandbox",
     "create_snapshot",
     "delete_path",
@@ -64,6 +63,7 @@ __all__ = [
     "stat",
     "template_use",
     "terminate_sandbox",
+    "usage_counts",
     "write_batch",
     "write_file",
 ]

@@ -18,29 +18,29 @@ from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import build, envelope
+from orkestr_console.accounts.limits import build_envelope, envelope
 from orkestr_console.core.errors import DomainError, ExecKilled, PlanLimit, RateLimited
-from orkestr_console.core.hosts import async_host, awaited, told
+from orkestr_console.core.hosts import async_host, run_async, translate_error
 from orkestr_console.core.postgres import persistently
-from orkestr_console.http.closing import why_cut_off
+from orkestr_console.http.closing import cut_off_reason
 from sandboxes_app.models import Sandbox
-from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import ExecSpec
 
-# What an error repeats of the output, so that a command that was stopped still shows its work.
-KEPT_OUTPUT = 64 * 1024
-# When one that was refused may try again: commands are short, most of them.
-BUSY_SECONDS = 2
-# The frames that a command's stream ends with.
-LAST = ("exec_exited", "error")
-LEFT_OUT = (
+# How much output an error includes, so that a killed command still shows its work.
+ERROR_OUTPUT_BYTES = 64 * 1024
+# When a refused caller may try again: most commands are short.
+RETRY_AFTER_SECONDS = 2
+# The frames that end a command's stream.
+FINAL_FRAMES = ("exec_exited", "error")
+TRUNCATION_NOTICE = (
     "\n[… output past 16 MiB was left out here; write it to a file, and read that in parts …]\n"
 )
 
 
 @dataclass(frozen=True)
 class ExecAnswer:
-    """A command that ended. ``truncated`` says that output past 16 MiB was dropped."""
+    """A finished command. ``truncated`` means that output past 16 MiB was dropped."""
 
     stdout: str
     stderr: str
@@ -49,14 +49,14 @@ class ExecAnswer:
     truncated: bool = False
 
 
-def noted(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
-    """What the audit log keeps: not the command, which may hold secrets."""
+def audit_details(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
+    """The audit log's details: not the command, which may contain secrets."""
     return {"exit_code": answer.exit_code, "duration_ms": answer.duration_ms}
 
 
-@audited("sandbox.exec", "sandbox", note=noted)
+@audited("sandbox.exec", "sandbox", note=audit_details)
 def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
-    """Run a command to its end.
+    """Run a command to completion.
 
     Raises ``NotFound``, ``Conflict`` (not running), ``ExecTimeout``, ``ExecKilled``,
     ``RateLimited`` when as many of the team's commands run as its plan allows, ``InvalidInput``
@@ -65,41 +65,41 @@ def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     try:
-        result = awaited(to_the_end, sandbox, spec, quota_of(actor))
+        result = run_async(run_to_completion, sandbox, spec, command_quota(actor))
     except host_errors.TooManyCommands as error:
-        raise too_many(actor, error) from error
+        raise too_many_commands(actor, error) from error
     except host_errors.HostError as error:
-        raise refused(sandbox, error) from error
+        raise translate_exec_error(sandbox, error) from error
     except asyncio.CancelledError:
-        note_abandoned(actor, sandbox, why_cut_off())
+        record_abandoned(actor, sandbox, cut_off_reason())
         raise
     if result.signal is not None:
-        raise killed(result)
-    return answered(result)
+        raise killed_error(result)
+    return exec_answer(result)
 
 
-def quota_of(actor: Actor) -> Quota:
-    """How many commands the actor's team may run at once: the host that runs them counts them."""
-    return Quota(actor.team.pk, build(actor.team).value("max_concurrent_commands"))
+def command_quota(actor: Actor) -> Quota:
+    """The team's limit on concurrent commands, for the host, which counts them."""
+    return Quota(actor.team.pk, build_envelope(actor.team).value("max_concurrent_commands"))
 
 
-def too_many(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
-    """The error for a command that is one too many. Reads rows, to say whom to ask for more."""
+def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:
+    """The error for one command too many. Reads rows, to say who can raise the limit."""
     try:
         envelope(actor.team).require_room("max_concurrent_commands", error.running)
     except PlanLimit as limit:
-        return RateLimited(limit.detail, retry_after=BUSY_SECONDS, extra=limit.extra)
+        return RateLimited(limit.detail, retry_after=RETRY_AFTER_SECONDS, extra=limit.extra)
     # The limit was raised, just now.
     return RateLimited(error.detail, retry_after=1)
 
 
-async def to_the_end(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
-    """What came of a command; cancelled, it ends it. Raises the host's errors."""
-    return await async_host().exec_to_completion(sandbox.pk, asked(sandbox, spec, quota))
+async def run_to_completion(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
+    """A command's result; kills it if cancelled. Raises the host's errors."""
+    return await async_host().exec_to_completion(sandbox.pk, exec_request(sandbox, spec, quota))
 
 
-def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
-    """What the host is to run."""
+def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
+    """The host's request for a command."""
     return Exec(
         spec.command,
         cwd=spec.cwd,
@@ -109,8 +109,8 @@ def asked(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
     )
 
 
-def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
-    """Nobody waits for a command any more, and it was ended: put that on record."""
+def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
+    """Record in the audit log that a command was killed because nobody waits for it."""
     persistently(
         lambda: audit.record(
             actor,
@@ -118,17 +118,17 @@ def note_abandoned(actor: Actor, sandbox: Sandbox, why: str) -> None:
             kind="sandbox",
             object_id=sandbox.pk,
             name=sandbox.template_name,
-            data={"ended": why},
+            data={"ended": reason},
         )
     )
 
 
-def answered(result: ExecResult) -> ExecAnswer:
-    """The answer; output that was cut says so itself, as not every client shows ``truncated``."""
-    printed = {"stdout": text(result.stdout), "stderr": text(result.stderr)}
+def exec_answer(result: ExecResult) -> ExecAnswer:
+    """The answer; truncated output says so itself, as not every client shows ``truncated``."""
+    printed = {"stdout": decode_output(result.stdout), "stderr": decode_output(result.stderr)}
     if result.truncated:
-        cut = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
-        printed[cut] += LEFT_OUT
+        truncated_stream = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
+        printed[truncated_stream] += TRUNCATION_NOTICE
     return ExecAnswer(
         **printed,
         exit_code=result.code,
@@ -137,33 +137,33 @@ def answered(result: ExecResult) -> ExecAnswer:
     )
 
 
-def refused(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
-    """The domain error for a command that did not end by itself; the row is put right."""
+def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+    """The domain error for a command that the host ended or refused; corrects the row."""
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
-        settle_if_gone(sandbox)
-        return told(host_errors.ContainerGone(error.detail))
-    domain = told(error)
+        settle_if_missing(sandbox)
+        return translate_error(host_errors.ContainerGone(error.detail))
+    domain = translate_error(error)
     if isinstance(error, host_errors.ExecTimeout):
         for stream in ("stdout", "stderr"):
             if isinstance(printed := error.extra.get(stream), bytes):
-                domain.extra[stream] = text(printed[-KEPT_OUTPUT:])
+                domain.extra[stream] = decode_output(printed[-ERROR_OUTPUT_BYTES:])
     return domain
 
 
-def killed(result: ExecResult) -> ExecKilled:
-    """The error for a command that a signal ended, with what it had printed."""
+def killed_error(result: ExecResult) -> ExecKilled:
+    """The error for a command killed by a signal, with its output."""
     number = result.signal or 0
-    error = ExecKilled(killed_by(number, memory=result.out_of_memory), signal=number)
+    error = ExecKilled(kill_message(number, memory=result.out_of_memory), signal=number)
     error.extra |= {
         "exit_code": result.code,
-        "stdout": text(result.stdout[-KEPT_OUTPUT:]),
-        "stderr": text(result.stderr[-KEPT_OUTPUT:]),
+        "stdout": decode_output(result.stdout[-ERROR_OUTPUT_BYTES:]),
+        "stderr": decode_output(result.stderr[-ERROR_OUTPUT_BYTES:]),
     }
     return error
 
 
-def killed_by(number: int, *, memory: bool) -> str:
-    """The sentence for it."""
+def kill_message(number: int, *, memory: bool) -> str:
+    """The message for a command killed by a signal."""
     if memory:
         return "The command was killed because the sandbox ran out of memory; use a larger size."
     try:
@@ -174,20 +174,20 @@ def killed_by(number: int, *, memory: bool) -> str:
 
 
 class CommandStream(AsyncGenerator[dict[str, Any]]):
-    """The frames of a command. Closing it ends the command, and puts on record why.
+    """The frames of a command. Closing it kills the command, and records why.
 
     ``why`` is a sentence of who closes it; without one it was the client, or the server's end.
     """
 
     def __init__(self, frames: AsyncGenerator[dict[str, Any]]) -> None:
-        self.why = ""
+        self.close_reason = ""
         self._frames = frames
 
     @classmethod
     def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
-        """The stream of a command that starts when its first frame is asked for."""
-        stream = cls(frames_of(actor, sandbox, spec))
-        stream._frames = noted_if_abandoned(actor, sandbox, stream._frames, stream)
+        """The stream of a command that starts when its first frame is requested."""
+        stream = cls(exec_frames(actor, sandbox, spec))
+        stream._frames = recording_abandonment(actor, sandbox, stream._frames, stream)
         return stream
 
     async def asend(self, value: None) -> dict[str, Any]:
@@ -195,129 +195,131 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
         return await self._frames.asend(value)
 
     async def athrow(self, *error: Any) -> dict[str, Any]:
-        """Raise an error where the frames come from."""
+        """Raise an error inside the underlying generator."""
         return await self._frames.athrow(*error)
 
     async def aclose(self) -> None:
-        """End the command, if it has not ended."""
+        """Kill the command, if it is still running."""
         await self._frames.aclose()
 
 
 @audited("sandbox.exec", "sandbox", note=lambda *_: {"stream": True})
 def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
-    """Run a command; the frames of the wire contract as they come, ``exec_started`` first.
+    """Run a command; the frames of the wire contract as they arrive, ``exec_started`` first.
 
-    Close the iterator early and the command's process tree is killed; who has had enough of it
-    throws a ``DomainError`` in, which goes on record as why. Raises like :func:`exec_command`, but
-    only at once or before the first frame.
+    Closing the iterator early kills the command's process tree; a caller can throw in a
+    ``DomainError``, which is recorded as the reason. Raises like :func:`exec_command`, but only
+    immediately or before the first frame.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     return CommandStream.of(actor, sandbox, spec)
 
 
-async def noted_if_abandoned(
+async def recording_abandonment(
     actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The frames; that nobody waited for the last of them is put on record, and why."""
-    ended = False
-    note = database_sync_to_async(note_abandoned)
+    """The frames; records it, and why, if nobody waited for the last of them."""
+    finished = False
+    record = database_sync_to_async(record_abandoned)
     try:
         async with aclosing(frames):
             async for frame in frames:
-                ended = frame["kind"] in LAST
+                finished = frame["kind"] in FINAL_FRAMES
                 try:
                     yield frame
                 except DomainError as error:
-                    await note(actor, sandbox, error.detail)
+                    await record(actor, sandbox, error.detail)
                     raise
     except (GeneratorExit, asyncio.CancelledError):
-        # One that has had the last frame often leaves before it hears that there is no other.
-        if not ended:
-            await asyncio.shield(note(actor, sandbox, stream.why or why_cut_off()))
+        # A client that has the last frame often leaves before it learns that there is no other.
+        if not finished:
+            await asyncio.shield(record(actor, sandbox, stream.close_reason or cut_off_reason()))
         raise
 
 
-async def frames_of(
+async def exec_frames(
     actor: Actor, sandbox: Sandbox, spec: ExecSpec
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The frames of a command, which starts when the first is asked for."""
-    quota = await database_sync_to_async(quota_of)(actor)
-    started = async_host().exec_frames(sandbox.pk, asked(sandbox, spec, quota))
-    # An async generator, whatever the client calls it: closing it ends the command.
+    """The frames of a command, which starts when the first is requested."""
+    quota = await database_sync_to_async(command_quota)(actor)
+    started = async_host().exec_frames(sandbox.pk, exec_request(sandbox, spec, quota))
+    # An async generator, whatever the client calls it: closing it kills the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
-    whole = {"stdout": WholeCharacters(), "stderr": WholeCharacters()}
-    begun = False
+    boundaries = {"stdout": Utf8Boundaries(), "stderr": Utf8Boundaries()}
+    first_frame_seen = False
     try:
         async with aclosing(frames):
             async for frame in frames:
-                if not begun and frame.kind == "error":
+                if not first_frame_seen and frame.kind == "error":
                     raise host_errors.HostError.from_wire(
                         {"code": frame.error_code, "message": frame.message}
                     )
-                begun = True
-                for shown in to_wire(frame, whole):
-                    yield shown
+                first_frame_seen = True
+                for wire_frame in to_wire(frame, boundaries):
+                    yield wire_frame
     except host_errors.TooManyCommands as error:
-        # Before any frame: it is the first thing that is looked at.
-        raise await database_sync_to_async(too_many)(actor, error) from error
+        # Before any frame: the quota is checked first.
+        raise await database_sync_to_async(too_many_commands)(actor, error) from error
     except host_errors.HostError as error:
-        domain = await database_sync_to_async(refused)(sandbox, error)
-        if not begun:
+        domain = await database_sync_to_async(translate_exec_error)(sandbox, error)
+        if not first_frame_seen:
             raise domain from error
         yield {"kind": "error", "code": domain.code, "message": domain.detail}
 
 
-def to_wire(frame: ExecFrame, whole: dict[str, WholeCharacters]) -> list[dict[str, Any]]:
-    """A host's frame in the words of the wire contract; the last one lets go of what was held."""
+def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dict[str, Any]]:
+    """A host's frame as in the wire contract; the last one flushes the held bytes."""
     if frame.kind == "started":
         return [{"kind": "exec_started", "pid": frame.pid}]
     if frame.kind == "chunk":
         stream = frame.stream or "stdout"
-        return chunk(stream, whole[stream].feed(frame.data))
-    held = [item for name, part in whole.items() for item in chunk(name, part.rest())]
-    return [*held, last(frame)]
+        return output_frames(stream, boundaries[stream].feed(frame.data))
+    remaining = [
+        item for name, part in boundaries.items() for item in output_frames(name, part.flush())
+    ]
+    return [*remaining, final_frame(frame)]
 
 
-def chunk(stream: str, data: bytes) -> list[dict[str, Any]]:
-    """A frame of output, unless there is none."""
+def output_frames(stream: str, data: bytes) -> list[dict[str, Any]]:
+    """A frame of output, or none if it is empty."""
     encoded = base64.b64encode(data).decode("ascii")
     return [{"kind": "exec_chunk", "stream": stream, "data": encoded}] if data else []
 
 
-def last(frame: ExecFrame) -> dict[str, Any]:
+def final_frame(frame: ExecFrame) -> dict[str, Any]:
     """The frame that ends the stream."""
     if frame.kind == "error":
         code, message, number = frame.error_code, frame.message, frame.signal
     elif frame.signal is not None:
         number = frame.signal
-        code, message = "exec_killed", killed_by(number, memory=frame.out_of_memory)
+        code, message = "exec_killed", kill_message(number, memory=frame.out_of_memory)
     else:
         return {"kind": "exec_exited", "code": frame.code, "duration_ms": frame.duration_ms or 0}
-    ended = {"kind": "error", "code": code, "message": message}
-    return ended if number is None else {**ended, "signal": number}
+    error_frame = {"kind": "error", "code": code, "message": message}
+    return error_frame if number is None else {**error_frame, "signal": number}
 
 
-class WholeCharacters:
-    """Cuts a byte stream between characters: clients decode each chunk of UTF-8 by itself."""
+class Utf8Boundaries:
+    """Splits a byte stream between characters: clients decode each UTF-8 chunk on its own."""
 
     def __init__(self) -> None:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """``data`` after what was held back, but for a last character that is not whole."""
+        """The held bytes and ``data``, except for an incomplete last character."""
         data = self._held + data
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(data)
         self._held = decoder.getstate()[0]
         return data[: len(data) - len(self._held)]
 
-    def rest(self) -> bytes:
-        """What was held back."""
+    def flush(self) -> bytes:
+        """The held bytes."""
         held, self._held = self._held, b""
         return held
 
 
-def text(data: bytes) -> str:
-    """Output as text: what is not UTF-8 is replaced."""
+def decode_output(data: bytes) -> str:
+    """Output as text; invalid UTF-8 is replaced."""
     return data.decode("utf-8", "replace")

@@ -21,78 +21,82 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, hold
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
-from orkestr_console.core.hosts import host, told
+from orkestr_console.core.hosts import host, translate_error
 from orkestr_console.core.postgres import persistently
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import driving
-from sandboxes_app.events import tell_changed
+from sandboxes_app.events import notify_changed
 from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
 from sandboxes_app.services import snapshots, state
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.models import Template
-from templates_app.services import note_lost, note_used
-from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services import mark_lost, mark_used
+from templates_app.services.bases import ALIASES, TEMPLATE_ID_PREFIX, Source, resolve
 
 FAILED_TO_START = (
     "The host couldn't start the sandbox. Try again; if it keeps failing, tell your operator."
 )
-# A page that shows a count among others does not wait for it as long as for what was asked.
-COUNTING_SECONDS = 2.0
-NODE = socket.gethostname()
+# A page that shows the count among others doesn't wait for it as long as for its main content.
+COUNT_TIMEOUT = 2.0
+NODE_ID = socket.gethostname()
 # Lower case and short, which the ids of templates and images are not.
-BUILT_IN = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
+BUILT_IN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 
 @audited("sandbox.create", "sandbox")
 def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
-    """A new sandbox, running.
+    """Create a sandbox; it is running when this returns.
 
     Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template or snapshot that is not ready),
-    ``PlanLimit``, ``FleetFull`` (nothing was created then), ``HostUnavailable``.
+    ``PlanLimit``, ``FleetFull`` (then nothing was created), ``HostUnavailable``.
     """
     actor.require(WRITE)
-    refuse_unsupported(spec)
+    reject_unsupported(spec)
     snapshot: Snapshot | None = None
     if spec.snapshot is not None:
-        spec, snapshot = snapshots.origin(actor, spec)
+        spec, snapshot = snapshots.apply_snapshot(actor, spec)
     actor.require_template(spec.template or "")
     actor.require_network(spec.network)
     if snapshot is None:
-        source = source_of(actor.team, spec.template or "")
+        source = resolve_source(actor.team, spec.template or "")
     else:
         source = Source(snapshot.template, snapshot.template_name, snapshot.image_id)
     with driving() as driver:
-        sandbox = insert(actor, spec, source, snapshot, driver)
-        begin(actor, spec, sandbox, snapshot)
+        sandbox = insert_row(actor, spec, source, snapshot, driver)
+        boot_or_discard(actor, spec, sandbox, snapshot)
     return sandbox
 
 
-def begin(actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None) -> None:
-    """Boot it; what fails leaves nothing on the host. Raises the error to tell of that."""
+def boot_or_discard(
+    actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None
+) -> None:
+    """Boot it; a failure leaves nothing on the host. Raises the domain error."""
     try:
         boot(sandbox, snapshot)
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
-        # Clients ask again, for the same or for something else, and count on nothing being left.
+        # Clients try again, with the same or another request, and rely on nothing being left.
         persistently(sandbox.delete)
-        raise told(error) from error
+        raise translate_error(error) from error
     except host_errors.NotFound:
         persistently(sandbox.delete)
-        raise snapshots.gone(snapshot) if snapshot else no_image(actor.team, spec) from None
+        raise (
+            snapshots.missing_error(snapshot) if snapshot else image_missing_error(actor.team, spec)
+        ) from None
     except host_errors.HostError as error:
         abandon(sandbox)
-        raise told(error) from error
+        raise translate_error(error) from error
 
 
-def refuse_unsupported(spec: SandboxSpec) -> None:
-    """Raise ``Unsupported`` for what this release does not do, rather than ignore it."""
-    asked = {
+def reject_unsupported(spec: SandboxSpec) -> None:
+    """Raise ``Unsupported`` for features that this release lacks, rather than ignore them."""
+    unsupported = {
         "volume": spec.volume is not None,
         "on_timeout": spec.on_timeout != "kill",
         "auto_resume": spec.auto_resume,
         "preview_auth": spec.preview_auth,
     }
-    for field, wanted in asked.items():
-        if wanted:
+    for field, requested in unsupported.items():
+        if requested:
             sentence = "is not supported by this server yet; leave it out."
             raise Unsupported(f"{field}: {sentence}", fields={field: sentence})
     if spec.region not in {None, settings.REGION}:
@@ -100,50 +104,50 @@ def refuse_unsupported(spec: SandboxSpec) -> None:
         raise InvalidInput(f"region: {sentence}", fields={"region": sentence})
 
 
-def source_of(team: Team, name: str) -> Source:
-    """What to boot. A built-in name is taken as it is: the host knows best, and saves a call.
+def resolve_source(team: Team, name: str) -> Source:
+    """What to boot. A built-in name is passed on unchecked: the host knows it, which saves a call.
 
-    An image's own id is no such name: the host would boot it whosever template it came of.
+    An image's id is not such a name: the host would boot it whichever team it belongs to.
     """
-    if not BUILT_IN.fullmatch(name):
+    if not BUILT_IN_NAME.fullmatch(name):
         return resolve(team, name, field="template")
     image = ALIASES.get(name, name)
     return Source(name, image, image)
 
 
-def no_image(team: Team, spec: SandboxSpec) -> Exception:
-    """The error for an image that the host does not have."""
+def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
+    """The error for an image that the host doesn't have."""
     name = spec.template or ""
     try:
         resolve(team, name, field="template")
     except Exception as error:  # noqa: BLE001 - whatever it finds wrong is the answer
         return error
     template = Template.objects.for_team(team).filter(pk=name).first()
-    if template is not None and not installation.is_apart():
-        note_lost(template)
+    if template is not None and not installation.is_mismatched():
+        mark_lost(template)
     return Conflict(
         "The image of this template is gone from the host; rebuild the template.",
         code="template_not_ready",
     )
 
 
-def insert(
+def insert_row(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None, driver: str
 ) -> Sandbox:
-    """The row, counted against the plan under the team's lock; ``driver`` is to start it."""
+    """Insert the row, counted against the plan under the team's lock; ``driver`` starts it."""
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        check_limits(actor, held, spec)
-        team = held.team
+        limits = hold(actor.team, actor.user)
+        check_limits(actor, limits, spec)
+        team = limits.team
         sandbox = Sandbox.objects.create(
             team=team, created_by=actor.user, driver=driver, **columns(spec, source, snapshot)
         )
         SandboxEvent.objects.create(
             sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
         )
-        if source.id.startswith(LOOKS_LIKE_A_TEMPLATE):
-            note_used(source.id)
-        tell_changed(sandbox.pk, team.pk)
+        if source.id.startswith(TEMPLATE_ID_PREFIX):
+            mark_used(source.id)
+        notify_changed(sandbox.pk, team.pk)
         audit.record(
             actor,
             "sandbox.create",
@@ -161,7 +165,7 @@ def insert(
 
 
 def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dict[str, Any]:
-    """What is asked for, as the row has it."""
+    """The request as columns of the row."""
     cpu, memory_mb = (snapshot.cpu, snapshot.memory_mb) if snapshot else SIZES[spec.size]
     now = timezone.now()
     return {
@@ -177,65 +181,65 @@ def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dic
         "metadata": spec.metadata,
         "timeout_seconds": spec.timeout_seconds,
         "region": settings.REGION,
-        "node_id": NODE,
+        "node_id": NODE_ID,
         "created_at": now,
         "expires_at": now + timedelta(seconds=spec.timeout_seconds),
     }
 
 
-def check_limits(actor: Actor, held: Envelope, spec: SandboxSpec) -> None:
-    """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have this one."""
-    held.require_size(spec.size)
-    held.require_at_most("max_timeout_seconds", spec.timeout_seconds, "timeout_seconds")
-    held.require_network(spec.network)
+def check_limits(actor: Actor, limits: Envelope, spec: SandboxSpec) -> None:
+    """Raise ``PlanLimit`` unless the team, whose row the caller has locked, may have it."""
+    limits.require_size(spec.size)
+    limits.require_at_most("max_timeout_seconds", spec.timeout_seconds, "timeout_seconds")
+    limits.require_network(spec.network)
     if spec.network == "restricted" and spec.allow_domains is not None:
-        held.require_allowlist()
+        limits.require_allowlist()
     name = spec.template or ""
-    if BUILT_IN.fullmatch(name):
-        held.require_base(ALIASES.get(name, name))
-    running = counted([held.team])
+    if BUILT_IN_NAME.fullmatch(name):
+        limits.require_base(ALIASES.get(name, name))
+    running = using_slots([limits.team])
     mine = running.filter(created_by=actor.user).count() if actor.user else None
-    held.require_room("max_concurrent_sandboxes", running.count(), mine)
+    limits.require_room("max_concurrent_sandboxes", running.count(), mine)
 
 
-def counted(teams: Iterable[Team]) -> SandboxQuerySet:
-    """The sandboxes that take one of the teams' places now; a paused one has a place of its own."""
+def using_slots(teams: Iterable[Team]) -> SandboxQuerySet:
+    """The sandboxes that use a running slot of the teams; paused ones use other slots."""
     rows = Sandbox.objects.live().filter(team__in=teams)
     return rows.filter(expires_at__gt=timezone.now()).exclude(status=SandboxStatus.PAUSED)
 
 
-def counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of the limits that sandboxes count against, by team id and limit."""
-    running = per_team(counted(teams))
-    parked = per_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
-    kept = snapshots.counts(teams)
-    commands = commands_running()
+def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
+    """Each team's usage of the limits on sandboxes, by team id and limit."""
+    running = count_by_team(using_slots(teams))
+    paused = count_by_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
+    snapshot_counts = snapshots.usage_counts(teams)
+    commands = running_commands()
     return {
         team.pk: {
             **({} if commands is None else {"max_concurrent_commands": commands.get(team.pk, 0)}),
             "max_concurrent_sandboxes": running.get(team.pk, 0),
-            "max_snapshots": parked.get(team.pk, 0),
-            "max_named_snapshots": kept[team.pk],
+            "max_snapshots": paused.get(team.pk, 0),
+            "max_named_snapshots": snapshot_counts[team.pk],
         }
         for team in teams
     }
 
 
-def commands_running() -> dict[str, int] | None:
-    """How many commands run of each team that has any, by its id; None if the host is silent."""
+def running_commands() -> dict[str, int] | None:
+    """Running commands by team id, without zeros; None if the host doesn't answer."""
     try:
-        return host().commands(seconds=COUNTING_SECONDS)
+        return host().commands(seconds=COUNT_TIMEOUT)
     except host_errors.HostError:
         return None
 
 
-def per_team(rows: SandboxQuerySet) -> dict[str, int]:
-    """How many of the rows each team has, by its id."""
+def count_by_team(rows: SandboxQuerySet) -> dict[str, int]:
+    """The number of rows by team id."""
     return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
 def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
-    """Start the container and say so. Raises the host's errors."""
+    """Start the container and update the row. Raises the host's errors."""
     info = host().create_sandbox(
         CreateSandbox(
             sandbox.pk,
@@ -249,20 +253,20 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
             deadline=sandbox.expires_at.timestamp(),
         )
     )
-    if not state.started(sandbox, info):
+    if not state.mark_running(sandbox, info):
         # Somebody terminated it while it started.
         host().delete_sandbox(sandbox.pk)
-        state.released([sandbox.pk], sandbox.driver)
+        state.mark_released([sandbox.pk], sandbox.driver)
         sandbox.refresh_from_db()
 
 
 def abandon(sandbox: Sandbox) -> None:
-    """Settle one that did not start, and leave nothing of it on the host."""
+    """Settle a sandbox that did not start, and leave nothing of it on the host."""
     driver = sandbox.driver
-    state.broken(sandbox, FAILED_TO_START, driver=driver)
+    state.mark_failed(sandbox, FAILED_TO_START, driver=driver)
     try:
         host().delete_sandbox(sandbox.pk)
     except host_errors.HostError:
-        # Who looks after what nobody drives finds it.
+        # It keeps its driver, so it is settled as an orphan later.
         return
-    state.released([sandbox.pk], driver)
+    state.mark_released([sandbox.pk], driver)

@@ -1,4 +1,4 @@
-"""Reading sandboxes, ending them, and ending those whose time is over."""
+"""Reading sandboxes, terminating them, and expiring them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLimit
-from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.hosts import host, translated_errors
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
 from orkestr_console.queue.driving import driving
@@ -30,30 +30,30 @@ from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
 
-NO_SUCH = "There is no such sandbox in your team; check the id."
-# What has a container that the host must know.
-STANDING = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
-# A container this young may belong to a create whose transaction is under way.
+NOT_FOUND = "There is no such sandbox in your team; check the id."
+# The states in which the host must have a container.
+SETTLED = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
+# A container this young may belong to a create whose transaction is still open.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
-STRANGERS_AT_ONCE = 5
+MAX_UNKNOWN_RELEASES = 5
 RELEASE = "sandboxes_app.tasks.release_sandboxes"
-# What a task is told has to go through a socket (orkestr_console.queue.sockets).
-RELEASED_AT_ONCE = 1000
+# A task's arguments have to fit through a socket (orkestr_console.queue.sockets).
+RELEASE_BATCH = 1000
 
 
 def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """One of the team's sandboxes, ended ones included. Raises ``NotFound``."""
+    """One of the team's sandboxes, which may have ended. Raises ``NotFound``."""
     actor.require(READ)
     return find(actor, sandbox_id)
 
 
 def find(actor: Actor, sandbox_id: str) -> Sandbox:
-    """The row, its expiry settled. Raises ``NotFound``."""
+    """The row, settled if it has expired. Raises ``NotFound``."""
     if not is_id("sbx", sandbox_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     sandbox = Sandbox.objects.for_team(actor.team).filter(pk=sandbox_id).first()
     if sandbox is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     if sandbox.expires_at <= timezone.now() and sandbox.status in LIVE:
         settle_overdue(sandbox)
     return sandbox
@@ -106,24 +106,24 @@ def list_sandboxes(
 
 @audited("sandbox.terminate", "sandbox")
 def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """End a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
+    """Terminate a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
     if sandbox.status in LIVE:
         with driving() as driver:
-            if note_terminated(actor, sandbox, driver):
+            if mark_terminated(actor, sandbox, driver):
                 release(sandbox.pk)
-                state.released([sandbox.pk], driver)
+                state.mark_released([sandbox.pk], driver)
     return sandbox
 
 
-def note_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
-    """Settle one as ended by somebody, whose container ``driver`` frees; False if it has ended.
+def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
+    """Mark as terminated; ``driver`` releases the container. False if it has already ended.
 
-    Who starts it just now drives it on: there may be a container only once that is done.
+    A process that is starting it remains its driver: the container may only exist later.
     """
     with transaction.atomic():
-        if not state.ended(sandbox, "terminated", sandbox.driver or driver):
+        if not state.mark_ended(sandbox, "terminated", sandbox.driver or driver):
             return False
         name = sandbox.template_name
         audit.record(actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name)
@@ -131,12 +131,12 @@ def note_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
 
 
 def release(sandbox_id: str) -> None:
-    """Free the container now, or by a task when the host does not answer; count what it used."""
+    """Release the container now, or by a task if the host doesn't answer, and count its usage."""
     try:
         host().delete_sandbox(sandbox_id)
         metering.collect(sandbox_id)
     except host_errors.HostError as error:
-        logger.warning("sandbox %s could not be released yet: %s", sandbox_id, error.detail)
+        logger.warning("could not release sandbox %s yet: %s", sandbox_id, error.detail)
         async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
 
 
@@ -148,23 +148,23 @@ def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
-    expires_at = new_end(actor, sandbox, spec.timeout_seconds)
-    with errors_told():
+    expires_at = new_expiry(actor, sandbox, spec.timeout_seconds)
+    with translated_errors():
         host().set_deadline(sandbox.pk, expires_at.timestamp())
-    if not state.prolonged(sandbox, expires_at):
+    if not state.mark_extended(sandbox, expires_at):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
     return sandbox
 
 
-def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
-    """When a lifetime of ``seconds`` from now ends. Raises ``PlanLimit`` if the plan forbids it."""
+def new_expiry(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
+    """The end of a lifetime of ``seconds`` from now. Raises ``PlanLimit`` if it is too late."""
     allowed = envelope(actor.team)
     allowed.require_at_most("max_timeout_seconds", seconds, "timeout_seconds")
     plan = allowed.plan
     end = timezone.now() + timedelta(seconds=seconds)
     longest = plan.max_running_lifetime_seconds
-    begun = sandbox.started_at or sandbox.created_at
-    if longest is not None and end > begun + timedelta(seconds=longest):
+    started_at = sandbox.started_at or sandbox.created_at
+    if longest is not None and end > started_at + timedelta(seconds=longest):
         raise PlanLimit(
             f"The {plan.name} plan lets a sandbox run for {longest} seconds without a pause, "
             "and this would be longer; create another one, or ask your administrator for a "
@@ -175,147 +175,155 @@ def new_end(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
 
 
 def settle_overdue(sandbox: Sandbox) -> None:
-    """Settle one whose time is over by this clock, which may have been set meanwhile.
+    """Settle a sandbox that has expired by this clock, which may have been changed meanwhile.
 
-    The host counts the seconds (:mod:`hostruntime.host.clock`): what it says is left is left, and
-    the row gets the moment at which that is now. While it does not answer the row stays as it is.
+    The host counts the seconds (:mod:`hostruntime.host.clock`): its remaining time is the truth,
+    and the row is moved to match. While the host doesn't answer, the row stays as it is.
     """
     try:
         info = host().sandbox(sandbox.pk)
     except host_errors.NotFound:
         info = None
     except host_errors.HostError as error:
-        logger.warning("sandbox %s is not settled yet: %s", sandbox.pk, error.detail)
+        logger.warning("could not settle sandbox %s yet: %s", sandbox.pk, error.detail)
         return
-    end = info.deadline if info is not None and info.state == "running" else None
-    if end is None or end <= timezone.now().timestamp():
+    deadline = info.deadline if info is not None and info.state == "running" else None
+    if deadline is None or deadline <= timezone.now().timestamp():
         expire(sandbox)
         return
-    sandbox.expires_at = datetime.fromtimestamp(end, UTC)
+    sandbox.expires_at = datetime.fromtimestamp(deadline, UTC)
     Sandbox.objects.filter(pk=sandbox.pk, status__in=LIVE).update(expires_at=sandbox.expires_at)
 
 
 def expire(sandbox: Sandbox) -> None:
-    """Settle one whose time is over. The host ends the container by itself as well."""
+    """Mark a sandbox as expired. The host also ends the container on its own."""
     with transaction.atomic():
-        if state.ended(sandbox, "expired"):
+        if state.mark_ended(sandbox, "expired"):
             async_task("sandboxes_app.tasks.release_sandbox", sandbox.pk, group="sandboxes")
             return
     sandbox.refresh_from_db()
 
 
-def expire_due() -> int:
-    """Settle every sandbox whose time is over, of all teams; how many there were."""
+def expire_overdue() -> int:
+    """Settle all teams' sandboxes that are past their deadline; how many there were."""
     due = list(Sandbox.objects.live().filter(expires_at__lte=timezone.now()))
     for sandbox in due:
         settle_overdue(sandbox)
     return len(due)
 
 
-def note_all_ended() -> int:
-    """Settle every sandbox of all teams as terminated: the operator ended them all; how many."""
+def terminate_all() -> int:
+    """Mark all teams' sandboxes as terminated, as the operator ended them; how many."""
     end = state.End("terminated", SandboxStatus.TERMINATED)
     live = Sandbox.objects.live().values_list("pk", flat=True)
-    return len(state.all_ended(dict.fromkeys(live, end)))
+    return len(state.mark_many_ended(dict.fromkeys(live, end)))
 
 
-def settle_if_gone(sandbox: Sandbox) -> bool:
-    """Bring the row up to date if the host has no running container for it; whether it has none."""
+def settle_if_missing(sandbox: Sandbox) -> bool:
+    """Settle the row if the host has no running container for it; whether it has none."""
     try:
         info = host().sandbox(sandbox.pk)
     except host_errors.NotFound:
         info = None
     if info is not None and info.state == "running":
         return False
-    state.gone(sandbox, info)
+    state.mark_missing(sandbox, info)
     return True
 
 
-def note_changed(changed: Iterable[SandboxInfo]) -> None:
-    """Make rows say what the host says of these. Raises the host's errors."""
+def apply_changes(changed: Iterable[SandboxInfo]) -> None:
+    """Update the rows of sandboxes that the host reports as changed. Raises the host's errors."""
     known = {info.id: info for info in changed}
-    end_all({key: state.end_of(info) for key, info in known.items() if not runs(info)})
-    running = [key for key, info in known.items() if runs(info)]
-    rows = Sandbox.objects.filter(pk__in=running, status__in=STANDING)
-    say_as_on_host([one for one in rows if known[one.pk].paused is not one.is_paused])
+    end_many({key: state.end_reason(info) for key, info in known.items() if not is_running(info)})
+    running = [key for key, info in known.items() if is_running(info)]
+    rows = Sandbox.objects.filter(pk__in=running, status__in=SETTLED)
+    match_host([sandbox for sandbox in rows if known[sandbox.pk].paused is not sandbox.is_paused])
 
 
 def reconcile() -> None:
-    """Make rows and containers agree, by a few statements. Raises the host's errors.
+    """Make rows and containers agree, with few statements. Raises the host's errors.
 
-    Rows on their way to another state are their driver's (:mod:`sandboxes_app.services.settling`).
+    Rows in a transitional state belong to their driver (:mod:`sandboxes_app.services.settling`).
     """
-    rows = Sandbox.objects.filter(status__in=STANDING)
-    # Read before the host is asked: what a row has then, the host had before.
-    standing = list(rows.only("pk", "status", "team_id", "expires_at"))
+    rows = Sandbox.objects.filter(status__in=SETTLED)
+    # Read before the host is asked: it had a container before the row said so.
+    settled = list(rows.only("pk", "status", "team_id", "expires_at"))
     known = {info.id: info for info in host().sandboxes()}
-    ended = {one.pk: known.get(one.pk) for one in standing if not runs(known.get(one.pk))}
-    end_all({sandbox_id: state.end_of(info) for sandbox_id, info in ended.items()})
-    others = [one for one in standing if one.pk not in ended]
-    say_as_on_host([one for one in others if known[one.pk].paused is not one.is_paused])
-    release_strangers([info for info in known.values() if runs(info)])
+    ended = {
+        sandbox.pk: known.get(sandbox.pk)
+        for sandbox in settled
+        if not is_running(known.get(sandbox.pk))
+    }
+    end_many({sandbox_id: state.end_reason(info) for sandbox_id, info in ended.items()})
+    others = [sandbox for sandbox in settled if sandbox.pk not in ended]
+    match_host([sandbox for sandbox in others if known[sandbox.pk].paused is not sandbox.is_paused])
+    release_unknown([info for info in known.values() if is_running(info)])
 
 
-def say_as_on_host(sandboxes: Sequence[Sandbox], among: Iterable[str] = LIVE) -> None:
-    """Make these rows say what the host has now. Raises the host's errors.
+def match_host(sandboxes: Sequence[Sandbox], from_statuses: Iterable[str] = LIVE) -> None:
+    """Make these rows agree with the host. Raises the host's errors.
 
-    Not those to which something else happens meanwhile, or that are not in one of ``among``.
+    Rows that change meanwhile, or are not in one of ``from_statuses``, stay as they are.
     """
     if not sandboxes:
         return
-    seen = {sandbox.pk: state.last_event(sandbox) for sandbox in sandboxes}
+    last_seen_events = {sandbox.pk: state.last_event(sandbox) for sandbox in sandboxes}
     known = {info.id: info for info in host().sandboxes()}
     ends: dict[str, state.End] = {}
     for sandbox in sandboxes:
         info = known.get(sandbox.pk)
-        if runs(info):
-            state.as_on_host(sandbox, info, seen[sandbox.pk])
+        if is_running(info):
+            state.match_host(sandbox, info, last_seen_events[sandbox.pk])
         else:
-            ends[sandbox.pk] = state.end_of(info)
-    end_all(ends, among)
+            ends[sandbox.pk] = state.end_reason(info)
+    end_many(ends, from_statuses)
 
 
-def runs(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
-    """Whether the host has a container for it, paused or not."""
+def is_running(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:
+    """Whether the host has a container, paused or not."""
     return info is not None and info.state == "running"
 
 
-def end_all(ends: Mapping[str, state.End], among: Iterable[str] = LIVE) -> None:
-    """Say that these have ended, and have what the host still has of them freed by a task."""
+def end_many(ends: Mapping[str, state.End], from_statuses: Iterable[str] = LIVE) -> None:
+    """Mark these as ended, and queue the release of what the host still has of them."""
     if not ends:
         return
     with transaction.atomic():
-        if ended := state.all_ended(ends, among):
-            release_soon(ended)
+        if ended := state.mark_many_ended(ends, from_statuses):
+            release_later(ended)
 
 
-def release_left(drivers: Mapping[str, str]) -> None:
-    """Have containers freed whose rows say that they have ended, and whose drivers are gone."""
+def release_orphaned(drivers: Mapping[str, str]) -> None:
+    """Queue the release of ended sandboxes whose drivers are gone, by id and driver."""
     with transaction.atomic():
-        release_soon([key for key, driver in drivers.items() if state.released([key], driver)])
+        release_later(
+            [key for key, driver in drivers.items() if state.mark_released([key], driver)]
+        )
 
 
-def release_soon(sandbox_ids: Iterable[str]) -> None:
-    """Have what the host has of these freed by tasks."""
-    for some in batched(sandbox_ids, RELEASED_AT_ONCE):
-        async_task(RELEASE, some, group="sandboxes")
+def release_later(sandbox_ids: Iterable[str]) -> None:
+    """Queue the release of what the host has of these, in batches."""
+    for batch in batched(sandbox_ids, RELEASE_BATCH):
+        async_task(RELEASE, batch, group="sandboxes")
 
 
-def release_strangers(running: Collection[SandboxInfo]) -> None:
-    """Free containers that no live row names, but those that may just be starting.
+def release_unknown(running: Collection[SandboxInfo]) -> None:
+    """Release containers without a live row, except those that may just be starting.
 
-    All whose rows say that they have ended: they were ended while the host was away. Of those that
-    no row names a few at a time: if it is the rows that are wrong, somebody is to notice.
+    All whose rows have ended: that happened while the host was away. Of those without a row only a
+    few at a time: if the rows are wrong, somebody should notice.
     """
     ids = [info.id for info in running]
-    # A row is there before its container.
+    # A row exists before its container.
     statuses = dict(Sandbox.objects.filter(pk__in=ids).values_list("pk", "status"))
     for info in running:
         if info.id in statuses and statuses[info.id] not in LIVE:
-            logger.warning("sandbox %s has ended and runs: it is freed", info.id)
+            logger.warning("sandbox %s has ended but is running: releasing it", info.id)
             release(info.id)
-    old = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
-    unknown = [info for info in running if info.id not in statuses and info.started_at < old]
-    for info in unknown[:STRANGERS_AT_ONCE]:
-        logger.error("sandbox %s runs and no row names it: it is ended", info.id)
+    started_before = timezone.now().timestamp() - UNKNOWN_GRACE_SECONDS
+    unknown = [
+        info for info in running if info.id not in statuses and info.started_at < started_before
+    ]
+    for info in unknown[:MAX_UNKNOWN_RELEASES]:
+        logger.error("sandbox %s is running but has no row: releasing it", info.id)
         release(info.id)

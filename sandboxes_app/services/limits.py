@@ -1,4 +1,4 @@
-"""What the caller's team may let a sandbox be."""
+"""The limits on the caller's sandboxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orkestr_console.core.hosts import host
 
 @dataclass(frozen=True)
 class Limits:
-    """What the team may have, this server's region, and the host's default allowlist."""
+    """The team's envelope, this server's region, and the host's default allowlist."""
 
     envelope: Envelope
     region: str
@@ -22,7 +22,7 @@ class Limits:
 
 
 def limits(actor: Actor) -> Limits:
-    """The envelope. A host that does not answer leaves the default allowlist out."""
+    """The limits. The default allowlist is empty if the host doesn't answer."""
     actor.require(READ)
     try:
         domains = host().default_domains()

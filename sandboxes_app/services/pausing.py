@@ -1,8 +1,8 @@
-"""Pausing a sandbox and taking it up again: its processes stand still, its memory and files stay.
+"""Pausing and resuming a sandbox: its processes are frozen, its memory and files stay.
 
-A paused sandbox takes one of the places that the plan has for those, instead of one of the places
-for running ones, and ends when nobody resumes it for ``LONGEST_PAUSE``. What it keeps in memory is
-still in the machine's memory: it does not outlive a restart of the machine.
+A paused sandbox uses one of the plan's slots for paused ones instead of one for running ones, and
+ends if nobody resumes it within ``MAX_PAUSE``. Its memory stays in the machine's memory, and
+doesn't survive a restart of the machine.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import hold
 from orkestr_console.core.errors import Conflict, PlanLimit
-from orkestr_console.core.hosts import host, told
+from orkestr_console.core.hosts import host, translate_error
 from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services import state
-from sandboxes_app.services.create import counted
-from sandboxes_app.services.lifecycle import find, find_running, settle_if_gone
+from sandboxes_app.services.create import using_slots
+from sandboxes_app.services.lifecycle import find, find_running, settle_if_missing
 
-LONGEST_PAUSE = timedelta(days=7)
-PARKED = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
+MAX_PAUSE = timedelta(days=7)
+PAUSED_STATUSES = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
 
 
 @audited("sandbox.pause", "sandbox", note=lambda s, _: {"until": s.expires_at.isoformat()})
 def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """Let a running sandbox stand still; it is paused when this returns.
+    """Pause a running sandbox; it is paused when this returns.
 
     Raises ``NotFound``, ``Conflict`` (not running, or the plan's number of paused ones is
     reached), ``HostUnavailable``.
@@ -38,44 +38,44 @@ def pause_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     with driving() as driver:
-        begin_pausing(actor, sandbox, driver)
+        mark_pausing(actor, sandbox, driver)
         pause(sandbox)
     return sandbox
 
 
-def begin_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
-    """Take one of the places for paused ones, and say so in the row. Raises ``Conflict``."""
+def mark_pausing(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+    """Take one of the slots for paused sandboxes, and update the row. Raises ``Conflict``."""
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        parked = Sandbox.objects.for_team(actor.team).filter(status__in=PARKED)
+        limits = hold(actor.team, actor.user)
+        paused = Sandbox.objects.for_team(actor.team).filter(status__in=PAUSED_STATUSES)
         try:
-            held.require_room("max_snapshots", parked.count())
+            limits.require_room("max_snapshots", paused.count())
         except PlanLimit as error:
-            # What clients know it as: they free a place and try again.
+            # The code that clients know: they free a slot and try again.
             raise Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra) from None
-        if not state.pausing(sandbox, driver):
+        if not state.mark_pausing(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
 def pause(sandbox: Sandbox) -> None:
-    """Have the host freeze it, and say what came of it. Raises ``Conflict`` and the host's."""
-    until = timezone.now() + LONGEST_PAUSE
+    """Have the host freeze it, and record the result. Raises ``Conflict`` and the host's errors."""
+    until = timezone.now() + MAX_PAUSE
     try:
         host().pause_sandbox(sandbox.pk, until.timestamp())
     except host_errors.HostError as error:
-        if may_be_said(sandbox, error):
-            state.unpaused(sandbox)
-        raise told(error) from error
-    if not state.paused(sandbox, until):
+        if can_roll_back(sandbox, error):
+            state.mark_pause_failed(sandbox)
+        raise translate_error(error) from error
+    if not state.mark_paused(sandbox, until):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
 @audited("sandbox.resume", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
 def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
-    """Let a paused sandbox run on, for as long again as it was created for.
+    """Resume a paused sandbox, for another full lifetime.
 
-    Raises ``NotFound``, ``Conflict`` (not paused, or gone), ``PlanLimit`` (no place among the
-    running ones), ``HostUnavailable``.
+    Raises ``NotFound``, ``Conflict`` (not paused, or missing), ``PlanLimit`` (no slot for another
+    running one), ``HostUnavailable``.
     """
     actor.require(WRITE)
     sandbox = find(actor, sandbox_id)
@@ -87,44 +87,44 @@ def resume_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
             code="sandbox_not_paused",
         )
     with driving() as driver:
-        begin_resuming(actor, sandbox, driver)
+        mark_resuming(actor, sandbox, driver)
         resume(sandbox)
     return sandbox
 
 
-def begin_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
-    """Take one of the places for running ones, and say so in the row.
+def mark_resuming(actor: Actor, sandbox: Sandbox, driver: str) -> None:
+    """Take one of the slots for running sandboxes, and update the row.
 
     Raises ``PlanLimit``, ``Conflict``.
     """
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        running = counted([held.team])
+        limits = hold(actor.team, actor.user)
+        running = using_slots([limits.team])
         mine = running.filter(created_by=actor.user).count() if actor.user else None
-        held.require_room("max_concurrent_sandboxes", running.count(), mine)
-        if not state.resuming(sandbox, driver):
+        limits.require_room("max_concurrent_sandboxes", running.count(), mine)
+        if not state.mark_resuming(sandbox, driver):
             raise Conflict("The sandbox has just ended.", code="sandbox_not_paused")
 
 
 def resume(sandbox: Sandbox) -> None:
-    """Have the host thaw it, and say what came of it. Raises ``Conflict`` and the host's."""
+    """Have the host thaw it, and record the result. Raises ``Conflict`` and the host's errors."""
     end = timezone.now() + timedelta(seconds=sandbox.timeout_seconds)
     try:
         host().resume_sandbox(sandbox.pk, end.timestamp())
     except host_errors.HostError as error:
-        if may_be_said(sandbox, error):
-            state.still_paused(sandbox)
-        raise told(error) from error
-    if not state.resumed(sandbox, end):
+        if can_roll_back(sandbox, error):
+            state.mark_resume_failed(sandbox)
+        raise translate_error(error) from error
+    if not state.mark_resumed(sandbox, end):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
 
 
-def may_be_said(sandbox: Sandbox, error: host_errors.HostError) -> bool:
+def can_roll_back(sandbox: Sandbox, error: host_errors.HostError) -> bool:
     """Whether a failed call left things as they were.
 
-    A host that did not answer may have done it or not: it is asked when it answers
+    A host that did not answer may have done it or not: that is settled once it answers
     (:mod:`sandboxes_app.services.settling`).
     """
     if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
-        return not settle_if_gone(sandbox)
+        return not settle_if_missing(sandbox)
     return not isinstance(error, host_errors.HostUnavailable)

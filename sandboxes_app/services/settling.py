@@ -1,7 +1,7 @@
-"""Settling what is on its way to another state while nobody drives it there any more.
+"""Settling rows that are on their way to another state but have lost their driver.
 
-A process was killed, or gave up on a host that did not answer. What the row then says is decided
-by what the host has, and by nothing that a clock says (:mod:`orkestr_console.queue.driving`).
+Their process was killed, or gave up on a host that did not answer. What the host has decides the
+row's new state, and no clock does (:mod:`orkestr_console.queue.driving`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 
 from django.db.models import Q, QuerySet, Value
 
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from orkestr_console.installation import services as installation
-from orkestr_console.queue.driving import SURE_SECONDS, IsDriven
-from sandboxes_app.models import LIVE, PASSING, Sandbox, SandboxStatus, Snapshot, SnapshotStatus
+from orkestr_console.queue.driving import ORPHAN_GRACE_SECONDS, IsDriven
+from sandboxes_app.models import (
+    LIVE,
+    TRANSITIONAL,
+    Sandbox,
+    SandboxStatus,
+    Snapshot,
+    SnapshotStatus,
+)
 from sandboxes_app.services import lifecycle, snapshots, state
-from sandboxes_app.services.lifecycle import end_all, say_as_on_host
+from sandboxes_app.services.lifecycle import end_many, match_host
 from templates_app import services as templates
 from templates_app.models import Template
 
@@ -27,80 +34,80 @@ SANDBOX, ENDED, SNAPSHOT, TEMPLATE = "sandbox", "ended", "snapshot", "template"
 CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
-class Left(NamedTuple):
-    """A row on its way, and who drove it."""
+class Orphan(NamedTuple):
+    """A row in a transitional state, and the driver it lost."""
 
     kind: str
     id: str
     driver: str
 
 
-def left() -> set[Left]:
-    """What nobody drives just now, by one statement.
+def find_orphans() -> set[Orphan]:
+    """The rows that nobody drives now, by one statement.
 
-    A build that has no driver waits for a worker, and is not left.
+    A build without a driver is waiting for a worker, and is no orphan.
     """
     rows = (
-        (SANDBOX, Sandbox.objects.filter(status__in=PASSING)),
+        (SANDBOX, Sandbox.objects.filter(status__in=TRANSITIONAL)),
         (ENDED, Sandbox.objects.exclude(status__in=LIVE).exclude(driver="")),
         (SNAPSHOT, Snapshot.objects.filter(status=SnapshotStatus.CAPTURING)),
         (TEMPLATE, Template.objects.running().exclude(driver="")),
     )
-    first, *others = (not_driven(kind, passing) for kind, passing in rows)
-    return {Left(*row) for row in first.union(*others, all=True)}
+    first, *others = (undriven(kind, passing) for kind, passing in rows)
+    return {Orphan(*row) for row in first.union(*others, all=True)}
 
 
-def not_driven(kind: str, passing: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, str]]:
-    """Those among the rows that nobody drives."""
-    found = passing.filter(~Q(IsDriven("driver")))
+def undriven(kind: str, rows: QuerySet[Any]) -> QuerySet[Any, tuple[str, str, str]]:
+    """The rows that nobody drives."""
+    found = rows.filter(~Q(IsDriven("driver")))
     return found.order_by().values_list(Value(kind), "pk", "driver")
 
 
-def settle_left() -> None:
-    """Settle what nobody drives and nobody drove a moment before.
+def settle_orphans() -> None:
+    """Settle the rows that have had no driver for ``ORPHAN_GRACE_SECONDS``.
 
-    Not while database and host do not belong together. Raises the host's errors.
+    Not while database and host don't belong together. Raises the host's errors.
     """
-    found = left()
-    # At once: a driver that lives loses nothing when another follows its build.
-    for template in of_kind(found, TEMPLATE):
-        templates.pass_on(template.id, template.driver)
-    found.difference_update(of_kind(found, TEMPLATE))
-    if not found or installation.is_apart():
+    orphans = find_orphans()
+    # Immediately: a live driver loses nothing if another follows its build.
+    for template in select_kind(orphans, TEMPLATE):
+        templates.hand_off(template.id, template.driver)
+    orphans.difference_update(select_kind(orphans, TEMPLATE))
+    if not orphans or installation.is_mismatched():
         return
-    let_go()
-    # PostgreSQL may have restarted just now, and those who drive take their locks again.
-    time.sleep(SURE_SECONDS)
-    found &= left()
-    lifecycle.release_left({one.id: one.driver for one in of_kind(found, ENDED)})
-    settle_sandboxes(found)
-    snapshots.settle_left([one.id for one in of_kind(found, SNAPSHOT)])
+    release_connection()
+    # PostgreSQL may have just restarted, and live drivers take their locks again.
+    time.sleep(ORPHAN_GRACE_SECONDS)
+    orphans &= find_orphans()
+    lifecycle.release_orphaned({orphan.id: orphan.driver for orphan in select_kind(orphans, ENDED)})
+    settle_sandboxes(orphans)
+    snapshots.settle_orphans([orphan.id for orphan in select_kind(orphans, SNAPSHOT)])
 
 
 def settle_all() -> None:
-    """Make all rows and the host agree. Raises the host's errors.
+    """Make all rows agree with the host. Raises the host's errors.
 
-    For a host whose state is this database's.
+    Only for a host whose state belongs to this database.
     """
     lifecycle.reconcile()
-    settle_left()
+    settle_orphans()
     templates.settle_images()
     snapshots.reconcile()
 
 
-def of_kind(found: set[Left], kind: str) -> list[Left]:
-    """Those of one kind."""
-    return [one for one in found if one.kind == kind]
+def select_kind(orphans: set[Orphan], kind: str) -> list[Orphan]:
+    """The orphans of one kind."""
+    return [orphan for orphan in orphans if orphan.kind == kind]
 
 
-def settle_sandboxes(found: set[Left]) -> None:
-    """Settle those sandboxes, by what the host has of each. Raises the host's errors."""
-    drivers = {one.id: one.driver for one in of_kind(found, SANDBOX)}
+def settle_sandboxes(orphans: set[Orphan]) -> None:
+    """Settle orphaned sandboxes by what the host has. Raises the host's errors."""
+    drivers = {orphan.id: orphan.driver for orphan in select_kind(orphans, SANDBOX)}
     if not drivers:
         return
-    rows = Sandbox.objects.filter(pk__in=drivers, status__in=PASSING)
+    rows = Sandbox.objects.filter(pk__in=drivers, status__in=TRANSITIONAL)
     mine = [sandbox for sandbox in rows if sandbox.driver == drivers[sandbox.pk]]
-    starting = [one.pk for one in mine if one.status == SandboxStatus.STARTING]
-    # Nobody was told of it: who asked for it asks again, and counts on nothing being left.
-    end_all(dict.fromkeys(starting, CUT_OFF), PASSING)
-    say_as_on_host([one for one in mine if one.pk not in starting], PASSING)
+    starting = [orphan.pk for orphan in mine if orphan.status == SandboxStatus.STARTING]
+    # Their creator got no answer, will ask again, and relies on nothing being left.
+    end_many(dict.fromkeys(starting, CUT_OFF), TRANSITIONAL)
+    match_host([orphan for orphan in mine if orphan.pk not in starting], TRANSITIONAL)

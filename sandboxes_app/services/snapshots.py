@@ -1,4 +1,4 @@
-"""Snapshots of running sandboxes: taking, reading and deleting them, and starting from one."""
+"""Snapshots of running sandboxes: creating, reading and deleting them, and starting from one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from orkestr_console.http.paging import page
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
-from sandboxes_app.services.commands import refused
-from sandboxes_app.services.lifecycle import find_running, settle_if_gone
+from sandboxes_app.services.commands import translate_exec_error
+from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 
 logger = logging.getLogger(__name__)
 
-NO_SUCH = "There is no such snapshot in your team; check the id."
+NOT_FOUND = "There is no such snapshot in your team; check the id."
 LOST = "The host lost the files of this snapshot; take another one."
 CUT_OFF = "The server was stopped while the snapshot was taken; take another one."
 MEGABYTE = 1_000_000
@@ -39,41 +39,41 @@ MEGABYTE = 1_000_000
 
 @audited("snapshot.create", "sandbox")
 def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapshot:
-    """The files of a running sandbox as they are now, for others to start from; it runs on.
+    """Capture the files of a running sandbox, for others to start from; it keeps running.
 
-    Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, one is being taken),
-    ``FleetFull``, ``HostUnavailable``; the row then says that it failed and why.
+    Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, another capture is
+    running), ``FleetFull``, ``HostUnavailable``; the row then records the failure.
     """
     actor.require(WRITE)
     sandbox = find_running(actor, sandbox_id)
     with driving() as driver:
-        snapshot = insert(actor, sandbox, spec, driver)
-        take(snapshot, sandbox)
+        snapshot = insert_row(actor, sandbox, spec, driver)
+        capture(snapshot, sandbox)
     return snapshot
 
 
-def take(snapshot: Snapshot, sandbox: Sandbox) -> None:
-    """Have the host copy the files. Raises the error to tell, nothing being left but the row."""
+def capture(snapshot: Snapshot, sandbox: Sandbox) -> None:
+    """Have the host copy the files. A failure leaves only the row; raises the domain error."""
     try:
         info = host().create_snapshot(snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
-        raise given_up(snapshot, sandbox, error) from error
-    if not settled(snapshot, info):
+        raise discard(snapshot, sandbox, error) from error
+    if not mark_ready(snapshot, info):
         release(snapshot.pk)
         raise Conflict("The snapshot was deleted while it was taken.", code="snapshot_not_ready")
 
 
-def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Snapshot:
-    """The row, counted against the plan under the team's lock; ``driver`` is to take it."""
+def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Snapshot:
+    """Insert the row, counted against the plan under the team's lock; ``driver`` captures it."""
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
+        limits = hold(actor.team, actor.user)
         try:
-            held.require_room("max_named_snapshots", counts([held.team])[held.team.pk])
+            limits.require_room("max_named_snapshots", usage_counts([limits.team])[limits.team.pk])
         except PlanLimit as error:
             code = "snapshot_cap_reached"
             raise Conflict(error.detail, code=code, extra=error.extra) from None
         snapshot = Snapshot.objects.create(
-            team=held.team,
+            team=limits.team,
             created_by=actor.user,
             name=spec.name or "",
             driver=driver,
@@ -100,60 +100,61 @@ def insert(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> S
     return snapshot
 
 
-def counts(teams: Collection[Team]) -> dict[str, int]:
-    """How many snapshots each team keeps, by team id."""
-    rows = Snapshot.objects.kept().filter(team__in=teams).values("team").annotate(kept=Count("pk"))
-    found = {row["team"]: row["kept"] for row in rows}
-    return {team.pk: found.get(team.pk, 0) for team in teams}
+def usage_counts(teams: Collection[Team]) -> dict[str, int]:
+    """The number of stored snapshots by team id."""
+    rows = (
+        Snapshot.objects.stored().filter(team__in=teams).values("team").annotate(kept=Count("pk"))
+    )
+    stored = {row["team"]: row["kept"] for row in rows}
+    return {team.pk: stored.get(team.pk, 0) for team in teams}
 
 
-def settled(snapshot: Snapshot, info: SnapshotInfo) -> bool:
-    """It is there, unless it was deleted or given up meanwhile; whether it is."""
+def mark_ready(snapshot: Snapshot, info: SnapshotInfo) -> bool:
+    """Mark it as ready, unless it was deleted or abandoned meanwhile; whether it is ready."""
     rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
     size_mb = -(-info.size_bytes // MEGABYTE)
     ready = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
     persistently(lambda: rows.update(**ready))
     persistently(snapshot.refresh_from_db)
-    # Whoever deleted it or gave it up left another status, or when.
+    # A deletion or failure meanwhile shows in the status or ``deleted_at``.
     return snapshot.status == SnapshotStatus.READY and snapshot.deleted_at is None
 
 
-def failed(snapshot: Snapshot, message: str) -> None:
-    """It came to nothing, or is no more."""
+def mark_failed(snapshot: Snapshot, message: str) -> None:
+    """Mark it as failed or lost."""
     rows = Snapshot.objects.filter(pk=snapshot.pk)
     persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
 
 
-def settle_left(left: Collection[str]) -> None:
-    """Settle those, which nobody takes any more, by what the host has. Raises the host's errors.
+def settle_orphans(snapshot_ids: Collection[str]) -> None:
+    """Settle snapshots without a driver by what the host has. Raises the host's errors.
 
-    One whose copy was done is ready; nothing is left of the others, whose copy is ended, nor of
-    those that were deleted meanwhile.
+    One whose copy is complete is ready; the others, and those deleted meanwhile, are released.
     """
-    rows = list(Snapshot.objects.filter(pk__in=left, status=SnapshotStatus.CAPTURING))
+    rows = list(Snapshot.objects.filter(pk__in=snapshot_ids, status=SnapshotStatus.CAPTURING))
     if not rows:
         return
-    there = {info.id: info for info in host().snapshots()}
+    present = {info.id: info for info in host().snapshots()}
     for snapshot in rows:
-        if snapshot.pk in there and snapshot.deleted_at is None:
-            settled(snapshot, there[snapshot.pk])
+        if snapshot.pk in present and snapshot.deleted_at is None:
+            mark_ready(snapshot, present[snapshot.pk])
             continue
         capturing = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING)
         if capturing.update(status=SnapshotStatus.FAILED, error_message=CUT_OFF):
             release(snapshot.pk)
 
 
-def given_up(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
-    """The error to tell of a capture that failed; nothing is left of it but the row."""
+def discard(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+    """Discard a failed capture, so that only the row is left; the domain error to raise."""
     try:
-        if settle_if_gone(sandbox):
+        if settle_if_missing(sandbox):
             error = host_errors.ContainerGone(error.detail)
     except host_errors.HostError:
-        logger.warning("sandbox %s was not looked at: the host does not answer", sandbox.pk)
-    told = refused(sandbox, error)
-    failed(snapshot, told.detail)
+        logger.warning("could not check sandbox %s: the host does not answer", sandbox.pk)
+    domain = translate_exec_error(sandbox, error)
+    mark_failed(snapshot, domain.detail)
     release(snapshot.pk)
-    return told
+    return domain
 
 
 def find(actor: Actor, snapshot_id: str) -> Snapshot:
@@ -162,7 +163,7 @@ def find(actor: Actor, snapshot_id: str) -> Snapshot:
         found = Snapshot.objects.for_team(actor.team).filter(pk=snapshot_id).first()
         if found is not None:
             return found
-    raise NotFound(NO_SUCH)
+    raise NotFound(NOT_FOUND)
 
 
 def get_snapshot(actor: Actor, snapshot_id: str) -> Snapshot:
@@ -181,7 +182,7 @@ def list_snapshots(
 
 @audited("snapshot.delete", "snapshot")
 def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
-    """Delete a snapshot; one that is deleted stays so. Sandboxes started from it run on.
+    """Delete a snapshot; deleting it again is no error. Sandboxes started from it keep running.
 
     Raises ``NotFound``.
     """
@@ -189,7 +190,7 @@ def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
     rows = Snapshot.objects.filter(team=actor.team, pk=snapshot_id)
     snapshot = rows.first() if is_id("snap", snapshot_id) else None
     if snapshot is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     with transaction.atomic():
         deleted = rows.filter(deleted_at=None).update(deleted_at=timezone.now())
         if deleted:
@@ -202,18 +203,18 @@ def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
 
 
 def release(snapshot_id: str) -> None:
-    """Delete what the host has of it now, or leave it to the reconcile pass."""
+    """Delete it on the host now, or leave that to the reconcile pass."""
     try:
         host().delete_snapshot(snapshot_id)
     except host_errors.HostError as error:
-        logger.warning("snapshot %s stays until the next pass: %s", snapshot_id, error.detail)
+        logger.warning("could not delete snapshot %s yet: %s", snapshot_id, error.detail)
 
 
 # Starting from one ----------------------------------------------------------------------------
 
 
-def origin(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
-    """What is asked for with all that the snapshot decides filled in, and the snapshot.
+def apply_snapshot(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
+    """The request completed with what the snapshot determines, and the snapshot.
 
     Raises ``NotFound``, ``Conflict`` (it is not ready).
     """
@@ -223,19 +224,19 @@ def origin(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapshot]:
             f"The snapshot is {snapshot.status}, not ready; wait for it, or use another one.",
             code="snapshot_not_ready",
         )
-    decided: dict[str, Any] = {"template": snapshot.template, "size": snapshot.size}
+    inherited: dict[str, Any] = {"template": snapshot.template, "size": snapshot.size}
     if "network" not in spec.model_fields_set:
-        decided["network"] = snapshot.network
-    if spec.allow_domains is None and decided.get("network", spec.network) == snapshot.network:
-        # Never wider than what the snapshot's sandbox could reach, unless the caller says so.
-        decided["allow_domains"] = snapshot.allow_domains
-    return spec.model_copy(update=decided), snapshot
+        inherited["network"] = snapshot.network
+    if spec.allow_domains is None and inherited.get("network", spec.network) == snapshot.network:
+        # Never wider than what the snapshot's sandbox could reach, unless the caller asks for it.
+        inherited["allow_domains"] = snapshot.allow_domains
+    return spec.model_copy(update=inherited), snapshot
 
 
-def gone(snapshot: Snapshot) -> DomainError:
-    """The error for a snapshot that the host does not have, which the row then says."""
-    if not installation.is_apart():
-        failed(snapshot, LOST)
+def missing_error(snapshot: Snapshot) -> DomainError:
+    """The error for a snapshot that the host doesn't have; marks the row as failed."""
+    if not installation.is_mismatched():
+        mark_failed(snapshot, LOST)
     return Conflict(LOST, code="snapshot_not_ready")
 
 
@@ -245,22 +246,23 @@ def gone(snapshot: Snapshot) -> DomainError:
 def reconcile() -> None:
     """Make rows and the host's snapshots agree. Raises the host's errors.
 
-    For a host whose state is this database's. What no row names is set aside, not deleted.
+    Only for a host whose state belongs to this database. What no row refers to is quarantined, not
+    deleted.
     """
-    ready = list(Snapshot.objects.kept().filter(status=SnapshotStatus.READY))
+    ready = list(Snapshot.objects.stored().filter(status=SnapshotStatus.READY))
     known = host().snapshots()
-    there = {info.id for info in known}
+    present = {info.id for info in known}
     for snapshot in ready:
-        if snapshot.pk not in there:
-            failed(snapshot, LOST)
+        if snapshot.pk not in present:
+            mark_failed(snapshot, LOST)
     lost = Q(status=SnapshotStatus.FAILED, error_message=LOST, deleted_at=None)
-    # An operator has put it back.
-    Snapshot.objects.filter(lost, pk__in=there).update(
+    # An operator has restored it.
+    Snapshot.objects.filter(lost, pk__in=present).update(
         status=SnapshotStatus.READY, error_message=""
     )
-    for deleted in Snapshot.objects.filter(pk__in=there).exclude(deleted_at=None):
-        # The host was away when somebody deleted it.
+    for deleted in Snapshot.objects.filter(pk__in=present).exclude(deleted_at=None):
+        # The host was unreachable when somebody deleted it.
         release(deleted.pk)
-    # A row is there before the host begins, and what is young the host keeps.
-    named = list(Snapshot.objects.kept().values_list("pk", flat=True))
-    installation.reconcile(snapshots=named)
+    # A row exists before the host starts, and the host keeps what is young.
+    known_ids = list(Snapshot.objects.stored().values_list("pk", flat=True))
+    installation.reconcile(snapshots=known_ids)

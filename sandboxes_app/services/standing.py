@@ -1,18 +1,18 @@
-"""Whether the rows have anything to do with what is on the host."""
+"""Whether the rows and the host belong together."""
 
 from __future__ import annotations
 
 from orkestr_console.core.hosts import host
-from orkestr_console.core.postgres import let_go
+from orkestr_console.core.postgres import release_connection
 from sandboxes_app.models import Snapshot
 from templates_app.models import Template
 
 
-def knows_some() -> bool:
-    """Whether any row names an image or a snapshot that the host has. Raises the host's errors."""
-    let_go()
+def has_known_objects() -> bool:
+    """Whether any row refers to an image or snapshot on the host. Raises the host's errors."""
+    release_connection()
     images = [image.id for image in host().images() if image.kind == "template"]
-    snapshots = [one.id for one in host().snapshots()]
+    snapshots = [snapshot.id for snapshot in host().snapshots()]
     return (
         Template.objects.filter(image_id__in=images).exists()
         or Snapshot.objects.filter(pk__in=snapshots).exists()

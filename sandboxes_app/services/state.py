@@ -1,4 +1,4 @@
-"""The only place where a sandbox's status changes: compare, set, and say so in one transaction."""
+"""The only place where a sandbox's status changes: compare-and-set with an event and a notice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.core.postgres import persistently
-from sandboxes_app.events import tell_all_changed, tell_changed
+from sandboxes_app.events import notify_changed, notify_many_changed
 from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
 
 LOST = "The host lost this sandbox: it restarted, or the container went away."
@@ -34,134 +34,143 @@ CUT_OFF = (
 
 @dataclass(frozen=True)
 class End:
-    """How a sandbox ended: the event, the status, and why if it is not as it should be."""
+    """How a sandbox ended: the event, the status, and the error message of a failure."""
 
     kind: str
     to: SandboxStatus
     message: str = ""
 
 
-def change(
+def transition(
     sandbox: Sandbox,
     kind: str,
     *,
-    among: Iterable[str],
+    from_statuses: Iterable[str],
     to: SandboxStatus,
     data: dict[str, Any] | None = None,
-    seen: int | None = None,
+    last_seen_event: int | None = None,
     driver: str = "",
     **fields: Any,
 ) -> bool:
-    """Move ``sandbox`` to ``to`` if it is in one of ``among``; whether it was.
+    """Move ``sandbox`` to ``to`` if it is in one of ``from_statuses``; whether it was.
 
-    The event row and the notice are in the same transaction. The object is brought up to date.
-    With ``seen`` that event must still be the last. ``driver`` takes it on from there, if any.
+    The event row and the notice are in the same transaction. The object is updated too. If
+    ``last_seen_event`` is set, that event must still be the last. ``driver`` is the new driver,
+    if any.
     """
     fields["driver"] = driver
     with transaction.atomic():
-        rows = Sandbox.objects.select_for_update().filter(pk=sandbox.pk, status__in=among)
+        rows = Sandbox.objects.select_for_update().filter(pk=sandbox.pk, status__in=from_statuses)
         before = rows.values_list("status", flat=True).first()
-        if before is None or (seen is not None and last_event(sandbox) != seen):
+        if before is None or (
+            last_seen_event is not None and last_event(sandbox) != last_seen_event
+        ):
             return False
         Sandbox.objects.filter(pk=sandbox.pk).update(status=to, **fields)
         SandboxEvent.objects.create(
             sandbox=sandbox, kind=kind, from_status=before, to_status=to, data=data or {}
         )
-        tell_changed(sandbox.pk, sandbox.team_id)
+        notify_changed(sandbox.pk, sandbox.team_id)
     for name, value in {"status": to, **fields}.items():
         setattr(sandbox, name, value)
     return True
 
 
 def last_event(sandbox: Sandbox) -> int:
-    """The number of what happened to it last; 0 for nothing."""
+    """The id of its last event; 0 if there is none."""
     events = SandboxEvent.objects.filter(sandbox=sandbox).order_by("-id")
     return events.values_list("pk", flat=True).first() or 0
 
 
-def settle(sandbox: Sandbox, kind: str, *, to: SandboxStatus, **changes: Any) -> bool:
-    """The same for what has happened on the host already, however long the database is away.
+def transition_persistently(
+    sandbox: Sandbox, kind: str, *, to: SandboxStatus, **changes: Any
+) -> bool:
+    """The same for a change that the host has already made, however long the database is away.
 
-    Done again because the answer was lost, it finds the row as it should be, which counts.
+    A retry after a lost answer finds the row already changed, which counts as success.
     """
     tries = 0
 
     def once() -> bool:
         nonlocal tries
         tries += 1
-        if change(sandbox, kind, to=to, **changes):
+        if transition(sandbox, kind, to=to, **changes):
             return True
         return tries > 1 and Sandbox.objects.filter(pk=sandbox.pk, status=to).exists()
 
     return persistently(once)
 
 
-def started(sandbox: Sandbox, info: SandboxInfo) -> bool:
-    """It runs."""
-    return settle(
+def mark_running(sandbox: Sandbox, info: SandboxInfo) -> bool:
+    """It is running."""
+    return transition_persistently(
         sandbox,
         "running",
-        among=[SandboxStatus.STARTING],
+        from_statuses=[SandboxStatus.STARTING],
         to=SandboxStatus.RUNNING,
         started_at=timezone.now(),
         boot_ms=info.boot_ms,
     )
 
 
-def prolonged(sandbox: Sandbox, expires_at: datetime) -> bool:
-    """It runs on, until another moment."""
-    return settle(
+def mark_extended(sandbox: Sandbox, expires_at: datetime) -> bool:
+    """It keeps running, until a new deadline."""
+    return transition_persistently(
         sandbox,
         "timeout_set",
-        among=[SandboxStatus.RUNNING],
+        from_statuses=[SandboxStatus.RUNNING],
         to=SandboxStatus.RUNNING,
         data={"expires_at": expires_at.isoformat()},
         expires_at=expires_at,
     )
 
 
-def pausing(sandbox: Sandbox, driver: str) -> bool:
-    """It is about to stand still."""
-    among, to = [SandboxStatus.RUNNING], SandboxStatus.PAUSING
-    return change(sandbox, "pausing", among=among, to=to, driver=driver)
+def mark_pausing(sandbox: Sandbox, driver: str) -> bool:
+    """It is about to be paused."""
+    from_statuses, to = [SandboxStatus.RUNNING], SandboxStatus.PAUSING
+    return transition(sandbox, "pausing", from_statuses=from_statuses, to=to, driver=driver)
 
 
-def unpaused(sandbox: Sandbox) -> bool:
-    """It could not be paused, and runs on."""
-    return settle(sandbox, "pause_failed", among=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING)
+def mark_pause_failed(sandbox: Sandbox) -> bool:
+    """It could not be paused, and keeps running."""
+    return transition_persistently(
+        sandbox, "pause_failed", from_statuses=[SandboxStatus.PAUSING], to=SandboxStatus.RUNNING
+    )
 
 
-def paused(sandbox: Sandbox, until: datetime) -> bool:
-    """It stands still, and ends then unless it is resumed."""
-    among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
-    return settle(
+def mark_paused(sandbox: Sandbox, until: datetime) -> bool:
+    """It is paused, and ends at ``until`` unless it is resumed."""
+    from_statuses = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
+    return transition_persistently(
         sandbox,
         "paused",
-        among=among,
+        from_statuses=from_statuses,
         to=SandboxStatus.PAUSED,
         data={"until": until.isoformat()},
         expires_at=until,
     )
 
 
-def resuming(sandbox: Sandbox, driver: str) -> bool:
-    """It is about to run on."""
-    among, to = [SandboxStatus.PAUSED], SandboxStatus.RESUMING
-    return change(sandbox, "resuming", among=among, to=to, driver=driver)
+def mark_resuming(sandbox: Sandbox, driver: str) -> bool:
+    """It is about to be resumed."""
+    from_statuses, to = [SandboxStatus.PAUSED], SandboxStatus.RESUMING
+    return transition(sandbox, "resuming", from_statuses=from_statuses, to=to, driver=driver)
 
 
-def still_paused(sandbox: Sandbox) -> bool:
+def mark_resume_failed(sandbox: Sandbox) -> bool:
     """It could not be resumed."""
-    return settle(sandbox, "resume_failed", among=[SandboxStatus.RESUMING], to=SandboxStatus.PAUSED)
+    return transition_persistently(
+        sandbox, "resume_failed", from_statuses=[SandboxStatus.RESUMING], to=SandboxStatus.PAUSED
+    )
 
 
-def resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
-    """It runs on: a new stretch, until another moment."""
-    among = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
-    return settle(
+def mark_resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
+    """It is running again, until a new deadline."""
+    from_statuses = [SandboxStatus.PAUSING, SandboxStatus.RESUMING]
+    return transition_persistently(
         sandbox,
         "resumed",
-        among=among,
+        from_statuses=from_statuses,
         to=SandboxStatus.RUNNING,
         data={"expires_at": expires_at.isoformat()},
         started_at=timezone.now(),
@@ -169,48 +178,50 @@ def resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
     )
 
 
-def ended(sandbox: Sandbox, kind: str, driver: str = "") -> bool:
-    """It ended as it should: ``terminated`` by somebody, or ``expired``.
+def mark_ended(sandbox: Sandbox, kind: str, driver: str = "") -> bool:
+    """It ended normally: ``terminated`` by somebody, or ``expired``.
 
-    ``driver`` is to free what the host has of it.
+    ``driver`` releases what the host has of it.
     """
     now, to = timezone.now(), SandboxStatus.TERMINATED
-    return change(sandbox, kind, among=LIVE, to=to, driver=driver, ended_at=now)
+    return transition(sandbox, kind, from_statuses=LIVE, to=to, driver=driver, ended_at=now)
 
 
-def released(sandbox_ids: Iterable[str], driver: str) -> bool:
-    """What the host had of these, which have ended, is freed or about to be; whether it was news.
+def mark_released(sandbox_ids: Iterable[str], driver: str) -> bool:
+    """Clear ``driver`` from ended sandboxes, as their release is done or queued.
 
-    Not of those that another driver is at.
+    Whether any had it: those with another driver stay as they are.
     """
     rows = Sandbox.objects.filter(pk__in=sandbox_ids, driver=driver).exclude(status__in=LIVE)
     return rows.update(driver="") > 0
 
 
-def as_on_host(sandbox: Sandbox, info: SandboxInfo, seen: int) -> bool:
-    """It runs or stands still as the host says, unless something happened to it since ``seen``."""
+def match_host(sandbox: Sandbox, info: SandboxInfo, last_seen_event: int) -> bool:
+    """Match the host, running or paused, unless the row has a newer event than the one seen."""
     end = datetime.fromtimestamp(info.deadline, UTC) if info.deadline else sandbox.expires_at
-    # A new stretch of running is one that follows on standing still.
-    anew = sandbox.status != SandboxStatus.PAUSING and not info.paused
-    times: dict[str, Any] = {"started_at": timezone.now()} if anew else {}
-    return change(
+    # Running counts anew after a pause.
+    restarted = sandbox.status != SandboxStatus.PAUSING and not info.paused
+    times: dict[str, Any] = {"started_at": timezone.now()} if restarted else {}
+    return transition(
         sandbox,
-        "paused" if info.paused else "resumed" if anew else "pause_failed",
-        among=[sandbox.status],
+        "paused" if info.paused else "resumed" if restarted else "pause_failed",
+        from_statuses=[sandbox.status],
         to=SandboxStatus.PAUSED if info.paused else SandboxStatus.RUNNING,
         data={"until" if info.paused else "expires_at": end.isoformat()},
-        seen=seen,
+        last_seen_event=last_seen_event,
         expires_at=end,
         **times,
     )
 
 
-def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE, driver: str = "") -> bool:
-    """It ended as it should not; ``driver`` is to free what the host has of it."""
-    return settle(
+def mark_failed(
+    sandbox: Sandbox, message: str, from_statuses: Iterable[str] = LIVE, driver: str = ""
+) -> bool:
+    """It ended abnormally; ``driver`` releases what the host has of it."""
+    return transition_persistently(
         sandbox,
         "failed",
-        among=among,
+        from_statuses=from_statuses,
         to=SandboxStatus.FAILED,
         data={"reason": message},
         driver=driver,
@@ -219,16 +230,16 @@ def broken(sandbox: Sandbox, message: str, among: Iterable[str] = LIVE, driver: 
     )
 
 
-def gone(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
-    """Settle a sandbox whose container is no more, by what the host knows of it."""
-    end = end_of(info)
+def mark_missing(sandbox: Sandbox, info: SandboxInfo | None) -> bool:
+    """Settle a sandbox whose container is gone, by what the host knows of it."""
+    end = end_reason(info)
     if end.to == SandboxStatus.TERMINATED:
-        return ended(sandbox, end.kind)
-    return broken(sandbox, end.message)
+        return mark_ended(sandbox, end.kind)
+    return mark_failed(sandbox, end.message)
 
 
-def end_of(info: SandboxInfo | None) -> End:
-    """How a sandbox ended of which the host knows this."""
+def end_reason(info: SandboxInfo | None) -> End:
+    """How a sandbox ended, by what the host knows of it."""
     if info is not None and info.reason == "expired":
         return End("expired", SandboxStatus.TERMINATED)
     reasons = {"exited": EXITED, "out_of_disk": OUT_OF_DISK}
@@ -236,31 +247,31 @@ def end_of(info: SandboxInfo | None) -> End:
     return End("failed", SandboxStatus.FAILED, message)
 
 
-def all_ended(found: Mapping[str, End], among: Iterable[str] = LIVE) -> list[str]:
-    """The same for many, by a few statements however many there are; which of them it was so of.
+def mark_many_ended(ends: Mapping[str, End], from_statuses: Iterable[str] = LIVE) -> list[str]:
+    """The same for many, with few statements however many there are; the ids that changed.
 
-    Those are in one of ``among``. Events and notices are in the same transaction.
+    Only those in one of ``from_statuses`` do. Events and notices are in the same transaction.
     """
     now = timezone.now()
     with transaction.atomic():
-        rows = Sandbox.objects.select_for_update().filter(pk__in=found, status__in=among)
-        held = list(rows.order_by("pk").only("pk", "team_id", "status"))
-        alike: dict[End, list[Sandbox]] = defaultdict(list)
-        for sandbox in held:
-            alike[found[sandbox.pk]].append(sandbox)
-        for end, sandboxes in alike.items():
-            Sandbox.objects.filter(pk__in=[one.pk for one in sandboxes]).update(
+        rows = Sandbox.objects.select_for_update().filter(pk__in=ends, status__in=from_statuses)
+        locked = list(rows.order_by("pk").only("pk", "team_id", "status"))
+        by_end: dict[End, list[Sandbox]] = defaultdict(list)
+        for sandbox in locked:
+            by_end[ends[sandbox.pk]].append(sandbox)
+        for end, sandboxes in by_end.items():
+            Sandbox.objects.filter(pk__in=[sandbox.pk for sandbox in sandboxes]).update(
                 status=end.to, ended_at=now, error_message=end.message, driver=""
             )
         SandboxEvent.objects.bulk_create(
-            [end_event(one, end) for end, sandboxes in alike.items() for one in sandboxes]
+            [end_event(sandbox, end) for end, sandboxes in by_end.items() for sandbox in sandboxes]
         )
-        tell_all_changed([(one.pk, one.team_id) for one in held])
-    return [one.pk for one in held]
+        notify_many_changed([(sandbox.pk, sandbox.team_id) for sandbox in locked])
+    return [sandbox.pk for sandbox in locked]
 
 
 def end_event(sandbox: Sandbox, end: End) -> SandboxEvent:
-    """What is written down of an end."""
+    """The event that records an end."""
     data = {"reason": end.message} if end.message else {}
     return SandboxEvent(
         sandbox=sandbox, kind=end.kind, from_status=sandbox.status, to_status=end.to, data=data

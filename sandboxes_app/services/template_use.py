@@ -1,4 +1,4 @@
-"""What a template is used for now: what its owner should know before deleting it."""
+"""What uses a template now: its owner should know before deleting it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sandboxes_app.models import Sandbox
 from templates_app import services as templates
 from templates_app.models import Template
 
-MOST_SHOWN = 50
+MAX_LISTED = 50
 
 
 @dataclass(frozen=True)
 class TemplateUse:
-    """The live sandboxes of a template, newest first and at most ``MOST_SHOWN`` of ``count``.
+    """The live sandboxes of a template, newest first and at most ``MAX_LISTED`` of ``count``.
 
     ``derived`` is how many templates were built on it. ``reclaimable_bytes`` is what deleting it
-    gives back, once those sandboxes have ended; None when the host does not answer.
+    frees, once those sandboxes have ended; None if the host doesn't answer.
     """
 
     template: Template
@@ -30,16 +30,16 @@ class TemplateUse:
 
 
 def template_use(actor: Actor, template_id: str) -> TemplateUse:
-    """What one of the team's templates is used for. Raises ``NotFound``.
+    """What uses one of the team's templates. Raises ``NotFound``.
 
-    Sandboxes and templates that came of it go on working when it is deleted.
+    Sandboxes and templates created from it keep working when it is deleted.
     """
     template = templates.get_template(actor, template_id)
     live = Sandbox.objects.for_team(actor.team).live().filter(template=template.pk)
     derived = Template.objects.for_team(actor.team).filter(base_template=template.pk)
     return TemplateUse(
         template=template,
-        sandboxes=list(live.order_by("-created_at", "-pk")[:MOST_SHOWN]),
+        sandboxes=list(live.order_by("-created_at", "-pk")[:MAX_LISTED]),
         count=live.count(),
         derived=derived.count(),
         last_used_at=template.last_used_at,

@@ -1,64 +1,64 @@
-"""What can be done with templates. Console, REST and MCP all come through here."""
+"""Operations on templates, shared by console, REST and MCP."""
 
 from __future__ import annotations
 
 from templates_app.services.bases import BaseChoice, Source, list_bases, reclaimable_bytes, resolve
 from templates_app.services.direct import advice as direct_advice
 from templates_app.services.events import (
+    Event,
     EventPage,
-    Told,
     all_events,
     follow_events,
     read_events,
 )
 from templates_app.services.log import log_text
-from templates_app.services.lost import IMAGE_LOST, give_image, note_lost, settle_images
+from templates_app.services.lost import IMAGE_LOST, adopt_image, mark_lost, settle_images
 from templates_app.services.metering import note_image_bytes
-from templates_app.services.queue import Place, pass_on, place
+from templates_app.services.queue import QueuePosition, hand_off, queue_position
 from templates_app.services.templates import (
-    ShownStep,
+    StepOutput,
     TemplateUsage,
     cancel_template,
-    counts,
     create_template,
     delete_template,
     get_template,
     list_steps,
     list_templates,
-    note_used,
+    mark_used,
     template_usage,
+    usage_counts,
 )
 
 __all__ = [
     "IMAGE_LOST",
     "BaseChoice",
+    "Event",
     "EventPage",
-    "Place",
-    "ShownStep",
+    "QueuePosition",
     "Source",
+    "StepOutput",
     "TemplateUsage",
-    "Told",
+    "adopt_image",
     "all_events",
     "cancel_template",
-    "counts",
     "create_template",
     "delete_template",
     "direct_advice",
     "follow_events",
     "get_template",
-    "give_image",
+    "hand_off",
     "list_bases",
     "list_steps",
     "list_templates",
     "log_text",
+    "mark_lost",
+    "mark_used",
     "note_image_bytes",
-    "note_lost",
-    "note_used",
-    "pass_on",
-    "place",
+    "queue_position",
     "read_events",
     "reclaimable_bytes",
     "resolve",
     "settle_images",
     "template_usage",
+    "usage_counts",
 ]

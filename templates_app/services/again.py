@@ -1,4 +1,4 @@
-"""Building a template again: the same recipe, as a new template."""
+"""Rebuilding a template: the same recipe, as a new template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from templates_app.services.templates import create_template, get_template
 from templates_app.specs import TemplateSpec
 
 
-def build_again(
+def rebuild_template(
     actor: Actor, template_id: str, *, reuse: Literal["failed"] | None = None
 ) -> Template:
     """A new template with the recipe and the choices of one of the team's templates.
@@ -19,12 +19,12 @@ def build_again(
     The old one stays as it is. Raises ``NotFound`` and whatever ``create_template`` does.
     """
     template = get_template(actor, template_id)
-    return create_template(actor, spec_of(template, reuse))
+    return create_template(actor, spec_from(template, reuse))
 
 
-def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
-    """What would have to be asked for to get the same again."""
-    # Not validated again: it was when it was asked for, and its base is looked up anew.
+def spec_from(template: Template, reuse: Literal["failed"] | None = None) -> TemplateSpec:
+    """The request that would create the same template again."""
+    # Not validated again: it was when it was created, and its base is resolved anew.
     return TemplateSpec.model_construct(
         name=template.name,
         base_template=template.base_template,
@@ -39,10 +39,10 @@ def spec_of(template: Template, reuse: Literal["failed"] | None = None) -> Templ
     )
 
 
-def completed(template: Template) -> int:
-    """How many steps of a build that did not end well need not be run again."""
+def completed_steps(template: Template) -> int:
+    """How many steps of a failed build need not run again."""
     if template.status != "failed" or template.error_code == IMAGE_LOST:
-        # A build that did end well keeps none.
+        # A successful build keeps none.
         return 0
     done = (StepStatus.SUCCEEDED, StepStatus.CACHED)
     return template.steps.filter(status__in=done).count()

@@ -1,4 +1,4 @@
-"""What a template or a sandbox may start from: a built-in base, or a ready template."""
+"""What a template or sandbox can start from: a built-in base, or a ready template."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hostruntime.wire.images import BaseInfo
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, HostUnavailable, InvalidInput, NotFound
-from orkestr_console.core.hosts import errors_told, host
+from orkestr_console.core.hosts import host, translated_errors
 from orkestr_console.core.ids import is_id
 from templates_app.models import Template, TemplateStatus
 
-# Names that clients still send, and what they mean now.
+# Names that clients still send, and what they stand for now.
 ALIASES = {"ubuntu-24.04": "debian-12"}
-LOOKS_LIKE_A_TEMPLATE = "tmpl_"
+TEMPLATE_ID_PREFIX = "tmpl_"
 
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """One entry of the picker; one that is not ``available`` is still being made on the host."""
+    """One entry of the picker; one that is not ``available`` is still being created on the host."""
 
     id: str
     title: str
@@ -33,15 +33,15 @@ class BaseChoice:
 
     @property
     def label(self) -> str:
-        """The title, and the id where that is another: ``Ubuntu 24.04 (ubuntu-24.04)``."""
+        """The title, and the id if it differs: ``Ubuntu 24.04 (ubuntu-24.04)``."""
         return self.title if self.title == self.id else f"{self.title} ({self.id})"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for: ``image_id`` on the host, ``name`` for people, ``id`` as asked.
+    """What a name refers to: ``image_id`` on the host, ``name`` for people, ``id`` as requested.
 
-    ``env`` is what is baked into the image, as far as that is known here.
+    ``env`` is the environment baked into the image, as far as it is known here.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Source:
 def list_bases(actor: Actor) -> list[BaseChoice]:
     """The built-in bases and the team's ready templates, newest first.
 
-    A host that does not answer leaves the built-in ones out rather than the page.
+    If the host doesn't answer, the built-in ones are left out, so that the page still works.
     """
     try:
         known = host().bases()
@@ -77,24 +77,24 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
     Raises ``InvalidInput`` naming ``field`` for an unknown built-in, ``NotFound`` for a template
     that is not the team's, ``Conflict`` for one that is not ready, ``HostUnavailable``.
     """
-    if name.startswith(LOOKS_LIKE_A_TEMPLATE):
-        return own_template(team, name)
-    wanted = ALIASES.get(name, name)
-    with errors_told():
-        known = {base.name: base for base in host().bases()}
-    if wanted not in known:
+    if name.startswith(TEMPLATE_ID_PREFIX):
+        return team_template(team, name)
+    base = ALIASES.get(name, name)
+    with translated_errors():
+        known = {info.name: info for info in host().bases()}
+    if base not in known:
         raise unknown_base(name, known, field)
-    if (state := known[wanted].state) != "ready":
-        how = "could not be created" if state == "failed" else "is not made"
+    if (state := known[base].state) != "ready":
+        problem = "could not be created" if state == "failed" else "is not made"
         raise HostUnavailable(
-            f"The base image '{wanted}' {how} on this host yet, which is tried by itself; try "
+            f"The base image '{base}' {problem} on this host yet, which is tried by itself; try "
             "again in a minute, or ask your operator: the host agent's log says why.",
             retry_after=30,
         )
-    return Source(name, wanted, wanted)
+    return Source(name, base, base)
 
 
-def own_template(team: Team, template_id: str) -> Source:
+def team_template(team: Team, template_id: str) -> Source:
     """The image of one of the team's own templates. Raises ``NotFound`` or ``Conflict``."""
     row = (
         Template.objects.for_team(team).filter(pk=template_id).first()
@@ -118,7 +118,7 @@ def own_template(team: Team, template_id: str) -> Source:
 
 
 def unknown_base(name: str, known: dict[str, BaseInfo], field: str) -> InvalidInput:
-    """The error for a name nobody knows, with the names there are."""
+    """The error for an unknown name, with the names that exist."""
     shown = name if len(name) <= 64 else f"{name[:64]}…"
     names = ", ".join(known) or "none yet"
     sentence = f"{shown!r} is not a base image here; there are {names}, and your own templates."
@@ -126,9 +126,9 @@ def unknown_base(name: str, known: dict[str, BaseInfo], field: str) -> InvalidIn
 
 
 def reclaimable_bytes(template: Template) -> int | None:
-    """The bytes of disk that deleting a template gives back; None if the host does not answer.
+    """The bytes of disk that deleting a template frees; None if the host doesn't answer.
 
-    What its image shares with others stays for them.
+    What its image shares with others is not freed.
     """
     try:
         return host().image_usage(template.image_id).reclaimable_bytes

@@ -1,8 +1,8 @@
 """What is in a template's image, and how two images differ.
 
-The host tells it once, when it builds the image: the digest, the packages of each manager, and
-what its scrub removed. Builds from before that have none of it. Every name and version was read
-out of files that somebody's steps wrote: they are text of any kind.
+The host reports it once, when it builds the image: the digest, the packages of each manager, and
+what the scrub removed. Older builds have none of it. Names and versions come from files that the
+recipe's steps wrote, so they may be any text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orkestr_console.core.errors import Conflict
 from templates_app.models import BuildStep, StepStatus, Template
 from templates_app.services.templates import get_template
 
-# The managers that are looked for, in the order in which they are shown.
+# The known package managers, in display order.
 MANAGERS = ("dpkg", "pip", "npm")
 
 
@@ -30,7 +30,7 @@ class Package:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What one step added to the disk; None where the host did not tell, as of a cached step."""
+    """What one step added to the disk; None if the host didn't report it, as for a cached step."""
 
     number: int
     command: str
@@ -41,7 +41,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class Removed:
-    """What one rule of the scrub took out of the image."""
+    """What one rule of the scrub removed from the image."""
 
     what: str
     bytes: int
@@ -52,8 +52,8 @@ class Removed:
 class Contents:
     """What is in an image.
 
-    ``digest`` is None for a build from before digests; ``packages`` has the managers that have
-    any. ``truncated`` says that there are more packages than are listed.
+    ``digest`` is None for builds from before digests; ``packages`` has only managers with packages.
+    ``truncated`` means that there are more packages than are listed.
     """
 
     template: Template
@@ -65,7 +65,7 @@ class Contents:
 
     @property
     def count(self) -> int:
-        """How many packages there are."""
+        """The number of packages of all managers."""
         return sum(map(len, self.packages.values()))
 
     @property
@@ -76,7 +76,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Versions:
-    """A package of which a and b have different versions, perhaps several each."""
+    """A package that has different versions in a and b, perhaps several in each."""
 
     name: str
     a: tuple[str, ...]
@@ -104,7 +104,7 @@ SIZES = {"size_bytes": "Size", "file_count": "Files", "shared_bytes": "Shared wi
 
 @dataclass(frozen=True)
 class SizeDifference:
-    """A number of both images: ``size_bytes``, ``file_count`` or ``shared_bytes``."""
+    """A measure of both images: ``size_bytes``, ``file_count`` or ``shared_bytes``."""
 
     name: str
     a: int | None
@@ -112,23 +112,23 @@ class SizeDifference:
 
     @property
     def label(self) -> str:
-        """Its name in a table."""
+        """The measure's name in a table."""
         return SIZES[self.name]
 
     @property
     def is_count(self) -> bool:
-        """Whether it is a number of things, not of bytes."""
+        """Whether it is a count rather than a number of bytes."""
         return self.name == "file_count"
 
     @property
     def change(self) -> int | None:
-        """How much more b has; None where one of them is not known."""
+        """How much more b has; None if either is unknown."""
         return None if self.a is None or self.b is None else self.b - self.a
 
 
 @dataclass(frozen=True)
 class StepDifference:
-    """Two steps with the same number; None where a recipe is shorter."""
+    """The steps with the same number in a and b; None where a recipe is shorter."""
 
     number: int
     a: StepSize | None
@@ -136,7 +136,7 @@ class StepDifference:
 
     @property
     def same_command(self) -> bool:
-        """Whether both run the same."""
+        """Whether both run the same command."""
         return self.a is not None and self.b is not None and self.a.command == self.b.command
 
 
@@ -152,7 +152,7 @@ class Difference:
 
     @property
     def same_image(self) -> bool:
-        """Whether both have the same digest: every file is the same."""
+        """Whether both have the same digest, so that every file is the same."""
         return self.a.digest is not None and self.a.digest == self.b.digest
 
 
@@ -168,20 +168,20 @@ def contents(actor: Actor, template_id: str) -> Contents:
             f"Template '{template.name}' has no image: its build {state}.",
             code="template_not_ready",
         )
-    told = template.contents or {}
+    stored = template.contents or {}
     return Contents(
         template=template,
-        digest=str(told["digest"]) if told.get("digest") else None,
-        packages=packages_of(told),
-        truncated=bool(told.get("truncated")),
-        steps=tuple(size_of(step) for step in template.steps.defer("output")),
+        digest=str(stored["digest"]) if stored.get("digest") else None,
+        packages=parse_packages(stored),
+        truncated=bool(stored.get("truncated")),
+        steps=tuple(step_size(step) for step in template.steps.defer("output")),
         removed=removed_by_scrub(template),
     )
 
 
-def packages_of(told: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
-    """The packages by manager, the managers that we know first."""
-    lists: Mapping[str, Any] = told.get("packages") or {}
+def parse_packages(stored: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
+    """The packages by manager, known managers first."""
+    lists: Mapping[str, Any] = stored.get("packages") or {}
     order = [*MANAGERS, *sorted(set(lists) - set(MANAGERS))]
     return {
         manager: tuple(Package(str(name), str(version)) for name, version in lists[manager])
@@ -190,7 +190,7 @@ def packages_of(told: Mapping[str, Any]) -> dict[str, tuple[Package, ...]]:
     }
 
 
-def size_of(step: BuildStep) -> StepSize:
+def step_size(step: BuildStep) -> StepSize:
     """What a step added."""
     return StepSize(
         step.number,
@@ -202,19 +202,19 @@ def size_of(step: BuildStep) -> StepSize:
 
 
 def removed_by_scrub(template: Template) -> tuple[Removed, ...]:
-    """What the scrub took, the largest first; an older host told only the sum."""
+    """What the scrub removed, largest first; an older host reported only the sum."""
     payload = template.events.filter(kind="scrub").values_list("payload", flat=True).first() or {}
     rules: Any = payload.get("removed") or []
     if not rules and payload.get("removed_bytes"):
         rules = [{"what": "caches and logs", "bytes": payload["removed_bytes"], "files": 0}]
-    found = [
+    rows = [
         Removed(str(rule["what"]), int(rule["bytes"]), int(rule.get("files", 0))) for rule in rules
     ]
-    return tuple(sorted(found, key=lambda gone: -gone.bytes))
+    return tuple(sorted(rows, key=lambda gone: -gone.bytes))
 
 
 def compare(a: Contents, b: Contents) -> Difference:
-    """What differs between two images. Pure."""
+    """How two images differ. Pure."""
     managers = [*a.packages, *(manager for manager in b.packages if manager not in a.packages)]
     return Difference(
         a=a,
@@ -232,7 +232,7 @@ def compare(a: Contents, b: Contents) -> Difference:
 
 
 def compare_packages(manager: str, a: Iterable[Package], b: Iterable[Package]) -> PackageDifference:
-    """How one manager's packages differ. A package may be there in several versions."""
+    """How one manager's packages differ. A package may be installed in several versions."""
     in_a, in_b = versions(a), versions(b)
     return PackageDifference(
         manager,
@@ -249,10 +249,10 @@ def compare_packages(manager: str, a: Iterable[Package], b: Iterable[Package]) -
 
 def versions(packages: Iterable[Package]) -> dict[str, tuple[str, ...]]:
     """The versions of each package, sorted."""
-    found: dict[str, set[str]] = {}
+    versions_by_name: dict[str, set[str]] = {}
     for package in packages:
-        found.setdefault(package.name, set()).add(package.version)
-    return {name: tuple(sorted(known)) for name, known in found.items()}
+        versions_by_name.setdefault(package.name, set()).add(package.version)
+    return {name: tuple(sorted(known)) for name, known in versions_by_name.items()}
 
 
 def compare_steps(a: tuple[StepSize, ...], b: tuple[StepSize, ...]) -> tuple[StepDifference, ...]:

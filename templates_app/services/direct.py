@@ -1,7 +1,7 @@
-"""What programs of a build asked for past the proxy, and which setting they need instead.
+"""Hosts that a build's programs tried to reach without the proxy, and the setting they need.
 
-To be on an allowlist is nothing to a program that does not ask the proxy. The words are the same on
-the step, on the page, and in what an agent is told to do next.
+An allowlist doesn't help a program that doesn't use the proxy. The wording is the same on the step,
+on the page, and in the advice to agents.
 """
 
 from __future__ import annotations
@@ -9,47 +9,50 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orkestr_console.core.text import few
+from orkestr_console.core.text import shorten_list
 from templates_app.models import Template
 
-# The events that carry what a step was refused.
-KINDS = ("step_finished", "step_cached")
+# The events that list the hosts refused to a step.
+REFUSAL_EVENTS = ("step_finished", "step_cached")
 
 
-def past_the_proxy(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
-    """What to do for the programs of ``who`` ("This step") that were refused so, in sentences.
+def bypass_advice(refused: Iterable[Mapping[str, Any]], who: str) -> list[str]:
+    """Advice, in sentences, for the programs of ``who`` ("This step") that bypassed the proxy.
 
-    ``refused`` are hosts as the host's events have them.
+    ``refused`` are hosts in the form of the host's events.
     """
-    direct = [one for one in refused if one.get("direct")]
-    names = listed(one for one in direct if one.get("can_be_listed"))
-    addresses = listed(one for one in direct if one.get("reason") == "past_proxy")
+    direct = [refusal for refusal in refused if refusal.get("direct")]
+    names = unique_hosts(refusal for refusal in direct if refusal.get("can_be_listed"))
+    addresses = unique_hosts(refusal for refusal in direct if refusal.get("reason") == "past_proxy")
     sentences = []
     if names:
-        them = "it" if len(names) == 1 else "they"
+        pronoun = "it" if len(names) == 1 else "they"
         sentences.append(
-            f"{who} asked DNS for {few(names)}, past the proxy. In allow_domains alone {them} "
-            "would not be reached: the program also needs the address in $HTTPS_PROXY as its proxy."
+            f"{who} asked DNS for {shorten_list(names)}, past the proxy. In allow_domains alone "
+            f"{pronoun} would not be reached: the program also needs the address "
+            "in $HTTPS_PROXY as its proxy."
         )
     if addresses:
         sentences.append(
-            f"{who} tried {few(addresses)} by address, past the proxy, which is the only way out: "
-            "the program needs the address in $HTTPS_PROXY as its proxy, and has to ask for a host "
-            "by name."
+            f"{who} tried {shorten_list(addresses)} by address, past the proxy, which is the "
+            "only way out: the program needs the address in $HTTPS_PROXY as its proxy, "
+            "and has to ask for a host by name."
         )
     return sentences
 
 
-def listed(refused: Iterable[Mapping[str, Any]]) -> list[str]:
+def unique_hosts(refused: Iterable[Mapping[str, Any]]) -> list[str]:
     """The hosts, each once."""
-    return list(dict.fromkeys(str(one["host"]) for one in refused))
+    return list(dict.fromkeys(str(refusal["host"]) for refusal in refused))
 
 
 def advice(template: Template) -> list[str]:
-    """What to do for each step of a build whose programs went past the proxy."""
-    events = template.events.filter(kind__in=KINDS, payload__has_key="refused").order_by("seq")
+    """Advice for each step of a build whose programs bypassed the proxy."""
+    events = template.events.filter(kind__in=REFUSAL_EVENTS, payload__has_key="refused").order_by(
+        "seq"
+    )
     return [
         sentence
         for step, payload in events.values_list("step", "payload")
-        for sentence in past_the_proxy(payload["refused"] or (), f"Step {step}")
+        for sentence in bypass_advice(payload["refused"] or (), f"Step {step}")
     ]

@@ -1,9 +1,9 @@
 """Driving a build: claim it, hand it to the host, follow it to its end.
 
-The build itself lives on the host under the id of the image it would publish. A driver only
-follows, and mostly waits, so it is a thread of a worker's; the queue's task is done as soon as
-there is one. One that dies with its worker is replaced, and the next goes on after the last event
-that was stored. So a task delivered twice builds once, and a killed worker loses nothing.
+The build itself runs on the host under the id of the image that it will publish. A driver only
+follows it, and mostly waits, so it is a thread of a worker; the queue's task is done as soon as the
+thread has started. A driver that dies with its worker is replaced, and the next continues after the
+last event stored. So a task delivered twice builds once, and a killed worker loses nothing.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from orkestr_console.core.hosts import host
 from orkestr_console.queue.driving import driving
 from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
-from templates_app.services.record import Superseded, end, record
+from templates_app.services.record import Superseded, fail_build, record
 
 logger = logging.getLogger(__name__)
 
-# How long the host may be away (restarting, upgrading) before its build counts as lost.
+# How long the host may be unreachable (restarting, upgrading) before its build counts as lost.
 PATIENCE_SECONDS = scaled(120.0)
-# How long a build waits for room on the host before it gives up.
-QUEUE_SECONDS = 1800.0
-LONGEST_PAUSE = 2.0
-# Before a build whose driver failed is given to another.
-AGAIN_SECONDS = 1.0
+# How long a build waits for room on the host before it fails.
+ROOM_WAIT_SECONDS = 1800.0
+MAX_BACKOFF = 2.0
+# The delay before a build whose driver failed is handed to another.
+RETRY_SECONDS = 1.0
 
-LOST = (
+BUILD_LOST = (
     "The host restarted or was reset during the build. Nothing of it is "
     "left. Build the template again."
 )
-AWAY = (
+HOST_UNREACHABLE = (
     f"The sandbox host did not answer for {PATIENCE_SECONDS / 60:.0f} minutes, so the build was "
     "given up. Nothing of it is kept. Build the template again, or ask your operator to look at "
     "the host agent."
@@ -52,101 +52,110 @@ NO_ROOM = (
     "The host had no room for the build for half an hour. Build the template again when fewer "
     "sandboxes run."
 )
-BASE_GONE = "The base image of this template is gone, so it cannot be built. Choose another base."
+BASE_MISSING = (
+    "The base image of this template is gone, so it cannot be built. Choose another base."
+)
 
 
 def drive() -> None:
-    """Take each build whose turn it is, and follow it in the background."""
-    while begin():
+    """Claim each build whose turn it is, and follow it in the background."""
+    while start_next():
         pass
 
 
-def begin() -> bool:
-    """The same for the next one; whether there was any. It is driven from before it is taken."""
+def start_next() -> bool:
+    """Claim and follow the next build; whether there was one.
+
+    The driver's lock is taken before the build is claimed.
+    """
     with ExitStack() as lock:
         driver = lock.enter_context(driving())
-        template = queue.take(driver)
+        template = queue.claim_next(driver)
         if template is None:
             return False
-        # No longer ours to let go of, unless there is no room for another thread.
-        held = lock.pop_all()
+        # The thread releases the lock, unless it cannot be started.
+        lock_to_release = lock.pop_all()
         try:
-            in_background(partial(go_on, template, driver, held))
+            run_in_background(partial(drive_build, template, driver, lock_to_release))
         except RuntimeError:
-            held.close()
+            lock_to_release.close()
             raise
     return True
 
 
-def in_background(work: Callable[[], None]) -> None:
-    """Do something in a thread of its own, which ends with the process."""
+def run_in_background(work: Callable[[], None]) -> None:
+    """Do something in a daemon thread of its own."""
 
     def work_and_let_go() -> None:
         try:
             work()
         except Exception:
-            logger.exception("a build is left to another driver")
+            logger.exception("a build's driver failed; another will take over")
         finally:
             connection.close()
 
     threading.Thread(target=work_and_let_go, name="build", daemon=True).start()
 
 
-def go_on(template: Template, driver: str, lock: ExitStack) -> None:
-    """Follow a build that was taken, and have it seen to which is next."""
+def drive_build(template: Template, driver: str, lock: ExitStack) -> None:
+    """Follow a claimed build, then have a worker start the next."""
     with lock:
         try:
             follow(template, driver)
         except Superseded:
-            forget_if_ended(template)
+            discard_if_finished(template)
         except Exception:
-            # Most likely the database was away. Another driver goes on from the last event stored.
-            time.sleep(AGAIN_SECONDS)
-            queue.pass_on(template.pk, driver)
+            # Most likely the database was away. Another driver resumes from the last event stored.
+            time.sleep(RETRY_SECONDS)
+            queue.hand_off(template.pk, driver)
             raise
         finally:
-            queue.call_next()
+            queue.wake_for_next()
 
 
 def follow(template: Template, driver: str) -> None:
-    """Hand the build over and store its events until the last, through the host's absences.
+    """Start the build on the host and store its events to the last, across the host's outages.
 
-    Raises :class:`Superseded` when it is not ours any more.
+    Raises :class:`Superseded` when another driver has it.
     """
-    away: float | None = None  # since when the host does not do what it is asked
-    pause = 0.1
+    failing_since: float | None = None
+    delay = 0.1
     while True:
         try:
-            hand_over(template, driver)
-            away = None
-            for event in told_by_host(template):
+            ensure_started(template, driver)
+            failing_since = None
+            for event in events_from_host(template):
                 record(template, driver, event)
-                pause = 0.1
+                delay = 0.1
                 if event.kind in {"published", "failed"}:
                     return
         except host_errors.HostFull:
-            away = away or time.monotonic()
-            if past(away, QUEUE_SECONDS, template, driver, "no_room", NO_ROOM):
+            failing_since = failing_since or time.monotonic()
+            if give_up_after(
+                failing_since, ROOM_WAIT_SECONDS, template, driver, "no_room", NO_ROOM
+            ):
                 return
         except host_errors.HostUnavailable:
-            away = away or time.monotonic()
-            if past(away, PATIENCE_SECONDS, template, driver, "host_lost", AWAY):
+            failing_since = failing_since or time.monotonic()
+            if give_up_after(
+                failing_since, PATIENCE_SECONDS, template, driver, "host_lost", HOST_UNREACHABLE
+            ):
                 return
         except host_errors.HostError as error:
-            give_up(template, driver, *reason(template, error))
+            give_up(template, driver, *failure_reason(template, error))
             return
-        time.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
+        time.sleep(delay)
+        delay = min(delay * 2, MAX_BACKOFF)
 
 
-def told_by_host(template: Template) -> Iterator[HostEvent]:
+def events_from_host(template: Template) -> Iterator[HostEvent]:
     """The events after the last one stored."""
     last = template.events.aggregate(last=Max("host_seq"))["last"] or 0
     yield from host().build_events(template.image_id, after=last)
 
 
-def hand_over(template: Template, driver: str) -> None:
-    """Start the build on the host, once; whether it ever was is on the row."""
+def ensure_started(template: Template, driver: str) -> None:
+    """Start the build on the host once; the row records that it was."""
     if template.handed_over:
         host().build(template.image_id)
         return
@@ -172,53 +181,53 @@ def hand_over(template: Template, driver: str) -> None:
 
 
 def cache_of(template: Template) -> Cache:
-    """Whose completed steps the host keeps this build's with, and whether it may take of them."""
+    """The team whose cache this build's steps go into, and whether it may reuse from it."""
     return Cache(template.team_id, reuse=template.reuse == Reuse.FAILED)
 
 
-def past(
+def give_up_after(
     since: float, patience: float, template: Template, driver: str, code: str, message: str
 ) -> bool:
-    """Whether ``patience`` seconds have passed; the build is given up then."""
+    """Give up the build once ``patience`` seconds have passed; whether they have."""
     if time.monotonic() - since < patience:
         return False
     give_up(template, driver, code, message)
     return True
 
 
-def reason(template: Template, error: host_errors.HostError) -> tuple[str, str]:
-    """The code and sentence of a build that the host refused or does not know."""
+def failure_reason(template: Template, error: host_errors.HostError) -> tuple[str, str]:
+    """The code and message for a build that the host refused or doesn't know."""
     if isinstance(error, host_errors.ImageNotFound):
-        return "base_missing", BASE_GONE
+        return "base_missing", BASE_MISSING
     if isinstance(error, host_errors.NotFound) and template.handed_over:
-        return "host_lost", LOST
+        return "host_lost", BUILD_LOST
     logger.error("the host refused build %s: %s", template.pk, error.detail)
     return "internal", f"The host refused the build: {error.detail}"
 
 
 def give_up(template: Template, driver: str, code: str, message: str) -> None:
-    """Settle as failed what will not end by itself, and tell the host to drop it."""
+    """Settle a build as failed, and have the host cancel it."""
     with transaction.atomic():
-        held = Template.objects.select_for_update().filter(
+        rows = Template.objects.select_for_update().filter(
             pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
         )
-        if not held.exists():
+        if not rows.exists():
             raise Superseded
-        end(template, code, message)
+        fail_build(template, code, message)
     try:
-        # What it has published nobody asked to delete: the row may be an old one, from a backup.
+        # Keep what it has published: the row may be an old one, from a backup.
         host().cancel_build(template.image_id, keep_published=True)
     except host_errors.HostError:
-        logger.warning("could not cancel build %s; the reconcile pass will", template.pk)
+        logger.warning("could not cancel build %s; the reconcile pass retries", template.pk)
 
 
-def forget_if_ended(template: Template) -> None:
-    """End the build on the host if its template is gone, or was settled by somebody else."""
+def discard_if_finished(template: Template) -> None:
+    """Discard the build if its template was deleted, or settled by somebody else."""
     if not Template.objects.filter(pk=template.pk).exclude(status=TemplateStatus.FAILED).exists():
-        forget(template.image_id)
+        discard(template.image_id)
 
 
-def forget(image_id: str) -> None:
-    """End a build and delete its image, however far either is. Raises the host's errors."""
+def discard(image_id: str) -> None:
+    """Cancel a build and delete its image, if there is one. Raises the host's errors."""
     host().cancel_build(image_id)
     host().delete_image(image_id)

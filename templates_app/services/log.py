@@ -1,4 +1,4 @@
-"""A build's whole log, as text to be saved."""
+"""A build's complete log, as text for download."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from channels.db import database_sync_to_async
 from orkestr_console.core.text import plain
 from orkestr_console.http.json_api import timestamp
 from templates_app.models import BuildStep, StepStatus, Template
-from templates_app.services.record import printed
+from templates_app.services.record import output_from_events
 
 
 async def log_text(template: Template) -> AsyncGenerator[bytes]:
-    """The steps with all they printed, without colours, a step at a time."""
-    yield head(template).encode()
-    # Each call gives its connection back; Django's own asynchronous queries keep theirs.
-    for step in await database_sync_to_async(steps_of)(template):
+    """The steps with all their output, without colours, one step at a time."""
+    yield log_header(template).encode()
+    # Each call returns its connection; Django's own asynchronous queries keep theirs.
+    for step in await database_sync_to_async(steps_without_output)(template):
         yield f"\n$ {step.command}\n".encode()
-        text = await database_sync_to_async(output_of)(template, step.number)
+        text = await database_sync_to_async(step_output)(template, step.number)
         yield (text if not text or text.endswith("\n") else f"{text}\n").encode()
-        yield f"# {how(step)}\n".encode()
+        yield f"# {outcome_text(step)}\n".encode()
     if template.error_message:
         yield f"\n{plain(template.error_message)}\n".encode()
 
 
-def steps_of(template: Template) -> list[BuildStep]:
-    """The steps, without what they printed."""
+def steps_without_output(template: Template) -> list[BuildStep]:
+    """The steps, without their output."""
     return list(template.steps.defer("output"))
 
 
-def output_of(template: Template, number: int) -> str:
-    """All that is kept of what a step printed so far, as plain text."""
+def step_output(template: Template, number: int) -> str:
+    """A step's stored output so far, as plain text."""
     step = template.steps.get(number=number)
-    return plain(step.output or printed(template, number))
+    return plain(step.output or output_from_events(template, number))
 
 
-def head(template: Template) -> str:
-    """Which template it is."""
+def log_header(template: Template) -> str:
+    """The lines that name the template."""
     return (
         f"# Template {template.name} ({template.pk}) on {template.base_template}, network "
         f"{template.network}\n# Created {timestamp(template.created_at)}, now {template.status}\n"
     )
 
 
-def how(step: BuildStep) -> str:
-    """How a step ended, in words."""
+def outcome_text(step: BuildStep) -> str:
+    """A step's result in words."""
     if step.status == StepStatus.CACHED:
         return f"cached: run by an earlier build, {timestamp(step.cached_at)}"
     if step.exit_code is None and step.signal is None:
         return step.status
-    ended = f"exit {step.exit_code}" if step.signal is None else f"signal {step.signal}"
-    return f"{step.status}: {ended} after {(step.duration_ms or 0) / 1000:.1f} s"
+    outcome = f"exit {step.exit_code}" if step.signal is None else f"signal {step.signal}"
+    return f"{step.status}: {outcome} after {(step.duration_ms or 0) / 1000:.1f} s"

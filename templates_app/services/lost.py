@@ -1,4 +1,4 @@
-"""Templates whose image the host has not: said where it is seen, and taken back when it returns."""
+"""Templates whose image is missing on the host: marked as lost, and restored if it returns."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from django.utils import timezone
 
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict
-from orkestr_console.core.hosts import errors_told, host
-from orkestr_console.core.postgres import let_go
-from templates_app.events import tell_changed
+from orkestr_console.core.hosts import host, translated_errors
+from orkestr_console.core.postgres import release_connection
+from templates_app.events import notify_changed
 from templates_app.models import BuildStep, StepStatus, Template, TemplateStatus
-from templates_app.services.record import append
+from templates_app.services.record import append_event
 
 IMAGE_LOST = "image_lost"
-MESSAGE = (
+IMAGE_LOST_MESSAGE = (
     "The image of this template is gone from the host, or was damaged there. Rebuild the template: "
     "its recipe is still here. Sandboxes that run from it are not touched."
 )
@@ -25,52 +25,54 @@ def settle_images() -> None:
 
     For a host whose state is this database's.
     """
-    # Before the host is asked: what is ready now it must have.
+    # Read before the host is asked: it must have what is ready now.
     ready = list(Template.objects.ready())
-    let_go()
-    there = {image.id for image in host().images()}
+    release_connection()
+    present = {image.id for image in host().images()}
     for template in ready:
-        if template.image_id not in there:
-            note_lost(template)
+        if template.image_id not in present:
+            mark_lost(template)
     lost = Template.objects.filter(status=TemplateStatus.FAILED, error_code=IMAGE_LOST)
-    for template in lost.filter(image_id__in=there):
-        note_back(template)
+    for template in lost.filter(image_id__in=present):
+        mark_restored(template)
 
 
-def note_lost(template: Template) -> bool:
-    """A ready template has lost its image: it failed, with a way out; whether it was ready."""
+def mark_lost(template: Template) -> bool:
+    """Mark a ready template as failed because its image is lost; whether it was ready."""
     with transaction.atomic():
-        held = Template.objects.filter(pk=template.pk, status=TemplateStatus.READY)
-        changed = held.update(
-            status=TemplateStatus.FAILED, error_code=IMAGE_LOST, error_message=MESSAGE
+        rows = Template.objects.filter(pk=template.pk, status=TemplateStatus.READY)
+        changed = rows.update(
+            status=TemplateStatus.FAILED, error_code=IMAGE_LOST, error_message=IMAGE_LOST_MESSAGE
         )
         if changed:
-            append(template, "image_lost", {"code": IMAGE_LOST, "message": MESSAGE})
-            tell_changed(template.pk, template.team_id)
+            append_event(
+                template, "image_lost", {"code": IMAGE_LOST, "message": IMAGE_LOST_MESSAGE}
+            )
+            notify_changed(template.pk, template.team_id)
     return changed == 1
 
 
-def note_back(template: Template) -> None:
-    """An image that was lost is there again: an operator has put it back."""
+def mark_restored(template: Template) -> None:
+    """Mark a template as ready again: an operator has restored its lost image."""
     with transaction.atomic():
-        held = Template.objects.filter(
+        rows = Template.objects.filter(
             pk=template.pk, status=TemplateStatus.FAILED, error_code=IMAGE_LOST
         )
-        if held.update(status=TemplateStatus.READY, error_code="", error_message=""):
-            append(template, "image_restored", {})
-            tell_changed(template.pk, template.team_id)
+        if rows.update(status=TemplateStatus.READY, error_code="", error_message=""):
+            append_event(template, "image_restored", {})
+            notify_changed(template.pk, template.team_id)
 
 
-# What stands for the recipe of an image that only its files are left of.
+# Stands in for the recipe of an image of which only the files are left.
 UNKNOWN_RECIPE = "# Put back by the operator; what the recipe was is not known."
 
 
-def give_image(team: Team, image_id: str, name: str) -> Template:
-    """A template of a team for an image that no row names, which an operator has put back.
+def adopt_image(team: Team, image_id: str, name: str) -> Template:
+    """Create a team's template for an image that an operator restored and no row refers to.
 
     Raises ``NotFound`` (the host has no such image), ``Conflict`` (a template has it already).
     """
-    with errors_told():
+    with translated_errors():
         image = host().image(image_id)
     now = timezone.now()
     with transaction.atomic():
@@ -94,6 +96,6 @@ def give_image(team: Team, image_id: str, name: str) -> Template:
         BuildStep.objects.create(
             template=template, number=1, command=UNKNOWN_RECIPE, status=StepStatus.SUCCEEDED
         )
-        append(template, "image_restored", {})
-        tell_changed(template.pk, team.pk)
+        append_event(template, "image_restored", {})
+        notify_changed(template.pk, team.pk)
     return template

@@ -1,7 +1,7 @@
-"""Counting build seconds, once for each build, and how much disk the images take.
+"""Metering build seconds, once per build, and the disk space of images.
 
-A build is counted in the transaction that ends it: settled as ready or failed, or deleted while
-it runs. There is one such transaction for each build, so it is counted exactly once.
+A build is counted in the transaction that settles it as ready or failed, or deletes it while it
+runs. There is one such transaction per build, so it is counted exactly once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from templates_app.models import Template
 def count_build(template: Template, until: datetime | None = None) -> None:
     """Count a build from its first event to its last, or to ``until``; by host time.
 
-    One that the host never began told nothing and counts for nothing; waiting for room neither.
+    A build that the host never started counts for nothing, and neither does waiting for room.
     """
-    told = template.events.aggregate(
+    span = template.events.aggregate(
         begin=Min("at", filter=Q(host_seq__isnull=False)), end=Max("at")
     )
-    if told["begin"] is not None:
-        end = until or told["end"]
-        usage.add(usage.spread(template.team_id, Metric.BUILD_SECONDS, told["begin"], end))
+    if span["begin"] is not None:
+        end = until or span["end"]
+        usage.add(usage.seconds_by_day(template.team_id, Metric.BUILD_SECONDS, span["begin"], end))
 
 
 def note_image_bytes(team_id: str | None = None) -> None:
-    """Note how much the images of every team take now, or of one; the day keeps its most."""
+    """Record the current size of every team's images, or one team's; a day keeps its peak."""
     today = usage.today()
     ready = Template.objects.ready().filter(size_bytes__isnull=False)
     if team_id is not None:
@@ -42,4 +42,4 @@ def note_image_bytes(team_id: str | None = None) -> None:
     for row in sums:
         amounts[Key(row["team_id"], today, Metric.IMAGE_BYTES)] = max(float(row["own"] or 0), 0.0)
         amounts[Key(row["team_id"], today, Metric.SHARED_BYTES)] = float(row["shared"] or 0)
-    usage.raise_to(amounts)
+    usage.raise_maximum(amounts)

@@ -1,12 +1,12 @@
-"""Whose build is next: fair between teams, each no more at once than its plan allows.
+"""Which build is next: fair between teams, and within each plan's limit.
 
-Nor are there more at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of those
-that wait the one begins whose *turn* is lowest: how many of its team's builds run or stand before
-it. Of equal turns the oldest goes first. So a team that asks for fifty builds gets no more of the
-machine than one that asks for two, and nobody waits for ever.
+No more builds run at once than this machine has room for (``settings.BUILDS_AT_ONCE``). Of the
+queued builds, the one with the lowest *turn* starts: the number of its team's builds that run or
+are queued before it. Among equal turns the oldest goes first. So a team that requests fifty builds
+gets no more of the machine than one that requests two, and nobody waits for ever.
 
-There is a task in the queue for each build that was asked for, but it only says that a worker is
-to look. A build is taken on its row, so a task that runs twice takes nothing twice.
+Each requested build puts a task into the queue, but the task only makes a worker check. A build is
+claimed on its row, so a task that runs twice claims nothing twice.
 """
 
 from __future__ import annotations
@@ -28,111 +28,111 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.queue.driving import IsDriven
 from templates_app.models import Template, TemplateStatus
 
-# The advisory lock of those who take a build: the bytes of "build".
-TAKING = 0x6275696C64
+# The advisory lock for claiming a build: the bytes of "build".
+CLAIM_LOCK = 0x6275696C64
 DRIVE = "templates_app.tasks.drive_builds"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a queued build stands: 1 is next. ``waits_for`` says what has to end first."""
+class QueuePosition:
+    """A queued build's position: 1 is next. ``waits_for`` is what has to finish first."""
 
     number: int
     waits_for: Literal["team", "host"]
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A queued build, and how many of its team's builds run or stand before it."""
+class QueuedBuild:
+    """A queued build, and how many of its team's builds run or are queued before it."""
 
     template: str
     team: str
     turn: int
 
 
-def call_worker() -> None:
-    """Have a worker look which builds may begin, when the transaction commits."""
+def wake_worker() -> None:
+    """Have a worker check which builds can start, once the transaction commits."""
     async_task(DRIVE, group="builds")
 
 
-def pass_on(template_id: str, driver: str) -> None:
-    """A driver does not go on with a build that still builds: another one shall, at once."""
+def hand_off(template_id: str, driver: str) -> None:
+    """Release a build that is still running, for another driver to claim immediately."""
     with transaction.atomic():
         mine = Template.objects.building().filter(pk=template_id, driver=driver)
         if mine.update(driver=""):
-            call_worker()
+            wake_worker()
 
 
-def call_next() -> None:
-    """A build has ended: the next may begin, if one waits."""
+def wake_for_next() -> None:
+    """Wake a worker if any build is queued: one has finished."""
     if Template.objects.queued().exists():
-        call_worker()
+        wake_worker()
 
 
-def take(driver: str) -> Template | None:
-    """Take the build whose turn it is; None if there is none that may run.
+def claim_next(driver: str) -> Template | None:
+    """Claim the build whose turn it is; None if none can run.
 
-    A build that lost its driver comes before those that never had one. Takers are one at a time,
-    so that none of them counts a team's builds while another adds to them.
+    A build that lost its driver comes before those that never had one. Claims are serialized, so
+    that none counts a team's builds while another adds to them.
     """
     with transaction.atomic():
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [TAKING])
-        found = orphan() or first_in_turn()
-        if found is None or not claim(found, driver):
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [CLAIM_LOCK])
+        template_id = orphaned_build() or next_queued()
+        if template_id is None or not assign_driver(template_id, driver):
             return None
-    return Template.objects.select_related("team__plan").get(pk=found)
+    return Template.objects.select_related("team__plan").get(pk=template_id)
 
 
-def claim(template_id: str, driver: str) -> bool:
-    """Write ``driver`` on a building row that has no live one; whether that came about."""
-    free = Template.objects.filter(abandoned(), pk=template_id, status=TemplateStatus.BUILDING)
+def assign_driver(template_id: str, driver: str) -> bool:
+    """Assign ``driver`` to a building row that has no live one; whether it did."""
+    free = Template.objects.filter(is_undriven(), pk=template_id, status=TemplateStatus.BUILDING)
     return bool(free.update(driver=driver, started_at=Coalesce("started_at", Now())))
 
 
-def abandoned() -> Q:
-    """Builds that nobody follows now: they have no driver, or it is gone."""
+def is_undriven() -> Q:
+    """A filter for builds that nobody follows: they have no driver, or it is gone."""
     return ~Q(IsDriven("driver"))
 
 
-def orphan() -> str | None:
-    """The oldest build that has begun and lost its driver, or None."""
-    rows = Template.objects.running().filter(abandoned()).order_by("created_at", "pk")
+def orphaned_build() -> str | None:
+    """The oldest running build that lost its driver, or None."""
+    rows = Template.objects.running().filter(is_undriven()).order_by("created_at", "pk")
     return rows.values_list("pk", flat=True).first()
 
 
-def first_in_turn() -> str | None:
-    """The queued build that may begin, or None."""
+def next_queued() -> str | None:
+    """The queued build that can start, or None."""
     if Template.objects.running().count() >= settings.BUILDS_AT_ONCE:
         return None
-    most = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
-    for waiting in in_turn():
-        if waiting.turn < most(waiting.team):
-            return waiting.template
+    limit = cache(lambda team: envelope(Team(pk=team)).value("max_concurrent_builds"))
+    for queued_build in queue_order():
+        if queued_build.turn < limit(queued_build.team):
+            return queued_build.template
     return None
 
 
-def in_turn() -> list[Waiting]:
-    """Every queued build, the next first."""
+def queue_order() -> list[QueuedBuild]:
+    """Every queued build, the next one first."""
     running = Template.objects.running().values_list("team_id", flat=True)
     queued = Template.objects.queued().order_by("created_at", "pk").values_list("pk", "team_id")
     # Sorting is stable: among equal turns the oldest stays first.
-    return sorted(turns(queued, Counter(running)), key=lambda waiting: waiting.turn)
+    return sorted(number_turns(queued, Counter(running)), key=lambda waiting: waiting.turn)
 
 
-def turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[Waiting]:
-    """Number each team's builds, given oldest first, on from those that run."""
+def number_turns(queued: Iterable[tuple[str, str]], before: Counter[str]) -> Iterable[QueuedBuild]:
+    """Number each team's queued builds, oldest first, after those that run."""
     for template, team in queued:
-        yield Waiting(template, team, before[team])
+        yield QueuedBuild(template, team, before[team])
         before[team] += 1
 
 
-def place(template: Template) -> Place | None:
-    """Where a queued build stands; None for one that is not queued."""
+def queue_position(template: Template) -> QueuePosition | None:
+    """A queued build's position; None for one that is not queued."""
     if not template.is_queued:
         return None
-    most = envelope(template.team).value("max_concurrent_builds")
-    for number, waiting in enumerate(in_turn(), start=1):
-        if waiting.template == template.pk:
-            return Place(number, "team" if waiting.turn >= most else "host")
+    limit = envelope(template.team).value("max_concurrent_builds")
+    for number, queued_build in enumerate(queue_order(), start=1):
+        if queued_build.template == template.pk:
+            return QueuePosition(number, "team" if queued_build.turn >= limit else "host")
     return None

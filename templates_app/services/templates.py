@@ -23,20 +23,20 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound
 from orkestr_console.core.ids import is_id
 from orkestr_console.http.paging import page
-from templates_app.events import tell_changed
+from templates_app.events import notify_changed
 from templates_app.models import CANCELLED, BuildEvent, BuildStep, Template, TemplateStatus
 from templates_app.services import queue
-from templates_app.services.bases import ALIASES, LOOKS_LIKE_A_TEMPLATE, Source, resolve
+from templates_app.services.bases import ALIASES, TEMPLATE_ID_PREFIX, Source, resolve
 from templates_app.services.metering import count_build
-from templates_app.services.record import append, end
+from templates_app.services.record import append_event, fail_build
 from templates_app.specs import TemplateSpec
 
-NO_SUCH = "There is no such template in your team; check the id."
-# How much of each step's output goes with a template, in characters: a hundred steps stay small.
-SHOWN_OUTPUT = 16 * 1024
+NOT_FOUND = "There is no such template in your team; check the id."
+# How much of each step's output a template includes, in characters: a hundred steps stay small.
+OUTPUT_TAIL_CHARS = 16 * 1024
 MEGABYTE = 10**6
-# Writing it for every sandbox would make those that start together wait for each other.
-LAST_USE_GRAIN = timedelta(minutes=1)
+# Writing it for every sandbox would make sandboxes that start together wait for each other.
+LAST_USED_INTERVAL = timedelta(minutes=1)
 FORGET = "templates_app.tasks.forget_image"
 
 
@@ -54,8 +54,8 @@ class TemplateUsage:
 
 
 @dataclass(frozen=True)
-class ShownStep:
-    """A step and the end of what it printed; ``truncated`` says that there is more before."""
+class StepOutput:
+    """A step and the end of its output; ``truncated`` means that there is more before it."""
 
     step: BuildStep
     output: str
@@ -64,7 +64,7 @@ class ShownStep:
 
 @audited("template.create", "template")
 def create_template(actor: Actor, spec: TemplateSpec) -> Template:
-    """A new template, building.
+    """Create a template and queue its build.
 
     Raises ``InvalidInput``, ``NotFound`` or ``Conflict`` for its base, ``PlanLimit`` when the plan
     has no slot left, ``HostUnavailable``. Nothing is created then.
@@ -75,15 +75,15 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     source = resolve_base(actor.team, spec.base_template)
     check_environment(source, spec)
     with transaction.atomic():
-        held = hold(actor.team, actor.user)
-        check_limits(actor, held, spec)
-        check_times(held, spec)
-        team = held.team
+        limits = hold(actor.team, actor.user)
+        check_limits(actor, limits, spec)
+        check_timeouts(limits, spec)
+        team = limits.team
         template = insert(actor, team, spec, source)
-        # The queue is in this database, so the task exists exactly if the template does.
-        queue.call_worker()
-        note_used(spec.base_template)
-        tell_changed(template.pk, team.pk)
+        # The queue is in this database, so the task exists if and only if the template does.
+        queue.wake_worker()
+        mark_used(spec.base_template)
+        notify_changed(template.pk, team.pk)
         audit.record(
             actor,
             "template.create",
@@ -116,12 +116,12 @@ def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Temp
         BuildStep(template=template, number=number, command=command)
         for number, command in enumerate(spec.recipe, start=1)
     )
-    append(template, "queued", {})
+    append_event(template, "queued", {})
     return template
 
 
 def resolve_base(team: Team, name: str) -> Source:
-    """The base's image. Somebody else's template is as unknown as one that never was."""
+    """The base's image. Another team's template is as unknown as one that never existed."""
     try:
         return resolve(team, name, field="base_template")
     except NotFound as error:
@@ -132,38 +132,38 @@ def resolve_base(team: Team, name: str) -> Source:
 
 
 def check_environment(source: Source, spec: TemplateSpec) -> None:
-    """Raise ``InvalidInput`` for an ``env`` that is too large with what the base has baked in."""
+    """Raise ``InvalidInput`` if ``env`` is too large together with the base's environment."""
     try:
-        environment.check_environment(environment.baked(source.env, spec.env))
+        environment.check_environment(environment.merge_baked(source.env, spec.env))
     except InvalidRequest as error:
         raise InvalidInput(f"env: {error.detail}", fields={"env": error.detail}) from None
 
 
-def check_limits(actor: Actor, held: Envelope, spec: TemplateSpec) -> None:
+def check_limits(actor: Actor, limits: Envelope, spec: TemplateSpec) -> None:
     """Raise ``PlanLimit`` unless the team, whose row the caller holds, may have one more."""
-    kept = Template.objects.for_team(held.team).counted()
-    mine = kept.filter(created_by=actor.user).count() if actor.user else None
-    held.require_room("max_templates", kept.count(), mine)
-    # However many build, another may wait its turn; unless there is none to wait for.
-    held.require_room("max_concurrent_builds", 0)
-    held.require_room("template_disk_mb", disk_mb(held.team))
-    held.require_network(spec.network)
+    existing = Template.objects.for_team(limits.team).using_slots()
+    mine = existing.filter(created_by=actor.user).count() if actor.user else None
+    limits.require_room("max_templates", existing.count(), mine)
+    # However many builds run, another can be queued, unless the limit is 0.
+    limits.require_room("max_concurrent_builds", 0)
+    limits.require_room("template_disk_mb", disk_mb(limits.team))
+    limits.require_network(spec.network)
     if spec.allow_domains is not None:
-        held.require_allowlist()
-    if not spec.base_template.startswith(LOOKS_LIKE_A_TEMPLATE):
-        held.require_base(ALIASES.get(spec.base_template, spec.base_template))
+        limits.require_allowlist()
+    if not spec.base_template.startswith(TEMPLATE_ID_PREFIX):
+        limits.require_base(ALIASES.get(spec.base_template, spec.base_template))
 
 
-def check_times(held: Envelope, spec: TemplateSpec) -> None:
-    """Raise ``PlanLimit`` for a step or a build that may take longer than the plan lets it."""
+def check_timeouts(limits: Envelope, spec: TemplateSpec) -> None:
+    """Raise ``PlanLimit`` for a step or build timeout above the plan's."""
     for name in ("step_timeout_seconds", "build_timeout_seconds"):
-        wanted: int | None = getattr(spec, name)
-        if wanted is not None:
-            held.require_at_most(name, wanted, name)
+        requested: int | None = getattr(spec, name)
+        if requested is not None:
+            limits.require_at_most(name, requested, name)
 
 
 def disk_mb(team: Team) -> int:
-    """What the team's images take of the disk, less what they share with their bases."""
+    """The disk space of the team's images, without what they share with their bases."""
     sums = (
         Template.objects.for_team(team)
         .ready()
@@ -176,32 +176,32 @@ def get_template(actor: Actor, template_id: str) -> Template:
     """One of the team's templates. Raises ``NotFound``."""
     actor.require(READ)
     if not is_id("tmpl", template_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     row = Template.objects.for_team(actor.team).filter(pk=template_id).first()
     if row is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     return row
 
 
-def list_steps(template: Template) -> list[ShownStep]:
-    """The steps of a build, each with its output so far, of which the end is kept."""
+def list_steps(template: Template) -> list[StepOutput]:
+    """The steps of a build, each with the end of its output so far."""
     events = BuildEvent.objects.filter(
         template=OuterRef("template"), step=OuterRef("number"), kind="output"
     )
-    # What a running step printed is in the events alone until it ends.
-    told = (
+    # A running step's output is only in its events.
+    printed = (
         events.order_by()
         .values("step")
         .annotate(text=StringAgg(Cast(KT("payload__text"), TextField()), Value(""), order_by="seq"))
     )
     blank = Value("", output_field=TextField())
-    whole = Coalesce(NullIf("output", blank), Subquery(told.values("text")), blank)
+    whole = Coalesce(NullIf("output", blank), Subquery(printed.values("text")), blank)
     rows = (
         template.steps.defer("output")
         .annotate(whole=whole)
-        .annotate(shown=Right("whole", SHOWN_OUTPUT), more=Length("whole") - SHOWN_OUTPUT)
+        .annotate(shown=Right("whole", OUTPUT_TAIL_CHARS), more=Length("whole") - OUTPUT_TAIL_CHARS)
     )
-    return [ShownStep(row, row.shown, row.more > 0) for row in rows]
+    return [StepOutput(row, row.shown, row.more > 0) for row in rows]
 
 
 def list_templates(
@@ -214,16 +214,18 @@ def list_templates(
 
 @audited("template.cancel", "template")
 def cancel_template(actor: Actor, template_id: str) -> Template:
-    """End a build that has not ended: the template is failed at once, whatever the host still does.
+    """Cancel a build: the template fails immediately, whatever the host still does.
 
-    A second time changes nothing. Raises ``NotFound``, ``Conflict`` for a build that has ended.
+    A second call changes nothing. Raises ``NotFound``, ``Conflict`` for a build that is over.
     """
     actor.require(WRITE)
     with transaction.atomic():
-        template = held_row(actor, template_id)
+        template = lock_template(actor, template_id)
         if template.status != TemplateStatus.BUILDING:
             return refuse_unless_cancelled(template)
-        end(template, CANCELLED, f"The build was cancelled by {audit.named(actor)}.")
+        fail_build(
+            template, CANCELLED, f"The build was cancelled by {audit.actor_description(actor)}."
+        )
         audit.record(
             actor, "template.cancel", kind="template", object_id=template.pk, name=template.name
         )
@@ -233,64 +235,61 @@ def cancel_template(actor: Actor, template_id: str) -> Template:
 
 
 def refuse_unless_cancelled(template: Template) -> Template:
-    """A build that was cancelled stays so; raises ``Conflict`` for one that ended otherwise."""
+    """Return a cancelled template as it is; raise ``Conflict`` for any other finished build."""
     if template.error_code == CANCELLED:
         return template
-    ended = "is ready; delete it" if template.is_ready else "has failed already; delete it"
+    outcome = "is ready; delete it" if template.is_ready else "has failed already; delete it"
     raise Conflict(
-        f"There is no build to cancel: template '{template.name}' {ended} if you do not want it.",
+        f"There is no build to cancel: template '{template.name}' {outcome} if you do not want it.",
         code="build_ended",
     )
 
 
-def held_row(actor: Actor, template_id: str) -> Template:
+def lock_template(actor: Actor, template_id: str) -> Template:
     """One of the team's templates, its row locked. Raises ``NotFound``."""
     if not is_id("tmpl", template_id):
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     rows = Template.objects.for_team(actor.team).select_for_update(of=("self",))
     template = rows.filter(pk=template_id).first()
     if template is None:
-        raise NotFound(NO_SUCH)
+        raise NotFound(NOT_FOUND)
     return template
 
 
 @audited("template.delete", "template")
 def delete_template(actor: Actor, template_id: str) -> None:
-    """Delete a template, ending its build first if it has not ended. Raises ``NotFound``.
+    """Delete a template, cancelling its build if that is not over. Raises ``NotFound``.
 
-    Its slot is free at once; its image goes once no sandbox runs from it.
+    Its slot is free immediately; its image is removed once no sandbox runs from it.
     """
     actor.require(WRITE)
     with transaction.atomic():
-        template = held_row(actor, template_id)
+        template = lock_template(actor, template_id)
         team_id, image_id = template.team_id, template.image_id
         if not template.state.is_terminal:
-            # Its build ends here and now; one that has ended was counted when it did.
+            # Its build ends now; a finished one was counted when it finished.
             count_build(template, until=timezone.now())
         template.delete()
         audit.record(
             actor, "template.delete", kind="template", object_id=template_id, name=template.name
         )
-        # Its step is killed and its image goes; nothing that its driver still hears is recorded.
+        # This kills its step and removes its image; nothing its driver still receives is recorded.
         async_task(FORGET, image_id, group="images")
-        tell_changed(template_id, team_id)
+        notify_changed(template_id, team_id)
 
 
-def note_used(template_id: str) -> None:
-    """Remember that something was started from a template now, at most once a minute.
-
-    A base's name is none.
-    """
+def mark_used(template_id: str) -> None:
+    """Record that a template was used now, at most once a minute. Ignores a base's name."""
     now = timezone.now()
-    unnoted = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USE_GRAIN)
-    Template.objects.filter(unnoted, pk=template_id).update(last_used_at=now)
+    stale = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USED_INTERVAL)
+    Template.objects.filter(stale, pk=template_id).update(last_used_at=now)
 
 
-def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
-    """What each team uses of the limits that templates count against, by team id and limit."""
+def usage_counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
+    """Each team's usage of the limits on templates, by team id and limit."""
     ready = Q(status=TemplateStatus.READY)
     rows = (
-        Template.objects.counted()
+        Template.objects.using_slots()
         .filter(team__in=teams)
         .values("team")
         .annotate(
@@ -302,8 +301,8 @@ def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
             shared=Coalesce(Sum("shared_bytes", filter=ready), 0),
         )
     )
-    nothing = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
-    found = {
+    zero = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
+    used = {
         row["team"]: {
             "max_templates": row["kept"],
             "max_concurrent_builds": row["building"],
@@ -311,10 +310,10 @@ def counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
         }
         for row in rows
     }
-    return {team.pk: found.get(team.pk, nothing) for team in teams}
+    return {team.pk: used.get(team.pk, zero) for team in teams}
 
 
 def template_usage(actor: Actor) -> TemplateUsage:
-    """How full the team's plan is."""
-    used = Template.objects.for_team(actor.team).counted().count()
+    """How many of the plan's template slots the team uses."""
+    used = Template.objects.for_team(actor.team).using_slots().count()
     return TemplateUsage(used, envelope(actor.team).value("max_templates"))

@@ -1,4 +1,4 @@
-"""Where the time of a build went, from its rows and the events that it told."""
+"""How a build spent its time, from its rows and events."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 
 MILLISECOND = timedelta(milliseconds=1)
-# Too large or too many to be read again with every change, and the page needs them not.
-LARGE = ("output", "contents", "progress")
+# Too large or too many to be read again with every change, and the page doesn't need them.
+EXCLUDED_KINDS = ("output", "contents", "progress")
 PHASES = {
     "capture": "Capturing",
     "scrub": "Cleaning up",
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Silence:
-    """A running step has written nothing since then."""
+    """A running step has printed nothing since then."""
 
     step: int
     since: datetime
@@ -39,7 +39,7 @@ class Silence:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the making of the image is: what it is at, in words, and what it has dealt with."""
+    """Progress in creating the image: the phase in words, and the files and bytes processed."""
 
     label: str
     files: int
@@ -47,49 +47,55 @@ class Progress:
 
 
 def build_events(template: Template) -> list[BuildEvent]:
-    """What a build told, but for its steps' output, its image's contents and how far it was."""
-    return list(template.events.exclude(kind__in=LARGE))
+    """A build's events, except those of large or frequent kinds."""
+    return list(template.events.exclude(kind__in=EXCLUDED_KINDS))
 
 
 def parts(
     template: Template, steps: Iterable[BuildStep], events: Iterable[BuildEvent]
 ) -> list[Part]:
-    """The parts of a build's time that are known, in their order; no part that took no time.
+    """The known parts of a build's time, in order, without empty ones.
 
-    A build from before a part was told, or one that ended before it, is without.
+    A part is missing if the build is older than its event, or stopped before it.
     """
-    told: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
-    boot = told.get("boot", {})
+    payloads: dict[str, dict[str, Any]] = {event.kind: event.payload for event in events}
+    boot = payloads.get("boot", {})
     measured: list[tuple[str, str, float | None]] = [
         ("boot", "Boot", boot.get("duration_ms", boot.get("boot_ms"))),
         ("steps", "Steps", sum(step.duration_ms or 0 for step in steps)),
-        ("scrub", "Clean", told.get("scrub", {}).get("duration_ms")),
-        ("capture", "Capture", told.get("capture", {}).get("duration_ms")),
+        ("scrub", "Clean", payloads.get("scrub", {}).get("duration_ms")),
+        ("capture", "Capture", payloads.get("capture", {}).get("duration_ms")),
         ("contents", "List contents", listing_ms(template)),
-        ("publish", "Publish", told.get("published", {}).get("publish_ms")),
+        ("publish", "Publish", payloads.get("published", {}).get("publish_ms")),
     ]
     known = sum(ms or 0 for _, _, ms in measured)
     # Such as waiting for the disk.
     other = (template.build_ms or 0) - known
-    whole = [("queue", "In the queue", waited(template)), *measured, ("other", "Other", other)]
-    return [Part(name, label, round(ms)) for name, label, ms in whole if ms and ms >= 0.5]
+    all_parts = [
+        ("queue", "In the queue", queue_ms(template)),
+        *measured,
+        ("other", "Other", other),
+    ]
+    return [Part(name, label, round(ms)) for name, label, ms in all_parts if ms and ms >= 0.5]
 
 
 def listing_ms(template: Template) -> float | None:
-    """How long the host took to read what is in the image; None if it has not, or did not say."""
-    told = template.events.filter(kind="contents").values_list("payload__duration_ms", flat=True)
-    found = told.first()
+    """How long the host took to list the image's contents; None if unknown."""
+    durations = template.events.filter(kind="contents").values_list(
+        "payload__duration_ms", flat=True
+    )
+    found = durations.first()
     return float(found) if isinstance(found, int | float) else None
 
 
-def waited(template: Template) -> float | None:
-    """How long a build was in the queue, in milliseconds; None while it is."""
-    ended = template.started_at or template.finished_at
-    return (ended - template.created_at) / MILLISECOND if ended else None
+def queue_ms(template: Template) -> float | None:
+    """How long a build was queued, in milliseconds; None while it is."""
+    left_queue_at = template.started_at or template.finished_at
+    return (left_queue_at - template.created_at) / MILLISECOND if left_queue_at else None
 
 
 def progress(template: Template) -> Progress | None:
-    """How far the host last said the image is; None before it has, and once the build has ended."""
+    """The progress that the host last reported; None before that, and once the build is over."""
     if template.status != TemplateStatus.BUILDING:
         return None
     last = template.events.filter(kind="progress").order_by("-seq").first()
@@ -97,13 +103,13 @@ def progress(template: Template) -> Progress | None:
 
 
 def progress_of(payload: dict[str, Any]) -> Progress:
-    """What an event of that kind says."""
+    """The progress that an event's payload describes."""
     label = PHASES.get(str(payload.get("phase")), "Making the image")
     return Progress(label, int(payload.get("files", 0)), int(payload.get("bytes", 0)))
 
 
 def silence(template: Template, running: BuildStep | None) -> Silence | None:
-    """Whether the running step was said to be silent and has been silent since."""
+    """Since when the running step has been silent, if the host reported that it is."""
     if running is None:
         return None
     last = template.events.filter(step=running.number).order_by("-seq").first()

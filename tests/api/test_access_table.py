@@ -385,5 +385,5 @@ def test_a_person_who_was_removed_is_out_at_once(
 def test_an_ended_session_is_out_at_once(world: World, alice: User) -> None:
     owner = world.clients["owner"]
     owner.get("/account/")
-    sessions.end_other_sessions(alice, kept=None)
+    sessions.end_other_sessions(alice, keep_session=None)
     assert summary(owner.get("/templates/")) == IN

@@ -20,7 +20,7 @@ from orkestr_console.accounts.actor import EVERYTHING, READ, WRITE
 from orkestr_console.accounts.models import ApiToken, Team
 from orkestr_console.accounts.services import revoke_token
 from orkestr_console.http.decorators import ApiRequest, api, methods
-from orkestr_console.http.json_api import json_answer, read_json
+from orkestr_console.http.json_api import json_response, read_json
 from tests.conftest import MakeKey, api_client
 
 
@@ -31,17 +31,17 @@ class Thing(BaseModel):
 
 @api(scope=READ)
 def look(request: ApiRequest) -> HttpResponse:
-    return json_answer({"team": request.actor.team.name, "surface": request.actor.surface})
+    return json_response({"team": request.actor.team.name, "surface": request.actor.surface})
 
 
 @api(scope=WRITE)
 def make(request: ApiRequest) -> HttpResponse:
-    return json_answer({"name": read_json(request, Thing).name}, status=201)
+    return json_response({"name": read_json(request, Thing).name}, status=201)
 
 
 @api(scope=READ)
 async def stream(request: ApiRequest) -> HttpResponse:
-    return json_answer({"team": request.actor.team.name})
+    return json_response({"team": request.actor.team.name})
 
 
 @api(scope=READ)
@@ -51,7 +51,7 @@ def broken(request: ApiRequest) -> HttpResponse:
 
 @api(scope=READ, methods=("POST",))
 def post_alone(request: ApiRequest) -> HttpResponse:
-    return json_answer({})
+    return json_response({})
 
 
 urlpatterns = [

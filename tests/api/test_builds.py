@@ -30,7 +30,7 @@ def building(api: Client, host: FakeHost) -> Template:
     host.by_itself = False
     created = post(api, URL, GOOD).json()
     template = Template.objects.get(pk=created["id"])
-    assert queue.take("drv_test") == template
+    assert queue.claim_next("drv_test") == template
     host.start_build(
         StartBuild(
             template.image_id, base_image="debian-12", recipe=GOOD["recipe"], network="restricted"
@@ -97,7 +97,7 @@ def test_more_builds_than_the_plan_runs_at_once_wait(
 ) -> None:
     Plan.objects.filter(pk=team.plan_id).update(max_concurrent_builds=1)
     ids = [post(api, URL, GOOD).json()["id"] for _ in range(3)]
-    assert queue.take("drv_1") is not None
+    assert queue.claim_next("drv_1") is not None
     places = [api.get(f"{URL}/{one}").json()["queue"] for one in ids]
     assert places == [
         None,

@@ -18,7 +18,7 @@ from django.test import AsyncClient, Client
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, Held, HostUnavailable
 from hostruntime.wire.commands import ExecFrame, ExecResult, Quota
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
-from orkestr_console.accounts.services import actor_of_token
+from orkestr_console.accounts.services import authenticate_token
 from orkestr_console.http import closing
 from orkestr_console.http.daphne import build_server
 from sandboxes_app import api as views
@@ -379,7 +379,7 @@ async def test_a_command_that_the_servers_end_cuts_off_says_so(
     key: str,
     stream: bool,
 ) -> None:
-    monkeypatch.setattr(closing, "_stopped", False)
+    monkeypatch.setattr(closing, "_stopping", False)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     box = created.json()["id"]
     body = json.dumps({"command": "make", "stream": stream}).encode()
@@ -413,7 +413,7 @@ async def test_a_reader_that_has_the_last_frame_left_nothing_undone(
     monkeypatch.setattr(host, "exec_frames", ended)
     created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
     box = created.json()["id"]
-    actor = await sync_to_async(actor_of_token)(key, "rest", "192.0.2.1")
+    actor = await sync_to_async(authenticate_token)(key, "rest", "192.0.2.1")
     frames = await sync_to_async(exec_stream)(actor, box, ExecSpec(command="make"))
     async with aclosing(frames):
         assert [(await anext(frames))["kind"] for _ in "12"] == ["exec_started", "exec_exited"]

@@ -37,8 +37,8 @@ CHATTY, SILENT = "chatty", "silent"
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates_api, "LONGEST_TRUST", 0.1)
-    monkeypatch.setattr(events, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(templates_api, "TOKEN_RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(events, "MAX_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(sandboxes_api, "KEEP_ALIVE_SECONDS", 0.1)
 
 
@@ -53,11 +53,11 @@ def building(actor: Actor, host: FakeHost) -> Template:
     return templates.create_template(actor, spec)
 
 
-async def endless(template_id: str, after: int = 0) -> AsyncGenerator[list[events.Told]]:
+async def endless(template_id: str, after: int = 0) -> AsyncGenerator[list[events.Event]]:
     """A build that is never silent."""
     while True:
         after += 1
-        yield [events.Told(after, "output", datetime.now(UTC), {"text": "x"})]
+        yield [events.Event(after, "output", datetime.now(UTC), {"text": "x"})]
         await asyncio.sleep(0.01)
 
 
@@ -86,7 +86,7 @@ async def test_the_events_of_a_build(
 ) -> None:
     if how == CHATTY:
         monkeypatch.setattr(templates, "follow_events", endless)
-    parts = templates_api.sent_events(request_of, building.pk, 0)
+    parts = templates_api.event_stream(request_of, building.pk, 0)
     before, after = await told_until_the_end(parts)
     assert not any(b"event: error" in part for part in before)
     assert (templates_api.KEEP_ALIVE in before) == (how == SILENT)
@@ -117,7 +117,7 @@ async def test_the_output_of_a_command(
     create = sync_to_async(sandboxes.create_sandbox)
     box = await create(actor, SandboxSpec(template="debian-12"))
     running = await sync_to_async(sandboxes.exec_stream)(actor, box.pk, ExecSpec(command="make"))
-    parts = sandboxes_api.sent_events(request_of, await anext(running), running)
+    parts = sandboxes_api.event_stream(request_of, await anext(running), running)
     before, after = await told_until_the_end(parts)
     assert (sandboxes_api.KEEP_ALIVE in before) == (how == SILENT)
     assert said(after[-1])["kind"] == "error"
@@ -136,6 +136,6 @@ async def test_a_token_that_calls_too_often_still_holds(
     def too_often(token: ApiToken, most: int) -> None:
         raise RateLimited(retry_after=1)
 
-    monkeypatch.setattr(rates, "take", too_often)
-    looked = await sync_to_async(templates_api.no_longer)(request_of, building.pk)
+    monkeypatch.setattr(rates, "consume", too_often)
+    looked = await sync_to_async(templates_api.access_error)(request_of, building.pk)
     assert looked is None

@@ -8,7 +8,7 @@ import pytest
 from django.test import Client
 
 from orkestr_console.accounts.models import Plan, Team
-from templates_app.api import LARGEST_TEMPLATE
+from templates_app.api import MAX_TEMPLATE_BODY
 from templates_app.models import BuildStep, Template
 from tests.api.asking import post, refusal
 from tests.conftest import MakeKey, api_client
@@ -261,7 +261,7 @@ def test_another_content_type_is_refused(api: Client, host: FakeHost, kind: str)
 
 
 def test_a_body_that_is_too_large_is_refused(api: Client, host: FakeHost) -> None:
-    refusal(post(api, URL, {**GOOD, "name": "x" * LARGEST_TEMPLATE}), 413, "payload_too_large")
+    refusal(post(api, URL, {**GOOD, "name": "x" * MAX_TEMPLATE_BODY}), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize("status", ["building", "failed"])

@@ -27,7 +27,7 @@ from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.image.capture import capture
 from hostruntime.image.contents import installed_packages
 from hostruntime.image.digest import image_digest
-from hostruntime.image.holdings import write_holdings
+from hostruntime.image.inode_record import write_inode_record
 from hostruntime.image.scrub import RULES, scrub
 from hostruntime.image.trees import inventory
 
@@ -89,7 +89,7 @@ def measure(root: Path, layer: Path, merged: Path, count: int) -> None:
     def make() -> None:
         known = capture(base, layer, tree).known
         scrub(tree, RULES)
-        write_holdings(root, None, inventory(tree))
+        write_inode_record(root, None, inventory(tree))
         image_digest(tree, base, known=known)
         installed_packages(tree)
 

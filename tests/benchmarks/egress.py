@@ -124,7 +124,7 @@ def routes() -> Iterator[list[Route]]:
                 ]
             finally:
                 proxy.stop()
-                registries.forget()
+                registries.clear_cache()
                 pool.teardown()
                 release_instance(paths)
 

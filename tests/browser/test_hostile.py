@@ -21,7 +21,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from orkestr_console.accounts.models import AuditEntry, Membership, Role, Team, User
 from orkestr_console.accounts.services import mint_token
 from sandboxes_app.models import Sandbox, SandboxStatus
-from templates_app.events import tell_changed
+from templates_app.events import notify_changed
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, Complaints
 from tests.conftest import make_user
@@ -165,7 +165,7 @@ def test_what_comes_by_the_socket_does_not_run_either(
         BuildEvent.objects.create(template=building, payload={"text": OUTPUT}, **now)
         Template.objects.filter(pk=building.pk).update(name=f"{HOSTILE}2")
         BuildStep.objects.filter(template=building).update(status="running")
-        tell_changed(building.pk, building.team_id)
+        notify_changed(building.pk, building.team_id)
 
     aside(print_more)
     expect(page.locator("#template-head h1")).to_have_text(f"{HOSTILE}2")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.clients.making import Sandboxes, Templates
 from tests.clients.streaming import events_of
-from tests.processes import commands_with, own_mark
+from tests.processes import commands_containing, own_mark
 from tests.stack import Stack, wait_for
 
 # Refused by name before anybody resolves it: no packet leaves for it.
@@ -60,9 +60,9 @@ def cancelled(templates: Templates, template: str) -> dict[str, Any]:
 def test_a_step_that_will_not_go_is_gone(stack: Stack, templates: Templates) -> None:
     mark = own_mark()
     template = templates.create("debian-12", STUBBORN.format(mark))
-    wait_for(lambda: len(commands_with(f"sleep {mark}")) >= 2, 30, stack.explain)
+    wait_for(lambda: len(commands_containing(f"sleep {mark}")) >= 2, 30, stack.explain)
     cancelled(templates, template)
-    wait_for(lambda: commands_with(mark) == [], 30, stack.explain)
+    wait_for(lambda: commands_containing(mark) == [], 30, stack.explain)
     assert templates.get(template)["status"] == "failed"
 
 
@@ -161,9 +161,9 @@ def cancel_late(stack: Stack, template: str, delay: float) -> httpx.Response:
 def test_deleting_a_building_template_ends_its_build(stack: Stack, templates: Templates) -> None:
     mark = own_mark()
     template = templates.create("debian-12", STUBBORN.format(mark))
-    wait_for(lambda: len(commands_with(f"sleep {mark}")) >= 2, 30, stack.explain)
+    wait_for(lambda: len(commands_containing(f"sleep {mark}")) >= 2, 30, stack.explain)
     templates.delete(template)
-    wait_for(lambda: commands_with(mark) == [], 30, stack.explain)
+    wait_for(lambda: commands_containing(mark) == [], 30, stack.explain)
     wait_for(lambda: nothing_is_left(stack), 15, stack.explain)
 
 

@@ -11,14 +11,14 @@ import psycopg
 import pytest
 
 from hostruntime.host.patience import scaled
-from orkestr_console.core.machine import builds_at_once
-from orkestr_console.queue.driving import HELD, SEED
+from orkestr_console.core.machine import max_concurrent_builds
+from orkestr_console.queue.driving import HELD_LOCKS_SQL, LOCK_SEED
 from tests.clients.making import Templates
 from tests.faults.processes import children, leads_a_group
 from tests.stack import Stack, wait_for
 
 PLAN = 8
-MOST = min(PLAN, builds_at_once())
+MOST = min(PLAN, max_concurrent_builds())
 # Long enough for all to run beside each other, on a slow machine too.
 STEP_SECONDS = scaled(40.0)
 # What a task waits for a worker, and takes.
@@ -60,7 +60,7 @@ def running(database: psycopg.Connection[Any]) -> int:
 
 def drivers(database: psycopg.Connection[Any]) -> set[str]:
     """Who follows builds now, one a build."""
-    driven = f"hashtextextended(driver, {SEED}) IN ({HELD})"
+    driven = f"hashtextextended(driver, {LOCK_SEED}) IN ({HELD_LOCKS_SQL})"
     return {driver for (driver,) in database.execute(f"SELECT driver {RUNNING} AND {driven}")}
 
 

@@ -8,7 +8,7 @@ import pytest
 from orkestr import OrkestrClient, Sandbox
 from orkestr.errors import SandboxNotReady
 
-from orkestr_console.runner.programs import agent_answers, web_answers
+from orkestr_console.runner.programs import agent_is_ready, web_is_ready
 from tests.clients.making import Sandboxes
 from tests.stack import Stack, wait_for
 
@@ -56,8 +56,8 @@ def test_a_paused_sandbox_survives_agent_and_web(
         stack.kill(program)
         stack.wait_until_restarted(program, old)
     with stack.host() as host:
-        wait_for(lambda: agent_answers(stack.layout.host_socket), 30, stack.explain)
+        wait_for(lambda: agent_is_ready(stack.layout.host_socket), 30, stack.explain)
         assert host.sandbox(sandbox.id).paused
-    wait_for(lambda: web_answers(stack.layout), 30, stack.explain)
+    wait_for(lambda: web_is_ready(stack.layout), 30, stack.explain)
     resumed = Sandbox.resume(sandbox.id, client=sdk)
     assert resumed.exec("cat /workspace/kept").stdout == "kept\n"

@@ -25,7 +25,7 @@ def test_sandboxes_that_a_reboot_ended_are_settled_at_once(
     layout = stack.layout
     agent = [sys.executable, "-m", "hostruntime.agent", "--state-dir", str(layout.state_dir)]
     subprocess.run([*agent, "teardown"], cwd=TREE, check=True, stdout=subprocess.DEVNULL)
-    assert not layout.all_ended.exists()
+    assert not layout.sandboxes_ended_marker.exists()
     stack.start()
 
     def status() -> str:

@@ -118,12 +118,16 @@ def test_an_image_that_no_row_names_comes_back_from_quarantine(
     # It stays, though no row names it yet.
     manage(stack, "shell", "-c", PASSES)
     assert (stack.layout.state_dir / "images" / image).exists()
-    give = (
-        "from templates_app.services import give_image; from orkestr_console.accounts import models"
-    )
+    program = "from templates_app.services import adopt_image\n"
+    program += "from orkestr_console.accounts import models\n"
     team = "models.Team.objects.get(slug='demo')"
     again = manage(
-        stack, "shell", "-v", "0", "-c", f"{give}; print(give_image({team}, {image!r}, 'again').pk)"
+        stack,
+        "shell",
+        "-v",
+        "0",
+        "-c",
+        f"{program}print(adopt_image({team}, {image!r}, 'again').pk)",
     ).strip()
     templates.made.append(again)
     manage(stack, "shell", "-c", PASSES)

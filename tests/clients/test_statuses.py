@@ -17,7 +17,7 @@ import pytest
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.errors import HostError
 from hostruntime.host.patience import scaled
-from orkestr_console.runner.programs import agent_answers, web_answers
+from orkestr_console.runner.programs import agent_is_ready, web_is_ready
 from tests.clients.making import Sandboxes, Templates
 from tests.stack import Stack, wait_for
 
@@ -152,8 +152,8 @@ def come_back(stack: Stack, program: str, old: int) -> None:
     """Wait until a program that was killed is there again, and answers."""
     stack.wait_until_restarted(program, old, 60)
     answers: dict[str, Callable[[], bool]] = {
-        "web": lambda: web_answers(stack.layout),
-        "agent": lambda: agent_answers(stack.layout.host_socket),
+        "web": lambda: web_is_ready(stack.layout),
+        "agent": lambda: agent_is_ready(stack.layout.host_socket),
     }
     if program in answers:
         wait_for(answers[program], 60, stack.explain)

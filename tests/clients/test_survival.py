@@ -14,7 +14,7 @@ from orkestr import OrkestrClient, Sandbox
 
 from tests.clients.making import Sandboxes, Templates
 from tests.leftovers import processes_of
-from tests.processes import command_lines, commands_with, own_mark
+from tests.processes import command_lines, commands_containing, own_mark
 from tests.stack import Stack, wait_for
 
 
@@ -52,7 +52,7 @@ def test_an_agent_killed_during_a_build_fails_it_and_leaves_nothing(
     assert record["status"] == "failed"
     assert record["error_code"] == "host_lost", record
     wait_for(lambda: builds_running(stack) == set(), 30, stack.explain)
-    assert commands_with(mark) == []
+    assert commands_containing(mark) == []
 
 
 def test_a_console_stopped_during_a_build_says_that_the_host_was_lost(
@@ -66,7 +66,7 @@ def test_a_console_stopped_during_a_build_says_that_the_host_was_lost(
     stack.start()
     record = templates.finished(template)
     assert (record["status"], record["error_code"]) == ("failed", "host_lost"), record
-    assert commands_with(mark) == []
+    assert commands_containing(mark) == []
 
 
 def test_sandboxes_outlive_agent_worker_and_web(stack: Stack, sandbox: Sandbox) -> None:
@@ -114,7 +114,7 @@ def test_down_ends_sandboxes_and_keeps_everything_else(
     assert [line for line in lines if str(stack.layout.state_dir) in line] == []
     stack.start()
     assert stack.credentials == credentials
-    assert not stack.layout.all_ended.exists()
+    assert not stack.layout.sandboxes_ended_marker.exists()
     with stack.client() as client:
         assert client.get(f"/v1/sandboxes/{sandbox.id}").json()["status"] == "terminated"
         body = {"template": template}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orkestr_console.ui.ansi import MOST_LINES, Log, rendered
+from orkestr_console.ui.ansi import MAX_LINES, Log, render_tail
 
 
 def html(text: str) -> str:
@@ -49,7 +49,7 @@ OUTPUT = st.text(
 @given(OUTPUT, st.data())
 def test_how_the_text_is_cut_makes_no_difference(text: str, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(text)))
-    whole, log = rendered(text), Log()
+    whole, log = render_tail(text), Log()
     first, _ = log.feed(text[:cut])
     second, tail = log.feed(text[cut:])
     lines = "".join(f"<span>{line}</span>" for line in [*first, *second])
@@ -64,7 +64,7 @@ def test_nothing_but_our_own_spans_is_markup(text: str) -> None:
 
 
 def test_only_the_end_of_a_long_log_is_shown() -> None:
-    shown = rendered("".join(f"line {n}\n" for n in range(MOST_LINES + 7)))
+    shown = render_tail("".join(f"line {n}\n" for n in range(MAX_LINES + 7)))
     assert shown.hidden == 7
     assert "line 6\n" not in shown.lines
     assert "line 7\n" in shown.lines
@@ -76,5 +76,5 @@ def test_only_the_end_of_a_long_log_is_shown() -> None:
 def test_hostile_output_takes_no_long_time(unit: str) -> None:
     text = unit * (1024 * 1024 // len(unit))
     begun = time.process_time()
-    rendered(text)
+    render_tail(text)
     assert time.process_time() - begun < 8

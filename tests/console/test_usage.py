@@ -15,7 +15,7 @@ from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric, Team, User
 from orkestr_console.accounts.usage import Key
 from orkestr_console.console.usage_views import number
-from orkestr_console.ui.charts import chart, round_above
+from orkestr_console.ui.charts import chart, round_up
 from tests.console.markup import tight
 
 URL = "/team/usage/"
@@ -29,8 +29,8 @@ def used(team: Team, other_team: Team) -> None:
         usage.add({Key(team.pk, date(2026, 11, day), Metric.VCPU_SECONDS): seconds})
     usage.add({Key(team.pk, date(2026, 11, 4), Metric.GB_SECONDS): 4321.0})
     for day, own, shared in ((3, 2e9, 1e9), (4, 3e9, 1e9)):
-        usage.raise_to({Key(team.pk, date(2026, 11, day), Metric.IMAGE_BYTES): own})
-        usage.raise_to({Key(team.pk, date(2026, 11, day), Metric.SHARED_BYTES): shared})
+        usage.raise_maximum({Key(team.pk, date(2026, 11, day), Metric.IMAGE_BYTES): own})
+        usage.raise_maximum({Key(team.pk, date(2026, 11, day), Metric.SHARED_BYTES): shared})
     usage.add({Key(other_team.pk, date(2026, 11, 5), Metric.VCPU_SECONDS): 987_654.0})
 
 
@@ -169,7 +169,7 @@ def test_there_is_no_style_or_script_in_the_page(console: Client) -> None:
     [(0, 1), (1, 1), (1.01, 1.5), (2.1, 3), (0.03, 0.03), (7200, 8_000), (1000, 1000)],
 )
 def test_the_scale_ends_with_a_round_number(most: float, top: float) -> None:
-    assert round_above(most) == pytest.approx(top)
+    assert round_up(most) == pytest.approx(top)
 
 
 def test_a_chart_of_nothing_has_no_bars() -> None:

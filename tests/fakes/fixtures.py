@@ -22,11 +22,11 @@ from tests.fakes.host import FakeHost
 def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     """A host in memory in place of the agent, for every service."""
     fake = FakeHost()
-    monkeypatch.setattr(settling, "SURE_SECONDS", 0.0)
+    monkeypatch.setattr(settling, "ORPHAN_GRACE_SECONDS", 0.0)
     # No connection stays after a test: the database is dropped after the last.
     monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
     # A build is over when its task is.
-    monkeypatch.setattr(driver, "in_background", lambda work: work())
+    monkeypatch.setattr(driver, "run_in_background", lambda work: work())
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake

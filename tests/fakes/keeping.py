@@ -13,7 +13,7 @@ from typing import Any
 from hostruntime.errors import ImageNotFound, NotFound
 from hostruntime.host.installation import InstallationStore
 from hostruntime.host.paths import StatePaths
-from hostruntime.image.store import RECONCILE_MOST
+from hostruntime.image.store import RECONCILE_LIMIT
 from hostruntime.sandbox.snapshots import RECONCILE_AGE_SECONDS
 from hostruntime.wire.images import ImageInfo
 from hostruntime.wire.reconciliation import (
@@ -78,14 +78,14 @@ class FakeKeeping:
             if kind == "snapshot":
                 oldest = time.time() - RECONCILE_AGE_SECONDS
                 surplus = [one for one in surplus if there[one][0].created_at < oldest]
-            for name in surplus[:RECONCILE_MOST]:
+            for name in surplus[:RECONCILE_LIMIT]:
                 key = f"{kind}.{name}"
                 info = QuarantinedItemInfo(
                     key, kind, name, "unknown", "nobody names it", time.time(), 10**6
                 )
                 self.held[key] = (info, there.pop(name))
-            done += surplus[:RECONCILE_MOST]
-            waiting += surplus[RECONCILE_MOST:]
+            done += surplus[:RECONCILE_LIMIT]
+            waiting += surplus[RECONCILE_LIMIT:]
         return Reconciliation(done, waiting)
 
     def image(self, image_id: str) -> ImageInfo:

@@ -15,7 +15,7 @@ import psycopg
 
 from hostruntime.errors import HostError
 from hostruntime.host.patience import scaled
-from orkestr_console.runner.keeper import ManagerSilent
+from orkestr_console.runner.keeper import ManagerUnresponsive
 from tests.faults.calls import CUT, SILENCE, Answer, Probe, results
 from tests.faults.installation import Installation
 from tests.faults.moments import MOMENTS, Missed, Scene
@@ -36,7 +36,7 @@ ASK_PROXY = (
     "P=${HTTPS_PROXY#http://}; exec 3<>/dev/tcp/${P%:*}/${P#*:} && "
     "printf 'CONNECT probe.invalid:443 HTTP/1.0\\r\\n\\r\\n' >&3 && timeout 5 head -1 <&3"
 )
-AWAY = (HostError, OSError, ManagerSilent, psycopg.Error, IndexError, ValueError, KeyError)
+AWAY = (HostError, OSError, ManagerUnresponsive, psycopg.Error, IndexError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)

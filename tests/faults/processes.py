@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.installation import Installation
-from tests.processes import command_lines, launchers_of
+from tests.processes import command_lines, launcher_pids
 
 # A build's container has ended before its image is made.
 IMAGE_MAKING = ("capture", "scrub", "publish")
@@ -77,7 +77,7 @@ def group(installation: Installation, subjects: list[str]) -> list[int]:
 
 def launchers(installation: Installation, _: list[str]) -> list[int]:
     """Both of the agent's launchers."""
-    return launchers_of(installation.stack.pid("agent"))
+    return launcher_pids(installation.stack.pid("agent"))
 
 
 def monitored(installation: Installation, subjects: list[str]) -> dict[str, int]:

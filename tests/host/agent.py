@@ -15,7 +15,7 @@ from pathlib import Path
 from hostruntime.container.cgroups import SLICE, cgroup_layout
 from hostruntime.errors import HostUnavailable
 from tests.host.client import HostClient
-from tests.processes import command_lines, launchers_of
+from tests.processes import command_lines, launcher_pids
 
 REPO = Path(__file__).resolve().parents[2]
 STATE = REPO / "var" / "test-host"
@@ -72,7 +72,7 @@ class Agent:
 
     def children(self) -> list[int]:
         """The agent's child processes that last: its launchers."""
-        return launchers_of(self.pid)
+        return launcher_pids(self.pid)
 
     def tear_down(self) -> str:
         """Take everything down; what the command told of it."""

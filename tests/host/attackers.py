@@ -54,7 +54,7 @@ def attackers_image(agent: Agent, base: str) -> Iterator[str]:
     paths = StatePaths(agent.state)
     store = ImageStore(paths)
     name = f"img_attacks{time.time_ns():x}"
-    staged = store.staging(name)
+    staged = store.create_staging(name)
     # Hard links, so nothing below may be opened for writing: files are only ever added.
     run(["cp", "-al", str(store.get(base).tree), str(staged / "tree")], timeout=60)
     _add_python(staged / "tree")

@@ -11,7 +11,7 @@ import pytest
 
 from hostruntime.errors import HostError
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
-from tests.bases import NAMES, take_bases
+from tests.bases import NAMES, restore_bases
 from tests.host.agent import Agent, an_agent
 from tests.host.attackers import attackers_image
 from tests.host.client import HostClient
@@ -33,7 +33,7 @@ def agent() -> Iterator[Agent]:
 @pytest.fixture(scope="session")
 def bases(agent: Agent) -> None:
     """Python's and Node's bases, made if nobody has left them."""
-    take_bases(agent.state)
+    restore_bases(agent.state)
     for name in NAMES:
         for _ in agent.client.ensure_base(name):
             pass

@@ -16,10 +16,10 @@ from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
 from hostruntime.network import registries
 from hostruntime.network.egress import EgressProxy
-from hostruntime.network.netns import within
+from hostruntime.network.netns import run_in_namespace
 from hostruntime.network.policy import Policy, deny_list
 from hostruntime.network.settings import NetworkSettings
-from hostruntime.network.slots import Slot, SlotPool, interfaces_named
+from hostruntime.network.slots import Slot, SlotPool, interfaces_with_prefix
 from tests.host.agent import mounts_below
 from tests.host.topology import (
     INTERNET,
@@ -80,7 +80,7 @@ def proxy(pool: SlotPool, paths: StatePaths) -> Iterator[EgressProxy]:
         yield proxy
     finally:
         proxy.stop()
-        registries.forget()
+        registries.clear_cache()
     assert proxy.processes() == []
 
 
@@ -99,7 +99,7 @@ def slot(pool: SlotPool, request: pytest.FixtureRequest) -> Iterator[Callable[[P
 
 
 def assert_nothing_is_left(pool: SlotPool) -> None:
-    assert interfaces_named(pool.instance.prefix) == []
+    assert interfaces_with_prefix(pool.instance.prefix) == []
     assert not pool.run_dir.root.exists()
     assert mounts_below(pool.run_dir.root) == []
     # Word for word: instance 1 is not gone only because 12 is there.
@@ -115,7 +115,7 @@ def place(slot: Slot) -> Path:
 
 
 def from_slot[R](slot: Slot, action: Callable[[], R]) -> R:
-    return within(place(slot), action)
+    return run_in_namespace(place(slot), action)
 
 
 def refused(slot: Slot, action: Callable[[], object]) -> OSError:

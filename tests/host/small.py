@@ -22,7 +22,7 @@ def publish(
 ) -> Path:
     """Put an image into the store of a state directory; where it is then."""
     store = ImageStore(StatePaths(state).ensure())
-    staged = store.staging(image)
+    staged = store.create_staging(image)
     make_small_tree(staged / "tree")
     manifest = ImageManifest(
         id=image,

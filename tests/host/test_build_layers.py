@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.build.layers import DISK, TMPFS
+from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
 from hostruntime.errors import HostError
 from hostruntime.wire.builds import BuildEvent, Cache, StartBuild
 from hostruntime.wire.commands import Exec
@@ -204,10 +204,10 @@ def _break(path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda layer: (layer / DISK).unlink(),
+        lambda layer: (layer / DISK_FILE).unlink(),
         lambda layer: (layer / "layer.json").write_text("{"),
-        lambda layer: _break(layer / DISK, b"\xff" * 8192),
-        lambda layer: _break(layer / TMPFS, b"\xff" * 4096),
+        lambda layer: _break(layer / DISK_FILE, b"\xff" * 8192),
+        lambda layer: _break(layer / TMPFS_FILE, b"\xff" * 4096),
     ],
 )
 def test_what_is_damaged_is_built_anew(
@@ -223,7 +223,7 @@ def test_what_is_damaged_is_built_anew(
 def test_a_saved_disk_is_a_clean_file_system(agent: Agent, build: Build, scope: str) -> None:
     build(*STEPS[:2], "false")
     build(*STEPS[:2], "rm -r /srv/a; head -c 5M /dev/urandom > /srv/x", "false")
-    disks = [layer / DISK for layer in layers_in(agent, scope)]
+    disks = [layer / DISK_FILE for layer in layers_in(agent, scope)]
     assert len(disks) == 3
     for disk in disks:
         checked = subprocess.run(["e2fsck", "-fn", str(disk)], capture_output=True, check=False)

@@ -15,7 +15,7 @@ import pytest
 
 from hostruntime.host.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
-from hostruntime.network import firewall, nowhere
+from hostruntime.network import blackhole, firewall
 from hostruntime.network.direct import MAX_LOG_BYTES
 from hostruntime.network.egress import EgressProxy
 from hostruntime.network.policy import Policy
@@ -61,7 +61,7 @@ def records(pool: SlotPool, paths: StatePaths) -> EgressProxy:
 
 def attended(pool: SlotPool) -> set[Path]:
     """The namespaces that a pool's resolver answers in."""
-    return set(pool.resolver._stations)
+    return set(pool.resolver._clients)
 
 
 def test_an_address_that_is_tried_is_refused_and_recorded(
@@ -98,7 +98,7 @@ def test_without_the_firewall_a_restricted_slot_reaches_nothing_either(
         refused(mine, partial(ask_resolver, RESOLVER, "elsewhere.test"))
         world.asked.clear()
     finally:
-        pool.firewall.ensure_there()
+        pool.firewall.ensure_present()
     assert len(world.reached) == heard
 
 
@@ -126,7 +126,7 @@ def test_with_network_off_what_was_tried_is_known_when_the_slot_is_gone(
     mine = pool.acquire("off.first", OFF)
     refused(mine, lambda: hear(INTERNET, 443))
     pool.release("off.first")
-    assert pool.settle(30)
+    assert pool.wait_until_idle(30)
     assert [one.host for one in records.decisions("off.first")] == [INTERNET]
 
 
@@ -136,7 +136,7 @@ def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
     mine = pool.acquire("tried.first", RESTRICTED)
     refused(mine, lambda: hear(INTERNET, 443))
     pool.release("tried.first")
-    assert pool.settle(30)
+    assert pool.wait_until_idle(30)
     names = [f"tried.{number}" for number in range(MAX_SLOTS)]
     try:
         given = [pool.acquire(name, RESTRICTED).address for name in names[: MAX_SLOTS - 8]]
@@ -147,7 +147,7 @@ def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
     finally:
         for name in names:
             pool.release(name)
-        assert pool.settle(60)
+        assert pool.wait_until_idle(60)
 
 
 def test_with_network_off_what_is_tried_is_refused_at_once_and_recorded(
@@ -197,7 +197,7 @@ def test_with_network_off_nothing_gets_out_without_the_table_either(
     assert len(world.reached) == heard
     assert received(HOST_SECOND) == arrived
     # A new agent finds the table gone.
-    nowhere.lead_nowhere(place(mine))
+    blackhole.install_blackhole(place(mine))
     assert isinstance(refused(mine, lambda: hear(INTERNET, 443)), ConnectionError)
 
 
@@ -216,16 +216,16 @@ def test_with_network_off_who_sends_nothing_costs_no_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked: list[str] = []
-    take = firewall.take_attempts
+    take = firewall.drain_attempts
 
     def counted(table: str, family: str = "inet") -> list[firewall.Attempt]:
         looked.append(family)
         return take(table, family)
 
-    monkeypatch.setattr(firewall, "take_attempts", counted)
+    monkeypatch.setattr(firewall, "drain_attempts", counted)
     silent, busy = slot(OFF), slot(OFF)
     # The slots of tests before are looked at as they go, in the background.
-    assert pool.settle(60)
+    assert pool.wait_until_idle(60)
     looked.clear()
     assert records.decisions(owner_of(pool, silent)) == []
     assert "ip" not in looked
@@ -251,7 +251,7 @@ def test_with_network_off_a_scan_is_bounded_and_loopback_is_free(
 
     took = from_slot(mine, scan)
     found = records.decisions(owner_of(pool, mine))
-    assert 16 <= len(found) <= min(40 + took, nowhere.MOST)
+    assert 16 <= len(found) <= min(40 + took, blackhole.MAX_ATTEMPTS)
 
     def serve_and_ask() -> bytes:
         with (
@@ -315,7 +315,7 @@ def test_open_has_its_own_resolver_and_a_free_slot_records_nothing(
     pool: SlotPool, slot: Callable[[Policy], Slot], records: EgressProxy
 ) -> None:
     refused(slot(Policy("open")), partial(ask_resolver, ADDRESS, "elsewhere.test"))
-    assert pool.settle(30)
+    assert pool.wait_until_idle(30)
     before = sorted(path.name for path in pool.run_dir.direct.iterdir())
     assert asks(pool._ready["restricted"][0], "elsewhere.test") == 3
     mine = slot(RESTRICTED)
@@ -448,7 +448,7 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         assert sorted(one.port for one in records.decisions("off")) == [80, 443]
         second.release("kept")
         second.release("off")
-        assert second.settle(30)
+        assert second.wait_until_idle(30)
         assert place(taken["kept"]) not in attended(second)
     finally:
         second.teardown()

@@ -19,8 +19,8 @@ from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
 from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.network.firewall import PROXY_PORT
-from hostruntime.network.firewall_watch import table_parts
-from hostruntime.network.netns import within
+from hostruntime.network.firewall_watch import count_table_parts
+from hostruntime.network.netns import run_in_namespace
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, an_agent, is_running
@@ -63,7 +63,7 @@ def live(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Age
     """An agent whose outside is the world, with an image to run Python in."""
     state = tmp_path_factory.mktemp("live")
     store = ImageStore(StatePaths(state).ensure())
-    staged = store.staging(IMAGE)
+    staged = store.create_staging(IMAGE)
     make_small_tree(staged / "tree")
     store.publish(staged, ImageManifest(IMAGE, "base", None, time.time(), 0, 0, 0))
     with pytest.MonkeyPatch.context() as patched:
@@ -151,10 +151,13 @@ def test_a_proxy_killed_while_the_agent_is_dead_stays_closed_until_it_is_back(
     namespace = namespace_of(number, name)
     live.kill()
     try:
-        assert within(namespace, partial(through_proxy, where, "allowed.test:443"))[1] == GREETING
+        assert (
+            run_in_namespace(namespace, partial(through_proxy, where, "allowed.test:443"))[1]
+            == GREETING
+        )
         kill_squid(number)
         with pytest.raises(ConnectionRefusedError):
-            within(namespace, partial(through_proxy, where, "allowed.test:443"))
+            run_in_namespace(namespace, partial(through_proxy, where, "allowed.test:443"))
     finally:
         live.start()
     assert says(live, name, ASK) == GREETING
@@ -177,7 +180,7 @@ def test_a_lost_firewall_is_back_before_the_next_start(
     for mode in ("restricted", "open"):
         run(["nft", "delete", "table", "inet", table], timeout=10)
         box(mode)
-        assert table_parts(table)
+        assert count_table_parts(table)
 
 
 def test_a_lost_firewall_is_back_soon_without_a_start(
@@ -186,5 +189,5 @@ def test_a_lost_firewall_is_back_soon_without_a_start(
     table, name = instance(live).nft_table, box("open")
     assert says(live, name, DIRECT) == GREETING
     run(["nft", "delete", "table", "inet", table], timeout=10)
-    wait_until(lambda: table_parts(table) is not None, SOON)
+    wait_until(lambda: count_table_parts(table) is not None, SOON)
     assert says(live, name, DIRECT) == GREETING

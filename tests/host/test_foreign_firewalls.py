@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from hostruntime.network.firewall import PROXY_PORT
-from hostruntime.network.foreign_firewalls import Barrier, in_legacy_tables, in_nftables
+from hostruntime.network.foreign_firewalls import Barrier, parse_legacy_iptables, parse_nftables
 
 pytestmark = pytest.mark.host
 
@@ -58,7 +58,7 @@ def in_a_namespace(*commands: str) -> list[Barrier]:
     script = "".join(f"nft -f - <<'END' || exit 1\n{command}\nEND\n" for command in commands)
     argv = ["unshare", "--net", "sh", "-c", f"{script}nft -j list ruleset"]
     done = subprocess.run(argv, capture_output=True, check=True)
-    return in_nftables(json.loads(done.stdout))
+    return parse_nftables(json.loads(done.stdout))
 
 
 def test_a_machine_without_rules_has_nothing_in_the_way() -> None:
@@ -71,7 +71,7 @@ def test_rules_that_refuse_something_else_are_not_in_the_way() -> None:
 
 def test_docker_is_told_by_its_chain() -> None:
     (found,) = in_a_namespace(DOCKER)
-    assert "ip filter FORWARD (Docker) drops what is forwarded" in found.seen
+    assert "ip filter FORWARD (Docker) drops forwarded packets" in found.problem
     assert found.remedy.startswith(
         "iptables -I DOCKER-USER -i ork+ -j ACCEPT && iptables -I DOCKER-USER -o ork+ -j ACCEPT"
     )
@@ -87,7 +87,7 @@ def test_what_docker_was_told_counts() -> None:
 
 def test_ufw_is_told_by_its_chains() -> None:
     coming, passing = in_a_namespace(UFW)
-    assert "(ufw) drops what comes in" in coming.seen
+    assert "(ufw) drops incoming packets" in coming.problem
     assert f"`-A ufw-before-input -i ork+ -p tcp --dport {PROXY_PORT} -j ACCEPT`" in coming.remedy
     assert "`-A ufw-before-forward -o ork+ -j ACCEPT`" in passing.remedy
     assert passing.remedy.endswith("ufw reload")
@@ -95,15 +95,15 @@ def test_ufw_is_told_by_its_chains() -> None:
 
 def test_a_last_rule_that_refuses_is_as_good_as_a_policy() -> None:
     (found,) = in_a_namespace(FIREWALLD)
-    assert "(firewalld)" in found.seen
+    assert "(firewalld)" in found.problem
     assert "firewall-cmd" in found.remedy
 
 
 def test_a_rule_set_of_ones_own_gets_the_commands_that_let_sandboxes_through_it() -> None:
     coming, passing = in_a_namespace(PLAIN)
-    assert "inet mine coming drops what comes in" in coming.seen
-    assert "network restricted" in coming.seen
-    assert "network open" in passing.seen
+    assert "inet mine coming drops incoming packets" in coming.problem
+    assert "network restricted" in coming.problem
+    assert "network open" in passing.problem
     # Each remedy does what it says: nft takes it, and then nothing is in the way.
     commands = [part.split("'")[1] for one in (coming, passing) for part in one.remedy.split("&&")]
     assert len(commands) == 3
@@ -122,15 +122,17 @@ LEGACY = """\
 
 
 def test_legacy_rules_are_read_too() -> None:
-    (found,) = in_legacy_tables(LEGACY)
-    assert found.seen.startswith("legacy iptables chain ip filter FORWARD (Docker)")
+    (found,) = parse_legacy_iptables(LEGACY)
+    assert found.problem.startswith("legacy iptables chain ip filter FORWARD (Docker)")
     assert found.remedy.startswith("iptables-legacy -I DOCKER-USER -i ork+ -j ACCEPT")
     told = LEGACY + "-A DOCKER-USER -i ork+ -j ACCEPT\n-A DOCKER-USER -o ork+ -j ACCEPT\n"
-    assert in_legacy_tables(told) == []
+    assert parse_legacy_iptables(told) == []
 
 
 def test_a_legacy_chain_may_refuse_by_its_last_rule() -> None:
     rules = "-P INPUT ACCEPT\n-P FORWARD ACCEPT\n-P OUTPUT ACCEPT\n"
-    assert in_legacy_tables(rules + "-A INPUT -s 192.0.2.1/32 -j DROP\n") == []
-    (found,) = in_legacy_tables(rules + "-A INPUT -j REJECT --reject-with icmp-port-unreachable\n")
+    assert parse_legacy_iptables(rules + "-A INPUT -s 192.0.2.1/32 -j DROP\n") == []
+    (found,) = parse_legacy_iptables(
+        rules + "-A INPUT -j REJECT --reject-with icmp-port-unreachable\n"
+    )
     assert f"-I INPUT -i ork+ -p tcp --dport {PROXY_PORT} -j ACCEPT" in found.remedy

@@ -92,7 +92,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     """An agent with an image to run Python in."""
     state = tmp_path_factory.mktemp("live")
     store = ImageStore(StatePaths(state).ensure())
-    staged = store.staging(IMAGE)
+    staged = store.create_staging(IMAGE)
     make_small_tree(staged / "tree")
     store.publish(staged, ImageManifest(IMAGE, "base", None, time.time(), 0, 0, 0))
     with an_agent(state) as agent:

@@ -18,10 +18,10 @@ import pytest
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
 from hostruntime.host.paths import MAX_SLOTS, StatePaths
 from hostruntime.host.run import run
-from hostruntime.network.egress import EgressProxy, proxy_obstacles
-from hostruntime.network.netns import interface_exists, run_ip, within, write_sysctl
+from hostruntime.network.egress import EgressProxy, proxy_problems
+from hostruntime.network.netns import interface_exists, run_in_namespace, run_ip, write_sysctl
 from hostruntime.network.policy import Policy, PolicyError
-from hostruntime.network.slots import Slot, SlotPool, interfaces_named
+from hostruntime.network.slots import Slot, SlotPool, interfaces_with_prefix
 from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,
@@ -256,7 +256,7 @@ def asks_in_vain(namespace: int, where: tuple[str, int]) -> bool:
         return through_proxy(where, "allowed.test:443", timeout=1.0)[0]
 
     try:
-        return within(Path("/proc/thread-self/ns/net"), ask) == 403
+        return run_in_namespace(Path("/proc/thread-self/ns/net"), ask) == 403
     except OSError:
         return True
 
@@ -266,9 +266,9 @@ def test_only_restricted_slots_find_the_proxy(
 ) -> None:
     address, port = pool.proxy_address()
     refused(slot(Policy("open")), lambda: knock(address, port))
-    within(world.internet, lambda: run_ip([f"route add {address}/32 via {HOST}"]))
+    run_in_namespace(world.internet, lambda: run_ip([f"route add {address}/32 via {HOST}"]))
     with pytest.raises(OSError, match="timed out"):
-        within(world.internet, lambda: knock(address, port, 0.5))
+        run_in_namespace(world.internet, lambda: knock(address, port, 0.5))
 
 
 # open -------------------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def test_open_does_not_reach_other_slots(slot: Callable[[Policy], Slot]) -> None
 def test_nobody_outside_reaches_a_slot(slot: Callable[[Policy], Slot], world: World) -> None:
     for taken in (slot(Policy("open")), slot(RESTRICTED)):
         route = f"route replace {taken.address}/32 via {HOST}"
-        within(world.internet, partial(run_ip, [route]))
+        run_in_namespace(world.internet, partial(run_ip, [route]))
         with listening(taken) as address, pytest.raises(OSError, match="timed out"):
-            within(world.internet, partial(knock, address, 443, 0.5))
+            run_in_namespace(world.internet, partial(knock, address, 443, 0.5))
 
 
 def test_a_borrowed_address_goes_nowhere(slot: Callable[[Policy], Slot]) -> None:
@@ -346,7 +346,7 @@ def test_tracked_connections_end_with_their_slot(pool: SlotPool, world: World) -
     address = str(taken.address)
     assert address in Path("/proc/thread-self/net/nf_conntrack").read_text()
     pool.release("tracked")
-    assert pool.settle(10)
+    assert pool.wait_until_idle(10)
     assert address not in Path("/proc/thread-self/net/nf_conntrack").read_text()
 
 
@@ -358,7 +358,7 @@ def tight(pool: SlotPool) -> Iterator[None]:
     """The firewall with limits that are soon reached."""
     usual = pool.firewall.plan
     beginnings = f"1/second burst {BEGINNINGS} packets"
-    pool.firewall.plan = replace(usual, connections=CONNECTIONS, beginnings=beginnings)
+    pool.firewall.plan = replace(usual, connections=CONNECTIONS, new_connection_rate=beginnings)
     pool.firewall.install()
     yield
     pool.firewall.plan = usual
@@ -428,11 +428,13 @@ def test_a_released_slot_leaves_nothing(pool: SlotPool, mode: str) -> None:
     taken = pool.acquire(f"left.{mode}", Policy.parse(mode))
     assert taken.sysfs is not None
     known = [place(taken), taken.sysfs, pool.run_dir.slots / f"{taken.index}.json"]
-    host_ends = [n for n in interfaces_named(pool.instance.prefix) if n.endswith(f"{taken.index}")]
+    host_ends = [
+        n for n in interfaces_with_prefix(pool.instance.prefix) if n.endswith(f"{taken.index}")
+    ]
     assert all(path.exists() for path in known)
     pool.release(f"left.{mode}")
     pool.release(f"left.{mode}")
-    assert pool.settle(10)
+    assert pool.wait_until_idle(10)
     assert not any(path.exists() for path in known)
     exact = f"{pool.instance.prefix}{mode[0]}{taken.index}"
     assert (exact in host_ends) is (mode != "off")
@@ -462,14 +464,14 @@ def test_slots_run_out_by_name_and_come_back(pool: SlotPool) -> None:
     finally:
         for owner in (*owners, "one.more"):
             pool.release(owner)
-    assert pool.settle(60)
+    assert pool.wait_until_idle(60)
 
 
 # What the doctor asks ---------------------------------------------------------------------
 
 
 def test_this_machine_can_run_the_proxy() -> None:
-    assert proxy_obstacles() == []
+    assert proxy_problems() == []
 
 
 # Restarts ---------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from hostruntime.errors import HostUnavailable
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
 from hostruntime.network.egress import EgressProxy
-from hostruntime.network.firewall_watch import table_parts
+from hostruntime.network.firewall_watch import count_table_parts
 from hostruntime.network.policy import Policy
-from hostruntime.network.slots import READY, Slot, SlotPool
+from hostruntime.network.slots import READY_SLOTS, Slot, SlotPool
 from tests.host.network import (
     RESTRICTED,
     SETTINGS,
@@ -82,9 +82,9 @@ def test_a_lost_firewall_is_back_before_a_slot_is_given(
     slot: Callable[[Policy], Slot], pool: SlotPool, mode: str
 ) -> None:
     without_table(pool)
-    assert table_parts(pool.instance.nft_table) is None
+    assert count_table_parts(pool.instance.nft_table) is None
     taken = slot(Policy.parse(mode))
-    assert table_parts(pool.instance.nft_table)
+    assert count_table_parts(pool.instance.nft_table)
     refused(taken, lambda: hear(PRIVATE[0], 80))
 
 
@@ -100,7 +100,7 @@ def test_without_a_firewall_nothing_networked_starts(
                 pool.acquire("unprotected", policy)
             assert pool.slot_of("unprotected") is None
         with pytest.raises(HostUnavailable, match="firewall"):
-            pool.firewall.ensure_whole()
+            pool.firewall.ensure_intact()
         slot(Policy("off"))
     taken = slot(Policy("open"))
     assert from_slot(taken, lambda: hear(INTERNET, 443)) == GREETING
@@ -117,10 +117,10 @@ def test_a_firewall_that_was_tampered_with_is_mended(
     # Somebody's connections to the proxy are no change of it.
     from_slot(named, lambda: through_proxy(pool.proxy_address(), "allowed.test:443"))
     handle = table_handle(pool)
-    pool.firewall.ensure_whole()
+    pool.firewall.ensure_intact()
     assert table_handle(pool) == handle
     run(["nft", harm.format(pool.instance.nft_table)], timeout=10)
-    pool.firewall.ensure_whole()
+    pool.firewall.ensure_intact()
     assert table_handle(pool) != handle
     refused(taken, lambda: hear("192.168.9.5", 80))
 
@@ -133,7 +133,7 @@ def table_handle(pool: SlotPool) -> str:
 def test_looking_for_the_firewall_costs_a_start_next_to_nothing(pool: SlotPool) -> None:
     def cost() -> float:
         began = time.perf_counter()
-        pool.firewall.ensure_there()
+        pool.firewall.ensure_present()
         return time.perf_counter() - began
 
     # The quickest: on a busy machine any one of them may be interrupted.
@@ -198,5 +198,5 @@ def test_helpers_that_hang_are_ended_with_their_proxy(proxy: EgressProxy) -> Non
 
 
 def test_enough_slots_wait_ready(pool: SlotPool) -> None:
-    assert pool.settle(30)
-    assert pool.ready() == dict(READY)
+    assert pool.wait_until_idle(30)
+    assert pool.ready() == dict(READY_SLOTS)

@@ -11,7 +11,7 @@ import pytest
 
 from hostruntime.host.run import run
 from hostruntime.network.egress import EgressProxy
-from hostruntime.network.netns import run_ip, within
+from hostruntime.network.netns import run_in_namespace, run_ip
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
 from tests.host.network import from_slot, wait_until
@@ -58,7 +58,7 @@ def ways(world: World) -> None:
         run_ip([f"address add {one}/32 dev wan" for one in (REFUSES, SILENT, PLAIN)])
         run(["nft", "-f", "-"], input=RULES.encode(), timeout=10)
 
-    within(world.internet, make)
+    run_in_namespace(world.internet, make)
 
 
 def test_each_way_not_to_be_reached_has_its_name(

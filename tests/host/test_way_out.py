@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.container.authorities import certificates
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
@@ -192,7 +192,7 @@ def live(
     )
     store = ImageStore(StatePaths(state).ensure())
     for name, tree in trees.items():
-        staged = store.staging(name)
+        staged = store.create_staging(name)
         run(["cp", "-al", str(tree.resolve()), str(staged / "tree")], timeout=120)
         store.publish(staged, ImageManifest(name, "base", None, time.time(), 0, 0, 0))
     with pytest.MonkeyPatch.context() as patched:
@@ -354,5 +354,5 @@ def test_what_cannot_be_kept_and_what_was_refused_is_said_at_its_step(
     refused = {
         event["step"]: event["refused"] for event in events if event["kind"] == "step_finished"
     }
-    assert refused.pop(7) == [Refused(UNLISTED, 443, "not_listed").to_wire()]
+    assert refused.pop(7) == [RefusedHost(UNLISTED, 443, "not_listed").to_wire()]
     assert not any(refused.values())

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hostruntime.host import kernel
 from hostruntime.host.run import run
-from hostruntime.network.netns import run_ip, within
+from hostruntime.network.netns import run_in_namespace, run_ip
 
 UPLINK = "up0"
 HOST = "203.0.113.1"
@@ -123,16 +123,18 @@ def _wire(internet: Path) -> None:
     commands.append("route add 203.0.113.0/24 dev wan")
     # Where packets of a slot would show up if they left without being masqueraded.
     commands.append(f"route add default via {HOST}")
-    within(internet, lambda: run_ip(commands))
+    run_in_namespace(internet, lambda: run_ip(commands))
     run_ip([f"route add default via {INTERNET}"])
 
 
 def _serve(stack: ExitStack, world: World) -> None:
     for port in (80, 443, 22, 53):
-        listener = within(world.internet, partial(socket.create_server, ("", port), backlog=1024))
+        listener = run_in_namespace(
+            world.internet, partial(socket.create_server, ("", port), backlog=1024)
+        )
         stack.callback(listener.close)
         _in_background(_greet_over_tls if port == 443 else _greet, listener, world)
-    datagrams = within(world.internet, _resolver_socket)
+    datagrams = run_in_namespace(world.internet, _resolver_socket)
     stack.callback(datagrams.close)
     _in_background(_resolve, datagrams, world)
 
@@ -149,7 +151,7 @@ def _resolver_socket() -> socket.socket:
 def greeting_at(port: int, namespace: Path | None = None) -> Iterator[None]:
     """Greet on every address of a namespace, the calling thread's own if None."""
     make = partial(socket.create_server, ("", port), backlog=64)
-    listener = make() if namespace is None else within(namespace, make)
+    listener = make() if namespace is None else run_in_namespace(namespace, make)
     _in_background(_greet, listener, World(Path(), Path(), {}))
     try:
         yield
@@ -164,7 +166,7 @@ def greeting_at(port: int, namespace: Path | None = None) -> Iterator[None]:
 def hearing_at(port: int, namespace: Path) -> Iterator[list[bytes]]:
     """Take down the datagrams that reach a port of any address of a namespace."""
     heard: list[bytes] = []
-    handle = within(namespace, partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM))
+    handle = run_in_namespace(namespace, partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM))
     handle.bind(("", port))
     handle.settimeout(0.05)
     done = threading.Event()

@@ -11,7 +11,7 @@ import pytest
 from hostruntime.build.layers import LayerStore
 from hostruntime.build.manager import BuildManager
 from hostruntime.build.plan import Host
-from hostruntime.build.report import NotReached, Refused
+from hostruntime.build.report import RefusedHost, UnreachedNotice
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.wire.builds import StartBuild
@@ -26,11 +26,11 @@ class World:
     def __init__(self, root: Path) -> None:
         self.paths = StatePaths(root / "state").ensure()
         self.runtime = grow(root / "runtime", {"etc/resolv.conf": "lent"})
-        self.refused: list[Refused] = []
-        self.unreached: list[NotReached] = []
+        self.refused: list[RefusedHost] = []
+        self.unreached: list[UnreachedNotice] = []
         self.containers = FakeContainers()
         self.restart()
-        staged = self.store.staging("debian-12")
+        staged = self.store.create_staging("debian-12")
         grow(staged / "tree", {"etc/conf": "base", "bin/sh": "shell"})
         self.store.publish(staged, ImageManifest("debian-12", "base", None, 1.0, 1, 1, 0))
         self.before = tree_digest(self.store.get("debian-12").tree)

@@ -41,7 +41,7 @@ def test_mmdebstrap_is_told_all_of_it() -> None:
 
 def test_sections_of_the_manual_are_there_to_be_linked_into(tmp_path: Path) -> None:
     grow(tmp_path, {"usr/sbin/": None, "etc/apt/apt.conf.d/": None})
-    debian._add(DEBIAN, tmp_path)
+    debian._add_files(DEBIAN, tmp_path)
     for section in range(1, 10):
         assert (tmp_path / f"usr/share/man/man{section}").stat().st_mode & 0o777 == 0o755
     policy = tmp_path / "usr/sbin/policy-rc.d"
@@ -75,7 +75,7 @@ E: mmdebstrap failed to run
     ],
 )
 def test_why_debian_could_not_be_made_is_a_sentence(log: str, reason: str) -> None:
-    said = debian.reason_in(log)
+    said = debian.failure_reason(log)
     assert said.startswith(reason)
     assert "\n" not in said
 
@@ -90,7 +90,7 @@ class Flaky(bases.BaseBuilder):
     def _ready(self, base: BaseDefinition) -> Any:
         return base.name if base.name in self.made else None
 
-    async def _make(self, base: BaseDefinition) -> Any:
+    async def _build(self, base: BaseDefinition) -> Any:
         if base.parent is not None:
             await self.ensure(base.parent, lambda _: None)
         else:
@@ -104,7 +104,7 @@ class Flaky(bases.BaseBuilder):
 async def test_what_could_not_be_made_is_tried_again_until_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bases, "_AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(bases, "_RETRY_SECONDS", 0.001)
     builder = Flaky(away=4)
     for base in BASES.values():
         with contextlib.suppress(HostFault):
@@ -119,7 +119,7 @@ async def test_what_could_not_be_made_is_tried_again_until_it_is(
 
 
 async def test_nothing_is_tried_again_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(bases, "_RETRY_SECONDS", 0.05)
     builder = Flaky(away=100)
     with pytest.raises(HostFault):
         await builder.ensure("debian-12", lambda _: None)

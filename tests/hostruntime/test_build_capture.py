@@ -13,7 +13,7 @@ import pytest
 from hostruntime.host.progress import Progress
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
-from hostruntime.image.holdings import Holdings
+from hostruntime.image.inode_record import InodeRecord
 from hostruntime.image.scrub import scrub
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trees import Check
@@ -103,10 +103,10 @@ async def test_a_disk_that_is_full_in_the_capture_leaves_nothing(
 async def test_what_a_template_holds_is_written_down(world: World) -> None:
     await world.build("write etc/new 12345")
     image = world.store.get("img_1")
-    holdings = Holdings.of(image.tree.parent)
-    assert holdings is not None
+    inode_record = InodeRecord.read(image.tree.parent)
+    assert inode_record is not None
     shared = {path.lstat().st_ino for path in (image.tree / "etc/conf", image.tree / "bin/sh")}
-    assert set(holdings.given().numbers) == shared
-    assert (image.tree / "etc/new").stat().st_ino in holdings.own().numbers
+    assert set(inode_record.inherited().numbers) == shared
+    assert (image.tree / "etc/new").stat().st_ino in inode_record.own().numbers
     used = world.store.usage("img_1")
     assert (used.size_bytes, used.shared_bytes) == (image.manifest.size_bytes, 8192)

@@ -35,7 +35,7 @@ async def test_cancelling_at_any_time_leaves_nothing(world: World, delay: float)
     assert last["kind"] == "published" or last["code"] == "build_cancelled"
 
 
-@pytest.mark.parametrize("phase", ["staging", "publish", "acquire"])
+@pytest.mark.parametrize("phase", ["create_staging", "publish", "acquire"])
 async def test_cancelling_in_the_middle_of_a_phase(
     world: World, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,13 +110,13 @@ async def test_what_is_being_published_when_the_cancellation_comes(
 
 
 async def test_whoever_was_ended_cannot_publish_however_late(world: World) -> None:
-    staged = world.store.staging("img_1")
+    staged = world.store.create_staging("img_1")
     grow(staged / "tree", {"etc/a": "late"})
     assert world.store.revoke("img_1")
     with pytest.raises(ImageRevokedError):
         world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
     assert not world.store.exists("img_1")
-    world.store.reinstate("img_1")
+    world.store.clear_revocation("img_1")
     world.store.publish(staged, ImageManifest("img_1", "template", None, 1.0, 1, 1, 0))
     assert not world.store.revoke("img_1")
 

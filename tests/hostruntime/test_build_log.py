@@ -91,13 +91,13 @@ async def test_a_killed_agents_half_line_is_cut_off(path: Path) -> None:
     log = EventLog(path)
     log.append("boot")
     log.append("output", step=1, text="whole")
-    await log.written()
+    await log.flush()
     with path.open("ab") as file:
         file.write(b'{"seq": 3, "kind": "outp')
     again = EventLog(path)
     assert (again.last_seq, again.terminal) == (2, None)
     again.append("failed", code="host_lost", message="x")
-    await again.written()
+    await again.flush()
     assert [event["seq"] for event in await read(EventLog(path))] == [1, 2, 3]
     terminal = EventLog(path).terminal
     assert terminal is not None and terminal["code"] == "host_lost"
@@ -115,7 +115,7 @@ async def test_what_could_not_be_written_is_written_later_whole_and_in_order(
 ) -> None:
     log, real = EventLog(path), os.write
     log.append("boot")
-    await log.written()
+    await log.flush()
 
     def full(descriptor: int, data: bytes) -> int:
         real(descriptor, data[:5])
@@ -124,7 +124,7 @@ async def test_what_could_not_be_written_is_written_later_whole_and_in_order(
     monkeypatch.setattr(os, "write", full)
     log.append("output", step=1, text="a")
     with pytest.raises(OSError, match="No space"):
-        await log.written()
+        await log.flush()
     log.append("output", step=1, text="b")
     await asyncio.sleep(0.05)
     with pytest.raises(OSError, match="No space"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.build.report import NotReached, Refused, step_failed
+from hostruntime.build.report import RefusedHost, UnreachedNotice, step_failed
 from hostruntime.container.exec import Exited
 from tests.hostruntime.build_world import World
 from tests.hostruntime.build_world import world as world
@@ -105,8 +105,8 @@ async def test_the_end_of_the_output_is_in_the_message(world: World) -> None:
 
 async def test_what_a_step_was_refused_is_told_though_it_succeeded(world: World) -> None:
     world.refused = [
-        Refused("example.org", 443, "not_listed"),
-        Refused("10.0.0.1", 80, "not_https"),
+        RefusedHost("example.org", 443, "not_listed"),
+        RefusedHost("10.0.0.1", 80, "not_https"),
     ]
     events = await world.build("say hello")
     finished = next(event for event in events if event["kind"] == "step_finished")
@@ -130,8 +130,8 @@ async def test_a_step_that_changes_what_the_host_lends_is_told_that_it_is_in_vai
 
 async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
     world.refused = [
-        Refused("example.org", 443, "not_listed"),
-        Refused("10.0.0.1", 80, "address_literal"),
+        RefusedHost("example.org", 443, "not_listed"),
+        RefusedHost("10.0.0.1", 80, "address_literal"),
     ]
     failed = (await world.build("fail 7"))[-1]
     assert "the network policy refused: example.org:443, 10.0.0.1:80." in failed["message"]
@@ -141,7 +141,7 @@ async def test_what_the_network_refused_is_in_the_message(world: World) -> None:
 
 
 async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> None:
-    world.refused = [Refused("example.org", 80, "not_https")]
+    world.refused = [RefusedHost("example.org", 80, "not_https")]
     failed = (await world.build("fail 1"))[-1]
     assert failed["code"] == "network_policy_blocked"
     assert "use https:// addresses" in failed["message"]
@@ -149,7 +149,7 @@ async def test_a_refusal_that_no_list_would_lift_offers_none(world: World) -> No
 
 
 async def test_what_was_asked_of_dns_is_told_with_what_its_program_needs(world: World) -> None:
-    world.refused = [Refused("keys.example", 0, "not_listed", direct=True)]
+    world.refused = [RefusedHost("keys.example", 0, "not_listed", direct=True)]
     failed = (await world.build("fail 2"))[-1]
     assert (failed["code"], failed["refused"]) == ("network_policy_blocked", ["keys.example"])
     assert "the network policy refused: keys.example (by DNS)." in failed["message"]
@@ -158,7 +158,7 @@ async def test_what_was_asked_of_dns_is_told_with_what_its_program_needs(world: 
 
 
 async def test_a_build_without_network_is_told_which_to_take(world: World) -> None:
-    world.refused = [Refused("keys.example", 0, "network_off", direct=True)]
+    world.refused = [RefusedHost("keys.example", 0, "network_off", direct=True)]
     failed = (await world.build("fail 2", network="off"))[-1]
     assert (failed["code"], "refused" in failed) == ("network_policy_blocked", False)
     assert 'has network "off"' in failed["message"]
@@ -167,7 +167,7 @@ async def test_a_build_without_network_is_told_which_to_take(world: World) -> No
 
 async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None:
     why = "a.test is allowed, but could not be reached: it refused the connection"
-    world.unreached = [NotReached(why)]
+    world.unreached = [UnreachedNotice(why)]
     failed = (await world.build("fail 7"))[-1]
     assert (failed["code"], "refused" in failed) == ("step_failed", False)
     assert f"although the policy allows it: {why}." in failed["message"]
@@ -177,7 +177,10 @@ async def test_a_host_that_cannot_be_reached_is_no_refusal(world: World) -> None
 async def test_a_step_that_did_without_an_allowed_host_says_so(world: World) -> None:
     """`curl … | bash` of a host that is down succeeds with nothing."""
     why = "a.test is allowed, but could not be reached: it refused the connection"
-    world.unreached = [NotReached(why), NotReached("b.test was asked of DNS", direct=True)]
+    world.unreached = [
+        UnreachedNotice(why),
+        UnreachedNotice("b.test was asked of DNS", direct=True),
+    ]
     events = await world.build("write a 1")
     (told,) = [event for event in events if event["kind"] == "not_reached"]
     assert (told["step"], why in told["message"], "b.test" in told["message"]) == (1, True, False)
@@ -187,7 +190,7 @@ async def test_a_step_that_did_without_an_allowed_host_says_so(world: World) -> 
 async def test_a_step_that_takes_too_long(world: World) -> None:
     # What waits for a host that does not answer often waits for longer than a step may.
     why = "a.test is allowed, but could not be reached: it did not answer"
-    world.unreached = [NotReached(why)]
+    world.unreached = [UnreachedNotice(why)]
     failed = (await world.build("sleep 5", step_timeout_seconds=0.05))[-1]
     assert (failed["code"], failed["step"]) == ("step_timeout", 1)
     assert f"although the policy allows it: {why}." in failed["message"]

@@ -9,9 +9,9 @@ import pytest
 
 from hostruntime.build.output import (
     BUDGET_BYTES,
-    LEAST_LIVE_BYTES,
-    LIVE_BYTES,
-    PIECE_BYTES,
+    CHUNK_BYTES,
+    HEAD_BYTES,
+    MIN_HEAD_BYTES,
     RING_BYTES,
     TAIL_CHARACTERS,
     OutputBudget,
@@ -62,7 +62,7 @@ async def test_exactly_nine_mebibytes_are_kept_whole(sink: Sink) -> None:
     sink.output.finish()
     assert sink.text == data.decode()
     assert sink.output.elided_bytes == 0
-    assert max(len(piece.encode()) for piece in sink.pieces) <= PIECE_BYTES
+    assert max(len(piece.encode()) for piece in sink.pieces) <= CHUNK_BYTES
 
 
 @pytest.mark.parametrize("chunk", [8, 1000, 65_536, 3_000_000])
@@ -71,13 +71,13 @@ async def test_the_middle_of_more_is_left_out_and_said_so(sink: Sink, chunk: int
     for start in range(0, len(data), chunk):
         sink.output.feed(data[start : start + chunk])
     sink.output.finish()
-    elided = len(data) - LIVE_BYTES - RING_BYTES
+    elided = len(data) - HEAD_BYTES - RING_BYTES
     assert sink.output.elided_bytes == elided
-    note = f"[… {elided:,} bytes of output left out here"
+    note = f"[… {elided:,} bytes of output omitted here"
     before, _, after = sink.text.partition(f"\n{note}")
-    assert before == data[:LIVE_BYTES].decode()
+    assert before == data[:HEAD_BYTES].decode()
     assert after.partition("…]\n")[2] == data[-RING_BYTES:].decode()
-    assert after.startswith(": of this step the first 8 MiB and the last 1 MiB are kept …]\n")
+    assert after.startswith(": the first 8 MiB and the last 1 MiB of a step are kept …]\n")
     assert sink.output.tail().endswith("1399999")
 
 
@@ -90,17 +90,17 @@ async def test_the_steps_of_a_build_share_what_their_beginnings_may_take() -> No
         sink.output.finish()
         kept.append(len(sink.text.partition("\n[…")[0]))
         assert sink.text.endswith(data[-RING_BYTES:].decode())
-    assert kept == [LIVE_BYTES] * 4 + [LEAST_LIVE_BYTES] * 2
+    assert kept == [HEAD_BYTES] * 4 + [MIN_HEAD_BYTES] * 2
     assert sum(kept[:4]) == BUDGET_BYTES
     assert "the first 64 KiB and the last 1 MiB" in sink.text
 
 
 async def test_a_quiet_step_leaves_the_others_their_share() -> None:
-    budget = OutputBudget(LIVE_BYTES + 10)
+    budget = OutputBudget(HEAD_BYTES + 10)
     first = Sink(budget)
     first.output.feed(b"x" * 10)
     first.output.finish()
-    assert budget.share() == LIVE_BYTES
+    assert budget.allowance() == HEAD_BYTES
 
 
 async def test_characters_split_between_chunks_are_put_together(sink: Sink) -> None:
@@ -122,7 +122,7 @@ async def test_binary_output_is_text_without_nul(sink: Sink) -> None:
     sink.output.finish()
     assert "\0" not in sink.text
     sink.text.encode()
-    assert max(len(piece.encode()) for piece in sink.pieces) <= PIECE_BYTES
+    assert max(len(piece.encode()) for piece in sink.pieces) <= CHUNK_BYTES
 
 
 async def test_a_partial_character_at_the_end_is_replaced(sink: Sink) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hostruntime.build.plan import Host
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.errors import HostFull, InvalidRequest, NotFound
 from hostruntime.wire.builds import StartBuild
 from tests.hostruntime.build_world import World
@@ -133,7 +133,7 @@ async def test_a_host_without_a_free_slot_fails_the_build(world: World) -> None:
 
 
 async def test_a_defect_is_an_end_too(world: World) -> None:
-    def defect(*_: object) -> list[Refused]:
+    def defect(*_: object) -> list[RefusedHost]:
         raise ZeroDivisionError
 
     world.restart()

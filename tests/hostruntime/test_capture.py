@@ -29,7 +29,7 @@ class Layers:
         self.upper = grow(root / "upper", {})
         self.output = root / "output"
 
-    def capture(self) -> capture_module.Captured:
+    def capture(self) -> capture_module.CaptureResult:
         before = tree_digest(self.base)
         result = capture(self.base, self.upper, self.output)
         assert tree_digest(self.base) == before
@@ -179,7 +179,7 @@ def test_devices_and_sockets_are_left_out_and_pipes_kept(layers: Layers) -> None
         server.bind(str(layers.upper / "d/socket"))
     result = layers.capture()
     assert layers.shape() == {"d": "/", "d/pipe": f"special {stat.S_IFIFO:o}"}
-    assert result.left_out == 3
+    assert result.omitted == 3
 
 
 def test_mount_points_and_the_runtimes_directory_come_out_empty(layers: Layers) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from hostruntime.host.progress import Progress
-from hostruntime.image.capture import Captured, capture
+from hostruntime.image.capture import CaptureResult, capture
+from hostruntime.image.content_hash import BLOCK, ContentHashCache, content_hash
 from hostruntime.image.copying import SMALL_BYTES
 from hostruntime.image.digest import image_digest
-from hostruntime.image.known_contents import BLOCK, KnownContents, content_hash
 from hostruntime.image.trees import inventory
 from tests.hostruntime.trees_help import grow
 
@@ -111,7 +111,7 @@ def varied(layer: Path) -> None:
     os.setxattr(layer / "attributed", "user.k", b"v")
 
 
-def captured(upper: Path, tmp_path: Path) -> tuple[Path, Captured]:
+def captured(upper: Path, tmp_path: Path) -> tuple[Path, CaptureResult]:
     base = grow(tmp_path / "base", {"etc/f": "f"})
     varied(grow(upper / "layer", {"a/b": "b"}))
     copy = tmp_path / "copy"
@@ -169,12 +169,12 @@ def test_what_has_changed_since_is_not_believed(upper: Path, tmp_path: Path, cha
 
 
 def test_a_stamp_of_another_inode_is_none(tmp_path: Path) -> None:
-    known = KnownContents()
+    known = ContentHashCache()
     (tmp_path / "a").write_text("a")
     (tmp_path / "b").write_text("b")
-    known.note((tmp_path / "a").stat(), content_hash(b"a"))
-    assert known.digest_of((tmp_path / "a").stat()) == content_hash(b"a")
-    assert known.digest_of((tmp_path / "b").stat()) is None
+    known.add((tmp_path / "a").stat(), content_hash(b"a"))
+    assert known.lookup((tmp_path / "a").stat()) == content_hash(b"a")
+    assert known.lookup((tmp_path / "b").stat()) is None
 
 
 def test_what_has_been_done_is_counted(upper: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.network import egress_helper
-from hostruntime.network.egress_helper import BURST, MAX_LOG_BYTES, Rates, main
+from hostruntime.network.egress_helper import BURST, MAX_LOG_BYTES, RateLimiter, main
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def answer(directory: Path, line: str, rates: Rates | None = None) -> str:
-    return egress_helper.answer(directory, line, rates or Rates())
+def answer(directory: Path, line: str, rates: RateLimiter | None = None) -> str:
+    return egress_helper.answer(directory, line, rates or RateLimiter())
 
 
 def give(directory: Path, address: str, owner: str, domains: list[str] | None) -> None:
@@ -163,7 +163,7 @@ def test_a_name_in_the_tunnel_does_not_open_one(directory: Path) -> None:
 
 
 def test_one_container_in_a_hurry_waits_and_others_do_not(directory: Path) -> None:
-    rates, ask = Rates(), "CONNECT own.example 443 decide"
+    rates, ask = RateLimiter(), "CONNECT own.example 443 decide"
     give(directory, "10.0.0.4", "calm", ["own.example"])
     replies = [answer(directory, f"0 10.0.0.1 {ask}", rates) for _ in range(int(BURST) + 1000)]
     assert replies[0].startswith("0 OK")

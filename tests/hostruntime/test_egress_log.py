@@ -15,12 +15,12 @@ from typing import Any, cast
 import pytest
 
 from hostruntime.build.plan import Host, refused_hosts
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.rundir import RunDir
 from hostruntime.network import egress_log
 from hostruntime.network.egress import EgressProxy
-from hostruntime.network.egress_log import entries_of
+from hostruntime.network.egress_log import read_entries
 from hostruntime.network.slots import SlotPool
 from hostruntime.network.squid_config import NOT_TLS_LOG
 from tests.hostruntime.build_world import World
@@ -60,9 +60,9 @@ def test_an_owners_entries_oldest_first(tmp_path: Path) -> None:
         + line("a", 5, "three")
         + line("a", 6)[:-9]
     )
-    assert [entry["host"] for entry in entries_of(log, "a", 0)] == ["one", "two", "three"]
-    assert [entry["host"] for entry in entries_of(log, "a", 4)] == ["two", "three"]
-    assert entries_of(tmp_path / "none", "a", 0) == []
+    assert [entry["host"] for entry in read_entries(log, "a", 0)] == ["one", "two", "three"]
+    assert [entry["host"] for entry in read_entries(log, "a", 4)] == ["two", "three"]
+    assert read_entries(tmp_path / "none", "a", 0) == []
 
 
 def test_lines_across_pieces_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,33 +70,33 @@ def test_lines_across_pieces_are_whole(tmp_path: Path, monkeypatch: pytest.Monke
     log.write_bytes(b"".join(line("a", at, f"h{at}") for at in range(1, 200)))
     expected = [f"h{at}" for at in range(1, 200)]
     for piece in (1, 50, 97, 1000, MIB):
-        monkeypatch.setattr(egress_log, "_PIECE", piece)
-        assert [entry["host"] for entry in entries_of(log, "a", 0)] == expected
+        monkeypatch.setattr(egress_log, "_CHUNK_BYTES", piece)
+        assert [entry["host"] for entry in read_entries(log, "a", 0)] == expected
 
 
 def test_reading_ends_where_the_lines_are_too_old(tmp_path: Path, reads: list[int]) -> None:
     log = tmp_path / "log"
     now = time.time()
     log.write_bytes(line("b", now - 100) * (20 * MIB // 90) + line("a", now))
-    assert len(entries_of(log, "a", now - 10)) == 1
+    assert len(read_entries(log, "a", now - 10)) == 1
     assert len(reads) == 1
     reads.clear()
     os.utime(log, (now - 60, now - 60))
-    assert entries_of(log, "a", now - 10) == []
+    assert read_entries(log, "a", now - 10) == []
     assert reads == []
 
 
 def test_reading_ends_after_so_much(
     tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(egress_log, "MOST_BYTES", 2 * MIB)
-    monkeypatch.setattr(egress_log, "MOST_ENTRIES", 10)
+    monkeypatch.setattr(egress_log, "MAX_BYTES", 2 * MIB)
+    monkeypatch.setattr(egress_log, "MAX_ENTRIES", 10)
     log = tmp_path / "log"
     log.write_bytes(line("a", 1, "first") + line("b", 1) * (5 * MIB // 90))
-    assert entries_of(log, "a", 0) == []
+    assert read_entries(log, "a", 0) == []
     assert sum(reads) == 2 * MIB
     log.write_bytes(b"".join(line("a", at) for at in range(1, 30)))
-    assert [entry["at"] for entry in entries_of(log, "a", 0)] == list(range(20, 30))
+    assert [entry["at"] for entry in read_entries(log, "a", 0)] == list(range(20, 30))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ async def test_a_failed_step_does_not_stop_the_agent_for_a_large_log(
     host: Host = world.builds._host
     threads: list[threading.Thread] = []
 
-    def refusals(owner: str, since: float) -> list[Refused]:
+    def refusals(owner: str, since: float) -> list[RefusedHost]:
         threads.append(threading.current_thread())
         return refused_hosts(proxy, owner, since)
 

@@ -10,11 +10,11 @@ import pytest
 
 from hostruntime.image.environment import (
     MAX_FILE_BYTES,
-    baked,
-    file_of,
-    read_lines,
-    resolved,
-    written,
+    merge_baked,
+    parse_environment_file,
+    read_environment_file,
+    recipe_variables,
+    resolve_environment,
 )
 from tests.hostruntime.trees_help import grow
 
@@ -34,7 +34,7 @@ HOST = {"PATH": "/usr/bin:/bin", "HOME": "/root", "http_proxy": "http://10.0.0.1
     ],
 )
 def test_a_variable_stands_for_itself_in_its_value(value: str, path: str) -> None:
-    assert resolved(HOST, {"PATH": value}) == {**HOST, "PATH": path}
+    assert resolve_environment(HOST, {"PATH": value}) == {**HOST, "PATH": path}
 
 
 @pytest.mark.parametrize(
@@ -42,24 +42,24 @@ def test_a_variable_stands_for_itself_in_its_value(value: str, path: str) -> Non
     [("/x/lib:$LD_LIBRARY_PATH", "/x/lib"), ("${LD_LIBRARY_PATH}:/x", "/x"), ("a$b", "a$b")],
 )
 def test_of_a_variable_that_was_not_there_no_empty_entry_is_left(value: str, found: str) -> None:
-    assert resolved({}, {"LD_LIBRARY_PATH": value}) == {"LD_LIBRARY_PATH": found}
+    assert resolve_environment({}, {"LD_LIBRARY_PATH": value}) == {"LD_LIBRARY_PATH": found}
 
 
 def test_a_template_on_a_template_adds_to_what_that_has() -> None:
-    first = baked({}, {"PATH": "/one:$PATH", "A": "1", "C": "$C-c"})
-    second = baked(first, {"PATH": "/two:$PATH", "A": "2", "C": "c2"})
+    first = merge_baked({}, {"PATH": "/one:$PATH", "A": "1", "C": "$C-c"})
+    second = merge_baked(first, {"PATH": "/two:$PATH", "A": "2", "C": "c2"})
     assert second == {"PATH": "/two:/one:$PATH", "A": "2", "C": "c2"}
-    assert resolved(HOST, second)["PATH"] == "/two:/one:/usr/bin:/bin"
+    assert resolve_environment(HOST, second)["PATH"] == "/two:/one:/usr/bin:/bin"
 
 
 def test_thousands_of_variables_hold_up_nobody() -> None:
     """Each exec does this on the agent's event loop, for which everybody waits."""
     own = {f"v{number}": f"${{v{number}}}:x" for number in range(5000)}
     began = time.process_time()
-    assert resolved({"v7": "a"}, own) == {**dict.fromkeys(own, "x"), "v7": "a:x"}
+    assert resolve_environment({"v7": "a"}, own) == {**dict.fromkeys(own, "x"), "v7": "a:x"}
     assert time.process_time() - began < 0.7
     # Names that the host takes are words, not patterns.
-    assert resolved({}, {"A(": "$A(", "A.": "$AB"}) == {"A(": "$A(", "A.": "$AB"}
+    assert resolve_environment({}, {"A(": "$A(", "A.": "$AB"}) == {"A(": "$A(", "A.": "$AB"}
 
 
 def test_etc_environment_is_read_as_pam_does() -> None:
@@ -67,7 +67,7 @@ def test_etc_environment_is_read_as_pam_does() -> None:
         '# APP=no\n\n  APP_HOME=/opt/app  \nexport QUOTED="a b"\nSINGLE=\'x\'\nHALF="y\nE=\n'
         'bad name=1\n1A=1\nno\nPATH="/a:$PATH"\nPATH=/b:$PATH\nNUL=a\0b\nCR=1\r\n'
     )
-    assert read_lines(text) == {
+    assert parse_environment_file(text) == {
         "APP_HOME": "/opt/app",
         "QUOTED": "a b",
         "SINGLE": "x",
@@ -81,23 +81,23 @@ def test_etc_environment_is_read_as_pam_does() -> None:
 def test_only_what_the_recipe_wrote_is_its_own() -> None:
     before = "A=1\nB=1\n"
     after = f"A=1\nB=2\nhttps_proxy=http://other\nHOME=/root\nLANG=de_DE\n{'x' * 10}\n"
-    assert written(after, before, HOST) == {"B": "2", "LANG": "de_DE"}
+    assert recipe_variables(after, before, HOST) == {"B": "2", "LANG": "de_DE"}
 
 
 def test_the_file_is_read_through_no_link_and_not_without_end(tmp_path: Path) -> None:
     tree = grow(tmp_path / "plain", {"etc/environment": "A=1\n"})
-    assert file_of(tree) == "A=1\n"
-    assert file_of(grow(tmp_path / "none", {"etc/x": ""})) == ""
-    assert file_of(grow(tmp_path / "nothing", {"x": ""})) == ""
+    assert read_environment_file(tree) == "A=1\n"
+    assert read_environment_file(grow(tmp_path / "none", {"etc/x": ""})) == ""
+    assert read_environment_file(grow(tmp_path / "nothing", {"x": ""})) == ""
     linked = grow(tmp_path / "linked", {"etc/x": ""})
     (linked / "etc/environment").symlink_to(tree / "etc/environment")
-    assert file_of(linked) == ""
+    assert read_environment_file(linked) == ""
     elsewhere = grow(tmp_path / "elsewhere", {"x": ""})
     (elsewhere / "etc").symlink_to(tree / "etc")
-    assert file_of(elsewhere) == ""
+    assert read_environment_file(elsewhere) == ""
     pipe = grow(tmp_path / "pipe", {"etc/x": ""})
     os.mkfifo(pipe / "etc/environment")
-    assert file_of(pipe) == ""
+    assert read_environment_file(pipe) == ""
     large = grow(tmp_path / "large", {"etc/environment": "A=1\n" * MAX_FILE_BYTES})
-    assert len(file_of(large)) <= MAX_FILE_BYTES
-    assert read_lines(file_of(large)) == {"A": "1"}
+    assert len(read_environment_file(large)) <= MAX_FILE_BYTES
+    assert parse_environment_file(read_environment_file(large)) == {"A": "1"}

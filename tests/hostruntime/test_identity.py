@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from hostruntime.image.identity import give_identity
+from hostruntime.image.identity import write_identity
 from tests.hostruntime.trees_help import grow, shape
 
 KEYS = ("ssh_host_ed25519_key", "ssh_host_ecdsa_key")
@@ -26,9 +26,9 @@ def upper(tmp_path: Path) -> Path:
 
 
 def test_a_server_gets_keys_of_its_own(image: Path, upper: Path, tmp_path: Path) -> None:
-    give_identity(image, upper)
+    write_identity(image, upper)
     other = grow(tmp_path / "other", {})
-    give_identity(image, other)
+    write_identity(image, other)
     for name in KEYS:
         key = upper / "etc/ssh" / name
         private = load_ssh_private_key(key.read_bytes(), None)
@@ -43,14 +43,14 @@ def test_a_machine_id_is_everybodys_own(image: Path, upper: Path, tmp_path: Path
     other = grow(tmp_path / "other", {})
     ids = []
     for layer in (upper, other):
-        give_identity(image, layer)
+        write_identity(image, layer)
         ids.append((layer / "etc/machine-id").read_text())
     assert all(len(one) == 33 and int(one, 16) for one in ids)
     assert ids[0] != ids[1]
 
 
 def test_a_build_has_keys_and_no_machine_id(image: Path, upper: Path) -> None:
-    give_identity(image, upper, machine_id=False)
+    write_identity(image, upper, machine_id=False)
     assert not (upper / "etc/machine-id").exists()
     assert (upper / "etc/ssh" / KEYS[0]).exists()
 
@@ -60,7 +60,7 @@ def test_directories_are_the_images_own(image: Path, upper: Path) -> None:
     (image / "etc/ssh").chmod(0o2750)
     os.setxattr(image / "etc/ssh", "user.note", b"kept")
     os.utime(image / "etc", (1, 2))
-    give_identity(image, upper)
+    write_identity(image, upper)
     found = (upper / "etc/ssh").stat()
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (33, 4, 0o2750)
     assert os.getxattr(upper / "etc/ssh", "user.note") == b"kept"
@@ -82,7 +82,7 @@ def test_directories_are_the_images_own(image: Path, upper: Path) -> None:
 def test_nothing_is_given_that_is_not_needed(
     tmp_path: Path, upper: Path, files: dict[str, str | None], given: set[str]
 ) -> None:
-    give_identity(grow(tmp_path / "other", files), upper)
+    write_identity(grow(tmp_path / "other", files), upper)
     assert {name for name, what in shape(upper).items() if what != "/"} == given
 
 
@@ -94,7 +94,7 @@ def test_a_link_in_the_image_leads_nowhere(
     (image / link).rename(outside)
     (image / link).symlink_to(outside)
     before = shape(tmp_path / "outside") if outside.is_dir() else outside.read_text()
-    give_identity(image, upper)
+    write_identity(image, upper)
     assert not any(name.startswith(link) for name in shape(upper) if shape(upper)[name] != "/")
     after = shape(tmp_path / "outside") if outside.is_dir() else outside.read_text()
     assert after == before

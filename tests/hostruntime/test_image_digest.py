@@ -135,7 +135,7 @@ def test_it_can_be_ended(ground: Ground) -> None:
 
 def test_an_image_made_without_gets_one_and_keeps_it(tmp_path: Path) -> None:
     store = ImageStore(StatePaths(tmp_path / "state").ensure())
-    staged = store.staging("img_old")
+    staged = store.create_staging("img_old")
     tree = grow(staged / "tree", BASE)
     image = store.publish(staged, ImageManifest("img_old", "template", None, 1.0, 1, 1, 0))
     digest = store.digest(image)

@@ -11,7 +11,7 @@ import pytest
 
 from hostruntime.errors import Conflict, ImageNotFound, InvalidRequest
 from hostruntime.host.paths import StatePaths
-from hostruntime.image.quarantine import DEFAULT_DAYS, keep_days
+from hostruntime.image.quarantine import DEFAULT_DAYS, retention_days
 from hostruntime.image.store import Image, ImageManifest, ImageStore
 from hostruntime.image.trash import Trash
 from tests.hostruntime.trees_help import grow
@@ -29,7 +29,7 @@ def store(paths: StatePaths) -> ImageStore:
 
 
 def publish(store: ImageStore, name: str, text: str = "x", *, kind: str = "template") -> Image:
-    staged = store.staging(name)
+    staged = store.create_staging(name)
     grow(staged / "tree", {"etc/file": text})
     manifest = ImageManifest(
         id=name,
@@ -188,11 +188,11 @@ def test_what_nobody_knows_is_set_aside_a_few_at_a_time(store: ImageStore) -> No
         publish(store, name)
     store.acquire("img_used", "sbx_1")
     assert store.reconcile({"img_kept"}) == ([], []), "they are young"
-    first, waiting = store.reconcile({"img_kept"}, most=3, older_than=-1)
+    first, waiting = store.reconcile({"img_kept"}, limit=3, older_than=-1)
     assert sorted([*first, *waiting]) == unknown
     assert len(first) == 3
     assert {held.name for held in store.quarantine.list()} == set(first)
-    assert store.reconcile({"img_kept"}, most=3, older_than=-1) == (waiting, [])
+    assert store.reconcile({"img_kept"}, limit=3, older_than=-1) == (waiting, [])
     assert {image.id for image in store.list()} == {"debian-12", "img_kept", "img_used"}
 
 
@@ -258,9 +258,9 @@ def test_what_cannot_be_set_aside_keeps_nobody_from_the_rest(
 @pytest.mark.parametrize("days", ["none", "0", "-1", "nan", "1e9"])
 def test_days_that_are_none_are_refused(days: str) -> None:
     with pytest.raises(InvalidRequest, match="ORKESTR_QUARANTINE_DAYS"):
-        keep_days({"ORKESTR_QUARANTINE_DAYS": days})
-    assert keep_days({}) == DEFAULT_DAYS
-    assert keep_days({"ORKESTR_QUARANTINE_DAYS": "2.5"}) == 2.5
+        retention_days({"ORKESTR_QUARANTINE_DAYS": days})
+    assert retention_days({}) == DEFAULT_DAYS
+    assert retention_days({"ORKESTR_QUARANTINE_DAYS": "2.5"}) == 2.5
 
 
 def test_a_failed_publication_shows_nothing(
@@ -278,7 +278,7 @@ def test_a_failed_publication_shows_nothing(
 
 def test_usage_says_what_deleting_would_free(store: ImageStore) -> None:
     base = publish(store, "debian-12", "b" * 20_000, kind="base")
-    staged = store.staging("img_1")
+    staged = store.create_staging("img_1")
     grow(staged / "tree", {"own": "o" * 8_000})
     os.link(base.tree / "etc/file", staged / "tree/shared")
     os.link(staged / "tree/own", staged / "tree/own-again")

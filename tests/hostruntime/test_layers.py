@@ -14,12 +14,12 @@ from hostruntime.build import layers as layers_module
 from hostruntime.build.layers import (
     DEFAULT_BUDGET_BYTES,
     KEEP_SECONDS,
+    CompletedStep,
     LayerStore,
-    RanStep,
     budget_bytes,
     layer_keys,
 )
-from hostruntime.build.report import Refused
+from hostruntime.build.report import RefusedHost
 from hostruntime.container.manager import ContainerSpec, RunningContainer
 from hostruntime.errors import InvalidRequest
 from hostruntime.host.paths import StatePaths, read_json, write_json
@@ -51,9 +51,9 @@ class Shelf:
         self.store = LayerStore(self.paths, self.trash, self.budget)
 
     def put(self, scope: str, key: str, steps: int = 1, size: int = 10, age: float = 0.0) -> Path:
-        directory = self.store.begin("img_1")
+        directory = self.store.create_staging("img_1")
         (directory / "disk.ext4").write_bytes(os.urandom(size))
-        self.store.add(directory, scope, key, [RanStep("img_1", 1.0)] * steps)
+        self.store.add(directory, scope, key, [CompletedStep("img_1", 1.0)] * steps)
         target = self.paths.layers / scope / key
         used_at = time.time() - age
         if target.exists():
@@ -156,17 +156,17 @@ def test_a_layer_replaces_that_of_the_same_key(shelf: Shelf) -> None:
 def test_what_was_found_knows_whether_it_is_still_there(shelf: Shelf) -> None:
     shelf.put("team_1", KEYS[0])
     found = shelf.store.deepest("team_1", KEYS)
-    assert found is not None and found.is_there()
+    assert found is not None and found.still_exists()
     shelf.put("team_1", KEYS[0])
-    assert not found.is_there()
+    assert not found.still_exists()
     found = shelf.store.deepest("team_1", KEYS)
     assert found is not None
     shelf.store.discard(found.directory)
-    assert not found.is_there()
+    assert not found.still_exists()
 
 
 def test_what_a_killed_agent_was_writing_goes(shelf: Shelf) -> None:
-    half = shelf.store.begin("img_1")
+    half = shelf.store.create_staging("img_1")
     (half / "disk.ext4").write_text("half")
     shelf.put("team_1", KEYS[0])
     shelf.restart()
@@ -207,7 +207,7 @@ def test_over_the_budget_the_longest_unused_go_first(tmp_path: Path) -> None:
 def test_on_a_short_disk_there_are_none(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.put("team_1", KEYS[0])
     assert shelf.store.has_room(MIB)
-    monkeypatch.setattr(layers_module, "SHARES_LEFT", 1e9)
+    monkeypatch.setattr(layers_module, "MIN_FREE_SHARES", 1e9)
     assert not shelf.store.has_room(0)
     shelf.store.collect()
     assert shelf.kept() == set()
@@ -257,7 +257,7 @@ async def test_a_failed_builds_steps_are_not_run_again(world: World) -> None:
 
 
 async def test_what_a_step_was_refused_is_still_told_when_it_is_not_run(world: World) -> None:
-    world.refused = [Refused("example.org", 443, "not_listed")]
+    world.refused = [RefusedHost("example.org", 443, "not_listed")]
     await build(world, "img_1", *FIRST)
     world.refused = []
     events = await build(world, "img_2", *FIRST[:2], "write etc/c 3")

@@ -24,7 +24,7 @@ from hostruntime.container.merging import (
     refresh_host_parts,
     strip_host_parts,
 )
-from hostruntime.image.trees import opened
+from hostruntime.image.trees import open_directory
 from tests.hostruntime.trees_help import grow, shape, whiteout
 
 BUNDLE = "etc/ssl/certs/ca-certificates.crt"
@@ -322,7 +322,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch, name: str, swap: Callable[[int], No
             swap(directory)
         return found
 
-    monkeypatch.setattr(merging, "status", status)
+    monkeypatch.setattr(merging, "lstat", status)
 
 
 def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
@@ -336,10 +336,10 @@ def test_a_file_that_becomes_a_pipe_as_it_is_read_is_not_waited_for(
             os.unlink("resolv.conf", dir_fd=directory)
             os.mkfifo("resolv.conf", dir_fd=directory)
 
-    with opened(build.lent / "etc") as lent:
+    with open_directory(build.lent / "etc") as lent:
         assert merging._read_regular_file("resolv.conf", lent) == OURS["etc/resolv.conf"].encode()
     swapped(monkeypatch, "resolv.conf", pipe)
-    with ThreadPoolExecutor(1) as pool, opened(upper / "etc") as etc:
+    with ThreadPoolExecutor(1) as pool, open_directory(upper / "etc") as etc:
         reading = pool.submit(merging._read_regular_file, "resolv.conf", etc)
         try:
             assert reading.result(10) is None
@@ -355,7 +355,7 @@ def test_a_file_that_grows_as_it_is_read_is_read_no_further_than_its_bound(
 ) -> None:
     upper = grow(tmp_path / "upper", {"hosts": "a"})
     swapped(monkeypatch, "hosts", lambda _: os.truncate(upper / "hosts", size))
-    with opened(upper) as root:
+    with open_directory(upper) as root:
         found = merging._read_regular_file("hosts", root)
     assert (found is None) == (size > 2 * MAX_BYTES)
 

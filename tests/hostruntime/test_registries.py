@@ -12,25 +12,25 @@ import hostruntime
 from hostruntime.network.policy import matches, parse_domain_list
 from hostruntime.network.registries import (
     AptSource,
-    NpmAnswer,
-    PipAnswer,
-    ask_apt,
-    ask_npm,
-    ask_pip,
+    NpmConfig,
+    PipConfig,
     combine,
     host_registries,
     parse_apt,
     parse_npm,
     parse_npm_definitions,
     parse_pip,
+    query_apt,
+    query_npm,
+    query_pip,
 )
 
 ALLOWLIST = Path(hostruntime.__file__).parent / "network/data" / "egress-allowlist.txt"
 DEFAULTS = "https://index.example/simple files.example\n"
 
 
-def pip(index: str | None = None, *extra: str) -> PipAnswer:
-    return PipAnswer(index, extra, "https://index.example/simple/", "files.example")
+def pip(index: str | None = None, *extra: str) -> PipConfig:
+    return PipConfig(index, extra, "https://index.example/simple/", "files.example")
 
 
 def test_pip_without_configuration_uses_its_own_index_and_file_host() -> None:
@@ -70,7 +70,7 @@ def test_several_lines_in_pips_configuration_file_are_several_indexes() -> None:
 
 def test_credentials_never_leave_the_host() -> None:
     secret = pip("https://robot:hunter2@mirror.example/simple")
-    npm = NpmAnswer("https://robot:hunter2@npm.example/", ())
+    npm = NpmConfig("https://robot:hunter2@npm.example/", ())
     registries = combine(secret, npm, [])
     assert registries.domains == ("mirror.example", "npm.example")
     assert "hunter2" not in registries.pip_conf() + registries.npmrc() + repr(registries.notes)
@@ -83,7 +83,7 @@ def test_npm_says_its_registry_and_those_of_scopes() -> None:
         ' "@team:_auth": "x", "cache": "/root/.npm"}'
     )
     answer = parse_npm(listing)
-    assert answer == NpmAnswer(
+    assert answer == NpmConfig(
         "https://npm.example/", (("@team:registry", "https://team.example/npm/"),)
     )
     registries = combine(None, answer, [])
@@ -103,15 +103,15 @@ def test_asking_leaves_nothing_in_a_fresh_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert bool(ask_npm()) == bool(shutil.which("npm"))
-    assert ask_pip()
-    assert ask_apt()
+    assert bool(query_npm()) == bool(shutil.which("npm"))
+    assert query_pip()
+    assert query_apt()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_npms_default_is_found_in_its_own_table() -> None:
     source = "  registry: new Definition('registry', {\n    default: 'https://npm.example/',\n"
-    assert parse_npm_definitions(source) == NpmAnswer("https://npm.example/", ())
+    assert parse_npm_definitions(source) == NpmConfig("https://npm.example/", ())
     assert parse_npm_definitions("nothing of the kind") is None
 
 
@@ -185,7 +185,7 @@ def fresh_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_apt_that_never_fetched_a_list_still_names_its_mirrors(fresh_apt: Path) -> None:
-    assert ask_apt() == (
+    assert query_apt() == (
         AptSource("https://mirror.example/debian", "", "main"),
         AptSource("https://mirror.example/debian", "", "contrib"),
         AptSource("https://mirror.example/debian", "-updates", "main"),
@@ -195,7 +195,7 @@ def test_apt_that_never_fetched_a_list_still_names_its_mirrors(fresh_apt: Path) 
 
 def test_a_lone_mirror_without_lists_is_debians(fresh_apt: Path) -> None:
     fresh_apt.write_text("deb https://mirror.example/debian bookworm main\n")
-    assert ask_apt() == (AptSource("https://mirror.example/debian", "", "main"),)
+    assert query_apt() == (AptSource("https://mirror.example/debian", "", "main"),)
 
 
 def test_what_another_distribution_has_no_lists_of_is_not_debians(
@@ -206,7 +206,7 @@ def test_what_another_distribution_has_no_lists_of_is_not_debians(
         "deb https://mirror.example/ubuntu noble-updates main\n"
     )
     monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "ubuntu"})
-    assert ask_apt() == ()
+    assert query_apt() == ()
 
 
 def test_a_mirror_list_stands_for_its_first_mirror(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_host_of_another_release_still_gives_the_bases_suites() -> None:
 def test_what_the_proxy_will_refuse_anyway_is_said() -> None:
     registries = combine(
         pip("http://plain.example/simple", "https://port.example:8443/simple"),
-        NpmAnswer("https://192.0.2.7/", ()),
+        NpmConfig("https://192.0.2.7/", ()),
         [],
     )
     assert registries.domains == ("plain.example", "port.example")

@@ -17,14 +17,14 @@ from hostruntime.errors import HostUnavailable
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.run import run
 from hostruntime.network.policy import MODES, Mode, Policy, deny_list
-from hostruntime.network.registries import AptSource, NpmAnswer, PipAnswer, Registries, combine
+from hostruntime.network.registries import AptSource, NpmConfig, PipConfig, Registries, combine
 from hostruntime.network.settings import NetworkSettings
 from hostruntime.network.slots import SlotPool
 from hostruntime.network.stub_resolver import ADDRESS as STUB
 from tests.hostruntime.trees_help import grow
 
-PIP = PipAnswer("https://mirror.example/simple", (), "https://index.example/simple/", None)
-NPM = NpmAnswer("https://npm.example/", ())
+PIP = PipConfig("https://mirror.example/simple", (), "https://index.example/simple/", None)
+NPM = NpmConfig("https://npm.example/", ())
 APT = [AptSource("http://debs.example/debian", "", "main")]
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\naG9zdA==\n-----END CERTIFICATE-----"
 SETTINGS = NetworkSettings(deny_list(), (), ("198.51.100.53", "2001:db8::53"))

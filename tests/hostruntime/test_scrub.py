@@ -317,7 +317,7 @@ def test_an_identity_goes_though_a_link_leads_to_it(tree: Path) -> None:
 def test_too_many_links_to_remember_keep_everything(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostruntime.image.scrub.needs._MAX_KEPT", 5)
+    monkeypatch.setattr("hostruntime.image.scrub.references._MAX_PROTECTED", 5)
     grow(tree, {"opt/": None, "root/.cache/pip/x": "x", "etc/machine-id": "0123"})
     for number in range(7):
         grow(tree, {f"var/tmp/{number}": "x"})

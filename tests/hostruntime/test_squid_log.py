@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostruntime.network.squid_log import telling_lines
+from hostruntime.network.squid_log import error_summary
 
 NOISE = "".join(
     f"2026/11/29 16:39:{second:02} kid1| WARNING: '::/0' is a subnetwork of '::', number {second}\n"
@@ -22,7 +22,7 @@ Page faults with physical i/o: 0
 
 
 def test_what_was_fatal_comes_first_and_warnings_last() -> None:
-    said = telling_lines(ENDED + NOISE)
+    said = error_summary(ENDED + NOISE)
     assert said.startswith(
         "FATAL: The external_acl_type helpers are crashing too rapidly! "
         "commBind Cannot bind socket FD 17 to 127.0.0.1:13128: (98) Address in use WARNING: "
@@ -31,7 +31,7 @@ def test_what_was_fatal_comes_first_and_warnings_last() -> None:
 
 
 def test_what_was_tried_again_is_told_once() -> None:
-    said = telling_lines(ENDED * 5)
+    said = error_summary(ENDED * 5)
     assert said.count("FATAL") == said.count("commBind") == 1
     assert "CPU Usage" not in said
     assert "Starting" not in said
@@ -47,7 +47,7 @@ SIX = """\
 
 
 def test_a_line_has_what_is_indented_below_it() -> None:
-    assert telling_lines(SIX) == (
+    assert error_summary(SIX) == (
         "ERROR: commBind Cannot bind socket FD 17 to 127.0.0.1:13128: (98) In use listening port: "
         "ask ERROR: setrlimit: RLIMIT_NOFILE: (1) Operation not permitted "
         "WARNING: external_acl_type #Hlpr1 exited"
@@ -55,4 +55,4 @@ def test_a_line_has_what_is_indented_below_it() -> None:
 
 
 def test_a_silent_end_tells_nothing() -> None:
-    assert telling_lines("") == ""
+    assert error_summary("") == ""

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from hostruntime.network.direct import asked_host, judge
-from hostruntime.network.stub_resolver import no_such_name, parse_question
+from hostruntime.network.direct import judge_query, queried_host
+from hostruntime.network.stub_resolver import nxdomain, parse_question
 
 LISTED = frozenset({"allowed.test"})
 
@@ -30,7 +30,7 @@ def test_a_question_is_read_and_answered_that_there_is_no_such_name(more: bytes)
     question = parse_question(asked)
     assert question is not None
     assert (question.name, question.kind) == ("Keys.example.org", 28)
-    said = no_such_name(asked, question)
+    said = nxdomain(asked, question)
     number, flags, *counts = struct.unpack_from("!HHHHHH", said)
     assert (number, flags & 0x000F, flags >> 15, flags & 0x0100) == (0xBEEF, 3, 1, 0x0100)
     assert counts == [1, 0, 0, 0]
@@ -67,8 +67,8 @@ def test_garbage_is_survived() -> None:
         short = bytes(datagram[: chance.randrange(len(datagram) + 1)])
         if (question := parse_question(short)) is not None:
             assert len(question.name) <= 330
-            assert len(no_such_name(short, question)) <= len(short)
-            asked_host(question.name)
+            assert len(nxdomain(short, question)) <= len(short)
+            queried_host(question.name)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_garbage_is_survived() -> None:
     ],
 )
 def test_only_hosts_of_the_outside_are_recorded(name: str, host: str | None) -> None:
-    assert asked_host(name) == host
+    assert queried_host(name) == host
 
 
 def test_the_verdict_says_what_the_program_needs() -> None:
-    unlisted = judge("restricted", LISTED, "keys.example")
+    unlisted = judge_query("restricted", LISTED, "keys.example")
     assert (unlisted.allowed, unlisted.reason) == (False, "not_listed")
     for part in ("keys.example", "$HTTPS_PROXY", "allow_domains", "network open"):
         assert part in unlisted.message
-    allowed = judge("restricted", LISTED, "www.allowed.test")
+    allowed = judge_query("restricted", LISTED, "www.allowed.test")
     assert (allowed.allowed, allowed.reason) == (True, "past_proxy")
     assert "$HTTPS_PROXY" in allowed.message
     assert "allow_domains" not in allowed.message
-    off = judge("off", frozenset(), "allowed.test")
+    off = judge_query("off", frozenset(), "allowed.test")
     assert (off.allowed, off.reason) == (False, "network_off")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.network.unreached import broken_tunnels, without_address
+from hostruntime.network.unreached import failed_tunnels, unresolved_hosts
 
 
 def tunnel(**changes: Any) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def failure(**changes: Any) -> dict[str, Any]:
 def test_how_a_tunnel_came_to_nothing(
     tunnels: list[dict[str, Any]], failures: list[dict[str, Any]], reason: str | None
 ) -> None:
-    found = broken_tunnels(tunnels, failures)
+    found = failed_tunnels(tunnels, failures)
     assert [one.reason for one in found] == ([reason] if reason else [])
 
 
 def test_each_says_that_the_policy_is_not_to_blame() -> None:
-    (named,) = without_address([{"at": 1.0, "host": "a.test", "port": 443, "error": "x"}])
-    (refused,) = broken_tunnels([tunnel()], [failure()])
+    (named,) = unresolved_hosts([{"at": 1.0, "host": "a.test", "port": 443, "error": "x"}])
+    (refused,) = failed_tunnels([tunnel()], [failure()])
     for one, words in ((named, "has no address"), (refused, "refused the connection")):
         assert one.message.startswith("a.test is allowed, but could not be reached: ")
         assert words in one.message

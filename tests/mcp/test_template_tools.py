@@ -15,7 +15,7 @@ from orkestr_console.mcp import template_tools
 from orkestr_console.mcp.tool import Ctx
 from templates_app import services
 from templates_app.models import BuildStep, Template
-from templates_app.services import Told
+from templates_app.services import Event
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
 from tests.mcp.conftest import Connect
@@ -61,14 +61,14 @@ async def test_the_making_of_an_image_is_told_as_it_goes(monkeypatch: pytest.Mon
     """Each amount is more than the one before, whatever the build counts, and none is the end."""
     heard: list[tuple[float, float, str]] = []
 
-    async def events(_: str) -> AsyncGenerator[list[Told]]:
+    async def events(_: str) -> AsyncGenerator[list[Event]]:
         counts = [(phase, n) for phase in ("capture", "contents") for n in range(0, 400, 2)]
         now = datetime.now(UTC)
-        yield [Told(1, "step_finished", now, {"step": 2})]
+        yield [Event(1, "step_finished", now, {"step": 2})]
         for number, (phase, n) in enumerate(counts, 2):
             said = {"phase": phase, "files": n * 1000, "bytes": n * 1_000_000}
-            yield [Told(number, "progress", now, said)]
-        yield [Told(500, "capture", now, {}), Told(501, "published", now, {})]
+            yield [Event(number, "progress", now, said)]
+        yield [Event(500, "capture", now, {}), Event(501, "published", now, {})]
 
     class Listener:
         async def report_progress(self, progress: float, total: float, message: str) -> None:

@@ -133,14 +133,14 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     StatePaths(other.state).ensure()
     assert "another installation" in other.manage("backup", str(place), status=1)
     assert len(manifest.backups(place)) == 1
-    assert not (place / manifest.NEW).exists()
+    assert not (place / manifest.STAGING).exists()
 
 
 def test_two_at_once_are_one_too_many(first: Installation, place: Path) -> None:
-    with manifest.locked(place, alone=False):
+    with manifest.locked(place, exclusive=False):
         assert "runs already" in first.manage("backup", str(place), status=1)
         first.manage("backup", "--verify", str(place))
-    with manifest.locked(place, alone=True):
+    with manifest.locked(place, exclusive=True):
         assert "runs already" in first.manage("backup", "--verify", str(place), status=1)
 
 

@@ -90,26 +90,26 @@ def test_modules_that_an_upgrade_took_away_want_a_reboot(layout: Layout, tmp_pat
     (modules / "6.99.0-later").mkdir(parents=True)
     finding = kernel.check_modules(layout, modules)
     assert finding.verdict == "warn"
-    assert "6.99.0-later" in finding.seen
+    assert "6.99.0-later" in finding.detail
     assert finding.remedy.startswith("reboot")
     (modules / os.uname().release).mkdir()
     assert kernel.check_modules(layout, modules).verdict == "ok"
 
 
 def test_each_trial_has_words_for_both_ends() -> None:
-    assert set(TRIALS) == set(kernel._WELL) == set(kernel._REMEDIES)
+    assert set(TRIALS) == set(kernel._SUCCESSES) == set(kernel._REMEDIES)
 
 
 def test_what_was_tried_in_vain_fails_with_the_kernels_word(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On procfs nothing can be id-mapped, nor a file without a name be made."""
-    monkeypatch.setattr(kernel, "existing", lambda _path: Path("/proc"))
-    found = {finding.name: finding for finding in kernel.tried(layout)}
+    monkeypatch.setattr(kernel, "existing_ancestor", lambda _path: Path("/proc"))
+    found = {finding.name: finding for finding in kernel.trial_findings(layout)}
     assert found["openat2"].verdict == "ok"
     for name in ("id-mapped mounts", "loop devices", "overlay"):
         assert found[name].verdict == "fail"
-        assert "Errno" in found[name].seen
+        assert "Errno" in found[name].detail
     assert "ORKESTR_STATE_DIR" in found["id-mapped mounts"].remedy
 
 
@@ -137,10 +137,10 @@ def test_what_restricts_other_users_is_said_not_to_matter(layout: Layout, tmp_pa
     finding = kernel.check_namespaces(layout, sysctls(tmp_path, 20_000, restricted))
     assert finding.verdict == "ok"
     for name in restricted:
-        assert f"kernel.{name}" in finding.seen
-    assert "does not matter" in finding.seen
+        assert f"kernel.{name}" in finding.detail
+    assert "does not matter" in finding.detail
     lax = {"apparmor_restrict_unprivileged_userns": "0", "unprivileged_userns_clone": "1"}
-    assert "matter" not in kernel.check_namespaces(layout, sysctls(tmp_path, 20_000, lax)).seen
+    assert "matter" not in kernel.check_namespaces(layout, sysctls(tmp_path, 20_000, lax)).detail
 
 
 def limits_of(root: Path, **values: int) -> Path:
@@ -158,10 +158,10 @@ def test_low_limits_of_the_machine_are_named(
     sysctls = limits_of(tmp_path, kernel__pid_max=4096, **values)
     finding = kernel.check_limits(layout, sysctls)
     assert finding.verdict == "ok"
-    assert finding.seen == "kernel.pid_max is 4096; the next start raises what is too low"
+    assert finding.detail == "kernel.pid_max is 4096; the next start raises what is too low"
     monkeypatch.setattr(kernel, "is_read_only", lambda _: True)
     finding = kernel.check_limits(layout, sysctls)
-    assert (finding.verdict, finding.seen) == ("warn", "kernel.pid_max is 4096")
+    assert (finding.verdict, finding.detail) == ("warn", "kernel.pid_max is 4096")
     assert finding.remedy == "sysctl -w kernel.pid_max=4194304"
 
 
@@ -169,11 +169,11 @@ def test_what_is_not_raised_for_us_is_said_in_any_case(layout: Layout, tmp_path:
     values = {"kernel__threads-max": 7000, "fs__nr_open": 1024}
     sysctls = limits_of(tmp_path, kernel__pid_max=4_194_304, **values)
     finding = kernel.check_limits(layout, sysctls)
-    assert (finding.verdict, finding.seen) == ("warn", "fs.nr_open is 1024")
+    assert (finding.verdict, finding.detail) == ("warn", "fs.nr_open is 1024")
     (sysctls / "fs/nr_open").write_text("1048576\n")
     finding = kernel.check_limits(layout, sysctls)
     assert finding.verdict == "ok"
-    assert finding.seen == "all sandboxes together run up to 5250 processes and threads"
+    assert finding.detail == "all sandboxes together run up to 5250 processes and threads"
 
 
 # Control groups ---------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_hierarchy_without_a_controller_names_it(layout: Layout, tmp_path: Pat
     assert cgroups.check_cgroups(layout, whole).verdict == "ok"
     lacking = groups(tmp_path / "lacking", cgroup_controllers="cpuset cpu io pids\n")
     finding = cgroups.check_cgroups(layout, lacking)
-    assert (finding.verdict, finding.seen) == ("fail", "v2 without memory")
+    assert (finding.verdict, finding.detail) == ("fail", "v2 without memory")
     assert "cgroup_disable" in finding.remedy
 
 
@@ -202,7 +202,7 @@ def test_v1_alone_and_half_a_hybrid_fail(layout: Layout, tmp_path: Path) -> None
     (root / "unified").mkdir()
     (root / "unified/cgroup.procs").touch()
     finding = cgroups.check_cgroups(layout, root)
-    assert (finding.verdict, finding.seen) == ("fail", "hybrid, without v1's cpu, pids")
+    assert (finding.verdict, finding.detail) == ("fail", "hybrid, without v1's cpu, pids")
     (root / "cpu").mkdir()
     (root / "pids").mkdir()
     assert cgroups.check_cgroups(layout, root).verdict == "ok"
@@ -261,7 +261,7 @@ def test_a_unit_without_a_controller_fails(
     monkeypatch.setattr(delegation, "run", answer)
     finding = cgroups.check_delegation(layout, systemd=tmp_path, root=systemd_machine)
     assert finding.verdict == "fail"
-    assert "delegates no memory controller" in finding.seen
+    assert "delegates no memory controller" in finding.detail
     assert "--property=Delegate=yes" in asked[0]
 
 
@@ -302,7 +302,7 @@ def test_apparmor_is_well_when_its_parser_takes_the_profile(
 def test_apparmor_whose_files_are_not_mounted_fails(layout: Layout, with_apparmor: Path) -> None:
     finding = software.check_apparmor(layout)
     assert finding.verdict == "fail"
-    assert "mount -t securityfs" in finding.seen
+    assert "mount -t securityfs" in finding.detail
 
 
 def test_apparmor_without_its_parser_fails(
@@ -328,7 +328,7 @@ def test_a_taken_port_names_the_next_one() -> None:
 def test_an_address_that_is_not_this_machines_is_said_before_anything_starts() -> None:
     named = layout_from({"ORKESTR_LISTEN": "192.0.2.77", "ORKESTR_VAR": "/nowhere"})
     finding = network.check_port(named)
-    assert (finding.verdict, finding.seen) == ("fail", "192.0.2.77 is no address of this machine")
+    assert (finding.verdict, finding.detail) == ("fail", "192.0.2.77 is no address of this machine")
 
 
 def test_a_firewall_in_the_way_is_a_warning_with_its_remedy(layout: Layout) -> None:
@@ -346,14 +346,14 @@ def test_a_firewall_in_the_way_is_a_warning_with_its_remedy(layout: Layout) -> N
     with ThreadPoolExecutor(max_workers=1) as thread:
         finding = thread.submit(beside_a_firewall).result()
     assert finding.verdict == "warn"
-    assert "ip f f drops what is forwarded" in finding.seen
+    assert "ip f f drops forwarded packets" in finding.detail
     assert "nft 'insert rule ip f f iifname" in finding.remedy
 
 
 def test_a_proxy_that_cannot_run_fails(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "proxy_obstacles", lambda: ["Squid cannot peek."])
+    monkeypatch.setattr(network, "proxy_problems", lambda: ["Squid cannot peek."])
     finding = network.check_proxy(layout)
-    assert (finding.verdict, finding.seen) == ("fail", "Squid cannot peek.")
+    assert (finding.verdict, finding.detail) == ("fail", "Squid cannot peek.")
     assert "squid-openssl" in finding.remedy
 
 
@@ -364,7 +364,7 @@ def test_registries_that_nobody_can_name_are_a_warning(
     monkeypatch.setattr(network, "host_registries", lambda _: nothing)
     finding = network.check_registries(layout)
     assert finding.verdict == "warn"
-    assert "apt names no Debian mirror" in finding.seen
+    assert "apt names no Debian mirror" in finding.detail
 
 
 # The machine ------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_a_clock_before_the_machine_was_installed_is_behind(layout: Layout, tmp_
 def test_every_check_answers_here(layout: Layout) -> None:
     findings = list(examine(layout))
     assert len({finding.name for finding in findings}) == len(findings)
-    assert all(finding.seen for finding in findings)
+    assert all(finding.detail for finding in findings)
     assert all(finding.remedy for finding in findings if finding.verdict != "ok")
 
 
@@ -477,7 +477,7 @@ def test_a_database_that_is_not_the_states_is_said(layout: Layout) -> None:
         book.agree(Claim("anothers", 9, "two"), empty=False, known=False)
     found = keeping.check_installation(layout)
     assert found.verdict == "fail"
-    assert "another installation" in found.seen
+    assert "another installation" in found.detail
     assert "installation accept" in found.remedy
 
 
@@ -487,5 +487,5 @@ def test_what_was_set_aside_is_named(layout: Layout) -> None:
     Quarantine(paths, Trash(paths)).add(paths.images / "img_one", "image", "damaged", "it is bad")
     found = keeping.check_quarantine(layout)
     assert found.verdict == "warn"
-    assert "image.img_one (damaged)" in found.seen
+    assert "image.img_one (damaged)" in found.detail
     assert "quarantine list" in found.remedy

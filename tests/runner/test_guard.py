@@ -17,7 +17,7 @@ from orkestr_console.runner.display import Display
 from orkestr_console.runner.guard import Guard
 from orkestr_console.runner.keeper import Keeper, Program
 from orkestr_console.runner.layout import Layout, layout_from
-from orkestr_console.runner.watch import Watched, is_running
+from orkestr_console.runner.watch import Watch, is_running
 from tests.programs import BUSY, IDLING, python, running
 from tests.stack import wait_for
 
@@ -29,9 +29,9 @@ SOON = 1.0
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hostruntime.host.patience.slowness", lambda: 1.0)
     monkeypatch.setattr(watch, "HUNG_SECONDS", SOON)
-    monkeypatch.setattr(watch, "ASK_SECONDS", 0.1)
-    monkeypatch.setattr(guard, "LEFT_BEHIND_SECONDS", SOON)
-    monkeypatch.setattr(guard, "GLANCE_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(guard, "ORPHAN_SECONDS", SOON)
+    monkeypatch.setattr(guard, "STATES_TIMEOUT", 0.2)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def look_until(guarded: Guard, reached: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not reached():
         assert time.monotonic() < end
-        guarded.look()
+        guarded.check()
         time.sleep(0.05)
 
 
@@ -87,7 +87,7 @@ def test_a_stopped_program_is_replaced_and_a_living_one_left_alone(
     guarded, said = guarding(layout, keeper)
     first = worker(keeper)
     for _ in range(40):
-        guarded.look()
+        guarded.check()
         time.sleep(0.05)
     assert (worker(keeper), said.getvalue()) == (first, "")
     os.kill(first, signal.SIGSTOP)
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_neither_the_manager_nor_its_logs(layout: Layout, keepe
             full.write(bytes(4096))
     log = layout.log / "talker.log"
     for _ in range(30):
-        guarded.look()
+        guarded.check()
         time.sleep(0.05)
     assert keeper.manager() == [manager]
     assert keeper.alive()
@@ -148,9 +148,9 @@ def test_one_that_works_is_waited_for_longer_than_one_that_does_nothing() -> Non
 
     def silent_for(program: str) -> float:
         with running(python(program)) as process:
-            watched = Watched(lambda: False, lambda: [process.pid])
+            watched = Watch(lambda: False, lambda: [process.pid])
             began = time.monotonic()
-            while not watched.hung() and time.monotonic() < began + 3 * SOON:
+            while not watched.symptom() and time.monotonic() < began + 3 * SOON:
                 time.sleep(0.05)
             return time.monotonic() - began
 
@@ -166,11 +166,11 @@ def test_a_question_that_never_returns_holds_nobody_up_and_is_asked_once() -> No
         time.sleep(30)
         return True
 
-    watched = Watched(never, tuple)
+    watched = Watch(never, tuple)
     slowest = 0.0
-    while not watched.hung():
+    while not watched.symptom():
         began = time.monotonic()
-        watched.hung()
+        watched.symptom()
         slowest = max(slowest, time.monotonic() - began)
         time.sleep(0.01)
     assert len(asked) == 1

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from orkestr_console.runner.keeper import Keeper, Program, tail
-from orkestr_console.runner.layout import LONGEST_SOCKET_PATH, Layout, StartError, layout_from
+from orkestr_console.runner.layout import MAX_SOCKET_PATH, Layout, StartError, layout_from
 from tests.programs import WORKING
 from tests.stack import wait_for
 
 # What is left of a socket's path by the longest that is made in it.
-LONGEST_VAR = LONGEST_SOCKET_PATH - len("/run/supervisor.sock.4194304")
+LONGEST_VAR = MAX_SOCKET_PATH - len("/run/supervisor.sock.4194304")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_program_that_runs_for_a_while_before_it_crashes_is_given_up_on(keeper
 def test_a_program_that_is_slow_is_waited_for(
     keeper: Keeper, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orkestr_console.runner.keeper.TELL_SECONDS", 0.5)
+    monkeypatch.setattr("orkestr_console.runner.keeper.REPORT_SECONDS", 0.5)
     told: list[str] = []
     keeper.launch("slow")
     keeper.await_ready("slow", lambda: is_up(layout), 0.8, told.append)

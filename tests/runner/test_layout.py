@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orkestr_console.runner.layout import TREE, StartError, layout_from
-from orkestr_console.runner.lock import holder, only_one
+from orkestr_console.runner.lock import exclusive_lock, lock_holder
 from orkestr_console.runner.summary import (
     Credentials,
     known_credentials,
@@ -67,16 +67,16 @@ def test_a_path_that_cannot_be_configured_is_refused(tmp_path: Path) -> None:
 def test_a_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
     layout = layout_from({"ORKESTR_VAR": str(tmp_path)})
     layout.prepare()
-    assert holder(layout) is None
-    with only_one(layout):
-        assert holder(layout) == os.getpid()
+    assert lock_holder(layout) is None
+    with exclusive_lock(layout):
+        assert lock_holder(layout) == os.getpid()
         layout.ready.write_text("http://here\n")
         with (
             pytest.raises(StartError, match=f"process {os.getpid()}, http://here"),
-            only_one(layout),
+            exclusive_lock(layout),
         ):
             pass
-    assert holder(layout) is None
+    assert lock_holder(layout) is None
 
 
 def test_credentials_survive_in_a_file_for_root_alone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from django.conf import settings
 from django.test import Client
 
-from orkestr_console.core.listening import ForwardedBy, listen_addresses, trusted_proxies
+from orkestr_console.core.listening import TrustedProxies, listen_addresses, trusted_proxies
 from orkestr_console.runner.layout import StartError, layout_from
 from tests.serving import Serving
 from tests.serving import serving as serving
@@ -34,7 +34,7 @@ def told(peer: str | None, proxies: Any, *headers: tuple[str, str]) -> tuple[str
         "client": [peer, 5] if peer else None,
         "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
     }
-    asyncio.run(ForwardedBy(application, proxies)(scope, None, None))
+    asyncio.run(TrustedProxies(application, proxies)(scope, None, None))
     client = seen["client"]
     return client[0] if client else None, {name.decode() for name, _ in seen["headers"]}
 

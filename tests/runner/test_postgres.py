@@ -54,11 +54,11 @@ def test_a_server_whose_parent_was_killed_at_once_is_ended(directory: Path) -> N
     directory.mkdir()
     ensure_user()
     cluster.create()
-    cluster.end_orphan()
+    cluster.stop_orphan()
     server = subprocess.Popen(cluster.command(), stderr=subprocess.DEVNULL)
-    wait_for(cluster.answers, 60)
-    cluster.end_orphan()
+    wait_for(cluster.is_ready, 60)
+    cluster.stop_orphan()
     assert server.wait(60) == 0
     # The number in the file may be somebody else's by now.
     (cluster.data / "postmaster.pid").write_text(f"{os.getpid()}\n")
-    cluster.end_orphan()
+    cluster.stop_orphan()

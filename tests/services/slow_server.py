@@ -28,5 +28,5 @@ async def slow(scope: Any, receive: Any, send: Any) -> None:
 
 
 if __name__ == "__main__":
-    interim.SECONDS = float(sys.argv[2])
+    interim.INTERIM_SECONDS = float(sys.argv[2])
     build_server(slow, ["127.0.0.1"], int(sys.argv[1])).run()

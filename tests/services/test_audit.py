@@ -12,7 +12,7 @@ from orkestr_console.accounts import audit, limit_changes
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limit_changes import LimitsSpec
 from orkestr_console.accounts.models import AuditEntry, Outcome
-from orkestr_console.accounts.services import actor_of_user
+from orkestr_console.accounts.services import user_actor
 from orkestr_console.core.errors import DomainError, NotFound
 from sandboxes_app import services as sandboxes
 from sandboxes_app.models import Sandbox
@@ -155,7 +155,7 @@ def test_entries_outlive_who_made_them(console_actor: Actor, host: FakeHost) -> 
 def test_a_sign_in_is_on_record_in_each_of_the_persons_teams(console_actor: Actor) -> None:
     user = console_actor.user
     assert user is not None
-    assert actor_of_user(user, None, None).team == console_actor.team
+    assert user_actor(user, None, None).team == console_actor.team
     audit.record_sign_in(user.email, "192.0.2.7", console_actor.team.pk, user=user)
     assert (last().action, last().outcome, last().address) == (
         "session.create",

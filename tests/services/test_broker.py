@@ -17,7 +17,7 @@ from django_q.signing import SignedPackage
 
 from orkestr_console.queue import broker as module
 from orkestr_console.queue import driving as drivers
-from orkestr_console.queue.broker import NEVER, PgBroker, finish, is_given
+from orkestr_console.queue.broker import NEVER, PgBroker, finish, is_current_run
 from orkestr_console.queue.driving import connect, driving
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -27,7 +27,7 @@ SURE_SECONDS = 0.3
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(module, "SURE_SECONDS", SURE_SECONDS)
+    monkeypatch.setattr(module, "ORPHAN_GRACE_SECONDS", SURE_SECONDS)
     # No connection stays after a test: the database is dropped after the last.
     monkeypatch.setattr(drivers, "LINGER_SECONDS", 0.0)
 
@@ -36,14 +36,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def broker() -> Iterator[PgBroker]:
     broker = PgBroker("test")
     yield broker
-    broker._let_go()
+    broker._disconnect()
 
 
 @pytest.fixture
 def rival() -> Iterator[PgBroker]:
     rival = PgBroker("test")
     yield rival
-    rival._let_go()
+    rival._disconnect()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_task_that_was_rolled_back_is_never_seen(broker: PgBroker) -> None:
 
 def test_a_commit_wakes_the_pusher(broker: PgBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 10.0)
-    broker._watch()
+    broker._connection()
     task = put(broker)
     began = time.monotonic()
     found = given(broker) or given(broker)
@@ -122,9 +122,9 @@ def test_what_a_worker_runs_is_its_own_however_long_it_takes(broker: PgBroker) -
     put(broker)
     (run,) = given(broker)
     with driving(run):
-        assert is_given(run)
+        assert is_current_run(run)
         assert given_in_time(broker) == []
-        assert is_given(run)
+        assert is_current_run(run)
 
 
 def test_what_nobody_runs_is_given_out_again(
@@ -138,7 +138,7 @@ def test_what_nobody_runs_is_given_out_again(
     assert not set(runs) & set(again)
     assert given(rival) == []
     # A worker that comes late with the first run finds that it is over.
-    assert [is_given(run) for run in (runs[0], again[0])] == [False, True]
+    assert [is_current_run(run) for run in (runs[0], again[0])] == [False, True]
     rows = OrmQ.objects.filter(key="test")
     finish(runs[0])
     assert rows.count() == len(put_in)
@@ -153,8 +153,8 @@ def test_a_worker_that_begins_at_that_moment_keeps_it(
     (run,) = given(broker)
     with driving(run):
         wanted = {"key": "test", "never": NEVER, "left": [run], "room": 1}
-        assert queue.execute(module.GIVE, wanted).fetchall() == []
-    assert queue.execute(module.GIVE, wanted).fetchall() != []
+        assert queue.execute(module.DISPATCH_SQL, wanted).fetchall() == []
+    assert queue.execute(module.DISPATCH_SQL, wanted).fetchall() != []
 
 
 def test_a_pusher_that_just_came_back_lets_workers_lock_first(broker: PgBroker) -> None:
@@ -163,7 +163,7 @@ def test_a_pusher_that_just_came_back_lets_workers_lock_first(broker: PgBroker) 
     given(broker)
     given(broker)
     time.sleep(SURE_SECONDS)
-    broker._let_go()
+    broker._disconnect()
     assert given(broker) == []
     assert len(given_in_time(broker)) == 1
 
@@ -189,8 +189,8 @@ def test_a_clock_that_is_set_ends_no_run(broker: PgBroker, seconds: float) -> No
     put(broker)
     (run,) = given(broker)
     with driving(run):
-        assert broker._ahead is not None
-        broker._ahead -= seconds
+        assert broker._clock_offset is not None
+        broker._clock_offset -= seconds
         assert given_in_time(broker) == []
     assert len(given_in_time(broker)) == 1
 
@@ -204,8 +204,8 @@ def test_a_clock_set_back_keeps_nothing_from_running_on_schedule(broker: PgBroke
     broker.dequeue()
     every.refresh_from_db()
     assert every.next_run == soon
-    assert broker._ahead is not None
-    broker._ahead += HOUR
+    assert broker._clock_offset is not None
+    broker._clock_offset += HOUR
     broker.dequeue()
     every.refresh_from_db()
     once.refresh_from_db()

@@ -15,7 +15,7 @@ from orkestr_console.accounts.models import Plan, Team
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services import driver, queue
-from templates_app.services.driver import in_background
+from templates_app.services.driver import run_in_background
 from templates_app.specs import TemplateSpec
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
@@ -33,8 +33,8 @@ def building() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def worker(plans: None, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Builds run in threads, as in a worker, and end when the test says so."""
-    monkeypatch.setattr(driver, "in_background", in_background)
-    monkeypatch.setattr(driver, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "run_in_background", run_in_background)
+    monkeypatch.setattr(driver, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(settings, "BUILDS_AT_ONCE", MACHINE)
     Plan.objects.update(max_concurrent_builds=PLAN)
     host.by_itself = False
@@ -86,8 +86,8 @@ def test_what_waits_for_the_machine_says_so(host: FakeHost) -> None:
     for team in "abc":
         ask(team, *map(str, range(PLAN)))
     run_queue()
-    places = [queue.place(row) for row in Template.objects.queued().order_by("created_at")]
-    assert places == [queue.Place(1, "host"), queue.Place(2, "host")]
+    places = [queue.queue_position(row) for row in Template.objects.queued().order_by("created_at")]
+    assert places == [queue.QueuePosition(1, "host"), queue.QueuePosition(2, "host")]
 
 
 def test_one_that_crashes_and_one_that_hangs_are_in_nobodys_way(

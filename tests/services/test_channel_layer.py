@@ -17,10 +17,10 @@ from channels.testing import WebsocketCommunicator
 from django.db import transaction
 
 from orkestr_console.core.channel_layer import (
-    BUFFERED,
+    MAX_BUFFERED,
     NOTICES,
-    LosesNotices,
     PgChannelLayer,
+    ReconnectsOnLoss,
     notify,
 )
 from orkestr_console.core.postgres import connection_arguments
@@ -105,7 +105,7 @@ async def test_a_slow_reader_loses_its_buffer_and_is_told(layer: PgChannelLayer)
 
     def flood() -> None:
         with transaction.atomic():
-            for number in range(BUFFERED + 5):
+            for number in range(MAX_BUFFERED + 5):
                 notify("slow", {"type": "x", "n": number})
             notify("quick", {"type": "done"})
 
@@ -136,7 +136,7 @@ async def test_a_group_name_that_channels_forbids_is_refused(layer: PgChannelLay
         await layer.group_send("team:1", {"type": "x"})
 
 
-class Page(LosesNotices, AsyncWebsocketConsumer):
+class Page(ReconnectsOnLoss, AsyncWebsocketConsumer):
     def __init__(self) -> None:
         super().__init__()
         self.groups = ["page"]

@@ -15,9 +15,9 @@ from orkestr_console.core import postgres
 from orkestr_console.core.errors import DatabaseUnavailable
 from orkestr_console.core.postgres import (
     RequestConnection,
-    before_waiting,
     connection_arguments,
     persistently,
+    release_before_waiting,
     unavailable,
 )
 
@@ -87,7 +87,7 @@ def test_what_has_happened_is_noted_once_the_database_is_back(
 
 @pytest.mark.django_db(transaction=True)
 def test_it_is_given_up_in_the_end_and_a_defect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "NOTING_SECONDS", 0.3)
+    monkeypatch.setattr(postgres, "PERSIST_SECONDS", 0.3)
     tries: list[int] = []
 
     def away() -> None:
@@ -114,7 +114,7 @@ def test_it_is_given_up_in_the_end_and_a_defect_at_once(monkeypatch: pytest.Monk
 def test_a_connection_is_given_back_before_something_is_waited_for() -> None:
     Team.objects.count()
     assert connection.connection is not None
-    before_waiting()
+    release_before_waiting()
     assert connection.connection is None
     assert Team.objects.count() == 0
 
@@ -122,7 +122,7 @@ def test_a_connection_is_given_back_before_something_is_waited_for() -> None:
 @pytest.mark.django_db
 def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is stopped closes nothing, and ends no statement."""
-    monkeypatch.setattr(postgres, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 0.3)
     with RequestConnection.connect(**connection_arguments("test")) as one:
         backend = one.info.backend_pid
         assert one.execute("SELECT 1").fetchone() == (1,)
@@ -138,6 +138,6 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.django_db
 def test_a_statement_that_takes_its_time_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "ANSWER_SECONDS", 60)
+    monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 60)
     with RequestConnection.connect(**connection_arguments("test")) as one:
         assert one.execute("SELECT pg_sleep(0.3), 1").fetchone() == ("", 1)

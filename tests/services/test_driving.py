@@ -205,7 +205,7 @@ def sandbox(host: FakeHost, team_actor: Actor) -> Sandbox:
 def left(sandbox: Sandbox, status: str) -> str:
     """What becomes of a sandbox that a killed process left so."""
     Sandbox.objects.filter(pk=sandbox.pk).update(status=status, driver=NOBODY)
-    settling.settle_left()
+    settling.settle_orphans()
     sandbox.refresh_from_db()
     assert sandbox.status not in {"starting", "pausing", "resuming"}
     assert sandbox.driver == ""
@@ -237,9 +237,9 @@ def killed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def freed(host: FakeHost) -> bool:
     """Whether who looks after what nobody drives sees to it, once."""
-    assert [one.kind for one in settling.left()] == ["ended"]
-    settling.settle_left()
-    assert settling.left() == set()
+    assert [one.kind for one in settling.find_orphans()] == ["ended"]
+    settling.settle_orphans()
+    assert settling.find_orphans() == set()
     assert queued() == ["sandboxes_app.tasks.release_sandboxes"]
     run_queue()
     return host.booted == {}
@@ -280,7 +280,7 @@ def test_one_that_is_ended_while_it_starts_is_its_starters_to_free(
     assert call.begun.wait(60)
     row = Sandbox.objects.get()
     services.terminate_sandbox(team_actor, row.pk)
-    assert settling.left() == set()
+    assert settling.find_orphans() == set()
     assert Sandbox.objects.get().driver == row.driver != ""
     call.go_on.set()
     assert creating.end().status == "terminated"
@@ -322,9 +322,9 @@ def test_a_capture_that_was_cut_off_is_what_the_host_made_of_it(
     Snapshot.objects.update(status="capturing", size_mb=None, driver=NOBODY)
     if not copied:
         host.taken.clear()
-    settling.settle_left()
+    settling.settle_orphans()
     snapshot.refresh_from_db()
-    assert settling.left() == set()
+    assert settling.find_orphans() == set()
     assert snapshot.status == ("ready" if copied else "failed")
     assert (snapshot.size_mb is not None, snapshot.error_message == "") == (copied, copied)
 
@@ -334,8 +334,8 @@ def test_one_that_was_deleted_while_its_capture_was_cut_off_is_settled_for_good(
 ) -> None:
     snapshot = services.create_snapshot(team_actor, sandbox.pk, SnapshotSpec())
     Snapshot.objects.update(status="capturing", driver=NOBODY, deleted_at=timezone.now())
-    settling.settle_left()
-    assert settling.left() == set()
+    settling.settle_orphans()
+    assert settling.find_orphans() == set()
     assert snapshot.pk not in host.taken
 
 
@@ -347,7 +347,7 @@ def test_a_build_whose_driver_is_gone_goes_to_another_once(
     OrmQ.objects.all().delete()
     Template.objects.filter(pk=template.pk).update(driver=NOBODY, started_at=template.created_at)
     for _ in range(2):
-        settling.settle_left()
+        settling.settle_orphans()
     assert queued() == ["templates_app.tasks.drive_builds"]
     run_queue()
     template.refresh_from_db()
@@ -366,7 +366,7 @@ def test_a_request_that_was_given_up_is_settled_while_its_process_lives(
     monkeypatch.setattr(host, "pause_sandbox", lose_the_answer)
     with pytest.raises(Away):
         services.pause_sandbox(team_actor, sandbox.pk)
-    settling.settle_left()
+    settling.settle_orphans()
     sandbox.refresh_from_db()
     assert sandbox.status == "paused"
 
@@ -376,7 +376,7 @@ def test_nothing_is_settled_while_database_and_host_are_apart(
 ) -> None:
     Installation.objects.update_or_create(only=True, defaults={"mismatch": "of another state"})
     Sandbox.objects.update(status="pausing", driver=NOBODY)
-    settling.settle_left()
+    settling.settle_orphans()
     assert Sandbox.objects.get().status == "pausing"
 
 
@@ -385,9 +385,9 @@ def test_one_that_is_driven_at_the_second_look_is_let_alone(
 ) -> None:
     """Its process takes its lock again, after PostgreSQL has restarted."""
     Sandbox.objects.update(status="pausing", driver=NOBODY)
-    look, looks = settling.left, iter([True, False])
-    monkeypatch.setattr(settling, "left", lambda: look() if next(looks) else set())
-    settling.settle_left()
+    look, looks = settling.find_orphans, iter([True, False])
+    monkeypatch.setattr(settling, "find_orphans", lambda: look() if next(looks) else set())
+    settling.settle_orphans()
     assert Sandbox.objects.get().status == "pausing"
 
 
@@ -396,7 +396,7 @@ def test_all_that_have_ended_are_freed_and_few_of_those_that_no_row_names(
 ) -> None:
     """The host was away while many were ended; if it is rows that are wrong, somebody shall see."""
     monkeypatch.setattr(lifecycle, "UNKNOWN_GRACE_SECONDS", -1.0)
-    many = lifecycle.STRANGERS_AT_ONCE + 3
+    many = lifecycle.MAX_UNKNOWN_RELEASES + 3
     team.plan.max_concurrent_sandboxes = 3 * many
     team.plan.save()
     ended, unknown = (

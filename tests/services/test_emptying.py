@@ -12,7 +12,7 @@ from orkestr_console.accounts.models import AuditEntry, Plan
 from sandboxes_app import services
 from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import SandboxSpec
-from tests.emptying import KEPT, empty_tables
+from tests.emptying import RETAINED_TABLES, empty_tables
 from tests.fakes.host import FakeHost
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -37,7 +37,7 @@ def test_every_table_is_emptied_and_what_follows_from_the_models_is_kept(
     assert Plan.objects.exists() and Sandbox.objects.exists() and AuditEntry.objects.exists()
     before = rows()
     empty_tables()
-    assert rows() == {name: count for name, count in before.items() if name in KEPT}
+    assert rows() == {name: count for name, count in before.items() if name in RETAINED_TABLES}
     assert ContentType.objects.exists() and Permission.objects.exists()
     # Once more, with nothing to do.
     empty_tables()

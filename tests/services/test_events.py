@@ -19,10 +19,10 @@ from orkestr_console.accounts.actor import system_actor
 from orkestr_console.accounts.models import Team
 from templates_app import api as templates_api
 from templates_app import presenters, services
-from templates_app.events import tell_progress
+from templates_app.events import notify_progress
 from templates_app.models import Template
 from templates_app.services import events
-from templates_app.services.record import append
+from templates_app.services.record import append_event
 from templates_app.specs import TemplateSpec
 from tests.fakes.host import FakeHost
 
@@ -48,8 +48,8 @@ def say(template_id: str, *texts: str) -> None:
     """Tell some output, as a driver does."""
     template = Template.objects.get(pk=template_id)
     for text in texts:
-        append(template, "output", {"step": 1, "text": text})
-    tell_progress(template_id)
+        append_event(template, "output", {"step": 1, "text": text})
+    notify_progress(template_id)
 
 
 async def test_what_was_sent_is_kept_no_longer_than_what_it_was_made_of(building: str) -> None:
@@ -60,7 +60,7 @@ async def test_what_was_sent_is_kept_no_longer_than_what_it_was_made_of(building
     request = RequestFactory().get("/")
 
     async def read() -> int:
-        parts = [len(part) async for part in templates_api.sent_events(request, building, 0)]
+        parts = [len(part) async for part in templates_api.event_stream(request, building, 0)]
         await asyncio.sleep(0)
         return sum(parts)
 
@@ -73,7 +73,7 @@ async def test_what_was_sent_is_kept_no_longer_than_what_it_was_made_of(building
     finally:
         tracemalloc.stop()
     assert left < 2_000_000
-    assert len(templates_api._sent) == 0
+    assert len(templates_api._encoded) == 0
 
 
 async def test_those_who_watch_share_what_is_sent(
@@ -82,7 +82,7 @@ async def test_those_who_watch_share_what_is_sent(
     made: list[int] = []
     real = presenters.event_detail
 
-    def detail(told: services.Told) -> dict[str, Any]:
+    def detail(told: services.Event) -> dict[str, Any]:
         made.append(told.seq)
         return real(told)
 
@@ -90,7 +90,7 @@ async def test_those_who_watch_share_what_is_sent(
     request = RequestFactory().get("/")
 
     async def watch() -> bytes:
-        return b"".join([part async for part in templates_api.sent_events(request, building, 0)])
+        return b"".join([part async for part in templates_api.event_stream(request, building, 0)])
 
     watchers = [asyncio.create_task(watch()) for _ in range(5)]
     await asyncio.sleep(0.1)
@@ -109,9 +109,9 @@ async def gather(tasks: list[asyncio.Task[bytes]]) -> list[bytes]:
 def finish(template_id: str) -> None:
     """The build ends."""
     template = Template.objects.get(pk=template_id)
-    append(template, "published", {"image": "x"})
+    append_event(template, "published", {"image": "x"})
     Template.objects.filter(pk=template_id).update(status="ready")
-    tell_progress(template_id)
+    notify_progress(template_id)
 
 
 async def numbers(template_id: str, after: int = 0, leave_at: int | None = None) -> list[int]:
@@ -141,8 +141,8 @@ async def test_many_viewers_cost_one_reader(building: str, monkeypatch: pytest.M
         looks.append(after)
         return page_of(template_id, after, limit)
 
-    page_of = events.page_of
-    monkeypatch.setattr(events, "page_of", counted)
+    page_of = events.load_page
+    monkeypatch.setattr(events, "load_page", counted)
     first = asyncio.create_task(numbers(building))
     await sync_to_async(say)(building, "one")
     others = [asyncio.create_task(numbers(building)) for _ in range(100)]
@@ -154,12 +154,14 @@ async def test_many_viewers_cost_one_reader(building: str, monkeypatch: pytest.M
 
 
 async def test_a_viewer_far_behind_reads_on_from_the_rows(building: str) -> None:
-    await sync_to_async(say)(building, *(str(number) for number in range(3 * events.KEPT)))
+    await sync_to_async(say)(
+        building, *(str(number) for number in range(3 * events.BUFFERED_EVENTS))
+    )
     early = asyncio.create_task(numbers(building))
-    late = asyncio.create_task(numbers(building, after=3 * events.KEPT))
+    late = asyncio.create_task(numbers(building, after=3 * events.BUFFERED_EVENTS))
     await sync_to_async(finish)(building)
-    assert await early == list(range(1, 3 * events.KEPT + 3))
-    assert await late == [3 * events.KEPT + 1, 3 * events.KEPT + 2]
+    assert await early == list(range(1, 3 * events.BUFFERED_EVENTS + 3))
+    assert await late == [3 * events.BUFFERED_EVENTS + 1, 3 * events.BUFFERED_EVENTS + 2]
 
 
 async def test_leaving_and_coming_back_has_neither_gap_nor_repeat(building: str) -> None:
@@ -202,18 +204,18 @@ async def test_nobody_watching_leaves_no_reader(building: str) -> None:
 async def test_a_reader_that_fails_tries_again(
     building: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page_of, failures = events.page_of, [OSError("away"), OSError("away")]
+    page_of, failures = events.load_page, [OSError("away"), OSError("away")]
 
     def failing(template_id: str, after: int, limit: int) -> events.EventPage:
         if failures:
             raise failures.pop()
         return page_of(template_id, after, limit)
 
-    monkeypatch.setattr(events, "LONGEST_WAIT", 0.2)
-    async with events.watching(building) as tail:
-        monkeypatch.setattr(events, "page_of", failing)
+    monkeypatch.setattr(events, "MAX_WAIT_SECONDS", 0.2)
+    async with events.shared_tail(building) as tail:
+        monkeypatch.setattr(events, "load_page", failing)
         await sync_to_async(say)(building, "one")
-        while not await tail.changed(1):
+        while not await tail.wait_for_change(1):
             pass
     assert failures == []
 
@@ -221,16 +223,16 @@ async def test_a_reader_that_fails_tries_again(
 async def test_a_database_that_is_away_for_a_moment_ends_no_stream(
     building: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, fails = events.page_of, iter(range(6))
+    real, fails = events.load_page, iter(range(6))
 
     def away(*asked: Any) -> services.EventPage:
         if next(fails, None) is not None:
             raise OperationalError("closed") from psycopg.OperationalError("closed")
         return real(*asked)
 
-    monkeypatch.setattr(events, "page_of", away)
-    monkeypatch.setattr(events, "LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(events, "AWAY_SECONDS", 0.1)
+    monkeypatch.setattr(events, "load_page", away)
+    monkeypatch.setattr(events, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(events, "DATABASE_RETRY_SECONDS", 0.1)
     await sync_to_async(say)(building, "a", "b")
     await sync_to_async(finish)(building)
     async with asyncio.timeout(60):

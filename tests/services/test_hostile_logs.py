@@ -176,7 +176,7 @@ logging.getLogger("hostruntime.x").error({HOSTILE!r})
 def test_the_database_logs_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed statement has its values in it, and by default PostgreSQL logs both."""
     monkeypatch.setattr(
-        "orkestr_console.runner.postgres.server_of", lambda _: Path("/usr/lib/postgresql/bin")
+        "orkestr_console.runner.postgres.server_programs", lambda _: Path("/usr/lib/postgresql/bin")
     )
     argv = Cluster(tmp_path / "pg", tmp_path / "run").command()
     assert "--log_min_error_statement=panic" in argv

@@ -20,7 +20,7 @@ from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 from templates_app.models import Template
-from templates_app.services import give_image
+from templates_app.services import adopt_image
 from templates_app.tasks import reconcile_images
 from tests.fakes.host import FakeHost
 from tests.services.test_snapshots import OLD, aged
@@ -51,7 +51,7 @@ def image(host: FakeHost, actor: Actor) -> Template:
     )
     host.stored[template.image_id] = image_like(template.image_id)
     tasks.tidy()
-    assert not installation.is_apart()
+    assert not installation.is_mismatched()
     return template
 
 
@@ -85,7 +85,7 @@ def test_what_no_row_names_is_set_aside_and_can_be_put_back(
     host.stored["img_unknown"] = image_like("img_unknown")
     a_pass()
     assert set(host.stored) == {image.image_id}
-    assert [held.key for held in installation.held()] == ["image.img_unknown"]
+    assert [held.key for held in installation.list_quarantine()] == ["image.img_unknown"]
     installation.restore("image.img_unknown")
     assert set(host.stored) == {image.image_id, "img_unknown"}
 
@@ -94,11 +94,11 @@ def test_never_more_than_a_few_in_a_pass(image: Template, host: FakeHost) -> Non
     for number in range(8):
         host.stored[f"img_unknown{number}"] = image_like(f"img_unknown{number}")
     a_pass()
-    assert len(installation.held()) == 3
+    assert len(installation.list_quarantine()) == 3
     assert Installation.objects.get().waiting == 5
     for _ in range(2):
         a_pass()
-    assert len(installation.held()) == 8
+    assert len(installation.list_quarantine()) == 8
     assert Installation.objects.get().waiting == 0
 
 
@@ -130,8 +130,8 @@ def test_a_database_that_is_not_this_states_sets_nothing_aside(wrong: str, host:
     for _ in range(3):
         a_pass()
     assert (set(host.stored), set(host.taken), set(host.booted)) == (images, snapshots, containers)
-    assert installation.held() == []
-    assert installation.is_apart()
+    assert installation.list_quarantine() == []
+    assert installation.is_mismatched()
     words = {"empty": "another installation", "older": "older", "foreign": "another installation"}
     assert words[wrong] in Installation.objects.get().mismatch
     with pytest.raises(CommandError, match="Nothing is reconciled"):
@@ -141,11 +141,11 @@ def test_a_database_that_is_not_this_states_sets_nothing_aside(wrong: str, host:
 def test_an_operators_word_lets_it_go_on_slowly(wrong: str, host: FakeHost) -> None:
     a_pass()
     call_command("installation", "accept")
-    assert not installation.is_apart()
+    assert not installation.is_mismatched()
     a_pass()
-    assert not installation.is_apart()
-    assert len(installation.held()) == 2
-    assert all(held.reason == "unknown" for held in installation.held())
+    assert not installation.is_mismatched()
+    assert len(installation.list_quarantine()) == 2
+    assert all(held.reason == "unknown" for held in installation.list_quarantine())
 
 
 def test_a_state_of_another_time_loses_no_rows(image: Template, host: FakeHost) -> None:
@@ -155,7 +155,7 @@ def test_a_state_of_another_time_loses_no_rows(image: Template, host: FakeHost) 
     a_pass()
     image.refresh_from_db()
     assert image.status == "ready"
-    assert installation.is_apart()
+    assert installation.is_mismatched()
 
 
 def test_a_state_from_before_there_were_ids_is_claimed_by_its_own_rows_alone(
@@ -164,7 +164,7 @@ def test_a_state_from_before_there_were_ids_is_claimed_by_its_own_rows_alone(
     path = host.book._path
     path.unlink()
     tasks.tidy()
-    assert not installation.is_apart()
+    assert not installation.is_mismatched()
     path.unlink()
     image.delete()
     tasks.tidy()
@@ -185,7 +185,7 @@ def test_a_state_directory_that_is_not_there_loses_no_rows(image: Template, host
     path.write_bytes(record)
     host.stored.update(kept)
     a_pass()
-    assert not installation.is_apart()
+    assert not installation.is_mismatched()
 
 
 def test_the_hosts_word_is_asked_anew_in_every_call(image: Template, host: FakeHost) -> None:
@@ -202,7 +202,7 @@ def test_a_pass_waits_for_another_that_changes_the_mark(
 ) -> None:
     """Both begin on the same minute."""
     host.stored["img_unknown"] = image_like("img_unknown")
-    installation.advanced(Installation.objects.get())
+    installation.advance_mark(Installation.objects.get())
     waited = []
 
     def other_goes_on() -> None:
@@ -212,7 +212,7 @@ def test_a_pass_waits_for_another_that_changes_the_mark(
     monkeypatch.setattr(installation, "pause", other_goes_on)
     reconcile_images()
     assert len(waited) == 1
-    assert [held.key for held in installation.held()] == ["image.img_unknown"]
+    assert [held.key for held in installation.list_quarantine()] == ["image.img_unknown"]
 
 
 def test_an_image_that_is_gone_makes_its_template_failed_and_back(
@@ -275,7 +275,7 @@ def test_an_image_is_given_to_a_team_as_a_template(
     a_pass()
     assert "img_unknown" in host.stored
     with pytest.raises(Conflict, match="already"):
-        give_image(actor.team, "img_unknown", "twice")
+        adopt_image(actor.team, "img_unknown", "twice")
 
 
 @pytest.mark.django_db(transaction=True)
@@ -293,6 +293,6 @@ def test_no_connection_is_held_while_the_host_is_asked(
 
         monkeypatch.setattr(host, name, asked)
     a_pass()
-    installation.held()
+    installation.list_quarantine()
     assert len(held) >= 4
     assert not any(held)

@@ -24,7 +24,7 @@ from orkestr_console.accounts.models import (
     Team,
     User,
 )
-from orkestr_console.accounts.services import actor_of_user
+from orkestr_console.accounts.services import user_actor
 from orkestr_console.core.errors import Forbidden, InvalidInput, NotFound, PlanLimit
 from sandboxes_app import services as sandboxes
 from sandboxes_app.specs import SandboxSpec
@@ -39,7 +39,7 @@ SPEC = TemplateSpec(name="tools", base_template="debian-12", recipe=["true"])
 @pytest.fixture
 def operator(db: None) -> Operator:
     root = User.objects.create_superuser("root@example.org", "x", name="Root")
-    return limit_changes.operator(root, "192.0.2.9")
+    return limit_changes.require_operator(root, "192.0.2.9")
 
 
 def limits(**numbers: int | None) -> LimitsSpec:
@@ -137,7 +137,7 @@ def test_networks_sizes_and_bases_are_restricted_everywhere(
 
 
 def test_a_member_may_not_set_limits_and_the_try_is_on_record(bob: User) -> None:
-    member = actor_of_user(bob, None, None)
+    member = user_actor(bob, None, None)
     with pytest.raises(Forbidden):
         limit_changes.set_team_limits(member, limits(max_templates=1))
     entry = AuditEntry.objects.get(action="limits.set")
@@ -153,7 +153,7 @@ def test_a_general_share_counts_for_each_person_and_a_personal_one_before_it(
     host: FakeHost, console_actor: Actor, bob: User
 ) -> None:
     limit_changes.set_team_limits(console_actor, LimitsSpec(shares={"max_templates": 1}))
-    member = actor_of_user(bob, None, None)
+    member = user_actor(bob, None, None)
     templates.create_template(member, SPEC)
     with pytest.raises(PlanLimit, match="Your personal limit is 1 templates and you have 1"):
         templates.create_template(member, SPEC)
@@ -173,7 +173,7 @@ def test_an_agreement_raises_the_ceiling_and_only_an_operator_makes_one(
     operator: Operator, console_actor: Actor, alice: User
 ) -> None:
     with pytest.raises(NotFound):
-        limit_changes.operator(alice, None)
+        limit_changes.require_operator(alice, None)
     limit_changes.set_agreement(
         operator, console_actor.team.pk, AgreementSpec(plan="team", numbers={"max_templates": 40})
     )

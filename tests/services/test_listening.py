@@ -27,7 +27,7 @@ DEBIAN = SandboxSpec(template="debian-12")
 
 @pytest.fixture(autouse=True)
 def hold_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "HOLD_SECONDS", 0.0)
+    monkeypatch.setattr(listening, "LONG_POLL_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def sandbox(host: FakeHost, actor: Actor) -> Sandbox:
 def listener(host: FakeHost) -> Listener:
     """One that has compared everything, so that what it hears is all that it knows."""
     listener = Listener()
-    listener.hear()
+    listener.poll()
     return listener
 
 
@@ -61,7 +61,7 @@ def test_what_ended_has_ended_as_soon_as_it_is_heard(
     host: FakeHost, sandbox: Sandbox, listener: Listener, reason: str, after: str, words: str
 ) -> None:
     host.end(sandbox.pk, reason)
-    listener.hear()
+    listener.poll()
     assert status(sandbox) == after
     assert words in sandbox.error_message
     assert sandbox.ended_at is not None
@@ -77,7 +77,7 @@ def test_a_sandbox_that_stands_still_or_runs_is_said_to(
 ) -> None:
     for paused in (True, False):
         host._set_paused(sandbox.pk, None, paused=paused)
-        listener.hear()
+        listener.poll()
         assert status(sandbox) == ("paused" if paused else "running")
 
 
@@ -85,7 +85,7 @@ def test_what_a_pause_by_the_api_changes_is_heard_without_effect(
     host: FakeHost, sandbox: Sandbox, listener: Listener, actor: Actor
 ) -> None:
     services.pause_sandbox(actor, sandbox.pk)
-    listener.hear()
+    listener.poll()
     kinds = SandboxEvent.objects.filter(sandbox=sandbox).values_list("kind", flat=True)
     assert list(kinds) == ["created", "running", "pausing", "paused"]
 
@@ -94,10 +94,10 @@ def test_another_run_of_the_agent_is_compared_with_all_rows(
     host: FakeHost, sandbox: Sandbox, listener: Listener
 ) -> None:
     del host.booted[sandbox.pk]
-    listener.hear()
+    listener.poll()
     assert status(sandbox) == "running"
     host.run = "run-2"
-    listener.hear()
+    listener.poll()
     assert status(sandbox) == "failed"
 
 
@@ -109,10 +109,10 @@ def test_what_could_not_be_written_down_is_heard_again(
 
     host.end(sandbox.pk, "exited")
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle, "end_all", fail)
+        patch.setattr(lifecycle, "end_many", fail)
         with pytest.raises(OperationalError):
-            listener.hear()
-    listener.hear()
+            listener.poll()
+    listener.poll()
     assert status(sandbox) == "failed"
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_believed_of_a_host_that_is_not_ours(
 ) -> None:
     Installation.objects.update(mismatch="the state is of another database")
     host.end(sandbox.pk, "exited")
-    listener.hear()
+    listener.poll()
     assert status(sandbox) == "running"
 
 
@@ -136,7 +136,7 @@ def test_the_loop_outlives_a_host_and_a_database_that_are_away(
             pass
 
     faults: list[Any] = [HostUnavailable("away"), OperationalError("away"), ValueError("a defect")]
-    hear = Listener.hear
+    hear = Listener.poll
 
     def hear_or_fail(self: Listener) -> None:
         if faults:
@@ -144,8 +144,8 @@ def test_the_loop_outlives_a_host_and_a_database_that_are_away(
         hear(self)
         raise Enough
 
-    monkeypatch.setattr(tasks, "AGAIN_SECONDS", 0)
-    monkeypatch.setattr(Listener, "hear", hear_or_fail)
+    monkeypatch.setattr(tasks, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(Listener, "poll", hear_or_fail)
     # Django's test case goes on with this connection.
     monkeypatch.setattr("sandboxes_app.tasks.connection", Unclosed())
     host.end(sandbox.pk, "exited")
@@ -193,17 +193,17 @@ def many(host: FakeHost, sandbox: Sandbox, number: int) -> None:
 def test_an_idle_installation_is_asked_for_little(
     host: FakeHost, sandbox: Sandbox, listener: Listener
 ) -> None:
-    assert statements(listener.hear) == 1
+    assert statements(listener.poll) == 1
     many(host, sandbox, 1000)
-    assert statements(listener.hear) == 1
+    assert statements(listener.poll) == 1
 
 
 def test_rounds_are_few_and_all_is_settled_within_ten_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    assert 60 / listening.HOLD_SECONDS <= 8
-    assert listening.HOLD_SECONDS + 2.0 <= 10
+    assert 60 / listening.LONG_POLL_SECONDS <= 8
+    assert listening.LONG_POLL_SECONDS + 2.0 <= 10
 
 
 def test_to_compare_all_takes_as_many_statements_for_a_thousand(
@@ -220,11 +220,11 @@ def test_to_end_a_thousand_takes_as_many_statements_as_one(
 ) -> None:
     many(host, sandbox, 1)
     host.end(sandbox.pk, "exited")
-    one = statements(listener.hear)
+    one = statements(listener.poll)
     many(host, sandbox, 1000)
     for key in host.booted:
         host.end(key, "exited")
-    assert statements(listener.hear) <= one + 2
+    assert statements(listener.poll) <= one + 2
     assert set(Sandbox.objects.values_list("status", flat=True)) == {"failed"}
     assert queued().count("sandboxes_app.tasks.release_sandboxes") == 3
     assert SandboxEvent.objects.filter(kind="failed").count() == 1002

@@ -14,7 +14,7 @@ from orkestr_console.accounts import people
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Invitation, Membership, Role, Team, User
 from orkestr_console.accounts.people import InviteSpec, NewPersonSpec, ShareSpec
-from orkestr_console.accounts.services import actor_of_user, mint_token
+from orkestr_console.accounts.services import mint_token, user_actor
 from orkestr_console.core.errors import Conflict, DomainError, Forbidden, InvalidInput, NotFound
 from tests.conftest import PASSWORD, make_user
 
@@ -22,7 +22,7 @@ OTHER = "another long passphrase"
 
 
 def acting(user: User) -> Actor:
-    return actor_of_user(user, None, "192.0.2.1")
+    return user_actor(user, None, "192.0.2.1")
 
 
 def roles(team: Team) -> dict[str, str]:
@@ -189,11 +189,13 @@ def test_an_invitation_is_stored_hashed_and_taken_once(
 ) -> None:
     row, secret = people.invite(acting(alice), InviteSpec(role=Role.ADMIN))
     assert secret not in str(Invitation.objects.filter(pk=row.pk).values()[0])
-    place = people.join(charlie, secret, "192.0.2.3")
+    place = people.accept_invitation(charlie, secret, "192.0.2.3")
     assert (place.team, place.role) == (team, Role.ADMIN)
     assert people.list_invitations(acting(alice)) == []
     with pytest.raises(NotFound, match=r"has been used already\. Ask whoever sent it"):
-        people.join(make_user("eve", Team.objects.get(slug="globex"), Role.MEMBER), secret, None)
+        people.accept_invitation(
+            make_user("eve", Team.objects.get(slug="globex"), Role.MEMBER), secret, None
+        )
     assert actions(team) == [
         ("invitation.create", "done"),
         ("member.join", "done"),
@@ -226,14 +228,14 @@ def test_a_link_that_is_no_longer_good_says_why(alice: User, charlie: User) -> N
     row, secret = people.invite(acting(alice), InviteSpec())
     Invitation.objects.filter(pk=row.pk).update(expires_at=timezone.now() - timedelta(seconds=1))
     with pytest.raises(NotFound, match="has expired"):
-        people.join(charlie, secret, None)
+        people.accept_invitation(charlie, secret, None)
     row, secret = people.invite(acting(alice), InviteSpec())
     people.revoke_invitation(acting(alice), row.pk)
     people.revoke_invitation(acting(alice), row.pk)
     with pytest.raises(NotFound, match="has been revoked"):
-        people.join(charlie, secret, None)
+        people.accept_invitation(charlie, secret, None)
     with pytest.raises(NotFound, match="Check that the link is complete"):
-        people.join(charlie, "nothing", None)
+        people.accept_invitation(charlie, "nothing", None)
 
 
 def test_whoever_was_removed_cannot_come_back_by_a_link_they_made(
@@ -244,7 +246,7 @@ def test_whoever_was_removed_cannot_come_back_by_a_link_they_made(
     gone = people.remove(acting(alice), dora.pk)
     assert (gone.invitations, people.find_invitation(kept).created_by) == (1, alice)
     with pytest.raises(NotFound, match="has been revoked"):
-        people.join(dora, own, None)
+        people.accept_invitation(dora, own, None)
     with pytest.raises(NotFound, match="has been revoked"):
         people.register(NewPersonSpec(name="Eve", email="eve@example.org"), OTHER, own, None)
     assert roles(team) == {"Alice": "owner"}
@@ -256,7 +258,7 @@ def test_whoever_leaves_takes_their_links_along(alice: User, dora: User) -> None
     secret = people.invite(acting(dora), InviteSpec())[1]
     people.leave(acting(dora))
     with pytest.raises(NotFound, match="has been revoked"):
-        people.join(dora, secret, None)
+        people.accept_invitation(dora, secret, None)
 
 
 def test_a_demoted_persons_links_give_no_more_than_they_have(
@@ -267,8 +269,8 @@ def test_a_demoted_persons_links_give_no_more_than_they_have(
     people.change_role(acting(alice), dora.pk, Role.MEMBER)
     people.change_role(acting(alice), dora.pk, Role.ADMIN)
     with pytest.raises(NotFound, match="has been revoked"):
-        people.join(charlie, high, None)
-    assert people.join(charlie, low, None).role == Role.MEMBER
+        people.accept_invitation(charlie, high, None)
+    assert people.accept_invitation(charlie, low, None).role == Role.MEMBER
     assert roles(team)["Dora"] == "admin"
 
 
@@ -283,7 +285,7 @@ def test_a_link_whose_maker_is_gone_is_useless_though_it_was_never_revoked(
         people.find_invitation(secret)
     place.delete()
     with pytest.raises(NotFound, match="has been revoked"):
-        people.join(dora, secret, None)
+        people.accept_invitation(dora, secret, None)
     User.objects.filter(pk=dora.pk).update(is_staff=True)
     assert people.find_invitation(secret).is_open()
 
@@ -327,7 +329,7 @@ def test_an_invitation_for_an_address_is_for_nobody_else(
     row, secret = people.invite(acting(alice), InviteSpec(email=" Eve@Example.org "))
     assert row.email == "eve@example.org"
     with pytest.raises(Forbidden, match=r"is for eve@example.org, and you"):
-        people.join(charlie, secret, None)
+        people.accept_invitation(charlie, secret, None)
     with pytest.raises(InvalidInput, match=r"must be eve@example.org"):
         people.register(NewPersonSpec(name="F", email="fay@example.org"), OTHER, secret, None)
     eve = people.register(NewPersonSpec(name="Eve", email="EVE@example.org"), OTHER, secret, None)
@@ -361,13 +363,13 @@ def test_whoever_is_refused_an_invitation_is_on_record_with_its_team(
 ) -> None:
     row, secret = people.invite(acting(alice), InviteSpec(email="eve@example.org"))
     with pytest.raises(Forbidden):
-        people.join(charlie, secret, "192.0.2.3")
+        people.accept_invitation(charlie, secret, "192.0.2.3")
     with pytest.raises(InvalidInput):
         people.register(NewPersonSpec(name="F", email="fay@example.org"), OTHER, secret, None)
     with pytest.raises(InvalidInput):
         people.register(NewPersonSpec(name="E", email="eve@example.org"), "hunter2", secret, None)
     with pytest.raises(NotFound):
-        people.join(charlie, "no such link", None)
+        people.accept_invitation(charlie, "no such link", None)
     entries = AuditEntry.objects.filter(outcome="denied", team_id=team.pk).order_by("pk")
     assert [(e.who, e.user_id, e.action, e.object_id) for e in entries] == [
         ("charlie@example.org", charlie.pk, "member.join", row.pk),
@@ -396,7 +398,7 @@ def test_whoever_is_in_already_keeps_the_role_and_the_link_stays_good(
 ) -> None:
     _, secret = people.invite(acting(alice), InviteSpec(role=Role.ADMIN))
     with pytest.raises(Conflict, match="already, as member"):
-        people.join(bob, secret, None)
+        people.accept_invitation(bob, secret, None)
     assert people.find_invitation(secret).is_open()
     assert roles(team)["Bob"] == "member"
 

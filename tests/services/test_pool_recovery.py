@@ -45,7 +45,7 @@ def serving(cluster: Cluster) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        wait_for(cluster.answers, 60)
+        wait_for(cluster.is_ready, 60)
         yield
     finally:
         server.send_signal(signal.SIGINT)

@@ -41,7 +41,7 @@ def new_driver() -> Iterator[NewDriver]:
 def taken(new_driver: NewDriver) -> list[str]:
     """The names of the builds that free workers take, in order, until none may begin."""
     names: list[str] = []
-    while (template := queue.take(new_driver())) is not None:
+    while (template := queue.claim_next(new_driver())) is not None:
         names.append(template.name)
     return names
 
@@ -62,10 +62,10 @@ def test_teams_take_turns_and_none_has_more_than_its_plan(
         ask(other_actor, name)
     assert taken(new_driver) == ["a1", "b1", "a2", "b2"]
     third = Template.objects.get(name="a3")
-    assert queue.place(third) == queue.Place(1, "team")
+    assert queue.queue_position(third) == queue.QueuePosition(1, "team")
     services.cancel_template(actor, Template.objects.get(name="a1").pk)
     assert taken(new_driver) == ["a3"]
-    assert queue.place(Template.objects.get(name="a3")) is None
+    assert queue.queue_position(Template.objects.get(name="a3")) is None
 
 
 @pytest.mark.usefixtures("host", "at_once")
@@ -74,10 +74,10 @@ def test_each_queued_build_knows_its_place(
 ) -> None:
     mine = [ask(actor, name) for name in ("a1", "a2")]
     theirs = ask(other_actor, "b1")
-    numbers = [place.number for row in [*mine, theirs] if (place := queue.place(row))]
+    numbers = [place.number for row in [*mine, theirs] if (place := queue.queue_position(row))]
     assert numbers == [1, 3, 2]
-    assert queue.take(new_driver()) == mine[0]
-    numbers = [place.number for row in [mine[1], theirs] if (place := queue.place(row))]
+    assert queue.claim_next(new_driver()) == mine[0]
+    numbers = [place.number for row in [mine[1], theirs] if (place := queue.queue_position(row))]
     assert numbers == [2, 1]
 
 
@@ -86,10 +86,10 @@ def test_a_build_that_lost_its_driver_comes_first(
     actor: Actor, other_actor: Actor, new_driver: NewDriver
 ) -> None:
     lost = ask(actor, "a1")
-    assert queue.take("drv_1") == lost
+    assert queue.claim_next("drv_1") == lost
     ask(other_actor, "b1")
     driver = new_driver()
-    found = queue.take(driver)
+    found = queue.claim_next(driver)
     assert (found, found and found.driver) == (lost, driver)
 
 
@@ -98,7 +98,7 @@ def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: Fake
     for name in ("a1", "a2", "a3"):
         ask(actor, name)
     OrmQ.objects.all().delete()
-    assert driver.begin()
+    assert driver.start_next()
     assert Template.objects.get(name="a1").is_ready
     assert queued() == [queue.DRIVE]
     driver.drive()
@@ -108,7 +108,7 @@ def test_the_end_of_a_build_calls_a_worker_for_the_next(actor: Actor, host: Fake
 def test_a_driver_that_fails_leaves_the_build_to_another(
     actor: Actor, host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "AGAIN_SECONDS", 0)
+    monkeypatch.setattr(driver, "RETRY_SECONDS", 0)
     building = ask(actor, "a1")
     calls = 0
 
@@ -145,7 +145,7 @@ def test_takers_at_the_same_moment_keep_to_the_limit(
     drivers = [new_driver() for _ in range(6)]
 
     def take(number: int) -> None:
-        found.append(queue.take(drivers[number]))
+        found.append(queue.claim_next(drivers[number]))
         connection.close()
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]

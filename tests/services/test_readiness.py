@@ -15,7 +15,7 @@ from psycopg_pool import ConnectionPool
 
 from hostruntime.host.disk_space import DiskSpace
 from orkestr_console.http import readiness as looking
-from orkestr_console.http.readiness import Findings, Look, Readiness, is_ready
+from orkestr_console.http.readiness import Findings, Probe, Readiness, is_ready
 from tests.stack import wait_for
 
 
@@ -27,7 +27,7 @@ def hanging() -> Iterator[threading.Event]:
     event.set()
 
 
-def watching(*looks: Look) -> Readiness:
+def watching(*looks: Probe) -> Readiness:
     found = Readiness(looks)
     found.start()
     return found
@@ -36,8 +36,8 @@ def watching(*looks: Look) -> Readiness:
 def test_a_thing_that_hangs_is_silent_and_its_last_good_answer_grows_old(
     hanging: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "SILENT_SECONDS", 0.3)
-    monkeypatch.setattr(looking, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(looking, "PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(looking, "PROBE_SECONDS", 0.01)
     looks = iter([True, False])
 
     def once_and_never_again() -> Findings:
@@ -46,7 +46,7 @@ def test_a_thing_that_hangs_is_silent_and_its_last_good_answer_grows_old(
         return {"thing": None}
 
     ready = watching(
-        Look(("thing",), once_and_never_again), Look(("other",), lambda: {"other": None})
+        Probe(("thing",), once_and_never_again), Probe(("other",), lambda: {"other": None})
     )
     wait_for(lambda: ready.checks()["thing"].state == "silent", 20)
     first = ready.checks()
@@ -60,7 +60,7 @@ def test_a_thing_that_hangs_is_silent_and_its_last_good_answer_grows_old(
 
 
 def test_nothing_is_well_before_it_was_looked_at() -> None:
-    check = Look(("thing",), lambda: {"thing": None}).checks()["thing"]
+    check = Probe(("thing",), lambda: {"thing": None}).checks()["thing"]
     assert (check.state, check.age_seconds) == ("unknown", None)
 
 
@@ -68,8 +68,8 @@ def test_a_look_that_fails_tells_nothing_of_why_to_strangers() -> None:
     def broken() -> Findings:
         raise ValueError("secret")
 
-    look = Look(("thing",), broken)
-    look.once()
+    look = Probe(("thing",), broken)
+    look.run_once()
     assert "secret" not in str(look.checks()["thing"].to_wire())
     assert look.checks()["thing"].state == "failing"
 
@@ -77,38 +77,38 @@ def test_a_look_that_fails_tells_nothing_of_why_to_strangers() -> None:
 @pytest.mark.django_db(transaction=True)
 def test_an_exhausted_pool_is_noticed() -> None:
     pool: ConnectionPool = connection.pool  # type: ignore[attr-defined]
-    before = looking.look_at_database()
+    before = looking.probe_database()
     assert before["database"] is None
     held = [pool.getconn() for _ in range(pool.max_size)]
     patient, pool.timeout = pool.timeout, 0.2
     try:
-        assert looking.look_at_database()["database"] == (
+        assert looking.probe_database()["database"] == (
             "cannot be reached, or has no connection free"
         )
     finally:
         pool.timeout = patient
         for one in held:
             pool.putconn(one)
-    assert looking.look_at_database()["database"] is None
+    assert looking.probe_database()["database"] is None
 
 
 @pytest.mark.parametrize(
     ("seconds", "wrong"), [(None, "does not run"), (0.5, None), (3600.0, "does not take tasks")]
 )
 def test_a_worker_is_well_while_it_comes_round(seconds: float | None, wrong: str | None) -> None:
-    assert looking.worker_of(seconds) == wrong
+    assert looking.worker_problem(seconds) == wrong
 
 
 def test_a_disk_without_room_is_no_place_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert looking.room_at(tmp_path / "not" / "there" / "yet") is None
+    assert looking.disk_problem(tmp_path / "not" / "there" / "yet") is None
     found = DiskSpace.of(tmp_path)
     half = replace(found, free_bytes=found.reserve_bytes // 2)
     monkeypatch.setattr(DiskSpace, "of", lambda _: half)
-    assert "is short of room" in str(looking.room_at(tmp_path))
+    assert "is short of room" in str(looking.disk_problem(tmp_path))
     monkeypatch.setattr(DiskSpace, "of", lambda _: replace(half, read_only=True))
-    assert looking.room_at(tmp_path) == "cannot be written to"
+    assert looking.disk_problem(tmp_path) == "cannot be written to"
 
 
 def test_alive_asks_nobody(client: Client) -> None:
@@ -124,7 +124,7 @@ def test_ready_waits_for_nothing(
         hanging.wait()
         return {}
 
-    found = Readiness((Look(("database",), never),))
+    found = Readiness((Probe(("database",), never),))
     monkeypatch.setattr("orkestr_console.http.health.readiness", found)
     began = time.monotonic()
     answer = client.get("/readyz")
@@ -133,4 +133,4 @@ def test_ready_waits_for_nothing(
     assert answer.json()["status"] == "not_ready"
     assert set(answer.json()["checks"]["database"]) == {"state", "age_seconds", "detail"}
     assert not hanging.is_set()
-    assert time.monotonic() - began < looking.SILENT_SECONDS
+    assert time.monotonic() - began < looking.PROBE_TIMEOUT

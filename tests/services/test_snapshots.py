@@ -57,7 +57,7 @@ def test_no_two_take_the_last_place(plans: None, team: Team, host: FakeHost) -> 
         thread.join()
     assert len(taken) == 2
     assert refused == ["snapshot_cap_reached"] * 4
-    assert services.counts([team])[team.pk]["max_named_snapshots"] == 2
+    assert services.usage_counts([team])[team.pk]["max_named_snapshots"] == 2
 
 
 def test_what_no_row_names_is_set_aside_on_the_host_once_it_is_old(

@@ -11,7 +11,7 @@ from sandboxes_app import tasks
 
 AGREE = "orkestr_console.installation.services.agree"
 PASSES = {
-    "expire_due": "sandboxes_app.services.lifecycle.expire_due",
+    "expire_due": "sandboxes_app.services.lifecycle.expire_overdue",
     "note_image_bytes": "sandboxes_app.tasks.note_image_bytes",
     "settle_all": "sandboxes_app.services.settling.settle_all",
     "collect": "sandboxes_app.services.metering.collect",

@@ -13,7 +13,7 @@ from django.test import override_settings
 from orkestr_console.accounts import tokens
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Plan, Team, User
-from orkestr_console.accounts.services import actor_of_token, actor_of_user, mint_token
+from orkestr_console.accounts.services import authenticate_token, mint_token, user_actor
 from orkestr_console.core.errors import Forbidden, InsufficientScope, InvalidInput, Unauthenticated
 
 pytestmark = pytest.mark.django_db
@@ -38,7 +38,7 @@ def test_the_database_holds_nothing_a_token_could_be_made_from(team: Team) -> No
 def test_another_pepper_makes_a_stolen_database_useless(team: Team) -> None:
     _, text = mint_token(team, "CI", [READ])
     with override_settings(TOKEN_PEPPER="another"), pytest.raises(Unauthenticated):
-        actor_of_token(text, "rest", None)
+        authenticate_token(text, "rest", None)
 
 
 @pytest.mark.parametrize("scopes", [[], ["sandboxes:admin"], [READ, "x"]])
@@ -58,16 +58,16 @@ def test_an_actor_knows_its_scopes(team: Team) -> None:
 def test_the_session_chooses_the_team_among_ones_own(
     alice: User, team: Team, other_team: Team
 ) -> None:
-    assert actor_of_user(alice, other_team.id, None).team == team
+    assert user_actor(alice, other_team.id, None).team == team
     alice.memberships.create(team=other_team)
-    assert actor_of_user(alice, other_team.id, None).team == other_team
-    assert actor_of_user(alice, None, None).team == team
+    assert user_actor(alice, other_team.id, None).team == other_team
+    assert user_actor(alice, None, None).team == team
 
 
 def test_a_person_without_a_team_is_told_whom_to_ask() -> None:
     loner = User.objects.create_user("loner@example.org", "x")
     with pytest.raises(Forbidden, match="administrator"):
-        actor_of_user(loner, None, None)
+        user_actor(loner, None, None)
 
 
 def test_an_email_address_is_one_whatever_its_case(alice: User) -> None:
@@ -89,7 +89,7 @@ def test_the_demo_team_can_sign_in_and_call(tmp_path: Path) -> None:
     found = demo(tmp_path / "console.json")
     assert (tmp_path / "console.json").stat().st_mode & 0o777 == 0o600
     assert User.objects.get(email=found["user"]).check_password(found["password"])
-    actor = actor_of_token(found["api_key"], "rest", None)
+    actor = authenticate_token(found["api_key"], "rest", None)
     actor.require(WRITE)
     assert (actor.team.name, actor.team.plan_id) == (found["team"], "team") == ("Demo", "team")
 
@@ -108,15 +108,15 @@ def test_the_demo_is_made_anew_where_it_no_longer_works(tmp_path: Path) -> None:
     path.write_text("not json")
     second = demo(path)
     assert second["password"] != first["password"]
-    assert actor_of_token(second["api_key"], "rest", None).team.slug == "demo"
+    assert authenticate_token(second["api_key"], "rest", None).team.slug == "demo"
     with pytest.raises(Unauthenticated, match="revoked"):
-        actor_of_token(first["api_key"], "rest", None)
+        authenticate_token(first["api_key"], "rest", None)
 
 
 def test_mint_token_prints_the_token_and_nothing_else(team: Team) -> None:
     output = io.StringIO()
     call_command("mint_token", team="acme", scope=[READ], stdout=output)
-    assert actor_of_token(output.getvalue().strip(), "rest", None).scopes == {READ}
+    assert authenticate_token(output.getvalue().strip(), "rest", None).scopes == {READ}
 
 
 def test_mint_token_is_on_record_and_so_is_its_refusal(team: Team) -> None:

@@ -24,7 +24,7 @@ from sandboxes_app.services import metering
 from sandboxes_app.specs import SandboxSpec
 from templates_app import services as templates
 from templates_app.models import BuildEvent, Template, TemplateStatus
-from templates_app.services.record import fail
+from templates_app.services.record import mark_failed
 from templates_app.specs import TemplateSpec
 from tests.fakes.fixtures import MakeTemplate
 from tests.fakes.host import FakeHost
@@ -271,12 +271,12 @@ def test_a_finished_build_is_counted_by_its_events(make_template: MakeTemplate, 
 def test_a_failed_build_counts_over_midnight(building: Template, team: Team) -> None:
     event(building, 1, "boot", MIDNIGHT - timedelta(seconds=90))
     event(building, 2, "failed", MIDNIGHT + timedelta(seconds=30))
-    fail(building, "step_failed", "It failed.")
+    mark_failed(building, "step_failed", "It failed.")
     assert counted(team, Metric.BUILD_SECONDS) == {MONDAY: 90, TUESDAY: 30}
 
 
 def test_a_build_the_host_never_began_counts_for_nothing(building: Template, team: Team) -> None:
-    fail(building, "no_room", "There was no room.")
+    mark_failed(building, "no_room", "There was no room.")
     assert counted(team, Metric.BUILD_SECONDS) == {}
 
 
@@ -294,7 +294,7 @@ def test_deleting_a_finished_one_counts_no_more(
 ) -> None:
     event(building, 1, "boot", MIDNIGHT)
     event(building, 2, "failed", MIDNIGHT + timedelta(seconds=30))
-    fail(building, "step_failed", "It failed.")
+    mark_failed(building, "step_failed", "It failed.")
     templates.delete_template(actor, building.pk)
     assert counted(team, Metric.BUILD_SECONDS) == {TUESDAY: 30}
 
@@ -347,7 +347,7 @@ def test_a_month_has_all_its_days_and_nothing_of_others(actor: Actor, other_acto
         (other_actor.team, date(2026, 2, 1), 64.0),
     ]:
         usage.add({Key(team.pk, day, Metric.VCPU_SECONDS): amount})
-        usage.raise_to({Key(team.pk, day, Metric.IMAGE_BYTES): amount})
+        usage.raise_maximum({Key(team.pk, day, Metric.IMAGE_BYTES): amount})
     month = usage.month(actor, date(2026, 2, 1))
     assert [day.day.day for day in month.days] == list(range(1, 29))
     assert month.total(Metric.VCPU_SECONDS) == 6

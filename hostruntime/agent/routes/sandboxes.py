@@ -42,7 +42,7 @@ def _list_routes(sandboxes: SandboxManager) -> list[Route]:
         run, seq = request.query_params.get("run", ""), int(query_number(request, "after", 0))
         seconds = min(max(query_number(request, "seconds", 0.0), 0.0), _MAX_WAIT_SECONDS)
         changes = await sandboxes.changes.after(run, seq, seconds)
-        # One that was deleted meanwhile is known to be gone by its caller.
+        # Deleted ones are left out: whoever deleted them knows that they have ended.
         ids = set(changes.ids)
         changed_sandboxes = (
             sandboxes.info(item) for item in sandboxes.list() if item.request.id in ids

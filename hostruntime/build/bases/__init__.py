@@ -1,11 +1,11 @@
-"""Making the built-in bases: each once, whoever asks, and again when its definition changes.
+"""Build the built-in bases: each once, on demand, and again when its definition changes.
 
-:data:`BASES` says what they are.  :class:`BaseBuilder` makes them in the image store, the bases
-below first.  A base carries its definition's digest in its manifest; one that no longer agrees
-is made anew beside the old one, which stays for as long as something runs on it.
+:data:`BASES` defines them. :class:`BaseBuilder` builds them in the image store, parents first. A
+base has its definition's digest in its manifest; if the definition changes, the base is rebuilt,
+and the old image stays as long as something runs on it.
 
-One that could not be made is tried again by itself, after a minute and ever later; those that are
-made from it as soon as it is there.
+A failed build is retried automatically, after a minute and then at growing intervals; bases that
+depend on a failed one are built as soon as it succeeds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hostruntime.build.assembly import Assembly
 from hostruntime.build.bases import cpython
 from hostruntime.build.bases.debian import bootstrap
 from hostruntime.build.bases.definitions import (
-    ASK_NPM,
     BASES,
-    NPM_ADDRESS,
+    NPM_QUERY_RECIPE,
+    NPM_REGISTRY_FILE,
     BaseDefinition,
     definition_digest,
 )
@@ -42,7 +42,7 @@ from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
 from hostruntime.image.store import ALIASES, Image, ImageManifest
-from hostruntime.image.trees import Inventory, Measure, inventory
+from hostruntime.image.trees import Inventory, TreeSize, inventory
 from hostruntime.network.policy import DEFAULT_LIST, Policy
 from hostruntime.network.registries import Registries
 from hostruntime.wire.images import BaseInfo
@@ -54,82 +54,82 @@ _STEP_TIMEOUT = 1200.0
 _BUILD_TIMEOUT = 3600.0
 _LIMITS = Limits(cpu=2.0, memory_mb=2048)
 _COMMAND_CHARACTERS = 80
-# After a failure; twice as long after each further one.
-_AGAIN_SECONDS = 60.0
-_LONGEST_AGAIN_SECONDS = 1800.0
+# The delay after a failure; doubled after each further one.
+_RETRY_SECONDS = 60.0
+_MAX_RETRY_SECONDS = 1800.0
 _RESTRICTED = Policy("restricted")
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Making:
-    """A base being made: the messages so far and who listens."""
+class _BaseBuild:
+    """A base being built: its messages so far and its listeners."""
 
     task: asyncio.Task[Image]
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     listeners: list[Progress] = field(default_factory=list)
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def report(self, message: str) -> None:
+        self.messages.append(message)
         for listener in list(self.listeners):
             listener(message)
 
 
 class BaseBuilder:
-    """Makes the built-in bases of one host.  For one event loop."""
+    """Builds the built-in bases of one host; for use in one event loop."""
 
     def __init__(
         self,
         paths: StatePaths,
         host: Host,
         registries: Callable[[], Registries],
-        learned: Callable[[], None],
+        registries_changed: Callable[[], None],
     ) -> None:
-        """``learned`` is called when ``registries`` may answer more than before."""
+        """``registries_changed`` is called when ``registries`` may have more to return."""
         self._paths = paths
         self._host = host
         self._registries = registries
-        self._learned = learned
-        self._making: dict[str, _Making] = {}
+        self._registries_changed = registries_changed
+        self._building: dict[str, _BaseBuild] = {}
         self._failed: dict[str, str] = {}
-        # How often in a row, and when the next attempt is.
+        # The number of consecutive failures, and the timers of the next attempts.
         self._failures: Counter[str] = Counter()
-        self._again: dict[str, asyncio.TimerHandle] = {}
-        self._later: set[asyncio.Task[None]] = set()
-        self._asking = KeyedLocks()
+        self._retries: dict[str, asyncio.TimerHandle] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._locks = KeyedLocks()
 
     async def catalogue(self) -> list[BaseInfo]:
-        """Every built-in base and whether it can be used."""
+        """Return every built-in base with its state."""
         images = await in_thread(lambda: [self._ready(base) for base in BASES.values()])
-        return [self._status(*one) for one in zip(BASES.values(), images, strict=True)]
+        return [self._status(*pair) for pair in zip(BASES.values(), images, strict=True)]
 
     async def ensure(self, name: str, progress: Progress) -> Image:
-        """The base's image, made first if it is missing or out of date; ``progress`` is told how.
+        """Return the base's image; build it first, reporting ``progress``, if missing or outdated.
 
-        Any number may ask at once: it is made once, and goes on if those who asked go away.
-        Raises ImageNotFound for an unknown name, and why it could not be made as HostError.
+        Concurrent calls share one build, which continues if the callers are cancelled.
+        Raises ImageNotFound for an unknown name, HostError if the build fails.
         """
         base = BASES.get(ALIASES.get(name, name))
         if base is None:
             known = ", ".join(BASES)
             raise ImageNotFound(f"There is no built-in base {name!r}. There are: {known}.")
-        async with self._asking.holding(base.name):
-            # One at a time: whether it is there, and who makes it if it is not.
-            making = self._making.get(base.name)
-            if making is None:
+        async with self._locks.holding(base.name):
+            # One caller at a time checks whether the base exists, and starts the build if not.
+            build = self._building.get(base.name)
+            if build is None:
                 ready = await in_thread(self._ready, base)
                 if ready is not None:
                     return ready
-                making = self._making.get(base.name) or self._begin(base)
-        with _listening(making, progress):
-            return await asyncio.shield(making.task)
+                build = self._building.get(base.name) or self._start(base)
+        with _subscribed(build, progress):
+            return await asyncio.shield(build.task)
 
     async def close(self) -> None:
-        """Stop making bases; nothing half-made is left."""
-        await cancel_and_wait(*self._later)
-        for again in self._again.values():
-            again.cancel()
-        tasks = [making.task for making in self._making.values()]
+        """Stop building bases, and remove partial results."""
+        await cancel_and_wait(*self._background)
+        for retry in self._retries.values():
+            retry.cancel()
+        tasks = [build.task for build in self._building.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -140,7 +140,7 @@ class BaseBuilder:
         state = "missing"
         if image is not None:
             state = "ready"
-        elif base.name in self._making:
+        elif base.name in self._building:
             state = "building"
         elif base.name in self._failed:
             state = "failed"
@@ -161,94 +161,96 @@ class BaseBuilder:
                 return image
         return None
 
-    def _begin(self, base: BaseDefinition) -> _Making:
+    def _start(self, base: BaseDefinition) -> _BaseBuild:
         self._failed.pop(base.name, None)
-        if again := self._again.pop(base.name, None):
-            again.cancel()
-        task = asyncio.create_task(self._make(base), name=f"base {base.name}")
-        making = self._making[base.name] = _Making(task)
-        task.add_done_callback(lambda done: self._on_end(base, done))
-        return making
+        if retry := self._retries.pop(base.name, None):
+            retry.cancel()
+        task = asyncio.create_task(self._build(base), name=f"base {base.name}")
+        build = self._building[base.name] = _BaseBuild(task)
+        task.add_done_callback(lambda done: self._on_finished(base, done))
+        return build
 
-    def _on_end(self, base: BaseDefinition, task: asyncio.Task[Image]) -> None:
-        self._making.pop(base.name, None)
+    def _on_finished(self, base: BaseDefinition, task: asyncio.Task[Image]) -> None:
+        self._building.pop(base.name, None)
         if task.cancelled():
             return
         error = task.exception()
         if error is None:
             self._failures.pop(base.name, None)
-            for above in BASES.values():
-                if above.parent == base.name and above.name in self._failed:
-                    self._begin(above)
+            for child in BASES.values():
+                if child.parent == base.name and child.name in self._failed:
+                    self._start(child)
             return
-        _log.error("the base %s could not be made", base.name, exc_info=error)
+        _log.error("the base %s could not be built", base.name, exc_info=error)
         self._failed[base.name] = error.detail if isinstance(error, HostError) else str(error)
-        self._later = {task for task in self._later if not task.done()}
-        self._later.add(in_background(self._unless_below(base), f"{base.name} is not tried again"))
+        self._background = {task for task in self._background if not task.done()}
+        self._background.add(
+            in_background(self._retry_if_parent_ready(base), f"{base.name} is not tried again")
+        )
 
-    async def _unless_below(self, base: BaseDefinition) -> None:
-        """Try again by itself, unless that is for the base below to bring about."""
-        below = None if base.parent is None else BASES[base.parent]
-        if below is None or await in_thread(self._ready, below) is not None:
-            self._try_again(base)
+    async def _retry_if_parent_ready(self, base: BaseDefinition) -> None:
+        """Schedule a retry, unless the parent is missing: its success starts this one."""
+        parent = None if base.parent is None else BASES[base.parent]
+        if parent is None or await in_thread(self._ready, parent) is not None:
+            self._schedule_retry(base)
 
-    def _try_again(self, base: BaseDefinition) -> None:
-        """Later, and ever later: a mirror that is away comes back without telling us."""
-        seconds = min(_AGAIN_SECONDS * 2 ** self._failures[base.name], _LONGEST_AGAIN_SECONDS)
+    def _schedule_retry(self, base: BaseDefinition) -> None:
+        """Retry with exponential backoff: a mirror may come back at any time."""
+        seconds = min(_RETRY_SECONDS * 2 ** self._failures[base.name], _MAX_RETRY_SECONDS)
         self._failures[base.name] += 1
         loop = asyncio.get_running_loop()
-        self._again[base.name] = loop.call_later(seconds, self._begin, base)
+        self._retries[base.name] = loop.call_later(seconds, self._start, base)
 
-    async def _make(self, base: BaseDefinition) -> Image:
-        say = self._making[base.name].say
+    async def _build(self, base: BaseDefinition) -> Image:
+        report = self._building[base.name].report
         if base.parent is not None:
-            await self.ensure(base.parent, say)
-        say(f"Making {base.title}")
+            await self.ensure(base.parent, report)
+        report(f"Building {base.title}")
         if base.provider == "debian":
-            return await self._make_from_debian(base, say)
+            return await self._build_from_debian(base, report)
         if base.provider == "cpython":
-            return await self._make_with_python(base, say)
+            return await self._build_with_python(base, report)
         if base.provider == "npm":
-            return await self._make_with_npm(base, say)
-        return await self._assemble(base, base.recipe, say)
+            return await self._build_with_npm(base, report)
+        return await self._assemble(base, base.recipe, report)
 
-    async def _make_from_debian(self, base: BaseDefinition, say: Progress) -> Image:
+    async def _build_from_debian(self, base: BaseDefinition, report: Progress) -> Image:
         store = self._host.store
-        staged = await in_thread(store.staging, base.name)
-        began = time.monotonic()
+        staged = await in_thread(store.create_staging, base.name)
+        started_at = time.monotonic()
         try:
             registries = await in_thread(self._registries)
-            fresh = staged / "bootstrap"
-            await bootstrap(base, fresh, registries.apt, say)
-            found = await in_thread(_finish_tree, fresh, staged / "tree")
-            await in_thread(store.trash.discard, fresh)
-            await in_thread(store.keep_holdings, staged, None, found)
+            bootstrapped = staged / "bootstrap"
+            await bootstrap(base, bootstrapped, registries.apt, report)
+            found = await in_thread(_finish_tree, bootstrapped, staged / "tree")
+            await in_thread(store.trash.discard, bootstrapped)
+            await in_thread(store.record_inodes, staged, None, found)
             digest = await in_thread(image_digest, staged / "tree")
-            details = {"made_in_seconds": _elapsed(began)}
+            details = {"made_in_seconds": _elapsed_seconds(started_at)}
             manifest = replace(_manifest(base, found.measure(), details), digest=digest)
             image = await in_thread(store.publish, staged, manifest)
         except BaseException:
             await in_thread(store.trash.discard, staged)
             raise
-        say(_published(image))
+        report(_ready_message(image))
         return image
 
-    async def _make_with_python(self, base: BaseDefinition, say: Progress) -> Image:
-        """Try one CPython after the other until one works inside."""
+    async def _build_with_python(self, base: BaseDefinition, report: Progress) -> Image:
+        """Try one CPython after the other until one works in the image."""
         reasons: list[str] = []
         fetched = self._paths.staging / f"{base.name}-uv"
         try:
-            async for prefix in self._pythons(fetched, reasons, say):
+            async for prefix in self._pythons(fetched, reasons, report):
                 try:
                     tree = await in_thread(cpython.inspect, prefix)
-                    say(f"Trying the CPython in {prefix}")
+                    report(f"Trying the CPython in {prefix}")
                     recipe = tuple(
                         step.replace("{packages}", " ".join(tree.packages)) for step in base.recipe
                     )
-                    return await self._assemble(base, recipe, say, tree)
-                except (BuildFailed, cpython.PythonUnfit) as error:
+                    return await self._assemble(base, recipe, report, tree)
+                except (BuildFailed, cpython.UnsuitablePython) as error:
                     reasons.append(f"{prefix}: {error.detail}")
-                    say(f"It cannot be used: {error.detail}")
+                    report(f"It cannot be used: {error.detail}")
         finally:
             await in_thread(self._host.store.trash.discard, fetched)
         raise HostUnavailable(
@@ -257,32 +259,32 @@ class BaseBuilder:
             + "; ".join(reasons)
         )
 
-    async def _make_with_npm(self, base: BaseDefinition, say: Progress) -> Image:
-        """Make it from npm's registry; a host that has no npm is told by Debian's which that is."""
+    async def _build_with_npm(self, base: BaseDefinition, report: Progress) -> Image:
+        """Build from npm's registry; if the host has no npm, Debian's tells which that is."""
         registries = await in_thread(self._registries)
         if registries.npm is not None:
-            return await self._assemble(base, base.recipe, say)
-        say("Asking Debian's npm for its registry")
-        asking = replace(base, name=f"{base.name}-registry")
+            return await self._assemble(base, base.recipe, report)
+        report("Asking Debian's npm for its registry")
+        query = replace(base, name=f"{base.name}-registry")
         store = self._host.store
         try:
-            asked = await self._assemble(asking, ASK_NPM, lambda _: None)
-            address = (await in_thread((asked.tree / NPM_ADDRESS).read_text)).strip()
+            image = await self._assemble(query, NPM_QUERY_RECIPE, lambda _: None)
+            address = (await in_thread((image.tree / NPM_REGISTRY_FILE).read_text)).strip()
         finally:
-            await in_thread(store.delete, asking.name)
+            await in_thread(store.delete, query.name)
         domain = urlsplit(address).hostname or ""
         policy = Policy.parse("restricted", [DEFAULT_LIST, domain])
-        image = await self._assemble(base, base.recipe, say, policy=policy)
-        # The new base has an npm that can be asked from now on.
-        await in_thread(self._learned)
+        image = await self._assemble(base, base.recipe, report, policy=policy)
+        # From now on the new base's npm can be queried.
+        await in_thread(self._registries_changed)
         return image
 
-    async def _pythons(self, fetched: Path, reasons: list[str], say: Progress) -> Any:
-        for prefix in await in_thread(lambda: list(cpython.found_on_host())):
+    async def _pythons(self, fetched: Path, reasons: list[str], report: Progress) -> Any:
+        for prefix in await in_thread(lambda: list(cpython.find_on_host())):
             yield prefix
-        say("Fetching a CPython with uv")
+        report("Installing a CPython with uv")
         try:
-            yield await in_thread(cpython.installed_by_uv, fetched)
+            yield await in_thread(cpython.install_with_uv, fetched)
         except HostError as error:
             reasons.append(error.detail)
 
@@ -290,7 +292,7 @@ class BaseBuilder:
         self,
         base: BaseDefinition,
         recipe: tuple[str, ...],
-        say: Progress,
+        report: Progress,
         python: cpython.PythonTree | None = None,
         policy: Policy = _RESTRICTED,
     ) -> Image:
@@ -306,67 +308,67 @@ class BaseBuilder:
             step_timeout=scaled(_STEP_TIMEOUT),
             build_timeout=scaled(_BUILD_TIMEOUT),
             directory=self._paths.builds / base.name,
-            provide=partial(cpython.provide, python) if python else None,
+            provide=partial(cpython.install, python) if python else None,
             definition=definition_digest(base),
             details=details,
         )
         try:
-            image = (await Assembly(self._host, plan, partial(_tell, say)).run()).image
+            image = (await Assembly(self._host, plan, partial(_report_event, report)).run()).image
         finally:
             await in_thread(self._host.store.trash.discard, plan.directory)
-        say(_published(image))
+        report(_ready_message(image))
         return image
 
 
 @contextlib.contextmanager
-def _listening(making: _Making, progress: Progress) -> Iterator[None]:
-    for message in making.said:
+def _subscribed(build: _BaseBuild, progress: Progress) -> Iterator[None]:
+    for message in build.messages:
         progress(message)
-    making.listeners.append(progress)
+    build.listeners.append(progress)
     try:
         yield
     finally:
-        making.listeners.remove(progress)
+        build.listeners.remove(progress)
 
 
-def _finish_tree(fresh: Path, tree: Path) -> Inventory:
-    """What a template's capture does, over nothing: devices out, mount points in, scrubbed."""
-    nothing = fresh.with_name("nothing")
-    nothing.mkdir()
-    capture(nothing, fresh, tree)
-    nothing.rmdir()
+def _finish_tree(bootstrapped: Path, tree: Path) -> Inventory:
+    """Capture over an empty base: omit devices, add mount points, scrub."""
+    empty = bootstrapped.with_name("nothing")
+    empty.mkdir()
+    capture(empty, bootstrapped, tree)
+    empty.rmdir()
     scrub(tree)
     return inventory(tree)
 
 
-def _manifest(base: BaseDefinition, measured: Measure, details: dict[str, Any]) -> ImageManifest:
+def _manifest(base: BaseDefinition, size: TreeSize, details: dict[str, Any]) -> ImageManifest:
     return ImageManifest(
         id=base.name,
         kind="base",
         base=base.parent,
         created_at=time.time(),
-        size_bytes=measured.size_bytes,
-        file_count=measured.file_count,
-        shared_bytes=measured.shared_bytes,
+        size_bytes=size.size_bytes,
+        file_count=size.file_count,
+        shared_bytes=size.shared_bytes,
         definition=definition_digest(base),
         details=details,
     )
 
 
-def _tell(say: Progress, kind: str, /, **fields: Any) -> None:
-    """An assembly's events in words."""
+def _report_event(report: Progress, kind: str, /, **fields: Any) -> None:
+    """Report an assembly's events as text."""
     if kind == "step_started":
         command = str(fields["command"])
         short = command[:_COMMAND_CHARACTERS] + ("…" if len(command) > _COMMAND_CHARACTERS else "")
-        say(f"Step {fields['step']} of {fields['total']}: {short}")
+        report(f"Step {fields['step']} of {fields['total']}: {short}")
     elif kind == "capture":
-        say(f"Captured {fields['file_count']:,} files in {fields['duration_ms']} ms")
+        report(f"Captured {fields['file_count']:,} files in {fields['duration_ms']} ms")
 
 
-def _published(image: Image) -> str:
+def _ready_message(image: Image) -> str:
     megabytes = image.manifest.size_bytes / 1_000_000
     return f"{image.id} is ready: {megabytes:,.0f} MB, {image.manifest.file_count:,} files"
 
 
-def _elapsed(began: float) -> float:
-    return round(time.monotonic() - began, 1)
+def _elapsed_seconds(started_at: float) -> float:
+    return round(time.monotonic() - started_at, 1)

@@ -1,8 +1,8 @@
-"""Where a CPython 3.12 for the Python bases comes from, and how it is moved to /usr/local.
+"""Find a CPython 3.12 for the Python bases, and relocate it to /usr/local.
 
-In order: what the operator names in ``ORKESTR_PYTHON312``, the interpreter the agent runs on,
-pyenv's, uv's, ``/usr/local`` and ``/opt``, and at last one that ``uv python install`` fetches.
-Whether one works in the image (it may need a newer C library) is found out there, by running it.
+Candidates, in order: the one named in ``ORKESTR_PYTHON312``, the interpreter the agent runs on,
+pyenv's, uv's, ``/usr/local`` and ``/opt``, and finally one downloaded by ``uv python install``.
+Whether one works in the image (it may need a newer C library) is checked there, by running it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXECUTABLE = f"python{VERSION}"
 _LIBRARY = f"lib/python{VERSION}"
 _UV_TIMEOUT = 600.0
 # Not needed at run time, or needing X11.
-_LEFT_OUT = frozenset(
+_EXCLUDED = frozenset(
     {
         "__pycache__",
         "EXTERNALLY-MANAGED",
@@ -38,7 +38,7 @@ _LEFT_OUT = frozenset(
         "turtledemo",
     }
 )
-_LEFT_OUT_PATTERN = re.compile(r"_tkinter\..*|.*\.a|_test.*\.so|_ctypes_test.*\.so|xxlimited.*\.so")
+_EXCLUDED_PATTERN = re.compile(r"_tkinter\..*|.*\.a|_test.*\.so|_ctypes_test.*\.so|xxlimited.*\.so")
 # Debian 12's package of each library that CPython's own extension modules link to.
 _PACKAGES: Mapping[str, str] = {
     "libbz2.so.1.0": "libbz2-1.0",
@@ -67,21 +67,21 @@ _PACKAGES: Mapping[str, str] = {
     "libuuid.so.1": "libuuid1",
     "libz.so.1": "zlib1g",
 }
-# What python-build-standalone (uv's source) is built with and for, where uv left it so.
+# The install prefix and compiler of python-build-standalone (uv's source), unless uv patched them.
 _STANDALONE_PREFIX = re.compile(r"(?<![\w/])/install(?=[/'\" ]|$)", re.MULTILINE)
 _CLANG = re.compile(r"(?<![\w-])clang(?=[' ])")
 _LDD_LINE = re.compile(r"\s*(\S+) => (\S.*?) \(0x[0-9a-f]+\)")
 
 
-class PythonUnfit(HostFault):
-    """A CPython tree that cannot be used; the text says why."""
+class UnsuitablePython(HostFault):
+    """A CPython tree that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class PythonTree:
     """A CPython 3.12 on the host: its prefix, and what it links to.
 
-    ``libraries`` are shared libraries of its own, copied along; ``packages`` are Debian's.
+    ``libraries`` are its own shared libraries, to be copied; ``packages`` are Debian packages.
     """
 
     prefix: Path
@@ -89,8 +89,8 @@ class PythonTree:
     libraries: tuple[Path, ...]
 
 
-def found_on_host(environment: Mapping[str, str] = os.environ) -> Iterator[Path]:
-    """Prefixes that hold a CPython 3.12, the most wanted first, each once."""
+def find_on_host(environment: Mapping[str, str] = os.environ) -> Iterator[Path]:
+    """Yield prefixes that contain a CPython 3.12, in order of preference, without duplicates."""
     seen: set[Path] = set()
     for prefix in _candidates(environment):
         resolved = prefix.resolve()
@@ -107,17 +107,17 @@ def _candidates(environment: Mapping[str, str]) -> Iterator[Path]:
     yield Path(sys.base_prefix)
     homes = [Path("/root"), *sorted(Path("/home").glob("*"))]
     pyenvs = [environment.get("PYENV_ROOT"), *(home / ".pyenv" for home in homes)]
-    yield from _newest_below(pyenvs, f"versions/{VERSION}*")
+    yield from _newest_first(pyenvs, f"versions/{VERSION}*")
     uvs = [
         environment.get("UV_PYTHON_INSTALL_DIR"),
         *(home / ".local/share/uv/python" for home in homes),
     ]
-    yield from _newest_below(uvs, f"cpython-{VERSION}*")
+    yield from _newest_first(uvs, f"cpython-{VERSION}*")
     yield Path("/usr/local")
-    yield from _newest_below(["/opt"], "*")
+    yield from _newest_first(["/opt"], "*")
 
 
-def _newest_below(roots: Iterable[str | Path | None], pattern: str) -> Iterator[Path]:
+def _newest_first(roots: Iterable[str | Path | None], pattern: str) -> Iterator[Path]:
     for root in roots:
         if root is not None:
             yield from sorted(Path(root).glob(pattern), key=_version_key, reverse=True)
@@ -127,33 +127,33 @@ def _version_key(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
-def installed_by_uv(directory: Path) -> Path:
-    """Let uv fetch a CPython 3.12 into ``directory``; return its prefix.  Raises HostFault."""
+def install_with_uv(directory: Path) -> Path:
+    """Install a CPython 3.12 into ``directory`` with uv; return its prefix.  Raises HostFault."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
-        raise PythonUnfit("uv, which could fetch one, is not installed")
+        raise UnsuitablePython("uv, which could install one, is missing")
     passed = {name: value for name, value in os.environ.items() if name.startswith(("UV_", "SSL_"))}
     command = [uv, "python", "install", "--no-bin", "--install-dir", str(directory), VERSION]
     run(command, env=passed, timeout=_UV_TIMEOUT)
-    for prefix in _newest_below([directory], f"cpython-{VERSION}*"):
+    for prefix in _newest_first([directory], f"cpython-{VERSION}*"):
         return prefix.resolve()
-    raise PythonUnfit("uv said it installed one, but it is not there")
+    raise UnsuitablePython("uv reported success, but installed nothing")
 
 
 def inspect(prefix: Path) -> PythonTree:
-    """Find what a CPython tree needs.  Raises PythonUnfit."""
+    """Find what a CPython tree needs.  Raises UnsuitablePython."""
     header = prefix / f"include/python{VERSION}/Python.h"
     if not header.is_file():
-        raise PythonUnfit(f"{header} is missing, so no C extension could be built")
+        raise UnsuitablePython(f"{header} is missing, so no C extension could be built")
     packages: set[str] = {"netbase", "tzdata"}
     libraries: dict[str, Path] = {}
-    for name, path in _linked(_binaries(prefix)):
+    for name, path in _linked_libraries(_binaries(prefix)):
         if path.is_relative_to(prefix) or path.is_relative_to("/usr/local"):
             libraries[name] = path
         elif name in _PACKAGES:
             packages.add(_PACKAGES[name])
-        # Anything else is the C library's, or comes along with one of these packages: ldd goes
-        # all the way down.  What should still be missing shows when the modules are loaded inside.
+        # Anything else belongs to the C library, or is a dependency of one of these packages: ldd
+        # is recursive. If something is still missing, loading the modules in the image fails.
     own = tuple(
         path for name, path in sorted(libraries.items()) if not name.startswith("libpython")
     )
@@ -161,24 +161,26 @@ def inspect(prefix: Path) -> PythonTree:
 
 
 def _binaries(prefix: Path) -> list[Path]:
-    modules = [path for path in prefix.glob(f"{_LIBRARY}/lib-dynload/*.so") if not _left_out(path)]
+    modules = [
+        path for path in prefix.glob(f"{_LIBRARY}/lib-dynload/*.so") if not _is_excluded(path)
+    ]
     return [prefix / "bin" / _EXECUTABLE, *sorted(modules), *prefix.glob("lib/libpython3*.so*")]
 
 
-def _linked(binaries: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+def _linked_libraries(binaries: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     try:
         listing = run(["ldd", *map(str, binaries)], timeout=60.0, check=False).text
     except CommandFailed as error:
-        raise PythonUnfit(error.detail) from error
+        raise UnsuitablePython(error.detail) from error
     for line in listing.splitlines():
         if "=> not found" in line:
-            raise PythonUnfit(f"it links to {line.split()[0]}, which this host does not have")
+            raise UnsuitablePython(f"it links to {line.split()[0]}, which this host does not have")
         if found := _LDD_LINE.match(line):
             yield found[1], Path(found[2]).resolve()
 
 
-def provide(tree: PythonTree, layer: Path) -> None:
-    """Copy a CPython tree to ``usr/local`` of a writable layer and make it at home there."""
+def install(tree: PythonTree, layer: Path) -> None:
+    """Copy a CPython tree to ``usr/local`` of a writable layer and adapt it to that prefix."""
     target = layer / TARGET
     for directory in ("bin", "lib/pkgconfig", "include"):
         (target / directory).mkdir(parents=True)
@@ -196,19 +198,19 @@ def provide(tree: PythonTree, layer: Path) -> None:
         shutil.copy2(description, target / "lib/pkgconfig", follow_symlinks=False)
     _strip(target)
     _rewrite_prefix(target, str(tree.prefix))
-    _own_by_root(layer)
+    _chown_to_root(layer)
 
 
 def _ignored(_: str, names: list[str]) -> set[str]:
-    return {name for name in names if _left_out(Path(name))}
+    return {name for name in names if _is_excluded(Path(name))}
 
 
-def _left_out(path: Path) -> bool:
-    return path.name in _LEFT_OUT or _LEFT_OUT_PATTERN.fullmatch(path.name) is not None
+def _is_excluded(path: Path) -> bool:
+    return path.name in _EXCLUDED or _EXCLUDED_PATTERN.fullmatch(path.name) is not None
 
 
 def _strip(target: Path) -> None:
-    """Drop debugging information, most of a self-compiled Python, where the host has strip(1)."""
+    """Strip debug symbols, most of a self-compiled Python's size, if the host has strip(1)."""
     if shutil.which("strip") is None:
         return
     found = [*target.glob("bin/*"), *target.glob("lib/*.so*"), *target.glob(f"{_LIBRARY}/**/*.so")]
@@ -222,7 +224,7 @@ def _is_elf(path: Path) -> bool:
 
 
 def _rewrite_prefix(target: Path, prefix: str) -> None:
-    """Let what tells a compiler where Python is say /usr/local, and call the compiler cc."""
+    """Set the prefix in build configuration files to /usr/local, and the compiler to cc."""
     library = target / _LIBRARY
     texts = [
         target / "bin" / f"{_EXECUTABLE}-config",
@@ -238,7 +240,7 @@ def _rewrite_prefix(target: Path, prefix: str) -> None:
             path.write_text(_CLANG.sub("cc", text))
 
 
-def _own_by_root(layer: Path) -> None:
+def _chown_to_root(layer: Path) -> None:
     for directory, names, files in os.walk(layer):
         for path in (Path(directory, name) for name in (".", *names, *files)):
             os.chown(path, 0, 0, follow_symlinks=False)

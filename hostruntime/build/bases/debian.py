@@ -1,7 +1,7 @@
-"""The first base: Debian itself, by mmdebstrap(1), from the mirror the host uses.
+"""The root base: Debian itself, bootstrapped by mmdebstrap(1) from the host's mirror.
 
-The bootstrap runs in namespaces of its own and dies with the agent, so an interrupted one leaves
-no mount and no process.
+The bootstrap runs in its own namespaces and is killed when the agent dies, so an interrupted one
+leaves no mounts or processes behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hostruntime.host.run import Process, spawn
 from hostruntime.host.tasks import in_thread
 from hostruntime.network.registries import AptSource
 
-# It downloads, and may wait for a mirror.
+# It downloads, so it may have to wait for a mirror.
 _IDLE_SECONDS = 300.0
 _POLL_SECONDS = 0.2
 _LOG_TAIL = 2000
@@ -43,31 +43,33 @@ async def bootstrap(
 ) -> None:
     """Fill ``target`` (a directory that does not exist yet) with a Debian system.
 
-    Raises HostUnavailable without mmdebstrap, HostFault when it fails, in one sentence: all that it
-    said goes to the agent's log.  Cancelling ends it.
+    Raises HostUnavailable without mmdebstrap, HostFault with a one-sentence reason if it fails; its
+    full output goes to the agent's log. Cancelling kills it.
     """
     log = target.with_name(f"{target.name}.log")
-    process = await in_thread(_begin, base, target, sources, log)
-    said = _Log(log)
-    patience = Patience(_IDLE_SECONDS, lambda: process_tree(process.pid), marker=lambda: said.size)
+    process = await in_thread(_start, base, target, sources, log)
+    output = _Log(log)
+    patience = Patience(
+        _IDLE_SECONDS, lambda: process_tree(process.pid), marker=lambda: output.size
+    )
     try:
         async with patience:
-            await _watched(process, said, progress)
+            await _watch(process, output, progress)
     except TimeoutError:
-        _log.error("mmdebstrap was ended; it said: %s", await in_thread(_tail, log))
+        _log.error("mmdebstrap was killed; its output: %s", await in_thread(_tail, log))
         raise HostFault(
             f"Debian could not be fetched: mmdebstrap {patience.reason}. Check whether this "
             "machine's apt sources answer."
         ) from None
     finally:
-        await in_thread(_end, process)
+        await in_thread(_kill, process)
     await in_thread(_finish, base, target, process, log, bool(sources))
 
 
-def _begin(base: BaseDefinition, target: Path, sources: Sequence[AptSource], log: Path) -> Process:
+def _start(base: BaseDefinition, target: Path, sources: Sequence[AptSource], log: Path) -> Process:
     if shutil.which("mmdebstrap") is None:
         raise HostUnavailable("mmdebstrap is not installed; run `apt-get install mmdebstrap`.")
-    return spawn(_confined(_command(base, target, sources)), log=log)
+    return spawn(_isolated(_command(base, target, sources)), log=log)
 
 
 def _finish(
@@ -75,19 +77,19 @@ def _finish(
     target: Path,
     process: Process,
     log: Path,
-    named: bool,
+    has_sources: bool,
 ) -> None:
     if process.returncode != 0:
-        _log.error("mmdebstrap failed; it said: %s", _tail(log))
-        raise HostFault(reason_in(log.read_text(errors="replace")))
-    if named:
-        # A container is told of the mirrors of the host it runs on.
+        _log.error("mmdebstrap failed; its output: %s", _tail(log))
+        raise HostFault(failure_reason(log.read_text(errors="replace")))
+    if has_sources:
+        # Each container gets the mirrors of the host it runs on.
         (target / "etc/apt/sources.list").write_bytes(PLACEHOLDER + b"\n")
-    _add(base, target)
+    _add_files(base, target)
     log.unlink()
 
 
-def _add(base: BaseDefinition, target: Path) -> None:
+def _add_files(base: BaseDefinition, target: Path) -> None:
     for directory in base.directories:
         (target / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
     for name, mode, text in base.files:
@@ -97,7 +99,7 @@ def _add(base: BaseDefinition, target: Path) -> None:
 
 def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -> list[str]:
     options = [f"--dpkgopt={option}" for option in base.dpkg_options]
-    options += [f"--essential-hook={_answered(answer)}" for answer in base.debconf]
+    options += [f"--essential-hook={_preseed_hook(answer)}" for answer in base.debconf]
     if _KEYRING.is_file():
         options.append(f"--keyring={_KEYRING}")
     return [
@@ -108,21 +110,21 @@ def _command(base: BaseDefinition, target: Path, sources: Sequence[AptSource]) -
         *options,
         DEBIAN_SUITE,
         str(target),
-        # None of them: mmdebstrap then goes where it goes by itself.
+        # Without any, mmdebstrap uses its default mirror.
         *(
-            f"deb {source.site} {DEBIAN_SUITE}{source.ending} {source.component}"
+            f"deb {source.site} {DEBIAN_SUITE}{source.suffix} {source.component}"
             for source in sources
         ),
     ]
 
 
-def _answered(answer: str) -> str:
-    """A shell command that answers a question before its package asks (mmdebstrap(1), HOOKS)."""
+def _preseed_hook(answer: str) -> str:
+    """Return a shell command that preseeds a debconf answer (mmdebstrap(1), HOOKS)."""
     return f'printf "%s\\n" {shlex.quote(answer)} | chroot "$1" debconf-set-selections'
 
 
-def _confined(command: Sequence[str]) -> list[str]:
-    """In its own mount and pid namespaces, killed with all it started when we die."""
+def _isolated(command: Sequence[str]) -> list[str]:
+    """Run in new mount and pid namespaces, killed with all its children when the agent dies."""
     return [
         *("setpriv", "--pdeathsig=KILL", "--"),
         *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
@@ -132,42 +134,42 @@ def _confined(command: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Log:
-    """What a program writes to its log, a piece at a time; ``size`` is how long it was seen."""
+    """Reads a program's log incrementally; ``size`` is its length when last read."""
 
     path: Path
     size: int = 0
     _read: int = 0
 
-    def more(self) -> list[str]:
-        """The whole lines that have been added.  Blocks; raises OSError."""
+    def read_new_lines(self) -> list[str]:
+        """Return the complete lines added since the last call.  Blocks; raises OSError."""
         with self.path.open("rb") as file:
             file.seek(self._read)
             data = file.read()
         self.size = self._read + len(data)
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return whole.decode(errors="replace").splitlines()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._read += len(complete)
+        return complete.decode(errors="replace").splitlines()
 
 
-async def _watched(process: Process, log: _Log, progress: Callable[[str], None]) -> None:
+async def _watch(process: Process, log: _Log, progress: Callable[[str], None]) -> None:
     while True:
-        ended = process.poll() is not None
-        for line in await in_thread(log.more):
+        exited = process.poll() is not None
+        for line in await in_thread(log.read_new_lines):
             if line.startswith("I: "):
                 progress(line.removeprefix("I: ").strip())
-        if ended:
+        if exited:
             return
         await asyncio.sleep(_POLL_SECONDS)
 
 
-def _end(process: Process) -> None:
+def _kill(process: Process) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def reason_in(log: str) -> str:
-    """Why mmdebstrap failed, from what it and apt-get(8) said, as sentences."""
+def failure_reason(log: str) -> str:
+    """Return why mmdebstrap failed, in sentences, from its output and apt-get(8)'s."""
     if found := _NOT_FETCHED.search(log):
         address, why = found.groups()
         return (
@@ -176,7 +178,7 @@ def reason_in(log: str) -> str:
         )
     errors = [line.removeprefix("E: ") for line in log.splitlines() if line.startswith("E: ")]
     last = errors[0] if errors else "it did not say why"
-    return f"Debian could not be bootstrapped: {last}. The agent's log has all that was said."
+    return f"Debian could not be bootstrapped: {last}. The agent's log has the full output."
 
 
 def _tail(log: Path) -> str:

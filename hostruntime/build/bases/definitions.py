@@ -1,8 +1,8 @@
 """The built-in base images, as data.
 
-A base is a recipe over another base, made by the same code as a template; the first of them
-comes from Debian itself.  Changing anything here changes the definition's digest, and the base
-(with those over it) is made anew where it is next asked for.
+A base is a recipe over another base, built by the same code as a template; the first of them is
+Debian itself. Changing anything here changes the definition's digest, and the base (with those
+built on it) is rebuilt when it is next requested.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ DEBIAN_SUITE = "bookworm"
 
 @dataclass(frozen=True)
 class BaseDefinition:
-    """One base.  ``provider`` names the code that brings what no recipe can fetch.
+    """One base. ``provider`` selects the code that supplies what a recipe cannot download.
 
-    ``packages`` are Debian's, installed by mmdebstrap with ``dpkg_options`` (dpkg.cfg's) and with
-    the answers ``debconf`` (debconf-set-selections(1)); ``directories`` are made, and ``files``
-    written (path, mode, text), over that.  Recipe steps may contain ``{packages}`` where the
-    provider says which more are needed.
+    ``packages`` are Debian packages, installed by mmdebstrap with ``dpkg_options`` (dpkg.cfg(5))
+    and the answers ``debconf`` (debconf-set-selections(1)); then ``directories`` are created and
+    ``files`` written (path, mode, text). In recipe steps, ``{packages}`` is replaced by the
+    packages that the provider requires.
     """
 
     name: str
@@ -41,19 +41,19 @@ class BaseDefinition:
 
 _APT_INSTALL = "apt-get update && apt-get install -y --no-install-recommends"
 
-# Over the minimal system: what recipes and agents reach for without thinking, and what programs
-# that come from elsewhere than Debian expect of every machine.
+# In addition to the minimal system: common tools of recipes and agents, and what programs from
+# outside Debian expect on every machine.
 _DEBIAN_PACKAGES = (
-    # To fetch, to check and add the keys of other repositories, to unpack, to look around.
+    # To download, to add the keys of other repositories, to unpack, to inspect the system.
     *("ca-certificates", "curl", "wget", "git", "openssh-client", "gnupg"),
     *("bzip2", "unzip", "xz-utils", "less", "procps"),
-    # Install scripts ask which Debian this is, become another user, and want a UTF-8 locale with
-    # a language; getprotobyname(3) and getservbyname(3) want their tables.
+    # Install scripts query the Debian release, switch users, and need a UTF-8 locale with a
+    # language; getprotobyname(3) and getservbyname(3) need their tables.
     *("lsb-release", "sudo", "locales", "netbase"),
     # Node's binaries, which Playwright brings too, are linked to it.
     "libatomic1",
 )
-# Manuals and translations are of no use in a sandbox; licences stay.  apt inside keeps to it.
+# Manuals and translations are useless in a sandbox; licences stay. This also applies to apt inside.
 _DPKG_OPTIONS = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/info/*",
@@ -67,7 +67,7 @@ _DEBIAN_FILES = (
     # There is no init in a container: packages must not try to start their daemons
     # (invoke-rc.d(8), and Debian's policy-rc.d interface).
     ("usr/sbin/policy-rc.d", 0o755, "#!/bin/sh\nexit 101\n"),
-    # The first would be in mmdebstrap's way; the second keeps progress bars out of build logs.
+    # The first would interfere with mmdebstrap; the second keeps progress bars out of build logs.
     (
         "etc/apt/apt.conf.d/70orkestr",
         0o644,
@@ -75,7 +75,7 @@ _DEBIAN_FILES = (
     ),
 )
 
-# Finds a library that is missing, or too old, before a person's recipe does.
+# Detects a missing or outdated library before a user's recipe does.
 _LOAD_EVERY_MODULE = (
     "import importlib, pathlib, sysconfig; "
     'built = pathlib.Path(sysconfig.get_path("stdlib"), "lib-dynload").glob("*.so"); '
@@ -92,8 +92,8 @@ _DEFINITIONS = (
         packages=_DEBIAN_PACKAGES,
         dpkg_options=_DPKG_OPTIONS,
         debconf=("locales locales/locales_to_be_generated multiselect en_US.UTF-8 UTF-8",),
-        # Left out by the options above, but update-alternatives(1) links into them, and no JRE
-        # installs without.
+        # Excluded by the options above, but update-alternatives(1) links into them, and no JRE
+        # installs without them.
         directories=tuple(f"usr/share/man/man{section}" for section in range(1, 10)),
         files=_DEBIAN_FILES,
     ),
@@ -117,8 +117,8 @@ _DEFINITIONS = (
         title="Python 3.12",
         description="CPython 3.12 with pip and common libraries (requests, httpx, PyYAML, …).",
         parent="python-3.12-bare",
-        # Small, pure or nearly so, and in nearly every script: HTTP, configuration, dates, HTML,
-        # text.  The numeric stack is left to templates, which is what templates are for.
+        # Small, mostly pure Python and commonly used: HTTP, configuration, dates, HTML, text. The
+        # numeric stack is left to templates.
         recipe=(
             "pip install requests httpx pyyaml python-dateutil beautifulsoup4 jinja2 tabulate tqdm",
             "python -c 'import requests, httpx, yaml, dateutil, bs4, jinja2, tabulate, tqdm'",
@@ -130,16 +130,16 @@ _DEFINITIONS = (
         description="Node.js 22 with npm and corepack on Debian 12.",
         parent="debian-12",
         provider="npm",
-        # Debian's own npm fetches the registry's Node binaries and current npm, and goes again.
-        # The binary has to be in /usr/local/bin itself: npm's global prefix is two above it.
+        # Debian's npm installs the registry's Node binaries and current npm, and is then removed.
+        # The binary must be in /usr/local/bin itself: npm's global prefix is two levels above it.
         recipe=(
             f"{_APT_INSTALL} npm",
             'npm install --no-save --prefix /tmp/node "node-linux-$(node -p process.arch)@22" && '
             "npm install --global --prefix /usr/local npm@10 corepack && "
             "cp -R --no-preserve=ownership /tmp/node/node_modules/node-linux-*/bin "
             "/tmp/node/node_modules/node-linux-*/include /usr/local/",
-            # Node 22 comes with corepack alone.  What the package brings beside it would be in the
-            # way of `npm install -g yarn`, until somebody asks for it.
+            # Node 22 ships corepack with its shims disabled: enabled, they would break
+            # `npm install -g yarn`.
             "apt-get purge -y --auto-remove npm nodejs && hash -r && corepack disable && "
             "! command -v yarn && ! command -v pnpm && "
             'test /usr/local = "$(npm prefix --global)" && node --version && npm --version',
@@ -147,15 +147,15 @@ _DEFINITIONS = (
     ),
 )
 
-# What a host that has no npm learns from: the registry that Debian's own is made for.
-NPM_ADDRESS = "root/npm-registry"
-ASK_NPM = (f"{_APT_INSTALL} npm", f"npm config get registry >/{NPM_ADDRESS}")
+# For a host without npm: ask Debian's npm for its default registry.
+NPM_REGISTRY_FILE = "root/npm-registry"
+NPM_QUERY_RECIPE = (f"{_APT_INSTALL} npm", f"npm config get registry >/{NPM_REGISTRY_FILE}")
 
 BASES: Mapping[str, BaseDefinition] = {base.name: base for base in _DEFINITIONS}
 
 
 def definition_digest(base: BaseDefinition) -> str:
-    """Identifies a base's definition and those of all bases below it (hexadecimal)."""
+    """Return a digest (hexadecimal) of a base's definition and those of all bases below it."""
     parent = BASES[base.parent] if base.parent is not None else None
     below = definition_digest(parent) if parent is not None else DEBIAN_SUITE
     record = json.dumps([below, asdict(base)], sort_keys=True)

@@ -1,8 +1,8 @@
-"""What the scrub removes, as data: for each tool what that tool itself calls disposable.
+"""What the scrub removes, as data: for each tool, what the tool itself considers disposable.
 
-A cache may go where its tool has a command that clears it and works on without; what a tool keeps
-beside it and *runs from* (environments, stores that packages are linked from, models, browsers,
-offline repositories) is no cache, whatever the directory is called, and has no rule here:
+A cache may be removed if its tool has a command that clears it, and works without it. What a tool
+*runs from* (environments, stores that packages are linked from, models, browsers, offline
+repositories) is not a cache, whatever the directory is called, and has no rule here:
 Poetry's ``virtualenvs``, npm's ``_npx``, pnpm's ``dlx`` and store, ``~/.m2``, Gradle, Cargo, Go,
 Deno, Coursier, NuGet's packages, renv, ``~/.cache/huggingface``, ``~/.cache/ms-playwright`` …
 """
@@ -19,40 +19,40 @@ _HOMES = ("root", "home/*")
 
 @dataclass(frozen=True)
 class Rule:
-    """In each directory that matches one of ``where``, deal with the names that match ``names``.
+    """Apply ``action`` to the entries that match ``names`` in each of ``directories``.
 
-    ``what`` says in a few words what that is; several rules may share it.  The actions:
+    ``label`` describes what is removed; several rules may share it.  The actions:
 
-    * ``remove`` unlinks files and whole directories;
-    * ``remove_files`` unlinks the regular files in there, at any depth, and leaves directories,
-      which a service may need and be unable to make, and links;
-    * ``unlink`` unlinks what is no directory;
-    * ``empty`` keeps each file's name, owner and mode (a daemon may be able to write its log but
-      not to create it), directories included;
-    * ``blank`` puts an empty file in the place of whatever has the name;
+    * ``remove`` removes files and complete directories;
+    * ``remove_files`` unlinks regular files at any depth, but keeps links, and directories, which
+      a service may need and be unable to create;
+    * ``unlink`` unlinks anything that is not a directory;
+    * ``empty`` truncates files, recursively, keeping their name, owner and mode (a daemon may be
+      able to write its log but not to create it);
+    * ``blank`` replaces the entry with an empty file;
     * ``remove_core`` unlinks core dumps.
 
-    Patterns are those of fnmatch; ``unless`` names what is left alone.  Nothing is removed that
-    the image itself uses (:mod:`hostruntime.image.scrub.needs`), but for what goes ``regardless``.
-    ``unless_beside`` names a neighbour that works from what the rule is about, and
-    ``unless_anywhere`` a file that says that something in the image does.
+    Patterns are those of fnmatch; names matching ``unless`` are spared. So is anything the image
+    itself uses (:mod:`hostruntime.image.scrub.references`), unless the rule is ``unconditional``.
+    ``unless_beside`` names siblings that depend on what the rule removes; ``unless_anywhere`` names
+    files whose presence anywhere in the image shows that something depends on it.
     """
 
-    what: str
-    where: tuple[str, ...]
+    label: str
+    directories: tuple[str, ...]
     names: tuple[str, ...]
     action: Action = "remove"
     unless: tuple[str, ...] = ()
     unless_beside: tuple[str, ...] = ()
     unless_anywhere: tuple[str, ...] = ()
-    regardless: bool = False
+    unconditional: bool = False
 
 
 def _home(path: str) -> tuple[str, ...]:
     return tuple(f"{home}/{path}" for home in _HOMES)
 
 
-# Plug'n'Play's map from packages to the zips in Yarn's cache that they are run from.
+# Plug'n'Play's map from packages to the zip files in Yarn's cache that they run from.
 _YARN_PNP = (".pnp.cjs", ".pnp.js")
 
 _ACCOUNT_BACKUPS = ("passwd.bak", "group.bak", "shadow.bak", "gshadow.bak")
@@ -63,7 +63,7 @@ _SYSTEM_PACKAGES = (
     Rule("apt caches", ("var/cache/apt",), ("*.bin",), "unlink"),
     Rule("package databases' backups", ("var/lib/dpkg", "var/lib/apt"), ("*-old",), "unlink"),
     Rule("package databases' backups", ("var/cache/debconf",), ("*-old",), "unlink"),
-    # Debian's dpkg-db-backup and passwd write these; others may keep theirs in the same place.
+    # Debian's dpkg-db-backup and passwd write these; other programs may store backups there, too.
     Rule(
         "package databases' backups",
         ("var/backups",),
@@ -74,17 +74,17 @@ _SYSTEM_PACKAGES = (
 
 _LANGUAGE_PACKAGES = (
     # `pip cache purge`, `uv cache clean`, `pipenv --clear`, `poetry cache clear`, `pdm cache
-    # clear`.  PDM's cached packages may be used by a .pth file, so they stay.
+    # clear`. PDM's cached packages may be in use through a .pth file, so they stay.
     Rule("pip cache", _home(".cache"), ("pip",)),
     Rule("uv cache", _home(".cache"), ("uv",)),
     Rule("pipenv cache", _home(".cache"), ("pipenv",)),
     Rule("Poetry cache", _home(".cache/pypoetry"), ("cache", "artifacts")),
     Rule("PDM cache", _home(".cache/pdm"), ("http", "hashes*", "metadata", "wheels")),
-    # `npm cache clean`; npx and `pnpm dlx` ask it, too, for what they then run from elsewhere.
+    # `npm cache clean`. npx and `pnpm dlx` also use the cache, for packages run from elsewhere.
     Rule("npm cache", _home(".npm"), ("_logs", "_update-notifier-last-checked")),
     Rule("npm cache", _home(".npm"), ("_cacache",), unless_beside=("_npx",)),
     Rule("pnpm cache", _home(".cache/pnpm"), ("metadata*",), unless_beside=("dlx",)),
-    # `yarn cache clean`, of Yarn 1 and of later ones.  A project's own cache is the project's.
+    # `yarn cache clean`, for Yarn 1 and later versions. A project's own cache stays.
     Rule("Yarn cache", (*_home(".cache"), "usr/local/share/.cache"), ("yarn",)),
     Rule("Yarn cache", _home(".yarn/berry"), ("cache",), unless_anywhere=_YARN_PNP),
     # `composer clear-cache`, `dotnet nuget locals http-cache --clear`.
@@ -92,8 +92,8 @@ _LANGUAGE_PACKAGES = (
     Rule("NuGet cache", _home(".local/share/NuGet"), ("http-cache", "v3-cache", "plugins-cache")),
 )
 
-# By the Filesystem Hierarchy Standard an application recovers from the loss of files there, but
-# debconf keeps its database in it, and fontconfig's is what makes a program's first start quick.
+# By the Filesystem Hierarchy Standard, applications must cope with the loss of files there, but
+# debconf stores its database in it, and fontconfig's cache makes a program's first start fast.
 _SYSTEM_CACHES = (
     Rule("manual page index", ("var/cache",), ("man",), "remove_files"),
     Rule(
@@ -125,26 +125,25 @@ _TRACES = (
         _HOMES,
         (".*_history", ".wget-hsts", ".lesshst", ".viminfo", ".sudo_as_admin_successful"),
         "unlink",
-        regardless=True,
+        unconditional=True,
     ),
 )
 
-# What every machine must have of its own; see hostruntime/image/identity.py for where it comes
-# from.
+# What must be unique to every machine; hostruntime/image/identity.py generates it.
 _IDENTITIES = (
-    Rule("machine ids", ("etc",), ("machine-id",), "blank", regardless=True),
-    Rule("machine ids", ("var/lib/dbus",), ("machine-id",), regardless=True),
+    Rule("machine ids", ("etc",), ("machine-id",), "blank", unconditional=True),
+    Rule("machine ids", ("var/lib/dbus",), ("machine-id",), unconditional=True),
     Rule(
         "SSH host keys",
         ("etc/ssh",),
         ("ssh_host_*_key", "ssh_host_*_key.pub"),
-        regardless=True,
+        unconditional=True,
     ),
     Rule(
         "random seeds",
         ("var/lib/systemd",),
         ("random-seed", "credential.secret"),
-        regardless=True,
+        unconditional=True,
     ),
 )
 

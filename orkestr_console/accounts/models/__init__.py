@@ -13,12 +13,12 @@ from orkestr_console.accounts.models.people import (
     new_invitation_id,
     new_team_id,
 )
-from orkestr_console.accounts.models.plans import LONGEST_BUILD_SECONDS, Agreement, Plan, TeamLimits
+from orkestr_console.accounts.models.plans import MAX_BUILD_SECONDS, Agreement, Plan, TeamLimits
 from orkestr_console.accounts.models.records import AuditEntry, Metric, Outcome, UsageDay
 from orkestr_console.accounts.models.tokens import ApiToken, RateBucket, new_token_id
 
 __all__ = [
-    "LONGEST_BUILD_SECONDS",
+    "MAX_BUILD_SECONDS",
     "Agreement",
     "ApiToken",
     "AuditEntry",

@@ -15,7 +15,7 @@ from orkestr_console.core.ids import new_id
 
 
 class UserManager(BaseUserManager["User"]):
-    """Makes people; the email address is kept in lower case so that it is unique as typed."""
+    """Creates people; email addresses are stored in lower case, so that case doesn't matter."""
 
     def create_user(self, email: str, password: str | None = None, **fields: Any) -> User:
         """A person who signs in with ``email``. Raises ``ValueError`` for a blank address."""
@@ -31,7 +31,7 @@ class UserManager(BaseUserManager["User"]):
         return self.create_user(email, password, is_staff=True, is_superuser=True, **fields)
 
     def get_by_natural_key(self, username: str | None) -> User:
-        """Sign-in finds a person whatever the case of the address they typed."""
+        """Find a person whatever the case of the typed address."""
         return self.get(email=(username or "").strip().lower())
 
 
@@ -58,21 +58,21 @@ class User(AbstractBaseUser, PermissionsMixin):
         return self.email
 
     def get_full_name(self) -> str:
-        """What the console calls the person."""
+        """The person's display name."""
         return self.name or self.email
 
     def get_short_name(self) -> str:
-        """The same, shorter where there is a name."""
+        """The first word of the name, or the email address."""
         return self.name.split(" ")[0] if self.name else self.email
 
 
 def new_team_id() -> str:
-    """A fresh team id, as a migration can name it."""
+    """A new team id. A function, so that migrations can refer to it."""
     return new_id("team")
 
 
 class Team(models.Model):
-    """Who owns templates and sandboxes, and whose plan counts them."""
+    """The owner of templates and sandboxes, with the plan that limits them."""
 
     id = models.CharField(max_length=40, primary_key=True, default=new_team_id, editable=False)
     name = models.CharField(max_length=100)
@@ -86,7 +86,7 @@ class Team(models.Model):
 
 
 class Role(models.TextChoices):
-    """What a person may do in a team; each includes the ones before it."""
+    """A person's role in a team; each includes the ones before it."""
 
     MEMBER = "member", "Member"
     ADMIN = "admin", "Admin"
@@ -94,12 +94,12 @@ class Role(models.TextChoices):
 
     @property
     def rank(self) -> int:
-        """Higher includes lower."""
+        """The role's rank: a higher one includes lower ones."""
         return list(Role).index(self)
 
 
 class Membership(models.Model):
-    """A person's place in a team."""
+    """A person's membership of a team."""
 
     user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="memberships")
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="memberships")
@@ -122,7 +122,7 @@ class Membership(models.Model):
 
 
 def new_invitation_id() -> str:
-    """A fresh invitation's id, as a migration can name it."""
+    """A new invitation id. A function, so that migrations can refer to it."""
     return new_id("inv")
 
 
@@ -134,7 +134,7 @@ class Invitation(models.Model):
     )
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="invitations")
     role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
-    # Whom it is meant for: then nobody else may take it. Blank: whoever has the link.
+    # The only person who can accept it. Blank: anybody with the link.
     email = models.EmailField(max_length=254, blank=True, default="")
     digest = models.CharField(max_length=64, unique=True, editable=False)
     created_by = models.ForeignKey(
@@ -155,13 +155,13 @@ class Invitation(models.Model):
         return f"{self.role} of {self.team_id}"
 
     def is_open(self) -> bool:
-        """Whether it can still be taken."""
+        """Whether it can still be accepted."""
         ended = self.accepted_at is not None or self.revoked_at is not None
         return not ended and self.expires_at > timezone.now()
 
 
 class SignedIn(models.Model):
-    """A browser that is signed in: what the page of sessions lists, and ends."""
+    """A signed-in browser, as the page of sessions lists it."""
 
     user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="sign_ins")
     session_key = models.CharField(max_length=40, unique=True)

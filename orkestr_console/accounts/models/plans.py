@@ -1,4 +1,4 @@
-"""What a team may have: its plan, what was agreed beyond it, and what its admins make of it."""
+"""A team's limits: its plan, ceilings agreed with it, and limits set by its admins."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.utils import timezone
 
-# No plan may allow more: what a build takes nobody else has for as long.
-LONGEST_BUILD_SECONDS = 6 * 3600
-BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(LONGEST_BUILD_SECONDS)]
+# No plan may allow more: nobody else has a build's resources meanwhile.
+MAX_BUILD_SECONDS = 6 * 3600
+BUILD_TIMES = [MinValueValidator(1), MaxValueValidator(MAX_BUILD_SECONDS)]
 
 
 class Plan(models.Model):
-    """What a team may have. Rows are facts that the operator edits, not code."""
+    """The ceilings of teams. The operator edits the rows."""
 
     code = models.CharField(max_length=32, primary_key=True)
     name = models.CharField(max_length=100)
@@ -39,8 +39,8 @@ class Plan(models.Model):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.CheckConstraint(
                 condition=models.Q(
-                    build_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
-                    step_timeout_seconds__range=(1, LONGEST_BUILD_SECONDS),
+                    build_timeout_seconds__range=(1, MAX_BUILD_SECONDS),
+                    step_timeout_seconds__range=(1, MAX_BUILD_SECONDS),
                 ),
                 name="plan_build_times_within_the_queues",
             ),
@@ -51,12 +51,12 @@ class Plan(models.Model):
 
 
 def optional(**options: object) -> models.PositiveIntegerField[int | None, int | None]:
-    """A number that may be absent: then the one behind it counts."""
+    """A number that may be absent: then the next one applies."""
     return models.PositiveIntegerField(null=True, blank=True, **options)  # type: ignore[arg-type]
 
 
-class Numbers(models.Model):
-    """A number for each limit of a plan that is one, each optional."""
+class LimitNumbers(models.Model):
+    """An optional number for each numeric limit of a plan."""
 
     max_templates = optional()
     max_concurrent_builds = optional()
@@ -75,7 +75,7 @@ class Numbers(models.Model):
         abstract = True
 
 
-class Agreement(Numbers):
+class Agreement(LimitNumbers):
     """Ceilings agreed with one team in place of its plan's. Only an operator writes these."""
 
     team = models.OneToOneField(
@@ -87,8 +87,8 @@ class Agreement(Numbers):
         return f"agreed with {self.team_id}"
 
 
-class TeamLimits(Numbers):
-    """What a team's admins allow within the ceilings. Null is: as much as the ceiling allows.
+class TeamLimits(LimitNumbers):
+    """What a team's admins allow within the ceilings. Null means up to the ceiling.
 
     ``member_…`` is each person's share, unless their membership has one of its own.
     """

@@ -1,4 +1,4 @@
-"""What is only ever added to: the audit log, and what was used by day."""
+"""Append-only records: the audit log, and usage by day."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orkestr_console.accounts.models.people import Team
 
 
 class Outcome(models.TextChoices):
-    """Whether it happened."""
+    """Whether an action was done or denied."""
 
     DONE = "done", "Done"
     DENIED = "denied", "Denied"
@@ -20,7 +20,7 @@ class Outcome(models.TextChoices):
 class AuditEntry(models.Model):
     """Who did what to which object, from where. A trigger refuses every change and deletion.
 
-    Names are copied, not referred to: the entry outlives the person, the token and the object.
+    Names are copied, not referenced: the entry outlives the person, the token and the object.
     """
 
     at = models.DateTimeField(default=timezone.now, editable=False)
@@ -54,7 +54,7 @@ class AuditEntry(models.Model):
 
 
 class Metric(models.TextChoices):
-    """What is metered. Sums of a day, but for the bytes, which are the day's most."""
+    """What is metered: a day's total, or its peak for bytes."""
 
     VCPU_SECONDS = "vcpu_seconds", "vCPU-seconds"
     GB_SECONDS = "gb_seconds", "GB-seconds"

@@ -1,1 +1,1 @@
-"""Backups of an installation: taken while it runs, verified, and brought back into an empty one."""
+"""Backups of an installation: created while it runs, verified, restored into an empty one."""

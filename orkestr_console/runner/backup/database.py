@@ -1,4 +1,4 @@
-"""The database in a backup: one custom-format archive of pg_dump(1), of one instant."""
+"""The database in a backup: one custom-format archive of pg_dump(1), from one snapshot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from psycopg.conninfo import conninfo_to_dict
 from hostruntime.host.run import run
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import holder, only_one
-from orkestr_console.runner.postgres import DISTRIBUTION, serving
+from orkestr_console.runner.lock import exclusive_lock, lock_holder
+from orkestr_console.runner.postgres import DISTRIBUTION, running_server
 
-# How long pg_dump or pg_restore may do nothing; the time they work does not count.
+# How long pg_dump or pg_restore may be idle; the time they work doesn't count.
 IDLE_SECONDS = 300
 CONNECT_SECONDS = 30
-# libpq's environment variables that are not called as the parameter is, in capitals (libpq-envars).
+# libpq's environment variables whose names differ from their parameters' (libpq-envars).
 _VARIABLES = {
     "dbname": "PGDATABASE",
     "application_name": "PGAPPNAME",
@@ -36,10 +36,10 @@ _TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
 
 
 @dataclass(frozen=True)
-class Dumped:
-    """What a dump holds: ``images`` and ``snapshots`` that its rows count on, by their names.
+class DumpContents:
+    """A dump's contents: the ids of ``images`` and ``snapshots`` that its rows refer to.
 
-    ``server`` is the major version of PostgreSQL.
+    ``server`` is PostgreSQL's major version.
     """
 
     server: int
@@ -51,14 +51,14 @@ class Dumped:
 
 @contextmanager
 def database(layout: Layout) -> Iterator[str]:
-    """The URL of the installation's database, started for the time if the console does not run.
+    """The URL of the installation's database, which is started if the console is not running.
 
-    Raises BackupError, StartError (the console is being started), PostgresError.
+    Raises BackupError, StartError (the console is starting), PostgresError.
     """
     if layout.database_url is not None:
         yield layout.database_url
-    elif holder(layout) is not None:
-        if not layout.cluster.answers():
+    elif lock_holder(layout) is not None:
+        if not layout.cluster.is_ready():
             raise BackupError("the console's database does not answer just now; try again")
         yield layout.cluster.url
     elif not (layout.cluster.data / "PG_VERSION").exists():
@@ -67,12 +67,12 @@ def database(layout: Layout) -> Iterator[str]:
             "the console"
         )
     else:
-        with only_one(layout), serving(layout.cluster, layout.log / "postgres.log"):
+        with exclusive_lock(layout), running_server(layout.cluster, layout.log / "postgres.log"):
             yield layout.cluster.url
 
 
-def dump(url: str, target: Path) -> Dumped:
-    """Write the archive, and say what its rows name: both see the same instant.
+def dump(url: str, target: Path) -> DumpContents:
+    """Write the archive, and list what its rows refer to, from the same snapshot.
 
     Raises BackupError, CommandFailed, psycopg.Error.
     """
@@ -80,27 +80,27 @@ def dump(url: str, target: Path) -> Dumped:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         (snapshot,) = _column(connection, "SELECT pg_export_snapshot()")
-        dumped = Dumped(
+        contents = DumpContents(
             server=connection.info.server_version // 10_000,
             installation="".join(_column(connection, _INSTALLATION)),
             migrations=_column(connection, _MIGRATIONS),
             images=_column(connection, _READY_IMAGES),
             snapshots=_column(connection, _READY_SNAPSHOTS),
         )
-        program = _program("pg_dump", dumped.server)
+        program = _program("pg_dump", contents.server)
         options = ["--format=custom", "--no-owner", "--no-privileges", f"--snapshot={snapshot}"]
         run(
             [str(program), *options, f"--file={target}"],
             timeout=IDLE_SECONDS,
             env=environment(url),
         )
-    return dumped
+    return contents
 
 
 def load(url: str, archive: Path, server: int) -> None:
-    """Fill a database from an archive of a server of that version, wholly or not at all.
+    """Load an archive from a server of that version into a database, atomically.
 
-    What is there of the same names is replaced. Raises BackupError, CommandFailed.
+    Existing objects of the same names are replaced. Raises BackupError, CommandFailed.
     """
     options = ["--clean", "--if-exists", "--no-owner", "--no-privileges", "--single-transaction"]
     run(
@@ -121,7 +121,7 @@ def is_empty(url: str) -> bool:
 
 
 def environment(url: str) -> Mapping[str, str]:
-    """The connection as libpq's environment: a password is nothing for a command line."""
+    """The connection as libpq's environment: a password must not be on a command line."""
     parameters = conninfo_to_dict(url)
     return {
         _VARIABLES.get(name, f"PG{name.replace('_', '').upper()}"): str(value)
@@ -135,12 +135,12 @@ def _column(connection: psycopg.Connection, query: str) -> list[str]:
 
 
 def _program(name: str, server: int) -> Path:
-    """The program of that server's version, or the oldest that is newer. Raises BackupError."""
+    """The program of that server version, or the next newer one. Raises BackupError."""
     found = {int(path.parents[1].name): path for path in DISTRIBUTION.glob(f"*/bin/{name}")}
-    fit = [version for version in found if version >= server]
-    if not fit:
+    suitable = [version for version in found if version >= server]
+    if not suitable:
         raise BackupError(
             f"the database is PostgreSQL {server}, whose {name} is not installed: "
             f"apt-get install postgresql-client-{server}"
         )
-    return found[min(fit)]
+    return found[min(suitable)]

@@ -1,7 +1,7 @@
-"""What a person is told when a backup or a restore cannot be made."""
+"""The error of backups and restores."""
 
 from __future__ import annotations
 
 
 class BackupError(Exception):
-    """It cannot be done; the message says what was wrong and what to do."""
+    """A backup or restore failed; the message says why and what to do."""

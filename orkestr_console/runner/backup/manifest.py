@@ -1,4 +1,4 @@
-"""One backup in its directory: what it names, and the sums of its files.
+"""One backup in its directory: its manifest and the checksums of its files.
 
 ::
 
@@ -32,7 +32,7 @@ from hostruntime.host.records import STRICT, BadRecord, read_record
 from orkestr_console.runner.backup.errors import BackupError
 
 DUMP, KEYS, STATE = "database.dump", "keys", "state"
-NEW = ".new"
+STAGING = ".new"
 VERSION = 1
 _MANIFEST, _SUMS = "manifest.json", "SHA256SUMS"
 _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\dZ(?:-\d+)?", re.ASCII)
@@ -40,9 +40,9 @@ _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d\.\d\d\.\d\dZ(?:-\d+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one backup holds. ``made_at`` is Unix seconds, ``server`` PostgreSQL's major version.
+    """A backup's contents. ``made_at`` is Unix seconds, ``server`` PostgreSQL's major version.
 
-    ``lost`` was named by the database and not on the disk any more.
+    ``lost`` lists what the database refers to but the disk no longer has.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -60,33 +60,33 @@ _KIND = TypeAdapter(Manifest)
 
 
 def backups(directory: Path) -> list[Path]:
-    """Every whole backup in a directory, the oldest first."""
+    """Every complete backup in a directory, oldest first."""
     return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name))
 
 
 def write(staged: Path, manifest: Manifest) -> None:
-    """Complete a backup that is being made. Raises OSError."""
+    """Write the manifest and checksums of a staged backup. Raises OSError."""
     write_json(staged / _MANIFEST, asdict(manifest))
     lines = [f"{_sha256(staged / name)}  {name}\n" for name in _files(staged)]
     (staged / _SUMS).write_text("".join(lines))
 
 
 def read(backup: Path) -> Manifest:
-    """The manifest of one whose own files are what their sums say. Raises BackupError, OSError."""
-    wrong = damaged_files(backup)
-    if wrong:
-        raise BackupError(f"the backup is damaged: {'; '.join(wrong)}")
+    """The manifest of a backup whose own files are intact. Raises BackupError, OSError."""
+    damaged = damaged_files(backup)
+    if damaged:
+        raise BackupError(f"the backup is damaged: {'; '.join(damaged)}")
     try:
-        found = read_record(backup / _MANIFEST, _KIND)
+        stored_manifest = read_record(backup / _MANIFEST, _KIND)
     except BadRecord as error:
         raise BackupError(error.detail) from error
-    if found is None or found.version != VERSION:
+    if stored_manifest is None or stored_manifest.version != VERSION:
         raise BackupError(f"{backup} was made by another version of the console; use that one")
-    return found
+    return stored_manifest
 
 
-def installation_of(backup: Path) -> str:
-    """Whose backup it is, as far as that can still be read."""
+def read_installation(backup: Path) -> str:
+    """The id of a backup's installation; blank if unreadable."""
     with suppress(BadRecord, OSError):
         found = read_record(backup / _MANIFEST, _KIND)
         return found.installation if found is not None else ""
@@ -94,7 +94,7 @@ def installation_of(backup: Path) -> str:
 
 
 def damaged_files(backup: Path) -> list[str]:
-    """Which of a backup's own files are not what their sums say, with the reason."""
+    """The damaged ones among a backup's own files, with the reason."""
     try:
         lines = (backup / _SUMS).read_text(errors="replace").splitlines()
     except OSError as error:
@@ -103,13 +103,13 @@ def damaged_files(backup: Path) -> list[str]:
     wrong = [
         f"{backup.name}/{name}: {fault}"
         for name, digest in sums.items()
-        if (fault := _fault(backup / name, digest))
+        if (fault := _checksum_problem(backup / name, digest))
     ]
     needed = {DUMP, _MANIFEST, f"{KEYS}/secret_key", f"{KEYS}/token_pepper"}
     return wrong + [f"{backup.name}/{name}: it has no sum" for name in needed - sums.keys()]
 
 
-def _fault(path: Path, digest: str) -> str:
+def _checksum_problem(path: Path, digest: str) -> str:
     try:
         return "" if _sha256(path) == digest else "it is not what was put there"
     except OSError as error:
@@ -117,8 +117,8 @@ def _fault(path: Path, digest: str) -> str:
 
 
 def _files(staged: Path) -> list[str]:
-    found = (path.relative_to(staged) for path in staged.rglob("*") if path.is_file())
-    return sorted(str(path) for path in found if path.name != _SUMS)
+    files = (path.relative_to(staged) for path in staged.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if path.name != _SUMS)
 
 
 def _sha256(path: Path) -> str:
@@ -127,14 +127,14 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(directory: Path, *, alone: bool) -> Iterator[None]:
-    """Hold the backup's directory (flock(2)), against who writes or against everybody.
+def locked(directory: Path, *, exclusive: bool) -> Iterator[None]:
+    """Lock the backup directory (flock(2)), shared or exclusive.
 
     Raises BackupError, OSError.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise BackupError(

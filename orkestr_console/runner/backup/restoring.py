@@ -1,7 +1,7 @@
-"""`manage.py restore`: bring a backup back into an installation that is empty.
+"""`manage.py restore`: restore a backup into an empty installation.
 
-Everything is read and held against its digest first; then ``restoring`` in the var directory says
-that it has begun, and the console does not start until it is whole.  A repeat begins anew.
+Everything is verified against its digest first; then the file ``restoring`` in the var directory
+marks the start, and the console does not start until the restore is complete.  A retry starts over.
 """
 
 from __future__ import annotations
@@ -23,79 +23,81 @@ from orkestr_console.runner.backup import manifest
 from orkestr_console.runner.backup.database import is_empty, load
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.backup.manifest import Manifest
-from orkestr_console.runner.backup.taking import SECRETS, Say
+from orkestr_console.runner.backup.taking import SECRETS, Report
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import only_one
-from orkestr_console.runner.postgres import serving
+from orkestr_console.runner.lock import exclusive_lock
+from orkestr_console.runner.postgres import running_server
 
 
-def restore(layout: Layout, directory: Path, name: str | None, vault: Vault, say: Say) -> Manifest:
+def restore(
+    layout: Layout, directory: Path, name: str | None, vault: Vault, report: Report
+) -> Manifest:
     """Restore the backup of that name, or the newest; return its manifest.
 
-    Raises BackupError, StartError (the console runs), PostgresError, HostError, OSError. What was
-    not whole before is not used by anything, and a repeat replaces it.
+    Raises BackupError, StartError (the console runs), PostgresError, HostError, OSError. Nothing
+    uses an incomplete restore, and a retry replaces it.
     """
-    backup = chosen(directory, name)
-    with manifest.locked(directory, alone=False):
+    backup = choose_backup(directory, name)
+    with manifest.locked(directory, exclusive=False):
         layout.prepare()
-        with only_one(layout):
+        with exclusive_lock(layout):
             ensure_user()
-            refuse_unless_empty(layout)
-            say(f"verifying {backup.name}")
-            found = verified(backup, vault)
-            layout.restoring.write_text(f"{backup}\n")
-            say("images and snapshots")
-            restore_state(layout, backup, found, vault)
-            say("database")
+            require_empty(layout)
+            report(f"verifying {backup.name}")
+            backup_manifest = verify_backup(backup, vault)
+            layout.restore_marker.write_text(f"{backup}\n")
+            report("images and snapshots")
+            restore_state(layout, backup, backup_manifest, vault)
+            report("database")
             restore_keys(layout, backup)
-            restore_database(layout, backup, found)
-            # No container is here: the next start tells the database.
-            layout.all_ended.touch()
+            restore_database(layout, backup, backup_manifest)
+            # There are no containers: the next start records that in the database.
+            layout.sandboxes_ended_marker.touch()
             os.sync()
-            layout.restoring.unlink()
-    return found
+            layout.restore_marker.unlink()
+    return backup_manifest
 
 
-def chosen(directory: Path, name: str | None) -> Path:
-    """The backup to restore. Raises BackupError where there is none of that name."""
-    whole = manifest.backups(directory) if directory.is_dir() else []
+def choose_backup(directory: Path, name: str | None) -> Path:
+    """The backup to restore. Raises BackupError if there is none of that name."""
+    candidates = manifest.backups(directory) if directory.is_dir() else []
     if name is not None:
-        whole = [backup for backup in whole if backup.name == name]
-    if not whole:
+        candidates = [backup for backup in candidates if backup.name == name]
+    if not candidates:
         named = f" called {name}" if name is not None else ""
         raise BackupError(f"there is no whole backup{named} in {directory}")
-    return whole[-1]
+    return candidates[-1]
 
 
-def refuse_unless_empty(layout: Layout) -> None:
-    """Raise BackupError where there is anything that a restore would have to replace."""
-    if layout.restoring.exists():
+def require_empty(layout: Layout) -> None:
+    """Raise BackupError if there is anything that a restore would have to replace."""
+    if layout.restore_marker.exists():
         return
     kinds = ("images", "snapshots", "sandboxes", "disks", "quarantine")
     used = [path for kind in kinds for path in (layout.state_dir / kind).glob("*")]
     if used:
-        full = f"{used[0].parent} is not empty"
+        reason = f"{used[0].parent} is not empty"
     elif layout.database_url is None and layout.cluster.data.exists():
-        full = f"there is a database in {layout.cluster.data}"
+        reason = f"there is a database in {layout.cluster.data}"
     elif layout.database_url is not None and not is_empty(layout.database_url):
-        full = "the database of DATABASE_URL has tables"
+        reason = "the database of DATABASE_URL has tables"
     else:
         return
     raise BackupError(
-        f"this installation is not empty ({full}), and a restore replaces nothing: restore into a "
-        "new one, with ORKESTR_VAR=… and PORT=…, or say `make clean` first if nothing here is "
+        f"this installation is not empty ({reason}), and a restore replaces nothing: restore into "
+        "a new one, with ORKESTR_VAR=… and PORT=…, or say `make clean` first if nothing here is "
         "needed any more"
     )
 
 
-def verified(backup: Path, vault: Vault) -> Manifest:
-    """The manifest of a backup that is all there, and is for this console. Raises BackupError."""
-    found = manifest.read(backup)
-    damaged = vault.damaged(found.stored)
+def verify_backup(backup: Path, vault: Vault) -> Manifest:
+    """The manifest of a complete backup for this console version. Raises BackupError."""
+    backup_manifest = manifest.read(backup)
+    damaged = vault.damaged(backup_manifest.stored)
     if damaged:
         listed = "\n  ".join(damaged)
         raise BackupError(f"the backup is damaged, and nothing was restored:\n  {listed}")
-    unknown = set(found.migrations) - known_migrations()
+    unknown = set(backup_manifest.migrations) - known_migrations()
     if unknown:
         raise BackupError(
             f"the backup was made by a newer version of the console (it knows {min(unknown)}): "
@@ -108,18 +110,18 @@ def verified(backup: Path, vault: Vault) -> Manifest:
                 f"{variable} is set and is not the backup's: sign-ins or tokens would not hold. "
                 "Leave it out, or set it to what it was"
             )
-    return found
+    return backup_manifest
 
 
 def known_migrations() -> set[str]:
-    """The migrations that this version of the console has, as the database writes them down."""
+    """The migrations of this console version, named as in the database."""
     loader = MigrationLoader(None)
-    replaced = (old for one in loader.disk_migrations.values() for old in one.replaces)
+    replaced = (old for migration in loader.disk_migrations.values() for old in migration.replaces)
     return {f"{app}.{name}" for app, name in (*loader.disk_migrations, *replaced)}
 
 
 def restore_state(layout: Layout, backup: Path, found: Manifest, vault: Vault) -> None:
-    """Images, snapshots and the operator's own list. Raises OSError."""
+    """Restore images, snapshots and the operator's allowlist. Raises OSError."""
     paths = StatePaths(layout.state_dir).ensure()
     for directory in (paths.images, paths.snapshots):
         # What an earlier attempt left.
@@ -140,23 +142,23 @@ def restore_keys(layout: Layout, backup: Path) -> None:
 
 
 def restore_database(layout: Layout, backup: Path, found: Manifest) -> None:
-    """Make the database, and have its rows own the restored state.
+    """Create the database, and associate the restored state with it.
 
     Raises BackupError, PostgresError, CommandFailed, OSError.
     """
     if layout.database_url is not None:
-        fill(layout, layout.database_url, backup, found)
+        load_database(layout, layout.database_url, backup, found)
         return
     # What an earlier attempt left.
-    layout.cluster.end_orphan()
+    layout.cluster.stop_orphan()
     shutil.rmtree(layout.cluster.data, ignore_errors=True)
     layout.cluster.create()
-    with serving(layout.cluster, layout.log / "postgres.log"):
-        fill(layout, layout.cluster.url, backup, found)
+    with running_server(layout.cluster, layout.log / "postgres.log"):
+        load_database(layout, layout.cluster.url, backup, found)
 
 
-def fill(layout: Layout, url: str, backup: Path, found: Manifest) -> None:
-    """Load the archive, bring the schema up to date, and agree on whose the state is."""
+def load_database(layout: Layout, url: str, backup: Path, found: Manifest) -> None:
+    """Load the archive, migrate the schema, and adopt the restored state."""
     load(url, backup / manifest.DUMP, found.server)
     try:
         call_command("migrate", interactive=False, verbosity=0)

@@ -1,4 +1,4 @@
-"""`manage.py backup`: copy what is new, beside a console that goes on working."""
+"""`manage.py backup`: copy what is new, while the console keeps running."""
 
 from __future__ import annotations
 
@@ -13,57 +13,63 @@ from hostruntime.backup.vault import Stored, Taken, Vault
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths
 from orkestr_console.runner.backup import manifest
-from orkestr_console.runner.backup.database import Dumped, database, dump
+from orkestr_console.runner.backup.database import DumpContents, database, dump
 from orkestr_console.runner.backup.errors import BackupError
 from orkestr_console.runner.layout import Layout
 
 KEEP = 7
-# Files of the installation's run directory; and what stands for two of them in the environment.
+# Secret files of the run directory, and the environment variables that override them.
 SECRETS = {"secret_key": "ORKESTR_SECRET_KEY", "token_pepper": "ORKESTR_TOKEN_PEPPER"}
 ALLOWLIST = "egress-allowlist.txt"
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Made:
-    """A backup that is whole. ``lost`` is what the database names and the disk has no more."""
+class BackupSummary:
+    """A complete backup. ``lost`` is what the database refers to but the disk no longer has."""
 
     name: str
     text: str
     lost: list[str]
 
 
-def back_up(layout: Layout, directory: Path, keep: int, vault: Vault, say: Say) -> Made:
-    """Make a backup in ``directory``, and drop all but the last ``keep``.
+def create_backup(
+    layout: Layout, directory: Path, keep: int, vault: Vault, report: Report
+) -> BackupSummary:
+    """Create a backup in ``directory``, and delete all but the last ``keep``.
 
-    Raises BackupError, StartError, PostgresError, HostError, psycopg.Error, OSError; then no backup
-    was made, and a repeat goes on with what had been copied.
+    Raises BackupError, StartError, PostgresError, HostError, psycopg.Error, OSError; then there is
+    no new backup, and a retry reuses what was copied.
     """
     prepare(layout, directory)
-    with manifest.locked(directory, alone=True):
-        staged = directory / manifest.NEW
+    with manifest.locked(directory, exclusive=True):
+        staged = directory / manifest.STAGING
         try:
             vault.prepare()
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(mode=0o700)
-            say("database")
+            report("database")
             with database(layout) as url:
-                dumped = dump(url, staged / manifest.DUMP)
-            refuse_anothers(directory, dumped)
-            copy_small(layout, staged)
-            say("images and snapshots")
-            taken = vault.take(StatePaths(layout.state_dir), dumped.images, dumped.snapshots)
-            made = complete(directory, staged, dumped, taken)
+                contents = dump(url, staged / manifest.DUMP)
+            require_same_installation(directory, contents)
+            copy_keys(layout, staged)
+            report("images and snapshots")
+            stored_files = vault.take(
+                StatePaths(layout.state_dir), contents.images, contents.snapshots
+            )
+            name = publish(directory, staged, contents, stored_files)
             prune(directory, keep, vault)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             vault.clear_partial()
-    copied = f"{len(taken.copied)} new"
-    return Made(made, f"{len(taken.stored)} images and snapshots, {copied}", taken.lost)
+    copied = f"{len(stored_files.copied)} new"
+    return BackupSummary(
+        name, f"{len(stored_files.stored)} images and snapshots, {copied}", stored_files.lost
+    )
 
 
 def prepare(layout: Layout, directory: Path) -> None:
-    """Make the directory root's alone. Raises BackupError for one that cannot be meant."""
+    """Create the directory, accessible only to root. Raises BackupError for an unsuitable one."""
     for inside, what in ((layout.var, "ORKESTR_VAR"), (layout.state_dir, "ORKESTR_STATE_DIR")):
         if directory.resolve().is_relative_to(inside.resolve()):
             raise BackupError(
@@ -73,27 +79,27 @@ def prepare(layout: Layout, directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise BackupError(f"{directory} is not a directory")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    strange = {path.name for path in directory.iterdir()} - {"lost+found", manifest.NEW}
-    if strange and not (directory / "images").is_dir():
+    unexpected = {path.name for path in directory.iterdir()} - {"lost+found", manifest.STAGING}
+    if unexpected and not (directory / "images").is_dir():
         raise BackupError(
-            f"{directory} holds something else ({min(strange)}): use a new or empty directory"
+            f"{directory} holds something else ({min(unexpected)}): use a new or empty directory"
         )
     os.chown(directory, 0, 0)
     directory.chmod(0o700)
 
 
-def refuse_anothers(directory: Path, dumped: Dumped) -> None:
-    """What is found again by its name must be of the same installation. Raises BackupError."""
-    # Empty of a console that has never served.
-    owners = {manifest.installation_of(backup) for backup in manifest.backups(directory)} - {""}
-    if owners - {dumped.installation}:
+def require_same_installation(directory: Path, contents: DumpContents) -> None:
+    """Require existing backups to be of the same installation. Raises BackupError."""
+    # Blank for a console that has never served.
+    owners = {manifest.read_installation(backup) for backup in manifest.backups(directory)} - {""}
+    if owners - {contents.installation}:
         raise BackupError(
             f"{directory} holds backups of another installation: use a directory of its own"
         )
 
 
-def copy_small(layout: Layout, staged: Path) -> None:
-    """Copy keys, credentials, and what the operator added. Raises BackupError, OSError."""
+def copy_keys(layout: Layout, staged: Path) -> None:
+    """Copy keys, credentials and the operator's allowlist. Raises BackupError, OSError."""
     keys = staged / manifest.KEYS
     keys.mkdir(mode=0o700)
     for name, variable in SECRETS.items():
@@ -107,7 +113,7 @@ def copy_small(layout: Layout, staged: Path) -> None:
 
 
 def secret_in(path: Path) -> str:
-    """The secret in a file of the run directory. Raises BackupError where there is none."""
+    """The secret in a file of the run directory. Raises BackupError if it is missing."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:
@@ -116,19 +122,19 @@ def secret_in(path: Path) -> str:
         ) from None
 
 
-def complete(directory: Path, staged: Path, dumped: Dumped, taken: Taken) -> str:
-    """Flush and publish the backup by one rename; its name. Raises OSError."""
+def publish(directory: Path, staged: Path, contents: DumpContents, stored_files: Taken) -> str:
+    """Flush and publish the backup with one rename; its name. Raises OSError."""
     made_at = time.time()
     manifest.write(
         staged,
         manifest.Manifest(
             version=manifest.VERSION,
             made_at=made_at,
-            installation=dumped.installation,
-            server=dumped.server,
-            migrations=dumped.migrations,
-            stored=taken.stored,
-            lost=taken.lost,
+            installation=contents.installation,
+            server=contents.server,
+            migrations=contents.migrations,
+            stored=stored_files.stored,
+            lost=stored_files.lost,
         ),
     )
     kernel.syncfs(staged)
@@ -142,35 +148,43 @@ def complete(directory: Path, staged: Path, dumped: Dumped, taken: Taken) -> str
 
 
 def prune(directory: Path, keep: int, vault: Vault) -> None:
-    """Drop all but the last ``keep`` backups, and what only they named.
+    """Delete all but the last ``keep`` backups, and what only they refer to.
 
-    Nothing of images is dropped while one of those that stay cannot be read. Raises OSError.
+    No images are deleted while any remaining backup is unreadable. Raises OSError.
     """
-    whole = manifest.backups(directory)
-    for old in whole[:-keep]:
-        doomed = directory / manifest.NEW
-        old.rename(doomed)
-        shutil.rmtree(doomed)
-    kept = whole[-keep:]
-    if not any(map(manifest.damaged_files, kept)):
-        vault.prune({one.path for backup in kept for one in manifest.read(backup).stored})
+    complete_backups = manifest.backups(directory)
+    for old in complete_backups[:-keep]:
+        staging = directory / manifest.STAGING
+        old.rename(staging)
+        shutil.rmtree(staging)
+    retained = complete_backups[-keep:]
+    if not any(map(manifest.damaged_files, retained)):
+        vault.prune(
+            {
+                stored_file.path
+                for backup in retained
+                for stored_file in manifest.read(backup).stored
+            }
+        )
 
 
-def verify(directory: Path, vault: Vault, say: Say) -> list[str]:
-    """Read every backup in a directory; what is damaged, as paths with the reason.
+def verify(directory: Path, vault: Vault, report: Report) -> list[str]:
+    """Read every backup in a directory; the damaged paths, with the reason.
 
-    Raises BackupError where there is none, OSError.
+    Raises BackupError if there is none, OSError.
     """
-    if not directory.is_dir() or not (whole := manifest.backups(directory)):
+    if not directory.is_dir() or not (complete_backups := manifest.backups(directory)):
         raise BackupError(f"there is no whole backup in {directory}")
-    with manifest.locked(directory, alone=False):
+    with manifest.locked(directory, exclusive=False):
         damaged: list[str] = []
         stored: dict[str, Stored] = {}
-        for backup in whole:
-            say(backup.name)
-            wrong = manifest.damaged_files(backup)
-            damaged += wrong
-            if not wrong:
-                stored |= {one.path: one for one in manifest.read(backup).stored}
-        say("images and snapshots")
+        for backup in complete_backups:
+            report(backup.name)
+            problems = manifest.damaged_files(backup)
+            damaged += problems
+            if not problems:
+                stored |= {
+                    stored_file.path: stored_file for stored_file in manifest.read(backup).stored
+                }
+        report("images and snapshots")
         return damaged + vault.damaged(stored.values())

@@ -1,4 +1,4 @@
-"""What this machine lacks, in plain words: each check names what to do about it.
+"""Checks of what this machine lacks, each with what to do about it.
 
 What the kernel can do is tried, as a file or a version that promises it may not be true; nothing
 of the machine is changed by it.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from orkestr_console.runner.doctor import cgroups, keeping, kernel, machine, network, software
-from orkestr_console.runner.doctor.finding import Finding, unseen
-from orkestr_console.runner.doctor.network import listening_fault
+from orkestr_console.runner.doctor.finding import Finding, needs_root
+from orkestr_console.runner.doctor.network import listen_problem
 from orkestr_console.runner.layout import Layout
 
-__all__ = ["Finding", "examine", "listening_fault"]
+__all__ = ["Finding", "examine", "listen_problem"]
 
 Check = Callable[[Layout], Finding]
 
-BEFORE: tuple[Check, ...] = (
+CHECKS_BEFORE_TRIALS: tuple[Check, ...] = (
     machine.check_root,
     kernel.check_architecture,
     kernel.check_kernel,
@@ -27,7 +27,7 @@ BEFORE: tuple[Check, ...] = (
     kernel.check_namespaces,
     kernel.check_limits,
 )
-AFTER: tuple[Check, ...] = (
+CHECKS_AFTER_TRIALS: tuple[Check, ...] = (
     cgroups.check_cgroups,
     cgroups.check_delegation,
     software.check_programs,
@@ -51,13 +51,13 @@ AFTER: tuple[Check, ...] = (
 
 def examine(layout: Layout) -> Iterator[Finding]:
     """Every check in turn; none of them changes the machine."""
-    yield from (_ask(check, layout) for check in BEFORE)
-    yield from kernel.tried(layout)
-    yield from (_ask(check, layout) for check in AFTER)
+    yield from (_run_check(check, layout) for check in CHECKS_BEFORE_TRIALS)
+    yield from kernel.trial_findings(layout)
+    yield from (_run_check(check, layout) for check in CHECKS_AFTER_TRIALS)
 
 
-def _ask(check: Check, layout: Layout) -> Finding:
+def _run_check(check: Check, layout: Layout) -> Finding:
     try:
         return check(layout)
     except PermissionError:
-        return unseen(check.__name__.removeprefix("check_").replace("_", " "))
+        return needs_root(check.__name__.removeprefix("check_").replace("_", " "))

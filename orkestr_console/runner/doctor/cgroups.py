@@ -1,4 +1,4 @@
-"""Control groups: which there are, and whether systemd gives some of its tree away."""
+"""Control groups: the hierarchies, and whether systemd delegates a part of its tree."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from hostruntime.container import delegation
 from hostruntime.container.cgroups import CGROUPS, CONTROLLERS, SYSTEMD
 from hostruntime.errors import HostError
-from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root
 from orkestr_console.runner.layout import Layout
 
 
 def check_cgroups(_: Layout, root: Path = CGROUPS) -> Finding:
-    """Limits and the killing of whole process trees need cgroups, cgroup2 among them."""
+    """Limits and killing process trees need cgroups, including cgroup2."""
     if (root / "cgroup.controllers").exists():
         controllers = (root / "cgroup.controllers").read_text().split()
         if missing := [name for name in CONTROLLERS if name not in controllers]:
@@ -32,13 +32,13 @@ def check_cgroups(_: Layout, root: Path = CGROUPS) -> Finding:
 
 
 def check_delegation(_: Layout, systemd: Path = SYSTEMD, root: Path = CGROUPS) -> Finding:
-    """Where systemd has the whole tree, the containers' groups are in a unit of our own."""
+    """Where systemd owns the tree, the containers' groups are in a unit of our own."""
     if not systemd.is_dir():
         return Finding("delegation", "ok", "not needed: systemd does not run this machine")
     if not (root / "cgroup.controllers").exists():
         return Finding("delegation", "ok", "not needed: limits are not in systemd's tree")
     if not is_root():
-        return unseen("delegation")
+        return needs_root("delegation")
     try:
         delegation.check()
     except HostError as error:

@@ -1,4 +1,4 @@
-"""What a check says, and what several checks ask."""
+"""The result of a check, and helpers that several checks share."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ AS_ROOT = "run it as root, or with sudo"
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's verdict, what was seen, and what to do unless all is well."""
+    """One check's verdict, details, and what to do unless it is ok."""
 
     name: str
     verdict: Verdict
-    seen: str
+    detail: str
     remedy: str = ""
 
 
-def unseen(name: str) -> Finding:
+def needs_root(name: str) -> Finding:
     """The finding of a check that only root can make."""
     return Finding(name, "warn", "cannot be seen without root", AS_ROOT)
 
 
 def is_root() -> bool:
-    """Whether this process may ask what only root may ask."""
+    """Whether this process runs as root."""
     return os.geteuid() == 0
 
 
-def existing(path: Path) -> Path:
-    """``path``, or the nearest directory above it that exists."""
-    return path if path.exists() else existing(path.parent)
+def existing_ancestor(path: Path) -> Path:
+    """``path``, or its nearest existing ancestor."""
+    return path if path.exists() else existing_ancestor(path.parent)
 
 
 def read_number(path: Path) -> int:
-    """The number a sysctl file holds; 0 when there is none."""
+    """The number in a sysctl file; 0 if there is none."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

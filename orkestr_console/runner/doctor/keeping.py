@@ -1,19 +1,19 @@
-"""What the state directory says of itself: whose it is, and what was set aside in it."""
+"""The state directory's own records: its installation, and its quarantine."""
 
 from __future__ import annotations
 
 from hostruntime.host.installation import read_installation_record
 from hostruntime.host.paths import StatePaths
-from hostruntime.image.quarantine import Quarantine, keep_days
+from hostruntime.image.quarantine import Quarantine, retention_days
 from hostruntime.image.trash import Trash
 from orkestr_console.runner.doctor.finding import Finding
 from orkestr_console.runner.layout import Layout
 
-NAMED = 5
+MAX_LISTED = 5
 
 
 def check_installation(layout: Layout) -> Finding:
-    """Whether the database was found to be this state directory's, when it was last compared."""
+    """Whether the database matched this state directory at the last comparison."""
     paths, name = StatePaths(layout.state_dir), "installation"
     found = read_installation_record(paths.installation_file)
     if found.mismatch:
@@ -28,17 +28,17 @@ def check_installation(layout: Layout) -> Finding:
 
 
 def check_quarantine(layout: Layout) -> Finding:
-    """What was set aside, which somebody may miss."""
+    """Quarantined items, which somebody may miss."""
     paths, name = StatePaths(layout.state_dir), "quarantine"
     if not paths.quarantine.is_dir():
         return Finding(name, "ok", "nothing was set aside")
-    held = Quarantine(paths, Trash(paths)).list()
-    if not held:
+    items = Quarantine(paths, Trash(paths)).list()
+    if not items:
         return Finding(name, "ok", "nothing was set aside")
-    shown = ", ".join(f"{one.key} ({one.reason})" for one in held[:NAMED])
-    more = f" and {len(held) - NAMED} more" if len(held) > NAMED else ""
+    shown = ", ".join(f"{one.key} ({one.reason})" for one in items[:MAX_LISTED])
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
     remedy = (
         "./manage.py quarantine list, restore or delete; each is deleted for good "
-        f"{keep_days():g} days after it was set aside"
+        f"{retention_days():g} days after it was set aside"
     )
-    return Finding(name, "warn", f"{len(held)} set aside: {shown}{more}", remedy)
+    return Finding(name, "warn", f"{len(items)} set aside: {shown}{more}", remedy)

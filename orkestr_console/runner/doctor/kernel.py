@@ -1,4 +1,4 @@
-"""What the kernel can do, by trying it, and what may keep it from doing so."""
+"""The kernel's features, found by trials, and what may prevent them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from pathlib import Path
 from hostruntime.container.shared_limits import LowLimit, low_limits, max_processes
 from hostruntime.container.trials import TRIALS
 from hostruntime.network.squid_config import DESCRIPTORS
-from orkestr_console.runner.doctor.finding import Finding, existing, is_root, read_number, unseen
+from orkestr_console.runner.doctor.finding import (
+    Finding,
+    existing_ancestor,
+    is_root,
+    needs_root,
+    read_number,
+)
 from orkestr_console.runner.layout import Layout
 
 OLDEST_KERNEL = (5, 19)
@@ -24,14 +30,14 @@ MODULES = Path("/lib/modules")
 SYSCTLS = Path("/proc/sys")
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 # Each sandbox takes one of each.
-FEW_NAMESPACES = 256
+MIN_NAMESPACES = 256
 # How many descriptors one process may ever have, which the proxy is started with.
 _DESCRIPTORS = "fs/nr_open"
 _SECONDS = 300
 
 _STATE = "set ORKESTR_STATE_DIR to a directory on ext4, xfs or btrfs"
 # What is well, and what to do where it is not, for each of hostruntime.container.trials.
-_WELL = {
+_SUCCESSES = {
     "openat2": "paths are opened below a directory",
     "user namespaces": "made, as containers' are",
     "id-mapped mounts": "the state directory's file system takes them",
@@ -64,7 +70,7 @@ def check_kernel(_: Layout) -> Finding:
 
 
 def check_architecture(_: Layout) -> Finding:
-    """The system-call filter knows the numbers of these."""
+    """The system-call filter supports only these architectures."""
     machine = platform.machine()
     if machine not in TRIED_ON:
         known = " or ".join(TRIED_ON)
@@ -75,7 +81,7 @@ def check_architecture(_: Layout) -> Finding:
 
 
 def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
-    """Without the running kernel's modules, it can do no more than what is loaded already."""
+    """Without its modules, the running kernel can use only what is already loaded."""
     release = os.uname().release
     if (modules / release).is_dir():
         return Finding("kernel modules", "ok", f"those of Linux {release} are installed")
@@ -92,35 +98,35 @@ def check_modules(_: Layout, modules: Path = MODULES) -> Finding:
     )
 
 
-def tried(layout: Layout) -> Iterator[Finding]:
-    """One finding for each trial (:mod:`hostruntime.container.trials`); only root can try."""
+def trial_findings(layout: Layout) -> Iterator[Finding]:
+    """One finding per trial (:mod:`hostruntime.container.trials`); they need root."""
     if not is_root():
-        yield unseen("kernel features")
+        yield needs_root("kernel features")
         return
-    answers = try_everything(existing(layout.state_dir), layout.tree)
-    lost = check_modules(layout)
+    answers = run_trials(existing_ancestor(layout.state_dir), layout.tree)
+    modules = check_modules(layout)
     for name in TRIALS:
         error = answers.get(name, "the trial itself ended early")
         if error is None:
-            yield Finding(name, "ok", _WELL[name])
+            yield Finding(name, "ok", _SUCCESSES[name])
         else:
-            remedy = lost.remedy or _REMEDIES[name]
+            remedy = modules.remedy or _REMEDIES[name]
             yield Finding(name, "fail", " ".join(error.split()), remedy)
 
 
-def try_everything(directory: Path, tree: Path) -> dict[str, str | None]:
-    """Run the trials in a process of their own; each one's error, or None."""
+def run_trials(directory: Path, tree: Path) -> dict[str, str | None]:
+    """Run the trials in a separate process; each one's error, or None."""
     argv = [sys.executable, "-m", "hostruntime.container.trials", str(directory)]
-    done = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
-    answers = (json.loads(line) for line in done.stdout.splitlines())
+    result = subprocess.run(argv, cwd=tree, capture_output=True, timeout=_SECONDS)
+    answers = (json.loads(line) for line in result.stdout.splitlines())
     return {answer["name"]: answer["error"] for answer in answers}
 
 
 def check_namespaces(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
-    """Each sandbox takes a namespace of every kind; distributions restrict users, not root."""
+    """Each sandbox needs a namespace of every kind; distributions restrict users, not root."""
     limits = {kind: read_number(sysctls / f"user/max_{kind}_namespaces") for kind in NAMESPACES}
     kind, least = min(limits.items(), key=lambda item: item[1])
-    if least < FEW_NAMESPACES:
+    if least < MIN_NAMESPACES:
         seen = f"user.max_{kind}_namespaces is {least}, and each sandbox takes one"
         remedy = f"sysctl -w user.max_{kind}_namespaces=15000"
         return Finding("namespaces", "warn" if least else "fail", seen, remedy)
@@ -144,24 +150,26 @@ def _restrictions(sysctls: Path) -> str:
 
 
 def check_limits(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
-    """Limits of the whole machine that sandboxes and the proxy would meet."""
+    """System-wide limits that sandboxes and the proxy would reach."""
     low, descriptors = low_limits(sysctls), read_number(sysctls / _DESCRIPTORS)
     read_only = is_read_only(sysctls)
-    for_others = []
+    other_limits = []
     if descriptors < DESCRIPTORS:
-        for_others.append(LowLimit(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
-    if for_others or (low and read_only):
-        wanted = [*(low if read_only else []), *for_others]
+        other_limits.append(LowLimit(_DESCRIPTORS, str(descriptors), str(DESCRIPTORS)))
+    if other_limits or (low and read_only):
+        wanted = [*(low if read_only else []), *other_limits]
         settings = " ".join(each.assignment for each in wanted)
         return Finding("limits", "warn", _values(wanted), f"sysctl -w {settings}")
     if low:
         return Finding("limits", "ok", f"{_values(low)}; the next start raises what is too low")
-    most = max_processes(sysctls)
-    return Finding("limits", "ok", f"all sandboxes together run up to {most} processes and threads")
+    process_limit = max_processes(sysctls)
+    return Finding(
+        "limits", "ok", f"all sandboxes together run up to {process_limit} processes and threads"
+    )
 
 
 def is_read_only(path: Path) -> bool:
-    """Whether the mount that ``path`` is on lets nobody write, as /proc/sys in a container."""
+    """Whether ``path`` is on a read-only mount, as /proc/sys is in a container."""
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 

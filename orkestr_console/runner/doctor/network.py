@@ -1,4 +1,4 @@
-"""The way out: forwarding, others' firewalls, the proxy, the registries, the console's port."""
+"""Network checks: forwarding, other firewalls, the proxy, registries, the console's port."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from hostruntime.errors import HostError
 from hostruntime.host.paths import StatePaths
-from hostruntime.network.egress import host_registries, proxy_obstacles
-from hostruntime.network.foreign_firewalls import barriers
-from orkestr_console.runner.doctor.finding import Finding, is_root, read_number, unseen
+from hostruntime.network.egress import host_registries, proxy_problems
+from hostruntime.network.foreign_firewalls import find_barriers
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root, read_number
 from orkestr_console.runner.layout import Layout
-from orkestr_console.runner.lock import holder
+from orkestr_console.runner.lock import lock_holder
 
 
 def check_forwarding(_: Layout) -> Finding:
@@ -29,25 +29,25 @@ def check_forwarding(_: Layout) -> Finding:
 
 
 def check_firewalls(_: Layout) -> Finding:
-    """Docker, ufw and firewalld drop what they were not told of, whatever our rules accept."""
+    """Docker, ufw and firewalld drop unknown traffic, whatever our rules accept."""
     if not is_root():
-        return unseen("firewalls")
+        return needs_root("firewalls")
     try:
-        found = barriers()
+        found = find_barriers()
     except HostError as error:
         seen = f"cannot be seen: {' '.join(error.detail.split())}"
         return Finding("firewalls", "warn", seen, "apt-get install nftables (make run does it)")
     if not found:
         return Finding("firewalls", "ok", "no other rules are in the way of sandboxes")
-    seen = "; ".join(barrier.seen for barrier in found)
+    seen = "; ".join(barrier.problem for barrier in found)
     return Finding("firewalls", "warn", seen, "; ".join(barrier.remedy for barrier in found))
 
 
 def check_proxy(_: Layout) -> Finding:
     """Squid, as the egress proxy needs it."""
     if not is_root():
-        return unseen("egress proxy")
-    obstacles = proxy_obstacles()
+        return needs_root("egress proxy")
+    obstacles = proxy_problems()
     if not obstacles:
         return Finding("egress proxy", "ok", "Squid can be run")
     remedy = "; ".join(obstacles[1:]) or "apt-get install squid-openssl (make run does it)"
@@ -55,7 +55,7 @@ def check_proxy(_: Layout) -> Finding:
 
 
 def check_registries(layout: Layout) -> Finding:
-    """What pip, npm and apt of this machine say is what sandboxes reach by default."""
+    """This machine's pip, npm and apt configuration is what sandboxes reach by default."""
     paths = StatePaths(layout.state_dir)
     notes = host_registries(paths).notes
     if not notes:
@@ -65,18 +65,18 @@ def check_registries(layout: Layout) -> Finding:
 
 
 def check_port(layout: Layout) -> Finding:
-    """The console's port; it is no fault if this very installation serves on it."""
-    if holder(layout) is not None:
+    """The console's port, which this installation itself may be serving on."""
+    if lock_holder(layout) is not None:
         return Finding("port", "ok", f"{layout.port}: this console serves on it")
-    if (fault := listening_fault(layout.port, layout.listen)) is None:
+    if (problem := listen_problem(layout.port, layout.listen)) is None:
         return Finding("port", "ok", f"{layout.port} is free")
-    return Finding("port", "fail", *fault)
+    return Finding("port", "fail", *problem)
 
 
-def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
-    """What keeps a server from listening on ``port`` of these addresses, and what to do."""
+def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:
+    """Why a server cannot listen on ``port`` of these addresses, and what to do; None if it can."""
     for address in addresses:
-        error = _refusal(address, port)
+        error = _bind_error(address, port)
         if error == errno.EADDRNOTAVAIL:
             return f"{address} is no address of this machine", "put right ORKESTR_LISTEN"
         if error == errno.EACCES:
@@ -87,8 +87,8 @@ def listening_fault(port: int, addresses: Iterable[str]) -> tuple[str, str] | No
     return None
 
 
-def _refusal(address: str, port: int) -> int:
-    """The error number of bind(2), 0 if it is granted."""
+def _bind_error(address: str, port: int) -> int:
+    """The error number of bind(2); 0 for success."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The programs, libraries and users' ids that the runtime builds on."""
+"""The programs, libraries and subordinate ids that the runtime needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from hostruntime.container import apparmor
 from hostruntime.errors import HostError
 from hostruntime.host.paths import ID_BASE, ID_COUNT
-from orkestr_console.runner.doctor.finding import Finding, is_root, unseen
+from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root
 from orkestr_console.runner.layout import Layout
 
 PROGRAMS = {
@@ -32,7 +32,7 @@ _NO_PROFILE = "orkestr-none"
 
 
 def check_programs(_: Layout) -> Finding:
-    """The programs of other packages that the host agent runs."""
+    """The external programs that the host agent runs."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = {package for name, package in PROGRAMS.items() if not shutil.which(name, path=path)}
     if missing:
@@ -55,7 +55,7 @@ def check_postgres(layout: Layout) -> Finding:
 
 
 def check_lxc_binding(_: Layout) -> Finding:
-    """liblxc and the binding in this virtual environment that was built for it."""
+    """liblxc, and this virtual environment's binding for it."""
     library = ctypes.util.find_library("lxc")
     tried = subprocess.run(
         [sys.executable, "-c", "import _lxc; print(_lxc.get_version())"],
@@ -69,7 +69,7 @@ def check_lxc_binding(_: Layout) -> Finding:
 
 
 def check_subordinate_ids(_: Layout) -> Finding:
-    """Root must own the host ids that containers use (subuid(5)); the agent adds its line."""
+    """Root must own the host ids of containers (subuid(5)); the agent adds its line."""
     overlapping = []
     for name in ("/etc/subuid", "/etc/subgid"):
         path = Path(name)
@@ -86,11 +86,11 @@ def check_subordinate_ids(_: Layout) -> Finding:
 
 
 def check_apparmor(_: Layout) -> Finding:
-    """Where the kernel has AppArmor, the profile of sandboxes must be one it can be given."""
+    """Where the kernel has AppArmor, the sandboxes' profile must be loadable."""
     if not apparmor.enabled():
         return Finding("apparmor", "ok", "this kernel does not use it")
     if not is_root():
-        return unseen("apparmor")
+        return needs_root("apparmor")
     try:
         apparmor.check()
         apparmor.is_loaded(_NO_PROFILE)

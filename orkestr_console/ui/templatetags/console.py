@@ -1,4 +1,4 @@
-"""How the console writes ids, sizes, times and icons."""
+"""Template tags and filters for ids, sizes, times and icons."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from hostruntime.wire.health import EgressHost
-from orkestr_console.accounts.limits import Kind
+from orkestr_console.accounts.limits import LimitKind
 from orkestr_console.core import text as texts
-from orkestr_console.core.text import visible
-from orkestr_console.ui.ansi import rendered
+from orkestr_console.core.text import escape_invisible
+from orkestr_console.ui.ansi import render_tail
 
 register = template.Library()
 
@@ -38,23 +38,23 @@ SYSTEMS = (
     ("CrOS", "ChromeOS"),
     ("Linux", "Linux"),
 )
-# The icons of steps that have ended.
+# The icons of finished steps.
 MARKS = {"succeeded": "check", "cached": "check", "failed": "cross", "skipped": "minus"}
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @register.filter
 def short_id(value: str) -> str:
-    """``tmpl_01JABCDEF…WXYZ``: the kind, and the end, which tells two made together apart."""
+    """The kind and the last six digits, which differ even for ids created together."""
     kind, _, ulid = value.partition("_")
     return f"{kind}_…{ulid[-6:]}" if len(ulid) > 12 else value
 
 
 @register.filter
 def browser(user_agent: str) -> str:
-    """``Firefox on Linux``, enough to tell one's browsers apart; else what it calls itself.
+    """``Firefox on Linux``, to tell one's browsers apart; else the raw user agent.
 
-    Each claims to be its ancestors too (RFC 9110, 10.1.5): the most particular name comes first.
+    Each browser also claims to be its ancestors (RFC 9110, 10.1.5): the most specific comes first.
     """
     name = next((name for mark, name in BROWSERS if mark in user_agent), "")
     system = next((name for mark, name in SYSTEMS if mark in user_agent), "")
@@ -65,7 +65,7 @@ def browser(user_agent: str) -> str:
 
 @register.filter
 def size(value: int | None) -> str:
-    """Bytes in decimal units, as disks are sold: ``1.24 GB``."""
+    """Bytes in decimal units: ``1.24 GB``."""
     if value is None:
         return ""
     number = float(value)
@@ -79,7 +79,7 @@ def size(value: int | None) -> str:
 
 @register.filter
 def change(value: int | None) -> str:
-    """A size by which something changed: ``+1.24 GB``, ``−3 kB``."""
+    """A change in size: ``+1.24 GB``, ``−3 kB``."""
     if value is None:
         return ""
     return f"{'−' if value < 0 else '+'}{size(abs(value))}"
@@ -87,7 +87,7 @@ def change(value: int | None) -> str:
 
 @register.filter
 def entry(mapping: Mapping[str, object], key: str) -> object:
-    """What a mapping has under ``key``, or None."""
+    """A mapping's value for ``key``, or None."""
     return mapping.get(key)
 
 
@@ -115,7 +115,7 @@ def duration(milliseconds: float | None) -> str:
 
 @register.filter
 def seconds(value: int) -> str:
-    """A length of time in round words: ``10 minutes``."""
+    """A duration in words: ``10 minutes``."""
     for length, word in ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
         if value % length == 0:
             count = value // length
@@ -125,8 +125,8 @@ def seconds(value: int) -> str:
 
 @register.filter
 def ansi(text: str) -> SafeString:
-    """A program's output, coloured: the end of it, if it is long."""
-    shown = rendered(text)
+    """A program's coloured output; only its end, if it is long."""
+    shown = render_tail(text)
     if not shown.hidden:
         return shown.lines + shown.tail
     note = format_html('<span class="ctl">{} earlier lines are not shown</span>\n', shown.hidden)
@@ -135,34 +135,38 @@ def ansi(text: str) -> SafeString:
 
 @register.filter(name="visible")
 def visible_text(value: object) -> str | list[str]:
-    """What anybody may have written: what would steer the page's text is written as U+202E.
+    """Untrusted text with invisible and text-direction characters as code points.
 
-    Of a list each member, so before ``join``, which escapes.
+    For a list, each member: use it before ``join``, which escapes.
     """
-    return [visible(str(one)) for one in value] if isinstance(value, list) else visible(str(value))
+    return (
+        [escape_invisible(str(one)) for one in value]
+        if isinstance(value, list)
+        else escape_invisible(str(value))
+    )
 
 
 @register.filter
 def few(names: list[str]) -> str:
-    """As many names as anybody reads, as :func:`visible_text` has them."""
-    return texts.few([visible(name) for name in names])
+    """The first names and the number of the rest, as :func:`visible_text`."""
+    return texts.shorten_list([escape_invisible(name) for name in names])
 
 
 @register.filter
 def first_line(text: str) -> str:
-    """The sentence that an error message begins with."""
+    """The first line of an error message."""
     return text.partition("\n")[0]
 
 
 @register.filter
 def other_lines(text: str) -> str:
-    """What follows it: the output's tail."""
+    """The lines after the first: the output's tail."""
     return text.partition("\n")[2].strip("\n")
 
 
 @register.filter
 def backticks(text: str) -> SafeString:
-    """Text whose words between backticks are code."""
+    """Text in which words between backticks become code elements."""
     parts = [
         format_html("<code>{}</code>", part) if number % 2 else part
         for number, part in enumerate(text.split("`"))
@@ -172,7 +176,7 @@ def backticks(text: str) -> SafeString:
 
 @register.filter
 def marked(parts: list[str], secret: str) -> SafeString:
-    """What stands around a secret, joined by it; the secret is marked."""
+    """The text around a secret, joined by it, with the secret marked."""
     return format_html_join(format_html("<mark>{}</mark>", secret), "{}", ((p,) for p in parts))
 
 
@@ -184,13 +188,13 @@ def grouped(value: int | None) -> str:
 
 @register.filter
 def pretty(value: object) -> str:
-    """JSON for people to read."""
+    """Indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 @register.filter
-def amount(value: int, kind: Kind) -> str:
-    """The number of a limit in its unit: ``10 minutes``, ``20,000 MB``, ``3``."""
+def amount(value: int, kind: LimitKind) -> str:
+    """A limit's number with its unit: ``10 minutes``, ``20,000 MB``, ``3``."""
     if kind.unit == "s":
         return seconds(value)
     return f"{grouped(value)} {kind.unit}".rstrip()
@@ -235,7 +239,7 @@ def icon(name: str) -> SafeString:
 
 @register.inclusion_tag("console/_copy.html")
 def copy(text: str, label: str) -> dict[str, str]:
-    """A button that copies ``text``; ``label`` is what it says to who cannot see it."""
+    """A button that copies ``text``; ``label`` is for screen readers."""
     return {"text": text, "label": label}
 
 
@@ -266,7 +270,7 @@ def network(mode: str) -> dict[str, str]:
 
 @register.simple_tag
 def mark(status: str, waiting: str | int) -> SafeString:
-    """The round mark of a build's step or phase; ``waiting`` stands in it until that begins."""
+    """The round mark of a build's step or phase, with ``waiting`` in it until that starts."""
     inside: object = waiting
     if status == "running":
         inside = format_html('<span class="{}" aria-hidden="true"></span>', "spin")
@@ -277,7 +281,7 @@ def mark(status: str, waiting: str | int) -> SafeString:
 
 @register.inclusion_tag("console/_badge.html")
 def verdict(use: EgressHost) -> dict[str, object]:
-    """What the network policy said to a sandbox about a host, as a badge."""
+    """The network policy's verdict on a sandbox's host, as a badge."""
     if use.refused:
         return {"state": {"tone": "bad", "label": "Refused", "value": "refused"}}
     if use.unreached:
@@ -287,7 +291,7 @@ def verdict(use: EgressHost) -> dict[str, object]:
 
 @register.filter
 def requests(use: EgressHost) -> str:
-    """How often a sandbox asked for a host: ``12``, or ``2 of 14`` where some were refused."""
+    """A sandbox's requests to a host: ``12``, or ``2 of 14`` if some were refused."""
     if not use.refused:
         return grouped(use.unreached if use.direct else use.allowed)
     if not use.allowed:
@@ -297,9 +301,9 @@ def requests(use: EgressHost) -> str:
 
 @register.inclusion_tag("console/_field_error.html")
 def field_error(errors: Mapping[str, str] | str, name: str) -> dict[str, str]:
-    """The sentence at a field, for the field's ``aria-describedby`` to name.
+    """A field's error message, which its ``aria-describedby`` refers to.
 
-    ``errors`` is "" in a page that has none.
+    ``errors`` is "" on a page without errors.
     """
     return {"name": name, "error": errors.get(name, "") if isinstance(errors, Mapping) else ""}
 
@@ -335,7 +339,7 @@ def crumbs(current: str, *pages: str) -> dict[str, object]:
 
 @register.simple_tag
 def described(errors: Mapping[str, str] | str, name: str, help_id: str = "") -> SafeString:
-    """The attributes of a field that name its help and its error, and mark it if it has one."""
+    """A field's ARIA attributes: its help, its error, and whether it is invalid."""
     wrong = name in errors if isinstance(errors, Mapping) else False
     ids = " ".join(filter(None, (help_id, f"{name}-error" if wrong else "")))
     by = format_html('aria-describedby="{}"', ids) if ids else format_html("{}", "")

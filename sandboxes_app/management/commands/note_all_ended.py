@@ -1,4 +1,4 @@
-"""`manage.py note_all_ended`: what `make down` did, for the database."""
+"""`manage.py note_all_ended`: records in the database that `make down` ended all sandboxes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from sandboxes_app.services.lifecycle import note_all_ended
+from sandboxes_app.services.lifecycle import terminate_all
 
 
 class Command(BaseCommand):
@@ -17,4 +17,4 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Print how many there were."""
-        self.stdout.write(str(note_all_ended()))
+        self.stdout.write(str(terminate_all()))

@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import SCOPES, system_actor
-from orkestr_console.accounts.api_tokens import note_created
+from orkestr_console.accounts.api_tokens import record_created
 from orkestr_console.accounts.limits import NETWORKS, envelope
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
@@ -70,7 +70,7 @@ class Command(BaseCommand):
                     allowed_templates=options["template"],
                     allowed_networks=options["network"],
                 )
-                note_created(actor, token)
+                record_created(actor, token)
         except (InvalidInput, PlanLimit) as error:
             raise CommandError(error.detail) from None
         self.stdout.write(text)

@@ -26,7 +26,7 @@ class Command(BaseCommand):
                 row = services.adopt()
                 self.stdout.write(f"Database and state belong together from now on ({row.pk}).")
                 return
-            seen, row = services.standing(), services.current()
+            seen, row = services.host_standing(), services.current()
         except DomainError as error:
             raise CommandError(error.detail) from error
         self.stdout.write(f"database         {row.pk}, mark {row.epoch}")

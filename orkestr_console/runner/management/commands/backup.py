@@ -1,4 +1,4 @@
-"""`manage.py backup`: a backup of this installation, made while it runs, or verified."""
+"""`manage.py backup`: back up this installation while it runs, or verify its backups."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 
 from hostruntime.backup.vault import Vault
-from orkestr_console.runner.backup.commands import Teller, in_words
-from orkestr_console.runner.backup.taking import KEEP, back_up, verify
+from orkestr_console.runner.backup.commands import ProgressReporter, command_errors
+from orkestr_console.runner.backup.taking import KEEP, create_backup, verify
 from orkestr_console.runner.layout import layout_from
 
 
@@ -37,23 +37,23 @@ class Command(BaseCommand):
         directory: Path = options["directory"].absolute()
         if options["keep"] < 1:
             raise CommandError("--keep takes 1 or more")
-        teller = Teller(self.stdout)
-        vault = Vault(directory, teller.tick)
+        teller = ProgressReporter(self.stdout)
+        vault = Vault(directory, teller.on_progress)
         teller.progress = vault.progress
-        with in_words("backup", directory):
+        with command_errors("backup", directory):
             if options["verify"]:
                 self._verify(directory, vault, teller)
             else:
                 self._make(directory, options["keep"], vault, teller)
 
-    def _verify(self, directory: Path, vault: Vault, teller: Teller) -> None:
-        damaged = verify(directory, vault, teller.say)
+    def _verify(self, directory: Path, vault: Vault, teller: ProgressReporter) -> None:
+        damaged = verify(directory, vault, teller.report)
         if damaged:
             raise CommandError("damaged in {}:\n  {}".format(directory, "\n  ".join(damaged)))
         self.stdout.write("Everything is what was put there.")
 
-    def _make(self, directory: Path, keep: int, vault: Vault, teller: Teller) -> None:
-        made = back_up(layout_from(), directory, keep, vault, teller.say)
+    def _make(self, directory: Path, keep: int, vault: Vault, teller: ProgressReporter) -> None:
+        made = create_backup(layout_from(), directory, keep, vault, teller.report)
         self.stdout.write(f"Backup {made.name}: the database, {made.text}.")
         for lost in made.lost:
             self.stdout.write(f"Not in it, as it was gone from the disk: {lost}.")

@@ -40,6 +40,6 @@ class Command(BaseCommand):
             "warn": self.style.WARNING,
             "fail": self.style.ERROR,
         }[finding.verdict]
-        self.stdout.write(f"{paint(f'{finding.verdict:>5}')}  {finding.name:<16} {finding.seen}")
+        self.stdout.write(f"{paint(f'{finding.verdict:>5}')}  {finding.name:<16} {finding.detail}")
         if finding.remedy:
             self.stdout.write(f"{'':<24}→ {finding.remedy}")

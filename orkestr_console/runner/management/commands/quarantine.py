@@ -1,4 +1,4 @@
-"""`manage.py quarantine`: what was set aside instead of deleted; put it back, or delete it."""
+"""`manage.py quarantine`: list, restore or delete what was quarantined instead of deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from orkestr_console.accounts.management.commands.mint_token import find_team
 from orkestr_console.core.errors import DomainError
 from orkestr_console.installation import services
-from templates_app.services import give_image
+from templates_app.services import adopt_image
 
 
 class Command(BaseCommand):
@@ -40,7 +40,7 @@ class Command(BaseCommand):
             raise CommandError(error.detail) from error
 
     def _list(self) -> None:
-        held = services.held()
+        held = services.list_quarantine()
         for thing in held:
             at = datetime.fromtimestamp(thing.at, UTC)
             self.stdout.write(f"{thing.key}  {at:%Y-%m-%d %H:%M} UTC  {thing.detail}")
@@ -53,7 +53,7 @@ class Command(BaseCommand):
             thing = services.restore(key)
             self.stdout.write(f"{thing.kind} {thing.name} was put back.")
             if owner is not None and thing.kind == "image":
-                template = give_image(owner, thing.name, name)
+                template = adopt_image(owner, thing.name, name)
                 self.stdout.write(f"It is template {template.pk} of {owner.name}.")
         else:
             services.delete(key)

@@ -1,4 +1,4 @@
-"""`manage.py restore`: bring a backup back into an empty installation."""
+"""`manage.py restore`: restore a backup into an empty installation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand
 
 from hostruntime.backup.vault import Vault
-from orkestr_console.runner.backup.commands import Teller, in_words
+from orkestr_console.runner.backup.commands import ProgressReporter, command_errors
 from orkestr_console.runner.backup.restoring import restore
 from orkestr_console.runner.layout import layout_from
 
@@ -28,11 +28,11 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Exit status 0 when all of it was restored."""
         directory: Path = options["directory"].absolute()
-        teller = Teller(self.stdout)
-        vault = Vault(directory, teller.tick)
+        teller = ProgressReporter(self.stdout)
+        vault = Vault(directory, teller.on_progress)
         teller.progress = vault.progress
-        with in_words("restore", directory):
-            found = restore(layout_from(), directory, options["name"], vault, teller.say)
+        with command_errors("restore", directory):
+            found = restore(layout_from(), directory, options["name"], vault, teller.report)
         self.stdout.write(
             f"Restored: the database, {len(found.stored)} images and snapshots. Start the console."
         )

@@ -31,7 +31,7 @@ class Command(BaseCommand):
         use_request_settings()
         # Here, because it installs an event loop that no other command wants.
         from orkestr_console.asgi import application
-        from orkestr_console.http.daphne import build_server, leave
+        from orkestr_console.http.daphne import build_server, exit_process
         from orkestr_console.http.readiness import readiness
 
         readiness.start()
@@ -39,11 +39,11 @@ class Command(BaseCommand):
         server.run()
         if server.failure:
             raise CommandError(f"cannot listen on port {options['port']}: {server.failure}")
-        leave(0)
+        exit_process(0)
 
 
 def use_request_settings() -> None:
-    """Make of the process what requests need, before there is a pool or a connection.
+    """Configure the process for requests, before there is a pool or a connection.
 
     Whoever waits is told soon that it is no use (:mod:`orkestr_console.core.postgres`). Each
     request under way has a socket of its client's and maybe one to the host, so as many files are
@@ -51,5 +51,5 @@ def use_request_settings() -> None:
     """
     pool = connections.settings["default"]["OPTIONS"]["pool"]
     pool |= {"timeout": settings.REQUEST_POOL_SECONDS, "connection_class": RequestConnection}
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

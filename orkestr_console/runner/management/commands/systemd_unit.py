@@ -7,7 +7,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 
 from orkestr_console.runner.layout import StartError, layout_from
-from orkestr_console.runner.service import SECRETS_FILE, secrets_in, unit
+from orkestr_console.runner.service import SECRETS_FILE, configured_secrets, unit
 
 
 class Command(BaseCommand):
@@ -22,7 +22,7 @@ class Command(BaseCommand):
             self.stdout.write(unit(layout_from()), ending="")
         except StartError as error:
             raise CommandError(str(error)) from error
-        if left_out := secrets_in():
+        if left_out := configured_secrets():
             self.stderr.write(
                 f"{' and '.join(left_out)}: not in the unit, which everybody may read. Put it into "
                 f"{SECRETS_FILE}, as NAME=value, of mode 0600"

@@ -30,7 +30,7 @@ class Command(BaseCommand):
         parser.add_argument("--no-self-check", dest="self_check", action="store_false")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Serve; exit status 0 after Ctrl-C, 1 when something did not come up."""
+        """Serve; exit status 0 after Ctrl-C, 1 if something did not start."""
         # SIGINT too: a shell starts a background job with it ignored.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
@@ -44,5 +44,5 @@ class Command(BaseCommand):
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C and a polite kill end it the same way."""
+    """Treat SIGTERM like Ctrl-C."""
     raise KeyboardInterrupt

@@ -14,9 +14,9 @@ from hostruntime.errors import ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.image import store as images_module
 from hostruntime.image.capture import capture
-from hostruntime.image.holdings import NAME, Holdings
+from hostruntime.image.inode_record import NAME, InodeRecord
 from hostruntime.image.store import Image, ImageManifest, ImageStore
-from hostruntime.image.trees import Measure, inventory, measure
+from hostruntime.image.trees import TreeSize, inventory, measure
 from tests.hostruntime.trees_help import grow
 
 KIB = 1024
@@ -29,14 +29,14 @@ class Store(ImageStore):
         self, name: str, below: str | None, files: dict[str, int], *, recorded: bool = True
     ) -> Image:
         base = self.acquire(below, name) if below is not None else None
-        staged = self.staging(name)
+        staged = self.create_staging(name)
         upper = grow(staged.with_name(f"{name}.upper"), {k: "x" * n for k, n in files.items()})
         nothing = grow(staged.with_name(f"{name}.nothing"), {})
         capture(base.tree if base is not None else nothing, upper, staged / "tree")
         shutil.rmtree(upper)
         found = inventory(staged / "tree")
         if recorded:
-            self.keep_holdings(staged, base, found)
+            self.record_inodes(staged, base, found)
         sizes = found.measure()
         manifest = ImageManifest(
             id=name,
@@ -66,7 +66,7 @@ def store(tmp_path: Path) -> Store:
 def no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on looking at every inode is a failure."""
 
-    def walked(tree: Path) -> Measure:
+    def walked(tree: Path) -> TreeSize:
         raise AssertionError(f"{tree} was walked")
 
     monkeypatch.setattr(images_module, "measure", walked)
@@ -77,7 +77,7 @@ def freed(store: ImageStore, name: str) -> int:
     return found.size_bytes - found.shared_bytes
 
 
-def by_walking(store: ImageStore, name: str) -> Measure:
+def by_walking(store: ImageStore, name: str) -> TreeSize:
     return measure(store.get(name).tree)
 
 
@@ -147,17 +147,17 @@ def test_a_record_that_does_not_hold_is_not_believed(store: Store, tmp_path: Pat
     store.make("debian-12", None, {"lib/big": 100 * KIB})
     image = store.make("img_1", "debian-12", {"own": 20 * KIB})
     directory = image.tree.parent
-    assert Holdings.of(directory) is not None
+    assert InodeRecord.read(directory) is not None
     record = (directory / NAME).read_bytes()
     for damaged in (record[:-8], b"", b"{}\n", b"[1]\n", b"x" * 100_000):
         (directory / NAME).write_bytes(damaged)
-        assert Holdings.of(directory) is None
+        assert InodeRecord.read(directory) is None
         assert store.usage("img_1") == by_walking(store, "img_1")
     (directory / NAME).write_bytes(record)
     # As when the state directory was brought here from another disk: other inodes.
     image.tree.rename(tmp_path / "was")
     shutil.copytree(tmp_path / "was", image.tree)
-    assert Holdings.of(directory) is None
+    assert InodeRecord.read(directory) is None
     assert store.usage("img_1").shared_bytes == 0
 
 
@@ -176,7 +176,7 @@ def test_an_answer_is_kept_until_the_images_are_others(
         return real(path, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", counting)
-    monkeypatch.setattr(Holdings, "of", lambda _: pytest.fail("a record was read again"))
+    monkeypatch.setattr(InodeRecord, "read", lambda _: pytest.fail("a record was read again"))
     assert store.usage("img_1") == first
     # The manifest says which image it is.
     assert {Path(str(path)).name for path in opened} <= {"image.json"}
