@@ -31,6 +31,7 @@ MIN_TIMEOUT_SECONDS = 10
 MAX_EXEC_SECONDS = 3600
 
 Size = Literal["small", "medium", "large"]
+Network = Literal["off", "restricted", "open"]
 SIZES: dict[str, tuple[float, int]] = {
     "small": (1.0, 1024),
     "medium": (2.0, 4096),
@@ -62,13 +63,22 @@ def usable_path(path: str) -> str:
     return path
 
 
-Path = Annotated[str, AfterValidator(usable_path)]
+Path = Annotated[
+    str,
+    AfterValidator(usable_path),
+    Field(description="An absolute path, such as '/workspace/main.py'."),
+]
 
 
 class Spec(BaseModel):
     """The base of the specs: nothing is coerced, and unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def network_off() -> Network:
+    """The network of a sandbox that names none."""
+    return "off"
 
 
 class SandboxSpec(Spec):
@@ -78,20 +88,36 @@ class SandboxSpec(Spec):
     caller sets them.
     """
 
-    template: str | None = None
-    snapshot: str | None = None
-    size: Size = "small"
-    network: Literal["off", "restricted", "open"] = "off"
-    timeout_seconds: int = Field(default=600, ge=MIN_TIMEOUT_SECONDS)
+    template: str | None = Field(
+        default=None, description="A ready template's id, or a base's name."
+    )
+    snapshot: str | None = Field(
+        default=None,
+        description="Instead of template: a ready snapshot's id. It determines the size.",
+    )
+    size: Size = Field(default="small", description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB.")
+    network: Network = Field(
+        # A factory, because JSON schemas leave its value out: with a snapshot it is another.
+        default_factory=network_off,
+        description="off; restricted: package registries and the default list; open. By default "
+        "off, or the snapshot's.",
+    )
+    timeout_seconds: int = Field(
+        default=600, ge=MIN_TIMEOUT_SECONDS, description="Seconds until it expires."
+    )
     on_timeout: Literal["kill", "pause"] = "kill"
     auto_resume: bool = False
     preview_auth: bool = False
-    env: Environment = Field(default_factory=dict)
+    env: Environment = Field(
+        default_factory=dict, description="Environment variables for its commands."
+    )
     metadata: Annotated[dict[str, str], AfterValidator(usable_metadata)] = Field(
-        default_factory=dict
+        default_factory=dict, description="Labels to find it by."
     )
     region: str | None = None
-    allow_domains: Allowlist = None
+    allow_domains: Allowlist = Field(
+        default=None, description="Hosts instead of the default list, for network restricted."
+    )
     volume: str | None = None
 
     @model_validator(mode="after")
@@ -112,23 +138,29 @@ def usable_label(name: str) -> str:
 class SnapshotSpec(Spec):
     """A snapshot to create, and its name."""
 
-    name: Annotated[str, AfterValidator(usable_label)] | None = None
+    name: Annotated[str, AfterValidator(usable_label)] | None = Field(
+        default=None, description="What to call it."
+    )
 
 
 class ExecSpec(Spec):
     """A command to run; its whole process tree is killed after ``timeout_seconds``."""
 
-    command: Annotated[str, AfterValidator(usable_script)]
-    cwd: Path = "/workspace"
-    env: Environment = Field(default_factory=dict)
-    timeout_seconds: int = Field(default=60, ge=1, le=MAX_EXEC_SECONDS)
+    command: Annotated[str, AfterValidator(usable_script)] = Field(description="A shell command.")
+    cwd: Path = Field(default="/workspace", description="Where it runs.")
+    env: Environment = Field(default_factory=dict, description="Additional environment variables.")
+    timeout_seconds: int = Field(
+        default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped."
+    )
     stream: bool = False
 
 
 class TimeoutSpec(Spec):
     """A new lifetime, from now, in seconds."""
 
-    timeout_seconds: int = Field(ge=MIN_TIMEOUT_SECONDS)
+    timeout_seconds: int = Field(
+        ge=MIN_TIMEOUT_SECONDS, description="Seconds from now until it expires."
+    )
 
 
 class FileSpec(Spec):

@@ -57,22 +57,47 @@ class TemplateSpec(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    name: Annotated[str, AfterValidator(usable_name)]
-    base_template: Annotated[str, AfterValidator(usable_base)]
+    name: Annotated[str, AfterValidator(usable_name)] = Field(
+        description="A name people will recognise."
+    )
+    base_template: Annotated[str, AfterValidator(usable_base)] = Field(
+        description="A base such as 'python-3.12', or the id of a ready template."
+    )
     recipe: Annotated[
         list[Annotated[str, AfterValidator(usable_step)]], AfterValidator(usable_recipe)
-    ]
-    network: Literal["restricted", "open"] = Field(default="restricted")
-    # Replaces the default list of allowed hosts; ``@default`` in it stands for that list.
-    allow_domains: Allowlist = None
-    # Baked into the image, for every step and for every command of a sandbox made from it.
-    env: Environment = Field(default_factory=dict)
-    # Less than the plan allows, in seconds and MiB.
-    step_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
-    build_timeout_seconds: Annotated[int, Field(ge=1)] | None = None
-    disk_mb: Annotated[int, Field(ge=MIN_DISK_MB, le=MAX_DISK_MB)] | None = None
-    # "failed": reuse the steps that a failed build completed.
-    reuse: Literal["failed"] | None = None
+    ] = Field(
+        description="Shell steps, run in order as root with HOME=/root. Each step is a new shell: "
+        "cd and variables don't carry over. /workspace and /tmp are not kept."
+    )
+    network: Literal["restricted", "open"] = Field(
+        default="restricted",
+        description="restricted: package registries and the default list; open: anywhere.",
+    )
+    allow_domains: Allowlist = Field(
+        default=None,
+        description="Hosts instead of the default list, for network restricted; include "
+        "'@default' to keep the default list as well.",
+    )
+    env: Environment = Field(
+        default_factory=dict,
+        description="Variables baked into the image, for every step and every command of a "
+        "sandbox started from it; $PATH in PATH's value stands for the usual one. No secrets: "
+        "anyone who uses the template can read them.",
+    )
+    step_timeout_seconds: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Step timeout in seconds; the plan's by default."
+    )
+    build_timeout_seconds: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Build timeout in seconds; the plan's by default."
+    )
+    disk_mb: Annotated[int, Field(ge=MIN_DISK_MB, le=MAX_DISK_MB)] | None = Field(
+        default=None, description="The size of the build's disk in MiB; 20 GiB by default."
+    )
+    reuse: Literal["failed"] | None = Field(
+        default=None,
+        description="'failed': skip the steps that an earlier failed or cancelled build completed, "
+        "if base, network and steps are the same up to there.",
+    )
 
     @model_validator(mode="after")
     def allowlist_needs_restricted(self) -> Self:

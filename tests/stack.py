@@ -27,12 +27,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hostruntime.client.host_client import HostClient
-from orkestr_console.runner.doctor import port_is_free
 from orkestr_console.runner.keeper import Keeper, tail
 from orkestr_console.runner.layout import Layout, layout_from
 from orkestr_console.runner.summary import Credentials, known_credentials
 from tests.bases import save_bases
+from tests.host.client import HostClient
 
 # Less than a test's time, so that what the installation said is what the failure shows.
 READY_SECONDS = 840
@@ -180,6 +179,17 @@ def free_port() -> int:
         if _reserve(port) and port_is_free(port):
             return port
     raise AssertionError("no free port in a hundred tries")
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on ``port`` of every IPv4 address now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
 
 
 _reserved: list[socket.socket] = []

@@ -35,6 +35,7 @@ from hostruntime.errors import ContainerGone, HostFull, HostUnavailable
 from hostruntime.host.disk_space import DiskSpace, Level
 from hostruntime.host.patience import scaled
 from hostruntime.host.tasks import every, in_background
+from hostruntime.wire.health import DiskStatus
 
 _GIB, _MIB = 1024**3, 1024**2
 # This far above the reserve, checking every second suffices: few disks write more in a second.
@@ -186,12 +187,23 @@ class DiskMonitor:
         suffix = f" {held} sandboxes and builds are frozen until there is space." if held else ""
         return [self._problem + suffix] if self._problem else []
 
-    def to_wire(self) -> dict[str, Any]:
-        """The fields of the agent's health response."""
-        space = self._space.to_wire() if self._space is not None else {}
-        level = {"level": self.level.wire_name}
-        held = {"held": len(self.containers.held()), "ballast": self.ballast.is_allocated}
-        return {**space, **level, **held}
+    def status(self) -> DiskStatus:
+        """For the agent's health response."""
+        status = DiskStatus(
+            level=self.level.wire_name,
+            held=len(self.containers.held()),
+            ballast=self.ballast.is_allocated,
+        )
+        if self._space is None:
+            return status
+        return replace(
+            status,
+            size_bytes=self._space.size_bytes,
+            free_bytes=self._space.free_bytes,
+            reserve_bytes=self._space.reserve_bytes,
+            free_files=self._space.free_files,
+            reserve_files=self._space.reserve_files,
+        )
 
     # Pieces --------------------------------------------------------------------------------
 

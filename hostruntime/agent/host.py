@@ -124,7 +124,7 @@ class Host:
                 "images": len(self.store.list()),
             },
             notes=[*host_registries(self.paths).notes, *self.disk_monitor.notes()],
-            room=self.disk_monitor.to_wire(),
+            room=self.disk_monitor.status(),
         )
 
     # Relief for the disk monitor -------------------------------------------------------------

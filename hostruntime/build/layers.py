@@ -217,11 +217,6 @@ class LayerStore:
             if layer is not None and layer.steps[-1].build == build:
                 self.discard(layer.directory)
 
-    def delete_scope(self, scope: str) -> None:
-        """Delete every layer of a scope.  Raises InvalidRequest for an invalid name."""
-        with self._lock:
-            self._trash.discard(self._root / check_name(scope))
-
     def recover(self) -> None:
         """Delete unfinished layers and those of an earlier boot; called at start."""
         for directory in self._root.glob(".*"):

@@ -244,10 +244,6 @@ class BuildManager:
         """Delete the records of builds that finished more than a week ago."""
         await in_thread(self._delete_old_records)
 
-    async def drop_layers(self, scope: str) -> None:
-        """Delete the layers of a scope.  Raises InvalidRequest for an invalid name."""
-        await in_thread(self._host.layers.delete_scope, scope)
-
     def users(self) -> set[str]:
         """The ids under which running builds use their base images."""
         return set(self._running)

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 from urllib.parse import quote
 
 import httpx
@@ -26,7 +26,6 @@ from hostruntime.client.transport import (
     parse,
     parse_content,
     parse_error,
-    parse_stat,
     timeouts,
     transport_errors,
 )
@@ -43,8 +42,6 @@ from hostruntime.wire.files import (
 )
 from hostruntime.wire.health import (
     DefaultDomains,
-    EgressDecision,
-    EgressDecisions,
     EgressHost,
     EgressHosts,
     Health,
@@ -104,7 +101,7 @@ class HostClient:
             trust_env=False,
         )
 
-    def __enter__(self) -> HostClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -123,11 +120,6 @@ class HostClient:
     def default_domains(self) -> list[str]:
         """The default allowlist of the restricted network."""
         return list(self._get(DefaultDomains, "/egress/defaults").domains)
-
-    def egress_decisions(self, owner: str, since: float = 0.0) -> list[EgressDecision]:
-        """What the proxy allowed or refused for a sandbox or build since a Unix time."""
-        params = {"owner": owner, "since": since}
-        return list(self._get(EgressDecisions, "/egress/decisions", params=params).decisions)
 
     def egress_hosts(self, owner: str) -> list[EgressHost]:
         """The requests of a sandbox or build by host, refused ones first."""
@@ -183,10 +175,6 @@ class HostClient:
         """
         params = {"keep_published": "true" if keep_published else "false"}
         return self._request(BuildInfo, "DELETE", f"/builds/{build_id}", params=params)
-
-    def drop_layers(self, scope: str) -> None:
-        """Delete all layers that builds of a scope stored for reuse."""
-        self._send("DELETE", f"/layers/{scope}")
 
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True
@@ -244,19 +232,6 @@ class HostClient:
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate and delete a sandbox; idempotent."""
         self._send("DELETE", f"/sandboxes/{sandbox_id}")
-
-    def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """Run a command and wait for it.
-
-        Only the first 16 MiB of output are retained unless the request says otherwise; more is
-        discarded and ``truncated`` is set.  Raises ExecTimeout (its ``extra`` holds the ``stdout``
-        and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands
-        if it would exceed its quota.
-        """
-        collected, path = ExecCollector(), f"/sandboxes/{sandbox_id}/exec"
-        for frame in self._lines(ExecFrame, "POST", path, _with_output_limit(request)):
-            collected.add(frame)
-        return collected.result()
 
     def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
         """The number of running commands by scope; waits ``seconds`` for the response."""
@@ -446,7 +421,7 @@ class AsyncHostClient:
             trust_env=False,
         )
 
-    async def __aenter__(self) -> AsyncHostClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -469,44 +444,22 @@ class AsyncHostClient:
                     yield parse(ExecFrame, line)
 
     async def exec_to_completion(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """Like :meth:`HostClient.exec`; cancelling kills the command."""
+        """Run a command and wait for it; cancelling kills the command.
+
+        Only the first 16 MiB of output are retained unless the request says otherwise; more is
+        discarded and ``truncated`` is set.  Raises ExecTimeout (its ``extra`` holds the ``stdout``
+        and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands
+        if it would exceed its quota.
+        """
         collected, frames = (
             ExecCollector(),
-            self.exec_frames(sandbox_id, _with_output_limit(request)),
+            self.exec_frames(sandbox_id, with_output_limit(request)),
         )
         # An async generator, whatever its annotation says: closing it kills the command.
         async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
             async for frame in stream:
                 collected.add(frame)
         return collected.result()
-
-    async def build_events(self, build_id: str, after: int = 0) -> AsyncIterator[BuildEvent]:
-        """The events after number ``after``, until the terminal one."""
-        params = {"after": str(after), "follow": "true"}
-        path = f"/builds/{build_id}/events"
-        async with self._stream("GET", path, params=params) as response:
-            async for line in response.aiter_lines():
-                if line.strip():
-                    yield parse(BuildEvent, line)
-
-    @asynccontextmanager
-    async def open_file(
-        self, sandbox_id: str, path: str
-    ) -> AsyncIterator[tuple[FileStat, AsyncIterator[bytes]]]:
-        """A file's stat and a stream of its bytes, of any size; raises the same as read_path."""
-        params = {"path": path, "directories": "false"}
-        url = f"/sandboxes/{sandbox_id}/files"
-        async with self._stream("GET", url, params=params) as response:
-            yield parse_stat(path, response.headers), response.aiter_raw()
-
-    async def write_file(
-        self, sandbox_id: str, path: str, content: AsyncIterator[bytes], *, mode: int | None = None
-    ) -> int:
-        """Write a file of any size from a stream atomically; return its size."""
-        params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
-        url = f"/sandboxes/{sandbox_id}/files"
-        async with self._stream("PUT", url, params=params, content=content) as response:
-            return parse(WrittenFile, await response.aread()).size
 
     @asynccontextmanager
     async def _stream(
@@ -520,7 +473,7 @@ class AsyncHostClient:
                 yield response
 
 
-def _with_output_limit(request: Exec) -> Exec:
+def with_output_limit(request: Exec) -> Exec:
     """Add the default limit of output, which is collected in memory."""
     if request.max_output_bytes is not None:
         return request

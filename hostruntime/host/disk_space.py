@@ -17,7 +17,6 @@ import os
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 from hostruntime.errors import HostFull, HostUnavailable, InvalidRequest
 
@@ -124,17 +123,6 @@ class DiskSpace:
             raise HostUnavailable(str(self.problem))
         if after.level is not Level.NORMAL:
             raise HostFull(str(self.problem or f"There is no room on the disk under {self.path}."))
-
-    def to_wire(self) -> dict[str, Any]:
-        """The fields of the agent's health response."""
-        return {
-            "level": self.level.wire_name,
-            "size_bytes": self.size_bytes,
-            "free_bytes": self.free_bytes,
-            "reserve_bytes": self.reserve_bytes,
-            "free_files": self.free_files,
-            "reserve_files": self.reserve_files,
-        }
 
 
 def _reserve_bytes(size: int) -> int:

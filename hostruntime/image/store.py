@@ -47,10 +47,10 @@ from hostruntime.image.digest import image_digest
 from hostruntime.image.inode_record import InodeRecord, reclaimable_bytes, write_inode_record
 from hostruntime.image.quarantine import Quarantine, QuarantinedItem
 from hostruntime.image.trash import Trash
-from hostruntime.image.trees import Check, Inventory, TreeSize, measure, no_check, tree_digest
+from hostruntime.image.trees import Check, Inventory, TreeSize, measure, no_check
 from hostruntime.wire.images import ImageInfo
 
-__all__ = ["Image", "ImageManifest", "ImageStore", "read_image", "tree_digest"]
+__all__ = ["Image", "ImageManifest", "ImageStore", "read_image"]
 
 # Former names of images that clients still use.
 ALIASES: Mapping[str, str] = {"ubuntu-24.04": "debian-12"}

@@ -123,11 +123,6 @@ class StubResolver:
         with self._lock:
             self._close(namespace)
 
-    def namespaces(self) -> set[Path]:
-        """Return the namespaces that are served."""
-        with self._lock:
-            return set(self._clients)
-
     def close(self) -> None:
         """Close all sockets and stop the thread; a later :meth:`add` restarts it."""
         with self._lock:

@@ -10,13 +10,29 @@ from hostruntime.wire.message import Message
 
 
 @dataclass(frozen=True)
+class DiskStatus(Message):
+    """The space on the disk of the state directory; sizes are null until it is first checked.
+
+    ``level`` is well, low, critical or read_only. ``held`` is the number of containers that are
+    frozen until there is space again; ``ballast`` tells whether the ballast file is allocated.
+    """
+
+    level: str = "well"
+    size_bytes: int | None = None
+    free_bytes: int | None = None
+    reserve_bytes: int | None = None
+    free_files: int | None = None
+    reserve_files: int | None = None
+    held: int = 0
+    ballast: bool = False
+
+
+@dataclass(frozen=True)
 class Health(Message):
     """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` has ``healthy``, ``address``.
 
     ``notes`` are sentences on package managers whose registries sandboxes cannot reach, and on the
-    disk if it is low on space or read-only.  ``room`` has its ``level`` (well, low, critical or
-    read_only), ``free_bytes`` and ``free_files``, the reserve of each, the number of containers
-    ``held`` for lack of space, and whether there is ``ballast``.
+    disk if it is low on space or read-only.  ``room`` is the space on that disk.
     """
 
     version: str
@@ -26,7 +42,7 @@ class Health(Message):
     proxy: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    room: Mapping[str, Any] = field(default_factory=dict)
+    room: DiskStatus = field(default_factory=DiskStatus)
 
 
 @dataclass(frozen=True)
@@ -82,10 +98,3 @@ class EgressDecision(Message):
     method: str = ""
     message: str = ""
     direct: bool = False
-
-
-@dataclass(frozen=True)
-class EgressDecisions(Message):
-    """``GET /egress/decisions``."""
-
-    decisions: tuple[EgressDecision, ...]

@@ -18,7 +18,6 @@
      ├─ RateLimited                  429 rate_limited          (+ ``Retry-After``)
      ├─ ExecTimeout                  408 exec_timeout          the command ran past its time
      ├─ ExecKilled                   409 exec_killed           (+ ``signal``)
-     ├─ NetworkPolicyBlocked         403 network_policy_blocked
      ├─ HostUnavailable              503 host_unavailable      (+ ``Retry-After``)
      ├─ DatabaseUnavailable          503 database_unavailable  (+ ``Retry-After``)
      ├─ FleetFull                    503 fleet_full_retry      (+ ``Retry-After``), nothing made
@@ -174,12 +173,6 @@ class PlanLimit(Forbidden):
     """The team's plan does not cover it: with the limit, the usage and what to do."""
 
     default_code = "plan_limit"
-
-
-class NetworkPolicyBlocked(Forbidden):
-    """A network or host that the policy does not allow."""
-
-    default_code = "network_policy_blocked"
 
 
 class NotFound(DomainError):

@@ -1,5 +1,6 @@
-"""MCP: what a person can do with templates and sandboxes, as tools for an agent.
+"""MCP: templates and sandboxes as tools for agents.
 
-``endpoint`` is the ASGI application, ``server`` puts the tools together, ``tool`` says how each is
-called and refuses. The tools call the services that REST calls; nothing is decided here.
+``endpoint`` is the ASGI application, ``server`` assembles the tools, ``arguments`` and ``results``
+define what they take and return, and ``tool`` calls them and reports errors. The tools call the
+same services as REST and make no decisions of their own.
 """

@@ -1,9 +1,9 @@
-"""Where MCP comes in: Streamable HTTP, without sessions, a token in every request.
+"""The MCP endpoint: Streamable HTTP without sessions, with a token in every request.
 
-Any web process can answer any request, for there is nothing to remember between two of them. The
-door is ours, not the SDK's: hosts and origins as everywhere else in the console, the token, and
-its rate. There is no standalone stream and no session to end, so GET and DELETE are refused, as
-the specification has it for servers like that.
+Nothing is stored between two requests, so any web process can answer any of them. Access control is
+ours, not the SDK's: the hosts and origins that the rest of the console accepts, the token, and its
+rate limit. There is no standalone stream and no session to end, so GET and DELETE are refused, as
+the specification requires of such servers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from orkestr_console.core.errors import DomainError, Forbidden, MethodNotAllowed
 from orkestr_console.core.ids import new_id
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.mcp.server import build_server
-from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, ask
+from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, call_service
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -43,45 +43,44 @@ HEADERS = {
 async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application."""
     request_id = new_id("req")
-    answer = with_headers(send, request_id)
+    send = with_headers(send, request_id)
     request = Request(scope)
-    # What follows runs in a thread of this request, not in one that all of them share.
+    # The services run in a thread of this request, not in one that all requests share.
     async with ThreadSensitiveContext():
         try:
-            actor = await admitted(request)
+            actor = await authenticate(request)
         except Exception as error:
-            told = error if isinstance(error, DomainError) else unavailable(error)
-            if told is None:
+            refusal = error if isinstance(error, DomainError) else unavailable(error)
+            if refusal is None:
                 raise
-            wire = {**told.to_wire(), "request_id": request_id}
-            refusal = JSONResponse(wire, told.status, told.all_headers())
-            await refusal(scope, receive, answer)
+            wire = {**refusal.to_wire(), "request_id": request_id}
+            response = JSONResponse(wire, refusal.status, refusal.all_headers())
+            await response(scope, receive, send)
             return
-        known = {**scope, ACTOR: actor, REQUEST_ID: request_id}
-        manager = await running_manager()
-        await manager.handle_request(known, receive, answer)
+        authenticated = {**scope, ACTOR: actor, REQUEST_ID: request_id}
+        manager = await request_manager()
+        await manager.handle_request(authenticated, receive, send)
 
 
 def with_headers(send: Send, request_id: str) -> Send:
-    """A ``send`` that adds what every answer of the console says."""
+    """A ``send`` that adds the headers of every response of the console."""
 
-    async def sending(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            given = {name.lower() for name, _ in message.get("headers", [])}
-            ours = {**HEADERS, "X-Request-Id": request_id}
+            present = {name.lower() for name, _ in message.get("headers", [])}
             added = [
                 (name.lower().encode(), value.encode())
-                for name, value in ours.items()
-                if name.lower().encode() not in given
+                for name, value in {**HEADERS, "X-Request-Id": request_id}.items()
+                if name.lower().encode() not in present
             ]
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await send(message)
 
-    return sending
+    return send_with_headers
 
 
-async def admitted(request: Request) -> Actor:
-    """Who is calling. Raises ``Forbidden``, ``MethodNotAllowed``, ``Unauthenticated`` and so on."""
+async def authenticate(request: Request) -> Actor:
+    """Who is calling. Raises ``Forbidden``, ``MethodNotAllowed``, ``Unauthenticated``, …"""
     refuse_other_sites(request)
     if request.method != "POST":
         raise MethodNotAllowed(request.method, ("POST",))
@@ -89,15 +88,15 @@ async def admitted(request: Request) -> Actor:
     if scheme.lower() != "bearer":
         raise Unauthenticated
     address = request.client.host if request.client else None
-    actor = await ask(services.authenticate_token, token.strip(" "), "mcp", address)
+    actor = await call_service(services.authenticate_token, token.strip(" "), "mcp", address)
     actor.require(READ)
     return actor
 
 
 def refuse_other_sites(request: Request) -> None:
-    """Raise ``Forbidden`` unless the host is ours, and the page, if one is calling, too.
+    """Raise ``Forbidden`` unless the host is ours, and so is the origin if there is one.
 
-    A page of another site that had its name point here could call otherwise (MCP, "Security
+    Otherwise another site could point its name here and let its pages call us (MCP, "Security
     Warning" of Streamable HTTP).
     """
     host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
@@ -109,55 +108,57 @@ def refuse_other_sites(request: Request) -> None:
 
 
 @dataclass
-class Running:
-    """The SDK's request handler of one event loop, and the task that keeps it running."""
+class RunningManager:
+    """The SDK's request handler of one event loop, and the task that runs it."""
 
     manager: StreamableHTTPSessionManager
     started: asyncio.Event
-    keeper: asyncio.Task[None]
+    runner: asyncio.Task[None]
 
 
-_running: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
+_running: WeakKeyDictionary[asyncio.AbstractEventLoop, RunningManager] = WeakKeyDictionary()
 
 
-async def running_manager() -> StreamableHTTPSessionManager:
-    """The request handler of this event loop, started when it is first asked for.
+async def request_manager() -> StreamableHTTPSessionManager:
+    """The request handler of this event loop, started on first use.
 
-    Daphne has no lifespan events. What it runs ends with the loop.
+    Daphne has no lifespan events to start it with. It ends with the loop.
     """
     loop = asyncio.get_running_loop()
     running = _running.get(loop)
     if running is None:
         manager, started = build_manager(), asyncio.Event()
-        keeper = asyncio.create_task(keep(manager, started), name="mcp")
-        running = _running[loop] = Running(manager, started, keeper)
+        runner = asyncio.create_task(run_until_cancelled(manager, started), name="mcp")
+        running = _running[loop] = RunningManager(manager, started, runner)
     await running.started.wait()
     return running.manager
 
 
 def build_manager() -> StreamableHTTPSessionManager:
-    """A request handler that remembers nothing between two requests."""
+    """A request handler that stores nothing between two requests."""
     server = build_server()
     server.streamable_http_app(
         stateless_http=True,
         max_request_body_size=settings.LARGEST_BODY,
-        # The door above knows the console's own rules for hosts.
+        # refuse_other_sites applies the console's own rules for hosts.
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
     return server.session_manager
 
 
-async def keep(manager: StreamableHTTPSessionManager, started: asyncio.Event) -> None:
-    """Run the handler until cancelled: it must be left by the task that entered it."""
+async def run_until_cancelled(
+    manager: StreamableHTTPSessionManager, started: asyncio.Event
+) -> None:
+    """Run the handler. The task that enters its context has to be the one that leaves it."""
     async with manager.run():
         started.set()
         await asyncio.Event().wait()
 
 
 async def close() -> None:
-    """Stop the handler of this event loop; for tests, whose loops end one by one."""
+    """Stop the handler of this event loop; for tests, each of which has a loop of its own."""
     running = _running.pop(asyncio.get_running_loop(), None)
     if running is not None:
-        running.keeper.cancel()
+        running.runner.cancel()
         with suppress(asyncio.CancelledError):
-            await running.keeper
+            await running.runner

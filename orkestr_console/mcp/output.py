@@ -1,10 +1,10 @@
-"""Output that is longer than an answer may be: its beginning and its end are kept."""
+"""Long output, cut in the middle."""
 
 from __future__ import annotations
 
 
-class Kept:
-    """Bytes as they come; ``text()`` has at most ``limit`` characters of them, and says so."""
+class TruncatedOutput:
+    """Collects bytes and keeps at most ``limit`` of them: the first and the last."""
 
     def __init__(self, limit: int) -> None:
         self._half = limit // 2
@@ -13,24 +13,24 @@ class Kept:
         self.size = 0
 
     def feed(self, data: bytes) -> None:
-        """Take some more."""
+        """Add output."""
         self.size += len(data)
-        room = self._half - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
+        missing = self._half - len(self._head)
+        if missing > 0:
+            self._head += data[:missing]
+            data = data[missing:]
         self._tail += data
-        # Cut rarely: moving the rest up costs as much as what is kept.
+        # Cut rarely: each cut copies what remains.
         if len(self._tail) > 4 * self._half:
             del self._tail[: -self._half]
 
     @property
     def omitted(self) -> int:
-        """How many bytes in the middle are left out."""
+        """The number of bytes left out of the middle."""
         return max(self.size - 2 * self._half, 0)
 
     def text(self) -> str:
-        """What is kept; bytes that are no UTF-8 are replaced."""
+        """The output, with a note where it was cut; invalid UTF-8 is replaced."""
         if not self.omitted:
             return bytes(self._head + self._tail).decode(errors="replace")
         head = bytes(self._head).decode(errors="replace")

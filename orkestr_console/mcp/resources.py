@@ -1,4 +1,4 @@
-"""What agents may read beside the tools, and the prompt to begin with."""
+"""Resources that agents can read, and a prompt to start from."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from pydantic import Field
 
 from orkestr_console.core.errors import DomainError, NotFound, to_mcp_text
-from orkestr_console.mcp.template_tools import log_part
-from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask
+from orkestr_console.mcp.template_tools import read_log
+from orkestr_console.mcp.tool import MAX_CHARACTERS, Ctx, actor_of, call_service
 from templates_app import services
 from templates_app.models import Template
 
-FOR_REPOSITORY = """\
+REPOSITORY_PROMPT = """\
 Build a sandbox template for the repository at {repository}.
 
-1. Read what the repository says of its dependencies (README, pyproject.toml, requirements files, \
-package.json, Dockerfile, CI configuration) and find the language and its version.
-2. Call list_base_templates and choose the base that has the most of it already.
-3. Write a recipe of few shell steps: system packages first, then the language's, with versions \
-pinned. Each step is a shell of its own, runs as root with HOME=/root, and only what is outside \
-/workspace and /tmp is kept. Do not copy the repository's own code in, and no secrets.
+1. Find the repository's dependencies (README, pyproject.toml, requirements files, package.json, \
+Dockerfile, CI configuration), the language and its version.
+2. Call list_base_templates and choose the base that already has most of them.
+3. Write a recipe of a few shell steps: system packages first, then the language's packages, with \
+pinned versions. Each step runs in a new shell as root with HOME=/root. /workspace and /tmp are \
+not kept. Don't include the repository's own code or any secrets.
 4. Call create_template, then wait_for_template until the status is ready or failed.
-5. If it failed, read error_message and log_tail, mend the step that failed, and create it again \
-with reuse_failed=true. If hosts were refused, name them in allow_domains beside "@default".
-6. Try it: create_sandbox from the template's id, exec what shows that the dependencies are there, \
-terminate_sandbox. Then say the template's id.
+5. If it failed, read error_message and log_tail, fix the failed step, and create the template \
+again with reuse_failed=true. If hosts were blocked, add them to allow_domains together with \
+"@default".
+6. Test it: create_sandbox from the template's id, exec a command that uses the dependencies, \
+terminate_sandbox. Then report the template's id.
 """
 
 
 def add_resources(server: MCPServer) -> None:
-    """A template's recipe and its build log."""
+    """Register a template's recipe and its build log."""
 
     @server.resource(
         "orkestr://templates/{template_id}/recipe",
@@ -42,7 +43,7 @@ def add_resources(server: MCPServer) -> None:
     )
     async def recipe(template_id: str, ctx: Ctx) -> str:
         """What a template is built from: base, steps, network."""
-        template = await found(template_id, ctx)
+        template = await readable_template(template_id, ctx)
         fields = ("name", "base_template", "recipe", "network", "allow_domains")
         return json.dumps({name: getattr(template, name) for name in fields}, indent=2)
 
@@ -52,17 +53,17 @@ def add_resources(server: MCPServer) -> None:
         mime_type="text/plain",
     )
     async def log(template_id: str, ctx: Ctx) -> str:
-        """The beginning of a build's log; the tool get_template_log has the rest."""
-        part = await log_part(await found(template_id, ctx), 0, MOST_CHARACTERS)
+        """The start of a build log; the tool get_template_log has the rest."""
+        part = await read_log(await readable_template(template_id, ctx), 0, MAX_CHARACTERS)
         if part.next_offset is None:
             return part.text
-        return f"{part.text}\n[… go on with get_template_log, offset={part.next_offset} …]\n"
+        return f"{part.text}\n[… continue with get_template_log, offset={part.next_offset} …]\n"
 
 
-async def found(template_id: str, ctx: Ctx) -> Template:
-    """A template that the caller may read. Raises the SDK's errors."""
+async def readable_template(template_id: str, ctx: Ctx) -> Template:
+    """A template that the caller can read. Raises the SDK's errors."""
     try:
-        return await ask(services.get_template, actor_of(ctx), template_id)
+        return await call_service(services.get_template, actor_of(ctx), template_id)
     except NotFound as error:
         raise ResourceNotFoundError(to_mcp_text(error)) from None
     except DomainError as error:
@@ -70,13 +71,13 @@ async def found(template_id: str, ctx: Ctx) -> Template:
 
 
 def add_prompts(server: MCPServer) -> None:
-    """What to ask of an agent."""
+    """Register the prompt."""
 
     @server.prompt(title="Build a template for this repository")
     def build_a_template_for_this_repository(
         repository: Annotated[
-            str, Field(description="Where it is: a path or an address that you can read.")
+            str, Field(description="A path or URL that you can read.")
         ] = "the current directory",
     ) -> str:
-        """Read a repository's dependencies, bake them into a template, and try it."""
-        return FOR_REPOSITORY.format(repository=repository)
+        """Find a repository's dependencies, install them in a template, and test it."""
+        return REPOSITORY_PROMPT.format(repository=repository)

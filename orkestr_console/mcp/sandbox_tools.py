@@ -22,95 +22,55 @@ from orkestr_console.core.errors import (
 )
 from orkestr_console.core.ids import new_id
 from orkestr_console.http.validation import parse_spec
-from orkestr_console.mcp.answers import (
-    Background,
+from orkestr_console.mcp.arguments import Without
+from orkestr_console.mcp.output import TruncatedOutput
+from orkestr_console.mcp.results import (
+    BackgroundCommand,
     Directory,
     DirectoryEntry,
     ExecResult,
     FilePart,
-    LimitsAnswer,
-    SandboxAnswer,
-    Sandboxes,
-    Written,
-    sandbox_answer,
+    LimitsDetail,
+    SandboxDetail,
+    SandboxPage,
+    WrittenFile,
+    sandbox_detail,
 )
-from orkestr_console.mcp.output import Kept
 from orkestr_console.mcp.template_tools import Cursor, Limit
-from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
+from orkestr_console.mcp.tool import (
+    MAX_CHARACTERS,
+    Ctx,
+    actor_of,
+    call_service,
+    read_tool,
+    write_tool,
+)
 from sandboxes_app import presenters, services
-from sandboxes_app.specs import MAX_EXEC_SECONDS, ExecSpec, FileSpec, SandboxSpec, TimeoutSpec
+from sandboxes_app.specs import ExecSpec, FileSpec, Path, SandboxSpec, TimeoutSpec
 
-USUAL_ENTRIES, MOST_ENTRIES = 200, 1000
-# Beyond it a command is ended: nobody reads so much through a tool.
-MOST_OUTPUT = 64 * 1024 * 1024
-TOO_MUCH = (
-    "The command was ended because it printed more than 64 MiB; redirect its output to a file and "
-    "read parts of that."
+DEFAULT_ENTRIES, MAX_ENTRIES = 200, 1000
+# In bytes. A command that prints more is stopped: nobody reads that much through a tool.
+MAX_OUTPUT = 64 * 1024 * 1024
+TOO_MUCH_OUTPUT = (
+    "The command was stopped because it printed more than 64 MiB. Redirect its output to a file "
+    "and read that in parts."
 )
 OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
-Path = Annotated[str, Field(description="An absolute path, such as '/workspace/main.py'.")]
-Command = Annotated[str, Field(description="A shell command.")]
-WorkingDirectory = Annotated[str, Field(description="Where it runs.")]
-Environment = Annotated[
-    dict[str, str] | None, Field(description="Additional environment variables.")
-]
-Source = Annotated[str | None, Field(description="A ready template's id, or a base's name.")]
-FromSnapshot = Annotated[
-    str | None,
-    Field(description="Instead of template: a ready snapshot's id. It determines the size."),
-]
-Size = Annotated[
-    Literal["small", "medium", "large"],
-    Field(description="1 vCPU and 1 GB, 2 and 4 GB, or 4 and 8 GB."),
-]
-Network = Annotated[
-    Literal["off", "restricted", "open"] | None,
-    Field(
-        description="off; restricted: package registries and the default list; open. By default "
-        "off, or the snapshot's."
-    ),
-]
-Lifetime = Annotated[int, Field(description="Seconds until it expires.")]
-SandboxEnvironment = Annotated[
-    dict[str, str] | None, Field(description="Environment variables for its commands.")
-]
-Labels = Annotated[dict[str, str] | None, Field(description="Labels to find it by.")]
-Domains = Annotated[
-    list[str] | None,
-    Field(description="Hosts instead of the default list, for network restricted."),
+# What the public API's SDK can send, and this server accepts with its default only.
+SandboxArguments = Annotated[
+    SandboxSpec, Without("on_timeout", "auto_resume", "preview_auth", "region", "volume")
 ]
 
 
-async def create_sandbox(
-    ctx: Ctx,
-    template: Source = None,
-    snapshot: FromSnapshot = None,
-    size: Size = "small",
-    network: Network = None,
-    timeout_seconds: Lifetime = 600,
-    env: SandboxEnvironment = None,
-    metadata: Labels = None,
-    allow_domains: Domains = None,
-) -> SandboxAnswer:
+async def create_sandbox(ctx: Ctx, spec: SandboxArguments) -> SandboxDetail:
     """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
-    Answers when it runs; give exactly one of the two. Write files under /workspace or /tmp.
-    Terminate it when you are done.
+    Returns once it is running. Provide exactly one of template and snapshot. Write files under
+    /workspace or /tmp. Terminate it when you are done.
     """
-    wanted = {
-        "template": template,
-        "snapshot": snapshot,
-        "size": size,
-        "timeout_seconds": timeout_seconds,
-        "env": env or {},
-        "metadata": metadata or {},
-        "allow_domains": allow_domains,
-        **({} if network is None else {"network": network}),
-    }
-    spec = parse_spec(SandboxSpec, wanted)
-    return sandbox_answer(await ask(services.create_sandbox, actor_of(ctx), spec))
+    return sandbox_detail(await call_service(services.create_sandbox, actor_of(ctx), spec))
 
 
 async def list_sandboxes(
@@ -123,9 +83,9 @@ async def list_sandboxes(
     ] = None,
     limit: Limit = None,
     cursor: Cursor = None,
-) -> Sandboxes:
-    """List the team's sandboxes, newest first, ended ones included."""
-    rows, following = await ask(
+) -> SandboxPage:
+    """List the team's sandboxes, newest first, including terminated ones."""
+    rows, next_cursor = await call_service(
         services.list_sandboxes,
         actor_of(ctx),
         status=status,
@@ -133,62 +93,54 @@ async def list_sandboxes(
         limit=limit,
         cursor=cursor,
     )
-    return Sandboxes(sandboxes=[sandbox_answer(row) for row in rows], next_cursor=following)
+    return SandboxPage(sandboxes=[sandbox_detail(row) for row in rows], next_cursor=next_cursor)
 
 
-async def get_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
-    """Look at one sandbox: whether it runs, and until when."""
-    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+async def get_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxDetail:
+    """Get one sandbox: its status and when it expires."""
+    return sandbox_detail(await call_service(services.get_sandbox, actor_of(ctx), sandbox_id))
 
 
 async def exec_command(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    command: Command,
-    cwd: WorkingDirectory = "/workspace",
-    env: Environment = None,
-    timeout_seconds: Annotated[
-        int, Field(ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped.")
-    ] = 60,
+    ctx: Ctx, sandbox_id: SandboxId, spec: Annotated[ExecSpec, Without("stream")]
 ) -> ExecResult:
-    """Run a shell command in a sandbox to its end; a non-zero exit code is an answer, not an error.
+    """Run a shell command in a sandbox and wait for it. A non-zero exit code is not an error.
 
-    Of long output the beginning and the end are kept; for all of it, redirect it to a file and use
-    read_file. For what runs on, use exec_background.
+    Long output is cut in the middle; to see it all, redirect it to a file and use read_file. For
+    servers and long commands, use exec_background.
     """
-    wanted = {"command": command, "cwd": cwd, "env": env or {}, "timeout_seconds": timeout_seconds}
-    return await run_to_the_end(ctx, sandbox_id, parse_spec(ExecSpec, wanted))
+    return await run_to_completion(ctx, sandbox_id, spec)
 
 
-async def run_to_the_end(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResult:
-    """What came of a command."""
-    frames = await ask(services.exec_stream, actor_of(ctx), sandbox_id, spec)
-    kept = {"stdout": Kept(MOST_CHARACTERS), "stderr": Kept(MOST_CHARACTERS)}
+async def run_to_completion(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecResult:
+    """Run a command, collect its output and return when it has exited."""
+    frames = await call_service(services.exec_stream, actor_of(ctx), sandbox_id, spec)
+    output = {"stdout": TruncatedOutput(MAX_CHARACTERS), "stderr": TruncatedOutput(MAX_CHARACTERS)}
     last: dict[str, Any] = {}
-    # Closing the stream ends the command, should the client go away.
+    # Closing the stream stops the command if the client disconnects.
     async with aclosing(frames):
         async for frame in frames:
             last = frame
             if frame["kind"] == "exec_chunk":
-                kept[frame["stream"]].feed(base64.b64decode(frame["data"]))
-            if sum(one.size for one in kept.values()) > MOST_OUTPUT:
-                # Raised by the stream again, once that has ended the command and noted why.
-                await frames.athrow(with_output(ExecKilled(TOO_MUCH), kept))
+                output[frame["stream"]].feed(base64.b64decode(frame["data"]))
+            if sum(stream.size for stream in output.values()) > MAX_OUTPUT:
+                # The stream stops the command, records why, and raises this again.
+                await frames.athrow(with_output(ExecKilled(TOO_MUCH_OUTPUT), output))
     if last.get("kind") not in {"error", "exec_exited"}:
-        raise HostUnavailable("The host ended the command's stream without saying how it ended.")
+        raise HostUnavailable("The host closed the command's stream without an exit status.")
     if last["kind"] == "error":
-        raise with_output(failure(last), kept)
+        raise with_output(stream_error(last), output)
     return ExecResult(
         exit_code=last["code"],
-        stdout=kept["stdout"].text(),
-        stderr=kept["stderr"].text(),
+        stdout=output["stdout"].text(),
+        stderr=output["stderr"].text(),
         duration_ms=last["duration_ms"],
-        omitted_bytes=sum(one.omitted for one in kept.values()),
+        omitted_bytes=sum(stream.omitted for stream in output.values()),
     )
 
 
-def failure(frame: dict[str, Any]) -> DomainError:
-    """The error that a stream ended with."""
+def stream_error(frame: dict[str, Any]) -> DomainError:
+    """The error in a stream's last frame."""
     if frame["code"] == "exec_timeout":
         return ExecTimeout(f"{frame['message']} Use exec_background for long commands.")
     if frame["code"] == "exec_killed":
@@ -196,43 +148,42 @@ def failure(frame: dict[str, Any]) -> DomainError:
     return Conflict(frame["message"], code=frame["code"])
 
 
-def with_output(error: DomainError, kept: dict[str, Kept]) -> DomainError:
-    """The error with what the command had printed."""
-    error.extra |= {stream: one.text() for stream, one in kept.items()}
+def with_output(error: DomainError, output: dict[str, TruncatedOutput]) -> DomainError:
+    """Attach what the command printed to an error."""
+    error.extra |= {name: stream.text() for name, stream in output.items()}
     return error
 
 
 async def exec_background(
     ctx: Ctx,
     sandbox_id: SandboxId,
-    command: Command,
-    cwd: WorkingDirectory = "/workspace",
-    env: Environment = None,
-) -> Background:
-    """Start a shell command that runs on after this call, such as a server or a long test run.
+    spec: Annotated[ExecSpec, Without("stream", "timeout_seconds")],
+) -> BackgroundCommand:
+    """Start a shell command that keeps running after this call, such as a server or a test suite.
 
-    Its output goes to a file in the sandbox, which takes of the sandbox's memory.
+    Its output goes to a file in the sandbox, which counts towards the sandbox's memory.
     """
-    spec = parse_spec(ExecSpec, {"command": command, "cwd": cwd, "env": env or {}})
-    place = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
-    recorded = spec.model_copy(update={"command": in_background(spec.command, place)})
-    done = await run_to_the_end(ctx, sandbox_id, recorded)
-    if done.exit_code != 0 or not done.stdout.strip().isdecimal():
-        said = done.stderr.strip() or "the shell printed nothing"
-        raise Conflict(f"The command could not be started: {said}.", code="not_started")
-    return Background(pid=int(done.stdout), log_path=f"{place}/log", exit_code_path=f"{place}/exit")
+    directory = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
+    script = spec.model_copy(update={"command": background_script(spec.command, directory)})
+    result = await run_to_completion(ctx, sandbox_id, script)
+    if result.exit_code != 0 or not result.stdout.strip().isdecimal():
+        reason = result.stderr.strip() or "the shell printed nothing"
+        raise Conflict(f"The command could not be started: {reason}.", code="not_started")
+    return BackgroundCommand(
+        pid=int(result.stdout), log_path=f"{directory}/log", exit_code_path=f"{directory}/exit"
+    )
 
 
-def in_background(command: str, place: str) -> str:
-    """A script that runs a command in a session of its own, and then writes its exit code.
+def background_script(command: str, directory: str) -> str:
+    """A script that runs a command in its own session and then writes its exit code.
 
-    The command goes there in a file: quoted inside of quotes it would soon be too long.
+    The command is passed in a file: nested quoting would soon make it too long.
     """
-    end = f"END-{place.rpartition('/')[2]}"
+    end = f"END-{directory.rpartition('/')[2]}"
     return (
-        f"mkdir -p {place} && cat >{place}/command <<'{end}' || exit\n{command}\n{end}\n"
-        f"setsid sh -c '$(command -v bash || echo sh) {place}/command; echo $? >{place}/exit' "
-        f">{place}/log 2>&1 </dev/null & echo $!"
+        f"mkdir -p {directory} && cat >{directory}/command <<'{end}' || exit\n{command}\n{end}\n"
+        f"setsid sh -c '$(command -v bash || echo sh) {directory}/command; "
+        f"echo $? >{directory}/exit' >{directory}/log 2>&1 </dev/null & echo $!"
     )
 
 
@@ -242,38 +193,38 @@ async def read_file(
     path: Path,
     offset: Annotated[int, Field(ge=0, description="Offset to start from, in bytes.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_CHARACTERS, description="Maximum number of bytes.")
-    ] = MOST_CHARACTERS,
+        int, Field(ge=1, le=MAX_CHARACTERS, description="Maximum number of bytes.")
+    ] = MAX_CHARACTERS,
 ) -> FilePart:
-    """Read a file of a sandbox, or a part of it; bytes that are no text come as base64.
+    """Read a file of a sandbox, or part of one. Content that isn't valid UTF-8 comes as base64.
 
-    Of a file above 16 MiB, read parts with exec: tail -c +OFFSET FILE | head -c 30000.
+    Read files above 16 MiB in parts with exec: tail -c +OFFSET FILE | head -c 30000.
     """
     try:
-        found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+        file = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
     except PayloadTooLarge:
-        raise Conflict(too_large(path), code=PayloadTooLarge.default_code) from None
-    if not isinstance(found, FileContent):
+        raise Conflict(too_large_advice(path), code=PayloadTooLarge.default_code) from None
+    if not isinstance(file, FileContent):
         raise Conflict(f"{path} is a directory; use list_files.", code="is_a_directory")
-    return file_part(path, found.content, offset, limit)
+    return file_part(path, file.content, offset, limit)
 
 
-def too_large(path: str) -> str:
-    """What to do with a file that is too large to be read whole."""
+def too_large_advice(path: str) -> str:
+    """How to read a file that is too large for read_file."""
     return (
-        f"{path} is larger than the 16 MiB that read_file takes. Read a part of it with exec: "
-        f"tail -c +1 {shlex.quote(path)} | head -c {MOST_CHARACTERS}."
+        f"{path} is larger than read_file's limit of 16 MiB. Read a part of it with exec: "
+        f"tail -c +1 {shlex.quote(path)} | head -c {MAX_CHARACTERS}."
     )
 
 
 def file_part(path: str, content: bytes, offset: int, limit: int) -> FilePart:
-    """A part of a file, as text where it is that; a character is never cut in two."""
+    """Part of a file, as text if it is valid UTF-8. No character is split."""
     part = content[offset : offset + limit]
-    rest = len(content) > offset + len(part)
+    more = len(content) > offset + len(part)
     try:
         text, encoding = part.decode(), "utf-8"
     except UnicodeDecodeError as error:
-        if rest and error.end == len(part) and 0 < error.start >= len(part) - 3:
+        if more and error.end == len(part) and 0 < error.start >= len(part) - 3:
             part = part[: error.start]
             text, encoding = part.decode(), "utf-8"
         else:
@@ -298,26 +249,26 @@ async def write_file(
         Literal["utf-8", "base64"], Field(description="How content is encoded.")
     ] = "utf-8",
     mode: Annotated[
-        str, Field(description="Permissions in octal, as chmod has them: '644', '755' or '0755'.")
+        str, Field(description="Permissions in octal, as for chmod: '644', '755' or '0755'.")
     ] = "644",
-) -> Written:
-    """Write a file under /workspace or /tmp, whole, making its directories; at most 16 MiB."""
-    encoded = content if encoding == "base64" else in_base64(content)
+) -> WrittenFile:
+    """Write a whole file of at most 16 MiB under /workspace or /tmp, creating its directories."""
+    encoded = content if encoding == "base64" else encode_base64(content)
     spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": permissions(mode)})
-    size = await ask(services.write_file, actor_of(ctx), sandbox_id, spec)
-    return Written(path=path, bytes_written=size)
+    size = await call_service(services.write_file, actor_of(ctx), sandbox_id, spec)
+    return WrittenFile(path=path, bytes_written=size)
 
 
 def permissions(mode: str) -> int:
-    """The number that octal digits stand for. Raises ``InvalidInput`` for what is none."""
+    """Parse an octal mode. Raises ``InvalidInput``."""
     if not OCTAL.fullmatch(mode):
         problem = "must be permissions in octal, such as '644' or '755'."
         raise InvalidInput(f"mode: {problem}", fields={"mode": problem})
     return int(mode.removeprefix("0o"), 8)
 
 
-def in_base64(text: str) -> str:
-    """A file's text as its bytes in base64. Raises ``InvalidInput`` for what is no Unicode text."""
+def encode_base64(text: str) -> str:
+    """Encode text as UTF-8 in base64. Raises ``InvalidInput`` for half of a surrogate pair."""
     try:
         return base64.b64encode(text.encode()).decode()
     except UnicodeEncodeError:
@@ -331,20 +282,20 @@ async def list_files(
     path: Path = "/workspace",
     offset: Annotated[int, Field(ge=0, description="Number of entries to skip.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_ENTRIES, description="Maximum number of entries.")
-    ] = USUAL_ENTRIES,
+        int, Field(ge=1, le=MAX_ENTRIES, description="Maximum number of entries.")
+    ] = DEFAULT_ENTRIES,
 ) -> Directory:
-    """List what is in a directory of a sandbox, with sizes and times, by name."""
+    """List the entries of a directory of a sandbox by name, with sizes and times."""
     try:
-        found = await ask(services.read_path, actor_of(ctx), sandbox_id, path)
+        listing = await call_service(services.read_path, actor_of(ctx), sandbox_id, path)
     except PayloadTooLarge:
         raise Conflict(
-            f"{path} has more entries than list_files takes; use ls and head with exec.",
+            f"{path} has more entries than list_files can return; use ls and head with exec.",
             code=PayloadTooLarge.default_code,
         ) from None
-    if not isinstance(found, DirectoryListing):
+    if not isinstance(listing, DirectoryListing):
         raise Conflict(f"{path} is a file; use read_file.", code="is_a_file")
-    entries = presenters.path_content(found)["entries"]
+    entries = presenters.path_content(listing)["entries"]
     end = offset + limit
     return Directory(
         path=path,
@@ -354,55 +305,50 @@ async def list_files(
     )
 
 
-async def set_sandbox_timeout(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    timeout_seconds: Annotated[int, Field(description="Seconds from now until it expires.")],
-) -> SandboxAnswer:
-    """Let a running sandbox live longer, or shorter, from now on."""
-    spec = parse_spec(TimeoutSpec, {"timeout_seconds": timeout_seconds})
-    await ask(services.set_timeout, actor_of(ctx), sandbox_id, spec)
-    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+async def set_sandbox_timeout(ctx: Ctx, sandbox_id: SandboxId, spec: TimeoutSpec) -> SandboxDetail:
+    """Change when a running sandbox expires, counted from now."""
+    await call_service(services.set_timeout, actor_of(ctx), sandbox_id, spec)
+    return sandbox_detail(await call_service(services.get_sandbox, actor_of(ctx), sandbox_id))
 
 
-async def pause_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
-    """Let a running sandbox stand still: its processes, memory and files stay as they are.
+async def pause_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxDetail:
+    """Pause a running sandbox: its processes, memory and files stay as they are.
 
-    It takes no place among the running ones, and ends if nobody resumes it within a week. It does
-    not outlive a restart of the machine. Go on with resume_sandbox.
+    A paused sandbox doesn't count as running. It is terminated if nobody resumes it within a week,
+    and it doesn't survive a restart of the server. Continue it with resume_sandbox.
     """
-    return sandbox_answer(await ask(services.pause_sandbox, actor_of(ctx), sandbox_id))
+    return sandbox_detail(await call_service(services.pause_sandbox, actor_of(ctx), sandbox_id))
 
 
-async def resume_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
-    """Let a paused sandbox run on where it stood, for as long again as it was created for."""
-    return sandbox_answer(await ask(services.resume_sandbox, actor_of(ctx), sandbox_id))
+async def resume_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxDetail:
+    """Resume a paused sandbox where it stopped; its full timeout starts again."""
+    return sandbox_detail(await call_service(services.resume_sandbox, actor_of(ctx), sandbox_id))
 
 
-async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxAnswer:
-    """End a sandbox for good; its files are gone. One that has ended stays as it is."""
-    await ask(services.terminate_sandbox, actor_of(ctx), sandbox_id)
-    return sandbox_answer(await ask(services.get_sandbox, actor_of(ctx), sandbox_id))
+async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxDetail:
+    """Terminate a sandbox and delete its files. If it has already ended, nothing changes."""
+    await call_service(services.terminate_sandbox, actor_of(ctx), sandbox_id)
+    return sandbox_detail(await call_service(services.get_sandbox, actor_of(ctx), sandbox_id))
 
 
-async def get_sandbox_limits(ctx: Ctx) -> LimitsAnswer:
-    """What your team's plan allows: sizes, networks, how many at once, how long, which hosts."""
-    found = await ask(services.limits, actor_of(ctx))
-    return LimitsAnswer.model_validate(presenters.limits_detail(found))
+async def get_sandbox_limits(ctx: Ctx) -> LimitsDetail:
+    """Get your team's limits: sizes, networks, concurrency, timeouts and allowed hosts."""
+    limits = await call_service(services.limits, actor_of(ctx))
+    return LimitsDetail.model_validate(presenters.limits_detail(limits))
 
 
 TOOLS = [
-    writing(create_sandbox, open_world=True),
-    reading(list_sandboxes),
-    reading(get_sandbox),
-    writing(exec_command, "exec", destructive=True, open_world=True),
-    writing(exec_background, destructive=True, open_world=True),
-    reading(read_file),
-    writing(write_file, destructive=True, idempotent=True),
-    reading(list_files),
-    writing(set_sandbox_timeout, idempotent=True),
-    writing(pause_sandbox),
-    writing(resume_sandbox),
-    writing(terminate_sandbox, destructive=True, idempotent=True),
-    reading(get_sandbox_limits),
+    write_tool(create_sandbox, open_world=True),
+    read_tool(list_sandboxes),
+    read_tool(get_sandbox),
+    write_tool(exec_command, "exec", destructive=True, open_world=True),
+    write_tool(exec_background, destructive=True, open_world=True),
+    read_tool(read_file),
+    write_tool(write_file, destructive=True, idempotent=True),
+    read_tool(list_files),
+    write_tool(set_sandbox_timeout, idempotent=True),
+    write_tool(pause_sandbox),
+    write_tool(resume_sandbox),
+    write_tool(terminate_sandbox, destructive=True, idempotent=True),
+    read_tool(get_sandbox_limits),
 ]

@@ -1,4 +1,4 @@
-"""The MCP server: the tools of templates and sandboxes, resources, prompts."""
+"""The MCP server: the tools for templates and sandboxes, resources, prompts."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from orkestr_console.accounts.actor import WRITE
 from orkestr_console.core.errors import NotFound
 from orkestr_console.mcp import sandbox_tools, snapshot_tools, template_tools
 from orkestr_console.mcp.resources import add_prompts, add_resources
-from orkestr_console.mcp.tool import ACTOR, ConsoleTool, refused
+from orkestr_console.mcp.tool import ACTOR, ConsoleTool, error_result
 
 INSTRUCTIONS = """\
 Orkestr runs code in isolated Linux sandboxes. A template is an image with dependencies already \
-installed: create_template builds one from a base and shell steps, wait_for_template says when it \
-is ready, and create_sandbox starts a sandbox from it in milliseconds. In a sandbox, use exec, \
-write_file and read_file; snapshot_sandbox keeps its files, to start others from; \
-terminate_sandbox when you are done. Errors are 'code: what was wrong and what to do'.\
+installed: create_template builds one from a base and shell steps, wait_for_template waits until \
+it is ready, and create_sandbox starts a sandbox from it in milliseconds. In a sandbox, use exec, \
+write_file and read_file. snapshot_sandbox saves its files so that you can start others from them. \
+Call terminate_sandbox when you are done. Errors read 'code: what is wrong and what to do'.\
 """
 TOOLS: list[ConsoleTool] = [
     *template_tools.TOOLS,
     *sandbox_tools.TOOLS,
     *snapshot_tools.TOOLS,
 ]
-NAMES = frozenset(tool.name for tool in TOOLS)
-READING = frozenset(
+TOOL_NAMES = frozenset(tool.name for tool in TOOLS)
+READ_ONLY_NAMES = frozenset(
     tool.name for tool in TOOLS if tool.annotations and tool.annotations.read_only_hint
 )
 
 
 class ToolServer(MCPServer[Any]):
-    """A server that refuses a tool that there is not in the form of every other refusal."""
+    """A server that reports an unknown tool in the form of every other error."""
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
-        """Call a tool by its name."""
-        if name not in NAMES:
+        """Call a tool by name."""
+        if name not in TOOL_NAMES:
             shown = name if len(name) <= 64 else f"{name[:64]}…"
-            return refused(
-                NotFound(f"Unknown tool {shown!r}; there are {', '.join(sorted(NAMES))}.")
+            return error_result(
+                NotFound(f"Unknown tool {shown!r}. The tools are {', '.join(sorted(TOOL_NAMES))}.")
             )
         return await super().call_tool(name, arguments, context)
 
 
 def build_server() -> MCPServer[Any]:
-    """A server; one for each event loop."""
+    """A server for one event loop."""
     server = ToolServer(
         "orkestr",
         title="Orkestr Console",
         instructions=INSTRUCTIONS,
         tools=[*TOOLS],
-        middleware=[only_what_may_be_called],
-        # Nothing is announced: the lists never change.
+        middleware=[hide_unauthorized_tools],
+        # No change notifications: the lists never change.
         subscriptions=False,
     )
     add_resources(server)
@@ -63,16 +63,19 @@ def build_server() -> MCPServer[Any]:
     return server
 
 
-async def only_what_may_be_called(
+async def hide_unauthorized_tools(
     ctx: ServerRequestContext[Any, Any], call_next: CallNext
 ) -> HandlerResult:
-    """Leave out of the list the tools that the token's scopes do not cover."""
+    """Leave out of the list the tools that the token's scopes don't cover."""
     result = await call_next(ctx)
     request: Any = ctx.request
     if ctx.method != "tools/list" or request.scope[ACTOR].has(WRITE):
         return result
     if isinstance(result, ListToolsResult):
-        shown = [tool for tool in result.tools if tool.name in READING]
+        shown = [tool for tool in result.tools if tool.name in READ_ONLY_NAMES]
         return result.model_copy(update={"tools": shown})
     assert isinstance(result, dict)
-    return {**result, "tools": [tool for tool in result["tools"] if tool["name"] in READING]}
+    return {
+        **result,
+        "tools": [tool for tool in result["tools"] if tool["name"] in READ_ONLY_NAMES],
+    }

@@ -4,75 +4,47 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from orkestr_console.accounts.actor import READ
-from orkestr_console.http.validation import parse_spec
-from orkestr_console.mcp.answers import (
-    BaseAnswer,
-    Bases,
+from orkestr_console.http.paging import DEFAULT_LIMIT, MAX_LIMIT
+from orkestr_console.mcp.arguments import Without
+from orkestr_console.mcp.results import (
+    BaseTemplate,
+    BaseTemplates,
     Done,
     LogPart,
-    TemplateAnswer,
-    Templates,
-    template_answer,
-    template_line,
+    TemplateDetail,
+    TemplatePage,
+    template_detail,
+    template_summary,
 )
-from orkestr_console.mcp.tool import MOST_CHARACTERS, Ctx, actor_of, ask, reading, writing
+from orkestr_console.mcp.tool import (
+    MAX_CHARACTERS,
+    Ctx,
+    actor_of,
+    call_service,
+    read_tool,
+    write_tool,
+)
 from templates_app import services
 from templates_app.models import Template
 from templates_app.services import Event, timing
 from templates_app.specs import TemplateSpec
 
-# Under the minute after which many clients give up on a call that says nothing.
-USUAL_WAIT, LONGEST_WAIT = 50, 3600
-# What a build tells between its last step and its end.
-MAKING = ("progress", "capture")
+# In seconds. The default is below the minute after which many clients time out.
+DEFAULT_WAIT, MAX_WAIT = 50, 3600
+# The events between a build's last step and its end.
+IMAGE_PHASES = ("progress", "capture")
 
 TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
-Limit = Annotated[int | None, Field(ge=1, le=200, description="Maximum number; 50 by default.")]
+Limit = Annotated[
+    int | None,
+    Field(ge=1, le=MAX_LIMIT, description=f"Maximum number; {DEFAULT_LIMIT} by default."),
+]
 Cursor = Annotated[str | None, Field(description="next_cursor of the previous page.")]
-Name = Annotated[str, Field(description="A name people will recognise.")]
-BaseTemplate = Annotated[
-    str, Field(description="A base such as 'python-3.12', or the id of a ready template.")
-]
-Recipe = Annotated[
-    list[str],
-    Field(
-        description="Shell steps, run in order as root with HOME=/root. Each step is a new shell: "
-        "cd and variables don't carry over. /workspace and /tmp are not kept."
-    ),
-]
-BuildNetwork = Annotated[
-    Literal["restricted", "open"],
-    Field(description="restricted: package registries and the default list; open: anywhere."),
-]
-BuildDomains = Annotated[
-    list[str] | None,
-    Field(
-        description="Hosts instead of the default list, for network restricted; include "
-        "'@default' to keep the default list as well."
-    ),
-]
-ImageEnvironment = Annotated[
-    dict[str, str] | None,
-    Field(
-        description="Variables baked into the image, for every step and every command of a "
-        "sandbox started from it; $PATH in PATH's value stands for the usual one. No secrets: "
-        "anyone who uses the template can read them."
-    ),
-]
-StepTimeout = Annotated[
-    int | None, Field(description="Step timeout in seconds; the plan's by default.")
-]
-BuildTimeout = Annotated[
-    int | None, Field(description="Build timeout in seconds; the plan's by default.")
-]
-BuildDisk = Annotated[
-    int | None, Field(description="The size of the build's disk in MiB; 20 GiB by default.")
-]
 ReuseFailed = Annotated[
     bool,
     Field(
@@ -82,68 +54,49 @@ ReuseFailed = Annotated[
 ]
 
 
-async def list_base_templates(ctx: Ctx) -> Bases:
+async def list_base_templates(ctx: Ctx) -> BaseTemplates:
     """List what a template or a sandbox can start from: built-in bases and the team's templates.
 
-    Call this before create_template or create_sandbox if you do not know the names.
+    Call this before create_template or create_sandbox if you don't know the names.
     """
     actor = actor_of(ctx)
     actor.require(READ)
-    found = await ask(services.list_bases, actor)
-    return Bases(
+    bases = await call_service(services.list_bases, actor)
+    return BaseTemplates(
         bases=[
-            BaseAnswer(
+            BaseTemplate(
                 id=base.id,
                 title=base.title,
                 description=base.description,
                 kind="builtin" if base.group == "builtin" else "template",
                 available=base.available,
             )
-            for base in found
+            for base in bases
         ]
     )
 
 
 async def create_template(
-    ctx: Ctx,
-    name: Name,
-    base_template: BaseTemplate,
-    recipe: Recipe,
-    network: BuildNetwork = "restricted",
-    allow_domains: BuildDomains = None,
-    env: ImageEnvironment = None,
-    step_timeout_seconds: StepTimeout = None,
-    build_timeout_seconds: BuildTimeout = None,
-    disk_mb: BuildDisk = None,
-    reuse_failed: ReuseFailed = False,
-) -> TemplateAnswer:
+    ctx: Ctx, spec: Annotated[TemplateSpec, Without("reuse")], reuse_failed: ReuseFailed = False
+) -> TemplateDetail:
     """Build a template: an image with your dependencies installed, from a base and shell steps.
 
-    Answers at once with status 'building'; call wait_for_template next. Pin versions. A template
-    never changes: to update one, build another and delete the old one.
+    Returns immediately with status 'building'; call wait_for_template next. Pin versions. A
+    template never changes: to update one, build another and delete the old one.
     """
-    wanted = {
-        "name": name,
-        "base_template": base_template,
-        "recipe": recipe,
-        "network": network,
-        "allow_domains": allow_domains,
-        "env": env or {},
-        "step_timeout_seconds": step_timeout_seconds,
-        "build_timeout_seconds": build_timeout_seconds,
-        "disk_mb": disk_mb,
-        "reuse": "failed" if reuse_failed else None,
-    }
-    spec = parse_spec(TemplateSpec, wanted)
-    template = await ask(services.create_template, actor_of(ctx), spec)
-    return await ask(template_answer, template)
+    if reuse_failed:
+        spec = spec.model_copy(update={"reuse": "failed"})
+    template = await call_service(services.create_template, actor_of(ctx), spec)
+    return await call_service(template_detail, template)
 
 
-async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -> Templates:
+async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -> TemplatePage:
     """List the team's templates, newest first, with their status."""
     actor = actor_of(ctx)
-    rows, following = await ask(services.list_templates, actor, limit=limit, cursor=cursor)
-    return Templates(templates=[template_line(row) for row in rows], next_cursor=following)
+    rows, next_cursor = await call_service(
+        services.list_templates, actor, limit=limit, cursor=cursor
+    )
+    return TemplatePage(templates=[template_summary(row) for row in rows], next_cursor=next_cursor)
 
 
 async def get_template(
@@ -152,10 +105,10 @@ async def get_template(
     recipe_from: Annotated[
         int, Field(ge=1, description="For a long recipe, the number of the first step to show.")
     ] = 1,
-) -> TemplateAnswer:
-    """Look at one template: its status, its steps, its error and the end of its build log."""
-    template = await ask(services.get_template, actor_of(ctx), template_id)
-    return await ask(template_answer, template, recipe_from)
+) -> TemplateDetail:
+    """Get one template: its status, its steps, its error and the end of its build log."""
+    template = await call_service(services.get_template, actor_of(ctx), template_id)
+    return await call_service(template_detail, template, recipe_from)
 
 
 async def get_template_log(
@@ -163,25 +116,25 @@ async def get_template_log(
     template_id: TemplateId,
     offset: Annotated[int, Field(ge=0, description="Offset to start from, in characters.")] = 0,
     limit: Annotated[
-        int, Field(ge=1, le=MOST_CHARACTERS, description="Maximum number of characters.")
-    ] = MOST_CHARACTERS,
+        int, Field(ge=1, le=MAX_CHARACTERS, description="Maximum number of characters.")
+    ] = MAX_CHARACTERS,
 ) -> LogPart:
-    """Read the whole build log, a part at a time. Works while the template is still building."""
-    template = await ask(services.get_template, actor_of(ctx), template_id)
-    return await log_part(template, offset, limit)
+    """Read the full build log in parts. Works while the template is still building."""
+    template = await call_service(services.get_template, actor_of(ctx), template_id)
+    return await read_log(template, offset, limit)
 
 
-async def log_part(template: Template, offset: int, limit: int) -> LogPart:
-    """The characters of the log from ``offset`` on; at most ``limit`` of them."""
-    passed, found = 0, ""
-    async with aclosing(services.log_text(template)) as pieces:
-        async for piece in pieces:
-            text = piece.decode()
-            found += text[max(offset - passed, 0) :][: limit + 1 - len(found)]
-            passed += len(text)
-            if len(found) > limit:
-                return LogPart(text=found[:limit], offset=offset, next_offset=offset + limit)
-    return LogPart(text=found, offset=offset, next_offset=None)
+async def read_log(template: Template, offset: int, limit: int) -> LogPart:
+    """At most ``limit`` characters of the log, from ``offset`` on."""
+    position, part = 0, ""
+    async with aclosing(services.log_text(template)) as chunks:
+        async for chunk in chunks:
+            text = chunk.decode()
+            part += text[max(offset - position, 0) :][: limit + 1 - len(part)]
+            position += len(text)
+            if len(part) > limit:
+                return LogPart(text=part[:limit], offset=offset, next_offset=offset + limit)
+    return LogPart(text=part, offset=offset, next_offset=None)
 
 
 async def wait_for_template(
@@ -191,87 +144,87 @@ async def wait_for_template(
         int,
         Field(
             ge=1,
-            le=LONGEST_WAIT,
-            description="Seconds to wait before answering, even if it is still building.",
+            le=MAX_WAIT,
+            description="Seconds to wait before returning, even if it is still building.",
         ),
-    ] = USUAL_WAIT,
-) -> TemplateAnswer:
+    ] = DEFAULT_WAIT,
+) -> TemplateDetail:
     """Wait until a template is ready or failed, with a progress notification for each step.
 
-    If the time is over first, the status is still 'building': call this again. The build goes on
-    whether or not anybody waits.
+    If the timeout comes first, the status is still 'building': call this again. The build continues
+    whether or not anyone waits.
     """
     actor = actor_of(ctx)
-    template = await ask(services.get_template, actor, template_id)
+    template = await call_service(services.get_template, actor, template_id)
     try:
         async with asyncio.timeout(timeout_seconds):
-            await report_until_the_end(ctx, template.pk, len(template.recipe))
+            await report_progress(ctx, template.pk, len(template.recipe))
     except TimeoutError:
         pass
-    template = await ask(services.get_template, actor, template_id)
-    return await ask(template_answer, template)
+    template = await call_service(services.get_template, actor, template_id)
+    return await call_service(template_detail, template)
 
 
-async def report_until_the_end(ctx: Ctx, template_id: str, steps: int) -> None:
-    """Report each step as the build comes to it; return when the build has ended."""
+async def report_progress(ctx: Ctx, template_id: str, steps: int) -> None:
+    """Report each step as the build reaches it; return when the build has finished."""
     reported = 0.0
     async with aclosing(services.follow_events(template_id)) as batches:
         async for batch in batches:
-            for told in batch:
-                progress, message = progress_of(told, steps)
-                if told.kind in MAKING:
-                    # How much is still to come nobody knows: a little further, never to the end.
+            for event in batch:
+                progress, message = progress_of(event, steps)
+                if event.kind in IMAGE_PHASES:
+                    # The total is unknown, so move on by a part of what is left.
                     progress = max(progress, reported + (steps + 0.95 - reported) / 100)
-                # Each must be more than the one before (MCP, "Progress").
+                # Progress must increase with each notification (MCP, "Progress").
                 if progress > reported:
                     await ctx.report_progress(progress, steps + 1, message)
                     reported = progress
 
 
-def progress_of(told: Event, steps: int) -> tuple[float, str]:
-    """How far a build is with an event, in steps, and what to say; 0 for one not worth a word."""
-    step = told.payload.get("step") or 0
-    command = str(told.payload.get("command", "")).partition("\n")[0][:200]
-    said: dict[str, tuple[float, str]] = {
+def progress_of(event: Event, steps: int) -> tuple[float, str]:
+    """How far the build is, in steps, and a message; 0 for an event that isn't reported."""
+    step = event.payload.get("step") or 0
+    command = str(event.payload.get("command", "")).partition("\n")[0][:200]
+    progress: dict[str, tuple[float, str]] = {
         "boot": (0.1, "The build container is running."),
-        "step_started": (step - 0.5, f"Step {step} of {steps} runs: {command}"),
-        "step_cached": (step, f"Step {step} of {steps} is reused: {command}"),
-        "step_finished": (step, f"Step {step} of {steps} has ended."),
-        "capture": (steps + 0.5, "The image is captured."),
-        "progress": (steps, made(told)),
+        "step_started": (step - 0.5, f"Running step {step} of {steps}: {command}"),
+        "step_cached": (step, f"Reused step {step} of {steps}: {command}"),
+        "step_finished": (step, f"Finished step {step} of {steps}."),
+        "capture": (steps + 0.5, "The image has been captured."),
+        "progress": (steps, image_progress(event)),
         "published": (steps + 1, "The template is ready."),
     }
-    return said.get(told.kind, (0, ""))
+    return progress.get(event.kind, (0, ""))
 
 
-def made(told: Event) -> str:
-    """How far the image is."""
-    progress = timing.progress_of(told.payload)
+def image_progress(event: Event) -> str:
+    """How much of the image has been captured or listed."""
+    progress = timing.progress_of(event.payload)
     return f"{progress.label}: {progress.files:,} files, {progress.bytes / 1e6:,.0f} MB so far."
 
 
-async def cancel_template(ctx: Ctx, template_id: TemplateId) -> TemplateAnswer:
-    """End a build that you no longer want, at once. The template is then 'failed'."""
-    template = await ask(services.cancel_template, actor_of(ctx), template_id)
-    return await ask(template_answer, template)
+async def cancel_template(ctx: Ctx, template_id: TemplateId) -> TemplateDetail:
+    """Cancel a build immediately. The template's status is then 'failed'."""
+    template = await call_service(services.cancel_template, actor_of(ctx), template_id)
+    return await call_service(template_detail, template)
 
 
 async def delete_template(ctx: Ctx, template_id: TemplateId) -> Done:
-    """Delete a template for good; this frees its slot and its disk. Running sandboxes keep working.
+    """Delete a template permanently; this frees its slot and disk. Running sandboxes keep working.
 
-    A build that has not ended is cancelled first. This cannot be undone.
+    An unfinished build is cancelled first. This can't be undone.
     """
-    await ask(services.delete_template, actor_of(ctx), template_id)
+    await call_service(services.delete_template, actor_of(ctx), template_id)
     return Done(id=template_id, done="Template deleted.")
 
 
 TOOLS = [
-    reading(list_base_templates),
-    writing(create_template, open_world=True),
-    reading(list_templates),
-    reading(get_template),
-    reading(get_template_log),
-    reading(wait_for_template),
-    writing(cancel_template, destructive=True, idempotent=True),
-    writing(delete_template, destructive=True),
+    read_tool(list_base_templates),
+    write_tool(create_template, open_world=True),
+    read_tool(list_templates),
+    read_tool(get_template),
+    read_tool(get_template_log),
+    read_tool(wait_for_template),
+    write_tool(cancel_template, destructive=True, idempotent=True),
+    write_tool(delete_template, destructive=True),
 ]

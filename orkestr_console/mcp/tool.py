@@ -1,4 +1,4 @@
-"""A tool: a service with a description, schemas and hints, and one way of refusing."""
+"""Tools: a service with a description, schemas and hints, and one form for errors."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ from orkestr_console.core.errors import DomainError, Internal, InvalidInput, to_
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.json_api import MAX_DEPTH, reject_unusable
 from orkestr_console.http.validation import invalid_input
+from orkestr_console.mcp.arguments import flattened
 
 logger = logging.getLogger(__name__)
 
-# What the endpoint puts into the request's scope.
+# Keys that the endpoint adds to the request's scope.
 ACTOR = "orkestr.actor"
 REQUEST_ID = "orkestr.request_id"
-# Where a result has its error as data. Not in the structured content, which has to be what the
-# tool's output schema says (MCP, "Tools: Output Schema"): clients that check it throw the whole
-# error away (modelcontextprotocol/typescript-sdk, issue 1943).
+# The key of a result's _meta that holds its error as data. It can't be in the structured content,
+# which has to match the tool's output schema (MCP, "Tools: Output Schema"): clients that validate
+# it would drop the whole error (modelcontextprotocol/typescript-sdk, issue 1943).
 ERROR = "orkestr/error"
-# Arguments that go to a file as they are, and never into a row.
-CONTENTS = ("content",)
-# How much of a stream one answer holds, in characters: an agent's context is small.
-MOST_CHARACTERS = 30_000
+# Arguments that are written to a file unchanged, and never to a row.
+UNSTORED = ("content",)
+# The most text that a result has of one stream: an agent's context is small.
+MAX_CHARACTERS = 30_000
 
 Ctx = Context[Any, Request]
 
 
 class ConsoleTool(Tool):
-    """A tool whose errors are ``code: detail``, as REST would answer, and never a stack trace."""
+    """A tool whose errors are ``code: detail``, as in REST, and never a stack trace."""
 
     async def run(
         self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False
     ) -> Any:
-        """Call it. What goes wrong is a result that says so."""
+        """Call the tool. Errors are results, not exceptions."""
         try:
             refuse_unknown(arguments, self.parameters.get("properties", {}))
             refuse_unstorable(arguments)
             return await super().run(arguments, context, convert_result)
         except InvalidInput as error:
-            return refused(error)
+            return error_result(error)
         except ToolError as error:
-            return refused(domain_error(error, context))
+            return error_result(domain_error(error, context))
 
 
 def refuse_unknown(arguments: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raise ``InvalidInput`` for an argument that the tool does not have."""
+    """Raise ``InvalidInput`` for an argument that the tool doesn't have."""
     for name in arguments:
         if name not in known:
             shown = name if len(name) <= 64 else f"{name[:64]}…"
@@ -66,19 +67,19 @@ def refuse_unknown(arguments: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def refuse_unstorable(arguments: dict[str, Any]) -> None:
-    """Raise ``InvalidInput`` for text that REST would refuse: NUL, half of a surrogate pair."""
+    """Raise ``InvalidInput`` for text that REST refuses: NUL, half of a surrogate pair."""
     for name, value in arguments.items():
-        if name not in CONTENTS:
+        if name not in UNSTORED:
             reject_unusable(value, name, MAX_DEPTH)
 
 
 def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:
-    """What a failed call means. A defect of ours is logged and says its request's id alone."""
+    """The domain error behind a failed call. A bug is logged, and reported by request id only."""
     cause = error.__cause__
     if isinstance(cause, DomainError):
         return cause
-    if (away := unavailable(cause)) is not None:
-        return away
+    if (outage := unavailable(cause)) is not None:
+        return outage
     if isinstance(cause, ValidationError) and not isinstance(error, UnexpectedToolError):
         return invalid_input(cause)
     request_id = request_of(context).scope.get(REQUEST_ID, "")
@@ -87,23 +88,23 @@ def domain_error(error: ToolError, context: Context[Any, Any]) -> DomainError:
     return Internal(detail, extra={"request_id": request_id})
 
 
-def refused(error: DomainError) -> CallToolResult:
-    """An error as a tool's result: for the model to read, and as data under ``ERROR``."""
+def error_result(error: DomainError) -> CallToolResult:
+    """An error as a tool's result: as text for the model, and as data under ``ERROR``."""
     parts = [to_mcp_text(error)]
     for stream in ("stdout", "stderr"):
-        if printed := str(error.extra.get(stream) or ""):
-            parts.append(f"{stream}:\n{printed[-MOST_CHARACTERS:]}")
+        if output := str(error.extra.get(stream) or ""):
+            parts.append(f"{stream}:\n{output[-MAX_CHARACTERS:]}")
     text = TextContent(type="text", text="\n\n".join(parts))
     return CallToolResult(is_error=True, content=[text], _meta={ERROR: error.to_wire()})
 
 
-def reading(function: Callable[..., Any], name: str = "") -> ConsoleTool:
+def read_tool(function: Callable[..., Any], name: str = "") -> ConsoleTool:
     """A tool that changes nothing."""
     hints = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     return tool(function, name, hints)
 
 
-def writing(
+def write_tool(
     function: Callable[..., Any],
     name: str = "",
     *,
@@ -111,7 +112,7 @@ def writing(
     idempotent: bool = False,
     open_world: bool = False,
 ) -> ConsoleTool:
-    """A tool that changes something; ``open_world``, if it may reach beyond this server."""
+    """A tool that changes something; ``open_world`` if it can reach beyond this server."""
     hints = ToolAnnotations(
         read_only_hint=False,
         destructive_hint=destructive,
@@ -122,16 +123,19 @@ def writing(
 
 
 def tool(function: Callable[..., Any], name: str, hints: ToolAnnotations) -> ConsoleTool:
-    """A tool of a function; its docstring is what agents read."""
+    """A tool that calls a function; agents read the function's docstring."""
     description = inspect.getdoc(function)
-    made = ConsoleTool.from_function(
+    console_tool = ConsoleTool.from_function(
         function, name=name or None, description=description, annotations=hints
     )
-    return cast("ConsoleTool", made)
+    arguments = flattened(console_tool.fn_metadata.arg_model)
+    console_tool.fn_metadata.arg_model = arguments
+    console_tool.parameters = arguments.model_json_schema()
+    return cast("ConsoleTool", console_tool)
 
 
 def request_of(context: Context[Any, Any]) -> Request:
-    """The HTTP request that a call came by."""
+    """The HTTP request that carries a call."""
     request = context.request_context.request
     assert isinstance(request, Request)
     return request
@@ -143,6 +147,6 @@ def actor_of(context: Context[Any, Any]) -> Actor:
     return actor
 
 
-async def ask[**P, R](service: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a service, which is sync, in the request's own thread."""
+async def call_service[**P, R](service: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a synchronous service in the request's own thread."""
     return await database_sync_to_async(service)(*args, **kwargs)

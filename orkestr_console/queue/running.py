@@ -22,7 +22,6 @@ from orkestr_console.queue.sockets import SocketQueue
 
 logger = logging.getLogger(__name__)
 
-STOP = "STOP"
 # A result is stored for people to read; a traceback fits, a runaway message is truncated.
 MAX_RESULT_CHARS = 32 * 1024
 DATABASE_ERRORS = (DatabaseUnavailable, DatabaseError, InterfaceError, PostgresError)
@@ -39,7 +38,7 @@ class LockedTasks:
         self._lock = ExitStack()
 
     def get(self) -> Task | str:
-        """Finish the previous task; the next one to run, or ``STOP``."""
+        """Finish the previous task; the next one to run, or django-q2's ``"STOP"``."""
         self.finish()
         while True:
             task: Task | str = self._queue.get()

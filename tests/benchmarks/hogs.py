@@ -14,12 +14,12 @@ import threading
 import time
 from contextlib import suppress
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.benchmarks.__main__ import Row, milliseconds, print_table
 from tests.host.agent import an_agent
+from tests.host.client import HostClient
 from tests.host.hogs import HOGS
 
 BASE = "debian-12"

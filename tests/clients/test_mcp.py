@@ -96,7 +96,7 @@ async def test_an_agent_builds_a_template_and_uses_it(connect: Connect) -> None:
         )
         ready, said = await waited(client, made["id"])
         assert ready["status"] == "ready", ready
-        assert "Step 2 of 2 runs: sleep 0.5" in said
+        assert "Running step 2 of 2: sleep 0.5" in said
         box = await done(client, "create_sandbox", template=made["id"])
         name = {"sandbox_id": box["id"]}
         ran = await done(client, "exec", **name, command="cat /root/made; echo err >&2; exit 4")

@@ -266,10 +266,6 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         self.delete_image(build_id)
         return self.build(build_id)
 
-    def drop_layers(self, scope: str) -> None:
-        """As the client: nothing is kept here."""
-        self._up()
-
     def build_events(
         self, build_id: str, after: int = 0, *, follow: bool = True
     ) -> Iterator[BuildEvent]:

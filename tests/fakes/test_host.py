@@ -17,7 +17,7 @@ SHARED = sorted(
 
 
 def test_it_has_all_that_services_call() -> None:
-    called = {"bases", "start_build", "build_events", "create_sandbox", "exec", "read_path"}
+    called = {"bases", "start_build", "build_events", "create_sandbox", "read_path"}
     called |= {"create_snapshot", "snapshots", "delete_snapshot"}
     assert called <= set(SHARED)
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import NotFound
 from tests.faults.installation import Installation
+from tests.host.client import HostClient
 from tests.processes import command_lines
 
 CGROUPS = Path("/sys/fs/cgroup")

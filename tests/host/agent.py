@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import SLICE, cgroup_layout
 from hostruntime.errors import HostUnavailable
+from tests.host.client import HostClient
 from tests.processes import command_lines, launcher_pids
 
 REPO = Path(__file__).resolve().parents[2]

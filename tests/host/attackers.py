@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
 from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.wire.commands import Exec
 from tests.host.agent import REPO, Agent
 from tests.host.attacks.harness import Outcome
+from tests.host.client import HostClient
 from tests.host.smalltree import PYTHON
 
 PROGRAMS = "tests/host/attacks"

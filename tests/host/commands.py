@@ -7,10 +7,10 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.commands import Exec, ExecResult
 from tests.host.agent import eventually
+from tests.host.client import HostClient
 
 _numbers = count()
 

@@ -9,12 +9,12 @@ from itertools import count
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.bases import NAMES, restore_bases
 from tests.host.agent import Agent, an_agent
 from tests.host.attackers import attackers_image
+from tests.host.client import HostClient
 
 BASE = "debian-12"
 _numbers = count(1)

@@ -6,11 +6,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import pids_under
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, eventually, instance_groups
+from tests.host.client import HostClient
 
 NETWORKS = ("off", "restricted", "open")
 COMMANDS_A_SANDBOX = 5

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.files import FileContent
@@ -19,6 +18,7 @@ from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import HELPER, PLACE
 from tests.host.attacks.spy import ATTEMPTS
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]

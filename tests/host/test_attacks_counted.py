@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
 from hostruntime.container.shared_limits import low_limits, max_processes
 from hostruntime.errors import NotFound
@@ -26,6 +25,7 @@ from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import REPO, Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
 from hostruntime.wire.commands import Exec
@@ -18,6 +17,7 @@ from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually
 from tests.host.attackers import PLACE
 from tests.host.attacks.neighbour import FILES
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 from tests.host.test_entering import container_of, find
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, ImageNotFound
 from hostruntime.wire.builds import BuildEvent, StartBuild
 from tests.host.agent import Agent, children_named, eventually, groups_named, mounts_below
+from tests.host.client import HostClient
 from tests.host.conftest import BASE
 
 pytestmark = pytest.mark.host

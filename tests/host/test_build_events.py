@@ -8,11 +8,11 @@ from contextlib import suppress
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError, NotFound
 from hostruntime.wire.builds import BuildEvent, StartBuild
 from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 
 from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
-from hostruntime.client.host_client import HostClient
-from hostruntime.errors import HostError, InvalidRequest
+from hostruntime.errors import HostError
 from hostruntime.wire.builds import BuildEvent, Cache, StartBuild
 from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = pytest.mark.host
@@ -55,10 +56,10 @@ pgrep sleep || echo none
 
 
 @pytest.fixture
-def scope(host: HostClient) -> Iterator[str]:
+def scope(agent: Agent) -> Iterator[str]:
     name = f"team_{time.time_ns():x}"
     yield name
-    host.drop_layers(name)
+    shutil.rmtree(agent.state / "layers" / name, ignore_errors=True)
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_a_published_reuse_is_what_a_sandbox_sees(
 )
 def test_only_the_same_beginning_is_reused(
     bases: None,
-    host: HostClient,
+    agent: Agent,
     build: Build,
     recipe: tuple[str, ...],
     options: dict[str, Any],
@@ -192,7 +193,7 @@ def test_only_the_same_beginning_is_reused(
     _, events = build(*recipe, "wc -l < /root/runs; false", **options)
     assert cached(events) == expected
     assert output(events, len(recipe) + 1).strip() == "2"
-    host.drop_layers("team_other")
+    shutil.rmtree(agent.state / "layers/team_other", ignore_errors=True)
 
 
 def _break(path: Path, data: bytes) -> None:
@@ -246,19 +247,6 @@ def test_a_tar_of_the_recipes_own_can_only_spoil_its_own_layer(
     build("echo x > /tmp/x", plant, "rm /tmp/x", "false")
     _, events = build("echo x > /tmp/x", plant, "rm /tmp/x", "pgrep sleep || echo none; false")
     assert output(events, 4) == "none\n"
-
-
-def test_layers_go_with_their_scope(
-    agent: Agent, host: HostClient, build: Build, scope: str
-) -> None:
-    build("true", "false")
-    assert len(layers_in(agent, scope)) == 1
-    host.drop_layers(scope)
-    assert layers_in(agent, scope) == []
-    _, events = build("true", "false")
-    assert cached(events) == []
-    with pytest.raises(InvalidRequest):
-        host.drop_layers(".x")
 
 
 def test_a_published_build_leaves_none(agent: Agent, build: Build, scope: str) -> None:

@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.image.digest import image_digest
 from hostruntime.image.trees import measure
 from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = pytest.mark.host

@@ -26,7 +26,7 @@ from hostruntime.container.rootfs import _OPTIONS
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.image.capture import MOUNT_POINTS, capture
-from hostruntime.image.trees import tree_digest
+from tests.trees import tree_digest
 
 pytestmark = pytest.mark.host
 

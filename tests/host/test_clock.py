@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.sandbox.manager import SWEEP_SECONDS
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 HOUR = 3600

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 
 pytestmark = pytest.mark.host
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 from tests.host.conftest import BASE
 from tests.host.counts import grown, settled, work
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.disk import MIB, Disks
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
@@ -18,6 +17,7 @@ from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, mounts_below
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = pytest.mark.host

@@ -11,12 +11,12 @@ from threading import Thread
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.rundir import RUN_ROOT
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, is_running
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient, HostClient
+from hostruntime.client.host_client import AsyncHostClient
 from hostruntime.errors import (
     ContainerGone,
     CwdNotFound,
@@ -23,6 +23,7 @@ from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.commands import Command
 from tests.host.conftest import BASE, NewSandbox
 

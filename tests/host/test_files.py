@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient, HostClient
 from hostruntime.errors import FileConflict, FileTooLarge, InvalidRequest, NoSpace, NotFound
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.files import DirectoryListing, FileContent
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]
@@ -153,20 +153,15 @@ def test_a_file_over_the_cap_is_refused_and_a_stream_is_not(
     assert len(content(host, sandbox, "/workspace/big")) == 2_000_000
 
 
-async def test_files_of_any_size_stream_both_ways(agent: Agent, sandbox: SandboxInfo) -> None:
-    async def pieces() -> object:
-        for _ in range(40):
-            yield b"0123456789abcdef" * 65536
-
-    async with AsyncHostClient(agent.socket) as client:
-        size = await client.write_file(sandbox.id, "/workspace/huge", pieces())  # type: ignore[arg-type]
-        assert size == 40 * 1024 * 1024
-        read = 0
-        async with client.open_file(sandbox.id, "/workspace/huge") as (stat, chunks):
-            assert stat.size == size
-            async for chunk in chunks:
-                read += len(chunk)
-    assert read == size
+def test_a_large_file_streams_in_and_comes_back_whole(
+    host: HostClient, sandbox: SandboxInfo
+) -> None:
+    piece = b"0123456789abcdef" * 65536
+    size = host.write_file(sandbox.id, "/workspace/huge", (piece for _ in range(40)))
+    assert size == 40 * 1024 * 1024
+    found = host.read_path(sandbox.id, "/workspace/huge", max_bytes=size)
+    assert isinstance(found, FileContent)
+    assert (found.stat.size, found.content) == (size, piece * 40)
 
 
 def test_no_space_left_is_said_and_leaves_the_old_file(

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import (
     FileConflict,
     FileTooLarge,
@@ -18,11 +17,12 @@ from hostruntime.errors import (
     InvalidRequest,
     NotFound,
 )
-from hostruntime.image.trees import tree_digest
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
+from tests.trees import tree_digest
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]
 

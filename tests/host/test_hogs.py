@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.errors import ExecTimeout, HostError
 from hostruntime.wire.commands import Exec, ExecResult
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 from tests.host.hogs import HOGS
 

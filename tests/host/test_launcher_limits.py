@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.launcher import AtLimit, Attached, LauncherPool, Link
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host

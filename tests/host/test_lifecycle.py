@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, HostError, ImageNotFound, InvalidRequest, NotFound
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
@@ -25,6 +24,7 @@ from tests.host.agent import (
     is_running,
     mounts_below,
 )
+from tests.host.client import HostClient
 from tests.host.commands import Command
 from tests.host.conftest import BASE, NewSandbox
 from tests.processes import command_lines

@@ -5,19 +5,13 @@ What is counted is how often they ask for a name, which nothing answers.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.wire.commands import Exec
+from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
 
 pytestmark = pytest.mark.host
-
-
-def asked(host: HostClient, owner: str) -> Counter[str]:
-    return Counter(one.host for one in host.egress_decisions(owner))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +34,7 @@ def test_a_program_gives_up_at_once(
     box = new_sandbox(image=base, network="off")
     done = host.exec(box.id, Exec(["sh", "-c", f"useradd -m node 2>/dev/null; {command}"]))
     assert done.code != 0
-    assert max(asked(host, box.id).values(), default=0) <= most
+    assert max(host.requested_hosts(box.id).values(), default=0) <= most
 
 
 def test_apt_asks_once_for_each_index(host: HostClient, new_sandbox: NewSandbox) -> None:
@@ -48,7 +42,7 @@ def test_apt_asks_once_for_each_index(host: HostClient, new_sandbox: NewSandbox)
     as_it_is, as_elsewhere = (new_sandbox(network="off") for _ in range(2))
     assert host.exec(as_it_is.id, Exec(update)).code != 0
     assert host.exec(as_elsewhere.id, Exec(f"{update} -o Acquire::Retries=3")).code != 0
-    few, many = (asked(host, box.id) for box in (as_it_is, as_elsewhere))
+    few, many = (host.requested_hosts(box.id) for box in (as_it_is, as_elsewhere))
     assert few.keys() == many.keys() != set()
     assert few.total() < many.total()
 

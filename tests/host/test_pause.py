@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import ContainerGone, ContainerPaused, NotFound
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually, groups_named, init_of
+from tests.host.client import HostClient
 from tests.host.commands import Command
 from tests.host.conftest import NewSandbox
 

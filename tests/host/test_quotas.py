@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient, HostClient
+from hostruntime.client.host_client import AsyncHostClient
 from hostruntime.errors import TooManyCommands
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import SandboxInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 
 pytestmark = pytest.mark.host
 TWO = Quota("team_a", 2)

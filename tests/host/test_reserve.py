@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, is_frozen, kill_group
 from hostruntime.errors import ContainerPaused, Held, HostError, HostFull, HostUnavailable
 from hostruntime.host import kernel
@@ -22,8 +20,10 @@ from hostruntime.host.paths import Instance
 from hostruntime.host.rundir import RunDir
 from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
+from hostruntime.wire.health import DiskStatus
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, groups_named, is_running, mounts_below
+from tests.host.client import HostClient
 from tests.host.small import IMAGE, a_small_agent
 
 pytestmark = [pytest.mark.host]
@@ -170,19 +170,25 @@ def mend(disk: Path, instance: Instance) -> None:
     subprocess.run(["mount", "-o", MOUNTED, str(image), str(disk)], check=True)
 
 
-def room(host: HostClient) -> Mapping[str, Any]:
+def room(host: HostClient) -> DiskStatus:
     return host.health().room
+
+
+def reserve_of(host: HostClient) -> int:
+    reserve = room(host).reserve_bytes
+    assert reserve is not None
+    return reserve
 
 
 def until_held(host: HostClient, many: int = 1) -> None:
     for _ in eventually(40):
-        if room(host)["held"] >= many:
+        if room(host).held >= many:
             return
 
 
 def until_well(host: HostClient) -> None:
     for _ in eventually(40):
-        if room(host)["level"] == "well" and not room(host)["held"]:
+        if room(host).level == "well" and not room(host).held:
             return
 
 
@@ -195,7 +201,7 @@ def test_who_writes_stands_still_and_goes_on_when_there_is_room(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
     quiet, noisy = a_sandbox(host, "quiet"), a_sandbox(host, "noisy")
-    reserve = room(host)["reserve_bytes"]
+    reserve = reserve_of(host)
     others = fill(disk, 2 * reserve)
     lowest, writer = Lowest(disk), Writer(agent, noisy)
     until_held(host)
@@ -235,11 +241,11 @@ def test_who_writes_as_fast_as_can_be_takes_nothing_of_what_others_need(tmp_path
     with small_disk(tmp_path, size_mb=LEAST_MB) as disk, a_small_agent(disk / "state") as agent:
         host = agent.client
         quiet, noisy = a_sandbox(host, "quiet"), a_sandbox(host, "noisy")
-        others = fill(disk, 2 * room(host)["reserve_bytes"])
+        others = fill(disk, 2 * reserve_of(host))
         lowest, writer = Lowest(disk), Writer(agent, noisy, FLOODS)
         # Held or, when that was not soon enough, ended.
         for _ in eventually(40):
-            if room(host)["held"] or host.sandbox(noisy.id).reason == "out_of_disk":
+            if room(host).held or host.sandbox(noisy.id).reason == "out_of_disk":
                 break
         # What it had in memory is written as well.
         subprocess.run(["sync"], check=True)
@@ -263,7 +269,7 @@ def test_who_writes_is_held_although_the_disk_stands_still(
     agent.log_path = disk.with_name("agent.log")
     agent.start()
     noisy = a_sandbox(host, "noisy")
-    others = fill(disk, 2 * room(host)["reserve_bytes"])
+    others = fill(disk, 2 * reserve_of(host))
     subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
     try:
         # Longer than it is between two attempts to change something.
@@ -282,7 +288,7 @@ def test_who_took_the_most_is_ended_and_told_when_that_is_not_enough(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
     quiet, noisy = a_sandbox(host, "quiet"), a_sandbox(host, "noisy")
-    reserve = room(host)["reserve_bytes"]
+    reserve = reserve_of(host)
     fill(disk, 2 * reserve)
     writer = Writer(agent, noisy)
     until_held(host)
@@ -330,7 +336,7 @@ def a_build(agent: Agent, name: str, many: int) -> str:
 def test_a_build_waits_until_there_is_room_and_is_told_when_it_had_to_end(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
-    reserve = room(host)["reserve_bytes"]
+    reserve = reserve_of(host)
     others = fill(disk, 2 * reserve)
     build = a_build(agent, "waits", many=8)
     until_held(host)
@@ -354,7 +360,7 @@ def test_being_held_and_being_paused_are_two_things(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
     noisy = a_sandbox(host, "noisy")
-    others = fill(disk, 2 * room(host)["reserve_bytes"])
+    others = fill(disk, 2 * reserve_of(host))
     Writer(agent, noisy)
     until_held(host)
     group = cgroup_layout().container(f"{agent.prefix}{noisy.id}").unified
@@ -375,7 +381,7 @@ def test_an_agent_that_is_killed_leaves_nobody_frozen(
     agent: Agent, host: HostClient, disk: Path
 ) -> None:
     noisy = a_sandbox(host, "noisy")
-    others = fill(disk, 2 * room(host)["reserve_bytes"])
+    others = fill(disk, 2 * reserve_of(host))
     Writer(agent, noisy)
     until_held(host)
     agent.kill()
@@ -393,7 +399,7 @@ def test_inodes_are_reserved_as_well(tmp_path: Path) -> None:
         for number in range(os.statvfs(disk).f_favail - 1_000):
             (many / str(number)).touch()
         for _ in eventually():
-            if room(host)["level"] == "critical":
+            if room(host).level == "critical":
                 break
         with pytest.raises(HostFull, match="inodes"):
             a_sandbox(host, "new")
@@ -412,7 +418,7 @@ def test_a_file_system_that_became_read_only_is_told_of_and_lived_with(
     make_read_only(disk)
     try:
         for _ in eventually():
-            if room(host)["level"] == "read_only":
+            if room(host).level == "read_only":
                 break
         assert "mounted read-only" in "".join(host.health().notes)
         with pytest.raises(HostUnavailable, match="read-only"):
@@ -435,7 +441,7 @@ def test_the_ballast_goes_when_it_is_needed_and_comes_back(
 ) -> None:
     ballast = agent.state / "ballast"
     for _ in eventually():
-        if room(host)["ballast"]:
+        if room(host).ballast:
             break
     kept = ballast.stat().st_blocks * 512
     assert kept >= 32 * MIB

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout, is_frozen
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
 from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo, SnapshotInfo
 from tests.host.agent import Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from django.test import override_settings
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import SandboxInfo, UsageInfo
@@ -18,6 +17,7 @@ from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import SandboxSpec
 from tests.host.agent import CGROUPS, Agent, eventually
+from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 
 pytestmark = pytest.mark.host

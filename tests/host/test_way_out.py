@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from hostruntime.build.report import RefusedHost
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.authorities import certificates
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
@@ -29,6 +28,7 @@ from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, an_agent
+from tests.host.client import HostClient
 from tests.host.network import world as world
 from tests.host.topology import INTERNET, RESOLVER, SITE, World
 

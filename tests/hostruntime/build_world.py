@@ -14,10 +14,10 @@ from hostruntime.build.plan import Host
 from hostruntime.build.report import RefusedHost, UnreachedNotice
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageManifest, ImageStore
-from hostruntime.image.trees import tree_digest
 from hostruntime.wire.builds import StartBuild
 from tests.hostruntime.fake_containers import FakeContainers, tree_of
 from tests.hostruntime.trees_help import grow
+from tests.trees import tree_digest
 
 
 class World:

@@ -16,9 +16,9 @@ import pytest
 from hostruntime.backup.vault import PARTIAL, Stored, Vault
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageStore, read_image
-from hostruntime.image.trees import tree_digest
 from hostruntime.sandbox.snapshots import Snapshot, read_snapshot
 from tests.hostruntime.test_images import publish
+from tests.trees import tree_digest
 
 HOLE = 8 * 1024 * 1024
 

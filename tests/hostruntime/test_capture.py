@@ -14,8 +14,9 @@ import pytest
 from hostruntime.host.tasks import Stop, StoppedError
 from hostruntime.image import capture as capture_module
 from hostruntime.image.capture import MOUNT_POINTS, OPAQUE, REDIRECT, capture
-from hostruntime.image.trees import MAX_DEPTH, TreeTooDeep, measure, tree_digest
+from hostruntime.image.trees import MAX_DEPTH, TreeTooDeep, measure
 from tests.hostruntime.trees_help import grow, shape, whiteout
+from tests.trees import tree_digest
 
 OWN = set(MOUNT_POINTS)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.host.patience import scaled
 from hostruntime.wire.sandboxes import CreateSandbox
+from tests.host.client import HostClient
 
 
 def test_a_disk_that_is_copied_may_take_its_time(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from hostruntime.host.paths import StatePaths
 from hostruntime.image.quarantine import DEFAULT_DAYS, retention_days
 from hostruntime.image.store import Image, ImageManifest, ImageStore
 from hostruntime.image.trash import Trash
-from hostruntime.image.trees import tree_digest
 from tests.hostruntime.trees_help import grow
+from tests.trees import tree_digest
 
 
 @pytest.fixture

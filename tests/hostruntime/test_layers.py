@@ -160,8 +160,9 @@ def test_what_was_found_knows_whether_it_is_still_there(shelf: Shelf) -> None:
     shelf.put("team_1", KEYS[0])
     assert not found.still_exists()
     found = shelf.store.deepest("team_1", KEYS)
-    shelf.store.delete_scope("team_1")
-    assert found is not None and not found.still_exists()
+    assert found is not None
+    shelf.store.discard(found.directory)
+    assert not found.still_exists()
 
 
 def test_what_a_killed_agent_was_writing_goes(shelf: Shelf) -> None:
@@ -178,8 +179,6 @@ def test_what_a_killed_agent_was_writing_goes(shelf: Shelf) -> None:
 def test_a_scope_is_a_plain_name(shelf: Shelf, scope: str) -> None:
     with pytest.raises(InvalidRequest):
         shelf.store.deepest(scope, KEYS)
-    with pytest.raises(InvalidRequest):
-        shelf.store.delete_scope(scope)
 
 
 # What is collected ----------------------------------------------------------------------------
@@ -212,14 +211,6 @@ def test_on_a_short_disk_there_are_none(shelf: Shelf, monkeypatch: pytest.Monkey
     assert not shelf.store.has_room(0)
     shelf.store.collect()
     assert shelf.kept() == set()
-
-
-def test_a_scope_is_dropped_whole(shelf: Shelf) -> None:
-    shelf.put("team_1", KEYS[0])
-    shelf.put("team_2", KEYS[0])
-    shelf.store.delete_scope("team_1")
-    shelf.store.delete_scope("team_3")
-    assert shelf.kept() == {"team_2/a"}
 
 
 def test_the_budget_is_the_operators_to_set(tmp_path: Path) -> None:
@@ -353,7 +344,7 @@ async def test_a_layer_that_is_replaced_while_it_is_used_is_not_used(
     async def start(spec: ContainerSpec) -> RunningContainer:
         running = await real(spec)
         if spec.saved_disk is not None:
-            world.builds._host.layers.delete_scope("team_1")
+            world.builds._host.layers.discard(world.paths.layers / "team_1")
         return running
 
     monkeypatch.setattr(world.containers, "start", start)

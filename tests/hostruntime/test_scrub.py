@@ -11,8 +11,8 @@ import pytest
 
 from hostruntime.host import kernel
 from hostruntime.image.scrub import remove_residue, scrub
-from hostruntime.image.trees import tree_digest
 from tests.hostruntime.trees_help import grow, shape
+from tests.trees import tree_digest
 
 CORE = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x04\0" + b"\0" * 64
 PROGRAM = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x03\0" + b"\0" * 64

@@ -16,7 +16,6 @@ import pytest
 
 import hostruntime.wire
 from hostruntime.agent.routes import application
-from hostruntime.client.host_client import HostClient
 from hostruntime.container.exec import Chunk, Frame, Started
 from hostruntime.errors import ExecKilled, HostFault, HostFull, InvalidRequest
 from hostruntime.sandbox.manager import read_sandbox
@@ -32,8 +31,8 @@ from hostruntime.wire.files import (
 )
 from hostruntime.wire.health import (
     DefaultDomains,
+    DiskStatus,
     EgressDecision,
-    EgressDecisions,
     EgressHost,
     EgressHosts,
     Health,
@@ -65,6 +64,7 @@ from hostruntime.wire.sandboxes import (
     Usage,
     UsageInfo,
 )
+from tests.host.client import HostClient
 
 SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expired", held=True)
 SNAPSHOT = SnapshotInfo("snap", "sbx", "debian-12", 64, 1 << 40, 2.5, 3.25)
@@ -127,12 +127,12 @@ MESSAGES: list[Message] = [
     Reconciliation(["img"], ["snap"]),
     HELD,
     Quarantine((HELD,)),
-    Health("1", "/var", 0, "v2", {"healthy": True}, {"images": 1}, ["A note."], {"level": "well"}),
+    DiskStatus("low", 100, 20, 30, 5, 1, held=2, ballast=True),
+    Health("1", "/var", 0, "v2", {"healthy": True}, {"images": 1}, ["A note."], DiskStatus(held=1)),
     DefaultDomains(["example.org"]),
     HOST,
     EgressHosts((HOST,)),
     DECISION,
-    EgressDecisions((DECISION,)),
 ]
 # Of a field that the other side has and this one has never heard of.
 NEWER = {"x_new": {"of": [1, None]}}

@@ -46,9 +46,9 @@ async def test_a_template_from_nothing_to_ready(connect: Connect, key: str, host
         assert ready["log_tail"] == "$ one\none: done\n\n$ two\ntwo: done\n"
         amounts = [amount for amount, _, _ in heard]
         assert amounts == sorted(set(amounts))
-        assert [message for _, _, message in heard if message and "runs" in message] == [
-            "Step 1 of 2 runs: one",
-            "Step 2 of 2 runs: two",
+        assert [message for _, _, message in heard if message and "Running" in message] == [
+            "Running step 1 of 2: one",
+            "Running step 2 of 2: two",
         ]
         assert heard[-1] == (3, 3, "The template is ready.")
         listed = await done(client, "list_templates")
@@ -75,7 +75,7 @@ async def test_the_making_of_an_image_is_told_as_it_goes(monkeypatch: pytest.Mon
             heard.append((progress, total, message))
 
     monkeypatch.setattr(services, "follow_events", events)
-    await template_tools.report_until_the_end(cast("Ctx", Listener()), "tmpl_x", 2)
+    await template_tools.report_progress(cast("Ctx", Listener()), "tmpl_x", 2)
     assert len(heard) == 403
     amounts = [amount for amount, _, _ in heard]
     assert amounts == sorted(set(amounts))
@@ -83,7 +83,7 @@ async def test_the_making_of_an_image_is_told_as_it_goes(monkeypatch: pytest.Mon
     messages = [message for _, _, message in heard]
     assert messages[2] == "Capturing: 2,000 files, 2 MB so far."
     assert messages[400] == "Listing what is in it: 398,000 files, 398 MB so far."
-    assert messages[401] == "The image is captured."
+    assert messages[401] == "The image has been captured."
 
 
 async def test_waiting_ends_when_its_time_does(connect: Connect, key: str, host: FakeHost) -> None:
@@ -144,7 +144,7 @@ async def test_a_template_that_may_lack_something_says_what_to_do(
     assert (ready["status"], ready["refused_hosts"]) == ("ready", ["pypi.example"])
     assert ready["steps"][0]["refused_hosts"] == ["pypi.example"]
     assert ready["next_step"].startswith("Call create_sandbox")
-    assert "the network policy refused pypi.example" in ready["next_step"]
+    assert "the network policy blocked pypi.example" in ready["next_step"]
     assert "allow_domains" in ready["next_step"]
 
 

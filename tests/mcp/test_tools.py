@@ -198,7 +198,7 @@ async def test_too_much_output_is_cut_in_the_middle(
 async def test_a_command_that_prints_without_end_is_ended_and_on_record_as_that(
     connect: Connect, key: str, host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_tools, "MOST_OUTPUT", 100)
+    monkeypatch.setattr(sandbox_tools, "MAX_OUTPUT", 100)
     host.frames["yes"] = [
         ExecFrame("started", pid=7),
         *(ExecFrame("chunk", stream="stdout", data=b"y\n" * 40) for _ in "123"),
@@ -207,13 +207,13 @@ async def test_a_command_that_prints_without_end_is_ended_and_on_record_as_that(
     async with connect(key) as client:
         box = (await done(client, "create_sandbox", template="debian-12"))["id"]
         said = await refused(client, "exec", sandbox_id=box, command="yes")
-    assert said.startswith("exec_killed: The command was ended because it printed more")
+    assert said.startswith("exec_killed: The command was stopped because it printed more")
     assert "y\ny\n" in said
     assert host.ended_early == ["yes"]
     entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box).order_by("id")
     assert [entry.data async for entry in entries] == [
         {"stream": True},
-        {"ended": sandbox_tools.TOO_MUCH},
+        {"ended": sandbox_tools.TOO_MUCH_OUTPUT},
     ]
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostUnavailable
 from hostruntime.host.run import run
+from tests.host.client import HostClient
 from tests.vm.places import TREE, Places, VmError
 
 _START_SECONDS = 60.0

@@ -1,4 +1,4 @@
-"""Builds of templates, and the layers that they store."""
+"""Builds of templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from hostruntime.agent.requests import path_parameter, query_flag, read_message
-from hostruntime.agent.responses import NDJSON, no_content, respond
+from hostruntime.agent.responses import NDJSON, respond
 from hostruntime.build.manager import BuildManager
 from hostruntime.errors import InvalidRequest
 from hostruntime.wire.builds import StartBuild
@@ -33,12 +33,7 @@ def routes(builds: BuildManager) -> list[Route]:
         lines = await builds.events(path_parameter(request), _after(request), follow=follow)
         return StreamingResponse(lines, media_type=NDJSON)
 
-    async def drop_layers(request: Request) -> Response:
-        await builds.drop_layers(path_parameter(request, "scope"))
-        return no_content()
-
     return [
-        Route("/layers/{scope}", drop_layers, methods=["DELETE"]),
         Route("/builds", start, methods=["POST"]),
         Route("/builds/{id}", get, methods=["GET"]),
         Route("/builds/{id}", cancel, methods=["DELETE"]),

@@ -12,7 +12,6 @@ from starlette.routing import Route
 
 from hostruntime.agent.requests import (
     path_parameter,
-    query_flag,
     query_number,
     query_parameter,
     read_message,
@@ -73,10 +72,7 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
             query_parameter(request, "path"),
         )
         cap = int(query_number(request, "max_bytes", -1))
-        directories = query_flag(request, "directories", default=True)
-        opening = files.read(
-            name, path, max_bytes=cap if cap >= 0 else None, directories=directories
-        )
+        opening = files.read(name, path, max_bytes=cap if cap >= 0 else None)
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(opening)
             headers = _stat_headers(opened.stat)

@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hostruntime.agent.host import Host
-from hostruntime.agent.requests import query_number, query_parameter
+from hostruntime.agent.requests import query_parameter
 from hostruntime.agent.responses import respond
 from hostruntime.network.egress import default_domains
-from hostruntime.wire.health import DefaultDomains, EgressDecisions, EgressHosts
+from hostruntime.wire.health import DefaultDomains, EgressHosts
 
 
 def routes(host: Host) -> list[Route]:
@@ -24,11 +24,6 @@ def routes(host: Host) -> list[Route]:
     async def defaults(_: Request) -> Response:
         return respond(DefaultDomains(await asyncio.to_thread(default_domains, host.paths)))
 
-    async def decisions(request: Request) -> Response:
-        owner, since = query_parameter(request, "owner"), query_number(request, "since", 0.0)
-        result = await asyncio.to_thread(host.proxy.decisions, owner, since)
-        return respond(EgressDecisions(tuple(result)))
-
     async def hosts(request: Request) -> Response:
         result = await asyncio.to_thread(host.proxy.hosts, query_parameter(request, "owner"))
         return respond(EgressHosts(tuple(result)))
@@ -36,6 +31,5 @@ def routes(host: Host) -> list[Route]:
     return [
         Route("/health", health),
         Route("/egress/defaults", defaults),
-        Route("/egress/decisions", decisions),
         Route("/egress/hosts", hosts),
     ]

@@ -94,10 +94,6 @@ class _Walk:
         self._prefix = os.fspath(tree.resolve())
         self._check = check
         self._patterns = _patterns(rules)
-        self._longest = max(
-            (len(pattern) for patterns in self._patterns.values() for pattern in patterns),
-            default=0,
-        )
         self._marker_files = frozenset(name for rule in rules for name in rule.unless_anywhere)
         self._edges: dict[str, set[str]] = {}
         self._edge_count = 0

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 from orkestr_console.runner.doctor import cgroups, keeping, kernel, machine, network, software
 from orkestr_console.runner.doctor.finding import Finding, needs_root
-from orkestr_console.runner.doctor.network import listen_problem, port_is_free
+from orkestr_console.runner.doctor.network import listen_problem
 from orkestr_console.runner.layout import Layout
 
-__all__ = ["Finding", "examine", "listen_problem", "port_is_free"]
+__all__ = ["Finding", "examine", "listen_problem"]
 
 Check = Callable[[Layout], Finding]
 

@@ -87,11 +87,6 @@ def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | Non
     return None
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on ``port`` of every IPv4 address."""
-    return _bind_error("0.0.0.0", port) == 0  # noqa: S104 - released at once
-
-
 def _bind_error(address: str, port: int) -> int:
     """The error number of bind(2); 0 for success."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -308,6 +308,35 @@ def field_error(errors: Mapping[str, str] | str, name: str) -> dict[str, str]:
     return {"name": name, "error": errors.get(name, "") if isinstance(errors, Mapping) else ""}
 
 
+@register.inclusion_tag("console/_alert.html")
+def alert(
+    message: str | None, title: str = "", element: str = "", *, focus: bool = False
+) -> dict[str, object]:
+    """An error as a banner, or nothing if there is none; ``element`` is the banner's id."""
+    return {"message": message, "title": title, "element": element, "focus": focus}
+
+
+@register.inclusion_tag("console/_alert.html")
+def form_error(
+    errors: Mapping[str, str] | str, title: str = "", *, summary: str = "", focus: bool = False
+) -> dict[str, object]:
+    """The error of a form as a whole, under ``title``.
+
+    If only fields have errors: ``summary``, where there is one, and what to do.
+    """
+    if isinstance(errors, Mapping) and errors.get("form"):
+        return alert(errors["form"], title, focus=focus)
+    if errors and summary:
+        return alert(f"{summary} Fix the highlighted fields and try again.")
+    return alert("")
+
+
+@register.inclusion_tag("console/_crumbs.html")
+def crumbs(current: str, *pages: str) -> dict[str, object]:
+    """The way to a page; ``pages`` are those above it, each a label and an address."""
+    return {"current": current, "pages": list(zip(pages[::2], pages[1::2], strict=True))}
+
+
 @register.simple_tag
 def described(errors: Mapping[str, str] | str, name: str, help_id: str = "") -> SafeString:
     """A field's ARIA attributes: its help, its error, and whether it is invalid."""
