@@ -238,7 +238,7 @@ def test_a_systemd_that_does_not_answer_fails(tmp_path: Path) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)
         delegation.cgroup_layout = lambda: SimpleNamespace(delegated=True)
         finding = cgroups.check_delegation(layout_from(), Path("/run"), Path({str(root)!r}))
-        print(finding.verdict, finding.seen, finding.remedy)
+        print(finding.verdict, finding.detail, finding.remedy)
         """,
         *("unshare", "--mount"),
     )
@@ -408,7 +408,7 @@ def test_a_state_directory_that_nothing_can_be_done_in_is_refused(
         layout = layout_from({{"ORKESTR_VAR": {str(tmp_path)!r}}})
         for check in (machine.check_state_directory, machine.check_writable):
             finding = check(layout)
-            print(finding.verdict, finding.seen, finding.remedy)
+            print(finding.verdict, finding.detail, finding.remedy)
         """,
         *("unshare", "--mount"),
     )
@@ -451,7 +451,7 @@ def test_who_is_not_root_is_told_what_cannot_be_seen(tmp_path: Path) -> None:
         # The state directory, and maybe this Python, are in directories that are closed to nobody.
         layout = layout_from({{"ORKESTR_VAR": {str(tmp_path)!r}}})
         os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-        print(json.dumps([[f.name, f.verdict, f.seen, f.remedy] for f in examine(layout)]))
+        print(json.dumps([[f.name, f.verdict, f.detail, f.remedy] for f in examine(layout)]))
         """
     )
     findings = {name: rest for name, *rest in json.loads(printed)}
