@@ -7,21 +7,23 @@ import os
 from importlib import import_module
 from typing import Any
 
+import django
 from channels.auth import AuthMiddlewareStack
 from channels.routing import ProtocolTypeRouter, URLRouter
 from django.conf import settings
-from django.core.asgi import get_asgi_application
 from django.urls import re_path
 
 from orkestr_console.core.addresses import MCP_PATH
 from orkestr_console.core.channel_layer import SERVICE_RESTART
 from orkestr_console.core.listening import TrustedProxies
 from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.handler import Handler
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 
-# Loads the apps, which the consumers' modules need.
-http = get_asgi_application()
+# The apps are loaded before the consumers' modules and the middleware, which need them.
+django.setup(set_prefix=False)
+http = Handler()
 
 
 def websocket_urls() -> list[Any]:

@@ -135,6 +135,9 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
             "reconnect_timeout": 3,
         },
         "application_name": "orkestr",
+        # Each connection plans a statement once: planning often takes longer than running it.
+        "server_side_binding": True,
+        "prepare_threshold": 2,
     }
 )
 

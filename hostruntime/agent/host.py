@@ -18,6 +18,7 @@ from hostruntime.build.bases import BaseBuilder
 from hostruntime.build.layers import LayerStore, budget_bytes
 from hostruntime.build.manager import BuildManager
 from hostruntime.container import apparmor, delegation, shared_limits
+from hostruntime.container.cgroup_migrations import favor_migrations
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.launcher import LauncherPool
 from hostruntime.container.manager import ContainerManager, lxc_dir
@@ -246,6 +247,7 @@ def _host(
 
 def _limit_machine_use(instance: Instance) -> None:
     shared_limits.raise_limits()
+    favor_migrations()
     try:
         shared_limits.limit_processes(instance)
     except (HostError, OSError) as error:

@@ -27,8 +27,8 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from hostruntime.build.assembly import Assembly, Published
 from hostruntime.build.log import EventLog
 from hostruntime.build.plan import Host, Plan
-from hostruntime.container.cgroups import Limits
 from hostruntime.container.launcher import LauncherLost
+from hostruntime.container.limits import Limits
 from hostruntime.errors import (
     BuildFailed,
     HostError,

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from hostruntime.build.layers import LayerStore
 from hostruntime.build.report import RefusedHost, UnreachedNotice
-from hostruntime.container.cgroups import Limits
+from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy

@@ -1,28 +1,24 @@
 """The client of the host agent: typed responses, and :mod:`hostruntime.errors`.
 
-:class:`HostClient` is synchronous, for services and tasks.  :class:`AsyncHostClient` streams
-inside an event loop.  Both keep their connections: get one per process and socket from
-:func:`host_client` / :func:`async_host_client`, which are safe across forks and event loops.
+It is synchronous, for services and tasks; :mod:`hostruntime.client.async_host_client` streams
+inside an event loop.  It keeps its connections: get one per process and socket from
+:func:`host_client`, which is safe across forks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
 import threading
-import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
 
 from hostruntime.client.transport import (
-    ExecCollector,
     parse,
     parse_content,
     parse_error,
@@ -31,7 +27,7 @@ from hostruntime.client.transport import (
 )
 from hostruntime.errors import HostError
 from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
-from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, RunningCommands
+from hostruntime.wire.commands import RunningCommands
 from hostruntime.wire.files import (
     DirectoryListing,
     FileContent,
@@ -71,7 +67,6 @@ from hostruntime.wire.sandboxes import (
     UsageInfo,
 )
 
-DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream sends something at least every 10 s (an empty line), so silence means a dead agent.
 _TIMEOUT = timeouts(read=60.0)
@@ -372,7 +367,7 @@ class HostClient:
                 method, path, params=params, content=body, timeout=timeout
             )
         if response.is_error:
-            raise parse_error(response)
+            raise parse_error(response.status_code, response.content)
         return response
 
     def _request[M: Message](
@@ -401,83 +396,10 @@ class HostClient:
         ):
             if response.is_error:
                 response.read()
-                raise parse_error(response)
+                raise parse_error(response.status_code, response.content)
             for line in response.iter_lines():
                 if line.strip():
                     yield parse(kind, line)
-
-
-class AsyncHostClient:
-    """The agent from inside an event loop, for streams.  Raises the same as HostClient."""
-
-    def __init__(self, socket: Path | str) -> None:
-        self.socket = Path(socket)
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(
-                uds=str(socket), limits=_LIMITS, verify=_empty_tls_context()
-            ),
-            base_url="http://host",
-            timeout=_STREAM_TIMEOUT,
-            trust_env=False,
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
-        """Run a command, yielding its frames; close the iterator early to kill it.
-
-        A frame of kind ``error`` or ``exited`` is the last.  Raises only errors from before the
-        command started; TooManyCommands if it would exceed its quota.
-        """
-        path = f"/sandboxes/{sandbox_id}/exec"
-        async with self._stream("POST", path, content=encode(request)) as response:
-            async for line in response.aiter_lines():
-                if line.strip():
-                    yield parse(ExecFrame, line)
-
-    async def exec_to_completion(self, sandbox_id: str, request: Exec) -> ExecResult:
-        """Run a command and wait for it; cancelling kills the command.
-
-        Only the first 16 MiB of output are retained unless the request says otherwise; more is
-        discarded and ``truncated`` is set.  Raises ExecTimeout (its ``extra`` holds the ``stdout``
-        and ``stderr`` so far, as bytes), CwdNotFound, NotFound, ContainerGone, and TooManyCommands
-        if it would exceed its quota.
-        """
-        collected, frames = (
-            ExecCollector(),
-            self.exec_frames(sandbox_id, with_output_limit(request)),
-        )
-        # An async generator, whatever its annotation says: closing it kills the command.
-        async with aclosing(cast("AsyncGenerator[ExecFrame]", frames)) as stream:
-            async for frame in stream:
-                collected.add(frame)
-        return collected.result()
-
-    @asynccontextmanager
-    async def _stream(
-        self, method: str, path: str, **request: Any
-    ) -> AsyncIterator[httpx.Response]:
-        with transport_errors(self.socket):
-            async with self._http.stream(method, path, **request) as response:
-                if response.is_error:
-                    await response.aread()
-                    raise parse_error(response)
-                yield response
-
-
-def with_output_limit(request: Exec) -> Exec:
-    """Add the default limit of output, which is collected in memory."""
-    if request.max_output_bytes is not None:
-        return request
-    return replace(request, max_output_bytes=DEFAULT_MAX_OUTPUT_BYTES)
 
 
 def _empty_tls_context() -> ssl.SSLContext:
@@ -487,9 +409,6 @@ def _empty_tls_context() -> ssl.SSLContext:
 
 _clients: dict[tuple[int, str], HostClient] = {}
 _clients_lock = threading.Lock()
-_async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, AsyncHostClient]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def host_client(socket: Path | str) -> HostClient:
@@ -499,12 +418,3 @@ def host_client(socket: Path | str) -> HostClient:
         if key not in _clients:
             _clients[key] = HostClient(socket)
         return _clients[key]
-
-
-def async_host_client(socket: Path | str) -> AsyncHostClient:
-    """The running event loop's client for this socket."""
-    loop_clients = _async_clients.setdefault(asyncio.get_running_loop(), {})
-    key = str(socket)
-    if key not in loop_clients:
-        loop_clients[key] = AsyncHostClient(socket)
-    return loop_clients[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,26 +100,36 @@ def parse_stat(path: str, headers: httpx.Headers) -> FileStat:
     )
 
 
-def parse_error(response: httpx.Response) -> HostError:
+def parse_error(status: int, body: bytes) -> HostError:
     """Parse an error response."""
     try:
-        payload = response.json()
+        payload = json.loads(body)
     except ValueError:
         payload = None
     if not isinstance(payload, dict):
-        payload = {"detail": f"The host agent answered {response.status_code} without a reason."}
-    return HostError.from_wire(payload, response.status_code)
+        payload = {"detail": f"The host agent answered {status} without a reason."}
+    return HostError.from_wire(payload, status)
 
 
 @contextmanager
 def transport_errors(socket: Path) -> Iterator[None]:
-    """Convert transport failures to HostUnavailable with a sentence that says what to do."""
+    """Convert httpx's transport failures to HostUnavailable."""
     try:
         yield
     except httpx.TimeoutException as error:
-        raise HostUnavailable(
-            f"The host agent at {socket} did not answer in time. If this lasts, look at its log."
-        ) from error
+        raise no_answer(socket) from error
     except httpx.TransportError as error:
-        hint = "is it running? Start it with `make run`." if not socket.exists() else str(error)
-        raise HostUnavailable(f"The host agent at {socket} does not answer: {hint}") from error
+        raise unreachable(socket, error) from error
+
+
+def no_answer(socket: Path) -> HostUnavailable:
+    """The error for an agent that is there and says nothing."""
+    return HostUnavailable(
+        f"The host agent at {socket} did not answer in time. If this lasts, look at its log."
+    )
+
+
+def unreachable(socket: Path, error: Exception) -> HostUnavailable:
+    """The error for an agent that is not there, or hung up."""
+    hint = str(error) if socket.exists() else "is it running? Start it with `make run`."
+    return HostUnavailable(f"The host agent at {socket} does not answer: {hint}")

@@ -11,10 +11,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hostruntime.container.cgroups import CgroupLayout, Limits
 from hostruntime.container.rootfs import DEVICES
-from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
+from hostruntime.host.ids import HIGH_IDS, IDS_PER_SLOT
+
+if TYPE_CHECKING:
+    from hostruntime.container.cgroups import CgroupLayout
+    from hostruntime.container.limits import Limits
 
 INIT = "/.orkestr/init -P"
 # Pseudo-terminals that a container may have open at the same time.

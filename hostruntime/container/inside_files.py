@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -172,7 +171,7 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
 
 
 def _temporary_path(path: Path) -> Path:
-    return path.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    return path.parent / f"{_TEMPORARY}{os.urandom(6).hex()}"
 
 
 def _existing_file(path: Path) -> os.stat_result | None:

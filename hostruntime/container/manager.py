@@ -23,7 +23,6 @@ from pathlib import Path
 from hostruntime.container import apparmor
 from hostruntime.container.cgroups import (
     ContainerGroups,
-    Limits,
     cgroup_layout,
     freeze_group,
     is_frozen,
@@ -39,6 +38,7 @@ from hostruntime.container.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.container.files import FileService
 from hostruntime.container.host_files import HOSTNAME, container_environment
 from hostruntime.container.launcher import LauncherLost, LauncherPool
+from hostruntime.container.limits import Limits
 from hostruntime.container.rootfs import unmount_rootfs
 from hostruntime.container.runtime_layer import RuntimeTrees
 from hostruntime.container.seccomp import write_profile

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostruntime.host import kernel
-from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
+from hostruntime.host.ids import HIGH_IDS, IDS_PER_SLOT
 
 # The writable layer is on a separate file system: without xino, files of the image would have a
 # different device number than their directories, and look like mount points.

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import platform
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from hostruntime.host.paths import IDS_PER_SLOT, write_atomically
+from hostruntime.host.ids import IDS_PER_SLOT
+from hostruntime.host.writing import write_atomically
 
 # clone(2), unshare(2): a nested user namespace would restore all capabilities.
 _NAMESPACE_FLAGS = {
@@ -214,7 +215,7 @@ def write_profile(directory: Path) -> Path:
     It is named after its content, as LXC may read it again while the container is running.
     """
     text = profile().encode()
-    path = directory / f"seccomp-{hashlib.sha256(text).hexdigest()[:16]}"
+    path = directory / f"seccomp-{zlib.crc32(text):08x}"
     if not path.exists():
         write_atomically(path, text)
     return path

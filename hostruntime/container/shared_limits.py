@@ -19,7 +19,8 @@ from pathlib import Path
 from hostruntime.container import delegation
 from hostruntime.container.cgroups import CGROUPS, cgroup_layout
 from hostruntime.container.config import MAX_TERMINALS
-from hostruntime.host.paths import MAX_SLOTS, Instance
+from hostruntime.host.ids import MAX_SLOTS
+from hostruntime.host.paths import Instance
 from hostruntime.network.firewall import CONNECTIONS_PER_SLOT
 
 SYSCTLS = Path("/proc/sys")

@@ -22,7 +22,7 @@ from hostruntime.container import disk
 from hostruntime.container.rootfs import RootfsPlan, container_extents, id_extents, mount_rootfs
 from hostruntime.errors import HostError
 from hostruntime.host import kernel
-from hostruntime.host.paths import ID_BASE, IDS_PER_SLOT
+from hostruntime.host.ids import ID_BASE, IDS_PER_SLOT
 from hostruntime.host.patience import Patience, process_tree
 from hostruntime.host.run import run
 from hostruntime.network import firewall

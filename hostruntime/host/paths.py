@@ -40,19 +40,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from hostruntime.errors import HostUnavailable
-from hostruntime.host import kernel
+from hostruntime.host.ids import HIGH_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT, MAX_INSTANCES, MAX_SLOTS
 from hostruntime.host.records import BadRecord, read_record
+from hostruntime.host.writing import write_atomically
 
-MAX_INSTANCES = 16
-MAX_SLOTS = 256
-IDS_PER_SLOT = 65_536
-ID_BASE = 1_000_000_000
-ID_COUNT = MAX_INSTANCES * MAX_SLOTS * IDS_PER_SLOT
-# Archives hold files with ids across all 31 bits, and tar(1) as root assigns files to them.  So the
-# ids from IDS_PER_SLOT on are mapped too, identically for all slots: (inside, outside, count).
-# They only own files: no process can have one as its real id (seccomp.py), and no two containers
-# see the same file system.  LXC needs one more id after the last, within a C int.
-HIGH_IDS = (IDS_PER_SLOT, ID_BASE + ID_COUNT, 2**31 - 1 - IDS_PER_SLOT)
 CLAIMS_DIR = Path("/run/orkestr/instances")
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
@@ -311,28 +302,6 @@ def ensure_subordinate_ids(
         if line not in text.splitlines():
             with path.open("a") as handle:
                 handle.write(("" if text.endswith("\n") or not text else "\n") + line + "\n")
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = False) -> None:
-    """Replace ``path`` by ``data`` so that readers see all of the old or all of the new content.
-
-    That holds if the writer dies, and with ``durable`` also after a power cut: the new content is
-    then on disk on return, which costs two flushes of the disk.  Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    try:
-        with open(descriptor, "wb") as handle:  # noqa: PTH123 - a descriptor, not a path
-            handle.write(data)
-            if durable:
-                handle.flush()
-                os.fsync(handle.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        kernel.fsync(path.parent)
 
 
 def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:

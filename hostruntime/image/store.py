@@ -40,9 +40,10 @@ from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.errors import Conflict, HostError, ImageNotFound, InvalidRequest
 from hostruntime.host import kernel
-from hostruntime.host.paths import StatePaths, write_atomically
+from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.writing import write_atomically
 from hostruntime.image.digest import image_digest
 from hostruntime.image.inode_record import InodeRecord, reclaimable_bytes, write_inode_record
 from hostruntime.image.quarantine import Quarantine, QuarantinedItem

@@ -25,9 +25,10 @@ from typing import Any
 
 import hostruntime
 from hostruntime.errors import HostUnavailable
-from hostruntime.host.paths import Instance, StatePaths, write_atomically
+from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.patience import Patience
 from hostruntime.host.run import CommandFailed, run
+from hostruntime.host.writing import write_atomically
 from hostruntime.network import policy, registries
 from hostruntime.network.egress_log import read_entries
 from hostruntime.network.firewall import proxy_mark

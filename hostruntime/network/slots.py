@@ -34,10 +34,12 @@ from hostruntime.errors import (
     InvalidRequest,
 )
 from hostruntime.host import kernel
-from hostruntime.host.paths import MAX_SLOTS, Instance, StatePaths, read_json, write_atomically
+from hostruntime.host.ids import MAX_SLOTS
+from hostruntime.host.paths import Instance, StatePaths, read_json
 from hostruntime.host.patience import scaled
 from hostruntime.host.rundir import RunDir
 from hostruntime.host.tasks import log_errors
+from hostruntime.host.writing import write_atomically
 from hostruntime.network import blackhole, firewall
 from hostruntime.network.conntrack import forget_connections
 from hostruntime.network.direct import QueryRecorder, record_attempt

@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.container.cgroups import ContainerGroups, Limits, cgroup_layout
+from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
 from hostruntime.container.exec import Frame, shell_argv
+from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, NotFound
 from hostruntime.host import clock

@@ -35,8 +35,9 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
-from hostruntime.container.cgroups import Limits, cgroup_layout, freeze_group, is_frozen, pids_under
+from hostruntime.container.cgroups import cgroup_layout, freeze_group, is_frozen, pids_under
 from hostruntime.container.disk import Disks, repair
+from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager
 from hostruntime.container.tmpfs import TAR_FILES_CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound

@@ -9,8 +9,9 @@ from django.db.models import Q
 from django.http import HttpRequest
 from django.utils import timezone
 
-from orkestr_console.accounts import limits, rates, tokens
+from orkestr_console.accounts import tokens
 from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
+from orkestr_console.accounts.admission import admit
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
 from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
 from orkestr_console.core.text import name_problem
@@ -58,26 +59,25 @@ def mint_token(
 
 
 def authenticate_token(text: str, surface: Surface, address: str | None) -> Actor:
-    """The actor that a Bearer token stands for, in one query.
+    """The actor that a Bearer token stands for, in one statement; the call is counted.
 
     Raises ``Unauthenticated``, with the same message for a malformed, unknown or wrong token; for
     one that was valid before, it says whether it has expired or was revoked.
     """
     lookup = tokens.lookup_of(text)
-    # With all of the team's limits: what follows needs no second query.
-    related = ("team__plan", "team__limits", "team__agreement", "created_by")
-    row = lookup and ApiToken.objects.select_related(*related).filter(lookup=lookup).first()
-    if not row or not tokens.matches(text, row.digest):
+    found = admit(lookup, tokens.digest(text)) if lookup else None
+    if found is None or not tokens.matches(text, found.token.digest):
         raise Unauthenticated(
             "This API token is unknown; check that you copied all of it.",
             challenge=INVALID_TOKEN_CHALLENGE,
         )
-    if not row.is_live():
+    row = found.token
+    if not found.valid:
         word = "has been revoked" if row.revoked_at else "has expired"
         raise Unauthenticated(
             f"This API token {word}; create a new one.", challenge=INVALID_TOKEN_CHALLENGE
         )
-    rates.consume(row, limits.build_envelope(row.team).value("api_requests_per_minute"))
+    found.require()
     mark_used(row)
     return Actor(row.team, row.created_by, row, surface, address, frozenset(row.scopes))
 

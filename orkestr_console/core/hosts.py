@@ -11,12 +11,8 @@ from asgiref.sync import async_to_sync
 from django.conf import settings
 
 from hostruntime import errors as host_errors
-from hostruntime.client.host_client import (
-    AsyncHostClient,
-    HostClient,
-    async_host_client,
-    host_client,
-)
+from hostruntime.client.async_host_client import AsyncHostClient, async_host_client
+from hostruntime.client.host_client import HostClient, host_client
 from orkestr_console.core.errors import (
     Conflict,
     DomainError,

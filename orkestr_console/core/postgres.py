@@ -9,6 +9,7 @@ reported as that, not as a bug (:func:`unavailable`).
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import psycopg
 from django.db import DatabaseError, InterfaceError, connection, connections
 from psycopg.abc import PQGen
 from psycopg.errors import _WaitTimeout as WaitTimeout
+from psycopg_pool import ConnectionPool
 
 from hostruntime.host.patience import scaled
 from orkestr_console.core.errors import DatabaseUnavailable
@@ -62,6 +64,18 @@ class RequestConnection(psycopg.Connection[Any]):
             # The fate of the statement is unknown, so the connection is not used again.
             self.pgconn.finish()
             raise psycopg.OperationalError("the database server does not answer") from error
+
+
+def check_connection(connection: psycopg.Connection[Any]) -> None:
+    """Raise ``psycopg.OperationalError`` if a pooled connection was closed by the server.
+
+    There is nothing to read from an idle connection until the server closes it or changes a
+    parameter ("Message Flow" in the PostgreSQL manual), so a silent one needs no test statement.
+    """
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    if poller.poll(0):
+        ConnectionPool.check_connection(connection)
 
 
 def connection_arguments(purpose: str) -> dict[str, Any]:

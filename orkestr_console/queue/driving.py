@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from django.db.models import BooleanField, F, Func, Value
+from django.db.models import BigIntegerField, BooleanField, F, Func, Value
 
 from hostruntime.host.patience import scaled
 from orkestr_console.core.ids import new_id
@@ -64,7 +64,8 @@ class IsDriven(Func):
     template = f"hashtextextended(%(expressions)s) IN ({HELD_LOCKS_SQL})"
 
     def __init__(self, column: str) -> None:
-        super().__init__(F(column), Value(LOCK_SEED))
+        # As a 32-bit integer it would silently be cut where the server binds values.
+        super().__init__(F(column), Value(LOCK_SEED, output_field=BigIntegerField()))
 
 
 class Drivers:

@@ -15,8 +15,8 @@ from django.http import HttpRequest
 from django.test import RequestFactory
 
 from hostruntime.wire.commands import ExecFrame
-from orkestr_console.accounts import rates
 from orkestr_console.accounts.actor import Actor
+from orkestr_console.accounts.admission import Admission
 from orkestr_console.accounts.models import ApiToken, AuditEntry
 from orkestr_console.accounts.services import revoke_token
 from orkestr_console.core.errors import RateLimited
@@ -133,9 +133,9 @@ async def test_the_output_of_a_command(
 async def test_a_token_that_calls_too_often_still_holds(
     request_of: HttpRequest, building: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_often(token: ApiToken, most: int) -> None:
+    def too_often(admission: Admission) -> None:
         raise RateLimited(retry_after=1)
 
-    monkeypatch.setattr(rates, "consume", too_often)
+    monkeypatch.setattr(Admission, "require", too_often)
     looked = await sync_to_async(templates_api.access_error)(request_of, building.pk)
     assert looked is None

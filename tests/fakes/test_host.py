@@ -6,7 +6,8 @@ import inspect
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient, HostClient
+from hostruntime.client.async_host_client import AsyncHostClient
+from hostruntime.client.host_client import HostClient
 from tests.fakes.host import FakeHost
 
 SHARED = sorted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from hostruntime.client import host_client
-from hostruntime.client.host_client import with_output_limit
+from hostruntime.client.async_host_client import with_output_limit
 from hostruntime.client.transport import ExecCollector
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
 

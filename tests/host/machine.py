@@ -17,11 +17,7 @@ from hostruntime.container.apparmor import profile_name
 from hostruntime.container.launcher import LauncherPool
 from hostruntime.container.manager import ContainerManager, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers
-from hostruntime.host.paths import (
-    StatePaths,
-    claim_instance,
-    release_instance,
-)
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.tasks import in_thread
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container.cgroups import cgroup_layout, pids_under
-from hostruntime.host.paths import HIGH_IDS, IDS_PER_SLOT
+from hostruntime.host.ids import HIGH_IDS, IDS_PER_SLOT
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually

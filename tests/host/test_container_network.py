@@ -14,9 +14,10 @@ import pytest
 
 from hostruntime.container import delegation
 from hostruntime.container.apparmor import profile_name
-from hostruntime.container.cgroups import Limits, cgroup_layout
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.exec import Chunk, Exited
 from hostruntime.container.launcher import LauncherPool
+from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.paths import MAX_SLOTS, StatePaths, claim_instance, release_instance
+from hostruntime.host.ids import MAX_SLOTS
+from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
 from hostruntime.network import blackhole, firewall
 from hostruntime.network.direct import MAX_LOG_BYTES

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient
+from hostruntime.client.async_host_client import AsyncHostClient
 from hostruntime.errors import (
     ContainerGone,
     CwdNotFound,

@@ -13,8 +13,9 @@ from signal import SIGINT
 import lxc
 import pytest
 
-from hostruntime.container.cgroups import CgroupLayout, Limits
+from hostruntime.container.cgroups import CgroupLayout
 from hostruntime.container.config import INIT, ContainerConfig
+from hostruntime.container.limits import Limits
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageManifest, ImageStore
 from hostruntime.wire.commands import Exec

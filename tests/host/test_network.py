@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
-from hostruntime.host.paths import MAX_SLOTS, StatePaths
+from hostruntime.host.ids import MAX_SLOTS
+from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
 from hostruntime.network.egress import EgressProxy, proxy_problems
 from hostruntime.network.netns import interface_exists, run_in_namespace, run_ip, write_sysctl

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime.client.host_client import AsyncHostClient
+from hostruntime.client.async_host_client import AsyncHostClient
 from hostruntime.errors import TooManyCommands
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import SandboxInfo

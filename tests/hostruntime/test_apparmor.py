@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container import apparmor
-from hostruntime.container.cgroups import CgroupLayout, Limits
+from hostruntime.container.cgroups import CgroupLayout
 from hostruntime.container.config import CAPABILITIES, ContainerConfig
+from hostruntime.container.limits import Limits
 from hostruntime.errors import HostUnavailable
 
 

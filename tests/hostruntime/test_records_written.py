@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.paths import write_atomically
+from hostruntime.host.writing import write_atomically
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from hostruntime.container import seccomp
 from hostruntime.host import kernel
-from hostruntime.host.paths import HIGH_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
+from hostruntime.host.ids import HIGH_IDS, ID_BASE, ID_COUNT, IDS_PER_SLOT
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 

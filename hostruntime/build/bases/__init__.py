@@ -33,7 +33,7 @@ from hostruntime.build.bases.definitions import (
     definition_digest,
 )
 from hostruntime.build.plan import Host, Plan
-from hostruntime.container.cgroups import Limits
+from hostruntime.container.limits import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hostruntime.container import apparmor
 from hostruntime.errors import HostError
-from hostruntime.host.paths import ID_BASE, ID_COUNT
+from hostruntime.host.ids import ID_BASE, ID_COUNT
 from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root
 from orkestr_console.runner.layout import Layout
 

@@ -9,7 +9,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
-from orkestr_console.core.postgres import RequestConnection
+from orkestr_console.core.postgres import RequestConnection, check_connection
 
 
 class Command(BaseCommand):
@@ -50,6 +50,10 @@ def use_request_settings() -> None:
     allowed as the system lets us have.
     """
     pool = connections.settings["default"]["OPTIONS"]["pool"]
-    pool |= {"timeout": settings.REQUEST_POOL_SECONDS, "connection_class": RequestConnection}
+    pool |= {
+        "timeout": settings.REQUEST_POOL_SECONDS,
+        "connection_class": RequestConnection,
+        "check": check_connection,
+    }
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
