@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from asgiref.sync import sync_to_async
@@ -22,8 +21,9 @@ from django.http import HttpResponseBase
 from django.urls import set_script_prefix
 
 from orkestr_console.core.hosts import client_gone
+from orkestr_console.http.threads import RequestThreads
 
-# A thread is started when none is idle.  A buffered command keeps one while it runs; plans limit
+# A buffered command keeps one while it runs; plans limit
 # how many of those run concurrently.
 MAX_THREADS = 4096
 
@@ -34,7 +34,8 @@ class Handler(ASGIHandler):
     def __init__(self) -> None:
         # Not super().__init__(), which would adapt the middleware for an event loop.
         self.load_middleware(is_async=False)
-        threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="request")
+        # asgiref asks for a ThreadPoolExecutor by name, and uses what any executor has.
+        threads: Any = RequestThreads(MAX_THREADS)
         self._answered = sync_to_async(self._answer, thread_sensitive=False, executor=threads)
         self._closed = sync_to_async(_close, thread_sensitive=False, executor=threads)
 
@@ -75,7 +76,7 @@ class Handler(ASGIHandler):
     def _answer(self, scope: Any, body: Any) -> HttpResponseBase:
         """The response, in a thread; only a stream is not closed yet, as its content is to come.
 
-        The thread closes ``body``, with the response: it may still read it when the client has gone.
+        The thread closes ``body``, with the response: it may read it after the client has gone.
         """
         set_script_prefix(get_script_prefix(scope))
         signals.request_started.send(sender=type(self), scope=scope)

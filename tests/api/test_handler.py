@@ -12,7 +12,7 @@ from django.http import HttpRequest
 from django.test import Client
 
 from orkestr_console.http.handler import Handler
-from sandboxes_app import api as views
+from orkestr_console.http.json_api import read_json
 from tests.api.test_sandboxes_exec import exec_scope
 from tests.fakes.host import FakeHost
 
@@ -33,13 +33,13 @@ class ObservedHandler(Handler):
 
 def delay_reading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """From now on, a view reads its body only once the event is set."""
-    gone, read_json = threading.Event(), views.read_json
+    gone = threading.Event()
 
     def waiting(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         assert gone.wait(20)
         return read_json(request, *args, **kwargs)
 
-    monkeypatch.setattr(views, "read_json", waiting)
+    monkeypatch.setattr("sandboxes_app.api.read_json", waiting)
     return gone
 
 
@@ -65,10 +65,11 @@ def test_a_command_whose_client_has_gone_before_it_began_is_not_run(
         handler = ObservedHandler()
         scope = exec_scope(created.json()["id"], key, body)
         to_server: asyncio.Queue[Any] = asyncio.Queue()
+        from_server: asyncio.Queue[Any] = asyncio.Queue()
         await to_server.put({"type": "http.request", "body": body})
         await to_server.put({"type": "http.disconnect"})
         async with asyncio.timeout(20):
-            await handler(scope, to_server.get, asyncio.Queue().put)
+            await handler(scope, to_server.get, from_server.put)
             client_has_gone.set()
             await asyncio.to_thread(handler.thread_ended.wait, 20)
 
