@@ -1,7 +1,7 @@
 """The threads that requests run in.
 
-Like ``ThreadPoolExecutor``, but a thread that was not needed for a while ends: after a burst of
-requests, the memory of their threads comes back.
+Like ``ThreadPoolExecutor``, but a thread ends that was not needed for a while, so that a burst of
+requests does not leave its threads behind.
 """
 
 from __future__ import annotations
