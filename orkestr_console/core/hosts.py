@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, cast
 
@@ -25,6 +28,9 @@ from orkestr_console.core.errors import (
     NotFound,
 )
 from orkestr_console.core.postgres import release_before_waiting
+
+# Of the current request: set once its client has disconnected (orkestr_console.http.handler).
+client_gone: ContextVar[threading.Event | None] = ContextVar("client_gone", default=None)
 
 
 class ReleasingClient:
@@ -80,10 +86,18 @@ def run_async[**P, R](
     """Run a coroutine on the server's event loop, and wait for its result in this thread.
 
     Without a database connection, as in :class:`ReleasingClient`. It is cancelled when the client
-    disconnects.
+    disconnects, and not begun if it has: raises ``asyncio.CancelledError``.
     """
     release_before_waiting()
-    return async_to_sync(call)(*args, **kwargs)
+    gone = client_gone.get()
+
+    async def unless_gone() -> R:
+        # On the event loop, which notices disconnects: from here on, it cancels this.
+        if gone is not None and gone.is_set():
+            raise asyncio.CancelledError
+        return await call(*args, **kwargs)
+
+    return async_to_sync(unless_gone)()
 
 
 @contextmanager

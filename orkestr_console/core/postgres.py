@@ -45,6 +45,9 @@ STATEMENT_SECONDS = scaled(10.0)
 # Classes of SQLSTATE that mean the server cannot work now (PostgreSQL manual, appendix A):
 # connection exceptions, too few resources, operator intervention (a shutdown), system errors.
 UNAVAILABLE_SQLSTATES = ("08", "53", "57P", "58")
+# Who reports that a prepared statement's columns have other types since (plancache.c). It has no
+# SQLSTATE of its own, and its text may be translated.
+STALE_STATEMENT = "RevalidateCachedQuery"
 
 
 class ConnectionHeldError(RuntimeError):
@@ -57,13 +60,21 @@ class RequestConnection(psycopg.Connection[Any]):
     def wait(
         self, gen: PQGen[Any], interval: float = CHECK_SECONDS, timeout: float | None = None
     ) -> Any:
-        """As psycopg's, but raise ``psycopg.OperationalError`` after ``STATEMENT_SECONDS``."""
+        """As psycopg's, but raise ``psycopg.OperationalError`` after ``STATEMENT_SECONDS``.
+
+        Also if a prepared statement no longer fits: the next connection prepares it anew.
+        """
         try:
             return super().wait(gen, interval, timeout or STATEMENT_SECONDS)
         except WaitTimeout as error:
             # The fate of the statement is unknown, so the connection is not used again.
             self.pgconn.finish()
             raise psycopg.OperationalError("the database server does not answer") from error
+        except psycopg.errors.FeatureNotSupported as error:
+            if error.diag.source_function != STALE_STATEMENT:
+                raise
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the database's schema has changed") from error
 
 
 def check_connection(connection: psycopg.Connection[Any]) -> None:

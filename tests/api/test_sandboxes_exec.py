@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 from django.test import AsyncClient, Client
 
@@ -21,6 +20,7 @@ from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import authenticate_token
 from orkestr_console.http import closing
 from orkestr_console.http.daphne import build_server
+from orkestr_console.http.handler import Handler
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import exec_stream
@@ -335,7 +335,7 @@ async def test_a_reader_that_leaves_ends_the_command(
     scope = exec_scope(box, key, body)
     to_server: asyncio.Queue[Any] = asyncio.Queue()
     from_server: asyncio.Queue[Any] = asyncio.Queue()
-    server = asyncio.create_task(ASGIHandler()(scope, to_server.get, from_server.put))
+    server = asyncio.create_task(Handler()(scope, to_server.get, from_server.put))
     async with asyncio.timeout(10):
         await to_server.put({"type": "http.request", "body": body})
         assert (await from_server.get())["status"] == 200
@@ -385,9 +385,9 @@ async def test_a_command_that_the_servers_end_cuts_off_says_so(
     body = json.dumps({"command": "make", "stream": stream}).encode()
     to_server: asyncio.Queue[Any] = asyncio.Queue()
     from_server: asyncio.Queue[Any] = asyncio.Queue()
-    answer = ASGIHandler()(exec_scope(box, key, body), to_server.get, from_server.put)
+    answer = Handler()(exec_scope(box, key, body), to_server.get, from_server.put)
     task = asyncio.create_task(answer)
-    server = build_server(ASGIHandler(), ["127.0.0.1"], 0)
+    server = build_server(Handler(), ["127.0.0.1"], 0)
     # As when it serves this one request.
     server.connections = {"one": {"application_instance": task}}
     async with asyncio.timeout(20):
@@ -441,7 +441,7 @@ async def test_a_client_that_waits_and_goes_away_ends_the_command(
     body = b'{"command": "make secrets"}'
     scope = exec_scope(box, key, body)
     from_server: asyncio.Queue[Any] = asyncio.Queue()
-    server = asyncio.create_task(ASGIHandler()(scope, to_server.get, from_server.put))
+    server = asyncio.create_task(Handler()(scope, to_server.get, from_server.put))
     async with asyncio.timeout(20):
         await to_server.put({"type": "http.request", "body": body})
         await begun.wait()

@@ -16,6 +16,7 @@ import pytest
 from django.conf import settings
 from psycopg_pool import ConnectionPool
 
+from orkestr_console.core.postgres import RequestConnection, connection_arguments, unavailable
 from orkestr_console.runner.account import ensure_user
 from orkestr_console.runner.postgres import Cluster
 from tests.stack import wait_for
@@ -89,3 +90,22 @@ def test_a_pool_that_was_full_is_used_again_at_once(cluster: Cluster) -> None:
             with suppress(psycopg.OperationalError):
                 use(pool)
                 break
+
+
+def test_a_changed_column_costs_a_connection_and_no_more(db: None) -> None:
+    arguments = connection_arguments("test")
+    with (
+        RequestConnection.connect(**arguments) as prepared,
+        psycopg.connect(**arguments) as migrating,
+    ):
+        migrating.execute("CREATE TABLE changing (name varchar(5))")
+        try:
+            prepared.execute("SELECT name FROM changing", prepare=True)
+            migrating.execute("ALTER TABLE changing ALTER COLUMN name TYPE varchar(10)")
+            with pytest.raises(psycopg.OperationalError, match="has changed") as raised:
+                prepared.execute("SELECT name FROM changing", prepare=True)
+        finally:
+            migrating.execute("DROP TABLE changing")
+        assert unavailable(raised.value) is not None
+        # The pool replaces it.
+        assert prepared.closed
