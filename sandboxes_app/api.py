@@ -11,7 +11,7 @@ from typing import Any
 
 from channels.db import database_sync_to_async
 from django.conf import settings
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
@@ -19,6 +19,7 @@ from orkestr_console.core.hosts import run_async
 from orkestr_console.http.decorators import ApiRequest, api, revalidate
 from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
+from orkestr_console.http.streams import OwningStream
 from sandboxes_app import presenters, services
 from sandboxes_app.specs import (
     BatchSpec,
@@ -123,13 +124,12 @@ def exec_command(request: ApiRequest, sandbox_id: str) -> HttpResponseBase:
     )
 
 
-async def streaming_response(
-    request: HttpRequest, frames: services.CommandStream
-) -> StreamingHttpResponse:
+async def streaming_response(request: HttpRequest, frames: services.CommandStream) -> OwningStream:
     """Start the stream once its first frame arrives: until then, an error is a normal response."""
     first = await anext(frames)
-    return StreamingHttpResponse(
+    return OwningStream(
         event_stream(request, first, frames),
+        frames,
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )

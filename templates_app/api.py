@@ -9,7 +9,7 @@ from time import monotonic
 from weakref import WeakKeyDictionary
 
 from channels.db import database_sync_to_async
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import DomainError, InvalidInput
@@ -17,6 +17,7 @@ from orkestr_console.core.postgres import release_connection
 from orkestr_console.http.decorators import ApiRequest, api, revalidate
 from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.paging import read_limit
+from orkestr_console.http.streams import OwningStream
 from templates_app import presenters, services
 from templates_app.models import Template
 from templates_app.services import contents
@@ -189,4 +190,4 @@ def streaming_response(
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
         return HttpResponse(content_type=content_type, headers=headers)
-    return StreamingHttpResponse(chunks, content_type=content_type, headers=headers)
+    return OwningStream(chunks, content_type=content_type, headers=headers)

@@ -21,10 +21,10 @@ from django.http import HttpResponseBase
 from django.urls import set_script_prefix
 
 from orkestr_console.core.hosts import client_gone
+from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import RequestThreads
 
-# A buffered command keeps one while it runs; plans limit
-# how many of those run concurrently.
+# A buffered command keeps one while it runs; plans limit how many of those run concurrently.
 MAX_THREADS = 4096
 
 
@@ -70,6 +70,8 @@ class Handler(ASGIHandler):
         try:
             await self.send_response(response, send)
         finally:
+            if isinstance(response, OwningStream):
+                await response.aclose()
             if response.streaming:
                 await self._closed(response)
 
