@@ -29,6 +29,7 @@ def favor_migrations() -> None:
     try:
         # mount(8) keeps the existing options.
         run(["mount", "-o", f"remount,{OPTION}", str(where)], timeout=_SECONDS)
+        _log.info("%s remounted with %s", where, OPTION)
     except HostFault as error:
         # A kernel before 6.0, or a machine where the mount cannot be changed: commands start later.
         _log.info("commands start some milliseconds later than they could: %s", error.detail)
