@@ -266,7 +266,7 @@ async def test_any_web_process_answers_any_request(
             templates.made.append(made["id"])
             ready, said = await waited(other, made["id"])
             assert ready["status"] == "ready"
-            assert any("Step 1 of 1" in message for message in said)
+            assert any("step 1 of 1" in message for message in said)
             box = await done(other, "create_sandbox", template=made["id"])
             ran = await done(one, "exec", sandbox_id=box["id"], command="echo here")
             assert ran["stdout"] == "here\n"

@@ -29,5 +29,5 @@ async def test_a_caller_killed_while_it_sends_is_no_defect(
     with caplog.at_level(logging.INFO):
         await application(host)(scope, receive, send)
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "went away" in caplog.text
+    assert "disconnected" in caplog.text
     host.sandboxes.pause.assert_not_called()
