@@ -193,12 +193,14 @@ def test_workers_killed_while_idle_hold_nobody_up(worker: Worker, journal: Journ
     for pid in worker.workers():
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
-    for number in range(20):
+    tasks = 60
+    for number in range(tasks):
         put(journal, f"t{number}")
-    wait_for(lambda: sum(journal.counted("end").values()) == 20)
-    # One that a dead worker had been given would come back behind all the others.
+    wait_for(lambda: sum(journal.counted("end").values()) == tasks)
+    # One that a dead worker had been given would come back behind all the others; on a busy machine
+    # a worker that has just been started is some tasks late.
     started = [int(line[1].removeprefix("t")) for line in journal.lines() if line[0] == "start"]
-    assert all(abs(place - number) < 2 * WORKERS for place, number in enumerate(started)), started
+    assert all(abs(place - number) < tasks // 2 for place, number in enumerate(started)), started
     assert len(started) == len(set(started))
 
 
