@@ -86,7 +86,7 @@ def start_next() -> bool:
 def run_in_background(work: Callable[[], None]) -> None:
     """Do something in a daemon thread of its own."""
 
-    def work_and_let_go() -> None:
+    def run_and_disconnect() -> None:
         try:
             work()
         except Exception:
@@ -94,7 +94,7 @@ def run_in_background(work: Callable[[], None]) -> None:
         finally:
             connection.close()
 
-    threading.Thread(target=work_and_let_go, name="build", daemon=True).start()
+    threading.Thread(target=run_and_disconnect, name="build", daemon=True).start()
 
 
 def drive_build(template: Template, driver: str, lock: ExitStack) -> None:
