@@ -12,17 +12,19 @@ attempts stay there, and are read only on request and before the namespace is de
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from hostruntime.host.run import run
-from hostruntime.network import firewall
+from hostruntime.network import firewall, firewall_watch
 from hostruntime.network.firewall import ATTEMPTS_SET, Attempt
-from hostruntime.network.netns import run_in_namespace, run_ip
+from hostruntime.network.libnftables import load_rules
+from hostruntime.network.netns import run_in_namespace
+from hostruntime.network.rtnetlink import RouteSocket
 
 TABLE = "orkestr"
 MAX_ATTEMPTS = 256
 """How many attempts are recorded until they are read."""
-_TIMEOUT = 20.0
+_NFPROTO_IPV4 = 2  # include/uapi/linux/netfilter.h
 # By reset, as for restricted networks: an ICMP error would arrive while connect(2) still holds the
 # socket, and TCP would then retry after a second. Reinstalling keeps what was recorded.
 _RULES = f"""\
@@ -44,21 +46,28 @@ add @{ATTEMPTS_SET} {{ ip saddr . meta l4proto . ip daddr . th dport }}
   }}
 }}
 """
-# Multicast stays unreachable, so that nobody can join a group on the loopback.
-_ROUTES = ["route replace unreachable 224.0.0.0/3", "route replace default dev lo src 127.0.0.1"]
+_EVERYWHERE, _MULTICAST = IPv4Network("0.0.0.0/0"), IPv4Network("224.0.0.0/3")
 
 
-def install_blackhole(namespace: Path) -> None:
-    """Reject and record connection attempts in a namespace that only has a loopback.
+def install_blackhole() -> None:
+    """Reject and record connection attempts in the calling thread's namespace, if that is missing.
 
-    Idempotent.  Raises OSError or HostError; then the namespace has no route, as before.
+    It must only have a loopback. Looking is cheap. Raises OSError or HostError; then the namespace
+    has no route, as before: that is added after the table, which is complete as soon as it exists.
     """
+    if firewall_watch.count_table_parts(TABLE, _NFPROTO_IPV4) is not None and _has_route():
+        return
+    load_rules(_RULES)
+    with RouteSocket() as routes:
+        # Multicast stays unreachable, so that nobody can join a group on the loopback.
+        routes.replace_unreachable(_MULTICAST)
+        routes.replace_route(_EVERYWHERE, "lo", source=IPv4Address("127.0.0.1"))
 
-    def install() -> None:
-        run(["nft", "-f", "-"], input=_RULES.encode(), timeout=_TIMEOUT)
-        run_ip(_ROUTES)
 
-    run_in_namespace(namespace, install)
+def _has_route() -> bool:
+    """Whether this thread's namespace has a default route, which is 0.0.0.0 in route (proc(5))."""
+    lines = Path("/proc/thread-self/net/route").read_text().splitlines()
+    return any(line.split()[1] == "00000000" for line in lines[1:])
 
 
 def drain_attempts(namespace: Path) -> list[Attempt]:

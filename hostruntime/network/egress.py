@@ -156,7 +156,9 @@ class EgressProxy:
 
     def _has_master(self) -> bool:
         text = (self.run_dir.egress / "squid.pid").read_text().strip()
-        return text.isdecimal() and int(text) in self.processes()
+        # Not among all processes: sandboxes may have thousands.
+        is_ours = text.isdecimal() and _pid_namespace(text) == _pid_namespace("self")
+        return is_ours and self._has_our_config(int(text))
 
     def _helper_refuses(self) -> bool:
         # Squid would also refuse with a dead helper; this message comes from the helper.
@@ -349,8 +351,10 @@ class EgressProxy:
 
     def processes(self) -> list[int]:
         """Return this instance's Squid processes: those with our configuration file."""
-        wanted = os.fsencode(self._config)
-        return [pid for pid in _pids() if wanted in _command_line(pid).split(b"\0")]
+        return [pid for pid in _pids() if self._has_our_config(pid)]
+
+    def _has_our_config(self, pid: int) -> bool:
+        return os.fsencode(self._config) in _command_line(pid).split(b"\0")
 
     def helpers(self) -> list[int]:
         """Return the helper processes."""

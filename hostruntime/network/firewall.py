@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any
 
+from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.run import run
 from hostruntime.network.policy import Network
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
@@ -23,8 +24,9 @@ PROXY_PORT = 13128
 PROXY_CLIENTS_SET = "clients"
 # Attempts of restricted containers to bypass the proxy, and the limiter for recording them.
 ATTEMPTS_SET, ATTEMPT_RATES_SET = "attempts", "pace"
-# More than there are slots: an address that does not fit would not be counted.
-_MAX_ADDRESSES = 1024
+# More than there are slots: an address that does not fit would not be counted.  Twice as many, as
+# one that is released stays for up to a minute.
+_MAX_ADDRESSES = 2 * MAX_SLOTS
 # The number of open connections of each slot with an open network, and the rate of new ones. The
 # host tracks all in one table (nf_conntrack_max), closed ones for up to two more minutes, and when
 # that is full nobody can open another.

@@ -81,14 +81,14 @@ class FirewallWatch:
         return own.sub("", listed.text) if listed.returncode == 0 else None
 
 
-def count_table_parts(table: str) -> int | None:
-    """Count the chains and sets of a table of family inet; None if there is no such table.
+def count_table_parts(table: str, family: int = _NFPROTO_INET) -> int | None:
+    """Count the chains and sets of a table; None if there is no such table.
 
     Uses the calling thread's network namespace. Raises OSError.
     """
     name = table.encode() + b"\0"
     attribute = struct.pack("=HH", 4 + len(name), _NFTA_TABLE_NAME) + name + bytes(-len(name) % 4)
-    body = struct.pack("=BBH", _NFPROTO_INET, 0, 0) + attribute
+    body = struct.pack("=BBH", family, 0, 0) + attribute
     head = struct.pack("=IHHII", 16 + len(body), _NFT_MSG_GETTABLE, _NLM_F_REQUEST, 1, 0)
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as handle:

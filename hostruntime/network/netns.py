@@ -16,13 +16,15 @@ import socket
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from hostruntime.host import kernel
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
+from hostruntime.network.rtnetlink import RouteSocket
 
 _TIMEOUT = 20.0
 _SIOCSIFFLAGS = 0x8914  # netdevice(7)
@@ -52,14 +54,16 @@ class Link:
     forwarded: bool
 
 
-def create_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
+def create_namespace(
+    run_dir: RunDir, name: str, link: Link | None, inside: Callable[[], None]
+) -> None:
     """Create a namespace, its sysfs and its link; cleans up on failure.
 
-    Raises OSError or CommandFailed.
+    `inside` is called in it before it has the link. Raises OSError and whatever `inside` does.
     """
     destroy_namespace(run_dir, name, link.host_end if link else None)
     try:
-        _in_thread(lambda: _create(run_dir, name))
+        _in_thread(lambda: _create(run_dir, name, inside))
         if link is not None:
             _connect(run_dir.netns / name, link)
     except BaseException:
@@ -68,13 +72,13 @@ def create_namespace(run_dir: RunDir, name: str, link: Link | None) -> None:
 
 
 def destroy_namespace(run_dir: RunDir, name: str, host_end: str | None) -> None:
-    """Destroy a namespace; idempotent. Raises OSError or CommandFailed."""
+    """Destroy a namespace; idempotent. Raises OSError."""
     if host_end is not None and interface_exists(host_end):
-        # Waits until none of its packets is in flight, so that its address can be reused.
-        run(["ip", "link", "delete", host_end], timeout=_TIMEOUT, check=False)
+        with RouteSocket() as links, suppress(OSError):
+            links.delete_link(host_end)
     for path, remove in ((run_dir.sysfs / name, Path.rmdir), (run_dir.netns / name, Path.unlink)):
         if path.exists():
-            _unmount_all(path)
+            kernel.umount_all(path)
             remove(path)
 
 
@@ -97,7 +101,16 @@ def run_in_namespace[R](namespace: Path, action: Callable[[], R]) -> R:
 
 def interface_exists(name: str) -> bool:
     """Whether the calling thread's namespace has an interface of this name."""
-    return any(found == name for _, found in socket.if_nameindex())
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
+
+
+def interfaces_with_prefix(prefix: str) -> list[str]:
+    """Return the interfaces of the calling thread's namespace with that name prefix."""
+    return [name for _, name in socket.if_nameindex() if name.startswith(prefix)]
 
 
 def write_sysctl(key: str, value: str, *, optional: bool = False) -> None:
@@ -111,9 +124,13 @@ def write_sysctl(key: str, value: str, *, optional: bool = False) -> None:
     path.write_text(value)
 
 
-def run_ip(commands: list[str]) -> None:
-    """Run `ip -batch` (ip(8)) in the calling thread's namespace; raises CommandFailed."""
-    run(["ip", "-batch", "-"], input="\n".join(commands).encode() + b"\n", timeout=_TIMEOUT)
+def run_ip(commands: list[str], *, keep_going: bool = False) -> None:
+    """Run `ip -batch` (ip(8)) in the calling thread's namespace; raises CommandFailed.
+
+    With `keep_going`, a failing command does not prevent the next ones.
+    """
+    argv = ["ip", *(["-force"] if keep_going else []), "-batch", "-"]
+    run(argv, input="\n".join(commands).encode() + b"\n", timeout=_TIMEOUT)
 
 
 def _in_thread[R](action: Callable[[], R]) -> R:
@@ -122,7 +139,7 @@ def _in_thread[R](action: Callable[[], R]) -> R:
         return pool.submit(action).result()
 
 
-def _create(run_dir: RunDir, name: str) -> None:
+def _create(run_dir: RunDir, name: str, inside: Callable[[], None]) -> None:
     os.unshare(os.CLONE_NEWNET)
     netns, sysfs = run_dir.netns / name, run_dir.sysfs / name
     netns.touch(mode=0o600)
@@ -132,6 +149,7 @@ def _create(run_dir: RunDir, name: str) -> None:
     _bring_up_loopback()
     sysfs.mkdir(mode=0o755)
     kernel.mount("sysfs", sysfs, "sysfs", _SYSFS_FLAGS)
+    inside()
 
 
 def _bring_up_loopback() -> None:
@@ -142,26 +160,25 @@ def _bring_up_loopback() -> None:
 
 def _connect(namespace: Path, link: Link) -> None:
     host_end = link.host_end
-    run_ip([f"link add {host_end} type veth peer name eth0 netns {namespace}"])
-    for key, value in (
-        (f"net/ipv6/conf/{host_end}/disable_ipv6", "1"),
-        (f"net/ipv4/conf/{host_end}/rp_filter", "1"),
-        (f"net/ipv4/conf/{host_end}/forwarding", "1" if link.forwarded else "0"),
-        (f"net/ipv4/conf/{host_end}/send_redirects", "0"),
-        (f"net/ipv4/conf/{host_end}/accept_redirects", "0"),
-    ):
-        write_sysctl(key, value, optional="ipv6" in key)
-    run_ip([f"link set {host_end} up", f"route replace {link.address}/32 dev {host_end}"])
-    commands = [
-        f"address add {link.address}/32 dev eth0",
-        "link set eth0 up",
-        f"route add {link.gateway}/32 dev eth0 src {link.address}",
-        f"route add default via {link.gateway} dev eth0 src {link.address}",
-    ]
-    run_in_namespace(namespace, lambda: run_ip(commands))
+    with RouteSocket() as links:
+        links.add_veth(host_end, "eth0", namespace)
+        for key, value in (
+            (f"net/ipv6/conf/{host_end}/disable_ipv6", "1"),
+            (f"net/ipv4/conf/{host_end}/rp_filter", "1"),
+            (f"net/ipv4/conf/{host_end}/forwarding", "1" if link.forwarded else "0"),
+            (f"net/ipv4/conf/{host_end}/send_redirects", "0"),
+            (f"net/ipv4/conf/{host_end}/accept_redirects", "0"),
+        ):
+            write_sysctl(key, value, optional="ipv6" in key)
+        links.set_up(host_end)
+        links.replace_route(IPv4Network(link.address), host_end)
+    run_in_namespace(namespace, lambda: _configure_inside(link))
 
 
-def _unmount_all(path: Path) -> None:
-    # Mounts may be stacked here if an agent died between mounting and recording.
-    while path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
-        kernel.umount(path, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
+def _configure_inside(link: Link) -> None:
+    with RouteSocket() as links:
+        links.add_address("eth0", link.address)
+        links.set_up("eth0")
+        links.replace_route(IPv4Network(link.gateway), "eth0", source=link.address)
+        everywhere = IPv4Network("0.0.0.0/0")
+        links.replace_route(everywhere, "eth0", gateway=link.gateway, source=link.address)

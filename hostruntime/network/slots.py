@@ -1,6 +1,6 @@
 """Slots: a container's place on the network, with its policy in force before it starts.
 
-A slot is an index 0..255 and what is derived from it: a range of host ids, a network namespace
+A slot is an index 0..2047 and what is derived from it: a range of host ids, a network namespace
 and, unless the mode is `off`, an address. Namespaces are created in advance, per mode, in the
 background, so acquiring one only writes two small files: the assignment, and the egress proxy's
 allowlist. Everything else about a mode is in the instance's single nftables table
@@ -12,9 +12,8 @@ from __future__ import annotations
 import grp
 import json
 import logging
+import os
 import re
-import shutil
-import socket
 import threading
 import time
 from collections import deque
@@ -28,12 +27,10 @@ from pathlib import Path
 from hostruntime.errors import (
     Conflict,
     HostError,
-    HostFault,
     HostFull,
     HostUnavailable,
     InvalidRequest,
 )
-from hostruntime.host import kernel
 from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.paths import Instance, StatePaths, read_json
 from hostruntime.host.patience import scaled
@@ -48,7 +45,9 @@ from hostruntime.network.netns import (
     Link,
     create_namespace,
     destroy_namespace,
+    interfaces_with_prefix,
     namespace_is_mounted,
+    run_in_namespace,
     run_ip,
     write_sysctl,
 )
@@ -64,12 +63,19 @@ _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SLOTS_PER_OCTET = 128
 _WAIT_FOR_RECYCLING_SECONDS = 3.0
 _PAUSE_AFTER_FAILURE_SECONDS = 1.0
+_RECYCLER_NICE = 10
+# How long the number of leftover interfaces may stay the same until they are deleted one by one.
+_VANISH_SECONDS = 5.0
+_VANISH_POLL_SECONDS = 0.02
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A slot; `id_base` is the host id of container root, `netns` and `sysfs` are mounted."""
+    """A slot; `id_base` is the host id of container root, `netns` and `sysfs` are mounted.
+
+    The starting container takes over the sysfs, which is then only mounted in it.
+    """
 
     index: int
     mode: Mode
@@ -83,7 +89,11 @@ class SlotPool:
     """The slots of one instance. Thread-safe; every method may block on the kernel."""
 
     def __init__(
-        self, paths: StatePaths, instance: Instance, settings: NetworkSettings | None = None
+        self,
+        paths: StatePaths,
+        instance: Instance,
+        settings: NetworkSettings | None = None,
+        slots: int = MAX_SLOTS,
     ) -> None:
         self.paths = paths
         self.instance = instance
@@ -92,7 +102,8 @@ class SlotPool:
         self.firewall = FirewallWatch(self._firewall_plan())
         self.resolver = StubResolver()
         self._changed = threading.Condition()
-        self._free: deque[int] = deque(range(MAX_SLOTS))
+        self._slots = slots
+        self._free: deque[int] = deque(range(slots))
         self._ready: dict[Mode, deque[Slot]] = {mode: deque() for mode in MODES}
         self._assigned: dict[str, Slot] = {}
         self._to_destroy: deque[Slot] = deque()
@@ -128,7 +139,10 @@ class SlotPool:
         for slot, owner in self._recorded_slots():
             if owner in live_owners and self._is_intact(slot):
                 self._adopt(owner, slot)
-        self._destroy_leftovers(keep=set(self._assigned.values()))
+        kept = set(self._assigned.values())
+        taken = {slot.index for slot in kept}
+        self._free = deque(index for index in range(self._slots) if index not in taken)
+        self._destroy_leftovers(keep=kept)
         self._closing = False
         self._recycler = threading.Thread(target=self._recycle, name="slots", daemon=True)
         self._recycler.start()
@@ -152,10 +166,8 @@ class SlotPool:
         self._destroy_leftovers(keep=set())
         run_ip_ignoring_errors([f"address delete {self._proxy()}/32 dev lo"])
         firewall.remove(self.instance.nft_table)
-        if mounts := kernel.mount_points_under(self.run_dir.root):
-            raise HostFault(f"{mounts[0]} is still mounted; unmount it and try again.")
-        shutil.rmtree(self.run_dir.root, ignore_errors=True)
-        self._free = deque(range(MAX_SLOTS))
+        self.run_dir.remove()
+        self._free = deque(range(self._slots))
         self._ready = {mode: deque() for mode in MODES}
         self._assigned.clear()
         self._to_destroy.clear()
@@ -176,6 +188,26 @@ class SlotPool:
             self._enforce(owner, slot, policy)
         except BaseException:
             self.release(owner)
+            raise
+        return slot
+
+    def reassign(self, owner: str, new_owner: str, policy: Policy) -> Slot:
+        """Give `owner`'s slot to `new_owner`, with `policy` in force; the mode stays the same.
+
+        Raises Conflict if the new owner has a slot or the mode differs, and whatever
+        :meth:`acquire` does; then the new owner has none, and the other's is released.
+        """
+        if not _OWNER.fullmatch(new_owner):
+            raise InvalidRequest(f"{new_owner!r} cannot own a slot: letters, digits, . _ - only.")
+        with self._changed:
+            slot = self._assigned.get(owner)
+            if slot is None or slot.mode != policy.mode or new_owner in self._assigned:
+                raise Conflict(f"The network slot of {owner} cannot become that of {new_owner}.")
+            self._assigned[new_owner] = self._assigned.pop(owner)
+        try:
+            self._enforce(new_owner, slot, policy)
+        except BaseException:
+            self.release(new_owner)
             raise
         return slot
 
@@ -311,6 +343,8 @@ class SlotPool:
     # Recycling ----------------------------------------------------------------------------
 
     def _recycle(self) -> None:
+        # Nobody waits for it: whoever finds no namespace ready creates one (setpriority(2)).
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _RECYCLER_NICE)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._next_task() is not None)
@@ -372,14 +406,19 @@ class SlotPool:
                 self._changed.notify_all()
 
     def _create(self, slot: Slot) -> None:
-        create_namespace(self.run_dir, self._name(slot.index), self._link(slot))
-        self._start_recording(slot)
+        name, link = self._name(slot.index), self._link(slot)
+        try:
+            create_namespace(self.run_dir, name, link, partial(self._start_recording, slot))
+        except BaseException:
+            if slot.netns is not None:
+                self.resolver.remove(slot.netns)
+            raise
 
     def _adopt(self, owner: str, slot: Slot) -> None:
         """Adopt the slot of a running container from an earlier agent."""
         self._assigned[owner] = slot
-        self._free.remove(slot.index)
-        self._start_recording(slot)
+        if slot.netns is not None and slot.mode != "open":
+            run_in_namespace(slot.netns, partial(self._start_recording, slot))
         if slot.mode != "open":
             self._last_owners[slot] = owner
         link = self._link(slot)
@@ -388,12 +427,15 @@ class SlotPool:
             write_sysctl(f"net/ipv4/conf/{link.host_end}/forwarding", "0", optional=True)
 
     def _start_recording(self, slot: Slot) -> None:
-        """Start recording a container's DNS queries and connection attempts, unless mode open."""
+        """Start recording a container's DNS queries and connection attempts, unless mode open.
+
+        In a thread that is in its namespace.
+        """
         if slot.mode == "open" or slot.netns is None:
             return
         if slot.mode == "off":
             try:
-                blackhole.install_blackhole(slot.netns)
+                blackhole.install_blackhole()
             except (HostError, OSError) as error:
                 # Its programs' connections fail anyway; they are just not recorded.
                 _log.warning("attempts in slot %d are not recorded: %s", slot.index, error)
@@ -408,8 +450,8 @@ class SlotPool:
 
     def _owner_of(self, slot: Slot) -> str | None:
         with self._changed:
-            found = (owner for owner, assigned in self._assigned.items() if assigned == slot)
-            return next(found, None)
+            owner = self._last_owners.get(slot)
+            return owner if owner is not None and self._assigned.get(owner) == slot else None
 
     def _destroy(self, slot: Slot) -> None:
         link = self._link(slot)
@@ -449,15 +491,27 @@ class SlotPool:
             if path.name not in names:
                 destroy_namespace(self.run_dir, path.name, None)
         links = {link.host_end for slot in keep if (link := self._link(slot)) is not None}
-        for name in interfaces_with_prefix(self.instance.prefix):
-            if name not in links:
-                run_ip_ignoring_errors([f"link delete {name}"])
+        self._delete_links_except(links)
         for path in _listing(self.run_dir.slots):
             if path.stem not in {str(index) for index in indexes}:
                 path.unlink(missing_ok=True)
         for path in _listing(self.run_dir.entries):
             if path.stem not in addresses:
                 path.unlink(missing_ok=True)
+
+    def _delete_links_except(self, keep: set[str]) -> None:
+        """Delete the interfaces that no kept slot has, most of which the kernel is deleting.
+
+        It deletes those of destroyed namespaces together, a hundred in the time that one takes.
+        """
+        previous, deadline = -1, 0.0
+        while leftover := set(interfaces_with_prefix(self.instance.prefix)) - keep:
+            if len(leftover) != previous:
+                previous, deadline = len(leftover), time.monotonic() + scaled(_VANISH_SECONDS)
+            if time.monotonic() > deadline:
+                run_ip_ignoring_errors([f"link delete {name}" for name in sorted(leftover)])
+                return
+            time.sleep(_VANISH_POLL_SECONDS)
 
     # Names and addresses ------------------------------------------------------------------
 
@@ -524,14 +578,9 @@ class SlotPool:
 def run_ip_ignoring_errors(commands: list[str]) -> None:
     """Run `ip -batch`, ignoring errors: what it removes may be gone already."""
     try:
-        run_ip(commands)
+        run_ip(commands, keep_going=True)
     except HostError as error:
         _log.debug("ignored: %s", error)
-
-
-def interfaces_with_prefix(prefix: str) -> list[str]:
-    """Return the interfaces of the calling thread's namespace with that name prefix."""
-    return [name for _, name in socket.if_nameindex() if name.startswith(prefix)]
 
 
 def _listing(directory: Path) -> list[Path]:

@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostruntime.host.tasks import log_errors
-from hostruntime.network.netns import run_in_namespace
 
 ADDRESS, PORT = "127.0.0.53", 53
 # The rate of a container's queries: a burst, then so many per second.
@@ -106,12 +105,13 @@ class StubResolver:
         self._wake = -1
 
     def add(self, namespace: Path, on_query: Callable[[str], None]) -> None:
-        """Start answering in a namespace; ``on_query`` gets each name, in another thread.
+        """Start answering in a namespace, which the calling thread must be in.
 
-        Raises OSError, for instance if a program in there already uses the address.
+        ``on_query`` gets each name, in another thread.  Raises OSError, for instance if a program
+        in there already uses the address.
         """
         self.remove(namespace)
-        handle = run_in_namespace(namespace, _bind_socket)
+        handle = _bind_socket()
         with self._lock:
             poll = self._poll or self._start()
             poll.register(handle, select.EPOLLIN)
@@ -159,6 +159,7 @@ class StubResolver:
     # The thread ---------------------------------------------------------------------------
 
     def _serve(self, poll: select.epoll, wake: int) -> None:
+        _join_own_namespace()
         while True:
             ready = [found for found, _ in poll.poll(_PAUSE_SECONDS if self._paused else None)]
             if wake in ready:
@@ -202,6 +203,14 @@ def _notify(on_query: Callable[[str], None], name: str) -> None:
         on_query(name)
     except Exception:  # noqa: BLE001 - other containers' queries must still be answered
         _log.exception("the query for %r could not be recorded", name)
+
+
+def _join_own_namespace() -> None:
+    """Leave the namespace of whoever started this thread, which would keep it alive."""
+    own = Path("/proc/self/ns/net")
+    if not own.samefile("/proc/thread-self/ns/net"):
+        with own.open("rb") as handle:
+            os.setns(handle.fileno(), os.CLONE_NEWNET)
 
 
 def _bind_socket() -> socket.socket:
