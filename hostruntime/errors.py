@@ -11,9 +11,11 @@
      │   ├─ ContainerGone        409 container_gone      the container is not running (any more)
      │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
      ├─ FileTooLarge             413 file_too_large
+     ├─ RangeNotSatisfiable      416 range_not_satisfiable   (+ ``size``) of the file in bytes
      ├─ ExecTimeout              408 exec_timeout        exceeded its time limit and was killed
      ├─ ExecKilled               409 exec_killed         killed by a signal (+ ``signal``)
      ├─ TooManyCommands          429 too_many_commands   (+ ``running``) of the caller's scope
+     ├─ TooManyTransfers         429 too_many_transfers  into and out of one sandbox
      ├─ BuildFailed              409 build_failed        (+ ``reason``, ``step``)
      ├─ HostFull                 503 fleet_full_retry    no slot, memory or disk left; retry later
      ├─ HostUnavailable          503 host_unavailable    the agent does not respond
@@ -138,6 +140,19 @@ class FileTooLarge(HostError):
     status = 413
 
 
+class RangeNotSatisfiable(HostError):
+    """A file has none of the bytes that were asked for; ``size`` is how many it has."""
+
+    code = "range_not_satisfiable"
+    status = 416
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes."""
+        value = self.extra.get("size")
+        return value if isinstance(value, int) else 0
+
+
 class ExecTimeout(HostError):
     """A command exceeded its time limit; its whole process tree was killed."""
 
@@ -169,6 +184,13 @@ class TooManyCommands(HostError):
         """How many commands of the scope are running."""
         value = self.extra.get("running")
         return value if isinstance(value, int) else 0
+
+
+class TooManyTransfers(HostError):
+    """As many files are sent into and out of the sandbox as may be; nothing was changed."""
+
+    code = "too_many_transfers"
+    status = 429
 
 
 class BuildFailed(HostError):

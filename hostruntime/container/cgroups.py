@@ -18,9 +18,9 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,8 @@ SLICE = "orkestr.slice"
 CONTROLLERS = ("cpu", "memory", "pids")
 MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
+# Flat keyed files (cgroup-v2.rst) and a process's status are at most a page, and read in one piece.
+_SMALL_FILE_BYTES = 4096
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
 _MIB = 1024 * 1024
 # cgroup v1's limit for socket buffers of all IP protocols, despite its name.
@@ -158,7 +160,7 @@ class ContainerGroups:
     layout: CgroupLayout
     name: str
 
-    @property
+    @cached_property
     def unified(self) -> Path:
         """The container's group in the unified hierarchy; commands get children of it."""
         return self.layout.unified / self.layout.instance_group(self.name) / self.name
@@ -188,6 +190,24 @@ class ContainerGroups:
         others = (h for h in self.layout.hierarchies if h != self.layout.unified)
         return [*(h / group for h in others if (h / group).is_dir()), self.unified]
 
+    def monitor_groups(self) -> list[Path]:
+        """The groups of LXC's monitor in every hierarchy that has one, the unified one's last."""
+        group = f"{self.layout.instance_group(self.name)}/{MONITOR_PREFIX}{self.name}"
+        others = (h for h in self.layout.hierarchies if h != self.layout.unified)
+        return [*(h / group for h in others if (h / group).is_dir()), self.monitor]
+
+    def background_group(self, command: str) -> Path:
+        """The path of the group for one command that runs in the background."""
+        return self.unified / f"background-{command}"
+
+    def own_groups(self) -> list[Path]:
+        """The groups of this process itself, in the order of :meth:`command_groups`."""
+        own = _own_paths()
+        hierarchies = [h for h in self.layout.hierarchies if h != self.layout.unified]
+        group = f"{self.layout.instance_group(self.name)}/{self.name}"
+        v1 = [h / own.get(_names_of(h.name), "") for h in hierarchies if (h / group).is_dir()]
+        return [*v1, self.layout.unified / own[_names_of("")]]
+
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for lack of memory."""
         file = "memory.events" if self.layout.kind == "v2" else "memory.oom_control"
@@ -206,9 +226,21 @@ class ContainerGroups:
         v2 = self.layout.kind == "v2"
         file = self.memory_group() / ("memory.current" if v2 else "memory.usage_in_bytes")
         try:
-            return int(file.read_text())
+            return int(_read_at_once(file))
         except OSError:
             return None
+
+    def working_set_bytes(self) -> int | None:
+        """The same without the page cache that the kernel would drop first; None if gone.
+
+        ``inactive_file`` of memory.stat, with the children's (``total_…``) in the hybrid layout:
+        the kernel adds it up when it is read, which is for whoever asks and not for every sample.
+        """
+        memory = self.memory_bytes()
+        if memory is None:
+            return None
+        key = "inactive_file" if self.layout.kind == "v2" else "total_inactive_file"
+        return max(memory - _flat_value(self.memory_group() / "memory.stat", key), 0)
 
     def init_pid(self) -> int | None:
         """The host pid of the container's init (pid 1 inside), if it is running."""
@@ -229,6 +261,24 @@ class ContainerGroups:
             for hierarchy in self.layout.hierarchies
             for name in (self.name, f"{MONITOR_PREFIX}{self.name}")
         ]
+
+
+def _own_paths(file: Path = Path("/proc/self/cgroup")) -> dict[frozenset[str], str]:
+    """This process's group in each hierarchy, by the names that it is mounted on (cgroups(7)).
+
+    A v1 hierarchy is mounted on the names of its controllers, or on its own; the unified one has
+    none.
+    """
+    paths = {}
+    for line in file.read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        paths[_names_of(names.removeprefix("name="))] = path.lstrip("/")
+    return paths
+
+
+def _names_of(text: str) -> frozenset[str]:
+    """Controllers that share a hierarchy, whose order is anybody's."""
+    return frozenset(text.split(","))
 
 
 def _has_swap() -> bool:
@@ -253,11 +303,12 @@ def pids_under(group: Path) -> list[int]:
 def pid_inside(pid: int) -> int | None:
     """A process's pid in its own, innermost pid namespace (NSpid in proc(5))."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        # In one piece, and not Path.read_text: it is read for each command.
+        status = _read_at_once(f"/proc/{pid}/status")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    line = next((line for line in status.splitlines() if line.startswith("NSpid:")), "")
-    return int(line.split()[-1]) if line else None
+    _, _, rest = status.partition("\nNSpid:")
+    return int(rest.partition("\n")[0].split()[-1]) if rest else None
 
 
 def signal_group(group: Path, number: signal.Signals, exclude: frozenset[int] = frozenset()) -> int:
@@ -274,13 +325,13 @@ def signal_group(group: Path, number: signal.Signals, exclude: frozenset[int] = 
 def kill_group(group: Path) -> None:
     """SIGKILL everything in and below a group of the unified hierarchy, including ongoing forks."""
     with contextlib.suppress(OSError):
-        (group / "cgroup.kill").write_text("1")
+        _write_at_once(group / "cgroup.kill", b"1")
 
 
 def freeze_group(group: Path, frozen: bool) -> None:
     """Freeze or thaw a group of the unified hierarchy; a missing group is not an error."""
     with contextlib.suppress(OSError):
-        (group / "cgroup.freeze").write_text("1" if frozen else "0")
+        _write_at_once(group / "cgroup.freeze", b"1" if frozen else b"0")
 
 
 def is_frozen(group: Path) -> bool:
@@ -294,24 +345,52 @@ def is_populated(group: Path) -> bool:
 
 
 def move_survivors(group: Path, parent: Path) -> None:
-    """Move the processes that outlive their command to the container's group."""
+    """Move the processes that outlive their command to the container's group, and remove its own.
+
+    Mostly there are none, and nothing but a removal is needed.
+    """
     for _ in range(20):
-        pids = pids_in(group)
-        if not pids:
-            break
-        for pid in pids:
+        if _try_to_remove(group):
+            return
+        for pid in pids_in(group):
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 (parent / "cgroup.procs").write_text(str(pid))
-    with contextlib.suppress(OSError):
-        group.rmdir()
+
+
+def _try_to_remove(group: Path) -> bool:
+    try:
+        os.rmdir(group)  # noqa: PTH106 - for each command
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _flat_value(path: Path, key: str) -> int:
     try:
-        lines: Iterable[str] = path.read_text().splitlines()
+        lines = _read_at_once(path).splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
+
+
+def _read_at_once(path: str | Path) -> str:
+    """Read a small file of the kernel's; a third of what Path.read_text takes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, _SMALL_FILE_BYTES).decode(errors="replace")
+    finally:
+        os.close(descriptor)
+
+
+def _write_at_once(path: Path, data: bytes) -> None:
+    """Write to a file of the kernel's, which is there; a third of what Path.write_text takes."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -322,7 +401,8 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _remove_tree(group: Path) -> bool:
-    if not group.exists():
+    # Mostly there is nothing in it, or it is gone already.
+    if _try_to_remove(group):
         return True
     for path, _, _ in os.walk(group, topdown=False):
         with contextlib.suppress(OSError):

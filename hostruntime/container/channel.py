@@ -46,7 +46,11 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
     The caller owns the descriptors (close-on-exec is set).  Raises ChannelClosed, ValueError.
     """
-    header, fds = _receive_header(sock)
+    try:
+        header, fds = _receive_header(sock)
+    except ConnectionResetError as error:
+        # It was killed before it had read everything.
+        raise ChannelClosed("the other end of the channel is gone") from error
     try:
         (length,) = _HEADER.unpack(header)
         if length > MAX_MESSAGE:

@@ -27,7 +27,7 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,9 @@ _LOOP_INFO = struct.Struct("<5Q4I64s64s32s2Q")
 _LOOP_CONFIG = struct.Struct(f"<2I{_LOOP_INFO.size}s64x")
 _FS_IOC_SHUTDOWN = 0x8004587D
 _SHUTDOWN_NO_FLUSH = 2
+# The contents of a disk that are written sooner than the kernel reports a shutdown of it: an alert,
+# which goes to the console (ext4_force_shutdown), and takes as long as the rest of a release.
+_QUICKLY_WRITTEN_BYTES = MIB
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 _FSCK_SECONDS = 300.0
@@ -103,6 +106,9 @@ class Disks:
     instance: Instance
     # Set by hostruntime.agent.disk_monitor while disk space is short, else None.
     refusal: Callable[[], HostError] | None = None
+    # Deletes a disk's file, whose space may be freed later: that is slow where the host's file
+    # system tells its device of each piece at once (the discard option in ext4(5)).
+    delete: Callable[[Path], None] = Path.unlink
     _create_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -142,20 +148,43 @@ class Disks:
         Raises OSError if it cannot be unmounted.
         """
         target = self.path(owner)
-        while target in kernel.mount_points_under(target):
-            _discard_writes(target)
+        while _is_mounted(target):
+            if self.used(owner)[0] > _QUICKLY_WRITTEN_BYTES:
+                _discard_writes(target)
             _unmount(target)
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()
-        self._image(owner).unlink(missing_ok=True)
+        image = self._image(owner)
+        # While space is short, at once: whoever waits for it would else end the next sandbox, too.
+        if self.refusal is None:
+            # The host's disk may be too full for anything but unlinking.
+            with contextlib.suppress(OSError):
+                self.delete(image)
+        image.unlink(missing_ok=True)
 
-    def release_except(self, keep: Iterable[str]) -> None:
-        """Release the disks that a killed agent left behind.  Raises OSError."""
+    def rename(self, owner: str, new_owner: str) -> None:
+        """Make an owner's mounted disk that of another owner, which has none.
+
+        Raises OSError; then either may have a part of it, and both must be released.
+        """
+        source, target = self.path(owner), self.path(new_owner)
+        target.mkdir(mode=0o700)
+        # A mount below a shared one, as /run is on most machines, cannot be moved (mount(2)).
+        tree = kernel.open_tree(source)
+        try:
+            kernel.move_mount(tree, target)
+        finally:
+            os.close(tree)
+        _unmount(source)
+        source.rmdir()
+        self._image(owner).rename(self._image(new_owner))
+
+    def owners(self) -> set[str]:
+        """Everybody who has a disk, or whose disk a killed agent has left behind."""
         owners = {path.stem for path in self.paths.disks.glob("*.img")}
         with contextlib.suppress(FileNotFoundError):
             owners |= {path.name for path in self.mounts.iterdir()}
-        for owner in sorted(owners - set(keep)):
-            self.release(owner)
+        return owners
 
     def flush(self, owner: str) -> None:
         """Write cached data to the file, so that :meth:`save` is quick; may be slow."""
@@ -338,6 +367,14 @@ def _open_device(path: str, stack: contextlib.ExitStack) -> int:
         ) from error
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _is_mounted(target: Path) -> bool:
+    """Whether a disk is mounted at ``target``, which then is on another device than its parent."""
+    try:
+        return target.lstat().st_dev != target.parent.lstat().st_dev
+    except FileNotFoundError:
+        return False
 
 
 def _discard_writes(target: Path) -> None:

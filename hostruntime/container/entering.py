@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -64,15 +64,20 @@ class Confinement:
 
 @dataclass(frozen=True)
 class Doorway:
-    """What is needed to enter one running container: its init's pidfd, and its groups."""
+    """What is needed to enter one running container: its init's pidfd, and its groups.
+
+    ``own_groups`` are this process's own, in the same hierarchies.
+    """
 
     pidfd: int
     groups: tuple[Path, ...]
+    own_groups: tuple[Path, ...] = ()
 
     @classmethod
     def find(cls, name: str) -> Doorway:
         """The doorway of the container of this name.  Raises EnteringFailed if it has exited."""
-        groups = cgroup_layout().container(name)
+        layout = cgroup_layout()
+        groups = layout.container(name)
         init = groups.init_pid()
         if init is None:
             raise EnteringFailed("The container does not run.")
@@ -84,7 +89,26 @@ class Doorway:
         if groups.init_pid() != init:
             os.close(pidfd)
             raise EnteringFailed("The container has just ended.")
-        return cls(pidfd, tuple(groups.command_groups()))
+        return cls(pidfd, tuple(groups.command_groups()), tuple(groups.own_groups()))
+
+    def move_in(self, pid: int, group: Path | None) -> None:
+        """Move a process into the container's groups.
+
+        ``group`` is the command's own group in the unified hierarchy, created if necessary; None
+        uses the container's.  Raises OSError.
+        """
+        *others, unified = self.groups
+        if group is not None:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(group)  # noqa: PTH102 - for each command
+            unified = group
+        _move(pid, (*others, unified))
+
+    def move_out(self, pid: int) -> None:
+        """Move a process into this process's own groups, as far as it still exists."""
+        for group in self.own_groups:
+            with contextlib.suppress(OSError):
+                _move(pid, [group])
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -103,7 +127,7 @@ def enter(
     """
     pid = _spawn_inside(doorway, confinement, action)
     try:
-        _move_into_groups(pid, doorway, group)
+        doorway.move_in(pid, group)
         return pid, pid_inside(pid)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
@@ -112,13 +136,15 @@ def enter(
         raise
 
 
-def _move_into_groups(pid: int, doorway: Doorway, group: Path | None) -> None:
-    *others, unified = doorway.groups
-    if group is not None:
-        group.mkdir(exist_ok=True)
-        unified = group
-    for path in (*others, unified):
-        (path / "cgroup.procs").write_text(str(pid))
+def _move(pid: int, groups: Sequence[Path]) -> None:
+    data = str(pid).encode()
+    # Not Path.write_text: there are ten of these writes for each command.
+    for group in groups:
+        descriptor = os.open(f"{group}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
 
 
 def _spawn_inside(
@@ -147,10 +173,7 @@ def _enter_and_spawn(
 ) -> NoReturn:
     """Join the container, confine this process, clone one there and report the outcome."""
     try:
-        label = _open_label() if confinement.label is not None else None
-        os.setns(doorway.pidfd, kernel.ALL_NAMESPACES)
-        _become_container_root()
-        _confine(confinement, label)
+        join(doorway.pidfd, confinement)
         pid = kernel.clone_as_sibling()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher is to know
         reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARACTERS]
@@ -163,6 +186,18 @@ def _enter_and_spawn(
             os._exit(1)
     _report(report, pid)
     os._exit(0)
+
+
+def join(pidfd: int, confinement: Confinement) -> None:
+    """Join the container of that init, and confine this process like everything in there.
+
+    Its next child will be in the container's pid namespace; it itself is not (setns(2)).  Raises
+    OSError; then it must exit.
+    """
+    label = _open_label() if confinement.label is not None else None
+    os.setns(pidfd, kernel.ALL_NAMESPACES)
+    _become_container_root()
+    _confine(confinement, label)
 
 
 def _open_label() -> int:

@@ -33,12 +33,14 @@ from hostruntime.container.inside_exec import SHELL
 from hostruntime.container.launcher import Attached, LauncherPool, close_all
 from hostruntime.errors import CwdNotFound
 from hostruntime.host.patience import Patience, scaled
-from hostruntime.host.tasks import log_errors, readable, run_to_completion
+from hostruntime.host.tasks import log_errors, read_to_end, run_to_completion
 
 GRACE_SECONDS = 2.0
 # How long to wait for more output after the command itself has exited (`cmd > >(tee log)`).
 _LINGER_SECONDS = 0.05
 _POLL_SECONDS = 0.02
+# How long a command's pipes may fill before they are watched.
+_UNWATCHED_SECONDS = 0.003
 _READ_BYTES = 64 * 1024
 # Pace, and maximum number of pipes, for discarding what background processes still write.
 _DRAIN_PAUSE_SECONDS = 0.02
@@ -207,7 +209,7 @@ class _Session:
             close_all([*{null, *write_ends, status_in}])
         if request.timeout is not None:
             self.timer = loop.call_later(request.timeout, self.kill)
-        self.output.start()
+        self.output.start_soon()
         return await _read_failure(status_out)
 
     def _on_exit(self, _: asyncio.Future[int]) -> None:
@@ -227,6 +229,7 @@ class _Session:
             await asyncio.shield(self.killing)
         self.output.read_available()
         if not self.output.is_closed():
+            self.output.start()
             await self.output.linger(scaled(_LINGER_SECONDS))
         for chunk in self.output.pop_chunks():
             yield chunk
@@ -299,18 +302,8 @@ def _attach_message(name: str, group: Path, request: ExecRequest) -> dict[str, o
 
 async def _read_failure(descriptor: int) -> dict[str, str]:
     """Read why the attached process could not become the command; empty if it did."""
-    data = b""
-    os.set_blocking(descriptor, False)
     try:
-        while True:
-            try:
-                part = os.read(descriptor, _READ_BYTES)
-            except BlockingIOError:
-                await readable(descriptor)
-                continue
-            if not part:
-                break
-            data += part
+        data = await read_to_end(descriptor)
     finally:
         os.close(descriptor)
     return dict(json.loads(data)) if data else {}
@@ -325,6 +318,7 @@ class _Output:
         self._chunks: deque[Chunk] = deque()
         self._backlog = 0
         self._event = asyncio.Event()
+        self._starting: asyncio.TimerHandle | None = None
 
     def open(self, *, merge: bool) -> tuple[int, int]:
         """Create the pipes; return the write ends for the command's stdout and stderr."""
@@ -338,11 +332,27 @@ class _Output:
             os.set_blocking(descriptor, False)
         return out_write, err_write
 
+    def start_soon(self) -> None:
+        """Start reading in a moment: most commands have ended by then.
+
+        What those wrote is in the pipes, and :meth:`read_available` gets it, without the event loop
+        having to watch them.
+        """
+        self._starting = asyncio.get_running_loop().call_later(_UNWATCHED_SECONDS, self.start)
+
     def start(self) -> None:
-        """Start reading."""
+        """Start reading now, unless it has been started."""
+        if self._starting is None:
+            return
+        self._stop_starting()
         loop = asyncio.get_running_loop()
         for descriptor in self._pipes:
             loop.add_reader(descriptor, self._read, descriptor)
+
+    def _stop_starting(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
 
     def is_closed(self) -> bool:
         """Whether every pipe is at its end."""
@@ -390,6 +400,7 @@ class _Output:
 
     def drain_in_background(self, owner: str) -> None:
         """Keep reading pipes that are still open, and discard the data, until they end."""
+        self._stop_starting()
         for descriptor in self._pipes:
             asyncio.get_running_loop().remove_reader(descriptor)
             _drain(owner, descriptor)

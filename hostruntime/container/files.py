@@ -19,7 +19,13 @@ from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH
 from hostruntime.container.launcher import Attached, LauncherPool
 from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.host.patience import Patience
-from hostruntime.wire.files import DirectoryEntries, DirectoryEntry, FileStat
+from hostruntime.wire.files import (
+    DirectoryEntries,
+    DirectoryEntry,
+    FilePart,
+    FileStat,
+    WantedPart,
+)
 from hostruntime.wire.message import MalformedError, Message, from_fields
 
 MAX_PATH_BYTES = 4096
@@ -34,6 +40,14 @@ class OpenedPath:
 
     stat: FileStat
     entries: tuple[DirectoryEntry, ...] | None
+    content: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class OpenedPart:
+    """A part of a file, opened for reading; shorter than it says if the file has been cut."""
+
+    part: FilePart
     content: AsyncIterator[bytes]
 
 
@@ -64,25 +78,51 @@ class FileService:
                 entries = _parse_answer(DirectoryEntries, header).entries
             yield OpenedPath(stat, entries, peer.chunks())
 
+    @asynccontextmanager
+    async def read_part(
+        self, name: str, path: str, wanted: WantedPart
+    ) -> AsyncIterator[OpenedPart]:
+        """Open a part of a file.
+
+        Raises NotFound, FileConflict (not a file), RangeNotSatisfiable, InvalidRequest.
+        """
+        arguments = {"path": validate_path(path), "first": wanted.first, "last": wanted.last}
+        async with self._operation(name, "read_part", arguments) as peer:
+            part = _parse_answer(FilePart, await peer.header())
+            yield OpenedPart(part, peer.chunks())
+
     async def write(
-        self, name: str, path: str, content: AsyncIterator[bytes], *, mode: int | None
+        self,
+        name: str,
+        path: str,
+        content: AsyncIterator[bytes],
+        *,
+        mode: int | None,
+        size: int | None = None,
     ) -> int:
         """Write a file atomically; return its size.
 
-        Missing parents are created; ``mode`` None keeps an existing file's mode, else 0o644.
+        Missing parents are created; ``mode`` None keeps an existing file's mode, else 0o644.  With
+        the ``size`` to come, in bytes, what cannot fit is refused at once.
         Raises FileConflict, NoSpace, InvalidRequest.
         """
-        arguments = {"path": validate_path(path), "mode": mode}
+        arguments = {"path": validate_path(path), "mode": mode, "size": size}
         async with self._operation(name, "write", arguments) as peer:
             answer = asyncio.ensure_future(peer.answer())
+            sending = asyncio.ensure_future(peer.upload(content))
             try:
-                await peer.upload(content, until=answer)
+                # An answer before the end of the content is a refusal.
+                await asyncio.wait({answer, sending}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    sending.result()
                 async with peer.patience():
                     return int((await answer)["size"])
             except TimeoutError:
                 raise Exhausted("The sandbox did not finish writing the file in time.") from None
             finally:
                 answer.cancel()
+                sending.cancel()
+                await asyncio.gather(answer, sending, return_exceptions=True)
 
     async def delete(self, name: str, path: str) -> None:
         """Delete a file, a link or a whole directory.  Raises NotFound, FileConflict."""
@@ -178,14 +218,13 @@ class _Peer:
                 return
             yield chunk
 
-    async def upload(self, content: AsyncIterator[bytes], until: asyncio.Future[Any]) -> None:
-        """Send the content; stop early if ``until`` is done, which means a refusal."""
+    async def upload(self, content: AsyncIterator[bytes]) -> None:
+        """Send the content."""
         async for data in content:
-            for start in range(0, len(data), CHUNK_BYTES):
-                if until.done():
-                    return
-                chunk = data[start : start + CHUNK_BYTES]
-                self.writer.write(LENGTH.pack(len(chunk)) + chunk)
+            if data:
+                # Not joined, which would copy it; and writelines() never waits (CVE-2024-12254).
+                self.writer.write(LENGTH.pack(len(data)))
+                self.writer.write(data)
                 await self._drain()
         self.writer.write(LENGTH.pack(0))
         await self._drain()

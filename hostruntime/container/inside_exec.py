@@ -18,7 +18,8 @@ from typing import NoReturn
 SHELL = "@shell"
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
 _GATE, _STATUS = 3, 4
-_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+RESET_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+"""The signals whose handling a command must not inherit."""
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
@@ -75,7 +76,7 @@ def _duplicate_above(fd: int) -> int:
 def _reset_process() -> None:
     os.setsid()
     os.umask(0o022)
-    for number in _SIGNALS:
+    for number in RESET_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -92,9 +93,8 @@ def _change_directory(cwd: str) -> dict[str, str] | None:
 
 def _execute(command: Command) -> tuple[int, dict[str, str]]:
     name, *arguments = command.argv
-    candidates = _SHELLS if name == SHELL else _search(name, command.env.get("PATH", ""))
     error_number = errno.ENOENT
-    for path in candidates:
+    for path in candidates(name, command.env):
         try:
             title = path.rpartition("/")[2] if name == SHELL else name
             os.execve(path, [title, *arguments], dict(command.env))
@@ -107,7 +107,10 @@ def _execute(command: Command) -> tuple[int, dict[str, str]]:
     return code, {"code": "command_not_found", "detail": detail}
 
 
-def _search(name: str, path: str) -> list[str]:
+def candidates(name: str, env: Mapping[str, str]) -> Sequence[str]:
+    """The files that may be a command's program, in order; ``name`` may be :data:`SHELL`."""
+    if name == SHELL:
+        return _SHELLS
     if "/" in name:
         return [name]
-    return [f"{directory}/{name}" for directory in path.split(":") if directory]
+    return [f"{directory}/{name}" for directory in env.get("PATH", "").split(":") if directory]

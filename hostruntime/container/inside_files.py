@@ -26,18 +26,24 @@ from typing import Any, NoReturn
 LENGTH = struct.Struct("!I")
 CHUNK_BYTES = 256 * 1024
 MAX_ENTRIES = 50_000
+MAX_UNSIZED_BYTES = 16 * 1024 * 1024
+# So much of a file is sent in one system call.
+SEND_BYTES = 1024 * 1024
 HOME = "/workspace"
 _DESCRIPTOR, _GATE = 3, 4
 _TEMPORARY = ".ork-"
+# What open(2) says where O_TMPFILE is unknown: to the file system, or to the kernel.
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT})
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a defect
     """The operation is refused; ``code`` is one of :mod:`hostruntime.errors`."""
 
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: str, detail: str, **extra: Any) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
+        self.extra = extra
 
 
 def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: int) -> NoReturn:
@@ -48,7 +54,7 @@ def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: i
     try:
         # First close the launcher's descriptors, including the gate's write end: if the launcher
         # dies now, reading the gate must not block.
-        _keep_only(descriptor, gate)
+        keep_only(descriptor, gate)
         if os.read(_GATE, 1) != b"1":
             os._exit(1)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -60,7 +66,7 @@ def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: i
         os._exit(0)
 
 
-def _keep_only(*descriptors: int) -> None:
+def keep_only(*descriptors: int) -> None:
     """Renumber these right after the standard descriptors, and close all others."""
     above = _DESCRIPTOR + len(descriptors)
     high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, above) for each in descriptors]
@@ -76,7 +82,7 @@ def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -
             os.chdir(HOME)
         _OPERATIONS[operation](peer, arguments)
     except Refusal as refusal:
-        _refuse(peer, refusal.code, refusal.detail)
+        _refuse(peer, refusal.code, refusal.detail, **refusal.extra)
     except OSError as error:
         path = str(arguments.get("path") or arguments.get("source"))
         _refuse(peer, *_explain(error, path))
@@ -84,8 +90,8 @@ def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -
         _refuse(peer, "invalid_request", f"The path is not usable: {error}.")
 
 
-def _refuse(peer: socket.socket, code: str, detail: str) -> None:
-    _answer(peer, {"code": code, "detail": detail})
+def _refuse(peer: socket.socket, code: str, detail: str, **extra: Any) -> None:
+    _answer(peer, {"code": code, "detail": detail, **extra})
     # Closing with unread data would reset the connection, and the response might be lost.
     while peer.recv(CHUNK_BYTES):
         pass
@@ -127,6 +133,63 @@ def _send_file(peer: socket.socket, fd: int, cap: int | None) -> None:
         remaining = None if remaining is None else remaining - len(data)
 
 
+def _read_part(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
+    """Send the bytes that ``first`` and ``last`` ask for, as in a range (RFC 9110, 14.1.2)."""
+    path = str(arguments["path"])
+    with _open_readable(path) as fd:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise Refusal("file_conflict", f"{path} is a directory, not a file.")
+        content = _small_content(fd, path, status.st_size)
+        size = status.st_size if content is None else len(content)
+        first, length = _part(path, size, arguments.get("first"), arguments.get("last"))
+        described = {**_describe(path, status), "size": size}
+        _answer(peer, {"stat": described, "first": first, "length": length})
+        if content is None:
+            _send_bytes(peer, fd, first, length)
+        else:
+            peer.sendall(content[first : first + length])
+
+
+def _small_content(fd: int, path: str, size: int) -> bytes | None:
+    """All of a file that says it is small; those in /proc and /sys don't know their size."""
+    if size > CHUNK_BYTES:
+        return None
+    content = b""
+    while data := os.read(fd, CHUNK_BYTES):
+        content += data
+        if len(content) > MAX_UNSIZED_BYTES:
+            raise Refusal(
+                "file_too_large", f"{path} grows while it is read; copy it, and read the copy."
+            )
+    return content
+
+
+def _part(path: str, size: int, first: int | None, last: int | None) -> tuple[int, int]:
+    """The offset and the length; without ``first``, of the ``last`` so many bytes."""
+    if first is None:
+        length = size if last is None else min(last, size)
+        if last is None or length:
+            return size - length, length
+    elif first < size:
+        return first, size - first if last is None else min(last + 1, size) - first
+    raise Refusal(
+        "range_not_satisfiable",
+        f"{path} has {size} bytes, none of which is in the range.",
+        size=size,
+    )
+
+
+def _send_bytes(peer: socket.socket, fd: int, first: int, length: int) -> None:
+    """Send so many bytes, without copying them here; fewer if the file has become shorter."""
+    while length:
+        sent = os.sendfile(peer.fileno(), fd, first, min(length, SEND_BYTES))
+        if not sent:
+            return
+        first += sent
+        length -= sent
+
+
 def _entries(fd: int, path: str) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     with os.scandir(fd) as names:
@@ -153,21 +216,64 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     path, mode = Path(os.path.realpath(str(arguments["path"]))), arguments.get("mode")
     existing = _existing_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.get("size") is not None:
+        _require_space(path.parent, int(arguments["size"]))
+    with _new_file(path) as fd:
+        size = _receive_file(peer, fd)
+        if existing is not None:
+            os.fchown(fd, existing.st_uid, existing.st_gid)
+        current_mode = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
+        os.fchmod(fd, current_mode if mode is None else mode)
+    _answer(peer, {"size": size})
+
+
+def _require_space(directory: Path, size: int) -> None:
+    """Refuse at once what can't fit: whoever sends it need not send all of it first."""
+    status = os.statvfs(directory)
+    # A tmpfs without a limit says that it has no blocks at all.
+    if status.f_blocks and size > status.f_bavail * status.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A file to write to, which replaces ``path`` at the end of the block unless that raises.
+
+    Until then it has no name (O_TMPFILE, open(2)), so nothing of it is left however this process
+    ends, and no snapshot has it.  Where the file system lacks that, it has a temporary name.
+    """
     temporary = _temporary_path(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with _open(temporary, flags) as fd:
-            size = _receive_file(peer, fd)
-            if existing is not None:
-                os.fchown(fd, existing.st_uid, existing.st_gid)
-            current_mode = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
-            os.fchmod(fd, current_mode if mode is None else mode)
+        fd = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        named = False
+    except OSError as error:
+        if error.errno not in _NO_TMPFILE:
+            raise
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o600)
+        named = True
+    try:
+        yield fd
+        if not named:
+            _give_name(fd, temporary)
+        # link(2) replaces nothing.
         temporary.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _answer(peer, {"size": size})
+    finally:
+        os.close(fd)
+
+
+def _give_name(fd: int, path: Path) -> None:
+    """Link a file without a name to ``path``, as open(2) describes for O_TMPFILE."""
+    # Only with a directory's descriptor does Python pass AT_SYMLINK_FOLLOW on (linkat(2)).
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=directory, follow_symlinks=True)
+    finally:
+        os.close(directory)
 
 
 def _temporary_path(path: Path) -> Path:
@@ -185,24 +291,23 @@ def _existing_file(path: Path) -> os.stat_result | None:
 
 
 def _receive_file(peer: socket.socket, fd: int) -> int:
-    total = 0
+    total, buffer = 0, memoryview(bytearray(CHUNK_BYTES))
     while True:
         (length,) = LENGTH.unpack(_receive_exactly(peer, LENGTH.size))
         if length == 0:
             return total
         total += length
         while length:
-            data = peer.recv(min(length, CHUNK_BYTES))
-            if not data:
+            count = peer.recv_into(buffer, min(length, CHUNK_BYTES))
+            if not count:
                 raise Refusal("invalid_request", "The upload ended before all of it had arrived.")
-            length -= len(data)
-            _write_all(fd, data)
+            length -= count
+            _write_all(fd, buffer[:count])
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _receive_exactly(peer: socket.socket, size: int) -> bytes:
@@ -277,6 +382,7 @@ def _stat(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
 
 _OPERATIONS: Mapping[str, Callable[[socket.socket, Mapping[str, Any]], None]] = {
     "read": _read,
+    "read_part": _read_part,
     "write": _write,
     "delete": _delete,
     "mkdir": _mkdir,

@@ -1,8 +1,9 @@
 """The agent's side of its launchers: requests, responses, and a new launcher when one dies.
 
 A :class:`LauncherPool` keeps two launcher processes (:mod:`hostruntime.container.lxc`) and sends
-each request to the least busy one.  When a launcher dies, the exit of what was attached through it
-can no longer be observed, so those processes are reported as lost; containers keep running.
+all requests about one container to the same one unless that is much busier.  When a launcher dies,
+the exit of what was attached through it can no longer be observed, so those processes are reported
+as lost; containers keep running.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +29,15 @@ from typing import Any
 from hostruntime.container import channel
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
-from hostruntime.host.patience import Patience, process_tree
+from hostruntime.host.patience import Patience, process_tree, scaled
 from hostruntime.host.run import Process, spawn, wait_or_kill
-from hostruntime.host.tasks import in_thread, run_to_completion, writable
+from hostruntime.host.tasks import in_thread, readable, run_to_completion, writable
 
 LAUNCHER_COUNT = 2
 _REQUEST_TIMEOUT_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
+# What an empty pipe takes in one piece (pipe(7)).
+_ANSWER_BYTES = 64 * 1024
 NO_PROCESS_MESSAGE = (
     "The sandbox cannot start one more process: it is out of processes or memory, or is just "
     "ending. End some of what runs in it, or use a larger size."
@@ -50,6 +54,8 @@ AT_LIMIT_MESSAGE = (
 # Replace a launcher that uses more than this share of its descriptor limit.
 _MAX_DESCRIPTOR_SHARE = 0.5
 _MAX_RETIRED = 4
+# How many more requests than the other a launcher may have before a container changes over to that.
+_MAX_EXTRA_LOAD = 4
 
 
 class LauncherLost(HostUnavailable):
@@ -125,6 +131,11 @@ class Link:
         responds nor makes progress is killed: LXC hangs in it.
         """
         return await self._send_and_wait(next(self._ids), message, fds)
+
+    async def forget(self, name: str) -> None:
+        """Have it drop its state of a container; one that is lost has none."""
+        with contextlib.suppress(HostError):
+            await self.request({"do": "forget", "name": name})
 
     async def attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
         """Attach a process; its exit status is reported even if it exits immediately."""
@@ -294,8 +305,9 @@ class LauncherPool:
 
         A cancelled caller still waits for the response, so that it can undo everything.
         """
+        name = str(message["name"])
         reply = await run_to_completion(
-            self._retry_at_limit(lambda link: link.request({"do": "start", **message}))
+            self._retry_at_limit(name, lambda link: link.request({"do": "start", **message}))
         )
         return int(reply["init_pid"])
 
@@ -310,7 +322,10 @@ class LauncherPool:
             return await self._attach(message, fds)
 
     async def _attach(self, message: dict[str, Any], fds: Sequence[int]) -> Attached:
-        task = asyncio.ensure_future(self._retry_at_limit(lambda link: link.attach(message, fds)))
+        name = str(message["name"])
+        task = asyncio.ensure_future(
+            self._retry_at_limit(name, lambda link: link.attach(message, fds))
+        )
         try:
             return await run_to_completion(task)
         except asyncio.CancelledError:
@@ -318,12 +333,41 @@ class LauncherPool:
                 await task.result().kill()
             raise
 
+    async def supervise(self, message: dict[str, Any], fds: list[int], answer: int) -> bytes:
+        """Start a command with a supervisor; what that writes to the pipe ``answer``, once it runs.
+
+        That is nothing if it died.  It comes in one piece, and its end is not waited for: what is
+        being started has the pipe, too, and somebody inside can stop that before it is closed.
+
+        ``fds`` are the log, the status file and the other end of the pipe; they are closed, and
+        removed from the list, on every path.  Waits while the container's gate is closed.  Raises
+        ContainerPaused, AtLimit, HostFault, LauncherLost, TimeoutError.
+        """
+        name = str(message["name"])
+        request = {"do": "supervise", **message}
+        async with self.gate.entering(name):
+            try:
+                await self._retry_at_limit(name, lambda link: link.request(request, fds))
+            finally:
+                while fds:
+                    os.close(fds.pop())
+            # Until then it may not be in the container's groups: the gate must not be closed.
+            async with asyncio.timeout(scaled(_REQUEST_TIMEOUT_SECONDS)):
+                await readable(answer)
+                return os.read(answer, _ANSWER_BYTES)
+
+    async def prepare(self, name: str, seconds: float) -> None:
+        """Make the first command of a container start sooner, if it comes within this time.
+
+        Does not wait until it is done.  Raises HostError; the command is none the worse for it.
+        """
+        link = await self._link_for(name)
+        await link.request({"do": "prepare", "name": name, "seconds": seconds})
+
     async def forget(self, name: str) -> None:
         """Make the launchers drop their state of a container that has exited."""
         await self.gate.forget(name)
-        for link in self._all:
-            with contextlib.suppress(HostError):
-                await link.request({"do": "forget", "name": name})
+        await asyncio.gather(*(link.forget(name) for link in self._all))
 
     async def maintain(self) -> None:
         """Replace launchers that approach a limit, and stop replaced ones that are idle.
@@ -347,12 +391,12 @@ class LauncherPool:
     def _all(self) -> list[Link]:
         return [*self._links, *self._retired]
 
-    async def _retry_at_limit[T](self, send: Callable[[Link], Awaitable[T]]) -> T:
-        """Send a request to a launcher; if that one is at a limit, retry with a new one.
+    async def _retry_at_limit[T](self, name: str, send: Callable[[Link], Awaitable[T]]) -> T:
+        """Send a request about a container to a launcher; if that is at a limit, to a new one.
 
-        Raises AtLimit if that is at a limit, too: then it is the host's limit.
+        Raises AtLimit if the new one is at a limit, too: then it is the host's limit.
         """
-        link = await self._least_busy()
+        link = await self._link_for(name)
         try:
             return await send(link)
         except AtLimit as error:
@@ -361,12 +405,15 @@ class LauncherPool:
             except (HostError, OSError):
                 _log.exception("no other launcher could be started")
                 raise error from None
-        return await send(await self._least_busy())
+        return await send(await self._link_for(name))
 
-    async def _least_busy(self) -> Link:
+    async def _link_for(self, name: str) -> Link:
+        """The launcher that has the container's spawner, unless it is much busier than another."""
         if not all(link.alive for link in self._links):
             await self._replace_dead()
-        return min(self._links, key=lambda link: link.load)
+        preferred = self._links[zlib.crc32(name.encode()) % len(self._links)]
+        least_busy = min(self._links, key=lambda link: link.load)
+        return preferred if preferred.load <= least_busy.load + _MAX_EXTRA_LOAD else least_busy
 
     async def _open_link(self) -> Link:
         return await Link.open(self._lxcpath, self._log, self._inherited_fds, self._apparmor)

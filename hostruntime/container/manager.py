@@ -12,15 +12,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import select
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hostruntime.container import apparmor
+from hostruntime.container.capacity import Capacity
 from hostruntime.container.cgroups import (
     ContainerGroups,
     cgroup_layout,
@@ -28,34 +29,39 @@ from hostruntime.container.cgroups import (
     is_frozen,
     is_populated,
     kill_group,
-    pids_in,
     pids_under,
-    signal_group,
 )
 from hostruntime.container.config import ContainerConfig
 from hostruntime.container.disk import Disks
+from hostruntime.container.dismantling import (
+    end_processes,
+    kill_all_but_init,
+    open_pidfd,
+    remove_remains,
+)
 from hostruntime.container.exec import ExecRequest, Exited, Frame, run_command
 from hostruntime.container.files import FileService
 from hostruntime.container.host_files import HOSTNAME, container_environment
 from hostruntime.container.launcher import LauncherLost, LauncherPool
 from hostruntime.container.limits import Limits
-from hostruntime.container.rootfs import unmount_rootfs
 from hostruntime.container.runtime_layer import RuntimeTrees
 from hostruntime.container.seccomp import write_profile
-from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, HostFault
+from hostruntime.errors import Conflict, ContainerGone, ExecKilled, Exhausted, HostFault, HostFull
+from hostruntime.host import kernel
 from hostruntime.host.paths import Instance, StatePaths
-from hostruntime.host.patience import Patience, scaled
+from hostruntime.host.patience import Patience
 from hostruntime.host.rundir import RunDir
-from hostruntime.host.tasks import KeyedLocks, in_background, log_errors, shielded
+from hostruntime.host.tasks import KeyedLocks, in_background, in_thread, log_errors, shielded
 from hostruntime.image.trees import Check
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
 
-_MONITOR_GRACE_SECONDS = 5.0
-_STRAYS_GRACE_SECONDS = 5.0
-_GROUP_REMOVAL_SECONDS = 2.0
+LOG_FILE = "lxc.log"
 _FREEZE_SECONDS = 5.0
 _FREEZE_POLL_SECONDS = 0.002
+# How long a started container's first command is expected, and a spare one's (at most so long; it
+# is prepared for again when it is handed over).
+_FIRST_COMMAND_SECONDS, _SPARE_SECONDS = 60.0, 3600.0
 _log = logging.getLogger(__name__)
 
 OnExit = Callable[[str], Awaitable[None]]
@@ -67,6 +73,7 @@ class ContainerSpec:
 
     ``populate`` is called in a thread with the empty writable layer, to put files into it.
     ``saved_disk`` is a disk to start from instead of an empty one (:meth:`save_disk`).
+    A ``spare`` one waits to become another owner's (:meth:`ContainerManager.hand_over`).
     """
 
     owner: str
@@ -76,11 +83,12 @@ class ContainerSpec:
     directory: Path
     populate: Callable[[Path], None] | None = None
     saved_disk: Path | None = None
+    spare: bool = False
 
 
 @dataclass(frozen=True)
 class RunningContainer:
-    """A running container."""
+    """A running container.  Its ``name`` is also that of its control groups."""
 
     owner: str
     name: str
@@ -109,10 +117,15 @@ class ContainerManager:
     instance: Instance
     pool: SlotPool
     launchers: LauncherPool
+    capacity: Capacity = field(default_factory=Capacity)
     disks: Disks = field(init=False)
     runtime: RuntimeTrees = field(init=False)
     on_exit: list[OnExit] = field(default_factory=list)
+    # Stops a spare container, if there is one, when there is no slot for another.
+    stop_spare: Callable[[], Awaitable[bool]] | None = None
     _running: dict[str, RunningContainer] = field(default_factory=dict)
+    # The names of containers that were started for another owner.
+    _names: dict[str, str] = field(default_factory=dict)
     _held: set[str] = field(default_factory=set)
     _locks: KeyedLocks = field(default_factory=KeyedLocks)
     _monitors: dict[str, int] = field(default_factory=dict)
@@ -133,8 +146,8 @@ class ContainerManager:
         return roots_dir(self.instance)
 
     def running(self) -> dict[str, RunningContainer]:
-        """The running containers by owner."""
-        return dict(self._running)
+        """The running containers by owner, without spare ones."""
+        return {owner: each for owner, each in self._running.items() if not each.spec.spare}
 
     def get(self, owner: str) -> RunningContainer:
         """One running container; raises ContainerGone."""
@@ -144,6 +157,24 @@ class ContainerManager:
             raise ContainerGone(f"The container of {owner} is not running.") from None
 
     # Start and stop ------------------------------------------------------------------------
+
+    def require_space(self) -> None:
+        """Raise HostFull unless the host's disk has space for one more container."""
+        self.disks.require_space()
+
+    async def admit(self, owner: str, limits: Limits) -> None:
+        """Reserve what a container will take, before anything of it is made; idempotent.
+
+        :meth:`stop` ends it, and so does a start that fails; where none follows, call
+        :meth:`dismiss`.  Raises HostFull; then nothing is reserved.
+        """
+        await in_thread(self.require_space)
+        self.capacity.reserve(owner, limits)
+
+    def dismiss(self, owner: str) -> None:
+        """End an admission unless the owner's container runs; idempotent."""
+        if owner not in self._running:
+            self.capacity.release(owner)
 
     async def start(self, spec: ContainerSpec) -> RunningContainer:
         """Start a container; a failed start leaves nothing behind.
@@ -157,21 +188,84 @@ class ContainerManager:
         async with self._locks.holding(spec.owner):
             if spec.owner in self._running:
                 raise Conflict(f"{spec.owner} already has a running container.")
+            if not spec.spare:
+                self.capacity.reserve(spec.owner, spec.limits)
             start = time.monotonic()
             try:
-                await asyncio.to_thread(self._prepare, spec)
-                slot = await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
-                message = await asyncio.to_thread(self._start_message, spec, slot)
+                slot = await self._acquire_slot(spec)
+                message = await asyncio.to_thread(self._prepare, spec, slot)
                 init_pid = await self.launchers.start(message)
             except BaseException:
                 await self._dismantle(spec.owner)
-                await asyncio.to_thread(self.disks.release, spec.owner)
+                self.capacity.release(spec.owner)
                 raise
             boot_ms = (time.monotonic() - start) * 1000
             name = self.name_of(spec.owner)
             running = RunningContainer(spec.owner, name, slot, init_pid, time.time(), boot_ms, spec)
             self._track(running)
+            self._expect_command(running)
             return running
+
+    async def _acquire_slot(self, spec: ContainerSpec) -> Slot:
+        while True:
+            try:
+                return await asyncio.to_thread(self.pool.acquire, spec.owner, spec.policy)
+            except HostFull:
+                if spec.spare or self.stop_spare is None or not await self.stop_spare():
+                    raise
+
+    async def hand_over(self, owner: str, spec: ContainerSpec) -> RunningContainer:
+        """Make the paused container of ``owner`` that of ``spec.owner``, and let it run.
+
+        Its image, limits and network mode must be those of ``spec``.  Raises ContainerGone,
+        Conflict, HostError, OSError; then nothing is left of either.
+        """
+        return await shielded(self._hand_over(owner, spec))
+
+    async def _hand_over(self, owner: str, spec: ContainerSpec) -> RunningContainer:
+        async with self._locks.holding(spec.owner), self._locks.holding(owner):
+            if spec.owner in self._running:
+                raise Conflict(f"{spec.owner} already has a running container.")
+            start, container = time.monotonic(), self.get(owner)
+            if owner not in self._monitors:
+                raise ContainerGone(f"The container of {owner} is exiting.")
+            self._names[spec.owner] = container.name
+            try:
+                await asyncio.to_thread(self._reassign, container, spec)
+            except BaseException:
+                self._untrack(owner)
+                for each in (spec.owner, owner):
+                    await self._dismantle(each)
+                raise
+            boot_ms = (time.monotonic() - start) * 1000
+            running = replace(
+                container, owner=spec.owner, started_at=time.time(), boot_ms=boot_ms, spec=spec
+            )
+            self._retrack(container, running)
+            self._thaw(running)
+            self._expect_command(running)
+            return running
+
+    def _reassign(self, container: RunningContainer, spec: ContainerSpec) -> None:
+        if not is_populated(self._groups(container.owner).unified):
+            raise ContainerGone(f"The container of {container.owner} has exited.")
+        self.pool.reassign(container.owner, spec.owner, spec.policy)
+        self.disks.rename(container.owner, spec.owner)
+        # Its log stays open, whatever it is called.
+        directory = container.spec.directory
+        with contextlib.suppress(FileNotFoundError):
+            (directory / LOG_FILE).rename(spec.directory / LOG_FILE)
+        directory.rmdir()
+
+    def _retrack(self, container: RunningContainer, running: RunningContainer) -> None:
+        """Watch the monitor of a container on behalf of its new owner, without a gap."""
+        pidfd = self._monitors.pop(container.owner)
+        del self._running[container.owner]
+        self._running[running.owner], self._monitors[running.owner] = running, pidfd
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(pidfd)
+        # An exit that was noticed in between is noticed again.
+        loop.add_reader(pidfd, self._on_monitor_exit, running)
 
     async def stop(self, owner: str) -> None:
         """Kill, unmount, release slot and disk; idempotent; leaves ``directory``.
@@ -187,9 +281,8 @@ class ContainerManager:
     async def _stop(self, owner: str, *, keep_disk: bool) -> None:
         async with self._locks.holding(owner):
             self._untrack(owner)
-            await self._dismantle(owner)
-            if not keep_disk:
-                await asyncio.to_thread(self.disks.release, owner)
+            await self._dismantle(owner, keep_disk=keep_disk)
+            self.capacity.release(owner)
 
     async def pause(self, owner: str) -> None:
         """Freeze everything in a container; idempotent.  Its memory is retained.
@@ -250,10 +343,6 @@ class ContainerManager:
         """The owners whose containers are held."""
         return set(self._held)
 
-    def require_space(self) -> None:
-        """Raise HostFull unless the host's disk has space for one more container."""
-        self.disks.require_space()
-
     def disk_is_full(self, owner: str) -> bool:
         """Whether an owner's disk is practically full."""
         return self.disks.is_full(owner)
@@ -283,14 +372,17 @@ class ContainerManager:
 
         If it is not ``paused`` it is thawed: the previous agent may have died while freezing it.
         """
+        self._names[running.owner] = running.name
         init_pid = self._groups(running.owner).init_pid()
         if init_pid is None:
+            del self._names[running.owner]
             return False
         for group in self._groups(running.owner).exec_groups():
             # The callers of these commands lost their connections with the previous agent.
             kill_group(group)
         if not paused:
             freeze_group(self._groups(running.owner).unified, frozen=False)
+        self.capacity.adopt(running.owner, running.spec.limits)
         self._track(replace(running, init_pid=init_pid))
         return True
 
@@ -362,7 +454,7 @@ class ContainerManager:
     async def kill_all_but_init(self, owner: str) -> None:
         """Kill every process in the container except its init.  Raises ContainerGone."""
         running = self.get(owner)
-        await asyncio.to_thread(_kill_all_but_init, self._groups(owner), running.init_pid)
+        await asyncio.to_thread(kill_all_but_init, self._groups(owner), running.init_pid)
 
     def kill(self, owner: str) -> None:
         """Kill everything in a container immediately, including init; :meth:`stop` must follow.
@@ -379,7 +471,8 @@ class ContainerManager:
 
     # Pieces --------------------------------------------------------------------------------
 
-    def _prepare(self, spec: ContainerSpec) -> None:
+    def _prepare(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
+        """Prepare a start; return the message with which a launcher continues."""
         label = apparmor.profile_name(self.instance)
         if label is not None:
             apparmor.ensure_loaded(label)
@@ -390,6 +483,7 @@ class ContainerManager:
             upper = self.layer(spec.owner)
             upper.mkdir(mode=0o755)
             spec.populate(upper)
+        return self._start_message(spec, slot)
 
     def _start_message(self, spec: ContainerSpec, slot: Slot) -> dict[str, object]:
         name = self.name_of(spec.owner)
@@ -405,7 +499,7 @@ class ContainerManager:
             limits=spec.limits,
             seccomp=write_profile(RunDir.of(self.instance).root),
             apparmor=label and apparmor.start_profile(label),
-            log=spec.directory / "lxc.log",
+            log=spec.directory / LOG_FILE,
         )
         rootfs = {
             "mounts": str(mount_dir),
@@ -416,12 +510,18 @@ class ContainerManager:
             "id_base": slot.id_base,
         }
         items = config.items(cgroup_layout())
-        return {"name": name, "log": str(config.log), "rootfs": rootfs, "config": items}
+        return {
+            "name": name,
+            "log": str(config.log),
+            "rootfs": rootfs,
+            "config": items,
+            "background": spec.spare,
+        }
 
     def _track(self, running: RunningContainer) -> None:
         self._running[running.owner] = running
-        monitor = _parent_of(running.init_pid)
-        pidfd = _pidfd(monitor) if monitor is not None else None
+        monitor = kernel.parent_of(running.init_pid)
+        pidfd = open_pidfd(monitor) if monitor is not None else None
         if pidfd is None:
             self._schedule_cleanup(running)
             return
@@ -447,99 +547,51 @@ class ContainerManager:
             if self._running.get(running.owner) is not running:
                 return
             self._untrack(running.owner)
-            await self._dismantle(running.owner)
+            await self._dismantle(running.owner, keep_disk=True)
+            self.capacity.release(running.owner)
         # The disk is kept until the owner stops the container: it may still be captured.
         for callback in self.on_exit:
             with log_errors(f"the exit of {running.name} could not be reported"):
                 await callback(running.owner)
 
+    def _expect_command(self, running: RunningContainer) -> None:
+        """Have the launchers prepare for the first command, which mostly comes at once."""
+        seconds = _SPARE_SECONDS if running.spec.spare else _FIRST_COMMAND_SECONDS
+        work = self.launchers.prepare(running.name, seconds)
+        self._start_task(work, f"no command of {running.name} could be prepared for")
+
     def _schedule_cleanup(self, running: RunningContainer) -> None:
         description = f"{running.name} exited and could not be cleaned up"
-        task = in_background(self._handle_exit(running), description)
+        self._start_task(self._handle_exit(running), description)
+
+    def _start_task(self, work: Coroutine[Any, Any, None], description: str) -> None:
+        task = in_background(work, description)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _dismantle(self, owner: str) -> None:
+    async def _dismantle(self, owner: str, *, keep_disk: bool = False) -> None:
         name = self.name_of(owner)
-        await asyncio.to_thread(dismantle, self._groups(owner), self.roots / name)
-        await asyncio.to_thread(self.pool.release, owner)
+        groups = self._groups(owner)
+        await asyncio.to_thread(end_processes, groups)
+        # What the launchers have in there holds its mounts and its network.  Not before its init
+        # has exited: they could enter it again.
         await self.launchers.forget(name)
+        work = [asyncio.to_thread(self._remove_remains, owner, groups)]
+        if not keep_disk:
+            # At the same time: both mostly wait for the kernel.
+            work.append(asyncio.to_thread(self.disks.release, owner))
+        for result in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+        self._names.pop(owner, None)
+
+    def _remove_remains(self, owner: str, groups: ContainerGroups) -> None:
+        remove_remains(groups, self.roots / groups.name)
+        self.pool.release(owner)
 
     def _groups(self, owner: str) -> ContainerGroups:
         return cgroup_layout().container(self.name_of(owner))
 
     def name_of(self, owner: str) -> str:
         """The name of an owner's container and control groups."""
-        return f"{self.instance.prefix}{owner}"
-
-
-def dismantle(groups: ContainerGroups, mount_dir: Path) -> None:
-    """Kill a container's processes, remove its control groups, unmount its root; idempotent.
-
-    Blocks for up to some seconds, until the processes have died.  Raises HostFault if processes or
-    mounts cannot be removed.
-    """
-    monitors = pids_in(groups.monitor)
-    kill_group(groups.unified)
-    for pid in monitors:
-        if not _wait_for_exit(pid, _MONITOR_GRACE_SECONDS):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            _wait_for_exit(pid, _MONITOR_GRACE_SECONDS)
-    if not groups.remove(scaled(_GROUP_REMOVAL_SECONDS)):
-        _log.warning(
-            "control groups of %s are still busy; the next start removes them", groups.name
-        )
-    try:
-        unmount_rootfs(mount_dir)
-    except OSError as error:
-        raise HostFault(f"{error.filename} cannot be unmounted: {error.strerror}.") from error
-
-
-def _kill_all_but_init(groups: ContainerGroups, init_pid: int) -> None:
-    """Kill everything except init, while frozen so that nothing can escape by forking."""
-    keep = frozenset({init_pid})
-    if not set(pids_under(groups.unified)) - keep:
-        return
-    freeze_group(groups.unified, frozen=True)
-    try:
-        signal_group(groups.unified, signal.SIGKILL, keep)
-    finally:
-        freeze_group(groups.unified, frozen=False)
-    patience = Patience(_STRAYS_GRACE_SECONDS, lambda: set(pids_under(groups.unified)) - keep)
-    while set(pids_under(groups.unified)) - keep and not patience.exhausted():
-        signal_group(groups.unified, signal.SIGKILL, keep)
-        time.sleep(0.005)
-
-
-def _wait_for_exit(pid: int, seconds: float) -> bool:
-    """Wait for a process that is not our child; False if it stalls without exiting."""
-    pidfd = _pidfd(pid)
-    if pidfd is None:
-        return True
-    try:
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        patience = Patience(seconds, lambda: [pid])
-        while not patience.exhausted():
-            if poller.poll(patience.poll_interval * 1000):
-                return True
-        return False
-    finally:
-        os.close(pidfd)
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-
-
-def _parent_of(pid: int) -> int | None:
-    """The parent of a process (ppid in proc(5)): LXC's monitor, for a container's init."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(fields[1])
+        return self._names.get(owner) or self.instance.container_name(owner)

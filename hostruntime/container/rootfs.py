@@ -6,6 +6,9 @@ the overlay is mounted over those, in the initial user namespace: an overlay mou
 container itself would make dpkg fail with EXDEV (redirect_dir is off for unprivileged mounts,
 Documentation/filesystems/overlayfs.rst).
 
+All of this is mounted in a mount namespace that only the starting container has
+(:mod:`hostruntime.container.mount_view`), and disappears with its last process.
+
 The mount points are under ``/run/orkestr/<instance>/roots/<container name>/`` rather than in the
 state directory: LXC's child enters the root as the container's root user, which must not be able
 to enter the state directory (or the home directory that may contain it), but can traverse these
@@ -42,6 +45,8 @@ DEVICES = {
     **{"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)},
     "tty": (5, 0),
 }
+# What is under the overlay, the topmost first.
+_LAYERS = ("rw", "runtime", "image")
 _DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
 
 
@@ -82,7 +87,8 @@ def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
 
     ``userns_fd`` is a user namespace with :func:`id_extents`.  Raises OSError.
     """
-    _make_directories(plan)
+    make_directories(plan.mounts, plan.id_base)
+    _make_layers(plan)
     try:
         kernel.bind_idmapped(plan.image_tree, plan.mounts / "image", userns_fd, read_only=True)
         kernel.bind_idmapped(plan.runtime_tree, plan.mounts / "runtime", userns_fd, read_only=True)
@@ -102,20 +108,47 @@ def unmount_rootfs(mounts: Path) -> None:
 
     Raises OSError if something cannot be unmounted.
     """
-    for name in ("merged/sys", "merged", "dev", "rw", "runtime", "image"):
-        _unmount_all(mounts / name)
+    # All that the host itself has of a container's (MountView.enter_for).
+    kernel.umount_all(mounts / "runtime")
+    if _try_to_remove(mounts):
+        return
+    # A start has failed.
+    for name in ("merged/sys", "merged", "dev", *_LAYERS):
+        kernel.umount_all(mounts / name)
+    if _try_to_remove(mounts):
+        return
+    # A killed start left something that these names do not cover.
     for point in kernel.mount_points_under(mounts):
         kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
-    for name in ("merged", "dev", "rw", "runtime", "image", "."):
+    _remove_directories(mounts)
+
+
+def _try_to_remove(mounts: Path) -> bool:
+    """Remove the directories; False if something is mounted or else left in there."""
+    try:
+        _remove_directories(mounts)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
+
+
+def _remove_directories(mounts: Path) -> None:
+    for name in ("merged", "dev", *_LAYERS, "."):
         with contextlib.suppress(FileNotFoundError):
             (mounts / name).rmdir()
 
 
-def _make_directories(plan: RootfsPlan) -> None:
-    plan.mounts.mkdir(mode=0o700, exist_ok=True)
-    os.chown(plan.mounts, plan.id_base, plan.id_base)
+def make_directories(mounts: Path, id_base: int) -> None:
+    """Create ``roots/<name>`` for a slot's ids, with the mount points in it; idempotent."""
+    mounts.mkdir(mode=0o700, exist_ok=True)
+    os.chown(mounts, id_base, id_base)
     for name in ("image", "runtime", "rw", "dev", "merged"):
-        (plan.mounts / name).mkdir(mode=0o755, exist_ok=True)
+        (mounts / name).mkdir(mode=0o755, exist_ok=True)
+
+
+def _make_layers(plan: RootfsPlan) -> None:
     plan.writable.mkdir(mode=0o755, exist_ok=True)
     (plan.writable / "upper").mkdir(mode=0o755, exist_ok=True)
     # A volatile overlay marks its work directory, and refuses to mount if the mark exists.
@@ -164,15 +197,3 @@ def _bind_sysfs(source: Path, merged: Path) -> None:
         stack.callback(os.close, tree)
         kernel.mount_setattr(tree, set_flags=flags)
         kernel.move_mount_onto(tree, target)
-
-
-def _unmount_all(point: Path) -> None:
-    while True:
-        try:
-            kernel.umount(point)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
-                return
-            if error.errno != errno.EBUSY:
-                raise
-            kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)

@@ -26,6 +26,7 @@ from hostruntime.network.firewall import CONNECTIONS_PER_SLOT
 SYSCTLS = Path("/proc/sys")
 # kernel.pty.reserve: the number that the kernel reserves for the host.
 _RESERVED_TERMINALS = 1024
+_NEIGHBOURS_PER_SLOT = 2
 _log = logging.getLogger(__name__)
 
 # By name below /proc/sys (Documentation/admin-guide/sysctl in the kernel's tree).
@@ -37,6 +38,16 @@ MINIMUMS: Mapping[str, int] = {
     "fs/file-max": 2**63 - 1,
     # Kernel memory, 320 bytes each; every slot has its share.
     "net/netfilter/nf_conntrack_max": MAX_SLOTS * CONNECTIONS_PER_SLOT,
+    # The lists that a full table is searched by, 8 bytes each: of four connections, not of sixteen
+    # (Documentation/networking/nf_conntrack-sysctl.rst).
+    "net/netfilter/nf_conntrack_buckets": MAX_SLOTS * CONNECTIONS_PER_SLOT // 4,
+    # All network namespaces share one table of neighbours (arp(7)), in which each slot with a link
+    # has an entry for either end: from the first number on, old ones are collected; beyond the
+    # last, nobody gets a new one, and the host loses its own network.
+    **{
+        f"net/ipv4/neigh/default/gc_thresh{number}": MAX_SLOTS * _NEIGHBOURS_PER_SLOT * number
+        for number in (1, 2, 3)
+    },
 }
 
 

@@ -24,12 +24,17 @@ from hostruntime.host.tasks import in_thread
 _CHUNK_BYTES = 64 * 1024
 _TMPFS = "tmp workspace dev/shm"
 _ATTRIBUTES = "--xattrs --xattrs-include=user.* --xattrs-include=security.capability"
-# Writes nothing if all tmpfs are still in their initial state.
+_INITIAL = "\n".join(["1777:0:0"] * len(_TMPFS.split()))
+# Writes nothing if all tmpfs are still in their initial state. Mostly they are, after each step of
+# a build: the shell itself looks for names, and starts one process instead of seven.
 SAVE_TMPFS = f"""cd / || exit
+save() {{ exec tar --create --format=posix --sparse --numeric-owner {_ATTRIBUTES} {_TMPFS}; }}
 for d in {_TMPFS}; do
-  [ -z "$(ls -Ab $d)" ] && [ "$(stat -c %a:%u:%g $d)" = 1777:0:0 ] || exec \
-    tar --create --format=posix --sparse --numeric-owner {_ATTRIBUTES} {_TMPFS}
-done"""
+  for f in $d/* $d/.[!.]* $d/..?*; do
+    if [ -e "$f" ] || [ -L "$f" ]; then save; fi
+  done
+done
+[ "$(stat -c %a:%u:%g {_TMPFS})" = "{_INITIAL}" ] || save"""
 RESTORE_TMPFS = (
     f"exec tar --extract --directory=/ --preserve-permissions --numeric-owner {_ATTRIBUTES}"
 )

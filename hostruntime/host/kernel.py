@@ -8,17 +8,22 @@ kernel's errno.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import signal
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # Calls through this one keep the GIL, so that no other Python thread runs meanwhile.
 _libc_locked = ctypes.PyDLL(None, use_errno=True)
+# Of a process that waits to be killed, or for this many seconds if nobody is left to do it.
+_IDLE_STACK_BYTES, _IDLE_SECONDS = 64 * 1024, 60
+_idle_stack = ctypes.create_string_buffer(_IDLE_STACK_BYTES)
 
 # The generic table's, but for x86-64.
 _SYS_CLONE = 56 if platform.machine() == "x86_64" else 220
@@ -27,6 +32,8 @@ _SYS_MOVE_MOUNT = 429
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
+_PR_SET_PDEATHSIG = 1
+_PR_GET_DUMPABLE = 3
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _PR_CAPBSET_DROP = 24
@@ -34,6 +41,7 @@ _SECCOMP_MODE_FILTER = 2
 _SOCK_FILTER_BYTES = 8
 _SIGSET_BYTES = 128
 _CLONE_PARENT = 0x8000
+_CLONE_VM = 0x100
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _CAP_SYS_ADMIN = 21
 
@@ -86,6 +94,7 @@ MS_NOATIME = 0x400
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x4_0000
+MS_SLAVE = 0x8_0000
 
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
@@ -100,8 +109,8 @@ RESOLVE_IN_ROOT = 0x10
 def _syscall(number: int, *arguments: object) -> int:
     result: int = _libc.syscall(number, *arguments)
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     return result
 
 
@@ -184,22 +193,38 @@ def mount(
         None if data is None else os.fsencode(data),
     )
     if result != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno), str(target))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def umount(target: str | Path, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2); ``flags`` are ``MNT_DETACH`` and ``UMOUNT_NOFOLLOW``."""
     if _libc.umount2(os.fsencode(target), flags) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno), str(target))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def umount_all(point: Path) -> None:
+    """Unmount whatever is mounted at exactly ``point``, however many times; none is no error.
+
+    Detaches what is in use (MNT_DETACH).  Looks at no other mount: mountinfo, which lists them all,
+    would make stopping a container slower the more others there are.
+    """
+    while True:
+        try:
+            umount(point)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+                return
+            if error.errno != errno.EBUSY:
+                raise
+            umount(point, MNT_DETACH | UMOUNT_NOFOLLOW)
 
 
 def mount_points_under(root: Path) -> list[Path]:
     """Every mount point at or below ``root``, deepest (latest) first, from mountinfo (proc(5)).
 
-    Called at each start and stop of a container, among thousands of others' mounts: mounts
-    elsewhere must cost next to nothing.
+    Not for what is done for each container: it reads the mounts of all of them.
     """
     root_bytes = os.fsencode(root)
     prefix = root_bytes.rstrip(b"/") + b"/"
@@ -219,47 +244,43 @@ def create_user_namespace(extents: Sequence[tuple[int, int, int]], creator_uid: 
     ``creator_uid`` is the host id that creates it: everything that the kernel counts in there is
     charged to it (max_inotify_instances and the like in namespaces(7); RLIMIT_SIGPENDING,
     RLIMIT_MSGQUEUE and RLIMIT_MEMLOCK since Linux 5.14).  A process outside with that effective id
-    controls the namespace (user_namespaces(7)).  Forks: call it from a single-threaded process
-    only.
+    controls the namespace (user_namespaces(7)).  Creates a process, as that id: call it from a
+    single-threaded one only.
     """
-    ready, proceed = os.pipe(), os.pipe()
+    dumpable = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1
     try:
-        child = _clone(0 if creator_uid else os.CLONE_NEWUSER)
+        with _effective_uid(creator_uid):
+            child = _clone_idle(os.CLONE_NEWUSER)
     except OSError as error:
-        for descriptor in (*ready, *proceed):
-            os.close(descriptor)
         reason = f"the kernel refused a new user namespace (clone(2)): {error.strerror}"
         raise OSError(error.errno, reason) from None
-    if child == 0:
-        _namespace_child(ready[1], proceed[0], creator_uid)
     try:
-        for descriptor in (ready[1], proceed[0]):
-            os.close(descriptor)
-        # Created by the caller, it exists already; created by the child, it may not yet.
-        if creator_uid and os.read(ready[0], 1) != b"1":
-            raise OSError(1, "the kernel refused a new user namespace (unshare(2))")
         mapping = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in extents)
         for name in ("uid_map", "gid_map"):
             Path(f"/proc/{child}/{name}").write_text(mapping)
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        for descriptor in (ready[0], proceed[1]):
-            os.close(descriptor)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        # Another effective id has changed it (prctl(2)).
+        set_dumpable(dumpable=dumpable)
 
 
-def _namespace_child(ready: int, proceed: int, creator_uid: int) -> None:
+@contextmanager
+def _effective_uid(uid: int) -> Iterator[None]:
+    """Have this effective id in the block, and no capability in effect but to administer."""
+    if uid == 0:
+        yield
+        return
+    permitted = _permitted_capabilities()
+    os.setresuid(-1, uid, -1)
     try:
-        if creator_uid:
-            os.setresuid(-1, creator_uid, -1)
-            # Some distributions require this capability (kernel.unprivileged_userns_clone).
-            set_capabilities([_CAP_SYS_ADMIN])
-            os.unshare(os.CLONE_NEWUSER)
-            os.write(ready, b"1")
-        os.read(proceed, 1)
+        # Some distributions require this capability (kernel.unprivileged_userns_clone).
+        _set_capabilities(permitted, 1 << _CAP_SYS_ADMIN)
+        yield
     finally:
-        os._exit(0)
+        # What is permitted is then in effect again (capabilities(7)).
+        os.setresuid(-1, 0, -1)
 
 
 def set_dumpable(*, dumpable: bool) -> None:
@@ -268,6 +289,16 @@ def set_dumpable(*, dumpable: bool) -> None:
     A forked child inherits it; execve resets it.
     """
     if _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that created it exits (PR_SET_PDEATHSIG in prctl(2)).
+
+    Any later change of its user ids or capabilities undoes it.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
 
@@ -286,8 +317,25 @@ def _clone(flags: int = 0) -> int:
     arguments = (ctypes.c_long(flags | signal.SIGCHLD), *(ctypes.c_long(0),) * 4)
     result: int = _libc_locked.syscall(_SYS_CLONE, *arguments)
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def _clone_idle(flags: int) -> int:
+    """Create a process that does nothing until it is killed; returns its pid.
+
+    It shares this one's memory (CLONE_VM in clone(2)), which takes a fraction of a copy.  Only one
+    at a time: it waits in sleep(3), on a stack of its own.
+    """
+    entry = ctypes.cast(_libc.sleep, ctypes.c_void_p)
+    top = ctypes.addressof(_idle_stack) + _IDLE_STACK_BYTES
+    options = flags | _CLONE_VM | signal.SIGCHLD
+    seconds = ctypes.c_void_p(_IDLE_SECONDS)
+    result: int = _libc.clone(entry, ctypes.c_void_p(top & ~15), options, seconds)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     return result
 
 
@@ -300,9 +348,42 @@ def create_signalfd(number: signal.Signals) -> int:
     mask = (1 << (number - 1)).to_bytes(_SIGSET_BYTES, sys.byteorder)
     result: int = _libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
     return result
+
+
+def inotify_init() -> int:
+    """A new instance of inotify(7), close-on-exec, whose reads do not wait."""
+    return _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def inotify_add_watch(instance: int, path: str | Path, events: int) -> int:
+    """Watch a file for ``IN_*`` events; the watch's number, which is that of its inode."""
+    return _checked(_libc.inotify_add_watch(instance, os.fsencode(path), ctypes.c_uint32(events)))
+
+
+def inotify_rm_watch(instance: int, watch: int) -> None:
+    """End a watch.  Raises OSError (EINVAL) if it has ended by itself."""
+    _checked(_libc.inotify_rm_watch(instance, watch))
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process (ppid in proc(5)): LXC's monitor, for a container's init.
+
+    None if it has exited."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[1])
 
 
 def exit_status(pid: int) -> int | None:
@@ -318,8 +399,8 @@ def drop_from_bounding_set(numbers: Iterable[int]) -> None:
     """Prevent any program executed from now on from gaining these (PR_CAPBSET_DROP in prctl(2))."""
     for number in numbers:
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) != 0:
-            errno = ctypes.get_errno()
-            raise OSError(errno, os.strerror(errno))
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def last_capability() -> int:
@@ -330,11 +411,24 @@ def last_capability() -> int:
 def set_capabilities(numbers: Iterable[int]) -> None:
     """Make exactly these permitted and effective, and none inheritable (capset(2))."""
     bits = sum(1 << number for number in numbers)
-    low, high = bits & 0xFFFF_FFFF, bits >> 32
-    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    if _libc.capset(header, struct.pack("6I", low, low, 0, high, high, 0)) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+    _set_capabilities(bits, bits)
+
+
+def _set_capabilities(permitted: int, effective: int) -> None:
+    words = (word for shift in (0, 32) for word in (effective >> shift, permitted >> shift, 0))
+    data = struct.pack("6I", *(word & 0xFFFF_FFFF for word in words))
+    if _libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), data) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _permitted_capabilities() -> int:
+    data = ctypes.create_string_buffer(24)
+    if _libc.capget(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), data) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    _, low, _, _, high, _ = struct.unpack("6I", data)
+    return int(low | high << 32)
 
 
 class SyscallFilter:
@@ -349,8 +443,8 @@ class SyscallFilter:
     def install(self) -> None:
         """Confine this thread permanently; it needs CAP_SYS_ADMIN in its user namespace."""
         if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header, 0, 0) != 0:
-            errno = ctypes.get_errno()
-            raise OSError(errno, os.strerror(errno))
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def set_command_line(title: str) -> None:
@@ -379,7 +473,7 @@ def syncfs(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if _libc.syncfs(descriptor) != 0:
-            errno = ctypes.get_errno()
-            raise OSError(errno, os.strerror(errno), str(path))
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
     finally:
         os.close(descriptor)

@@ -7,7 +7,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       staging/<id>/                 incomplete trees, cleared at start
       trash/                        trees being unlinked, cleared at start and in the background
       builds/<build id>/            build.json, events.ndjson, and the container's directory
-      sandboxes/<sandbox id>/       sandbox.json, and the container's directory
+      sandboxes/<sandbox id>/       sandbox.json, commands, the container's directory
       layers/<scope>/<key>/         results of a build's steps, for reuse by another (layers.py)
       snapshots/<snapshot id>/      a sandbox's disk and tmpfs, to start others from (snapshots.py)
       quarantine/<kind>.<name>/     what was set aside instead of deleted (quarantine.py)
@@ -45,6 +45,8 @@ from hostruntime.host.records import BadRecord, read_record
 from hostruntime.host.writing import write_atomically
 
 CLAIMS_DIR = Path("/run/orkestr/instances")
+# How many instances a machine had while each had 256 slots.
+_EARLIER_INSTANCES = 16
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -78,6 +80,11 @@ class StatePaths:
     def sandboxes(self) -> Path:
         """One directory per sandbox."""
         return self.root / "sandboxes"
+
+    @property
+    def warm(self) -> Path:
+        """One directory per container that waits for its sandbox."""
+        return self.root / "warm"
 
     @property
     def usage(self) -> Path:
@@ -149,6 +156,7 @@ class StatePaths:
             self.trash,
             self.builds,
             self.sandboxes,
+            self.warm,
             self.usage,
             self.disks,
             self.layers,
@@ -177,6 +185,10 @@ class Instance:
     def prefix(self) -> str:
         """Starts every LXC container and cgroup name of this instance: ``ork0-``."""
         return f"ork{self.index}-"
+
+    def container_name(self, owner: str) -> str:
+        """The name of a container that is started for this owner, and of its control groups."""
+        return f"{self.prefix}{owner}"
 
     @property
     def nft_table(self) -> str:
@@ -209,12 +221,14 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> Instance:
     remembered in the state directory; a claim whose state directory is gone is free.  Numbers
     whose subnet the machine already routes elsewhere are passed over.
 
-    Raises :class:`HostUnavailable` when all sixteen are taken.
+    Raises :class:`HostUnavailable` when all are taken, or containers of an earlier version use a
+    number that there is no more.
     """
     claims.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Nobody else may even open the lock: they could hold it against every agent (flock(2)).
     claims.chmod(0o700)
     recorded = _recorded_index(paths)
+    _require_no_earlier_claim(paths, claims)
     with _file_lock(claims / ".lock"):
         if recorded is None:
             # Its record may be damaged while running containers still use the number's names.
@@ -232,6 +246,20 @@ def claim_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> Instance:
         f"All {MAX_INSTANCES} instance numbers of this machine are taken. Run `make clean` in an "
         f"installation that is not needed any more, or delete its file in {claims}."
     )
+
+
+def _require_no_earlier_claim(paths: StatePaths, claims: Path) -> None:
+    """Raise HostUnavailable if a number is claimed that only earlier versions had (up to 15).
+
+    Its containers would be found by nobody.  Claims do not survive a reboot, and nor do containers.
+    """
+    for index in range(MAX_INSTANCES, _EARLIER_INSTANCES):
+        if _holder(claims / str(index)) == paths.root:
+            raise HostUnavailable(
+                f"Sandboxes of this installation may still run as instance {index}, a number that "
+                f"this version does not have: a machine has {MAX_INSTANCES} now, of more sandboxes "
+                "each. Run `make down` with the version that started them, or reboot; then start."
+            )
 
 
 def release_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> None:

@@ -19,6 +19,10 @@ Network namespaces and their assignments do not survive a reboot, and neither do
           decisions/<owner>.ndjson proxy:proxy, requests and decisions
           direct/<owner>.ndjson    root:root, attempts to bypass the proxy
 
+The directory of an instance is mounted onto itself, privately: what is mounted in it then shows in
+no other mount namespace of the machine (systemd makes one for many a service,
+mount_namespaces(7)), and whoever starts with a copy of it all detaches it by a single call.
+
 Unless stated otherwise, everything is owned by root and closed to everybody else: containers' files
 have the ids they have inside, so files of root's in there would otherwise be open to every user of
 this machine.  Three directories can be traversed, but not listed: LXC (5.0.2 and 6.0) enters a
@@ -29,9 +33,12 @@ needs to traverse its lxcpath.  The directories below are closed to all but that
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostruntime.errors import HostFault
+from hostruntime.host import kernel
 from hostruntime.host.paths import Instance
 
 RUN_ROOT = Path("/run/orkestr")
@@ -62,6 +69,23 @@ class RunDir:
             # Set-group-id: files that root writes here belong to the proxy's group.
             ensure_directory(directory, 0o2750, proxy_gid)
         ensure_directory(self.direct, 0o700)
+        self._mount_privately()
+
+    def _mount_privately(self) -> None:
+        # Where an earlier version's containers run, their mounts would be covered.
+        if not kernel.mount_points_under(self.root):
+            kernel.mount(str(self.root), self.root, None, kernel.MS_BIND)
+            kernel.mount("none", self.root, None, kernel.MS_PRIVATE)
+
+    def remove(self) -> None:
+        """Remove the directory, in which nothing may be mounted any more; idempotent.
+
+        Raises HostFault if something is, OSError.
+        """
+        if mounts := [path for path in kernel.mount_points_under(self.root) if path != self.root]:
+            raise HostFault(f"{mounts[0]} is still mounted; unmount it and try again.")
+        kernel.umount_all(self.root)
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def ensure_disks(self) -> None:
         """Create the directory of disks and its parents; idempotent.  Raises OSError."""

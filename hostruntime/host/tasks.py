@@ -4,7 +4,7 @@
 * work that completes even if the caller is cancelled: :func:`in_thread` and
   :func:`run_to_completion`, which wait for it, and :func:`shielded`, which does not;
 * :class:`KeyedLocks`, one lock per name;
-* :func:`readable` and :func:`writable`, which wait for a descriptor;
+* :func:`readable` and :func:`writable`, which wait for a descriptor, and :func:`read_to_end`;
 * :func:`every` for periodic work, and :func:`log_errors` for work whose failure only gets logged.
 
 The event loop never waits for a disk: what reads or writes a file, a log or a tree runs in a
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from hostruntime.errors import HostError
 
 # Log a failure that repeats itself at most this often.
 REPEAT_LOG_SECONDS = 60.0
+_READ_BYTES = 64 * 1024
 _shielded: set[asyncio.Future[Any]] = set()
 _log = logging.getLogger(__name__)
 
@@ -171,6 +173,21 @@ async def writable(descriptor: int) -> None:
         await ready.wait()
     finally:
         loop.remove_writer(descriptor)
+
+
+async def read_to_end(descriptor: int) -> bytes:
+    """Read a pipe until its last writer has closed it.  Raises OSError."""
+    os.set_blocking(descriptor, False)
+    data = b""
+    while True:
+        try:
+            part = os.read(descriptor, _READ_BYTES)
+        except BlockingIOError:
+            await readable(descriptor)
+            continue
+        if not part:
+            return data
+        data += part
 
 
 # Background and periodic work --------------------------------------------------------------------

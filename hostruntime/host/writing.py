@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from hostruntime.host import kernel
@@ -14,7 +15,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600, *, durable: boo
     That holds if the writer dies, and with ``durable`` also after a power cut: the new content is
     then on disk on return, which costs two flushes of the disk.  Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Each thread's own: several may write the same file at once.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as handle:  # noqa: PTH123 - a descriptor, not a path

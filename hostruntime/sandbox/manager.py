@@ -1,9 +1,10 @@
 """Sandboxes: containers that live until a deadline, and their records.
 
 A sandbox is a directory ``sandboxes/<id>/`` with ``sandbox.json`` and the container's own files.
-The record is written before the container starts, and again whenever it changes, so a new agent
-knows what the previous one did.  A sandbox that ended by itself (its deadline passed, its init
-died) keeps its record, state ``gone`` with a reason, for a day or until it is deleted.
+The directory is there before the container starts, and the record as soon as it runs; the record
+is written again whenever it changes, so a new agent knows what the previous one did.  A sandbox
+that ended by itself (its deadline passed, its init died) keeps its record, state ``gone`` with a
+reason, for a day or until it is deleted.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from pydantic import ConfigDict, TypeAdapter
+from typing import Any
 
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
 from hostruntime.container.exec import Frame, shell_argv
@@ -29,7 +27,7 @@ from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, N
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
-from hostruntime.host.records import STRICT, BadRecord, read_record
+from hostruntime.host.records import BadRecord
 from hostruntime.host.tasks import (
     KeyedLocks,
     cancel_and_wait,
@@ -46,83 +44,23 @@ from hostruntime.image.environment import (
 )
 from hostruntime.image.identity import write_identity
 from hostruntime.image.store import Image, ImageStore
-from hostruntime.network.policy import Policy, PolicyError
+from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot
+from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
+from hostruntime.sandbox.record import RECORD_FILE, Reason, Sandbox, policy_of, read_sandbox
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
 from hostruntime.sandbox.usage import UsageStore
+from hostruntime.sandbox.warm_pool import WarmPool
+from hostruntime.wire.background import CommandInfo, StartCommand
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
-Reason = Literal["expired", "exited", "host_lost", "out_of_disk"]
 SWEEP_SECONDS = 0.5
 KEEP_RECORD_SECONDS = 86_400.0
-_RECORD = "sandbox.json"
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sandbox:
-    """The current state of a sandbox."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    request: CreateSandbox
-    state: Literal["starting", "running", "gone"]
-    image_id: str
-    image_tree: str
-    deadline: float | None
-    # The effective deadline by :mod:`hostruntime.host.clock`, and the boot that it belongs to.
-    due: float | None = None
-    boot: str = ""
-    started_at: float = 0.0
-    boot_ms: float = 0.0
-    reason: Reason | None = None
-    ended_at: float | None = None
-    slot: Mapping[str, Any] | None = None
-    paused: bool = False
-    # The environment variables of its image (hostruntime.image.environment).
-    image_env: Mapping[str, str] = field(default_factory=dict)
-
-    def info(self, *, held: bool) -> SandboxInfo:
-        """The sandbox as the agent's API returns it."""
-        return SandboxInfo(
-            id=self.request.id,
-            image=self.request.image,
-            state=self.state,
-            started_at=self.started_at,
-            boot_ms=round(self.boot_ms, 2),
-            deadline=self.deadline if self.state == "gone" else self.ends_at,
-            network=self.request.network,
-            reason=self.reason,
-            ended_at=self.ended_at,
-            paused=self.paused,
-            held=held,
-        )
-
-    @property
-    def ends_at(self) -> float | None:
-        """When it ends, in Unix seconds by the current wall clock."""
-        current = clock.to_wall_clock(self.due)
-        # Exactly as requested, unless the clock has been set since.
-        unchanged = (
-            current is not None and self.deadline is not None and abs(current - self.deadline) < 1
-        )
-        return self.deadline if unchanged else current
-
-    @property
-    def is_expired(self) -> bool:
-        """Whether its deadline has passed, however the clock was set meanwhile."""
-        return self.due is not None and self.due <= clock.elapsed()
-
-    def with_deadline(self, deadline: float | None) -> Sandbox:
-        """The same with another deadline, in Unix seconds."""
-        due = clock.to_boottime(deadline)
-        return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
-
-
-_SANDBOX = TypeAdapter(Sandbox)
 Sandboxes = list[Sandbox]
 
 
@@ -135,6 +73,8 @@ class SandboxManager:
     store: ImageStore
     usage: UsageStore = field(init=False)
     snapshots: SnapshotManager = field(init=False)
+    warm: WarmPool = field(init=False)
+    background: BackgroundCommands = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
@@ -146,6 +86,8 @@ class SandboxManager:
     def __post_init__(self) -> None:
         self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
+        self.warm = WarmPool(self.paths, self.containers, self.store.trash)
+        self.background = BackgroundCommands(self.paths, self.containers)
 
     # Lifecycle of the manager --------------------------------------------------------------
 
@@ -156,6 +98,8 @@ class SandboxManager:
             await self._restore(sandbox)
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         await in_thread(self.usage.recover, running)
+        for sandbox_id in running:
+            await in_thread(self.background.recover, sandbox_id)
 
     def _load_records(self) -> Sandboxes:
         """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
@@ -168,23 +112,26 @@ class SandboxManager:
                 self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
                 continue
             if sandbox is None:
-                # The agent died before it wrote a record.
+                # The agent died before it ran.
                 self.store.trash.discard(directory)
                 continue
             if sandbox.state == "starting":
-                # It was never reported to anybody.
+                # Earlier agents recorded that, too.  It was never reported to anybody.
                 self.store.trash.discard(directory)
                 continue
             records.append(sandbox)
         return records
 
-    async def _restore(self, sandbox: Sandbox) -> None:
+    async def _restore(self, recorded: Sandbox) -> None:
+        sandbox = recorded
         if sandbox.state == "running" and sandbox.boot != clock.boot_id():
             # Another boot, or a record by an agent that only used the wall clock.
             sandbox = sandbox.with_deadline(sandbox.deadline)
         if sandbox.state == "running" and not self._adopt(sandbox):
             sandbox = replace(sandbox, state="gone", reason="host_lost", ended_at=time.time())
-        await self._save(sandbox)
+        self._sandboxes[sandbox.request.id] = sandbox
+        if sandbox is not recorded:
+            await self._save(sandbox)
 
     def live(self) -> set[str]:
         """The ids of running sandboxes, which use slots and images."""
@@ -196,11 +143,14 @@ class SandboxManager:
         description = "the deadlines of sandboxes could not be checked"
         self._sweeper = every(SWEEP_SECONDS, self._sweep, description)
         self.usage.start_sampling()
+        self.warm.start()
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes keep running."""
         await cancel_and_wait(self._sweeper)
+        await self.warm.close()
         await self.usage.close()
+        self.background.watch.close()
 
     async def refreeze_paused(self) -> None:
         """Freeze all sandboxes recorded as paused, whatever state the previous agent left."""
@@ -234,25 +184,31 @@ class SandboxManager:
         """
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
-        policy = _validate(request)
+        policy = policy_of(request)
         return await shielded(self._create(request, policy))
 
     async def _create(self, request: CreateSandbox, policy: Policy) -> tuple[Sandbox, bool]:
         async with self._locks.holding(request.id):
             if request.id in self._sandboxes:
                 return self._sandboxes[request.id], False
-            await in_thread(self.containers.require_space)
-            if request.snapshot is None:
-                return await self._start_sandbox(request, policy, None), True
-            async with self.snapshots.use(request.snapshot) as snapshot:
-                request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
-                return await self._start_sandbox(request, policy, snapshot), True
+            await self.containers.admit(request.id, Limits.of(request))
+            try:
+                return await self._admitted(request, policy), True
+            finally:
+                self.containers.dismiss(request.id)
+
+    async def _admitted(self, request: CreateSandbox, policy: Policy) -> Sandbox:
+        if request.snapshot is None:
+            return await self._start_sandbox(request, policy, None)
+        async with self.snapshots.use(request.snapshot) as snapshot:
+            request = replace(request, image=snapshot.image_id, disk_mb=snapshot.disk_mb)
+            return await self._start_sandbox(request, policy, snapshot)
 
     async def _start_sandbox(
         self, request: CreateSandbox, policy: Policy, snapshot: Snapshot | None
     ) -> Sandbox:
         try:
-            sandbox = await in_thread(self._write_record, request, snapshot)
+            sandbox = await in_thread(self._describe, request, snapshot)
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
             await self._drop(request.id, request.image)
@@ -261,10 +217,12 @@ class SandboxManager:
         self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
 
-    def _write_record(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
-        """Write the record of a sandbox that is about to start, before anything is created."""
-        directory = self._directory(request.id)
-        directory.mkdir(mode=0o700, exist_ok=True)
+    def _describe(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
+        """Create the directory of a sandbox that is about to start, and have it use its image.
+
+        Its record is written when it runs: a new agent discards what never did, either way.
+        """
+        self._directory(request.id).mkdir(mode=0o700, exist_ok=True)
         image = self._image(request, snapshot)
         sandbox = Sandbox(
             request,
@@ -275,7 +233,6 @@ class SandboxManager:
             image_env=image.manifest.env,
         ).with_deadline(request.deadline)
         check_variable_sizes(self._environment(sandbox))
-        write_json(directory / _RECORD, asdict(sandbox))
         return sandbox
 
     def _image(self, request: CreateSandbox, snapshot: Snapshot | None) -> Image:
@@ -285,7 +242,7 @@ class SandboxManager:
 
     async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> RunningContainer:
         if snapshot is None:
-            return await self.containers.start(spec)
+            return await self.warm.claim(spec) or await self.containers.start(spec)
         disk = self.snapshots.disk(snapshot)
         running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
@@ -319,7 +276,7 @@ class SandboxManager:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             if sandbox is not None:
-                await self.usage.read(sandbox_id)
+                self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
                 await self.usage.finish(sandbox_id)
                 await self._drop(sandbox_id, sandbox.image_id)
@@ -364,6 +321,10 @@ class SandboxManager:
             self.changes.record(sandbox_id)
             return self._sandboxes[sandbox_id]
 
+    def require_present(self, sandbox_id: str) -> None:
+        """Raise NotFound or ContainerGone unless it has a container, paused or not."""
+        self._running(sandbox_id)
+
     def exec(self, sandbox_id: str, request: Exec) -> AsyncGenerator[Frame, None]:
         """Run a command; its environment overrides the sandbox's, which overrides the image's.
 
@@ -390,6 +351,28 @@ class SandboxManager:
             async with contextlib.aclosing(frames):
                 async for frame in frames:
                     yield frame
+
+    async def start_command(self, sandbox_id: str, request: StartCommand) -> CommandInfo:
+        """Start a background command, in the environment of :meth:`exec`.
+
+        If the caller is cancelled, it is started all the same.  Raises like
+        :meth:`BackgroundCommands.start`, NotFound.
+        """
+        argv = _argv(Exec(request.command, cwd=request.cwd, env=request.env))
+        return await shielded(self._start_command(sandbox_id, request, argv))
+
+    async def _start_command(
+        self, sandbox_id: str, request: StartCommand, argv: Sequence[str]
+    ) -> CommandInfo:
+        async with self._locks.holding(sandbox_id):
+            environment = {**self._environment(self._usable(sandbox_id)), **request.env}
+            check_variable_sizes(environment)
+            launch = Launch(request.id, request.command, argv, request.cwd, environment)
+            return await self.background.start(sandbox_id, launch)
+
+    def require_running(self, sandbox_id: str) -> str:
+        """The id of a sandbox that runs, or is paused.  Raises NotFound, ContainerGone."""
+        return self._running(sandbox_id).request.id
 
     def _environment(self, sandbox: Sandbox) -> Environment:
         host = self.containers.environment(sandbox.request.network)
@@ -426,10 +409,31 @@ class SandboxManager:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
             # Its deadline may have changed while we waited for the lock.
-            if sandbox is not None and sandbox.state == "running" and sandbox.is_expired:
-                await self.usage.read(sandbox_id)
-                await self.containers.stop(sandbox_id)
-                await self._record_end(sandbox, "expired")
+            if sandbox is None or sandbox.state != "running" or not sandbox.is_expired:
+                return
+            if await self._paused_instead(sandbox):
+                return
+            self.usage.read(sandbox_id)
+            await self.containers.stop(sandbox_id)
+            await self._record_end(sandbox, "expired")
+
+    async def _paused_instead(self, sandbox: Sandbox) -> bool:
+        """Pause a sandbox at its deadline if that was asked for; whether it is paused.
+
+        One that can't be paused ends: none outlives its deadline.
+        """
+        seconds, sandbox_id = sandbox.request.pause_seconds, sandbox.request.id
+        if seconds is None or sandbox.paused:
+            return False
+        with log_errors(f"sandbox {sandbox_id} could not be paused at its deadline"):
+            await self.containers.pause(sandbox_id)
+            paused = replace(sandbox, paused=True).with_deadline(time.time() + seconds)
+            # Known and reported even if it can't be saved: the host's disk may be full.
+            with log_errors(f"that sandbox {sandbox_id} is paused could not be saved"):
+                await self._save(paused)
+            self.changes.record(sandbox_id)
+            return True
+        return False
 
     async def _on_exit(self, owner: str) -> None:
         if owner not in self._sandboxes:
@@ -476,8 +480,8 @@ class SandboxManager:
         slot = self.containers.pool.slot_of(sandbox.request.id)
         if slot is None:
             return False
-        spec = self._spec(sandbox, _validate(sandbox.request))
-        name = self.containers.name_of(sandbox.request.id)
+        spec = self._spec(sandbox, policy_of(sandbox.request))
+        name = sandbox.container_name(self.containers.instance)
         running = RunningContainer(
             sandbox.request.id, name, slot, 0, sandbox.started_at, sandbox.boot_ms, spec
         )
@@ -507,7 +511,7 @@ class SandboxManager:
     async def _save(self, sandbox: Sandbox) -> None:
         """Record the new state in memory, then on disk.  The caller holds its lock."""
         self._sandboxes[sandbox.request.id] = sandbox
-        path = self._directory(sandbox.request.id) / _RECORD
+        path = self._directory(sandbox.request.id) / RECORD_FILE
         await in_thread(write_json, path, asdict(sandbox))
 
     async def _drop(self, sandbox_id: str, image_id: str) -> None:
@@ -525,21 +529,6 @@ class SandboxManager:
         return self.paths.sandboxes / sandbox_id
 
 
-def read_sandbox(directory: Path) -> Sandbox | None:
-    """Read the record in a sandbox's directory; None if there is none.  Raises BadRecord."""
-    path = directory / _RECORD
-    sandbox = read_record(path, _SANDBOX)
-    if sandbox is None:
-        return None
-    if sandbox.request.id != directory.name:
-        raise BadRecord(path, f"it is the record of {sandbox.request.id[:100]!r}")
-    try:
-        _validate(sandbox.request)
-    except InvalidRequest as error:
-        raise BadRecord(path, error.detail) from error
-    return sandbox
-
-
 def _as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
     return replace(
         sandbox,
@@ -547,6 +536,7 @@ def _as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
         started_at=running.started_at,
         boot_ms=running.boot_ms,
         slot=_slot_record(running.slot),
+        container=running.name,
     )
 
 
@@ -562,14 +552,3 @@ def _argv(request: Exec) -> Sequence[str]:
         raise InvalidRequest("A command cannot contain a NUL character.")
     check_environment(request.env)
     return shell_argv(command) if isinstance(command, str) else argv
-
-
-def _validate(request: CreateSandbox) -> Policy:
-    """Validate a request and return its network policy.  Raises InvalidRequest."""
-    if _ID.fullmatch(request.id) is None:
-        raise InvalidRequest(f"{request.id[:80]!r} is not a sandbox id: use letters, digits, _, -.")
-    check_environment(request.env)
-    try:
-        return Policy.parse(request.network, request.allow_domains)
-    except PolicyError as error:
-        raise InvalidRequest(str(error)) from error

@@ -302,7 +302,8 @@ class SnapshotManager:
     def _prepare(self, directory: Path, snapshot_id: str, source: Source) -> None:
         self.store.trash.discard(directory)
         directory.mkdir(mode=0o700)
-        write_json(directory / _SOURCE, {"sandbox": source.sandbox})
+        container = self.containers.name_of(source.sandbox)
+        write_json(directory / _SOURCE, {"sandbox": source.sandbox, "container": container})
         self.store.share(source.image_id, source.sandbox, image_user(snapshot_id))
 
     def _require_space_for_copy(self, source: Source) -> None:
@@ -409,11 +410,12 @@ def image_users(paths: StatePaths) -> frozenset[str]:
 def remove_incomplete(paths: StatePaths, instance: Instance, trash: Trash) -> None:
     """Discard a killed agent's unfinished captures, and thaw the sandboxes frozen for them."""
     for directory in paths.snapshots.glob(".*"):
-        sandbox = (read_json(directory / _SOURCE) or {}).get("sandbox")
-        if sandbox:
+        source = read_json(directory / _SOURCE) or {}
+        if sandbox := source.get("sandbox"):
             Disks(paths, instance).thaw(str(sandbox))
-            group = cgroup_layout().container(f"{instance.prefix}{sandbox}").unified
-            freeze_group(group, frozen=False)
+            # Agents of earlier versions did not record the container's name.
+            name = str(source.get("container") or instance.container_name(str(sandbox)))
+            freeze_group(cgroup_layout().container(name).unified, frozen=False)
         trash.discard(directory)
 
 

@@ -30,7 +30,8 @@ from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, every, in_thread, log_errors
 from hostruntime.image.quarantine import Quarantine
-from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, UsageInfo
+from hostruntime.sandbox.metrics import Windows
+from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, SandboxMetrics, UsageInfo
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
@@ -136,6 +137,7 @@ class UsageStore:
     groups: Callable[[str], ContainerGroups]
     quarantine: Quarantine
     _meters: dict[str, Meter] = field(default_factory=dict)
+    _windows: Windows = field(default_factory=Windows)
     _sampler: asyncio.Task[None] | None = None
     # Only one thread at a time writes a file, so that the last write has the latest sums.
     _files: KeyedLocks = field(default_factory=KeyedLocks)
@@ -183,16 +185,24 @@ class UsageStore:
         meter.cpu_us, meter.memory_bytes, meter.ended_at = 0, None, None
         meter.saved_at = time.monotonic()
 
-    async def read(self, sandbox_id: str) -> None:
+    def read(self, sandbox_id: str) -> None:
         """Read a sandbox's counters now; call it before a stop, which removes them."""
-        self._apply(await asyncio.to_thread(self._readings, [sandbox_id]))
+        self._apply(self._readings([sandbox_id]))
 
     async def finish(self, sandbox_id: str) -> None:
         """Finalise the sums of a sandbox that has ended; they are stored until collected."""
         meter = self._meters.get(sandbox_id)
         if meter is not None and meter.ended_at is None:
             meter.ended_at = time.time()
+            self._windows.forget(sandbox_id)
             await self._save(meter)
+
+    async def metrics(self, sandbox_id: str) -> SandboxMetrics:
+        """What a running sandbox uses, and has used lately."""
+        memory = await in_thread(self.groups(sandbox_id).working_set_bytes)
+        meter = self._meters.get(sandbox_id)
+        total = meter.info().total if meter is not None else ResourceUsage()
+        return SandboxMetrics(sandbox_id, memory, total, self._windows.of(sandbox_id))
 
     # Collection ----------------------------------------------------------------------------
 
@@ -232,8 +242,11 @@ class UsageStore:
         offset = time.time() - time.monotonic()
         for sandbox_id, reading in readings.items():
             meter = self._meters.get(sandbox_id)
-            if meter is not None:
-                meter.add(reading, reading.at + offset)
+            if meter is not None and meter.ended_at is None:
+                seconds, cpu_us = reading.at - meter.read_at, reading.cpu_us - meter.cpu_us
+                at = reading.at + offset
+                self._windows.add(sandbox_id, at, seconds, cpu_us / 1e6, reading.memory_bytes)
+                meter.add(reading, at)
 
     async def _save_old(self) -> None:
         cutoff = time.monotonic() - SAVE_SECONDS

@@ -1,0 +1,41 @@
+"""What sandboxes used lately: a minute of samples each, in memory.
+
+The samples are by-products of the readings that usage is summed from
+(:mod:`hostruntime.sandbox.usage`), so they cost no reading of their own: an object per sandbox and
+two seconds, the oldest of which are dropped. A restart of the agent begins them anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hostruntime.wire.sandboxes import MetricsSample
+
+WINDOW_SECONDS = 60.0
+# Too short an interval says little, and a longer one than this is no sample of a moment.
+MIN_INTERVAL, MAX_INTERVAL = 0.5, 10.0
+_SAMPLES = 31
+
+
+@dataclass
+class Windows:
+    """The samples by sandbox id, oldest first."""
+
+    _samples: dict[str, deque[MetricsSample]] = field(default_factory=dict)
+
+    def add(
+        self, sandbox_id: str, at: float, seconds: float, cpu_seconds: float, memory_bytes: int
+    ) -> None:
+        """Add what was used in the ``seconds`` before ``at``, in Unix seconds."""
+        if MIN_INTERVAL <= seconds <= MAX_INTERVAL:
+            window = self._samples.setdefault(sandbox_id, deque(maxlen=_SAMPLES))
+            window.append(MetricsSample(at, max(cpu_seconds, 0.0) / seconds, memory_bytes))
+
+    def of(self, sandbox_id: str) -> tuple[MetricsSample, ...]:
+        """Those of one sandbox; none if it has just started, or has ended."""
+        return tuple(self._samples.get(sandbox_id, ()))
+
+    def forget(self, sandbox_id: str) -> None:
+        """Drop those of a sandbox that has ended."""
+        self._samples.pop(sandbox_id, None)

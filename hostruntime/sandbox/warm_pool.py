@@ -1,0 +1,309 @@
+"""Warm containers: started before a sandbox needs them, so that creating it is a claim.
+
+A warm container was started from an image with certain limits and a network policy (its *shape*),
+and is frozen: only its init is in it.  The first sandbox of the same shape gets it under the
+sandbox's own id, which takes some milliseconds; everything else about it is as if it had been
+started at that moment (:meth:`ContainerManager.hand_over`).  The environment of a sandbox is not
+part of its shape, as it is given to each command.
+
+How many there are follows demand: one of each shape requested lately, and as many as were requested
+within a minute.  ``ORKESTR_WARM_CONTAINERS`` limits all of them together; 0 turns this off.  They
+never take anything from sandboxes and builds: they have no record, no meter and no use of their
+image, the oldest is stopped if a slot is missing, and all are while memory or disk space is short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from hostruntime.container.capacity import memory_bytes
+from hostruntime.container.limits import Limits
+from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
+from hostruntime.errors import HostError, HostFull, InvalidRequest
+from hostruntime.host.paths import StatePaths
+from hostruntime.host.tasks import cancel_and_wait, every, in_thread, log_errors
+from hostruntime.image.identity import write_identity
+from hostruntime.image.trash import Trash
+from hostruntime.network.policy import Policy
+
+SETTING = "ORKESTR_WARM_CONTAINERS"
+# A sandbox's id contains no dot, so no sandbox has such a name.
+PREFIX = "warm."
+# How long after its last request a shape is kept ready.
+KEEP_SECONDS = 900.0
+# A shape is kept ready as often as it was requested within this time.
+_DEMAND_SECONDS = 60.0
+_CHECK_SECONDS = 5.0
+# Whoever creates a sandbox mostly runs a command in it at once, which takes half as long again
+# while a container is being started.  So none is until nobody has claimed one for a moment, but
+# those who come one after the other do not wait for theirs for long.
+QUIET_SECONDS, MAX_WAIT_SECONDS = 0.1, 0.25
+_MAX_DEFAULT, _GIB_PER_CONTAINER = 8, 2
+MAXIMUM = 256
+# Below this share of the machine's memory there are none.
+_MIN_MEMORY_SHARE = 0.1
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What containers have in common that can replace each other.
+
+    ``identity`` tells the image's tree from a later one at the same path.
+    """
+
+    tree: Path
+    identity: tuple[int, int]
+    policy: Policy
+    limits: Limits
+
+    @classmethod
+    def of(cls, spec: ContainerSpec) -> Shape:
+        """The shape of a container.  Raises OSError if its image's tree does not exist."""
+        return cls(spec.image_tree, _identity(spec.image_tree), spec.policy, spec.limits)
+
+    def is_current(self) -> bool:
+        """Whether the image's tree still exists."""
+        try:
+            return _identity(self.tree) == self.identity
+        except OSError:
+            return False
+
+
+def _identity(tree: Path) -> tuple[int, int]:
+    status = tree.stat()
+    return status.st_ino, status.st_ctime_ns
+
+
+@dataclass
+class _Demand:
+    """The requests for one shape within the last minute, and the time of the last one."""
+
+    latest: float = 0.0
+    recent: deque[float] = field(default_factory=deque)
+
+    def record(self, now: float) -> None:
+        self.latest = now
+        self.recent.append(now)
+
+    def count(self, now: float) -> int:
+        while self.recent and self.recent[0] < now - _DEMAND_SECONDS:
+            self.recent.popleft()
+        return max(len(self.recent), 1)
+
+
+@dataclass
+class WarmPool:
+    """The warm containers of one host.  For use on one event loop."""
+
+    paths: StatePaths
+    containers: ContainerManager
+    trash: Trash
+    maximum: int = field(default_factory=lambda: configured_maximum())
+    # In seconds, like time.monotonic and asyncio.sleep.
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    _ready: dict[Shape, deque[str]] = field(default_factory=dict)
+    _demand: dict[Shape, _Demand] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    # Since when there have been fewer than there should be, because some were claimed.
+    _behind_since: float | None = None
+    _task: asyncio.Task[None] | None = None
+
+    # Lifecycle -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start containers, and stop those that are not needed, until :meth:`close`."""
+        if self.maximum:
+            self.containers.stop_spare = self.stop_one
+            self.containers.on_exit.append(self._on_exit)
+            self._task = every(0.0, self._maintain, "the warm containers could not be maintained")
+
+    async def close(self) -> None:
+        """Stop all warm containers."""
+        self.containers.stop_spare = None
+        await cancel_and_wait(self._task)
+        self._demand.clear()
+        await self.stop_all()
+
+    # Use -----------------------------------------------------------------------------------
+
+    async def claim(self, spec: ContainerSpec) -> RunningContainer | None:
+        """A warm container that is now ``spec``'s, or None: it has to be started.
+
+        The sandbox must already use its image, so that the tree is not deleted meanwhile.
+        """
+        if not self.maximum:
+            return None
+        shape = await in_thread(Shape.of, spec)
+        now = self.clock()
+        self._demand.setdefault(shape, _Demand()).record(now)
+        self._behind_since = now if self._behind_since is None else self._behind_since
+        try:
+            while ready := self._ready.get(shape):
+                owner = ready.popleft()
+                try:
+                    return await self.containers.hand_over(owner, spec)
+                except (HostError, OSError) as error:
+                    # It may have been killed for lack of memory, for example.
+                    _log.warning("%s could not become %s: %s", owner, spec.owner, error)
+                    await self._stop(owner)
+            return None
+        finally:
+            self._changed.set()
+
+    def count(self) -> int:
+        """How many are ready."""
+        return sum(map(len, self._ready.values()))
+
+    async def stop_one(self) -> bool:
+        """Stop the one least likely to be needed; False if there is none."""
+        for shape in sorted(self._ready, key=self._latest):
+            if self._ready[shape]:
+                await self._stop(self._ready[shape].pop())
+                return True
+        return False
+
+    async def stop_all(self) -> None:
+        """Stop all of them; as many as are in demand are started again soon."""
+        while await self.stop_one():
+            pass
+
+    async def _on_exit(self, owner: str) -> None:
+        """Replace one that has exited by itself, for lack of memory perhaps."""
+        for ready in self._ready.values():
+            if owner in ready:
+                ready.remove(owner)
+                await self._stop(owner)
+                self._changed.set()
+                return
+
+    # Maintenance ---------------------------------------------------------------------------
+
+    async def _maintain(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CHECK_SECONDS):
+                await self._changed.wait()
+        await self._wait_for_quiet()
+        self._changed.clear()
+        await self._forget_old_shapes()
+        shares = self._shares() if await in_thread(self._has_room) else {}
+        for shape, ready in list(self._ready.items()):
+            while len(ready) > shares.get(shape, 0):
+                await self._stop(ready.pop())
+        if await self._refill(shares):
+            self._behind_since = None
+
+    async def _wait_for_quiet(self) -> None:
+        while self._behind_since is not None:
+            latest = max(map(self._latest, self._demand), default=0.0)
+            until = min(latest + QUIET_SECONDS, self._behind_since + MAX_WAIT_SECONDS)
+            if (seconds := until - self.clock()) <= 0:
+                return
+            await self.sleep(seconds)
+
+    async def _refill(self, shares: Mapping[Shape, int]) -> bool:
+        """Start what is missing, as far as there is room; False if demand changes meanwhile."""
+        for shape, share in shares.items():
+            while len(self._ready.setdefault(shape, deque())) < share:
+                if not await self._add(shape):
+                    return True
+                if self._changed.is_set():
+                    # Something else may be in demand by now.
+                    return False
+        return True
+
+    async def _forget_old_shapes(self) -> None:
+        oldest = self.clock() - KEEP_SECONDS
+        for shape in list(self._demand):
+            if self._latest(shape) < oldest or not await in_thread(shape.is_current):
+                del self._demand[shape]
+        for shape in [shape for shape in self._ready if shape not in self._demand]:
+            for owner in self._ready.pop(shape):
+                await self._stop(owner)
+
+    def _shares(self) -> dict[Shape, int]:
+        """How many of each shape there should be; those requested last come first."""
+        now, latest_first = self.clock(), sorted(self._demand, key=self._latest, reverse=True)
+        shares = dict.fromkeys(latest_first[: self.maximum], 1)
+        left = self.maximum - len(shares)
+        for shape in shares:
+            more = min(self._demand[shape].count(now) - 1, left)
+            shares[shape] += more
+            left -= more
+        return shares
+
+    def _latest(self, shape: Shape) -> float:
+        demand = self._demand.get(shape)
+        return demand.latest if demand is not None else 0.0
+
+    def _has_room(self) -> bool:
+        try:
+            self.containers.disks.require_space()
+        except (HostError, OSError):
+            return False
+        return available_memory_share() >= _MIN_MEMORY_SHARE
+
+    async def _add(self, shape: Shape) -> bool:
+        """Start one; False if there is no room for it."""
+        owner = f"{PREFIX}{secrets.token_hex(8)}"
+        spec = ContainerSpec(
+            owner,
+            shape.tree,
+            shape.policy,
+            shape.limits,
+            self.paths.warm / owner,
+            partial(write_identity, shape.tree),
+            spare=True,
+        )
+        try:
+            await self.containers.start(spec)
+            await self.containers.pause(owner)
+        except HostFull:
+            await self._stop(owner)
+            return False
+        except BaseException:
+            await self._stop(owner)
+            raise
+        # The image may have been deleted while it started.
+        if shape not in self._demand or not await in_thread(shape.is_current):
+            await self._stop(owner)
+            return False
+        self._ready.setdefault(shape, deque()).append(owner)
+        return True
+
+    async def _stop(self, owner: str) -> None:
+        with log_errors(f"the warm container {owner} could not be stopped"):
+            await self.containers.stop(owner)
+        await in_thread(self.trash.discard, self.paths.warm / owner)
+
+
+def configured_maximum(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of warm containers that may exist; by default one for 2 GiB of memory, up to 8.
+
+    Raises InvalidRequest for a setting that is not a number of them.
+    """
+    setting = environment.get(SETTING, "")
+    if not setting:
+        total_gib = memory_bytes("MemTotal") / 1024**3
+        return min(max(round(total_gib / _GIB_PER_CONTAINER), 1), _MAX_DEFAULT)
+    if not setting.isdecimal() or len(setting) > len(str(MAXIMUM)) or int(setting) > MAXIMUM:
+        raise InvalidRequest(
+            f"{SETTING} must be a whole number from 0 to {MAXIMUM}, not {setting[:20]!r}."
+        )
+    return int(setting)
+
+
+def available_memory_share() -> float:
+    """The share of the machine's memory that is available (proc_meminfo(5))."""
+    return memory_bytes("MemAvailable") / memory_bytes("MemTotal")
