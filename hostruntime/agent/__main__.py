@@ -15,12 +15,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+import uvloop
 
+from hostruntime.agent.corking import CorkedProtocol
 from hostruntime.agent.host import Host, tear_down
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
@@ -32,6 +34,7 @@ _LOCK_SECONDS = 10.0
 _PROGRESS_EVERY = 25
 _REQUESTS_GRACE_SECONDS = 1
 _SOCKET_MODE = 0o660
+_OPEN_FILES = 65_536
 # M_ARENA_MAX of mallopt(3), and how many heaps our threads share.
 _M_ARENA_MAX, _ARENAS = -8, 2
 _log = logging.getLogger("hostruntime.agent")
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         path = options.socket or paths.root / "sock"
         with _exclusive_lock(paths.ensure()) as lock, _listen(path, options.socket_group) as sock:
-            asyncio.run(_serve(paths, sock, lock))
+            asyncio.run(_serve(paths, sock, lock), loop_factory=uvloop.new_event_loop)
     except (HostError, OSError) as error:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
@@ -98,8 +101,8 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
     try:
         config = uvicorn.Config(
             application(host),
-            # A tenth of the work of the parser in Python.
-            http="httptools",
+            # Over httptools: a tenth of the work of the parser in Python.
+            http=CorkedProtocol,
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -117,6 +120,12 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
 
 def _raise_file_limit() -> None:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Each container takes some descriptors, here and in the launchers, which inherit the limit.
+    # Without CAP_SYS_RESOURCE (capabilities(7)) it stays as it is.
+    with suppress(ValueError, PermissionError):
+        wanted = max(hard_limit, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+        return
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +19,7 @@ from hostruntime.build.bases import BaseBuilder
 from hostruntime.build.layers import LayerStore, budget_bytes
 from hostruntime.build.manager import BuildManager
 from hostruntime.container import apparmor, delegation, shared_limits
+from hostruntime.container.capacity import Room
 from hostruntime.container.cgroup_migrations import favor_migrations
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.launcher import LauncherPool
@@ -80,12 +82,16 @@ class Host:
         # A hanging disk blocks the threads that wait for it, and must not block the others.
         asyncio.get_running_loop().set_default_executor(create_thread_pool(_THREADS))
         host = await asyncio.to_thread(_assemble, paths, inherited_fds)
-        await host.launchers.open()
-        await host.sandboxes.recover()
-        await host.sandboxes.refreeze_paused()
-        host.sandboxes.start_sweeping()
-        await host.builds.recover()
-        await host._check_proxy(first=True)
+        # Meanwhile: it mostly waits for other programs.
+        proxy = asyncio.create_task(host._check_proxy(first=True))
+        try:
+            await host.launchers.open()
+            await host.sandboxes.recover()
+            await host.sandboxes.refreeze_paused()
+            host.sandboxes.start_sweeping()
+            await host.builds.recover()
+        finally:
+            await proxy
         host._periodic_tasks = (
             every(
                 PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be maintained"
@@ -126,6 +132,7 @@ class Host:
             },
             notes=[*host_registries(self.paths).notes, *self.disk_monitor.notes()],
             room=self.disk_monitor.status(),
+            capacity=self.containers.capacity.status(),
         )
 
     # Relief for the disk monitor -------------------------------------------------------------
@@ -133,6 +140,7 @@ class Host:
     async def free_space(self) -> None:
         """Abort what uses more space, and delete what can be created again."""
         self.sandboxes.snapshots.abort_for_space()
+        await self.sandboxes.warm.stop_all()
         await asyncio.to_thread(self.layers.collect)
         self.store.trash.empty()
 
@@ -194,6 +202,7 @@ def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     # Invalid settings must fail here, and not in a later reconciliation.
     retention_days()
     DiskSpace.of(paths.root)
+    Room.of_machine()
     ensure_subordinate_ids()
     instance = claim_instance(paths)
     delegation.set_up(instance)
@@ -202,9 +211,12 @@ def _assemble(paths: StatePaths, inherited_fds: Sequence[int]) -> Host:
     pool.setup()
     # After pool.setup, which loads connection tracking and its sysctls.
     _limit_machine_use(instance)
-    build_runtime_layers(paths, pool)
     store = ImageStore(paths)
-    live = reclaim(paths, instance, pool, store)
+    with ThreadPoolExecutor(1) as other:
+        # It asks the machine's package managers, which takes them a second or more.
+        layers = other.submit(build_runtime_layers, paths, pool)
+        live = reclaim(paths, instance, pool, store)
+        layers.result()
     _log.info("instance %d, %d sandboxes still running", instance.index, len(live))
     return _host(paths, instance, store, ContainerManager(paths, instance, pool, launchers))
 
@@ -220,6 +232,7 @@ def _launchers(paths: StatePaths, instance: Instance, inherited_fds: Sequence[in
 def _host(
     paths: StatePaths, instance: Instance, store: ImageStore, containers: ContainerManager
 ) -> Host:
+    containers.disks.delete = store.trash.discard
     proxy = EgressProxy(paths, instance, containers.pool)
     layers = LayerStore(paths, store.trash, budget_bytes(paths))
     engine = build_plan.Host(

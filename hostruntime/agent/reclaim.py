@@ -10,24 +10,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from hostruntime.container.cgroups import cgroup_layout, kill_group
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.disk import Disks
-from hostruntime.container.manager import dismantle, lxc_dir, roots_dir
+from hostruntime.container.dismantling import dismantle, kill_container
+from hostruntime.container.manager import lxc_dir, roots_dir
 from hostruntime.errors import HostError
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.records import BadRecord
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.network.slots import SlotPool
-from hostruntime.sandbox.manager import read_sandbox
+from hostruntime.sandbox.record import read_sandbox
 from hostruntime.sandbox.snapshots import image_users, remove_incomplete
 
 _log = logging.getLogger(__name__)
-_PARALLEL = 8
+# Mostly waiting for the kernel.
+_PARALLEL = 16
 
 OnProgress = Callable[[int, int], None]
 
@@ -40,18 +41,22 @@ def reclaim(
     The pool must be set up.  Raises HostError or OSError if something cannot be removed.
     """
     remove_incomplete(paths, instance, store.trash)
-    candidates = _recorded_as_running(paths.sandboxes)
-    live = {owner for owner in candidates if _is_running(instance, owner)}
-    _dismantle_except(instance, live)
+    candidates = _recorded_as_running(paths, instance)
+    running = {owner: name for owner, name in candidates.items() if _is_running(name)}
+    live = set(running)
+    _dismantle_except(instance, running.values())
     pool.reclaim(live)
     without_slot = {owner for owner in live if pool.slot_of(owner) is None}
     if without_slot:
         # Without its network namespace or its policy a container must not keep running.
         _log.error("stopping %s: the network slot is gone", ", ".join(sorted(without_slot)))
-        _dismantle_except(instance, live - without_slot)
-    Disks(paths, instance).release_except(live - without_slot)
-    store.recover((live - without_slot) | image_users(paths))
-    return frozenset(live - without_slot)
+        live -= without_slot
+        _dismantle_except(instance, [running[owner] for owner in live])
+    _release_disks_except(Disks(paths, instance), live)
+    store.recover(live | image_users(paths))
+    for directory in paths.warm.iterdir():
+        store.trash.discard(directory)
+    return frozenset(live)
 
 
 def remove_instance(
@@ -65,17 +70,18 @@ def remove_instance(
     ``on_progress`` is called after each with the number of removed containers and the total.
     """
     remove_incomplete(paths, instance, trash)
-    _dismantle_except(instance, set(), on_progress)
+    _dismantle_except(instance, (), on_progress)
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)
-    disks.release_except(())
+    _release_disks_except(disks, ())
     for directory in (roots_dir(instance), lxc_dir(instance), disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _recorded_as_running(sandboxes: Path) -> set[str]:
-    running: set[str] = set()
-    for directory in sandboxes.iterdir():
+def _recorded_as_running(paths: StatePaths, instance: Instance) -> dict[str, str]:
+    """The sandboxes that should be running, and the names of their containers."""
+    running: dict[str, str] = {}
+    for directory in paths.sandboxes.iterdir():
         try:
             sandbox = read_sandbox(directory)
         except BadRecord as error:
@@ -83,39 +89,56 @@ def _recorded_as_running(sandboxes: Path) -> set[str]:
             _log.error("sandbox %s is stopped if it is running: %s", directory.name, error)
             continue
         if sandbox is not None and sandbox.state == "running":
-            running.add(directory.name)
+            running[directory.name] = sandbox.container_name(instance)
     return running
 
 
-def _is_running(instance: Instance, owner: str) -> bool:
-    return cgroup_layout().container(f"{instance.prefix}{owner}").init_pid() is not None
+def _is_running(name: str) -> bool:
+    return cgroup_layout().container(name).init_pid() is not None
 
 
 def _dismantle_except(
-    instance: Instance, live: set[str], on_progress: OnProgress = lambda done, of: None
+    instance: Instance, keep: Collection[str], on_progress: OnProgress = lambda done, of: None
 ) -> None:
-    keep = {f"{instance.prefix}{owner}" for owner in live}
-    roots = roots_dir(instance)
-    names = set(cgroup_layout().container_names(instance.prefix))
+    """Dismantle the containers of an instance whose names are not among these."""
+    layout, roots = cgroup_layout(), roots_dir(instance)
+    names = set(layout.container_names(instance.prefix))
     with contextlib.suppress(FileNotFoundError):
         names |= {path.name for path in roots.iterdir()}
-    doomed = sorted(names - keep)
+    doomed = sorted(names.difference(keep))
+    if doomed:
+        _log.info("removing %d containers that nobody owns: %s", len(doomed), " ".join(doomed))
+    # Kill all of them first: each takes the kernel a while, mostly waiting.
     for name in doomed:
-        _log.info("removing %s, which nobody owns", name)
-        # Kill all of them first: each takes the kernel a while, mostly waiting.
-        kill_group(cgroup_layout().container(name).unified)
+        kill_container(layout.container(name))
+    _for_each(doomed, lambda name: dismantle(layout.container(name), roots / name), on_progress)
 
-    def dismantle_one(name: str) -> str:
+
+def _release_disks_except(disks: Disks, live: Collection[str]) -> None:
+    """Release the disks of all but these owners."""
+    _for_each(sorted(disks.owners().difference(live)), disks.release)
+
+
+def _for_each(
+    names: Sequence[str],
+    action: Callable[[str], object],
+    on_progress: OnProgress = lambda done, of: None,
+) -> None:
+    """Call an action for several names at a time; raises HostError, once all have been tried."""
+
+    def attempt(name: str) -> str:
         try:
-            dismantle(cgroup_layout().container(name), roots / name)
+            action(name)
         except HostError as error:
             return error.detail
+        except OSError as error:
+            return f"{name} cannot be removed: {error}."
         return ""
 
     failures: list[str] = []
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        for done, failure in enumerate(pool.map(dismantle_one, doomed), start=1):
+        for done, failure in enumerate(pool.map(attempt, names), start=1):
             failures += [failure] if failure else []
-            on_progress(done, len(doomed))
+            on_progress(done, len(names))
     if failures:
         raise HostError(" ".join(failures))

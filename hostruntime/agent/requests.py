@@ -38,6 +38,14 @@ def query_number(request: Request, name: str, default: float) -> float:
         raise InvalidRequest(f"The parameter {name} must be a number, not {text!r}.") from None
 
 
+def query_integer(request: Request, name: str) -> int | None:
+    """A query parameter that is a number of bytes; None without one.  Raises InvalidRequest."""
+    text = request.query_params.get(name)
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise InvalidRequest(f"The parameter {name} must be a whole number, not {text!r}.")
+    return None if text is None else int(text)
+
+
 def query_flag(request: Request, name: str, *, default: bool = False) -> bool:
     """A boolean query parameter."""
     return request.query_params.get(name, "true" if default else "false") == "true"

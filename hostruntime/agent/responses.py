@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 from collections.abc import AsyncGenerator, Mapping
@@ -17,6 +16,8 @@ from hostruntime.errors import HostError, HostFault, HostFull, HostUnavailable
 from hostruntime.wire.message import Message, encode
 
 KEEP_ALIVE_SECONDS = 10.0
+HOLD_SECONDS = 0.005
+_MAX_PENDING_BYTES = 256 * 1024
 NDJSON = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def ndjson_line(message: Message) -> bytes:
 class NdjsonResponse(Response):
     """A stream of lines.
 
+    The lines of the first milliseconds are sent together: for most commands, that is all of them.
     An empty line is sent after ten seconds of silence.  When the client disconnects, the generator
     is closed immediately, and its ``finally`` blocks are awaited.
     """
@@ -50,44 +52,59 @@ class NdjsonResponse(Response):
         # The length is unknown: the body is sent in chunks.
         del self.headers["content-length"]
         self._lines = lines
+        self._pending = bytearray()
+        self._news = asyncio.Event()
+        self._taken = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve (ASGI)."""
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with aclosing(self._lines):
-            await send(head)
-            sending = asyncio.ensure_future(self._send_lines(send))
+            producing = asyncio.ensure_future(self._produce())
             disconnecting = asyncio.ensure_future(_disconnected(receive))
+            tasks = (producing, disconnecting)
             try:
-                await asyncio.wait([sending, disconnecting], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, timeout=HOLD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await self._send_head(send)
+                await self._send_lines(send, producing, disconnecting)
             finally:
-                for task in (sending, disconnecting):
+                for task in tasks:
                     task.cancel()
-                results = await asyncio.gather(sending, disconnecting, return_exceptions=True)
+                results = await asyncio.gather(*tasks, return_exceptions=True)
             if isinstance(results[0], Exception):
                 raise results[0]
 
-    async def _send_lines(self, send: Send) -> None:
-        upcoming: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                upcoming = upcoming or asyncio.ensure_future(anext(self._lines))
-                done, _ = await asyncio.wait([upcoming], timeout=KEEP_ALIVE_SECONDS)
-                body = b"\n"
-                if done:
-                    try:
-                        body = upcoming.result()
-                    except StopAsyncIteration:
-                        break
-                    finally:
-                        upcoming = None
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, HostError):
-                    await upcoming
+    async def _produce(self) -> None:
+        async for line in self._lines:
+            self._pending += line
+            self._news.set()
+            if len(self._pending) >= _MAX_PENDING_BYTES:
+                self._taken.clear()
+                await self._taken.wait()
+
+    async def _send_head(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+    async def _send_lines(
+        self, send: Send, producing: asyncio.Future[None], disconnecting: asyncio.Future[None]
+    ) -> None:
+        for task in (producing, disconnecting):
+            task.add_done_callback(lambda _: self._news.set())
+        while not disconnecting.done():
+            self._news.clear()
+            body, self._pending = bytes(self._pending), bytearray()
+            self._taken.set()
+            # Decided before the await, during which it may end.
+            ended = producing.done()
+            complete = ended and not producing.cancelled() and producing.exception() is None
+            if body or complete:
+                await send({"type": "http.response.body", "body": body, "more_body": not complete})
+            if ended:
+                return
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    await self._news.wait()
+            except TimeoutError:
+                self._pending += b"\n"
 
 
 async def _disconnected(receive: Receive) -> None:

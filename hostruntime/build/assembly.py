@@ -106,6 +106,7 @@ class Assembly:
         self._emit = emit
         self._stop = Stop()
         self._started_at = time.monotonic()
+        self._cleaning: asyncio.Task[None] | None = None
 
     async def run(self) -> Published:
         """Build and publish the image.
@@ -294,6 +295,8 @@ class Assembly:
         tree = directory / "tree"
         async with self._reporting("capture", progress):
             hashes = await self._stop.in_thread(self._create_tree, staged.base, tree, progress)
+        # Nothing needs the container any more; it goes while the tree is looked at.
+        self._begin_to_clean_up()
         linked = time.monotonic()
         async with self._reporting("scrub", progress):
             await self._scrub(tree)
@@ -394,13 +397,22 @@ class Assembly:
         return Published(image, _elapsed_ms(started_at))
 
     async def _clean_up(self) -> None:
-        """Stop the container and release its disk.
+        """Return when the container is stopped and its disk released."""
+        await run_to_completion(self._begin_to_clean_up())
+
+    def _begin_to_clean_up(self) -> asyncio.Task[None]:
+        if self._cleaning is None:
+            self._cleaning = asyncio.create_task(self._stop_container())
+        return self._cleaning
+
+    async def _stop_container(self) -> None:
+        """Stop it and release its disk.
 
         A failure is only logged, so it does not hide why the build failed; the agent cleans up
         when it next starts.
         """
         try:
-            await run_to_completion(self._host.containers.stop(self._plan.image_id))
+            await self._host.containers.stop(self._plan.image_id)
         except (HostError, OSError):
             _log.exception("build %s could not be cleaned up", self._plan.image_id)
 

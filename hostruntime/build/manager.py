@@ -159,7 +159,7 @@ class BuildManager:
     async def start(self, request: StartBuild) -> tuple[BuildInfo, bool]:
         """Start a build; return its status, and whether it is new (the same id starts once).
 
-        Raises InvalidRequest, and HostFull (nothing is recorded then) while the disk is full.
+        Raises InvalidRequest, and HostFull (nothing is recorded then) while there is no room.
         """
         return await shielded(self._start(request))
 
@@ -171,8 +171,12 @@ class BuildManager:
             policy = _validate(request)
             if request.cache is not None:
                 check_name(request.cache.scope)
-            await in_thread(self._host.containers.require_space)
-            build = await in_thread(self._new, request.id, {"request": asdict(request)})
+            await self._host.containers.admit(request.id, Limits.of(request))
+            try:
+                build = await in_thread(self._new, request.id, {"request": asdict(request)})
+            except BaseException:
+                self._host.containers.dismiss(request.id)
+                raise
             self._running[build.id] = build
             work = self._run(build, request, policy)
             build.work = asyncio.create_task(work, name=f"build {request.id}")
@@ -263,6 +267,7 @@ class BuildManager:
         with log_errors(f"the result of build {build.id} could not be recorded"):
             await self._record_end(build, request, build.work)
         self._running.pop(build.id, None)
+        self._host.containers.dismiss(build.id)
         await in_thread(self._host.store.clear_revocation, build.id)
 
     async def _record_end(

@@ -6,6 +6,7 @@ reported after the last step, because a step may leave files there that a later 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,15 +39,10 @@ class UncapturedFiles:
     async def scan(self, step: int) -> tuple[str, ...]:
         """Return the files that are new since the last scan, and attribute them to ``step``."""
         new: list[str] = []
-        for directory in DIRECTORIES:
-            try:
-                names = await self._containers.list_directory(self._owner, directory)
-            except HostError:
-                # Too many to list, or out of memory: no reason to fail a build.
+        listings = await asyncio.gather(*map(self._list, DIRECTORIES))
+        for directory, paths in zip(DIRECTORIES, listings, strict=True):
+            if paths is None:
                 continue
-            paths = {
-                f"{directory}/{name}" for name in names if not _TEMPORARY_NAMES.fullmatch(name)
-            }
             known = {path for path in self._step_by_path if path.startswith(f"{directory}/")}
             for path in known - paths:
                 del self._step_by_path[path]
@@ -54,6 +50,14 @@ class UncapturedFiles:
             self._step_by_path |= dict.fromkeys(fresh, step)
             new += fresh
         return tuple(new)
+
+    async def _list(self, directory: str) -> set[str] | None:
+        try:
+            names = await self._containers.list_directory(self._owner, directory)
+        except HostError:
+            # Too many to list, or out of memory: no reason to fail a build.
+            return None
+        return {f"{directory}/{name}" for name in names if not _TEMPORARY_NAMES.fullmatch(name)}
 
     def report(self, emit: Emit) -> None:
         """Emit an event for each step that left files that still exist."""

@@ -1,55 +1,67 @@
-"""The client of the host agent inside an event loop, for commands: their output as it comes.
+"""The client of the host agent inside an event loop: commands and files as they come, calls.
 
-Each call of a command goes through here, and httpx, which the synchronous client has, takes five
-times as long over a request as aiohttp does.  :func:`async_host_client` keeps one client, with its
-connections, for each event loop and socket.
+What API calls make of the agent goes through here, with connections of its own
+(:mod:`hostruntime.client.connection`): httpx, which the synchronous client has, takes many times as
+long over a request.  :func:`async_host_client` keeps one client, with its connections, for each
+event loop and socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, NamedTuple, Self, cast
+from urllib.parse import urlencode
 
-import aiohttp
-
-from hostruntime.client.transport import ExecCollector, no_answer, parse, parse_error, unreachable
+from hostruntime.client import calls
+from hostruntime.client.calls import Call
+from hostruntime.client.connection import AgentConnection, AgentConnections
+from hostruntime.client.transport import (
+    ExecCollector,
+    no_answer,
+    parse,
+    parse_error,
+    parse_part,
+    unreachable,
+)
+from hostruntime.errors import TooManyCommands
 from hostruntime.host.patience import scaled
+from hostruntime.wire.background import CommandFrame, FollowCommand
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
+from hostruntime.wire.files import FilePart, WantedPart, WrittenFile
 from hostruntime.wire.message import encode
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 # A stream sends something at least every 10 s (a blank line), so silence means a dead agent.
 _CONNECT_SECONDS, _SILENCE_SECONDS = 5.0, 30.0
+# More than the agent gives the process in the container for one step (hostruntime.container.files),
+# so that it is the agent who says what was wrong.
+_TRANSFER_SECONDS = 90.0
 # Less than the agent's own (agent.__main__), so that it never closes one that is about to be used.
 _KEEP_ALIVE_SECONDS = 60.0
-# The longest line is a chunk of 64 KiB in base64; aiohttp refuses one of twice this.
-_LINE_BYTES = 1024 * 1024
+
+
+class Received(NamedTuple):
+    """A whole answer."""
+
+    content: bytes
+    headers: Mapping[str, str]
 
 
 class AsyncHostClient:
-    """The agent from inside an event loop, for streams.  Raises the same as HostClient."""
+    """The agent from inside an event loop.  Raises the same as HostClient."""
 
     def __init__(self, socket: Path | str) -> None:
         self.socket = Path(socket)
-        self._http = aiohttp.ClientSession(
-            "http://host",
-            # As many as are asked for: the callers have limits of their own, and a command uses a
-            # connection for as long as it runs.
-            connector=aiohttp.UnixConnector(
-                str(socket), limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS
-            ),
-            timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=scaled(_CONNECT_SECONDS),
-                sock_read=scaled(_SILENCE_SECONDS),
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=_LINE_BYTES,
+        self._connections = AgentConnections(
+            str(socket),
+            connect_seconds=scaled(_CONNECT_SECONDS),
+            idle_seconds=_KEEP_ALIVE_SECONDS,
         )
 
     async def __aenter__(self) -> Self:
@@ -59,8 +71,8 @@ class AsyncHostClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.close()
+        """Close the connections that are not in use."""
+        self._connections.close()
 
     async def exec_frames(self, sandbox_id: str, request: Exec) -> AsyncIterator[ExecFrame]:
         """Run a command, yielding its frames; close the iterator early to kill it.
@@ -68,9 +80,9 @@ class AsyncHostClient:
         A frame of kind ``error`` or ``exited`` is the last.  Raises only errors from before the
         command started; TooManyCommands if it would exceed its quota.
         """
-        path = f"/sandboxes/{sandbox_id}/exec"
-        async with self._post(path, encode(request)) as response:
-            async for line in response.content:
+        path, body = f"/sandboxes/{sandbox_id}/exec", encode(request)
+        async with self._send("POST", path, body, _SILENCE_SECONDS) as connection:
+            async for line in connection.lines():
                 if line.strip():
                     yield parse(ExecFrame, line)
 
@@ -92,15 +104,91 @@ class AsyncHostClient:
                 collected.add(frame)
         return collected.result()
 
+    async def follow_command(
+        self, sandbox_id: str, command_id: str, request: FollowCommand
+    ) -> AsyncIterator[CommandFrame]:
+        """What a background command prints, until it ends or the time is over.
+
+        Raises NotFound, ContainerGone, TooManyCommands (as many follow as may); HostUnavailable
+        also in between.
+        """
+        path = f"/sandboxes/{sandbox_id}/commands/{command_id}/follow"
+        body = encode(request)
+        async with self._send("POST", path, body, _SILENCE_SECONDS) as connection:
+            async for line in connection.lines():
+                if line.strip():
+                    frame = parse(CommandFrame, line)
+                    if frame.kind == "refused":
+                        raise TooManyCommands(frame.message)
+                    yield frame
+
+    async def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Make the call of a method of HostClient (:mod:`hostruntime.client.calls`), as it does."""
+        call: Call[Any] = getattr(calls, name)(*args, **kwargs)
+        assert isinstance(call.content, bytes)
+        async with self._send(
+            call.method, call.target, call.content, call.silence_seconds
+        ) as connection:
+            content = await connection.read()
+        return call.read(Received(content, connection.headers))
+
     @asynccontextmanager
-    async def _post(self, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {"Content-Type": "application/json"}
+    async def read_part(
+        self, sandbox_id: str, path: str, wanted: WantedPart
+    ) -> AsyncIterator[tuple[FilePart, AsyncIterator[bytes]]]:
+        """Open a part of a file: what it is, and its bytes as they come.
+
+        They are fewer than promised if the file is cut meanwhile.  Raises NotFound, ContainerGone,
+        FileConflict (not a file), RangeNotSatisfiable, TooManyTransfers.
+        """
+        bounds = {"first": wanted.first, "last": wanted.last}
+        given = {name: value for name, value in bounds.items() if value is not None}
+        target = transfer_target(sandbox_id, path, **given)
+        async with self._send("GET", target, b"", _TRANSFER_SECONDS) as connection:
+            yield parse_part(path, connection.headers), connection.pieces()
+
+    async def write_stream(
+        self, sandbox_id: str, path: str, length: int, content: AsyncIterator[bytes]
+    ) -> int:
+        """Write ``length`` bytes as they come to a file of mode 0644, whole or not at all.
+
+        Returns the bytes written.  What ``content`` raises is raised here, and leaves the file as
+        it was.  Raises ContainerGone, FileConflict, NoSpace, TooManyTransfers.
+        """
+        target, silence = transfer_target(sandbox_id, path), scaled(_TRANSFER_SECONDS)
+        async with self._connection() as connection:
+            status = await connection.put(target, length, content, silence)
+            answer = await connection.read()
+            # An agent that has answered early still expects the rest.
+            connection.close()
+        if status >= HTTPStatus.BAD_REQUEST:
+            raise parse_error(status, answer)
+        return parse(WrittenFile, answer).size
+
+    @asynccontextmanager
+    async def _send(
+        self, method: str, target: str, body: bytes, silence: float
+    ) -> AsyncIterator[AgentConnection]:
+        async with self._connection() as connection:
+            status = await connection.send(method, target, body, scaled(silence))
+            if status >= HTTPStatus.BAD_REQUEST:
+                raise parse_error(status, await connection.read())
+            yield connection
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AgentConnection]:
         with _transport_errors(self.socket):
-            # Left before its end, the response closes the connection, and that kills the command.
-            async with self._http.post(path, data=body, headers=headers) as response:
-                if not response.ok:
-                    raise parse_error(response.status, await response.read())
-                yield response
+            connection = await self._connections.take()
+            try:
+                yield connection
+            finally:
+                # Left before the answer's end, it is closed, and that kills the command.
+                await self._connections.give_back(connection)
+
+
+def transfer_target(sandbox_id: str, path: str, **parameters: int) -> str:
+    """The agent's address for a file's transfer."""
+    return f"/sandboxes/{sandbox_id}/transfer?{urlencode({'path': path, **parameters})}"
 
 
 def with_output_limit(request: Exec) -> Exec:
@@ -115,9 +203,9 @@ def _transport_errors(socket: Path) -> Iterator[None]:
     """Convert transport failures to HostUnavailable."""
     try:
         yield
-    except aiohttp.ServerTimeoutError as error:
+    except TimeoutError as error:
         raise no_answer(socket) from error
-    except aiohttp.ClientError as error:
+    except OSError as error:
         raise unreachable(socket, error) from error
 
 

@@ -18,23 +18,22 @@ from urllib.parse import quote
 
 import httpx
 
+from hostruntime.client import calls
+from hostruntime.client.calls import DEFAULT_MAX_FILE_BYTES, SILENCE_SECONDS, Call
 from hostruntime.client.transport import (
     parse,
-    parse_content,
     parse_error,
     timeouts,
     transport_errors,
 )
 from hostruntime.errors import HostError
+from hostruntime.wire.background import CommandInfo, CommandOutput, StartCommand
 from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
 from hostruntime.wire.commands import RunningCommands
 from hostruntime.wire.files import (
     DirectoryListing,
     FileContent,
     FileStat,
-    MakeDirectory,
-    MoveFile,
-    WrittenFile,
 )
 from hostruntime.wire.health import (
     DefaultDomains,
@@ -42,7 +41,7 @@ from hostruntime.wire.health import (
     EgressHosts,
     Health,
 )
-from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
+from hostruntime.wire.images import BaseInfo, ImageInfo, Images, ImageUsage, Progress
 from hostruntime.wire.message import Message, encode
 from hostruntime.wire.reconciliation import (
     Agree,
@@ -55,24 +54,18 @@ from hostruntime.wire.reconciliation import (
 )
 from hostruntime.wire.sandboxes import (
     ChangesInfo,
-    CollectedUsage,
     CreateSandbox,
-    CreateSnapshot,
     Sandboxes,
     SandboxInfo,
-    SetDeadline,
+    SandboxMetrics,
     SnapshotInfo,
     Snapshots,
-    Usage,
     UsageInfo,
 )
 
-DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 # A stream sends something at least every 10 s (an empty line), so silence means a dead agent.
-_TIMEOUT = timeouts(read=60.0)
+_TIMEOUT = timeouts(read=SILENCE_SECONDS)
 _STREAM_TIMEOUT = timeouts(read=30.0)
-# A whole disk is copied before the response is sent.
-_COPY_TIMEOUT = timeouts(read=600.0)
 # Added to the requested wait of a long poll.
 _RESPONSE_SECONDS = 5.0
 # Unlimited connections: callers have their own limits, and a command keeps one while it runs.
@@ -124,7 +117,7 @@ class HostClient:
 
     def bases(self) -> list[BaseInfo]:
         """The built-in bases and whether they are ready."""
-        return list(self._get(Bases, "/bases").bases)
+        return self._perform(calls.bases())
 
     def ensure_base(self, name: str) -> Iterator[Progress]:
         """Build a base unless it is ready, yielding progress; ends with a ``done`` line.
@@ -199,50 +192,78 @@ class HostClient:
         Raises ImageNotFound, NotFound (no such snapshot), HostFull (nothing was created),
         InvalidRequest.
         """
-        timeout = _TIMEOUT if request.snapshot is None else _COPY_TIMEOUT
-        return self._request(SandboxInfo, "POST", "/sandboxes", request, timeout=timeout)
+        return self._perform(calls.create_sandbox(request))
 
     def sandbox(self, sandbox_id: str) -> SandboxInfo:
         """One sandbox; raises NotFound."""
-        return self._get(SandboxInfo, f"/sandboxes/{sandbox_id}")
+        return self._perform(calls.sandbox(sandbox_id))
 
     def set_deadline(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Set when it ends (Unix seconds; None = never); raises NotFound, ContainerGone."""
-        path = f"/sandboxes/{sandbox_id}"
-        return self._request(SandboxInfo, "PATCH", path, SetDeadline(deadline))
+        return self._perform(calls.set_deadline(sandbox_id, deadline))
 
     def pause_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Freeze a sandbox; it ends at ``deadline`` unless it is resumed (Unix seconds).
 
         Idempotent.  Raises NotFound, ContainerGone, HostFault (then it keeps running).
         """
-        path = f"/sandboxes/{sandbox_id}/pause"
-        return self._request(SandboxInfo, "POST", path, SetDeadline(deadline))
+        return self._perform(calls.pause_sandbox(sandbox_id, deadline))
 
     def resume_sandbox(self, sandbox_id: str, deadline: float | None) -> SandboxInfo:
         """Resume a paused sandbox until ``deadline``.  Raises NotFound, ContainerGone."""
-        path = f"/sandboxes/{sandbox_id}/resume"
-        return self._request(SandboxInfo, "POST", path, SetDeadline(deadline))
+        return self._perform(calls.resume_sandbox(sandbox_id, deadline))
 
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Terminate and delete a sandbox; idempotent."""
-        self._send("DELETE", f"/sandboxes/{sandbox_id}")
+        self._perform(calls.delete_sandbox(sandbox_id))
 
     def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
         """The number of running commands by scope; waits ``seconds`` for the response."""
         timeout = timeouts(read=seconds)
         return dict(self._get(RunningCommands, "/commands", timeout=timeout).scopes)
 
+    # Background commands -------------------------------------------------------------------
+
+    def start_command(self, sandbox_id: str, request: StartCommand) -> CommandInfo:
+        """Start a background command; the same id again returns that command.
+
+        Raises NotFound, ContainerGone, ContainerPaused, TooManyCommands, CwdNotFound,
+        NoSpace, Exhausted; then nothing was started.
+        """
+        return self._perform(calls.start_command(sandbox_id, request))
+
+    def background_commands(self, sandbox_id: str) -> list[CommandInfo]:
+        """A sandbox's background commands, the newest first."""
+        return self._perform(calls.background_commands(sandbox_id))
+
+    def command(self, sandbox_id: str, command_id: str) -> CommandInfo:
+        """One background command.  Raises NotFound, ContainerGone."""
+        return self._perform(calls.command(sandbox_id, command_id))
+
+    def kill_command(self, sandbox_id: str, command_id: str) -> CommandInfo:
+        """Kill a background command and all that it has started; idempotent."""
+        return self._perform(calls.kill_command(sandbox_id, command_id))
+
+    def command_output(
+        self, sandbox_id: str, command_id: str, offset: int = 0, *, max_bytes: int | None = None
+    ) -> CommandOutput:
+        """A part of what a background command has printed; all that is kept, by default."""
+        call = calls.command_output(sandbox_id, command_id, offset, max_bytes=max_bytes)
+        return self._perform(call)
+
     # Usage ---------------------------------------------------------------------------------
 
     def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
         """The usage of all sandboxes, including uncollected ended ones, or of one."""
-        params = {} if sandbox_id is None else {"id": sandbox_id}
-        return list(self._get(Usage, "/usage", params=params).sandboxes)
+        return self._perform(calls.usage(sandbox_id))
+
+    def metrics(self, sandbox_id: str) -> SandboxMetrics:
+        """What a sandbox uses, and has used lately.  Raises NotFound, ContainerGone."""
+        return self._perform(calls.metrics(sandbox_id))
 
     def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """Let the host delete the usage of those of these sandboxes that have ended."""
-        self._send("POST", "/usage/collected", CollectedUsage(ids))
+        self._perform(calls.acknowledge_usage(ids))
 
     # Snapshots -----------------------------------------------------------------------------
 
@@ -252,8 +273,7 @@ class HostClient:
         Raises NotFound, ContainerGone, Conflict (one is being taken), HostFull; then nothing was
         created.
         """
-        path, request = f"/sandboxes/{sandbox_id}/snapshots", CreateSnapshot(snapshot_id)
-        return self._request(SnapshotInfo, "POST", path, request, timeout=_COPY_TIMEOUT)
+        return self._perform(calls.create_snapshot(snapshot_id, sandbox_id))
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Every snapshot on the host, oldest first."""
@@ -261,7 +281,7 @@ class HostClient:
 
     def delete_snapshot(self, snapshot_id: str) -> None:
         """Delete a snapshot, once no sandbox is being started from it; idempotent."""
-        self._send("DELETE", f"/snapshots/{snapshot_id}")
+        self._perform(calls.delete_snapshot(snapshot_id))
 
     # Files ---------------------------------------------------------------------------------
 
@@ -272,9 +292,7 @@ class HostClient:
 
         Raises NotFound, FileConflict (neither file nor directory), FileTooLarge.
         """
-        params = {"path": path, "max_bytes": max_bytes}
-        response = self._send("GET", f"/sandboxes/{sandbox_id}/files", params=params)
-        return parse_content(path, response)
+        return self._perform(calls.read_path(sandbox_id, path, max_bytes=max_bytes))
 
     def write_file(
         self,
@@ -289,29 +307,23 @@ class HostClient:
         ``mode`` None keeps an existing file's mode, else 0o644.  Raises FileConflict (the path is
         a directory or a special file), NoSpace.
         """
-        params = {"path": path} if mode is None else {"path": path, "mode": f"{mode:o}"}
-        path = f"/sandboxes/{sandbox_id}/files"
-        response = self._send("PUT", path, params=params, content=content)
-        return parse(WrittenFile, response.content).size
+        return self._perform(calls.write_file(sandbox_id, path, content, mode=mode))
 
     def delete_path(self, sandbox_id: str, path: str) -> None:
         """Delete a file, link or whole directory; raises NotFound, FileConflict."""
-        self._send("DELETE", f"/sandboxes/{sandbox_id}/files", params={"path": path})
+        self._perform(calls.delete_path(sandbox_id, path))
 
     def mkdir(self, sandbox_id: str, path: str, *, parents: bool = True) -> None:
         """Create a directory; with ``parents``, also missing parents, and it may exist already."""
-        request = MakeDirectory(path, parents)
-        self._send("POST", f"/sandboxes/{sandbox_id}/files/mkdir", request)
+        self._perform(calls.mkdir(sandbox_id, path, parents=parents))
 
     def move(self, sandbox_id: str, source: str, destination: str) -> None:
         """Rename, replacing a file at the destination; raises NotFound, FileConflict."""
-        request = MoveFile(source, destination)
-        self._send("POST", f"/sandboxes/{sandbox_id}/files/move", request)
+        self._perform(calls.move(sandbox_id, source, destination))
 
     def stat(self, sandbox_id: str, path: str) -> FileStat:
         """The stat of a path; a missing path is ``exists=False``, not an error."""
-        url = f"/sandboxes/{sandbox_id}/files/stat"
-        return self._get(FileStat, url, params={"path": path})
+        return self._perform(calls.stat(sandbox_id, path))
 
     # Reconciliation ------------------------------------------------------------------------
 
@@ -350,6 +362,12 @@ class HostClient:
         self._send("DELETE", f"/quarantine/{quote(key, safe='')}")
 
     # Plumbing ------------------------------------------------------------------------------
+
+    def _perform[R](self, call: Call[R]) -> R:
+        timeout = timeouts(read=call.silence_seconds)
+        return call.read(
+            self._send(call.method, call.target, content=call.content or None, timeout=timeout)
+        )
 
     def _send(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ import httpx
 from hostruntime.errors import ContainerGone, ExecTimeout, HostError, HostFault, HostUnavailable
 from hostruntime.host.patience import scaled
 from hostruntime.wire.commands import ExecFrame, ExecResult
-from hostruntime.wire.files import DirectoryEntries, DirectoryListing, FileContent, FileStat
+from hostruntime.wire.files import (
+    DirectoryEntries,
+    DirectoryListing,
+    FileContent,
+    FilePart,
+    FileStat,
+)
 from hostruntime.wire.message import MalformedError, Message, decode
 
 
@@ -80,15 +86,23 @@ def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
     return error
 
 
-def parse_content(path: str, response: httpx.Response) -> FileContent | DirectoryListing:
+def parse_content(
+    path: str, headers: Mapping[str, str], content: bytes
+) -> FileContent | DirectoryListing:
     """Parse a response with a file or a directory."""
-    stat = parse_stat(path, response.headers)
+    stat = parse_stat(path, headers)
     if not stat.is_dir:
-        return FileContent(stat, response.content)
-    return DirectoryListing(stat, parse(DirectoryEntries, response.content).entries)
+        return FileContent(stat, content)
+    return DirectoryListing(stat, parse(DirectoryEntries, content).entries)
 
 
-def parse_stat(path: str, headers: httpx.Headers) -> FileStat:
+def parse_part(path: str, headers: Mapping[str, str]) -> FilePart:
+    """Parse which part of a file a response has."""
+    first, length = (int(headers[f"x-file-{name}"]) for name in ("first", "length"))
+    return FilePart(parse_stat(path, headers), first, length)
+
+
+def parse_stat(path: str, headers: Mapping[str, str]) -> FileStat:
     """Parse a file's stat from the response headers."""
     return FileStat(
         path=path,

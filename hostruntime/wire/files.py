@@ -44,6 +44,26 @@ class FileStat(Message):
 
 
 @dataclass(frozen=True)
+class WantedPart:
+    """Which bytes of a file: from ``first`` to ``last``, both included, or to its end.
+
+    Without ``first``, the ``last`` so many; without either, all of them.
+    """
+
+    first: int | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True)
+class FilePart(Message):
+    """A part of a file: ``length`` bytes from offset ``first``; all of it has ``stat.size``."""
+
+    stat: FileStat
+    first: int
+    length: int
+
+
+@dataclass(frozen=True)
 class DirectoryEntry(Message):
     """One name in a directory; ``mode`` holds the permission bits, ``modified_at`` Unix seconds."""
 

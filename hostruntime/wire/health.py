@@ -28,11 +28,31 @@ class DiskStatus(Message):
 
 
 @dataclass(frozen=True)
+class CapacityStatus(Message):
+    """What containers have been promised, and the most they may be; null from earlier agents.
+
+    ``memory_mb`` and ``cpu`` are the sums of their limits, in MiB and processors;
+    ``available_mb`` is the memory that is available now, and below ``min_available_mb`` nothing
+    starts.
+    """
+
+    containers: int
+    max_containers: int
+    memory_mb: int
+    max_memory_mb: int
+    cpu: float
+    max_cpu: float
+    available_mb: int
+    min_available_mb: int
+
+
+@dataclass(frozen=True)
 class Health(Message):
     """``GET /health``: ``cgroup`` is v1, hybrid or v2; ``proxy`` has ``healthy``, ``address``.
 
     ``notes`` are sentences on package managers whose registries sandboxes cannot reach, and on the
-    disk if it is low on space or read-only.  ``room`` is the space on that disk.
+    disk if it is low on space or read-only.  ``room`` is the space on that disk, ``capacity`` what
+    else there is for sandboxes.
     """
 
     version: str
@@ -43,6 +63,7 @@ class Health(Message):
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     room: DiskStatus = field(default_factory=DiskStatus)
+    capacity: CapacityStatus | None = None
 
 
 @dataclass(frozen=True)

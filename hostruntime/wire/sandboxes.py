@@ -14,7 +14,8 @@ from hostruntime.wire.resources import Resources
 class CreateSandbox(Resources):
     """``POST /sandboxes``: start one from an ``image``, or from a ``snapshot`` with its disk.
 
-    ``network`` is off, restricted or open.  It ends at ``deadline``; None is never.
+    ``network`` is off, restricted or open.  It ends at ``deadline``; None is never.  With
+    ``pause_seconds`` it is paused then, if it is running, and ends so much later.
     """
 
     id: str
@@ -24,6 +25,7 @@ class CreateSandbox(Resources):
     allow_domains: Sequence[str] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
+    pause_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,31 @@ class Usage(Message):
     """``GET /usage``."""
 
     sandboxes: tuple[UsageInfo, ...]
+
+
+@dataclass(frozen=True)
+class MetricsSample(Message):
+    """What a sandbox used in the two seconds or so before ``at`` (Unix time): CPUs, and bytes.
+
+    The bytes are all that the kernel charges to it, with its page cache.
+    """
+
+    at: float
+    cpu_cores: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class SandboxMetrics(Message):
+    """``GET /sandboxes/{id}/metrics``: what it uses now, its latest samples, and its total.
+
+    ``memory_bytes`` is now, without what the kernel would drop first (the inactive page cache).
+    """
+
+    id: str
+    memory_bytes: int | None
+    total: ResourceUsage
+    samples: tuple[MetricsSample, ...] = ()
 
 
 @dataclass(frozen=True)

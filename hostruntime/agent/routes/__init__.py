@@ -1,9 +1,9 @@
 """The agent's routes, by noun: each reads its request, calls one manager, renders the response.
 
 ``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
-(with their usage and snapshots), ``commands``, ``files``, ``reconciliation``.  Handlers raise
-:mod:`hostruntime.errors`, which :func:`application` turns into responses; once a stream has
-started, an error can only be a line in it.
+(with their usage and snapshots), ``commands``, ``background`` ones, ``files``, ``transfers``,
+``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which :func:`application` turns into
+responses; once a stream has started, an error can only be a line in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hostruntime.agent.host import Host
 from hostruntime.agent.reconciliation import Reconciler
 from hostruntime.agent.responses import client_disconnected, disk_error, host_error, internal_error
 from hostruntime.agent.routes import (
+    background,
     builds,
     commands,
     files,
@@ -22,6 +23,7 @@ from hostruntime.agent.routes import (
     images,
     reconciliation,
     sandboxes,
+    transfers,
 )
 from hostruntime.errors import HostError
 from hostruntime.host.installation import InstallationStore
@@ -36,7 +38,9 @@ def application(host: Host) -> Starlette:
         *builds.routes(host.builds),
         *sandboxes.routes(host.sandboxes),
         *commands.routes(host.sandboxes),
+        *background.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),
+        *transfers.routes(host.sandboxes, host.containers.files),
         *reconciliation.routes(reconciler),
     ]
     handlers = {

@@ -75,9 +75,9 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
         opening = files.read(name, path, max_bytes=cap if cap >= 0 else None)
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(opening)
-            headers = _stat_headers(opened.stat)
+            headers = stat_headers(opened.stat)
             if opened.entries is None:
-                return _FileResponse(opened.content, stack.pop_all(), headers)
+                return FileResponse(opened.content, stack.pop_all(), headers)
             return respond(DirectoryEntries(opened.entries), headers=headers)
 
     async def write(request: Request) -> Response:
@@ -92,7 +92,7 @@ def _content_routes(sandboxes: SandboxManager, files: FileService) -> list[Route
     return [Route(_FILES, read), Route(_FILES, write, methods=["PUT"])]
 
 
-class _FileResponse(StreamingResponse):
+class FileResponse(StreamingResponse):
     """A streamed file; its resources are closed however the response ends."""
 
     def __init__(
@@ -102,11 +102,13 @@ class _FileResponse(StreamingResponse):
         self._stack = stack
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve (ASGI)."""
         async with self._stack:
             await super().__call__(scope, receive, send)
 
 
-def _stat_headers(stat: FileStat) -> dict[str, str]:
+def stat_headers(stat: FileStat) -> dict[str, str]:
+    """The response headers that describe a file."""
     return {
         "X-File-Type": "directory" if stat.is_dir else "file",
         "X-File-Size": str(stat.size),

@@ -128,6 +128,12 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
         meters = usage_store.list(request.query_params.get("id"))
         return respond(Usage(tuple(meter.info() for meter in meters)))
 
+    async def metrics(request: Request) -> Response:
+        """What one sandbox uses, and has used in the last minute."""
+        sandbox_id = path_parameter(request)
+        sandboxes.require_present(sandbox_id)
+        return respond(await usage_store.metrics(sandbox_id))
+
     async def collected(request: Request) -> Response:
         """Forget those of the listed sandboxes that have ended."""
         await usage_store.forget_collected((await read_message(request, CollectedUsage)).ids)
@@ -135,5 +141,6 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
 
     return [
         Route("/usage", usage),
+        Route("/sandboxes/{id}/metrics", metrics),
         Route("/usage/collected", collected, methods=["POST"]),
     ]
