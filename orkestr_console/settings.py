@@ -3,7 +3,8 @@
 ``DATABASE_URL``, ``PORT``, ``ORKESTR_VAR``, ``ORKESTR_STATE_DIR``, ``ORKESTR_HOST_SOCKET``,
 ``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``,
 ``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``,
-``ORKESTR_REGION``, ``ORKESTR_LISTEN``, ``ORKESTR_TRUSTED_PROXIES``.
+``ORKESTR_REGION``, ``ORKESTR_LISTEN``, ``ORKESTR_TRUSTED_PROXIES``, ``ORKESTR_WEB_PROCESSES``,
+``ORKESTR_WEBHOOK_PERMIT`` and ``ORKESTR_EGRESS_DENY`` (networks, commas).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import dj_database_url
 from django.utils.csp import CSP
 
 from hostruntime.host.patience import scaled
+from hostruntime.network.policy import deny_list, parse_networks
 from orkestr_console.core import listening, machine
+from orkestr_console.core.networks import listed_networks
 
 BASE_DIR = Path(__file__).resolve().parents[1]
 VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
@@ -66,6 +69,7 @@ INSTALLED_APPS = [
     "orkestr_console.runner",
     "orkestr_console.accounts",
     "orkestr_console.installation",
+    "orkestr_console.webhooks",
     "orkestr_console.ui",
     "orkestr_console.console",
     "templates_app",
@@ -75,10 +79,13 @@ AUTH_USER_MODEL = "accounts.User"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 MIDDLEWARE = [
+    # Answers calls of REST without any of the others.
+    "orkestr_console.http.rest.rest",
     # Synchronous only, on purpose: the rest then runs in one thread with no hops between them.
     "orkestr_console.http.middleware.request_id",
     "orkestr_console.http.middleware.release_database",
     "orkestr_console.http.middleware.browser_headers",
+    "orkestr_console.http.middleware.CompressedPages",
     "django.middleware.security.SecurityMiddleware",
     # Before the static files, which are framed and sniffed no more than pages are.
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
@@ -116,6 +123,7 @@ DATABASES: dict[str, Any] = {
         **dj_database_url.parse(
             os.environ.get("DATABASE_URL") or f"postgres://orkestr@/orkestr?host={VAR}/run/pg"
         ),
+        "ENGINE": "orkestr_console.core.database",
         # Without the check, the first requests after a restart of PostgreSQL fail.
         "CONN_HEALTH_CHECKS": True,
         "CONN_MAX_AGE": 0,
@@ -141,8 +149,14 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
     }
 )
 
-# How long a request waits for a connection of the pool before it is told to come back: not for
-# long, but on a slow machine for as long as one takes to be made. Workers have no pool.
+# How many web processes share the port, and the most connections that they have together, of the
+# hundred that PostgreSQL allows (max_connections): the workers and notices take some as well.
+WEB_PROCESSES = machine.web_processes(os.environ.get("ORKESTR_WEB_PROCESSES", ""))
+WEB_CONNECTIONS = 48
+
+# How long no request at all may have got a connection of the pool before those that wait are told
+# to come back: not long, but on a slow machine as long as one takes to be made. Workers have no
+# pool.
 REQUEST_POOL_SECONDS = scaled(1.5)
 
 # --- Sign-in --------------------------------------------------------------------------------------
@@ -237,15 +251,29 @@ USUAL_BODY = 2 * 1024 * 1024
 DATA_UPLOAD_MAX_MEMORY_SIZE = LARGEST_BODY
 FILE_UPLOAD_MAX_MEMORY_SIZE = USUAL_BODY
 
+# --- Webhooks -------------------------------------------------------------------------------------
+# What they may not reach, which is what sandboxes may not: but for the networks that the operator
+# permits, for receivers inside.
+_permit = listed_networks("ORKESTR_WEBHOOK_PERMIT", os.environ)
+WEBHOOK_DENIED = deny_list(listed_networks("ORKESTR_EGRESS_DENY", os.environ), _permit)
+WEBHOOK_PERMITTED = parse_networks(_permit)
+
 # --- Static files ---------------------------------------------------------------------------------
 STATIC_URL = "/static/"
 STATIC_ROOT = VAR / "static"
 STATICFILES_DIRS = [BASE_DIR / "static"]
+STATICFILES_FINDERS = [
+    "django.contrib.staticfiles.finders.FileSystemFinder",
+    "django.contrib.staticfiles.finders.AppDirectoriesFinder",
+    "orkestr_console.ui.bundles.BundleFinder",
+]
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
     "staticfiles": {
-        "BACKEND": "django.contrib.staticfiles.storage."
-        + ("StaticFilesStorage" if DEBUG else "ManifestStaticFilesStorage")
+        # Names with a hash, so that browsers keep files for good; compressed when collected.
+        "BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"
+        if DEBUG
+        else "whitenoise.storage.CompressedManifestStaticFilesStorage"
     },
 }
 
@@ -277,6 +305,7 @@ PERIODIC_TASKS = [
     ("Begin builds, resume those whose driver is gone", "templates_app.tasks.drive_builds", 1),
     ("Set aside images that no template names", "templates_app.tasks.reconcile_images", 15),
     ("Expire sandboxes, reconcile with the host", "sandboxes_app.tasks.tidy", 1),
+    ("Forget old deliveries to webhooks", "orkestr_console.webhooks.tasks.tidy", 1),
 ]
 
 # What a process of its own does all the time: it hears from the host what has ended.

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # The PostgreSQL channel of all notices of a database.
 NOTICES = "orkestr_notices"
+# Sends the ``payloads`` of some notices; a part of a larger statement, too.
+NOTIFY_SQL = f"SELECT pg_notify('{NOTICES}', payload) FROM unnest(%(notices)s::text[]) AS payload"  # noqa: S608
 MAX_NOTICE_BYTES = 7999  # bytes; NOTIFY's limit is "less than 8000"
 MAX_BUFFERED = 100  # notices per consumer
 LOST: Mapping[str, Any] = {"type": "layer.lost"}
@@ -56,20 +58,32 @@ def notify(group: str, message: Mapping[str, Any]) -> None:
 
 def notify_all(messages: Mapping[str, Mapping[str, Any]]) -> None:
     """The same for several groups, with one statement. Raises ``ValueError``, ``TypeError``."""
+    _send(payloads(messages))
+
+
+def payloads(messages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The ``notices`` of ``NOTIFY_SQL`` for several groups. Raises as :func:`notify_all`."""
     for group in messages:
         _layer_names.require_valid_group_name(group)
-    _notify(*({"group": group, "message": dict(message)} for group, message in messages.items()))
+    return [
+        _payload({"group": group, "message": dict(message)}) for group, message in messages.items()
+    ]
 
 
-def _notify(*notices: Message) -> None:
-    payloads = [json.dumps(notice, separators=(",", ":")) for notice in notices]
-    for payload in payloads:
-        if len(payload.encode()) > MAX_NOTICE_BYTES:
-            raise ValueError(f"a notice holds ids, not data: {len(payload)} bytes do not fit")
+def _payload(notice: Message) -> str:
+    payload = json.dumps(notice, separators=(",", ":"))
+    if len(payload.encode()) > MAX_NOTICE_BYTES:
+        raise ValueError(f"a notice holds ids, not data: {len(payload)} bytes do not fit")
+    return payload
+
+
+def _send(notices: list[str]) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT pg_notify(%s, payload) FROM unnest(%s::text[]) AS payload", [NOTICES, payloads]
-        )
+        cursor.execute(NOTIFY_SQL, {"notices": notices})
+
+
+def _send_to_channel(channel: str, message: Message) -> None:
+    _send([_payload({"channel": channel, "message": message})])
 
 
 class ReconnectsOnLoss:
@@ -232,7 +246,7 @@ class PgChannelLayer(BaseChannelLayer):
     async def send(self, channel: str, message: Message) -> None:
         """Send to one channel, in whichever process it is."""
         self.require_valid_channel_name(channel)
-        await database_sync_to_async(_notify)({"channel": channel, "message": message})
+        await database_sync_to_async(_send_to_channel)(channel, message)
 
     async def group_add(self, group: str, channel: str) -> None:
         """Add a channel of this process to a group. It receives whatever is sent from now on."""

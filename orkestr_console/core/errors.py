@@ -13,7 +13,10 @@
      ├─ NotFound                     404 not_found             absent, or somebody else's
      ├─ MethodNotAllowed             405 method_not_allowed    (+ ``Allow``)
      ├─ Conflict                     409 conflict              not in the right state
+     │   └─ Asleep                   409 conflict              paused, but can be woken
+     ├─ LengthRequired               411 length_required
      ├─ PayloadTooLarge              413 payload_too_large
+     ├─ RangeNotSatisfiable          416 range_not_satisfiable (+ ``Content-Range``)
      ├─ UnsupportedMediaType         415 unsupported_media_type
      ├─ RateLimited                  429 rate_limited          (+ ``Retry-After``)
      ├─ ExecTimeout                  408 exec_timeout          the command ran past its time
@@ -31,7 +34,7 @@ error sets for itself (``Conflict(…, code="snapshot_cap_reached")``) keeps the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -54,6 +57,8 @@ STATUS_OF: Mapping[str, HTTPStatus] = {
     "exec_timeout": HTTPStatus.REQUEST_TIMEOUT,
     "conflict": HTTPStatus.CONFLICT,
     "exec_killed": HTTPStatus.CONFLICT,
+    "length_required": HTTPStatus.LENGTH_REQUIRED,
+    "range_not_satisfiable": HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     "payload_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     "unsupported_media_type": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
@@ -64,6 +69,9 @@ STATUS_OF: Mapping[str, HTTPStatus] = {
 }
 
 
+# The addresses that programs call.
+API_PREFIXES = ("/v1/", "/api/")
+API_ROOTS = ("/v1", "/api")
 # Fields that no page shows again, not even hidden.
 PASSWORDS = {"password", "current", "code"}
 TOKEN_FIELD = "csrfmiddlewaretoken"  # noqa: S105 - a name
@@ -199,6 +207,35 @@ class Conflict(DomainError):
     """It exists, but its state does not allow this."""
 
     default_code = "conflict"
+
+
+class Asleep(Conflict):
+    """It is paused, and wakes when it is used: whoever can wait awaits ``wake`` and calls again.
+
+    Raised before anything has happened. Others answer it as the conflict that it is.
+    """
+
+    def __init__(
+        self, detail: str, wake: Callable[[], Coroutine[Any, Any, None]], *, code: str | None = None
+    ) -> None:
+        super().__init__(detail, code=code)
+        self.wake = wake
+
+
+class LengthRequired(DomainError):
+    """A body whose length the client has not said."""
+
+    default_code = "length_required"
+    default_detail = "Send the length of the body, in a Content-Length header."
+
+
+class RangeNotSatisfiable(DomainError):
+    """A file of ``size`` bytes has none of those that were asked for."""
+
+    default_code = "range_not_satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail, headers={"Content-Range": f"bytes */{size}"})
 
 
 class PayloadTooLarge(DomainError):
@@ -353,8 +390,13 @@ def to_mcp_text(error: DomainError) -> str:
 
 
 def is_api(request: HttpRequest) -> bool:
-    """Whether the request is for REST, and so always gets JSON."""
-    return request.path == "/v1" or request.path.startswith("/v1/")
+    """Whether a program calls, and so always gets JSON."""
+    return is_api_path(request.path)
+
+
+def is_api_path(path: str) -> bool:
+    """Whether ``path`` is of REST or of the account calls."""
+    return path.startswith(API_PREFIXES) or path in API_ROOTS
 
 
 def to_response(request: HttpRequest, error: DomainError) -> HttpResponse:

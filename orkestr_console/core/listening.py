@@ -22,6 +22,8 @@ type Application = Callable[[Any, Any, Any], Awaitable[None]]
 ALL_ADDRESSES = "all"
 FORWARDED_HEADERS = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
 LOOPBACK = "127.0.0.0/8,::1"
+# Connections that may wait to be accepted; the kernel lowers it to net.core.somaxconn (listen(2)).
+BACKLOG = 4096
 
 
 def listen_addresses(text: str | None) -> list[str]:
@@ -41,6 +43,24 @@ def listen_addresses(text: str | None) -> list[str]:
             f"ORKESTR_LISTEN is {wanted!r}: give addresses of this machine with commas between "
             "them, or `all`, or leave it unset to listen on this machine alone"
         ) from None
+
+
+def listen_on(addresses: Iterable[str], port: int) -> list[socket.socket]:
+    """Sockets that listen on ``port`` of each address. Raises ``OSError`` naming the address."""
+    listening: list[socket.socket] = []
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listening.append(made)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((address, port))
+            made.listen(BACKLOG)
+        except OSError as error:
+            for each in listening:
+                each.close()
+            raise OSError(error.errno, f"{address}: {error.strerror}") from error
+    return listening
 
 
 def _has_ipv6() -> bool:

@@ -14,6 +14,9 @@ SIOCGIFADDR = 0x8915  # netdevice(7)
 BUILDS_PER_CPU = 4
 BUILD_BYTES = 2 * 1024**3
 MIN_BUILDS = 2
+# A web process takes 110 MB, a third of which it shares with the others.
+WEB_PROCESS_BYTES = 1024**3
+MAX_WEB_PROCESSES = 8
 
 
 def secret(variable: str, path: Path) -> str:
@@ -84,3 +87,20 @@ def max_concurrent_builds() -> int:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     by_cpus = BUILDS_PER_CPU * (os.cpu_count() or 1)
     return max(MIN_BUILDS, min(by_cpus, memory // BUILD_BYTES))
+
+
+def web_processes(configured: str) -> int:
+    """How many web processes serve: ``configured``, else as many as CPUs and memory allow.
+
+    Raises ``ValueError`` with the fix.
+    """
+    if configured:
+        if not configured.isdecimal() or not 0 < int(configured) <= MAX_WEB_PROCESSES:
+            raise ValueError(
+                f"ORKESTR_WEB_PROCESSES is {configured!r}: give a number from 1 to "
+                f"{MAX_WEB_PROCESSES}, or leave it unset for one per CPU"
+            )
+        return int(configured)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpus = len(os.sched_getaffinity(0))
+    return max(1, min(cpus, MAX_WEB_PROCESSES, memory // WEB_PROCESS_BYTES))

@@ -6,7 +6,8 @@ until the view has read it. Here
 * a view that sends faster than the client reads has to wait, and a client that reads nothing for
   ``STALL_TIMEOUT`` is disconnected;
 * a body over the limit is refused with 413 as soon as its length is known or exceeded, and one
-  below it waits in a file until the application reads it;
+  below it waits in a file until the application reads it; an upload's is read from the connection
+  (:mod:`orkestr_console.http.uploads`);
 * a client that waits long for an API call gets an interim response every nine seconds;
 * SIGTERM stops accepting connections, asks WebSockets to reconnect (1012), lets running requests
   finish for ``GRACE_SECONDS``, and then exits.
@@ -19,18 +20,29 @@ import io
 import json
 import logging
 import os
+import re
 import signal
+import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import Any
+from urllib.parse import unquote
 
 # First: it installs the asyncio reactor that everything of Twisted below then finds.
 from daphne.server import Server, twisted_loop  # isort: skip
-from daphne.http_protocol import HTTPFactory, WebRequest
+from daphne.http_protocol import (
+    HEADER_NAME_RE,
+    INVALID_HEADER_VALUE_BYTES,
+    HTTPFactory,
+    WebRequest,
+)
+from daphne.http_protocol import http as twisted_http
 from daphne.ws_protocol import WebSocketFactory, WebSocketProtocol
 from django.conf import settings
 from twisted.internet import reactor as installed_reactor
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.logger import globalLogBeginner
 from zope.interface import implementer
@@ -38,17 +50,22 @@ from zope.interface import implementer
 from hostruntime.host.patience import scaled
 from orkestr_console.core.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
 from orkestr_console.core.ids import new_id
-from orkestr_console.http import closing, interim
+from orkestr_console.http import closing, interim, uploads
+from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER
+from orkestr_console.http.processes import Place
+from orkestr_console.http.sharing import SharedPort
 
 reactor: Any = installed_reactor
-describe: Callable[..., Any] = serverFromString
 begin_logging: Callable[..., None] = globalLogBeginner.beginLoggingTo
 # Twisted's own log has a line for every request.
 NO_OBSERVERS: list[Callable[[object], None]] = [lambda _: None]
 logger = logging.getLogger(__name__)
 
 STALL_TIMEOUT = 60.0
+HEARTBEAT_SECONDS = 1.0
 GRACE_SECONDS = 4.0
+# How long requests that were cut off then may take to record that.
+LAST_SECONDS = 3.0
 # How long a refused client may keep sending before it is disconnected, so that it can read the
 # reason: closing a socket with unread data makes the kernel discard the response (RFC 9112,
 # section 9.6).
@@ -56,16 +73,9 @@ LINGER_SECONDS = 2.0
 CHUNK_BYTES = 64 * 1024
 SERVICE_RESTART = 1012  # RFC 6455, section 7.4.2, and its registry
 
-# The headers of responses that bypass the application and its middleware.
-ERROR_HEADERS = {
-    "Content-Type": "application/json",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
+PATH_PROBLEM = "Invalid characters in path"
+MALFORMED = "This is not a valid HTTP/1.1 request."
+ABSOLUTE_FORM = re.compile(rb"https?://(?P<host>[^/?]+)", re.IGNORECASE)
 
 type Message = dict[str, Any]
 type Application = Callable[..., Awaitable[None]]
@@ -136,21 +146,47 @@ class RequestQueue:
 class BoundedRequest(WebRequest):  # type: ignore[misc]
     """A request whose body has a limit and whose response waits for its reader."""
 
+    path: bytes
+    uri: bytes
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # Django parses forms.
+        super().__init__(*args, **kwargs, parsePOSTFormSubmission=False)
         self.backpressure = Backpressure()
         self._received = 0
         self._refused = False
         self._interim: Any = None
+        self.upload: uploads.UploadBody | None = None
 
     def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
         """The headers are in; ``length`` is None for a chunked body."""
+        if self.channel._command == b"PUT" and self._begins_upload():
+            self._process()
+            return
         super().gotLength(length)
         if length is not None and length > settings.LARGEST_BODY:
             self._refuse()
 
+    def _begins_upload(self) -> bool:
+        """Whether the body is an upload's, which then comes while the request is served."""
+        # What requestReceived() sets once the body is complete.
+        self.method, self.uri = self.channel._command, self.channel._path
+        self.clientproto, self.path = self.channel._version, self.uri.partition(b"?")[0]
+        self._take_origin_form()
+        if not uploads.is_upload(self.method, self.path):
+            return False
+        self.content = io.BytesIO()
+        expects = self.getHeader(b"expect") is not None
+        # Twisted would answer it at once, and the view has not been asked yet.
+        self.requestHeaders.removeHeader(b"expect")
+        self.upload = uploads.UploadBody(self.channel, expects=expects)
+        return True
+
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """A piece of the body, in any transfer encoding."""
+        if self.upload is not None:
+            self.upload.feed(data)
+            return
         self._received += len(data)
         if self._received > settings.LARGEST_BODY and not self._refused:
             self._refuse()
@@ -159,7 +195,9 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
 
     def requestReceived(self, *args: bytes) -> None:  # noqa: N802 - Twisted's name
         """The body is complete."""
-        if not self._refused:
+        if self.upload is not None:
+            self.upload.end()
+        elif not self._refused:
             super().requestReceived(*args)
 
     def process(self) -> Any:
@@ -168,6 +206,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         Daphne accepts it from anybody, and every link would start with it.
         """
         self.requestHeaders.removeHeader(b"daphne-root-path")
+        self._take_origin_form()
         answer = interim.interim_answer(
             protocol=self.clientproto,
             path=self.path,
@@ -176,7 +215,53 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         )
         if answer is not None and settings.INTERIM_ANSWERS:
             self._interim = reactor.callLater(interim.INTERIM_SECONDS, self._send_interim, answer)
-        return super().process()
+        if self.requestHeaders.hasHeader(b"upgrade"):
+            return super().process()
+        return self._process()
+
+    def _take_origin_form(self) -> None:
+        """Have a target that a client writes for proxies be what it stands for.
+
+        A server accepts it from anybody, and goes by its host (RFC 9112, section 3.2.2).
+        """
+        if absolute := ABSOLUTE_FORM.match(self.uri):
+            self.requestHeaders.setRawHeaders(b"host", [absolute["host"]])
+            rest = self.uri[absolute.end() :]
+            self.uri = rest if rest.startswith(b"/") else b"/" + rest
+            self.path = self.uri.partition(b"?")[0]
+
+    def _process(self) -> None:
+        """Daphne's own for a request that is no WebSocket's, without its detours."""
+        headers = list(self.requestHeaders.getAllRawHeaders())
+        if problem := request_problem(self.path, self.uri, headers):
+            if problem == PATH_PROBLEM:
+                self.path = b"/"
+            self.basic_error(400, b"Bad Request", problem)
+            return
+        self.request_start = time.time()
+        self.client_addr = [self.client.host, self.client.port]
+        self.server_addr = [self.host.host, self.host.port]
+        self.content.seek(0, 0)
+        scope = {
+            "type": "http",
+            "http_version": self.clientproto.partition(b"/")[2].decode("ascii"),
+            "method": self.method.decode("ascii"),
+            "path": unquote(self.path.decode("ascii")),
+            "raw_path": self.path,
+            "root_path": "",
+            "scheme": "https" if self.isSecure() else "http",
+            "query_string": self.uri.partition(b"?")[2],
+            # One with an underscore would look like another's (CVE-2015-0219).
+            "headers": [
+                (name.lower(), value)
+                for name, values in headers
+                if b"_" not in name
+                for value in values
+            ],
+            "client": self.client_addr,
+            "server": self.server_addr,
+        }
+        self.application_queue = self.server.create_application(self, scope)
 
     def _send_interim(self, answer: bytes) -> None:
         """Send an interim response, and schedule the next."""
@@ -203,8 +288,7 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         self.requestHeaders.removeHeader(b"expect")
         transport = self.channel.transport
         transport.write(error_response(PayloadTooLarge(settings.LARGEST_BODY)))
-        transport.loseWriteConnection()
-        reactor.callLater(LINGER_SECONDS, transport.abortConnection)
+        close_slowly(transport)
 
     def handle_reply(self, message: Message) -> None:
         """Send a piece of the response; the first one registers for back-pressure."""
@@ -212,13 +296,25 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         starts = message["type"] == "http.response.start"
         if starts and not self.finished and self.channel is not None and self.producer is None:
             self.registerProducer(self.backpressure, streaming=True)
+            if self.upload is not None and not self.upload.complete:
+                self.responseHeaders.setRawHeaders(b"connection", [b"close"])
         super().handle_reply(message)
 
     def finish(self) -> None:
         """The response is complete."""
         if self.producer is not None:
             self.unregisterProducer()
+        if self.responseHeaders.hasHeader(b"connection") and self.upload is not None:
+            self._finish_connection(self.channel, self.upload)
         super().finish()
+
+    def _finish_connection(self, channel: Any, upload: uploads.UploadBody) -> None:
+        """Have the connection end with the response, which came before the upload's end."""
+        channel.persistent = False
+        if not upload.complete:
+            # What still comes is no other request.
+            channel.dataReceived = lambda _: None
+            channel.loseConnection = partial(close_slowly, channel.transport)
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802 - Twisted's name
         """The client has gone."""
@@ -255,8 +351,24 @@ class BoundedWebSocket(WebSocketProtocol):  # type: ignore[misc]
         self.transport.abortConnection()
 
 
+class BoundedChannel(twisted_http.HTTPChannel):  # type: ignore[misc]
+    """A connection on which what is no HTTP gets an error like all others."""
+
+    def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802 - Twisted's name
+        self.transport.write(error_response(InvalidInput(MALFORMED)))
+        self.loseConnection()
+
+
 class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
     """Creates channels whose requests are bounded."""
+
+    @staticmethod
+    def protocol() -> Any:
+        """What Twisted makes for each connection, with a channel of ours."""
+        return twisted_http._GenericHTTPChannelProtocol(BoundedChannel())
+
+    def log(self, request: Any) -> None:
+        """Format no line for an access log that nobody keeps."""
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: N802 - Twisted's name
         """One protocol for each connection."""
@@ -265,28 +377,50 @@ class BoundedHTTPFactory(HTTPFactory):  # type: ignore[misc]
         return protocol
 
 
-def error_response(error: PayloadTooLarge) -> bytes:
+def request_problem(
+    path: bytes, uri: bytes, headers: Sequence[tuple[bytes, Sequence[bytes]]]
+) -> str:
+    """What is wrong with a request's address or headers, in Daphne's words; blank if nothing."""
+    for name, values in headers:
+        if not HEADER_NAME_RE.fullmatch(name):
+            return "Invalid header name"
+        if any(INVALID_HEADER_VALUE_BYTES.intersection(value) for value in values):
+            return "Invalid header value"
+    if not path.isascii():
+        return PATH_PROBLEM
+    return "" if uri.isascii() else "Invalid query string"
+
+
+def close_slowly(transport: Any) -> None:
+    """Send no more, and close once the client has had time to read what was sent."""
+    transport.loseWriteConnection()
+    reactor.callLater(LINGER_SECONDS, transport.abortConnection)
+
+
+def error_response(error: DomainError) -> bytes:
     """A complete HTTP response for a request that never reaches the application."""
     body, headers = error_body(error)
     fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = f"HTTP/1.1 {error.status} Payload Too Large\r\n{fields}Connection: close\r\n\r\n"
+    status = HTTPStatus(error.status)
+    head = f"HTTP/1.1 {status} {status.phrase}\r\n{fields}Connection: close\r\n\r\n"
     return head.encode() + body
 
 
 def error_body(error: DomainError) -> tuple[bytes, dict[str, str]]:
-    """The body and headers of a response that bypasses the application."""
+    """The body and headers of a response that bypasses the application and its middleware."""
     body = json.dumps(error.to_wire()).encode()
-    length = {"Content-Length": str(len(body)), "X-Request-Id": new_id("req")}
-    return body, {**ERROR_HEADERS, **length}
+    length = {"Content-Length": str(len(body)), REQUEST_ID_HEADER: new_id("req")}
+    return body, {"Content-Type": "application/json", **API_HEADERS, **length}
 
 
 class ConsoleServer(Server):  # type: ignore[misc]
     """Daphne with the limits of this module. ``run()`` returns when the process may end."""
 
-    def __init__(self, application: Application, endpoints: Sequence[str]) -> None:
+    def __init__(self, application: Application, place: Place) -> None:
         super().__init__(
             application,
-            endpoints=list(endpoints),
+            # Not what Daphne would open itself.
+            endpoints=["inherited"],
             signal_handlers=False,
             ping_interval=20,
             ping_timeout=30,
@@ -295,12 +429,12 @@ class ConsoleServer(Server):  # type: ignore[misc]
             application_close_timeout=round(scaled(5)),
             server_name="",
         )
-        self.failure: str | None = None
+        self._place = place
         self._ports: list[Any] = []
         self._stopping = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, or until ``failure`` is set.
+        """Serve until SIGTERM or SIGINT.
 
         Replaces Daphne's own, which chooses its protocols where a subclass cannot reach them.
         """
@@ -310,15 +444,27 @@ class ConsoleServer(Server):  # type: ignore[misc]
         reactor.callLater(1, self.application_checker)
         reactor.callLater(2, self.timeout_checker)
         asyncio.set_event_loop(twisted_loop)
-        for description in self.endpoints:
-            endpoint: Any = describe(reactor, description)
-            listening = endpoint.listen(self.http_factory)
-            listening.addCallbacks(self.listen_success, self.listen_error)
+        self._place.load.begin(self._place.index)
+        for each in self._place.sockets:
+            self._listen(each)
+        reactor.callWhenRunning(self._beat)
         for number in (signal.SIGTERM, signal.SIGINT):
             twisted_loop.add_signal_handler(number, self.stop_gracefully)
         reactor.addSystemEventTrigger("before", "shutdown", self.kill_all_applications)
-        if self.failure is None:
-            reactor.run(installSignalHandlers=False)
+        reactor.run(installSignalHandlers=False)
+
+    def _listen(self, shared: socket.socket) -> None:
+        """Accept connections to a socket that is listening already; this uses a copy of it."""
+        adopt: Callable[..., SharedPort] = SharedPort._fromListeningDescriptor
+        port = adopt(reactor, shared.fileno(), shared.family, self.http_factory)
+        port.share(self._place.load, self._place.index)
+        port.startListening()
+        self._ports.append(port)
+
+    def _beat(self) -> None:
+        """Record that the event loop is alive, every second."""
+        self._place.pulse.beat()
+        reactor.callLater(HEARTBEAT_SECONDS, self._beat)
 
     def _make_factories(self) -> None:
         self.http_factory = BoundedHTTPFactory(self)
@@ -332,16 +478,6 @@ class ConsoleServer(Server):  # type: ignore[misc]
             maxFramePayloadSize=self.websocket_max_frame_size,
         )
 
-    def listen_success(self, port: Any) -> None:
-        """One endpoint listens."""
-        self._ports.append(port)
-        super().listen_success(port)
-
-    def listen_error(self, failure: Any) -> None:
-        """An endpoint cannot listen: stop, and keep the reason."""
-        self.failure = failure.getErrorMessage()
-        self.stop()
-
     def create_application(self, protocol: Any, scope: Message) -> Any:
         """Start the application for a request, with its body on demand."""
         client = scope.get("client")
@@ -351,6 +487,9 @@ class ConsoleServer(Server):  # type: ignore[misc]
         if scope["type"] != "http":
             return super().create_application(protocol, scope)
         scope.setdefault("asgi", {"version": "3.0"})
+        scope[uploads.CUT_OFF_KEY] = protocol.cut_off
+        if protocol.upload is not None:
+            scope[uploads.BODY_KEY] = protocol.upload
         # Daphne copies protocol.content into memory next: leave it nothing to copy.
         body, protocol.content = protocol.content, io.BytesIO()
         queue = RequestQueue(body)
@@ -365,7 +504,10 @@ class ConsoleServer(Server):  # type: ignore[misc]
 
     async def handle_reply(self, protocol: Any, message: Message) -> None:
         """Pass a message to the client, and wait until it accepts more."""
-        await super().handle_reply(protocol, message)
+        details = self.connections.get(protocol)
+        if details is None or "disconnected" in details:
+            return
+        protocol.handle_reply(message)
         if not await protocol.backpressure.wait():
             logger.warning("disconnected a client that read nothing for %.0f s", STALL_TIMEOUT)
             protocol.cut_off()
@@ -376,6 +518,7 @@ class ConsoleServer(Server):  # type: ignore[misc]
             self.stop()
             return
         self._stopping = True
+        self._place.load.end(self._place.index)
         for port in self._ports:
             port.stopListening()
         for protocol in list(self.connections):
@@ -402,20 +545,16 @@ class ConsoleServer(Server):  # type: ignore[misc]
             reactor.stop()
 
     def kill_all_applications(self) -> Any:
-        """Cancel running requests; the reactor's shutdown waits for this."""
+        """Cancel running requests; the reactor's shutdown waits until they have recorded that."""
         closing.mark_stopping()
-        for task in self._applications():
+        running = [task for task in self._applications() if not task.done()]
+        for task in running:
             task.cancel()
-
-
-def endpoints(addresses: Sequence[str], port: int) -> list[str]:
-    """Twisted's descriptions of a TCP port on each address."""
-    return [f"tcp:port={port}:interface={a.replace(':', r'\:')}" for a in addresses]
-
-
-def build_server(application: Application, addresses: Sequence[str], port: int) -> ConsoleServer:
-    """A server that will listen on ``port`` of each of ``addresses``."""
-    return ConsoleServer(application, endpoints(addresses, port))
+        if not running:
+            return None
+        ended = asyncio.wait(running, timeout=LAST_SECONDS)
+        deferred: Any = Deferred.fromFuture
+        return deferred(asyncio.ensure_future(ended))
 
 
 def exit_process(status: int) -> None:

@@ -15,23 +15,25 @@ Console::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, isgeneratorfunction
 from typing import Any, Concatenate, cast
 
-from channels.db import database_sync_to_async
 from django.contrib.auth.decorators import login_required
+from django.db import models
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
-from django.views.decorators.csrf import csrf_exempt
 from django_htmx.middleware import HtmxDetails
 
 from orkestr_console.accounts import audit, services, sessions
-from orkestr_console.accounts.actor import READ, Actor
+from orkestr_console.accounts.actor import READ, Actor, Subject
 from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import DomainError, MethodNotAllowed, RateLimited, Unauthenticated
+from orkestr_console.core.hosts import Steps
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.json_api import no_content
+from orkestr_console.http.steps import run_in_threads
+from orkestr_console.http.threads import in_thread, view_in_thread
 
 
 class ApiRequest(HttpRequest):
@@ -50,45 +52,100 @@ class ConsoleRequest(HttpRequest):
     request_id: str
 
 
+# Where a request has the actor that was authenticated ahead of its view.
+AHEAD = "orkestr_ahead"
+
 # Async views too, as in Django's own annotations.
 type View = Callable[..., HttpResponseBase]
 
 
 def api[**P](
-    *, scope: str, methods: tuple[str, ...] = ()
-) -> Callable[[Callable[Concatenate[ApiRequest, P], Any]], View]:
+    *,
+    scope: str,
+    methods: tuple[str, ...] = (),
+    first: Callable[Concatenate[ApiRequest, P], Any] | None = None,
+    subject: type[models.Model] | None = None,
+) -> Callable[[Callable[..., Any]], View]:
     """Require a Bearer token with ``scope``; set ``request.actor``.
 
     With ``methods``, other methods get 405, for views mapped without :func:`methods`. Works for
-    plain and ``async`` views. The token is checked before the body is read.
+    plain and ``async`` views, and for views in steps (:mod:`orkestr_console.core.hosts`), the first
+    of which also checks the token. The token is checked before the body is read. An ``async`` view
+    may have a part that comes ``first``, in the thread that checks the token: it takes the view's
+    arguments, and the view gets what it returns instead. The row of ``subject`` that the address
+    names first is read with the token.
     """
 
-    def decorate(view: Callable[Concatenate[ApiRequest, P], Any]) -> View:
-        def admit(request: HttpRequest) -> ApiRequest:
-            require_method(request, methods)
-            api_request = cast("ApiRequest", request)
-            api_request.actor = authenticate(request)
-            require_scope(api_request, scope)
-            return api_request
+    def admit(request: HttpRequest, keys: Iterable[object]) -> ApiRequest:
+        require_method(request, methods)
+        api_request = cast("ApiRequest", request)
+        key = next(iter(keys), None)
+        about = Subject(subject, str(key)) if subject is not None and key is not None else None
+        ahead: Actor | None = vars(request).pop(AHEAD, None)
+        api_request.actor = ahead or authenticate(request, about)
+        require_scope(api_request, scope)
+        return api_request
 
+    def decorate(view: Callable[..., Any]) -> View:
         if iscoroutinefunction(view):
-
-            @wraps(view)
-            async def guarded_async(
-                request: HttpRequest, *args: P.args, **kwargs: P.kwargs
-            ) -> HttpResponseBase:
-                api_request = await database_sync_to_async(admit)(request)
-                return cast("HttpResponseBase", await view(api_request, *args, **kwargs))
-
-            return cast("View", csrf_exempt(guarded_async))
+            return _guarded_on_event_loop(view, admit, first)
+        if isgeneratorfunction(view):
+            return _guarded_in_steps(view, admit)
 
         @wraps(view)
         def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
-            return cast("HttpResponseBase", view(admit(request), *args, **kwargs))
+            return cast("HttpResponseBase", view(admit(request, kwargs.values()), *args, **kwargs))
 
-        return csrf_exempt(guarded)
+        return guarded
 
     return decorate
+
+
+def admits_itself(view: Callable[..., Any]) -> View:
+    """An ``async`` view without a token: its address says what it may do, and for whom."""
+    return cast("View", view)
+
+
+def _guarded_on_event_loop(
+    view: Callable[..., Any],
+    admit: Callable[[HttpRequest, Iterable[object]], ApiRequest],
+    first: Callable[..., Any] | None,
+) -> View:
+    """An ``async`` view whose caller is admitted in a thread, in which ``first`` runs as well."""
+
+    def begin(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        api_request = admit(request, kwargs.values())
+        return first(api_request, *args, **kwargs) if first else None
+
+    @wraps(view)
+    async def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        begun = await in_thread(begin, request, *args, **kwargs)
+        if first is not None:
+            return cast("HttpResponseBase", await view(request, begun))
+        return cast("HttpResponseBase", await view(request, *args, **kwargs))
+
+    return cast("View", guarded)
+
+
+def _guarded_in_steps(
+    view: Callable[..., Steps[HttpResponseBase]],
+    admit: Callable[[HttpRequest, Iterable[object]], ApiRequest],
+) -> View:
+    def steps(request: HttpRequest, *args: Any, **kwargs: Any) -> Steps[HttpResponseBase]:
+        return (yield from view(admit(request, kwargs.values()), *args, **kwargs))
+
+    @wraps(view)
+    async def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        return await run_in_threads(steps(request, *args, **kwargs))
+
+    return cast("View", guarded)
+
+
+def authenticate_ahead(request: HttpRequest) -> Actor:
+    """Like :func:`authenticate`, before the view does: it takes this actor, and counts no call."""
+    actor = authenticate(request)
+    vars(request)[AHEAD] = actor
+    return actor
 
 
 def require_scope(request: ApiRequest, scope: str) -> None:
@@ -100,8 +157,8 @@ def require_scope(request: ApiRequest, scope: str) -> None:
         request.actor.require(scope)
 
 
-def authenticate(request: HttpRequest) -> Actor:
-    """The actor behind the request's Bearer token. Raises ``Unauthenticated`` (401)."""
+def authenticate(request: HttpRequest, subject: Subject | None = None) -> Actor:
+    """The actor of the request's Bearer token, and its ``subject``. Raises ``Unauthenticated``."""
     header = request.headers.get("Authorization", "")
     scheme, _, credentials = header.partition(" ")
     if not header:
@@ -109,7 +166,7 @@ def authenticate(request: HttpRequest) -> Actor:
     if scheme.lower() != "bearer":
         raise Unauthenticated("The Authorization header must be 'Bearer' and your API token.")
     return services.authenticate_token(
-        credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR")
+        credentials.strip(" "), "rest", request.META.get("REMOTE_ADDR"), subject
     )
 
 
@@ -161,16 +218,15 @@ def methods(**views: View) -> Callable[..., HttpResponseBase]:
     def dispatch(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         return route(request)(request, *args, **kwargs)
 
-    if any(iscoroutinefunction(view) for view in views.values()):
-        # Django awaits the result of a view that is a coroutine function.
-        async def dispatch_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-            view = route(request)
-            if iscoroutinefunction(view):
-                return await view(request, *args, **kwargs)
-            return await database_sync_to_async(view)(request, *args, **kwargs)
+    async def dispatch_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        view = route(request)
+        if iscoroutinefunction(view):
+            return await view(request, *args, **kwargs)
+        return await view_in_thread(view, request, *args, **kwargs)
 
-        return cast("Callable[..., HttpResponseBase]", csrf_exempt(dispatch_async))
-    return csrf_exempt(dispatch)
+    if any(iscoroutinefunction(view) for view in views.values()):
+        return cast("Callable[..., HttpResponseBase]", dispatch_async)
+    return dispatch
 
 
 def console_page[**P](

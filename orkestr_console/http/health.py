@@ -7,7 +7,6 @@ from http import HTTPStatus
 
 from django.core.exceptions import DisallowedHost, RequestDataTooBig
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.views.decorators.csrf import csrf_exempt
 
 from orkestr_console.core.errors import (
     Forbidden,
@@ -21,12 +20,19 @@ from orkestr_console.core.errors import (
     to_response,
 )
 from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.contract import missing_route
 from orkestr_console.http.decorators import authenticate
 from orkestr_console.http.readiness import is_ready, readiness
 from orkestr_console.settings import LARGEST_BODY
 
+OTHER_SERVICES = "/api"
+OTHER_SERVICE = (
+    "This console has no such API route: it serves templates and sandboxes, and the account calls "
+    "for signing in."
+)
 
-def healthz(request: HttpRequest) -> JsonResponse:
+
+async def healthz(request: HttpRequest) -> JsonResponse:
     """200 while the process serves requests. It depends on nothing else."""
     return JsonResponse({"status": "ok"})
 
@@ -50,11 +56,16 @@ def readyz(request: HttpRequest) -> JsonResponse:
     return answer
 
 
-@csrf_exempt
 def unknown_route(request: HttpRequest) -> HttpResponse:
-    """404 in JSON for unknown routes; 401 first, so that probing reveals little."""
+    """404 in JSON, or 400 for what is not offered; 401 first under ``/v1``: probing reveals little.
+
+    Under ``/api/`` are the addresses of the vendor's other services, which are no secret.
+    """
+    if request.path_info.startswith(OTHER_SERVICES):
+        return to_json_response(NotFound(OTHER_SERVICE))
     authenticate(request)
-    raise NotFound("This console has no such API route.")
+    # Not raised, which would take longer than all the rest.
+    return to_json_response(missing_route(request.path_info))
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:

@@ -1,10 +1,10 @@
-"""Middleware: request ids, releasing the database connection, browser headers, static files,
-refusing NUL, and domain errors as responses.
+"""Middleware of pages: request ids, releasing the database connection, browser headers,
+compression, static files, refusing NUL, and domain errors as responses. API calls skip it
+(:mod:`.rest`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -12,32 +12,26 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
-from ulid import ULID
+from django.middleware.gzip import GZipMiddleware
 from whitenoise.middleware import WhiteNoiseMiddleware
 
 from orkestr_console.core.errors import (
     DomainError,
     InvalidInput,
-    is_api,
     to_json_response,
     to_response,
 )
 from orkestr_console.core.postgres import release_connection, unavailable
+from orkestr_console.http.headers import PERMISSIONS, REQUEST_ID_HEADER, choose_request_id
 
 type Handler = Callable[[HttpRequest], HttpResponseBase]
-
-REQUEST_ID_HEADER = "X-Request-Id"
-# An id that a proxy or client may choose; anything else is replaced.
-_USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{8,64}", re.ASCII)
 
 
 def request_id(get_response: Handler) -> Handler:
     """Give every request an id, and every response the header ``X-Request-Id``."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
-        header = request.headers.get(REQUEST_ID_HEADER, "")
-        value = header if _USABLE_ID.fullmatch(header) else f"req_{ULID()}"
-        request.request_id = value  # type: ignore[attr-defined]
+        value = choose_request_id(request)
         response = get_response(request)
         response.headers[REQUEST_ID_HEADER] = value
         return response
@@ -60,35 +54,6 @@ def release_database(get_response: Handler) -> Handler:
     return middleware
 
 
-# Browser features that our pages don't use, and injected scripts must not either.
-PERMISSIONS = ", ".join(
-    [
-        *(
-            f"{feature}=()"
-            for feature in (
-                "accelerometer",
-                "browsing-topics",
-                "camera",
-                "display-capture",
-                "geolocation",
-                "gyroscope",
-                "hid",
-                "magnetometer",
-                "microphone",
-                "midi",
-                "payment",
-                "publickey-credentials-get",
-                "screen-wake-lock",
-                "serial",
-                "usb",
-                "xr-spatial-tracking",
-            )
-        ),
-        "clipboard-write=(self)",
-    ]
-)
-
-
 def browser_headers(get_response: Handler) -> Handler:
     """Set the browser headers that Django's own middleware doesn't.
 
@@ -101,12 +66,28 @@ def browser_headers(get_response: Handler) -> Handler:
         response = get_response(request)
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         response.headers.setdefault("Permissions-Policy", PERMISSIONS)
-        uncacheable = is_api(request) or response.status_code >= HTTPStatus.BAD_REQUEST
+        uncacheable = response.status_code >= HTTPStatus.BAD_REQUEST
         cache_control = "no-store" if uncacheable else "private, no-cache"
         response.headers.setdefault("Cache-Control", cache_control)
         return response
 
     return middleware
+
+
+class CompressedPages(GZipMiddleware):
+    """Compress pages that were only asked for.
+
+    A secret could be guessed from the length of a page that also repeats what an attacker chose
+    (BREACH). So Django adds random bytes to each; forms' tokens are masked anew each time; cookies
+    are not sent from other sites; and what a form answers, such as a new token, is left as it is.
+    """
+
+    def process_response(self, request: HttpRequest, response: HttpResponseBase) -> Any:
+        """The response, compressed if it is a page and the browser can read that."""
+        page = response.headers.get("Content-Type", "").startswith("text/html")
+        if request.method == "GET" and page and not response.streaming:
+            return super().process_response(request, response)
+        return response
 
 
 def reject_nul(get_response: Handler) -> Handler:

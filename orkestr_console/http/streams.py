@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from django.http import StreamingHttpResponse
+
+
+class Closable(Protocol):
+    """What a stream can be made from."""
+
+    async def aclose(self) -> None:
+        """End it; idempotent."""
 
 
 class OwningStream(StreamingHttpResponse):
@@ -15,9 +22,7 @@ class OwningStream(StreamingHttpResponse):
     garbage collector, what it reads from would go on for seconds.
     """
 
-    def __init__(
-        self, content: AsyncIterator[bytes], *sources: AsyncGenerator[Any], **options: Any
-    ) -> None:
+    def __init__(self, content: AsyncIterator[bytes], *sources: Closable, **options: Any) -> None:
         super().__init__(content, **options)
         self._content, self._sources = content, sources
 

@@ -1,4 +1,4 @@
-"""The threads that requests run in.
+"""The threads that requests run in, and how the event loop has something done in one.
 
 Like ``ThreadPoolExecutor``, but a thread ends that was not needed for a while, so that a burst of
 requests does not leave its threads behind.
@@ -6,17 +6,34 @@ requests does not leave its threads behind.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextvars import ContextVar, copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from asgiref.sync import sync_to_async
+
+from orkestr_console.core.postgres import release_connection
+
 IDLE_SECONDS = 30.0
 
 type Call = tuple[Future[Any], Callable[[], Any]]
+
+# A view keeps one while it waits for a host; plans limit what may be under way concurrently.
+MAX_VIEWS = 4096
+# A part is over soon, so no more than can share the database's connections, and some to spare.
+MAX_PARTS = 32
+
+# Each holder of a turn holds a connection, and is over soon as well.
+MAX_TURNS = 8
+
+# Those of the server that runs the current request; none outside of one.
+server_threads: ContextVar[ServerThreads | None] = ContextVar("server_threads", default=None)
 
 
 class RequestThreads(Executor):
@@ -82,6 +99,55 @@ class RequestThreads(Executor):
             self._idle.remove(inbox)
             self._started -= 1
             return True
+
+
+class ServerThreads:
+    """A server's threads: of whole views, which may wait for a host, and of short parts of some.
+
+    A part may wait for a turn, and as many of them could have all threads. So whose turn it is
+    (:mod:`orkestr_console.accounts.turns`) goes on in others.
+    """
+
+    def __init__(self) -> None:
+        self.views = RequestThreads(MAX_VIEWS)
+        self.parts = RequestThreads(MAX_PARTS)
+        self.turns = RequestThreads(MAX_TURNS)
+
+
+async def in_thread[**P, R](call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a short part of a request in a thread, such as what reads rows.
+
+    Waits on the event loop; there is no database connection left afterwards. If this is cancelled,
+    the part still runs to its end, unless it was waiting for a thread. Outside of the server it
+    runs in the thread that called into the event loop, whose connection and transaction it shares.
+    """
+    threads = server_threads.get()
+    return await _run_in(threads.parts if threads else None, partial(call, *args, **kwargs))
+
+
+async def turn_in_thread[**P, R](call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run the part for which a turn was waited for; else as :func:`in_thread`."""
+    threads = server_threads.get()
+    return await _run_in(threads.turns if threads else None, partial(call, *args, **kwargs))
+
+
+async def view_in_thread[**P, R](view: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a whole view in a thread, however long it takes; else as :func:`in_thread`."""
+    threads = server_threads.get()
+    return await _run_in(threads.views if threads else None, partial(view, *args, **kwargs))
+
+
+async def _run_in[R](threads: RequestThreads | None, call: Callable[[], R]) -> R:
+    if threads is None:
+        return await sync_to_async(_releasing)(call)
+    return await asyncio.wrap_future(threads.submit(copy_context().run, _releasing, call))
+
+
+def _releasing[R](call: Callable[[], R]) -> R:
+    try:
+        return call()
+    finally:
+        release_connection()
 
 
 def run(future: Future[Any], function: Callable[[], Any]) -> Callable[[], None]:

@@ -5,8 +5,9 @@ A row in a transitional state (``starting``, ``pausing``, ``capturing``, ``build
 lock of that name in PostgreSQL, so no clock decides who is alive: the lock is released when the
 work succeeds, when it fails, and when the process is killed (pg_locks, and "Advisory Locks" in the
 PostgreSQL manual: a session's locks end with it). A process that is slow, or stopped, still has its
-locks. A worker also holds one for the task that it runs, under that run's name
-(:mod:`orkestr_console.queue.broker`).
+locks. Short pieces of work of one kind share a driver, whose lock is held between them, so that
+most take no statement (:meth:`Drivers.sharing`). A worker also holds a lock for the task that it
+runs, under that run's name (:mod:`orkestr_console.queue.broker`).
 
 When PostgreSQL restarts, all locks are lost, and reacquired within moments. So whoever finds a row
 without a driver checks again after :data:`ORPHAN_GRACE_SECONDS` before settling it.
@@ -18,6 +19,7 @@ import logging
 import select
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +76,10 @@ class Drivers:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._driven: set[str] = set()
+        # By kind of short work, the driver that the next piece of it shares.
+        self._shared: dict[str, str] = {}
+        # How many pieces of work each shared driver has now.
+        self._pieces: Counter[str] = Counter()
         self._session: Connection | None = None
         self._last_used = 0.0
         self._watching = False
@@ -92,6 +98,54 @@ class Drivers:
             yield driver
         finally:
             with self._guard:
+                self._release(driver)
+
+    @contextmanager
+    def sharing(self, kind: str) -> Iterator[str]:
+        """The same for short work, with a driver that other pieces of this ``kind`` share.
+
+        A piece that fails may leave a row that names it. So nobody takes that driver any more, and
+        it is gone once those who have it are done. Two kinds that may meet at one row are not the
+        same. Raises ``DatabaseUnavailable``.
+        """
+        with self._guard:
+            driver = self._join(kind)
+        try:
+            yield driver
+        except BaseException:
+            with self._guard:
+                if self._shared.get(kind) == driver:
+                    del self._shared[kind]
+            raise
+        finally:
+            with self._guard:
+                self._leave(driver)
+
+    def _join(self, kind: str) -> str:
+        driver = self._shared.get(kind)
+        if driver is None:
+            driver = new_id("drv")
+            self._acquire(driver)
+            self._shared[kind] = driver
+        self._pieces[driver] += 1
+        return driver
+
+    def _leave(self, driver: str) -> None:
+        self._pieces[driver] -= 1
+        self._last_used = time.monotonic()
+        if self._pieces[driver]:
+            return
+        del self._pieces[driver]
+        if driver not in self._shared.values():
+            self._release(driver)
+        elif not LINGER_SECONDS:
+            self._release_shared()
+
+    def _release_shared(self) -> None:
+        """Release the shared drivers that nobody has now."""
+        for kind, driver in list(self._shared.items()):
+            if driver not in self._pieces:
+                del self._shared[kind]
                 self._release(driver)
 
     def _acquire(self, driver: str) -> None:
@@ -133,6 +187,8 @@ class Drivers:
                 if self._session is None and self._driven:
                     self._reacquire()
                 idle = time.monotonic() - self._last_used > LINGER_SECONDS
+                if idle:
+                    self._release_shared()
                 if not self._driven and (self._session is None or idle):
                     self._disconnect()
                     self._watching = False
@@ -167,4 +223,5 @@ def wait_for_hangup(session: Connection | None, seconds: float) -> Connection | 
         return session
 
 
-driving = Drivers().driving
+_drivers = Drivers()
+driving, sharing = _drivers.driving, _drivers.sharing

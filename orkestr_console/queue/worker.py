@@ -15,19 +15,15 @@ left behind. A killed worker's task is dispatched to another within seconds.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from django.conf import settings
@@ -38,65 +34,22 @@ from django_q.conf import Conf
 from django_q.models import Schedule
 from django_q.worker import worker as run_tasks
 
-from hostruntime.host.patience import Patience
+from orkestr_console.core.processes import Heartbeats, die_with, fork
 from orkestr_console.queue.broker import PgBroker
 from orkestr_console.queue.running import LockedTasks, Results
 from orkestr_console.queue.sockets import SocketEvent, SocketQueue
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
-STALE_SECONDS = settings.WORKER_STALE_SECONDS
 HEARTBEAT_SECONDS = 1.0
+# The heartbeats of a group of workers: the sentinel's, and the pusher's.
+SENTINEL, PUSHER = range(2)
+GROUP = 2
 CHECK_SECONDS = 0.5
 # Less than the process manager waits before it kills. Tasks need not finish: those cut off are
 # dispatched again.
 STOP_SECONDS = 8.0
 RESTART_SECONDS = 1.0
-
-fork = multiprocessing.get_context("fork")
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when process ``parent``, which forked it, ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        # The parent exited before the call.
-        os._exit(1)
-
-
-class Heartbeats:
-    """Heartbeat counters of some processes, by default sentinel and pusher, in shared memory.
-
-    Nobody locks it, so a killed process cannot block another.
-    """
-
-    def __init__(self, processes: int = 2) -> None:
-        self._beats = RawArray("L", processes)
-        self._pids = RawArray("L", processes)
-        # The counts that the watchdog last saw, and its patience for more.
-        self._seen = [0] * processes
-        self._patience = [self._new_patience(index) for index in range(processes)]
-
-    def beat(self, index: int) -> None:
-        """Record that the calling process is alive: sentinel (0) or pusher (1)."""
-        self._beats[index] += 1
-        self._pids[index] = os.getpid()
-
-    def stuck(self) -> str:
-        """The symptom of a process without heartbeats that does nothing else either, or ``""``."""
-        for index in range(len(self._seen)):
-            if self._beats[index] != self._seen[index]:
-                self._seen[index] = self._beats[index]
-                self._patience[index] = self._new_patience(index)
-            elif self._patience[index].exhausted():
-                return self._patience[index].reason
-        return ""
-
-    def _new_patience(self, index: int) -> Patience:
-        return Patience(STALE_SECONDS, lambda: [pid for pid in [self._pids[index]] if pid])
 
 
 class HeartbeatBroker(PgBroker):
@@ -109,12 +62,12 @@ class HeartbeatBroker(PgBroker):
 
     def dequeue(self) -> list[tuple[str, str]] | None:
         """Called by the pusher in every round."""
-        self._pulse.beat(1)
+        self._pulse.beat(PUSHER)
         return super().dequeue()
 
     def set_stat(self, key: str, value: str, timeout: int) -> None:
         """Called by the sentinel in every round."""
-        self._pulse.beat(0)
+        self._pulse.beat(SENTINEL)
         self._check()
 
 
@@ -133,7 +86,7 @@ class Guard(Sentinel):  # type: ignore[misc]
         if target is not run_tasks:
             child = fork.Process(target=run_child, args=(os.getpid(), target, *args), daemon=True)
         else:
-            pulse = Heartbeats(1)
+            pulse = Heartbeats()
             arguments = (os.getpid(), run_locked, pulse, *args)
             child = fork.Process(target=run_child, args=arguments, daemon=True)
             child.pulse, child.timer = pulse, args[2]  # type: ignore[attr-defined]
@@ -168,7 +121,7 @@ def run_locked(
 def heartbeat_forever(pulse: Heartbeats) -> None:
     """Record that this process is alive, whatever its other threads do."""
     while True:
-        pulse.beat(0)
+        pulse.beat()
         time.sleep(HEARTBEAT_SECONDS)
 
 
@@ -187,7 +140,7 @@ def run_listener(parent: int, pulse: Heartbeats) -> None:
     die_with(parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    import_string(settings.LISTENER)(partial(pulse.beat, 0))
+    import_string(settings.LISTENER)(pulse.beat)
 
 
 class ListenerSupervisor:
@@ -195,7 +148,7 @@ class ListenerSupervisor:
 
     def __init__(self) -> None:
         self._process: BaseProcess | None = None
-        self._pulse = Heartbeats(1)
+        self._pulse = Heartbeats()
         self._started_at = -RESTART_SECONDS
 
     def ensure_running(self) -> None:
@@ -208,7 +161,7 @@ class ListenerSupervisor:
             logger.error("the listener %s: restarting it", problem)
             self.stop()
         if time.monotonic() - self._started_at >= RESTART_SECONDS:
-            self._started_at, self._pulse = time.monotonic(), Heartbeats(1)
+            self._started_at, self._pulse = time.monotonic(), Heartbeats()
             arguments = (os.getpid(), self._pulse)
             self._process = fork.Process(target=run_listener, args=arguments, daemon=True)
             self._process.start()
@@ -239,7 +192,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopping:
-            stop, pulse = SocketEvent(), Heartbeats()
+            stop, pulse = SocketEvent(), Heartbeats(GROUP)
             group = fork.Process(target=run_group, args=(os.getpid(), stop, pulse))
             group.start()
             try:

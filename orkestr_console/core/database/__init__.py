@@ -1,0 +1,1 @@
+"""A database backend for Django: PostgreSQL's, with a fair queue in front of its pool."""
