@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
+
+from django.db import models
 
 from orkestr_console.accounts.models import ApiToken, Role, Team, User
 from orkestr_console.core.errors import Forbidden, InsufficientScope
@@ -14,6 +16,15 @@ READ = "sandboxes:read"
 WRITE = "sandboxes:write"
 EVERYTHING = "*"
 SCOPES = (READ, WRITE, EVERYTHING)
+
+
+@dataclass(slots=True)
+class Subject:
+    """The row of the caller's team that a call is about; it comes with the call's admission."""
+
+    model: type[models.Model]
+    id: str
+    row: models.Model | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,15 @@ class Actor:
     scopes: frozenset[str] = field(default_factory=frozenset)
     # The person's role in the team; None for a token, which cannot act as an admin.
     role: Role | None = None
+    subject: Subject | None = None
+
+    def take_subject[M: models.Model](self, model: type[M], key: str) -> M | None:
+        """The row that has come with this call, if it is that one; only once, as it gets old."""
+        subject = self.subject
+        if subject is None or (subject.model, subject.id) != (model, key):
+            return None
+        row, subject.row = subject.row, None
+        return cast("M | None", row)
 
     def has(self, scope: str) -> bool:
         """Whether the scopes cover ``scope``: ``*`` covers all, writing includes reading."""

@@ -1,8 +1,11 @@
-"""Admitting an API call: one statement finds its token and counts the call.
+"""Admitting an API call: one statement finds its token, counts the call, and reads its subject.
 
-Every call begins with it, so it is written by hand: each connection plans it once, which takes ten
-times as long as running it, and Django builds no query.  The row that it returns has everything
-that limits the token's team, so that what follows needs no second query.
+Every call begins with it, so it is written by hand (:mod:`orkestr_console.core.rows`): each
+connection plans it once, which takes ten times as long as running it.
+
+What limits the token's team is read with it only if it has changed: this process keeps the rows of
+tokens that it has seen, and the statement says of which version the current ones are.  So nothing
+that is kept is ever out of date, and a token is refused at the first call after it was revoked.
 
 The rate limit of a token is a token bucket, in the database so that all processes share it.  It
 holds one minute's calls and refills evenly.  Its table is unlogged, so no call waits for a disk.
@@ -11,14 +14,14 @@ holds one minute's calls and refills evenly.  Its table is unlogged, so no call 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from django.db import connection, models
 
+from orkestr_console.accounts.actor import Subject
+from orkestr_console.accounts.limits import link_team
 from orkestr_console.accounts.models import (
     Agreement,
     ApiToken,
@@ -29,6 +32,7 @@ from orkestr_console.accounts.models import (
     User,
 )
 from orkestr_console.core.errors import RateLimited
+from orkestr_console.core.rows import columns_sql, quoted, read_row
 
 RATE_COLUMN = "api_requests_per_minute"
 # The tables that the statement reads, by alias; most teams have no row in the outer joins.
@@ -45,27 +49,34 @@ MODELS: dict[str, type[models.Model]] = {
 # plan's number unless another was agreed on, and the team's own below it.
 ADMISSION_SQL = """
 WITH found AS (
-    SELECT {columns},
+    SELECT token.id, token.team_id, {versions} AS versions,
         LEAST(COALESCE(agreement.{rate}, plan.{rate}), limits.{rate}) AS per_minute,
         token.digest = %(digest)s AND token.revoked_at IS NULL
             AND (token.expires_at IS NULL OR token.expires_at > clock_timestamp()) AS valid
-    FROM {token} token
-    JOIN {team} team ON team.id = token.team_id
-    JOIN {plan} plan ON plan.code = team.plan_id
-    LEFT JOIN {limits} limits ON limits.team_id = team.id
-    LEFT JOIN {agreement} agreement ON agreement.team_id = team.id
-    LEFT JOIN {creator} creator ON creator.id = token.created_by_id
-    WHERE token.lookup = %(lookup)s
+    FROM {rows}
 ), counted AS (
     INSERT INTO {bucket} AS bucket (token_id, level, at)
-    SELECT {token_id}, per_minute::float8 - 1, clock_timestamp() FROM found
+    SELECT id, per_minute::float8 - 1, clock_timestamp() FROM found
     WHERE valid AND per_minute > 0
     ON CONFLICT (token_id) DO UPDATE SET level = {level} - 1, at = clock_timestamp()
     WHERE {level} >= 1
     RETURNING level
 )
-SELECT found.*, EXISTS (SELECT FROM counted) FROM found
+SELECT found.versions, found.per_minute, found.valid, EXISTS (SELECT FROM counted){subject}
 """
+# The rows of MODELS that belong to a token.
+ROWS_SQL = """{token} token
+    JOIN {team} team ON team.id = token.team_id
+    JOIN {plan} plan ON plan.code = team.plan_id
+    LEFT JOIN {limits} limits ON limits.team_id = team.id
+    LEFT JOIN {agreement} agreement ON agreement.team_id = team.id
+    LEFT JOIN {creator} creator ON creator.id = token.created_by_id
+    WHERE token.lookup = %(lookup)s"""
+SUBJECT_SQL = """, {columns} FROM found
+LEFT JOIN {table} subject ON found.valid AND subject.id = %(subject)s
+    AND subject.team_id = found.team_id"""
+# Tokens whose rows are kept; past it, all are read anew.
+MOST_KEPT = 1000
 # Of a bucket that was there before; the row that could not be inserted knows its size.
 INSERTED_SIZE = "(EXCLUDED.level + 1)"
 LEVEL_SQL = (
@@ -108,78 +119,102 @@ class Admission:
         return max(1, math.ceil((1 - level) * 60 / max(size, 1)))
 
 
-def admit(lookup: str, digest: str) -> Admission | None:
+def admit(lookup: str, digest: str, subject: Subject | None = None) -> Admission | None:
     """Find the token with this ``lookup``, and count a call if it is valid; None if none is found.
 
-    ``digest`` is that of the whole token which the client presented (:mod:`accounts.tokens`).
+    ``digest`` is that of the whole token which the client presented (:mod:`accounts.tokens`). The
+    ``subject`` gets its row, if it is of the token's team.
     """
+    statement = admission_sql(subject.model if subject else None)
+    key = subject.id if subject else None
     with connection.cursor() as cursor:
-        cursor.execute(admission_sql(), {"lookup": lookup, "digest": digest})
+        cursor.execute(statement, {"lookup": lookup, "digest": digest, "subject": key})
+        row = cursor.fetchone()
+    if row is None:
+        return None
+    versions, per_minute, valid, counted, *columns = row
+    token = _kept.get(lookup, versions) or _kept.put(lookup, versions, read_token(lookup))
+    if token is None:
+        return None
+    if subject is not None:
+        subject.row = read_row(subject.model, iter(columns))
+    return Admission(token, per_minute, valid, counted)
+
+
+class KeptTokens:
+    """The rows of tokens that this process has seen, by lookup and version; nobody changes them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, ApiToken]] = {}
+
+    def get(self, lookup: str, versions: str) -> ApiToken | None:
+        """A token's rows, if they are of these versions."""
+        kept = self._kept.get(lookup)
+        return kept[1] if kept is not None and kept[0] == versions else None
+
+    def put(self, lookup: str, versions: str, token: ApiToken | None) -> ApiToken | None:
+        """Keep rows that are of these versions, or newer: then the next call reads them again."""
+        if token is not None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[lookup] = versions, token
+        return token
+
+
+_kept = KeptTokens()
+
+
+def read_token(lookup: str) -> ApiToken | None:
+    """A token with what limits its team, in one statement."""
+    with connection.cursor() as cursor:
+        cursor.execute(token_sql(), {"lookup": lookup})
         row = cursor.fetchone()
     if row is None:
         return None
     values = iter(row)
-    rows = {alias: read_row(model, values) for alias, model in MODELS.items()}
-    per_minute, valid, counted = values
-    return Admission(link(**rows), per_minute, valid, counted)
+    return link(**{alias: read_row(model, values) for alias, model in MODELS.items()})
 
 
-def read_row(model: type[models.Model], values: Iterator[Any]) -> Any:
-    """An instance of ``model`` from the next values; None if an outer join found no row."""
-    fields = concrete_fields(model)
-    row = list(islice(values, len(fields)))
-    names = [field.attname for field, _ in fields]
-    if row[names.index(primary_key(model))] is None:
-        return None
-    converted = [
-        value if convert is None else convert(value, None, connection)
-        for value, (_, convert) in zip(row, fields, strict=True)
-    ]
-    return model.from_db(connection.alias, names, converted)
-
-
-def link(*, token: Any, team: Any, plan: Any, limits: Any, agreement: Any, creator: Any) -> Any:
+def link(*, token: Any, creator: Any, **of_team: Any) -> ApiToken:
     """The token with its related rows in place, as ``select_related`` leaves them."""
-    token.team, team.plan, token.created_by = team, plan, creator
-    for name, row in (("limits", limits), ("agreement", agreement)):
-        Team._meta.get_field(name).set_cached_value(team, row)  # type: ignore[union-attr]
-        if row is not None:
-            row.team = team
-    return token
+    token.team, token.created_by = link_team(**of_team), creator
+    return cast("ApiToken", token)
 
 
 @cache
-def concrete_fields(model: type[models.Model]) -> list[tuple[models.Field[Any, Any], Any]]:
-    """A model's columns, each with the converter of its values if it has one."""
-    return [(each, getattr(each, "from_db_value", None)) for each in model._meta.concrete_fields]
-
-
-def primary_key(model: type[models.Model]) -> str:
-    """The name of a model's primary key."""
-    return str(model._meta.pk.attname) if model._meta.pk else ""
-
-
-@cache
-def admission_sql() -> str:
-    """The statement with the models' tables and columns.
+def admission_sql(subject: type[models.Model] | None = None) -> str:
+    """The statement with the models' tables, and a subject's columns.
 
     A string, and a short one: psycopg caches what it parses up to a length (test_way_in).
     """
-    columns = [
-        f"{alias}.{quoted(field.column)}"
-        for alias, model in MODELS.items()
-        for field, _ in concrete_fields(model)
-    ]
-    # Numbered, as some names occur in two tables.
-    names = {column: f"c{number}" for number, column in enumerate(columns)}
+    # Who changes a row writes it to another place, in another transaction ("System Columns" in the
+    # PostgreSQL manual).
+    versions = ", ".join(f"{alias}.xmin, {alias}.ctid" for alias in MODELS)
+    with_subject = " FROM found"
+    if subject is not None:
+        table, columns = quoted(subject._meta.db_table), columns_sql((("subject", subject),))
+        with_subject = SUBJECT_SQL.format(columns=columns, table=table)
     return ADMISSION_SQL.format(
-        **{alias: quoted(model._meta.db_table) for alias, model in MODELS.items()},
-        columns=", ".join(f"{column} AS {name}" for column, name in names.items()),
+        rows=rows_sql(),
+        versions=f"ROW({versions})::text",
+        subject=with_subject,
         rate=quoted(RATE_COLUMN),
         bucket=quoted(RateBucket._meta.db_table),
-        token_id=names[f"token.{quoted(primary_key(ApiToken))}"],
         level=LEVEL_SQL.format(size=INSERTED_SIZE),
     ).replace("\n    ", "\n")
+
+
+@cache
+def token_sql() -> str:
+    """The query for a token's rows."""
+    return f"SELECT {columns_sql(tuple(MODELS.items()))} FROM {rows_sql()}"  # noqa: S608
+
+
+@cache
+def rows_sql() -> str:
+    """The rows of a token, as a part of a statement."""
+    tables = {alias: quoted(model._meta.db_table) for alias, model in MODELS.items()}
+    return ROWS_SQL.format(**tables)
 
 
 @cache
@@ -187,8 +222,3 @@ def level_query() -> str:
     """The query for a bucket's current level."""
     level = LEVEL_SQL.format(size="%(size)s::float8")
     return LEVEL_QUERY.format(bucket=quoted(RateBucket._meta.db_table), level=level)
-
-
-def quoted(name: str | None) -> str:
-    """A table's or column's name, quoted for SQL."""
-    return connection.ops.quote_name(str(name))

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.models import ApiToken, Role
+from orkestr_console.accounts.models import ApiToken, Role, TokenOrigin
 from orkestr_console.accounts.services import mint_token, revoke_token
 from orkestr_console.core.errors import InvalidInput, NotFound
 from orkestr_console.core.text import readable
@@ -61,14 +61,15 @@ def create_token(actor: Actor, spec: TokenSpec) -> tuple[ApiToken, str]:
     return token, text
 
 
-def record_created(actor: Actor, token: ApiToken) -> None:
-    """Record in the audit log a new token and its permissions."""
+def record_created(actor: Actor, token: ApiToken, **origin: str) -> None:
+    """Record in the audit log a new token, its permissions, and where it comes from."""
     data = {
         "token": token.prefix,
         "scopes": token.scopes,
         "expires_at": token.expires_at.isoformat() if token.expires_at else None,
         "templates": token.allowed_templates,
         "networks": token.allowed_networks,
+        **origin,
     }
     audit.record(
         actor, "token.create", kind="token", object_id=token.pk, name=token.name, data=data
@@ -78,13 +79,13 @@ def record_created(actor: Actor, token: ApiToken) -> None:
 def list_tokens(actor: Actor) -> list[ApiToken]:
     """The team's tokens, newest first. Raises ``Forbidden`` for a member."""
     actor.require_role(Role.ADMIN)
-    rows = ApiToken.objects.filter(team=actor.team).select_related("created_by")
+    rows = ApiToken.objects.filter(team=actor.team).select_related("created_by", "origin__issuer")
     return list(rows.order_by("-created_at"))
 
 
 @audited("token.revoke", "token")
 def revoke(actor: Actor, token_id: str) -> ApiToken:
-    """Revoke one of the team's tokens: its next call is refused. Idempotent.
+    """Revoke one of the team's tokens, and those it made: their next call is refused. Idempotent.
 
     Raises ``NotFound``, and ``Forbidden`` for a member.
     """
@@ -93,10 +94,29 @@ def revoke(actor: Actor, token_id: str) -> ApiToken:
         token = ApiToken.objects.filter(team=actor.team, pk=token_id).first()
         if token is None:
             raise NotFound("There is no such token.")
-        if token.revoked_at is None:
-            revoke_token(token)
-            data = {"token": token.prefix}
-            audit.record(
-                actor, "token.revoke", kind="token", object_id=token.pk, name=token.name, data=data
-            )
+        end(actor, token)
     return token
+
+
+def end(actor: Actor, token: ApiToken) -> None:
+    """Revoke a token and, whoever holds them, those that came of it; in a transaction.
+
+    It is locked before those are looked for: while it makes another, this waits.
+    """
+    generation = [token.pk]
+    while generation:
+        rows = ApiToken.objects.select_for_update(no_key=True, of=("self",))
+        for row in rows.filter(pk__in=generation).order_by("pk"):
+            if row.revoked_at is None:
+                revoke_token(row)
+                record_revoked(actor, row)
+        issued = TokenOrigin.objects.filter(issuer__in=generation)
+        generation = list(issued.values_list("token", flat=True))
+
+
+def record_revoked(actor: Actor, token: ApiToken) -> None:
+    """Record in the audit log that a token was revoked."""
+    data = {"token": token.prefix}
+    audit.record(
+        actor, "token.revoke", kind="token", object_id=token.pk, name=token.name, data=data
+    )

@@ -7,15 +7,18 @@ every service that writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate
+from inspect import isgeneratorfunction
+from typing import Any, Concatenate, cast
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
-from orkestr_console.core.errors import DomainError, ExecKilled, ExecTimeout
+from orkestr_console.core.errors import Asleep, DomainError, ExecKilled, ExecTimeout
 from orkestr_console.core.postgres import persistently
+from orkestr_console.core.rows import insert
 from orkestr_console.core.text import replace_unstorable
 
 MAX_NAME_LENGTH = 254
@@ -34,12 +37,14 @@ def record(
     object_id: object = "",
     name: str = "",
     data: dict[str, Any] | None = None,
+    flush: bool = True,
 ) -> None:
     """Record that ``actor`` did ``action`` (``"template.create"``), in its transaction.
 
     ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON without secrets.
+    ``flush`` is that of :func:`orkestr_console.core.rows.insert`.
     """
-    write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
+    write(actor, action, Outcome.DONE, kind, object_id, name, flush=flush, data=data)
 
 
 def record_denial(
@@ -64,10 +69,25 @@ def write(
     kind: str = "",
     object_id: object = "",
     name: str = "",
+    *,
+    flush: bool = True,
     **rest: Any,
 ) -> None:
     """Add one entry."""
-    AuditEntry.objects.create(
+    insert(entry(actor, action, outcome, kind, object_id, name, **rest), flush=flush)
+
+
+def entry(
+    actor: Actor,
+    action: str,
+    outcome: Outcome = Outcome.DONE,
+    kind: str = "",
+    object_id: object = "",
+    name: str = "",
+    **rest: Any,
+) -> AuditEntry:
+    """A new entry, for a statement that also changes what it is about."""
+    return AuditEntry(
         team_id=actor.team.pk,
         who=actor_identity(actor),
         user_id=actor.user.pk if actor.user else None,
@@ -103,6 +123,9 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
     """Record a refusal that propagates out of the block."""
     try:
         yield
+    except Asleep:
+        # No refusal yet: it is called again.
+        raise
     except DomainError as error:
         raised = error
         if isinstance(error, ERRORS_AFTER_EFFECT):
@@ -115,29 +138,76 @@ def denials(actor: Actor, action: str, kind: str = "", object_id: object = "") -
 
 
 def audited[**P, R](
-    action: str, kind: str = "", *, note: Callable[[Any, Any], dict[str, Any]] | None = None
+    action: str,
+    kind: str = "",
+    *,
+    note: Callable[[Any, Any], dict[str, Any]] | None = None,
+    flush: bool = True,
 ) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
     """Decorate a service that writes: record its refusals.
 
     With ``note``, also record each success, with the data that ``note`` derives from the result and
     the last argument; a service that changes rows records that itself, in its transaction. If the
-    first argument after the actor is a string, it is the object's id.
+    first argument after the actor is a string, it is the object's id. ``flush`` is that of
+    :func:`record`. The service can be written as steps (:mod:`orkestr_console.core.hosts`).
     """
+
+    audit = Auditing(action, kind, note, flush)
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
         @wraps(service)
         def wrapped(actor: Actor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            subject = args[0] if args and isinstance(args[0], str) else ""
-            with denials(actor, action, kind, subject):
+            with audit.denials(actor, args):
                 answer = service(actor, *args, **kwargs)
-            if note is not None:
-                data = note(answer, args[-1])
-                persistently(lambda: record(actor, action, kind=kind, object_id=subject, data=data))
+            audit.record_success(actor, args, answer)
             return answer
 
-        return wrapped
+        @wraps(service)
+        def in_steps(actor: Actor, /, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            steps: Any = service(actor, *args, **kwargs)
+            with audit.denials(actor, args):
+                answer = yield from steps
+            audit.record_success(actor, args, answer)
+            return answer
+
+        return cast("Any", in_steps) if isgeneratorfunction(service) else wrapped
 
     return decorate
+
+
+@dataclass(frozen=True)
+class Auditing:
+    """What :func:`audited` records of a service."""
+
+    action: str
+    kind: str
+    note: Callable[[Any, Any], dict[str, Any]] | None
+    flush: bool
+
+    def denials(self, actor: Actor, args: tuple[Any, ...]) -> AbstractContextManager[None]:
+        """Record a refusal that propagates out of the block."""
+        return denials(actor, self.action, self.kind, subject_of(args))
+
+    def record_success(self, actor: Actor, args: tuple[Any, ...], answer: Any) -> None:
+        """Record a success, if the service does not."""
+        if self.note is None:
+            return
+        data, subject = self.note(answer, args[-1]), subject_of(args)
+        persistently(
+            lambda: record(
+                actor,
+                self.action,
+                kind=self.kind,
+                object_id=subject,
+                data=data,
+                flush=self.flush,
+            )
+        )
+
+
+def subject_of(args: tuple[Any, ...]) -> str:
+    """The id of the object, if the first argument is one."""
+    return args[0] if args and isinstance(args[0], str) else ""
 
 
 def record_sign_in(

@@ -3,14 +3,18 @@
 A number is resolved from the outside in. The plan sets the ceiling, unless an operator has agreed
 another with this team; the team's admins may set their limit anywhere up to it; a person may have a
 share of that. Every check of every surface uses an :class:`Envelope`, and one that counts uses that
-of :func:`hold`, so that no two callers take the same last slot.
+of :func:`held`, so that no two callers take the same last slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, cast
+
+from django.db import connection, models, transaction
 
 from orkestr_console.accounts.models import (
     Agreement,
@@ -21,7 +25,10 @@ from orkestr_console.accounts.models import (
     TeamLimits,
     User,
 )
+from orkestr_console.accounts.turns import taken, turn, wait
 from orkestr_console.core.errors import PlanLimit
+from orkestr_console.core.hosts import Steps
+from orkestr_console.core.rows import columns_sql, quoted, read_row
 
 NETWORKS = ("off", "restricted", "open")
 
@@ -60,11 +67,29 @@ KINDS: Mapping[str, LimitKind] = {
     ),
     "max_named_snapshots": LimitKind("Snapshots", "", "snapshots", "delete one"),
     "max_volumes": LimitKind("Volumes", "", "volumes", "delete one"),
+    "max_webhooks": LimitKind("Webhooks", "", "webhooks", "delete one"),
     "api_requests_per_minute": LimitKind("API requests per minute per token"),
 }
 RELATED = ("plan", "limits", "agreement")
 # The limits that have a personal share.
 SHARES = ("max_templates", "max_concurrent_sandboxes")
+# What a lock comes with, by alias; most teams have no row in the outer joins.
+HELD: Mapping[str, type[models.Model]] = {
+    "team": Team,
+    "plan": Plan,
+    "limits": TeamLimits,
+    "agreement": Agreement,
+    "membership": Membership,
+}
+HOLD_SQL = """
+SELECT {columns} FROM {team} team
+JOIN {plan} plan ON plan.code = team.plan_id
+LEFT JOIN {limits} limits ON limits.team_id = team.id
+LEFT JOIN {agreement} agreement ON agreement.team_id = team.id
+LEFT JOIN {membership} membership
+    ON membership.team_id = team.id AND membership.user_id = %(user)s::bigint
+WHERE team.id = %(team)s FOR UPDATE OF team
+"""
 
 
 @dataclass(frozen=True)
@@ -273,13 +298,68 @@ def envelope(team: Team, user: User | None = None) -> Envelope:
 def hold(team: Team, user: User | None = None) -> Envelope:
     """The same, with the team's row locked until the caller's transaction ends.
 
-    Counting against a limit and taking a slot must both happen under this lock.
+    Counting against a limit and taking a slot must both happen under this lock, and in statements
+    of their own: one sees what was committed when it began to wait. Who does so often uses
+    :func:`held`. Raises ``Team.DoesNotExist``.
     """
-    rows = Team.objects.select_for_update(of=("self",)).select_related(*RELATED)
-    return build_envelope(rows.get(pk=team.pk), user)
+    with connection.cursor() as cursor:
+        cursor.execute(hold_sql(), {"team": team.pk, "user": user.pk if user else None})
+        row = cursor.fetchone()
+    if row is None:
+        raise Team.DoesNotExist
+    values = iter(row)
+    rows = {alias: read_row(model, values) for alias, model in HELD.items()}
+    membership = rows.pop("membership")
+    return make_envelope(link_team(**rows), user, membership)
+
+
+@cache
+def hold_sql() -> str:
+    """The statement of :func:`hold`."""
+    return HOLD_SQL.format(
+        columns=columns_sql(tuple(HELD.items())),
+        **{alias: quoted(model._meta.db_table) for alias, model in HELD.items()},
+    )
+
+
+def link_team(*, team: Any, plan: Any, limits: Any, agreement: Any) -> Team:
+    """A team with its related rows in place, as ``select_related`` leaves them."""
+    team.plan = plan
+    for name, row in (("limits", limits), ("agreement", agreement)):
+        Team._meta.get_field(name).set_cached_value(team, row)  # type: ignore[union-attr]
+        if row is not None:
+            row.team = team
+    return cast("Team", team)
+
+
+@contextmanager
+def held(team: Team, user: User | None = None) -> Iterator[Envelope]:
+    """A transaction with the team's row locked; callers of one process take turns."""
+    with turn(team.pk), transaction.atomic():
+        yield hold(team, user)
+
+
+def wait_for_turn(team: Team) -> Steps[None]:
+    """The step before :func:`held_in_turn`, for services in steps."""
+    return wait(team.pk)
+
+
+@contextmanager
+def held_in_turn(team: Team, user: User | None = None) -> Iterator[Envelope]:
+    """The same as :func:`held` for who has waited for its turn, and does it at once."""
+    with taken(team.pk), transaction.atomic():
+        yield hold(team, user)
 
 
 def build_envelope(team: Team, user: User | None = None) -> Envelope:
+    """The envelope from rows already read, but for a person's membership."""
+    memberships = (
+        Membership.objects.filter(team=team, user=user) if user else Membership.objects.none()
+    )
+    return make_envelope(team, user, memberships.first())
+
+
+def make_envelope(team: Team, user: User | None, membership: Membership | None) -> Envelope:
     """The envelope from rows already read."""
     plan = team.plan
     agreement: Agreement | None = getattr(team, "agreement", None)
@@ -291,7 +371,7 @@ def build_envelope(team: Team, user: User | None = None) -> Envelope:
         sizes=restrict(plan.allowed_sizes, own.allowed_sizes if own else None),
         networks=restrict(networks_of(plan), own.allowed_networks if own else None),
         bases=tuple(own.allowed_bases) if own and own.allowed_bases is not None else None,
-        shares=shares_of(team, user, own),
+        shares=shares_of(user, membership, own),
     )
 
 
@@ -314,12 +394,13 @@ def networks_of(plan: Plan) -> list[str]:
     return [name for name in NETWORKS if name != "open" or plan.allow_open_network]
 
 
-def shares_of(team: Team, user: User | None, own: TeamLimits | None) -> dict[str, int | None]:
+def shares_of(
+    user: User | None, membership: Membership | None, own: TeamLimits | None
+) -> dict[str, int | None]:
     """The person's share of each limit in ``SHARES``; None without one."""
     team_shares = {name: getattr(own, f"member_{name}", None) for name in SHARES}
     if user is None:
         return dict.fromkeys(SHARES)
-    membership = Membership.objects.filter(team=team, user=user).first()
     if membership is None:
         return team_shares
     own_shares = {name: getattr(membership, name) for name in SHARES}

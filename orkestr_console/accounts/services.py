@@ -10,7 +10,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from orkestr_console.accounts import tokens
-from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Surface
+from orkestr_console.accounts.actor import EVERYTHING, SCOPES, Actor, Subject, Surface
 from orkestr_console.accounts.admission import admit
 from orkestr_console.accounts.models import ApiToken, Membership, Role, Team, User
 from orkestr_console.core.errors import Forbidden, InvalidInput, Unauthenticated
@@ -58,14 +58,17 @@ def mint_token(
     return row, text
 
 
-def authenticate_token(text: str, surface: Surface, address: str | None) -> Actor:
+def authenticate_token(
+    text: str, surface: Surface, address: str | None, subject: Subject | None = None
+) -> Actor:
     """The actor that a Bearer token stands for, in one statement; the call is counted.
 
+    The statement reads the call's ``subject`` as well.
     Raises ``Unauthenticated``, with the same message for a malformed, unknown or wrong token; for
     one that was valid before, it says whether it has expired or was revoked.
     """
     lookup = tokens.lookup_of(text)
-    found = admit(lookup, tokens.digest(text)) if lookup else None
+    found = admit(lookup, tokens.digest(text), subject) if lookup else None
     if found is None or not tokens.matches(text, found.token.digest):
         raise Unauthenticated(
             "This API token is unknown; check that you copied all of it.",
@@ -79,7 +82,39 @@ def authenticate_token(text: str, surface: Surface, address: str | None) -> Acto
         )
     found.require()
     mark_used(row)
+    scopes = frozenset(row.scopes)
+    return Actor(row.team, row.created_by, row, surface, address, scopes, subject=subject)
+
+
+def signer_actor(token_id: str, surface: Surface, address: str | None) -> Actor:
+    """The actor of a token that signed something earlier; the call is counted as one of its own.
+
+    Raises ``Forbidden`` if it is no longer valid.
+    """
+    signed = ApiToken.objects.filter(pk=token_id).values_list("lookup", "digest").first()
+    found = admit(*signed) if signed else None
+    if found is None or not found.valid:
+        raise token_ended()
+    found.require()
+    mark_used(found.token)
+    row = found.token
     return Actor(row.team, row.created_by, row, surface, address, frozenset(row.scopes))
+
+
+def require_live(token_id: str) -> None:
+    """Raise ``Forbidden`` unless the token is valid."""
+    token = ApiToken.objects.filter(pk=token_id).first()
+    if token is None or not token.is_live():
+        raise token_ended()
+
+
+def token_ended() -> Forbidden:
+    """The error for what a token signed that is no longer valid."""
+    return Forbidden(
+        "The API token that made this address has been revoked or has expired; ask for a new "
+        "address with another one.",
+        code="address_revoked",
+    )
 
 
 def mark_used(token: ApiToken) -> None:

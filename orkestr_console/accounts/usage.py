@@ -10,7 +10,7 @@ from calendar import monthrange
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.db import connection
 from django.db.models import QuerySet
@@ -25,12 +25,14 @@ PEAK_METRICS = frozenset({Metric.IMAGE_BYTES, Metric.SHARED_BYTES})
 
 _UPSERT = """
 INSERT INTO accounts_usageday AS kept (team_id, day, metric, amount)
-SELECT * FROM unnest(%s::varchar[], %s::date[], %s::varchar[], %s::float8[])
-ORDER BY 1, 2, 3
+SELECT * FROM unnest(%(teams)s::varchar[], %(days)s::date[], %(metrics)s::varchar[],
+    %(amounts)s::float8[])
+WHERE {condition} ORDER BY 1, 2, 3
 ON CONFLICT (team_id, day, metric) DO UPDATE SET amount = {amount}
 """
-_ADD_SQL = _UPSERT.format(amount="kept.amount + excluded.amount")
-_MAXIMUM_SQL = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)")
+_SUM = "kept.amount + excluded.amount"
+_ADD_SQL = _UPSERT.format(amount=_SUM, condition="TRUE")
+_MAXIMUM_SQL = _UPSERT.format(amount="greatest(kept.amount, excluded.amount)", condition="TRUE")
 
 
 class Key(NamedTuple):
@@ -46,6 +48,24 @@ def add(amounts: Mapping[Key, float]) -> None:
     _write(_ADD_SQL, {key: amount for key, amount in amounts.items() if amount > 0})
 
 
+def addition_sql(condition: str) -> str:
+    """The same, under a condition, as a part of a statement that remembers what it has counted.
+
+    Its parameters are :func:`parameters`.
+    """
+    return _UPSERT.format(amount=_SUM, condition=condition)
+
+
+def parameters(amounts: Mapping[Key, float]) -> dict[str, Any]:
+    """The parameters of the statements that add."""
+    return {
+        "teams": [key.team_id for key in amounts],
+        "days": [key.day for key in amounts],
+        "metrics": [str(key.metric) for key in amounts],
+        "amounts": list(amounts.values()),
+    }
+
+
 def raise_maximum(amounts: Mapping[Key, float]) -> None:
     """Raise each day's amount to at least this."""
     _write(_MAXIMUM_SQL, amounts)
@@ -54,9 +74,8 @@ def raise_maximum(amounts: Mapping[Key, float]) -> None:
 def _write(statement: str, amounts: Mapping[Key, float]) -> None:
     if not amounts:
         return
-    teams, days, metrics = (list(part) for part in zip(*amounts, strict=True))
     with connection.cursor() as cursor:
-        cursor.execute(statement, [teams, days, [str(m) for m in metrics], list(amounts.values())])
+        cursor.execute(statement, parameters(amounts))
 
 
 def seconds_by_day(

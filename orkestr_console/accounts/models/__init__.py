@@ -15,14 +15,24 @@ from orkestr_console.accounts.models.people import (
 )
 from orkestr_console.accounts.models.plans import MAX_BUILD_SECONDS, Agreement, Plan, TeamLimits
 from orkestr_console.accounts.models.records import AuditEntry, Metric, Outcome, UsageDay
-from orkestr_console.accounts.models.tokens import ApiToken, RateBucket, new_token_id
+from orkestr_console.accounts.models.tokens import (
+    ApiToken,
+    DeviceLogin,
+    KeyedCall,
+    RateBucket,
+    TokenOrigin,
+    new_device_login_id,
+    new_token_id,
+)
 
 __all__ = [
     "MAX_BUILD_SECONDS",
     "Agreement",
     "ApiToken",
     "AuditEntry",
+    "DeviceLogin",
     "Invitation",
+    "KeyedCall",
     "Membership",
     "Metric",
     "Outcome",
@@ -32,9 +42,11 @@ __all__ = [
     "SignedIn",
     "Team",
     "TeamLimits",
+    "TokenOrigin",
     "UsageDay",
     "User",
     "UserManager",
+    "new_device_login_id",
     "new_invitation_id",
     "new_team_id",
     "new_token_id",

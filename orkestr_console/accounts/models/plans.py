@@ -32,6 +32,7 @@ class Plan(models.Model):
     build_timeout_seconds = models.PositiveIntegerField(validators=BUILD_TIMES)
     max_running_lifetime_seconds = models.PositiveIntegerField(null=True, blank=True)
     max_volumes = models.PositiveIntegerField(default=0)
+    max_webhooks = models.PositiveIntegerField(default=10)
     template_disk_mb = models.PositiveIntegerField(default=0)
     api_requests_per_minute = models.PositiveIntegerField(default=600)
 
@@ -66,6 +67,7 @@ class LimitNumbers(models.Model):
     max_snapshots = optional()
     max_named_snapshots = optional()
     max_volumes = optional()
+    max_webhooks = optional()
     template_disk_mb = optional()
     step_timeout_seconds = optional(validators=BUILD_TIMES)
     build_timeout_seconds = optional(validators=BUILD_TIMES)
