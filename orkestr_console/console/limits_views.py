@@ -24,6 +24,7 @@ from orkestr_console.accounts.models import Role, Team
 from orkestr_console.console.limits_forms import SHARE_LABELS, LimitsForm
 from orkestr_console.core.errors import DomainError
 from orkestr_console.http.decorators import ConsoleRequest, console_page
+from orkestr_console.webhooks import services as webhooks
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def choices(offered: list[str], ticked: list[str]) -> list[Choice]:
 
 def usage_counts(teams: list[Team]) -> dict[str, dict[str, int]]:
     """Each team's usage of its counted limits, by team id."""
-    sandbox_counts = sandboxes.usage_counts(teams)
+    sandbox_counts, webhook_counts = sandboxes.usage_counts(teams), webhooks.usage_counts(teams)
     return {
-        team: {**used, **sandbox_counts[team]}
+        team: {**used, **sandbox_counts[team], **webhook_counts[team]}
         for team, used in templates.usage_counts(teams).items()
     }

@@ -49,6 +49,7 @@ def operator_page(request: ConsoleRequest) -> HttpResponse:
         "plans": limit_changes.list_plans(operator),
         "q": text,
         "apart": installation.current().mismatch,
+        "capacity": installation.capacity(),
     }
     return render(request, "console/operator.html", context)
 

@@ -8,6 +8,7 @@ from orkestr_console.console import (
     account_views,
     audit_views,
     connect_views,
+    device_views,
     limits_views,
     operator_storage,
     operator_views,
@@ -15,6 +16,7 @@ from orkestr_console.console import (
     token_views,
     usage_views,
     views,
+    webhook_views,
 )
 
 app_name = "console"
@@ -64,10 +66,29 @@ urlpatterns = [
         operator_storage.storage_delete,
         name="operator_storage_delete",
     ),
+    path("team/webhooks/", webhook_views.webhooks_page, name="webhooks"),
+    path("team/webhooks/<str:webhook_id>/", webhook_views.webhook_page, name="webhook"),
+    path(
+        "team/webhooks/<str:webhook_id>/deliveries/",
+        webhook_views.webhook_deliveries,
+        name="webhook_deliveries",
+    ),
+    path("team/webhooks/<str:webhook_id>/test/", webhook_views.webhook_test, name="webhook_test"),
+    path(
+        "team/webhooks/<str:webhook_id>/enable/",
+        webhook_views.webhook_enable,
+        name="webhook_enable",
+    ),
+    path(
+        "team/webhooks/<str:webhook_id>/delete/",
+        webhook_views.webhook_delete,
+        name="webhook_delete",
+    ),
     path("team/audit/", audit_views.audit_page, name="audit"),
     path("team/audit/csv/", audit_views.audit_csv, name="audit_csv"),
     path("team/audit/jsonl/", audit_views.audit_json, name="audit_json"),
     path("team/usage/", usage_views.team_usage, name="usage"),
     path("team/usage/csv/", usage_views.team_usage_csv, name="usage_csv"),
+    path("device/", device_views.device_page, name="device"),
     path("connect/", connect_views.connect_page, name="connect"),
 ]
