@@ -27,17 +27,9 @@ from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.core.errors import DomainError, Forbidden, MethodNotAllowed, Unauthenticated
 from orkestr_console.core.ids import new_id
 from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER
 from orkestr_console.mcp.server import build_server
 from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, call_service
-
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
 
 
 async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +62,7 @@ def with_headers(send: Send, request_id: str) -> Send:
             present = {name.lower() for name, _ in message.get("headers", [])}
             added = [
                 (name.lower().encode(), value.encode())
-                for name, value in {**HEADERS, "X-Request-Id": request_id}.items()
+                for name, value in {**API_HEADERS, REQUEST_ID_HEADER: request_id}.items()
                 if name.lower().encode() not in present
             ]
             message = {**message, "headers": [*message.get("headers", []), *added]}

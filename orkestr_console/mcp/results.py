@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -121,7 +121,9 @@ class SandboxDetail(Result):
     """A sandbox."""
 
     id: str
-    status: str = Field(description="starting, running, terminated or failed.")
+    status: str = Field(
+        description="starting, running, pausing, paused, resuming, terminated or failed."
+    )
     template: str
     network: str
     cpu: float
@@ -176,13 +178,30 @@ class ExecResult(Result):
 
 
 class BackgroundCommand(Result):
-    """A command that keeps running."""
+    """A command that runs in the background, or did."""
 
-    pid: int = Field(description="The session leader: 'kill -- -PID' kills all of its processes.")
-    log_path: str = Field(description="The command's output; read it with read_file.")
-    exit_code_path: str = Field(
-        description="Holds the exit code; exists once the command has exited."
-    )
+    command_id: str
+    command: str = Field(description="The beginning of it, if it is long.")
+    status: Literal["running", "exited", "killed"]
+    exit_code: int | None
+    signal: int | None = Field(description="The number of the signal that ended it.")
+    pid: int | None
+    started_at: str
+
+
+class BackgroundCommands(Result):
+    """The background commands of a sandbox, newest first."""
+
+    commands: list[BackgroundCommand]
+
+
+class CommandOutput(BackgroundCommand):
+    """A background command, and a part of its output: stdout and stderr together."""
+
+    output: str
+    next_offset: int = Field(description="Offset of what comes next.")
+    more: bool = Field(description="Whether more has been printed already.")
+    dropped_bytes: int = Field(description="Earlier output that is not kept any more.")
 
 
 class FilePart(Result):

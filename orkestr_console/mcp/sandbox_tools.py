@@ -20,12 +20,10 @@ from orkestr_console.core.errors import (
     InvalidInput,
     PayloadTooLarge,
 )
-from orkestr_console.core.ids import new_id
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.arguments import Without
 from orkestr_console.mcp.output import TruncatedOutput
 from orkestr_console.mcp.results import (
-    BackgroundCommand,
     Directory,
     DirectoryEntry,
     ExecResult,
@@ -59,9 +57,7 @@ OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
 # What the public API's SDK can send, and this server accepts with its default only.
-SandboxArguments = Annotated[
-    SandboxSpec, Without("on_timeout", "auto_resume", "preview_auth", "region", "volume")
-]
+SandboxArguments = Annotated[SandboxSpec, Without("preview_auth", "region", "volume")]
 
 
 async def create_sandbox(ctx: Ctx, spec: SandboxArguments) -> SandboxDetail:
@@ -152,39 +148,6 @@ def with_output(error: DomainError, output: dict[str, TruncatedOutput]) -> Domai
     """Attach what the command printed to an error."""
     error.extra |= {name: stream.text() for name, stream in output.items()}
     return error
-
-
-async def exec_background(
-    ctx: Ctx,
-    sandbox_id: SandboxId,
-    spec: Annotated[ExecSpec, Without("stream", "timeout_seconds")],
-) -> BackgroundCommand:
-    """Start a shell command that keeps running after this call, such as a server or a test suite.
-
-    Its output goes to a file in the sandbox, which counts towards the sandbox's memory.
-    """
-    directory = f"/tmp/background/{new_id('cmd')[-10:].lower()}"
-    script = spec.model_copy(update={"command": background_script(spec.command, directory)})
-    result = await run_to_completion(ctx, sandbox_id, script)
-    if result.exit_code != 0 or not result.stdout.strip().isdecimal():
-        reason = result.stderr.strip() or "the shell printed nothing"
-        raise Conflict(f"The command could not be started: {reason}.", code="not_started")
-    return BackgroundCommand(
-        pid=int(result.stdout), log_path=f"{directory}/log", exit_code_path=f"{directory}/exit"
-    )
-
-
-def background_script(command: str, directory: str) -> str:
-    """A script that runs a command in its own session and then writes its exit code.
-
-    The command is passed in a file: nested quoting would soon make it too long.
-    """
-    end = f"END-{directory.rpartition('/')[2]}"
-    return (
-        f"mkdir -p {directory} && cat >{directory}/command <<'{end}' || exit\n{command}\n{end}\n"
-        f"setsid sh -c '$(command -v bash || echo sh) {directory}/command; "
-        f"echo $? >{directory}/exit' >{directory}/log 2>&1 </dev/null & echo $!"
-    )
 
 
 async def read_file(
@@ -342,7 +305,6 @@ TOOLS = [
     read_tool(list_sandboxes),
     read_tool(get_sandbox),
     write_tool(exec_command, "exec", destructive=True, open_world=True),
-    write_tool(exec_background, destructive=True, open_world=True),
     read_tool(read_file),
     write_tool(write_file, destructive=True, idempotent=True),
     read_tool(list_files),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from channels.db import database_sync_to_async
@@ -16,10 +17,11 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.core.errors import DomainError, Internal, InvalidInput, to_mcp_text
+from orkestr_console.core.errors import Asleep, DomainError, Internal, InvalidInput, to_mcp_text
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.json_api import MAX_DEPTH, reject_unusable
 from orkestr_console.http.validation import invalid_input
+from orkestr_console.http.waking import call_again
 from orkestr_console.mcp.arguments import flattened
 
 logger = logging.getLogger(__name__)
@@ -149,4 +151,8 @@ def actor_of(context: Context[Any, Any]) -> Actor:
 
 async def call_service[**P, R](service: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call a synchronous service in the request's own thread."""
-    return await database_sync_to_async(service)(*args, **kwargs)
+    call = partial(database_sync_to_async(service), *args, **kwargs)
+    try:
+        return await call()
+    except Asleep as asleep:
+        return await call_again(asleep, call)
