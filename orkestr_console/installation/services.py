@@ -15,8 +15,10 @@ from django.db import transaction
 from django.db.models import F, Max
 from django.utils import timezone
 
+from hostruntime.errors import HostError
 from hostruntime.host.installation import InstallationMismatch, InstallationStore, StateUnclaimed
 from hostruntime.host.paths import StatePaths
+from hostruntime.wire.health import CapacityStatus
 from hostruntime.wire.reconciliation import (
     InstallationInfo,
     QuarantinedItemInfo,
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 # Long enough for a change of the mark, which takes two calls.
 MAX_TRIES = 20
 PAUSE_SECONDS = 0.5
+# A page that shows it among others doesn't wait longer.
+CAPACITY_TIMEOUT = 2.0
 
 
 def current() -> Installation:
@@ -176,6 +180,15 @@ def host_standing() -> InstallationInfo:
     """The state directory's own record. Raises ``HostUnavailable``."""
     with translated_errors():
         return host().installation()
+
+
+def capacity() -> CapacityStatus | None:
+    """What sandboxes and builds are promised of the machine; None if the host doesn't answer."""
+    release_connection()
+    try:
+        return host().health(seconds=CAPACITY_TIMEOUT).capacity
+    except HostError:
+        return None
 
 
 def list_quarantine() -> list[QuarantinedItemInfo]:

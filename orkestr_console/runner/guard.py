@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 
-from hostruntime.host.patience import Patience
+from hostruntime.host.patience import Patience, process_tree
 from orkestr_console.runner.display import Display
 from orkestr_console.runner.keeper import Keeper, ManagerUnresponsive
 from orkestr_console.runner.layout import Layout, StartError
@@ -43,7 +43,7 @@ class Guard:
         self._last_retry = time.monotonic()
         self._manager = Watch(self._manager_responds, keeper.manager)
         self._watched = {
-            name: Watch(question, partial(self._pids, name))
+            name: Watch(question, partial(self._working, name))
             for name, question in self._questions().items()
             if name in self._states
         }
@@ -53,9 +53,10 @@ class Guard:
         return {
             "postgres": layout.cluster.responds,
             "agent": partial(agent_responds, layout.host_socket),
-            "web": partial(web_responds, layout),
-            # Its own watchdog handles its other processes (orkestr_console.queue.worker).
-            "worker": lambda: not any(map(is_stopped, self._pids("worker"))),
+            # Both have a watchdog of their own, which handles their other processes
+            # (orkestr_console.http.processes, orkestr_console.queue.worker).
+            "web": lambda: not self._is_stopped("web") and web_responds(layout),
+            "worker": lambda: not self._is_stopped("worker"),
         }
 
     def run(self) -> None:
@@ -145,6 +146,18 @@ class Guard:
         except ManagerUnresponsive:
             return False
         return True
+
+    def _working(self, name: str) -> list[int]:
+        """The processes whose work shows that a program lives; the web's is done by its children.
+
+        Not so the agent's, whose children are tenants'.
+        """
+        if name != "web":
+            return self._pids(name)
+        return [each for pid in self._pids(name) for each in process_tree(pid)]
+
+    def _is_stopped(self, name: str) -> bool:
+        return any(map(is_stopped, self._pids(name)))
 
     def _pids(self, name: str) -> list[int]:
         pid = self._states[name][1]

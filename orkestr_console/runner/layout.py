@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from hostruntime.host.patience import configured_slowness, slowness
 from orkestr_console.core.listening import listen_addresses, trusted_proxies
+from orkestr_console.core.machine import web_processes
+from orkestr_console.core.networks import listed_networks
 from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
@@ -157,6 +159,8 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
         configured_slowness(environment)
         listen = listen_addresses(environment.get("ORKESTR_LISTEN"))
         trusted_proxies(environment.get("ORKESTR_TRUSTED_PROXIES"))
+        web_processes(environment.get("ORKESTR_WEB_PROCESSES", ""))
+        listed_networks("ORKESTR_WEBHOOK_PERMIT", environment)
     except ValueError as error:
         raise StartError(str(error)) from None
     var = Path(environment.get("ORKESTR_VAR") or TREE / "var").absolute()

@@ -65,7 +65,7 @@ class Watch:
 
 
 def web_responds(layout: Layout) -> bool:
-    """Whether the web process answers at all."""
+    """Whether a web process answers at all."""
     try:
         httpx.get(f"{layout.local_url}/healthz", timeout=ANSWER_SECONDS, trust_env=False)
     except httpx.HTTPError:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from orkestr_console.runner.doctor import cgroups, keeping, kernel, machine, network, software
+from orkestr_console.runner.doctor import (
+    capacity,
+    cgroups,
+    keeping,
+    kernel,
+    machine,
+    network,
+    software,
+)
 from orkestr_console.runner.doctor.finding import Finding, needs_root
 from orkestr_console.runner.doctor.network import listen_problem
 from orkestr_console.runner.layout import Layout
@@ -42,6 +50,7 @@ CHECKS_AFTER_TRIALS: tuple[Check, ...] = (
     network.check_port,
     machine.check_disk,
     machine.check_memory,
+    capacity.check_capacity,
     machine.check_clock,
     machine.check_tree,
     keeping.check_installation,

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hostruntime.container.capacity import MAX_CONTAINERS, Room
 from hostruntime.container.shared_limits import LowLimit, low_limits, max_processes
 from hostruntime.container.trials import TRIALS
+from hostruntime.errors import InvalidRequest
 from hostruntime.network.squid_config import DESCRIPTORS
 from orkestr_console.runner.doctor.finding import (
     Finding,
@@ -29,8 +31,8 @@ TRIED_ON = {"x86_64": "amd64", "aarch64": "arm64"}
 MODULES = Path("/lib/modules")
 SYSCTLS = Path("/proc/sys")
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
-# Each sandbox takes one of each.
-MIN_NAMESPACES = 256
+# Beside those of sandboxes, each of which takes one of each.
+_SPARE_NAMESPACES = 128
 # How many descriptors one process may ever have, which the proxy is started with.
 _DESCRIPTORS = "fs/nr_open"
 _SECONDS = 300
@@ -126,11 +128,20 @@ def check_namespaces(_: Layout, sysctls: Path = SYSCTLS) -> Finding:
     """Each sandbox needs a namespace of every kind; distributions restrict users, not root."""
     limits = {kind: read_number(sysctls / f"user/max_{kind}_namespaces") for kind in NAMESPACES}
     kind, least = min(limits.items(), key=lambda item: item[1])
-    if least < MIN_NAMESPACES:
-        seen = f"user.max_{kind}_namespaces is {least}, and each sandbox takes one"
+    needed = _max_sandboxes() + _SPARE_NAMESPACES
+    if least < needed:
+        seen = f"user.max_{kind}_namespaces is {least}, and each of {needed} sandboxes takes one"
         remedy = f"sysctl -w user.max_{kind}_namespaces=15000"
         return Finding("namespaces", "warn" if least else "fail", seen, remedy)
     return Finding("namespaces", "ok", f"up to {least} of each kind{_restrictions(sysctls)}")
+
+
+def _max_sandboxes() -> int:
+    try:
+        return Room.of_machine().containers
+    except InvalidRequest:
+        # Which capacity.check_capacity reports.
+        return MAX_CONTAINERS
 
 
 def _restrictions(sysctls: Path) -> str:

@@ -1,19 +1,28 @@
-"""`manage.py serve`: the web process, serving console, REST and WebSockets until SIGTERM."""
+"""`manage.py serve`: the web processes, serving console, REST and WebSockets until SIGTERM."""
 
 from __future__ import annotations
 
+import gc
 import resource
+from importlib import import_module
 from typing import Any
 
+import uvloop
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
+from orkestr_console.core.listening import listen_on
 from orkestr_console.core.postgres import RequestConnection, check_connection
+from orkestr_console.http.processes import Place, WebProcesses
+
+# A request makes thousands of objects and few cycles; with Python's 700, every call pays for a
+# collection or two.
+GC_THRESHOLDS = 10_000, 20, 20
 
 
 class Command(BaseCommand):
-    """Run the web process in the foreground."""
+    """Run the web processes in the foreground."""
 
     help = "Serve console, REST and WebSockets until SIGTERM."
 
@@ -29,17 +38,29 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Serve; never returns."""
         use_request_settings()
-        # Here, because it installs an event loop that no other command wants.
-        from orkestr_console.asgi import application
-        from orkestr_console.http.daphne import build_server, exit_process
-        from orkestr_console.http.readiness import readiness
+        # Once, before any process is forked, which then shares it.
+        import_module("orkestr_console.asgi")
+        port = options["port"]
+        try:
+            sockets = listen_on(options["address"] or settings.LISTEN, port)
+        except OSError as error:
+            raise CommandError(f"cannot listen on port {port}: {error.strerror}") from None
+        if not WebProcesses(sockets, settings.WEB_PROCESSES, serve).run():
+            raise CommandError("the web processes end as they start; the log says why")
 
-        readiness.start()
-        server = build_server(application, options["address"] or settings.LISTEN, options["port"])
-        server.run()
-        if server.failure:
-            raise CommandError(f"cannot listen on port {options['port']}: {server.failure}")
-        exit_process(0)
+
+def serve(place: Place) -> None:
+    """The main function of a web process; never returns."""
+    gc.set_threshold(*GC_THRESHOLDS)
+    # Before Daphne makes its event loop of it, which must not be shared with another process.
+    uvloop.install()
+    from orkestr_console.asgi import application
+    from orkestr_console.http.daphne import ConsoleServer, exit_process
+    from orkestr_console.http.readiness import readiness
+
+    readiness.start()
+    ConsoleServer(application, place).run()
+    exit_process(0)
 
 
 def use_request_settings() -> None:
@@ -51,6 +72,7 @@ def use_request_settings() -> None:
     """
     pool = connections.settings["default"]["OPTIONS"]["pool"]
     pool |= {
+        "max_size": min(pool["max_size"], settings.WEB_CONNECTIONS // settings.WEB_PROCESSES),
         "timeout": settings.REQUEST_POOL_SECONDS,
         "connection_class": RequestConnection,
         "check": check_connection,
