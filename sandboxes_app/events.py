@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orkestr_console.core.channel_layer import notify_all
+from orkestr_console.core.channel_layer import notify_all, payloads
 
 
 def sandbox_group(sandbox_id: str) -> str:
@@ -17,20 +17,25 @@ def sandboxes_group(team_id: str) -> str:
     return f"team.{team_id}.sandboxes"
 
 
-def notify_changed(sandbox_id: str, team_id: str) -> None:
-    """Notify the sandbox's page and the team's list of a new state. Sent on commit."""
-    notify_many_changed([(sandbox_id, team_id)])
+def change_payloads(sandbox_id: str, team_id: str) -> list[str]:
+    """The notices of a new state, for a statement that makes it: to its page, and the list."""
+    return payloads(change_messages([(sandbox_id, team_id)]))
 
 
 def notify_many_changed(sandboxes: Sequence[tuple[str, str]]) -> None:
-    """The same for many, by their ids and teams' ids; each list gets one notice."""
+    """Notify the pages of sandboxes, by their ids and teams' ids, and each list once. On commit."""
+    notify_all(change_messages(sandboxes))
+
+
+def change_messages(sandboxes: Sequence[tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """The notices of new states, by group."""
     messages = {
         sandbox_group(sandbox_id): change_message(sandbox_id) for sandbox_id, _ in sandboxes
     }
     messages |= {
         sandboxes_group(team_id): change_message(sandbox_id) for sandbox_id, team_id in sandboxes
     }
-    notify_all(messages)
+    return messages
 
 
 def change_message(sandbox_id: str) -> dict[str, str]:

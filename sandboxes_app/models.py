@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import ClassVar
 
 from django.db import models
@@ -47,6 +48,12 @@ LIVE = (
     SandboxStatus.PAUSED,
     SandboxStatus.RESUMING,
 )
+
+
+# Those that use a slot for paused sandboxes.
+PAUSED_STATUSES = (SandboxStatus.PAUSING, SandboxStatus.PAUSED)
+# How long a sandbox may be paused before it ends.
+MAX_PAUSE = timedelta(days=7)
 
 
 class SandboxQuerySet(models.QuerySet["Sandbox"]):
@@ -150,6 +157,11 @@ class Sandbox(models.Model):
         return self.status == SandboxStatus.RUNNING
 
     @property
+    def pauses_on_timeout(self) -> bool:
+        """Whether it is paused when it expires, instead of ended."""
+        return self.on_timeout == "pause"
+
+    @property
     def is_paused(self) -> bool:
         """Whether it is paused until somebody resumes it."""
         return self.status == SandboxStatus.PAUSED
@@ -249,6 +261,16 @@ class Snapshot(models.Model):
                 condition=models.Q(status__in=SnapshotStatus.values), name="snapshot_status_known"
             ),
         ]
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class UsedUpload(models.Model):
+    """A signed address of an upload that has been used, by its nonce, until it expires."""
+
+    id = models.CharField(max_length=32, primary_key=True, editable=False)
+    expires_at = models.DateTimeField(db_index=True)
 
     def __str__(self) -> str:
         return self.id

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import base64
+import posixpath
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
-from hostruntime.wire.files import DirectoryListing, FileContent, FileStat
+from django.utils.http import content_disposition_header
+
+from hostruntime.wire.background import CommandInfo
+from hostruntime.wire.files import DirectoryListing, FileContent, FilePart, FileStat
 from hostruntime.wire.health import EgressHost
 from orkestr_console.http.json_api import timestamp
+from orkestr_console.http.ranges import content_range
+from orkestr_console.http.uploads import PREFIX
 from sandboxes_app.models import Sandbox, Snapshot
-from sandboxes_app.services import BatchRow, ExecAnswer, Limits, TemplateUse
+from sandboxes_app.services import (
+    Address,
+    BatchRow,
+    CommandLogs,
+    ExecAnswer,
+    Limits,
+    Metrics,
+    TemplateUse,
+    preview_token,
+)
 from sandboxes_app.specs import SIZES
 
 
@@ -31,7 +47,7 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
         "on_timeout": sandbox.on_timeout,
         "auto_resume": sandbox.auto_resume,
         "preview_auth": sandbox.preview_auth,
-        "preview_auth_token": None,
+        "preview_auth_token": preview_token(sandbox) if sandbox.preview_auth else None,
         "paused_expires_at": timestamp(sandbox.expires_at) if sandbox.is_paused else None,
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,
@@ -109,6 +125,32 @@ def path_stat(stat: FileStat) -> dict[str, Any]:
     }
 
 
+def presigned(address: Address, origin: str) -> dict[str, Any]:
+    """An address that a file is sent to or fetched from, at this origin."""
+    return {
+        "url": f"{origin}{PREFIX}{address.signed()}",
+        "method": address.method,
+        "path": address.path,
+        "expires_at": timestamp(address.expires_at),
+    }
+
+
+def file_headers(path: str, part: FilePart, *, partial: bool) -> dict[str, str]:
+    """The headers of a file's bytes: to save, as a browser must show nobody's file as our page."""
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(part.length),
+        "Accept-Ranges": "bytes",
+    }
+    name = posixpath.basename(path)
+    if name.endswith("\n"):
+        # Django quotes every other one (RFC 8187).
+        headers["Content-Disposition"] = f"attachment; filename*=utf-8''{quote(name)}"
+    elif named := content_disposition_header(True, name):  # noqa: FBT003
+        headers["Content-Disposition"] = named
+    return {**headers, "Content-Range": content_range(part)} if partial else headers
+
+
 def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
     """The result of each file of a batch."""
     return {
@@ -121,6 +163,80 @@ def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
             for row in rows
         ]
     }
+
+
+def command_detail(command: CommandInfo) -> dict[str, Any]:
+    """A background command. Whether it was killed decides its status, not how it took it."""
+    killed = command.killed or command.signal is not None or command.code is None
+    status = "running" if command.running else "killed" if killed else "exited"
+    return {
+        "id": command.id,
+        "command": command.command,
+        "pid": command.pid,
+        "status": status,
+        "exit_code": command.code if status == "exited" else None,
+        "signal": command.signal,
+        "out_of_memory": command.out_of_memory,
+        "duration_ms": command.duration_ms,
+        "started_at": unix_timestamp(command.started_at),
+    }
+
+
+def command_logs(logs: CommandLogs) -> dict[str, Any]:
+    """A part of what a background command has printed."""
+    return {
+        "content": logs.content,
+        "size": logs.size,
+        "truncated": logs.truncated,
+        "offset": logs.offset,
+        "next_offset": logs.next_offset,
+        "dropped": logs.dropped,
+    }
+
+
+def metrics_detail(metrics: Metrics) -> dict[str, Any]:
+    """What a sandbox uses: shares of its own CPUs and memory, and its totals."""
+    sandbox, measured = metrics.sandbox, metrics.measured
+    samples = measured.samples if measured else ()
+    live = measured if sandbox.is_running else None
+    cores = samples[-1].cpu_cores if live and samples else None
+    memory = live.memory_bytes if live else None
+    limit = sandbox.memory_mb * 1024 * 1024
+    return {
+        "sandbox_id": sandbox.pk,
+        "sandbox_status": sandbox.status,
+        "as_of": timestamp(metrics.at),
+        "sample_interval_seconds": 2,
+        "window_seconds": 60,
+        "cpu": {
+            "cores": sandbox.cpu,
+            "usage_cores": None if cores is None else round(cores, 3),
+            "usage_percent": None if cores is None else percent(cores, sandbox.cpu),
+        },
+        "memory": {
+            "limit_bytes": limit,
+            "usage_bytes": memory,
+            "usage_percent": None if memory is None else percent(memory, limit),
+        },
+        "lifetime": {
+            "cpu_seconds": measured.total.cpu_seconds if measured else sandbox.cpu_seconds,
+            "gb_seconds": measured.total.gb_seconds if measured else sandbox.gb_seconds,
+        },
+        "samples": [
+            {
+                "t": unix_timestamp(sample.at),
+                "cpu_percent": percent(sample.cpu_cores, sandbox.cpu),
+                "mem_bytes": sample.memory_bytes,
+            }
+            for sample in samples
+            if sample.at > metrics.since
+        ],
+    }
+
+
+def percent(part: float, whole: float) -> float:
+    """A share in percent."""
+    return round(100 * part / whole, 2)
 
 
 def limits_detail(limits: Limits) -> dict[str, Any]:

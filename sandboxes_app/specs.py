@@ -82,7 +82,7 @@ def network_off() -> Network:
 
 
 class SandboxSpec(Spec):
-    """A sandbox to create. Features of later releases are accepted with their defaults only.
+    """A sandbox to create. What this release lacks is accepted with its default only.
 
     With a snapshot, the size is the snapshot's, and so are the network and its allowlist unless the
     caller sets them.
@@ -105,9 +105,15 @@ class SandboxSpec(Spec):
     timeout_seconds: int = Field(
         default=600, ge=MIN_TIMEOUT_SECONDS, description="Seconds until it expires."
     )
-    on_timeout: Literal["kill", "pause"] = "kill"
-    auto_resume: bool = False
-    preview_auth: bool = False
+    on_timeout: Literal["kill", "pause"] = Field(
+        default="kill", description="What happens when it expires."
+    )
+    auto_resume: bool = Field(
+        default=False, description="Whether a command or file call resumes it while it is paused."
+    )
+    preview_auth: bool = Field(
+        default=False, description="Whether its previews need preview_auth_token."
+    )
     env: Environment = Field(
         default_factory=dict, description="Environment variables for its commands."
     )
@@ -143,12 +149,17 @@ class SnapshotSpec(Spec):
     )
 
 
-class ExecSpec(Spec):
-    """A command to run; its whole process tree is killed after ``timeout_seconds``."""
+class BackgroundSpec(Spec):
+    """A command that nobody waits for: it runs until it ends, is killed, or its sandbox ends."""
 
     command: Annotated[str, AfterValidator(usable_script)] = Field(description="A shell command.")
     cwd: Path = Field(default="/workspace", description="Where it runs.")
     env: Environment = Field(default_factory=dict, description="Additional environment variables.")
+
+
+class ExecSpec(BackgroundSpec):
+    """A command to run; its whole process tree is killed after ``timeout_seconds``."""
+
     timeout_seconds: int = Field(
         default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped."
     )
@@ -208,6 +219,13 @@ class DirectorySpec(Spec):
 
     path: Path
     parents: bool = True
+
+
+class PresignSpec(Spec):
+    """A file to send or fetch without a token, and for how many seconds that is possible."""
+
+    path: Path
+    expires_in: int = Field(default=600, ge=60, le=3600)
 
 
 class MoveSpec(Spec):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.urls import path
 
 from orkestr_console.http.decorators import methods
-from sandboxes_app import api
+from sandboxes_app import api, background_api
 
 one = "sandboxes/<str:sandbox_id>"
 
@@ -24,14 +24,27 @@ urlpatterns = [
     path(f"{one}/resume", methods(POST=api.resume_sandbox)),
     path(f"{one}/exec", methods(POST=api.exec_command)),
     path(
+        f"{one}/commands",
+        methods(GET=background_api.list_commands, POST=background_api.start_command),
+    ),
+    path(
+        f"{one}/commands/<str:command_id>",
+        methods(GET=background_api.get_command, DELETE=background_api.kill_command),
+    ),
+    path(f"{one}/commands/<str:command_id>/logs", methods(GET=background_api.read_logs)),
+    path(
         f"{one}/files",
         methods(GET=api.read_path, POST=api.write_file, DELETE=api.delete_path),
     ),
+    path(f"{one}/metrics", methods(GET=api.get_metrics)),
     path(f"{one}/egress", methods(GET=api.list_egress)),
     path(f"{one}/files/mkdir", methods(POST=api.mkdir)),
     path(f"{one}/files/move", methods(POST=api.move)),
     path(f"{one}/files/stat", methods(GET=api.stat)),
     path(f"{one}/files/batch", methods(POST=api.write_batch)),
+    path(f"{one}/files/presign-upload", methods(POST=api.presign_upload)),
+    path(f"{one}/files/presign-download", methods(POST=api.presign_download)),
+    path("transfers/<str:address>", methods(GET=api.download, PUT=api.upload)),
     # A template's address, but only sandboxes know who uses it.
     path("templates/<str:template_id>/usage", methods(GET=api.get_template_use)),
 ]

@@ -11,24 +11,26 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
-from channels.db import database_sync_to_async
-
 from hostruntime import errors as host_errors
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import build_envelope, envelope
-from orkestr_console.core.errors import DomainError, ExecKilled, PlanLimit, RateLimited
-from orkestr_console.core.hosts import async_host, run_async, translate_error
+from orkestr_console.core.errors import Asleep, DomainError, ExecKilled, PlanLimit, RateLimited
+from orkestr_console.core.hosts import async_host, run_async
 from orkestr_console.core.postgres import persistently
 from orkestr_console.http.closing import cut_off_reason
+from orkestr_console.http.threads import in_thread
 from sandboxes_app.models import Sandbox
-from sandboxes_app.services.lifecycle import find_running, settle_if_missing
+from sandboxes_app.services.exec_errors import (
+    ERROR_OUTPUT_BYTES,
+    decode_output,
+    translate_exec_error,
+)
+from sandboxes_app.services.waking import find_awake, translate_paused
 from sandboxes_app.specs import ExecSpec
 
-# How much output an error includes, so that a killed command still shows its work.
-ERROR_OUTPUT_BYTES = 64 * 1024
 # When a refused caller may try again: most commands are short.
 RETRY_AFTER_SECONDS = 2
 # The frames that end a command's stream.
@@ -49,33 +51,77 @@ class ExecAnswer:
     truncated: bool = False
 
 
-def audit_details(answer: ExecAnswer, _: ExecSpec) -> dict[str, Any]:
+def audit_details(answer: ExecAnswer, _: Outcome) -> dict[str, Any]:
     """The audit log's details: not the command, which may contain secrets."""
     return {"exit_code": answer.exit_code, "duration_ms": answer.duration_ms}
 
 
-@audited("sandbox.exec", "sandbox", note=audit_details)
 def exec_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> ExecAnswer:
-    """Run a command to completion.
+    """Run a command to completion; keeps the caller's thread meanwhile.
 
     Raises ``NotFound``, ``Conflict`` (not running), ``ExecTimeout``, ``ExecKilled``,
     ``RateLimited`` when as many of the team's commands run as its plan allows, ``InvalidInput``
     for a working directory that does not exist.
     """
-    actor.require(WRITE)
-    sandbox = find_running(actor, sandbox_id)
     try:
-        result = run_async(run_to_completion, sandbox, spec, command_quota(actor))
-    except host_errors.TooManyCommands as error:
-        raise too_many_commands(actor, error) from error
+        command = prepare_command(actor, sandbox_id, spec)
+    except Asleep as asleep:
+        run_async(asleep.wake)
+        command = prepare_command(actor, sandbox_id, spec)
+    return conclude_command(command, run_async(run_command, command))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that may be run: who runs it, where, and the host's request for it."""
+
+    actor: Actor
+    sandbox: Sandbox
+    request: Exec
+
+
+type Outcome = ExecResult | host_errors.HostError
+
+
+@audited("sandbox.exec", "sandbox")
+def prepare_command(actor: Actor, sandbox_id: str, spec: ExecSpec) -> Command:
+    """The first part of running a command, which reads rows. Raises like :func:`exec_command`."""
+    actor.require(WRITE)
+    sandbox = find_awake(actor, sandbox_id)
+    return Command(actor, sandbox, exec_request(sandbox, spec, command_quota(actor)))
+
+
+async def run_command(command: Command) -> Outcome:
+    """The second part, on the event loop: it holds neither a thread nor a database connection.
+
+    Returns the host's errors. If it is cancelled, the command is killed, which is recorded.
+    """
+    try:
+        return await async_host().exec_to_completion(command.sandbox.pk, command.request)
     except host_errors.HostError as error:
-        raise translate_exec_error(sandbox, error) from error
+        return error
     except asyncio.CancelledError:
-        record_abandoned(actor, sandbox, cut_off_reason())
+        reason = cut_off_reason()
+        await asyncio.shield(in_thread(record_abandoned, command.actor, command.sandbox, reason))
         raise
-    if result.signal is not None:
-        raise killed_error(result)
-    return exec_answer(result)
+
+
+def conclude_command(command: Command, outcome: Outcome) -> ExecAnswer:
+    """The last part, which records the outcome. Raises like :func:`exec_command`."""
+    return _conclude(command.actor, command.sandbox.pk, command.sandbox, outcome)
+
+
+# Whoever waits for a command does not wait for a disk as well.
+@audited("sandbox.exec", "sandbox", note=audit_details, flush=False)
+def _conclude(actor: Actor, _: str, sandbox: Sandbox, outcome: Outcome) -> ExecAnswer:
+    if isinstance(outcome, host_errors.TooManyCommands):
+        raise too_many_commands(actor, outcome) from outcome
+    if isinstance(outcome, host_errors.HostError):
+        paused = translate_paused(actor, sandbox, outcome)
+        raise paused or translate_exec_error(sandbox, outcome) from outcome
+    if outcome.signal is not None:
+        raise killed_error(outcome)
+    return exec_answer(outcome)
 
 
 def command_quota(actor: Actor) -> Quota:
@@ -91,11 +137,6 @@ def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> Domai
         return RateLimited(limit.detail, retry_after=RETRY_AFTER_SECONDS, extra=limit.extra)
     # The limit was raised, just now.
     return RateLimited(error.detail, retry_after=1)
-
-
-async def run_to_completion(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> ExecResult:
-    """A command's result; kills it if cancelled. Raises the host's errors."""
-    return await async_host().exec_to_completion(sandbox.pk, exec_request(sandbox, spec, quota))
 
 
 def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
@@ -137,19 +178,6 @@ def exec_answer(result: ExecResult) -> ExecAnswer:
     )
 
 
-def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
-    """The domain error for a command that the host ended or refused; corrects the row."""
-    if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
-        settle_if_missing(sandbox)
-        return translate_error(host_errors.ContainerGone(error.detail))
-    domain = translate_error(error)
-    if isinstance(error, host_errors.ExecTimeout):
-        for stream in ("stdout", "stderr"):
-            if isinstance(printed := error.extra.get(stream), bytes):
-                domain.extra[stream] = decode_output(printed[-ERROR_OUTPUT_BYTES:])
-    return domain
-
-
 def killed_error(result: ExecResult) -> ExecKilled:
     """The error for a command killed by a signal, with its output."""
     number = result.signal or 0
@@ -184,10 +212,10 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
         self._frames = frames
 
     @classmethod
-    def of(cls, actor: Actor, sandbox: Sandbox, spec: ExecSpec) -> CommandStream:
+    def of(cls, command: Command) -> CommandStream:
         """The stream of a command that starts when its first frame is requested."""
-        stream = cls(exec_frames(actor, sandbox, spec))
-        stream._frames = recording_abandonment(actor, sandbox, stream._frames, stream)
+        stream = cls(exec_frames(command))
+        stream._frames = recording_abandonment(command, stream._frames, stream)
         return stream
 
     async def asend(self, value: None) -> dict[str, Any]:
@@ -212,16 +240,20 @@ def exec_stream(actor: Actor, sandbox_id: str, spec: ExecSpec) -> CommandStream:
     immediately or before the first frame.
     """
     actor.require(WRITE)
-    sandbox = find_running(actor, sandbox_id)
-    return CommandStream.of(actor, sandbox, spec)
+    sandbox = find_awake(actor, sandbox_id)
+    request = exec_request(sandbox, spec, command_quota(actor))
+    return CommandStream.of(Command(actor, sandbox, request))
 
 
 async def recording_abandonment(
-    actor: Actor, sandbox: Sandbox, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
+    command: Command, frames: AsyncGenerator[dict[str, Any]], stream: CommandStream
 ) -> AsyncGenerator[dict[str, Any]]:
     """The frames; records it, and why, if nobody waited for the last of them."""
     finished = False
-    record = database_sync_to_async(record_abandoned)
+
+    async def record(reason: str) -> None:
+        await in_thread(record_abandoned, command.actor, command.sandbox, reason)
+
     try:
         async with aclosing(frames):
             async for frame in frames:
@@ -229,21 +261,18 @@ async def recording_abandonment(
                 try:
                     yield frame
                 except DomainError as error:
-                    await record(actor, sandbox, error.detail)
+                    await record(error.detail)
                     raise
     except (GeneratorExit, asyncio.CancelledError):
         # A client that has the last frame often leaves before it learns that there is no other.
         if not finished:
-            await asyncio.shield(record(actor, sandbox, stream.close_reason or cut_off_reason()))
+            await asyncio.shield(record(stream.close_reason or cut_off_reason()))
         raise
 
 
-async def exec_frames(
-    actor: Actor, sandbox: Sandbox, spec: ExecSpec
-) -> AsyncGenerator[dict[str, Any]]:
+async def exec_frames(command: Command) -> AsyncGenerator[dict[str, Any]]:
     """The frames of a command, which starts when the first is requested."""
-    quota = await database_sync_to_async(command_quota)(actor)
-    started = async_host().exec_frames(sandbox.pk, exec_request(sandbox, spec, quota))
+    started = async_host().exec_frames(command.sandbox.pk, command.request)
     # An async generator, whatever the client calls it: closing it kills the command.
     frames = cast("AsyncGenerator[ExecFrame]", started)
     boundaries = {"stdout": Utf8Boundaries(), "stderr": Utf8Boundaries()}
@@ -260,9 +289,12 @@ async def exec_frames(
                     yield wire_frame
     except host_errors.TooManyCommands as error:
         # Before any frame: the quota is checked first.
-        raise await database_sync_to_async(too_many_commands)(actor, error) from error
+        raise await in_thread(too_many_commands, command.actor, error) from error
     except host_errors.HostError as error:
-        domain = await database_sync_to_async(translate_exec_error)(sandbox, error)
+        paused = translate_paused(command.actor, command.sandbox, error)
+        if paused and not first_frame_seen:
+            raise paused from error
+        domain = await in_thread(translate_exec_error, command.sandbox, error)
         if not first_frame_seen:
             raise domain from error
         yield {"kind": "error", "code": domain.code, "message": domain.detail}
@@ -318,8 +350,3 @@ class Utf8Boundaries:
         """The held bytes."""
         held, self._held = self._held, b""
         return held
-
-
-def decode_output(data: bytes) -> str:
-    """Output as text; invalid UTF-8 is replaced."""
-    return data.decode("utf-8", "replace")

@@ -6,27 +6,36 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from django.conf import settings
-from django.db import transaction
+from django.db import connection
 from django.db.models import Count
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
+from hostruntime.client.host_client import HostClient
 from hostruntime.wire.sandboxes import CreateSandbox
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import Envelope, hold
-from orkestr_console.accounts.models import Team
+from orkestr_console.accounts.limits import Envelope, held_in_turn, wait_for_turn
+from orkestr_console.accounts.models import AuditEntry, Team
 from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
-from orkestr_console.core.hosts import host, translate_error
+from orkestr_console.core.hosts import Steps, ask, host, in_steps, translate_error
 from orkestr_console.core.postgres import persistently
+from orkestr_console.core.rows import quoted
 from orkestr_console.installation import services as installation
-from orkestr_console.queue.driving import driving
-from sandboxes_app.events import notify_changed
-from sandboxes_app.models import Sandbox, SandboxEvent, SandboxQuerySet, SandboxStatus, Snapshot
+from orkestr_console.queue.driving import driving, sharing
+from sandboxes_app.models import (
+    LIVE,
+    MAX_PAUSE,
+    Sandbox,
+    SandboxQuerySet,
+    SandboxStatus,
+    Snapshot,
+)
 from sandboxes_app.services import snapshots, state
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.models import Template
@@ -40,11 +49,16 @@ FAILED_TO_START = (
 COUNT_TIMEOUT = 2.0
 NODE_ID = socket.gethostname()
 # Lower case and short, which the ids of templates and images are not.
+COUNT_SQL = """
+SELECT count(*), count(*) FILTER (WHERE created_by_id = %(user)s::bigint) FROM {table}
+WHERE team_id = %(team)s AND status IN ({using}) AND expires_at > %(now)s
+"""
 BUILT_IN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 
+@in_steps
 @audited("sandbox.create", "sandbox")
-def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
+def create_sandbox(actor: Actor, spec: SandboxSpec) -> Steps[Sandbox]:
     """Create a sandbox; it is running when this returns.
 
     Raises ``InvalidInput``, ``NotFound``, ``Conflict`` (a template or snapshot that is not ready),
@@ -58,68 +72,62 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Sandbox:
     actor.require_template(spec.template or "")
     actor.require_network(spec.network)
     if snapshot is None:
-        source = resolve_source(actor.team, spec.template or "")
+        source = yield from resolve_source(actor.team, spec.template or "")
     else:
         source = Source(snapshot.template, snapshot.template_name, snapshot.image_id)
-    with driving() as driver:
-        sandbox = insert_row(actor, spec, source, snapshot, driver)
-        boot_or_discard(actor, spec, sandbox, snapshot)
+    # Copying a snapshot takes long.
+    with driving() if snapshot else sharing("start") as driver:
+        sandbox = yield from insert_row(actor, spec, source, snapshot, driver)
+        yield from boot_or_discard(actor, spec, sandbox, snapshot)
     return sandbox
 
 
 def boot_or_discard(
     actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None
-) -> None:
+) -> Steps[None]:
     """Boot it; a failure leaves nothing on the host. Raises the domain error."""
     try:
-        boot(sandbox, snapshot)
+        yield from boot(sandbox, snapshot)
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
         # Clients try again, with the same or another request, and rely on nothing being left.
         persistently(sandbox.delete)
         raise translate_error(error) from error
     except host_errors.NotFound:
         persistently(sandbox.delete)
-        raise (
-            snapshots.missing_error(snapshot) if snapshot else image_missing_error(actor.team, spec)
-        ) from None
+        if snapshot:
+            raise snapshots.missing_error(snapshot) from None
+        raise (yield from image_missing_error(actor.team, spec)) from None
     except host_errors.HostError as error:
-        abandon(sandbox)
+        yield from abandon(sandbox)
         raise translate_error(error) from error
 
 
 def reject_unsupported(spec: SandboxSpec) -> None:
     """Raise ``Unsupported`` for features that this release lacks, rather than ignore them."""
-    unsupported = {
-        "volume": spec.volume is not None,
-        "on_timeout": spec.on_timeout != "kill",
-        "auto_resume": spec.auto_resume,
-        "preview_auth": spec.preview_auth,
-    }
-    for field, requested in unsupported.items():
-        if requested:
-            sentence = "is not supported by this server yet; leave it out."
-            raise Unsupported(f"{field}: {sentence}", fields={field: sentence})
+    if spec.volume is not None:
+        sentence = "is not supported by this server yet; leave it out."
+        raise Unsupported(f"volume: {sentence}", fields={"volume": sentence})
     if spec.region not in {None, settings.REGION}:
         sentence = f"is not a region of this server; there is {settings.REGION!r}."
         raise InvalidInput(f"region: {sentence}", fields={"region": sentence})
 
 
-def resolve_source(team: Team, name: str) -> Source:
+def resolve_source(team: Team, name: str) -> Steps[Source]:
     """What to boot. A built-in name is passed on unchecked: the host knows it, which saves a call.
 
     An image's id is not such a name: the host would boot it whichever team it belongs to.
     """
     if not BUILT_IN_NAME.fullmatch(name):
-        return resolve(team, name, field="template")
+        return (yield from resolve.steps(team, name, field="template"))
     image = ALIASES.get(name, name)
     return Source(name, image, image)
 
 
-def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
+def image_missing_error(team: Team, spec: SandboxSpec) -> Steps[Exception]:
     """The error for an image that the host doesn't have."""
     name = spec.template or ""
     try:
-        resolve(team, name, field="template")
+        yield from resolve.steps(team, name, field="template")
     except Exception as error:  # noqa: BLE001 - whatever it finds wrong is the answer
         return error
     template = Template.objects.for_team(team).filter(pk=name).first()
@@ -133,35 +141,36 @@ def image_missing_error(team: Team, spec: SandboxSpec) -> Exception:
 
 def insert_row(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None, driver: str
-) -> Sandbox:
+) -> Steps[Sandbox]:
     """Insert the row, counted against the plan under the team's lock; ``driver`` starts it."""
-    with transaction.atomic():
-        limits = hold(actor.team, actor.user)
+    yield from wait_for_turn(actor.team)
+    with held_in_turn(actor.team, actor.user) as limits:
         check_limits(actor, limits, spec)
         team = limits.team
-        sandbox = Sandbox.objects.create(
+        sandbox = Sandbox(
             team=team, created_by=actor.user, driver=driver, **columns(spec, source, snapshot)
         )
-        SandboxEvent.objects.create(
-            sandbox=sandbox, kind="created", to_status=SandboxStatus.STARTING
-        )
+        state.add(sandbox, creation_entry(actor, sandbox, snapshot))
         if source.id.startswith(TEMPLATE_ID_PREFIX):
             mark_used(source.id)
-        notify_changed(sandbox.pk, team.pk)
-        audit.record(
-            actor,
-            "sandbox.create",
-            kind="sandbox",
-            object_id=sandbox.pk,
-            name=sandbox.template_name,
-            data={
-                "template": sandbox.template,
-                "size": spec.size,
-                "network": spec.network,
-                **({"snapshot": snapshot.pk} if snapshot else {}),
-            },
-        )
     return sandbox
+
+
+def creation_entry(actor: Actor, sandbox: Sandbox, snapshot: Snapshot | None) -> AuditEntry:
+    """The entry of the audit log."""
+    return audit.entry(
+        actor,
+        "sandbox.create",
+        kind="sandbox",
+        object_id=sandbox.pk,
+        name=sandbox.template_name,
+        data={
+            "template": sandbox.template,
+            "size": sandbox.size,
+            "network": sandbox.network,
+            **({"snapshot": snapshot.pk} if snapshot else {}),
+        },
+    )
 
 
 def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dict[str, Any]:
@@ -180,6 +189,9 @@ def columns(spec: SandboxSpec, source: Source, snapshot: Snapshot | None) -> dic
         "env": spec.env,
         "metadata": spec.metadata,
         "timeout_seconds": spec.timeout_seconds,
+        "on_timeout": spec.on_timeout,
+        "auto_resume": spec.auto_resume,
+        "preview_auth": spec.preview_auth,
         "region": settings.REGION,
         "node_id": NODE_ID,
         "created_at": now,
@@ -197,9 +209,23 @@ def check_limits(actor: Actor, limits: Envelope, spec: SandboxSpec) -> None:
     name = spec.template or ""
     if BUILT_IN_NAME.fullmatch(name):
         limits.require_base(ALIASES.get(name, name))
-    running = using_slots([limits.team])
-    mine = running.filter(created_by=actor.user).count() if actor.user else None
-    limits.require_room("max_concurrent_sandboxes", running.count(), mine)
+    require_slot(actor, limits)
+
+
+def require_slot(actor: Actor, limits: Envelope) -> None:
+    """Raise ``PlanLimit`` unless the team, whose row the caller has locked, has a running slot."""
+    user = actor.user.pk if actor.user else None
+    with connection.cursor() as cursor:
+        cursor.execute(count_sql(), {"team": limits.team.pk, "user": user, "now": timezone.now()})
+        used, mine = cursor.fetchone()
+    limits.require_room("max_concurrent_sandboxes", used, None if user is None else mine)
+
+
+@cache
+def count_sql() -> str:
+    """The statement that counts what uses a running slot: :func:`using_slots` of one team."""
+    using = ", ".join(f"'{status}'" for status in LIVE if status != SandboxStatus.PAUSED)
+    return COUNT_SQL.format(table=quoted(Sandbox._meta.db_table), using=using)
 
 
 def using_slots(teams: Iterable[Team]) -> SandboxQuerySet:
@@ -238,9 +264,10 @@ def count_by_team(rows: SandboxQuerySet) -> dict[str, int]:
     return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
-def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
+def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> Steps[None]:
     """Start the container and update the row. Raises the host's errors."""
-    info = host().create_sandbox(
+    info = yield from ask(
+        HostClient.create_sandbox,
         CreateSandbox(
             sandbox.pk,
             image="" if snapshot else sandbox.image_id,
@@ -251,21 +278,22 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> None:
             allow_domains=sandbox.allow_domains,
             env=sandbox.env,
             deadline=sandbox.expires_at.timestamp(),
-        )
+            pause_seconds=MAX_PAUSE.total_seconds() if sandbox.pauses_on_timeout else None,
+        ),
     )
     if not state.mark_running(sandbox, info):
         # Somebody terminated it while it started.
-        host().delete_sandbox(sandbox.pk)
+        yield from ask(HostClient.delete_sandbox, sandbox.pk)
         state.mark_released([sandbox.pk], sandbox.driver)
         sandbox.refresh_from_db()
 
 
-def abandon(sandbox: Sandbox) -> None:
+def abandon(sandbox: Sandbox) -> Steps[None]:
     """Settle a sandbox that did not start, and leave nothing of it on the host."""
     driver = sandbox.driver
     state.mark_failed(sandbox, FAILED_TO_START, driver=driver)
     try:
-        host().delete_sandbox(sandbox.pk)
+        yield from ask(HostClient.delete_sandbox, sandbox.pk)
     except host_errors.HostError:
         # It keeps its driver, so it is settled as an orphan later.
         return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hostruntime import errors as host_errors
+from hostruntime.client.host_client import HostClient
 from hostruntime.wire.files import DirectoryListing, FileContent, FileStat
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
@@ -18,9 +18,10 @@ from orkestr_console.core.errors import (
     NotFound,
     PayloadTooLarge,
 )
-from orkestr_console.core.hosts import host, translate_error
+from orkestr_console.core.hosts import Steps, ask, in_steps, translate_error
 from sandboxes_app.models import Sandbox
-from sandboxes_app.services.lifecycle import find_running, settle_if_missing
+from sandboxes_app.services.lifecycle import settle_if_missing
+from sandboxes_app.services.waking import find_awake, translate_paused
 from sandboxes_app.specs import (
     MAX_FILE_BYTES,
     BatchSpec,
@@ -43,37 +44,47 @@ class BatchRow:
     error: str | None
 
 
-def read_path(actor: Actor, sandbox_id: str, path: str | None) -> FileContent | DirectoryListing:
+@in_steps
+def read_path(
+    actor: Actor, sandbox_id: str, path: str | None
+) -> Steps[FileContent | DirectoryListing]:
     """A complete file, or a directory's entries.
 
     Raises ``NotFound``, ``Conflict`` (neither file nor directory), ``PayloadTooLarge`` (16 MiB).
     """
     actor.require(READ)
     checked = required_path(path)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        return host().read_path(sandbox.pk, checked, max_bytes=MAX_FILE_BYTES)
+
+    def read(sandbox: Sandbox) -> Steps[FileContent | DirectoryListing]:
+        return ask(HostClient.read_path, sandbox.pk, checked, max_bytes=MAX_FILE_BYTES)
+
+    return (yield from in_running(actor, sandbox_id, read))
 
 
-def stat(actor: Actor, sandbox_id: str, path: str | None) -> FileStat:
+@in_steps
+def stat(actor: Actor, sandbox_id: str, path: str | None) -> Steps[FileStat]:
     """What is at a path; a missing one is not an error."""
     actor.require(READ)
     checked = required_path(path)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        return host().stat(sandbox.pk, checked)
+    return (
+        yield from in_running(
+            actor, sandbox_id, lambda sandbox: ask(HostClient.stat, sandbox.pk, checked)
+        )
+    )
 
 
+@in_steps
 @audited("file.write", "sandbox", note=lambda size, spec: {"path": spec.path, "bytes": size})
-def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> int:
+def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> Steps[int]:
     """Write a complete file or nothing; the number of bytes written.
 
     Raises ``InvalidInput`` (not base64, or outside the writable roots), ``PayloadTooLarge``.
     """
     actor.require(WRITE)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        return write(sandbox, spec)
+    return (yield from in_running(actor, sandbox_id, lambda sandbox: write(sandbox, spec)))
 
 
-def write(sandbox: Sandbox, spec: FileSpec) -> int:
+def write(sandbox: Sandbox, spec: FileSpec) -> Steps[int]:
     """Write one file. Raises domain errors for the request, host errors for the rest."""
     path = writable_path(spec.path)
     try:
@@ -82,23 +93,32 @@ def write(sandbox: Sandbox, spec: FileSpec) -> int:
         raise InvalidInput(f"content: {error}", fields={"content": str(error)}) from None
     if len(content) > MAX_FILE_BYTES:
         raise PayloadTooLarge(MAX_FILE_BYTES)
-    return host().write_file(sandbox.pk, path, content, mode=spec.mode)
+    write_file = HostClient.write_file
+    return (yield from ask(write_file, sandbox.pk, path, content, mode=spec.mode))
 
 
+@in_steps
 @audited("file.write", "sandbox", note=lambda rows, _: {"files": len(rows)})
-def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> list[BatchRow]:
+def write_batch(actor: Actor, sandbox_id: str, spec: BatchSpec) -> Steps[list[BatchRow]]:
     """Write many files; a failure is a row of the result, and doesn't stop the rest."""
     actor.require(WRITE)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        return [write_row(sandbox, file) for file in spec.files]
+    return (yield from in_running(actor, sandbox_id, lambda sandbox: write_rows(sandbox, spec)))
 
 
-def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> BatchRow:
+def write_rows(sandbox: Sandbox, spec: BatchSpec) -> Steps[list[BatchRow]]:
+    """Write a batch's files in their order."""
+    rows = []
+    for file in spec.files:
+        rows.append((yield from write_row(sandbox, file)))
+    return rows
+
+
+def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> Steps[BatchRow]:
     """Write one file of a batch. Only a missing sandbox ends the batch."""
     if isinstance(spec, InvalidRow):
         return BatchRow(spec.path, None, InvalidInput.default_code)
     try:
-        return BatchRow(spec.path, write(sandbox, spec), None)
+        return BatchRow(spec.path, (yield from write(sandbox, spec)), None)
     except host_errors.ContainerGone:
         raise
     except host_errors.HostError as error:
@@ -107,57 +127,84 @@ def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> BatchRow:
         return BatchRow(spec.path, None, error.code)
 
 
+@in_steps
 @audited("file.delete", "sandbox", note=lambda _, path: {"path": path})
-def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> None:
+def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> Steps[None]:
     """Delete a file. Raises ``NotFound``, and ``Conflict`` for a directory."""
     actor.require(WRITE)
     target = writable_path(required_path(path))
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        if host().stat(sandbox.pk, target).is_dir:
-            raise Conflict(
-                f"{target} is a directory; only files can be deleted here. Run 'rm -r' in the "
-                "sandbox if you mean it.",
-                code="is_a_directory",
-            )
-        host().delete_path(sandbox.pk, target)
+    yield from in_running(actor, sandbox_id, lambda sandbox: delete_file(sandbox, target))
 
 
+def delete_file(sandbox: Sandbox, target: str) -> Steps[None]:
+    """Delete what is at a path unless that is a directory."""
+    if (yield from ask(HostClient.stat, sandbox.pk, target)).is_dir:
+        raise Conflict(
+            f"{target} is a directory; only files can be deleted here. Run 'rm -r' in the "
+            "sandbox if you mean it.",
+            code="is_a_directory",
+        )
+    yield from ask(HostClient.delete_path, sandbox.pk, target)
+
+
+@in_steps
 @audited("file.mkdir", "sandbox", note=lambda _, spec: {"path": spec.path})
-def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> None:
+def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> Steps[None]:
     """Create a directory."""
     actor.require(WRITE)
     target = writable_path(spec.path)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        host().mkdir(sandbox.pk, target, parents=spec.parents)
+
+    def make(sandbox: Sandbox) -> Steps[None]:
+        return ask(HostClient.mkdir, sandbox.pk, target, parents=spec.parents)
+
+    yield from in_running(actor, sandbox_id, make)
 
 
+@in_steps
 @audited("file.move", "sandbox", note=lambda _, spec: {"path": spec.source, "to": spec.destination})
-def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> None:
+def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> Steps[None]:
     """Rename a file or directory."""
     actor.require(WRITE)
     source, destination = writable_path(spec.source), writable_path(spec.destination)
-    with running_sandbox(actor, sandbox_id) as sandbox:
-        host().move(sandbox.pk, source, destination)
+    yield from in_running(
+        actor,
+        sandbox_id,
+        lambda sandbox: ask(HostClient.move, sandbox.pk, source, destination),
+    )
 
 
-@contextmanager
-def running_sandbox(actor: Actor, sandbox_id: str) -> Iterator[Sandbox]:
-    """A running sandbox; translates the host's errors about its files into domain errors."""
-    sandbox = find_running(actor, sandbox_id)
+def in_running[R](actor: Actor, sandbox_id: str, work: Callable[[Sandbox], Steps[R]]) -> Steps[R]:
+    """Do something in a running sandbox; the host's errors are about its files."""
+    sandbox = yield from find_awake.steps(actor, sandbox_id)
     try:
-        yield sandbox
-    except host_errors.ContainerGone as error:
-        settle_if_missing(sandbox)
-        raise translate_error(error) from error
-    except host_errors.NotFound as error:
-        # Either the path, or the container itself.
-        if settle_if_missing(sandbox):
-            raise translate_error(host_errors.ContainerGone(error.detail)) from error
-        raise NotFound(error.detail, code="file_not_found") from error
-    except host_errors.FileTooLarge as error:
-        raise PayloadTooLarge(MAX_FILE_BYTES, error.detail) from error
+        return (yield from work(sandbox))
     except host_errors.HostError as error:
-        raise translate_error(error) from error
+        if (paused := translate_paused(actor, sandbox, error)) is not None:
+            raise paused from error
+        raise (yield from file_error.steps(sandbox, error)) from error
+
+
+@in_steps
+def file_error(sandbox: Sandbox, error: host_errors.HostError) -> Steps[DomainError]:
+    """The domain error for the host's about a file; corrects the row if the sandbox is gone."""
+    match error:
+        case host_errors.ContainerGone():
+            yield from settle_if_missing.steps(sandbox)
+        case host_errors.NotFound() | host_errors.Exhausted():
+            # Either the path, or what served it, or the container itself.
+            if (yield from has_ended(sandbox)):
+                return translate_error(host_errors.ContainerGone(error.detail))
+            if isinstance(error, host_errors.NotFound):
+                return NotFound(error.detail, code="file_not_found")
+        case host_errors.FileTooLarge():
+            return PayloadTooLarge(MAX_FILE_BYTES, error.detail)
+    return translate_error(error)
+
+
+def has_ended(sandbox: Sandbox) -> Steps[bool]:
+    """Whether the sandbox is gone, or about to be; corrects its row."""
+    live = Sandbox.objects.live().filter(pk=sandbox.pk).exists()
+    return (yield from settle_if_missing.steps(sandbox)) or not live
 
 
 def required_path(path: str | None) -> str:

@@ -13,29 +13,45 @@ from django.utils import timezone
 from django_q.tasks import async_task
 
 from hostruntime import errors as host_errors
+from hostruntime.client.host_client import HostClient
 from hostruntime.host.patience import scaled
 from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import envelope
+from orkestr_console.accounts.limits import envelope, held_in_turn, wait_for_turn
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound, PlanLimit
-from orkestr_console.core.hosts import host, translated_errors
+from orkestr_console.core.hosts import (
+    Steps,
+    ask,
+    host,
+    in_steps,
+    translate_error,
+    translated_errors,
+)
 from orkestr_console.core.ids import is_id
+from orkestr_console.core.rows import fetch
 from orkestr_console.http.paging import page
-from orkestr_console.queue.driving import driving
-from sandboxes_app.models import LIVE, Sandbox, SandboxStatus
+from orkestr_console.queue.driving import sharing
+from sandboxes_app.models import LIVE, PAUSED_STATUSES, Sandbox, SandboxStatus
 from sandboxes_app.services import metering, state
 from sandboxes_app.specs import TimeoutSpec
 
 logger = logging.getLogger(__name__)
 
+ONE_OF_TEAM = "id = %(id)s AND team_id = %(team)s"
 NOT_FOUND = "There is no such sandbox in your team; check the id."
 # The states in which the host must have a container.
 SETTLED = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 # A container this young may belong to a create whose transaction is still open.
 UNKNOWN_GRACE_SECONDS = scaled(300.0)
 MAX_UNKNOWN_RELEASES = 5
+# How one ends that was to be paused at its deadline.
+NO_SLOT = state.End(
+    "expired",
+    SandboxStatus.TERMINATED,
+    "It expired, and was not paused because the team has as many paused sandboxes as it may have.",
+)
 RELEASE = "sandboxes_app.tasks.release_sandboxes"
 # A task's arguments have to fit through a socket (orkestr_console.queue.sockets).
 RELEASE_BATCH = 1000
@@ -47,27 +63,42 @@ def get_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
     return find(actor, sandbox_id)
 
 
-def find(actor: Actor, sandbox_id: str) -> Sandbox:
+@in_steps
+def find(actor: Actor, sandbox_id: str) -> Steps[Sandbox]:
     """The row, settled if it has expired. Raises ``NotFound``."""
     if not is_id("sbx", sandbox_id):
         raise NotFound(NOT_FOUND)
-    sandbox = Sandbox.objects.for_team(actor.team).filter(pk=sandbox_id).first()
+    sandbox = actor.take_subject(Sandbox, sandbox_id)
+    if sandbox is None:
+        sandbox = fetch(Sandbox, ONE_OF_TEAM, {"id": sandbox_id, "team": actor.team.pk})
     if sandbox is None:
         raise NotFound(NOT_FOUND)
     if sandbox.expires_at <= timezone.now() and sandbox.status in LIVE:
-        settle_overdue(sandbox)
+        yield from settle_overdue.steps(sandbox)
     return sandbox
 
 
-def find_running(actor: Actor, sandbox_id: str) -> Sandbox:
+@in_steps
+def find_running(actor: Actor, sandbox_id: str) -> Steps[Sandbox]:
     """The row of a sandbox that can be used.
 
     Raises ``NotFound``, ``Conflict``, and ``Forbidden`` for a token that is not for its network
     or template.
     """
-    sandbox = find(actor, sandbox_id)
+    sandbox = yield from find.steps(actor, sandbox_id)
+    require_allowed(actor, sandbox)
+    require_running(sandbox)
+    return sandbox
+
+
+def require_allowed(actor: Actor, sandbox: Sandbox) -> None:
+    """Raise ``Forbidden`` for a token that is not for the sandbox's network or template."""
     actor.require_network(sandbox.network)
     actor.require_template(sandbox.template)
+
+
+def require_running(sandbox: Sandbox) -> None:
+    """Raise ``Conflict`` unless the sandbox can be used now."""
     if sandbox.status == SandboxStatus.PAUSED:
         raise Conflict("The sandbox is paused; resume it first.", code="sandbox_not_running")
     if not sandbox.is_running:
@@ -75,7 +106,6 @@ def find_running(actor: Actor, sandbox_id: str) -> Sandbox:
             f"The sandbox is {sandbox.status}, not running; create another one.",
             code="sandbox_not_running",
         )
-    return sandbox
 
 
 def list_sandboxes(
@@ -104,16 +134,16 @@ def list_sandboxes(
     return page(rows, limit, cursor)
 
 
+@in_steps
 @audited("sandbox.terminate", "sandbox")
-def terminate_sandbox(actor: Actor, sandbox_id: str) -> Sandbox:
+def terminate_sandbox(actor: Actor, sandbox_id: str) -> Steps[Sandbox]:
     """Terminate a sandbox; one that has ended stays as it is. Raises ``NotFound``."""
     actor.require(WRITE)
-    sandbox = find(actor, sandbox_id)
+    sandbox = yield from find.steps(actor, sandbox_id)
     if sandbox.status in LIVE:
-        with driving() as driver:
+        with sharing("end") as driver:
             if mark_terminated(actor, sandbox, driver):
-                release(sandbox.pk)
-                state.mark_released([sandbox.pk], driver)
+                yield from release_driven(sandbox, driver)
     return sandbox
 
 
@@ -122,35 +152,49 @@ def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
 
     A process that is starting it remains its driver: the container may only exist later.
     """
-    with transaction.atomic():
-        if not state.mark_ended(sandbox, "terminated", sandbox.driver or driver):
-            return False
-        name = sandbox.template_name
-        audit.record(actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name)
-    return True
+    name = sandbox.template_name
+    entry = audit.entry(actor, "sandbox.terminate", kind="sandbox", object_id=sandbox.pk, name=name)
+    return state.mark_ended(sandbox, "terminated", sandbox.driver or driver, entry)
 
 
-def release(sandbox_id: str) -> None:
+def release_driven(sandbox: Sandbox, driver: str) -> Steps[None]:
+    """:func:`release` for who has just ended a sandbox as its ``driver``, and clears that."""
+    try:
+        yield from ask(HostClient.delete_sandbox, sandbox.pk)
+        yield from metering.collect_last(sandbox, driver)
+    except host_errors.HostError as error:
+        queue_release(sandbox.pk, error)
+        state.mark_released([sandbox.pk], driver)
+
+
+@in_steps
+def release(sandbox_id: str) -> Steps[None]:
     """Release the container now, or by a task if the host doesn't answer, and count its usage."""
     try:
-        host().delete_sandbox(sandbox_id)
-        metering.collect(sandbox_id)
+        yield from ask(HostClient.delete_sandbox, sandbox_id)
+        yield from metering.collect.steps(sandbox_id)
     except host_errors.HostError as error:
-        logger.warning("could not release sandbox %s yet: %s", sandbox_id, error.detail)
-        async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
+        queue_release(sandbox_id, error)
 
 
+def queue_release(sandbox_id: str, error: host_errors.HostError) -> None:
+    """Leave the release to a task."""
+    logger.warning("could not release sandbox %s yet: %s", sandbox_id, error.detail)
+    async_task("sandboxes_app.tasks.release_sandbox", sandbox_id, group="sandboxes")
+
+
+@in_steps
 @audited("sandbox.timeout", "sandbox", note=lambda s, _: {"expires_at": s.expires_at.isoformat()})
-def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Sandbox:
+def set_timeout(actor: Actor, sandbox_id: str, spec: TimeoutSpec) -> Steps[Sandbox]:
     """Let a running sandbox live ``timeout_seconds`` from now.
 
     Raises ``NotFound``, ``Conflict``, ``PlanLimit`` (also past the plan's longest running time).
     """
     actor.require(WRITE)
-    sandbox = find_running(actor, sandbox_id)
+    sandbox = yield from find_running.steps(actor, sandbox_id)
     expires_at = new_expiry(actor, sandbox, spec.timeout_seconds)
     with translated_errors():
-        host().set_deadline(sandbox.pk, expires_at.timestamp())
+        yield from ask(HostClient.set_deadline, sandbox.pk, expires_at.timestamp())
     if not state.mark_extended(sandbox, expires_at):
         raise Conflict("The sandbox has just ended.", code="sandbox_not_running")
     return sandbox
@@ -169,23 +213,31 @@ def new_expiry(actor: Actor, sandbox: Sandbox, seconds: int) -> datetime:
             f"The {plan.name} plan lets a sandbox run for {longest} seconds without a pause, "
             "and this would be longer; create another one, or ask your administrator for a "
             "larger plan.",
-            code="lifetime_cap_reached",
+            # The official SDK tells limits by their code alone.
+            extra={"reason": "lifetime_cap_reached"},
         )
     return end
 
 
-def settle_overdue(sandbox: Sandbox) -> None:
+@in_steps
+def settle_overdue(sandbox: Sandbox) -> Steps[None]:
     """Settle a sandbox that has expired by this clock, which may have been changed meanwhile.
 
     The host counts the seconds (:mod:`hostruntime.host.clock`): its remaining time is the truth,
-    and the row is moved to match. While the host doesn't answer, the row stays as it is.
+    and the row is moved to match. While the host doesn't answer, or is about to pause it, the row
+    stays as it is.
     """
+    last_seen_event = state.last_event(sandbox) if sandbox.pauses_on_timeout else 0
     try:
-        info = host().sandbox(sandbox.pk)
+        info: SandboxInfo | None = yield from ask(HostClient.sandbox, sandbox.pk)
     except host_errors.NotFound:
         info = None
     except host_errors.HostError as error:
         logger.warning("could not settle sandbox %s yet: %s", sandbox.pk, error.detail)
+        return
+    if sandbox.pauses_on_timeout and sandbox.is_running and is_running(info):
+        if info.paused:
+            yield from match_one.steps(sandbox, info, last_seen_event)
         return
     deadline = info.deadline if info is not None and info.state == "running" else None
     if deadline is None or deadline <= timezone.now().timestamp():
@@ -219,12 +271,19 @@ def terminate_all() -> int:
     return len(state.mark_many_ended(dict.fromkeys(live, end)))
 
 
-def settle_if_missing(sandbox: Sandbox) -> bool:
-    """Settle the row if the host has no running container for it; whether it has none."""
+@in_steps
+def settle_if_missing(sandbox: Sandbox) -> Steps[bool]:
+    """Settle the row if the host has no running container for it; whether it has none.
+
+    Raises ``HostUnavailable``.
+    """
     try:
-        info = host().sandbox(sandbox.pk)
+        info: SandboxInfo | None = yield from ask(HostClient.sandbox, sandbox.pk)
     except host_errors.NotFound:
         info = None
+    except host_errors.HostError as error:
+        # Whoever asks has the host's error already, and translates no other.
+        raise translate_error(error) from error
     if info is not None and info.state == "running":
         return False
     state.mark_missing(sandbox, info)
@@ -273,10 +332,30 @@ def match_host(sandboxes: Sequence[Sandbox], from_statuses: Iterable[str] = LIVE
     for sandbox in sandboxes:
         info = known.get(sandbox.pk)
         if is_running(info):
-            state.match_host(sandbox, info, last_seen_events[sandbox.pk])
+            match_one(sandbox, info, last_seen_events[sandbox.pk])
         else:
             ends[sandbox.pk] = state.end_reason(info)
     end_many(ends, from_statuses)
+
+
+@in_steps
+def match_one(sandbox: Sandbox, info: SandboxInfo, last_seen_event: int) -> Steps[None]:
+    """Make a row agree with its container.
+
+    One that the host paused at its deadline takes a slot for paused ones, and ends if none is free.
+    """
+    if not (info.paused and sandbox.is_running and sandbox.pauses_on_timeout):
+        state.match_host(sandbox, info, last_seen_event)
+        return
+    team = sandbox.team
+    yield from wait_for_turn(team)
+    with held_in_turn(team) as limits:
+        paused = Sandbox.objects.for_team(team).filter(status__in=PAUSED_STATUSES)
+        if paused.count() < limits.value("max_snapshots"):
+            state.match_host(sandbox, info, last_seen_event)
+            return
+        end_many({sandbox.pk: NO_SLOT}, [SandboxStatus.RUNNING])
+    sandbox.refresh_from_db()
 
 
 def is_running(info: SandboxInfo | None) -> TypeGuard[SandboxInfo]:

@@ -9,27 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import date
+from functools import cache
 
-from django.db import transaction
+from django.db import connection, transaction
 
+from hostruntime.client.host_client import HostClient
 from hostruntime.wire.sandboxes import ResourceUsage, UsageInfo
 from orkestr_console.accounts import usage
 from orkestr_console.accounts.models import Metric
 from orkestr_console.accounts.usage import Key
-from orkestr_console.core.hosts import host
+from orkestr_console.core.hosts import Steps, ask, in_steps
+from orkestr_console.core.rows import quoted
 from sandboxes_app.models import Sandbox
+from sandboxes_app.services import state
+
+# Remembers what has been counted if that is still what it was, and only then adds the rest.
+COUNT_LAST_SQL = """
+WITH counted AS (
+    UPDATE {table} SET cpu_seconds = %(cpu)s, gb_seconds = %(gb)s,
+        driver = CASE driver WHEN %(driver)s THEN '' ELSE driver END
+    WHERE id = %(id)s AND cpu_seconds = %(cpu_before)s AND gb_seconds = %(gb_before)s RETURNING id
+), added AS ({usage})
+SELECT id FROM counted
+"""
 
 
-def collect(sandbox_id: str | None = None) -> None:
+@in_steps
+def collect(sandbox_id: str | None = None) -> Steps[None]:
     """Count the usage of all sandboxes, or of one; safe at any time. Raises the host's errors."""
-    usage_by_id = {info.id: info for info in host().usage(sandbox_id)}
+    infos = yield from ask(HostClient.usage, sandbox_id)
+    usage_by_id = {info.id: info for info in infos}
     rows = Sandbox.objects.filter(pk__in=usage_by_id)
     for team_id in sorted(set(rows.values_list("team_id", flat=True))):
         count(team_id, usage_by_id)
     # One without a row belongs to nobody, and is forgotten as well.
     ended = [info.id for info in usage_by_id.values() if info.ended]
     if ended:
-        host().acknowledge_usage(ended)
+        yield from ask(HostClient.acknowledge_usage, ended)
 
 
 def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
@@ -38,18 +54,72 @@ def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
     with transaction.atomic():
         rows = Sandbox.objects.filter(team_id=team_id, pk__in=usage_by_id).order_by("pk")
         updated: list[Sandbox] = []
-        for sandbox in rows.select_for_update().only("cpu_seconds", "gb_seconds"):
-            counted = ResourceUsage(sandbox.cpu_seconds, sandbox.gb_seconds)
-            for day, used in uncounted_by_day(usage_by_id[sandbox.pk], counted):
-                for metric, amount in by_metric(used):
-                    key = Key(team_id, day, metric)
-                    amounts[key] = amounts.get(key, 0.0) + amount
-            total = usage_by_id[sandbox.pk].total
-            sandbox.cpu_seconds = max(sandbox.cpu_seconds, total.cpu_seconds)
-            sandbox.gb_seconds = max(sandbox.gb_seconds, total.gb_seconds)
+        for sandbox in rows.select_for_update().only("team_id", "cpu_seconds", "gb_seconds"):
+            for key, amount in uncounted(sandbox, usage_by_id[sandbox.pk]):
+                amounts[key] = amounts.get(key, 0.0) + amount
+            total = counted_then(sandbox, usage_by_id[sandbox.pk])
+            sandbox.cpu_seconds, sandbox.gb_seconds = total.cpu_seconds, total.gb_seconds
             updated.append(sandbox)
         Sandbox.objects.bulk_update(updated, ["cpu_seconds", "gb_seconds"])
         usage.add(amounts)
+
+
+def collect_last(sandbox: Sandbox, driver: str) -> Steps[None]:
+    """Count the usage of a sandbox that has just ended, and clear its ``driver``.
+
+    Raises the host's errors.
+    """
+    infos = yield from ask(HostClient.usage, sandbox.pk)
+    usage_by_id = {info.id: info for info in infos}
+    info = usage_by_id.get(sandbox.pk)
+    if info is None or not count_last(sandbox, info, driver):
+        count(sandbox.team_id, usage_by_id)
+        state.mark_released([sandbox.pk], driver)
+    if info is not None and info.ended:
+        yield from ask(HostClient.acknowledge_usage, [sandbox.pk])
+
+
+def count_last(sandbox: Sandbox, info: UsageInfo, driver: str) -> bool:
+    """Do both in one statement; False if somebody has counted since ``sandbox`` was read."""
+    total = counted_then(sandbox, info)
+    amounts = {key: amount for key, amount in uncounted(sandbox, info) if amount > 0}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            count_last_sql(),
+            {
+                "id": sandbox.pk,
+                "driver": driver,
+                "cpu_before": sandbox.cpu_seconds,
+                "gb_before": sandbox.gb_seconds,
+                "cpu": total.cpu_seconds,
+                "gb": total.gb_seconds,
+                **usage.parameters(amounts),
+            },
+        )
+        return cursor.fetchone() is not None
+
+
+@cache
+def count_last_sql() -> str:
+    """The statement of :func:`count_last`."""
+    added = usage.addition_sql("EXISTS (SELECT FROM counted)")
+    return COUNT_LAST_SQL.format(table=quoted(Sandbox._meta.db_table), usage=added)
+
+
+def counted_then(sandbox: Sandbox, info: UsageInfo) -> ResourceUsage:
+    """What has been counted once ``info`` is."""
+    return ResourceUsage(
+        max(sandbox.cpu_seconds, info.total.cpu_seconds),
+        max(sandbox.gb_seconds, info.total.gb_seconds),
+    )
+
+
+def uncounted(sandbox: Sandbox, info: UsageInfo) -> Iterator[tuple[Key, float]]:
+    """The amounts beyond what has been counted on the row."""
+    counted = ResourceUsage(sandbox.cpu_seconds, sandbox.gb_seconds)
+    for day, used in uncounted_by_day(info, counted):
+        for metric, amount in by_metric(used):
+            yield Key(sandbox.team_id, day, metric), amount
 
 
 def uncounted_by_day(

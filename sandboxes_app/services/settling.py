@@ -15,6 +15,7 @@ from django.db.models import Q, QuerySet, Value
 from orkestr_console.core.postgres import release_connection
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import ORPHAN_GRACE_SECONDS, IsDriven
+from orkestr_console.webhooks import claims, outbox
 from sandboxes_app.models import (
     LIVE,
     TRANSITIONAL,
@@ -31,6 +32,7 @@ from templates_app.models import Template
 logger = logging.getLogger(__name__)
 
 SANDBOX, ENDED, SNAPSHOT, TEMPLATE = "sandbox", "ended", "snapshot", "template"
+DELIVERY = "delivery"
 CUT_OFF = state.End("failed", SandboxStatus.FAILED, state.CUT_OFF)
 
 
@@ -54,6 +56,7 @@ def find_orphans() -> set[Orphan]:
         (TEMPLATE, Template.objects.running().exclude(driver="")),
     )
     first, *others = (undriven(kind, passing) for kind, passing in rows)
+    others.append(claims.stranded(DELIVERY))
     return {Orphan(*row) for row in first.union(*others, all=True)}
 
 
@@ -72,7 +75,9 @@ def settle_orphans() -> None:
     # Immediately: a live driver loses nothing if another follows its build.
     for template in select_kind(orphans, TEMPLATE):
         templates.hand_off(template.id, template.driver)
-    orphans.difference_update(select_kind(orphans, TEMPLATE))
+    if select_kind(orphans, DELIVERY):
+        outbox.wake_worker()
+    orphans.difference_update(select_kind(orphans, TEMPLATE), select_kind(orphans, DELIVERY))
     if not orphans or installation.is_mismatched():
         return
     release_connection()

@@ -11,21 +11,21 @@ from django.db.models import Count, Q
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
+from hostruntime.client.host_client import HostClient
 from hostruntime.wire.sandboxes import SnapshotInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import hold
+from orkestr_console.accounts.limits import held_in_turn, wait_for_turn
 from orkestr_console.accounts.models import Team
-from orkestr_console.core.errors import Conflict, DomainError, NotFound, PlanLimit
-from orkestr_console.core.hosts import host
+from orkestr_console.core.errors import Conflict, DomainError, HostUnavailable, NotFound, PlanLimit
+from orkestr_console.core.hosts import Steps, ask, host, in_steps, translate_error
 from orkestr_console.core.ids import is_id
 from orkestr_console.core.postgres import persistently
 from orkestr_console.http.paging import page
 from orkestr_console.installation import services as installation
 from orkestr_console.queue.driving import driving
 from sandboxes_app.models import Sandbox, Snapshot, SnapshotStatus
-from sandboxes_app.services.commands import translate_exec_error
 from sandboxes_app.services.lifecycle import find_running, settle_if_missing
 from sandboxes_app.specs import SandboxSpec, SnapshotSpec
 
@@ -37,36 +37,37 @@ CUT_OFF = "The server was stopped while the snapshot was taken; take another one
 MEGABYTE = 1_000_000
 
 
+@in_steps
 @audited("snapshot.create", "sandbox")
-def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Snapshot:
+def create_snapshot(actor: Actor, sandbox_id: str, spec: SnapshotSpec) -> Steps[Snapshot]:
     """Capture the files of a running sandbox, for others to start from; it keeps running.
 
     Raises ``NotFound``, ``Conflict`` (not running, ``snapshot_cap_reached``, another capture is
     running), ``FleetFull``, ``HostUnavailable``; the row then records the failure.
     """
     actor.require(WRITE)
-    sandbox = find_running(actor, sandbox_id)
+    sandbox = yield from find_running.steps(actor, sandbox_id)
     with driving() as driver:
-        snapshot = insert_row(actor, sandbox, spec, driver)
-        capture(snapshot, sandbox)
+        snapshot = yield from insert_row(actor, sandbox, spec, driver)
+        yield from capture(snapshot, sandbox)
     return snapshot
 
 
-def capture(snapshot: Snapshot, sandbox: Sandbox) -> None:
+def capture(snapshot: Snapshot, sandbox: Sandbox) -> Steps[None]:
     """Have the host copy the files. A failure leaves only the row; raises the domain error."""
     try:
-        info = host().create_snapshot(snapshot.pk, sandbox.pk)
+        info = yield from ask(HostClient.create_snapshot, snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
-        raise discard(snapshot, sandbox, error) from error
+        raise (yield from discard(snapshot, sandbox, error)) from error
     if not mark_ready(snapshot, info):
-        release(snapshot.pk)
+        yield from release.steps(snapshot.pk)
         raise Conflict("The snapshot was deleted while it was taken.", code="snapshot_not_ready")
 
 
-def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Snapshot:
+def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) -> Steps[Snapshot]:
     """Insert the row, counted against the plan under the team's lock; ``driver`` captures it."""
-    with transaction.atomic():
-        limits = hold(actor.team, actor.user)
+    yield from wait_for_turn(actor.team)
+    with held_in_turn(actor.team, actor.user) as limits:
         try:
             limits.require_room("max_named_snapshots", usage_counts([limits.team])[limits.team.pk])
         except PlanLimit as error:
@@ -144,16 +145,20 @@ def settle_orphans(snapshot_ids: Collection[str]) -> None:
             release(snapshot.pk)
 
 
-def discard(snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+def discard(
+    snapshot: Snapshot, sandbox: Sandbox, error: host_errors.HostError
+) -> Steps[DomainError]:
     """Discard a failed capture, so that only the row is left; the domain error to raise."""
     try:
-        if settle_if_missing(sandbox):
+        if (yield from settle_if_missing.steps(sandbox)):
             error = host_errors.ContainerGone(error.detail)
-    except host_errors.HostError:
+    except HostUnavailable:
         logger.warning("could not check sandbox %s: the host does not answer", sandbox.pk)
-    domain = translate_exec_error(sandbox, error)
+    if isinstance(error, host_errors.NotFound):
+        error = host_errors.ContainerGone(error.detail)
+    domain = translate_error(error)
     mark_failed(snapshot, domain.detail)
-    release(snapshot.pk)
+    yield from release.steps(snapshot.pk)
     return domain
 
 
@@ -180,8 +185,9 @@ def list_snapshots(
     return page(Snapshot.objects.for_team(actor.team), limit, cursor)
 
 
+@in_steps
 @audited("snapshot.delete", "snapshot")
-def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
+def delete_snapshot(actor: Actor, snapshot_id: str) -> Steps[None]:
     """Delete a snapshot; deleting it again is no error. Sandboxes started from it keep running.
 
     Raises ``NotFound``.
@@ -199,13 +205,14 @@ def delete_snapshot(actor: Actor, snapshot_id: str) -> None:
                 actor, "snapshot.delete", kind="snapshot", object_id=snapshot.pk, name=name
             )
     if deleted:
-        release(snapshot.pk)
+        yield from release.steps(snapshot.pk)
 
 
-def release(snapshot_id: str) -> None:
+@in_steps
+def release(snapshot_id: str) -> Steps[None]:
     """Delete it on the host now, or leave that to the reconcile pass."""
     try:
-        host().delete_snapshot(snapshot_id)
+        yield from ask(HostClient.delete_snapshot, snapshot_id)
     except host_errors.HostError as error:
         logger.warning("could not delete snapshot %s yet: %s", snapshot_id, error.detail)
 

@@ -6,15 +6,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
-from django.db import transaction
+from django.db import connection, transaction
 from django.utils import timezone
 
 from hostruntime.wire.sandboxes import SandboxInfo
+from orkestr_console.accounts.models import AuditEntry
+from orkestr_console.core.channel_layer import NOTIFY_SQL
 from orkestr_console.core.postgres import persistently
-from sandboxes_app.events import notify_changed, notify_many_changed
+from orkestr_console.core.rows import insert_values, insertion_sql, quoted
+from orkestr_console.webhooks import outbox
+from sandboxes_app.events import change_payloads, notify_many_changed
 from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
+from sandboxes_app.services.announcing import announce, announcement
 
 LOST = "The host lost this sandbox: it restarted, or the container went away."
 EXITED = (
@@ -25,11 +31,28 @@ OUT_OF_DISK = (
     "The machine's disk was running out, and this sandbox took more of it than the others, so it "
     "was ended. Ask the operator for room, or write less to its disk, before you run it again."
 )
-
-
 CUT_OFF = (
     "The server was stopped while the sandbox was started. Nothing of it is left; create another."
 )
+# What webhooks are told of a change, besides what does not change.
+ANNOUNCED = ("expires_at", "error_message")
+
+
+# A new row, and what is written with it.
+ADDITION_SQL = "WITH made AS ({made}), event AS ({event}), entry AS ({entry}) {notify}"
+# Locks the row in its old state, from which everything else follows. A statement is atomic, and an
+# UPDATE that had to wait for another one tests the row's new version ("Read Committed Isolation
+# Level" in the PostgreSQL manual).
+CHANGE_SQL = """
+WITH before AS (
+    SELECT id, status FROM {table} WHERE id = %(id)s AND status = ANY(%(from_statuses)s) FOR UPDATE
+), changed AS (
+    UPDATE {table} now SET {assignments} FROM before WHERE now.id = before.id
+), event AS ({event}){entry}{told}
+SELECT sent.*, ({count}) FROM ({notify}, before) AS sent
+"""
+# The webhooks' deliveries, as a part of it.
+TOLD_SQL = outbox.put_sql("before", "before.status = ANY(%(told_from)s)")
 
 
 @dataclass(frozen=True)
@@ -48,32 +71,93 @@ def transition(
     from_statuses: Iterable[str],
     to: SandboxStatus,
     data: dict[str, Any] | None = None,
-    last_seen_event: int | None = None,
     driver: str = "",
+    entry: AuditEntry | None = None,
     **fields: Any,
 ) -> bool:
     """Move ``sandbox`` to ``to`` if it is in one of ``from_statuses``; whether it was.
 
-    The event row and the notice are in the same transaction. The object is updated too. If
-    ``last_seen_event`` is set, that event must still be the last. ``driver`` is the new driver,
-    if any.
+    One statement writes the row, its event, the ``entry`` of the audit log if there is one, the
+    deliveries to webhooks, and the notice. The object is updated too. ``driver`` is the new one.
     """
-    fields["driver"] = driver
-    with transaction.atomic():
-        rows = Sandbox.objects.select_for_update().filter(pk=sandbox.pk, status__in=from_statuses)
-        before = rows.values_list("status", flat=True).first()
-        if before is None or (
-            last_seen_event is not None and last_event(sandbox) != last_seen_event
-        ):
-            return False
-        Sandbox.objects.filter(pk=sandbox.pk).update(status=to, **fields)
-        SandboxEvent.objects.create(
-            sandbox=sandbox, kind=kind, from_status=before, to_status=to, data=data or {}
+    from_statuses = list(from_statuses)
+    changed = {name: fields[name] for name in ANNOUNCED if name in fields}
+    told = announcement(sandbox, kind, from_statuses, to, **changed)
+    fields |= {"status": to, "driver": driver}
+    event = SandboxEvent(sandbox=sandbox, kind=kind, to_status=to, data=data or {})
+    with connection.cursor() as cursor:
+        cursor.execute(
+            change_sql(tuple(fields), audited=entry is not None, told=bool(told)),
+            {
+                "id": sandbox.pk,
+                "from_statuses": from_statuses,
+                **told,
+                **{f"new_{name}": value for name, value in fields.items()},
+                **insert_values(event, "event_"),
+                **(insert_values(entry, "entry_") if entry else {}),
+                "notices": change_payloads(sandbox.pk, sandbox.team_id),
+            },
         )
-        notify_changed(sandbox.pk, sandbox.team_id)
-    for name, value in {"status": to, **fields}.items():
-        setattr(sandbox, name, value)
+        if (row := cursor.fetchone()) is None:
+            return False
+    after_change(sandbox, fields, told=row[1] > 0)
     return True
+
+
+def after_change(sandbox: Sandbox, fields: Mapping[str, Any], *, told: bool) -> None:
+    """Update the object, and have what webhooks are told be sent."""
+    for name, value in fields.items():
+        setattr(sandbox, name, value)
+    if told:
+        # If this process is killed before, the listener finds them.
+        outbox.wake_worker()
+
+
+@cache
+def change_sql(names: tuple[str, ...], *, audited: bool, told: bool) -> str:
+    """The statement that changes these columns, as :func:`transition` does."""
+    entry = insertion_sql(AuditEntry, "entry_", "before")
+    return CHANGE_SQL.format(
+        table=quoted(Sandbox._meta.db_table),
+        assignments=", ".join(f"{quoted(name)} = %(new_{name})s" for name in names),
+        event=insertion_sql(SandboxEvent, "event_", "before", ("from_status", "before.status")),
+        entry=f", entry AS ({entry})" if audited else "",
+        told=f", told AS ({TOLD_SQL})" if told else "",
+        count="SELECT count(*) FROM told" if told else "0",
+        notify=NOTIFY_SQL,
+    )
+
+
+def add(sandbox: Sandbox, entry: AuditEntry) -> None:
+    """Insert a new row, with its first event, an entry of the audit log, and the notice."""
+    event = SandboxEvent(sandbox=sandbox, kind="created", to_status=sandbox.status)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            addition_sql(),
+            {
+                **insert_values(sandbox, "made_"),
+                **insert_values(event, "event_"),
+                **insert_values(entry, "entry_"),
+                "notices": change_payloads(sandbox.pk, sandbox.team_id),
+            },
+        )
+    sandbox._state.adding = False
+
+
+@cache
+def addition_sql() -> str:
+    """The statement of :func:`add`."""
+    parts = {"made": Sandbox, "event": SandboxEvent, "entry": AuditEntry}
+    written = {name: insertion_sql(model, f"{name}_") for name, model in parts.items()}
+    return ADDITION_SQL.format(**written, notify=NOTIFY_SQL)
+
+
+def transition_if_last(sandbox: Sandbox, last_seen_event: int, kind: str, **changes: Any) -> bool:
+    """The same as :func:`transition` if that event is still the last; whether both were so."""
+    with transaction.atomic():
+        # Nobody can add an event without the row's lock.
+        Sandbox.objects.select_for_update().filter(pk=sandbox.pk).first()
+        return last_event(sandbox) == last_seen_event and transition(sandbox, kind, **changes)
 
 
 def last_event(sandbox: Sandbox) -> int:
@@ -178,13 +262,22 @@ def mark_resumed(sandbox: Sandbox, expires_at: datetime) -> bool:
     )
 
 
-def mark_ended(sandbox: Sandbox, kind: str, driver: str = "") -> bool:
-    """It ended normally: ``terminated`` by somebody, or ``expired``.
+def mark_ended(
+    sandbox: Sandbox, kind: str, driver: str = "", entry: AuditEntry | None = None
+) -> bool:
+    """It ended normally: ``terminated`` by somebody, which is the ``entry``, or ``expired``.
 
     ``driver`` releases what the host has of it.
     """
-    now, to = timezone.now(), SandboxStatus.TERMINATED
-    return transition(sandbox, kind, from_statuses=LIVE, to=to, driver=driver, ended_at=now)
+    return transition(
+        sandbox,
+        kind,
+        from_statuses=LIVE,
+        to=SandboxStatus.TERMINATED,
+        driver=driver,
+        entry=entry,
+        ended_at=timezone.now(),
+    )
 
 
 def mark_released(sandbox_ids: Iterable[str], driver: str) -> bool:
@@ -202,13 +295,13 @@ def match_host(sandbox: Sandbox, info: SandboxInfo, last_seen_event: int) -> boo
     # Running counts anew after a pause.
     restarted = sandbox.status != SandboxStatus.PAUSING and not info.paused
     times: dict[str, Any] = {"started_at": timezone.now()} if restarted else {}
-    return transition(
+    return transition_if_last(
         sandbox,
+        last_seen_event,
         "paused" if info.paused else "resumed" if restarted else "pause_failed",
         from_statuses=[sandbox.status],
         to=SandboxStatus.PAUSED if info.paused else SandboxStatus.RUNNING,
         data={"until" if info.paused else "expires_at": end.isoformat()},
-        last_seen_event=last_seen_event,
         expires_at=end,
         **times,
     )
@@ -255,7 +348,10 @@ def mark_many_ended(ends: Mapping[str, End], from_statuses: Iterable[str] = LIVE
     now = timezone.now()
     with transaction.atomic():
         rows = Sandbox.objects.select_for_update().filter(pk__in=ends, status__in=from_statuses)
-        locked = list(rows.order_by("pk").only("pk", "team_id", "status"))
+        rows = rows.annotate(watched=outbox.has_webhooks()).order_by("pk")
+        locked: list[Any] = list(
+            rows.only("team_id", "status", "template", "metadata", "expires_at")
+        )
         by_end: dict[End, list[Sandbox]] = defaultdict(list)
         for sandbox in locked:
             by_end[ends[sandbox.pk]].append(sandbox)
@@ -266,6 +362,11 @@ def mark_many_ended(ends: Mapping[str, End], from_statuses: Iterable[str] = LIVE
         SandboxEvent.objects.bulk_create(
             [end_event(sandbox, end) for end, sandboxes in by_end.items() for sandbox in sandboxes]
         )
+        for sandbox in locked:
+            if sandbox.watched:
+                end = ends[sandbox.pk]
+                before, message = sandbox.status, end.message
+                announce(sandbox, end.kind, before, end.to, error_message=message)
         notify_many_changed([(sandbox.pk, sandbox.team_id) for sandbox in locked])
     return [sandbox.pk for sandbox in locked]
 

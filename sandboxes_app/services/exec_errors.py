@@ -1,0 +1,30 @@
+"""The errors of commands that the host ended or refused."""
+
+from __future__ import annotations
+
+from hostruntime import errors as host_errors
+from orkestr_console.core.errors import DomainError
+from orkestr_console.core.hosts import translate_error
+from sandboxes_app.models import Sandbox
+from sandboxes_app.services.lifecycle import settle_if_missing
+
+# How much output an error includes, so that a killed command still shows its work.
+ERROR_OUTPUT_BYTES = 64 * 1024
+
+
+def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> DomainError:
+    """The domain error for a command that the host ended or refused; corrects the row."""
+    if isinstance(error, (host_errors.ContainerGone, host_errors.NotFound)):
+        settle_if_missing(sandbox)
+        return translate_error(host_errors.ContainerGone(error.detail))
+    domain = translate_error(error)
+    if isinstance(error, host_errors.ExecTimeout):
+        for stream in ("stdout", "stderr"):
+            if isinstance(printed := error.extra.get(stream), bytes):
+                domain.extra[stream] = decode_output(printed[-ERROR_OUTPUT_BYTES:])
+    return domain
+
+
+def decode_output(data: bytes) -> str:
+    """Output as text; invalid UTF-8 is replaced."""
+    return data.decode("utf-8", "replace")
