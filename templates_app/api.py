@@ -8,7 +8,6 @@ from contextlib import aclosing
 from time import monotonic
 from weakref import WeakKeyDictionary
 
-from channels.db import database_sync_to_async
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from orkestr_console.accounts.actor import READ, WRITE
@@ -18,6 +17,7 @@ from orkestr_console.http.decorators import ApiRequest, api, revalidate
 from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.paging import read_limit
 from orkestr_console.http.streams import OwningStream
+from orkestr_console.http.threads import in_thread
 from templates_app import presenters, services
 from templates_app.models import Template
 from templates_app.services import contents
@@ -116,7 +116,7 @@ async def event_stream(request: HttpRequest, template_id: str, after: int) -> As
     async with aclosing(services.follow_events(template_id, after)) as batches:
         async for batch in batches:
             if not batch or monotonic() >= trusted_until:
-                error = await database_sync_to_async(access_error)(request, template_id)
+                error = await in_thread(access_error, request, template_id)
                 if error is not None:
                     yield encode_error(error)
                     return

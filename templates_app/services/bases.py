@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.errors import ImageNotFound as NoImage
 from hostruntime.wire.images import BaseInfo
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, HostUnavailable, InvalidInput, NotFound
-from orkestr_console.core.hosts import host, translated_errors
+from orkestr_console.core.hosts import Steps, ask, host, in_steps, translated_errors
 from orkestr_console.core.ids import is_id
 from templates_app.models import Template, TemplateStatus
 
@@ -71,7 +72,8 @@ def list_bases(actor: Actor) -> list[BaseChoice]:
     return [*built_in, *own]
 
 
-def resolve(team: Team, name: str, *, field: str) -> Source:
+@in_steps
+def resolve(team: Team, name: str, *, field: str) -> Steps[Source]:
     """The image behind a base's name or a template's id.
 
     Raises ``InvalidInput`` naming ``field`` for an unknown built-in, ``NotFound`` for a template
@@ -81,7 +83,7 @@ def resolve(team: Team, name: str, *, field: str) -> Source:
         return team_template(team, name)
     base = ALIASES.get(name, name)
     with translated_errors():
-        known = {info.name: info for info in host().bases()}
+        known = {info.name: info for info in (yield from ask(HostClient.bases))}
     if base not in known:
         raise unknown_base(name, known, field)
     if (state := known[base].state) != "ready":

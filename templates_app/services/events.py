@@ -18,11 +18,11 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from channels.db import database_sync_to_async
 from channels.layers import get_channel_layer
 
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.threads import in_thread
 from templates_app.events import template_group
 from templates_app.models import Template, TemplateStatus
 from templates_app.services.templates import get_template
@@ -81,7 +81,7 @@ async def all_events(template_id: str) -> AsyncGenerator[list[Event]]:
     """Every event so far, in batches. For a template that the caller may read."""
     after = 0
     while True:
-        page = await database_sync_to_async(load_page)(template_id, after, DEFAULT_LIMIT)
+        page = await in_thread(load_page, template_id, after, DEFAULT_LIMIT)
         if not page.events:
             return
         yield page.events
@@ -115,7 +115,7 @@ async def follow_events(template_id: str, after: int = 0) -> AsyncGenerator[list
 async def load_page_if_available(template_id: str, after: int) -> EventPage | None:
     """The next events from the database; None while it is away, which ends no stream."""
     try:
-        return await database_sync_to_async(load_page)(template_id, after, DEFAULT_LIMIT)
+        return await in_thread(load_page, template_id, after, DEFAULT_LIMIT)
     except Exception as error:
         if unavailable(error) is None:
             raise
@@ -187,13 +187,9 @@ class Tail:
 
     async def _read_new(self) -> None:
         if self._last is None:
-            self._last = await database_sync_to_async(start_of_buffer)(
-                self._template_id, BUFFERED_EVENTS
-            )
+            self._last = await in_thread(start_of_buffer, self._template_id, BUFFERED_EVENTS)
         while True:
-            page = await database_sync_to_async(load_page)(
-                self._template_id, self._last, DEFAULT_LIMIT
-            )
+            page = await in_thread(load_page, self._template_id, self._last, DEFAULT_LIMIT)
             self._events.extend(page.events)
             if page.events:
                 self._last = page.events[-1].seq

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from channels.db import database_sync_to_async
-
 from orkestr_console.core.text import plain
 from orkestr_console.http.json_api import timestamp
+from orkestr_console.http.threads import in_thread
 from templates_app.models import BuildStep, StepStatus, Template
 from templates_app.services.record import output_from_events
 
@@ -16,9 +15,9 @@ async def log_text(template: Template) -> AsyncGenerator[bytes]:
     """The steps with all their output, without colours, one step at a time."""
     yield log_header(template).encode()
     # Each call returns its connection; Django's own asynchronous queries keep theirs.
-    for step in await database_sync_to_async(steps_without_output)(template):
+    for step in await in_thread(steps_without_output, template):
         yield f"\n$ {step.command}\n".encode()
-        text = await database_sync_to_async(step_output)(template, step.number)
+        text = await in_thread(step_output, template, step.number)
         yield (text if not text or text.endswith("\n") else f"{text}\n").encode()
         yield f"# {outcome_text(step)}\n".encode()
     if template.error_message:

@@ -15,6 +15,9 @@ from django.db.models import Max
 from django.utils import timezone
 
 from hostruntime.wire.builds import BuildEvent as HostEvent
+from orkestr_console.http.json_api import timestamp
+from orkestr_console.webhooks import outbox
+from orkestr_console.webhooks.models import EventType
 from templates_app.events import notify_changed, notify_progress
 from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.direct import bypass_advice
@@ -22,6 +25,8 @@ from templates_app.services.metering import count_build, note_image_bytes
 
 MAX_MESSAGE_CHARS = 16 * 1024
 MAX_REFUSED_HOSTS = 40
+# The part of a failure's message that webhooks are told: the template has the rest.
+MAX_TOLD_CHARS = 2000
 
 
 class Superseded(Exception):  # noqa: N818 - not an error
@@ -233,7 +238,21 @@ def settle(template: Template, **changes: Any) -> None:
     if not rows.update(driver="", **changes):
         raise Superseded
     count_build(template)
+    announce(template, **changes)
     notify_changed(template.pk, template.team_id)
+
+
+def announce(template: Template, status: str, finished_at: datetime, **changes: Any) -> None:
+    """Add the end of the build to the webhooks' outbox."""
+    data = {
+        "template_id": template.pk,
+        "name": template.name,
+        "status": status,
+        "error_code": changes.get("error_code"),
+        "error_message": (changes.get("error_message") or "")[:MAX_TOLD_CHARS] or None,
+        "finished_at": timestamp(finished_at),
+    }
+    outbox.put(template.team_id, EventType.BUILD_FINISHED, template.pk, data)
 
 
 def output_from_events(template: Template, step: int | None) -> str:

@@ -18,7 +18,7 @@ from hostruntime.image import environment
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import Envelope, envelope, hold
+from orkestr_console.accounts.limits import Envelope, envelope, held
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import Conflict, InvalidInput, NotFound
 from orkestr_console.core.ids import is_id
@@ -74,8 +74,7 @@ def create_template(actor: Actor, spec: TemplateSpec) -> Template:
     actor.require_network(spec.network)
     source = resolve_base(actor.team, spec.base_template)
     check_environment(source, spec)
-    with transaction.atomic():
-        limits = hold(actor.team, actor.user)
+    with held(actor.team, actor.user) as limits:
         check_limits(actor, limits, spec)
         check_timeouts(limits, spec)
         team = limits.team
