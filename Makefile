@@ -60,8 +60,7 @@ format: ## rewrite the code the way `make lint` wants it
 
 bench: ## measure boots, first answers, the egress proxy, what hogs cost others, captures
 	@$(BOOTSTRAP) dev
-	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks
-	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.calls --out tests/benchmarks/RESULTS.md
+	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks --out tests/benchmarks/RESULTS.md
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.egress
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.hogs
 	@$(AS_ROOT) $(PYTHON) -m tests.benchmarks.capture
