@@ -23,7 +23,7 @@ from hostruntime.network import registries
 from hostruntime.network.egress import EgressProxy
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
-from tests.benchmarks.__main__ import Row, print_table
+from tests.benchmarks.report import Row, print_table
 from tests.host.network import SETTINGS, from_slot
 from tests.host.topology import GREETING, INTERNET, a_world
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from hostruntime.errors import HostError
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
-from tests.benchmarks.__main__ import Row, milliseconds, print_table
+from tests.benchmarks.report import Row, milliseconds, print_table
 from tests.host.agent import an_agent
 from tests.host.client import HostClient
 from tests.host.hogs import HOGS

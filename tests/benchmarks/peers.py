@@ -73,5 +73,9 @@ def container(runtime: str, tree: Path, directory: Path) -> list[str]:
         config = json.loads((bundle / "config.json").read_text())
         config["root"] = {"path": str(tree), "readonly": True}
         config["process"] |= {"args": [TRUE], "terminal": False}
+        # A command that does nothing needs no view of them, and runc cannot mount a hybrid one.
+        config["mounts"] = [each for each in config["mounts"] if each["type"] != "cgroup"]
         (bundle / "config.json").write_text(json.dumps(config))
-    return [runtime, "run", f"--bundle={bundle}"]
+    # Else crun refuses the hybrid layout of cgroups (cgroups(7)).
+    options = ["--cgroup-manager=disabled"] if runtime == "crun" else []
+    return [runtime, *options, "run", f"--bundle={bundle}"]

@@ -12,6 +12,7 @@ from django_q.models import OrmQ
 
 from orkestr_console.core import hosts
 from orkestr_console.queue import driving
+from orkestr_console.webhooks import sender
 from sandboxes_app.services import settling
 from templates_app.models import Template
 from templates_app.services import driver
@@ -27,6 +28,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     monkeypatch.setattr(driving, "LINGER_SECONDS", 0.0)
     # A build is over when its task is.
     monkeypatch.setattr(driver, "run_in_background", lambda work: work())
+    # And deliveries have been sent when theirs is.
+    monkeypatch.setattr(sender, "run_in_background", lambda work: work())
     monkeypatch.setattr(hosts, "host_client", lambda socket: fake)
     monkeypatch.setattr(hosts, "async_host_client", lambda socket: fake)
     return fake
@@ -39,6 +42,7 @@ def plans(transactional_db: None) -> None:
     import_module(f"{migrations}.0002_plans").add_plans(apps, None)
     import_module(f"{migrations}.0004_append_only_and_plans").add_numbers(apps, None)
     import_module(f"{migrations}.0005_commands_at_once").add_commands(apps, None)
+    import_module(f"{migrations}.0007_webhooks").add_webhooks(apps, None)
 
 
 def queued() -> list[str]:

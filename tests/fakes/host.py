@@ -8,6 +8,7 @@ the real client; what it does is held to the real agent by the tests on a live s
 
 from __future__ import annotations
 
+import asyncio
 import posixpath
 import threading
 import time
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hostruntime.client.host_client import DEFAULT_MAX_FILE_BYTES
+from hostruntime.client.calls import DEFAULT_MAX_FILE_BYTES
 from hostruntime.errors import (
     ContainerGone,
     ContainerPaused,
@@ -33,11 +34,20 @@ from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
 from hostruntime.wire.files import DirectoryEntry, DirectoryListing, FileContent, FileStat
 from hostruntime.wire.health import EgressHost
 from hostruntime.wire.images import BaseInfo, ImageInfo, ImageUsage
-from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo, UsageInfo
+from hostruntime.wire.sandboxes import (
+    CreateSandbox,
+    MetricsSample,
+    ResourceUsage,
+    SandboxInfo,
+    SandboxMetrics,
+    UsageInfo,
+)
+from tests.fakes.background import FakeBackground
 from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
+from tests.fakes.transfers import FakeTransfers
 
 TERMINAL = frozenset({"published", "failed"})
 ENDED_IN = {"published": "published", "failed": "failed"}
@@ -64,7 +74,9 @@ class FakeSandbox:
     directories: set[str] = field(default_factory=lambda: {"/", "/workspace", "/tmp", "/etc"})
 
 
-class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
+class FakeHost(
+    FakeCommands, FakeBackground, FakeTransfers, FakeSnapshots, FakeKeeping, FakeChanges
+):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
     def __init__(self) -> None:
@@ -165,6 +177,10 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
     def _up(self) -> None:
         if self.down:
             raise HostUnavailable("The host agent does not answer.")
+
+    async def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """As the async client: the method of that name, without blocking the event loop."""
+        return await asyncio.to_thread(getattr(self, name), *args, **kwargs)
 
     # Bases and images ---------------------------------------------------------------------
 
@@ -369,6 +385,13 @@ class FakeHost(FakeCommands, FakeSnapshots, FakeKeeping, FakeChanges):
         self._up()
         with self.lock:
             return [info for info in self.used.values() if sandbox_id in (None, info.id)]
+
+    def metrics(self, sandbox_id: str) -> SandboxMetrics:
+        """As the client: half a CPU and 100 MB, sampled a moment ago."""
+        if self.sandbox(sandbox_id).state != "running":
+            raise ContainerGone("The sandbox is not running.")
+        samples = tuple(MetricsSample(at, 0.5, 120_000_000) for at in (1000.0, 1002.0))
+        return SandboxMetrics(sandbox_id, 100_000_000, ResourceUsage(1.5, 2.5), samples)
 
     def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """As the client."""

@@ -20,6 +20,8 @@ SHARED = sorted(
 def test_it_has_all_that_services_call() -> None:
     called = {"bases", "start_build", "build_events", "create_sandbox", "read_path"}
     called |= {"create_snapshot", "snapshots", "delete_snapshot"}
+    called |= {"start_command", "background_commands", "command", "kill_command"}
+    called |= {"command_output"}
     assert called <= set(SHARED)
 
 
@@ -30,8 +32,15 @@ def test_a_method_has_the_signature_of_the_clients(name: str) -> None:
     )
 
 
-def test_streamed_commands_have_the_signature_of_the_async_clients() -> None:
+def test_what_is_streamed_has_the_signature_of_the_async_clients() -> None:
     assert inspect.signature(FakeHost.exec_to_completion) == inspect.signature(
         AsyncHostClient.exec_to_completion
     )
+    assert inspect.signature(FakeHost.follow_command) == inspect.signature(
+        AsyncHostClient.follow_command
+    )
+    for name in ("read_part", "write_stream"):
+        assert inspect.signature(getattr(FakeHost, name)) == inspect.signature(
+            getattr(AsyncHostClient, name)
+        )
     assert inspect.signature(FakeHost.exec_frames) == inspect.signature(AsyncHostClient.exec_frames)

@@ -40,7 +40,8 @@ class WatchedHost:
 
         @wraps(method)
         def asking(*args: Any, **kwargs: Any) -> Any:
-            self._look(name)
+            # On the event loop, a method is asked for by its name.
+            self._look(args[0] if name == "ask" else name)
             answer = method(*args, **kwargs)
             if inspect.isasyncgen(answer):
                 return self._later_pieces(name, answer)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hostruntime.errors import NotFound
 from tests.faults.installation import Installation
+from tests.faults.warm import WarmContainers
 from tests.host.client import HostClient
 from tests.processes import command_lines
 
@@ -21,12 +22,14 @@ SANDBOXES = "SELECT id, status FROM sandboxes_app_sandbox"
 TEMPLATES = "SELECT id, status, image_id, handed_over FROM templates_app_template"
 SNAPSHOTS = "SELECT id, status, deleted_at IS NOT NULL FROM sandboxes_app_snapshot"
 PASSING = {"starting", "pausing", "resuming"}
-# The number of a slot, which the next container has another of.
 # What of a command line tells a program.
 PROGRAMS = (
     *("manage.py up", "supervisord", "manage.py serve", "manage.py worker", "hostruntime.agent"),
     *("hostruntime.container.lxc", "postgres", "squid.conf", "helper.pyz"),
 )
+# Sandboxes that are used have one, for as long as they are used.
+SPAWNER = "hostruntime.container.spawner"
+# The number of a slot, which the next container has another of.
 SLOT = re.compile(r"\b(ork\d+-[a-z])\d+\b")
 
 
@@ -100,17 +103,20 @@ def still_running(installation: Installation, ended: Collection[str]) -> list[st
 
 
 def holdings(installation: Installation) -> Counter[str]:
-    """All that the installation has on the host, seen from outside: what, and whose."""
-    return Counter(
-        [
-            *_mounts(installation),
-            *_groups(installation),
-            *_links(installation),
-            *_files(installation),
-            *_processes(installation),
-            *_elements(installation),
-        ]
-    )
+    """All that the installation has on the host, seen from outside: what, and whose.
+
+    Without what belongs to containers that wait for a sandbox, and without the numbers of slots.
+    """
+    warm = WarmContainers.of(installation)
+    found = [
+        *_mounts(installation),
+        *_groups(installation),
+        *_links(installation),
+        *_files(installation),
+        *_processes(installation),
+        *_elements(installation),
+    ]
+    return Counter(SLOT.sub(r"\1", warm.named(each)) for each in found if not warm.has(each))
 
 
 def settled_holdings(installation: Installation) -> Counter[str]:
@@ -127,13 +133,7 @@ def _mounts(installation: Installation) -> Iterator[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         path = line.split()[4]
         if path.startswith(places):
-            yield f"mount {_named(installation, path)}"
-
-
-def _named(installation: Installation, path: str) -> str:
-    """A path without the number of the slot it belongs to."""
-    place = str(installation.run_dir.root)
-    return SLOT.sub(r"\1", path.removeprefix(place).lstrip("/"))
+            yield f"mount {path.removeprefix(places[0]).lstrip('/')}"
 
 
 def _groups(installation: Installation) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _groups(installation: Installation) -> Iterator[str]:
 
 def _links(installation: Installation) -> Iterator[str]:
     for path in Path("/sys/class/net").glob(f"{installation.instance.prefix}*"):
-        yield f"link {SLOT.sub(r'\1', path.name)}"
+        yield f"link {path.name}"
 
 
 def _files(installation: Installation) -> Iterator[str]:
@@ -159,7 +159,9 @@ def _files(installation: Installation) -> Iterator[str]:
     for record in run.slots.glob("*.json"):
         with suppress(FileNotFoundError):
             yield f"slot of {json.loads(record.read_text())['owner']}"
-    yield from ("egress entry" for _ in run.entries.iterdir())
+    for entry in run.entries.iterdir():
+        with suppress(FileNotFoundError):
+            yield f"egress entry of {json.loads(entry.read_text())['owner']}"
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
             backing = path.read_text().strip()
@@ -173,7 +175,7 @@ def _processes(installation: Installation) -> Iterator[str]:
     for pid, line in command_lines().items():
         if line.startswith("[lxc monitor]") and line.split()[-1].startswith(prefix):
             yield f"monitor {line.split()[-1]}"
-        elif egress in line or own in _environment(pid):
+        elif SPAWNER not in line and (egress in line or own in _environment(pid)):
             yield next((f"process {kind}" for kind in PROGRAMS if kind in line), f"process {line}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -32,8 +33,8 @@ class Agent:
         self.log_path = state / "agent.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.client = HostClient(self.socket)
-        # More variables for it, from its next start on.
-        self.environment: dict[str, str] = {}
+        # More variables for it, from its next start on.  Tests count what there is.
+        self.environment = {"ORKESTR_WARM_CONTAINERS": "0"}
         self.command = [sys.executable, "-m", "hostruntime.agent"]
 
     @property
@@ -141,9 +142,15 @@ def groups_named(prefix: str) -> list[str]:
     return [str(path) for root in roots for path in root.glob(f"*{prefix}*")]
 
 
+def container_of(state: Path, sandbox_id: str) -> str:
+    """The name of a sandbox's container, which may have been started before the sandbox."""
+    record = state / "sandboxes" / sandbox_id / "sandbox.json"
+    return str(json.loads(record.read_text())["container"])
+
+
 def init_of(agent: Agent, sandbox_id: str) -> int:
     """The host's pid of a sandbox's init."""
-    group = cgroup_layout().container(f"{agent.prefix}{sandbox_id}").unified
+    group = cgroup_layout().container(container_of(agent.state, sandbox_id)).unified
     return int((group / "cgroup.procs").read_text().split()[0])
 
 

@@ -16,10 +16,10 @@ from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
 from hostruntime.network import registries
 from hostruntime.network.egress import EgressProxy
-from hostruntime.network.netns import run_in_namespace
+from hostruntime.network.netns import interfaces_with_prefix, run_in_namespace
 from hostruntime.network.policy import Policy, deny_list
 from hostruntime.network.settings import NetworkSettings
-from hostruntime.network.slots import Slot, SlotPool, interfaces_with_prefix
+from hostruntime.network.slots import Slot, SlotPool
 from tests.host.agent import mounts_below
 from tests.host.topology import (
     INTERNET,
@@ -35,6 +35,8 @@ SETTINGS = NetworkSettings(denied=deny_list(), permitted=(), resolvers=(RESOLVER
 LISTED = ("allowed.test", "private.test", "mixed.test", "local.test", "metadata.test", "gone.test")
 RESTRICTED = Policy("restricted", LISTED)
 NUMBERS = itertools.count()
+# Few, as some tests take them all.
+SLOTS = 64
 HOST_SECOND = "203.0.113.2"
 
 
@@ -61,7 +63,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> StatePaths:
 
 @pytest.fixture(scope="module")
 def pool(world: World, paths: StatePaths) -> Iterator[SlotPool]:
-    pool = SlotPool(paths, claim_instance(paths), SETTINGS)
+    pool = SlotPool(paths, claim_instance(paths), SETTINGS, SLOTS)
     try:
         pool.setup()
         pool.reclaim(set())

@@ -27,6 +27,7 @@ from tests.host.attackers import PLACE
 from tests.host.attacks.counted import AT_A_LIMIT, HOARDED, TAKEN, THINGS
 from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
+from tests.host.warm import create_from_warm, keeping_warm
 
 pytestmark = pytest.mark.host
 
@@ -87,15 +88,18 @@ def hoarded_by(host: HostClient, sandbox: SandboxInfo) -> dict[str, list[tuple[i
     return dict(json.loads(found.content))
 
 
-@pytest.fixture(scope="module")
-def siege(agent: Agent, attackers: str) -> Iterator[Siege]:
+@pytest.fixture(scope="module", params=["cold", "warm"])
+def siege(request: pytest.FixtureRequest, agent: Agent, attackers: str) -> Iterator[Siege]:
     host = agent.client
-    hoarder, neighbour = (
-        host.create_sandbox(
-            CreateSandbox(name, image=attackers, cpu=1.0, memory_mb=1024, network="off")
-        )
+    wanted = [
+        CreateSandbox(name, image=attackers, cpu=1.0, memory_mb=1024, network="off")
         for name in ("sbx_hoarder", "sbx_neighbour")
-    )
+    ]
+    if request.param == "warm":
+        with keeping_warm(agent):
+            hoarder, neighbour = (create_from_warm(agent, each) for each in wanted)
+    else:
+        hoarder, neighbour = map(host.create_sandbox, wanted)
     try:
         before = views(host, neighbour)
         with ThreadPoolExecutor(1) as pool:

@@ -20,6 +20,7 @@ from tests.host.agent import Agent, mounts_below
 from tests.host.attackers import outcomes
 from tests.host.attacks import kernel, surroundings
 from tests.host.attacks.harness import Outcome
+from tests.host.warm import create_from_warm, keeping_warm
 
 pytestmark = pytest.mark.host
 
@@ -48,13 +49,18 @@ def state_of_the_host() -> dict[str, object]:
 type Results = dict[str, Outcome]
 
 
-@pytest.fixture(scope="module")
-def results(agent: Agent, attackers: str) -> Iterator[dict[str, Results]]:
+@pytest.fixture(scope="module", params=["cold", "warm"])
+def results(
+    request: pytest.FixtureRequest, agent: Agent, attackers: str
+) -> Iterator[dict[str, Results]]:
     host, name = agent.client, f"sbx_attack{time.time_ns():x}"
+    wanted = CreateSandbox(name, image=attackers, cpu=2.0, memory_mb=512, network="open")
+    if request.param == "warm":
+        with keeping_warm(agent):
+            create_from_warm(agent, wanted)
+    else:
+        host.create_sandbox(wanted)
     before, clock = state_of_the_host(), time.time() - time.monotonic()
-    host.create_sandbox(
-        CreateSandbox(name, image=attackers, cpu=2.0, memory_mb=512, network="open")
-    )
     told = {
         "HOST_PIDS": f"{agent.pid}:{os.getpid()}",
         "HOST_PATHS": f"{agent.state}:{StatePaths(agent.state).images}:/run/orkestr",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.sandbox.manager import SWEEP_SECONDS
+from hostruntime.sandbox.warm_pool import SETTING
 from tests.host.agent import Agent, eventually
 from tests.host.client import HostClient
 from tests.host.conftest import NewSandbox
@@ -51,7 +52,7 @@ def set_clock(other_clock: SetClock) -> Iterator[SetClock]:
 
 def restarted(agent: Agent, environment: dict[str, str]) -> None:
     agent.stop()
-    agent.environment = environment
+    agent.environment = {SETTING: "0", **environment}
     agent.start()
 
 

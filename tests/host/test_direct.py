@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.host.run import run
 from hostruntime.network import blackhole, firewall
@@ -26,6 +25,7 @@ from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,
     SETTINGS,
+    SLOTS,
     from_slot,
     place,
     refused,
@@ -138,9 +138,9 @@ def test_what_was_tried_is_its_owners_when_the_address_is_anothers(
     refused(mine, lambda: hear(INTERNET, 443))
     pool.release("tried.first")
     assert pool.wait_until_idle(30)
-    names = [f"tried.{number}" for number in range(MAX_SLOTS)]
+    names = [f"tried.{number}" for number in range(SLOTS)]
     try:
-        given = [pool.acquire(name, RESTRICTED).address for name in names[: MAX_SLOTS - 8]]
+        given = [pool.acquire(name, RESTRICTED).address for name in names[: SLOTS - 8]]
         assert mine.address in given
         heirs = names[given.index(mine.address)]
         assert records.decisions(heirs) == []
@@ -198,7 +198,7 @@ def test_with_network_off_nothing_gets_out_without_the_table_either(
     assert len(world.reached) == heard
     assert received(HOST_SECOND) == arrived
     # A new agent finds the table gone.
-    blackhole.install_blackhole(place(mine))
+    from_slot(mine, blackhole.install_blackhole)
     assert isinstance(refused(mine, lambda: hear(INTERNET, 443)), ConnectionError)
 
 

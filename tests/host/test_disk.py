@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hostruntime.container.disk import MIB, Disks
+from hostruntime.container.disk import _FS_IOC_SHUTDOWN, MIB, Disks
 from hostruntime.errors import HostError, HostFull
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
 from hostruntime.wire.builds import StartBuild
@@ -197,6 +199,32 @@ def test_a_killed_agent_leaves_disks_that_the_next_one_keeps_or_frees(
     )
     assert mounts_below(orphan) == []
     assert not list(paths.disks.glob("sbx_orphan*"))
+
+
+@pytest.mark.parametrize(("written_mb", "shutdowns"), [(0, 0), (8, 1)])
+def test_a_disk_with_little_on_it_is_released_without_an_alert_of_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_mb: int, shutdowns: int
+) -> None:
+    paths = StatePaths(tmp_path).ensure()
+    disks = Disks(paths, claim_instance(paths))
+    called: list[object] = []
+    monkeypatch.setattr(
+        "hostruntime.container.disk.fcntl.ioctl", partial(counted, called, fcntl.ioctl)
+    )
+    try:
+        (disks.attach("sbx_1", SMALL_MB) / "file").write_bytes(bytes(written_mb * MIB))
+        disks.release("sbx_1")
+        assert disks.owners() == set()
+        assert called.count(_FS_IOC_SHUTDOWN) == shutdowns
+    finally:
+        release_instance(paths)
+
+
+def counted(
+    called: list[object], ioctl: Callable[..., object], descriptor: int, request: int, *more: object
+) -> object:
+    called.append(request)
+    return ioctl(descriptor, request, *more)
 
 
 # Capture ------------------------------------------------------------------------------------

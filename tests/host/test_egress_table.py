@@ -423,7 +423,9 @@ PAST = [
 ]
 
 
-@pytest.fixture(scope="module", params=["at first", "after a restart of agent and proxy"])
+@pytest.fixture(
+    scope="module", params=["at first", "taken over", "after a restart of agent and proxy"]
+)
 def place(
     request: pytest.FixtureRequest,
     world: World,
@@ -440,11 +442,19 @@ def place(
     }
     world.aliases["alias.test"] = "private.test"
     owners = {mode: f"table.{mode}" for mode in (*POLICIES, "neighbour")}
-    slots = {
-        mode: pool.acquire(owner, POLICIES.get(mode, POLICIES["open"]))
-        for mode, owner in owners.items()
-    }
-    if request.param != "at first":
+    policies = {mode: POLICIES.get(mode, POLICIES["open"]) for mode in owners}
+    if request.param == "taken over":
+        # As a sandbox takes over the slot of a warm container, whose list of domains is another.
+        for mode, policy in policies.items():
+            domains = ["other.test"] if policy.mode == "restricted" else None
+            pool.acquire(f"warm.{mode}", Policy.parse(policy.mode, domains))
+        slots = {
+            mode: pool.reassign(f"warm.{mode}", owner, policies[mode])
+            for mode, owner in owners.items()
+        }
+    else:
+        slots = {mode: pool.acquire(owner, policies[mode]) for mode, owner in owners.items()}
+    if request.param == "after a restart of agent and proxy":
         for pid in proxy.processes():
             os.kill(pid, signal.SIGKILL)
         pool.resolver.close()

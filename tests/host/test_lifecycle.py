@@ -27,7 +27,7 @@ from tests.host.agent import (
 from tests.host.client import HostClient
 from tests.host.commands import Command
 from tests.host.conftest import BASE, NewSandbox
-from tests.processes import command_lines
+from tests.processes import command_lines, open_files
 
 pytestmark = [pytest.mark.host, pytest.mark.pythons]
 
@@ -341,8 +341,7 @@ def test_containers_hold_nothing_of_the_agent(
     monitor = int(Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in (init, monitor):
         assert is_running(pid)
-        held = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-        ours = [target for target in held if str(agent.state) in target]
+        ours = [target for target in open_files(pid) if str(agent.state) in target]
         assert [target for target in ours if not target.endswith("lxc.log")] == []
 
 

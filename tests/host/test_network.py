@@ -16,16 +16,22 @@ from pathlib import Path
 import pytest
 
 from hostruntime.errors import Conflict, HostFull, InvalidRequest
-from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.run import run
 from hostruntime.network.egress import EgressProxy, proxy_problems
-from hostruntime.network.netns import interface_exists, run_in_namespace, run_ip, write_sysctl
+from hostruntime.network.netns import (
+    interface_exists,
+    interfaces_with_prefix,
+    run_in_namespace,
+    run_ip,
+    write_sysctl,
+)
 from hostruntime.network.policy import Policy, PolicyError
-from hostruntime.network.slots import Slot, SlotPool, interfaces_with_prefix
+from hostruntime.network.slots import Slot, SlotPool
 from tests.host.network import (
     HOST_SECOND,
     RESTRICTED,
+    SLOTS,
     from_slot,
     listening,
     place,
@@ -454,10 +460,10 @@ def test_an_owner_has_one_slot_and_a_name_that_is_safe_in_a_path(pool: SlotPool)
 
 
 def test_slots_run_out_by_name_and_come_back(pool: SlotPool) -> None:
-    owners = [f"many.{index}" for index in range(MAX_SLOTS)]
+    owners = [f"many.{index}" for index in range(SLOTS)]
     try:
         taken = [pool.acquire(owner, Policy("off")) for owner in owners]
-        assert len({slot.id_base for slot in taken}) == MAX_SLOTS
+        assert len({slot.id_base for slot in taken}) == SLOTS
         with pytest.raises(HostFull):
             pool.acquire("one.more", Policy("off"))
         pool.release(owners[0])

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.host, pytest.mark.pythons]
 COUNTING = (
     "n=0; while :; do n=$((n+1)); echo $n >/tmp/n.new; mv /tmp/n.new /tmp/n; sleep 0.02; done"
 )
+# Once it has begun to.
+COUNTS = "until [ -s /tmp/n ]; do sleep 0.02; done"
 SHOWN = "cat /tmp/n; cat /workspace/kept /root/kept"
 
 
@@ -41,7 +43,9 @@ def counting(host: HostClient, new_sandbox: NewSandbox) -> SandboxInfo:
     sandbox = new_sandbox()
     host.exec(
         sandbox.id,
-        Exec(f"echo yes | tee /workspace/kept >/root/kept; ({COUNTING}) >/dev/null 2>&1 &"),
+        Exec(
+            f"echo yes | tee /workspace/kept >/root/kept; ({COUNTING}) >/dev/null 2>&1 & {COUNTS}"
+        ),
     )
     for _ in eventually():
         if number(host, sandbox) > 2:
@@ -181,3 +185,43 @@ def test_one_that_ends_as_it_is_paused_is_gone_and_no_fault(
         for _ in eventually():
             if host.sandbox(sandbox.id).state == "gone":
                 break
+
+
+def paused_by_itself(host: HostClient, sandbox_id: str) -> None:
+    for _ in eventually():
+        if host.sandbox(sandbox_id).paused:
+            return
+
+
+def test_at_its_deadline_it_is_paused_if_that_was_asked_for(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    sandbox = new_sandbox(deadline=time.time() + 600, pause_seconds=3600)
+    host.exec(
+        sandbox.id, Exec(f"echo yes >/workspace/kept; ({COUNTING}) >/dev/null 2>&1 & {COUNTS}")
+    )
+    for _ in range(2):
+        host.set_deadline(sandbox.id, time.time())
+        paused_by_itself(host, sandbox.id)
+        info = host.sandbox(sandbox.id)
+        assert info.deadline is not None
+        assert 3500 < info.deadline - time.time() <= 3600
+        with pytest.raises(ContainerPaused):
+            host.exec(sandbox.id, Exec("true"))
+        # It counts on, and is paused again the next time.
+        host.resume_sandbox(sandbox.id, far())
+        first = number(host, sandbox)
+        for _ in eventually():
+            if number(host, sandbox) > first:
+                break
+        assert host.exec(sandbox.id, Exec("cat /workspace/kept")).stdout == b"yes\n"
+
+
+def test_one_that_was_paused_at_its_deadline_ends_at_the_next(
+    host: HostClient, new_sandbox: NewSandbox
+) -> None:
+    sandbox = new_sandbox(deadline=time.time() + 1, pause_seconds=1)
+    for _ in eventually():
+        if host.sandbox(sandbox.id).state == "gone":
+            break
+    assert host.sandbox(sandbox.id).reason == "expired"

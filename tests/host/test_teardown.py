@@ -35,6 +35,7 @@ def everything(number: int) -> list[str]:
         *groups_named(prefix),
         *map(str, instance_groups(f"ork{number}")),
         *mounts_below(run),
+        *([str(run)] if run.exists() else []),
         *map(str, run.glob("*")),
         *children_named(prefix),
         *map(str, Path("/run/orkestr/instances").glob(str(number))),

@@ -166,3 +166,23 @@ def test_a_team_is_charged_what_its_sandbox_used(
     assert summed(Metric.GB_SECONDS) == pytest.approx(row.gb_seconds)
     assert row.cpu_seconds > running + BURNT
     assert host.usage(sandbox.pk) == []
+
+
+def test_what_a_sandbox_uses_now_and_used_lately(host: HostClient, sandbox: SandboxInfo) -> None:
+    size = 64 * 1024 * 1024
+    host.exec(sandbox.id, Exec(f"head -c {size} /dev/zero >/tmp/zeros"))
+    host.exec(sandbox.id, Exec(f"({BURN.format(8)}) >/dev/null 2>&1 &"))
+    for _ in eventually():
+        found = host.metrics(sandbox.id)
+        busiest = max((sample.cpu_cores for sample in found.samples), default=0.0)
+        if busiest > 0.1 and len(found.samples) > 1:
+            break
+    assert found.memory_bytes is not None
+    assert size <= found.memory_bytes < 512 * 1024 * 1024
+    # It has one CPU, whatever the machine has.
+    assert busiest < 1.3
+    assert found.samples[-1].memory_bytes >= size
+    ages = [time.time() - sample.at for sample in found.samples]
+    assert ages == sorted(ages, reverse=True)
+    assert all(-1 < age < 120 for age in ages)
+    assert found.total.cpu_seconds > 0

@@ -13,6 +13,7 @@ from typing import cast
 
 from hostruntime.container.exec import Chunk, Exited, Frame, Started, TimedOut
 from hostruntime.container.launcher import LauncherLost
+from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.container.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
 from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
@@ -29,6 +30,7 @@ class FakeContainers:
         self.ran: list[str] = []
         self.environments: list[dict[str, str]] = []
         self.kills = 0
+        self.admitted: set[str] = set()
         self.full = False
         self.disk_full = False
         self.start_seconds = 0.0
@@ -36,9 +38,13 @@ class FakeContainers:
     def as_manager(self) -> ContainerManager:
         return cast("ContainerManager", self)
 
-    def require_space(self) -> None:
+    async def admit(self, owner: str, limits: Limits) -> None:
         if self.disk_full:
             raise HostFull("The disk has less than 1 GiB left.")
+        self.admitted.add(owner)
+
+    def dismiss(self, owner: str) -> None:
+        self.admitted.discard(owner)
 
     async def start(self, spec: ContainerSpec) -> RunningContainer:
         await asyncio.sleep(self.start_seconds)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.errors import HostUnavailable
+from hostruntime.host.ids import ID_BASE, ID_COUNT, IDS_PER_SLOT, MAX_INSTANCES, MAX_SLOTS
+from hostruntime.host.paths import Instance, StatePaths, claim_instance, release_instance
 
 
 @pytest.mark.parametrize("record", ["{}", "", "[", '{"index": "1"}', '{"index": 99}', "\x00\xff"])
@@ -30,3 +32,23 @@ def test_a_bad_claim_is_nobodys(tmp_path: Path, claim: str) -> None:
     (claims / str(free)).write_text(claim)
     (claims / str(free + 1)).mkdir()
     assert claim_instance(paths, claims).index == free
+
+
+def test_a_number_of_an_earlier_version_is_not_given_up_silently(tmp_path: Path) -> None:
+    """There were sixteen: what runs under one of the others would be found by nobody."""
+    claims, paths = tmp_path / "claims", StatePaths(tmp_path / "one").ensure()
+    claims.mkdir()
+    paths.instance_file.write_text('{"index": 12}')
+    (claims / "12").write_text(f"{paths.root}\n")
+    with pytest.raises(HostUnavailable, match=r"instance 12.*make down"):
+        claim_instance(paths, claims)
+    # As after a reboot, which no container survives.
+    (claims / "12").unlink()
+    assert claim_instance(paths, claims).index < MAX_INSTANCES
+
+
+def test_every_slot_has_ids_of_its_own_below_the_shared_ones() -> None:
+    assert Instance(1).slot_id_base(0) == Instance(0).slot_id_base(MAX_SLOTS - 1) + IDS_PER_SLOT
+    last = Instance(MAX_INSTANCES - 1).slot_id_base(MAX_SLOTS - 1)
+    assert Instance(0).slot_id_base(0) == ID_BASE
+    assert last + IDS_PER_SLOT == ID_BASE + ID_COUNT

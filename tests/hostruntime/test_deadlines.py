@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,8 @@ import pytest
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageStore
 from hostruntime.sandbox import manager
-from hostruntime.sandbox.manager import Sandbox, SandboxManager
+from hostruntime.sandbox.manager import SandboxManager
+from hostruntime.sandbox.record import Sandbox
 from hostruntime.wire.sandboxes import CreateSandbox
 
 
@@ -23,7 +27,11 @@ class Containers:
     def __init__(self) -> None:
         self.on_exit: list[Any] = []
         self.stopped: list[str] = []
+        self.paused: list[str] = []
         self.defects: dict[str, int] = {}
+
+    async def pause(self, owner: str) -> None:
+        self.paused.append(owner)
 
     async def stop(self, owner: str) -> None:
         await asyncio.sleep(0)
@@ -124,3 +132,21 @@ async def test_what_is_used_is_read_on_after_a_defect(
     sandboxes.start_sweeping()
     await asyncio.wait_for(third.wait(), 20)
     await sandboxes.close()
+
+
+async def test_one_that_is_to_be_paused_is_not_lost_to_a_full_disk_of_the_host(
+    sandboxes: SandboxManager, containers: Containers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run(sandboxes, "sbx_kept", time.time() - 1)
+    running = sandboxes.get("sbx_kept")
+    request = replace(running.request, pause_seconds=600)
+    sandboxes._sandboxes["sbx_kept"] = replace(running, request=request)
+    monkeypatch.setattr(manager, "write_json", fail)
+    for _ in range(2):
+        await sandboxes._sweep()
+    found = sandboxes.get("sbx_kept")
+    assert (found.state, found.paused) == ("running", True)
+    assert (containers.paused, containers.stopped) == (["sbx_kept"], [])

@@ -10,9 +10,11 @@ import pytest
 
 from hostruntime.agent.ballast import Ballast, ballast_bytes
 from hostruntime.agent.disk_monitor import Growth
+from hostruntime.container.disk import Disks
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Held, HostFull, HostUnavailable, InvalidRequest
 from hostruntime.host.disk_space import DiskSpace, Level, _reserve_bytes
+from hostruntime.host.paths import Instance, StatePaths
 
 GIB, MIB = 1024**3, 1024**2
 ROOM = DiskSpace(Path("/state"), 100 * GIB, 50 * GIB, 6_000_000, 3_000_000, 5 * GIB, 200_000)
@@ -119,3 +121,21 @@ def test_who_is_held_is_told_or_waits() -> None:
             pass
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_disk_is_deleted_later_only_while_there_is_space(tmp_path: Path, short: bool) -> None:
+    """Else the one whose sandbox was ended for space would still take it, and the next be ended."""
+    later = tmp_path / "later"
+
+    def delete(path: Path) -> None:
+        path.rename(later)
+
+    disks = Disks(StatePaths(tmp_path / "state").ensure(), Instance(3))
+    disks.delete = delete
+    disks.refusal = (lambda: HostFull("There is none.")) if short else None
+    image = disks.paths.disks / "sbx_nobody.img"
+    image.touch()
+    disks.release("sbx_nobody")
+    assert (image.exists(), later.exists()) == (False, not short)
+    disks.release("sbx_nobody")

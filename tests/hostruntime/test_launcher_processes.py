@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.container.entering import Confinement, Doorway, _spawn_inside
+from hostruntime.container.launcher import LauncherPool
 from hostruntime.host.kernel import SyscallFilter
 from tests.programs import python
 
@@ -65,3 +67,26 @@ def test_a_fork_that_fails_costs_the_launcher_no_descriptor(
     with pytest.raises(OSError, match="temporarily"):
         _spawn_inside(Doorway(-1, (Path("/"),)), Confinement(SyscallFilter(b""), ()), os.abort)
     assert open_descriptors() == before
+
+
+async def test_a_supervisors_answer_is_heard_whoever_else_has_its_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As has a command that was stopped from inside before it closed that."""
+    launchers, copies = LauncherPool(tmp_path, tmp_path / "log"), []
+
+    async def supervise(_: str, __: object) -> None:
+        copies.append(os.dup(descriptors[-1]))
+        os.write(copies[0], b"started")
+
+    monkeypatch.setattr(launchers, "_retry_at_limit", supervise)
+    answer, answer_in = os.pipe()
+    descriptors = [answer_in]
+    try:
+        async with asyncio.timeout(10):
+            assert await launchers.supervise({"name": "a"}, descriptors, answer) == b"started"
+        assert descriptors == []
+        os.close(copies.pop())
+    finally:
+        for each in (answer, *copies):
+            os.close(each)

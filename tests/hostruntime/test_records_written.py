@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,18 @@ def test_a_writer_that_fails_leaves_the_old_one_and_nothing_else(
         write_atomically(record, b"new", durable=True)
     assert [path.name for path in tmp_path.iterdir()] == ["record"]
     assert record.read_text() == "old"
+
+
+def test_several_threads_may_write_the_same_record_at_once(tmp_path: Path) -> None:
+    """As the first containers of an agent do, which all need the same profile."""
+    path, together = tmp_path / "record", threading.Barrier(8)
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            together.wait(60)
+            write_atomically(path, b"%d" % number * 1000)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(write, range(8))) == [None] * 8
+    assert len(set(path.read_bytes())) == 1
+    assert list(tmp_path.iterdir()) == [path]

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import pytest
 
-from hostruntime.container import files, launcher, manager, tmpfs
+from hostruntime.container import dismantling, files, launcher, tmpfs
 from hostruntime.container.exec import Chunk, Exited, Frame
 from hostruntime.container.inside_files import LENGTH
 from hostruntime.container.launcher import LauncherLost, Link
@@ -231,7 +231,7 @@ async def test_an_archive_that_grows_is_waited_for(
 def test_a_process_that_is_slow_to_end_is_waited_for() -> None:
     for argv, ended in ((python(WORKING, 5), True), (python(IDLING), False)):
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
-            assert manager._wait_for_exit(process.pid, 0.8) is ended
+            assert dismantling._wait_for_exit(process.pid, 0.8) is ended
             process.kill()
 
 

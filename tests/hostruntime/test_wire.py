@@ -18,18 +18,28 @@ import hostruntime.wire
 from hostruntime.agent.routes import application
 from hostruntime.container.exec import Chunk, Frame, Started
 from hostruntime.errors import ExecKilled, HostFault, HostFull, InvalidRequest
-from hostruntime.sandbox.manager import read_sandbox
+from hostruntime.sandbox.record import read_sandbox
+from hostruntime.wire.background import (
+    CommandFrame,
+    CommandInfo,
+    CommandList,
+    CommandOutput,
+    FollowCommand,
+    StartCommand,
+)
 from hostruntime.wire.builds import BuildEvent, BuildInfo, Cache, StartBuild
 from hostruntime.wire.commands import Exec, ExecFrame, Quota, RunningCommands
 from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryEntry,
+    FilePart,
     FileStat,
     MakeDirectory,
     MoveFile,
     WrittenFile,
 )
 from hostruntime.wire.health import (
+    CapacityStatus,
     DefaultDomains,
     DiskStatus,
     EgressDecision,
@@ -55,9 +65,11 @@ from hostruntime.wire.sandboxes import (
     CreateSandbox,
     CreateSnapshot,
     DailyUsage,
+    MetricsSample,
     ResourceUsage,
     Sandboxes,
     SandboxInfo,
+    SandboxMetrics,
     SetDeadline,
     SnapshotInfo,
     Snapshots,
@@ -69,6 +81,7 @@ from tests.host.client import HostClient
 SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expired", held=True)
 SNAPSHOT = SnapshotInfo("snap", "sbx", "debian-12", 64, 1 << 40, 2.5, 3.25)
 DAY = DailyUsage(1.5, 2.5, day=date(2026, 11, 30))
+SAMPLE = MetricsSample(1.5, 0.25, 4096)
 USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
@@ -77,6 +90,8 @@ DECISION = EgressDecision(1.0, "sbx", "bücher.example", 443, "refused", "not_li
 HOST = EgressHost("example.org", 443, 1, 2, "listed", "It is.", 1.0, 10, 20)
 ENTRY = DirectoryEntry("grüße\n", is_dir=False, size=5, mode=0o4755, modified_at=1.5)
 CLAIM = Claim("i", 7, "mark", "before")
+
+COMMAND = CommandInfo("cmd", "true", 3, running=False, started_at=1.5, code=137, signal=9)
 
 MESSAGES: list[Message] = [
     Resources(cpu=0.5, memory_mb=64, disk_mb=16),
@@ -94,6 +109,13 @@ MESSAGES: list[Message] = [
     ExecFrame("exited", code=137, signal=9, duration_ms=3, out_of_memory=True, truncated=True),
     ExecFrame("error", error_code="exec_timeout", message="Late.", duration_ms=5),
     RunningCommands({"team": 2}),
+    StartCommand("cmd", "echo größe", cwd="/", env={"A": "1"}),
+    COMMAND,
+    CommandList((COMMAND,)),
+    CommandOutput(bytes(range(256)), 5, 261, COMMAND),
+    FollowCommand(5, 1.5),
+    CommandFrame("output", b"\xff\x00", 7),
+    CommandFrame("ended", offset=9, command=COMMAND),
     SetDeadline(None),
     CreateSnapshot("snap"),
     SANDBOX,
@@ -102,6 +124,8 @@ MESSAGES: list[Message] = [
     SNAPSHOT,
     Snapshots((SNAPSHOT,)),
     ResourceUsage(1.0, 2.0),
+    SAMPLE,
+    SandboxMetrics("sbx", 1024, ResourceUsage(1.0, 2.0), (SAMPLE,)),
     DAY,
     USED,
     Usage((USED,)),
@@ -109,6 +133,7 @@ MESSAGES: list[Message] = [
     MakeDirectory("/a", parents=False),
     MoveFile("/a", "/b"),
     WrittenFile("/a", 5),
+    FilePart(FileStat("/workspace/a", exists=True, size=9), 3, 4),
     FileStat("/a", exists=False),
     ENTRY,
     DirectoryEntries((ENTRY,)),
@@ -129,6 +154,7 @@ MESSAGES: list[Message] = [
     Quarantine((HELD,)),
     DiskStatus("low", 100, 20, 30, 5, 1, held=2, ballast=True),
     Health("1", "/var", 0, "v2", {"healthy": True}, {"images": 1}, ["A note."], DiskStatus(held=1)),
+    CapacityStatus(3, 200, 3072, 65536, 3.0, 256.0, 8000, 512),
     DefaultDomains(["example.org"]),
     HOST,
     EgressHosts((HOST,)),
