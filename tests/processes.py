@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -26,9 +27,22 @@ def command_lines() -> dict[int, str]:
 def launcher_pids(agent: int) -> list[int]:
     """The launchers of a host agent, whichever of its threads started them (proc(5), children)."""
     lines = command_lines()
-    children = Path(f"/proc/{agent}/task").glob("*/children")
-    started = [int(pid) for path in children for pid in path.read_text().split()]
+    started: list[int] = []
+    for path in Path(f"/proc/{agent}/task").glob("*/children"):
+        # Threads come and go.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            started += map(int, path.read_text().split())
     return [pid for pid in started if lines.get(pid, "").startswith(LAUNCHER)]
+
+
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of a process are of (proc_pid_fd(5)), without those it is closing."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        # Listed a moment ago: who is at work opens and closes some meanwhile.
+        with suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return found
 
 
 def own_mark() -> str:

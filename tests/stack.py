@@ -93,7 +93,9 @@ class Stack:
 
     def environment(self) -> dict[str, str]:
         """The environment in which management commands speak of this installation."""
-        return {**os.environ, **self.layout.environment(), "DATABASE_URL": ""}
+        # Receivers of webhooks are on this machine, as everything else of a test.
+        permitted = {"ORKESTR_WEBHOOK_PERMIT": "127.0.0.0/8"}
+        return {**os.environ, **self.layout.environment(), **permitted, "DATABASE_URL": ""}
 
     def _is_ready(self) -> bool:
         assert self._process is not None

@@ -17,17 +17,21 @@ from django.contrib.sessions.models import Session
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
-from orkestr_console.accounts import people, sessions
+from orkestr_console.accounts import device_login, people, sessions
 from orkestr_console.accounts.actor import READ, WRITE, Actor
+from orkestr_console.accounts.device_login import DeviceStartSpec
 from orkestr_console.accounts.models import Membership, Role, SignedIn, Team, User
 from orkestr_console.accounts.people import InviteSpec
 from orkestr_console.accounts.services import mint_token
+from orkestr_console.webhooks import services as webhooks
+from orkestr_console.webhooks.specs import WebhookSpec
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import SandboxSpec, SnapshotSpec
+from sandboxes_app.specs import BackgroundSpec, PresignSpec, SandboxSpec, SnapshotSpec
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.conftest import api_client, make_user
 from tests.fakes.host import FakeHost
+from tests.receiving import loopback_permitted as loopback_permitted
 
 # Answers: done or shown, sign in first, no token, may not, is not there.
 OK, IN, BARE, NO, GONE = "ok", "sign in", 401, 403, 404
@@ -53,6 +57,34 @@ def rest(method: str, route: str, other: Expected, own: Expected = OK, **body: A
     read = own if method == "GET" else NO
     callers = {"nobody": BARE, "session": BARE, "read-only": read, "token": own, "other": other}
     return Row(method, f"v1/{route}", callers, body)
+
+
+def account(
+    method: str, route: str, *, read: Expected = OK, own: Expected = OK, **body: Any
+) -> Row:
+    """A call about the token itself, whichever it is; another team's has tokens of its own."""
+    callers = {"nobody": BARE, "session": BARE, "read-only": read, "token": own, "other": own}
+    return Row(method, f"api/{route}", callers, body)
+
+
+def open_call(route: str, expected: Expected, **body: Any) -> Row:
+    """What a program calls that has no token yet: whoever calls, the answer is the same."""
+    callers = ("nobody", "session", "read-only", "token", "other")
+    return Row("POST", f"api/{route}", dict.fromkeys(callers, expected), body)
+
+
+def reading(method: str, route: str, other: Expected, **body: Any) -> Row:
+    """A REST call that needs only the read scope, whatever its method."""
+    row = rest(method, route, other, **body)
+    return Row(row.method, row.route, {**row.expected, "read-only": OK}, body)
+
+
+def signed(method: str, route: str, **body: Any) -> Row:
+    """A call that the address itself allows, to whoever has it."""
+    everybody: dict[str, Expected] = dict.fromkeys(
+        ("nobody", "session", "read-only", "token", "other"), OK
+    )
+    return Row(method, f"v1/{route}", everybody, body)
 
 
 def page(
@@ -96,13 +128,27 @@ REST = [
     rest("GET", "sandboxes/snapshots/<snapshot>", GONE),
     rest("DELETE", "sandboxes/snapshots/<snapshot>", GONE),
     rest("POST", f"{SANDBOX}/snapshots", GONE, name="kept"),
+    rest("GET", "sandboxes/webhooks", OK),
+    rest("POST", "sandboxes/webhooks", OK, url="http://127.0.0.1:9/"),
+    rest("GET", "sandboxes/webhooks/<webhook>", GONE),
+    rest("DELETE", "sandboxes/webhooks/<webhook>", GONE),
+    rest("POST", "sandboxes/webhooks/<webhook>/enable", GONE),
+    rest("POST", "sandboxes/webhooks/<webhook>/test", GONE),
+    rest("GET", "sandboxes/webhooks/<webhook>/deliveries", GONE),
     rest("GET", SANDBOX, GONE),
     rest("DELETE", SANDBOX, GONE),
     rest("POST", f"{SANDBOX}/timeout", GONE, timeout_seconds=60),
     rest("POST", f"{SANDBOX}/pause", GONE),
     rest("POST", f"{SANDBOX}/resume", GONE, 409),
     rest("POST", f"{SANDBOX}/exec", GONE, command="true"),
+    rest("POST", f"{SANDBOX}/commands", GONE, command="true"),
+    rest("GET", f"{SANDBOX}/commands", GONE),
+    rest("GET", f"{SANDBOX}/commands/<command>", GONE),
+    rest("GET", f"{SANDBOX}/commands/<command>/logs", GONE),
+    rest("GET", f"{SANDBOX}/commands/<command>/logs?follow=true", GONE),
+    rest("DELETE", f"{SANDBOX}/commands/<command>", GONE),
     rest("GET", f"{SANDBOX}/egress", GONE),
+    rest("GET", f"{SANDBOX}/metrics", GONE),
     rest("GET", f"{SANDBOX}/files?path=/workspace/there", GONE),
     rest("POST", f"{SANDBOX}/files", GONE, **FILE),
     rest("DELETE", f"{SANDBOX}/files?path=/workspace/there", GONE),
@@ -110,6 +156,20 @@ REST = [
     rest("POST", f"{SANDBOX}/files/move", GONE, source="/workspace/there", destination="/tmp/y"),
     rest("GET", f"{SANDBOX}/files/stat?path=/workspace/there", GONE),
     rest("POST", f"{SANDBOX}/files/batch", GONE, files=[FILE]),
+    rest("POST", f"{SANDBOX}/files/presign-upload", GONE, path="/workspace/x"),
+    reading("POST", f"{SANDBOX}/files/presign-download", GONE, path="/workspace/there"),
+    signed("GET", "transfers/<download>"),
+    signed("PUT", "transfers/<upload>", any="thing"),
+]
+ACCOUNT = [
+    account("GET", "auth/me"),
+    account("GET", "v1/api-tokens"),
+    account("POST", "v1/api-tokens", read=NO, name="made"),
+    # A token sees those of its own person only; these have none.
+    account("DELETE", "v1/api-tokens/<lookup>", read=GONE, own=GONE),
+    account("DELETE", "api-tokens/current"),
+    open_call("auth/device/start", OK, client_name="a program"),
+    open_call("auth/device/token", 400, device_code="unknown"),
 ]
 ADMINS = {"member": NO}
 OPERATORS = {"member": GONE, "admin": GONE, "owner": GONE, "other": GONE}
@@ -168,11 +228,23 @@ CONSOLE = [
     page("GET", "team/tokens/", **ADMINS),
     page("POST", "team/tokens/", **ADMINS, name="made", scopes=[READ]),
     page("POST", "team/tokens/<token>/revoke/", **ADMINS, **THEIRS),
+    page("GET", "team/webhooks/"),
+    page("POST", "team/webhooks/", url="http://127.0.0.1:9/", which="all"),
+    page("GET", "team/webhooks/<webhook>/", **THEIRS),
+    page("GET", "team/webhooks/<webhook>/deliveries/", **THEIRS),
+    page("POST", "team/webhooks/<webhook>/test/", **THEIRS),
+    page("POST", "team/webhooks/<webhook>/enable/", **THEIRS),
+    page("GET", "team/webhooks/<webhook>/delete/", **THEIRS),
+    page("POST", "team/webhooks/<webhook>/delete/", **THEIRS),
     page("GET", "team/audit/", **ADMINS),
     page("GET", "team/audit/csv/", **ADMINS),
     page("GET", "team/audit/jsonl/", **ADMINS),
     page("GET", "team/usage/"),
     page("GET", "team/usage/csv/"),
+    page("GET", "device/"),
+    page("GET", "device/?code=<code>"),
+    page("POST", "device/", **ADMINS, answer="approve", code="<code>"),
+    page("POST", "device/", answer="deny", code="<code>"),
     page("GET", "connect/"),
     page("POST", "connect/", **ADMINS, name="made", access="read"),
     page("GET", "account/"),
@@ -198,7 +270,7 @@ CONSOLE = [
     page("POST", "operator/storage/image.img_one/delete/", **OPERATORS),
 ]
 # For everybody, and telling nothing: health, and what answers an unknown address.
-PUBLIC = {"healthz", "readyz", r"^v1(?:/.*)?$"}
+PUBLIC = {"healthz", "readyz", r"^v1(?:/.*)?$", r"^api(?:/.*)?$"}
 
 
 class Callers(dict[str, Client]):
@@ -222,7 +294,9 @@ class World:
 
 
 @pytest.fixture
-def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> World:
+def world(
+    team: Team, alice: User, bob: User, charlie: User, host: FakeHost, loopback_permitted: None
+) -> World:
     dora = make_user("dora", team, Role.ADMIN)
     alices = Actor(team, alice, None, "console", None, frozenset({"*"}), Role.OWNER)
     spec = TemplateSpec(name="made", base_template="debian-12", recipe=["true"])
@@ -230,9 +304,15 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
     sandbox = sandboxes.create_sandbox(alices, SandboxSpec(template="debian-12"))
     host.write_file(sandbox.pk, "/workspace/there", b"x")
     snapshot = sandboxes.create_snapshot(alices, sandbox.pk, SnapshotSpec())
+    command = sandboxes.start_command(alices, sandbox.pk, BackgroundSpec(command="true"))
+    host.end_command(command.id)
+    webhook, _ = webhooks.create_webhook(alices, WebhookSpec(url="http://127.0.0.1:9/"))
     token, text = mint_token(team, "Test", [READ, WRITE])
+    tokens = Actor(team, None, token, "rest", None, frozenset({WRITE}))
+    there = PresignSpec(path="/workspace/there")
     reader = mint_token(team, "Reader", [READ])[1]
     invitation, secret = people.invite(alices, InviteSpec())
+    started = device_login.start(DeviceStartSpec(client_name="a program"), "192.0.2.1")
     others = mint_token(Team.objects.get(slug="globex"), "Theirs", [READ, WRITE])[1]
     signed_in = SignedIn.objects.create(user=alice, session_key="k" * 32)
     Session.objects.create(session_key="k" * 32, expire_date=sandbox.expires_at)
@@ -244,7 +324,13 @@ def world(team: Team, alice: User, bob: User, charlie: User, host: FakeHost) -> 
             "template": template.pk,
             "sandbox": sandbox.pk,
             "snapshot": snapshot.pk,
+            "command": command.id,
+            "webhook": webhook.pk,
             "token": token.pk,
+            "lookup": mint_token(team, "Alice's", [READ], created_by=alice)[0].lookup,
+            "code": started.user_code,
+            "download": sandboxes.presign_download(tokens, sandbox.pk, there).signed(),
+            "upload": sandboxes.presign_upload(tokens, sandbox.pk, there).signed(),
             "invitation": invitation.pk,
             "secret": secret,
             "session": str(signed_in.pk),
@@ -284,7 +370,7 @@ def answer_of(row: Row, world: World, caller: str) -> Any:
     body = filled(row.form, world.ids)
     if row.method == "GET":
         return client.get(address)
-    if row.route.startswith("v1/"):
+    if row.route.startswith(("v1/", "api/")):
         call: Callable[..., Any] = getattr(client, row.method.lower())
         return call(address, body, content_type="application/json")
     client.handler.enforce_csrf_checks = False
@@ -309,7 +395,7 @@ def groups(row: Row) -> Iterator[tuple[str, ...]]:
 
 CASES = [
     pytest.param(row, callers, id=f"{row} by {', '.join(callers)}")
-    for row in (*REST, *CONSOLE)
+    for row in (*REST, *ACCOUNT, *CONSOLE)
     for callers in groups(row)
     if callers
 ]
@@ -325,7 +411,9 @@ def test_everybody_gets_what_they_may_and_no_more(
     }
 
 
-@pytest.mark.parametrize("row", [row for row in (*REST, *CONSOLE) if GONE in row.expected.values()])
+@pytest.mark.parametrize(
+    "row", [row for row in (*REST, *ACCOUNT, *CONSOLE) if GONE in row.expected.values()]
+)
 def test_another_teams_object_is_as_unknown_as_one_that_never_was(world: World, row: Row) -> None:
     strangers = [caller for caller in ("other", "other owner") if row.expected.get(caller) == GONE]
     for stranger in strangers:
@@ -345,7 +433,7 @@ def absent(ids: dict[str, str]) -> dict[str, str]:
 def told(answer: Any) -> str:
     """The answer without its request id and the page's one-time values."""
     text = answer.content.decode()
-    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|snap_\w+|nonce=\S+", "", text)
+    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|snap_\w+|whk_\w+|nonce=\S+", "", text)
     return re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
 
 
@@ -365,7 +453,7 @@ def test_every_address_is_in_the_table() -> None:
         for r in routes(get_resolver().url_patterns)
         if r not in PUBLIC
     ]
-    listed = {row.route.partition("?")[0] for row in (*REST, *CONSOLE)}
+    listed = {row.route.partition("?")[0] for row in (*REST, *ACCOUNT, *CONSOLE)}
     missing = [one.pattern for one in known if not any(one.fullmatch(row) for row in listed)]
     strange = [row for row in listed if not any(one.fullmatch(row) for one in known)]
     assert (missing, strange) == ([], [])

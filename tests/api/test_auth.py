@@ -212,8 +212,10 @@ def test_a_session_is_no_token(console: Client) -> None:
 def test_a_call_is_let_in_by_one_statement(
     api: Client, django_assert_num_queries: DjangoAssertNumQueries
 ) -> None:
-    api.get("/v1/things")
-    # The token with all that limits its team, and its rate.
+    # The first notes the token's use, so the second reads it again.
+    for _ in range(2):
+        api.get("/v1/things")
+    # What is known of the token is still so, and it is within its rate.
     with django_assert_num_queries(1):
         api.get("/v1/things")
 

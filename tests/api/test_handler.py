@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pytest
@@ -15,20 +16,6 @@ from orkestr_console.http.handler import Handler
 from orkestr_console.http.json_api import read_json
 from tests.api.test_sandboxes_exec import exec_scope
 from tests.fakes.host import FakeHost
-
-
-class ObservedHandler(Handler):
-    """A handler that tells when the thread of its request has ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.thread_ended = threading.Event()
-
-    def _answer(self, *args: Any) -> Any:
-        try:
-            return super()._answer(*args)
-        finally:
-            self.thread_ended.set()
 
 
 def delay_reading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -62,7 +49,15 @@ def test_a_command_whose_client_has_gone_before_it_began_is_not_run(
     body = json.dumps({"command": "sleep 60", "stream": stream}).encode()
 
     async def leave_early() -> None:
-        handler = ObservedHandler()
+        handler = Handler()
+        parts: list[Future[Any]] = []
+        submit = handler._threads.parts.submit
+
+        def submitting(*args: Any) -> Future[Any]:
+            parts.append(submit(*args))
+            return parts[-1]
+
+        monkeypatch.setattr(handler._threads.parts, "submit", submitting)
         scope = exec_scope(created.json()["id"], key, body)
         to_server: asyncio.Queue[Any] = asyncio.Queue()
         from_server: asyncio.Queue[Any] = asyncio.Queue()
@@ -71,7 +66,8 @@ def test_a_command_whose_client_has_gone_before_it_began_is_not_run(
         async with asyncio.timeout(20):
             await handler(scope, to_server.get, from_server.put)
             client_has_gone.set()
-            await asyncio.to_thread(handler.thread_ended.wait, 20)
+            await asyncio.to_thread(wait, parts, 20)
+        assert len(parts) == 1
 
     asyncio.run(leave_early())
     assert begun == []

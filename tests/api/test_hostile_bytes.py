@@ -61,6 +61,29 @@ def test_a_request_that_ends_in_two_places_is_refused(serving: Serving, fields: 
     assert b'"ok"' not in answer
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"POST /v1/templates HTTP/1.1\r\n" + HOST + SMUGGLING["two lengths"],
+        b"POST /v1/templates HTTP/1.1\r\n" + HOST + SMUGGLING["a chunk size that is none"],
+        b"POST /v1/templates HTTP/1.1\r\n" + HOST + b"Nothing\r\n\r\n",
+        b"POST /v1/templates HTTP/1.1\r\n" + LAST + b"Content-Type: multipart/form-data\r\n"
+        b"Content-Length: 3\r\n\r\n--x",
+    ],
+)
+def test_what_no_view_sees_is_refused_as_everything_is(
+    serving: Serving, request_bytes: bytes
+) -> None:
+    answer = serving.raw(request_bytes)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert status(answer) in {400, 401}, answer
+    assert b"content-type: application/json" in head.lower()
+    assert b"x-request-id: req_" in head.lower()
+    said = json.loads(body)
+    assert said["detail"] and said["code"] in {"invalid_request", "unauthenticated"}
+
+
 def test_honest_requests_one_after_the_other_are_both_answered(serving: Serving) -> None:
     """So that the test above means something: a tail is a request when the first one ends."""
     whole = b"POST /v1/templates HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\nabcde"
@@ -104,10 +127,28 @@ def test_errors_before_the_application_say_as_much_to_browsers(serving: Serving)
         head, _, body = answer.partition(b"\r\n\r\n")
         assert json.loads(body)["code"] in {"invalid_request", "payload_too_large"}
         text = head.decode().lower()
-        assert "content-security-policy: default-src 'none'; frame-ancestors 'none'" in text
+        assert "content-security-policy: default-src 'none'; base-uri 'none'" in text
         assert "x-content-type-options: nosniff" in text
         assert "cache-control: no-store" in text
         assert "content-type: application/json" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (b"http://localhost/healthz?x=1", 200),
+        (b"HTTPS://localhost:8443/healthz", 200),
+        (b"http://localhost?x=1", 302),
+        (b"http://localhost/v1/sandboxes", 401),
+        # The target's host counts, not the header's.
+        (b"http://elsewhere.example/healthz", 400),
+        (b"http:///healthz", 404),
+    ],
+)
+def test_a_target_written_for_a_proxy_is_what_it_stands_for(
+    serving: Serving, target: bytes, expected: int
+) -> None:
+    assert status(serving.raw(b"GET " + target + b" HTTP/1.1\r\n" + LAST + b"\r\n")) == expected
 
 
 def test_where_the_application_begins_is_not_for_a_client_to_say(serving: Serving) -> None:

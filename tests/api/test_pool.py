@@ -28,6 +28,7 @@ from tests.api.test_access_table import world as world
 from tests.fakes.fixtures import run_queue
 from tests.fakes.host import FakeHost
 from tests.fakes.watched import WatchedHost, in_use
+from tests.receiving import loopback_permitted as loopback_permitted
 
 # What a person or program asks of a host through REST and the console, and what each must ask.
 ASKING = {

@@ -166,9 +166,6 @@ def test_bad_input_names_the_field_and_leaves_nothing(
 @pytest.mark.parametrize(
     "extra",
     [
-        {"on_timeout": "pause"},
-        {"auto_resume": True},
-        {"preview_auth": True},
         {"volume": "data"},
     ],
 )

@@ -19,8 +19,9 @@ from hostruntime.wire.commands import ExecFrame, ExecResult, Quota
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import authenticate_token
 from orkestr_console.http import closing
-from orkestr_console.http.daphne import build_server
+from orkestr_console.http.daphne import ConsoleServer
 from orkestr_console.http.handler import Handler
+from orkestr_console.http.processes import Place
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import exec_stream
@@ -387,7 +388,7 @@ async def test_a_command_that_the_servers_end_cuts_off_says_so(
     from_server: asyncio.Queue[Any] = asyncio.Queue()
     answer = Handler()(exec_scope(box, key, body), to_server.get, from_server.put)
     task = asyncio.create_task(answer)
-    server = build_server(Handler(), ["127.0.0.1"], 0)
+    server = ConsoleServer(Handler(), Place.alone([]))
     # As when it serves this one request.
     server.connections = {"one": {"application_instance": task}}
     async with asyncio.timeout(20):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from sandboxes_app.models import Sandbox
+from hostruntime.errors import ContainerGone, HostUnavailable
+from sandboxes_app.models import Sandbox, Snapshot
 from tests.api.asking import post, refusal
 from tests.fakes.host import FakeHost
 
@@ -243,3 +244,27 @@ def test_a_token_that_may_only_read_changes_nothing(read_only_api: Client, files
     ):
         refusal(answer, 403, "insufficient_scope")
     assert read_only_api.get(files, {"path": "/tmp"}).status_code == 200
+
+
+def gone(*_: Any, **__: Any) -> None:
+    raise ContainerGone("The sandbox is not running.")
+
+
+def away(*_: Any) -> None:
+    raise HostUnavailable("The host does not answer.")
+
+
+def test_a_host_that_goes_away_while_it_is_asked_why_is_unavailable(
+    api: Client, files: str, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = files.removesuffix("/files")
+    monkeypatch.setattr(host, "sandbox", away)
+    for asked in ("stat", "background_commands", "pause_sandbox", "create_snapshot"):
+        monkeypatch.setattr(host, asked, gone)
+    refusal(api.get(f"{files}/stat", {"path": "/workspace/x"}), 503, "host_unavailable")
+    refusal(api.get(f"{sandbox}/commands"), 503, "host_unavailable")
+    refusal(post(api, f"{sandbox}/snapshots", {}), 409, "sandbox_not_running")
+    assert Snapshot.objects.get().status == "failed"
+    refusal(post(api, f"{sandbox}/pause", {}), 503, "host_unavailable")
+    # Nobody knows whether it is.
+    assert Sandbox.objects.get().status == "pausing"

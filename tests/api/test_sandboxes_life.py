@@ -179,7 +179,8 @@ def test_a_plan_may_cap_the_whole_running_time(api: Client, host: FakeHost, team
     Plan.objects.filter(pk=team.plan_id).update(max_running_lifetime_seconds=100)
     box = boot(api, timeout_seconds=50)
     Sandbox.objects.update(started_at=timezone.now() - timedelta(seconds=60))
-    refusal(post(api, f"{URL}/{box}/timeout", {"timeout_seconds": 50}), 403, "lifetime_cap_reached")
+    said = refusal(post(api, f"{URL}/{box}/timeout", {"timeout_seconds": 50}), 403, "plan_limit")
+    assert said["reason"] == "lifetime_cap_reached"
     assert post(api, f"{URL}/{box}/timeout", {"timeout_seconds": 30}).status_code == 200
 
 

@@ -21,6 +21,7 @@ from orkestr import Sandbox
 from hostruntime.container.cgroups import cgroup_layout, pids_under
 from hostruntime.host.rundir import RUN_ROOT
 from tests.clients.making import Sandboxes, Templates
+from tests.host.agent import container_of
 from tests.processes import command_lines
 from tests.stack import Stack, wait_for
 
@@ -203,14 +204,15 @@ def test_a_tenants_disks_devices_and_processes_are_closed(busy: Busy) -> None:
     state = busy.stack.layout.state_dir
     mounts = [f"disks/{busy.sandbox.id}/upper/root/other", f"disks/{busy.build}/upper/root/open"]
     planted = [busy.run / name for name in mounts]
-    roots = sorted((busy.run / "roots").glob("*/merged/root/open"))
     images = sorted(state.glob("images/img_*/tree/root/open"))
-    for path in (*planted, *roots, *images):
+    for path in (*planted, *images):
         assert path.read_text() == f"{SECRET}\n", "there is something to be read"
+    roots = list((busy.run / "roots").glob("*/merged"))
     assert len(roots) >= 3
+    assert [path for root in roots for path in root.iterdir()] == [], "mounted for nobody here"
     assert images
     ours = [pid for pid, line in command_lines().items() if str(state) in line]
-    group = cgroup_layout().container(f"ork{busy.run.name}-{busy.sandbox.id}").unified
+    group = cgroup_layout().container(container_of(state, busy.sandbox.id)).unified
     tenants = pids_under(group)
     assert ours
     assert tenants
@@ -221,7 +223,7 @@ def test_a_tenants_disks_devices_and_processes_are_closed(busy: Busy) -> None:
     ]
     devices = [str(path) for path in Path("/dev").glob("loop[0-9]*")]
     assert devices
-    paths = [*map(str, (*planted, *roots, *images)), *inside, *devices]
+    paths = [*map(str, (*planted, *images)), *inside, *devices]
     for user in ("nobody", "proxy", "postgres"):
         with intruding(user) as intruder:
             assert {path: can for path in paths if (can := intruder.ask(path))} == {}

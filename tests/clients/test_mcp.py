@@ -115,29 +115,34 @@ async def test_a_command_runs_on_in_the_background(connect: Connect) -> None:
     async with connect() as client:
         box = await done(client, "create_sandbox", template="debian-12")
         name = {"sandbox_id": box["id"]}
-        command = 'echo "it\'s $A"; (exit 3) || sleep 0.3; exit 5'
+        command = 'echo "it\'s $A"; (exit 3) || until [ -e go ]; do sleep 0.02; done; exit 5'
         begun = await done(client, "exec_background", **name, command=command, env={"A": "b"})
-        while True:
-            ended = await client.call_tool("read_file", {**name, "path": begun["exit_code_path"]})
-            if not ended.is_error:
-                break
-            await asyncio.sleep(0.1)
-        assert ended.structured_content is not None
-        assert ended.structured_content["content"] == "5\n"
-        log = await done(client, "read_file", **name, path=begun["log_path"])
-        assert log["content"] == "it's b\n"
-        # As much as a step may be, and each of its characters quoted.
+        started = {**name, "command_id": begun["command_id"]}
+        assert (begun["status"], begun["exit_code"]) == ("running", None)
+        waited = await done(client, "read_command", **started, wait_seconds=1)
+        assert (waited["status"], waited["output"]) == ("running", "it's b\n")
+        await done(client, "write_file", **name, path="/workspace/go", content="")
+        ended = await done(client, "read_command", **started, wait_seconds=50, offset=5)
+        assert (ended["status"], ended["exit_code"], ended["output"]) == ("exited", 5, "b\n")
+        assert (ended["next_offset"], ended["more"], ended["dropped_bytes"]) == (7, False, 0)
+        # As much as a step may be.
         long = f"#{'!' * 250_000}{chr(39) * 11_000}\r\necho $0 | wc -l; exit 6\r\n"
         begun = await done(client, "exec_background", **name, command=long)
-        wait = f"while [ ! -s {begun['exit_code_path']} ]; do sleep 0.1; done"
-        shown = f"{wait}; cat {begun['exit_code_path']} {begun['log_path']}"
-        assert (await done(client, "exec", **name, command=shown))["stdout"] == "6\n1\n"
+        assert len(begun["command"]) < 300
+        started = {**name, "command_id": begun["command_id"]}
+        ended = await done(client, "read_command", **started, wait_seconds=50)
+        assert (ended["exit_code"], ended["output"]) == (6, "1\n")
         stays = await done(client, "exec_background", **name, command="sleep 300 & sleep 300")
         alive = await done(client, "exec", **name, command=f"kill -0 {stays['pid']} && echo yes")
         assert alive["stdout"] == "yes\n"
-        await done(client, "exec", **name, command=f"kill -- -{stays['pid']}")
-        left = await done(client, "exec", **name, command=f"sleep 0.2; {count('sleep')}")
+        started = {**name, "command_id": stays["command_id"]}
+        for _ in range(2):
+            stopped = await done(client, "stop_command", **started)
+            assert (stopped["status"], stopped["exit_code"]) == ("killed", None)
+        left = await done(client, "exec", **name, command=count("sleep"))
         assert left["stdout"] == "0\n"
+        listed = (await done(client, "list_commands", **name))["commands"]
+        assert [each["status"] for each in listed] == ["killed", "exited", "exited"]
         await done(client, "terminate_sandbox", **name)
 
 

@@ -19,6 +19,7 @@ from hostruntime.errors import HostError
 from hostruntime.host.patience import scaled
 from orkestr_console.runner.programs import agent_is_ready, web_is_ready
 from tests.clients.making import Sandboxes, Templates
+from tests.host.agent import container_of
 from tests.stack import Stack, wait_for
 
 # What issue 14 asks for, counted from when what was killed is back.
@@ -173,9 +174,8 @@ def test_what_is_on_its_way_is_settled_when_who_drove_it_is_back(
 
 def init_of(stack: Stack, sandbox: str) -> int:
     """The host's pid of a sandbox's init."""
-    with stack.host() as host:
-        prefix = f"ork{host.health().instance}-"
-    group = cgroup_layout().container(f"{prefix}{sandbox}").unified
+    name = container_of(stack.layout.state_dir, sandbox)
+    group = cgroup_layout().container(name).unified
     return int((group / "cgroup.procs").read_text().split()[0])
 
 

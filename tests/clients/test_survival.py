@@ -19,10 +19,10 @@ from tests.stack import Stack, wait_for
 
 
 def builds_running(stack: Stack) -> set[str]:
-    """Builds that have a root mounted on the host now."""
+    """Builds that have a disk mounted on the host now."""
     mounts = Path("/proc/self/mountinfo").read_text()
     builds = stack.layout.state_dir / "builds"
-    return {path.name for path in builds.iterdir() if f"-{path.name}/merged " in mounts}
+    return {path.name for path in builds.iterdir() if f"/disks/{path.name} " in mounts}
 
 
 def test_a_worker_killed_during_a_build_lets_it_finish_once(

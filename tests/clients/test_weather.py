@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -154,40 +155,39 @@ def team_locked(stack: Stack, key: str) -> Iterator[None]:
         holder.rollback()
 
 
-def test_an_exhausted_pool_is_a_503_that_health_notices_and_that_heals(
+def test_a_team_that_waits_for_itself_keeps_nobody_else_waiting(
     stack: Stack, neighbour: str
 ) -> None:
+    """More creates than there are connections, while the team's row is locked."""
+
     async def create(client: httpx.AsyncClient) -> httpx.Response:
         return await client.post("/v1/sandboxes", json={"template": "debian-12"})
 
-    def refused() -> httpx.Response:
+    def others() -> set[int]:
         headers = {"Authorization": f"Bearer {neighbour}"}
-        url = f"{stack.url}/v1/sandboxes"
-        return httpx.get(url, headers=headers, timeout=30, trust_env=False)
+        found = set()
+        with httpx.Client(base_url=stack.url, headers=headers, timeout=30, trust_env=False) as own:
+            for _ in range(20):
+                found |= {own.get("/v1/sandboxes").status_code, own.get("/readyz").status_code}
+                time.sleep(0.1)
+        return found
 
-    def ready() -> httpx.Response:
-        return httpx.get(f"{stack.url}/readyz", timeout=30, trust_env=False)
-
-    async def everything() -> list[httpx.Response]:
+    async def everything() -> tuple[list[httpx.Response], set[int]]:
         async with calling(stack, stack.api_key) as team:
             with team_locked(stack, stack.api_key):
-                asked = [asyncio.ensure_future(create(team)) for _ in range(24)]
-                await asyncio.to_thread(wait_for, lambda: refused().status_code == 503, 60)
-                answer = await asyncio.to_thread(refused)
-                assert answer.json()["code"] == "database_unavailable"
-                assert int(answer.headers["Retry-After"]) > 0
-                await asyncio.to_thread(wait_for, lambda: ready().status_code == 503, 60)
-                assert ready().json()["checks"]["database"]["state"] != "ok"
+                asked = [asyncio.ensure_future(create(team)) for _ in range(60)]
+                told = await asyncio.to_thread(others)
             done = await asyncio.gather(*asked)
             for one in done:
                 if one.is_success:
                     await team.delete(f"/v1/sandboxes/{one.json()['id']}")
-            return list(done)
+            return list(done), told
 
-    made = asyncio.run(everything())
-    # Those that waited were served; those for whom there was no connection were told so.
-    assert {answer.status_code for answer in made} == {201, 503}
-    wait_for(lambda: refused().status_code == 200 and ready().status_code == 200, 60)
+    made, told = asyncio.run(everything())
+    assert told == {200}
+    # All had their turn; some may be beyond the plan.
+    assert 201 in {answer.status_code for answer in made}
+    assert [answer.text for answer in made if answer.status_code >= 500] == []
 
 
 def answers(stack: Stack) -> bool:

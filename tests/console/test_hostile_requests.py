@@ -14,6 +14,7 @@ from django.test import Client, override_settings
 from django.urls import URLPattern, URLResolver, get_resolver
 
 from orkestr_console.accounts.models import AuditEntry, Team, User
+from orkestr_console.http.rest import serves
 from sandboxes_app.models import Sandbox
 from templates_app.models import Template
 from tests.conftest import PASSWORD
@@ -27,6 +28,8 @@ POLICY = {
     "connect-src": "'self'",
     "img-src": "'self'",
 }
+# Of what is no page.
+NOTHING = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
 
 
 def policy_of(answer: Any) -> dict[str, str]:
@@ -98,9 +101,12 @@ def test_every_answer_there_is_binds_the_browser(
         missing = kind in {"style", "script", "no such file"} and answer.status_code == 404
         assert missing or answer.status_code == EXPECTED.get(kind, 200), (kind, answer.status_code)
         policy = policy_of(answer)
-        assert {name: policy.get(name) for name in POLICY} == POLICY, kind
-        for name in ("script-src", "style-src"):
-            assert re.fullmatch(r"'self'( 'nonce-[\w-]+')?", policy[name]), (kind, policy)
+        if kind.startswith(("REST", "health")):
+            assert policy == NOTHING, kind
+        else:
+            assert {name: policy.get(name) for name in POLICY} == POLICY, kind
+            for name in ("script-src", "style-src"):
+                assert re.fullmatch(r"'self'( 'nonce-[\w-]+')?", policy[name]), (kind, policy)
         headers = answer.headers
         assert headers["X-Content-Type-Options"] == "nosniff", kind
         assert headers["X-Frame-Options"] == "DENY", kind
@@ -156,7 +162,7 @@ def routes(found: Any = None, prefix: str = "") -> Iterator[tuple[str, Callable[
             yield "/" + re.sub(r"<str:\w+>", "x", path), entry.callback
 
 
-CONSOLE = [path for path, _ in routes() if not path.startswith(("/v1", "/^v1", "/healthz"))]
+CONSOLE = [path for path, _ in routes() if not (serves(path) or path.startswith(("/^v1", "/^api")))]
 
 
 def test_the_walk_finds_the_console() -> None:
@@ -176,9 +182,16 @@ def test_no_console_route_does_anything_for_another_site(alice: User, method: st
     assert not AuditEntry.objects.exists()
 
 
-def test_only_rest_is_exempt() -> None:
-    exempt = {path for path, view in routes() if getattr(view, "csrf_exempt", False)}
-    assert exempt and all(path.startswith(("/v1", "/^v1")) for path in exempt)
+def test_nothing_is_exempt() -> None:
+    """REST does not come past the check at all."""
+    assert not {path for path, view in routes() if getattr(view, "csrf_exempt", False)}
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_health_checks_are_only_read(path: str) -> None:
+    answer = Client(enforce_csrf_checks=True).post(path)
+    assert answer.status_code == 405
+    assert answer.headers["Allow"] == "GET, HEAD"
 
 
 def test_rest_knows_nobody_by_cookie(console: Client, building: Template) -> None:

@@ -10,6 +10,7 @@ from django.test import Client
 from orkestr_console.accounts.limits import KINDS, envelope
 from orkestr_console.accounts.models import AuditEntry, Plan, Team, User
 from tests.console.markup import tight
+from tests.fakes.host import FakeHost
 
 BLANK = dict.fromkeys(KINDS, "")
 
@@ -71,6 +72,16 @@ def test_all_teams_are_listed_and_found(operator: Client) -> None:
     assert "Acme" in page and "Globex" in page
     page = text(operator.get("/operator/?q=glob"))
     assert "Globex</a>" in page and "Acme</a>" not in page
+
+
+def test_what_the_machine_is_promised_is_shown_if_it_is_known(
+    operator: Client, host: FakeHost
+) -> None:
+    shown = text(operator.get("/operator/"))
+    assert "7 of at most 250 sandboxes and builds" in shown
+    assert "7168 of 262144 MiB of memory and 7.5 of 512 processors" in shown
+    host.down = True
+    assert "sandboxes and builds, which" not in text(operator.get("/operator/"))
 
 
 def test_a_plan_and_an_agreement_count_at_once(operator: Client, team: Team) -> None:

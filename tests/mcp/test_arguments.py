@@ -11,7 +11,7 @@ from orkestr_console.core.errors import InvalidInput
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.mcp.arguments import Without, flattened
 from orkestr_console.mcp.server import TOOLS
-from sandboxes_app.specs import ExecSpec, SandboxSpec, SnapshotSpec, TimeoutSpec
+from sandboxes_app.specs import BackgroundSpec, ExecSpec, SandboxSpec, SnapshotSpec, TimeoutSpec
 from templates_app.specs import TemplateSpec
 from tests.fakes.host import FakeHost
 from tests.mcp.conftest import Connect
@@ -21,10 +21,10 @@ SPECS: dict[str, tuple[type[BaseModel], set[str]]] = {
     "create_template": (TemplateSpec, {"reuse"}),
     "create_sandbox": (
         SandboxSpec,
-        {"on_timeout", "auto_resume", "preview_auth", "region", "volume"},
+        {"preview_auth", "region", "volume"},
     ),
     "exec": (ExecSpec, {"stream"}),
-    "exec_background": (ExecSpec, {"stream", "timeout_seconds"}),
+    "exec_background": (BackgroundSpec, set()),
     "set_sandbox_timeout": (TimeoutSpec, set()),
     "snapshot_sandbox": (SnapshotSpec, set()),
 }

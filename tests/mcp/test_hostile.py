@@ -42,6 +42,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("exec", {"sandbox_id": "#", "command": "@"}),
     ("exec", {"sandbox_id": "#", "command": "true", "cwd": "/@"}),
     ("exec_background", {"sandbox_id": "#", "command": "@"}),
+    ("read_command", {"sandbox_id": "#", "command_id": "@"}),
+    ("stop_command", {"sandbox_id": "#", "command_id": "@"}),
     ("write_file", {"sandbox_id": "#", "path": "/tmp/@", "content": "x"}),
     ("read_file", {"sandbox_id": "#", "path": "/tmp/@"}),
     ("list_files", {"sandbox_id": "#", "path": "/@"}),

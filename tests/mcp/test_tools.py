@@ -29,13 +29,13 @@ TEMPLATE = {"name": "tools", "base_template": "debian-12", "recipe": ["one", "tw
 READ_ONLY = {
     *("list_base_templates", "list_templates", "get_template", "get_template_log"),
     *("wait_for_template", "list_sandboxes", "get_sandbox", "read_file", "list_files"),
-    *("get_sandbox_limits", "list_snapshots"),
+    *("get_sandbox_limits", "list_snapshots", "list_commands", "read_command"),
 }
 WRITING = {
     *("create_template", "cancel_template", "delete_template", "create_sandbox", "exec"),
     *("exec_background", "write_file", "set_sandbox_timeout", "terminate_sandbox"),
     *("pause_sandbox", "resume_sandbox"),
-    *("snapshot_sandbox", "delete_snapshot"),
+    *("snapshot_sandbox", "delete_snapshot", "stop_command"),
 }
 
 

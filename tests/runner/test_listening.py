@@ -16,6 +16,7 @@ from django.test import Client
 
 from orkestr_console.core.listening import TrustedProxies, listen_addresses, trusted_proxies
 from orkestr_console.runner.layout import StartError, layout_from
+from tests.processes import open_files
 from tests.serving import Serving
 from tests.serving import serving as serving
 
@@ -92,8 +93,8 @@ def test_the_start_looks_where_the_console_listens() -> None:
 
 def sockets_of(process: int) -> set[str]:
     """The addresses, in the kernel's hexadecimal, that a process listens on (proc_net_tcp.rst)."""
-    links = [str(link.readlink()) for link in Path(f"/proc/{process}/fd").iterdir()]
-    inodes = {found[1] for link in links if (found := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    files = open_files(process)
+    inodes = {found[1] for file in files if (found := re.fullmatch(r"socket:\[(\d+)\]", file))}
     rows = [
         line.split()
         for table in ("tcp", "tcp6")

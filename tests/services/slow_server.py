@@ -15,8 +15,10 @@ import django
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orkestr_console.settings")
 django.setup()
 
+from orkestr_console.core.listening import listen_on  # noqa: E402
 from orkestr_console.http import interim  # noqa: E402 - after Django knows its settings
-from orkestr_console.http.daphne import build_server  # noqa: E402
+from orkestr_console.http.daphne import ConsoleServer  # noqa: E402
+from orkestr_console.http.processes import Place  # noqa: E402
 
 
 async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -29,4 +31,4 @@ async def slow(scope: Any, receive: Any, send: Any) -> None:
 
 if __name__ == "__main__":
     interim.INTERIM_SECONDS = float(sys.argv[2])
-    build_server(slow, ["127.0.0.1"], int(sys.argv[1])).run()
+    ConsoleServer(slow, Place.alone(listen_on(["127.0.0.1"], int(sys.argv[1])))).run()

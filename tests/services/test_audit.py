@@ -17,6 +17,7 @@ from orkestr_console.core.errors import DomainError, NotFound
 from sandboxes_app import services as sandboxes
 from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import (
+    BackgroundSpec,
     BatchSpec,
     DirectorySpec,
     ExecSpec,
@@ -38,6 +39,7 @@ type Write = Callable[[Actor, str], Any]
 ON_A_SANDBOX: list[tuple[str, Write]] = [
     ("sandbox.exec", lambda a, s: sandboxes.exec_command(a, s, ExecSpec(command="true"))),
     ("sandbox.exec", lambda a, s: sandboxes.exec_stream(a, s, ExecSpec(command="true"))),
+    ("command.start", lambda a, s: sandboxes.start_command(a, s, BackgroundSpec(command="true"))),
     ("sandbox.timeout", lambda a, s: sandboxes.set_timeout(a, s, TimeoutSpec(timeout_seconds=60))),
     ("file.write", lambda a, s: sandboxes.write_file(a, s, FILE)),
     ("file.write", lambda a, s: sandboxes.write_batch(a, s, BatchSpec(files=[FILE]))),
@@ -100,6 +102,19 @@ def test_a_command_is_not_written_down_for_it_may_hold_secrets(
     sandboxes.exec_command(actor, sandbox.pk, ExecSpec(command="echo hunter2"))
     assert "hunter2" not in str(last().data)
     assert last().data["exit_code"] == 0
+
+
+def test_a_background_command_is_on_record_by_its_id_alone(
+    actor: Actor, other_actor: Actor, sandbox: Sandbox
+) -> None:
+    spec = BackgroundSpec(command="echo hunter2", env={"A": "hunter2"})
+    command = sandboxes.start_command(actor, sandbox.pk, spec)
+    assert (last().action, last().data) == ("command.start", {"command": command.id})
+    sandboxes.kill_command(actor, sandbox.pk, command.id)
+    assert (last().action, last().data) == ("command.kill", {"command": command.id})
+    with pytest.raises(NotFound):
+        sandboxes.kill_command(other_actor, sandbox.pk, command.id)
+    assert (last().action, last().outcome) == ("command.kill", Outcome.DENIED)
 
 
 def test_templates_made_and_deleted_are_on_record(host: FakeHost, actor: Actor) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import connection
 from django.utils import timezone
@@ -16,7 +17,8 @@ from orkestr_console.accounts.actor import Actor, system_actor
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import HostUnavailable as Away
 from orkestr_console.installation.models import Installation
-from orkestr_console.queue.driving import Drivers, IsDriven, driving
+from orkestr_console.queue import driving as driving_module
+from orkestr_console.queue.driving import Drivers, IsDriven, driving, sharing
 from sandboxes_app import services, tasks
 from sandboxes_app.models import Sandbox, SandboxEvent, Snapshot
 from sandboxes_app.services import lifecycle, settling
@@ -95,6 +97,72 @@ def slow(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     yield make
     for call in calls:
         call.go_on.set()
+
+
+# Drivers that are shared -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lingering(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Drivers stay for the next piece of work; the statements that they take."""
+    taken: list[str] = []
+    drivers = driving_module._drivers
+    execute = psycopg.Connection.execute
+
+    def counting(session: Any, statement: Any, *words: Any, **options: Any) -> Any:
+        if session.info.get_parameters().get("application_name") == "orkestr drivers":
+            taken.append(statement)
+        return execute(session, statement, *words, **options)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", counting)
+    monkeypatch.setattr(driving_module, "LINGER_SECONDS", 60.0)
+    yield taken
+    with drivers._guard:
+        drivers._release_shared()
+        drivers._disconnect()
+
+
+def test_pieces_of_work_take_one_lock_together(
+    host: FakeHost, team_actor: Actor, lingering: list[str]
+) -> None:
+    for _ in range(5):
+        sandbox = services.create_sandbox(team_actor, DEBIAN)
+        services.terminate_sandbox(team_actor, sandbox.pk)
+    # One to create and one to end: they may meet at one row.
+    assert len(lingering) == 2, lingering
+
+
+def test_one_that_fails_takes_its_driver_along(
+    host: FakeHost, team_actor: Actor, lingering: list[str]
+) -> None:
+    services.create_sandbox(team_actor, DEBIAN)
+    with sharing("start") as first, sharing("start") as second:
+        assert first == second
+        with pytest.raises(ZeroDivisionError), sharing("start") as third:
+            assert third == first
+            raise ZeroDivisionError
+        # The others of that driver still have it, and nobody else gets it.
+        assert is_driven(first)
+        with sharing("start") as fourth:
+            assert fourth != first
+    assert (is_driven(first), is_driven(fourth)) == (False, True)
+
+
+def test_a_start_that_failed_is_an_orphan_although_others_start(
+    host: FakeHost, team_actor: Actor, lingering: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(host, "create_sandbox", fail)
+        services.create_sandbox(team_actor, DEBIAN)
+    row = Sandbox.objects.get()
+    services.create_sandbox(team_actor, DEBIAN)
+    assert row.status == "starting"
+    settling.settle_orphans()
+    row.refresh_from_db()
+    assert row.status == "failed"
 
 
 # Drivers that live -----------------------------------------------------------------------------

@@ -12,26 +12,26 @@ from pathlib import Path
 import pytest
 
 from hostruntime.host.patience import slowness
-from orkestr_console.queue import worker
-from orkestr_console.queue.worker import Heartbeats
+from orkestr_console.core import processes
+from orkestr_console.core.processes import Heartbeats
+from orkestr_console.queue.worker import GROUP, PUSHER, SENTINEL
 from tests.programs import IDLING, WORKING, python, running
 from tests.stack import wait_for
 
 TREE = Path(__file__).resolve().parents[2]
-SENTINEL, PUSHER = 0, 1
 
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ORKESTR_PATIENCE", "1")
-    monkeypatch.setattr(worker, "STALE_SECONDS", 0.8)
+    monkeypatch.setattr(processes, "STALE_SECONDS", 0.8)
     slowness.cache_clear()
     yield
     slowness.cache_clear()
 
 
 def test_a_pusher_that_is_long_over_a_round_but_works_is_not_stuck() -> None:
-    pulse = Heartbeats()
+    pulse = Heartbeats(GROUP)
     with ExitStack() as stack:
         for which in (SENTINEL, PUSHER):
             pulse._pids[which] = stack.enter_context(running(python(WORKING, 30))).pid
@@ -41,7 +41,7 @@ def test_a_pusher_that_is_long_over_a_round_but_works_is_not_stuck() -> None:
 
 def test_a_group_that_comes_round_is_never_stuck() -> None:
     """However long it has been watched: it sleeps most of the time, as it may."""
-    pulse = Heartbeats()
+    pulse = Heartbeats(GROUP)
 
     def beaten_and_stuck() -> bool:
         for which in (SENTINEL, PUSHER):
@@ -54,7 +54,7 @@ def test_a_group_that_comes_round_is_never_stuck() -> None:
 
 @pytest.mark.parametrize("which", [SENTINEL, PUSHER])
 def test_one_that_comes_round_no_more_and_does_nothing_is_stuck(which: int) -> None:
-    pulse = Heartbeats()
+    pulse = Heartbeats(GROUP)
     with running(python(IDLING)) as process:
         pulse.beat(1 - which)
         pulse._pids[which] = process.pid
@@ -70,10 +70,11 @@ def test_one_that_comes_round_no_more_and_does_nothing_is_stuck(which: int) -> N
 LIMITS = """\
 import django; django.setup()
 from orkestr_console.queue import driving
+from orkestr_console.core import processes
 from orkestr_console.queue import worker
 from hostruntime.client import host_client as client
 from hostruntime.container import exec
-print(client._TIMEOUT.read, worker.STALE_SECONDS, driving.ORPHAN_GRACE_SECONDS,
+print(client._TIMEOUT.read, processes.STALE_SECONDS, driving.ORPHAN_GRACE_SECONDS,
       worker.STOP_SECONDS, exec.GRACE_SECONDS)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -10,7 +11,15 @@ import weakref
 import pytest
 
 from hostruntime.host.patience import scaled
-from orkestr_console.http.threads import RequestThreads
+from orkestr_console.accounts.turns import Turns
+from orkestr_console.core.hosts import Steps
+from orkestr_console.http.steps import run_in_threads
+from orkestr_console.http.threads import (
+    RequestThreads,
+    ServerThreads,
+    in_thread,
+    server_threads,
+)
 from tests.stack import wait_for
 
 
@@ -83,3 +92,37 @@ def test_an_idle_thread_remembers_no_request() -> None:
         wait_for(lambda: ended() is None, scaled(20))
     finally:
         gc.enable()
+
+
+def test_whose_turn_it_is_goes_on_though_the_others_have_all_threads() -> None:
+    """Those of short parts may wait for the same turn, and would wait for ever."""
+    turns = Turns()
+
+    def in_steps() -> Steps[str]:
+        yield from turns.wait("Acme")
+        with turns.taken("Acme"):
+            return "in steps"
+
+    def in_a_thread() -> str:
+        with turns.turn("Acme"):
+            return "in a thread"
+
+    async def both() -> list[str]:
+        threads = ServerThreads()
+        threads.parts = RequestThreads(1)
+        server_threads.set(threads)
+        with turns.turn("Acme"):
+            first = asyncio.create_task(run_in_threads(in_steps()))
+            while not waiting(turns):
+                await asyncio.sleep(0)
+            second = asyncio.create_task(in_thread(in_a_thread))
+            while waiting(turns) < 2:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(scaled(10)):
+            return [await first, await second]
+
+    assert asyncio.run(both()) == ["in steps", "in a thread"]
+
+
+def waiting(turns: Turns) -> int:
+    return sum(len(queue) for queue in turns._waiting.values())

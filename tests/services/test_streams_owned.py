@@ -32,19 +32,12 @@ async def content(lines: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
 
 
 @pytest.mark.parametrize("sent_before", [0, 1, 2])
-async def test_a_client_that_leaves_ends_the_source(
-    monkeypatch: pytest.MonkeyPatch, sent_before: int
-) -> None:
-    source, handler = Source(), Handler()
+async def test_a_client_that_leaves_ends_the_source(sent_before: int) -> None:
+    source = Source()
     lines = source.lines()
     # As a command's first frame, which is waited for before there is a response.
     await anext(lines)
     response = OwningStream(content(lines), lines)
-
-    async def answered(*_: Any) -> OwningStream:
-        return response
-
-    monkeypatch.setattr(handler, "_answered", answered)
     messages: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -53,5 +46,5 @@ async def test_a_client_that_leaves_ends_the_source(
         messages.append(message)
 
     with pytest.raises(asyncio.CancelledError):
-        await handler._serve({}, None, send)
+        await Handler()._deliver(response, send)
     assert source.ended

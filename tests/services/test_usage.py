@@ -132,6 +132,26 @@ def test_terminating_counts_at_once(
     assert host.used == {}
 
 
+@pytest.mark.django_db(transaction=True)
+def test_what_somebody_counts_while_it_is_terminated_is_not_counted_again(
+    plans: None, host: FakeHost, actor: Actor, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = services.create_sandbox(actor, SandboxSpec(template="debian-12"))
+    tell(host, sandbox, (MONDAY, 7, 3))
+    last = metering.count_last
+
+    def after_another(*args: Any) -> bool:
+        metering.collect()
+        assert counted(team) == {MONDAY: 7}
+        return last(*args)
+
+    monkeypatch.setattr(metering, "count_last", after_another)
+    services.terminate_sandbox(actor, sandbox.pk)
+    assert counted(team) == {MONDAY: 7}
+    assert host.used == {}
+    assert Sandbox.objects.get(pk=sandbox.pk).driver == ""
+
+
 def test_terminating_does_not_count_the_others(
     host: FakeHost, actor: Actor, sandbox: Sandbox, team: Team
 ) -> None:
