@@ -90,7 +90,7 @@ async def test_a_sandbox_that_ends_as_a_command_starts_costs_no_descriptor(
             await commands.start(SANDBOX, LAUNCH)
         # What the event loop needs is there after the first.
         before = open_descriptors() if before is None else before
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 async def test_a_command_whose_supervisor_died_as_it_started_is_killed(
