@@ -1,7 +1,7 @@
 """The launcher: a small single-threaded process, the only one that imports ``lxc``.
 
 Started by the agent as ``python -m hostruntime.container.lxc <descriptor>``, it serves requests on
-that socket (:mod:`hostruntime.container.channel`) until the agent closes it:
+that socket (:mod:`hostruntime.host.channel`) until the agent closes it:
 
 ``start``   mount a root file system and start a container on it → ``{init_pid}``
 ``attach``  put a process into a container and run it → ``{pid, pid_inside}``, and an ``exit``
@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 
 import lxc
 
-from hostruntime.container import channel, lxc_start, seccomp
+from hostruntime.container import lxc_start, seccomp
 from hostruntime.container.attaching import (
     EXPECTED_ERRORS,
     Attachments,
@@ -56,7 +56,7 @@ from hostruntime.container.rootfs import (
     mount_rootfs,
     unmount_rootfs,
 )
-from hostruntime.host import kernel
+from hostruntime.host import channel, kernel
 
 _TITLE = "orkestr hostruntime.container.lxc"
 _OPEN_FILES = 65_536
