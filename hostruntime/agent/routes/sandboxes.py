@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +16,7 @@ from hostruntime.wire.sandboxes import (
     CollectedUsage,
     CreateSandbox,
     CreateSnapshot,
+    DeletedSandbox,
     Sandboxes,
     SetDeadline,
     Snapshots,
@@ -81,8 +84,11 @@ def _sandbox_routes(sandboxes: SandboxManager) -> list[Route]:
         )
 
     async def delete(request: Request) -> Response:
-        await sandboxes.terminate(path_parameter(request))
-        return no_content()
+        """``collected`` names ended ones, by commas, whose usage may be forgotten."""
+        sandbox_id, usage = path_parameter(request), sandboxes.usage
+        collected = request.query_params.get("collected", "").split(",")
+        await asyncio.gather(sandboxes.terminate(sandbox_id), usage.forget_if_possible(collected))
+        return respond(DeletedSandbox(usage.info(sandbox_id)))
 
     return [
         Route("/sandboxes", create, methods=["POST"]),
