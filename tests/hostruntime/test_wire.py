@@ -36,6 +36,7 @@ from hostruntime.wire.files import (
     FileStat,
     MakeDirectory,
     MoveFile,
+    Survey,
     WrittenFile,
 )
 from hostruntime.wire.health import (
@@ -140,6 +141,7 @@ MESSAGES: list[Message] = [
     FileStat("/a", exists=False),
     ENTRY,
     DirectoryEntries((ENTRY,)),
+    Survey("ff00", (("größe",), None)),
     BASE,
     Bases((BASE,)),
     IMAGE,
