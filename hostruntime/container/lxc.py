@@ -46,6 +46,7 @@ from hostruntime.container.attaching import (
     RequestFailed,
     error_answer,
 )
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.config import user_namespace_items
 from hostruntime.container.entering import Confinement
 from hostruntime.container.mount_view import MountView
@@ -297,7 +298,7 @@ def main() -> None:
     confinement = Confinement.of(seccomp.program(), labels[0] if labels else None)
     with socket.socket(fileno=int(descriptor)) as sock:
         os.set_inheritable(sock.fileno(), False)  # noqa: FBT003 - positional-only
-        mounts = MountView.enter(Path(lxcpath).parent)
+        mounts = MountView.enter(Path(lxcpath).parent, cgroup_layout().unused())
         Launcher(sock, lxcpath, confinement, lxc_start.copy_program(), mounts).run()
 
 
