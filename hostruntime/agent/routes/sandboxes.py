@@ -31,6 +31,7 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
     return [
         *_list_routes(sandboxes),
         *_sandbox_routes(sandboxes),
+        _deletion(sandboxes),
         *_snapshot_routes(sandboxes),
         *_usage_routes(sandboxes),
     ]
@@ -83,6 +84,16 @@ def _sandbox_routes(sandboxes: SandboxManager) -> list[Route]:
             sandboxes.info(await sandboxes.resume(path_parameter(request), message.deadline))
         )
 
+    return [
+        Route("/sandboxes", create, methods=["POST"]),
+        Route("/sandboxes/{id}", get),
+        Route("/sandboxes/{id}", set_deadline, methods=["PATCH"]),
+        Route("/sandboxes/{id}/pause", pause, methods=["POST"]),
+        Route("/sandboxes/{id}/resume", resume, methods=["POST"]),
+    ]
+
+
+def _deletion(sandboxes: SandboxManager) -> Route:
     async def delete(request: Request) -> Response:
         """``collected`` names ended ones, by commas, whose usage may be forgotten."""
         sandbox_id, usage = path_parameter(request), sandboxes.usage
@@ -90,14 +101,7 @@ def _sandbox_routes(sandboxes: SandboxManager) -> list[Route]:
         await asyncio.gather(sandboxes.terminate(sandbox_id), usage.forget_if_possible(collected))
         return respond(DeletedSandbox(usage.info(sandbox_id)))
 
-    return [
-        Route("/sandboxes", create, methods=["POST"]),
-        Route("/sandboxes/{id}", get),
-        Route("/sandboxes/{id}", set_deadline, methods=["PATCH"]),
-        Route("/sandboxes/{id}", delete, methods=["DELETE"]),
-        Route("/sandboxes/{id}/pause", pause, methods=["POST"]),
-        Route("/sandboxes/{id}/resume", resume, methods=["POST"]),
-    ]
+    return Route("/sandboxes/{id}", delete, methods=["DELETE"])
 
 
 def _snapshot_routes(sandboxes: SandboxManager) -> list[Route]:
