@@ -105,7 +105,7 @@ class SandboxManager:
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         await in_thread(self.usage.recover, running)
         for sandbox_id in running:
-            await in_thread(self.background.recover, sandbox_id)
+            await self.background.recover(sandbox_id)
 
     def _load_records(self) -> Sandboxes:
         """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
@@ -156,7 +156,7 @@ class SandboxManager:
         await cancel_and_wait(self._sweeper, *self._expiring.values())
         await self.warm.close()
         await self.usage.close()
-        self.background.watch.close()
+        await self.background.close()
 
     async def refreeze_paused(self) -> None:
         """Freeze all sandboxes recorded as paused, whatever state the previous agent left."""
@@ -252,6 +252,7 @@ class SandboxManager:
         disk = self.snapshots.disk(snapshot)
         running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
+            await in_thread(self.background.forget_copied, spec.owner)
             await self.snapshots.restore(snapshot, spec.owner)
         except BaseException:
             await self.containers.stop(spec.owner)
