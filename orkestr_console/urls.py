@@ -8,7 +8,12 @@ from orkestr_console.http import health
 
 # REST first: its catch-all answers JSON for whatever under /v1 no app knows.
 # Webhooks before sandboxes: their address would be that of one called "webhooks".
-REST = ("templates_app.urls_api", "orkestr_console.webhooks.urls_api", "sandboxes_app.urls_api")
+REST = (
+    "orkestr_console.openapi.urls_api",
+    "templates_app.urls_api",
+    "orkestr_console.webhooks.urls_api",
+    "sandboxes_app.urls_api",
+)
 CONSOLE = {
     "orkestr_console.console.urls": "",
     "templates_app.urls": "templates/",

@@ -9,39 +9,75 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
-from django.conf import settings
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.core.addresses import console_address
-from orkestr_console.core.errors import DomainError, InvalidInput, LengthRequired
+from orkestr_console.core.errors import (
+    Conflict,
+    DomainError,
+    ExecKilled,
+    ExecTimeout,
+    HostUnavailable,
+    InvalidInput,
+    NotFound,
+)
 from orkestr_console.core.hosts import Steps
-from orkestr_console.http.decorators import ApiRequest, admits_itself, api, revalidate
+from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.describing import EVENTS, PAGING, Parameter, describe
 from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
-from orkestr_console.http.ranges import EVERYTHING, wanted_part
 from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import in_thread
-from orkestr_console.http.uploads import cut_off, request_body
 from sandboxes_app import presenters, services
-from sandboxes_app.models import Sandbox
+from sandboxes_app.answers import (
+    EgressHostList,
+    ExecResult,
+    Expiry,
+    LimitsDetail,
+    MetricsDetail,
+    PausedSandbox,
+    SandboxDetail,
+    SandboxList,
+    SnapshotDetail,
+    SnapshotList,
+    StreamEvent,
+    TemplateUseDetail,
+)
+from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.specs import (
-    BatchSpec,
-    DirectorySpec,
     ExecSpec,
-    FileSpec,
-    MoveSpec,
-    PresignSpec,
     SandboxSpec,
     SnapshotSpec,
     TimeoutSpec,
 )
 
+STATUS = Parameter(
+    "status", {"type": "string", "enum": SandboxStatus.values}, "Only those of this status."
+)
+METADATA = Parameter(
+    "metadata[]",
+    {"type": "object", "additionalProperties": {"type": "string"}},
+    "Only those with these labels, as `metadata[key]=value`.",
+)
+SINCE = Parameter(
+    "since",
+    {"type": "integer", "minimum": 0, "maximum": services.MAX_UNIX_TIME},
+    "Only samples after this Unix time, in whole seconds.",
+)
 # Well under the 30 s after which the official SDK gives up on a silent connection.
 KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": the command still runs\n\n"
 
 
+@describe(
+    "Create a sandbox",
+    notes="Answers once it is running.",
+    body=SandboxSpec,
+    example={"template": "python-3.12", "timeout_seconds": 600},
+    answer=SandboxDetail,
+    status=201,
+    errors=(Conflict, NotFound),
+)
 @api(scope=WRITE)
 def create_sandbox(request: ApiRequest) -> Steps[HttpResponse]:
     """``POST /v1/sandboxes``: answers once it is running."""
@@ -50,6 +86,7 @@ def create_sandbox(request: ApiRequest) -> Steps[HttpResponse]:
     return json_response(presenters.sandbox_detail(sandbox), status=201)
 
 
+@describe("List sandboxes", parameters=(STATUS, METADATA, *PAGING), answer=SandboxList)
 @api(scope=READ)
 def list_sandboxes(request: ApiRequest) -> HttpResponse:
     """``GET /v1/sandboxes``: filtered by ``status`` and ``metadata[key]=value``."""
@@ -61,7 +98,7 @@ def list_sandboxes(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.sandbox_detail(row) for row in rows]
-    return json_response({"sandboxes": listed, "next_cursor": cursor})
+    return json_response(SandboxList(sandboxes=listed, next_cursor=cursor))
 
 
 def metadata_filter(request: ApiRequest) -> dict[str, str]:
@@ -76,18 +113,26 @@ def metadata_filter(request: ApiRequest) -> dict[str, str]:
     return pairs
 
 
+@describe("Show the plan's limits", answer=LimitsDetail)
 @api(scope=READ)
 def get_limits(request: ApiRequest) -> HttpResponse:
     """``GET /v1/sandboxes/limits``."""
     return json_response(presenters.limits_detail(services.limits(request.actor)))
 
 
+@describe("Show a sandbox", answer=SandboxDetail)
 @api(scope=READ, subject=Sandbox)
 def get_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/{id}``."""
     return json_response(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
 
 
+@describe(
+    "Terminate a sandbox",
+    notes="Once more is no error; it stays in the list.",
+    status=204,
+    errors=(Conflict,),
+)
 @api(scope=WRITE, subject=Sandbox)
 def terminate_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``DELETE /v1/sandboxes/{id}``: idempotent; the row stays in history."""
@@ -95,21 +140,41 @@ def terminate_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpRespons
     return no_content()
 
 
+@describe(
+    "Set a sandbox's lifetime",
+    notes="From now on.",
+    body=TimeoutSpec,
+    example={"timeout_seconds": 1800},
+    answer=Expiry,
+    errors=(Conflict,),
+)
 @api(scope=WRITE, subject=Sandbox)
 def set_timeout(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST …/timeout``: a new lifetime, from now."""
     spec = read_json(request, TimeoutSpec)
     sandbox = yield from services.set_timeout.steps(request.actor, sandbox_id, spec)
-    return json_response({"expires_at": timestamp(sandbox.expires_at)})
+    return json_response(Expiry(expires_at=timestamp(sandbox.expires_at)))
 
 
+@describe(
+    "Pause a sandbox",
+    notes="Answers once it is paused. Files and memory are kept.",
+    answer=PausedSandbox,
+    errors=(Conflict,),
+)
 @api(scope=WRITE, subject=Sandbox)
 def pause_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST …/pause``: answers once it is paused."""
     sandbox = yield from services.pause_sandbox.steps(request.actor, sandbox_id)
-    return json_response({"sandbox_id": sandbox.pk})
+    return json_response(PausedSandbox(sandbox_id=sandbox.pk))
 
 
+@describe(
+    "Resume a sandbox",
+    notes="Answers once it is running again.",
+    answer=SandboxDetail,
+    errors=(Conflict,),
+)
 @api(scope=WRITE, subject=Sandbox)
 def resume_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST …/resume``: answers once it is running again."""
@@ -127,6 +192,16 @@ def begin_command(
     return services.prepare_command(request.actor, sandbox_id, spec)
 
 
+@describe(
+    "Run a command",
+    notes="Answers when it ends, or with `stream: true` as events while it runs. If the client "
+    "leaves, it is killed.",
+    body=ExecSpec,
+    example={"command": "python3 -c 'print(6 * 7)'"},
+    answer=ExecResult,
+    also={EVENTS: StreamEvent},
+    errors=(Conflict, ExecTimeout, ExecKilled),
+)
 @api(scope=WRITE, first=begin_command, subject=Sandbox)
 async def exec_command(
     request: ApiRequest, command: services.Command | services.CommandStream
@@ -144,7 +219,11 @@ def command_answer(command: services.Command, outcome: services.Outcome) -> Http
 
 async def streaming_response(request: HttpRequest, frames: services.CommandStream) -> OwningStream:
     """Start the stream once its first frame arrives: until then, an error is a normal response."""
-    return sent_as_events(request, await anext(frames), frames, WRITE)
+    first = await anext(frames, None)
+    if first is None:
+        # The host said nothing at all, and its connection has ended.
+        raise HostUnavailable
+    return sent_as_events(request, first, frames, WRITE)
 
 
 def sent_as_events(
@@ -205,118 +284,7 @@ def encode_event(frame: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 
 
-@api(scope=READ, subject=Sandbox)
-def read_path(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``GET …/files?path=``: a file or a directory."""
-    found = yield from services.read_path.steps(request.actor, sandbox_id, request.GET.get("path"))
-    return json_response(presenters.path_content(found))
-
-
-@api(scope=WRITE, subject=Sandbox)
-def write_file(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files``."""
-    spec = read_json(request, FileSpec, max_bytes=settings.LARGEST_BODY)
-    written = yield from services.write_file.steps(request.actor, sandbox_id, spec)
-    return json_response({"path": spec.path, "bytes_written": written})
-
-
-@api(scope=WRITE, subject=Sandbox)
-def delete_path(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``DELETE …/files?path=``."""
-    yield from services.delete_path.steps(request.actor, sandbox_id, request.GET.get("path"))
-    return no_content()
-
-
-@api(scope=WRITE, subject=Sandbox)
-def mkdir(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files/mkdir``."""
-    yield from services.mkdir.steps(request.actor, sandbox_id, read_json(request, DirectorySpec))
-    return no_content()
-
-
-@api(scope=WRITE, subject=Sandbox)
-def move(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files/move``."""
-    yield from services.move.steps(request.actor, sandbox_id, read_json(request, MoveSpec))
-    return no_content()
-
-
-@api(scope=READ, subject=Sandbox)
-def stat(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``GET …/files/stat?path=``: a missing path is ``exists: false``, not an error."""
-    found = yield from services.stat.steps(request.actor, sandbox_id, request.GET.get("path"))
-    return json_response(presenters.path_stat(found))
-
-
-@api(scope=WRITE, subject=Sandbox)
-def write_batch(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files/batch``: each file succeeds or fails on its own."""
-    spec = read_json(request, BatchSpec, max_bytes=settings.LARGEST_BODY)
-    rows = yield from services.write_batch.steps(request.actor, sandbox_id, spec)
-    return json_response(presenters.batch_rows(rows))
-
-
-@api(scope=WRITE, subject=Sandbox)
-def presign_upload(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files/presign-upload``."""
-    spec = read_json(request, PresignSpec)
-    address = yield from services.presign_upload.steps(request.actor, sandbox_id, spec)
-    return json_response(presenters.presigned(address, console_address(request)))
-
-
-@api(scope=READ, subject=Sandbox)
-def presign_download(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
-    """``POST …/files/presign-download``."""
-    spec = read_json(request, PresignSpec)
-    address = yield from services.presign_download.steps(request.actor, sandbox_id, spec)
-    return json_response(presenters.presigned(address, console_address(request)))
-
-
-@admits_itself
-async def upload(request: HttpRequest, address: str) -> HttpResponse:
-    """``PUT /v1/transfers/{address}``: the body is the file."""
-    length = request.META.get("CONTENT_LENGTH", "")
-    if not length.isdigit():
-        raise LengthRequired
-    transfer = await services.begin_upload(address, request.META.get("REMOTE_ADDR"))
-    outcome = await services.run_upload(transfer, int(length), request_body(request))
-    return await in_thread(upload_answer, transfer, outcome)
-
-
-def upload_answer(transfer: services.Transfer, outcome: services.UploadOutcome) -> HttpResponse:
-    """What runs in a thread after an upload: it is recorded."""
-    written = services.conclude_upload(transfer, outcome)
-    return json_response({"path": transfer.address.path, "bytes_written": written})
-
-
-@admits_itself
-async def download(request: HttpRequest, address: str) -> HttpResponseBase:
-    """``GET /v1/transfers/{address}``: the file, or the part that a ``Range`` header asks for."""
-    client = request.META.get("REMOTE_ADDR")
-    file = services.Download(await in_thread(services.begin_download, address, client))
-    wanted = wanted_part(request.headers.get("Range"))
-    part = await file.open(wanted)
-    headers = presenters.file_headers(file.path, part, partial=wanted != EVERYTHING)
-    status = 200 if wanted == EVERYTHING else 206
-    if request.method == "HEAD":
-        await file.aclose()
-        return HttpResponse(status=status, headers=headers)
-    return OwningStream(
-        file_content(request, file, part.length), file, status=status, headers=headers
-    )
-
-
-async def file_content(
-    request: HttpRequest, file: services.Download, left: int
-) -> AsyncIterator[bytes]:
-    """The bytes. If there are fewer than promised, the end of the connection says so."""
-    async for piece in file.pieces():
-        yield piece
-        left -= len(piece)
-    if left:
-        cut_off(request)
-
-
+@describe("Show what a sandbox uses", parameters=(SINCE,), answer=MetricsDetail)
 @api(scope=READ, subject=Sandbox)
 def get_metrics(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``GET …/metrics?since=``: null figures unless it is running."""
@@ -325,12 +293,14 @@ def get_metrics(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     return json_response(presenters.metrics_detail(metrics))
 
 
+@describe("List the hosts a sandbox made requests to", answer=EgressHostList, extension=True)
 @api(scope=READ, subject=Sandbox)
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
     return json_response(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))
 
 
+@describe("Show what uses a template", answer=TemplateUseDetail, extension=True)
 @api(scope=READ)
 def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}/usage``: what uses it; an extension of the public API."""
@@ -338,6 +308,15 @@ def get_template_use(request: ApiRequest, template_id: str) -> HttpResponse:
     return json_response(presenters.template_use_detail(use))
 
 
+@describe(
+    "Take a snapshot",
+    notes="Of the files. Answers once sandboxes can start from it; the sandbox goes on.",
+    body=SnapshotSpec,
+    example={"name": "with-data"},
+    answer=SnapshotDetail,
+    status=201,
+    errors=(Conflict,),
+)
 @api(scope=WRITE, subject=Sandbox)
 def create_snapshot(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST /v1/sandboxes/{id}/snapshots``: answers once sandboxes can start from it."""
@@ -346,6 +325,7 @@ def create_snapshot(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]
     return json_response(presenters.snapshot_detail(snapshot), status=201)
 
 
+@describe("List snapshots", parameters=PAGING, answer=SnapshotList)
 @api(scope=READ)
 def list_snapshots(request: ApiRequest) -> HttpResponse:
     """``GET /v1/sandboxes/snapshots``."""
@@ -355,9 +335,10 @@ def list_snapshots(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.snapshot_detail(row) for row in rows]
-    return json_response({"snapshots": listed, "next_cursor": cursor})
+    return json_response(SnapshotList(snapshots=listed, next_cursor=cursor))
 
 
+@describe("Show a snapshot", answer=SnapshotDetail)
 @api(scope=READ)
 def get_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/snapshots/{id}``."""
@@ -365,6 +346,7 @@ def get_snapshot(request: ApiRequest, snapshot_id: str) -> HttpResponse:
     return json_response(presenters.snapshot_detail(snapshot))
 
 
+@describe("Delete a snapshot", notes="Once more is no error.", status=204, errors=(Conflict,))
 @api(scope=WRITE)
 def delete_snapshot(request: ApiRequest, snapshot_id: str) -> Steps[HttpResponse]:
     """``DELETE /v1/sandboxes/snapshots/{id}``: idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import posixpath
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 from django.utils.http import content_disposition_header
@@ -16,6 +16,22 @@ from hostruntime.wire.health import EgressHost
 from orkestr_console.http.json_api import timestamp
 from orkestr_console.http.ranges import content_range
 from orkestr_console.http.uploads import PREFIX
+from sandboxes_app.answers import (
+    BatchResults,
+    CommandDetail,
+    DirectoryEntry,
+    EgressHostList,
+    ExecResult,
+    LimitsDetail,
+    LogPart,
+    MetricsDetail,
+    PathContent,
+    PathStat,
+    PresignedAddress,
+    SandboxDetail,
+    SnapshotDetail,
+    TemplateUseDetail,
+)
 from sandboxes_app.models import Sandbox, Snapshot
 from sandboxes_app.services import (
     Address,
@@ -30,7 +46,7 @@ from sandboxes_app.services import (
 from sandboxes_app.specs import SIZES
 
 
-def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
+def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
     """A sandbox, on its own or in a list. Its environment is never shown."""
     return {
         "id": sandbox.pk,
@@ -58,7 +74,7 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
     }
 
 
-def snapshot_detail(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
     """A snapshot, on its own or in a list."""
     return {
         "id": snapshot.pk,
@@ -79,7 +95,7 @@ def snapshot_detail(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def exec_answer(answer: ExecAnswer) -> dict[str, Any]:
+def exec_answer(answer: ExecAnswer) -> ExecResult:
     """A command that ended."""
     return {
         "stdout": answer.stdout,
@@ -90,7 +106,7 @@ def exec_answer(answer: ExecAnswer) -> dict[str, Any]:
     }
 
 
-def path_content(found: FileContent | DirectoryListing) -> dict[str, Any]:
+def path_content(found: FileContent | DirectoryListing) -> PathContent:
     """A file's bytes in base64, or a directory's entries."""
     if isinstance(found, FileContent):
         return {
@@ -98,7 +114,7 @@ def path_content(found: FileContent | DirectoryListing) -> dict[str, Any]:
             "is_dir": False,
             "content": base64.b64encode(found.content).decode("ascii"),
         }
-    entries = [
+    entries: list[DirectoryEntry] = [
         {
             "name": entry.name,
             "is_dir": entry.is_dir,
@@ -111,7 +127,7 @@ def path_content(found: FileContent | DirectoryListing) -> dict[str, Any]:
     return {"path": found.stat.path, "is_dir": True, "entries": entries}
 
 
-def path_stat(stat: FileStat) -> dict[str, Any]:
+def path_stat(stat: FileStat) -> PathStat:
     """What is at a path."""
     if not stat.exists:
         return {"path": stat.path, "exists": False, "is_dir": False, "size": 0}
@@ -125,7 +141,7 @@ def path_stat(stat: FileStat) -> dict[str, Any]:
     }
 
 
-def presigned(address: Address, origin: str) -> dict[str, Any]:
+def presigned(address: Address, origin: str) -> PresignedAddress:
     """An address that a file is sent to or fetched from, at this origin."""
     return {
         "url": f"{origin}{PREFIX}{address.signed()}",
@@ -151,7 +167,7 @@ def file_headers(path: str, part: FilePart, *, partial: bool) -> dict[str, str]:
     return {**headers, "Content-Range": content_range(part)} if partial else headers
 
 
-def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
+def batch_rows(rows: list[BatchRow]) -> BatchResults:
     """The result of each file of a batch."""
     return {
         "results": [
@@ -173,7 +189,7 @@ def command_status(command: CommandInfo) -> Literal["running", "killed", "exited
     return "killed" if killed else "exited"
 
 
-def command_detail(command: CommandInfo) -> dict[str, Any]:
+def command_detail(command: CommandInfo) -> CommandDetail:
     """A background command."""
     status = command_status(command)
     return {
@@ -189,7 +205,7 @@ def command_detail(command: CommandInfo) -> dict[str, Any]:
     }
 
 
-def command_logs(logs: CommandLogs) -> dict[str, Any]:
+def command_logs(logs: CommandLogs) -> LogPart:
     """A part of what a background command has printed."""
     return {
         "content": logs.content,
@@ -201,7 +217,7 @@ def command_logs(logs: CommandLogs) -> dict[str, Any]:
     }
 
 
-def metrics_detail(metrics: Metrics) -> dict[str, Any]:
+def metrics_detail(metrics: Metrics) -> MetricsDetail:
     """What a sandbox uses: shares of its own CPUs and memory, and its totals."""
     sandbox, measured = metrics.sandbox, metrics.measured
     samples = measured.samples if measured else ()
@@ -246,7 +262,7 @@ def percent(part: float, whole: float) -> float:
     return round(100 * part / whole, 2)
 
 
-def limits_detail(limits: Limits) -> dict[str, Any]:
+def limits_detail(limits: Limits) -> LimitsDetail:
     """The plan's envelope, as in the wire contract. There is no trial credit here."""
     allowed, plan = limits.envelope, limits.envelope.plan
     return {
@@ -273,7 +289,7 @@ def limits_detail(limits: Limits) -> dict[str, Any]:
     }
 
 
-def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
+def egress_hosts(hosts: list[EgressHost]) -> EgressHostList:
     """A sandbox's requests to each host; ``reason`` and ``message`` are of the latest result.
 
     ``direct`` ones bypassed the proxy: by DNS, which has no port (0), or by address.
@@ -298,12 +314,12 @@ def egress_hosts(hosts: list[EgressHost]) -> dict[str, Any]:
     }
 
 
-def unix_timestamp(seconds: float) -> str | None:
+def unix_timestamp(seconds: float) -> str:
     """A Unix time in the API's format."""
     return timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
-def template_use_detail(use: TemplateUse) -> dict[str, Any]:
+def template_use_detail(use: TemplateUse) -> TemplateUseDetail:
     """What uses a template."""
     return {
         "template_id": use.template.pk,

@@ -12,9 +12,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import core_schema
 
 from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
@@ -66,7 +69,10 @@ def usable_path(path: str) -> str:
 Path = Annotated[
     str,
     AfterValidator(usable_path),
-    Field(description="An absolute path, such as '/workspace/main.py'."),
+    Field(
+        description="An absolute path, such as '/workspace/main.py'.",
+        json_schema_extra={"pattern": "^/"},
+    ),
 ]
 
 
@@ -81,12 +87,23 @@ def network_off() -> Network:
     return "off"
 
 
+def only(one: str, other: str) -> dict[str, Any]:
+    """The schema of a body that has the first of two fields, and not the second."""
+    blank = {"enum": [None, ""]}
+    given = {"type": "string", "minLength": 1}
+    return {"required": [one], "properties": {one: given, other: blank}}
+
+
 class SandboxSpec(Spec):
     """A sandbox to create. What this release lacks is accepted with its default only.
 
     With a snapshot, the size is the snapshot's, and so are the network and its allowlist unless the
     caller sets them.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [only("template", "snapshot"), only("snapshot", "template")]}
+    )
 
     template: str | None = Field(
         default=None, description="A ready template's id, or a base's name."
@@ -118,7 +135,12 @@ class SandboxSpec(Spec):
         default_factory=dict, description="Environment variables for its commands."
     )
     metadata: Annotated[dict[str, str], AfterValidator(usable_metadata)] = Field(
-        default_factory=dict, description="Labels to find it by."
+        default_factory=dict,
+        description="Labels to find it by.",
+        json_schema_extra={
+            "maxProperties": MAX_METADATA_ENTRIES,
+            "propertyNames": {"minLength": 1},
+        },
     )
     region: str | None = None
     allow_domains: Allowlist = Field(
@@ -163,7 +185,7 @@ class ExecSpec(BackgroundSpec):
     timeout_seconds: int = Field(
         default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped."
     )
-    stream: bool = False
+    stream: bool = Field(default=False, description="Whether to answer with events while it runs.")
 
 
 class TimeoutSpec(Spec):
@@ -178,8 +200,12 @@ class FileSpec(Spec):
     """A file to write; ``content`` is base64 (RFC 4648)."""
 
     path: Path
-    content: str
-    mode: int = Field(default=0o644, ge=0, le=0o7777)
+    content: str = Field(
+        description="Its bytes, in base64.", json_schema_extra={"contentEncoding": "base64"}
+    )
+    mode: int = Field(
+        default=0o644, ge=0, le=0o7777, description="Its permissions, as a number: 420 is 0644."
+    )
 
     def decoded(self) -> bytes:
         """The bytes. Raises ``ValueError`` unless ``content`` is base64."""
@@ -206,10 +232,20 @@ def parse_row(value: Any) -> Any:
         return InvalidRow(path=path if isinstance(path, str) else "")
 
 
+class AsFile:
+    """Annotates a row of a batch, whose schema is that of a valid one."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema of a file."""
+        return handler(FileSpec.__pydantic_core_schema__)
+
+
 class BatchSpec(Spec):
     """Files to write in one call; each succeeds or fails on its own."""
 
-    files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row)]] = Field(
+    files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row), AsFile()]] = Field(
         min_length=1, max_length=MAX_FILES
     )
 
@@ -218,14 +254,16 @@ class DirectorySpec(Spec):
     """A directory to create."""
 
     path: Path
-    parents: bool = True
+    parents: bool = Field(default=True, description="Whether to create those above it as well.")
 
 
 class PresignSpec(Spec):
     """A file to send or fetch without a token, and for how many seconds that is possible."""
 
     path: Path
-    expires_in: int = Field(default=600, ge=60, le=3600)
+    expires_in: int = Field(
+        default=600, ge=60, le=3600, description="For how many seconds the address is valid."
+    )
 
 
 class MoveSpec(Spec):

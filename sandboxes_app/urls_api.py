@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.urls import path
 
 from orkestr_console.http.decorators import methods
-from sandboxes_app import api, background_api
+from sandboxes_app import api, background_api, files_api
 
 one = "sandboxes/<str:sandbox_id>"
 
@@ -34,17 +34,17 @@ urlpatterns = [
     path(f"{one}/commands/<str:command_id>/logs", methods(GET=background_api.read_logs)),
     path(
         f"{one}/files",
-        methods(GET=api.read_path, POST=api.write_file, DELETE=api.delete_path),
+        methods(GET=files_api.read_path, POST=files_api.write_file, DELETE=files_api.delete_path),
     ),
     path(f"{one}/metrics", methods(GET=api.get_metrics)),
     path(f"{one}/egress", methods(GET=api.list_egress)),
-    path(f"{one}/files/mkdir", methods(POST=api.mkdir)),
-    path(f"{one}/files/move", methods(POST=api.move)),
-    path(f"{one}/files/stat", methods(GET=api.stat)),
-    path(f"{one}/files/batch", methods(POST=api.write_batch)),
-    path(f"{one}/files/presign-upload", methods(POST=api.presign_upload)),
-    path(f"{one}/files/presign-download", methods(POST=api.presign_download)),
-    path("transfers/<str:address>", methods(GET=api.download, PUT=api.upload)),
+    path(f"{one}/files/mkdir", methods(POST=files_api.mkdir)),
+    path(f"{one}/files/move", methods(POST=files_api.move)),
+    path(f"{one}/files/stat", methods(GET=files_api.stat)),
+    path(f"{one}/files/batch", methods(POST=files_api.write_batch)),
+    path(f"{one}/files/presign-upload", methods(POST=files_api.presign_upload)),
+    path(f"{one}/files/presign-download", methods(POST=files_api.presign_download)),
+    path("transfers/<str:address>", methods(GET=files_api.download, PUT=files_api.upload)),
     # A template's address, but only sandboxes know who uses it.
     path("templates/<str:template_id>/usage", methods(GET=api.get_template_use)),
 ]

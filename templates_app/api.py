@@ -11,20 +11,53 @@ from weakref import WeakKeyDictionary
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from orkestr_console.accounts.actor import READ, WRITE
-from orkestr_console.core.errors import DomainError, InvalidInput
+from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.core.postgres import release_connection
 from orkestr_console.http.decorators import ApiRequest, api, revalidate
+from orkestr_console.http.describing import (
+    EVENTS,
+    FLAG,
+    LIMIT,
+    LINES,
+    PAGING,
+    TEXT,
+    Parameter,
+    describe,
+    number,
+    read_flag,
+)
 from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.paging import read_limit
 from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import in_thread
 from templates_app import presenters, services
+from templates_app.answers import (
+    BuildEvent,
+    ContentsDetail,
+    DifferenceDetail,
+    EventList,
+    TemplateDetail,
+    TemplateList,
+)
 from templates_app.models import Template
 from templates_app.services import contents
 from templates_app.specs import TemplateSpec
 
 MAX_TEMPLATE_BODY = 8 * 1024 * 1024
 MAX_DIGITS = 9  # digits
+NUMBER = number(0, 10**MAX_DIGITS - 1, 0)
+TEXT_NUMBER = {"type": "string", "pattern": f"^[0-9]{{0,{MAX_DIGITS}}}$"}
+AFTER = Parameter("after", NUMBER, "Only events after this number.")
+LAST_EVENT_ID = Parameter(
+    "Last-Event-ID", TEXT_NUMBER, "Instead of `after`, as browsers reconnect.", where="header"
+)
+FOLLOW = Parameter("follow", FLAG, "Whether to stay for the events to come.")
+LOG_FORMAT = Parameter(
+    "format",
+    {"type": "string", "enum": ["text", "jsonl"], "default": "text"},
+    "The output of the steps as text, or the events as JSON lines.",
+)
+COMPARE = Parameter("compare", {"type": "string"}, "The id of another template.")
 KEEP_ALIVE = b": the build is still running\n\n"
 # Re-check the token this often.
 TOKEN_RECHECK_SECONDS = 10.0  # seconds
@@ -34,6 +67,19 @@ RETRY_FIELD = b"retry: 1000\n\n"
 _encoded: WeakKeyDictionary[services.Event, bytes] = WeakKeyDictionary()
 
 
+@describe(
+    "Create a template",
+    notes="Answers immediately; the build runs in the background.",
+    body=TemplateSpec,
+    example={
+        "name": "data-tools",
+        "base_template": "python-3.12",
+        "recipe": ["pip install polars"],
+    },
+    answer=TemplateDetail,
+    status=201,
+    errors=(Conflict, NotFound),
+)
 @api(scope=WRITE)
 def create_template(request: ApiRequest) -> HttpResponse:
     """``POST /v1/templates``: answers immediately; the build runs in the background."""
@@ -42,6 +88,7 @@ def create_template(request: ApiRequest) -> HttpResponse:
     return detail_answer(services.create_template(request.actor, spec), status=201)
 
 
+@describe("List templates", parameters=PAGING, answer=TemplateList)
 @api(scope=READ)
 def list_templates(request: ApiRequest) -> HttpResponse:
     """``GET /v1/templates``: the team's, newest first."""
@@ -51,15 +98,22 @@ def list_templates(request: ApiRequest) -> HttpResponse:
         cursor=request.GET.get("cursor"),
     )
     listed = [presenters.template_summary(row) for row in rows]
-    return json_response({"templates": listed, "next_cursor": cursor})
+    return json_response(TemplateList(templates=listed, next_cursor=cursor))
 
 
+@describe("Show a template", answer=TemplateDetail)
 @api(scope=READ)
 def get_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}``."""
     return detail_answer(services.get_template(request.actor, template_id))
 
 
+@describe(
+    "Delete a template",
+    notes="And its image. Running sandboxes keep working.",
+    status=204,
+    errors=(Conflict,),
+)
 @api(scope=WRITE)
 def delete_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``DELETE /v1/templates/{id}``."""
@@ -67,6 +121,13 @@ def delete_template(request: ApiRequest, template_id: str) -> HttpResponse:
     return no_content()
 
 
+@describe(
+    "Cancel a build",
+    notes="The template has failed by the time this answers.",
+    answer=TemplateDetail,
+    errors=(Conflict,),
+    extension=True,
+)
 @api(scope=WRITE)
 def cancel_template(request: ApiRequest, template_id: str) -> HttpResponse:
     """``POST /v1/templates/{id}/cancel``: the template has failed by the time this answers."""
@@ -79,11 +140,19 @@ def detail_answer(template: Template, status: int = 200) -> HttpResponse:
     return json_response(presenters.template_detail(template, steps, position), status=status)
 
 
+@describe(
+    "List a build's events",
+    notes="A page of them, or with `follow=true` a stream to the build's end.",
+    parameters=(AFTER, FOLLOW, LIMIT, LAST_EVENT_ID),
+    answer=EventList,
+    also={EVENTS: BuildEvent},
+    extension=True,
+)
 @api(scope=READ)
 def list_events(request: ApiRequest, template_id: str) -> HttpResponseBase:
     """``GET /v1/templates/{id}/events``: a page of events, or a stream with ``follow=true``."""
     after = read_after(request)
-    if request.GET.get("follow", "false") == "true":
+    if read_flag(request, "follow"):
         template = services.get_template(request.actor, template_id)
         return streaming_response(
             request, event_stream(request, template.pk, after), "text/event-stream"
@@ -98,11 +167,14 @@ def read_after(request: HttpRequest) -> int:
 
     Raises ``InvalidInput`` unless it is a whole number.
     """
-    text = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
-    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
-        sentence = "must be the number of an event, 0 or more."
-        raise InvalidInput(f"after: {sentence}", fields={"after": sentence})
-    return int(text)
+    # The one that doesn't count is checked as well: nothing that was sent is ignored.
+    said = (request.headers.get("Last-Event-ID"), request.GET.get("after"))
+    given = [text for text in said if text]
+    for text in given:
+        if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
+            sentence = "must be the number of an event, 0 or more."
+            raise InvalidInput(f"after: {sentence}", fields={"after": sentence})
+    return int(given[0]) if given else 0
 
 
 async def event_stream(request: HttpRequest, template_id: str, after: int) -> AsyncIterator[bytes]:
@@ -145,6 +217,12 @@ def access_error(request: HttpRequest, template_id: str) -> DomainError | None:
     return revalidate(request, lambda actor: services.get_template(actor, template_id))
 
 
+@describe(
+    "Download a build's log",
+    parameters=(LOG_FORMAT,),
+    also={TEXT: {"type": "string"}, LINES: BuildEvent},
+    extension=True,
+)
 @api(scope=READ)
 def get_log(request: ApiRequest, template_id: str) -> HttpResponseBase:
     """``GET /v1/templates/{id}/log``: text, or with ``format=jsonl`` the events as JSON lines."""
@@ -172,6 +250,14 @@ async def event_lines(template_id: str) -> AsyncGenerator[bytes]:
             yield "".join(lines).encode()
 
 
+@describe(
+    "Show what is in an image",
+    notes="Or how it differs from another one.",
+    parameters=(COMPARE,),
+    answer=ContentsDetail | DifferenceDetail,
+    errors=(Conflict,),
+    extension=True,
+)
 @api(scope=READ)
 def get_contents(request: ApiRequest, template_id: str) -> HttpResponse:
     """``GET /v1/templates/{id}/contents``; with ``compare=<id>``, the difference from that one."""

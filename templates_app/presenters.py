@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
 from orkestr_console.http.json_api import timestamp
+from templates_app.answers import (
+    BuildEvent,
+    ContentsDetail,
+    DifferenceDetail,
+    EventList,
+    StepAdded,
+    StepDetail,
+    TemplateDetail,
+    TemplateSummary,
+)
 from templates_app.models import Template, TemplateStatus
 from templates_app.services import Event, EventPage, QueuePosition, StepOutput
 from templates_app.services.contents import Contents, Difference, StepSize
 
 
-def template_summary(template: Template) -> dict[str, Any]:
+def template_summary(template: Template) -> TemplateSummary:
     """A template in a list."""
     ready = template.status == TemplateStatus.READY
     return {
@@ -45,7 +55,7 @@ def template_summary(template: Template) -> dict[str, Any]:
 
 def template_detail(
     template: Template, steps: Iterable[StepOutput], position: QueuePosition | None
-) -> dict[str, Any]:
+) -> TemplateDetail:
     """One template, with its queue position if it waits, and the steps of its build.
 
     ``baked_env`` is the image's final environment: its base's variables, those that its recipe put
@@ -54,12 +64,12 @@ def template_detail(
     return {
         **template_summary(template),
         "baked_env": template.baked_env,
-        "queue": position and {"place": position.number, "waits_for": position.waits_for},
+        "queue": {"place": position.number, "waits_for": position.waits_for} if position else None,
         "steps": [step_detail(step) for step in steps],
     }
 
 
-def step_detail(shown: StepOutput) -> dict[str, Any]:
+def step_detail(shown: StepOutput) -> StepDetail:
     """One step of a build."""
     step = shown.step
     return {
@@ -82,19 +92,20 @@ def step_detail(shown: StepOutput) -> dict[str, Any]:
     }
 
 
-def event_detail(event: Event) -> dict[str, Any]:
+def event_detail(event: Event) -> BuildEvent:
     """One event of a build; all members but the first three depend on the kind."""
-    return {"seq": event.seq, "kind": event.kind, "at": timestamp(event.at), **event.payload}
+    shown = {"seq": event.seq, "kind": event.kind, "at": timestamp(event.at), **event.payload}
+    return cast("BuildEvent", shown)
 
 
-def event_page(page: EventPage, after: int) -> dict[str, Any]:
+def event_page(page: EventPage, after: int) -> EventList:
     """A page of events, and the number to continue after."""
     last = page.events[-1].seq if page.events else after
     events = [event_detail(event) for event in page.events]
     return {"events": events, "next_after": last, "ended": page.ended}
 
 
-def contents_detail(contents: Contents) -> dict[str, Any]:
+def contents_detail(contents: Contents) -> ContentsDetail:
     """What is in an image."""
     return {
         "template_id": contents.template.pk,
@@ -115,7 +126,7 @@ def contents_detail(contents: Contents) -> dict[str, Any]:
     }
 
 
-def step_size(step: StepSize) -> dict[str, Any]:
+def step_size(step: StepSize) -> StepAdded:
     """What a step added to the image."""
     return {
         "number": step.number,
@@ -126,7 +137,7 @@ def step_size(step: StepSize) -> dict[str, Any]:
     }
 
 
-def difference_detail(difference: Difference) -> dict[str, Any]:
+def difference_detail(difference: Difference) -> DifferenceDetail:
     """How two images differ; ``a`` is the requested one, ``b`` the one it is compared with."""
     return {
         "a": difference.a.template.pk,
@@ -148,8 +159,8 @@ def difference_detail(difference: Difference) -> dict[str, Any]:
             {
                 "number": item.number,
                 "same_command": item.same_command,
-                "a": item.a and step_size(item.a),
-                "b": item.b and step_size(item.b),
+                "a": step_size(item.a) if item.a else None,
+                "b": step_size(item.b) if item.b else None,
             }
             for item in difference.steps
         ],

@@ -58,7 +58,8 @@ class TemplateSpec(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: Annotated[str, AfterValidator(usable_name)] = Field(
-        description="A name people will recognise."
+        description="A name people will recognise.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_LENGTH},
     )
     base_template: Annotated[str, AfterValidator(usable_base)] = Field(
         description="A base such as 'python-3.12', or the id of a ready template."
@@ -67,7 +68,8 @@ class TemplateSpec(BaseModel):
         list[Annotated[str, AfterValidator(usable_step)]], AfterValidator(usable_recipe)
     ] = Field(
         description="Shell steps, run in order as root with HOME=/root. Each step is a new shell: "
-        "cd and variables don't carry over. /workspace and /tmp are not kept."
+        "cd and variables don't carry over. /workspace and /tmp are not kept.",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_STEPS},
     )
     network: Literal["restricted", "open"] = Field(
         default="restricted",

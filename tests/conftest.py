@@ -17,6 +17,7 @@ from django.test import Client, TransactionTestCase, override_settings
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.models import Membership, Role, Team, User
 from orkestr_console.accounts.services import authenticate_token, mint_token, user_actor
+from tests.api.describing import DescribedClient
 from tests.emptying import empty_tables
 
 PASSWORD = "correct horse battery staple"
@@ -121,9 +122,12 @@ def other_actor(other_team: Team, make_key: MakeKey) -> Actor:
 
 
 def api_client(key: str | None) -> Client:
-    """A client of the REST API that sends ``key``, or no token for None."""
+    """A client of the REST API that sends ``key``, or no token for None.
+
+    It fails for an answer that the OpenAPI document does not describe.
+    """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return Client(headers=headers, enforce_csrf_checks=True)
+    return DescribedClient(headers=headers, enforce_csrf_checks=True)
 
 
 @pytest.fixture

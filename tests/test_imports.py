@@ -34,6 +34,7 @@ FLOORS = (
     "orkestr_console.accounts",
     "orkestr_console.installation",
     "orkestr_console.http",
+    "orkestr_console.openapi",
     "orkestr_console.webhooks",
     "orkestr_console.ui",
     "templates_app",

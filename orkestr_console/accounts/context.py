@@ -39,6 +39,7 @@ def menu_entries(actor: Actor) -> Iterator[tuple[str, str]]:
     yield "Limits", "console:limits"
     yield "Usage", "console:usage"
     yield "Connect an agent", "console:connect"
+    yield "API reference", "console:reference"
     yield "Webhooks", "console:webhooks"
     if actor.is_at_least(Role.ADMIN):
         yield "API tokens", "console:tokens"

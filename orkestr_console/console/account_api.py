@@ -14,8 +14,18 @@ from orkestr_console.accounts.device_login import DevicePollSpec, DeviceStartSpe
 from orkestr_console.accounts.models import ApiToken
 from orkestr_console.accounts.own_tokens import OwnTokenSpec
 from orkestr_console.accounts.sessions import client_address
+from orkestr_console.console.account_answers import (
+    Account,
+    CreatedToken,
+    DeviceToken,
+    StartedDeviceLogin,
+    TokenList,
+    TokenRow,
+)
 from orkestr_console.core.addresses import console_address
+from orkestr_console.core.errors import Conflict, RateLimited
 from orkestr_console.http.decorators import ApiRequest, api
+from orkestr_console.http.describing import describe
 from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 
 # What anybody may send: a name or a code.
@@ -23,41 +33,52 @@ SMALL_BODY = 4096
 NO_STORE = {"Cache-Control": "no-store"}
 
 
+@describe("Show who is calling", answer=Account)
 @api(scope=READ)
 def get_account(request: ApiRequest) -> HttpResponse:
     """``GET /api/auth/me``: the token's person, or the token itself if an operator made it."""
     actor = request.actor
     token = own_tokens.calling_token(actor)
     person = actor.user
-    return json_response(
-        {
-            "username": person.get_full_name() if person else token.name,
-            "email": person.email if person else None,
-            "plan": actor.team.plan.code,
-            "is_active": person.is_active if person else True,
-            "created_at": timestamp(person.created_at if person else token.created_at),
-            "team": {"id": actor.team.pk, "name": actor.team.name},
-            "token": token_row(token),
-        }
-    )
+    shown: Account = {
+        "username": person.get_full_name() if person else token.name,
+        "email": person.email if person else None,
+        "plan": actor.team.plan.code,
+        "is_active": person.is_active if person else True,
+        "created_at": timestamp(person.created_at if person else token.created_at),
+        "team": {"id": actor.team.pk, "name": actor.team.name},
+        "token": token_row(token),
+    }
+    return json_response(shown)
 
 
+@describe("List one's tokens", answer=TokenList)
 @api(scope=READ)
 def list_tokens(request: ApiRequest) -> HttpResponse:
     """``GET /api/v1/api-tokens``."""
     listed = [token_row(token) for token in own_tokens.list_own(request.actor)]
-    return json_response({"tokens": listed})
+    return json_response(TokenList(tokens=listed))
 
 
+@describe(
+    "Create a token",
+    notes="The only answer with its text.",
+    body=OwnTokenSpec,
+    example={"name": "laptop", "expires_in_days": 30},
+    answer=CreatedToken,
+    status=201,
+    errors=(Conflict,),
+)
 @api(scope=READ)
 def create_token(request: ApiRequest) -> HttpResponse:
     """``POST /api/v1/api-tokens``: the answer has the token's text, once."""
     spec = read_json(request, OwnTokenSpec, max_bytes=SMALL_BODY)
     token, text = own_tokens.create_own(request.actor, spec)
-    return json_response({**token_row(token), "token": text}, status=201, headers=NO_STORE)
+    created = CreatedToken(**token_row(token), token=text)
+    return json_response(created, status=201, headers=NO_STORE)
 
 
-def token_row(token: ApiToken) -> dict[str, object]:
+def token_row(token: ApiToken) -> TokenRow:
     """A token without its secret; its id is the part of it that lists show."""
     return {
         "id": token.lookup,
@@ -69,6 +90,7 @@ def token_row(token: ApiToken) -> dict[str, object]:
     }
 
 
+@describe("Revoke a token", notes="Once more is no error.", status=204)
 @api(scope=READ)
 def delete_token(request: ApiRequest, token_id: str) -> HttpResponse:
     """``DELETE /api/v1/api-tokens/{id}``: idempotent."""
@@ -76,6 +98,7 @@ def delete_token(request: ApiRequest, token_id: str) -> HttpResponse:
     return no_content()
 
 
+@describe("Revoke the calling token", status=204)
 @api(scope=READ)
 def delete_current_token(request: ApiRequest) -> HttpResponse:
     """``DELETE /api/api-tokens/current``: the calling token ends."""
@@ -83,24 +106,38 @@ def delete_current_token(request: ApiRequest) -> HttpResponse:
     return no_content()
 
 
+@describe(
+    "Begin to sign in",
+    notes="RFC 8628: a person approves it in a browser.",
+    body=DeviceStartSpec,
+    example={"client_name": "my-tool"},
+    answer=StartedDeviceLogin,
+    errors=(RateLimited,),
+)
 def start_device_login(request: HttpRequest) -> HttpResponse:
     """``POST /api/auth/device/start``: without a token; RFC 8628, 3.2."""
     spec = read_json(request, DeviceStartSpec, max_bytes=SMALL_BODY)
     started = device_login.start(spec, client_address(request))
     page = console_address(request) + reverse("console:device")
-    return json_response(
-        {
-            "device_code": started.device_code,
-            "user_code": started.user_code,
-            "verification_uri": page,
-            "verification_uri_complete": f"{page}?code={started.user_code}",
-            "interval": device_login.INTERVAL,
-            "expires_in": int(device_login.LIFETIME.total_seconds()),
-        },
-        headers=NO_STORE,
-    )
+    login: StartedDeviceLogin = {
+        "device_code": started.device_code,
+        "user_code": started.user_code,
+        "verification_uri": page,
+        "verification_uri_complete": f"{page}?code={started.user_code}",
+        "interval": device_login.INTERVAL,
+        "expires_in": int(device_login.LIFETIME.total_seconds()),
+    }
+    return json_response(login, headers=NO_STORE)
 
 
+@describe(
+    "Ask for the token of a login",
+    notes="400 until a person has approved it, with an `error` of RFC 8628, 3.5.",
+    body=DevicePollSpec,
+    example={"device_code": "the device_code of the login"},
+    answer=DeviceToken,
+    errors=(RateLimited,),
+)
 def poll_device_login(request: HttpRequest) -> HttpResponse:
     """``POST /api/auth/device/token``: the token, once; else RFC 8628's error (3.5)."""
     spec = read_json(request, DevicePollSpec, max_bytes=SMALL_BODY)
@@ -110,13 +147,11 @@ def poll_device_login(request: HttpRequest) -> HttpResponse:
         refusal = {"error": result, "detail": detail, "code": result}
         return json_response(refusal, status=400, headers=NO_STORE)
     person = result.token.created_by
-    return json_response(
-        {
-            "token": result.text,
-            "name": result.token.name,
-            "username": person.get_full_name() if person else result.token.name,
-            "scopes": " ".join(result.token.scopes),
-            "expires_at": timestamp(result.token.expires_at),
-        },
-        headers=NO_STORE,
-    )
+    token: DeviceToken = {
+        "token": result.text,
+        "name": result.token.name,
+        "username": person.get_full_name() if person else result.token.name,
+        "scopes": " ".join(result.token.scopes),
+        "expires_at": timestamp(result.token.expires_at),
+    }
+    return json_response(token, headers=NO_STORE)

@@ -13,6 +13,7 @@ from orkestr_console.console import (
     operator_storage,
     operator_views,
     people_views,
+    reference_views,
     token_views,
     usage_views,
     views,
@@ -91,4 +92,6 @@ urlpatterns = [
     path("team/usage/csv/", usage_views.team_usage_csv, name="usage_csv"),
     path("device/", device_views.device_page, name="device"),
     path("connect/", connect_views.connect_page, name="connect"),
+    path("reference/", reference_views.reference_page, name="reference"),
+    path("reference/<str:group>/", reference_views.reference_group, name="reference_group"),
 ]

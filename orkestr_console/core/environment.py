@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from orkestr_console.core.errors import InvalidInput
 from orkestr_console.core.text import INVISIBLE, position_text
@@ -61,4 +61,8 @@ def fits_on_line(value: str) -> bool:
     return "\n" not in value and not INVISIBLE.search(value)
 
 
-Environment = Annotated[dict[str, str], AfterValidator(usable_environment)]
+Environment = Annotated[
+    dict[str, str],
+    AfterValidator(usable_environment),
+    Field(json_schema_extra={"propertyNames": {"pattern": f"^{_VARIABLE.pattern}$"}}),
+]

@@ -31,6 +31,7 @@ from orkestr_console.accounts.models import User
 from orkestr_console.core.errors import DomainError, MethodNotAllowed, RateLimited, Unauthenticated
 from orkestr_console.core.hosts import Steps
 from orkestr_console.core.postgres import unavailable
+from orkestr_console.http.describing import require_known_parameters
 from orkestr_console.http.json_api import no_content
 from orkestr_console.http.steps import run_in_threads
 from orkestr_console.http.threads import in_thread, view_in_thread
@@ -54,6 +55,9 @@ class ConsoleRequest(HttpRequest):
 
 # Where a request has the actor that was authenticated ahead of its view.
 AHEAD = "orkestr_ahead"
+
+# Where a view has the scope that it needs, and a function the views of its methods.
+SCOPE, VIEWS = "orkestr_scope", "orkestr_views"
 
 # Async views too, as in Django's own annotations.
 type View = Callable[..., HttpResponseBase]
@@ -87,15 +91,8 @@ def api[**P](
         return api_request
 
     def decorate(view: Callable[..., Any]) -> View:
-        if iscoroutinefunction(view):
-            return _guarded_on_event_loop(view, admit, first)
-        if isgeneratorfunction(view):
-            return _guarded_in_steps(view, admit)
-
-        @wraps(view)
-        def guarded(request: HttpRequest, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
-            return cast("HttpResponseBase", view(admit(request, kwargs.values()), *args, **kwargs))
-
+        guarded = _guarded(view, admit, first)
+        setattr(guarded, SCOPE, scope)
         return guarded
 
     return decorate
@@ -104,6 +101,24 @@ def api[**P](
 def admits_itself(view: Callable[..., Any]) -> View:
     """An ``async`` view without a token: its address says what it may do, and for whom."""
     return cast("View", view)
+
+
+def _guarded(
+    view: Callable[..., Any],
+    admit: Callable[[HttpRequest, Iterable[object]], ApiRequest],
+    first: Callable[..., Any] | None,
+) -> View:
+    """A view of any kind, whose caller is admitted first."""
+    if iscoroutinefunction(view):
+        return _guarded_on_event_loop(view, admit, first)
+    if isgeneratorfunction(view):
+        return _guarded_in_steps(view, admit)
+
+    @wraps(view)
+    def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        return cast("HttpResponseBase", view(admit(request, kwargs.values()), *args, **kwargs))
+
+    return guarded
 
 
 def _guarded_on_event_loop(
@@ -198,7 +213,8 @@ def require_method(request: HttpRequest, methods: tuple[str, ...]) -> None:
 def methods(**views: View) -> Callable[..., HttpResponseBase]:
     """One view from one per method: ``methods(GET=…, POST=…)``.
 
-    GET also handles HEAD, OPTIONS lists the methods, and anything else gets 405.
+    GET also handles HEAD, OPTIONS lists the methods, and anything else gets 405. What is not a
+    parameter of a view that is described (:mod:`orkestr_console.http.describing`) gets 400.
     """
     routes = {**views, **({"HEAD": views["GET"]} if "GET" in views else {})}
     allowed = (*routes, "OPTIONS")
@@ -208,7 +224,9 @@ def methods(**views: View) -> Callable[..., HttpResponseBase]:
             return options
         if request.method not in routes:
             raise MethodNotAllowed(str(request.method), allowed)
-        return routes[request.method]
+        view = routes[request.method]
+        require_known_parameters(view, request)
+        return view
 
     def options(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
         response = no_content()
@@ -224,9 +242,10 @@ def methods(**views: View) -> Callable[..., HttpResponseBase]:
             return await view(request, *args, **kwargs)
         return await view_in_thread(view, request, *args, **kwargs)
 
-    if any(iscoroutinefunction(view) for view in views.values()):
-        return cast("Callable[..., HttpResponseBase]", dispatch_async)
-    return dispatch
+    is_async = any(iscoroutinefunction(view) for view in views.values())
+    chosen = cast("Callable[..., HttpResponseBase]", dispatch_async if is_async else dispatch)
+    setattr(chosen, VIEWS, views)
+    return chosen
 
 
 def console_page[**P](

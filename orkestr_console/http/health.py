@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from http import HTTPStatus
+from typing import Literal, NotRequired, TypedDict
 
 from django.core.exceptions import DisallowedHost, RequestDataTooBig
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -22,6 +23,7 @@ from orkestr_console.core.errors import (
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.contract import missing_route
 from orkestr_console.http.decorators import authenticate
+from orkestr_console.http.describing import describe
 from orkestr_console.http.readiness import is_ready, readiness
 from orkestr_console.settings import LARGEST_BODY
 
@@ -32,11 +34,38 @@ OTHER_SERVICE = (
 )
 
 
+class Health(TypedDict):
+    """What a process that serves requests answers."""
+
+    status: str
+
+
+class ReadinessCheck(TypedDict):
+    """The last result of one check, and its age; `detail` if there is something to say."""
+
+    state: str
+    age_seconds: float | None
+    detail: NotRequired[str]
+
+
+class Readiness(TypedDict):
+    """What requests need, and whether it is there."""
+
+    status: Literal["ready", "not_ready"]
+    checks: dict[str, ReadinessCheck]
+
+
+@describe("Whether the process serves requests", answer=Health)
 async def healthz(request: HttpRequest) -> JsonResponse:
     """200 while the process serves requests. It depends on nothing else."""
     return JsonResponse({"status": "ok"})
 
 
+@describe(
+    "Whether everything that requests need is there",
+    answer=Readiness,
+    statuses={503: "Not everything is."},
+)
 def readyz(request: HttpRequest) -> JsonResponse:
     """200 when every dependency of requests is ok, else 503; with each one's state and age.
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, overload
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from orkestr_console.core.errors import (
     InvalidInput,
@@ -25,6 +25,8 @@ from orkestr_console.core.text import storage_problem
 from orkestr_console.http.validation import invalid_input
 
 MAX_DEPTH = 32
+# What `timestamp` returns, in the schema of an answer.
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 def read_json[S: BaseModel](
@@ -128,6 +130,14 @@ def no_content() -> HttpResponse:
     response = HttpResponse(status=204)
     del response.headers["Content-Type"]
     return response
+
+
+@overload
+def timestamp(moment: datetime) -> str: ...
+
+
+@overload
+def timestamp(moment: datetime | None) -> str | None: ...
 
 
 def timestamp(moment: datetime | None) -> str | None:

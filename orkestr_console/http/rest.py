@@ -93,18 +93,19 @@ def find_view(path: str) -> tuple[View, dict[str, str]]:
 def routes(urlconf: str) -> dict[int, list[Route]]:
     """All routes that pass through here, in their order, by their number of segments."""
     table: dict[int, list[Route]] = {}
-    for address, view in _addresses(get_resolver(urlconf).url_patterns, "/"):
+    for address, view in addresses(get_resolver(urlconf).url_patterns, "/"):
         if serves(address):
             route = read_route(address, view)
             table.setdefault(len(route.segments), []).append(route)
     return table
 
 
-def _addresses(patterns: list[URLPattern | URLResolver], prefix: str) -> Iterator[tuple[str, View]]:
+def addresses(patterns: list[URLPattern | URLResolver], prefix: str) -> Iterator[tuple[str, View]]:
+    """Every address and its view, in the order in which they are tried."""
     for each in patterns:
         address = prefix + str(each.pattern)
         if isinstance(each, URLResolver):
-            yield from _addresses(each.url_patterns, address)
+            yield from addresses(each.url_patterns, address)
         else:
             yield address, each.callback
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -102,7 +102,7 @@ async def stop_command(ctx: Ctx, sandbox_id: SandboxId, command_id: CommandId) -
 
 def detail(command: CommandInfo) -> BackgroundCommand:
     """A command as tools present it."""
-    fields = presenters.command_detail(command)
+    fields = dict[str, Any](presenters.command_detail(command))
     text = fields.pop("command")
     short = text if len(text) <= MAX_COMMAND else f"{text[:MAX_COMMAND]}…"
     known = {name: fields[name] for name in BackgroundCommand.model_fields if name in fields}

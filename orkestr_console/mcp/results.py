@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -382,11 +382,9 @@ def egress_warning(template: Template) -> str:
 
 def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
     """Describe a sandbox."""
-    detail: dict[str, Any] = sandbox_presenters.sandbox_detail(sandbox)
-    return SandboxDetail.model_validate(detail)
+    return SandboxDetail.model_validate(sandbox_presenters.sandbox_detail(sandbox))
 
 
 def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
     """Describe a snapshot."""
-    detail: dict[str, Any] = sandbox_presenters.snapshot_detail(snapshot)
-    return SnapshotDetail.model_validate(detail)
+    return SnapshotDetail.model_validate(sandbox_presenters.snapshot_detail(snapshot))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from orkestr_console.http.json_api import timestamp
+from orkestr_console.webhooks.answers import DeliveryDetail, WebhookDetail
 from orkestr_console.webhooks.models import Delivery, Webhook
 
 
-def webhook_detail(webhook: Webhook) -> dict[str, Any]:
+def webhook_detail(webhook: Webhook) -> WebhookDetail:
     """A webhook, on its own or in a list, without its secret."""
     return {
         "id": webhook.pk,
@@ -22,7 +21,7 @@ def webhook_detail(webhook: Webhook) -> dict[str, Any]:
     }
 
 
-def delivery_detail(delivery: Delivery) -> dict[str, Any]:
+def delivery_detail(delivery: Delivery) -> DeliveryDetail:
     """What became of a delivery, or will."""
     return {
         "id": delivery.delivery_id,

@@ -46,7 +46,7 @@ from sandboxes_app.services.lifecycle import (
     terminate_sandbox,
 )
 from sandboxes_app.services.limits import Limits, limits
-from sandboxes_app.services.metrics import Metrics, get_metrics
+from sandboxes_app.services.metrics import MAX_UNIX_TIME, Metrics, get_metrics
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
 from sandboxes_app.services.previews import preview_token
 from sandboxes_app.services.snapshots import (
@@ -71,6 +71,7 @@ from sandboxes_app.services.transfers import (
 
 __all__ = [
     "LARGEST_OFFSET",
+    "MAX_UNIX_TIME",
     "Address",
     "BatchRow",
     "Command",

@@ -57,7 +57,7 @@ def get_metrics(actor: Actor, sandbox_id: str, since: str | None = None) -> Step
 
 def read_since(text: str | None) -> float:
     """Raises ``InvalidInput``."""
-    if text is None:
+    if not text:
         return 0.0
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > MAX_UNIX_TIME:
         sentence = "must be a Unix time in whole seconds."

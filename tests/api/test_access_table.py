@@ -87,6 +87,12 @@ def signed(method: str, route: str, **body: Any) -> Row:
     return Row(method, f"v1/{route}", everybody, body)
 
 
+def public(route: str) -> Row:
+    """What says nothing of anybody."""
+    callers = ("nobody", "session", "read-only", "token", "other")
+    return Row("GET", f"v1/{route}", dict.fromkeys(callers, OK))
+
+
 def page(
     method: str,
     route: str,
@@ -160,6 +166,7 @@ REST = [
     reading("POST", f"{SANDBOX}/files/presign-download", GONE, path="/workspace/there"),
     signed("GET", "transfers/<download>"),
     signed("PUT", "transfers/<upload>", any="thing"),
+    public("openapi.json"),
 ]
 ACCOUNT = [
     account("GET", "auth/me"),
@@ -249,6 +256,8 @@ CONSOLE = [
     page("GET", "device/?code=<code>"),
     page("POST", "device/", **ADMINS, answer="approve", code="<code>"),
     page("POST", "device/", answer="deny", code="<code>"),
+    page("GET", "reference/"),
+    page("GET", "reference/sandboxes/"),
     page("GET", "connect/"),
     page("POST", "connect/", **ADMINS, name="made", access="read"),
     page("GET", "account/"),

@@ -42,7 +42,9 @@ def parts(page: str) -> set[str]:
     return {urldefrag(unescape(each)).url for each in named}
 
 
-@pytest.mark.parametrize("path", ["/sign-in/", "/templates/", "/sandboxes/", "/team/usage/"])
+@pytest.mark.parametrize(
+    "path", ["/sign-in/", "/templates/", "/sandboxes/", "/team/usage/", "/reference/commands/"]
+)
 def test_a_page_takes_five_requests_and_all_but_one_are_kept_for_good(
     visitor: httpx.Client, path: str
 ) -> None:

@@ -19,6 +19,7 @@ from orkestr_console.accounts.actor import system_actor
 from orkestr_console.accounts.models import Team
 from templates_app import api as templates_api
 from templates_app import presenters, services
+from templates_app.answers import BuildEvent
 from templates_app.events import notify_progress
 from templates_app.models import Template
 from templates_app.services import events
@@ -82,7 +83,7 @@ async def test_those_who_watch_share_what_is_sent(
     made: list[int] = []
     real = presenters.event_detail
 
-    def detail(told: services.Event) -> dict[str, Any]:
+    def detail(told: services.Event) -> BuildEvent:
         made.append(told.seq)
         return real(told)
 
