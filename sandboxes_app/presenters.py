@@ -25,6 +25,7 @@ from sandboxes_app.services import (
     Limits,
     Metrics,
     TemplateUse,
+    preview_host_base,
     preview_token,
 )
 from sandboxes_app.specs import SIZES
@@ -52,7 +53,7 @@ def sandbox_detail(sandbox: Sandbox) -> dict[str, Any]:
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,
         "volume": None,
-        "preview_host_base": None,
+        "preview_host_base": preview_host_base(sandbox),
         "error_message": sandbox.error_message or None,
         "boot_ms": sandbox.boot_ms,
     }

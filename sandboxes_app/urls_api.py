@@ -37,6 +37,7 @@ urlpatterns = [
         methods(GET=api.read_path, POST=api.write_file, DELETE=api.delete_path),
     ),
     path(f"{one}/metrics", methods(GET=api.get_metrics)),
+    path(f"{one}/host", methods(GET=api.get_host)),
     path(f"{one}/egress", methods(GET=api.list_egress)),
     path(f"{one}/files/mkdir", methods(POST=api.mkdir)),
     path(f"{one}/files/move", methods(POST=api.move)),

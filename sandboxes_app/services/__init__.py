@@ -48,7 +48,17 @@ from sandboxes_app.services.lifecycle import (
 from sandboxes_app.services.limits import Limits, limits
 from sandboxes_app.services.metrics import Metrics, get_metrics
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
-from sandboxes_app.services.previews import preview_token
+from sandboxes_app.services.previews import (
+    Unreached,
+    connect_to_port,
+    ended_among,
+    find_previewed,
+    get_preview_host,
+    preview_cookie,
+    preview_host_base,
+    preview_token,
+    wake_for_visitor,
+)
 from sandboxes_app.services.snapshots import (
     create_snapshot,
     delete_snapshot,
@@ -68,8 +78,10 @@ from sandboxes_app.services.transfers import (
     presign_upload,
     run_upload,
 )
+from sandboxes_app.services.waking import ASLEEP
 
 __all__ = [
+    "ASLEEP",
     "LARGEST_OFFSET",
     "Address",
     "BatchRow",
@@ -84,21 +96,26 @@ __all__ = [
     "Outcome",
     "TemplateUse",
     "Transfer",
+    "Unreached",
     "UploadOutcome",
     "begin_download",
     "begin_following",
     "begin_upload",
     "conclude_command",
     "conclude_upload",
+    "connect_to_port",
     "create_sandbox",
     "create_snapshot",
     "delete_path",
     "delete_snapshot",
+    "ended_among",
     "exec_command",
     "exec_stream",
+    "find_previewed",
     "follow",
     "get_command",
     "get_metrics",
+    "get_preview_host",
     "get_sandbox",
     "get_snapshot",
     "kill_command",
@@ -113,6 +130,8 @@ __all__ = [
     "prepare_command",
     "presign_download",
     "presign_upload",
+    "preview_cookie",
+    "preview_host_base",
     "preview_token",
     "read_last_logs",
     "read_logs",
@@ -127,6 +146,7 @@ __all__ = [
     "template_use",
     "terminate_sandbox",
     "usage_counts",
+    "wake_for_visitor",
     "write_batch",
     "write_file",
 ]

@@ -149,6 +149,7 @@ REST = [
     rest("DELETE", f"{SANDBOX}/commands/<command>", GONE),
     rest("GET", f"{SANDBOX}/egress", GONE),
     rest("GET", f"{SANDBOX}/metrics", GONE),
+    rest("GET", f"{SANDBOX}/host?port=3000", GONE, 409),
     rest("GET", f"{SANDBOX}/files?path=/workspace/there", GONE),
     rest("POST", f"{SANDBOX}/files", GONE, **FILE),
     rest("DELETE", f"{SANDBOX}/files?path=/workspace/there", GONE),
