@@ -26,6 +26,8 @@ from sandboxes_app.models import Sandbox
 from sandboxes_app.services import waking
 from sandboxes_app.services.lifecycle import find, require_allowed
 
+# What the public API's SDK puts into an address.
+TOKEN_PARAMETER = "ork_preview_token"  # noqa: S105 - a name
 NO_NETWORK = (
     "A sandbox without a network has no previews; create one with network restricted or open."
 )
@@ -68,6 +70,15 @@ def get_preview_host(actor: Actor, sandbox_id: str, port: str | int | None) -> S
     if sandbox.state.is_terminal:
         raise Conflict("The sandbox has ended; create another one.", code="sandbox_not_running")
     return base.host(sandbox.pk, number)
+
+
+def preview_address(sandbox: Sandbox, host: str, *, with_token: bool = False) -> str:
+    """The address of a host of a sandbox, for a browser; with the token if it asks for one."""
+    base: PreviewBase | None = settings.PREVIEW_BASE
+    address = f"{'http' if base is None else base.scheme}://{host}/"
+    if with_token and sandbox.preview_auth:
+        return f"{address}?{TOKEN_PARAMETER}={preview_token(sandbox)}"
+    return address
 
 
 def read_port(port: str | int | None) -> int:

@@ -62,7 +62,8 @@ def test_the_front_finds_what_is_there_with_one_statement(
     box, off, ended = create(api), create(api, network="off"), create(api)
     api.delete(f"{URL}/{ended['id']}")
     with django_assert_num_queries(1):
-        assert find(box["id"]).pk == box["id"]
+        found = find(box["id"])
+    assert found is not None and found.pk == box["id"]
     assert find(off["id"]) is None and find(ended["id"]) is None
     assert find("sbx_01ARZ3NDEKTSV4RRFFQ69G5FAV") is None
     asked = {box["id"], ended["id"], "sbx_nobody"}
