@@ -36,7 +36,8 @@ pytestmark = pytest.mark.host
 # Answers every connection with a word, on one address and port.
 SERVER = (
     "perl -MIO::Socket::IP -e '$s=IO::Socket::IP->new(LocalHost=>$ARGV[0],LocalPort=>$ARGV[1],"
-    'Listen=>64,ReuseAddr=>1) or die "$@"; while($c=$s->accept){{print $c "{word}"; close $c}}'
+    "GetAddrInfoFlags=>0,Listen=>64,ReuseAddr=>1) or die $@;"
+    'while($c=$s->accept){{print $c "{word}"; close $c}}'
     "' {address} {port}"
 )
 
@@ -77,10 +78,10 @@ async def test_each_sandbox_is_reached_on_either_loopback_and_no_other(
     with pytest.raises(PortClosed):
         await read(agent, second.id, 8081)
     # A pause keeps everybody out, and the end all the more.
-    host.pause(second.id)
+    host.pause_sandbox(second.id, None)
     with pytest.raises(ContainerPaused):
         await read(agent, second.id, 8080)
-    host.resume(second.id)
+    host.resume_sandbox(second.id, None)
     held = await open_port(agent.socket, second.id, 8080)
     host.delete_sandbox(second.id)
     with pytest.raises((ContainerGone, NotFound)):
@@ -106,11 +107,11 @@ async def nothing_is_left(agent: Agent, sandbox: SandboxInfo) -> None:
 
 
 def descriptors(agent: Agent) -> int:
-    return len(os.listdir(f"/proc/{agent.pid}/fd"))
+    return sum(1 for _ in Path(f"/proc/{agent.pid}/fd").iterdir())
 
 
 def threads(agent: Agent) -> int:
-    return len(os.listdir(f"/proc/{agent.pid}/task"))
+    return sum(1 for _ in Path(f"/proc/{agent.pid}/task").iterdir())
 
 
 async def test_a_sandbox_without_a_network_has_no_ports_for_others(
@@ -158,14 +159,14 @@ async def test_a_container_that_is_replaced_meanwhile_is_not_connected_to(
         current = new
 
     monkeypatch.setattr(container_ports, "_connect_within", replaced)
-    before = len(os.listdir("/proc/self/fd"))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     with pytest.raises(ContainerGone):
         await service.connect("sbx", server)
     # A pid that is another's by now is not in the container's groups.
     monkeypatch.setattr(container_ports, "pids_under", lambda _: [])
     with pytest.raises(ContainerGone):
         await service.connect("sbx", server)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
 
 
 async def test_a_port_that_meets_itself_is_closed(server: int) -> None:
