@@ -9,6 +9,7 @@
      │   └─ ImageNotFound        404 image_not_found
      ├─ Conflict                 409 conflict            it exists, but not in the right state
      │   ├─ ContainerGone        409 container_gone      the container is not running (any more)
+     │   ├─ PortClosed           409 port_closed         nothing inside listens on the port
      │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
      ├─ FileTooLarge             413 file_too_large
      ├─ RangeNotSatisfiable      416 range_not_satisfiable   (+ ``size``) of the file in bytes
@@ -113,6 +114,12 @@ class ContainerPaused(Conflict):
     """The container is paused; nothing runs in it until it is resumed."""
 
     code = "container_paused"
+
+
+class PortClosed(Conflict):
+    """No program in the container accepts connections to the port."""
+
+    code = "port_closed"
 
 
 class Exhausted(Conflict):

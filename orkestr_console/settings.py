@@ -4,6 +4,7 @@
 ``ORKESTR_PUBLIC_URL``, ``ORKESTR_ALLOWED_HOSTS`` (commas), ``ORKESTR_DEBUG``,
 ``ORKESTR_SECRET_KEY``, ``ORKESTR_TOKEN_PEPPER``, ``ORKESTR_WORKERS``, ``ORKESTR_LOG_LEVEL``,
 ``ORKESTR_REGION``, ``ORKESTR_LISTEN``, ``ORKESTR_TRUSTED_PROXIES``, ``ORKESTR_WEB_PROCESSES``,
+``ORKESTR_PREVIEW_PORT``, ``ORKESTR_PREVIEW_BASE``,
 ``ORKESTR_WEBHOOK_PERMIT`` and ``ORKESTR_EGRESS_DENY`` (networks, commas).
 """
 
@@ -20,7 +21,7 @@ from django.utils.csp import CSP
 
 from hostruntime.host.patience import scaled
 from hostruntime.network.policy import deny_list, parse_networks
-from orkestr_console.core import listening, machine
+from orkestr_console.core import listening, machine, preview_base
 from orkestr_console.core.networks import listed_networks
 
 BASE_DIR = Path(__file__).resolve().parents[1]
@@ -35,6 +36,9 @@ PUBLIC_URL_IS_SET = bool(os.environ.get("ORKESTR_PUBLIC_URL"))
 PUBLIC_URL = (os.environ.get("ORKESTR_PUBLIC_URL") or f"http://127.0.0.1:{PORT}").rstrip("/")
 # What clients may pin as ``region``: this server is one.
 REGION = os.environ.get("ORKESTR_REGION") or "local"
+# The host names of previews, and the port of their front; None where there are none.
+PREVIEW_PORT = preview_base.preview_port(os.environ, PORT)
+PREVIEW_BASE = preview_base.preview_base(os.environ, PREVIEW_PORT)
 DEBUG = os.environ.get("ORKESTR_DEBUG", "").lower() in {"1", "true", "yes", "on"}
 
 SECRET_KEY = machine.secret("ORKESTR_SECRET_KEY", VAR / "run/secret_key")

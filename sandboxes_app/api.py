@@ -295,6 +295,14 @@ def get_metrics(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
 
 @describe("List the hosts a sandbox made requests to", answer=EgressHostList, extension=True)
 @api(scope=READ, subject=Sandbox)
+def get_host(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
+    """``GET …/host?port=``: the host name of a preview."""
+    port = request.GET.get("port")
+    host = yield from services.get_preview_host.steps(request.actor, sandbox_id, port)
+    return json_response({"host": host})
+
+
+@api(scope=READ, subject=Sandbox)
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""
     return json_response(presenters.egress_hosts(services.list_egress(request.actor, sandbox_id)))

@@ -81,7 +81,12 @@ def list_context(actor: Actor, status: str | None, cursor: str | None) -> dict[s
 
 def detail_context(sandbox: Sandbox, address: str) -> dict[str, Any]:
     """The full page of one sandbox."""
-    return {"sandbox": sandbox, "address": address, "command_seconds": COMMAND_SECONDS}
+    return {
+        "sandbox": sandbox,
+        "address": address,
+        "command_seconds": COMMAND_SECONDS,
+        "has_previews": services.preview_host_base(sandbox) and not sandbox.state.is_terminal,
+    }
 
 
 def fragments(sandbox: Sandbox, address: str) -> dict[str, str]:

@@ -41,6 +41,7 @@ from sandboxes_app.services import (
     Limits,
     Metrics,
     TemplateUse,
+    preview_host_base,
     preview_token,
 )
 from sandboxes_app.specs import SIZES
@@ -68,7 +69,7 @@ def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,
         "volume": None,
-        "preview_host_base": None,
+        "preview_host_base": preview_host_base(sandbox),
         "error_message": sandbox.error_message or None,
         "boot_ms": sandbox.boot_ms,
     }

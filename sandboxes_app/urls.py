@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from sandboxes_app import command_views, views
+from sandboxes_app import command_views, preview_views, views
 
 app_name = "sandboxes"
 
@@ -28,6 +28,7 @@ urlpatterns = [
         command_views.command_stop,
         name="command-stop",
     ),
+    path("<str:sandbox_id>/preview/", preview_views.sandbox_preview, name="preview"),
     path("<str:sandbox_id>/egress/", views.sandbox_egress, name="egress"),
     path("<str:sandbox_id>/pause/", views.sandbox_pause, name="pause"),
     path("<str:sandbox_id>/resume/", views.sandbox_resume, name="resume"),

@@ -37,6 +37,7 @@ urlpatterns = [
         methods(GET=files_api.read_path, POST=files_api.write_file, DELETE=files_api.delete_path),
     ),
     path(f"{one}/metrics", methods(GET=api.get_metrics)),
+    path(f"{one}/host", methods(GET=api.get_host)),
     path(f"{one}/egress", methods(GET=api.list_egress)),
     path(f"{one}/files/mkdir", methods(POST=files_api.mkdir)),
     path(f"{one}/files/move", methods(POST=files_api.move)),

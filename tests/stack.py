@@ -46,8 +46,8 @@ class Stack:
     def __init__(self, var: Path, *, keep: bool = False) -> None:
         self._keep = keep
         self._process: subprocess.Popen[bytes] | None = None
-        blank = {"ORKESTR_VAR": str(var), "PORT": str(free_port())}
-        self.layout: Layout = layout_from(blank)
+        ports = {"PORT": str(free_port()), "ORKESTR_PREVIEW_PORT": str(free_port())}
+        self.layout: Layout = layout_from({"ORKESTR_VAR": str(var), **ports})
         self.output = var / "up.log"
 
     @property

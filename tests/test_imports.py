@@ -41,6 +41,7 @@ FLOORS = (
     "sandboxes_app",
     "orkestr_console.console",
     "orkestr_console.mcp",
+    "orkestr_console.previews",
     "orkestr_console.urls",
     "orkestr_console.asgi",
     "orkestr_console.runner",

@@ -25,11 +25,13 @@ import uvloop
 from hostruntime.agent.corking import CorkedProtocol
 from hostruntime.agent.deleted_state import present
 from hostruntime.agent.host import Host, tear_down
+from hostruntime.agent.ports import PortServer
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
 from hostruntime.host import logs
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
+from hostruntime.wire.ports import ports_socket
 
 _LOCK_SECONDS = 10.0
 _PROGRESS_EVERY = 25
@@ -58,8 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
                         tear_down(paths.ensure(), _print_progress)
             return 0
         path = options.socket or paths.root / "sock"
-        with _exclusive_lock(paths.ensure()) as lock, _listen(path, options.socket_group) as sock:
-            asyncio.run(_serve(paths, sock, lock), loop_factory=uvloop.new_event_loop)
+        group = _group_id(options.socket_group) if options.socket_group else 0
+        with (
+            _exclusive_lock(paths.ensure()) as lock,
+            _listen(path, socket.SOCK_STREAM, group) as sock,
+            _listen(ports_socket(path), socket.SOCK_SEQPACKET, group) as ports,
+        ):
+            asyncio.run(_serve(paths, sock, ports, lock), loop_factory=uvloop.new_event_loop)
     except (HostError, OSError) as error:
         print(f"hostruntime.agent: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
@@ -96,7 +103,7 @@ class _Server(uvicorn.Server):
         self._host.containers.kill_commands()
 
 
-async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
+async def _serve(paths: StatePaths, sock: socket.socket, ports: socket.socket, lock: int) -> None:
     _raise_file_limit()
     share_heaps()
     host = await Host.open(paths, inherited_fds=[lock])
@@ -112,7 +119,8 @@ async def _serve(paths: StatePaths, sock: socket.socket, lock: int) -> None:
             timeout_keep_alive=75,
         )
         _log.info("serving on %s", sock.getsockname())
-        await _Server(config, host).serve(sockets=[sock])
+        async with PortServer(host.sandboxes, ports).running():
+            await _Server(config, host).serve(sockets=[sock])
     finally:
         # A second signal must not interrupt the cleanup.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -144,18 +152,17 @@ def share_heaps() -> None:
 
 
 @contextmanager
-def _listen(path: Path, group: str | None) -> Iterator[socket.socket]:
-    """A Unix socket that root and ``group`` may connect to.  Raises InvalidRequest, OSError."""
-    gid = _group_id(group) if group else 0
+def _listen(path: Path, kind: socket.SocketKind, group: int) -> Iterator[socket.socket]:
+    """A Unix socket that root and ``group`` may connect to.  Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
         mask = os.umask(0o777)
         try:
             sock.bind(str(path))
         finally:
             os.umask(mask)
-        os.chown(path, 0, gid)
+        os.chown(path, 0, group)
         path.chmod(_SOCKET_MODE)
         sock.listen(1024)
         try:

@@ -9,6 +9,7 @@
 ``builds``             builds of templates and their events
 ``images``             bases and images
 ``reconciliation``     the state's installation, reconciliation, quarantine
+``ports``              connections to ports in a sandbox, over a socket of their own
 ``health``             the agent's health, and the egress proxy's decisions
 ====================== ==========================================================================
 

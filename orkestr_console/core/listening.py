@@ -100,16 +100,17 @@ class TrustedProxies:
         """Answer one connection."""
         if "headers" in scope:
             scope = (
-                self._apply_forwarded(scope)
-                if self._trusts(_peer(scope))
+                self.apply_forwarded(scope)
+                if self.trusts(_peer(scope))
                 else _strip_forwarded(scope)
             )
         await self._application(scope, receive, send)
 
-    def _trusts(self, address: Address | None) -> bool:
+    def trusts(self, address: Address | None) -> bool:
+        """Whether a client's address is a trusted proxy's."""
         return address is not None and any(address in network for network in self._proxies)
 
-    def _apply_forwarded(self, scope: Scope) -> Scope:
+    def apply_forwarded(self, scope: Scope) -> Scope:
         """Set the client to the last address that is not a proxy's: earlier ones can be forged."""
         forwarded = b",".join(v for name, v in scope["headers"] if name == b"x-forwarded-for")
         for part in reversed(forwarded.decode("latin-1").split(",")):
@@ -117,9 +118,24 @@ class TrustedProxies:
             if address is None:
                 break
             scope = {**scope, "client": [str(address), 0]}
-            if not self._trusts(address):
+            if not self.trusts(address):
                 break
         return scope
+
+
+def visitor_address(
+    peer: str, headers: Iterable[tuple[bytes, bytes]], proxies: Iterable[Network]
+) -> str:
+    """The address of a client that came from ``peer``, by what ``proxies`` say of it, if it did."""
+    trusted = TrustedProxies(_no_application, proxies)
+    scope: Scope = {"client": [peer, 0], "headers": list(headers)}
+    if trusted.trusts(_peer(scope)):
+        scope = trusted.apply_forwarded(scope)
+    return str(scope["client"][0])
+
+
+async def _no_application(scope: Scope, receive: Any, send: Any) -> None:
+    raise AssertionError("it is not called")
 
 
 def _strip_forwarded(scope: Scope) -> Scope:

@@ -17,7 +17,6 @@ PREFIX = "/v1/sandboxes/[^/]+"
 INTERPRETER = re.compile(rf"{PREFIX}/code(?:/contexts(?:/[^/]+(?:/restart)?)?)?")
 UNOFFERED = {
     "volumes": re.compile(r"/v1/sandboxes/volumes(?:/[^/]+(?:/move)?)?"),
-    "preview hosts": re.compile(rf"{PREFIX}/host"),
 }
 
 

@@ -53,10 +53,11 @@ class Guard:
         return {
             "postgres": layout.cluster.responds,
             "agent": partial(agent_responds, layout.host_socket),
-            # Both have a watchdog of their own, which handles their other processes
+            # They have a watchdog of their own, which handles their other processes
             # (orkestr_console.http.processes, orkestr_console.queue.worker).
             "web": lambda: not self._is_stopped("web") and web_responds(layout),
             "worker": lambda: not self._is_stopped("worker"),
+            "previews": lambda: not self._is_stopped("previews"),
         }
 
     def run(self) -> None:
@@ -148,11 +149,12 @@ class Guard:
         return True
 
     def _working(self, name: str) -> list[int]:
-        """The processes whose work shows that a program lives; the web's is done by its children.
+        """The processes whose work shows that a program lives.
 
-        Not so the agent's, whose children are tenants'.
+        The web's and the front's is done by their children.  Not so the agent's, whose children
+        are tenants'.
         """
-        if name != "web":
+        if name not in {"web", "previews"}:
             return self._pids(name)
         return [each for pid in self._pids(name) for each in process_tree(pid)]
 

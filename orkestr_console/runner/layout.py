@@ -9,9 +9,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hostruntime.host.patience import configured_slowness, slowness
+from hostruntime.wire.ports import ports_socket
 from orkestr_console.core.listening import listen_addresses, trusted_proxies
 from orkestr_console.core.machine import web_processes
 from orkestr_console.core.networks import listed_networks
+from orkestr_console.core.preview_base import (
+    OFF,
+    PORT_VARIABLE,
+    PreviewBase,
+    preview_base,
+    preview_port,
+)
 from orkestr_console.runner.postgres import Cluster
 
 TREE = Path(__file__).resolve().parents[2]
@@ -37,6 +45,9 @@ class Layout:
     port: int
     database_url: str | None
     listen: tuple[str, ...] = ("127.0.0.1",)
+    # None where there are no previews.
+    preview_port: int | None = None
+    preview_base: PreviewBase | None = None
 
     @property
     def run(self) -> Path:
@@ -96,9 +107,13 @@ class Layout:
     @property
     def local_url(self) -> str:
         """The web process's URL for programs on this machine."""
+        return self.local_address(self.port)
+
+    def local_address(self, port: int) -> str:
+        """The URL of a port that we listen on, for programs on this machine."""
         address = self.listen[0]
         reached = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(address, address)  # noqa: S104
-        return f"http://{f'[{reached}]' if ':' in reached else reached}:{self.port}"
+        return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
     @property
     def public_url_unreachable(self) -> bool:
@@ -117,6 +132,7 @@ class Layout:
             "ORKESTR_HOST_SOCKET": str(self.host_socket),
             "DATABASE_URL": self.database_url or self.cluster.url,
             "PORT": str(self.port),
+            PORT_VARIABLE: str(self.preview_port or OFF),
             # The same for all: some wait for others.
             "ORKESTR_PATIENCE": f"{slowness():.1f}",
             "PYTHONUNBUFFERED": "1",
@@ -149,7 +165,10 @@ class Layout:
     def _longest_sockets(self) -> list[tuple[str, Path]]:
         """The setting behind each socket, and its longest path: supervisord adds its process id."""
         manager = self.manager_socket.with_name(f"{self.manager_socket.name}.{MAX_PID}")
-        found = [("ORKESTR_HOST_SOCKET or ORKESTR_VAR", self.host_socket), ("ORKESTR_VAR", manager)]
+        found = [
+            ("ORKESTR_HOST_SOCKET or ORKESTR_VAR", ports_socket(self.host_socket)),
+            ("ORKESTR_VAR", manager),
+        ]
         if self.database_url is None:
             found.append(("ORKESTR_VAR", self.cluster.sockets / ".s.PGSQL.5432.lock"))
         return found
@@ -172,6 +191,11 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
     port = environment.get("PORT") or "8000"
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise StartError(f"PORT is {port!r}: give a number between 1 and 65535")
+    try:
+        previews = preview_port(environment, int(port))
+        base = preview_base(environment, previews)
+    except ValueError as error:
+        raise StartError(str(error)) from None
     return Layout(
         tree=TREE,
         var=var,
@@ -180,4 +204,6 @@ def layout_from(environment: Mapping[str, str] = os.environ) -> Layout:
         port=int(port),
         database_url=environment.get("DATABASE_URL") or None,
         listen=tuple(listen),
+        preview_port=previews,
+        preview_base=base,
     )

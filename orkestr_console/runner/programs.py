@@ -50,6 +50,12 @@ def web(layout: Layout, identity: Identity) -> Program:
     return Program("web", [*identity.prefix, *manage(layout, "serve", f"--port={layout.port}")], 30)
 
 
+def previews(layout: Layout, identity: Identity) -> Program:
+    """The front, which carries visitors to ports in sandboxes."""
+    command = manage(layout, "previews", f"--port={layout.preview_port}")
+    return Program("previews", [*identity.prefix, *command], 30)
+
+
 def manage(layout: Layout, *arguments: str) -> list[str]:
     """The command line of a management command."""
     return [sys.executable, str(layout.tree / "manage.py"), *arguments]
@@ -58,6 +64,16 @@ def manage(layout: Layout, *arguments: str) -> list[str]:
 def web_is_ready(layout: Layout) -> bool:
     """Whether the web process serves requests and reaches the database."""
     return check_ok(layout, "database")
+
+
+def previews_are_ready(layout: Layout) -> bool:
+    """Whether the front answers."""
+    address = f"{layout.local_address(layout.preview_port or 0)}/healthz"
+    try:
+        answer = httpx.get(address, timeout=scaled(ANSWER_SECONDS), trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return answer.is_success
 
 
 def worker_is_ready(layout: Layout) -> bool:

@@ -16,6 +16,7 @@ TEXT = """
     Password   {password}
     API key    {api_key}
     Team       {team}
+    Previews   {previews}
 
   With curl:
 
@@ -50,10 +51,17 @@ def summary(layout: Layout, credentials: Credentials, seconds: float) -> str:
     return TEXT.format(
         url=layout.url,
         seconds=seconds,
+        previews=previews_line(layout),
         console_json=layout.console_json,
         log=layout.log,
         **asdict(credentials),
     )
+
+
+def previews_line(layout: Layout) -> str:
+    """Where a port of a sandbox is seen."""
+    base = layout.preview_base
+    return "off" if base is None else f"{base.scheme}://<port>-<sandbox>.{base.authority}/"
 
 
 def write_console_json(layout: Layout, credentials: Credentials) -> None:

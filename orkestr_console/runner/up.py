@@ -16,6 +16,7 @@ from pathlib import Path
 from hostruntime.client.host_client import HostClient
 from hostruntime.errors import HostError
 from hostruntime.wire.images import BaseInfo
+from orkestr_console.core.preview_base import PreviewBase
 from orkestr_console.runner import programs
 from orkestr_console.runner.account import Identity, change_owner, choose_identity, ensure_user
 from orkestr_console.runner.display import Display
@@ -88,6 +89,13 @@ class Console:
         layout = self._layout
         if (fault := listen_problem(layout.port, layout.listen)) is not None:
             raise StartError(f"port {': '.join(fault)}")
+        if (previews := layout.preview_port) is not None and (
+            fault := listen_problem(previews, layout.listen)
+        ) is not None:
+            raise StartError(
+                f"port {fault[0]}, and previews are served there: set ORKESTR_PREVIEW_PORT to "
+                "another port, or to `off`"
+            )
         if layout.public_url_unreachable:
             self._display.warn(
                 f"ORKESTR_PUBLIC_URL is {layout.url}, but the console listens on this machine "
@@ -107,6 +115,8 @@ class Console:
             programs.worker(layout, identity),
             programs.web(layout, identity),
         ]
+        if layout.preview_port is not None:
+            selected.append(programs.previews(layout, identity))
         return selected if layout.database_url else [programs.postgres(layout), *selected]
 
     def _serve(self, identity: Identity) -> None:
@@ -185,6 +195,15 @@ class Console:
             worker_ready = partial(programs.worker_is_ready, self._layout)
             self._await("web, worker", "worker", worker_ready, programs.WORKER_SECONDS)
             step.detail = f"answering at {self._layout.url}/"
+        if self._layout.preview_base is not None:
+            self._start_previews(self._layout.preview_base)
+
+    def _start_previews(self, base: PreviewBase) -> None:
+        ready = partial(programs.previews_are_ready, self._layout)
+        with self._display.step("previews") as step:
+            self._keeper.launch("previews")
+            self._await("previews", "previews", ready, programs.WEB_SECONDS)
+            step.detail = f"answering at {base.scheme}://<port>-<sandbox>.{base.authority}/"
 
     def _await(self, label: str, program: str, ready: Callable[[], bool], seconds: float) -> None:
         say = partial(self._display.progress, label)

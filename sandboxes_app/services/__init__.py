@@ -48,7 +48,18 @@ from sandboxes_app.services.lifecycle import (
 from sandboxes_app.services.limits import Limits, limits
 from sandboxes_app.services.metrics import MAX_UNIX_TIME, Metrics, get_metrics
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
-from sandboxes_app.services.previews import preview_token
+from sandboxes_app.services.previews import (
+    Unreached,
+    connect_to_port,
+    ended_among,
+    find_previewed,
+    get_preview_host,
+    preview_address,
+    preview_cookie,
+    preview_host_base,
+    preview_token,
+    wake_for_visitor,
+)
 from sandboxes_app.services.snapshots import (
     create_snapshot,
     delete_snapshot,
@@ -68,8 +79,10 @@ from sandboxes_app.services.transfers import (
     presign_upload,
     run_upload,
 )
+from sandboxes_app.services.waking import ASLEEP
 
 __all__ = [
+    "ASLEEP",
     "LARGEST_OFFSET",
     "MAX_UNIX_TIME",
     "Address",
@@ -85,21 +98,26 @@ __all__ = [
     "Outcome",
     "TemplateUse",
     "Transfer",
+    "Unreached",
     "UploadOutcome",
     "begin_download",
     "begin_following",
     "begin_upload",
     "conclude_command",
     "conclude_upload",
+    "connect_to_port",
     "create_sandbox",
     "create_snapshot",
     "delete_path",
     "delete_snapshot",
+    "ended_among",
     "exec_command",
     "exec_stream",
+    "find_previewed",
     "follow",
     "get_command",
     "get_metrics",
+    "get_preview_host",
     "get_sandbox",
     "get_snapshot",
     "kill_command",
@@ -114,6 +132,9 @@ __all__ = [
     "prepare_command",
     "presign_download",
     "presign_upload",
+    "preview_address",
+    "preview_cookie",
+    "preview_host_base",
     "preview_token",
     "read_last_logs",
     "read_logs",
@@ -128,6 +149,7 @@ __all__ = [
     "template_use",
     "terminate_sandbox",
     "usage_counts",
+    "wake_for_visitor",
     "write_batch",
     "write_file",
 ]

@@ -37,6 +37,7 @@ ROUTES = {
     f"{COMMAND}/logs": ("GET",),
     f"{SANDBOX}/egress": ("GET",),
     f"{SANDBOX}/metrics": ("GET",),
+    f"{SANDBOX}/host": ("GET",),
     f"{SANDBOX}/files": ("GET", "POST", "DELETE"),
     f"{SANDBOX}/files/mkdir": ("POST",),
     f"{SANDBOX}/files/move": ("POST",),
@@ -56,7 +57,6 @@ ROUTES = {
 # Known to clients, and not in this release: no 404, which they take for a sandbox that is gone.
 LATER = {
     f"{SANDBOX}/code": "POST",
-    f"{SANDBOX}/host": "GET",
     f"{SANDBOX}/code/contexts": "GET",
     f"{SANDBOX}/code/contexts/ctx_1/restart": "POST",
     "/v1/sandboxes/volumes": "GET",

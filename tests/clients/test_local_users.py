@@ -168,6 +168,7 @@ def own(user: str, busy: Busy) -> dict[str, str | None]:
         "postgres": {str(var / "pg"): None, str(var / "run/pg"): None},
         "orkestr": {
             str(var / "run/host.sock"): "c",
+            str(var / "run/host.sock.ports"): "c",
             str(var / "run/secret_key"): "rw",
             str(var / "run/token_pepper"): "rw",
             str(var / "run/pg"): "x",

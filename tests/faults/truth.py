@@ -24,8 +24,8 @@ SNAPSHOTS = "SELECT id, status, deleted_at IS NOT NULL FROM sandboxes_app_snapsh
 PASSING = {"starting", "pausing", "resuming"}
 # What of a command line tells a program.
 PROGRAMS = (
-    *("manage.py up", "supervisord", "manage.py serve", "manage.py worker", "hostruntime.agent"),
-    *("hostruntime.container.lxc", "postgres", "squid.conf", "helper.pyz"),
+    *("manage.py up", "supervisord", "manage.py serve", "manage.py worker", "manage.py previews"),
+    *("hostruntime.agent", "hostruntime.container.lxc", "postgres", "squid.conf", "helper.pyz"),
 )
 # Sandboxes that are used have one, for as long as they are used.
 SPAWNER = "hostruntime.container.spawner"

@@ -50,6 +50,7 @@ from hostruntime.wire.health import (
 )
 from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
 from hostruntime.wire.message import MalformedError, Message, decode, encode, from_fields
+from hostruntime.wire.ports import OpenedPort, OpenPort
 from hostruntime.wire.reconciliation import (
     Agree,
     Claim,
@@ -150,6 +151,8 @@ MESSAGES: list[Message] = [
     Progress("progress", "Unpacking."),
     Progress("done", image=IMAGE),
     Progress("error", error={"code": "host_fault", "detail": "No."}),
+    OpenPort("sbx", 65535),
+    OpenedPort({"code": "port_closed", "detail": "Nothing listens."}),
     CLAIM,
     Agree("i", 7, "mark", known=True),
     InstallationInfo("i", 7, "Another's.", 1.0),
@@ -403,6 +406,8 @@ def test_a_sandbox_and_a_build_have_the_same_bounds(
         (Claim, {"id": "", "epoch": 1, "mark": "m"}),
         (Claim, {"id": "i", "epoch": -1, "mark": "m"}),
         (MakeDirectory, {"path": 1}),
+        (OpenPort, {"sandbox": "sbx", "port": 0}),
+        (OpenPort, {"sandbox": "sbx", "port": 65536}),
     ],
     ids=str,
 )

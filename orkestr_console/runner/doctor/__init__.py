@@ -48,6 +48,7 @@ CHECKS_AFTER_TRIALS: tuple[Check, ...] = (
     network.check_proxy,
     network.check_registries,
     network.check_port,
+    network.check_previews,
     machine.check_disk,
     machine.check_memory,
     capacity.check_capacity,

@@ -7,11 +7,13 @@ import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hostruntime.errors import HostError
 from hostruntime.host.paths import StatePaths
 from hostruntime.network.egress import host_registries, proxy_problems
 from hostruntime.network.foreign_firewalls import find_barriers
+from orkestr_console.core.preview_base import LOCAL
 from orkestr_console.runner.doctor.finding import Finding, is_root, needs_root, read_number
 from orkestr_console.runner.layout import Layout
 from orkestr_console.runner.lock import lock_holder
@@ -71,6 +73,30 @@ def check_port(layout: Layout) -> Finding:
     if (problem := listen_problem(layout.port, layout.listen)) is None:
         return Finding("port", "ok", f"{layout.port} is free")
     return Finding("port", "fail", *problem)
+
+
+def check_previews(layout: Layout) -> Finding:
+    """The previews' port, and a domain that keeps their pages away from the console's."""
+    base, port = layout.preview_base, layout.preview_port
+    if base is None or port is None:
+        return Finding("previews", "ok", "off: ORKESTR_PREVIEW_PORT says so")
+    if lock_holder(layout) is None and (problem := listen_problem(port, layout.listen)):
+        return Finding("previews", "fail", problem[0], "set ORKESTR_PREVIEW_PORT to another port")
+    console = urlsplit(layout.url).hostname or ""
+    seen = f"{port}, as {base.scheme}://<port>-<sandbox>.{base.authority}"
+    if base.is_local:
+        if console in {LOCAL, "127.0.0.1", "::1"}:
+            return Finding("previews", "ok", seen)
+        seen += ", which browsers on other machines can't reach"
+        return Finding("previews", "warn", seen, "set ORKESTR_PREVIEW_BASE to a wildcard domain")
+    if base.name.split(".")[-2:] == console.split(".")[-2:]:
+        seen += f", on the console's own domain: a page there can set cookies for {console}"
+        return Finding("previews", "warn", seen, "use a domain of its own for previews")
+    if not base.is_secure:
+        seen += ", without TLS: browsers don't say which page sent a request, so a page of another "
+        seen += "sandbox can use a visitor's cookie"
+        return Finding("previews", "warn", seen, "put TLS in front of it (README, Previews)")
+    return Finding("previews", "ok", seen)
 
 
 def listen_problem(port: int, addresses: Iterable[str]) -> tuple[str, str] | None:

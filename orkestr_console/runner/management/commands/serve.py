@@ -37,7 +37,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Serve; never returns."""
-        use_request_settings()
+        use_request_settings(settings.WEB_CONNECTIONS // settings.WEB_PROCESSES)
         # Once, before any process is forked, which then shares it.
         import_module("orkestr_console.asgi")
         port = options["port"]
@@ -66,8 +66,8 @@ def serve(place: Place) -> None:
     exit_process(0)
 
 
-def use_request_settings() -> None:
-    """Configure the process for requests, before there is a pool or a connection.
+def use_request_settings(most: int) -> None:
+    """Configure the process for requests, before there is a pool or a connection: at most so many.
 
     Whoever waits is told soon that it is no use (:mod:`orkestr_console.core.postgres`). Each
     request under way has a socket of its client's and maybe one to the host, so as many files are
@@ -75,7 +75,7 @@ def use_request_settings() -> None:
     """
     pool = connections.settings["default"]["OPTIONS"]["pool"]
     pool |= {
-        "max_size": min(pool["max_size"], settings.WEB_CONNECTIONS // settings.WEB_PROCESSES),
+        "max_size": min(pool["max_size"], most),
         "timeout": settings.REQUEST_POOL_SECONDS,
         "connection_class": RequestConnection,
         "check": check_connection,
