@@ -49,6 +49,7 @@ from hostruntime.network.slots import Slot
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
 from hostruntime.sandbox.record import RECORD_FILE, Reason, Sandbox, policy_of, read_sandbox
+from hostruntime.sandbox.refusals import Refusals, with_refusals
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
 from hostruntime.sandbox.usage import UsageStore
 from hostruntime.sandbox.warm_pool import WarmPool
@@ -77,6 +78,7 @@ class SandboxManager:
     background: BackgroundCommands = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
+    refusals: Refusals = lambda _owner, _since: ()
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: KeyedLocks = field(default_factory=KeyedLocks)
     # Sandboxes that are being terminated, and why.
@@ -342,6 +344,8 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
+        if sandbox.request.network == "restricted":
+            frames = with_refusals(frames, sandbox_id, self.refusals)
         return self._exec_within_quota(frames, request.quota)
 
     async def _exec_within_quota(

@@ -28,7 +28,7 @@ from hostruntime.wire.background import (
     StartCommand,
 )
 from hostruntime.wire.builds import BuildEvent, BuildInfo, Cache, StartBuild
-from hostruntime.wire.commands import Exec, ExecFrame, Quota, RunningCommands
+from hostruntime.wire.commands import Exec, ExecFrame, Quota, RefusedRequest, RunningCommands
 from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryEntry,
@@ -108,6 +108,8 @@ MESSAGES: list[Message] = [
     ExecFrame("chunk", stream="stdout", data=bytes(range(256))),
     ExecFrame("exited", code=137, signal=9, duration_ms=3, out_of_memory=True, truncated=True),
     ExecFrame("error", error_code="exec_timeout", message="Late.", duration_ms=5),
+    RefusedRequest("192.0.2.1", 22, "past_proxy", direct=True),
+    ExecFrame("exited", code=7, refused=(RefusedRequest("example.org", 443, "not_listed"),)),
     RunningCommands({"team": 2}),
     StartCommand("cmd", "echo größe", cwd="/", env={"A": "1"}),
     COMMAND,
