@@ -80,13 +80,14 @@ def snapshot_detail(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def exec_answer(answer: ExecAnswer) -> dict[str, Any]:
-    """A command that ended."""
+    """A command that ended; only if something was refused while it ran, that is told as well."""
     return {
         "stdout": answer.stdout,
         "stderr": answer.stderr,
         "exit_code": answer.exit_code,
         "duration_ms": answer.duration_ms,
         "truncated": answer.truncated,
+        **(answer.refusal.members if answer.refusal else {}),
     }
 
 
