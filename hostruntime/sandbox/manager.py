@@ -48,6 +48,8 @@ from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
+from hostruntime.sandbox.history import Gauges
+from hostruntime.sandbox.metrics import read_gauges
 from hostruntime.sandbox.record import RECORD_FILE, Reason, Sandbox, policy_of, read_sandbox
 from hostruntime.sandbox.refusals import Refusals, with_refusals
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
@@ -86,7 +88,9 @@ class SandboxManager:
     _sweeper: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
+        self.usage = UsageStore(
+            self.paths.usage, self._groups, self.store.quarantine, self._gauges, self._is_paused
+        )
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
         self.background = BackgroundCommands(self.paths, self.containers)
@@ -528,6 +532,13 @@ class SandboxManager:
 
     def _groups(self, sandbox_id: str) -> ContainerGroups:
         return cgroup_layout().container(self.containers.name_of(sandbox_id))
+
+    def _gauges(self, sandbox_id: str) -> Gauges:
+        return read_gauges(self.containers, sandbox_id)
+
+    def _is_paused(self, sandbox_id: str) -> bool:
+        sandbox = self._sandboxes.get(sandbox_id)
+        return sandbox is not None and sandbox.paused
 
     def _directory(self, sandbox_id: str) -> Path:
         return self.paths.sandboxes / sandbox_id

@@ -15,7 +15,7 @@ from hostruntime.sandbox.refusals import MAX_REFUSED, Refusals, with_refusals
 from hostruntime.wire.commands import RefusedRequest
 from hostruntime.wire.health import EgressDecision
 
-FAILED = [Exited(7, None, 5), Exited(139, 11, 5), TimedOut(5)]
+FAILED: list[Exited | TimedOut] = [Exited(7, None, 5), Exited(139, 11, 5), TimedOut(5)]
 
 
 def decision(host: str) -> EgressDecision:

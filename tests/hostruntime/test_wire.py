@@ -65,6 +65,8 @@ from hostruntime.wire.sandboxes import (
     CreateSandbox,
     CreateSnapshot,
     DailyUsage,
+    MetricsHistory,
+    MetricsPoint,
     MetricsSample,
     ResourceUsage,
     Sandboxes,
@@ -82,6 +84,7 @@ SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expi
 SNAPSHOT = SnapshotInfo("snap", "sbx", "debian-12", 64, 1 << 40, 2.5, 3.25)
 DAY = DailyUsage(1.5, 2.5, day=date(2026, 11, 30))
 SAMPLE = MetricsSample(1.5, 0.25, 4096)
+POINT = MetricsPoint(1.5, 30.0, 7.5, 4096, 8192, 100, 200)
 USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
@@ -128,6 +131,8 @@ MESSAGES: list[Message] = [
     ResourceUsage(1.0, 2.0),
     SAMPLE,
     SandboxMetrics("sbx", 1024, ResourceUsage(1.0, 2.0), (SAMPLE,)),
+    POINT,
+    MetricsHistory((POINT, MetricsPoint(2.5, 30.0, 0.0, 1))),
     DAY,
     USED,
     Usage((USED,)),
