@@ -196,7 +196,7 @@ def command_logs(logs: CommandLogs) -> dict[str, Any]:
 
 
 def metrics_detail(metrics: Metrics) -> dict[str, Any]:
-    """What a sandbox uses: shares of its own CPUs and memory, and its totals."""
+    """What a sandbox uses: shares of its own CPUs and memory, its disk and network, its totals."""
     sandbox, measured = metrics.sandbox, metrics.measured
     samples = measured.samples if measured else ()
     live = measured if sandbox.is_running else None
@@ -223,16 +223,46 @@ def metrics_detail(metrics: Metrics) -> dict[str, Any]:
             "cpu_seconds": measured.total.cpu_seconds if measured else sandbox.cpu_seconds,
             "gb_seconds": measured.total.gb_seconds if measured else sandbox.gb_seconds,
         },
-        "samples": [
-            {
-                "t": unix_timestamp(sample.at),
-                "cpu_percent": percent(sample.cpu_cores, sandbox.cpu),
-                "mem_bytes": sample.memory_bytes,
-            }
-            for sample in samples
-            if sample.at > metrics.since
-        ],
+        "disk": {"usage_bytes": live.disk_bytes if live else None},
+        "network": {
+            "sent_bytes": live.sent_bytes if live else None,
+            "received_bytes": live.received_bytes if live else None,
+        },
+        "samples": [*metrics_points(metrics), *metrics_samples(metrics)],
     }
+
+
+def metrics_samples(metrics: Metrics) -> list[dict[str, Any]]:
+    """Those of the last minute that the caller doesn't know."""
+    return [
+        {
+            "t": unix_timestamp(sample.at),
+            "cpu_percent": percent(sample.cpu_cores, metrics.sandbox.cpu),
+            "mem_bytes": sample.memory_bytes,
+        }
+        for sample in (metrics.measured.samples if metrics.measured else ())
+        if sample.at > metrics.since
+    ]
+
+
+def metrics_points(metrics: Metrics) -> list[dict[str, Any]]:
+    """What was before the samples of the last minute; ``seconds`` is the time each is about."""
+    samples = metrics.measured.samples if metrics.measured else ()
+    until = samples[0].at if samples else float("inf")
+    cpus = metrics.sandbox.cpu
+    return [
+        {
+            "t": unix_timestamp(point.at),
+            "cpu_percent": percent(point.cpu_seconds / point.seconds, cpus),
+            "mem_bytes": point.memory_bytes,
+            "seconds": round(point.seconds, 1),
+            "disk_bytes": point.disk_bytes,
+            "sent_bytes": point.sent_bytes,
+            "received_bytes": point.received_bytes,
+        }
+        for point in metrics.points
+        if point.at < until
+    ]
 
 
 def percent(part: float, whole: float) -> float:

@@ -73,6 +73,9 @@ def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -
 
         wait_for(lambda: any(int(str(use["received_bytes"])) > 1000 for use in hosts()), 10)
         first, *others = hosts()
+        network = api.get(f"/v1/sandboxes/{sandbox.id}/metrics").json()["network"]
+    assert network["received_bytes"] > 1000
+    assert network["sent_bytes"] > 0
     assert (first["host"], first["reason"]) == (UNLISTED, "not_listed")
     assert UNLISTED in str(first["message"])
     assert all(use["allowed"] for use in others)
