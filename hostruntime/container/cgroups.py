@@ -211,6 +211,13 @@ class ContainerGroups:
         others = (h for h in self.layout.hierarchies if h != self.layout.unified)
         return [*(h / group for h in others if (h / group).is_dir()), self.unified]
 
+    def has_supervisors(self) -> bool:
+        """Whether a process of the host's may write for the container: any but LXC's monitor.
+
+        Such a process does not freeze with the container.
+        """
+        return len(pids_under(self.monitor)) != 1
+
     def monitor_groups(self) -> list[Path]:
         """The groups of LXC's monitor in every hierarchy that has one, the unified one's last."""
         group = f"{self.layout.instance_group(self.name)}/{MONITOR_PREFIX}{self.name}"
