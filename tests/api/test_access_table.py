@@ -208,6 +208,7 @@ CONSOLE = [
     page("GET", "sandboxes/<sandbox>/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/exec/", **THEIRS, command="true", timeout_seconds="5"),
     page("GET", "sandboxes/<sandbox>/egress/", **THEIRS),
+    page("GET", "sandboxes/<sandbox>/use/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/pause/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/resume/", member=409, admin=409, owner=409, **THEIRS),
     page("GET", "sandboxes/<sandbox>/terminate/", **THEIRS),
