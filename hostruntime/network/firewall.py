@@ -7,14 +7,17 @@ its interface by the host's route to it, which `fib saddr . iif` checks.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from socket import IPPROTO_TCP
 
+from hostruntime.errors import HostFault
 from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.run import run
+from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import Network
 from hostruntime.network.set_elements import Element, list_elements
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
@@ -104,12 +107,12 @@ class Attempt:
     age_seconds: float = 0.0
 
 
-def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
-    """Return and remove the attempts recorded since the last call; raises OSError.
+def drain_attempts(nft: NftProcess, table: str, family: str = "inet") -> list[Attempt]:
+    """Return and remove the attempts recorded since the last call; raises HostError, OSError.
 
-    Looking starts no program; removing does, and there is mostly nothing to remove. Uses the
-    calling thread's network namespace. Only what is returned is removed from the set, so concurrent
-    attempts are not lost.
+    Looking takes one message to the kernel, and there is mostly nothing to remove. Uses the
+    calling thread's network namespace. Only what is returned is removed from the set, so
+    concurrent attempts are not lost.
     """
     attempts = [_attempt(element) for element in list_elements(family, table, ATTEMPTS_SET)]
     if attempts:
@@ -119,7 +122,8 @@ def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
         )
         text = f"delete element {family} {table} {ATTEMPTS_SET} {{ {keys} }}\n"
         # If one has timed out since, none is deleted, and they are reported twice.
-        run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT, check=False)
+        with contextlib.suppress(HostFault):
+            nft.run(text)
     return attempts
 
 

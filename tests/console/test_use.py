@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from django.test import Client
 from django.utils import timezone
 
@@ -40,7 +39,6 @@ def test_one_that_ended_is_shown_without_figures_of_now() -> None:
     assert describe_use(Metrics(sandbox, timezone.now(), None, 0.0)) is None
 
 
-@pytest.mark.django_db(transaction=True)
 def test_a_sandboxes_page_has_its_use(console: Client, host: FakeHost) -> None:
     console.post("/sandboxes/new/", GOOD)
     address = f"/sandboxes/{Sandbox.objects.get().pk}/"
