@@ -89,7 +89,15 @@ class SnapshotList(TypedDict):
     next_cursor: str | None
 
 
-class ExecResult(TypedDict):
+class RefusedRequests(TypedDict, total=False):
+    """What the network policy refused while a command ran that failed."""
+
+    error_code: Annotated[str, Field(description="`network_policy_blocked`.")]
+    error_message: Annotated[str, Field(description="What was refused, and how to allow it.")]
+    refused_hosts: Annotated[list[str], Field(description="Those that can be allowed by name.")]
+
+
+class ExecResult(RefusedRequests):
     """A command that ended."""
 
     stdout: str
@@ -99,7 +107,7 @@ class ExecResult(TypedDict):
     truncated: Annotated[bool, Field(description="Whether there was more output than is kept.")]
 
 
-class StreamEvent(TypedDict):
+class StreamEvent(RefusedRequests):
     """One event of a command's stream; what it has besides `kind` depends on that."""
 
     kind: Literal["exec_started", "exec_chunk", "exec_exited", "error"]
@@ -233,12 +241,29 @@ class LifetimeUse(TypedDict):
     gb_seconds: float
 
 
+class DiskUse(TypedDict):
+    """The space that it takes; nobody knows while it is paused."""
+
+    usage_bytes: int | None
+
+
+class NetworkUse(TypedDict):
+    """What it has sent and received."""
+
+    sent_bytes: int | None
+    received_bytes: int | None
+
+
 class MetricsSample(TypedDict):
-    """What a sandbox used at one moment."""
+    """What a sandbox used at one moment, or, further back, in the `seconds` before it."""
 
     t: Timestamp
     cpu_percent: float
     mem_bytes: int
+    seconds: NotRequired[float]
+    disk_bytes: NotRequired[int | None]
+    sent_bytes: NotRequired[int | None]
+    received_bytes: NotRequired[int | None]
 
 
 class MetricsDetail(TypedDict):
@@ -252,6 +277,8 @@ class MetricsDetail(TypedDict):
     cpu: CpuUse
     memory: MemoryUse
     lifetime: LifetimeUse
+    disk: DiskUse
+    network: NetworkUse
     samples: list[MetricsSample]
 
 

@@ -25,9 +25,11 @@ from sandboxes_app.answers import (
     LimitsDetail,
     LogPart,
     MetricsDetail,
+    MetricsSample,
     PathContent,
     PathStat,
     PresignedAddress,
+    RefusedRequests,
     SandboxDetail,
     SnapshotDetail,
     TemplateUseDetail,
@@ -97,13 +99,15 @@ def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
 
 
 def exec_answer(answer: ExecAnswer) -> ExecResult:
-    """A command that ended."""
+    """A command that ended; only if something was refused while it ran, that is told as well."""
+    refused: RefusedRequests = answer.refusal.members if answer.refusal else {}
     return {
         "stdout": answer.stdout,
         "stderr": answer.stderr,
         "exit_code": answer.exit_code,
         "duration_ms": answer.duration_ms,
         "truncated": answer.truncated,
+        **refused,
     }
 
 
@@ -219,7 +223,7 @@ def command_logs(logs: CommandLogs) -> LogPart:
 
 
 def metrics_detail(metrics: Metrics) -> MetricsDetail:
-    """What a sandbox uses: shares of its own CPUs and memory, and its totals."""
+    """What a sandbox uses: shares of its own CPUs and memory, its disk and network, its totals."""
     sandbox, measured = metrics.sandbox, metrics.measured
     samples = measured.samples if measured else ()
     live = measured if sandbox.is_running else None
@@ -246,16 +250,46 @@ def metrics_detail(metrics: Metrics) -> MetricsDetail:
             "cpu_seconds": measured.total.cpu_seconds if measured else sandbox.cpu_seconds,
             "gb_seconds": measured.total.gb_seconds if measured else sandbox.gb_seconds,
         },
-        "samples": [
-            {
-                "t": unix_timestamp(sample.at),
-                "cpu_percent": percent(sample.cpu_cores, sandbox.cpu),
-                "mem_bytes": sample.memory_bytes,
-            }
-            for sample in samples
-            if sample.at > metrics.since
-        ],
+        "disk": {"usage_bytes": live.disk_bytes if live else None},
+        "network": {
+            "sent_bytes": live.sent_bytes if live else None,
+            "received_bytes": live.received_bytes if live else None,
+        },
+        "samples": [*metrics_points(metrics), *metrics_samples(metrics)],
     }
+
+
+def metrics_samples(metrics: Metrics) -> list[MetricsSample]:
+    """Those of the last minute that the caller doesn't know."""
+    return [
+        {
+            "t": unix_timestamp(sample.at),
+            "cpu_percent": percent(sample.cpu_cores, metrics.sandbox.cpu),
+            "mem_bytes": sample.memory_bytes,
+        }
+        for sample in (metrics.measured.samples if metrics.measured else ())
+        if sample.at > metrics.since
+    ]
+
+
+def metrics_points(metrics: Metrics) -> list[MetricsSample]:
+    """What was before the samples of the last minute; ``seconds`` is the time each is about."""
+    samples = metrics.measured.samples if metrics.measured else ()
+    until = samples[0].at if samples else float("inf")
+    cpus = metrics.sandbox.cpu
+    return [
+        {
+            "t": unix_timestamp(point.at),
+            "cpu_percent": percent(point.cpu_seconds / point.seconds, cpus),
+            "mem_bytes": point.memory_bytes,
+            "seconds": round(point.seconds, 1),
+            "disk_bytes": point.disk_bytes,
+            "sent_bytes": point.sent_bytes,
+            "received_bytes": point.received_bytes,
+        }
+        for point in metrics.points
+        if point.at < until
+    ]
 
 
 def percent(part: float, whole: float) -> float:

@@ -30,6 +30,7 @@ urlpatterns = [
     ),
     path("<str:sandbox_id>/preview/", preview_views.sandbox_preview, name="preview"),
     path("<str:sandbox_id>/egress/", views.sandbox_egress, name="egress"),
+    path("<str:sandbox_id>/use/", views.sandbox_use, name="use"),
     path("<str:sandbox_id>/pause/", views.sandbox_pause, name="pause"),
     path("<str:sandbox_id>/resume/", views.sandbox_resume, name="resume"),
     path("<str:sandbox_id>/terminate/", views.sandbox_terminate, name="terminate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from django.contrib import messages
@@ -19,6 +20,7 @@ from sandboxes_app import pages, services
 from sandboxes_app.forms import CommandForm, SandboxForm, lifetimes, sizes
 from sandboxes_app.models import Sandbox
 from sandboxes_app.pages import Entry
+from sandboxes_app.use import SHOWN_SECONDS, describe_use
 from templates_app import services as template_services
 
 
@@ -137,6 +139,21 @@ def sandbox_egress(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
         context["error"] = error.detail
     name = "_egress" if request.htmx else "egress"
     return render(request, f"sandboxes_app/{name}.html", context)
+
+
+@require_safe
+@console_page
+def sandbox_use(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
+    """What it has used lately: a fragment for the script, or a page of its own without one."""
+    since = int(time.time()) - SHOWN_SECONDS
+    try:
+        metrics = services.get_metrics(request.actor, sandbox_id, str(since))
+    except HostUnavailable as error:
+        sandbox = services.get_sandbox(request.actor, sandbox_id)
+        context: dict[str, object] = {"sandbox": sandbox, "error": error.detail}
+    else:
+        context = {"sandbox": metrics.sandbox, "use": describe_use(metrics)}
+    return render(request, f"sandboxes_app/{'_use' if request.htmx else 'use'}.html", context)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

@@ -252,7 +252,7 @@ def _host(
         store=store,
         launchers=containers.launchers,
         containers=containers,
-        sandboxes=SandboxManager(paths, containers, store),
+        sandboxes=SandboxManager(paths, containers, store, refusals=proxy.refusals),
         builds=BuildManager(paths, engine),
         bases=BaseBuilder(paths, engine, partial(host_registries, paths), proxy.refresh),
         layers=layers,

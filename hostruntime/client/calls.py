@@ -28,6 +28,8 @@ from hostruntime.wire.sandboxes import (
     CreateSandbox,
     CreateSnapshot,
     DeletedSandbox,
+    MetricsHistory,
+    MetricsPoint,
     SandboxInfo,
     SandboxMetrics,
     SetDeadline,
@@ -168,6 +170,15 @@ def usage(sandbox_id: str | None = None) -> Call[list[UsageInfo]]:
 def metrics(sandbox_id: str) -> Call[SandboxMetrics]:
     """The call of ``metrics``."""
     return Call("GET", f"/sandboxes/{sandbox_id}/metrics", message(SandboxMetrics))
+
+
+def metrics_history(sandbox_id: str, since: float = 0.0) -> Call[list[MetricsPoint]]:
+    """The call of ``metrics_history``."""
+
+    def read(answer: Answer) -> list[MetricsPoint]:
+        return list(parse(MetricsHistory, answer.content).points)
+
+    return Call("GET", f"/sandboxes/{sandbox_id}/history", read, query={"since": since})
 
 
 def acknowledge_usage(ids: Sequence[str]) -> Call[None]:

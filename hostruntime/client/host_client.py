@@ -55,6 +55,7 @@ from hostruntime.wire.reconciliation import (
 from hostruntime.wire.sandboxes import (
     ChangesInfo,
     CreateSandbox,
+    MetricsPoint,
     Sandboxes,
     SandboxInfo,
     SandboxMetrics,
@@ -264,6 +265,10 @@ class HostClient:
     def metrics(self, sandbox_id: str) -> SandboxMetrics:
         """What a sandbox uses, and has used lately.  Raises NotFound, ContainerGone."""
         return self._perform(calls.metrics(sandbox_id))
+
+    def metrics_history(self, sandbox_id: str, since: float = 0.0) -> list[MetricsPoint]:
+        """What a sandbox has used since a Unix time, over its life; for a day after its end."""
+        return self._perform(calls.metrics_history(sandbox_id, since))
 
     def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """Let the host delete the usage of those of these sandboxes that have ended."""

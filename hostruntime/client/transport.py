@@ -71,6 +71,7 @@ class ExecCollector:
             out_of_memory=last.out_of_memory,
             truncated=last.truncated,
             pid=self.pid,
+            refused=last.refused,
         )
 
 
@@ -82,7 +83,7 @@ def exec_error(frame: ExecFrame, out: bytes, err: bytes) -> HostError:
         payload["signal"] = frame.signal
     error = HostError.from_wire(payload)
     if isinstance(error, ExecTimeout):
-        error.extra |= {"stdout": out, "stderr": err}
+        error.extra |= {"stdout": out, "stderr": err, "refused": frame.refused}
     return error
 
 

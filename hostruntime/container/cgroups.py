@@ -163,6 +163,27 @@ def cgroup_layout() -> CgroupLayout:
 
 
 @dataclass(frozen=True)
+class CounterFiles:
+    """The files of a container's counters, for who reads those of all containers all the time.
+
+    They are paths as text: joining them takes longer than reading the files.
+    """
+
+    cpu: str
+    memory: str
+
+    def read(self) -> tuple[int, int] | None:
+        """The CPU time used so far in microseconds, and the memory in bytes; None if gone."""
+        try:
+            memory = int(_read_at_once(self.memory))
+            stat = _read_at_once(self.cpu)
+        except OSError:
+            return None
+        # Its first line, usage_usec (Documentation/admin-guide/cgroup-v2.rst).
+        return int(stat.split(maxsplit=2)[1]), memory
+
+
+@dataclass(frozen=True)
 class ContainerGroups:
     """One container's control groups, by name."""
 
@@ -198,6 +219,13 @@ class ContainerGroups:
         group = f"{self.layout.instance_group(self.name)}/{self.name}"
         others = (h for h in self.layout.hierarchies if h != self.layout.unified)
         return [*(h / group for h in others if (h / group).is_dir()), self.unified]
+
+    def has_supervisors(self) -> bool:
+        """Whether a process of the host's may write for the container: any but LXC's monitor.
+
+        Such a process does not freeze with the container.
+        """
+        return len(pids_under(self.monitor)) != 1
 
     def monitor_groups(self) -> list[Path]:
         """The groups of LXC's monitor in every hierarchy that has one, the unified one's last."""
@@ -250,6 +278,11 @@ class ContainerGroups:
             return None
         key = "inactive_file" if self.layout.kind == "v2" else "total_inactive_file"
         return max(memory - _flat_value(self.memory_group() / "memory.stat", key), 0)
+
+    def counter_files(self) -> CounterFiles:
+        """Where :meth:`cpu_us` and :meth:`memory_bytes` read."""
+        memory = "memory.current" if self.layout.kind == "v2" else "memory.usage_in_bytes"
+        return CounterFiles(str(self.unified / "cpu.stat"), str(self.memory_group() / memory))
 
     def init_pid(self) -> int | None:
         """The host pid of the container's init (pid 1 inside), if it is running."""

@@ -34,6 +34,7 @@ from hostruntime.container.launcher import Attached, LauncherPool, close_all
 from hostruntime.errors import CwdNotFound
 from hostruntime.host.patience import Patience, scaled
 from hostruntime.host.tasks import log_errors, read_to_end, run_to_completion
+from hostruntime.wire.commands import RefusedRequest
 
 GRACE_SECONDS = 2.0
 # How long to wait for more output after the command itself has exited (`cmd > >(tee log)`).
@@ -80,12 +81,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Exited:
-    """The command exited or was killed by a signal; ``code`` is 128 + n for signal n."""
+    """The command exited or was killed by a signal; ``code`` is 128 + n for signal n.
+
+    ``refused`` is filled in by who knows the sandbox's network policy.
+    """
 
     code: int
     signal: int | None
     duration_ms: int
     out_of_memory: bool = False
+    refused: tuple[RefusedRequest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class TimedOut:
     """The command exceeded its time limit and its process tree was killed."""
 
     duration_ms: int
+    refused: tuple[RefusedRequest, ...] = ()
 
 
 Frame = Started | Chunk | Exited | TimedOut

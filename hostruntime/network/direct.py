@@ -56,7 +56,8 @@ class QueryRecorder:
             return
         verdict = judge_query(self.mode, self._allowlist(), host)
         # A DNS query has no port.
-        _append(self.run_dir, owner, (self.address or "", "DNS", host, 0), verdict)
+        what = (self.address or "", "DNS", host, 0)
+        _append(self.run_dir, owner, what, verdict, at=time.time())
 
     def _allowlist(self) -> frozenset[str]:
         now = time.monotonic()
@@ -95,7 +96,8 @@ def record_attempt(run_dir: RunDir, owner: str, mode: Mode, attempt: Attempt) ->
         source, verdict = "", _network_off(f"{kind} to {where} was tried")
     else:
         source, verdict = attempt.source, _bypassed_proxy(f"{kind} to {where}")
-    _append(run_dir, owner, (source, kind, attempt.address, attempt.port), verdict)
+    what = (source, kind, attempt.address, attempt.port)
+    _append(run_dir, owner, what, verdict, at=time.time() - attempt.age_seconds)
 
 
 def _network_off(what: str) -> Verdict:
@@ -111,14 +113,17 @@ def _bypassed_proxy(what: str) -> Verdict:
     return Verdict(allowed=False, reason="past_proxy", message=text)
 
 
-def _append(run_dir: RunDir, owner: str, what: tuple[str, str, str, int], verdict: Verdict) -> None:
+def _append(
+    run_dir: RunDir, owner: str, what: tuple[str, str, str, int], verdict: Verdict, *, at: float
+) -> None:
     """Append to an owner's log, up to its maximum size; a full disk is only logged.
 
-    ``what``: the container's address, and the requested method, host and port.
+    ``what``: the container's address, and the requested method, host and port; ``at``: when, in
+    Unix seconds.
     """
     address, method, host, port = what
     entry = {
-        "at": int(time.time() * 1000) / 1000,
+        "at": int(at * 1000) / 1000,
         "owner": owner,
         "address": address,
         "method": method,

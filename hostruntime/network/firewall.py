@@ -8,17 +8,18 @@ its interface by the host's route to it, which `fib saddr . iif` checks.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
-from typing import Any
+from socket import IPPROTO_TCP
 
 from hostruntime.errors import HostFault
 from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.run import run
 from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import Network
+from hostruntime.network.set_elements import Element, list_elements
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
 
 # Not Squid's usual port, which the operator's own Squid may use on every address.
@@ -45,6 +46,12 @@ DYNAMIC_SETS = (
     NEW_CONNECTIONS_SET,
 )
 _MAX_ATTEMPTS = 65536
+# Each attempt starts it anew, so what is left of it tells when the last one was.
+_ATTEMPT_SECONDS = 300
+# The kernel counts it in ticks (CONFIG_HZ): an attempt must not seem older than it is.
+_CLOCK_TICK_SECONDS = 0.01
+# Source, protocol, destination and port, each padded to four bytes.
+_ATTEMPT_KEY = struct.Struct("!4sB3x4sH2x")
 ATTEMPT_RATE = "1/second burst 32 packets"
 _TIMEOUT = 20.0
 _MARK_BASE = 0x6F726B00
@@ -88,23 +95,26 @@ def remove(table: str) -> None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A connection or datagram with which a slot's address tried to bypass the proxy."""
+    """A connection or datagram with which a slot's address tried to bypass the proxy.
+
+    ``age_seconds`` is how long ago that was, the latest time of several; 0 if it isn't known.
+    """
 
     source: str
     protocol: str
     address: str
     port: int
+    age_seconds: float = 0.0
 
 
 def drain_attempts(nft: NftProcess, table: str, family: str = "inet") -> list[Attempt]:
     """Return and remove the attempts recorded since the last call; raises HostError, OSError.
 
-    Uses the calling thread's network namespace. Only what is returned is removed from the set, so
+    Looking takes one message to the kernel, and there is mostly nothing to remove. Uses the
+    calling thread's network namespace. Only what is returned is removed from the set, so
     concurrent attempts are not lost.
     """
-    listing = nft.run(f"list set {family} {table} {ATTEMPTS_SET}", as_json=True)
-    found = [_attempts_in(item["set"]) for item in json.loads(listing)["nftables"] if "set" in item]
-    attempts = [attempt for each in found for attempt in each]
+    attempts = [_attempt(element) for element in list_elements(family, table, ATTEMPTS_SET)]
     if attempts:
         keys = ", ".join(
             f"{attempt.source} . {attempt.protocol} . {attempt.address} . {attempt.port}"
@@ -117,13 +127,14 @@ def drain_attempts(nft: NftProcess, table: str, family: str = "inet") -> list[At
     return attempts
 
 
-def _attempts_in(listed: Mapping[str, Any]) -> list[Attempt]:
-    # Elements without a timeout are not wrapped (libnftables-json(5)).
-    elements = [item.get("elem", {"val": item})["val"] for item in listed.get("elem", [])]
-    return [
-        Attempt(str(source), str(protocol), str(address), int(port))
-        for source, protocol, address, port in (element["concat"] for element in elements)
-    ]
+def _attempt(element: Element) -> Attempt:
+    source, protocol, address, port = _ATTEMPT_KEY.unpack(element.key)
+    left_ms = element.expires_ms
+    age = 0.0 if left_ms is None else _ATTEMPT_SECONDS - left_ms / 1000 - _CLOCK_TICK_SECONDS
+    # Only these two are recorded.
+    name = "tcp" if protocol == IPPROTO_TCP else "udp"
+    where = str(IPv4Address(address)), port
+    return Attempt(str(IPv4Address(source)), name, *where, age_seconds=max(age, 0.0))
 
 
 def ruleset(plan: FirewallPlan) -> str:
@@ -185,7 +196,7 @@ def _attempts_chain(plan: FirewallPlan) -> str:
     return f"""  set {ATTEMPT_RATES_SET} {{ type ipv4_addr; size {_MAX_ADDRESSES}; \
 flags dynamic,timeout; timeout 1m; }}
   set {ATTEMPTS_SET} {{ type ipv4_addr . inet_proto . ipv4_addr . inet_service; \
-size {_MAX_ATTEMPTS}; flags dynamic,timeout; timeout 5m; }}
+size {_MAX_ATTEMPTS}; flags dynamic,timeout; timeout {_ATTEMPT_SECONDS}s; }}
   chain past_proxy {{
     ip daddr 224.0.0.0/3 drop
     meta l4proto {{ tcp, udp }} add @{ATTEMPT_RATES_SET} {{ ip saddr limit rate {ATTEMPT_RATE} }} \

@@ -410,7 +410,7 @@ class SlotPool:
                 self._changed.notify_all()
 
     def _create(self, slot: Slot) -> None:
-        name, link = self._name(slot.index), self._link(slot)
+        name, link = self._name(slot.index), self.link(slot)
         try:
             create_namespace(self.run_dir, name, link, partial(self._start_recording, slot))
         except BaseException:
@@ -425,7 +425,7 @@ class SlotPool:
             run_in_namespace(slot.netns, partial(self._start_recording, slot))
         if slot.mode != "open":
             self._last_owners[slot] = owner
-        link = self._link(slot)
+        link = self.link(slot)
         if link is not None and slot.mode == "restricted":
             # Enabling ip_forward, as setup does, enables it on every interface.
             write_sysctl(f"net/ipv4/conf/{link.host_end}/forwarding", "0", optional=True)
@@ -458,7 +458,7 @@ class SlotPool:
             return owner if owner is not None and self._assigned.get(owner) == slot else None
 
     def _destroy(self, slot: Slot) -> None:
-        link = self._link(slot)
+        link = self.link(slot)
         if slot.netns is not None:
             self.resolver.remove(slot.netns)
         if (owner := self._last_owners.get(slot)) is not None:
@@ -494,7 +494,7 @@ class SlotPool:
         for path in (*_listing(self.run_dir.netns), *_listing(self.run_dir.sysfs)):
             if path.name not in names:
                 destroy_namespace(self.run_dir, path.name, None)
-        links = {link.host_end for slot in keep if (link := self._link(slot)) is not None}
+        links = {link.host_end for slot in keep if (link := self.link(slot)) is not None}
         self._delete_links_except(links)
         for path in _listing(self.run_dir.slots):
             if path.stem not in {str(index) for index in indexes}:
@@ -541,14 +541,14 @@ class SlotPool:
         blocks = list(self.instance.subnet.subnets(new_prefix=18))
         return blocks[1] if mode == "restricted" else blocks[2]
 
-    def _link(self, slot: Slot) -> Link | None:
+    def link(self, slot: Slot) -> Link | None:
+        """A slot's interface; restricted ones have it so that their attempts are seen."""
         if slot.address is None:
             return None
         return Link(
             host_end=f"{self.instance.prefix}{slot.mode[0]}{slot.index}",
             address=IPv4Address(slot.address),
             gateway=self._proxy(),
-            # Restricted slots have a link so that their attempts are seen; none are forwarded.
             forwarded=slot.mode == "open",
         )
 

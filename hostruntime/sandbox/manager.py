@@ -49,7 +49,10 @@ from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
+from hostruntime.sandbox.history import Gauges
+from hostruntime.sandbox.metrics import read_gauges
 from hostruntime.sandbox.record import RECORD_FILE, Reason, Sandbox, policy_of, read_sandbox
+from hostruntime.sandbox.refusals import Refusals, with_refusals
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
 from hostruntime.sandbox.usage import UsageStore
 from hostruntime.sandbox.warm_pool import WarmPool
@@ -78,6 +81,7 @@ class SandboxManager:
     background: BackgroundCommands = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
+    refusals: Refusals = lambda _owner, _since: ()
     _sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     _locks: KeyedLocks = field(default_factory=KeyedLocks)
     # Sandboxes that are being terminated, and why.
@@ -90,7 +94,9 @@ class SandboxManager:
     _pauses_at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(128))
 
     def __post_init__(self) -> None:
-        self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
+        self.usage = UsageStore(
+            self.paths.usage, self._groups, self.store.quarantine, self._gauges, self._is_paused
+        )
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
         self.background = BackgroundCommands(self.paths, self.containers)
@@ -349,6 +355,8 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
+        if sandbox.request.network == "restricted":
+            frames = with_refusals(frames, sandbox_id, self.refusals)
         return self._exec_within_quota(frames, request.quota)
 
     async def _exec_within_quota(
@@ -539,6 +547,13 @@ class SandboxManager:
 
     def _groups(self, sandbox_id: str) -> ContainerGroups:
         return cgroup_layout().container(self.containers.name_of(sandbox_id))
+
+    def _gauges(self, sandbox_id: str) -> Gauges:
+        return read_gauges(self.containers, sandbox_id)
+
+    def _is_paused(self, sandbox_id: str) -> bool:
+        sandbox = self._sandboxes.get(sandbox_id)
+        return sandbox is not None and sandbox.paused
 
     def _directory(self, sandbox_id: str) -> Path:
         return self.paths.sandboxes / sandbox_id

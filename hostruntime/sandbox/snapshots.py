@@ -12,7 +12,8 @@ The snapshot uses the image below like a sandbox does (user ``snapshot.<id>``), 
 is retained although the image is deleted or rebuilt.
 
 **What is captured, and how consistent it is.**  The disk is a copy of one instant: during the copy,
-every process of the sandbox and its file system are frozen.  The tmpfs are archived just before,
+every process of the sandbox is frozen, and so is its file system if a process of the host's writes
+to it, which is what keeps the output of background commands.  The tmpfs are archived just before,
 file by file, while programs run: a program that writes to both may be captured between two writes.
 *Memory* is not captured: no processes, no open connections.  (CRIU does not run on these kernels.)
 A sandbox started from a snapshot boots anew on the files.
@@ -27,6 +28,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +37,13 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.build.layers import DISK_FILE, TMPFS_FILE
-from hostruntime.container.cgroups import cgroup_layout, freeze_group, is_frozen, pids_under
+from hostruntime.container.cgroups import (
+    ContainerGroups,
+    cgroup_layout,
+    freeze_group,
+    is_frozen,
+    pids_under,
+)
 from hostruntime.container.disk import Disks, repair
 from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager
@@ -337,8 +345,11 @@ class SnapshotManager:
 
     def _copy_frozen(self, target: Path, sandbox: str, stop: Stop) -> float:
         start = time.monotonic()
-        with frozen(cgroup_layout().container(self.containers.name_of(sandbox)).unified):
-            self.containers.disks.save_frozen(sandbox, target, stop.check)
+        groups, disks = self._groups(sandbox), self.containers.disks
+        with frozen(groups.unified):
+            # Who keeps what background commands print is not frozen. None can be started now.
+            save = disks.save_frozen if groups.has_supervisors() else disks.save_unwritten
+            save(sandbox, target, stop.check)
         return (time.monotonic() - start) * 1000
 
     def _publish(
@@ -356,8 +367,7 @@ class SnapshotManager:
             frozen_ms=frozen_ms,
         )
         write_json(directory / _RECORD, asdict(snapshot))
-        for path in [*directory.iterdir(), directory]:
-            kernel.fsync(path)
+        _fsync_together([*directory.iterdir(), directory])
         directory.rename(self._directory(snapshot_id))
         kernel.fsync(self.paths.snapshots)
         self._snapshots[snapshot_id] = snapshot
@@ -388,6 +398,9 @@ class SnapshotManager:
             raise HostFull(
                 "The host's disk has no space for another copy of this sandbox's disk."
             ) from error
+
+    def _groups(self, sandbox_id: str) -> ContainerGroups:
+        return cgroup_layout().container(self.containers.name_of(sandbox_id))
 
     def _directory(self, snapshot_id: str) -> Path:
         return self.paths.snapshots / snapshot_id
@@ -432,6 +445,16 @@ def frozen(group: Path) -> Iterator[None]:
         yield
     finally:
         freeze_group(group, frozen=False)
+
+
+def _fsync_together(paths: Sequence[Path]) -> None:
+    """Flush files at the same time: the file system then commits once for all of them.
+
+    Raises OSError.
+    """
+    with ThreadPoolExecutor(len(paths)) as threads:
+        for _ in threads.map(kernel.fsync, paths):
+            pass
 
 
 @contextmanager

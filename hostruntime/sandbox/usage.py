@@ -17,21 +17,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.container.cgroups import ContainerGroups
+from hostruntime.container.cgroups import ContainerGroups, CounterFiles
 from hostruntime.host.days import split_by_day
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, every, in_thread, log_errors
 from hostruntime.image.quarantine import Quarantine
-from hostruntime.sandbox.metrics import Windows
-from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, SandboxMetrics, UsageInfo
+from hostruntime.sandbox.history import Gauges, Histories
+from hostruntime.sandbox.metrics import MAX_INTERVAL, Windows
+from hostruntime.wire.sandboxes import (
+    DailyUsage,
+    MetricsHistory,
+    ResourceUsage,
+    SandboxMetrics,
+    UsageInfo,
+)
 
 SAMPLE_SECONDS = 2.0
 SAVE_SECONDS = 10.0
@@ -42,6 +50,7 @@ KEEP_ENDED_SECONDS = 30 * 86_400.0
 MAX_ENDED = 20_000
 # Older days are combined into one sum.
 MAX_DAYS = 40
+SWEEP_SECONDS = 600.0
 _GB = 1e9
 _log = logging.getLogger(__name__)
 
@@ -91,7 +100,7 @@ class Meter:
         self._fold()
 
     def _fold(self) -> None:
-        for day in sorted(self.days)[:-MAX_DAYS]:
+        for day in sorted(self.days)[:-MAX_DAYS] if len(self.days) > MAX_DAYS else ():
             sums = self.days.pop(day)
             self.before = [total + part for total, part in zip(self.before, sums, strict=True)]
 
@@ -130,17 +139,26 @@ class UsageStore:
     """The meters of one host's sandboxes.  For use on one event loop; call :meth:`recover` first.
 
     ``groups`` returns the control groups of a sandbox by its id; damaged records go to
-    ``quarantine``.
+    ``quarantine``.  ``gauges`` reads what is not in a control group, and blocks; ``is_paused``
+    doesn't.
     """
 
     directory: Path
     groups: Callable[[str], ContainerGroups]
     quarantine: Quarantine
+    gauges: Callable[[str], Gauges] = lambda _: Gauges()
+    is_paused: Callable[[str], bool] = lambda _: False
+    history: Histories = field(init=False)
     _meters: dict[str, Meter] = field(default_factory=dict)
     _windows: Windows = field(default_factory=Windows)
     _sampler: asyncio.Task[None] | None = None
     # Only one thread at a time writes a file, so that the last write has the latest sums.
     _files: KeyedLocks = field(default_factory=KeyedLocks)
+    _counters: dict[str, CounterFiles] = field(default_factory=dict)
+    _swept_at: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self.history = Histories(self.directory, self.gauges)
 
     def recover(self, running: Mapping[str, float]) -> None:
         """Load the sums; sandboxes not in ``running`` (id → Unix time of start) have ended.
@@ -158,10 +176,11 @@ class UsageStore:
             self._meters[meter.id] = meter
             if meter.ended_at is None and meter.id not in running:
                 meter.ended_at = time.time()
-                self._write(meter)
+                self._write([meter])
         for sandbox_id, started_at in running.items():
             if sandbox_id not in self._meters:
                 self.start(sandbox_id, started_at)
+        self.history.recover(running)
         for meter in self._excess_meters():
             self._unlink(meter)
 
@@ -173,8 +192,8 @@ class UsageStore:
     async def close(self) -> None:
         """Stop sampling; save everything."""
         await cancel_and_wait(self._sampler)
-        for meter in self._running():
-            await self._save(meter)
+        await self._write_points(everything=True)
+        await self._save(*self._running())
 
     # Sandbox lifecycle ---------------------------------------------------------------------
 
@@ -184,6 +203,8 @@ class UsageStore:
         meter.read_at = time.monotonic() - max(time.time() - started_at, 0.0)
         meter.cpu_us, meter.memory_bytes, meter.ended_at = 0, None, None
         meter.saved_at = time.monotonic()
+        self._counters.pop(sandbox_id, None)
+        self.history.start(sandbox_id)
 
     def read(self, sandbox_id: str) -> None:
         """Read a sandbox's counters now; call it before a stop, which removes them."""
@@ -195,14 +216,27 @@ class UsageStore:
         if meter is not None and meter.ended_at is None:
             meter.ended_at = time.time()
             self._windows.forget(sandbox_id)
+            self._counters.pop(sandbox_id, None)
             await self._save(meter)
+            if (partial := self.history.end(sandbox_id)) is not None:
+                with log_errors(f"the history of sandbox {sandbox_id} could not be closed"):
+                    await in_thread(self.history.close_file, partial)
 
     async def metrics(self, sandbox_id: str) -> SandboxMetrics:
         """What a running sandbox uses, and has used lately."""
-        memory = await in_thread(self.groups(sandbox_id).working_set_bytes)
+        memory, gauges = await in_thread(self._measure, sandbox_id)
         meter = self._meters.get(sandbox_id)
         total = meter.info().total if meter is not None else ResourceUsage()
-        return SandboxMetrics(sandbox_id, memory, total, self._windows.of(sandbox_id))
+        sent, received = gauges.traffic or (None, None)
+        samples, disk = self._windows.of(sandbox_id), gauges.disk_bytes
+        return SandboxMetrics(sandbox_id, memory, total, samples, disk, sent, received)
+
+    def _measure(self, sandbox_id: str) -> tuple[int | None, Gauges]:
+        return self.groups(sandbox_id).working_set_bytes(), self.gauges(sandbox_id)
+
+    async def points(self, sandbox_id: str, since: float) -> MetricsHistory:
+        """What a sandbox has used over its life, also one that ended within the last day."""
+        return MetricsHistory(tuple(await in_thread(self.history.read, sandbox_id, since)))
 
     # Collection ----------------------------------------------------------------------------
 
@@ -232,9 +266,20 @@ class UsageStore:
     async def _sample(self) -> None:
         running = [meter.id for meter in self._running()]
         self._apply(await asyncio.to_thread(self._readings, running))
+        await self._write_points()
         await self._save_old()
         for meter in self._excess_meters():
             await self._forget(meter)
+
+    async def _write_points(self, *, everything: bool = False) -> None:
+        # A full disk must not stop what follows; those points are lost.
+        with log_errors("the history of sandboxes could not be written"):
+            if points := self.history.take_due(everything=everything):
+                await asyncio.to_thread(self.history.write, points)
+            if time.monotonic() - self._swept_at > SWEEP_SECONDS:
+                self._swept_at = time.monotonic()
+                running = {meter.id for meter in self._running()}
+                await asyncio.to_thread(self.history.sweep, running)
 
     def _running(self) -> Iterable[Meter]:
         return [meter for meter in self._meters.values() if meter.ended_at is None]
@@ -242,10 +287,11 @@ class UsageStore:
     def _readings(self, ids: Iterable[str]) -> dict[str, Reading]:
         readings: dict[str, Reading] = {}
         for sandbox_id in ids:
-            groups = self.groups(sandbox_id)
-            memory = groups.memory_bytes()
-            if memory is not None:
-                readings[sandbox_id] = Reading(time.monotonic(), groups.cpu_us(), memory)
+            files = self._counters.get(sandbox_id)
+            if files is None:
+                files = self._counters[sandbox_id] = self.groups(sandbox_id).counter_files()
+            if (counters := files.read()) is not None:
+                readings[sandbox_id] = Reading(time.monotonic(), *counters)
         return readings
 
     def _apply(self, readings: Mapping[str, Reading]) -> None:
@@ -256,25 +302,37 @@ class UsageStore:
                 seconds, cpu_us = reading.at - meter.read_at, reading.cpu_us - meter.cpu_us
                 at = reading.at + offset
                 self._windows.add(sandbox_id, at, seconds, cpu_us / 1e6, reading.memory_bytes)
+                if self.is_paused(sandbox_id):
+                    self.history.cut(sandbox_id)
+                elif seconds <= MAX_INTERVAL:
+                    self.history.add(
+                        sandbox_id, at, seconds, max(cpu_us, 0) / 1e6, reading.memory_bytes
+                    )
                 meter.add(reading, at)
 
     async def _save_old(self) -> None:
         cutoff = time.monotonic() - SAVE_SECONDS
         old = [meter for meter in self._running() if meter.saved_at <= cutoff]
-        for meter in sorted(old, key=lambda meter: meter.saved_at)[:MAX_SAVES_PER_SAMPLE]:
-            await self._save(meter)
+        old.sort(key=lambda meter: meter.saved_at)
+        await self._save(*old[:MAX_SAVES_PER_SAMPLE])
 
-    async def _save(self, meter: Meter) -> None:
-        async with self._files.holding(meter.id):
-            # It may have been collected meanwhile.
-            if self._meters.get(meter.id) is meter:
-                await in_thread(self._write, meter)
+    async def _save(self, *meters: Meter) -> None:
+        """Write these meters, in one thread: to hand a file to one takes as long as to write it."""
+        async with AsyncExitStack() as held:
+            for meter in meters:
+                await held.enter_async_context(self._files.holding(meter.id))
+            # They may have been collected meanwhile.
+            current = [meter for meter in meters if self._meters.get(meter.id) is meter]
+            if current:
+                await in_thread(self._write, current)
 
-    def _write(self, meter: Meter) -> None:
-        meter.saved_at = time.monotonic()
-        # A full disk must not prevent a sandbox from ending; the sums are still in memory.
-        with log_errors(f"the usage of sandbox {meter.id} could not be saved"):
-            write_json(self._path(meter.id), asdict(meter))
+    def _write(self, meters: Iterable[Meter]) -> None:
+        for meter in meters:
+            meter.saved_at = time.monotonic()
+            # A full disk must not prevent a sandbox from ending; the sums are still in memory.
+            with log_errors(f"the usage of sandbox {meter.id} could not be saved"):
+                # Not asdict, which copies each part of it.
+                write_json(self._path(meter.id), vars(meter))
 
     def _excess_meters(self) -> Meters:
         """Uncollected meters that are too old, or too many."""

@@ -38,12 +38,27 @@ class Exec(Message):
 
 
 @dataclass(frozen=True)
+class RefusedRequest(Message):
+    """What the network policy refused a sandbox; ``reason`` is the verdict's code.
+
+    ``direct`` means the proxy was bypassed: the host was looked up by DNS, and ``port`` is 0, or is
+    an address that was tried.
+    """
+
+    host: str
+    port: int
+    reason: str
+    direct: bool = False
+
+
+@dataclass(frozen=True)
 class ExecFrame(Message):
     """One line of a command's response stream.
 
     ``kind`` started: ``pid``; chunk: ``stream`` and ``data``; exited: ``code`` (128 + n when signal
     n killed it), ``signal``, ``duration_ms``, ``out_of_memory``, ``truncated``; error:
-    ``error_code``, ``message``, ``duration_ms`` and perhaps ``signal``.  The last two end it.
+    ``error_code``, ``message``, ``duration_ms`` and perhaps ``signal``.  The last two end it, and
+    tell with ``refused`` what a sandbox was refused while a command ran that failed.
     """
 
     kind: Literal["started", "chunk", "exited", "error"]
@@ -57,6 +72,7 @@ class ExecFrame(Message):
     truncated: bool = False
     error_code: str | None = None
     message: str | None = None
+    refused: tuple[RefusedRequest, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -76,7 +92,8 @@ class ExecResult:
     """The result of a finished command; ``code`` is 128 + n if signal n killed it.
 
     ``truncated`` means that output beyond the limit was read and discarded (without affecting the
-    command); ``out_of_memory`` that the kernel killed something in the container meanwhile.
+    command); ``out_of_memory`` that the kernel killed something in the container meanwhile;
+    ``refused`` is what the network policy refused the sandbox while a command ran that failed.
     """
 
     code: int
@@ -87,3 +104,4 @@ class ExecResult:
     out_of_memory: bool = False
     truncated: bool = False
     pid: int | None = None
+    refused: tuple[RefusedRequest, ...] = ()

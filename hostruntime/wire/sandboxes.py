@@ -179,13 +179,45 @@ class MetricsSample(Message):
 class SandboxMetrics(Message):
     """``GET /sandboxes/{id}/metrics``: what it uses now, its latest samples, and its total.
 
-    ``memory_bytes`` is now, without what the kernel would drop first (the inactive page cache).
+    ``memory_bytes`` is now, without what the kernel would drop first (the inactive page cache);
+    ``disk_bytes`` is what is in use on its disk.  It has sent and received so much since it
+    started, None without a network.
     """
 
     id: str
     memory_bytes: int | None
     total: ResourceUsage
     samples: tuple[MetricsSample, ...] = ()
+    disk_bytes: int | None = None
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MetricsPoint(Message):
+    """What a sandbox used in the ``seconds`` before ``at`` (Unix time).
+
+    ``memory_bytes`` is the mean, with its page cache; ``disk_bytes`` is at the end; it sent and
+    received so much meanwhile. None is unknown.
+    """
+
+    at: float
+    seconds: float
+    cpu_seconds: float
+    memory_bytes: int
+    disk_bytes: int | None = None
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MetricsHistory(Message):
+    """``GET /sandboxes/{id}/history``: the points after ``since``, oldest first.
+
+    They are kept while a sandbox lives, and for a day; the longer ago, the longer each is.
+    """
+
+    points: tuple[MetricsPoint, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ KINDS: Mapping[str, LimitKind] = {
         "Paused sandboxes", "", "paused sandboxes", "resume or terminate one"
     ),
     "max_named_snapshots": LimitKind("Snapshots", "", "snapshots", "delete one"),
+    "snapshot_disk_mb": LimitKind(
+        "Disk for snapshots", "MB", "megabytes of snapshots", "delete a snapshot"
+    ),
     "max_volumes": LimitKind("Volumes", "", "volumes", "delete one"),
     "max_webhooks": LimitKind("Webhooks", "", "webhooks", "delete one"),
     "api_requests_per_minute": LimitKind("API requests per minute per token"),

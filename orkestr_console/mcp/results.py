@@ -175,6 +175,10 @@ class ExecResult(Result):
         description="Left out of the middle of the output. To see it all, redirect the output to "
         "a file and read that in parts."
     )
+    error_code: str = Field(default="", description="network_policy_blocked, or blank.")
+    refused_hosts: list[str] = Field(
+        default_factory=list, description="Blocked while it ran; allow_domains could allow them."
+    )
 
 
 class BackgroundCommand(Result):

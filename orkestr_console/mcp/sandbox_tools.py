@@ -132,6 +132,8 @@ async def run_to_completion(ctx: Ctx, sandbox_id: str, spec: ExecSpec) -> ExecRe
         stderr=output["stderr"].text(),
         duration_ms=last["duration_ms"],
         omitted_bytes=sum(stream.omitted for stream in output.values()),
+        error_code=last.get("error_code", ""),
+        refused_hosts=last.get("refused_hosts", []),
     )
 
 

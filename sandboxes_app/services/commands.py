@@ -28,6 +28,7 @@ from sandboxes_app.services.exec_errors import (
     decode_output,
     translate_exec_error,
 )
+from sandboxes_app.services.refusals import Refusal, describe_refusal
 from sandboxes_app.services.waking import find_awake, translate_paused
 from sandboxes_app.specs import ExecSpec
 
@@ -42,13 +43,17 @@ TRUNCATION_NOTICE = (
 
 @dataclass(frozen=True)
 class ExecAnswer:
-    """A finished command. ``truncated`` means that output past 16 MiB was dropped."""
+    """A finished command. ``truncated`` means that output past 16 MiB was dropped.
+
+    ``refusal`` is what the network policy refused while it ran, if it failed.
+    """
 
     stdout: str
     stderr: str
     exit_code: int
     duration_ms: int
     truncated: bool = False
+    refusal: Refusal | None = None
 
 
 def audit_details(answer: ExecAnswer, _: Outcome) -> dict[str, Any]:
@@ -118,9 +123,10 @@ def _conclude(actor: Actor, _: str, sandbox: Sandbox, outcome: Outcome) -> ExecA
     if isinstance(outcome, host_errors.HostError):
         paused = translate_paused(actor, sandbox, outcome)
         raise paused or translate_exec_error(sandbox, outcome) from outcome
+    refusal = describe_refusal(actor.team, outcome.refused)
     if outcome.signal is not None:
-        raise killed_error(outcome)
-    return exec_answer(outcome)
+        raise killed_error(outcome, refusal)
+    return exec_answer(outcome, refusal)
 
 
 def command_quota(actor: Actor) -> Quota:
@@ -163,24 +169,32 @@ def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
     )
 
 
-def exec_answer(result: ExecResult) -> ExecAnswer:
-    """The answer; truncated output says so itself, as not every client shows ``truncated``."""
+def exec_answer(result: ExecResult, refusal: Refusal | None = None) -> ExecAnswer:
+    """The answer; truncated output says so itself, as not every client shows ``truncated``.
+
+    So does what was refused.
+    """
     printed = {"stdout": decode_output(result.stdout), "stderr": decode_output(result.stderr)}
     if result.truncated:
         truncated_stream = "stdout" if len(result.stdout) >= len(result.stderr) else "stderr"
         printed[truncated_stream] += TRUNCATION_NOTICE
+    if refusal is not None:
+        printed["stderr"] += refusal.notice
     return ExecAnswer(
         **printed,
         exit_code=result.code,
         duration_ms=result.duration_ms,
         truncated=result.truncated,
+        refusal=refusal,
     )
 
 
-def killed_error(result: ExecResult) -> ExecKilled:
+def killed_error(result: ExecResult, refusal: Refusal | None = None) -> ExecKilled:
     """The error for a command killed by a signal, with its output."""
     number = result.signal or 0
-    error = ExecKilled(kill_message(number, memory=result.out_of_memory), signal=number)
+    message = kill_message(number, memory=result.out_of_memory)
+    error = ExecKilled(f"{message} {refusal.message}" if refusal else message, signal=number)
+    error.extra |= {"refused_hosts": list(refusal.hosts)} if refusal else {}
     error.extra |= {
         "exit_code": result.code,
         "stdout": decode_output(result.stdout[-ERROR_OUTPUT_BYTES:]),
@@ -284,7 +298,11 @@ async def exec_frames(command: Command) -> AsyncGenerator[dict[str, Any]]:
                         {"code": frame.error_code, "message": frame.message}
                     )
                 first_frame_seen = True
-                for wire_frame in to_wire(frame, boundaries):
+                refusal = None
+                if frame.refused:
+                    team = command.actor.team
+                    refusal = await in_thread(describe_refusal, team, frame.refused)
+                for wire_frame in to_wire(frame, boundaries, refusal):
                     yield wire_frame
     except host_errors.TooManyCommands as error:
         # Before any frame: the quota is checked first.
@@ -299,7 +317,9 @@ async def exec_frames(command: Command) -> AsyncGenerator[dict[str, Any]]:
         yield {"kind": "error", "code": domain.code, "message": domain.detail}
 
 
-def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dict[str, Any]]:
+def to_wire(
+    frame: ExecFrame, boundaries: dict[str, Utf8Boundaries], refusal: Refusal | None = None
+) -> list[dict[str, Any]]:
     """A host's frame as in the wire contract; the last one flushes the held bytes."""
     if frame.kind == "started":
         return [{"kind": "exec_started", "pid": frame.pid}]
@@ -309,7 +329,9 @@ def to_wire(frame: ExecFrame, boundaries: dict[str, Utf8Boundaries]) -> list[dic
     remaining = [
         item for name, part in boundaries.items() for item in output_frames(name, part.flush())
     ]
-    return [*remaining, final_frame(frame)]
+    if refusal is not None and frame.kind == "exited":
+        remaining += output_frames("stderr", refusal.notice.encode())
+    return [*remaining, final_frame(frame, refusal)]
 
 
 def output_frames(stream: str, data: bytes) -> list[dict[str, Any]]:
@@ -318,16 +340,20 @@ def output_frames(stream: str, data: bytes) -> list[dict[str, Any]]:
     return [{"kind": "exec_chunk", "stream": stream, "data": encoded}] if data else []
 
 
-def final_frame(frame: ExecFrame) -> dict[str, Any]:
+def final_frame(frame: ExecFrame, refusal: Refusal | None = None) -> dict[str, Any]:
     """The frame that ends the stream."""
+    refused = refusal.members if refusal else {}
     if frame.kind == "error":
         code, message, number = frame.error_code, frame.message, frame.signal
     elif frame.signal is not None:
         number = frame.signal
         code, message = "exec_killed", kill_message(number, memory=frame.out_of_memory)
     else:
-        return {"kind": "exec_exited", "code": frame.code, "duration_ms": frame.duration_ms or 0}
-    error_frame = {"kind": "error", "code": code, "message": message}
+        exited = {"kind": "exec_exited", "code": frame.code}
+        return {**exited, "duration_ms": frame.duration_ms or 0, **refused}
+    if refusal is not None:
+        message = f"{message} {refusal.message}"
+    error_frame = {"kind": "error", "code": code, "message": message, **refused}
     return error_frame if number is None else {**error_frame, "signal": number}
 
 

@@ -245,7 +245,7 @@ def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
             **({} if commands is None else {"max_concurrent_commands": commands.get(team.pk, 0)}),
             "max_concurrent_sandboxes": running.get(team.pk, 0),
             "max_snapshots": paused.get(team.pk, 0),
-            "max_named_snapshots": snapshot_counts[team.pk],
+            **snapshot_counts[team.pk],
         }
         for team in teams
     }

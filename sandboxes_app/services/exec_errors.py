@@ -7,6 +7,7 @@ from orkestr_console.core.errors import DomainError
 from orkestr_console.core.hosts import translate_error
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services.lifecycle import settle_if_missing
+from sandboxes_app.services.refusals import describe_refusal
 
 # How much output an error includes, so that a killed command still shows its work.
 ERROR_OUTPUT_BYTES = 64 * 1024
@@ -22,6 +23,10 @@ def translate_exec_error(sandbox: Sandbox, error: host_errors.HostError) -> Doma
         for stream in ("stdout", "stderr"):
             if isinstance(printed := error.extra.get(stream), bytes):
                 domain.extra[stream] = decode_output(printed[-ERROR_OUTPUT_BYTES:])
+        refusal = describe_refusal(sandbox.team, error.extra.get("refused", ()))
+        if refusal is not None:
+            domain.detail = f"{domain.detail} {refusal.message}"
+            domain.extra["refused_hosts"] = list(refusal.hosts)
     return domain
 
 

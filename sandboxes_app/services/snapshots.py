@@ -7,7 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 from django.db import transaction
-from django.db.models import Count, Q
+from django.db.models import Count, Q, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from hostruntime import errors as host_errors
@@ -69,7 +70,8 @@ def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) 
     yield from wait_for_turn(actor.team)
     with held_in_turn(actor.team, actor.user) as limits:
         try:
-            limits.require_room("max_named_snapshots", usage_counts([limits.team])[limits.team.pk])
+            for name, used in usage_counts([limits.team])[limits.team.pk].items():
+                limits.require_room(name, used)
         except PlanLimit as error:
             code = "snapshot_cap_reached"
             raise Conflict(error.detail, code=code, extra=error.extra) from None
@@ -101,13 +103,20 @@ def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) 
     return snapshot
 
 
-def usage_counts(teams: Collection[Team]) -> dict[str, int]:
-    """The number of stored snapshots by team id."""
+def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
+    """Each team's usage of the limits on snapshots: how many are stored, and their megabytes."""
     rows = (
-        Snapshot.objects.stored().filter(team__in=teams).values("team").annotate(kept=Count("pk"))
+        Snapshot.objects.stored()
+        .filter(team__in=teams)
+        .values("team")
+        .annotate(kept=Count("pk"), size=Coalesce(Sum("size_mb"), 0))
     )
-    stored = {row["team"]: row["kept"] for row in rows}
-    return {team.pk: stored.get(team.pk, 0) for team in teams}
+    used = {
+        row["team"]: {"max_named_snapshots": row["kept"], "snapshot_disk_mb": row["size"]}
+        for row in rows
+    }
+    zero = {"max_named_snapshots": 0, "snapshot_disk_mb": 0}
+    return {team.pk: used.get(team.pk, zero) for team in teams}
 
 
 def mark_ready(snapshot: Snapshot, info: SnapshotInfo) -> bool:

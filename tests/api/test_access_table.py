@@ -221,6 +221,7 @@ CONSOLE = [
     page("POST", "sandboxes/<sandbox>/commands/<command>/stop/", **THEIRS),
     page("GET", "sandboxes/<sandbox>/egress/", **THEIRS),
     page("GET", "sandboxes/<sandbox>/preview/", **THEIRS),
+    page("GET", "sandboxes/<sandbox>/use/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/pause/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/resume/", member=409, admin=409, owner=409, **THEIRS),
     page("GET", "sandboxes/<sandbox>/terminate/", **THEIRS),

@@ -35,6 +35,8 @@ def test_a_running_sandbox_shows_what_it_uses(api: Client, box: str) -> None:
         "usage_percent": 2.33,
     }
     assert told["lifetime"] == {"cpu_seconds": 1.5, "gb_seconds": 2.5}
+    assert told["disk"] == {"usage_bytes": 2_000_000}
+    assert told["network"] == {"sent_bytes": 3000, "received_bytes": 4000}
     assert [one["t"] for one in told["samples"]] == [
         "1970-01-01T00:16:40.000Z",
         "1970-01-01T00:16:42.000Z",
@@ -43,6 +45,18 @@ def test_a_running_sandbox_shows_what_it_uses(api: Client, box: str) -> None:
 
 def test_since_leaves_out_what_is_known_and_nothing_else(api: Client, box: str) -> None:
     told = metrics(api, box, "?since=1000")
+    # What was before the samples comes from the sandbox's history, and nothing twice.
+    whole = metrics(api, box, "?since=0")["samples"]
+    assert [one["mem_bytes"] for one in whole] == [90_000_000, 120_000_000, 120_000_000]
+    assert whole[0] == {
+        "t": "1970-01-01T00:16:10.000Z",
+        "cpu_percent": 25.0,
+        "mem_bytes": 90_000_000,
+        "seconds": 30.0,
+        "disk_bytes": 1_000_000,
+        "sent_bytes": None,
+        "received_bytes": None,
+    }
     assert [one["mem_bytes"] for one in told["samples"]] == [120_000_000]
     assert metrics(api, box, "?since=")["samples"] == metrics(api, box)["samples"]
     told = metrics(api, box, "?since=1002")
@@ -67,6 +81,9 @@ def test_a_paused_or_ended_one_has_no_live_figures(api: Client, host: FakeHost, 
     assert (told["sandbox_status"], told["samples"]) == ("terminated", [])
     assert told["memory"]["usage_bytes"] is None
     assert told["memory"]["limit_bytes"] == 4096 * 1024 * 1024
+    assert (told["disk"], told["network"]["sent_bytes"]) == ({"usage_bytes": None}, None)
+    # What it used is known for another day, to who asks for more than the last minute.
+    assert len(metrics(api, box, "?since=0")["samples"]) == 2
 
 
 def test_one_whose_container_has_just_gone(api: Client, host: FakeHost, box: str) -> None:

@@ -15,7 +15,7 @@ from django.db import connections
 from django.test import AsyncClient, Client
 
 from hostruntime.errors import ContainerGone, CwdNotFound, ExecTimeout, Held, HostUnavailable
-from hostruntime.wire.commands import ExecFrame, ExecResult, Quota
+from hostruntime.wire.commands import ExecFrame, ExecResult, Quota, RefusedRequest
 from orkestr_console.accounts.models import AuditEntry, Team, TeamLimits
 from orkestr_console.accounts.services import authenticate_token
 from orkestr_console.http import closing
@@ -28,6 +28,11 @@ from sandboxes_app.services import exec_stream
 from sandboxes_app.specs import ExecSpec
 from tests.api.asking import post, refusal
 from tests.fakes.host import FakeHost
+
+REFUSED = (
+    RefusedRequest("a.test", 443, "not_listed"),
+    RefusedRequest("192.0.2.1", 22, "past_proxy", direct=True),
+)
 
 
 @pytest.fixture
@@ -69,6 +74,33 @@ def test_a_command_answers_its_output_and_how_it_ended(
         "duration_ms": 41,
         "truncated": False,
     }
+
+
+def test_what_the_network_policy_refused_stands_beside_the_exit_status(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    host.answers["make"] = ExecResult(7, None, b"half", b"no way", 41, refused=REFUSED)
+    said = run(api, box).json()
+    assert (said["exit_code"], said["stdout"]) == (7, "half")
+    assert (said["error_code"], said["refused_hosts"]) == ("network_policy_blocked", ["a.test"])
+    for part in ("While this command ran", "a.test:443, 192.0.2.1:22 (past the proxy)"):
+        assert part in said["error_message"]
+    assert "allow_domains" in said["error_message"]
+    # The official clients show nothing else.
+    assert said["stderr"] == f"no way\n[network_policy_blocked: {said['error_message']}]\n"
+
+
+def test_an_error_that_ended_a_command_tells_of_the_network_policy_as_well(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    late = ExecTimeout("It ran past 1 second.")
+    late.extra |= {"stdout": b"half", "stderr": b"", "refused": REFUSED}
+    killed = ExecResult(139, 11, b"before", b"", 5, refused=REFUSED)
+    for outcome, status, code in ((late, 408, "exec_timeout"), (killed, 409, "exec_killed")):
+        host.answers["make"] = outcome
+        said = refusal(run(api, box), status, code)
+        assert said["refused_hosts"] == ["a.test"]
+        assert "the network policy refused its sandbox a.test:443" in said["detail"]
 
 
 def test_it_runs_in_the_workspace_with_the_sandboxes_variables(
@@ -255,6 +287,21 @@ async def test_a_stream_has_the_frames_of_the_wire_contract(
         {"kind": "exec_exited", "code": 0, "duration_ms": 18},
     ]
     assert host.ended_early == []
+
+
+async def test_a_stream_ends_with_what_the_network_policy_refused(
+    stream_api: AsyncApi, host: FakeHost
+) -> None:
+    ended = ExecFrame("exited", code=7, duration_ms=3, refused=REFUSED)
+    *_, notice, last = await events(await opened(stream_api, host, STARTED, ended))
+    assert (last["kind"], last["code"]) == ("exec_exited", 7)
+    assert (last["error_code"], last["refused_hosts"]) == ("network_policy_blocked", ["a.test"])
+    assert (notice["kind"], notice["stream"]) == ("exec_chunk", "stderr")
+    assert last["error_message"] in base64.b64decode(notice["data"]).decode()
+    late = ExecFrame("error", error_code="exec_timeout", message="Late.", refused=REFUSED)
+    last = (await events(await opened(stream_api, host, STARTED, late)))[-1]
+    assert (last["code"], last["refused_hosts"]) == ("exec_timeout", ["a.test"])
+    assert last["message"].startswith("Late. While this command ran")
 
 
 async def test_characters_are_not_cut_between_chunks(stream_api: AsyncApi, host: FakeHost) -> None:

@@ -159,6 +159,11 @@ def test_the_cap_counts_what_is_kept(api: Client, source: str) -> None:
     first = take(api, source)["id"]
     said = refusal(post(api, f"{URL}/{source}/snapshots", {}), 409, "snapshot_cap_reached")
     assert (said["limit"], said["used"], said["max"]) == ("max_named_snapshots", 1, 1)
+    # So does their disk space.
+    Plan.objects.filter(pk="team").update(max_named_snapshots=5, snapshot_disk_mb=1)
+    said = refusal(post(api, f"{URL}/{source}/snapshots", {}), 409, "snapshot_cap_reached")
+    assert (said["limit"], said["used"], said["max"]) == ("snapshot_disk_mb", 124, 1)
+    assert "delete a snapshot" in said["detail"]
     api.delete(f"{SNAPSHOTS}/{first}")
     take(api, source)
 

@@ -55,7 +55,12 @@ def test_an_allowed_host_is_no_longer_refused(templates: Templates) -> None:
 def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -> None:
     sandbox = sandboxes.boot("python-3.12", network="restricted")
     done = sandbox.exec(FETCH)
+    assert done.exit_code == 1
     assert "403" in done.stderr
+    # Beside the exit status, in what every client shows: only if it failed, and in its own time.
+    assert "network_policy_blocked: While this command ran" in done.stderr
+    assert f"{UNLISTED}:443" in done.stderr
+    assert sandbox.exec(f"{FETCH} || true").stderr.count("policy_blocked") == 0
     fetched = sandbox.exec("cd /tmp && pip download --no-deps --quiet six", timeout_seconds=120)
     assert fetched.exit_code == 0, fetched.stderr
     with stack.client() as api:
@@ -68,9 +73,17 @@ def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -
 
         wait_for(lambda: any(int(str(use["received_bytes"])) > 1000 for use in hosts()), 10)
         first, *others = hosts()
+        network = api.get(f"/v1/sandboxes/{sandbox.id}/metrics").json()["network"]
+    assert network["received_bytes"] > 1000
+    assert network["sent_bytes"] > 0
     assert (first["host"], first["reason"]) == (UNLISTED, "not_listed")
     assert UNLISTED in str(first["message"])
     assert all(use["allowed"] for use in others)
+    direct = "exec 3<>/dev/tcp/192.0.2.1/443"
+    tried = "".join(part.data for part in sandbox.exec_stream(f"bash -c '{direct}'"))
+    assert "192.0.2.1:443 (past the proxy)" in tried
+    assert UNLISTED not in tried
+    assert "192.0.2.1" not in sandbox.exec("false").stderr
 
 
 def test_a_list_of_ones_own_replaces_the_default_one(sandboxes: Sandboxes) -> None:

@@ -36,6 +36,7 @@ from hostruntime.wire.health import EgressHost
 from hostruntime.wire.images import BaseInfo, ImageInfo, ImageUsage
 from hostruntime.wire.sandboxes import (
     CreateSandbox,
+    MetricsPoint,
     MetricsSample,
     ResourceUsage,
     SandboxInfo,
@@ -393,7 +394,14 @@ class FakeHost(
         if self.sandbox(sandbox_id).state != "running":
             raise ContainerGone("The sandbox is not running.")
         samples = tuple(MetricsSample(at, 0.5, 120_000_000) for at in (1000.0, 1002.0))
-        return SandboxMetrics(sandbox_id, 100_000_000, ResourceUsage(1.5, 2.5), samples)
+        total, traffic = ResourceUsage(1.5, 2.5), (3000, 4000)
+        return SandboxMetrics(sandbox_id, 100_000_000, total, samples, 2_000_000, *traffic)
+
+    def metrics_history(self, sandbox_id: str, since: float = 0.0) -> list[MetricsPoint]:
+        """As the client: two points, of which the second is also among the samples."""
+        self._up()
+        points = (MetricsPoint(at, 30.0, 15.0, 90_000_000, 1_000_000) for at in (970.0, 1000.0))
+        return [point for point in points if point.at > since]
 
     def acknowledge_usage(self, ids: Sequence[str]) -> None:
         """As the client."""

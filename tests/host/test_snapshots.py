@@ -13,6 +13,7 @@ import pytest
 
 from hostruntime.container.cgroups import cgroup_layout, is_frozen
 from hostruntime.errors import ContainerGone, HostError, InvalidRequest, NotFound
+from hostruntime.wire.background import StartCommand
 from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo, SnapshotInfo
@@ -108,6 +109,9 @@ def test_the_source_goes_on_with_its_processes_and_the_files_they_have_open(
     )
     run(host, sandbox.id, f"setsid sh -c '{holder}' >/dev/null 2>&1 </dev/null &")
     run(host, sandbox.id, "until [ -e /root/on ] && [ -s /root/log ]; do sleep 0.02; done")
+    # Then nobody but who is frozen writes to its disk, which needs no freeze of its own.
+    groups = cgroup_layout().container(f"{agent.prefix}{sandbox.id}")
+    assert not groups.has_supervisors()
     snapshot = take(sandbox.id)
     assert snapshot.frozen_ms > 0
     seen = int(run(host, sandbox.id, "kill -0 $(cat /root/pid) && tail -n1 /root/log"))
@@ -122,6 +126,11 @@ def test_the_source_goes_on_with_its_processes_and_the_files_they_have_open(
     # Memory is not captured: nobody writes in there.
     time.sleep(0.2)
     assert run(host, forked.id, "cat /root/log").split() == lines
+    # What keeps a background command's output is not frozen.
+    host.start_command(sandbox.id, StartCommand("cmd_prints", "yes"))
+    assert groups.has_supervisors()
+    assert take(sandbox.id).frozen_ms > 0
+    assert host.command(sandbox.id, "cmd_prints").running
 
 
 def test_a_fork_takes_limits_and_network_of_its_own_and_the_disk_of_the_snapshot(

@@ -188,3 +188,7 @@ def test_what_a_sandbox_uses_now_and_used_lately(host: HostClient, sandbox: Sand
     assert ages == sorted(ages, reverse=True)
     assert all(-1 < age < 120 for age in ages)
     assert found.total.cpu_seconds > 0
+    assert found.disk_bytes is not None
+    assert 0 < found.disk_bytes < 2**30
+    # It has no network.
+    assert (found.sent_bytes, found.received_bytes) == (None, None)

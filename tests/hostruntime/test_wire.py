@@ -28,7 +28,7 @@ from hostruntime.wire.background import (
     StartCommand,
 )
 from hostruntime.wire.builds import BuildEvent, BuildInfo, Cache, StartBuild
-from hostruntime.wire.commands import Exec, ExecFrame, Quota, RunningCommands
+from hostruntime.wire.commands import Exec, ExecFrame, Quota, RefusedRequest, RunningCommands
 from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryEntry,
@@ -68,6 +68,8 @@ from hostruntime.wire.sandboxes import (
     CreateSnapshot,
     DailyUsage,
     DeletedSandbox,
+    MetricsHistory,
+    MetricsPoint,
     MetricsSample,
     ResourceUsage,
     Sandboxes,
@@ -85,6 +87,7 @@ SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expi
 SNAPSHOT = SnapshotInfo("snap", "sbx", "debian-12", 64, 1 << 40, 2.5, 3.25)
 DAY = DailyUsage(1.5, 2.5, day=date(2026, 11, 30))
 SAMPLE = MetricsSample(1.5, 0.25, 4096)
+POINT = MetricsPoint(1.5, 30.0, 7.5, 4096, 8192, 100, 200)
 USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
@@ -111,6 +114,8 @@ MESSAGES: list[Message] = [
     ExecFrame("chunk", stream="stdout", data=bytes(range(256))),
     ExecFrame("exited", code=137, signal=9, duration_ms=3, out_of_memory=True, truncated=True),
     ExecFrame("error", error_code="exec_timeout", message="Late.", duration_ms=5),
+    RefusedRequest("192.0.2.1", 22, "past_proxy", direct=True),
+    ExecFrame("exited", code=7, refused=(RefusedRequest("example.org", 443, "not_listed"),)),
     RunningCommands({"team": 2}),
     StartCommand("cmd", "echo größe", cwd="/", env={"A": "1"}),
     COMMAND,
@@ -129,6 +134,8 @@ MESSAGES: list[Message] = [
     ResourceUsage(1.0, 2.0),
     SAMPLE,
     SandboxMetrics("sbx", 1024, ResourceUsage(1.0, 2.0), (SAMPLE,)),
+    POINT,
+    MetricsHistory((POINT, MetricsPoint(2.5, 30.0, 0.0, 1))),
     DAY,
     USED,
     Usage((USED,)),

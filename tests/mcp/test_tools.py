@@ -13,7 +13,7 @@ from django.db import OperationalError
 from mcp import Client
 from mcp_types import CallToolResult, TextContent
 
-from hostruntime.wire.commands import ExecFrame, Quota
+from hostruntime.wire.commands import ExecFrame, Quota, RefusedRequest
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
 from orkestr_console.mcp import sandbox_tools
 from orkestr_console.mcp.tool import ERROR
@@ -231,6 +231,22 @@ async def test_what_runs_out_of_time_shows_what_it_printed(
     assert said.startswith("exec_timeout: It took too long.")
     assert "exec_background" in said
     assert "so far" in said
+
+
+async def test_what_the_network_policy_refused_is_named_after_a_command(
+    connect: Connect, key: str, host: FakeHost
+) -> None:
+    unlisted = RefusedRequest("a.test", 443, "not_listed")
+    host.frames["fetch"] = [
+        ExecFrame("started", pid=7),
+        ExecFrame("exited", code=1, duration_ms=3, refused=(unlisted,)),
+    ]
+    async with connect(key) as client:
+        box = (await done(client, "create_sandbox", template="debian-12"))["id"]
+        ran = await done(client, "exec", sandbox_id=box, command="fetch")
+    assert (ran["exit_code"], ran["error_code"]) == (1, "network_policy_blocked")
+    assert ran["refused_hosts"] == ["a.test"]
+    assert "allow_domains" in ran["stderr"]
 
 
 @pytest.mark.parametrize(

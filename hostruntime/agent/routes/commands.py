@@ -81,6 +81,7 @@ def _frame(frame: Frame) -> ExecFrame:
                 signal=frame.signal,
                 duration_ms=frame.duration_ms,
                 out_of_memory=frame.out_of_memory,
+                refused=frame.refused,
             )
         case TimedOut():
             return ExecFrame(
@@ -88,4 +89,5 @@ def _frame(frame: Frame) -> ExecFrame:
                 error_code=ExecTimeout.code,
                 message=_TIMED_OUT,
                 duration_ms=frame.duration_ms,
+                refused=frame.refused,
             )

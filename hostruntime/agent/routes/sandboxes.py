@@ -144,6 +144,11 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
         sandboxes.require_present(sandbox_id)
         return respond(await usage_store.metrics(sandbox_id))
 
+    async def history(request: Request) -> Response:
+        """What one sandbox has used over its life; of one that is long gone, nothing."""
+        since = query_number(request, "since", 0)
+        return respond(await usage_store.points(path_parameter(request), since))
+
     async def collected(request: Request) -> Response:
         """Forget those of the listed sandboxes that have ended."""
         await usage_store.forget_collected((await read_message(request, CollectedUsage)).ids)
@@ -152,5 +157,6 @@ def _usage_routes(sandboxes: SandboxManager) -> list[Route]:
     return [
         Route("/usage", usage),
         Route("/sandboxes/{id}/metrics", metrics),
+        Route("/sandboxes/{id}/history", history),
         Route("/usage/collected", collected, methods=["POST"]),
     ]
