@@ -58,6 +58,7 @@ class SandboxForm(Form):
     env: str = ""
     # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
+    volume: str = ""
 
     labels: ClassVar[Mapping[str, str]] = {
         "template": "The template",
@@ -66,6 +67,7 @@ class SandboxForm(Form):
         "timeout_seconds": "The lifetime",
         "env": "The environment",
         "allow_domains": "The list of hosts",
+        "volume": "The volume",
     }
 
     @classmethod
@@ -78,6 +80,7 @@ class SandboxForm(Form):
             timeout_seconds=data.get("timeout_seconds", "").strip(),
             env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
+            volume=data.get("volume", "").strip(),
         )
 
     def spec(self) -> SandboxSpec:
@@ -95,6 +98,7 @@ class SandboxForm(Form):
                 "timeout_seconds": parse_number(self.timeout_seconds),
                 "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
+                "volume": self.volume or None,
             },
         )
 
@@ -103,10 +107,11 @@ class SandboxForm(Form):
         return extend_default(self.allow_domains) if self.network == "restricted" else None
 
     def add_error(self, error: DomainError) -> None:
-        """As any form does, but show what is wrong with the image at the picker."""
+        """As any form does, but show what is wrong with image or volume where it is chosen."""
         super().add_error(error)
         if isinstance(error, (NotFound, Conflict)):
-            self.errors = {"template": error.detail}
+            of_volume = error.fields or error.code.startswith("volume_")
+            self.errors = {"volume" if of_volume else "template": error.detail}
 
 
 @dataclass

@@ -11,12 +11,9 @@ import re
 
 from orkestr_console.core.errors import DomainError, NotFound, Unsupported
 
-# Addresses that would otherwise be those of a sandbox with this id.
-RESERVED = frozenset({"/v1/sandboxes/volumes"})
 PREFIX = "/v1/sandboxes/[^/]+"
 INTERPRETER = re.compile(rf"{PREFIX}/code(?:/contexts(?:/[^/]+(?:/restart)?)?)?")
 UNOFFERED = {
-    "volumes": re.compile(r"/v1/sandboxes/volumes(?:/[^/]+(?:/move)?)?"),
     "preview hosts": re.compile(rf"{PREFIX}/host"),
 }
 
