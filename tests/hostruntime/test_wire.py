@@ -36,6 +36,7 @@ from hostruntime.wire.files import (
     FileStat,
     MakeDirectory,
     MoveFile,
+    Survey,
     WrittenFile,
 )
 from hostruntime.wire.health import (
@@ -65,6 +66,7 @@ from hostruntime.wire.sandboxes import (
     CreateSandbox,
     CreateSnapshot,
     DailyUsage,
+    DeletedSandbox,
     MetricsSample,
     ResourceUsage,
     Sandboxes,
@@ -134,6 +136,8 @@ MESSAGES: list[Message] = [
     DAY,
     USED,
     Usage((USED,)),
+    DeletedSandbox(),
+    DeletedSandbox(USED),
     CollectedUsage(["sbx"]),
     MakeDirectory("/a", parents=False),
     MoveFile("/a", "/b"),
@@ -142,6 +146,7 @@ MESSAGES: list[Message] = [
     FileStat("/a", exists=False),
     ENTRY,
     DirectoryEntries((ENTRY,)),
+    Survey("ff00", (("größe",), None)),
     BASE,
     Bases((BASE,)),
     IMAGE,
