@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from orkestr import OrkestrClient, Sandbox, Volume
 from orkestr.errors import APIError, OrkestrError, SandboxNotFound, SandboxNotReady
 
+from orkestr_console.runner.programs import agent_is_ready
 from tests.clients.making import Sandboxes
-from tests.stack import Stack
+from tests.stack import Stack, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,16 @@ def no_volume_stays(sdk: OrkestrClient) -> Iterator[None]:
     for volume in Volume.list(client=sdk):
         if volume.attached_sandbox_id is not None:
             Sandbox.get(volume.attached_sandbox_id, client=sdk).terminate()
-        Volume.delete(volume.id, client=sdk)
+        # Its sandbox ends a moment later if a test has just killed the agent.
+        wait_for(partial(is_deleted, volume.id, sdk), 60)
+
+
+def is_deleted(volume_id: str, sdk: OrkestrClient) -> bool:
+    try:
+        Volume.delete(volume_id, client=sdk)
+    except SandboxNotReady:
+        return False
+    return True
 
 
 def test_what_is_on_a_volume_outlives_its_sandbox(
@@ -52,6 +63,7 @@ def test_what_is_on_a_volume_outlives_its_sandbox(
     old = stack.pid("agent")
     stack.kill("agent")
     stack.wait_until_restarted("agent", old)
+    wait_for(lambda: agent_is_ready(stack.layout.host_socket), 60, stack.explain)
     resumed = Sandbox.resume(first.id, client=sdk)
     assert resumed.exec("cat /persist/file; echo more >>/persist/file").stdout == "kept"
     first.terminate()
@@ -80,7 +92,7 @@ def test_of_two_creates_at_once_one_gets_the_volume(
 
     with ThreadPoolExecutor(4) as pool:
         outcomes = list(pool.map(create, range(4)))
-    assert sum("'shared' is in use" in outcome for outcome in outcomes) == 3
+    assert sum("'shared' is in use" in outcome for outcome in outcomes) == 3, outcomes
     [volume] = Volume.list(client=sdk)
     assert (volume.name, volume.size_mb) == ("shared", 10_240)
     assert volume.attached_sandbox_id in outcomes
