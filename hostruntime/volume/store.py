@@ -15,8 +15,8 @@ fsync(2) of the file), and whatever was interrupted is put right by e2fsck(8) be
 **One device at a time.**  Two devices on one file would destroy the file system.  A lock (flock(2))
 on the open file is what prevents that, and not a record: the loop device holds the same open file
 for as long as anybody has the file system mounted, in any namespace.  After a detach that may be
-somebody who knows nothing of it, such as an operator's shell whose working directory is there.  (The
-copies of mount namespaces that nobody uses end with the mount point's directory.)  Then the same
+somebody who knows nothing of it, such as an operator's shell whose working directory is there.
+(Copies in mount namespaces that nobody uses end with the mount point's directory.)  Then the same
 device is mounted again, which is the same file system to the kernel.
 
 **Nothing is replaced.**  Only a volume that the caller calls new is created, and it gets its name
