@@ -68,7 +68,7 @@ def test_what_is_on_a_volume_outlives_its_sandbox(
     assert resumed.exec("cat /persist/file; echo more >>/persist/file").stdout == "kept"
     first.terminate()
     second = sandboxes.boot("python-3.12", volume=volume.id)
-    assert second.files.read_text("/persist/file") == "keptmore\n"
+    assert second.files.read("/persist/file") == "keptmore\n"
     second.terminate()
     assert Volume.move(volume.id, "local", client=sdk).region == "local"
     with pytest.raises(APIError, match="not a region"):
