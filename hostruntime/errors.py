@@ -6,10 +6,13 @@
      ├─ InvalidRequest           400 invalid_request     the caller asked for something malformed
      │   └─ CwdNotFound          400 cwd_not_found       the working directory does not exist
      ├─ NotFound                 404 not_found           no such sandbox, build, image or file
-     │   └─ ImageNotFound        404 image_not_found
+     │   ├─ ImageNotFound        404 image_not_found
+     │   └─ VolumeMissing        404 volume_missing      its data is not on this host (any more)
      ├─ Conflict                 409 conflict            it exists, but not in the right state
      │   ├─ ContainerGone        409 container_gone      the container is not running (any more)
      │   ├─ PortClosed           409 port_closed         nothing inside listens on the port
+     │   ├─ VolumeInUse          409 volume_in_use       another sandbox has it
+     │   ├─ VolumeDamaged        409 volume_damaged      its file system cannot be repaired
      │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
      ├─ FileTooLarge             413 file_too_large
      ├─ RangeNotSatisfiable      416 range_not_satisfiable   (+ ``size``) of the file in bytes
@@ -97,6 +100,12 @@ class ImageNotFound(NotFound):
     code = "image_not_found"
 
 
+class VolumeMissing(NotFound):
+    """The host does not have the data of a volume that is not new."""
+
+    code = "volume_missing"
+
+
 class Conflict(HostError):
     """The object exists but is not in a state that allows this."""
 
@@ -132,6 +141,18 @@ class NoSpace(Conflict):
     """The container's disk, or the tmpfs that holds the directory, is full."""
 
     code = "no_space"
+
+
+class VolumeInUse(Conflict):
+    """Another sandbox has the volume, or has not let go of it yet."""
+
+    code = "volume_in_use"
+
+
+class VolumeDamaged(Conflict):
+    """The volume's file system is damaged; it was left as it is."""
+
+    code = "volume_damaged"
 
 
 class FileConflict(Conflict):

@@ -89,6 +89,29 @@ class SnapshotList(TypedDict):
     next_cursor: str | None
 
 
+class VolumeDetail(TypedDict):
+    """A volume."""
+
+    id: str
+    name: str
+    size_mb: int
+    used_mb: int
+    status: Annotated[str, Field(description="What it is good for now.")]
+    region: str
+    node_id: str | None
+    attached_sandbox_id: str | None
+    max_lifetime_days: int | None
+    max_lifetime_hours: int | None
+    expires_at: Timestamp | None
+    created_at: Timestamp
+
+
+class VolumeList(TypedDict):
+    """All volumes of the team."""
+
+    volumes: list[VolumeDetail]
+
+
 class RefusedRequests(TypedDict, total=False):
     """What the network policy refused while a command ran that failed."""
 
@@ -312,12 +335,20 @@ class LimitsDetail(TypedDict):
     max_concurrent_builds: int
     max_snapshots: int
     max_named_snapshots: int
+    max_volumes: int
+    volume_disk_mb: int
     max_timeout_seconds: int
     max_running_lifetime_seconds: int | None
     custom_egress_allowlist: bool
     default_egress_domains: list[str]
     trial_credit_eur: float
     trial_credit_used_eur: float
+
+
+class PreviewHost(TypedDict):
+    """Where a port of a sandbox is seen."""
+
+    host: str
 
 
 class EgressHostDetail(TypedDict):

@@ -23,7 +23,7 @@ from orkestr_console.core.errors import (
 )
 from orkestr_console.core.hosts import Steps
 from orkestr_console.http.decorators import ApiRequest, api, revalidate
-from orkestr_console.http.describing import EVENTS, PAGING, Parameter, describe
+from orkestr_console.http.describing import EVENTS, PAGING, Parameter, describe, number
 from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
 from orkestr_console.http.streams import OwningStream
@@ -36,6 +36,7 @@ from sandboxes_app.answers import (
     LimitsDetail,
     MetricsDetail,
     PausedSandbox,
+    PreviewHost,
     SandboxDetail,
     SandboxList,
     SnapshotDetail,
@@ -64,6 +65,7 @@ SINCE = Parameter(
     {"type": "integer", "minimum": 0, "maximum": services.MAX_UNIX_TIME},
     "Only samples after this Unix time, in whole seconds.",
 )
+PORT = Parameter("port", number(1, 65_535), "The port inside.", required=True)
 # Well under the 30 s after which the official SDK gives up on a silent connection.
 KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": the command still runs\n\n"
@@ -293,15 +295,16 @@ def get_metrics(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     return json_response(presenters.metrics_detail(metrics))
 
 
-@describe("List the hosts a sandbox made requests to", answer=EgressHostList, extension=True)
+@describe("Show the host name of a preview", parameters=(PORT,), answer=PreviewHost)
 @api(scope=READ, subject=Sandbox)
 def get_host(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``GET …/host?port=``: the host name of a preview."""
     port = request.GET.get("port")
     host = yield from services.get_preview_host.steps(request.actor, sandbox_id, port)
-    return json_response({"host": host})
+    return json_response(PreviewHost(host=host))
 
 
+@describe("List the hosts a sandbox made requests to", answer=EgressHostList, extension=True)
 @api(scope=READ, subject=Sandbox)
 def list_egress(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET …/egress``: hosts, counts and bytes; an extension of the public API."""

@@ -61,6 +61,7 @@ class SandboxForm(Form):
     env: str = ""
     # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
+    volume: str = ""
 
     labels: ClassVar[Mapping[str, str]] = {
         "template": "The template",
@@ -70,6 +71,7 @@ class SandboxForm(Form):
         "on_timeout": "What happens then",
         "env": "The environment",
         "allow_domains": "The list of hosts",
+        "volume": "The volume",
     }
 
     @classmethod
@@ -84,6 +86,7 @@ class SandboxForm(Form):
             auto_resume="auto_resume" in data,
             env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
+            volume=data.get("volume", "").strip(),
         )
 
     def spec(self) -> SandboxSpec:
@@ -103,6 +106,7 @@ class SandboxForm(Form):
                 "auto_resume": self.auto_resume,
                 "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
+                "volume": self.volume or None,
             },
         )
 
@@ -111,10 +115,11 @@ class SandboxForm(Form):
         return extend_default(self.allow_domains) if self.network == "restricted" else None
 
     def add_error(self, error: DomainError) -> None:
-        """As any form does, but show what is wrong with the image at the picker."""
+        """As any form does, but show what is wrong with image or volume where it is chosen."""
         super().add_error(error)
         if isinstance(error, (NotFound, Conflict)):
-            self.errors = {"template": error.detail}
+            of_volume = error.fields or error.code.startswith("volume_")
+            self.errors = {"volume" if of_volume else "template": error.detail}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A Sandbox and its events, and Snapshots. Rows stay after the end: they are the history."""
+"""A Sandbox and its events, Volumes and Snapshots. Rows stay after the end, as the history."""
 
 from __future__ import annotations
 
@@ -72,6 +72,88 @@ class SandboxQuerySet(models.QuerySet["Sandbox"]):
         return self.filter(status__in=LIVE)
 
 
+class VolumeQuerySet(models.QuerySet["Volume"]):
+    """Volumes, filtered."""
+
+    def for_team(self, team: Team) -> VolumeQuerySet:
+        """One team's volumes, without deleted ones: they count against the plan."""
+        return self.filter(team=team, deleted_at=None)
+
+    def with_holders(self) -> VolumeQuerySet:
+        """The same, each with its :attr:`Volume.holder`."""
+        holders = Sandbox.objects.live().filter(volume=models.OuterRef("pk"))
+        return self.annotate(held_by=models.Subquery(holders.values("pk")[:1]))
+
+
+def new_volume_id() -> str:
+    """A new volume id. A function, so that migrations can refer to it."""
+    return new_id("vol")
+
+
+class Volume(models.Model):
+    """Storage that outlives sandboxes, mounted at /persist in one at a time.
+
+    The host creates it with its first sandbox: it is ``stored`` from then on, and never created
+    again. The row of a deleted one stays, for the host to delete what it may still have.
+    """
+
+    id = models.CharField(max_length=40, primary_key=True, default=new_volume_id, editable=False)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="volumes")
+    created_by = models.ForeignKey(
+        User, on_delete=models.SET_NULL, null=True, blank=True, related_name="volumes"
+    )
+    name = models.CharField(max_length=63)
+    size_mb = models.PositiveIntegerField()
+    region = models.CharField(max_length=32)
+    node_id = models.CharField(max_length=100, blank=True, default="")
+    stored = models.BooleanField(default=False)
+    # The host had it, and has it no more.
+    lost = models.BooleanField(default=False)
+    # What it takes on the host's disk, by the last look.
+    used_bytes = models.BigIntegerField(default=0)
+    # At most one of them is set, and then the deadline that it makes of the time of creation.
+    max_lifetime_days = models.PositiveIntegerField(null=True, blank=True)
+    max_lifetime_hours = models.PositiveIntegerField(null=True, blank=True)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    deleted_at = models.DateTimeField(null=True, blank=True)
+
+    objects = VolumeQuerySet.as_manager()
+
+    class Meta:
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["team", "-created_at", "-id"]),
+        ]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["team", "name"],
+                condition=models.Q(deleted_at=None),
+                name="volume_name_unique_in_team",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def holder(self) -> str | None:
+        """The live sandbox that has it, if it comes from :meth:`VolumeQuerySet.with_holders`."""
+        found: str | None = getattr(self, "held_by", None)
+        return found
+
+    @property
+    def status(self) -> str:
+        """What it is good for now, of :meth:`VolumeQuerySet.with_holders`."""
+        if self.lost:
+            return "lost"
+        return "available" if self.holder is None else "attached"
+
+    @property
+    def used_mb(self) -> int:
+        """The megabytes that it takes on the host's disk, of those of ``size_mb``."""
+        return -(-self.used_bytes // (1024 * 1024))
+
+
 def new_sandbox_id() -> str:
     """A new sandbox id. A function, so that migrations can refer to it."""
     return new_id("sbx")
@@ -104,6 +186,16 @@ class Sandbox(models.Model):
     preview_auth = models.BooleanField(default=False)
     region = models.CharField(max_length=32)
     node_id = models.CharField(max_length=100)
+    # What it has at /persist; its name stays when the volume is gone.
+    volume = models.ForeignKey(
+        Volume,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="sandboxes",
+        db_index=False,
+    )
+    volume_name = models.CharField(max_length=63, blank=True, default="")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     # Who starts, pauses or resumes it now, or releases its container when it has ended
     # (orkestr_console.queue.driving).
@@ -130,10 +222,23 @@ class Sandbox(models.Model):
                 ),
             ),
             models.Index(fields=["driver"], name="sandbox_driven", condition=~models.Q(driver="")),
+            models.Index(
+                fields=["volume"],
+                name="sandbox_with_volume",
+                condition=models.Q(volume__isnull=False),
+            ),
         ]
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.CheckConstraint(
                 condition=models.Q(status__in=SandboxStatus.values), name="sandbox_status_known"
+            ),
+            models.UniqueConstraint(
+                fields=["volume"],
+                condition=models.Q(
+                    status__in=["starting", "running", "pausing", "paused", "resuming"],
+                    volume__isnull=False,
+                ),
+                name="one_live_sandbox_of_a_volume",
             ),
         ]
 

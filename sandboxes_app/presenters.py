@@ -33,8 +33,9 @@ from sandboxes_app.answers import (
     SandboxDetail,
     SnapshotDetail,
     TemplateUseDetail,
+    VolumeDetail,
 )
-from sandboxes_app.models import Sandbox, Snapshot
+from sandboxes_app.models import Sandbox, Snapshot, Volume
 from sandboxes_app.services import (
     Address,
     BatchRow,
@@ -70,7 +71,7 @@ def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
         "paused_expires_at": timestamp(sandbox.expires_at) if sandbox.is_paused else None,
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,
-        "volume": None,
+        "volume": sandbox.volume_name or None,
         "preview_host_base": preview_host_base(sandbox),
         "error_message": sandbox.error_message or None,
         "boot_ms": sandbox.boot_ms,
@@ -95,6 +96,24 @@ def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
         "error_message": snapshot.error_message or None,
         "created_at": timestamp(snapshot.created_at),
         "ready_at": timestamp(snapshot.ready_at),
+    }
+
+
+def volume_detail(volume: Volume) -> VolumeDetail:
+    """A volume, on its own or in a list."""
+    return {
+        "id": volume.pk,
+        "name": volume.name,
+        "size_mb": volume.size_mb,
+        "used_mb": volume.used_mb,
+        "status": volume.status,
+        "region": volume.region,
+        "node_id": volume.node_id or None,
+        "attached_sandbox_id": volume.holder,
+        "max_lifetime_days": volume.max_lifetime_days,
+        "max_lifetime_hours": volume.max_lifetime_hours,
+        "expires_at": timestamp(volume.expires_at),
+        "created_at": timestamp(volume.created_at),
     }
 
 
@@ -315,6 +334,8 @@ def limits_detail(limits: Limits) -> LimitsDetail:
         "max_concurrent_builds": allowed.value("max_concurrent_builds"),
         "max_snapshots": allowed.value("max_snapshots"),
         "max_named_snapshots": allowed.value("max_named_snapshots"),
+        "max_volumes": allowed.value("max_volumes"),
+        "volume_disk_mb": allowed.value("volume_disk_mb"),
         "max_timeout_seconds": allowed.value("max_timeout_seconds"),
         "max_running_lifetime_seconds": plan.max_running_lifetime_seconds,
         "custom_egress_allowlist": plan.custom_egress_allowlist,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,8 +20,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
+from hostruntime.wire.volumes import MAX_SIZE_MB
 from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
+from orkestr_console.core.ids import is_id
 from orkestr_console.core.script import usable_script
 from orkestr_console.core.text import JOINERS, position_text, readable
 
@@ -31,6 +34,9 @@ MAX_NAME_LENGTH = 100
 MAX_FILES = 64
 MAX_METADATA_ENTRIES = 64
 MIN_TIMEOUT_SECONDS = 10
+# Of a volume that is created by its first use.
+DEFAULT_SIZE_MB = 10_240
+VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 MAX_EXEC_SECONDS = 3600
 
 Size = Literal["small", "medium", "large"]
@@ -66,6 +72,30 @@ def usable_path(path: str) -> str:
     return path
 
 
+def usable_volume_name(name: str) -> str:
+    """A name of a volume, or an id."""
+    if VOLUME_NAME.fullmatch(name) is None:
+        raise ValueError(
+            "must be 1 to 63 letters, digits, '.', '_' and '-', and start with a letter or digit."
+        )
+    return name
+
+
+def new_volume_name(name: str) -> str:
+    """A name that is no id."""
+    if usable_volume_name(name).startswith("vol_"):
+        raise ValueError("must not start with 'vol_', as ids do.")
+    return name
+
+
+def usable_reference(name: str) -> str:
+    """The name of a volume that there may not be yet, or the id of one."""
+    return name if is_id("vol", name) else new_volume_name(name)
+
+
+VolumeReference = Annotated[str, AfterValidator(usable_reference)]
+Days = Annotated[int, Field(ge=1, le=3650)]
+Hours = Annotated[int, Field(ge=1, le=24)]
 Path = Annotated[
     str,
     AfterValidator(usable_path),
@@ -146,7 +176,10 @@ class SandboxSpec(Spec):
     allow_domains: Allowlist = Field(
         default=None, description="Hosts instead of the default list, for network restricted."
     )
-    volume: str | None = None
+    volume: VolumeReference | None = Field(
+        default=None,
+        description="A volume's name or id, mounted at /persist; created if there is none.",
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> Self:
@@ -154,6 +187,48 @@ class SandboxSpec(Spec):
         if bool(self.template) == bool(self.snapshot):
             raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
         return self
+
+
+class VolumeSpec(Spec):
+    """A volume to create; without a lifetime it stays until it is deleted."""
+
+    name: Annotated[str, AfterValidator(new_volume_name)]
+    size_gb: float = Field(default=10, ge=0.25, le=MAX_SIZE_MB / 1024, allow_inf_nan=False)
+    region: str | None = None
+    max_lifetime_days: Days | None = None
+    max_lifetime_hours: Hours | None = None
+
+    @property
+    def size_mb(self) -> int:
+        """The size in MiB, which 1 GB has 1,024 of here."""
+        return round(self.size_gb * 1024)
+
+    @model_validator(mode="after")
+    def one_lifetime(self) -> Self:
+        """Refuse a lifetime in both units."""
+        if self.max_lifetime_days is not None and self.max_lifetime_hours is not None:
+            raise ValueError("Provide max_lifetime_days or max_lifetime_hours, not both.")
+        return self
+
+
+class LifetimeSpec(Spec):
+    """A volume's new lifetime, counted from its creation; null is for ever."""
+
+    max_lifetime_days: Days | None = None
+    max_lifetime_hours: Hours | None = None
+
+    @model_validator(mode="after")
+    def one_unit(self) -> Self:
+        """Require exactly one of the units, as the other is cleared."""
+        if len(self.model_fields_set) != 1:
+            raise ValueError("Provide exactly one of max_lifetime_days and max_lifetime_hours.")
+        return self
+
+
+class RegionSpec(Spec):
+    """Where to move a volume."""
+
+    region: str
 
 
 def usable_label(name: str) -> str:

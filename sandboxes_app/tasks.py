@@ -11,7 +11,14 @@ from django.db import connection
 from hostruntime.errors import HostError
 from orkestr_console.core.hosts import host
 from orkestr_console.installation import services as installation
-from sandboxes_app.services import lifecycle, metering, settling, standing, transfers
+from sandboxes_app.services import (
+    lifecycle,
+    metering,
+    settling,
+    standing,
+    transfers,
+    volumes,
+)
 from sandboxes_app.services.listening import Listener
 from templates_app.services import note_image_bytes
 
@@ -77,6 +84,7 @@ def tidy() -> None:
         logger.warning("could not reconcile sandboxes: %s", error.detail)
         host_reachable = False
     _run_pass("could not expire sandboxes", lifecycle.expire_overdue)
+    _run_pass("could not expire volumes", volumes.expire_overdue)
     _run_pass("could not record image sizes", note_image_bytes)
     _run_pass("could not forget used addresses", transfers.forget_expired)
     if host_reachable:

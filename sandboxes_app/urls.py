@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from sandboxes_app import command_views, preview_views, views
+from sandboxes_app import command_views, preview_views, views, volume_views
 
 app_name = "sandboxes"
 
@@ -12,6 +12,8 @@ urlpatterns = [
     path("", views.sandbox_list, name="list"),
     path("new/", views.sandbox_new, name="new"),
     path("of-template/<str:template_id>/", views.template_use, name="of-template"),
+    path("volumes/", volume_views.volumes_page, name="volumes"),
+    path("volumes/<str:volume_id>/delete/", volume_views.volume_delete, name="volume_delete"),
     path("<str:sandbox_id>/", views.sandbox_detail, name="detail"),
     path("<str:sandbox_id>/exec/", views.sandbox_exec, name="exec"),
     path("<str:sandbox_id>/commands/", command_views.command_list, name="commands"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.urls import path
 
 from orkestr_console.http.decorators import methods
-from sandboxes_app import api, background_api, files_api
+from sandboxes_app import api, background_api, files_api, volume_api
 
 one = "sandboxes/<str:sandbox_id>"
 
@@ -17,6 +17,16 @@ urlpatterns = [
         "sandboxes/snapshots/<str:snapshot_id>",
         methods(GET=api.get_snapshot, DELETE=api.delete_snapshot),
     ),
+    path("sandboxes/volumes", methods(GET=volume_api.list_volumes, POST=volume_api.create_volume)),
+    path(
+        "sandboxes/volumes/<str:volume_id>",
+        methods(
+            GET=volume_api.get_volume,
+            PATCH=volume_api.update_volume,
+            DELETE=volume_api.delete_volume,
+        ),
+    ),
+    path("sandboxes/volumes/<str:volume_id>/move", methods(POST=volume_api.move_volume)),
     path(one, methods(GET=api.get_sandbox, DELETE=api.terminate_sandbox)),
     path(f"{one}/snapshots", methods(POST=api.create_snapshot)),
     path(f"{one}/timeout", methods(POST=api.set_timeout)),

@@ -62,6 +62,7 @@ def form_page(request: ConsoleRequest, form: SandboxForm, status: int = 200) -> 
         "known": {base.id for base in bases},
         "sizes": sizes(allowed),
         "lifetimes": lifetimes(allowed, form.timeout_seconds),
+        "volumes": services.list_volumes(request.actor),
     }
     return render(request, "sandboxes_app/new.html", context, status=status)
 

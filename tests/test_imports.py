@@ -24,6 +24,7 @@ FLOORS = (
     "hostruntime.network",
     "hostruntime.container",
     "hostruntime.build",
+    "hostruntime.volume",
     "hostruntime.sandbox",
     "hostruntime.backup",
     "hostruntime.agent",

@@ -80,6 +80,9 @@ class SpaceRelief(Protocol):
     def is_build(self, owner: str) -> bool:
         """Whether an owner is a build."""
 
+    def volume_sizes(self) -> Mapping[str, DiskSize]:
+        """What attached volumes take, by their owner."""
+
     def capturing(self) -> list[str]:
         """The builds that write without a container; newest last."""
 
@@ -211,12 +214,19 @@ class DiskMonitor:
         """Called in a thread, as a hanging disk blocks the caller."""
         space = DiskSpace.of(self.root)
         space = replace(space, read_only=space.read_only or not self._writable)
-        sizes = self.containers.disks.sizes() if near_reserve else {}
+        sizes = self._sizes() if near_reserve else {}
         unwritten = sum(size.unwritten for size in sizes.values())
         if unwritten:
             # A disk may have reserved blocks that will never be written (fallocate(2)).
             space = space.after_writing(min(unwritten, dirty_bytes()))
         return space, sizes
+
+    def _sizes(self) -> Mapping[str, DiskSize]:
+        """What each container's disk takes, and the volume that it has."""
+        sizes = self.containers.disks.sizes()
+        for owner, volume in self.relief.volume_sizes().items():
+            sizes[owner] = sizes.get(owner, DiskSize(0, 0)) + volume
+        return sizes
 
     def _maintain_ballast(self, space: DiskSpace) -> None:
         """Probe whether the disk is writable and balance the ballast; called in its own thread."""

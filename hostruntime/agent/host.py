@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from hostruntime.container import apparmor, delegation, shared_limits
 from hostruntime.container.capacity import Room
 from hostruntime.container.cgroup_migrations import favor_migrations
 from hostruntime.container.cgroups import cgroup_layout
+from hostruntime.container.disk import DiskSize
 from hostruntime.container.launcher import LauncherPool
 from hostruntime.container.manager import ContainerManager, lxc_dir
 from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
@@ -148,6 +149,10 @@ class Host:
     def is_build(self, owner: str) -> bool:
         """Whether an owner is a build, of a template or of a base."""
         return owner not in self.sandboxes.live()
+
+    def volume_sizes(self) -> Mapping[str, DiskSize]:
+        """What attached volumes take, by sandbox."""
+        return self.sandboxes.volumes.sizes()
 
     async def terminate_for_space(self, owner: str) -> None:
         """Terminate an owner's container and record why.  Raises HostError, OSError."""

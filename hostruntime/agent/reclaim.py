@@ -23,8 +23,9 @@ from hostruntime.host.records import BadRecord
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.network.slots import SlotPool
-from hostruntime.sandbox.record import read_sandbox
+from hostruntime.sandbox.record import attached_volumes, read_sandbox
 from hostruntime.sandbox.snapshots import image_users, remove_incomplete
+from hostruntime.volume.store import VolumeStore
 
 _log = logging.getLogger(__name__)
 # Mostly waiting for the kernel.
@@ -53,6 +54,7 @@ def reclaim(
         live -= without_slot
         _dismantle_except(instance, [running[owner] for owner in live])
     _release_disks_except(Disks(paths, instance), live)
+    VolumeStore(paths, instance, store.trash).recover(_volumes_of(paths, live))
     store.recover(live | image_users(paths))
     for directory in paths.warm.iterdir():
         store.trash.discard(directory)
@@ -74,6 +76,7 @@ def remove_instance(
     cgroup_layout().remove_instance(instance.prefix)
     disks = Disks(paths, instance)
     _release_disks_except(disks, ())
+    VolumeStore(paths, instance, trash).recover(())
     for directory in (roots_dir(instance), lxc_dir(instance), disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -91,6 +94,12 @@ def _recorded_as_running(paths: StatePaths, instance: Instance) -> dict[str, str
         if sandbox is not None and sandbox.state == "running":
             running[directory.name] = sandbox.container_name(instance)
     return running
+
+
+def _volumes_of(paths: StatePaths, live: Collection[str]) -> Collection[str]:
+    """The volumes of the sandboxes that keep running."""
+    records = (read_sandbox(paths.sandboxes / sandbox_id) for sandbox_id in live)
+    return attached_volumes(sandbox for sandbox in records if sandbox is not None).keys()
 
 
 def _is_running(name: str) -> bool:

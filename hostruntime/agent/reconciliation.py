@@ -16,6 +16,7 @@ from hostruntime.host.tasks import in_thread
 from hostruntime.image.quarantine import QuarantinedItem, retention_days
 from hostruntime.image.store import RECONCILE_LIMIT, ImageStore
 from hostruntime.sandbox.snapshots import SnapshotManager, image_user
+from hostruntime.volume.manager import VolumeManager
 from hostruntime.wire.reconciliation import Claim, Reconcile, Reconciliation
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Reconciler:
     installation_store: InstallationStore
     store: ImageStore
     snapshots: SnapshotManager
+    volumes: VolumeManager
 
     # Ownership of the state ----------------------------------------------------------------
 
@@ -44,7 +46,7 @@ class Reconciler:
 
         ``known`` is None if the database has not been checked yet.
         """
-        empty = not self.snapshots.list() and not await in_thread(self._templates)
+        empty = not self.snapshots.list() and not await in_thread(self._data)
         if known is False:
             await in_thread(partial(self.installation_store.refuse, empty=empty))
         return await in_thread(
@@ -52,7 +54,7 @@ class Reconciler:
         )
 
     async def reconcile(self, request: Reconcile) -> Reconciliation:
-        """Set aside what the request does not name; None names everything.
+        """Set aside what the request does not name; None names everything.  No volume ever is.
 
         Raises InstallationMismatch, OSError.
         """
@@ -102,5 +104,8 @@ class Reconciler:
         if item.kind == "snapshot":
             self.store.release_all(image_user(item.name))
 
-    def _templates(self) -> bool:
+    def _data(self) -> bool:
+        """Whether there are templates or volumes."""
+        if self.volumes.store.ids():
+            return True
         return any(image.manifest.kind == "template" for image in self.store.list())

@@ -128,7 +128,7 @@ class Vault:
 
     def __init__(self, root: Path, check: Check = no_check) -> None:
         self.root = root
-        self._check = check
+        self.check = check
         self.progress = Progress()
         self._replicas = Replicas(check, self.progress)
         # The contents of files with several names, by inode: of the originals, and of the copies.
@@ -251,7 +251,7 @@ class Vault:
         kernel.fsync(place.parent)
 
     def _digest_of(self, kind: Kind, tree: Path, linked: dict[int, bytes]) -> str:
-        return image_digest(tree, check=self._check, linked=linked, only=_PARTS[kind])
+        return image_digest(tree, check=self.check, linked=linked, only=_PARTS[kind])
 
     def _place(self, one: _Original | Stored) -> Path:
         name = one.path.name if isinstance(one, _Original) else one.name
@@ -281,7 +281,7 @@ class Vault:
 
         Raises TreeTooDeep, OSError, and what the check does; what is there then is not whole.
         """
-        replicas = Replicas(self._check, self.progress)
+        replicas = Replicas(self.check, self.progress)
         for one in stored:
             directory = paths.root / one.kind / one.name
             replicas.copy(self._place(one) / _CONTENT, directory)

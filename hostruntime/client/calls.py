@@ -89,7 +89,9 @@ def bases() -> Call[list[BaseInfo]]:
 
 def create_sandbox(request: CreateSandbox) -> Call[SandboxInfo]:
     """The call of ``create_sandbox``."""
-    seconds = SILENCE_SECONDS if request.snapshot is None else COPY_SECONDS
+    # A volume may have to be checked first.
+    quick = request.snapshot is None and request.volume is None
+    seconds = SILENCE_SECONDS if quick else COPY_SECONDS
     read, content = message(SandboxInfo), encode(request)
     return Call("POST", "/sandboxes", read, content, silence_seconds=seconds)
 
@@ -195,6 +197,16 @@ def create_snapshot(snapshot_id: str, sandbox_id: str) -> Call[SnapshotInfo]:
 def delete_snapshot(snapshot_id: str) -> Call[None]:
     """The call of ``delete_snapshot``."""
     return Call("DELETE", f"/snapshots/{snapshot_id}", nothing)
+
+
+def delete_volume(volume_id: str) -> Call[None]:
+    """The call of ``delete_volume``."""
+    return Call("DELETE", f"/volumes/{volume_id}", nothing)
+
+
+def copy_volume(volume_id: str) -> Call[None]:
+    """The call of ``copy_volume``."""
+    return Call("POST", f"/volumes/{volume_id}/copy", nothing, silence_seconds=COPY_SECONDS)
 
 
 def read_path(

@@ -63,6 +63,7 @@ from hostruntime.wire.sandboxes import (
     Snapshots,
     UsageInfo,
 )
+from hostruntime.wire.volumes import VolumeInfo, Volumes
 
 # A stream sends something at least every 10 s (an empty line), so silence means a dead agent.
 _TIMEOUT = timeouts(read=SILENCE_SECONDS)
@@ -191,7 +192,7 @@ class HostClient:
         """Start a sandbox; the same id again returns the existing one.
 
         Raises ImageNotFound, NotFound (no such snapshot), HostFull (nothing was created),
-        InvalidRequest.
+        InvalidRequest, VolumeMissing, VolumeInUse, VolumeDamaged.
         """
         return self._perform(calls.create_sandbox(request))
 
@@ -291,6 +292,23 @@ class HostClient:
     def delete_snapshot(self, snapshot_id: str) -> None:
         """Delete a snapshot, once no sandbox is being started from it; idempotent."""
         self._perform(calls.delete_snapshot(snapshot_id))
+
+    # Volumes -------------------------------------------------------------------------------
+
+    def volumes(self) -> list[VolumeInfo]:
+        """Every volume on the host."""
+        return list(self._get(Volumes, "/volumes").volumes)
+
+    def delete_volume(self, volume_id: str) -> None:
+        """Delete a volume with all that is on it; idempotent.  Raises VolumeInUse."""
+        self._perform(calls.delete_volume(volume_id))
+
+    def copy_volume(self, volume_id: str) -> None:
+        """Leave a copy beside the volume, for a backup to take away (:mod:`hostruntime.volume`).
+
+        Raises VolumeMissing, HostFull, HostFault (it would take too long); then there is none.
+        """
+        self._perform(calls.copy_volume(volume_id))
 
     # Files ---------------------------------------------------------------------------------
 

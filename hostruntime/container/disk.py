@@ -67,8 +67,8 @@ _SHUTDOWN_NO_FLUSH = 2
 # The contents of a disk that are written sooner than the kernel reports a shutdown of it: an alert,
 # which goes to the console (ext4_force_shutdown), and takes as long as the rest of a release.
 _QUICKLY_WRITTEN_BYTES = MIB
-_FIFREEZE = 0xC0045877
-_FITHAW = 0xC0045878
+FIFREEZE = 0xC0045877
+FITHAW = 0xC0045878
 _FSCK_SECONDS = 300.0
 # e2fsck(8): no errors; errors corrected.
 _FSCK_SUCCESS = frozenset({0, 1})
@@ -92,6 +92,9 @@ class DiskSize:
     def when_written(self) -> int:
         """The space it occupies once everything is written."""
         return max(self.allocated, self.used)
+
+    def __add__(self, other: DiskSize) -> DiskSize:
+        return DiskSize(self.allocated + other.allocated, self.used + other.used)
 
     @property
     def unwritten(self) -> int:
@@ -134,7 +137,7 @@ class Disks:
         try:
             RunDir.of(self.instance).ensure_disks()
             target.mkdir(mode=0o700)
-            with _copy_of(source, self._image(owner)) as image, _loop_device(image) as device:
+            with _copy_of(source, self._image(owner)) as image, loop_device(image) as device:
                 kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
             # The mounted root has its own mode, which hides the mount point's.
             target.chmod(0o700)
@@ -149,10 +152,10 @@ class Disks:
         Raises OSError if it cannot be unmounted.
         """
         target = self.path(owner)
-        while _is_mounted(target):
+        while is_mounted(target):
             if self.used(owner)[0] > _QUICKLY_WRITTEN_BYTES:
                 _discard_writes(target)
-            _unmount(target)
+            unmount(target)
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()
         image = self._image(owner)
@@ -176,7 +179,7 @@ class Disks:
             kernel.move_mount(tree, target)
         finally:
             os.close(tree)
-        _unmount(source)
+        unmount(source)
         source.rmdir()
         self._image(owner).rename(self._image(new_owner))
 
@@ -226,12 +229,12 @@ class Disks:
         """
         mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.ioctl(mounted, _FIFREEZE, 0)
+            fcntl.ioctl(mounted, FIFREEZE, 0)
             try:
                 with _copy_of(self._image(owner), target, check):
                     pass
             finally:
-                fcntl.ioctl(mounted, _FITHAW, 0)
+                fcntl.ioctl(mounted, FITHAW, 0)
         finally:
             os.close(mounted)
 
@@ -240,7 +243,7 @@ class Disks:
         with contextlib.suppress(OSError):
             mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                fcntl.ioctl(mounted, _FITHAW, 0)
+                fcntl.ioctl(mounted, FITHAW, 0)
             finally:
                 os.close(mounted)
 
@@ -314,7 +317,7 @@ def mount_anonymous(directory: Path, target: Path, size_mb: int) -> None:
         os.ftruncate(image, size_mb * MIB)
         name = f"/proc/{os.getpid()}/fd/{image}"
         run([*_MKE2FS, "-O", _FEATURES, "-E", _EXTENDED, name], timeout=_MKFS_SECONDS)
-        with _loop_device(image) as device:
+        with loop_device(image) as device:
             kernel.mount(device, target, "ext4", _FLAGS, _OPTIONS)
     finally:
         os.close(image)
@@ -347,13 +350,13 @@ def _copy_of(source: Path, target: Path, check: Check = no_check) -> Iterator[in
 
 
 @contextmanager
-def _loop_device(image: int) -> Iterator[str]:
+def loop_device(image: int) -> Iterator[str]:
     """A loop device on ``image``, to be mounted within the block.  Raises HostFault, OSError."""
     with contextlib.ExitStack() as stack:
-        yield f"/dev/loop{_configure_loop_device(image, stack)}"
+        yield f"/dev/loop{_configureloop_device(image, stack)}"
 
 
-def _configure_loop_device(image: int, stack: contextlib.ExitStack) -> int:
+def _configureloop_device(image: int, stack: contextlib.ExitStack) -> int:
     control = _open_device("/dev/loop-control", stack)
     while True:
         number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
@@ -381,7 +384,7 @@ def _open_device(path: str, stack: contextlib.ExitStack) -> int:
     return descriptor
 
 
-def _is_mounted(target: Path) -> bool:
+def is_mounted(target: Path) -> bool:
     """Whether a disk is mounted at ``target``, which then is on another device than its parent."""
     try:
         return target.lstat().st_dev != target.parent.lstat().st_dev
@@ -408,7 +411,8 @@ def _make_writable(mounted: Path) -> None:
         ) from error
 
 
-def _unmount(target: Path) -> None:
+def unmount(target: Path) -> None:
+    """Unmount; at once from here if it is in use, and for whoever uses it later."""
     try:
         kernel.umount(target)
     except OSError as error:

@@ -251,6 +251,7 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
         writable=Path(fields["writable"]),
         sysfs=Path(fields["sysfs"]) if fields.get("sysfs") else None,
         id_base=int(fields["id_base"]),
+        volume=Path(fields["volume"]) if fields.get("volume") else None,
     )
 
 

@@ -74,6 +74,7 @@ class ContainerSpec:
 
     ``populate`` is called in a thread with the empty writable layer, to put files into it.
     ``saved_disk`` is a disk to start from instead of an empty one (:meth:`save_disk`).
+    ``volume`` is mounted at /persist.
     A ``spare`` one waits to become another owner's (:meth:`ContainerManager.hand_over`).
     """
 
@@ -85,6 +86,7 @@ class ContainerSpec:
     populate: Callable[[Path], None] | None = None
     saved_disk: Path | None = None
     spare: bool = False
+    volume: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -253,10 +255,9 @@ class ContainerManager:
         self.pool.reassign(container.owner, spec.owner, spec.policy)
         self.disks.rename(container.owner, spec.owner)
         # Its log stays open, whatever it is called.
-        directory = container.spec.directory
         with contextlib.suppress(FileNotFoundError):
-            (directory / LOG_FILE).rename(spec.directory / LOG_FILE)
-        directory.rmdir()
+            (container.spec.directory / LOG_FILE).rename(spec.directory / LOG_FILE)
+        container.spec.directory.rmdir()
 
     def _retrack(self, container: RunningContainer, running: RunningContainer) -> None:
         """Watch the monitor of a container on behalf of its new owner, without a gap."""
@@ -499,6 +500,7 @@ class ContainerManager:
             "runtime_tree": str(self.runtime.tree(spec.policy, spec.image_tree)),
             "writable": str(self.disks.path(spec.owner)),
             "sysfs": str(slot.sysfs) if slot.sysfs is not None else None,
+            "volume": str(spec.volume) if spec.volume is not None else None,
             "id_base": slot.id_base,
         }
         items = config.items(cgroup_layout())

@@ -52,16 +52,16 @@ class MountView:
     def enter_for(self, plan: RootfsPlan, netns: Path | None) -> None:
         """Move this process, a launcher's fork, into a namespace to start a container in.
 
-        Its disk, its sysfs and its network namespace are mounted there as on the host, where the
-        sysfs is not needed any more.  The runtime layer is mounted on the host, as that is how it
-        is known to be in use (:func:`hostruntime.container.runtime_layer.remove_unused`).  Raises
-        OSError.
+        Its disk, its volume, its sysfs and its network namespace are mounted there as on the host,
+        where the sysfs is not needed any more.  The runtime layer is mounted on the host, as that
+        is how it is known to be in use
+        (:func:`hostruntime.container.runtime_layer.remove_unused`).  Raises OSError.
         """
         with contextlib.ExitStack() as stack:
             own = os.open(_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, own)
             os.setns(self.host, os.CLONE_NEWNS)
-            trees = _copies([plan.writable, plan.sysfs, netns], stack)
+            trees = _copies([plan.writable, plan.volume, plan.sysfs, netns], stack)
             make_directories(plan.mounts, plan.id_base)
             kernel.mount(str(plan.runtime_tree), plan.mounts / "runtime", None, kernel.MS_BIND)
             if plan.sysfs is not None:

@@ -18,7 +18,8 @@ else::
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
     roots/<name>/rw         the container's disk, holding upper/ and work/
     roots/<name>/dev        its own device nodes
-    roots/<name>/merged     the container's root, with the slot's sysfs on /sys
+    roots/<name>/merged     the container's root, with the slot's sysfs on /sys, and on /persist
+                            its volume if it has one, idmapped like its disk
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ DEVICES = {
     **{"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)},
     "tty": (5, 0),
 }
+# Where a volume is mounted, from the root.
+PERSIST = "persist"
 # What is under the overlay, the topmost first.
 _LAYERS = ("rw", "runtime", "image")
 _DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
@@ -60,6 +63,7 @@ class RootfsPlan:
     writable: Path
     sysfs: Path | None
     id_base: int
+    volume: Path | None = None
 
     @property
     def merged(self) -> Path:
@@ -97,6 +101,8 @@ def mount_rootfs(plan: RootfsPlan, userns_fd: int) -> Path:
         _make_devices(plan.mounts / "dev")
         if plan.sysfs is not None:
             _bind_sysfs(plan.sysfs, plan.merged)
+        if plan.volume is not None:
+            _bind_volume(plan.volume, plan.merged, userns_fd)
     except BaseException:
         unmount_rootfs(plan.mounts)
         raise
@@ -113,7 +119,7 @@ def unmount_rootfs(mounts: Path) -> None:
     if _try_to_remove(mounts):
         return
     # A start has failed.
-    for name in ("merged/sys", "merged", "dev", *_LAYERS):
+    for name in ("merged/persist", "merged/sys", "merged", "dev", *_LAYERS):
         kernel.umount_all(mounts / name)
     if _try_to_remove(mounts):
         return
@@ -151,6 +157,8 @@ def make_directories(mounts: Path, id_base: int) -> None:
 def _make_layers(plan: RootfsPlan) -> None:
     plan.writable.mkdir(mode=0o755, exist_ok=True)
     (plan.writable / "upper").mkdir(mode=0o755, exist_ok=True)
+    if plan.volume is not None:
+        _make_mount_point(plan.writable / "upper" / PERSIST)
     # A volatile overlay marks its work directory, and refuses to mount if the mark exists.
     shutil.rmtree(plan.writable / "work", ignore_errors=True)
     (plan.writable / "work").mkdir(mode=0o700)
@@ -183,17 +191,38 @@ def _make_devices(directory: Path) -> None:
         (directory / name).chmod(0o666)
 
 
+def _make_mount_point(path: Path) -> None:
+    """A directory in a writable layer, over whatever the image has there.
+
+    In the layer itself, where a snapshot may have a file, a link or a whiteout instead.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            path.unlink()
+    path.mkdir(mode=0o755, exist_ok=True)
+
+
+def _bind_volume(source: Path, merged: Path, userns_fd: int) -> None:
+    flags = kernel.MOUNT_ATTR_IDMAP | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
+    _bind_onto(source, merged, PERSIST, flags, userns_fd)
+
+
 def _bind_sysfs(source: Path, merged: Path) -> None:
     flags = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
     flags |= kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
+    _bind_onto(source, merged, "sys", flags)
+
+
+def _bind_onto(source: Path, merged: Path, name: str, flags: int, userns_fd: int = 0) -> None:
+    """Bind a mount onto a directory in a container's root."""
     with contextlib.ExitStack() as stack:
         root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, root)
-        # An image's /sys may be anything, such as a link out of it: never follow it.
+        # What an image has there may be anything, such as a link out of it: never follow it.
         resolve = kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_BENEATH
-        target = kernel.openat2("sys", os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=resolve)
+        target = kernel.openat2(name, os.O_PATH | os.O_DIRECTORY, dir_fd=root, resolve=resolve)
         stack.callback(os.close, target)
         tree = kernel.open_tree(source)
         stack.callback(os.close, tree)
-        kernel.mount_setattr(tree, set_flags=flags)
+        kernel.mount_setattr(tree, set_flags=flags, userns_fd=userns_fd)
         kernel.move_mount_onto(tree, target)

@@ -10,6 +10,7 @@ The layout on disk, all of it root:root and 0700 (image trees keep their own mod
       sandboxes/<sandbox id>/       sandbox.json, commands, the container's directory
       layers/<scope>/<key>/         results of a build's steps, for reuse by another (layers.py)
       snapshots/<snapshot id>/      a sandbox's disk and tmpfs, to start others from (snapshots.py)
+      volumes/<volume id>.ext4      storage that outlives sandboxes, a file system (volume/store.py)
       quarantine/<kind>.<name>/     what was set aside instead of deleted (quarantine.py)
       usage/<sandbox id>.json       what a sandbox has used, until collected
       disks/<owner>.img             a container's writable layer, a file system (disk.py)
@@ -107,6 +108,11 @@ class StatePaths:
         return self.root / "snapshots"
 
     @property
+    def volumes(self) -> Path:
+        """Volumes, each a file system in a file."""
+        return self.root / "volumes"
+
+    @property
     def quarantine(self) -> Path:
         """What was set aside instead of deleted."""
         return self.root / "quarantine"
@@ -161,6 +167,7 @@ class StatePaths:
             self.disks,
             self.layers,
             self.snapshots,
+            self.volumes,
             self.quarantine,
             self.runtime,
             self.lxc,

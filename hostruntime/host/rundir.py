@@ -10,6 +10,7 @@ Network namespaces and their assignments do not survive a reboot, and neither do
         netns/<slot name>          a network namespace, bind-mounted (namespaces(7))
         sysfs/<slot name>/         the sysfs of that namespace
         disks/<owner>/             a container's writable layer, mounted
+        volumes/<volume id>/       a volume that a sandbox has, mounted
         slots/<index>.json         which owner has the slot
         seccomp-<digest>           the profile that LXC confines a container's init with
         egress/                    root:proxy 0750, what the egress proxy may read
@@ -60,7 +61,7 @@ class RunDir:
 
         Each gets exactly its mode, whatever the umask is and whatever an earlier version created.
         """
-        private = (self.netns, self.sysfs, self.slots, self.disks)
+        private = (self.netns, self.sysfs, self.slots, self.disks, self.volumes)
         for directory in (self.root.parent, self.root, self.lxc, self.roots):
             ensure_directory(directory, 0o711)
         for directory in private:
@@ -107,6 +108,11 @@ class RunDir:
     def disks(self) -> Path:
         """Where containers' disks are mounted."""
         return self.root / "disks"
+
+    @property
+    def volumes(self) -> Path:
+        """Where volumes in use are mounted."""
+        return self.root / "volumes"
 
     @property
     def netns(self) -> Path:

@@ -51,11 +51,20 @@ from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
 from hostruntime.sandbox.history import Gauges
 from hostruntime.sandbox.metrics import read_gauges
-from hostruntime.sandbox.record import RECORD_FILE, Reason, Sandbox, policy_of, read_sandbox
+from hostruntime.sandbox.record import (
+    RECORD_FILE,
+    Reason,
+    Sandbox,
+    attached_volumes,
+    policy_of,
+    read_sandbox,
+)
 from hostruntime.sandbox.refusals import Refusals, with_refusals
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
 from hostruntime.sandbox.usage import UsageStore
 from hostruntime.sandbox.warm_pool import WarmPool
+from hostruntime.volume.manager import VolumeManager
+from hostruntime.volume.store import VolumeStore
 from hostruntime.wire.background import CommandInfo, StartCommand
 from hostruntime.wire.commands import Exec, Quota
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
@@ -78,6 +87,7 @@ class SandboxManager:
     usage: UsageStore = field(init=False)
     snapshots: SnapshotManager = field(init=False)
     warm: WarmPool = field(init=False)
+    volumes: VolumeManager = field(init=False)
     background: BackgroundCommands = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
@@ -100,6 +110,8 @@ class SandboxManager:
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
         self.background = BackgroundCommands(self.paths, self.containers)
+        store = VolumeStore(self.paths, self.containers.instance, self.store.trash)
+        self.volumes = VolumeManager(store)
 
     # Lifecycle of the manager --------------------------------------------------------------
 
@@ -109,6 +121,8 @@ class SandboxManager:
         for sandbox in await in_thread(self._load_records):
             await self._restore(sandbox)
         running = {key: self._sandboxes[key].started_at for key in self.live()}
+        attached = attached_volumes(self._sandboxes[key] for key in running)
+        await in_thread(self.volumes.recover, attached)
         await in_thread(self.usage.recover, running)
         for sandbox_id in running:
             await self.background.recover(sandbox_id)
@@ -191,8 +205,8 @@ class SandboxManager:
     async def create(self, request: CreateSandbox) -> tuple[Sandbox, bool]:
         """Start a sandbox; return it, and whether it is new (the same id starts once).
 
-        Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), HostFull; then nothing is
-        left behind.
+        Raises InvalidRequest, ImageNotFound, NotFound (the snapshot), VolumeMissing, VolumeInUse,
+        VolumeDamaged, HostFull; then nothing is left behind.
         """
         if bool(request.image) == (request.snapshot is not None):
             raise InvalidRequest("Give either an image or a snapshot to start a sandbox from.")
@@ -221,11 +235,14 @@ class SandboxManager:
     ) -> Sandbox:
         try:
             sandbox = await in_thread(self._describe, request, snapshot)
+            await self.volumes.attach(request.volume, request.id)
             running = await self._start(self._spec(sandbox, policy), snapshot)
         except BaseException:
+            await self.volumes.release(request.volume, request.id)
             await self._drop(request.id, request.image)
             raise
         await self._save(_as_running(sandbox, running))
+        await self.volumes.keep(request.volume)
         self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
 
@@ -254,7 +271,9 @@ class SandboxManager:
 
     async def _start(self, spec: ContainerSpec, snapshot: Snapshot | None) -> RunningContainer:
         if snapshot is None:
-            return await self.warm.claim(spec) or await self.containers.start(spec)
+            # One that is ready was started without a volume.
+            warm = None if spec.volume is not None else await self.warm.claim(spec)
+            return warm or await self.containers.start(spec)
         disk = self.snapshots.disk(snapshot)
         running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
@@ -291,6 +310,7 @@ class SandboxManager:
             if sandbox is not None:
                 self.usage.read(sandbox_id)
                 await self.containers.stop(sandbox_id)
+                await self.volumes.release(sandbox.request.volume, sandbox_id)
                 await self.usage.finish(sandbox_id)
                 await self._drop(sandbox_id, sandbox.image_id)
 
@@ -482,6 +502,7 @@ class SandboxManager:
             self._ending.pop(sandbox_id, None)
 
     async def _record_end(self, sandbox: Sandbox, reason: Reason) -> None:
+        await self.volumes.release(sandbox.request.volume, sandbox.request.id)
         await self.usage.finish(sandbox.request.id)
         await in_thread(self._clear_directory, sandbox)
         ended = replace(sandbox, state="gone", reason=reason, deadline=sandbox.ends_at)
@@ -529,7 +550,8 @@ class SandboxManager:
         request = sandbox.request
         tree, directory = Path(sandbox.image_tree), self._directory(request.id)
         populate = partial(write_identity, tree)
-        return ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
+        spec = ContainerSpec(request.id, tree, policy, Limits.of(request), directory, populate)
+        return replace(spec, volume=self.volumes.mount_point(request.volume))
 
     async def _save(self, sandbox: Sandbox) -> None:
         """Record the new state in memory, then on disk.  The caller holds its lock."""

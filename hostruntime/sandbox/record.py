@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -62,6 +62,7 @@ class Sandbox:
             ended_at=self.ended_at,
             paused=self.paused,
             held=held,
+            volume=self.request.volume.id if self.request.volume is not None else None,
         )
 
     def container_name(self, instance: Instance) -> str:
@@ -87,6 +88,15 @@ class Sandbox:
         """The same with another deadline, in Unix seconds."""
         due = clock.to_boottime(deadline)
         return replace(self, deadline=deadline, due=due, boot=clock.boot_id())
+
+
+def attached_volumes(running: Iterable[Sandbox]) -> dict[str, str]:
+    """Which of these sandboxes has which volume, by the volume's id."""
+    return {
+        sandbox.request.volume.id: sandbox.request.id
+        for sandbox in running
+        if sandbox.request.volume is not None
+    }
 
 
 _SANDBOX = TypeAdapter(Sandbox)

@@ -8,6 +8,7 @@ from datetime import date
 
 from hostruntime.wire.message import Message
 from hostruntime.wire.resources import Resources
+from hostruntime.wire.volumes import AttachVolume
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class CreateSandbox(Resources):
     """``POST /sandboxes``: start one from an ``image``, or from a ``snapshot`` with its disk.
 
     ``network`` is off, restricted or open.  It ends at ``deadline``; None is never.  With
-    ``pause_seconds`` it is paused then, if it is running, and ends so much later.
+    ``pause_seconds`` it is paused then, if it is running, and ends so much later.  It has its
+    ``volume`` at ``/persist``.
     """
 
     id: str
@@ -26,6 +28,7 @@ class CreateSandbox(Resources):
     env: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
     pause_seconds: float | None = None
+    volume: AttachVolume | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class SandboxInfo(Message):
     ended_at: float | None = None
     paused: bool = False
     held: bool = False
+    # The id of its volume; null from an agent that knows none, and would ignore a request for one.
+    volume: str | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,10 @@ KINDS: Mapping[str, LimitKind] = {
         "Disk for snapshots", "MB", "megabytes of snapshots", "delete a snapshot"
     ),
     "max_volumes": LimitKind("Volumes", "", "volumes", "delete one"),
+    # The sum of what they may grow to, so that no plan promises the same disk twice.
+    "volume_disk_mb": LimitKind(
+        "Disk for volumes", "MB", "megabytes of volumes", "delete one, or ask for a smaller one"
+    ),
     "max_webhooks": LimitKind("Webhooks", "", "webhooks", "delete one"),
     "api_requests_per_minute": LimitKind("API requests per minute per token"),
 }
@@ -155,6 +159,19 @@ class Envelope:
                 name,
                 mine,
                 share,
+            )
+
+    def require_amount(self, name: str, used: int, more: int) -> None:
+        """Raise ``PlanLimit`` unless the team, which uses ``used``, may have ``more``."""
+        limit, kind = self.numbers[name], self.numbers[name].kind
+        if used + more > limit.value:
+            raise limit_error(
+                f"Your team has {used:,} of the {limit.value:,} {kind.things} that "
+                f"{self.who_allows(limit)}, and this needs {more:,}; {kind.remedy}, or "
+                f"{self.advice(limit)}",
+                name,
+                used,
+                limit.value,
             )
 
     def _full(self, limit: Limit, used: int) -> PlanLimit:

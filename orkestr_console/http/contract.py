@@ -11,13 +11,8 @@ import re
 
 from orkestr_console.core.errors import DomainError, NotFound, Unsupported
 
-# Addresses that would otherwise be those of a sandbox with this id.
-RESERVED = frozenset({"/v1/sandboxes/volumes"})
 PREFIX = "/v1/sandboxes/[^/]+"
 INTERPRETER = re.compile(rf"{PREFIX}/code(?:/contexts(?:/[^/]+(?:/restart)?)?)?")
-UNOFFERED = {
-    "volumes": re.compile(r"/v1/sandboxes/volumes(?:/[^/]+(?:/move)?)?"),
-}
 
 
 def missing_route(path: str) -> DomainError:
@@ -27,7 +22,4 @@ def missing_route(path: str) -> DomainError:
             "This server has no code interpreter; run the code with a command instead.",
             code="interpreter_unavailable",
         )
-    for what, address in UNOFFERED.items():
-        if address.fullmatch(path):
-            return Unsupported(f"This server does not offer {what} yet.")
     return NotFound("This console has no such API route.")

@@ -37,7 +37,6 @@ from orkestr_console.core.errors import (
 )
 from orkestr_console.core.postgres import release_connection, unavailable
 from orkestr_console.http import idempotency, uploads
-from orkestr_console.http.contract import RESERVED
 from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER, choose_request_id
 from orkestr_console.http.health import unknown_route
 from orkestr_console.http.threads import view_in_thread
@@ -79,8 +78,6 @@ class Route:
 
 def find_view(path: str) -> tuple[View, dict[str, str]]:
     """The view behind an address, and its arguments. Faster than a search through expressions."""
-    if path in RESERVED:
-        return unknown_route, {}
     segments = path[1:].split("/")
     for route in routes(get_urlconf() or settings.ROOT_URLCONF).get(len(segments), ()):
         arguments = route.match(segments)

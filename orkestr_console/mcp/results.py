@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.core.text import plain, shorten_list
 from sandboxes_app import presenters as sandbox_presenters
-from sandboxes_app.models import Sandbox, Snapshot
+from sandboxes_app.models import Sandbox, Snapshot, Volume
 from templates_app import presenters as template_presenters
 from templates_app import services as templates
 from templates_app.models import StepStatus, Template
@@ -133,6 +133,7 @@ class SandboxDetail(Result):
     metadata: dict[str, str]
     error_message: str | None
     boot_ms: float | None
+    volume: str | None = Field(description="The name of the volume at /persist.")
 
 
 class SandboxPage(Result):
@@ -162,6 +163,24 @@ class SnapshotPage(Result):
 
     snapshots: list[SnapshotDetail]
     next_cursor: str | None
+
+
+class VolumeDetail(Result):
+    """Storage that outlives sandboxes."""
+
+    id: str
+    name: str = Field(description="Pass this as volume to create_sandbox.")
+    size_mb: int
+    used_mb: int
+    status: str = Field(description="available, attached or lost.")
+    attached_sandbox_id: str | None
+    expires_at: str | None = Field(description="When it is deleted with its data.")
+
+
+class VolumeList(Result):
+    """All volumes, newest first."""
+
+    volumes: list[VolumeDetail]
 
 
 class ExecResult(Result):
@@ -392,3 +411,8 @@ def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
 def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
     """Describe a snapshot."""
     return SnapshotDetail.model_validate(sandbox_presenters.snapshot_detail(snapshot))
+
+
+def volume_detail(volume: Volume) -> VolumeDetail:
+    """Describe a volume."""
+    return VolumeDetail.model_validate(sandbox_presenters.volume_detail(volume))

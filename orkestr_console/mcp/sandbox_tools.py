@@ -57,14 +57,15 @@ OCTAL = re.compile(r"(?:0o?)?[0-7]{1,4}", re.ASCII)
 
 SandboxId = Annotated[str, Field(description="A sandbox's id, such as 'sbx_01J…'.")]
 # What the public API's SDK can send, and this server accepts with its default only.
-SandboxArguments = Annotated[SandboxSpec, Without("preview_auth", "region", "volume")]
+SandboxArguments = Annotated[SandboxSpec, Without("preview_auth", "region")]
 
 
 async def create_sandbox(ctx: Ctx, spec: SandboxArguments) -> SandboxDetail:
     """Start a sandbox, an isolated Linux container, from a template or a snapshot.
 
     Returns once it is running. Provide exactly one of template and snapshot. Write files under
-    /workspace or /tmp. Terminate it when you are done.
+    /workspace or /tmp, and what is to outlive it under /persist, with a volume. Terminate it when
+    you are done.
     """
     return sandbox_detail(await call_service(services.create_sandbox, actor_of(ctx), spec))
 
@@ -217,7 +218,10 @@ async def write_file(
         str, Field(description="Permissions in octal, as for chmod: '644', '755' or '0755'.")
     ] = "644",
 ) -> WrittenFile:
-    """Write a whole file of at most 16 MiB under /workspace or /tmp, creating its directories."""
+    """Write a whole file of at most 16 MiB, creating its directories.
+
+    It must be under /workspace or /tmp, or, with a volume, /persist.
+    """
     encoded = content if encoding == "base64" else encode_base64(content)
     spec = parse_spec(FileSpec, {"path": path, "content": encoded, "mode": permissions(mode)})
     size = await call_service(services.write_file, actor_of(ctx), sandbox_id, spec)

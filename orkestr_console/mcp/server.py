@@ -10,7 +10,13 @@ from mcp_types import CallToolResult, InputRequiredResult, ListToolsResult
 
 from orkestr_console.accounts.actor import WRITE
 from orkestr_console.core.errors import NotFound
-from orkestr_console.mcp import command_tools, sandbox_tools, snapshot_tools, template_tools
+from orkestr_console.mcp import (
+    command_tools,
+    sandbox_tools,
+    snapshot_tools,
+    template_tools,
+    volume_tools,
+)
 from orkestr_console.mcp.resources import add_prompts, add_resources
 from orkestr_console.mcp.tool import ACTOR, ConsoleTool, error_result
 
@@ -26,6 +32,7 @@ TOOLS: list[ConsoleTool] = [
     *sandbox_tools.TOOLS,
     *command_tools.TOOLS,
     *snapshot_tools.TOOLS,
+    *volume_tools.TOOLS,
 ]
 TOOL_NAMES = frozenset(tool.name for tool in TOOLS)
 READ_ONLY_NAMES = frozenset(

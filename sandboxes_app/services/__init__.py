@@ -79,6 +79,14 @@ from sandboxes_app.services.transfers import (
     presign_upload,
     run_upload,
 )
+from sandboxes_app.services.volumes import (
+    create_volume,
+    delete_volume,
+    get_volume,
+    list_volumes,
+    move_volume,
+    update_volume,
+)
 from sandboxes_app.services.waking import ASLEEP
 
 __all__ = [
@@ -108,8 +116,10 @@ __all__ = [
     "connect_to_port",
     "create_sandbox",
     "create_snapshot",
+    "create_volume",
     "delete_path",
     "delete_snapshot",
+    "delete_volume",
     "ended_among",
     "exec_command",
     "exec_stream",
@@ -120,14 +130,17 @@ __all__ = [
     "get_preview_host",
     "get_sandbox",
     "get_snapshot",
+    "get_volume",
     "kill_command",
     "limits",
     "list_commands",
     "list_egress",
     "list_sandboxes",
     "list_snapshots",
+    "list_volumes",
     "mkdir",
     "move",
+    "move_volume",
     "pause_sandbox",
     "prepare_command",
     "presign_download",
@@ -148,6 +161,7 @@ __all__ = [
     "stat",
     "template_use",
     "terminate_sandbox",
+    "update_volume",
     "usage_counts",
     "wake_for_visitor",
     "write_batch",

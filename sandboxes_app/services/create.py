@@ -22,7 +22,7 @@ from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import Envelope, held_in_turn, wait_for_turn
 from orkestr_console.accounts.models import AuditEntry, Team
-from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.core.errors import Conflict
 from orkestr_console.core.hosts import Steps, ask, host, in_steps, translate_error
 from orkestr_console.core.postgres import persistently
 from orkestr_console.core.rows import quoted
@@ -36,7 +36,7 @@ from sandboxes_app.models import (
     SandboxStatus,
     Snapshot,
 )
-from sandboxes_app.services import snapshots, state
+from sandboxes_app.services import snapshots, state, volumes
 from sandboxes_app.specs import SIZES, SandboxSpec
 from templates_app.models import Template
 from templates_app.services import mark_lost, mark_used
@@ -53,6 +53,11 @@ COUNT_SQL = """
 SELECT count(*), count(*) FILTER (WHERE created_by_id = %(user)s::bigint) FROM {table}
 WHERE team_id = %(team)s AND status IN ({using}) AND expires_at > %(now)s
 """
+VOLUME_REFUSED = (
+    host_errors.VolumeInUse,
+    host_errors.VolumeDamaged,
+    host_errors.VolumeMissing,
+)
 BUILT_IN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}", re.ASCII)
 
 
@@ -65,7 +70,7 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Steps[Sandbox]:
     ``PlanLimit``, ``FleetFull`` (then nothing was created), ``HostUnavailable``.
     """
     actor.require(WRITE)
-    reject_unsupported(spec)
+    volumes.require_region(spec.region)
     snapshot: Snapshot | None = None
     if spec.snapshot is not None:
         spec, snapshot = snapshots.apply_snapshot(actor, spec)
@@ -75,25 +80,34 @@ def create_sandbox(actor: Actor, spec: SandboxSpec) -> Steps[Sandbox]:
         source = yield from resolve_source(actor.team, spec.template or "")
     else:
         source = Source(snapshot.template, snapshot.template_name, snapshot.image_id)
+    yield from volumes.settle_wanted(actor, spec.volume)
     # Copying a snapshot takes long.
     with driving() if snapshot else sharing("start") as driver:
-        sandbox = yield from insert_row(actor, spec, source, snapshot, driver)
-        yield from boot_or_discard(actor, spec, sandbox, snapshot)
+        sandbox, claim = yield from insert_row(actor, spec, source, snapshot, driver)
+        yield from boot_or_discard(actor, spec, sandbox, snapshot, claim)
     return sandbox
 
 
 def boot_or_discard(
-    actor: Actor, spec: SandboxSpec, sandbox: Sandbox, snapshot: Snapshot | None
+    actor: Actor,
+    spec: SandboxSpec,
+    sandbox: Sandbox,
+    snapshot: Snapshot | None,
+    claim: volumes.Claim | None,
 ) -> Steps[None]:
     """Boot it; a failure leaves nothing on the host. Raises the domain error."""
     try:
-        yield from boot(sandbox, snapshot)
+        yield from boot(sandbox, snapshot, claim)
+    except VOLUME_REFUSED as error:
+        withdraw(sandbox, claim)
+        refused = volumes.refused(claim, error) if claim is not None else None
+        raise refused or translate_error(error) from error
     except (host_errors.HostFull, host_errors.InvalidRequest) as error:
         # Clients try again, with the same or another request, and rely on nothing being left.
-        persistently(sandbox.delete)
+        withdraw(sandbox, claim)
         raise translate_error(error) from error
     except host_errors.NotFound:
-        persistently(sandbox.delete)
+        withdraw(sandbox, claim)
         if snapshot:
             raise snapshots.missing_error(snapshot) from None
         raise (yield from image_missing_error(actor.team, spec)) from None
@@ -102,14 +116,10 @@ def boot_or_discard(
         raise translate_error(error) from error
 
 
-def reject_unsupported(spec: SandboxSpec) -> None:
-    """Raise ``Unsupported`` for features that this release lacks, rather than ignore them."""
-    if spec.volume is not None:
-        sentence = "is not supported by this server yet; leave it out."
-        raise Unsupported(f"volume: {sentence}", fields={"volume": sentence})
-    if spec.region not in {None, settings.REGION}:
-        sentence = f"is not a region of this server; there is {settings.REGION!r}."
-        raise InvalidInput(f"region: {sentence}", fields={"region": sentence})
+def withdraw(sandbox: Sandbox, claim: volumes.Claim | None) -> None:
+    """Leave nothing of a sandbox that the host has nothing of."""
+    persistently(sandbox.delete)
+    volumes.give_up(claim)
 
 
 def resolve_source(team: Team, name: str) -> Steps[Source]:
@@ -141,19 +151,24 @@ def image_missing_error(team: Team, spec: SandboxSpec) -> Steps[Exception]:
 
 def insert_row(
     actor: Actor, spec: SandboxSpec, source: Source, snapshot: Snapshot | None, driver: str
-) -> Steps[Sandbox]:
+) -> Steps[tuple[Sandbox, volumes.Claim | None]]:
     """Insert the row, counted against the plan under the team's lock; ``driver`` starts it."""
     yield from wait_for_turn(actor.team)
     with held_in_turn(actor.team, actor.user) as limits:
         check_limits(actor, limits, spec)
-        team = limits.team
+        team, claim = limits.team, volumes.claim(actor, limits, spec.volume)
         sandbox = Sandbox(
-            team=team, created_by=actor.user, driver=driver, **columns(spec, source, snapshot)
+            team=team,
+            created_by=actor.user,
+            driver=driver,
+            volume=claim.volume if claim is not None else None,
+            volume_name=claim.volume.name if claim is not None else "",
+            **columns(spec, source, snapshot),
         )
         state.add(sandbox, creation_entry(actor, sandbox, snapshot))
         if source.id.startswith(TEMPLATE_ID_PREFIX):
             mark_used(source.id)
-    return sandbox
+    return sandbox, claim
 
 
 def creation_entry(actor: Actor, sandbox: Sandbox, snapshot: Snapshot | None) -> AuditEntry:
@@ -169,6 +184,7 @@ def creation_entry(actor: Actor, sandbox: Sandbox, snapshot: Snapshot | None) ->
             "size": sandbox.size,
             "network": sandbox.network,
             **({"snapshot": snapshot.pk} if snapshot else {}),
+            **({"volume": sandbox.volume_name} if sandbox.volume_name else {}),
         },
     )
 
@@ -239,6 +255,7 @@ def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
     running = count_by_team(using_slots(teams))
     paused = count_by_team(Sandbox.objects.filter(team__in=teams, status=SandboxStatus.PAUSED))
     snapshot_counts = snapshots.usage_counts(teams)
+    volume_counts = volumes.usage_counts(teams)
     commands = running_commands()
     return {
         team.pk: {
@@ -246,6 +263,7 @@ def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
             "max_concurrent_sandboxes": running.get(team.pk, 0),
             "max_snapshots": paused.get(team.pk, 0),
             **snapshot_counts[team.pk],
+            **volume_counts[team.pk],
         }
         for team in teams
     }
@@ -264,7 +282,9 @@ def count_by_team(rows: SandboxQuerySet) -> dict[str, int]:
     return {row["team"]: row["many"] for row in rows.values("team").annotate(many=Count("pk"))}
 
 
-def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> Steps[None]:
+def boot(
+    sandbox: Sandbox, snapshot: Snapshot | None = None, claim: volumes.Claim | None = None
+) -> Steps[None]:
     """Start the container and update the row. Raises the host's errors."""
     info = yield from ask(
         HostClient.create_sandbox,
@@ -279,8 +299,14 @@ def boot(sandbox: Sandbox, snapshot: Snapshot | None = None) -> Steps[None]:
             env=sandbox.env,
             deadline=sandbox.expires_at.timestamp(),
             pause_seconds=MAX_PAUSE.total_seconds() if sandbox.pauses_on_timeout else None,
+            volume=claim.request() if claim is not None else None,
         ),
     )
+    if claim is not None:
+        if info.volume != claim.volume.pk:
+            # What it wrote to /persist would be gone with it.
+            raise host_errors.HostFault("The host agent is too old for volumes.")
+        volumes.mark_stored(claim.volume, NODE_ID)
     if not state.mark_running(sandbox, info):
         # Somebody terminated it while it started.
         yield from ask(HostClient.delete_sandbox, sandbox.pk)

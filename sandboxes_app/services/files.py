@@ -32,6 +32,8 @@ from sandboxes_app.specs import (
     usable_path,
 )
 
+# Where a volume is.
+PERSIST = "/persist"
 WRITABLE = ("/workspace", "/tmp")
 
 
@@ -86,7 +88,7 @@ def write_file(actor: Actor, sandbox_id: str, spec: FileSpec) -> Steps[int]:
 
 def write(sandbox: Sandbox, spec: FileSpec) -> Steps[int]:
     """Write one file. Raises domain errors for the request, host errors for the rest."""
-    path = writable_path(spec.path)
+    path = on_volume(sandbox, writable_path(spec.path))
     try:
         content = spec.decoded()
     except ValueError as error:
@@ -138,6 +140,7 @@ def delete_path(actor: Actor, sandbox_id: str, path: str | None) -> Steps[None]:
 
 def delete_file(sandbox: Sandbox, target: str) -> Steps[None]:
     """Delete what is at a path unless that is a directory."""
+    on_volume(sandbox, target)
     if (yield from ask(HostClient.stat, sandbox.pk, target)).is_dir:
         raise Conflict(
             f"{target} is a directory; only files can be deleted here. Run 'rm -r' in the "
@@ -155,7 +158,8 @@ def mkdir(actor: Actor, sandbox_id: str, spec: DirectorySpec) -> Steps[None]:
     target = writable_path(spec.path)
 
     def make(sandbox: Sandbox) -> Steps[None]:
-        return ask(HostClient.mkdir, sandbox.pk, target, parents=spec.parents)
+        path = on_volume(sandbox, target)
+        return ask(HostClient.mkdir, sandbox.pk, path, parents=spec.parents)
 
     yield from in_running(actor, sandbox_id, make)
 
@@ -166,11 +170,12 @@ def move(actor: Actor, sandbox_id: str, spec: MoveSpec) -> Steps[None]:
     """Rename a file or directory."""
     actor.require(WRITE)
     source, destination = writable_path(spec.source), writable_path(spec.destination)
-    yield from in_running(
-        actor,
-        sandbox_id,
-        lambda sandbox: ask(HostClient.move, sandbox.pk, source, destination),
-    )
+
+    def rename(sandbox: Sandbox) -> Steps[None]:
+        paths = on_volume(sandbox, source), on_volume(sandbox, destination)
+        return ask(HostClient.move, sandbox.pk, *paths)
+
+    yield from in_running(actor, sandbox_id, rename)
 
 
 def in_running[R](actor: Actor, sandbox_id: str, work: Callable[[Sandbox], Steps[R]]) -> Steps[R]:
@@ -221,7 +226,7 @@ def writable_path(path: str) -> str:
     Only the path's text is checked: a link inside can only lead into the same container.
     """
     normalized = "/" + posixpath.normpath(path).lstrip("/")
-    if not normalized.startswith(tuple(f"{root}/" for root in WRITABLE)):
+    if not normalized.startswith(tuple(f"{root}/" for root in (*WRITABLE, PERSIST))):
         roots = " and ".join(WRITABLE)
         raise InvalidInput(
             f"{path} is not below {roots}, which are what this call may change. Use a command "
@@ -229,3 +234,17 @@ def writable_path(path: str) -> str:
             code="not_permitted",
         )
     return normalized
+
+
+def on_volume(sandbox: Sandbox, path: str) -> str:
+    """The path, unless nobody would find it on a volume although it looks so.
+
+    Raises ``InvalidInput``.
+    """
+    if path.startswith(f"{PERSIST}/") and not sandbox.volume_name:
+        raise InvalidInput(
+            f"This sandbox has no volume, so what is below {PERSIST} would be gone with it. Create "
+            "a sandbox with a volume, or write elsewhere.",
+            code="not_permitted",
+        )
+    return path

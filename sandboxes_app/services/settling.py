@@ -24,7 +24,7 @@ from sandboxes_app.models import (
     Snapshot,
     SnapshotStatus,
 )
-from sandboxes_app.services import lifecycle, snapshots, state
+from sandboxes_app.services import lifecycle, snapshots, state, volumes
 from sandboxes_app.services.lifecycle import end_many, match_host
 from templates_app import services as templates
 from templates_app.models import Template
@@ -98,6 +98,7 @@ def settle_all() -> None:
     settle_orphans()
     templates.settle_images()
     snapshots.reconcile()
+    volumes.reconcile()
 
 
 def select_kind(orphans: set[Orphan], kind: str) -> list[Orphan]:

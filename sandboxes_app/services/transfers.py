@@ -35,7 +35,7 @@ from orkestr_console.core.postgres import persistently, unavailable
 from orkestr_console.http.closing import cut_off_reason
 from orkestr_console.http.threads import in_thread
 from sandboxes_app.models import Sandbox, UsedUpload
-from sandboxes_app.services.files import file_error, required_path, writable_path
+from sandboxes_app.services.files import file_error, on_volume, required_path, writable_path
 from sandboxes_app.services.waking import find_awake, translate_paused
 from sandboxes_app.specs import PresignSpec
 
@@ -124,6 +124,8 @@ def make_address(
 ) -> Steps[Address]:
     """An address for ``seconds`` from now. Raises ``Forbidden`` to whoever has no token."""
     sandbox = yield from find_awake.steps(actor, sandbox_id)
+    if method == UPLOAD:
+        on_volume(sandbox, path)
     if actor.token is None:
         raise Forbidden("Only an API token can make such an address; use one.")
     expires, nonce = int(time.time()) + seconds, secrets.token_urlsafe(16)

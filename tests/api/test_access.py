@@ -16,6 +16,7 @@ TEMPLATE = "/v1/templates/tmpl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SANDBOX = "/v1/sandboxes/sbx_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 COMMAND = f"{SANDBOX}/commands/cmd_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 WEBHOOK = "/v1/sandboxes/webhooks/whk_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+VOLUME = "/v1/sandboxes/volumes/vol_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
 ROUTES = {
     "/v1/templates": ("GET", "POST"),
@@ -51,6 +52,9 @@ ROUTES = {
     f"{WEBHOOK}/enable": ("POST",),
     f"{WEBHOOK}/test": ("POST",),
     f"{WEBHOOK}/deliveries": ("GET",),
+    "/v1/sandboxes/volumes": ("GET", "POST"),
+    VOLUME: ("GET", "PATCH", "DELETE"),
+    f"{VOLUME}/move": ("POST",),
     "/v1/sandboxes/snapshots": ("GET",),
     "/v1/sandboxes/snapshots/snap_01ARZ3NDEKTSV4RRFFQ69G5FAV": ("GET", "DELETE"),
 }
@@ -59,9 +63,6 @@ LATER = {
     f"{SANDBOX}/code": "POST",
     f"{SANDBOX}/code/contexts": "GET",
     f"{SANDBOX}/code/contexts/ctx_1/restart": "POST",
-    "/v1/sandboxes/volumes": "GET",
-    "/v1/sandboxes/volumes/vol_1": "PATCH",
-    "/v1/sandboxes/volumes/vol_1/move": "POST",
 }
 # By nobody, and never.
 UNKNOWN = ("/v1/nothing", "/v1/", "/v1/sandboxes/a/b/c", f"{SANDBOX}/volumes", f"{SANDBOX}/codex")

@@ -26,7 +26,7 @@ from orkestr_console.accounts.services import mint_token
 from orkestr_console.webhooks import services as webhooks
 from orkestr_console.webhooks.specs import WebhookSpec
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import BackgroundSpec, PresignSpec, SandboxSpec, SnapshotSpec
+from sandboxes_app.specs import BackgroundSpec, PresignSpec, SandboxSpec, SnapshotSpec, VolumeSpec
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.conftest import api_client, make_user
@@ -134,6 +134,13 @@ REST = [
     rest("GET", "sandboxes/snapshots/<snapshot>", GONE),
     rest("DELETE", "sandboxes/snapshots/<snapshot>", GONE),
     rest("POST", f"{SANDBOX}/snapshots", GONE, name="kept"),
+    rest("GET", "sandboxes/volumes", OK),
+    rest("POST", "sandboxes/volumes", OK, name="made"),
+    rest("GET", "sandboxes/volumes/<volume>", GONE),
+    rest("PATCH", "sandboxes/volumes/<volume>", GONE, max_lifetime_days=1),
+    rest("POST", "sandboxes/volumes/<volume>/move", GONE, region="local"),
+    rest("DELETE", "sandboxes/volumes/<volume>", GONE),
+    rest("POST", "sandboxes", GONE, template="debian-12", volume="<volume>"),
     rest("GET", "sandboxes/webhooks", OK),
     rest("POST", "sandboxes/webhooks", OK, url="http://127.0.0.1:9/"),
     rest("GET", "sandboxes/webhooks/<webhook>", GONE),
@@ -213,6 +220,9 @@ CONSOLE = [
     page("GET", "sandboxes/new/"),
     page("GET", "sandboxes/of-template/<template>/", **THEIRS),
     page("POST", "sandboxes/new/", **BOX),
+    page("GET", "sandboxes/volumes/"),
+    page("GET", "sandboxes/volumes/<volume>/delete/", **THEIRS),
+    page("POST", "sandboxes/volumes/<volume>/delete/", **THEIRS),
     page("GET", "sandboxes/<sandbox>/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/exec/", **THEIRS, command="true", timeout_seconds="5"),
     page("GET", "sandboxes/<sandbox>/commands/", **THEIRS),
@@ -323,6 +333,7 @@ def world(
     command = sandboxes.start_command(alices, sandbox.pk, BackgroundSpec(command="true"))
     host.end_command(command.id)
     webhook, _ = webhooks.create_webhook(alices, WebhookSpec(url="http://127.0.0.1:9/"))
+    volume = sandboxes.create_volume(alices, VolumeSpec(name="data"))
     token, text = mint_token(team, "Test", [READ, WRITE])
     tokens = Actor(team, None, token, "rest", None, frozenset({WRITE}))
     there = PresignSpec(path="/workspace/there")
@@ -342,6 +353,7 @@ def world(
             "snapshot": snapshot.pk,
             "command": command.id,
             "webhook": webhook.pk,
+            "volume": volume.pk,
             "token": token.pk,
             "lookup": mint_token(team, "Alice's", [READ], created_by=alice)[0].lookup,
             "code": started.user_code,
@@ -449,7 +461,7 @@ def absent(ids: dict[str, str]) -> dict[str, str]:
 def told(answer: Any) -> str:
     """The answer without its request id and the page's one-time values."""
     text = answer.content.decode()
-    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|snap_\w+|whk_\w+|nonce=\S+", "", text)
+    text = re.sub(r"req_\w+|tmpl_\w+|sbx_\w+|snap_\w+|vol_\w+|whk_\w+|nonce=\S+", "", text)
     return re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
 
 

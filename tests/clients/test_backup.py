@@ -77,8 +77,8 @@ def test_a_backup_serves_again_on_an_empty_installation(
     second: Stack,
 ) -> None:
     made = templates.ready("debian-12", *STEPS)
-    source = sandboxes.boot(made)
-    source.exec("echo more >> /root/kept; echo work > /workspace/file")
+    source = sandboxes.boot(made, volume="backed-up")
+    source.exec("echo more >> /root/kept; echo work > /workspace/file; echo data > /persist/file")
     snapshot = source.snapshot()
     of_base = sandboxes.boot("debian-12")
     of_base.exec("echo base > /root/base")
@@ -101,6 +101,13 @@ def test_a_backup_serves_again_on_an_empty_installation(
     assert sign_in(second, password) == "/templates/"
     with OrkestrClient(api_key=api_key, base_url=second.url) as client:
         check_what_came_back(client, made, snapshot.id, base_snapshot.id)
+        booted = Sandboxes(client)
+        try:
+            # Copied while its sandbox was using it.
+            again = booted.boot("debian-12", volume="backed-up")
+            assert again.exec("cat /persist/file").stdout == "data\n"
+        finally:
+            booted.terminate_all()
         # What ran is not in a backup, and nothing says that it runs.
         assert Sandbox.get(source.id, client=client).status == "terminated"
     with second.client() as plain:

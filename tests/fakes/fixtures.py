@@ -44,6 +44,7 @@ def plans(transactional_db: None) -> None:
     import_module(f"{migrations}.0005_commands_at_once").add_commands(apps, None)
     import_module(f"{migrations}.0007_webhooks").add_webhooks(apps, None)
     import_module(f"{migrations}.0010_snapshot_disk").add_numbers(apps, None)
+    import_module(f"{migrations}.0011_volume_disk").add_numbers(apps, None)
 
 
 def queued() -> list[str]:

@@ -49,6 +49,7 @@ from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.transfers import FakeTransfers
+from tests.fakes.volumes import FakeVolumes
 
 TERMINAL = frozenset({"published", "failed"})
 ENDED_IN = {"published": "published", "failed": "failed"}
@@ -76,7 +77,13 @@ class FakeSandbox:
 
 
 class FakeHost(
-    FakeCommands, FakeBackground, FakeTransfers, FakeSnapshots, FakeKeeping, FakeChanges
+    FakeCommands,
+    FakeBackground,
+    FakeTransfers,
+    FakeSnapshots,
+    FakeVolumes,
+    FakeKeeping,
+    FakeChanges,
 ):
     """``HostClient`` and ``AsyncHostClient`` in one, as seen by services; thread-safe."""
 
@@ -91,6 +98,7 @@ class FakeHost(
         self.built: dict[str, FakeBuild] = {}
         self.booted: dict[str, FakeSandbox] = {}
         self.taken = {}
+        self.persisted = {}
         self.ran: list[Ran] = []
         self.answers: dict[str, ExecResult | HostError] = {}
         self.frames: dict[str, list[ExecFrame | HostError]] = defaultdict(list)
@@ -333,10 +341,14 @@ class FakeHost(
             raise ImageNotFound(f"There is no image {image}.")
         with self.lock:
             if request.id not in self.booted:
+                if request.volume is not None:
+                    self.attach(request.volume)
                 now, deadline = time.time(), request.deadline
                 info = SandboxInfo(
                     request.id, image, "running", now, 31.5, deadline, request.network
                 )
+                if request.volume is not None:
+                    info = replace(info, volume=request.volume.id)
                 self.booted[request.id] = FakeSandbox(info, dict(request.env))
                 if request.snapshot is not None:
                     self.restore(request.snapshot, self.booted[request.id])

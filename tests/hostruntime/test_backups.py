@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from hostruntime.backup import volumes
 from hostruntime.backup.vault import PARTIAL, Stored, Vault
 from hostruntime.host.paths import StatePaths
 from hostruntime.image.store import ImageStore, read_image
 from hostruntime.sandbox.snapshots import Snapshot, read_snapshot
+from hostruntime.volume.store import locked
 from tests.hostruntime.test_images import publish
 from tests.trees import tree_digest
 
@@ -257,3 +259,52 @@ def test_a_copy_that_shares_damage_is_not_taken_for_good(
     assert "--verify" in str(caught.value)
     assert not (root / "images/img_2").exists()
     assert read_image(new.tree.parent) == new
+
+
+# Volumes -------------------------------------------------------------------------------------
+
+
+def test_volumes_are_copied_with_their_holes_shared_told_and_brought_back(
+    paths: StatePaths, tmp_path: Path
+) -> None:
+    for name, text in (("vol_1", b"one"), ("vol_2", b"two")):
+        with (paths.volumes / f"{name}.ext4").open("wb") as file:
+            file.truncate(HOLE)
+            file.seek(HOLE // 2 + 5)
+            file.write(text)
+    backups = [tmp_path / name for name in ("first", "second")]
+    for backup in backups:
+        backup.mkdir()
+    # No agent runs: they are copied from where they are.
+    names = ["vol_1", "vol_2", "vol_gone"]
+    taken = volumes.take(paths, tmp_path / "no-socket", names, backups[0], {})
+    assert [one.name for one in taken.stored] == ["vol_1", "vol_2"]
+    [lost] = taken.lost
+    assert "vol_gone" in lost
+    earlier = {one: backups[0] / "volumes" / one.file for one in taken.stored}
+    with (paths.volumes / "vol_2.ext4").open("r+b") as file:
+        file.write(b"changed")
+    with locked(paths.volumes / "vol_2.ext4"):
+        # A sandbox has it, and there is no agent who could make a copy.
+        refused = volumes.take(paths, tmp_path / "no-socket", ["vol_2"], tmp_path, {})
+        assert "vol_2" in refused.lost[0]
+    again = volumes.take(paths, tmp_path / "no-socket", names, backups[1], earlier)
+    inodes = [
+        [(backup / "volumes" / f"vol_{number}.ext4").stat().st_ino for backup in backups]
+        for number in (1, 2)
+    ]
+    assert inodes[0][0] == inodes[0][1]
+    assert inodes[1][0] != inodes[1][1]
+    copy = backups[1] / "volumes" / "vol_2.ext4"
+    assert copy.stat().st_blocks * 512 < HOLE // 4
+    assert volumes.damaged(backups[1], again.stored) == []
+    back = StatePaths(tmp_path / "back").ensure()
+    volumes.restore(backups[1], again.stored, back)
+    for name in ("vol_1.ext4", "vol_2.ext4"):
+        assert (back.volumes / name).read_bytes() == (paths.volumes / name).read_bytes()
+    with copy.open("r+b") as file:
+        file.seek(HOLE - 100)
+        file.write(b"x")
+    assert volumes.damaged(backups[1], again.stored) == [
+        "second/volumes/vol_2.ext4: it is not what was put there"
+    ]

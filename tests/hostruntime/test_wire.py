@@ -81,6 +81,7 @@ from hostruntime.wire.sandboxes import (
     Usage,
     UsageInfo,
 )
+from hostruntime.wire.volumes import AttachVolume, VolumeInfo, Volumes
 from tests.host.client import HostClient
 
 SANDBOX = SandboxInfo("sbx", "debian-12", "gone", 1.5, 31.25, None, reason="expired", held=True)
@@ -108,6 +109,10 @@ MESSAGES: list[Message] = [
     BuildInfo("img", "failed", 3, {"code": "x", "step": 1, "refused": [{"host": "a"}]}),
     BuildEvent(1, 1.5, "output", {"step": 1, "text": "\x00grüße\n"}),
     BuildEvent(2, 2.0, "failed", {"code": "no_room", "message": "Full."}),
+    CreateSandbox("sbx", "img", cpu=1, memory_mb=512, volume=AttachVolume("vol", 256, new=True)),
+    AttachVolume("vol", 10_240),
+    VolumeInfo("vol", 256, 1_000_000, "sbx"),
+    Volumes((VolumeInfo("vol", 256, 0),)),
     Exec("true", env={"A": "1"}, timeout_seconds=None, quota=Quota("team", 0)),
     Exec(["echo", "$HOME"], max_output_bytes=0),
     Quota("team", 3),

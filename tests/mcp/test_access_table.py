@@ -19,7 +19,7 @@ from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
 from orkestr_console.mcp.server import TOOLS
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import BackgroundSpec, SandboxSpec, SnapshotSpec
+from sandboxes_app.specs import BackgroundSpec, SandboxSpec, SnapshotSpec, VolumeSpec
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.fakes.host import FakeHost
@@ -78,6 +78,9 @@ ROWS = [
     Row("create_sandbox", arguments={"snapshot": "<snapshot>"}),
     Row("snapshot_sandbox", arguments=SANDBOX),
     Row("list_snapshots", OK, reading=True),
+    Row("list_volumes", OK, reading=True),
+    Row("create_sandbox", arguments={"template": "debian-12", "volume": "<volume>"}),
+    Row("delete_volume", arguments={"volume_id": "<volume>"}),
     Row("delete_snapshot", arguments={"snapshot_id": "<snapshot>"}),
 ]
 
@@ -112,6 +115,7 @@ def world(plans: None, team: Team, other_team: Team, host: FakeHost) -> World:
             "<ready>": ready.pk,
             "<snapshot>": snapshot.pk,
             "<command>": command.id,
+            "<volume>": sandboxes.create_volume(actor, VolumeSpec(name="data")).pk,
         },
         keys={
             "token": mint_token(team, "Test", [READ, WRITE])[1],

@@ -30,12 +30,13 @@ READ_ONLY = {
     *("list_base_templates", "list_templates", "get_template", "get_template_log"),
     *("wait_for_template", "list_sandboxes", "get_sandbox", "read_file", "list_files"),
     *("get_sandbox_limits", "list_snapshots", "list_commands", "read_command"),
+    "list_volumes",
 }
 WRITING = {
     *("create_template", "cancel_template", "delete_template", "create_sandbox", "exec"),
     *("exec_background", "write_file", "set_sandbox_timeout", "terminate_sandbox"),
     *("pause_sandbox", "resume_sandbox"),
-    *("snapshot_sandbox", "delete_snapshot", "stop_command"),
+    *("snapshot_sandbox", "delete_snapshot", "stop_command", "delete_volume"),
 }
 
 

@@ -1,9 +1,10 @@
 """The agent's routes, by noun: each reads its request, calls one manager, renders the response.
 
 ``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
-(with their usage and snapshots), ``commands``, ``background`` ones, ``files``, ``transfers``,
-``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which :func:`application` turns into
-responses; once a stream has started, an error can only be a line in it.
+(with their usage and snapshots), ``volumes``, ``commands``, ``background`` ones, ``files``,
+``transfers``, ``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which
+:func:`application` turns into responses; once a stream has started, an error can only be a line
+in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hostruntime.agent.routes import (
     reconciliation,
     sandboxes,
     transfers,
+    volumes,
 )
 from hostruntime.errors import HostError
 from hostruntime.host.installation import InstallationStore
@@ -31,12 +33,14 @@ from hostruntime.host.installation import InstallationStore
 
 def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
-    reconciler = Reconciler(InstallationStore(host.paths), host.store, host.sandboxes.snapshots)
+    used = host.sandboxes
+    reconciler = Reconciler(InstallationStore(host.paths), host.store, used.snapshots, used.volumes)
     routes = [
         *health.routes(host),
         *images.routes(host.store, host.bases),
         *builds.routes(host.builds),
         *sandboxes.routes(host.sandboxes),
+        *volumes.routes(host.sandboxes.volumes),
         *commands.routes(host.sandboxes),
         *background.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),

@@ -29,6 +29,7 @@ _READY_IMAGES = "SELECT image_id FROM templates_app_template WHERE status = 'rea
 _READY_SNAPSHOTS = (
     "SELECT id FROM sandboxes_app_snapshot WHERE status = 'ready' AND deleted_at IS NULL"
 )
+_STORED_VOLUMES = "SELECT id FROM sandboxes_app_volume WHERE stored AND deleted_at IS NULL"
 _MIGRATIONS = "SELECT app || '.' || name FROM django_migrations ORDER BY 1"
 _INSTALLATION = "SELECT id FROM installation_installation"
 _TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
@@ -37,7 +38,7 @@ _TABLES = """SELECT count(*) FROM pg_catalog.pg_tables
 
 @dataclass(frozen=True)
 class DumpContents:
-    """A dump's contents: the ids of ``images`` and ``snapshots`` that its rows refer to.
+    """A dump's contents: the ids of images, snapshots and volumes that its rows refer to.
 
     ``server`` is PostgreSQL's major version.
     """
@@ -47,6 +48,7 @@ class DumpContents:
     migrations: list[str]
     images: list[str]
     snapshots: list[str]
+    volumes: list[str]
 
 
 @contextmanager
@@ -86,6 +88,7 @@ def dump(url: str, target: Path) -> DumpContents:
             migrations=_column(connection, _MIGRATIONS),
             images=_column(connection, _READY_IMAGES),
             snapshots=_column(connection, _READY_SNAPSHOTS),
+            volumes=_column(connection, _STORED_VOLUMES),
         )
         program = _program("pg_dump", contents.server)
         options = ["--format=custom", "--no-owner", "--no-privileges", f"--snapshot={snapshot}"]

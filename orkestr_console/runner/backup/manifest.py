@@ -7,6 +7,7 @@
         database.dump                        pg_dump's custom format
         keys/                                secret_key, token_pepper, console.json
         state/egress-allowlist.txt           the operator's additions, if there are any
+        volumes/<id>.ext4                    each volume (hostruntime.backup.volumes)
         manifest.json                        which images and snapshots belong to it
         SHA256SUMS                           of the files above, as sha256sum(1) writes them
     DIRECTORY/.new/                          one being made; never counts
@@ -20,13 +21,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
 from hostruntime.backup.vault import Stored
+from hostruntime.backup.volumes import VOLUMES, StoredVolume
 from hostruntime.host.paths import write_json
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from orkestr_console.runner.backup.errors import BackupError
@@ -54,6 +56,8 @@ class Manifest:
     migrations: list[str]
     stored: list[Stored]
     lost: list[str]
+    # Earlier versions had none.
+    volumes: list[StoredVolume] = field(default_factory=list)
 
 
 _KIND = TypeAdapter(Manifest)
@@ -117,8 +121,9 @@ def _checksum_problem(path: Path, digest: str) -> str:
 
 
 def _files(staged: Path) -> list[str]:
+    """The files with a checksum here; a volume, mostly holes, has its own in the manifest."""
     files = (path.relative_to(staged) for path in staged.rglob("*") if path.is_file())
-    return sorted(str(path) for path in files if path.name != _SUMS)
+    return sorted(str(path) for path in files if path.name != _SUMS and path.parts[0] != VOLUMES)
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from django.db import connection, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 
+from hostruntime.backup import volumes
 from hostruntime.backup.vault import Vault
 from hostruntime.host.paths import StatePaths
 from orkestr_console.installation.services import adopt_restored
@@ -46,7 +47,7 @@ def restore(
             report(f"verifying {backup.name}")
             backup_manifest = verify_backup(backup, vault)
             layout.restore_marker.write_text(f"{backup}\n")
-            report("images and snapshots")
+            report("images, snapshots and volumes")
             restore_state(layout, backup, backup_manifest, vault)
             report("database")
             restore_keys(layout, backup)
@@ -73,7 +74,7 @@ def require_empty(layout: Layout) -> None:
     """Raise BackupError if there is anything that a restore would have to replace."""
     if layout.restore_marker.exists():
         return
-    kinds = ("images", "snapshots", "sandboxes", "disks", "quarantine")
+    kinds = ("images", "snapshots", "volumes", "sandboxes", "disks", "quarantine")
     used = [path for kind in kinds for path in (layout.state_dir / kind).glob("*")]
     if used:
         reason = f"{used[0].parent} is not empty"
@@ -94,6 +95,7 @@ def verify_backup(backup: Path, vault: Vault) -> Manifest:
     """The manifest of a complete backup for this console version. Raises BackupError."""
     backup_manifest = manifest.read(backup)
     damaged = vault.damaged(backup_manifest.stored)
+    damaged += volumes.damaged(backup, backup_manifest.volumes, vault.check)
     if damaged:
         listed = "\n  ".join(damaged)
         raise BackupError(f"the backup is damaged, and nothing was restored:\n  {listed}")
@@ -121,13 +123,14 @@ def known_migrations() -> set[str]:
 
 
 def restore_state(layout: Layout, backup: Path, found: Manifest, vault: Vault) -> None:
-    """Restore images, snapshots and the operator's allowlist. Raises OSError."""
+    """Restore images, snapshots, volumes and the operator's allowlist. Raises OSError."""
     paths = StatePaths(layout.state_dir).ensure()
-    for directory in (paths.images, paths.snapshots):
+    for directory in (paths.images, paths.snapshots, paths.volumes):
         # What an earlier attempt left.
         shutil.rmtree(directory)
         directory.mkdir(mode=0o700)
     vault.restore(found.stored, paths)
+    volumes.restore(backup, found.volumes, paths, vault.check)
     for path in (backup / manifest.STATE).glob("*"):
         shutil.copyfile(path, layout.state_dir / path.name)
 

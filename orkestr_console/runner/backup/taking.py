@@ -6,10 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostruntime.backup import volumes
 from hostruntime.backup.vault import Stored, Taken, Vault
+from hostruntime.backup.volumes import StoredVolume
 from hostruntime.host import kernel
 from hostruntime.host.paths import StatePaths
 from orkestr_console.runner.backup import manifest
@@ -57,15 +60,36 @@ def create_backup(
             stored_files = vault.take(
                 StatePaths(layout.state_dir), contents.images, contents.snapshots
             )
-            name = publish(directory, staged, contents, stored_files)
+            report("volumes")
+            taken_volumes = volumes.take(
+                StatePaths(layout.state_dir),
+                layout.host_socket,
+                contents.volumes,
+                staged,
+                earlier_volumes(directory),
+                vault.check,
+            )
+            stored_files.lost += taken_volumes.lost
+            name = publish(directory, staged, contents, stored_files, taken_volumes.stored)
             prune(directory, keep, vault)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             vault.clear_partial()
-    copied = f"{len(stored_files.copied)} new"
-    return BackupSummary(
-        name, f"{len(stored_files.stored)} images and snapshots, {copied}", stored_files.lost
+    count = len(taken_volumes.stored)
+    text = (
+        f"{count} volume{'' if count == 1 else 's'}, {len(stored_files.stored)} images and "
+        f"snapshots, {len(stored_files.copied)} new"
     )
+    return BackupSummary(name, text, stored_files.lost)
+
+
+def earlier_volumes(directory: Path) -> dict[StoredVolume, Path]:
+    """The volumes of the backup before, by what they are. Raises OSError."""
+    for backup in manifest.backups(directory)[-1:]:
+        with suppress(BackupError):
+            found = manifest.read(backup).volumes
+            return {one: backup / volumes.VOLUMES / one.file for one in found}
+    return {}
 
 
 def prepare(layout: Layout, directory: Path) -> None:
@@ -122,7 +146,13 @@ def secret_in(path: Path) -> str:
         ) from None
 
 
-def publish(directory: Path, staged: Path, contents: DumpContents, stored_files: Taken) -> str:
+def publish(
+    directory: Path,
+    staged: Path,
+    contents: DumpContents,
+    stored_files: Taken,
+    stored_volumes: list[StoredVolume],
+) -> str:
     """Flush and publish the backup with one rename; its name. Raises OSError."""
     made_at = time.time()
     manifest.write(
@@ -135,6 +165,7 @@ def publish(directory: Path, staged: Path, contents: DumpContents, stored_files:
             migrations=contents.migrations,
             stored=stored_files.stored,
             lost=stored_files.lost,
+            volumes=stored_volumes,
         ),
     )
     kernel.syncfs(staged)
@@ -183,8 +214,8 @@ def verify(directory: Path, vault: Vault, report: Report) -> list[str]:
             problems = manifest.damaged_files(backup)
             damaged += problems
             if not problems:
-                stored |= {
-                    stored_file.path: stored_file for stored_file in manifest.read(backup).stored
-                }
+                found = manifest.read(backup)
+                stored |= {stored_file.path: stored_file for stored_file in found.stored}
+                damaged += volumes.damaged(backup, found.volumes, vault.check)
         report("images and snapshots")
         return damaged + vault.damaged(stored.values())

@@ -56,4 +56,4 @@ class Command(BaseCommand):
         made = create_backup(layout_from(), directory, keep, vault, teller.report)
         self.stdout.write(f"Backup {made.name}: the database, {made.text}.")
         for lost in made.lost:
-            self.stdout.write(f"Not in it, as it was gone from the disk: {lost}.")
+            self.stdout.write(f"Not in it, as it could not be had: {lost}.")

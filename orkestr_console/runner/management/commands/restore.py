@@ -34,7 +34,8 @@ class Command(BaseCommand):
         with command_errors("restore", directory):
             found = restore(layout_from(), directory, options["name"], vault, teller.report)
         self.stdout.write(
-            f"Restored: the database, {len(found.stored)} images and snapshots. Start the console."
+            f"Restored: the database, {len(found.stored)} images and snapshots, "
+            f"{len(found.volumes)} volumes. Start the console."
         )
         for lost in found.lost:
-            self.stdout.write(f"Not in it, as it was gone when the backup was made: {lost}.")
+            self.stdout.write(f"Not in it, as it could not be had when it was made: {lost}.")
