@@ -46,8 +46,10 @@ from sandboxes_app.services.lifecycle import (
 )
 from sandboxes_app.services.limits import Limits, limits
 from sandboxes_app.services.metrics import Metrics, get_metrics
+from sandboxes_app.services.naming import end_reasons, find_named
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
 from sandboxes_app.services.previews import preview_token
+from sandboxes_app.services.ranges import FileRange, edit_file, read_range
 from sandboxes_app.services.snapshots import (
     create_snapshot,
     delete_snapshot,
@@ -77,6 +79,7 @@ __all__ = [
     "CommandStream",
     "Download",
     "ExecAnswer",
+    "FileRange",
     "Following",
     "Limits",
     "Metrics",
@@ -93,8 +96,11 @@ __all__ = [
     "create_snapshot",
     "delete_path",
     "delete_snapshot",
+    "edit_file",
+    "end_reasons",
     "exec_command",
     "exec_stream",
+    "find_named",
     "follow",
     "get_command",
     "get_metrics",
@@ -115,6 +121,7 @@ __all__ = [
     "preview_token",
     "read_logs",
     "read_path",
+    "read_range",
     "resume_sandbox",
     "run_command",
     "run_upload",
