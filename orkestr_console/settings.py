@@ -26,6 +26,8 @@ from orkestr_console.core.networks import listed_networks
 BASE_DIR = Path(__file__).resolve().parents[1]
 VAR = Path(os.environ.get("ORKESTR_VAR") or BASE_DIR / "var").absolute()
 HOST_STATE_DIR = Path(os.environ.get("ORKESTR_STATE_DIR") or VAR / "host").absolute()
+# Where web processes keep audit entries until they are in the database. `manage.py up` makes it.
+AUDIT_SPOOL = VAR / "run/audit"
 HOST_SOCKET = Path(os.environ.get("ORKESTR_HOST_SOCKET") or VAR / "run/host.sock").absolute()
 PORT = int(os.environ.get("PORT") or 8000)
 # Where an operator has said it, links are made with it and not with what a request calls us.

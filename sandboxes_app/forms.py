@@ -15,7 +15,7 @@ from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, Not
 from orkestr_console.core.script import unix_lines
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
-from sandboxes_app.specs import SIZES, ExecSpec, SandboxSpec
+from sandboxes_app.specs import SIZES, BackgroundSpec, ExecSpec, SandboxSpec
 
 LIFETIMES = (300, 600, 1800, 3600, 6 * 3600, 12 * 3600, 24 * 3600)
 COMMAND_SECONDS = "60"
@@ -55,6 +55,9 @@ class SandboxForm(Form):
     size: str = "small"
     network: str = "off"
     timeout_seconds: str = "600"
+    # What happens when the lifetime is over, and whether a call resumes it while it is paused.
+    on_timeout: str = "kill"
+    auto_resume: bool = False
     env: str = ""
     # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
@@ -64,6 +67,7 @@ class SandboxForm(Form):
         "size": "The size",
         "network": "The network",
         "timeout_seconds": "The lifetime",
+        "on_timeout": "What happens then",
         "env": "The environment",
         "allow_domains": "The list of hosts",
     }
@@ -76,6 +80,8 @@ class SandboxForm(Form):
             size=data.get("size", ""),
             network=data.get("network", ""),
             timeout_seconds=data.get("timeout_seconds", "").strip(),
+            on_timeout=data.get("on_timeout", "kill"),
+            auto_resume="auto_resume" in data,
             env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
         )
@@ -93,6 +99,8 @@ class SandboxForm(Form):
                 "size": self.size,
                 "network": self.network,
                 "timeout_seconds": parse_number(self.timeout_seconds),
+                "on_timeout": self.on_timeout,
+                "auto_resume": self.auto_resume,
                 "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
             },
@@ -116,6 +124,8 @@ class CommandForm(Form):
     command: str = ""
     cwd: str = "/workspace"
     timeout_seconds: str = COMMAND_SECONDS
+    # Nobody waits for it then, and it has no time limit.
+    background: bool = False
 
     labels: ClassVar[Mapping[str, str]] = {
         "command": "The command",
@@ -130,6 +140,7 @@ class CommandForm(Form):
             command=unix_lines(data.get("command", "")),
             cwd=data.get("cwd", "").strip() or "/workspace",
             timeout_seconds=data.get("timeout_seconds", "").strip() or COMMAND_SECONDS,
+            background="background" in data,
         )
 
     def spec(self) -> ExecSpec:
@@ -143,6 +154,11 @@ class CommandForm(Form):
                 "timeout_seconds": parse_number(self.timeout_seconds),
             },
         )
+
+    def background_spec(self) -> BackgroundSpec:
+        """The validated request for a command that nobody waits for. Raises ``InvalidInput``."""
+        self.reject_unusable()
+        return parse_spec(BackgroundSpec, {"command": self.command, "cwd": self.cwd})
 
 
 def parse_number(text: str) -> int | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import posixpath
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from django.utils.http import content_disposition_header
@@ -165,10 +165,17 @@ def batch_rows(rows: list[BatchRow]) -> dict[str, Any]:
     }
 
 
-def command_detail(command: CommandInfo) -> dict[str, Any]:
-    """A background command. Whether it was killed decides its status, not how it took it."""
+def command_status(command: CommandInfo) -> Literal["running", "killed", "exited"]:
+    """A background command's status. That it was killed decides, not how it took it."""
+    if command.running:
+        return "running"
     killed = command.killed or command.signal is not None or command.code is None
-    status = "running" if command.running else "killed" if killed else "exited"
+    return "killed" if killed else "exited"
+
+
+def command_detail(command: CommandInfo) -> dict[str, Any]:
+    """A background command."""
+    status = command_status(command)
     return {
         "id": command.id,
         "command": command.command,

@@ -54,9 +54,9 @@ def release_sandboxes(sandbox_ids: Sequence[str]) -> None:
     singly = len(sandbox_ids) <= MAX_COUNTED_SINGLY
     try:
         for sandbox_id in sandbox_ids:
-            host().delete_sandbox(sandbox_id)
+            info = host().delete_sandbox(sandbox_id, metering.take_counted())
             if singly:
-                metering.collect(sandbox_id)
+                metering.count_deleted(info)
         if not singly:
             metering.collect()
     except HostError as error:

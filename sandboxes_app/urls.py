@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from sandboxes_app import views
+from sandboxes_app import command_views, views
 
 app_name = "sandboxes"
 
@@ -14,6 +14,20 @@ urlpatterns = [
     path("of-template/<str:template_id>/", views.template_use, name="of-template"),
     path("<str:sandbox_id>/", views.sandbox_detail, name="detail"),
     path("<str:sandbox_id>/exec/", views.sandbox_exec, name="exec"),
+    path("<str:sandbox_id>/commands/", command_views.command_list, name="commands"),
+    path(
+        "<str:sandbox_id>/commands/<str:command_id>/", command_views.command_detail, name="command"
+    ),
+    path(
+        "<str:sandbox_id>/commands/<str:command_id>/output/",
+        command_views.command_output,
+        name="command-output",
+    ),
+    path(
+        "<str:sandbox_id>/commands/<str:command_id>/stop/",
+        command_views.command_stop,
+        name="command-stop",
+    ),
     path("<str:sandbox_id>/egress/", views.sandbox_egress, name="egress"),
     path("<str:sandbox_id>/pause/", views.sandbox_pause, name="pause"),
     path("<str:sandbox_id>/resume/", views.sandbox_resume, name="resume"),

@@ -84,7 +84,7 @@ def detail_page(
     """
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     address = console_address(request)
-    shown = {"form": form, "entry": entry, "refused": refused}
+    shown = {"form": form, "entry": entry, "refused": refused, "sandbox_id": sandbox_id}
     context = {**pages.detail_context(sandbox, address), **shown}
     status = refused.status if refused else 200
     return render(request, "sandboxes_app/detail.html", context, status=status)
@@ -99,22 +99,30 @@ def sandbox_exec(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
     """
     form = CommandForm.from_post(request.POST)
     try:
-        entry = Entry(
-            form.command,
-            answer=services.exec_command(request.actor, sandbox_id, form.spec()),
-        )
+        entry = run_command(request.actor, sandbox_id, form)
     except NotFound:
         raise
     except DomainError as error:
         form.add_error(error)
         entry = Entry(form.command, error=error)
     if request.htmx:
-        context = {"entry": entry, "form": form}
-        return render(request, "sandboxes_app/_entry.html", context)
+        context = {"entry": entry, "form": form, "sandbox_id": sandbox_id}
+        response = render(request, "sandboxes_app/_entry.html", context)
+        if entry.started:
+            response.headers["HX-Trigger"] = "commands"
+        return response
     next_form = (
         form if entry.error else CommandForm(cwd=form.cwd, timeout_seconds=form.timeout_seconds)
     )
     return detail_page(request, sandbox_id, next_form, entry)
+
+
+def run_command(actor: Actor, sandbox_id: str, form: CommandForm) -> Entry:
+    """Run the form's command to its end, or start it in the background."""
+    if form.background:
+        spec = form.background_spec()
+        return Entry(form.command, started=services.start_command(actor, sandbox_id, spec))
+    return Entry(form.command, answer=services.exec_command(actor, sandbox_id, form.spec()))
 
 
 @require_safe

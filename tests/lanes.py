@@ -1,4 +1,4 @@
-"""Checks that run with nothing beside them, and checks that two lanes take from one list.
+"""Checks that run with nothing beside them, and checks that lanes take from one list.
 
 Most of the suite waits: for containers, for processes that start, for deadlines. What a check in a
 lane says is printed whole when it has ended; meanwhile a line a minute tells how far each is.

@@ -1,6 +1,6 @@
 """Everything that must hold before a change lands: `make test` and CI run this.
 
-Style, types and migrations; all of pytest, in sessions of which two run at once (tests/lanes.py);
+Style, types and migrations; all of pytest, in sessions of which three run at once (tests/lanes.py);
 of the host runtime's tests those marked `pythons` again, on the other Python that the project
 supports, where bootstrap.sh found one; last and alone, the tests that measure the machine.
 `--only pythons` runs all of the host runtime's on each.
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ SEPARATE = ("benchmarks", "faults", "recipes", "vm")
 # What differs from one Python to the next is the runtime that forks, clones and enters.
 RUNTIME = ("tests/hostruntime", "tests/host")
 OTHER_PYTHON = TREE / ".venv-other/bin/python"
+LANES = ("1", "2", "3")
 SCRATCH_PREFIX = "orkestr-test-"
 STATIC = (
     Check("ruff check", ["-m", "ruff", "check", "."]),
@@ -71,14 +72,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_all(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
-    """All that must hold: two checks at once, and then what runs alone."""
+    """All that must hold: three checks at once, and then what runs alone."""
     first, *others = (pytest(name, paths) for name, paths in parts().items())
     # It has the agent's state directory to itself.
     other = on_the_other_python(["-m", "pythons", *RUNTIME, *_without(RUN_ALONE)], first.name)
     shared = {"ORKESTR_TEST_BASES": str(scratch / "bases")}
-    with room(scratch, "1", **shared) as one, room(scratch, "2", **shared) as two:
-        verdicts.run_parallel([first, *static, *others, *other], [one, two])
-        verdicts.run(pytest("tests that run alone", RUN_ALONE), one)
+    with ExitStack() as stack:
+        # Most of what the longest two do is to wait.
+        rooms = [stack.enter_context(room(scratch, name, **shared)) for name in LANES]
+        verdicts.run_parallel([first, *static, *others, *other], rooms)
+        verdicts.run(pytest("tests that run alone", RUN_ALONE), rooms[0])
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:

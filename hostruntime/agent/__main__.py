@@ -23,6 +23,7 @@ import uvicorn
 import uvloop
 
 from hostruntime.agent.corking import CorkedProtocol
+from hostruntime.agent.deleted_state import present
 from hostruntime.agent.host import Host, tear_down
 from hostruntime.agent.routes import application
 from hostruntime.errors import HostError, HostUnavailable, InvalidRequest
@@ -51,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         paths = StatePaths(options.state_dir.resolve())
         if options.action == "teardown":
-            if paths.root.is_dir():
-                with _exclusive_lock(paths):
-                    tear_down(paths.ensure(), _print_progress)
+            with present(paths) as is_needed:
+                if is_needed:
+                    with _exclusive_lock(paths):
+                        tear_down(paths.ensure(), _print_progress)
             return 0
         path = options.socket or paths.root / "sock"
         with _exclusive_lock(paths.ensure()) as lock, _listen(path, options.socket_group) as sock:

@@ -32,6 +32,7 @@ from hostruntime.host.paths import (
     StatePaths,
     claim_instance,
     ensure_subordinate_ids,
+    is_claimed,
     release_instance,
 )
 from hostruntime.host.tasks import cancel_and_wait, create_thread_pool, every, log_errors
@@ -274,7 +275,7 @@ def tear_down(paths: StatePaths, on_progress: OnProgress = lambda done, of: None
     ``on_progress`` is called with the number of removed containers and the total.  No agent may be
     running on the state directory.  Raises HostError, OSError.
     """
-    if not paths.instance_file.exists():
+    if not is_claimed(paths):
         return
     instance = claim_instance(paths)
     pool = SlotPool(paths, instance)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+
 from starlette.requests import Request
 
 from hostruntime.errors import InvalidRequest
@@ -32,10 +35,13 @@ def query_parameter(request: Request, name: str) -> str:
 def query_number(request: Request, name: str, default: float) -> float:
     """A numeric query parameter.  Raises InvalidRequest."""
     text = request.query_params.get(name)
-    try:
-        return default if text is None else float(text)
-    except ValueError:
-        raise InvalidRequest(f"The parameter {name} must be a number, not {text!r}.") from None
+    if text is None:
+        return default
+    with suppress(ValueError):
+        # "inf" and "nan" are numbers for float().
+        if math.isfinite(number := float(text)):
+            return number
+    raise InvalidRequest(f"The parameter {name} must be a number, not {text[:80]!r}.")
 
 
 def query_integer(request: Request, name: str) -> int | None:

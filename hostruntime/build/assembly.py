@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from hostruntime.build.layers import CompletedStep, Layer
 from hostruntime.build.plan import Emit, Host, Plan
 from hostruntime.build.report import build_timed_out, lost_writes_message
 from hostruntime.build.steps import StepRunner
-from hostruntime.build.uncaptured import UncapturedFiles
+from hostruntime.build.uncaptured import DIRECTORIES, UncapturedFiles
 from hostruntime.container.manager import ContainerSpec, RunningContainer
 from hostruntime.container.merging import LostWrites, strip_host_parts
 from hostruntime.errors import HostError, HostFull
@@ -107,6 +107,8 @@ class Assembly:
         self._stop = Stop()
         self._started_at = time.monotonic()
         self._cleaning: asyncio.Task[None] | None = None
+        # The container's /etc/environment, as far as steps have changed it.
+        self._environment_file = ""
 
     async def run(self) -> Published:
         """Build and publish the image.
@@ -168,7 +170,7 @@ class Assembly:
     async def _stage(self, base: Image, layers: BuildLayers | None) -> Staged:
         environment = await in_thread(self._initial_environment, base)
         cached = await self._boot(base, layers)
-        leftovers = UncapturedFiles(self._host.containers, self._plan.image_id)
+        leftovers = UncapturedFiles()
         tracker = LostWrites()
         if cached:
             await self._report_cached(base, cached, leftovers, tracker)
@@ -177,13 +179,13 @@ class Assembly:
             self._plan,
             self._emit,
             self._remaining,
-            partial(self._step_environment, environment),
+            lambda last_step: environment.process_environment(self._environment_file, last_step),
         )
         for number in range(len(cached) + 1, len(self._plan.recipe) + 1):
             refused = await steps.run(number)
             lost_writes = await self._lost_writes_of_step(base, tracker)
             self._report_lost_writes(number, lost_writes)
-            uncaptured = await leftovers.scan(number)
+            uncaptured = leftovers.update(number, await self._survey())
             if layers is not None:
                 await layers.save_after_step(number, refused, uncaptured, lost_writes)
         leftovers.report(self._emit)
@@ -200,18 +202,19 @@ class Assembly:
         environment.process_environment(file, 0)
         return environment
 
-    async def _step_environment(
-        self, environment: BuildEnvironment, last_step: int
-    ) -> Mapping[str, str]:
-        """Return the next step's environment: what is baked so far, over the host's variables."""
+    async def _survey(self) -> Sequence[Sequence[str] | None]:
+        """Read /etc/environment for the next step; return what is in uncaptured directories."""
         try:
-            data = await self._host.containers.read_head(
-                self._plan.image_id, ETC_ENVIRONMENT, MAX_FILE_BYTES + 1
+            found = await self._host.containers.survey(
+                self._plan.image_id, ETC_ENVIRONMENT, MAX_FILE_BYTES + 1, DIRECTORIES
             )
-        except HostError:
-            # There is no such file, or no process can be started: then the step itself fails.
-            data = b""
-        return environment.process_environment(decode_environment_file(data), last_step)
+            data = bytes.fromhex(found.head or "")
+        except (HostError, ValueError):
+            # Out of memory, perhaps: no reason to fail a build.  The next step says what is wrong.
+            self._environment_file = ""
+            return ()
+        self._environment_file = decode_environment_file(data)
+        return found.names
 
     async def _boot(self, base: Image, layers: BuildLayers | None) -> Sequence[CompletedStep]:
         """Start the container; return the steps that are reused from a layer."""
@@ -269,7 +272,7 @@ class Assembly:
         """Report what each reused step wrote that is not in the image."""
         leftovers.resume([step.uncaptured for step in cached])
         # Files that no step is known to have left are attributed to the last one.
-        await leftovers.scan(len(cached))
+        leftovers.update(len(cached), await self._survey())
         unclaimed = set(await self._lost_writes_of_step(base, tracker))
         for number, step in enumerate(cached, 1):
             self._report_lost_writes(number, step.lost_writes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -82,7 +82,7 @@ class StepRunner:
     plan: Plan
     emit: Emit
     remaining: Callable[[], float]
-    environment: Callable[[int], Awaitable[Mapping[str, str]]]
+    environment: Callable[[int], Mapping[str, str]]
     last_step: int = 0
     _budget: OutputBudget = field(default_factory=OutputBudget)
 
@@ -153,7 +153,7 @@ class StepRunner:
             self.plan.image_id,
             shell_argv(self.plan.recipe[number - 1]),
             cwd=STEP_DIRECTORY,
-            env=await self.environment(self.last_step),
+            env=self.environment(self.last_step),
             timeout=limit,
             merge_output=True,
         )

@@ -6,14 +6,11 @@ reported after the last step, because a step may leave files there that a later 
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hostruntime.build.plan import Emit
-from hostruntime.container.manager import ContainerManager
-from hostruntime.errors import HostError
 
 DIRECTORIES = ("/workspace", "/tmp")
 MAX_NAMED = 5
@@ -26,9 +23,7 @@ _TEMPORARY_NAMES = re.compile(
 class UncapturedFiles:
     """Tracks which step of a build left which files there."""
 
-    def __init__(self, containers: ContainerManager, owner: str) -> None:
-        self._containers = containers
-        self._owner = owner
+    def __init__(self) -> None:
         self._step_by_path: dict[str, int] = {}
 
     def resume(self, left_by_step: Sequence[Sequence[str]]) -> None:
@@ -36,13 +31,18 @@ class UncapturedFiles:
         for number, paths in enumerate(left_by_step, 1):
             self._step_by_path |= dict.fromkeys(paths, number)
 
-    async def scan(self, step: int) -> tuple[str, ...]:
-        """Return the files that are new since the last scan, and attribute them to ``step``."""
+    def update(self, step: int, listings: Sequence[Collection[str] | None]) -> tuple[str, ...]:
+        """Return the files that are new since the last call, and attribute them to ``step``.
+
+        ``listings`` has the names in each of the :data:`DIRECTORIES`, None where they are unknown.
+        """
         new: list[str] = []
-        listings = await asyncio.gather(*map(self._list, DIRECTORIES))
-        for directory, paths in zip(DIRECTORIES, listings, strict=True):
-            if paths is None:
+        for directory, names in zip(DIRECTORIES, listings, strict=False):
+            if names is None:
                 continue
+            paths = {
+                f"{directory}/{name}" for name in names if not _TEMPORARY_NAMES.fullmatch(name)
+            }
             known = {path for path in self._step_by_path if path.startswith(f"{directory}/")}
             for path in known - paths:
                 del self._step_by_path[path]
@@ -50,14 +50,6 @@ class UncapturedFiles:
             self._step_by_path |= dict.fromkeys(fresh, step)
             new += fresh
         return tuple(new)
-
-    async def _list(self, directory: str) -> set[str] | None:
-        try:
-            names = await self._containers.list_directory(self._owner, directory)
-        except HostError:
-            # Too many to list, or out of memory: no reason to fail a build.
-            return None
-        return {f"{directory}/{name}" for name in names if not _TEMPORARY_NAMES.fullmatch(name)}
 
     def report(self, emit: Emit) -> None:
         """Emit an event for each step that left files that still exist."""

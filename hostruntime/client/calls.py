@@ -29,6 +29,7 @@ from hostruntime.wire.sandboxes import (
     CollectedUsage,
     CreateSandbox,
     CreateSnapshot,
+    DeletedSandbox,
     SandboxInfo,
     SandboxMetrics,
     SetDeadline,
@@ -116,9 +117,14 @@ def resume_sandbox(sandbox_id: str, deadline: float | None) -> Call[SandboxInfo]
     return Call("POST", f"/sandboxes/{sandbox_id}/resume", message(SandboxInfo), content)
 
 
-def delete_sandbox(sandbox_id: str) -> Call[None]:
+def delete_sandbox(sandbox_id: str, collected: Sequence[str] = ()) -> Call[UsageInfo | None]:
     """The call of ``delete_sandbox``."""
-    return Call("DELETE", f"/sandboxes/{sandbox_id}", nothing)
+    query = {"collected": ",".join(collected)} if collected else {}
+
+    def read(answer: Answer) -> UsageInfo | None:
+        return parse(DeletedSandbox, answer.content).usage
+
+    return Call("DELETE", f"/sandboxes/{sandbox_id}", read, query=query)
 
 
 def start_command(sandbox_id: str, request: StartCommand) -> Call[CommandInfo]:

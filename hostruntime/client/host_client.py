@@ -215,9 +215,13 @@ class HostClient:
         """Resume a paused sandbox until ``deadline``.  Raises NotFound, ContainerGone."""
         return self._perform(calls.resume_sandbox(sandbox_id, deadline))
 
-    def delete_sandbox(self, sandbox_id: str) -> None:
-        """Terminate and delete a sandbox; idempotent."""
-        self._perform(calls.delete_sandbox(sandbox_id))
+    def delete_sandbox(self, sandbox_id: str, collected: Sequence[str] = ()) -> UsageInfo | None:
+        """Terminate and delete a sandbox; idempotent.
+
+        Returns its usage, unless that was collected before.  Also lets the host delete the usage
+        of those that are named as ``collected`` (:meth:`acknowledge_usage`), as far as it can.
+        """
+        return self._perform(calls.delete_sandbox(sandbox_id, collected))
 
     def commands(self, *, seconds: float = 60.0) -> dict[str, int]:
         """The number of running commands by scope; waits ``seconds`` for the response."""

@@ -106,6 +106,14 @@ class CgroupLayout:
             items.append((f"lxc.cgroup.{_SOCKET_BUFFERS}", str(buffers)))
         return items
 
+    def unused(self) -> list[Path]:
+        """The hierarchies whose controllers limit no container, such as blkio's of v1.
+
+        That of systemd itself is left to it (name=systemd in cgroups(7)).
+        """
+        used = {self.unified, *(path.resolve() for path in self.v1.values()), CGROUPS / "systemd"}
+        return [path for path in self.hierarchies if path not in used]
+
     def container(self, name: str) -> ContainerGroups:
         """The groups of one container, whether they exist or not."""
         return ContainerGroups(self, name)

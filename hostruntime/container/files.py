@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from hostruntime.wire.files import (
     EditFile,
     FilePart,
     FileStat,
+    Survey,
     WantedPart,
 )
 from hostruntime.wire.message import MalformedError, Message, from_fields
@@ -61,18 +62,14 @@ class FileService:
 
     @asynccontextmanager
     async def read(
-        self, name: str, path: str, *, max_bytes: int | None = None, directories: bool = True
+        self, name: str, path: str, *, max_bytes: int | None = None
     ) -> AsyncIterator[OpenedPath]:
         """Open a file or a directory.
 
-        Raises NotFound, FileConflict (a device, a pipe; or a directory when ``directories`` is
-        off), FileTooLarge (over ``max_bytes``), InvalidRequest.
+        Raises NotFound, FileConflict (a device, a pipe), FileTooLarge (over ``max_bytes``),
+        InvalidRequest.
         """
-        arguments = {
-            "path": validate_path(path),
-            "max_bytes": max_bytes,
-            "directories": directories,
-        }
+        arguments = {"path": validate_path(path), "max_bytes": max_bytes}
         async with self._operation(name, "read", arguments) as peer:
             header = await peer.header()
             stat, entries = _parse_answer(FileStat, header.get("stat")), None
@@ -144,6 +141,13 @@ class FileService:
         return _parse_answer(
             FileStat, await self._run_simple(name, "stat", {"path": validate_path(path)})
         )
+
+    async def survey(
+        self, name: str, path: str, max_bytes: int, directories: Sequence[str]
+    ) -> Survey:
+        """Read up to ``max_bytes`` of a file and list directories, as far as that is possible."""
+        arguments = {"path": path, "max_bytes": max_bytes, "directories": list(directories)}
+        return _parse_answer(Survey, await self._run_simple(name, "survey", arguments))
 
     async def _run_simple(
         self, name: str, operation: str, arguments: dict[str, Any]

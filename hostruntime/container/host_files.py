@@ -33,6 +33,7 @@ TRUST_STORE = ".orkestr/cacerts.jks"
 GIT_CONFIG = ".orkestr/gitconfig"
 HOSTNAME = "sandbox"
 _QUIET_NODE = ".orkestr/quiet.cjs"
+_BUNDLE_VARIABLE = "SSL_CERT_FILE"
 _HOST_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cert.pem"))
 _HOST_LOCAL_CAS = Path("/usr/local/share/ca-certificates")
 _HOST_PUBLIC_CAS = Path("/usr/share/ca-certificates")
@@ -126,7 +127,7 @@ def host_files(
 
 
 def _host_bundle() -> Path:
-    configured = os.environ.get("SSL_CERT_FILE")
+    configured = os.environ.get(_BUNDLE_VARIABLE)
     return _first((*([Path(configured)] if configured else []), *_HOST_BUNDLES), "ca-certificates")
 
 
@@ -138,7 +139,7 @@ def _first(candidates: tuple[Path, ...], package: str) -> Path:
 
 
 @cache
-def _own_authorities(bundle: Path, local: Path, public: Path) -> Mapping[str, bytes]:
+def _own_authorities(_bundle: str | None, local: Path, public: Path) -> Mapping[str, bytes]:
     files = [path for path in sorted(local.rglob("*.crt")) if path.is_file()]
     authorities = {path.name: path.read_bytes() for path in files}
     published = sorted(public.rglob("*.crt"))
@@ -146,7 +147,9 @@ def _own_authorities(bundle: Path, local: Path, public: Path) -> Mapping[str, by
         known = certificates(b"\n".join(authorities.values()))
         known |= certificates(b"\n".join(path.read_bytes() for path in published))
         host_only = [
-            text for key, text in certificates(bundle.read_bytes()).items() if key not in known
+            text
+            for key, text in certificates(_host_bundle().read_bytes()).items()
+            if key not in known
         ]
         authorities |= {
             f"orkestr-host-{n}.crt": text + b"\n" for n, text in enumerate(host_only, 1)
@@ -160,7 +163,8 @@ def own_authorities() -> Mapping[str, bytes]:
     update-ca-certificates(8), run inside by a package's postinst, regenerates the bundle from
     these and the image's own.
     """
-    return _own_authorities(_host_bundle(), _HOST_LOCAL_CAS, _HOST_PUBLIC_CAS)
+    # Each command asks for them, on the event loop: no file is looked at but the first time.
+    return _own_authorities(os.environ.get(_BUNDLE_VARIABLE), _HOST_LOCAL_CAS, _HOST_PUBLIC_CAS)
 
 
 # Programs ---------------------------------------------------------------------------------

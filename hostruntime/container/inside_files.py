@@ -114,8 +114,6 @@ def _read(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
     with _open_readable(path) as fd:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
-            if arguments.get("directories") is False:
-                raise Refusal("file_conflict", f"{path} is a directory, not a file.")
             _answer(peer, {"stat": _describe(path, status), "entries": _entries(fd, path)})
             return
         if cap is not None and status.st_size > cap:
@@ -221,6 +219,38 @@ def _send_bytes(peer: socket.socket, fd: int, first: int, length: int) -> None:
         length -= sent
 
 
+def _survey(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
+    head, cap = None, int(arguments["max_bytes"])
+    with contextlib.suppress(OSError, Refusal), _open_readable(str(arguments["path"])) as fd:
+        head = _head(fd, cap).hex()
+    _answer(peer, {"head": head, "names": list(map(_names, arguments["directories"]))})
+
+
+def _head(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (part := os.read(fd, size - len(data))):
+        data += part
+    return data
+
+
+def _names(directory: str) -> list[str] | None:
+    """The names in a directory; None if they cannot be listed, or are too many."""
+    names: list[str] = []
+    try:
+        with _open_readable(directory) as fd, os.scandir(fd) as entries:
+            for entry in entries:
+                if len(names) >= MAX_ENTRIES:
+                    return None
+                names.append(_text(entry.name))
+    except (OSError, Refusal):
+        return None
+    return names
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _entries(fd: int, path: str) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     with os.scandir(fd) as names:
@@ -235,7 +265,7 @@ def _entries(fd: int, path: str) -> list[dict[str, Any]]:
 def _entry(name: os.DirEntry[str]) -> dict[str, Any]:
     status = name.stat(follow_symlinks=False)
     return {
-        "name": name.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+        "name": _text(name.name),
         "is_dir": name.is_dir(),
         "size": status.st_size,
         "mode": stat.S_IMODE(status.st_mode),
@@ -478,6 +508,7 @@ _OPERATIONS: Mapping[str, Callable[[socket.socket, Mapping[str, Any]], None]] = 
     "mkdir": _mkdir,
     "move": _move,
     "stat": _stat,
+    "survey": _survey,
 }
 OPERATIONS = frozenset(_OPERATIONS)
 

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostruntime.container import channel
 from hostruntime.container.gate import Gate
 from hostruntime.errors import Exhausted, HostError, HostFault, HostUnavailable
+from hostruntime.host import channel
 from hostruntime.host.patience import Patience, process_tree, scaled
 from hostruntime.host.run import Process, spawn, wait_or_kill
 from hostruntime.host.tasks import in_thread, readable, run_to_completion, writable

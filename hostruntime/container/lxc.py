@@ -1,7 +1,7 @@
 """The launcher: a small single-threaded process, the only one that imports ``lxc``.
 
 Started by the agent as ``python -m hostruntime.container.lxc <descriptor>``, it serves requests on
-that socket (:mod:`hostruntime.container.channel`) until the agent closes it:
+that socket (:mod:`hostruntime.host.channel`) until the agent closes it:
 
 ``start``   mount a root file system and start a container on it → ``{init_pid}``
 ``attach``  put a process into a container and run it → ``{pid, pid_inside}``, and an ``exit``
@@ -39,13 +39,14 @@ from typing import Any, NoReturn
 
 import lxc
 
-from hostruntime.container import channel, lxc_start, seccomp
+from hostruntime.container import lxc_start, seccomp
 from hostruntime.container.attaching import (
     EXPECTED_ERRORS,
     Attachments,
     RequestFailed,
     error_answer,
 )
+from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.config import user_namespace_items
 from hostruntime.container.entering import Confinement
 from hostruntime.container.mount_view import MountView
@@ -56,7 +57,7 @@ from hostruntime.container.rootfs import (
     mount_rootfs,
     unmount_rootfs,
 )
-from hostruntime.host import kernel
+from hostruntime.host import channel, kernel
 
 _TITLE = "orkestr hostruntime.container.lxc"
 _OPEN_FILES = 65_536
@@ -297,7 +298,7 @@ def main() -> None:
     confinement = Confinement.of(seccomp.program(), labels[0] if labels else None)
     with socket.socket(fileno=int(descriptor)) as sock:
         os.set_inheritable(sock.fileno(), False)  # noqa: FBT003 - positional-only
-        mounts = MountView.enter(Path(lxcpath).parent)
+        mounts = MountView.enter(Path(lxcpath).parent, cgroup_layout().unused())
         Launcher(sock, lxcpath, confinement, lxc_start.copy_program(), mounts).run()
 
 

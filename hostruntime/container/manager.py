@@ -55,6 +55,7 @@ from hostruntime.host.tasks import KeyedLocks, in_background, in_thread, log_err
 from hostruntime.image.trees import Check
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
+from hostruntime.wire.files import Survey
 
 LOG_FILE = "lxc.log"
 _FREEZE_SECONDS = 5.0
@@ -428,20 +429,11 @@ class ContainerManager:
             self._check_not_stopped(running)
             raise
 
-    async def read_head(self, owner: str, path: str, max_bytes: int) -> bytes:
-        """Read the beginning of a file from inside a container.  Raises HostError."""
-        async with self.files.read(self.get(owner).name, path, directories=False) as opened:
-            data = b""
-            async for chunk in opened.content:
-                data += chunk
-                if len(data) >= max_bytes:
-                    break
-            return data[:max_bytes]
-
-    async def list_directory(self, owner: str, directory: str) -> list[str]:
-        """The names in a container's directory, read from inside.  Raises HostError."""
-        async with self.files.read(self.get(owner).name, directory) as opened:
-            return [entry.name for entry in opened.entries or ()]
+    async def survey(
+        self, owner: str, path: str, max_bytes: int, directories: Sequence[str]
+    ) -> Survey:
+        """Look into a container from inside, at one entry into it.  Raises HostError."""
+        return await self.files.survey(self.get(owner).name, path, max_bytes, directories)
 
     def environment(self, mode: str) -> dict[str, str]:
         """The environment of every process in a container of this network mode."""

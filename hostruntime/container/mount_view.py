@@ -1,5 +1,8 @@
 """What a starting container sees of the host's mounts: those that it needs, and no container's.
 
+LXC makes two groups for a container in every cgroup hierarchy that it sees, and half of those of v1
+have no limit of ours: those are left out, too.
+
 A container begins with a copy of every mount that its starter has (mount_namespaces(7)), and LXC
 reads the list of them.  With three mounts of each container on the host, starting one among a
 thousand would take several times as long.  So a launcher has a mount namespace of its own without
@@ -28,17 +31,17 @@ class MountView:
     host: int
 
     @classmethod
-    def enter(cls, run_dir: Path) -> MountView:
+    def enter(cls, run_dir: Path, unused: Iterable[Path]) -> MountView:
         """Move this single-threaded process into a namespace without the mounts below ``run_dir``.
 
-        What changes on the host elsewhere changes here too, if its mounts are shared.  Raises
-        OSError.
+        Without those at ``unused``, either.  What changes on the host elsewhere changes here too,
+        if its mounts are shared.  Raises OSError.
         """
         host = os.open(_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
         os.unshare(os.CLONE_NEWNS)
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
         # The outermost first, which takes along what is mounted in it.
-        for point in reversed(kernel.mount_points_under(run_dir)):
+        for point in (*reversed(kernel.mount_points_under(run_dir)), *unused):
             try:
                 kernel.umount(point, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
             except OSError as error:

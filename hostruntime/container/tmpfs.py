@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,6 +43,32 @@ RESTORE_TMPFS = (
 TAR_FILES_CHANGED = 1
 
 
+@dataclass
+class _Archive:
+    """An open archive, and how many bytes of it were written or read.
+
+    Counted, as to ask for a file's position waits for what is being written, and thus for the disk
+    (f_pos_lock, which write(2) and lseek(2) share).
+    """
+
+    file: BinaryIO
+    moved: int = 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.moved += len(data)
+
+    def feed(self, target: int) -> None:
+        """Send everything to a pipe, and close that."""
+        try:
+            # The reader may exit first.
+            with contextlib.suppress(BrokenPipeError):
+                while sent := os.sendfile(target, self.file.fileno(), None, _CHUNK_BYTES):
+                    self.moved += sent
+        finally:
+            os.close(target)
+
+
 async def save_tmpfs(
     containers: ContainerManager, owner: str, target: Path, *, max_bytes: int, timeout: float
 ) -> int | None:
@@ -50,15 +77,15 @@ async def save_tmpfs(
     Returns tar's exit status, 0 or :data:`TAR_FILES_CHANGED` if there is an archive, and None if
     nothing was written for ``timeout`` seconds or the archive would exceed ``max_bytes``.
     """
-    file = await in_thread(_create, target)
+    archive = _Archive(await in_thread(_create, target))
     try:
-        patience = Patience(scaled(timeout), marker=lambda: file.tell())
+        patience = Patience(scaled(timeout), marker=lambda: archive.moved)
         status = await _run_inside(
-            containers, owner, SAVE_TMPFS, patience, output=file, max_bytes=max_bytes
+            containers, owner, SAVE_TMPFS, patience, output=archive, max_bytes=max_bytes
         )
     finally:
         # Buffered data is written to the disk now.
-        await in_thread(file.close)
+        await in_thread(archive.file.close)
     await in_thread(_unlink_if_empty, target)
     return status
 
@@ -96,20 +123,18 @@ async def _run_inside(
     patience: Patience,
     *,
     stdin: int | None = None,
-    output: BinaryIO | None = None,
+    output: _Archive | None = None,
     max_bytes: int = 0,
 ) -> int | None:
     """Run a command; return its exit status, None if it stalled or wrote too much."""
     frames = containers.exec(owner, shell_argv(command), cwd="/", env={}, timeout=None, stdin=stdin)
-    written = 0
     with contextlib.suppress(TimeoutError):
         async with aclosing(frames) as stream, patience:
             async for frame in stream:
                 if isinstance(frame, Exited):
                     return frame.code
                 if isinstance(frame, Chunk) and frame.stream == "stdout" and output is not None:
-                    written += len(frame.data)
-                    if written > max_bytes:
+                    if output.moved + len(frame.data) > max_bytes:
                         break
                     # In a thread: a slow disk must not block the event loop.
                     await asyncio.to_thread(output.write, frame.data)
@@ -122,25 +147,14 @@ async def _pipe_from(path: Path) -> AsyncIterator[tuple[int, Callable[[], int]]]
 
     A pipe, because no file's descriptor is passed inside.
     """
-    file = await in_thread(path.open, "rb")
+    archive = _Archive(await in_thread(path.open, "rb"))
     try:
         read_end, write_end = os.pipe()
-        source = file.fileno()
-        feeding = asyncio.ensure_future(asyncio.to_thread(_feed, source, write_end))
+        feeding = asyncio.ensure_future(asyncio.to_thread(archive.feed, write_end))
         try:
-            yield read_end, lambda: os.lseek(source, 0, os.SEEK_CUR)
+            yield read_end, lambda: archive.moved
         finally:
             os.close(read_end)
             await asyncio.wait([feeding])
     finally:
-        await in_thread(file.close)
-
-
-def _feed(source: int, target: int) -> None:
-    try:
-        # The reader may exit first.
-        with contextlib.suppress(BrokenPipeError):
-            while os.sendfile(target, source, None, _CHUNK_BYTES):
-                pass
-    finally:
-        os.close(target)
+        await in_thread(archive.file.close)

@@ -274,6 +274,13 @@ def release_instance(paths: StatePaths, claims: Path = CLAIMS_DIR) -> None:
     paths.instance_file.unlink(missing_ok=True)
 
 
+def is_claimed(paths: StatePaths, claims: Path = CLAIMS_DIR) -> bool:
+    """Whether this state directory has an instance number, even if its record of it is gone."""
+    return paths.instance_file.exists() or any(
+        _holder(claims / str(index)) == paths.root for index in range(MAX_INSTANCES)
+    )
+
+
 def _recorded_index(paths: StatePaths) -> int | None:
     record = read_json(paths.instance_file)
     index = record.get("index") if record else None

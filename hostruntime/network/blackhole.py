@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hostruntime.network import firewall, firewall_watch
 from hostruntime.network.firewall import ATTEMPTS_SET, Attempt
-from hostruntime.network.libnftables import load_rules
 from hostruntime.network.netns import run_in_namespace
+from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.rtnetlink import RouteSocket
 
 TABLE = "orkestr"
@@ -49,7 +49,7 @@ add @{ATTEMPTS_SET} {{ ip saddr . meta l4proto . ip daddr . th dport }}
 _EVERYWHERE, _MULTICAST = IPv4Network("0.0.0.0/0"), IPv4Network("224.0.0.0/3")
 
 
-def install_blackhole() -> None:
+def install_blackhole(nft: NftProcess) -> None:
     """Reject and record connection attempts in the calling thread's namespace, if that is missing.
 
     It must only have a loopback. Looking is cheap. Raises OSError or HostError; then the namespace
@@ -57,7 +57,7 @@ def install_blackhole() -> None:
     """
     if firewall_watch.count_table_parts(TABLE, _NFPROTO_IPV4) is not None and _has_route():
         return
-    load_rules(_RULES)
+    nft.run(_RULES)
     with RouteSocket() as routes:
         # Multicast stays unreachable, so that nobody can join a group on the loopback.
         routes.replace_unreachable(_MULTICAST)
@@ -70,12 +70,12 @@ def _has_route() -> bool:
     return any(line.split()[1] == "00000000" for line in lines[1:])
 
 
-def drain_attempts(namespace: Path) -> list[Attempt]:
+def drain_attempts(nft: NftProcess, namespace: Path) -> list[Attempt]:
     """Return and remove the recorded attempts; raises OSError or HostError."""
 
     def drain() -> list[Attempt]:
-        # Most have never sent anything, and listing the set means starting a program.
-        return firewall.drain_attempts(TABLE, family="ip") if _has_sent() else []
+        # Most have never sent anything.
+        return firewall.drain_attempts(nft, TABLE, family="ip") if _has_sent() else []
 
     return run_in_namespace(namespace, drain)
 

@@ -7,14 +7,17 @@ its interface by the host's route to it, which `fib saddr . iif` checks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any
 
+from hostruntime.errors import HostFault
 from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.run import run
+from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import Network
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
 
@@ -93,15 +96,13 @@ class Attempt:
     port: int
 
 
-def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
-    """Return and remove the attempts recorded since the last call; raises CommandFailed.
+def drain_attempts(nft: NftProcess, table: str, family: str = "inet") -> list[Attempt]:
+    """Return and remove the attempts recorded since the last call; raises HostError, OSError.
 
     Uses the calling thread's network namespace. Only what is returned is removed from the set, so
     concurrent attempts are not lost.
     """
-    listing = run(
-        ["nft", "-j", "list", "set", family, table, ATTEMPTS_SET], timeout=_TIMEOUT
-    ).stdout
+    listing = nft.run(f"list set {family} {table} {ATTEMPTS_SET}", as_json=True)
     found = [_attempts_in(item["set"]) for item in json.loads(listing)["nftables"] if "set" in item]
     attempts = [attempt for each in found for attempt in each]
     if attempts:
@@ -111,7 +112,8 @@ def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
         )
         text = f"delete element {family} {table} {ATTEMPTS_SET} {{ {keys} }}\n"
         # If one has timed out since, none is deleted, and they are reported twice.
-        run(["nft", "-f", "-"], input=text.encode(), timeout=_TIMEOUT, check=False)
+        with contextlib.suppress(HostFault):
+            nft.run(text)
     return attempts
 
 

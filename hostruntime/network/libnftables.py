@@ -1,73 +1,127 @@
-"""Loading nftables rules with nft's own library (libnftables(3)), without starting nft(8).
+"""nft's own library (libnftables(3)), in a process that serves the agent with it.
 
-For the namespace of a slot, which is created for every container, and whose rules are ours alone:
-to start the program takes five times as long as what it does. The host's own table, beside which
-anybody's rules may be, is left to the program (:mod:`hostruntime.network.firewall`).
+To start nft(8) takes five times as long as what it does.  But the library is not for the agent's
+own process: it waits by select(2), which the C library aborts for a descriptor from 1024 on, and it
+calls exit(3) if it gets no memory or socket.  So this process has it: ``python -m
+hostruntime.network.libnftables SOCKET NAMESPACE``, with the descriptors of a socket to the agent,
+and of the agent's network namespace.  The other end is :mod:`hostruntime.network.nft_process`.
+
+It carries out one request at a time, in the network namespace whose descriptor comes with it, and
+is in the agent's meanwhile: it keeps no slot's namespace from going away.  It holds no other
+descriptor, and exits when the agent's end of the socket is closed, even if the library hangs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
+import select
 import socket
+import sys
 import threading
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
-from hostruntime.errors import HostFault, HostUnavailable
+from hostruntime.host import channel, kernel
 
 # Debian's package nftables depends on it.
 _LIBRARY = "libnftables.so.1"
+_OUTPUT_JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON of nftables/libnftables.h
 _MAX_MESSAGE_CHARACTERS = 500
-_NETLINK_NETFILTER = 12  # linux/netlink.h
-# More than it needs: other threads may take some meanwhile.
-_FREE_DESCRIPTORS = 16
-# The library keeps a part of its state in global variables.
-_lock = threading.Lock()
+_TITLE = "orkestr hostruntime.network.libnftables"
 
 
-def load_rules(rules: str) -> None:
-    """Carry out commands like `nft -f`, all or none, in the calling thread's network namespace.
+class NftError(Exception):
+    """The library refused the commands; none has been carried out."""
 
-    Raises HostFault with what the library says, HostUnavailable if it is not installed, OSError
-    if there is no descriptor or socket for it.
+
+def run_commands(commands: str, *, as_json: bool = False) -> str:
+    """Carry out commands like `nft -f`, all or none, in this thread's network namespace.
+
+    Returns what they print, like `nft -j` with ``as_json``.  Raises NftError with what the library
+    says, OSError if it is not installed.
     """
     library = _library()
-    with _lock:
-        _require_socket()
-        context = library.nft_ctx_new(0)
-        if not context:
-            raise HostFault("There is not enough memory to load network rules.")
-        try:
-            library.nft_ctx_buffer_error(context)
-            if library.nft_run_cmd_from_buffer(context, rules.encode()):
-                message = library.nft_ctx_get_error_buffer(context) or b""
-                text = message.decode("utf-8", "replace").strip()[:_MAX_MESSAGE_CHARACTERS]
-                raise HostFault(f"The network rules of a sandbox cannot be loaded: {text}")
-        finally:
-            library.nft_ctx_free(context)
+    context = library.nft_ctx_new(0)
+    if not context:
+        raise NftError("there is not enough memory")
+    try:
+        library.nft_ctx_buffer_error(context)
+        library.nft_ctx_buffer_output(context)
+        library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if as_json else 0)
+        if library.nft_run_cmd_from_buffer(context, commands.encode()):
+            message = _text(library.nft_ctx_get_error_buffer(context)).strip()
+            raise NftError(message[:_MAX_MESSAGE_CHARACTERS])
+        return _text(library.nft_ctx_get_output_buffer(context))
+    finally:
+        library.nft_ctx_free(context)
 
 
-def _require_socket() -> None:
-    """Raise OSError where the library would end this process: it exits if it gets no socket."""
-    with contextlib.ExitStack() as opened:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-        handle = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
-        opened.enter_context(handle)
-        for _ in range(_FREE_DESCRIPTORS - 1):
-            opened.callback(os.close, os.dup(handle.fileno()))
+def _text(data: bytes | None) -> str:
+    return (data or b"").decode("utf-8", "replace")
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(_LIBRARY)
-    except OSError as error:
-        raise HostUnavailable(f"{error}. Install nftables with its library {_LIBRARY}.") from error
+    library = ctypes.CDLL(_LIBRARY)
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_new.argtypes = [ctypes.c_uint32]
-    library.nft_ctx_free.argtypes = library.nft_ctx_buffer_error.argtypes = [ctypes.c_void_p]
+    library.nft_ctx_free.argtypes = [ctypes.c_void_p]
+    library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
     library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    library.nft_ctx_get_error_buffer.argtypes = [ctypes.c_void_p]
-    library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
+    for what in ("error", "output"):
+        getattr(library, f"nft_ctx_buffer_{what}").argtypes = [ctypes.c_void_p]
+        get = getattr(library, f"nft_ctx_get_{what}_buffer")
+        get.argtypes, get.restype = [ctypes.c_void_p], ctypes.c_char_p
     return library
+
+
+# The process ---------------------------------------------------------------------------------
+
+
+def serve(sock: socket.socket, home: int) -> None:
+    """Serve the agent, whose namespace is ``home``, until its end of ``sock`` is closed."""
+    threading.Thread(target=_exit_with, args=(sock.fileno(),), daemon=True).start()
+    while True:
+        try:
+            message, (namespace,) = channel.receive(sock)
+        except channel.ChannelClosed:
+            return
+        os.setns(namespace, os.CLONE_NEWNET)
+        answer = _answer(message)
+        # Before the caller hears of it, who expects nobody in the namespace.
+        os.setns(home, os.CLONE_NEWNET)
+        os.close(namespace)
+        channel.send(sock, answer)
+
+
+def _answer(message: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return {"output": run_commands(message["commands"], as_json=message["json"])}
+    except NftError as error:
+        return {"refused": str(error)}
+    except OSError as error:
+        return {"unavailable": str(error)}
+
+
+def _exit_with(socket_fd: int) -> None:
+    """Exit when the other end of the socket is closed, whatever the other thread waits for."""
+    poller = select.poll()
+    # POLLHUP is reported unasked (poll(2)).
+    poller.register(socket_fd, 0)
+    poller.poll()
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve; arguments: a socket's descriptor and a network namespace's."""
+    kernel.set_command_line(_TITLE)
+    descriptor, home = map(int, sys.argv[1:])
+    os.setns(home, os.CLONE_NEWNET)
+    with socket.socket(fileno=descriptor) as sock:
+        serve(sock, home)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ point-to-point: there is no bridge, so no neighbour is visible.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -21,11 +22,13 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from hostruntime.errors import HostError
 from hostruntime.host import kernel
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
 from hostruntime.network.rtnetlink import RouteSocket
 
+_log = logging.getLogger(__name__)
 _TIMEOUT = 20.0
 _SIOCSIFFLAGS = 0x8914  # netdevice(7)
 _IFF_UP_RUNNING = 0x1 | 0x40
@@ -131,6 +134,14 @@ def run_ip(commands: list[str], *, keep_going: bool = False) -> None:
     """
     argv = ["ip", *(["-force"] if keep_going else []), "-batch", "-"]
     run(argv, input="\n".join(commands).encode() + b"\n", timeout=_TIMEOUT)
+
+
+def run_ip_ignoring_errors(commands: list[str]) -> None:
+    """Run `ip -batch`, ignoring errors: what it removes may be gone already."""
+    try:
+        run_ip(commands, keep_going=True)
+    except HostError as error:
+        _log.debug("ignored: %s", error)
 
 
 def _in_thread[R](action: Callable[[], R]) -> R:

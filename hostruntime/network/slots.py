@@ -49,8 +49,10 @@ from hostruntime.network.netns import (
     namespace_is_mounted,
     run_in_namespace,
     run_ip,
+    run_ip_ignoring_errors,
     write_sysctl,
 )
+from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import MODES, Mode, Policy
 from hostruntime.network.settings import NetworkSettings
 from hostruntime.network.stub_resolver import StubResolver
@@ -101,6 +103,7 @@ class SlotPool:
         self.run_dir = RunDir.of(instance)
         self.firewall = FirewallWatch(self._firewall_plan())
         self.resolver = StubResolver()
+        self.nft = NftProcess(paths.root / "nft.log")
         self._changed = threading.Condition()
         self._slots = slots
         self._free: deque[int] = deque(range(slots))
@@ -156,6 +159,7 @@ class SlotPool:
         if recycler is not None:
             recycler.join()
         self.resolver.close()
+        self.nft.close()
 
     def teardown(self) -> None:
         """Remove every namespace, interface, address, rule and file of the instance.
@@ -260,7 +264,7 @@ class SlotPool:
     def _record_restricted(self) -> None:
         with self._attempts:
             try:
-                found = firewall.drain_attempts(self.instance.nft_table)
+                found = firewall.drain_attempts(self.nft, self.instance.nft_table)
             except (HostError, OSError) as error:
                 _log.warning("attempts to bypass the proxy cannot be read: %s", error)
                 return
@@ -275,7 +279,7 @@ class SlotPool:
             if slot.netns is None or self._last_owners.get(slot) != owner:
                 return
             try:
-                found = blackhole.drain_attempts(slot.netns)
+                found = blackhole.drain_attempts(self.nft, slot.netns)
             except (HostError, OSError) as error:
                 _log.warning("attempts in slot %d cannot be read: %s", slot.index, error)
                 return
@@ -435,7 +439,7 @@ class SlotPool:
             return
         if slot.mode == "off":
             try:
-                blackhole.install_blackhole()
+                blackhole.install_blackhole(self.nft)
             except (HostError, OSError) as error:
                 # Its programs' connections fail anyway; they are just not recorded.
                 _log.warning("attempts in slot %d are not recorded: %s", slot.index, error)
@@ -573,14 +577,6 @@ class SlotPool:
             permitted=self.settings.permitted,
             mark=firewall.proxy_mark(self.instance.index),
         )
-
-
-def run_ip_ignoring_errors(commands: list[str]) -> None:
-    """Run `ip -batch`, ignoring errors: what it removes may be gone already."""
-    try:
-        run_ip(commands, keep_going=True)
-    except HostError as error:
-        _log.debug("ignored: %s", error)
 
 
 def _listing(directory: Path) -> list[Path]:

@@ -56,7 +56,7 @@ from hostruntime.errors import (
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.patience import Patience
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import in_thread, log_errors
+from hostruntime.host.tasks import cancel_and_wait, in_background, in_thread, log_errors
 from hostruntime.host.watching import FileWatch
 from hostruntime.wire.background import CommandFrame, CommandInfo, CommandOutput
 
@@ -77,6 +77,7 @@ _FOLLOWED_BYTES = 64 * 1024
 _MAX_TEXT = 16 * 1024
 _STOP_SECONDS = 2.0
 _POLL_SECONDS = 0.01
+_LOCK_SECONDS = 0.5
 _DIRECTORY = "commands"
 _RECORD, _STATUS = "command.json", "status"
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -134,6 +135,8 @@ class BackgroundCommands:
     containers: ContainerManager
     watch: FileWatch = field(default_factory=FileWatch)
     _followers: Counter[str] = field(default_factory=Counter)
+    # For each command that has a supervisor, in case that is killed and nobody asks.
+    _guards: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
 
     async def start(self, sandbox_id: str, launch: Launch) -> CommandInfo:
         """Start a command, unless that id was started before; what it is then.
@@ -156,6 +159,7 @@ class BackgroundCommands:
             raise
         finally:
             close_all(descriptors)
+        self._guard(sandbox_id, launch.id)
         return await in_thread(self.get, sandbox_id, launch.id)
 
     def list_all(self, sandbox_id: str) -> list[CommandInfo]:
@@ -275,11 +279,52 @@ class BackgroundCommands:
         except FileNotFoundError as error:
             raise NotFound("The command's output is gone.") from error
 
-    def recover(self, sandbox_id: str) -> None:
-        """Kill what a killed agent and supervisor have left of a sandbox's commands; blocks."""
+    async def recover(self, sandbox_id: str) -> None:
+        """Kill what a killed agent and supervisor have left of a sandbox's commands."""
+        for command_id in await in_thread(self._active, sandbox_id):
+            self._guard(sandbox_id, command_id)
+
+    def _active(self, sandbox_id: str) -> list[str]:
+        found = []
         for command_id in self._ids(sandbox_id):
             with log_errors(f"the command {command_id} of {sandbox_id} could not be checked"):
-                self.get(sandbox_id, command_id)
+                found += [command_id] if self.get(sandbox_id, command_id).active else []
+        return found
+
+    async def close(self) -> None:
+        """Stop looking after commands, which run on; nobody may follow any."""
+        await cancel_and_wait(*self._guards.values())
+        self.watch.close()
+
+    # Supervisors that are killed -----------------------------------------------------------
+
+    def _guard(self, sandbox_id: str, command_id: str) -> None:
+        key = (sandbox_id, command_id)
+        if key not in self._guards:
+            work = self._wait_for_end(sandbox_id, command_id)
+            description = f"the command {command_id} of {sandbox_id} could not be looked after"
+            self._guards[key] = in_background(work, description)
+            self._guards[key].add_done_callback(lambda _: self._guards.pop(key, None))
+
+    async def _wait_for_end(self, sandbox_id: str, command_id: str) -> None:
+        """Wait until a command's supervisor has ended; :meth:`get` kills what it has left.
+
+        The kernel tells when it has closed the status file, and a moment later frees the lock.
+        """
+        status = self._directory(sandbox_id, command_id) / _STATUS
+        with contextlib.suppress(NotFound):
+            async with self._changes([status]) as changed:
+                while True:
+                    await changed.wait()
+                    changed.clear()
+                    for delay in (0.0, _LOCK_SECONDS):
+                        await asyncio.sleep(delay)
+                        if not (await in_thread(self.get, sandbox_id, command_id)).active:
+                            return
+
+    def forget_copied(self, sandbox_id: str) -> None:
+        """Delete the output of another sandbox's commands, which a snapshot's disk has; blocks."""
+        shutil.rmtree(self._logs(sandbox_id), ignore_errors=True)
 
     # Pieces --------------------------------------------------------------------------------
 
@@ -295,7 +340,7 @@ class BackgroundCommands:
         ended = [info for info in commands if not info.active]
         kept = {info.id for info in ended[: max(MAX_REMEMBERED - 1 - active, 0)]}
         kept |= {info.id for info in commands if info.active}
-        # Also what a killed agent has not finished, and what came with a snapshot's disk.
+        # Also what a killed agent has not finished.
         logs = {path.name for path in self._logs(sandbox_id).glob("*")}
         for command_id in logs.union(self._ids(sandbox_id)) - kept:
             self._forget(sandbox_id, command_id)

@@ -32,6 +32,7 @@ from hostruntime.host.tasks import (
     KeyedLocks,
     cancel_and_wait,
     every,
+    in_background,
     in_thread,
     log_errors,
     shielded,
@@ -82,6 +83,11 @@ class SandboxManager:
     # Sandboxes that are being terminated, and why.
     _ending: dict[str, Reason] = field(default_factory=dict)
     _sweeper: asyncio.Task[None] | None = None
+    # Those whose deadline is being enforced.
+    _expiring: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    # To end one takes threads for a while, to pause one only the waiting for it.
+    _ends_at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(16))
+    _pauses_at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(128))
 
     def __post_init__(self) -> None:
         self.usage = UsageStore(self.paths.usage, self._groups, self.store.quarantine)
@@ -99,7 +105,7 @@ class SandboxManager:
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         await in_thread(self.usage.recover, running)
         for sandbox_id in running:
-            await in_thread(self.background.recover, sandbox_id)
+            await self.background.recover(sandbox_id)
 
     def _load_records(self) -> Sandboxes:
         """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
@@ -147,10 +153,10 @@ class SandboxManager:
 
     async def close(self) -> None:
         """Stop enforcing deadlines; sandboxes keep running."""
-        await cancel_and_wait(self._sweeper)
+        await cancel_and_wait(self._sweeper, *self._expiring.values())
         await self.warm.close()
         await self.usage.close()
-        self.background.watch.close()
+        await self.background.close()
 
     async def refreeze_paused(self) -> None:
         """Freeze all sandboxes recorded as paused, whatever state the previous agent left."""
@@ -246,6 +252,7 @@ class SandboxManager:
         disk = self.snapshots.disk(snapshot)
         running = await self.containers.start(replace(spec, saved_disk=disk, populate=None))
         try:
+            await in_thread(self.background.forget_copied, spec.owner)
             await self.snapshots.restore(snapshot, spec.owner)
         except BaseException:
             await self.containers.stop(spec.owner)
@@ -393,9 +400,8 @@ class SandboxManager:
             if sandbox_id in self.snapshots.frozen:
                 continue  # At the next pass: the others must not wait for the copy.
             if sandbox.state == "running" and sandbox.is_expired:
-                # A failure must not prevent the others from ending.
-                with log_errors(f"sandbox {sandbox_id} could not be ended at its deadline"):
-                    await self._expire(sandbox_id)
+                # Nobody waits for one that cannot be frozen, or for a failure.
+                self._begin_to_expire(sandbox_id)
             elif sandbox.state == "gone" and (sandbox.ended_at or 0) < oldest:
                 with log_errors(f"the record of sandbox {sandbox_id} could not be deleted"):
                     await self._forget(sandbox)
@@ -405,6 +411,13 @@ class SandboxManager:
             if self._sandboxes.get(sandbox.request.id) is sandbox:
                 await self._drop(sandbox.request.id, sandbox.image_id)
 
+    def _begin_to_expire(self, sandbox_id: str) -> None:
+        if sandbox_id not in self._expiring:
+            description = f"sandbox {sandbox_id} could not be ended at its deadline"
+            task = in_background(self._expire(sandbox_id), description)
+            self._expiring[sandbox_id] = task
+            task.add_done_callback(lambda _: self._expiring.pop(sandbox_id, None))
+
     async def _expire(self, sandbox_id: str) -> None:
         async with self._locks.holding(sandbox_id):
             sandbox = self._sandboxes.get(sandbox_id)
@@ -413,9 +426,10 @@ class SandboxManager:
                 return
             if await self._paused_instead(sandbox):
                 return
-            self.usage.read(sandbox_id)
-            await self.containers.stop(sandbox_id)
-            await self._record_end(sandbox, "expired")
+            async with self._ends_at_once:
+                self.usage.read(sandbox_id)
+                await self.containers.stop(sandbox_id)
+                await self._record_end(sandbox, "expired")
 
     async def _paused_instead(self, sandbox: Sandbox) -> bool:
         """Pause a sandbox at its deadline if that was asked for; whether it is paused.
@@ -426,7 +440,8 @@ class SandboxManager:
         if seconds is None or sandbox.paused:
             return False
         with log_errors(f"sandbox {sandbox_id} could not be paused at its deadline"):
-            await self.containers.pause(sandbox_id)
+            async with self._pauses_at_once:
+                await self.containers.pause(sandbox_id)
             paused = replace(sandbox, paused=True).with_deadline(time.time() + seconds)
             # Known and reported even if it can't be saved: the host's disk may be full.
             with log_errors(f"that sandbox {sandbox_id} is paused could not be saved"):

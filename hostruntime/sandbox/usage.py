@@ -210,12 +210,22 @@ class UsageStore:
         """The meters of running sandboxes and of ended ones not yet collected."""
         return [meter for meter in self._meters.values() if only in (None, meter.id)]
 
+    def info(self, sandbox_id: str) -> UsageInfo | None:
+        """The usage of one sandbox; None if it is not known (any more)."""
+        meter = self._meters.get(sandbox_id)
+        return meter.info() if meter is not None else None
+
     async def forget_collected(self, ids: Iterable[str]) -> None:
         """Delete those of these meters whose sandboxes have ended.  Raises OSError."""
         for sandbox_id in ids:
             meter = self._meters.get(sandbox_id)
             if meter is not None and meter.ended_at is not None:
                 await self._forget(meter)
+
+    async def forget_if_possible(self, ids: Iterable[str]) -> None:
+        """Like :meth:`forget_collected`; what cannot be deleted is collected again."""
+        with log_errors("the usage of ended sandboxes could not be deleted"):
+            await self.forget_collected(ids)
 
     # Pieces --------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from hostruntime.container.capacity import memory_bytes
 from hostruntime.container.limits import Limits
@@ -194,10 +195,12 @@ class WarmPool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self._changed.wait()
+        await self._forget_old_shapes()
+        has_room = await in_thread(self._has_room)
+        # Last: what was claimed a moment ago must not be replaced at once.
         await self._wait_for_quiet()
         self._changed.clear()
-        await self._forget_old_shapes()
-        shares = self._shares() if await in_thread(self._has_room) else {}
+        shares = self._shares() if has_room else {}
         for shape, ready in list(self._ready.items()):
             while len(ready) > shares.get(shape, 0):
                 await self._stop(ready.pop())
@@ -272,15 +275,26 @@ class WarmPool:
         except HostFull:
             await self._stop(owner)
             return False
+        except (HostError, OSError):
+            await self._stop(owner)
+            if await in_thread(shape.is_current):
+                raise
+            return self._forget(shape)
         except BaseException:
             await self._stop(owner)
             raise
         # The image may have been deleted while it started.
         if shape not in self._demand or not await in_thread(shape.is_current):
             await self._stop(owner)
-            return False
+            return self._forget(shape)
         self._ready.setdefault(shape, deque()).append(owner)
         return True
+
+    def _forget(self, shape: Shape) -> Literal[False]:
+        """Start none of a shape any more; the others have their turn at once."""
+        self._demand.pop(shape, None)
+        self._changed.set()
+        return False
 
     async def _stop(self, owner: str) -> None:
         with log_errors(f"the warm container {owner} could not be stopped"):

@@ -110,6 +110,17 @@ class DirectoryEntries(Message):
 
 
 @dataclass(frozen=True)
+class Survey(Message):
+    """From inside a container: the beginning of a file, and the names in some directories.
+
+    None for what cannot be read; ``head`` is hexadecimal.  A directory of too many names is none.
+    """
+
+    head: str | None
+    names: tuple[tuple[str, ...] | None, ...]
+
+
+@dataclass(frozen=True)
 class FileContent:
     """A complete file; its stat is in the response headers."""
 

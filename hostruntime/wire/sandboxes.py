@@ -150,6 +150,13 @@ class UsageInfo(Message):
 
 
 @dataclass(frozen=True)
+class DeletedSandbox(Message):
+    """``DELETE /sandboxes/{id}``: its usage, if the host has any that is not collected yet."""
+
+    usage: UsageInfo | None = None
+
+
+@dataclass(frozen=True)
 class Usage(Message):
     """``GET /usage``."""
 

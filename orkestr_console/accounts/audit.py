@@ -14,6 +14,7 @@ from functools import wraps
 from inspect import isgeneratorfunction
 from typing import Any, Concatenate, cast
 
+from orkestr_console.accounts import audit_spool
 from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.models import AuditEntry, Outcome, User
 from orkestr_console.core.errors import Asleep, DomainError, ExecKilled, ExecTimeout
@@ -37,14 +38,12 @@ def record(
     object_id: object = "",
     name: str = "",
     data: dict[str, Any] | None = None,
-    flush: bool = True,
 ) -> None:
     """Record that ``actor`` did ``action`` (``"template.create"``), in its transaction.
 
     ``kind``, ``object_id`` and ``name`` are the object's; ``data`` is JSON without secrets.
-    ``flush`` is that of :func:`orkestr_console.core.rows.insert`.
     """
-    write(actor, action, Outcome.DONE, kind, object_id, name, flush=flush, data=data)
+    write(actor, action, Outcome.DONE, kind, object_id, name, data=data)
 
 
 def record_denial(
@@ -69,12 +68,10 @@ def write(
     kind: str = "",
     object_id: object = "",
     name: str = "",
-    *,
-    flush: bool = True,
     **rest: Any,
 ) -> None:
     """Add one entry."""
-    insert(entry(actor, action, outcome, kind, object_id, name, **rest), flush=flush)
+    insert(entry(actor, action, outcome, kind, object_id, name, **rest))
 
 
 def entry(
@@ -142,17 +139,18 @@ def audited[**P, R](
     kind: str = "",
     *,
     note: Callable[[Any, Any], dict[str, Any]] | None = None,
-    flush: bool = True,
+    behind: bool = False,
 ) -> Callable[[Callable[Concatenate[Actor, P], R]], Callable[Concatenate[Actor, P], R]]:
     """Decorate a service that writes: record its refusals.
 
     With ``note``, also record each success, with the data that ``note`` derives from the result and
     the last argument; a service that changes rows records that itself, in its transaction. If the
-    first argument after the actor is a string, it is the object's id. ``flush`` is that of
-    :func:`record`. The service can be written as steps (:mod:`orkestr_console.core.hosts`).
+    first argument after the actor is a string, it is the object's id. With ``behind``, nobody waits
+    until a success is recorded (:mod:`orkestr_console.accounts.audit_spool`). The service can be
+    written as steps (:mod:`orkestr_console.core.hosts`).
     """
 
-    audit = Auditing(action, kind, note, flush)
+    audit = Auditing(action, kind, note, behind)
 
     def decorate(service: Callable[Concatenate[Actor, P], R]) -> Callable[Concatenate[Actor, P], R]:
         @wraps(service)
@@ -182,7 +180,7 @@ class Auditing:
     action: str
     kind: str
     note: Callable[[Any, Any], dict[str, Any]] | None
-    flush: bool
+    behind: bool
 
     def denials(self, actor: Actor, args: tuple[Any, ...]) -> AbstractContextManager[None]:
         """Record a refusal that propagates out of the block."""
@@ -193,16 +191,9 @@ class Auditing:
         if self.note is None:
             return
         data, subject = self.note(answer, args[-1]), subject_of(args)
-        persistently(
-            lambda: record(
-                actor,
-                self.action,
-                kind=self.kind,
-                object_id=subject,
-                data=data,
-                flush=self.flush,
-            )
-        )
+        made = entry(actor, self.action, kind=self.kind, object_id=subject, data=data)
+        if not (self.behind and audit_spool.keep(made)):
+            persistently(lambda: insert(made, flush=not self.behind))
 
 
 def subject_of(args: tuple[Any, ...]) -> str:

@@ -14,7 +14,7 @@ from orkestr_console.accounts import device_login
 from orkestr_console.accounts.device_login import DeviceApprovalSpec
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.accounts.models import Role
-from orkestr_console.core.errors import DomainError
+from orkestr_console.core.errors import DomainError, InvalidInput
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.http.validation import parse_spec
 from orkestr_console.ui.forms import Form
@@ -86,6 +86,7 @@ def answer(request: ConsoleRequest, form: DeviceForm) -> HttpResponse:
     """Approve, or deny whatever else was sent."""
     try:
         if request.POST["answer"] == "approve":
+            require_same_team(request)
             answered = device_login.approve(request.actor, form.spec())
         else:
             form.reject_unusable()
@@ -96,6 +97,16 @@ def answer(request: ConsoleRequest, form: DeviceForm) -> HttpResponse:
             return show(request, form, error.status)
         return show_login(request, form, error.status)
     return show(request, form, answered=answered)
+
+
+def require_same_team(request: ConsoleRequest) -> None:
+    """Raise ``InvalidInput`` if the person has switched teams since the page was shown."""
+    team = request.actor.team
+    if request.POST.get("team", team.pk) != team.pk:
+        raise InvalidInput(
+            f"You have switched teams since this page was shown: it would be {team.name} now. If "
+            "that is right, approve again."
+        )
 
 
 def show(

@@ -231,6 +231,9 @@ def translate_error(error: host_errors.HostError) -> DomainError:
             return Conflict(
                 "The sandbox has ended; create another one.", code="sandbox_not_running"
             )
+        case host_errors.ContainerPaused():
+            # As the services say it, where the row was read a moment later.
+            return Conflict(error.detail, code="sandbox_not_running")
         case host_errors.NotFound():
             return NotFound(error.detail, code=error.code)
         case host_errors.RangeNotSatisfiable():

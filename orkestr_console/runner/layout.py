@@ -59,6 +59,11 @@ class Layout:
         return self.run / "ready"
 
     @property
+    def audit_spool(self) -> Path:
+        """Audit entries that are not in the database yet; the web processes' own (mode 0700)."""
+        return self.run / "audit"
+
+    @property
     def sandboxes_ended_marker(self) -> Path:
         """Exists after `make down`, until the next start records it in the database."""
         return self.run / "sandboxes-ended"

@@ -168,6 +168,8 @@ class Console:
             self._layout.sandboxes_ended_marker.unlink(missing_ok=True)
             migrated = json.loads(prepared.stdout)["migrated"]
             step.detail = f"{migrated} migrations applied" if migrated else "up to date"
+        self._layout.audit_spool.mkdir(mode=0o700, exist_ok=True)
+        change_owner(self._layout.audit_spool, identity.user)
         for secret in (self._layout.run / name for name in SECRETS):
             if secret.exists():
                 change_owner(secret, identity.user)

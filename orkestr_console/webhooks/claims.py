@@ -7,6 +7,8 @@ most. Teams take turns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,6 +33,8 @@ RETRY_DELAY = timedelta(seconds=10)
 STRANDED = timedelta(seconds=5)
 # Deliveries in a row that are given up before the webhook is disabled.
 MAX_FAILURES = 20
+# Rows that a clean-up changes in a transaction; the next comes within a minute.
+CLEANED_UP = 10_000
 # A receiver that accepts less than there is to tell falls behind, but not further than this.
 LONGEST_WAIT = timedelta(days=1)
 TOO_OLD = "It was not sent within a day: the receiver is too slow for the number of events."
@@ -205,8 +209,28 @@ def drop_pending(webhook: Webhook, reason: str) -> None:
 
 
 def drop_overdue() -> None:
-    """Give up what has waited for too long."""
+    """Give up what has waited for too long, but for rows that somebody else changes just now."""
     waiting = Delivery.objects.filter(status=DeliveryStatus.PENDING, driver="")
-    waiting.filter(created_at__lt=Now() - LONGEST_WAIT).update(
-        status=DeliveryStatus.FAILED, error=TOO_OLD
-    )
+    with unclaimed(waiting.filter(created_at__lt=Now() - LONGEST_WAIT)) as overdue:
+        overdue.update(status=DeliveryStatus.FAILED, error=TOO_OLD)
+
+
+def forget(age: timedelta) -> None:
+    """Delete the results of deliveries older than that."""
+    finished = Delivery.objects.exclude(status=DeliveryStatus.PENDING)
+    with unclaimed(finished.filter(created_at__lt=Now() - age)) as old:
+        old.delete()
+
+
+@contextmanager
+def unclaimed(rows: QuerySet[Delivery]) -> Iterator[QuerySet[Delivery]]:
+    """Those of some rows that nobody else has locked, locked for the block.
+
+    Whoever deletes a team or a webhook locks its deliveries in an order of their own, so waiting
+    for them could be a deadlock. What is skipped is there in a minute, or gone.
+    """
+    with transaction.atomic():
+        free = list(
+            rows.select_for_update(skip_locked=True).values_list("pk", flat=True)[:CLEANED_UP]
+        )
+        yield Delivery.objects.filter(pk__in=free)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from django.db.models.functions import Now
-
 from orkestr_console.webhooks import claims
-from orkestr_console.webhooks.models import Delivery, DeliveryStatus
 from orkestr_console.webhooks.sender import sender
 
 # How long the results of deliveries can be read.
@@ -24,8 +21,7 @@ def tidy() -> None:
 
     The last is for what a worker was sending, or waiting to repeat, when it was killed.
     """
-    finished = Delivery.objects.exclude(status=DeliveryStatus.PENDING)
-    finished.filter(created_at__lt=Now() - KEPT).delete()
+    claims.forget(KEPT)
     claims.drop_overdue()
     if claims.are_left():
         sender.wake()

@@ -157,6 +157,26 @@ def read_logs(
     return command_logs(part, offset)
 
 
+@in_steps
+def read_last_logs(
+    actor: Actor, sandbox_id: str, command_id: str, max_bytes: int
+) -> Steps[CommandLogs]:
+    """The last ``max_bytes`` that a command has printed; raises like :func:`list_commands`.
+
+    ``dropped`` is how many bytes there were before them, kept or not.
+    """
+    actor.require(READ)
+    sandbox = yield from find_existing(actor, sandbox_id, command_id)
+
+    def read(offset: int, most: int) -> Steps[CommandOutput]:
+        return ask(HostClient.command_output, sandbox.pk, command_id, offset, max_bytes=most)
+
+    end = yield from answer(sandbox, read(LARGEST_OFFSET, 0))
+    return command_logs(
+        (yield from answer(sandbox, read(max(end.size - max_bytes, 0), max_bytes))), 0
+    )
+
+
 def command_logs(part: CommandOutput, asked: int) -> CommandLogs:
     """A part of the output as text."""
     data, offset = part.data, part.offset

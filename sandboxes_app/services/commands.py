@@ -111,8 +111,7 @@ def conclude_command(command: Command, outcome: Outcome) -> ExecAnswer:
     return _conclude(command.actor, command.sandbox.pk, command.sandbox, outcome)
 
 
-# Whoever waits for a command does not wait for a disk as well.
-@audited("sandbox.exec", "sandbox", note=audit_details, flush=False)
+@audited("sandbox.exec", "sandbox", note=audit_details, behind=True)
 def _conclude(actor: Actor, _: str, sandbox: Sandbox, outcome: Outcome) -> ExecAnswer:
     if isinstance(outcome, host_errors.TooManyCommands):
         raise too_many_commands(actor, outcome) from outcome

@@ -164,8 +164,8 @@ def mark_terminated(actor: Actor, sandbox: Sandbox, driver: str) -> bool:
 def release_driven(sandbox: Sandbox, driver: str) -> Steps[None]:
     """:func:`release` for who has just ended a sandbox as its ``driver``, and clears that."""
     try:
-        yield from ask(HostClient.delete_sandbox, sandbox.pk)
-        yield from metering.collect_last(sandbox, driver)
+        info = yield from ask(HostClient.delete_sandbox, sandbox.pk, metering.take_counted())
+        metering.count_ended(sandbox, info, driver)
     except host_errors.HostError as error:
         queue_release(sandbox.pk, error)
         state.mark_released([sandbox.pk], driver)
@@ -175,8 +175,8 @@ def release_driven(sandbox: Sandbox, driver: str) -> Steps[None]:
 def release(sandbox_id: str) -> Steps[None]:
     """Release the container now, or by a task if the host doesn't answer, and count its usage."""
     try:
-        yield from ask(HostClient.delete_sandbox, sandbox_id)
-        yield from metering.collect.steps(sandbox_id)
+        info = yield from ask(HostClient.delete_sandbox, sandbox_id, metering.take_counted())
+        metering.count_deleted(info)
     except host_errors.HostError as error:
         queue_release(sandbox_id, error)
 

@@ -7,7 +7,9 @@ next to another, adds nothing twice. Only after the commit may the host forget.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import date
 from functools import cache
 
@@ -34,18 +36,50 @@ SELECT id FROM counted
 """
 
 
+# Ended sandboxes that this process has counted and the host still knows. It is told with the next
+# deletion; of those that it is never told of, the next pass of collect() finds nothing to count.
+_counted: deque[str] = deque(maxlen=1000)
+MAX_COLLECTED = 32
+
+
 @in_steps
-def collect(sandbox_id: str | None = None) -> Steps[None]:
-    """Count the usage of all sandboxes, or of one; safe at any time. Raises the host's errors."""
-    infos = yield from ask(HostClient.usage, sandbox_id)
+def collect() -> Steps[None]:
+    """Count the usage of all sandboxes; safe at any time. Raises the host's errors."""
+    infos = yield from ask(HostClient.usage)
     usage_by_id = {info.id: info for info in infos}
-    rows = Sandbox.objects.filter(pk__in=usage_by_id)
-    for team_id in sorted(set(rows.values_list("team_id", flat=True))):
-        count(team_id, usage_by_id)
+    count_all(usage_by_id)
     # One without a row belongs to nobody, and is forgotten as well.
     ended = [info.id for info in usage_by_id.values() if info.ended]
     if ended:
         yield from ask(HostClient.acknowledge_usage, ended)
+
+
+def count_all(usage_by_id: Mapping[str, UsageInfo]) -> None:
+    """Count the new usage of these sandboxes, team by team."""
+    rows = Sandbox.objects.filter(pk__in=usage_by_id)
+    for team_id in sorted(set(rows.values_list("team_id", flat=True))):
+        count(team_id, usage_by_id)
+
+
+def take_counted() -> list[str]:
+    """Some ended sandboxes that have been counted, for the host to forget; each is named once."""
+    taken: list[str] = []
+    with suppress(IndexError):
+        while len(taken) < MAX_COLLECTED:
+            taken.append(_counted.popleft())
+    return taken
+
+
+def count_deleted(info: UsageInfo | None) -> None:
+    """Count what the host answers to a deletion."""
+    if info is not None:
+        count_all({info.id: info})
+        _note_counted(info)
+
+
+def _note_counted(info: UsageInfo) -> None:
+    if info.ended:
+        _counted.append(info.id)
 
 
 def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
@@ -64,19 +98,16 @@ def count(team_id: str, usage_by_id: Mapping[str, UsageInfo]) -> None:
         usage.add(amounts)
 
 
-def collect_last(sandbox: Sandbox, driver: str) -> Steps[None]:
+def count_ended(sandbox: Sandbox, info: UsageInfo | None, driver: str) -> None:
     """Count the usage of a sandbox that has just ended, and clear its ``driver``.
 
-    Raises the host's errors.
+    ``info`` is what the host answers to its deletion.
     """
-    infos = yield from ask(HostClient.usage, sandbox.pk)
-    usage_by_id = {info.id: info for info in infos}
-    info = usage_by_id.get(sandbox.pk)
     if info is None or not count_last(sandbox, info, driver):
-        count(sandbox.team_id, usage_by_id)
+        count_deleted(info)
         state.mark_released([sandbox.pk], driver)
-    if info is not None and info.ended:
-        yield from ask(HostClient.acknowledge_usage, [sandbox.pk])
+    else:
+        _note_counted(info)
 
 
 def count_last(sandbox: Sandbox, info: UsageInfo, driver: str) -> bool:

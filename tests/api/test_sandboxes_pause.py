@@ -25,6 +25,13 @@ def boot(api: Client, **changes: object) -> str:
     return str(answer.json()["id"])
 
 
+def test_one_that_the_host_paused_a_moment_ago_is_not_running(api: Client, host: FakeHost) -> None:
+    box = boot(api)
+    host.pause_sandbox(box, None)
+    refusal(post(api, f"{URL}/{box}/exec", {"command": "true"}), 409, "sandbox_not_running")
+    refusal(api.get(f"{URL}/{box}/files?path=/tmp"), 409, "sandbox_not_running")
+
+
 def status(api: Client, box: str) -> str:
     return str(api.get(f"{URL}/{box}").json()["status"])
 

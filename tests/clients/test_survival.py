@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psycopg
 from orkestr import OrkestrClient, Sandbox
 
 from tests.clients.making import Sandboxes, Templates
@@ -77,6 +78,30 @@ def test_sandboxes_outlive_agent_worker_and_web(stack: Stack, sandbox: Sandbox) 
         stack.wait_until_restarted(program, old, 60)
     wait_for(lambda: answers(stack, sandbox), 30, stack.explain)
     assert sandbox.exec("cat /workspace/kept").stdout == "kept\n"
+
+
+def test_commands_that_were_answered_are_in_the_audit_log_whoever_dies(
+    stack: Stack, sandbox: Sandbox
+) -> None:
+    """Their entries are written behind the answers."""
+    commands = 8
+    for _ in range(commands):
+        sandbox.exec("true")
+    old = stack.pid("web")
+    stack.kill("web")
+    stack.wait_until_restarted("web", old, 60)
+    with psycopg.connect(stack.layout.cluster.url, autocommit=True) as database:
+
+        def recorded() -> int:
+            counted = database.execute(
+                "SELECT count(*) FROM accounts_auditentry "
+                "WHERE object_id = %s AND action = 'sandbox.exec'",
+                [sandbox.id],
+            ).fetchone()
+            return counted[0] if counted else 0
+
+        wait_for(lambda: recorded() == commands, 30, stack.explain)
+    assert list(stack.layout.audit_spool.glob("*.spool"))
 
 
 def answers(stack: Stack, sandbox: Sandbox) -> bool:

@@ -7,7 +7,7 @@ from django.test import Client
 
 from orkestr_console.accounts import device_login
 from orkestr_console.accounts.device_login import DeviceStartSpec, StartedLogin
-from orkestr_console.accounts.models import DeviceLogin, User
+from orkestr_console.accounts.models import DeviceLogin, Team, User
 
 PAGE = "/device/"
 
@@ -51,6 +51,19 @@ def test_approving_takes_what_was_chosen(console: Client, login: StartedLogin, a
     again = console.post(PAGE, form)
     assert again.status_code == 409
     assert "already answered" in text_of(again)
+
+
+def test_a_program_gets_no_access_to_another_team_than_the_page_said(
+    console: Client, login: StartedLogin, other_team: Team, team: Team
+) -> None:
+    shown = text_of(console.get(PAGE, {"code": login.user_code}))
+    assert f'name="team" value="{team.pk}"' in shown
+    form = {"code": login.user_code, "answer": "approve", "access": "read", "days": ""}
+    answer = console.post(PAGE, {**form, "team": other_team.pk})
+    assert answer.status_code == 400
+    assert "You have switched teams" in text_of(answer)
+    assert DeviceLogin.objects.get().answered_at is None
+    assert "Approved" in text_of(console.post(PAGE, {**form, "team": team.pk}))
 
 
 @pytest.mark.parametrize("wrong", [{"access": "all"}, {"days": "0"}, {"days": "x"}])

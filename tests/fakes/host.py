@@ -372,13 +372,15 @@ class FakeHost(
         self.note_change(sandbox_id)
         return box.info
 
-    def delete_sandbox(self, sandbox_id: str) -> None:
+    def delete_sandbox(self, sandbox_id: str, collected: Sequence[str] = ()) -> UsageInfo | None:
         """As the client."""
         self._up()
         with self.lock:
+            self._forget_used(collected)
             self.booted.pop(sandbox_id, None)
             if sandbox_id in self.used:
                 self.used[sandbox_id] = replace(self.used[sandbox_id], ended=True)
+            return self.used.get(sandbox_id)
 
     def usage(self, sandbox_id: str | None = None) -> list[UsageInfo]:
         """As the client: what tests put into ``used``."""
@@ -397,9 +399,12 @@ class FakeHost(
         """As the client."""
         self._up()
         with self.lock:
-            for sandbox_id in ids:
-                if sandbox_id in self.used and self.used[sandbox_id].ended:
-                    del self.used[sandbox_id]
+            self._forget_used(ids)
+
+    def _forget_used(self, ids: Sequence[str]) -> None:
+        for sandbox_id in ids:
+            if sandbox_id in self.used and self.used[sandbox_id].ended:
+                del self.used[sandbox_id]
 
     def exec(self, sandbox_id: str, request: Exec) -> ExecResult:
         """What ``answers`` has for the command; without an answer it ends well and says nothing."""

@@ -262,11 +262,12 @@ def test_without_its_supervisor_it_is_killed(
     name = begin(host, sandbox, f"sleep {mark} & sleep {mark}")
     (pid,) = supervisors(agent, sandbox)
     os.kill(pid, signal.SIGKILL)
-    info = ended(host, sandbox, name)
-    assert (info.code, info.active) == (None, False)
+    # Although nobody asks.
     for _ in eventually():
         if not with_mark(mark):
             break
+    info = ended(host, sandbox, name)
+    assert (info.code, info.active) == (None, False)
     other = begin(host, sandbox, f"exec sleep {mark}")
     agent.kill()
     (pid,) = supervisors(agent, sandbox)
@@ -459,10 +460,11 @@ def test_a_snapshot_is_taken_while_one_writes_and_its_sandbox_has_none(
                 break
         fork = new_sandbox(image="", snapshot=snapshot)
         assert host.background_commands(fork.id) == []
+        # What came with the snapshot is removed.
+        assert files_of(agent, fork) == []
         other = begin(host, fork, "echo fork")
         ended(host, fork, other)
         assert printed(host, fork, other) == b"fork\n"
-        # What came with the snapshot is removed.
         assert len(files_of(agent, fork)) == 2
     finally:
         host.delete_snapshot(snapshot)

@@ -18,6 +18,7 @@ from hostruntime.host.run import run
 from hostruntime.network import blackhole, firewall
 from hostruntime.network.direct import MAX_LOG_BYTES
 from hostruntime.network.egress import EgressProxy
+from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import Policy
 from hostruntime.network.slots import Slot, SlotPool
 from hostruntime.network.stub_resolver import ADDRESS, BURST, PER_SECOND, PORT
@@ -198,7 +199,7 @@ def test_with_network_off_nothing_gets_out_without_the_table_either(
     assert len(world.reached) == heard
     assert received(HOST_SECOND) == arrived
     # A new agent finds the table gone.
-    from_slot(mine, blackhole.install_blackhole)
+    from_slot(mine, lambda: blackhole.install_blackhole(pool.nft))
     assert isinstance(refused(mine, lambda: hear(INTERNET, 443)), ConnectionError)
 
 
@@ -219,9 +220,9 @@ def test_with_network_off_who_sends_nothing_costs_no_look(
     looked: list[str] = []
     take = firewall.drain_attempts
 
-    def counted(table: str, family: str = "inet") -> list[firewall.Attempt]:
+    def counted(nft: NftProcess, table: str, family: str = "inet") -> list[firewall.Attempt]:
         looked.append(family)
-        return take(table, family)
+        return take(nft, table, family)
 
     monkeypatch.setattr(firewall, "drain_attempts", counted)
     silent, busy = slot(OFF), slot(OFF)

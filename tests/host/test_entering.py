@@ -86,10 +86,11 @@ def facts(pid: int, name: str) -> dict[str, str]:
         except OSError as error:
             found[file] = str(error.errno)
     found["root"] = str((proc / "root").readlink())
-    # A command has a group of its own below the container's.
+    # A command has a group of its own below the container's; where nothing limits it, it has none.
+    unused = {path.name for path in cgroup_layout().unused()}
     for line in (proc / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        assert path.partition(name)[1], line
+        assert bool(path.partition(name)[1]) is (controllers not in unused), line
         found[f"cgroup {controllers}"] = path.partition(name)[0]
     return found
 

@@ -8,19 +8,22 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostruntime.errors import ExecTimeout
+from hostruntime.client.async_host_client import AsyncHostClient
+from hostruntime.errors import CwdNotFound, ExecTimeout
 from hostruntime.host.paths import StatePaths
 from hostruntime.wire.builds import Cache, StartBuild
 from hostruntime.wire.commands import Exec
+from hostruntime.wire.files import WantedPart
 from hostruntime.wire.reconciliation import Claim, Reconcile
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, eventually, init_of
+from tests.host.background import begin, ended, frames_of, on_loop
 from tests.host.client import HostClient
 from tests.host.conftest import BASE, NewSandbox
 from tests.host.small import IMAGE, a_small_agent
@@ -58,8 +61,11 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
     host.set_deadline(one.id, time.time() + 600)
     host.pause_sandbox(one.id, time.time() + 600)
     host.resume_sandbox(one.id, None)
+    some_commands_behind(agent, one)
+    a_transfer(agent, one)
     host.create_snapshot("snp_watched", one.id)
-    made(image="", snapshot="snp_watched")
+    two = made(image="", snapshot="snp_watched")
+    host.background_commands(two.id)
     host.snapshots()
     host.delete_snapshot("snp_watched")
     ends, exits = made(deadline=time.time() + 1), made()
@@ -70,7 +76,35 @@ def a_life_of_sandboxes(agent: Agent, made: NewSandbox) -> None:
     host.delete_sandbox(ends.id)
     host.delete_sandbox(one.id)
     host.usage()
+    host.usage(two.id)
+    host.metrics(two.id)
+    host.commands()
+    host.changes("", 0, seconds=0.0)
     host.acknowledge_usage([one.id, ends.id])
+
+
+def some_commands_behind(agent: Agent, sandbox: SandboxInfo) -> None:
+    host = agent.client
+    short, long = begin(host, sandbox, "echo 42"), begin(host, sandbox, "exec sleep 600")
+    on_loop(agent, lambda client: frames_of(client, sandbox, short))
+    ended(host, sandbox, short)
+    host.background_commands(sandbox.id)
+    host.kill_command(sandbox.id, long)
+    with pytest.raises(CwdNotFound):
+        begin(host, sandbox, "true", cwd="/nowhere")
+
+
+def a_transfer(agent: Agent, sandbox: SandboxInfo) -> None:
+    async def there_and_back(client: AsyncHostClient) -> None:
+        path = "/workspace/transferred"
+        await client.write_stream(sandbox.id, path, 7, content())
+        async with client.read_part(sandbox.id, path, WantedPart()) as (_, parts):
+            assert [part async for part in parts] == [b"content"]
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"content"
+
+    on_loop(agent, there_and_back)
 
 
 def some_builds(agent: Agent) -> None:

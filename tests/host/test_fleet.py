@@ -221,7 +221,7 @@ def test_an_agent_adopts_slots_without_starting_programs(
         release_instance(paths)
 
 
-@pytest.mark.parametrize("mode", ["off", "open"])
+@pytest.mark.parametrize("mode", NETWORKS)
 def test_a_slot_is_made_and_destroyed_without_starting_programs(
     paths: StatePaths, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
@@ -229,6 +229,8 @@ def test_a_slot_is_made_and_destroyed_without_starting_programs(
     pool = SlotPool(paths, claim_instance(paths), SETTINGS, 8)
     try:
         pool.setup()
+        # The process that loads rules is there from the first on.
+        pool.acquire("first", Policy("off"))
         monkeypatch.setattr(subprocess, "Popen", _no_program)
         pool.acquire("one", Policy(mode))
         pool.release("one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import (
+    REPO,
     Agent,
     children_named,
     groups_named,
@@ -17,6 +19,7 @@ from tests.host.agent import (
     mounts_below,
 )
 from tests.host.conftest import BASE
+from tests.host.small import IMAGE, a_small_agent
 
 pytestmark = pytest.mark.host
 
@@ -40,6 +43,40 @@ def everything(number: int) -> list[str]:
         *children_named(prefix),
         *map(str, Path("/run/orkestr/instances").glob(str(number))),
     ]
+
+
+def test_what_runs_on_a_deleted_state_directory_is_taken_down(tmp_path: Path) -> None:
+    with a_small_agent(tmp_path / "deleted" / "state") as agent:
+        number = agent.client.health().instance
+        for name, network in (("sbx_lost1", "off"), ("sbx_lost2", "restricted")):
+            agent.client.create_sandbox(
+                CreateSandbox(name, image=IMAGE, cpu=1, memory_mb=64, network=network)
+            )
+        assert len(everything(number)) > 10
+        shutil.rmtree(agent.state, ignore_errors=True)
+        if agent.state.exists():
+            agent.state.rename(tmp_path / "moved")
+        agent.state.parent.rmdir()
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            take_down(agent)
+        assert f"kill {agent.pid}`" in refused.value.stderr
+        assert len(everything(number)) > 10
+        agent.kill()
+        take_down(agent)
+        prefix, claim = f"ork{number}-sbx_lost", Path(f"/run/orkestr/instances/{number}")
+        assert [*groups_named(prefix), *children_named(prefix)] == []
+        # Unless somebody else on this machine has the number already.
+        assert everything(number) == [] or claim.exists()
+        assert not claim.exists() or claim.read_text().strip() != str(agent.state)
+        assert not agent.state.parent.exists()
+        take_down(agent)
+        # What the fixture ends with.
+        agent.state.mkdir(parents=True)
+
+
+def take_down(agent: Agent) -> None:
+    command = [*agent.command, "--state-dir", str(agent.state), "teardown"]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True, timeout=600)
 
 
 def test_after_a_teardown_nothing_is_left_but_images(agent: Agent) -> None:

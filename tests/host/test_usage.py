@@ -84,8 +84,9 @@ def await_reading(host: HostClient, sandbox: SandboxInfo) -> tuple[float, float]
 def test_a_short_life_is_counted_whole_and_once(host: HostClient, new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox()
     burn(host, sandbox)
-    host.delete_sandbox(sandbox.id)
-    first = used(host, sandbox)
+    first = host.delete_sandbox(sandbox.id)
+    assert first == used(host, sandbox)
+    assert first is not None
     assert first.ended
     assert BURNT < first.total.cpu_seconds < 2
     assert first.total.gb_seconds > 0
@@ -136,7 +137,8 @@ def test_what_is_collected_leaves_no_file(
     host.delete_sandbox(sandbox.id)
     file = Path(agent.state / "usage" / f"{sandbox.id}.json")
     assert file.exists()
-    host.acknowledge_usage([sandbox.id])
+    # Also together with the next.
+    assert host.delete_sandbox("sbx_never", [sandbox.id, "sbx_nobody"]) is None
     assert not file.exists()
 
 

@@ -1,8 +1,8 @@
 """``python -m tests.host.watched``: the host agent, which tells what its event loop waits for.
 
-Whatever the loop's own thread does with a file of the state directory, or of a container's disk, is
-a line in the file that ``TOUCHED`` names: what was done, with what, and which lines of ours did it.
-Control groups and proc(5) are the kernel's memory, and not looked at.
+Whatever the loop's own thread does with a file is a line in the file that ``TOUCHED`` names: what
+was done, with what, and which lines of ours did it.  Control groups, devices and proc(5) are the
+kernel's memory, and not looked at.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from hostruntime.agent.__main__ import main
 from tests.host.agent import REPO, Agent
 
 VARIABLE = "TOUCHED"
-# Where disks are mounted.
-RUN = "/run/orkestr/"
+_OF_THE_KERNEL = ("/proc/", "/sys/", "/dev/")
+# Code, which is read once.
+_CODE = (f"{sys.prefix}/", f"{sys.base_prefix}/lib")
 # Of what sys.addaudithook() hears; and what it does not.
 _EVENTS = frozenset(
     {"open", "glob.glob", "shutil.rmtree"}
@@ -50,8 +51,7 @@ def _restart(agent: Agent, environment: dict[str, str], command: list[str]) -> N
 
 
 class _Watch:
-    def __init__(self, state: str, touched: str) -> None:
-        self._below = (f"{state}/", RUN)
+    def __init__(self, touched: str) -> None:
         self._out = os.open(touched, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def begin(self) -> None:
@@ -80,7 +80,8 @@ class _Watch:
         except RuntimeError:
             return
         named = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
-        if whatever or named.startswith(self._below):
+        looked_at = named and not named.startswith(_OF_THE_KERNEL + _CODE)
+        if whatever or looked_at:
             os.write(self._out, f"{what} {named} by {_ours(sys._getframe())}\n".encode())
 
 
@@ -96,5 +97,5 @@ def _ours(frame: FrameType | None) -> str:
 
 
 if __name__ == "__main__":
-    _Watch(sys.argv[sys.argv.index("--state-dir") + 1], os.environ[VARIABLE]).begin()
+    _Watch(os.environ[VARIABLE]).begin()
     sys.exit(main())

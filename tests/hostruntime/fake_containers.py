@@ -16,9 +16,10 @@ from hostruntime.container.launcher import LauncherLost
 from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.container.tmpfs import RESTORE_TMPFS, SAVE_TMPFS
-from hostruntime.errors import ContainerGone, ExecKilled, HostFull, NotFound
+from hostruntime.errors import ContainerGone, ExecKilled, HostFull
 from hostruntime.image.trees import Check
 from hostruntime.network.slots import Slot
+from hostruntime.wire.files import Survey
 
 
 class FakeContainers:
@@ -30,6 +31,7 @@ class FakeContainers:
         self.ran: list[str] = []
         self.environments: list[dict[str, str]] = []
         self.kills = 0
+        self.surveys = 0
         self.admitted: set[str] = set()
         self.full = False
         self.disk_full = False
@@ -82,17 +84,15 @@ class FakeContainers:
         with tarfile.open(target, "w") as saved:
             saved.add(self.layer(owner), ".")
 
-    async def read_head(self, owner: str, path: str, max_bytes: int) -> bytes:
+    async def survey(
+        self, owner: str, path: str, max_bytes: int, directories: Sequence[str]
+    ) -> Survey:
         await asyncio.sleep(0)
+        self.surveys += 1
         file = self.layer(owner) / path.lstrip("/")
-        if not file.is_file():
-            raise NotFound("There is no such file.")
-        return file.read_bytes()[:max_bytes]
-
-    async def list_directory(self, owner: str, directory: str) -> list[str]:
-        await asyncio.sleep(0)
-        path = self.layer(owner) / directory.lstrip("/")
-        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        head = file.read_bytes()[:max_bytes].hex() if file.is_file() else None
+        places = [self.layer(owner) / directory.lstrip("/") for directory in directories]
+        return Survey(head, tuple(_names(place) for place in places))
 
     def environment(self, mode: str) -> dict[str, str]:
         return {"MODE": mode}
@@ -171,6 +171,10 @@ class FakeContainers:
             if float(rest) >= limit:
                 end = TimedOut(round(limit * 1000))
         yield end
+
+
+def _names(directory: Path) -> tuple[str, ...]:
+    return tuple(entry.name for entry in directory.iterdir()) if directory.is_dir() else ()
 
 
 def tree_of(directory: Path) -> set[str]:

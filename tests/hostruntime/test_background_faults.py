@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -84,13 +85,13 @@ async def test_a_sandbox_that_ends_as_a_command_starts_costs_no_descriptor(
     commands: BackgroundCommands, containers: Containers
 ) -> None:
     containers.gone = True
-    before = None
+    counts = []
     for _ in range(4):
         with pytest.raises(ContainerGone):
             await commands.start(SANDBOX, LAUNCH)
-        # What the event loop needs is there after the first.
-        before = open_descriptors() if before is None else before
-    assert open_descriptors() == before
+        counts.append(open_descriptors())
+    # What the event loop needs is there after the first.
+    assert counts[-1] <= counts[0]
 
 
 async def test_a_command_whose_supervisor_died_as_it_started_is_killed(
@@ -100,6 +101,44 @@ async def test_a_command_whose_supervisor_died_as_it_started_is_killed(
     with pytest.raises(Exhausted):
         await commands.start(SANDBOX, LAUNCH)
     assert killed == [f"background-{COMMAND}"]
+
+
+async def test_what_a_killed_supervisor_leaves_is_killed_although_nobody_asks(
+    commands: BackgroundCommands, killed: list[str]
+) -> None:
+    descriptors: list[int] = []
+    commands._create_files(SANDBOX, LAUNCH, descriptors)
+    # As a new agent finds it.
+    await commands.recover(SANDBOX)
+    log, status = descriptors
+    os.pwrite(status, b'{"pid": 7}', 0)
+    await asyncio.sleep(1)
+    assert killed == []
+    for each in (status, log):
+        os.close(each)
+    async with asyncio.timeout(20):
+        while not killed:
+            await asyncio.sleep(0.01)
+        while commands.watch.watched:
+            await asyncio.sleep(0.01)
+    assert killed == [f"background-{COMMAND}"]
+    await commands.close()
+
+
+async def test_those_that_are_looked_after_end_with_the_agent_or_their_files(
+    commands: BackgroundCommands,
+) -> None:
+    async with started(commands):
+        await commands.recover(SANDBOX)
+        await asyncio.sleep(0.1)
+        await commands.close()
+        assert commands._guards == {}
+        await commands.recover(SANDBOX)
+        commands._forget(SANDBOX, COMMAND)
+        async with asyncio.timeout(20):
+            while commands._guards:
+                await asyncio.sleep(0.01)
+    await commands.close()
 
 
 @asynccontextmanager

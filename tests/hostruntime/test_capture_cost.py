@@ -203,4 +203,4 @@ def test_a_full_disk_leaves_nothing_open(
     with pytest.raises(OSError, match="No space"):
         capture(base, layer, tmp_path / "tree")
     monkeypatch.undo()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before

@@ -29,8 +29,11 @@ class Containers:
         self.stopped: list[str] = []
         self.paused: list[str] = []
         self.defects: dict[str, int] = {}
+        self.unfreezable: set[str] = set()
 
     async def pause(self, owner: str) -> None:
+        if owner in self.unfreezable:
+            await asyncio.Event().wait()
         self.paused.append(owner)
 
     async def stop(self, owner: str) -> None:
@@ -114,6 +117,23 @@ async def test_one_that_cannot_be_ended_keeps_no_other_from_its_end(
     assert sandboxes.get("sbx_goes_on").state == "running"
 
 
+async def test_those_that_do_not_freeze_delay_nobody_elses_end(
+    sandboxes: SandboxManager, containers: Containers
+) -> None:
+    containers.unfreezable = {f"sbx_a{number}" for number in range(100)}
+    for name in sorted(containers.unfreezable):
+        run(sandboxes, name, time.time() - 1)
+        running = sandboxes.get(name)
+        request = replace(running.request, pause_seconds=600)
+        sandboxes._sandboxes[name] = replace(running, request=request)
+    run(sandboxes, "sbx_b", time.time() - 1)
+    sandboxes.start_sweeping()
+    await ended(sandboxes, "sbx_b")
+    await sandboxes.close()
+    assert containers.stopped == ["sbx_b"]
+    assert sandboxes._expiring == {}
+
+
 async def test_what_is_used_is_read_on_after_a_defect(
     sandboxes: SandboxManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +167,7 @@ async def test_one_that_is_to_be_paused_is_not_lost_to_a_full_disk_of_the_host(
     monkeypatch.setattr(manager, "write_json", fail)
     for _ in range(2):
         await sandboxes._sweep()
+        await asyncio.gather(*sandboxes._expiring.values())
     found = sandboxes.get("sbx_kept")
     assert (found.state, found.paused) == ("running", True)
     assert (containers.paused, containers.stopped) == (["sbx_kept"], [])

@@ -66,7 +66,7 @@ def test_a_fork_that_fails_costs_the_launcher_no_descriptor(
     before = open_descriptors()
     with pytest.raises(OSError, match="temporarily"):
         _spawn_inside(Doorway(-1, (Path("/"),)), Confinement(SyscallFilter(b""), ()), os.abort)
-    assert open_descriptors() == before
+    assert set(open_descriptors()) <= set(before)
 
 
 async def test_a_supervisors_answer_is_heard_whoever_else_has_its_pipe(

@@ -40,6 +40,21 @@ def test_in_the_hybrid_layout_there_is_one_in_each_hierarchy(
     assert len(groups.own_groups()) == len(groups.command_groups())
 
 
+def test_containers_have_no_group_where_nothing_limits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
+    names = ("blkio", "cpu,cpuacct", "freezer", "memory", "pids", "systemd", "unified")
+    hierarchies = tuple(tmp_path / name for name in names)
+    for each in hierarchies:
+        each.mkdir()
+    (tmp_path / "cpu").symlink_to("cpu,cpuacct")
+    v1 = {name: tmp_path / name for name in ("cpu", "memory", "pids")}
+    layout = CgroupLayout("hybrid", tmp_path / "unified", v1, hierarchies)
+    assert layout.unused() == [tmp_path / "blkio", tmp_path / "freezer"]
+    assert CgroupLayout("v2", tmp_path, {}, (tmp_path,)).unused() == []
+
+
 def test_with_v2_alone_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths(monkeypatch, tmp_path / "cgroup", "0::/orkestr.slice/agent.service\n")
     layout = CgroupLayout("v2", tmp_path, {}, (tmp_path,), delegated=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -223,6 +225,45 @@ async def test_an_archive_that_grows_is_waited_for(
         assert made == status
         assert archiver.closed
     assert (tmp_path / "0").read_bytes() == b"piece" * 6
+
+
+class StandingDisk(io.RawIOBase):
+    """A file whose writes take until the event loop has had a turn, or for some seconds.
+
+    As with a real one, its position is known once what is being written has been: Linux has a lock
+    for both (f_pos_lock).
+    """
+
+    def __init__(self) -> None:
+        self.turn = threading.Event()
+        self.had_turn = True
+        self.position = threading.Lock()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        with self.position:
+            self.had_turn &= self.turn.wait(5)
+        return len(data)
+
+    def seek(self, *_: int) -> int:
+        with self.position:
+            return 0
+
+
+async def test_an_archive_on_a_disk_that_stands_still_keeps_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tmpfs, "scaled", lambda seconds: seconds)
+    disk = StandingDisk()
+    monkeypatch.setattr(tmpfs, "_create", lambda _: io.BufferedWriter(disk, buffer_size=2))
+    monkeypatch.setattr(tmpfs, "_unlink_if_empty", lambda _: None)
+    # Meanwhile it is looked at how far the archive is, several times.
+    asyncio.get_running_loop().call_later(1.2, disk.turn.set)
+    archiver = Archiver(2, hangs=False)
+    await tmpfs.save_tmpfs(cast("Any", archiver), "owner", tmp_path, max_bytes=100, timeout=2)
+    assert disk.had_turn
 
 
 # Processes that are to end, or to stand still ---------------------------------------------------

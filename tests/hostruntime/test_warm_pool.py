@@ -44,6 +44,7 @@ class Containers:
         self.on_exit: list[Callable[[str], Awaitable[None]]] = []
         self.stop_spare: Callable[[], Awaitable[bool]] | None = None
         self.starts = 0
+        self.going = 0
 
     @property
     def disks(self) -> Containers:
@@ -59,6 +60,10 @@ class Containers:
             if spec.spare or self.stop_spare is None or not await self.stop_spare():
                 raise HostFull("All slots are taken.")
         self.starts += 1
+        if self.going == spec.limits.memory_mb:
+            # Its image is deleted while it starts.
+            spec.image_tree.rmdir()
+            raise FileNotFoundError(spec.image_tree)
         self.running[spec.owner] = spec
         return container(spec)
 
@@ -168,6 +173,21 @@ async def test_those_of_a_tree_that_is_gone_are_given_up_and_not_claimed(
     assert await pool.claim(spec(tmp_path, "second")) is None
     await until(lambda: pool.count() == 1)
     await pool.close()
+
+
+async def test_one_whose_image_goes_while_it_starts_is_no_failure_and_keeps_no_other(
+    tmp_path: Path, pool: WarmPool, containers: Containers, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = replace(spec(tmp_path, "gone", 100), image_tree=tmp_path / "gone")
+    gone.image_tree.mkdir()
+    for wanted in (spec(tmp_path, "stays", 200), gone):
+        await pool.claim(wanted)
+    containers.going = 100
+    pool.maximum = 2
+    pool.start()
+    await until(lambda: containers.waiting() == {200: 1})
+    await pool.close()
+    assert "could not be maintained" not in caplog.text
 
 
 @pytest.mark.parametrize("short_of", ["disk", "memory"])

@@ -38,6 +38,7 @@ from hostruntime.wire.files import (
     FileStat,
     MakeDirectory,
     MoveFile,
+    Survey,
     WrittenFile,
 )
 from hostruntime.wire.health import (
@@ -67,6 +68,7 @@ from hostruntime.wire.sandboxes import (
     CreateSandbox,
     CreateSnapshot,
     DailyUsage,
+    DeletedSandbox,
     MetricsSample,
     ResourceUsage,
     Sandboxes,
@@ -131,6 +133,8 @@ MESSAGES: list[Message] = [
     DAY,
     USED,
     Usage((USED,)),
+    DeletedSandbox(),
+    DeletedSandbox(USED),
     CollectedUsage(["sbx"]),
     MakeDirectory("/a", parents=False),
     MoveFile("/a", "/b"),
@@ -141,6 +145,7 @@ MESSAGES: list[Message] = [
     FileStat("/a", exists=False),
     ENTRY,
     DirectoryEntries((ENTRY,)),
+    Survey("ff00", (("größe",), None)),
     BASE,
     Bases((BASE,)),
     IMAGE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -296,7 +296,7 @@ def killed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
 
     free = host.delete_sandbox
 
-    def ask(sandbox_id: str) -> None:
+    def ask(sandbox_id: str, collected: Sequence[str] = ()) -> None:
         monkeypatch.setattr(host, "delete_sandbox", free)
         raise Killed(sandbox_id)
 

@@ -123,12 +123,23 @@ def test_what_has_no_row_is_forgotten(host: FakeHost, sandbox: Sandbox) -> None:
     assert not UsageDay.objects.exists()
 
 
-def test_terminating_counts_at_once(
-    host: FakeHost, actor: Actor, sandbox: Sandbox, team: Team
+def test_terminating_counts_at_once_and_asks_the_host_once(
+    host: FakeHost, actor: Actor, sandbox: Sandbox, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell(host, sandbox, (MONDAY, 7, 3))
-    services.terminate_sandbox(actor, sandbox.pk)
-    assert counted(team) == {MONDAY: 7}
+    other = services.create_sandbox(actor, SandboxSpec(template="debian-12"))
+    for each in (sandbox, other):
+        tell(host, each, (MONDAY, 7, 3))
+    with monkeypatch.context() as patched:
+        for more in ("usage", "acknowledge_usage"):
+            patched.delattr(FakeHost, more)
+        services.terminate_sandbox(actor, sandbox.pk)
+        assert counted(team) == {MONDAY: 7}
+        # The host may forget it with the next, or with the next pass.
+        services.terminate_sandbox(actor, other.pk)
+    assert counted(team) == {MONDAY: 14}
+    assert list(host.used) == [other.pk]
+    tasks.tidy()
+    assert counted(team) == {MONDAY: 14}
     assert host.used == {}
 
 
@@ -148,7 +159,6 @@ def test_what_somebody_counts_while_it_is_terminated_is_not_counted_again(
     monkeypatch.setattr(metering, "count_last", after_another)
     services.terminate_sandbox(actor, sandbox.pk)
     assert counted(team) == {MONDAY: 7}
-    assert host.used == {}
     assert Sandbox.objects.get(pk=sandbox.pk).driver == ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +16,7 @@ from hostruntime.wire.sandboxes import (
     CollectedUsage,
     CreateSandbox,
     CreateSnapshot,
+    DeletedSandbox,
     Sandboxes,
     SetDeadline,
     Snapshots,
@@ -28,6 +31,7 @@ def routes(sandboxes: SandboxManager) -> list[Route]:
     return [
         *_list_routes(sandboxes),
         *_sandbox_routes(sandboxes),
+        _deletion(sandboxes),
         *_snapshot_routes(sandboxes),
         *_usage_routes(sandboxes),
     ]
@@ -80,18 +84,24 @@ def _sandbox_routes(sandboxes: SandboxManager) -> list[Route]:
             sandboxes.info(await sandboxes.resume(path_parameter(request), message.deadline))
         )
 
-    async def delete(request: Request) -> Response:
-        await sandboxes.terminate(path_parameter(request))
-        return no_content()
-
     return [
         Route("/sandboxes", create, methods=["POST"]),
         Route("/sandboxes/{id}", get),
         Route("/sandboxes/{id}", set_deadline, methods=["PATCH"]),
-        Route("/sandboxes/{id}", delete, methods=["DELETE"]),
         Route("/sandboxes/{id}/pause", pause, methods=["POST"]),
         Route("/sandboxes/{id}/resume", resume, methods=["POST"]),
     ]
+
+
+def _deletion(sandboxes: SandboxManager) -> Route:
+    async def delete(request: Request) -> Response:
+        """``collected`` names ended ones, by commas, whose usage may be forgotten."""
+        sandbox_id, usage = path_parameter(request), sandboxes.usage
+        collected = request.query_params.get("collected", "").split(",")
+        await asyncio.gather(sandboxes.terminate(sandbox_id), usage.forget_if_possible(collected))
+        return respond(DeletedSandbox(usage.info(sandbox_id)))
+
+    return Route("/sandboxes/{id}", delete, methods=["DELETE"])
 
 
 def _snapshot_routes(sandboxes: SandboxManager) -> list[Route]:

@@ -54,12 +54,15 @@ def serve(place: Place) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     # Before Daphne makes its event loop of it, which must not be shared with another process.
     uvloop.install()
+    from orkestr_console.accounts import audit_spool
     from orkestr_console.asgi import application
     from orkestr_console.http.daphne import ConsoleServer, exit_process
     from orkestr_console.http.readiness import readiness
 
     readiness.start()
+    audit_spool.start(settings.AUDIT_SPOOL)
     ConsoleServer(application, place).run()
+    audit_spool.stop()
     exit_process(0)
 
 

@@ -1,4 +1,4 @@
-"""Messages between the agent and its launchers: JSON objects with file descriptors attached.
+"""Messages between the agent and its own processes: JSON objects with descriptors attached.
 
 A message is a 4-byte big-endian length and that many bytes of JSON, on a Unix stream socket; its
 descriptors travel with the first byte (SCM_RIGHTS, unix(7)).
