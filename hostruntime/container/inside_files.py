@@ -175,14 +175,9 @@ def _wanted(
     if (line := arguments.get("line")) is None:
         first, length = _part(path, size, arguments.get("first"), arguments.get("last"))
         return first, length if most is None else min(length, most)
-
-    def read_at(offset: int, count: int) -> bytes:
-        if content is None:
-            return os.pread(fd, count, offset)
-        return content[offset : offset + count]
-
     most = CHUNK_BYTES if most is None else min(most, CHUNK_BYTES)
     with _refusing(path, size=size):
+        read_at = inside_text.reader(fd, content)
         return inside_text.line_range(read_at, size, line, arguments.get("lines"), most)
 
 
@@ -191,7 +186,7 @@ def _refusing(path: str | Path, **extra: Any) -> Iterator[None]:
     try:
         yield
     except inside_text.TextError as error:
-        raise Refusal(error.code, f"{path}: {error.detail}.", **extra) from None
+        raise Refusal(error.code, f"{path} {error.detail}.", **extra) from None
 
 
 def _part(path: str, size: int, first: int | None, last: int | None) -> tuple[int, int]:
@@ -322,27 +317,19 @@ def _receive_text(peer: socket.socket) -> bytes:
 
 
 def _editable_content(fd: int, path: Path) -> bytes:
-    limit = inside_text.MAX_EDITED_BYTES
     content = bytearray()
     while data := os.read(fd, CHUNK_BYTES):
         content += data
-        if len(content) > limit:
-            raise Refusal(
-                "file_too_large",
-                f"{path} has more than {limit:,} bytes, the most that can be edited here; use a "
-                "command such as sed.",
-            )
+        if len(content) > inside_text.MAX_EDITED_BYTES:
+            raise Refusal("file_too_large", f"{path} {inside_text.TOO_LARGE}")
     return bytes(content)
 
 
 def _require_unchanged(path: Path, before: os.stat_result) -> None:
     """Refuse to replace what somebody has written since it was read."""
     now = _existing_file(path)
-    if now is None or (now.st_ino, now.st_size, now.st_mtime_ns) != (
-        before.st_ino,
-        before.st_size,
-        before.st_mtime_ns,
-    ):
+    same = ("st_ino", "st_size", "st_mtime_ns")
+    if now is None or any(getattr(now, name) != getattr(before, name) for name in same):
         raise Refusal("file_conflict", f"{path} was changed meanwhile; read it and try again.")
 
 

@@ -6,6 +6,7 @@ of a file, so that has a limit, before and after.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ PIECE_BYTES = 256 * 1024
 MAX_SCANNED_BYTES = 8 * 1024 * 1024 * 1024
 MAX_EDITED_BYTES = 16 * 1024 * 1024
 _SHOWN_LINES = 5
+TOO_LARGE = (
+    f"has more than {MAX_EDITED_BYTES:,} bytes, the most that can be edited here; use a command "
+    "such as sed."
+)
 
 # Reads so many bytes at an offset, or fewer at the end.
 type ReadAt = Callable[[int, int], bytes]
@@ -34,6 +39,17 @@ class Edited(NamedTuple):
     content: bytes
     times: int
     line: int
+
+
+def reader(fd: int, content: bytes | None) -> ReadAt:
+    """What reads a file, or its ``content`` if that is known."""
+
+    def read_at(offset: int, count: int) -> bytes:
+        if content is None:
+            return os.pread(fd, count, offset)
+        return content[offset : offset + count]
+
+    return read_at
 
 
 def line_range(
@@ -66,7 +82,9 @@ def _line_start(read_at: ReadAt, size: int, line: int) -> int:
             offset, remaining = offset + len(piece), remaining - found
     if size == 0 and line == 1:
         return 0
-    raise TextError("range_not_satisfiable", f"only {line - 1 - remaining:,} lines end before that")
+    # What follows the last newline is a line as well, if there is anything.
+    lines = line - 1 - remaining + (size > 0 and read_at(size - 1, 1) != b"\n")
+    raise TextError("range_not_satisfiable", f"has only {lines:,} lines")
 
 
 def _line_from_end(read_at: ReadAt, size: int, lines: int) -> int:
@@ -99,7 +117,7 @@ def _after_newlines(piece: bytes, count: int) -> int:
 
 def _require_scannable(scanned: int) -> None:
     if scanned > MAX_SCANNED_BYTES:
-        raise TextError("file_too_large", "that line is too far into the file; use an offset")
+        raise TextError("file_too_large", "has too much before that line; use an offset")
 
 
 def replaced(content: bytes, old: bytes, new: bytes, count: int | None) -> Edited:

@@ -49,7 +49,7 @@ from sandboxes_app.specs import MAX_FILES, BatchSpec, EditSpec, FileSpec, Path, 
 
 MAX_ENTRIES = 1000
 # What is shown of a file that is no text, unless more is asked for: it would cost many tokens.
-BINARY_BYTES = 1_500
+BINARY_BYTES = 600
 # What models take, as base64.
 MAX_IMAGE_BYTES = 3_700_000
 IMAGES = {
@@ -223,14 +223,20 @@ async def write_files(
     spec = parse_spec(BatchSpec, {"files": rows})
     async with using(ctx, sandbox_id) as use:
         written = await call_service(services.write_batch, use.actor, use.id, spec)
-        found = presenters.batch_rows(written)["results"]
-        failed = sum(row["error"] is not None for row in found)
-        results = [
-            {name: value for name, value in row.items() if value is not None} for row in found
-        ]
+        failed = sum(row.error is not None for row in written)
         return WrittenFiles(
-            written=len(found) - failed, failed=failed, results=results, sandbox=await use.life()
+            written=len(written) - failed,
+            failed=failed,
+            results=[batch_row(row) for row in written],
+            sandbox=await use.life(),
         )
+
+
+def batch_row(row: services.BatchRow) -> dict[str, Any]:
+    """The result of one file."""
+    if row.error is None:
+        return {"path": row.path, "bytes_written": row.bytes_written}
+    return {"path": row.path, "error": f"{row.error}: {row.detail}"}
 
 
 def file_row(path: str, content: str, encoding: str, mode: str) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Rows(Result):
     def without_blanks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Only what is there to be said: a list has little room."""
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "hint" or value}
+        said = self.model_fields_set
+        return {name: value for name, value in fields.items() if value or name in said - {"hint"}}
 
 
 class LogPart(Result):

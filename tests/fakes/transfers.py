@@ -37,7 +37,7 @@ class FakeTransfers:
                     size, wanted.line, wanted.lines, wanted.most or size,
                 )  # fmt: skip
             except TextError as error:
-                raise RangeNotSatisfiable(f"{path}: {error.detail}.", size=size) from None
+                raise RangeNotSatisfiable(f"{path} {error.detail}.", size=size) from None
             yield FilePart(found.stat, first, length), self.pieces(data[first : first + length])
             return
         if wanted.first is not None:
@@ -73,7 +73,7 @@ class FakeTransfers:
                 found.content, request.old.encode(), request.new.encode(), request.count
             )
         except TextError as error:
-            refusal = {"code": error.code, "detail": f"{request.path}: {error.detail}."}
+            refusal = {"code": error.code, "detail": f"{request.path} {error.detail}."}
             raise HostError.from_wire(refusal) from None
         self.write_file(sandbox_id, request.path, edited.content)
         return EditedFile(request.path, len(edited.content), edited.times, edited.line)

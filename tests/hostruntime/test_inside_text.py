@@ -65,7 +65,7 @@ def test_a_large_file_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert content.largest == 64
     monkeypatch.setattr(inside_text, "MAX_SCANNED_BYTES", 1000)
     for line in (1999, -1999):
-        with pytest.raises(TextError, match="too far"):
+        with pytest.raises(TextError, match="too much before"):
             line_range(content, size, line, 1, 64)
 
 

@@ -136,7 +136,7 @@ async def test_what_can_not_be_read_is_said(connect: Connect, key: str, host: Fa
         assert (await done(client, "read_file", **file, offset=8))["content"] == ""
         for wrong, said in (
             ({"offset": 9}, "has only 8 bytes"),
-            ({"line": 3}, "only 2 lines"),
+            ({"line": 3}, "has only 2 lines"),
             ({"line": 0}, "must be 1 or more"),
             ({"line": 1, "offset": 1}, "can't be used together"),
         ):
@@ -180,7 +180,7 @@ async def test_several_files_are_written_each_by_itself(
         ]
         made = await done(client, "write_files", sandbox_id=file["sandbox_id"], files=files)
         assert (made["written"], made["failed"]) == (2, 1)
-        assert made["results"][1]["error"]["code"] == "not_permitted"
+        assert made["results"][1]["error"].startswith("not_permitted: /etc/no is not below ")
         box = host.booted[file["sandbox_id"]]
         assert (box.files["/workspace/a.sh"], box.files["/tmp/b"]) == ("ä\0".encode(), b"\xff")
         assert host.modes[file["sandbox_id"], "/workspace/a.sh"] == 0o755
