@@ -13,7 +13,8 @@
      │   ├─ PortClosed           409 port_closed         nothing inside listens on the port
      │   ├─ VolumeInUse          409 volume_in_use       another sandbox has it
      │   ├─ VolumeDamaged        409 volume_damaged      its file system cannot be repaired
-     │   └─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
+     │   ├─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
+     │   └─ TextNotFound         409 text_not_found      to replace in a file
      ├─ FileTooLarge             413 file_too_large
      ├─ RangeNotSatisfiable      416 range_not_satisfiable   (+ ``size``) of the file in bytes
      ├─ ExecTimeout              408 exec_timeout        exceeded its time limit and was killed
@@ -159,6 +160,12 @@ class FileConflict(Conflict):
     """A file operation found the wrong kind of file (a directory, a device, an existing name)."""
 
     code = "file_conflict"
+
+
+class TextNotFound(Conflict):
+    """A file does not have the text that was to be replaced, or not as often as it was to be."""
+
+    code = "text_not_found"
 
 
 class FileTooLarge(HostError):

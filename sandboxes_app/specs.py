@@ -30,6 +30,7 @@ from orkestr_console.core.text import JOINERS, position_text, readable
 MAX_METADATA_BYTES = 16 * 1024
 MAX_FILE_BYTES = 16 * 1024 * 1024
 MAX_PATH_BYTES = 4096
+MAX_EDIT_BYTES = 1024 * 1024
 MAX_NAME_LENGTH = 100
 MAX_FILES = 64
 MAX_METADATA_ENTRIES = 64
@@ -188,6 +189,14 @@ class SandboxSpec(Spec):
             raise ValueError("Provide exactly one of 'template' or 'snapshot'.")
         return self
 
+    @model_validator(mode="after")
+    def allowlist_needs_restricted(self) -> Self:
+        """Refuse an allowlist on any network but ``restricted``, which a snapshot can have."""
+        named = self.snapshot is None or "network" in self.model_fields_set
+        if self.allow_domains is not None and named and self.network != "restricted":
+            raise ValueError("'allow_domains' applies to network 'restricted' only.")
+        return self
+
 
 class VolumeSpec(Spec):
     """A volume to create; without a lifetime it stays until it is deleted."""
@@ -323,6 +332,30 @@ class BatchSpec(Spec):
     files: list[Annotated[FileSpec | InvalidRow, BeforeValidator(parse_row), AsFile()]] = Field(
         min_length=1, max_length=MAX_FILES
     )
+
+
+def short_text(text: str) -> str:
+    """Text of an edit, which can be sent to the host."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair, which no file can have.") from None
+    if size > MAX_EDIT_BYTES:
+        raise ValueError(f"is larger than {MAX_EDIT_BYTES:,} bytes; write the file anew instead.")
+    return text
+
+
+EditText = Annotated[str, AfterValidator(short_text)]
+
+
+class EditSpec(Spec):
+    """Text to replace in a file."""
+
+    path: Path
+    old: EditText = Field(min_length=1, description="Exact text to replace.")
+    new: EditText
+    count: int = Field(default=1, ge=1, description="How often old occurs; else refused.")
+    replace_all: bool = Field(default=False, description="However often it does.")
 
 
 class DirectorySpec(Spec):

@@ -12,7 +12,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -141,8 +141,7 @@ class AsyncHostClient:
         They are fewer than promised if the file is cut meanwhile.  Raises NotFound, ContainerGone,
         FileConflict (not a file), RangeNotSatisfiable, TooManyTransfers.
         """
-        bounds = {"first": wanted.first, "last": wanted.last}
-        given = {name: value for name, value in bounds.items() if value is not None}
+        given = {name: value for name, value in asdict(wanted).items() if value is not None}
         target = transfer_target(sandbox_id, path, **given)
         async with self._send("GET", target, b"", _TRANSFER_SECONDS) as connection:
             yield parse_part(path, connection.headers), connection.pieces()

@@ -15,6 +15,8 @@ from hostruntime.client.transport import parse, parse_content
 from hostruntime.wire.background import CommandInfo, CommandList, CommandOutput, StartCommand
 from hostruntime.wire.files import (
     DirectoryListing,
+    EditedFile,
+    EditFile,
     FileContent,
     FileStat,
     MakeDirectory,
@@ -248,6 +250,12 @@ def move(sandbox_id: str, source: str, destination: str) -> Call[None]:
     """The call of ``move``."""
     content = encode(MoveFile(source, destination))
     return Call("POST", f"/sandboxes/{sandbox_id}/files/move", nothing, content)
+
+
+def edit_file(sandbox_id: str, request: EditFile) -> Call[EditedFile]:
+    """The call of ``edit_file``."""
+    target = f"/sandboxes/{sandbox_id}/files/edit"
+    return Call("POST", target, message(EditedFile), encode(request))
 
 
 def stat(sandbox_id: str, path: str) -> Call[FileStat]:

@@ -32,6 +32,8 @@ from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
 from hostruntime.wire.commands import RunningCommands
 from hostruntime.wire.files import (
     DirectoryListing,
+    EditedFile,
+    EditFile,
     FileContent,
     FileStat,
 )
@@ -347,6 +349,13 @@ class HostClient:
     def move(self, sandbox_id: str, source: str, destination: str) -> None:
         """Rename, replacing a file at the destination; raises NotFound, FileConflict."""
         self._perform(calls.move(sandbox_id, source, destination))
+
+    def edit_file(self, sandbox_id: str, request: EditFile) -> EditedFile:
+        """Replace text in a file atomically; its mode and owner stay.
+
+        Raises NotFound, FileConflict, TextNotFound, FileTooLarge, NoSpace.
+        """
+        return self._perform(calls.edit_file(sandbox_id, request))
 
     def stat(self, sandbox_id: str, path: str) -> FileStat:
         """The stat of a path; a missing path is ``exists=False``, not an error."""

@@ -12,16 +12,18 @@ import json
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH
+from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH, MAX_EDIT_BYTES
 from hostruntime.container.launcher import Attached, LauncherPool
 from hostruntime.errors import Exhausted, HostError, InvalidRequest
 from hostruntime.host.patience import Patience
 from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryEntry,
+    EditedFile,
+    EditFile,
     FilePart,
     FileStat,
     Survey,
@@ -83,7 +85,7 @@ class FileService:
 
         Raises NotFound, FileConflict (not a file), RangeNotSatisfiable, InvalidRequest.
         """
-        arguments = {"path": validate_path(path), "first": wanted.first, "last": wanted.last}
+        arguments = {"path": validate_path(path), **asdict(wanted)}
         async with self._operation(name, "read_part", arguments) as peer:
             part = _parse_answer(FilePart, await peer.header())
             yield OpenedPart(part, peer.chunks())
@@ -105,21 +107,21 @@ class FileService:
         """
         arguments = {"path": validate_path(path), "mode": mode, "size": size}
         async with self._operation(name, "write", arguments) as peer:
-            answer = asyncio.ensure_future(peer.answer())
-            sending = asyncio.ensure_future(peer.upload(content))
-            try:
-                # An answer before the end of the content is a refusal.
-                await asyncio.wait({answer, sending}, return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done():
-                    sending.result()
-                async with peer.patience():
-                    return int((await answer)["size"])
-            except TimeoutError:
-                raise Exhausted("The sandbox did not finish writing the file in time.") from None
-            finally:
-                answer.cancel()
-                sending.cancel()
-                await asyncio.gather(answer, sending, return_exceptions=True)
+            return int((await peer.send(content))["size"])
+
+    async def edit(self, name: str, request: EditFile) -> EditedFile:
+        """Replace text in a file atomically; its mode and owner stay.
+
+        Raises NotFound, FileConflict, TextNotFound (not as often as it should be), FileTooLarge
+        (before or afterwards), NoSpace, InvalidRequest.
+        """
+        old, new = request.old.encode(), request.new.encode()
+        if not old or len(old) + len(new) > MAX_EDIT_BYTES:
+            raise InvalidRequest(f"The text must have 1 to {MAX_EDIT_BYTES:,} bytes altogether.")
+        path = validate_path(request.path)
+        arguments = {"path": path, "old": len(old), "count": request.count}
+        async with self._operation(name, "edit", arguments) as peer:
+            return _parse_answer(EditedFile, await peer.send(_pieces(old, new)))
 
     async def delete(self, name: str, path: str) -> None:
         """Delete a file, a link or a whole directory.  Raises NotFound, FileConflict."""
@@ -211,6 +213,24 @@ class _Peer:
             raise HostError.from_wire(header)
         return header
 
+    async def send(self, content: AsyncIterator[bytes]) -> dict[str, Any]:
+        """Send the content; the response, which may come before its end."""
+        answer = asyncio.ensure_future(self.answer())
+        sending = asyncio.ensure_future(self.upload(content))
+        try:
+            # An answer before the end of the content is a refusal.
+            await asyncio.wait({answer, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                sending.result()
+            async with self.patience():
+                return await answer
+        except TimeoutError:
+            raise Exhausted("The sandbox did not finish writing the file in time.") from None
+        finally:
+            answer.cancel()
+            sending.cancel()
+            await asyncio.gather(answer, sending, return_exceptions=True)
+
     async def chunks(self) -> AsyncIterator[bytes]:
         while True:
             try:
@@ -241,6 +261,11 @@ class _Peer:
             raise Exhausted("The sandbox didn't accept the file's content in time.") from None
         except ConnectionError:
             return  # The process inside has exited: its response, or the lack of one, says why.
+
+
+async def _pieces(*content: bytes) -> AsyncIterator[bytes]:
+    for piece in content:
+        yield piece
 
 
 def _parse_answer[M: Message](kind: type[M], fields: object) -> M:

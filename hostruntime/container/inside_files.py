@@ -23,10 +23,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hostruntime.container import inside_text
+
 LENGTH = struct.Struct("!I")
 CHUNK_BYTES = 256 * 1024
 MAX_ENTRIES = 50_000
 MAX_UNSIZED_BYTES = 16 * 1024 * 1024
+# What is replaced and what replaces it, together.
+MAX_EDIT_BYTES = 2 * 1024 * 1024
 # So much of a file is sent in one system call.
 SEND_BYTES = 1024 * 1024
 HOME = "/workspace"
@@ -140,7 +144,7 @@ def _read_part(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
             raise Refusal("file_conflict", f"{path} is a directory, not a file.")
         content = _small_content(fd, path, status.st_size)
         size = status.st_size if content is None else len(content)
-        first, length = _part(path, size, arguments.get("first"), arguments.get("last"))
+        first, length = _wanted(fd, content, path, size, arguments)
         described = {**_describe(path, status), "size": size}
         _answer(peer, {"stat": described, "first": first, "length": length})
         if content is None:
@@ -161,6 +165,28 @@ def _small_content(fd: int, path: str, size: int) -> bytes | None:
                 "file_too_large", f"{path} grows while it is read; copy it, and read the copy."
             )
     return content
+
+
+def _wanted(
+    fd: int, content: bytes | None, path: str, size: int, arguments: Mapping[str, Any]
+) -> tuple[int, int]:
+    """The offset and the length of what is asked for, by bytes or by lines."""
+    most = arguments.get("most")
+    if (line := arguments.get("line")) is None:
+        first, length = _part(path, size, arguments.get("first"), arguments.get("last"))
+        return first, length if most is None else min(length, most)
+    most = CHUNK_BYTES if most is None else min(most, CHUNK_BYTES)
+    with _refusing(path, size=size):
+        read_at = inside_text.reader(fd, content)
+        return inside_text.line_range(read_at, size, line, arguments.get("lines"), most)
+
+
+@contextlib.contextmanager
+def _refusing(path: str | Path, **extra: Any) -> Iterator[None]:
+    try:
+        yield
+    except inside_text.TextError as error:
+        raise Refusal(error.code, f"{path} {error.detail}.", **extra) from None
 
 
 def _part(path: str, size: int, first: int | None, last: int | None) -> tuple[int, int]:
@@ -255,6 +281,56 @@ def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
         current_mode = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
         os.fchmod(fd, current_mode if mode is None else mode)
     _answer(peer, {"size": size})
+
+
+def _edit(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
+    """Replace text in a file; ``old`` many bytes of the upload are what is replaced.
+
+    As it is written anew, a link's target is replaced rather than the link, like in :func:`_write`.
+    """
+    texts = _receive_text(peer)
+    old, new = texts[: arguments["old"]], texts[arguments["old"] :]
+    path = Path(os.path.realpath(str(arguments["path"])))
+    if (existing := _existing_file(path)) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with _open_readable(str(path)) as fd:
+        content = _editable_content(fd, path)
+    with _refusing(path):
+        edited = inside_text.replaced(content, old, new, arguments["count"])
+    with _new_file(path) as fd:
+        _write_all(fd, memoryview(edited.content))
+        os.fchown(fd, existing.st_uid, existing.st_gid)
+        os.fchmod(fd, stat.S_IMODE(existing.st_mode))
+        _require_unchanged(path, existing)
+    size = len(edited.content)
+    _answer(peer, {"path": str(path), "size": size, "count": edited.times, "line": edited.line})
+
+
+def _receive_text(peer: socket.socket) -> bytes:
+    """What is uploaded, all of it."""
+    text = b""
+    while length := LENGTH.unpack(_receive_exactly(peer, LENGTH.size))[0]:
+        if len(text) + length > MAX_EDIT_BYTES:
+            raise Refusal("file_too_large", f"An edit has over {MAX_EDIT_BYTES:,} bytes of text.")
+        text += _receive_exactly(peer, length)
+    return text
+
+
+def _editable_content(fd: int, path: Path) -> bytes:
+    content = bytearray()
+    while data := os.read(fd, CHUNK_BYTES):
+        content += data
+        if len(content) > inside_text.MAX_EDITED_BYTES:
+            raise Refusal("file_too_large", f"{path} {inside_text.TOO_LARGE}")
+    return bytes(content)
+
+
+def _require_unchanged(path: Path, before: os.stat_result) -> None:
+    """Refuse to replace what somebody has written since it was read."""
+    now = _existing_file(path)
+    same = ("st_ino", "st_size", "st_mtime_ns")
+    if now is None or any(getattr(now, name) != getattr(before, name) for name in same):
+        raise Refusal("file_conflict", f"{path} was changed meanwhile; read it and try again.")
 
 
 def _require_space(directory: Path, size: int) -> None:
@@ -414,6 +490,7 @@ _OPERATIONS: Mapping[str, Callable[[socket.socket, Mapping[str, Any]], None]] = 
     "read": _read,
     "read_part": _read_part,
     "write": _write,
+    "edit": _edit,
     "delete": _delete,
     "mkdir": _mkdir,
     "move": _move,

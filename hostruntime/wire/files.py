@@ -32,6 +32,29 @@ class WrittenFile(Message):
 
 
 @dataclass(frozen=True)
+class EditFile(Message):
+    """``POST /sandboxes/{id}/files/edit``: replace ``old``, which occurs ``count`` times.
+
+    Without ``count``, however often it does, but at least once.
+    """
+
+    path: str
+    old: str
+    new: str
+    count: int | None = 1
+
+
+@dataclass(frozen=True)
+class EditedFile(Message):
+    """An edited file, its new size in bytes, and on which ``line`` the first edit is."""
+
+    path: str
+    size: int
+    count: int
+    line: int
+
+
+@dataclass(frozen=True)
 class FileStat(Message):
     """The stat of a path; unless it ``exists``, the other fields are meaningless."""
 
@@ -47,11 +70,16 @@ class FileStat(Message):
 class WantedPart:
     """Which bytes of a file: from ``first`` to ``last``, both included, or to its end.
 
-    Without ``first``, the ``last`` so many; without either, all of them.
+    Without ``first``, the ``last`` so many; without either, all of them.  With ``line``, that line
+    instead, and as many as ``lines`` says in all; a negative one counts from the last.  In any case
+    no more than the first ``most`` bytes of them.
     """
 
     first: int | None = None
     last: int | None = None
+    line: int | None = None
+    lines: int | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,7 @@ class RangeNotSatisfiable(DomainError):
 
     def __init__(self, detail: str, size: int) -> None:
         super().__init__(detail, headers={"Content-Range": f"bytes */{size}"})
+        self.size = size
 
 
 class PayloadTooLarge(DomainError):
@@ -387,6 +388,13 @@ def sent(request: HttpRequest) -> list[tuple[str, str]] | None:
 def to_mcp_text(error: DomainError) -> str:
     """The MCP form of an error: one line, ``code: detail``."""
     return f"{error.code}: {error.detail}"
+
+
+def rpc_error(error: DomainError) -> dict[str, Any]:
+    """The JSON-RPC 2.0 form of an error, for a request that has not been read (section 5.1)."""
+    invalid_request = -32600
+    said = {"code": invalid_request, "message": error.detail, "data": error.to_wire()}
+    return {"jsonrpc": "2.0", "id": None, "error": said}
 
 
 def is_api(request: HttpRequest) -> bool:

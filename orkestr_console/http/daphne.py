@@ -24,7 +24,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -48,7 +48,14 @@ from twisted.logger import globalLogBeginner
 from zope.interface import implementer
 
 from hostruntime.host.patience import scaled
-from orkestr_console.core.errors import DomainError, Internal, InvalidInput, PayloadTooLarge
+from orkestr_console.core.addresses import MCP_PATH
+from orkestr_console.core.errors import (
+    DomainError,
+    Internal,
+    InvalidInput,
+    PayloadTooLarge,
+    rpc_error,
+)
 from orkestr_console.core.ids import new_id
 from orkestr_console.http import closing, interim, uploads
 from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER
@@ -287,7 +294,11 @@ class BoundedRequest(WebRequest):  # type: ignore[misc]
         self._refused = True
         self.requestHeaders.removeHeader(b"expect")
         transport = self.channel.transport
-        transport.write(error_response(PayloadTooLarge(settings.LARGEST_BODY)))
+        error = PayloadTooLarge(settings.LARGEST_BODY)
+        path = self.channel._path.partition(b"?")[0].decode("ascii", "replace")
+        # A client of MCP reads no other form.
+        wire = rpc_error(error) if path.rstrip("/") == MCP_PATH else error.to_wire()
+        transport.write(error_response(error, wire))
         close_slowly(transport)
 
     def handle_reply(self, message: Message) -> None:
@@ -397,18 +408,20 @@ def close_slowly(transport: Any) -> None:
     reactor.callLater(LINGER_SECONDS, transport.abortConnection)
 
 
-def error_response(error: DomainError) -> bytes:
+def error_response(error: DomainError, wire: Mapping[str, Any] | None = None) -> bytes:
     """A complete HTTP response for a request that never reaches the application."""
-    body, headers = error_body(error)
+    body, headers = error_body(error, wire)
     fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     status = HTTPStatus(error.status)
     head = f"HTTP/1.1 {status} {status.phrase}\r\n{fields}Connection: close\r\n\r\n"
     return head.encode() + body
 
 
-def error_body(error: DomainError) -> tuple[bytes, dict[str, str]]:
+def error_body(
+    error: DomainError, wire: Mapping[str, Any] | None = None
+) -> tuple[bytes, dict[str, str]]:
     """The body and headers of a response that bypasses the application and its middleware."""
-    body = json.dumps(error.to_wire()).encode()
+    body = json.dumps(error.to_wire() if wire is None else wire).encode()
     length = {"Content-Length": str(len(body)), REQUEST_ID_HEADER: new_id("req")}
     return body, {"Content-Type": "application/json", **API_HEADERS, **length}
 

@@ -29,7 +29,7 @@ def page[R: models.Model](
         at, pk = _decode_cursor(cursor)
         rows = rows.filter(Q(created_at__lt=at) | Q(created_at=at, pk__lt=pk))
     newest = list(rows.order_by("-created_at", "-pk")[: limit + 1])
-    next_cursor = _encode_cursor(newest[limit - 1]) if len(newest) > limit else None
+    next_cursor = cursor_after(newest[limit - 1]) if len(newest) > limit else None
     return newest[:limit], next_cursor
 
 
@@ -45,7 +45,8 @@ def read_limit(text: str | None) -> int | None:
     return int(text)
 
 
-def _encode_cursor(row: Any) -> str:
+def cursor_after(row: Any) -> str:
+    """The cursor of what comes after a row."""
     return signing.dumps([row.created_at.isoformat(), row.pk], salt=_SALT)
 
 

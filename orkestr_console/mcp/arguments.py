@@ -6,7 +6,9 @@ with the types, bounds, defaults and descriptions that the spec gives them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, ClassVar
 
 from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
@@ -21,6 +23,23 @@ class Without:
         self.fields = fields
 
 
+class Default:
+    """Annotates a spec parameter with a default that is the tool's own."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+
+class Brief:
+    """Annotates a spec parameter with shorter descriptions: each session of an agent pays for them.
+
+    A blank one is for a name that says it all.
+    """
+
+    def __init__(self, **descriptions: str) -> None:
+        self.descriptions = descriptions
+
+
 class Arguments(ArgModelBase):
     """The root of the tools' argument models.
 
@@ -28,6 +47,7 @@ class Arguments(ArgModelBase):
     """
 
     specs: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -45,9 +65,8 @@ class Arguments(ArgModelBase):
         values = super().model_dump_one_level()
         for parameter, spec in self.specs.items():
             # Only what was provided: some defaults depend on whether it was.
-            provided = {
-                name: values[name] for name in self.model_fields_set & set(spec.model_fields)
-            }
+            own = self.model_fields_set | self.defaults.keys()
+            provided = {name: values[name] for name in own & set(spec.model_fields)}
             values = {
                 name: value for name, value in values.items() if name not in spec.model_fields
             }
@@ -59,25 +78,44 @@ def flattened(declared: type[BaseModel]) -> type[Arguments]:
     """The model of a function's parameters, with each spec's fields in place of the spec."""
     fields: dict[str, Any] = {}
     specs: dict[str, type[BaseModel]] = {}
+    defaults: dict[str, Any] = {}
     for name, field in declared.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             specs[name] = annotation
             fields |= offered(annotation, field)
+            for mark in field.metadata:
+                defaults |= mark.values if isinstance(mark, Default) else {}
         else:
             fields[name] = (annotation, field)
     model = create_model(declared.__name__, __base__=Arguments, **fields)
-    model.specs = specs
+    model.specs, model.defaults = specs, defaults
     return model
 
 
 def offered(spec: type[BaseModel], parameter: FieldInfo) -> dict[str, Any]:
     """The fields of a spec that a tool offers, for ``create_model``."""
-    omitted = {
-        name for mark in parameter.metadata if isinstance(mark, Without) for name in mark.fields
-    }
+    omitted: set[str] = set()
+    changes: dict[str, dict[str, Any]] = defaultdict(dict)
+    for mark in parameter.metadata:
+        if isinstance(mark, Without):
+            omitted |= set(mark.fields)
+        elif isinstance(mark, Default):
+            for name, value in mark.values.items():
+                changes[name]["default"] = value
+        elif isinstance(mark, Brief):
+            for name, description in mark.descriptions.items():
+                changes[name]["description"] = description
     return {
-        name: (field.annotation, field)
+        name: (field.annotation, changed(field, changes[name]))
         for name, field in spec.model_fields.items()
         if name not in omitted
     }
+
+
+def changed(field: FieldInfo, changes: Mapping[str, Any]) -> FieldInfo:
+    """A copy of a field with another default or description."""
+    copied = copy(field)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied

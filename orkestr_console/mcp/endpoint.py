@@ -1,6 +1,7 @@
-"""The MCP endpoint: Streamable HTTP without sessions, with a token in every request.
+"""The MCP endpoint: Streamable HTTP, with a token in every request.
 
-Nothing is stored between two requests, so any web process can answer any of them. Access control is
+Nothing is stored between two requests, so any web process can answer any of them; a session's id
+only tells whose calls are whose (:mod:`orkestr_console.mcp.cancelling`). Access control is
 ours, not the SDK's: the hosts and origins that the rest of the console accepts, the token, and its
 rate limit. There is no standalone stream and no session to end, so GET and DELETE are refused, as
 the specification requires of such servers.
@@ -9,8 +10,10 @@ the specification requires of such servers.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from asgiref.sync import ThreadSensitiveContext
@@ -24,10 +27,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orkestr_console.accounts import services
 from orkestr_console.accounts.actor import READ, Actor
-from orkestr_console.core.errors import DomainError, Forbidden, MethodNotAllowed, Unauthenticated
+from orkestr_console.core.errors import (
+    DomainError,
+    Forbidden,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    Unauthenticated,
+    rpc_error,
+)
 from orkestr_console.core.ids import new_id
 from orkestr_console.core.postgres import unavailable
 from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER
+from orkestr_console.mcp import cancelling
 from orkestr_console.mcp.server import build_server
 from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, call_service
 
@@ -35,12 +46,16 @@ from orkestr_console.mcp.tool import ACTOR, REQUEST_ID, call_service
 async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application."""
     request_id = new_id("req")
-    send = with_headers(send, request_id)
+    send = with_headers(send, {**API_HEADERS, REQUEST_ID_HEADER: request_id})
     request = Request(scope)
     # The services run in a thread of this request, not in one that all requests share.
     async with ThreadSensitiveContext():
         try:
             actor = await authenticate(request)
+            refuse_too_large(request)
+        except PayloadTooLarge as error:
+            await JSONResponse(rpc_error(error), error.status)(scope, receive, send)
+            return
         except Exception as error:
             refusal = error if isinstance(error, DomainError) else unavailable(error)
             if refusal is None:
@@ -50,19 +65,59 @@ async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
             await response(scope, receive, send)
             return
         authenticated = {**scope, ACTOR: actor, REQUEST_ID: request_id}
+        message, receive = await peek(request, receive)
+        if message.get("method") == cancelling.CANCELLED:
+            await cancel(request, actor, message)
+        if message.get("method") == "initialize":
+            send = with_headers(send, {cancelling.SESSION_HEADER: cancelling.new_session_id()})
         manager = await request_manager()
         await manager.handle_request(authenticated, receive, send)
 
 
-def with_headers(send: Send, request_id: str) -> Send:
-    """A ``send`` that adds the headers of every response of the console."""
+def refuse_too_large(request: Request) -> None:
+    """Raise ``PayloadTooLarge``, which the server itself raises for bodies of unknown length."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > settings.LARGEST_BODY:
+        raise PayloadTooLarge(settings.LARGEST_BODY)
+
+
+async def peek(request: Request, receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """The message of a short request, blank for others, and a ``receive`` that repeats its body."""
+    length = request.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > cancelling.MAX_PEEKED:
+        return {}, receive
+    body, last = b"", await receive()
+    while last["type"] == "http.request":
+        body += last.get("body", b"")
+        if not last.get("more_body", False) or len(body) > cancelling.MAX_PEEKED:
+            break
+        last = await receive()
+    kept: list[Message] = [{**last, "body": body}] if last["type"] == "http.request" else [last]
+
+    async def again() -> Message:
+        return kept.pop() if kept else await receive()
+
+    return cancelling.read_message(body), again
+
+
+async def cancel(request: Request, actor: Actor, message: dict[str, Any]) -> None:
+    """Cancel the call that a notification names."""
+    named = message.get("params")
+    call = named.get("requestId") if isinstance(named, dict) else None
+    session = request.headers.get(cancelling.SESSION_HEADER, "")
+    if isinstance(call, str | int):
+        await cancelling.cancel(actor, session, call)
+
+
+def with_headers(send: Send, headers: Mapping[str, str]) -> Send:
+    """A ``send`` that adds headers to the response, unless it has them."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             present = {name.lower() for name, _ in message.get("headers", [])}
             added = [
                 (name.lower().encode(), value.encode())
-                for name, value in {**API_HEADERS, REQUEST_ID_HEADER: request_id}.items()
+                for name, value in headers.items()
                 if name.lower().encode() not in present
             ]
             message = {**message, "headers": [*message.get("headers", []), *added]}
@@ -144,7 +199,7 @@ async def run_until_cancelled(
     """Run the handler. The task that enters its context has to be the one that leaves it."""
     async with manager.run():
         started.set()
-        await asyncio.Event().wait()
+        await cancelling.listen()
 
 
 async def close() -> None:

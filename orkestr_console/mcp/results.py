@@ -1,10 +1,15 @@
-"""What the tools return: the schemas that agents see, filled from REST's presenters."""
+"""What the tools return, filled from REST's presenters."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from orkestr_console.accounts.limits import envelope
 from orkestr_console.core.text import plain, shorten_list
@@ -19,6 +24,7 @@ from templates_app.services import StepOutput
 LOG_TAIL = 4_000
 MAX_RECIPE = 16_000
 MAX_COMMAND = 200
+MAX_LABELS = 300
 
 
 class Result(BaseModel):
@@ -27,36 +33,16 @@ class Result(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class BaseTemplate(Result):
-    """A built-in base or a template, for a template or a sandbox to start from."""
-
-    id: str = Field(description="Pass this as base_template or template.")
-    title: str
-    description: str
-    kind: str = Field(description="'builtin', or 'template' for one of your team's own.")
-    available: bool = Field(description="False while the host is still creating it.")
-
-
-class BaseTemplates(Result):
-    """Everything that a template or a sandbox can start from."""
-
-    bases: list[BaseTemplate]
-
-
 class Step(Result):
-    """One step of a build."""
+    """One step of a build; ``command`` is its beginning."""
 
     number: int
-    command: str = Field(description="The start of the command; recipe has all of it.")
-    status: str = Field(description="pending, running, cached, succeeded, failed or skipped.")
+    command: str
+    status: str
     exit_code: int | None
     duration_ms: int | None
-    refused_hosts: list[str] = Field(
-        description="Hosts that the network policy blocked, even if the step succeeded."
-    )
-    warnings: list[str] = Field(
-        description="What had no effect in the step, and what to do instead."
-    )
+    refused_hosts: list[str]
+    warnings: list[str]
 
 
 class TemplateSummary(Result):
@@ -64,7 +50,7 @@ class TemplateSummary(Result):
 
     id: str
     name: str
-    status: str = Field(description="building, ready or failed.")
+    status: str
     base_template: str
     network: str
     error_code: str | None
@@ -74,32 +60,38 @@ class TemplateSummary(Result):
 
 
 class TemplateDetail(TemplateSummary):
-    """A template and the state of its build."""
+    """A template and the state of its build.
 
-    recipe: list[str] = Field(description="The steps from recipe_from on, as many as fit.")
-    recipe_next: int | None = Field(
-        description="Pass this as get_template's recipe_from for the next steps; null at the end."
-    )
-    env: dict[str, str] = Field(description="The template's own variables.")
-    baked_env: dict[str, str] | None = Field(
-        description="All variables in the image, including its base's. A sandbox's own variables "
-        "override them. Null until the image is built."
-    )
+    ``recipe`` has the steps from the requested one on, and ``recipe_next`` is the first that isn't
+    shown. ``baked_env`` is None until there is an image; ``queue_place`` 1 is next.
+    """
+
+    recipe: list[str]
+    recipe_next: int | None
+    env: dict[str, str]
+    baked_env: dict[str, str] | None
     error_message: str | None
-    refused_hosts: list[str] = Field(
-        description="Hosts that the network policy blocked; add them to allow_domains."
-    )
-    queue_place: int | None = Field(description="Position in the build queue; 1 is next.")
+    refused_hosts: list[str]
+    queue_place: int | None
     steps: list[Step]
-    log_tail: str = Field(description="The end of the log; get_template_log has all of it.")
-    next_step: str = Field(description="What to do now.")
+    log_tail: str
+    next_step: str
 
 
-class TemplatePage(Result):
-    """A page of templates, newest first."""
+class Rows(Result):
+    """A list, under the name of what is in it."""
 
-    templates: list[TemplateSummary]
-    next_cursor: str | None
+    model_config = ConfigDict(extra="allow")
+
+    next_cursor: str | None = None
+    hint: str | None = None
+
+    @model_serializer(mode="wrap")
+    def without_blanks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what is there to be said: a list has little room."""
+        fields: dict[str, Any] = handler(self)
+        said = self.model_fields_set
+        return {name: value for name, value in fields.items() if value or name in said - {"hint"}}
 
 
 class LogPart(Result):
@@ -107,7 +99,7 @@ class LogPart(Result):
 
     text: str
     offset: int
-    next_offset: int | None = Field(description="Where to continue; null at the end of the log.")
+    next_offset: int | None
 
 
 class Done(Result):
@@ -118,39 +110,34 @@ class Done(Result):
 
 
 class SandboxDetail(Result):
-    """A sandbox."""
+    """A sandbox; ``sandbox`` says how long it has left, or when and why it ended."""
 
     id: str
-    status: str = Field(
-        description="starting, running, pausing, paused, resuming, terminated or failed."
-    )
+    name: str | None
+    status: str
     template: str
     network: str
+    size: str
     cpu: float
     memory_mb: int
     created_at: str
-    expires_at: str = Field(description="When it expires; set_sandbox_timeout changes it.")
+    expires_at: str
+    on_timeout: str
+    ended_at: str | None
     metadata: dict[str, str]
     error_message: str | None
-    boot_ms: float | None
-    volume: str | None = Field(description="The name of the volume at /persist.")
-
-
-class SandboxPage(Result):
-    """A page of sandboxes, newest first."""
-
-    sandboxes: list[SandboxDetail]
-    next_cursor: str | None
+    volume: str | None
+    sandbox: str
 
 
 class SnapshotDetail(Result):
     """A snapshot of a sandbox's files."""
 
-    id: str = Field(description="Pass this as snapshot to create_sandbox.")
-    status: str = Field(description="capturing, ready or failed.")
+    id: str
+    status: str
     name: str | None
     template: str
-    size: str = Field(description="The size of every sandbox that is started from it.")
+    size: str
     network: str
     source_sandbox_id: str
     size_mb: int | None
@@ -158,84 +145,69 @@ class SnapshotDetail(Result):
     error_message: str | None
 
 
-class SnapshotPage(Result):
-    """A page of snapshots, newest first."""
-
-    snapshots: list[SnapshotDetail]
-    next_cursor: str | None
-
-
-class VolumeDetail(Result):
-    """Storage that outlives sandboxes."""
-
-    id: str
-    name: str = Field(description="Pass this as volume to create_sandbox.")
-    size_mb: int
-    used_mb: int
-    status: str = Field(description="available, attached or lost.")
-    attached_sandbox_id: str | None
-    expires_at: str | None = Field(description="When it is deleted with its data.")
-
-
-class VolumeList(Result):
-    """All volumes, newest first."""
-
-    volumes: list[VolumeDetail]
-
-
 class ExecResult(Result):
-    """A command that has exited."""
+    """A command that has exited; ``omitted_bytes`` were cut out of the middle of its output."""
 
     exit_code: int
     stdout: str
     stderr: str
     duration_ms: int
-    omitted_bytes: int = Field(
-        description="Left out of the middle of the output. To see it all, redirect the output to "
-        "a file and read that in parts."
-    )
-    error_code: str = Field(default="", description="network_policy_blocked, or blank.")
-    refused_hosts: list[str] = Field(
-        default_factory=list, description="Blocked while it ran; allow_domains could allow them."
-    )
+    omitted_bytes: int
+    sandbox: str
+    error_code: str | None = None
+    refused_hosts: list[str] | None = None
 
 
 class BackgroundCommand(Result):
-    """A command that runs in the background, or did."""
+    """A command that runs in the background, or did; ``signal`` ended it."""
 
     command_id: str
-    command: str = Field(description="The beginning of it, if it is long.")
+    command: str
     status: Literal["running", "exited", "killed"]
     exit_code: int | None
-    signal: int | None = Field(description="The number of the signal that ended it.")
+    signal: int | None
     pid: int | None
     started_at: str
 
 
-class BackgroundCommands(Result):
-    """The background commands of a sandbox, newest first."""
+class BackgroundDetail(BackgroundCommand):
+    """The same, and how its sandbox is."""
 
-    commands: list[BackgroundCommand]
+    sandbox: str
 
 
-class CommandOutput(BackgroundCommand):
-    """A background command, and a part of its output: stdout and stderr together."""
+class CommandOutput(BackgroundDetail):
+    """A background command, and a part of its output: stdout and stderr together.
+
+    ``more`` has been printed already; ``dropped_bytes`` before it are not kept any more.
+    """
 
     output: str
-    next_offset: int = Field(description="Offset of what comes next.")
-    more: bool = Field(description="Whether more has been printed already.")
-    dropped_bytes: int = Field(description="Earlier output that is not kept any more.")
+    next_offset: int
+    more: bool
+    dropped_bytes: int
 
 
 class FilePart(Result):
-    """A file, or part of one."""
+    """A file, or part of one, from ``offset`` on."""
 
     path: str
-    size: int = Field(description="Size of the whole file in bytes.")
+    size: int
     offset: int
     content: str
-    encoding: str = Field(description="'utf-8', or 'base64' for bytes that aren't valid UTF-8.")
-    next_offset: int | None = Field(description="Where to continue; null at the end of the file.")
+    encoding: Literal["utf-8", "base64"]
+    next_offset: int | None
+    hint: str | None
+    sandbox: str
+
+
+class Picture(Result):
+    """What is said beside a picture."""
+
+    path: str
+    size: int
+    mime_type: str
+    sandbox: str
 
 
 class WrittenFile(Result):
@@ -243,51 +215,77 @@ class WrittenFile(Result):
 
     path: str
     bytes_written: int
+    sandbox: str
 
 
-class DirectoryEntry(Result):
-    """An entry of a directory."""
+class WrittenFiles(Result):
+    """Files that have been written, or not: then there is an ``error``."""
 
-    name: str
-    is_dir: bool
+    written: int
+    failed: int
+    results: list[dict[str, Any]]
+    sandbox: str
+
+
+class EditedFile(Result):
+    """A file that has been edited, and the line of its first edit."""
+
+    path: str
+    replaced: int
+    first_line: int
     size: int
-    mode: int
-    modified_at: str | None
+    sandbox: str
+
+
+class TransferAddress(Result):
+    """Where a file is sent to or fetched from without a token, and how."""
+
+    url: str
+    method: str
+    path: str
+    expires_at: str
+    example: str
+    sandbox: str
 
 
 class Directory(Result):
-    """A directory."""
+    """Some of the entries of a directory, and how many there are."""
 
     path: str
-    entries: list[DirectoryEntry]
-    total: int = Field(description="Number of entries in the directory.")
-    next_offset: int | None = Field(description="Where to continue; null at the end.")
+    entries: list[dict[str, Any]]
+    total: int
+    next_offset: int | None
+    sandbox: str
 
 
-class Size(Result):
-    """A sandbox size."""
+class Egress(Result):
+    """What a sandbox may reach, and what it tried to."""
 
-    size: str
-    cpu: float
-    memory_mb: int
-    allowed: bool
+    network: str
+    allow_domains: list[str] | None
+    hosts: list[dict[str, Any]]
+    hint: str | None
+    sandbox: str
+
+
+class Use(Result):
+    """How much of a limit is used; None if the host doesn't say."""
+
+    used: int | None
+    max: int
 
 
 class LimitsDetail(Result):
     """The team's limits."""
 
     plan: str
-    sizes: list[Size]
+    sizes: list[str]
     networks: list[str]
-    max_concurrent: int = Field(description="Concurrent sandboxes.")
-    max_concurrent_commands: int = Field(description="Concurrent commands across all sandboxes.")
-    max_templates: int
-    max_named_snapshots: int = Field(description="Snapshots that the team can keep.")
-    max_concurrent_builds: int = Field(description="Builds beyond this number are queued.")
+    use: dict[str, Use]
     max_timeout_seconds: int
     max_running_lifetime_seconds: int | None
-    custom_egress_allowlist: bool = Field(description="Whether allow_domains can be used.")
-    default_egress_domains: list[str] = Field(description="What network 'restricted' can reach.")
+    custom_egress_allowlist: bool
+    default_egress_domains: list[str]
 
 
 def template_summary(template: Template) -> TemplateSummary:
@@ -403,9 +401,43 @@ def egress_warning(template: Template) -> str:
     )
 
 
-def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
+def sandbox_detail(sandbox: Sandbox, life: str) -> SandboxDetail:
     """Describe a sandbox."""
-    return SandboxDetail.model_validate(sandbox_presenters.sandbox_detail(sandbox))
+    detail = sandbox_presenters.sandbox_detail(sandbox)
+    name = sandbox.metadata.get("name")
+    return SandboxDetail.model_validate({**detail, "name": name, "sandbox": life})
+
+
+def sandbox_row(sandbox: Sandbox, life: str) -> dict[str, Any]:
+    """A sandbox in a list, with as much of its labels as there is room for."""
+    row = {
+        "id": sandbox.pk,
+        "template": sandbox.template,
+        "network": sandbox.network,
+        "size": sandbox.size,
+        "sandbox": life,
+    }
+    labels: dict[str, str] = {}
+    room = MAX_LABELS
+    for name, value in sandbox.metadata.items():
+        room -= len(name) + len(value)
+        if room < 0:
+            labels["…"] = "get_sandbox has all"
+            break
+        labels[name] = value
+    return {**row, "metadata": labels} if labels else row
+
+
+def template_row(template: Template) -> dict[str, Any]:
+    """A template in a list."""
+    fields = template_summary(template).model_dump()
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def snapshot_row(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot in a list."""
+    fields = snapshot_detail(snapshot).model_dump()
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
@@ -413,6 +445,8 @@ def snapshot_detail(snapshot: Snapshot) -> SnapshotDetail:
     return SnapshotDetail.model_validate(sandbox_presenters.snapshot_detail(snapshot))
 
 
-def volume_detail(volume: Volume) -> VolumeDetail:
-    """Describe a volume."""
-    return VolumeDetail.model_validate(sandbox_presenters.volume_detail(volume))
+def volume_row(volume: Volume) -> dict[str, Any]:
+    """A volume in a list."""
+    shown = ("id", "name", "size_mb", "used_mb", "status", "attached_sandbox_id", "expires_at")
+    detail: dict[str, Any] = {**sandbox_presenters.volume_detail(volume)}
+    return {name: detail[name] for name in shown if detail[name] is not None}

@@ -8,15 +8,18 @@ from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import CallToolResult, InputRequiredResult, ListToolsResult
 
+from hostruntime import __version__
 from orkestr_console.accounts.actor import WRITE
 from orkestr_console.core.errors import NotFound
 from orkestr_console.mcp import (
     command_tools,
+    file_tools,
     sandbox_tools,
     snapshot_tools,
     template_tools,
     volume_tools,
 )
+from orkestr_console.mcp.cancelling import cancellable
 from orkestr_console.mcp.resources import add_prompts, add_resources
 from orkestr_console.mcp.tool import ACTOR, ConsoleTool, error_result
 
@@ -24,13 +27,18 @@ INSTRUCTIONS = """\
 Orkestr runs code in isolated Linux sandboxes. A template is an image with dependencies already \
 installed: create_template builds one from a base and shell steps, wait_for_template waits until \
 it is ready, and create_sandbox starts a sandbox from it in milliseconds. In a sandbox, use exec, \
-write_file and read_file. snapshot_sandbox saves its files so that you can start others from them. \
-Call terminate_sandbox when you are done. Errors read 'code: what is wrong and what to do'.\
+exec_background for what takes longer than a minute, and the file tools. snapshot_sandbox saves \
+its files so that you can start others from them. sandbox_id and template_id take an id or a \
+name; a sandbox's name is the label 'name' of its metadata. Paths are absolute; write files under \
+/workspace or /tmp. Where an answer has next_offset or next_cursor, pass it on for what follows. \
+Each answer says how long the sandbox has left, or why it ended. Call terminate_sandbox when you \
+are done. Errors read 'code: what is wrong and what to do'.\
 """
 TOOLS: list[ConsoleTool] = [
     *template_tools.TOOLS,
     *sandbox_tools.TOOLS,
     *command_tools.TOOLS,
+    *file_tools.TOOLS,
     *snapshot_tools.TOOLS,
     *volume_tools.TOOLS,
 ]
@@ -60,9 +68,10 @@ def build_server() -> MCPServer[Any]:
     server = ToolServer(
         "orkestr",
         title="Orkestr Console",
+        version=__version__,
         instructions=INSTRUCTIONS,
         tools=[*TOOLS],
-        middleware=[hide_unauthorized_tools],
+        middleware=[cancellable, hide_unauthorized_tools],
         # No change notifications: the lists never change.
         subscriptions=False,
     )

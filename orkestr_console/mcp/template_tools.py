@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from orkestr_console.accounts.actor import READ
-from orkestr_console.http.paging import DEFAULT_LIMIT, MAX_LIMIT
-from orkestr_console.mcp.arguments import Without
+from orkestr_console.core.ids import is_id
+from orkestr_console.http.paging import MAX_LIMIT, cursor_after
+from orkestr_console.mcp.arguments import Brief, Without
+from orkestr_console.mcp.lists import Row, fitting, live_first
+from orkestr_console.mcp.progress import Progress
 from orkestr_console.mcp.results import (
-    BaseTemplate,
-    BaseTemplates,
     Done,
     LogPart,
+    Rows,
     TemplateDetail,
-    TemplatePage,
     template_detail,
-    template_summary,
+    template_row,
 )
 from orkestr_console.mcp.tool import (
     MAX_CHARACTERS,
@@ -39,88 +40,129 @@ DEFAULT_WAIT, MAX_WAIT = 50, 3600
 # The events between a build's last step and its end.
 IMAGE_PHASES = ("progress", "capture")
 
-TemplateId = Annotated[str, Field(description="A template's id, such as 'tmpl_01J…'.")]
-Limit = Annotated[
-    int | None,
-    Field(ge=1, le=MAX_LIMIT, description=f"Maximum number; {DEFAULT_LIMIT} by default."),
-]
-Cursor = Annotated[str | None, Field(description="next_cursor of the previous page.")]
+TemplateId = Annotated[str, Field(description="")]
+Limit = Annotated[int | None, Field(ge=1, le=MAX_LIMIT, description="")]
+Cursor = Annotated[str | None, Field(description="")]
 ReuseFailed = Annotated[
-    bool,
-    Field(
-        description="Skip the steps that an earlier failed or cancelled build completed, if "
-        "base, network and steps are the same up to there."
+    bool, Field(description="Skip equal first steps that a failed build completed.")
+]
+TemplateArguments = Annotated[
+    TemplateSpec,
+    Without("reuse"),
+    Brief(
+        name="",
+        base_template="A base, or a ready template.",
+        recipe="Shell steps as root, each in a new shell. /workspace and /tmp are not kept.",
+        network="restricted: package registries and the default list.",
+        allow_domains="Instead of the default list; '@default' includes it.",
+        env="Baked in, for steps and sandboxes. No secrets.",
+        step_timeout_seconds="",
+        build_timeout_seconds="",
+        disk_mb="",
     ),
 ]
 
 
-async def list_base_templates(ctx: Ctx) -> BaseTemplates:
-    """List what a template or a sandbox can start from: built-in bases and the team's templates.
+async def resolved(ctx: Ctx, reference: str) -> str:
+    """The id of the template with an id or a name."""
+    if is_id("tmpl", reference):
+        return reference
+    return await call_service(services.template_id, actor_of(ctx), reference)
 
-    Call this before create_template or create_sandbox if you don't know the names.
-    """
+
+async def list_base_templates(ctx: Ctx) -> Rows:
+    """List what a template or sandbox can start from: built-in bases and the team's templates."""
     actor = actor_of(ctx)
     actor.require(READ)
     bases = await call_service(services.list_bases, actor)
-    return BaseTemplates(
-        bases=[
-            BaseTemplate(
-                id=base.id,
-                title=base.title,
-                description=base.description,
-                kind="builtin" if base.group == "builtin" else "template",
-                available=base.available,
-            )
-            for base in bases
-        ]
-    )
+    rows = fitting(base_row(base) for base in bases)
+    missing = len(bases) - len(rows)
+    hint = f"{missing} more templates: see list_templates or find_templates." if missing else None
+    return Rows.model_validate({"bases": rows, "hint": hint})
+
+
+def base_row(base: services.BaseChoice) -> dict[str, Any]:
+    """What can be started from; ``available`` is only said if it isn't yet."""
+    row = {"id": base.id, "title": base.title, "description": base.description}
+    kind = "builtin" if base.group == "builtin" else "template"
+    return {**row, "kind": kind} if base.available else {**row, "kind": kind, "available": False}
 
 
 async def create_template(
-    ctx: Ctx, spec: Annotated[TemplateSpec, Without("reuse")], reuse_failed: ReuseFailed = False
+    ctx: Ctx, spec: TemplateArguments, reuse_failed: ReuseFailed = False
 ) -> TemplateDetail:
-    """Build a template: an image with your dependencies installed, from a base and shell steps.
-
-    Returns immediately with status 'building'; call wait_for_template next. Pin versions. A
-    template never changes: to update one, build another and delete the old one.
-    """
-    if reuse_failed:
-        spec = spec.model_copy(update={"reuse": "failed"})
+    """Build a template: an image with your dependencies, from a base and shell steps. Returns at
+    once; call wait_for_template next. A template never changes: build another and delete the old
+    one."""
+    base = await call_service(services.source_name, actor_of(ctx), spec.base_template)
+    reuse = {"reuse": "failed"} if reuse_failed else {}
+    spec = spec.model_copy(update={"base_template": base, **reuse})
     template = await call_service(services.create_template, actor_of(ctx), spec)
     return await call_service(template_detail, template)
 
 
-async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -> TemplatePage:
-    """List the team's templates, newest first, with their status."""
+async def list_templates(ctx: Ctx, limit: Limit = None, cursor: Cursor = None) -> Rows:
+    """List the team's templates: ready and building ones first, then failed ones."""
     actor = actor_of(ctx)
-    rows, next_cursor = await call_service(
-        services.list_templates, actor, limit=limit, cursor=cursor
+
+    async def read_page(
+        live: bool,
+        count: int,
+        after: str | None,
+    ) -> tuple[list[Template], str | None]:
+        return await call_service(
+            services.list_templates, actor, failed=not live, limit=count, cursor=after
+        )
+
+    async def describe(templates: list[Template]) -> list[Row]:
+        return [template_row(template) for template in templates]
+
+    rows, next_cursor = await live_first(read_page, describe, limit, cursor)
+    return Rows.model_validate({"templates": rows, "next_cursor": next_cursor})
+
+
+async def find_templates(
+    ctx: Ctx,
+    package: Annotated[str, Field(description="Of pip, npm or Debian.")],
+    cursor: Cursor = None,
+) -> Rows:
+    """Find ready templates that have a package, with its version."""
+    found, next_cursor = await call_service(
+        services.find_templates, actor_of(ctx), package, cursor=cursor
     )
-    return TemplatePage(templates=[template_summary(row) for row in rows], next_cursor=next_cursor)
+    rows = fitting(found_row(one) for one in found)
+    if len(rows) < len(found):
+        next_cursor = cursor_after(found[len(rows) - 1].template)
+    hint = None if rows else "None of them has it. Build one with create_template."
+    return Rows.model_validate({"templates": rows, "next_cursor": next_cursor, "hint": hint})
+
+
+def found_row(found: services.Found) -> dict[str, Any]:
+    """A template that has a package."""
+    packages = [" ".join(package)[:200] for package in found.packages[:5]]
+    return {"id": found.template.pk, "name": found.template.name, "packages": packages}
 
 
 async def get_template(
     ctx: Ctx,
     template_id: TemplateId,
-    recipe_from: Annotated[
-        int, Field(ge=1, description="For a long recipe, the number of the first step to show.")
-    ] = 1,
+    recipe_from: Annotated[int, Field(ge=1, description="First step to show.")] = 1,
 ) -> TemplateDetail:
-    """Get one template: its status, its steps, its error and the end of its build log."""
-    template = await call_service(services.get_template, actor_of(ctx), template_id)
+    """Get one template: status, steps, error, end of its build log."""
+    key = await resolved(ctx, template_id)
+    template = await call_service(services.get_template, actor_of(ctx), key)
     return await call_service(template_detail, template, recipe_from)
 
 
 async def get_template_log(
     ctx: Ctx,
     template_id: TemplateId,
-    offset: Annotated[int, Field(ge=0, description="Offset to start from, in characters.")] = 0,
-    limit: Annotated[
-        int, Field(ge=1, le=MAX_CHARACTERS, description="Maximum number of characters.")
-    ] = MAX_CHARACTERS,
+    offset: Annotated[int, Field(ge=0, description="In characters.")] = 0,
+    limit: Annotated[int, Field(ge=1, le=MAX_CHARACTERS, description="")] = MAX_CHARACTERS,
 ) -> LogPart:
-    """Read the full build log in parts. Works while the template is still building."""
-    template = await call_service(services.get_template, actor_of(ctx), template_id)
+    """Read the build log in parts, also while it is building."""
+    key = await resolved(ctx, template_id)
+    template = await call_service(services.get_template, actor_of(ctx), key)
     return await read_log(template, offset, limit)
 
 
@@ -140,45 +182,32 @@ async def read_log(template: Template, offset: int, limit: int) -> LogPart:
 async def wait_for_template(
     ctx: Ctx,
     template_id: TemplateId,
-    timeout_seconds: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=MAX_WAIT,
-            description="Seconds to wait before returning, even if it is still building.",
-        ),
-    ] = DEFAULT_WAIT,
+    timeout_seconds: Annotated[int, Field(ge=1, le=MAX_WAIT, description="")] = DEFAULT_WAIT,
 ) -> TemplateDetail:
-    """Wait until a template is ready or failed, with a progress notification for each step.
-
-    If the timeout comes first, the status is still 'building': call this again. The build continues
-    whether or not anyone waits.
-    """
+    """Wait until a template is ready or failed. If it is still building then, call this again."""
     actor = actor_of(ctx)
-    template = await call_service(services.get_template, actor, template_id)
+    key = await resolved(ctx, template_id)
+    template = await call_service(services.get_template, actor, key)
     try:
         async with asyncio.timeout(timeout_seconds):
             await report_progress(ctx, template.pk, len(template.recipe))
     except TimeoutError:
         pass
-    template = await call_service(services.get_template, actor, template_id)
+    template = await call_service(services.get_template, actor, key)
     return await call_service(template_detail, template)
 
 
 async def report_progress(ctx: Ctx, template_id: str, steps: int) -> None:
     """Report each step as the build reaches it; return when the build has finished."""
-    reported = 0.0
-    async with aclosing(services.follow_events(template_id)) as batches:
+    progress = Progress(ctx, steps + 1)
+    async with progress.alive(), aclosing(services.follow_events(template_id)) as batches:
         async for batch in batches:
             for event in batch:
-                progress, message = progress_of(event, steps)
+                at, message = progress_of(event, steps)
                 if event.kind in IMAGE_PHASES:
                     # The total is unknown, so move on by a part of what is left.
-                    progress = max(progress, reported + (steps + 0.95 - reported) / 100)
-                # Progress must increase with each notification (MCP, "Progress").
-                if progress > reported:
-                    await ctx.report_progress(progress, steps + 1, message)
-                    reported = progress
+                    await progress.creep(message, steps + 0.95)
+                await progress.report(at, message)
 
 
 def progress_of(event: Event, steps: int) -> tuple[float, str]:
@@ -204,27 +233,27 @@ def image_progress(event: Event) -> str:
 
 
 async def cancel_template(ctx: Ctx, template_id: TemplateId) -> TemplateDetail:
-    """Cancel a build immediately. The template's status is then 'failed'."""
-    template = await call_service(services.cancel_template, actor_of(ctx), template_id)
+    """Cancel a build; its status is then 'failed'."""
+    key = await resolved(ctx, template_id)
+    template = await call_service(services.cancel_template, actor_of(ctx), key)
     return await call_service(template_detail, template)
 
 
 async def delete_template(ctx: Ctx, template_id: TemplateId) -> Done:
-    """Delete a template permanently; this frees its slot and disk. Running sandboxes keep working.
-
-    An unfinished build is cancelled first. This can't be undone.
-    """
-    await call_service(services.delete_template, actor_of(ctx), template_id)
-    return Done(id=template_id, done="Template deleted.")
+    """Delete a template for good, or cancel its build. Running sandboxes keep working."""
+    key = await resolved(ctx, template_id)
+    await call_service(services.delete_template, actor_of(ctx), key)
+    return Done(id=key, done="Template deleted.")
 
 
 TOOLS = [
     read_tool(list_base_templates),
     write_tool(create_template, open_world=True),
     read_tool(list_templates),
+    read_tool(find_templates),
     read_tool(get_template),
     read_tool(get_template_log),
-    read_tool(wait_for_template),
+    read_tool(wait_for_template, reports=True),
     write_tool(cancel_template, destructive=True, idempotent=True),
     write_tool(delete_template, destructive=True),
 ]

@@ -47,6 +47,7 @@ from sandboxes_app.services.lifecycle import (
 )
 from sandboxes_app.services.limits import Limits, limits
 from sandboxes_app.services.metrics import MAX_UNIX_TIME, Metrics, get_metrics
+from sandboxes_app.services.naming import end_reasons, find_named
 from sandboxes_app.services.pausing import pause_sandbox, resume_sandbox
 from sandboxes_app.services.previews import (
     Unreached,
@@ -60,6 +61,7 @@ from sandboxes_app.services.previews import (
     preview_token,
     wake_for_visitor,
 )
+from sandboxes_app.services.ranges import FileRange, edit_file, read_range
 from sandboxes_app.services.snapshots import (
     create_snapshot,
     delete_snapshot,
@@ -100,6 +102,7 @@ __all__ = [
     "CommandStream",
     "Download",
     "ExecAnswer",
+    "FileRange",
     "Following",
     "Limits",
     "Metrics",
@@ -120,9 +123,12 @@ __all__ = [
     "delete_path",
     "delete_snapshot",
     "delete_volume",
+    "edit_file",
+    "end_reasons",
     "ended_among",
     "exec_command",
     "exec_stream",
+    "find_named",
     "find_previewed",
     "follow",
     "get_command",
@@ -152,6 +158,7 @@ __all__ = [
     "read_last_logs",
     "read_logs",
     "read_path",
+    "read_range",
     "resume_sandbox",
     "run_command",
     "run_upload",

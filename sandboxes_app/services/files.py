@@ -39,11 +39,12 @@ WRITABLE = ("/workspace", "/tmp")
 
 @dataclass(frozen=True)
 class BatchRow:
-    """The result of one file of a batch: the bytes written, or an error code."""
+    """The result of one file of a batch: the bytes written, or an error's code and sentence."""
 
     path: str
     bytes_written: int | None
     error: str | None
+    detail: str = ""
 
 
 @in_steps
@@ -118,15 +119,15 @@ def write_rows(sandbox: Sandbox, spec: BatchSpec) -> Steps[list[BatchRow]]:
 def write_row(sandbox: Sandbox, spec: FileSpec | InvalidRow) -> Steps[BatchRow]:
     """Write one file of a batch. Only a missing sandbox ends the batch."""
     if isinstance(spec, InvalidRow):
-        return BatchRow(spec.path, None, InvalidInput.default_code)
+        return BatchRow(spec.path, None, InvalidInput.default_code, "It is not valid.")
     try:
         return BatchRow(spec.path, (yield from write(sandbox, spec)), None)
     except host_errors.ContainerGone:
         raise
     except host_errors.HostError as error:
-        return BatchRow(spec.path, None, translate_error(error).code)
+        return BatchRow(spec.path, None, translate_error(error).code, error.detail)
     except DomainError as error:
-        return BatchRow(spec.path, None, error.code)
+        return BatchRow(spec.path, None, error.code, error.detail)
 
 
 @in_steps

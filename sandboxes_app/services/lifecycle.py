@@ -113,12 +113,14 @@ def list_sandboxes(
     *,
     status: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    live: bool | None = None,
     limit: int | None = None,
     cursor: str | None = None,
 ) -> tuple[list[Sandbox], str | None]:
     """The team's sandboxes, newest first, and the cursor of the next page or None.
 
-    ``metadata`` entries must all match. Raises ``InvalidInput`` for an unknown status.
+    ``metadata`` entries must all match; ``live`` ones only, or only those that are not.
+    Raises ``InvalidInput`` for an unknown status.
     """
     actor.require(READ)
     if status and status not in SandboxStatus.values:
@@ -129,6 +131,8 @@ def list_sandboxes(
         settle_overdue(sandbox)
     if status:
         rows = rows.filter(status=status)
+    if live is not None:
+        rows = rows.live() if live else rows.exclude(status__in=LIVE)
     if metadata:
         rows = rows.filter(metadata__contains=dict(metadata))
     return page(rows, limit, cursor)

@@ -19,7 +19,14 @@ from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
 from orkestr_console.accounts.limits import held_in_turn, wait_for_turn
 from orkestr_console.accounts.models import Team
-from orkestr_console.core.errors import Conflict, DomainError, HostUnavailable, NotFound, PlanLimit
+from orkestr_console.core.errors import (
+    Conflict,
+    DomainError,
+    HostUnavailable,
+    InvalidInput,
+    NotFound,
+    PlanLimit,
+)
 from orkestr_console.core.hosts import Steps, ask, host, in_steps, translate_error
 from orkestr_console.core.ids import is_id
 from orkestr_console.core.postgres import persistently
@@ -187,11 +194,22 @@ def get_snapshot(actor: Actor, snapshot_id: str) -> Snapshot:
 
 
 def list_snapshots(
-    actor: Actor, *, limit: int | None = None, cursor: str | None = None
+    actor: Actor,
+    *,
+    failed: bool | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
 ) -> tuple[list[Snapshot], str | None]:
-    """The team's snapshots, newest first, and the cursor of the next page or None."""
+    """The team's snapshots, newest first, and the cursor of the next page or None.
+
+    Only those that ``failed``, or only the others.
+    """
     actor.require(READ)
-    return page(Snapshot.objects.for_team(actor.team), limit, cursor)
+    rows = Snapshot.objects.for_team(actor.team)
+    if failed is not None:
+        broken = {"status": SnapshotStatus.FAILED}
+        rows = rows.filter(**broken) if failed else rows.exclude(**broken)
+    return page(rows, limit, cursor)
 
 
 @in_steps
@@ -246,7 +264,13 @@ def apply_snapshot(actor: Actor, spec: SandboxSpec) -> tuple[SandboxSpec, Snapsh
     if spec.allow_domains is None and inherited.get("network", spec.network) == snapshot.network:
         # Never wider than what the snapshot's sandbox could reach, unless the caller asks for it.
         inherited["allow_domains"] = snapshot.allow_domains
-    return spec.model_copy(update=inherited), snapshot
+    completed = spec.model_copy(update=inherited)
+    if spec.allow_domains is not None and completed.network != "restricted":
+        sentence = (
+            f"applies to network 'restricted' only, and the snapshot's is {snapshot.network!r}."
+        )
+        raise InvalidInput(f"allow_domains: {sentence}", fields={"allow_domains": sentence})
+    return completed, snapshot
 
 
 def missing_error(snapshot: Snapshot) -> DomainError:

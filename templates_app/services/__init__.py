@@ -14,6 +14,7 @@ from templates_app.services.events import (
 from templates_app.services.log import log_text
 from templates_app.services.lost import IMAGE_LOST, adopt_image, mark_lost, settle_images
 from templates_app.services.metering import note_image_bytes
+from templates_app.services.naming import Found, find_templates, source_name, template_id
 from templates_app.services.queue import QueuePosition, hand_off, queue_position
 from templates_app.services.templates import (
     StepOutput,
@@ -34,6 +35,7 @@ __all__ = [
     "BaseChoice",
     "Event",
     "EventPage",
+    "Found",
     "QueuePosition",
     "Source",
     "StepOutput",
@@ -44,6 +46,7 @@ __all__ = [
     "create_template",
     "delete_template",
     "direct_advice",
+    "find_templates",
     "follow_events",
     "get_template",
     "hand_off",
@@ -59,6 +62,8 @@ __all__ = [
     "reclaimable_bytes",
     "resolve",
     "settle_images",
+    "source_name",
+    "template_id",
     "template_usage",
     "usage_counts",
 ]

@@ -65,6 +65,8 @@ def list_bases(actor: Actor) -> list[BaseChoice]:
         for base in known
     ]
     rows = Template.objects.for_team(actor.team).ready().order_by("-created_at", "-pk")
+    # What is in an image may be megabytes.
+    rows = rows.only("pk", "name", "base_template")
     own = [
         BaseChoice(row.pk, row.name, f"on {row.base_template}", "team", available=True)
         for row in rows

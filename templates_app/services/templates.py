@@ -204,11 +204,21 @@ def list_steps(template: Template) -> list[StepOutput]:
 
 
 def list_templates(
-    actor: Actor, *, limit: int | None = None, cursor: str | None = None
+    actor: Actor,
+    *,
+    failed: bool | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
 ) -> tuple[list[Template], str | None]:
-    """The team's templates, newest first, and the cursor of the next page or None."""
+    """The team's templates, newest first, and the cursor of the next page or None.
+
+    Only those whose build ``failed``, or only the others.
+    """
     actor.require(READ)
-    return page(Template.objects.for_team(actor.team), limit, cursor)
+    rows = Template.objects.for_team(actor.team)
+    if failed is not None:
+        rows = rows.filter(status=TemplateStatus.FAILED) if failed else rows.using_slots()
+    return page(rows, limit, cursor)
 
 
 @audited("template.cancel", "template")

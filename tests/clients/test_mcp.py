@@ -146,6 +146,46 @@ async def test_a_command_runs_on_in_the_background(connect: Connect) -> None:
         await done(client, "terminate_sandbox", **name)
 
 
+async def test_an_agent_works_on_files(connect: Connect) -> None:
+    async with connect() as client:
+        options = {"template": "debian-12", "metadata": {"name": "files"}}
+        box = await done(client, "create_sandbox", **options)
+        name = {"sandbox_id": "files"}
+        files = [
+            {"path": "/workspace/run.sh", "content": "#!/bin/sh\necho one\n", "mode": "755"},
+            {"path": "/workspace/other", "content": ""},
+        ]
+        assert (await done(client, "write_files", **name, files=files))["written"] == 2
+        edit = {**name, "path": "/workspace/run.sh", "old": "echo one", "new": "seq 70000"}
+        assert (await done(client, "edit_file", **edit))["first_line"] == 2
+        assert (await refused(client, "edit_file", **edit)).startswith("text_not_found: ")
+        image = r"printf '\211PNG\r\n\032\n' > p.png; head -c 90000 /dev/urandom >> p.png"
+        ran = await done(client, "exec", **name, command=f"./run.sh > numbers; {image}")
+        assert ran["sandbox"].startswith("running, ends in ")
+        numbers = {**name, "path": "/workspace/numbers"}
+        for asked, content in (
+            ({"line": 69_999, "lines": 1}, "69999\n"),
+            ({"line": -1}, "70000\n"),
+            ({"offset": -6}, "70000\n"),
+            ({"offset": 2, "limit": 2}, "2\n"),
+        ):
+            assert (await done(client, "read_file", **numbers, **asked))["content"] == content
+        shown = await client.call_tool("read_file", {**name, "path": "/workspace/p.png"})
+        assert shown.content[0].type == "image"
+        assert shown.structured_content is not None
+        assert shown.structured_content["size"] == 90_008
+        fetched = await done(client, "get_file_url", **numbers)
+        sent = await done(client, "get_file_url", **name, path="/workspace/up", upload=True)
+        whole = httpx.get(fetched["url"], trust_env=False).content
+        assert whole.endswith(b"\n70000\n")
+        assert httpx.put(sent["url"], content=whole, trust_env=False).is_success
+        same = await done(client, "exec", **name, command="cmp up numbers && echo same")
+        assert same["stdout"] == "same\n"
+        await done(client, "terminate_sandbox", **name)
+        said = await refused(client, "list_files", sandbox_id=box["id"])
+        assert "terminated on request" in said
+
+
 async def test_a_failing_recipe_is_explained(connect: Connect, templates: Templates) -> None:
     async with connect() as client:
         made = await done(

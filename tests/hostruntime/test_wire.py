@@ -32,6 +32,8 @@ from hostruntime.wire.commands import Exec, ExecFrame, Quota, RefusedRequest, Ru
 from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryEntry,
+    EditedFile,
+    EditFile,
     FilePart,
     FileStat,
     MakeDirectory,
@@ -150,6 +152,8 @@ MESSAGES: list[Message] = [
     MakeDirectory("/a", parents=False),
     MoveFile("/a", "/b"),
     WrittenFile("/a", 5),
+    EditFile("/a", "alt", "größe\n", None),
+    EditedFile("/a", 5, 2, 1),
     FilePart(FileStat("/workspace/a", exists=True, size=9), 3, 4),
     FileStat("/a", exists=False),
     ENTRY,

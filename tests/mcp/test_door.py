@@ -90,8 +90,12 @@ async def test_there_is_no_stream_and_no_session_to_end(key: str, method: str) -
     assert answer.headers["allow"] == "POST"
 
 
-async def test_answers_carry_the_consoles_headers_and_no_session(key: str) -> None:
-    answer = await asked(key)
+async def test_answers_carry_the_consoles_headers_and_a_session_that_nobody_keeps(
+    key: str,
+) -> None:
+    sessions = {(await asked(key)).headers["mcp-session-id"] for _ in "12"}
+    assert len(sessions) == 2
+    answer = await asked(key, LIST, **{"MCP-Session-Id": "of another server"})
     assert answer.status_code == 200
     assert answer.headers["cache-control"] in {"no-store", "no-cache, no-transform"}
     assert "default-src 'none'" in answer.headers["content-security-policy"]

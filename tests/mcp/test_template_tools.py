@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -71,6 +72,8 @@ async def test_the_making_of_an_image_is_told_as_it_goes(monkeypatch: pytest.Mon
         yield [Event(500, "capture", now, {}), Event(501, "published", now, {})]
 
     class Listener:
+        request_context = SimpleNamespace(meta={})
+
         async def report_progress(self, progress: float, total: float, message: str) -> None:
             heard.append((progress, total, message))
 

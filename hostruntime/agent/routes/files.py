@@ -22,6 +22,7 @@ from hostruntime.errors import InvalidRequest
 from hostruntime.sandbox.manager import SandboxManager
 from hostruntime.wire.files import (
     DirectoryEntries,
+    EditFile,
     FileStat,
     MakeDirectory,
     MoveFile,
@@ -51,6 +52,10 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
         await files.move(name, message.source, message.destination)
         return JSONResponse({"path": message.destination})
 
+    async def edit(request: Request) -> Response:
+        message = await read_message(request, EditFile)
+        return respond(await files.edit(sandboxes.container_name(path_parameter(request)), message))
+
     async def stat(request: Request) -> Response:
         name = sandboxes.container_name(path_parameter(request))
         return respond(await files.stat(name, query_parameter(request, "path")))
@@ -60,6 +65,7 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
         Route(_FILES, delete, methods=["DELETE"]),
         Route(f"{_FILES}/mkdir", mkdir, methods=["POST"]),
         Route(f"{_FILES}/move", move, methods=["POST"]),
+        Route(f"{_FILES}/edit", edit, methods=["POST"]),
         Route(f"{_FILES}/stat", stat),
     ]
 

@@ -8,7 +8,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from hostruntime.agent.requests import path_parameter, query_integer, query_parameter
+from hostruntime.agent.requests import (
+    path_parameter,
+    query_integer,
+    query_number,
+    query_parameter,
+)
 from hostruntime.agent.responses import respond
 from hostruntime.agent.routes.files import FileResponse, stat_headers
 from hostruntime.container.files import FileService
@@ -24,13 +29,13 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
     transfers = TransferService(files)
 
     async def download(request: Request) -> Response:
-        """The bytes of a file from ``first`` to ``last``; ``X-File-*`` headers describe them.
+        """The bytes of a file that a ``WantedPart`` names; ``X-File-*`` headers describe them.
 
         In chunks, without a Content-Length: if the file is cut meanwhile, there are fewer.
         """
         name = sandboxes.container_name(path_parameter(request))
         path = query_parameter(request, "path")
-        wanted = WantedPart(query_integer(request, "first"), query_integer(request, "last"))
+        wanted = _wanted(request)
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(transfers.download(name, path, wanted))
             headers = {
@@ -52,3 +57,10 @@ def routes(sandboxes: SandboxManager, files: FileService) -> list[Route]:
         )
 
     return [Route(_TRANSFER, download), Route(_TRANSFER, upload, methods=["PUT"])]
+
+
+def _wanted(request: Request) -> WantedPart:
+    names = ("first", "last", "lines", "most")
+    numbers = {name: query_integer(request, name) for name in names}
+    line = query_number(request, "line", 0)
+    return WantedPart(**numbers, line=int(line) or None)
