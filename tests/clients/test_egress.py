@@ -79,11 +79,11 @@ def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -
     assert (first["host"], first["reason"]) == (UNLISTED, "not_listed")
     assert UNLISTED in str(first["message"])
     assert all(use["allowed"] for use in others)
-    direct = "exec 3<>/dev/tcp/192.0.2.1/443"
+    direct = "exec 3<>/dev/tcp/198.51.100.1/443"
     tried = "".join(part.data for part in sandbox.exec_stream(f"bash -c '{direct}'"))
-    assert "192.0.2.1:443 (past the proxy)" in tried
+    assert "198.51.100.1:443 (past the proxy)" in tried
     assert UNLISTED not in tried
-    assert "192.0.2.1" not in sandbox.exec("false").stderr
+    assert "198.51.100.1" not in sandbox.exec("false").stderr
 
 
 def test_a_list_of_ones_own_replaces_the_default_one(sandboxes: Sandboxes) -> None:
