@@ -5,8 +5,9 @@ controllers are v1 hierarchies and a unified one without controllers is on
 ``/sys/fs/cgroup/unified``; and *v1* alone, which this runtime refuses, because only the unified
 hierarchy can kill a process tree that forks as it is being killed (``cgroup.kill``, Linux 5.14).
 
-In every hierarchy the groups of instance 0 are below ``ork0``: a container's group has its name,
-its LXC monitor's has the prefix ``mon-``.  A command gets its own child group in the unified one.
+The groups of instance 0 are below ``ork0``: a container's group has its name, its LXC monitor's has
+the prefix ``mon-``.  There is one of each in every hierarchy that limits something
+(:meth:`CgroupLayout.unused`), and a child of the container's for each command in the unified one.
 Where systemd owns a v2 hierarchy, ``ork0`` is a unit that systemd has delegated
 (:mod:`hostruntime.container.delegation`): ``orkestr.slice/ork0.service``.
 """
