@@ -7,14 +7,19 @@
      │   └─ CwdNotFound          400 cwd_not_found       the working directory does not exist
      ├─ NotFound                 404 not_found           no such sandbox, build, image or file
      │   ├─ ImageNotFound        404 image_not_found
-     │   └─ VolumeMissing        404 volume_missing      its data is not on this host (any more)
+     │   ├─ VolumeMissing        404 volume_missing      its data is not on this host (any more)
+     │   └─ ContextNotFound      404 context_not_found   the sandbox has no such context
      ├─ Conflict                 409 conflict            it exists, but not in the right state
      │   ├─ ContainerGone        409 container_gone      the container is not running (any more)
      │   ├─ PortClosed           409 port_closed         nothing inside listens on the port
      │   ├─ VolumeInUse          409 volume_in_use       another sandbox has it
      │   ├─ VolumeDamaged        409 volume_damaged      its file system cannot be repaired
      │   ├─ FileConflict         409 file_conflict       e.g. a directory where a file is needed
-     │   └─ TextNotFound         409 text_not_found      to replace in a file
+     │   ├─ TextNotFound         409 text_not_found      to replace in a file
+     │   ├─ InterpreterUnavailable 409 interpreter_unavailable   the image has no such kernel
+     │   ├─ KernelFailed         409 kernel_failed       a kernel could not be started
+     │   ├─ ContextBusy          409 context_busy        it runs something else all that time
+     │   └─ TooManyContexts      409 too_many_contexts   of one sandbox
      ├─ FileTooLarge             413 file_too_large
      ├─ RangeNotSatisfiable      416 range_not_satisfiable   (+ ``size``) of the file in bytes
      ├─ ExecTimeout              408 exec_timeout        exceeded its time limit and was killed
@@ -107,6 +112,12 @@ class VolumeMissing(NotFound):
     code = "volume_missing"
 
 
+class ContextNotFound(NotFound):
+    """The sandbox has no context of the code interpreter with this id."""
+
+    code = "context_not_found"
+
+
 class Conflict(HostError):
     """The object exists but is not in a state that allows this."""
 
@@ -166,6 +177,30 @@ class TextNotFound(Conflict):
     """A file does not have the text that was to be replaced, or not as often as it was to be."""
 
     code = "text_not_found"
+
+
+class InterpreterUnavailable(Conflict):
+    """The image has no Jupyter kernel for the language."""
+
+    code = "interpreter_unavailable"
+
+
+class KernelFailed(Conflict):
+    """A kernel of the image could not be started, or did not answer."""
+
+    code = "kernel_failed"
+
+
+class ContextBusy(Conflict):
+    """A context runs something else, and did for as long as the caller would wait."""
+
+    code = "context_busy"
+
+
+class TooManyContexts(Conflict):
+    """The sandbox has as many contexts as it may."""
+
+    code = "too_many_contexts"
 
 
 class FileTooLarge(HostError):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self, cast
 from urllib.parse import urlencode
 
 from hostruntime.client import calls
-from hostruntime.client.calls import Call
+from hostruntime.client.calls import KERNEL_SECONDS, Call
 from hostruntime.client.connection import AgentConnection, AgentConnections
 from hostruntime.client.transport import (
     ExecCollector,
@@ -34,6 +34,7 @@ from hostruntime.host.patience import scaled
 from hostruntime.wire.background import CommandFrame, FollowCommand
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
 from hostruntime.wire.files import FilePart, WantedPart, WrittenFile
+from hostruntime.wire.interpreter import CodeFrame, RunCode
 from hostruntime.wire.message import encode
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
@@ -103,6 +104,19 @@ class AsyncHostClient:
             async for frame in stream:
                 collected.add(frame)
         return collected.result()
+
+    async def code_frames(self, sandbox_id: str, request: RunCode) -> AsyncIterator[CodeFrame]:
+        """Run code in a kernel, yielding its frames; close the iterator early to interrupt it.
+
+        A frame of kind ``done`` is the last.  Raises only errors from before the code ran; one that
+        a first kernel has to be started for can take a minute.
+        """
+        path, body = f"/sandboxes/{sandbox_id}/code", encode(request)
+        silence = KERNEL_SECONDS + request.timeout_seconds
+        async with self._send("POST", path, body, silence) as connection:
+            async for line in connection.lines():
+                if line.strip():
+                    yield parse(CodeFrame, line)
 
     async def follow_command(
         self, sandbox_id: str, command_id: str, request: FollowCommand

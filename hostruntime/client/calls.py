@@ -24,6 +24,7 @@ from hostruntime.wire.files import (
     WrittenFile,
 )
 from hostruntime.wire.images import BaseInfo, Bases
+from hostruntime.wire.interpreter import ContextInfo, ContextList, CreateContext
 from hostruntime.wire.message import Message, encode
 from hostruntime.wire.sandboxes import (
     CollectedUsage,
@@ -44,6 +45,8 @@ DEFAULT_MAX_FILE_BYTES = 16 * 1024 * 1024
 SILENCE_SECONDS = 60.0
 # A whole disk is copied before the answer is sent.
 COPY_SECONDS = 600.0
+# A kernel that has to be started first.
+KERNEL_SECONDS = 180.0
 
 
 class Answer(Protocol):
@@ -163,6 +166,32 @@ def command_output(
     query = {"offset": offset} | ({} if max_bytes is None else {"max_bytes": max_bytes})
     path = f"/sandboxes/{sandbox_id}/commands/{command_id}/output"
     return Call("GET", path, message(CommandOutput), query=query)
+
+
+def create_context(sandbox_id: str, request: CreateContext) -> Call[ContextInfo]:
+    """The call of ``create_context``."""
+    path, content = f"/sandboxes/{sandbox_id}/contexts", encode(request)
+    return Call("POST", path, message(ContextInfo), content, silence_seconds=KERNEL_SECONDS)
+
+
+def contexts(sandbox_id: str) -> Call[list[ContextInfo]]:
+    """The call of ``contexts``."""
+
+    def read(answer: Answer) -> list[ContextInfo]:
+        return list(parse(ContextList, answer.content).contexts)
+
+    return Call("GET", f"/sandboxes/{sandbox_id}/contexts", read)
+
+
+def restart_context(sandbox_id: str, context_id: str) -> Call[ContextInfo]:
+    """The call of ``restart_context``."""
+    path, read = f"/sandboxes/{sandbox_id}/contexts/{context_id}/restart", message(ContextInfo)
+    return Call("POST", path, read, silence_seconds=KERNEL_SECONDS)
+
+
+def remove_context(sandbox_id: str, context_id: str) -> Call[None]:
+    """The call of ``remove_context``."""
+    return Call("DELETE", f"/sandboxes/{sandbox_id}/contexts/{context_id}", nothing)
 
 
 def usage(sandbox_id: str | None = None) -> Call[list[UsageInfo]]:

@@ -44,6 +44,7 @@ from hostruntime.wire.health import (
     Health,
 )
 from hostruntime.wire.images import BaseInfo, ImageInfo, Images, ImageUsage, Progress
+from hostruntime.wire.interpreter import ContextInfo, CreateContext
 from hostruntime.wire.message import Message, encode
 from hostruntime.wire.reconciliation import (
     Agree,
@@ -258,6 +259,28 @@ class HostClient:
         """A part of what a background command has printed; all that is kept, by default."""
         call = calls.command_output(sandbox_id, command_id, offset, max_bytes=max_bytes)
         return self._perform(call)
+
+    # Code interpreter ----------------------------------------------------------------------
+
+    def create_context(self, sandbox_id: str, request: CreateContext) -> ContextInfo:
+        """Start a context; the same id again returns that context.
+
+        Raises NotFound, ContainerGone, ContainerPaused, InterpreterUnavailable, KernelFailed,
+        TooManyContexts, CwdNotFound, Exhausted; then nothing was started.
+        """
+        return self._perform(calls.create_context(sandbox_id, request))
+
+    def contexts(self, sandbox_id: str) -> list[ContextInfo]:
+        """A sandbox's contexts, the newest first."""
+        return self._perform(calls.contexts(sandbox_id))
+
+    def restart_context(self, sandbox_id: str, context_id: str) -> ContextInfo:
+        """Give a context a new kernel.  Raises ContextNotFound, and like create_context."""
+        return self._perform(calls.restart_context(sandbox_id, context_id))
+
+    def remove_context(self, sandbox_id: str, context_id: str) -> None:
+        """End a context.  Raises ContextNotFound, ContainerGone, ContainerPaused."""
+        self._perform(calls.remove_context(sandbox_id, context_id))
 
     # Usage ---------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ class Attachments:
 
         Raises EnteringFailed, DescriptorsLost, OSError.
         """
-        if len(fds) != supervisor.DESCRIPTOR_COUNT:
+        if len(fds) not in supervisor.DESCRIPTOR_COUNTS:
             raise DescriptorsLost("The launcher has no room for descriptors.")
         supervisor.fork(self._doorway(str(message["name"])), self.confinement, message, fds)
         return {}

@@ -339,9 +339,10 @@ class LauncherPool:
         That is nothing if it died.  It comes in one piece, and its end is not waited for: what is
         being started has the pipe, too, and somebody inside can stop that before it is closed.
 
-        ``fds`` are the log, the status file and the other end of the pipe; they are closed, and
-        removed from the list, on every path.  Waits while the container's gate is closed.  Raises
-        ContainerPaused, AtLimit, HostFault, LauncherLost, TimeoutError.
+        ``fds`` are the log, the status file, the other end of the pipe, and perhaps what the
+        command reads; they are closed, and removed from the list, on every path.  Waits while the
+        container's gate is closed.  Raises ContainerPaused, AtLimit, HostFault, LauncherLost,
+        TimeoutError.
         """
         name = str(message["name"])
         request = {"do": "supervise", **message}

@@ -36,11 +36,11 @@ from hostruntime.container.inside_exec import Command, become_command
 from hostruntime.container.inside_files import keep_only
 from hostruntime.host import kernel
 
-DESCRIPTOR_COUNT = 3
-"""The log, the status file, and a pipe for the answer."""
+DESCRIPTOR_COUNTS = (3, 4)
+"""The log, the status file, a pipe for the answer, and perhaps what the command reads."""
 _TITLE = "orkestr hostruntime.container.supervisor"
 # Behind the standard descriptors, in this order.
-_INIT, _LOG, _STATUS, _ANSWER = range(3, 7)
+_INIT, _LOG, _STATUS, _ANSWER, _INPUT = range(3, 8)
 # A flood of output must not be worth a core, nor the host's disk: a command that prints more than
 # this waits. It is twice what is kept.
 _BYTES_PER_SECOND = 8 * 1024 * 1024
@@ -85,22 +85,28 @@ def _run(
         keep_only(doorway.pidfd, *fds)
         # A collection would write to every page that is still shared with the launcher.
         gc.disable()
-        _serve(Doorway(_INIT, doorway.groups), confinement, message)
+        stdin = _INPUT if len(fds) == max(DESCRIPTOR_COUNTS) else 0
+        _serve(Doorway(_INIT, doorway.groups), confinement, message, stdin)
     finally:
         os._exit(1)
 
 
-def _serve(doorway: Doorway, confinement: Confinement, message: Mapping[str, Any]) -> None:
+def _serve(
+    doorway: Doorway, confinement: Confinement, message: Mapping[str, Any], stdin: int
+) -> None:
     groups = cgroup_layout().container(str(message["name"]))
     try:
         # First: from here on, whatever ends the container ends this as well.
         for group in groups.monitor_groups():
             (group / "cgroup.procs").write_text(str(os.getpid()))
-        supervised, refusal = _start(doorway, confinement, message, groups)
+        supervised, refusal = _start(doorway, confinement, message, groups, stdin)
     except (EnteringFailed, OSError) as error:
         _answer({"error": f"{type(error).__name__}: {error}"})
         return
     os.close(_INIT)
+    if stdin:
+        # It is the command's alone: what it listens on ends with it.
+        os.close(stdin)
     # Not earlier: the command would have it, too.
     os.nice(_NICE)
     if refusal.get("code") == "cwd_not_found":
@@ -121,7 +127,11 @@ def _answer(answer: Mapping[str, Any]) -> None:
 
 
 def _start(
-    doorway: Doorway, confinement: Confinement, message: Mapping[str, Any], groups: ContainerGroups
+    doorway: Doorway,
+    confinement: Confinement,
+    message: Mapping[str, Any],
+    groups: ContainerGroups,
+    stdin: int,
 ) -> tuple[_Supervised, dict[str, str]]:
     """Start the command; why it could not be run is in the second item, else that is empty."""
     out, out_in = os.pipe()
@@ -131,7 +141,7 @@ def _start(
         argv=[str(word) for word in message["argv"]],
         cwd=str(message["cwd"]),
         env={str(key): str(value) for key, value in message["env"].items()},
-        stdin=0,
+        stdin=stdin,
         stdout=out_in,
         stderr=out_in,
         gate=gate,

@@ -177,7 +177,7 @@ class BackgroundCommands:
         if record is None:
             raise NotFound(f"The sandbox has no command {command_id[:80]!r}; it may be forgotten.")
         # In this order: a supervisor writes the status before it lets go of the file.
-        active = _is_locked(directory / _STATUS)
+        active = is_locked(directory / _STATUS)
         status = _read(directory / _STATUS, _STATUSES) or Status()
         if not active:
             _tidy(self._group(sandbox_id, command_id), lost=status.status is None)
@@ -396,7 +396,7 @@ class BackgroundCommands:
         groups = self._groups(sandbox_id)
         group = groups.background_group(command_id)
         directory = self._directory(sandbox_id, command_id)
-        starting = _is_locked(directory / _STATUS)
+        starting = is_locked(directory / _STATUS)
         shutil.rmtree(directory, ignore_errors=True)
         self._log(sandbox_id, command_id).unlink(missing_ok=True)
         if kill or starting:
@@ -454,7 +454,7 @@ def _read[T](path: Path, kind: TypeAdapter[T]) -> T | None:
         return None
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a supervisor has the status file open."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

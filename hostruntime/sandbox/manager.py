@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from hostruntime.network.slots import Slot
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
 from hostruntime.sandbox.history import Gauges
+from hostruntime.sandbox.interpreter import Access, Interpreter
 from hostruntime.sandbox.metrics import read_gauges
 from hostruntime.sandbox.record import (
     RECORD_FILE,
@@ -67,6 +68,7 @@ from hostruntime.volume.manager import VolumeManager
 from hostruntime.volume.store import VolumeStore
 from hostruntime.wire.background import CommandInfo, StartCommand
 from hostruntime.wire.commands import Exec, Quota
+from hostruntime.wire.interpreter import CodeFrame, RunCode
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
 SWEEP_SECONDS = 0.5
@@ -89,6 +91,7 @@ class SandboxManager:
     warm: WarmPool = field(init=False)
     volumes: VolumeManager = field(init=False)
     background: BackgroundCommands = field(init=False)
+    interpreter: Interpreter = field(init=False)
     commands: RunningCommands = field(default_factory=RunningCommands)
     changes: Changes = field(default_factory=Changes)
     refusals: Refusals = lambda _owner, _since: ()
@@ -112,6 +115,7 @@ class SandboxManager:
         self.background = BackgroundCommands(self.paths, self.containers)
         store = VolumeStore(self.paths, self.containers.instance, self.store.trash)
         self.volumes = VolumeManager(store)
+        self.interpreter = Interpreter(self.paths, self.containers)
 
     # Lifecycle of the manager --------------------------------------------------------------
 
@@ -126,6 +130,7 @@ class SandboxManager:
         await in_thread(self.usage.recover, running)
         for sandbox_id in running:
             await self.background.recover(sandbox_id)
+            await in_thread(self.interpreter.recover, sandbox_id)
 
     def _load_records(self) -> Sandboxes:
         """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
@@ -377,11 +382,29 @@ class SandboxManager:
         )
         if sandbox.request.network == "restricted":
             frames = with_refusals(frames, sandbox_id, self.refusals)
-        return self._exec_within_quota(frames, request.quota)
+        return self._within_quota(frames, request.quota)
 
-    async def _exec_within_quota(
-        self, frames: AsyncGenerator[Frame, None], quota: Quota | None
-    ) -> AsyncGenerator[Frame, None]:
+    def run_code(self, sandbox_id: str, request: RunCode) -> AsyncGenerator[CodeFrame, None]:
+        """Run code in a kernel (:meth:`Interpreter.run`).  Raises TooManyCommands, too."""
+        frames = self.interpreter.run(self.code_access(sandbox_id), request)
+        return self._within_quota(frames, request.quota)
+
+    def code_access(self, sandbox_id: str) -> Access:
+        """For the interpreter.  Raises NotFound, ContainerGone, ContainerPaused."""
+        self._usable(sandbox_id)
+        usable = partial(self._holding_usable, sandbox_id)
+        return Access(sandbox_id, usable, partial(self._is_paused, sandbox_id))
+
+    @contextlib.asynccontextmanager
+    async def _holding_usable(self, sandbox_id: str) -> AsyncIterator[Environment]:
+        async with self._locks.holding(sandbox_id):
+            environment = self._environment(self._usable(sandbox_id))
+            check_variable_sizes(environment)
+            yield environment
+
+    async def _within_quota[T](
+        self, frames: AsyncGenerator[T, None], quota: Quota | None
+    ) -> AsyncGenerator[T, None]:
         with self.commands.track(quota):
             async with contextlib.aclosing(frames):
                 async for frame in frames:

@@ -1,8 +1,8 @@
 """The agent's routes, by noun: each reads its request, calls one manager, renders the response.
 
 ``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
-(with their usage and snapshots), ``volumes``, ``commands``, ``background`` ones, ``files``,
-``transfers``, ``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which
+(with their usage and snapshots), ``volumes``, ``commands``, ``background`` ones, ``interpreter``,
+``files``, ``transfers``, ``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which
 :func:`application` turns into responses; once a stream has started, an error can only be a line
 in it.
 """
@@ -22,6 +22,7 @@ from hostruntime.agent.routes import (
     files,
     health,
     images,
+    interpreter,
     reconciliation,
     sandboxes,
     transfers,
@@ -43,6 +44,7 @@ def application(host: Host) -> Starlette:
         *volumes.routes(host.sandboxes.volumes),
         *commands.routes(host.sandboxes),
         *background.routes(host.sandboxes),
+        *interpreter.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),
         *transfers.routes(host.sandboxes, host.containers.files),
         *reconciliation.routes(reconciler),
