@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import Field
 
@@ -343,6 +343,87 @@ class LimitsDetail(TypedDict):
     default_egress_domains: list[str]
     trial_credit_eur: float
     trial_credit_used_eur: float
+
+
+class ContextDetail(TypedDict):
+    """A context of the code interpreter: one kernel."""
+
+    context_id: str
+    language: str
+    cwd: str
+    created_at: Timestamp
+    last_used_at: Timestamp | None
+    executions: Annotated[int, Field(description="Since its kernel was started.")]
+    alive: Annotated[bool, Field(description="Whether its kernel runs; the next run starts one.")]
+
+
+class ContextList(TypedDict):
+    """All contexts, the newest first."""
+
+    contexts: list[ContextDetail]
+
+
+class CodeException(TypedDict):
+    """An exception that the code raised."""
+
+    name: str
+    value: str
+    traceback: list[str]
+
+
+class CodeOutput(TypedDict):
+    """A value or figure; `type` is its richest representation."""
+
+    type: Literal["text", "html", "image_png", "json", "chart"]
+    text: str | None
+    html: str | None
+    svg: str | None
+    png: Annotated[str | None, Field(description="Base64.")]
+    json: Annotated[dict[str, Any] | list[Any] | None, Field(description="As the kernel gave it.")]
+    chart: Annotated[
+        dict[str, Any] | None, Field(description="What a figure of matplotlib shows, as data.")
+    ]
+
+
+class CodeEnd(TypedDict):
+    """How a run ended."""
+
+    error: CodeException | None
+    execution_count: int | None
+    context_id: str
+    duration_ms: int
+    interrupted: Annotated[bool, Field(description="At its timeout; variables are kept.")]
+    restarted: Annotated[bool, Field(description="Its kernel had ended; variables are gone.")]
+    truncated: Annotated[list[str], Field(description="What was cut, as it was too long.")]
+
+
+class CodeResult(CodeEnd):
+    """What came of a run."""
+
+    results: list[CodeOutput]
+    stdout: str
+    stderr: str
+
+
+class CodeEvent(TypedDict):
+    """One event of a run's stream; what it has besides `kind` depends on that."""
+
+    kind: Literal["started", "stream", "result", "error", "done"]
+    stream: NotRequired[Annotated[Literal["stdout", "stderr"], Field(description="`stream`'s.")]]
+    text: NotRequired[Annotated[str, Field(description="Of `stream`.")]]
+    result: NotRequired[Annotated[CodeOutput, Field(description="Of `result`.")]]
+    error: NotRequired[
+        Annotated[CodeException | None, Field(description="Of `error`, and again of `done`.")]
+    ]
+    error_code: NotRequired[
+        Annotated[str, Field(description="Of an `error` that ends the stream: not the code's own.")]
+    ]
+    context_id: NotRequired[Annotated[str, Field(description="Of `started` and `done`.")]]
+    restarted: NotRequired[Annotated[bool, Field(description="Of `started` and `done`.")]]
+    execution_count: NotRequired[Annotated[int | None, Field(description="Of `done`.")]]
+    duration_ms: NotRequired[Annotated[int, Field(description="Of `done`.")]]
+    interrupted: NotRequired[Annotated[bool, Field(description="Of `done`.")]]
+    truncated: NotRequired[Annotated[list[str], Field(description="Of `done`.")]]
 
 
 class PreviewHost(TypedDict):

@@ -259,9 +259,7 @@ async def event_stream(
                 if not next_frame.done() or monotonic() >= trusted_until:
                     if error := await in_thread(access_error, request, scope):
                         frames.close_reason = error.detail
-                        yield encode_event(
-                            {"kind": "error", "code": error.code, "message": error.detail}
-                        )
+                        yield encode_event(frames.error_frame(error.code, error.detail))
                         return
                     trusted_until = monotonic() + KEEP_ALIVE_SECONDS
                 if not next_frame.done():

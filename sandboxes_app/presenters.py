@@ -13,12 +13,15 @@ from django.utils.http import content_disposition_header
 from hostruntime.wire.background import CommandInfo
 from hostruntime.wire.files import DirectoryListing, FileContent, FilePart, FileStat
 from hostruntime.wire.health import EgressHost
+from hostruntime.wire.interpreter import ContextInfo
 from orkestr_console.http.json_api import timestamp
 from orkestr_console.http.ranges import content_range
 from orkestr_console.http.uploads import PREFIX
 from sandboxes_app.answers import (
     BatchResults,
+    CodeResult,
     CommandDetail,
+    ContextDetail,
     DirectoryEntry,
     EgressHostList,
     ExecResult,
@@ -39,11 +42,14 @@ from sandboxes_app.models import Sandbox, Snapshot, Volume
 from sandboxes_app.services import (
     Address,
     BatchRow,
+    CodeAnswer,
     CommandLogs,
     ExecAnswer,
     Limits,
     Metrics,
     TemplateUse,
+    code_end,
+    code_result,
     preview_host_base,
     preview_token,
 )
@@ -226,6 +232,31 @@ def command_detail(command: CommandInfo) -> CommandDetail:
         "out_of_memory": command.out_of_memory,
         "duration_ms": command.duration_ms,
         "started_at": unix_timestamp(command.started_at),
+    }
+
+
+def context_detail(context: ContextInfo) -> ContextDetail:
+    """A context of the code interpreter."""
+    used_at = context.last_used_at
+    return {
+        "context_id": context.id,
+        "language": context.language,
+        "cwd": context.cwd,
+        "created_at": unix_timestamp(context.created_at),
+        "last_used_at": None if used_at is None else unix_timestamp(used_at),
+        "executions": context.executions,
+        "alive": context.alive,
+    }
+
+
+def code_answer(answer: CodeAnswer) -> CodeResult:
+    """What came of a run."""
+    results = [each.result for each in answer.frames if each.result is not None]
+    return {
+        "results": [code_result(each) for each in results],
+        "stdout": answer.printed("stdout"),
+        "stderr": answer.printed("stderr"),
+        **code_end(answer.last, answer.error),
     }
 
 

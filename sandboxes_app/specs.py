@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
+from hostruntime.wire.interpreter import MAX_CODE_CHARACTERS
 from hostruntime.wire.volumes import MAX_SIZE_MB
 from orkestr_console.core.allowlist import Allowlist
 from orkestr_console.core.environment import Environment
@@ -39,6 +40,9 @@ MIN_TIMEOUT_SECONDS = 10
 DEFAULT_SIZE_MB = 10_240
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 MAX_EXEC_SECONDS = 3600
+
+# What else languages are called.
+LANGUAGES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript"}
 
 Size = Literal["small", "medium", "large"]
 Network = Literal["off", "restricted", "open"]
@@ -270,6 +274,46 @@ class ExecSpec(BackgroundSpec):
         default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds after which it is stopped."
     )
     stream: bool = Field(default=False, description="Whether to answer with events while it runs.")
+
+
+def spoken_language(language: str) -> str:
+    """A language as kernels name it."""
+    language = language.lower()
+    return LANGUAGES.get(language, language)
+
+
+Language = Annotated[
+    str,
+    Field(
+        max_length=32,
+        pattern=r"^[A-Za-z][A-Za-z0-9+#._-]*$",
+        description="A language that the image has a Jupyter kernel for.",
+    ),
+    AfterValidator(spoken_language),
+]
+
+
+class ContextSpec(Spec):
+    """A context to create: a kernel of its own."""
+
+    language: Language = "python"
+    cwd: Path = Field(default="/workspace", description="Where its kernel starts.")
+
+
+class CodeSpec(Spec):
+    """Code to run in a kernel, which keeps its variables; interrupted after ``timeout_seconds``."""
+
+    code: str = Field(max_length=MAX_CODE_CHARACTERS, description="The code.")
+    language: Language = "python"
+    context_id: str | None = Field(
+        default=None,
+        max_length=64,
+        description="A context, which has its own language; by default the language's own one.",
+    )
+    timeout_seconds: int = Field(
+        default=60, ge=1, le=MAX_EXEC_SECONDS, description="Seconds until it is interrupted."
+    )
+    stream: bool = False
 
 
 class TimeoutSpec(Spec):

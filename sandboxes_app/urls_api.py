@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.urls import path
 
 from orkestr_console.http.decorators import methods
-from sandboxes_app import api, background_api, files_api, volume_api
+from sandboxes_app import api, background_api, files_api, interpreter_api, volume_api
 
 one = "sandboxes/<str:sandbox_id>"
 
@@ -42,6 +42,16 @@ urlpatterns = [
         methods(GET=background_api.get_command, DELETE=background_api.kill_command),
     ),
     path(f"{one}/commands/<str:command_id>/logs", methods(GET=background_api.read_logs)),
+    path(f"{one}/code", methods(POST=interpreter_api.run_code)),
+    path(
+        f"{one}/code/contexts",
+        methods(GET=interpreter_api.list_contexts, POST=interpreter_api.create_context),
+    ),
+    path(f"{one}/code/contexts/<str:context_id>", methods(DELETE=interpreter_api.remove_context)),
+    path(
+        f"{one}/code/contexts/<str:context_id>/restart",
+        methods(POST=interpreter_api.restart_context),
+    ),
     path(
         f"{one}/files",
         methods(GET=files_api.read_path, POST=files_api.write_file, DELETE=files_api.delete_path),

@@ -21,7 +21,6 @@ from orkestr_console.core.errors import (
     to_response,
 )
 from orkestr_console.core.postgres import unavailable
-from orkestr_console.http.contract import missing_route
 from orkestr_console.http.decorators import authenticate
 from orkestr_console.http.describing import describe
 from orkestr_console.http.readiness import is_ready, readiness
@@ -94,7 +93,7 @@ def unknown_route(request: HttpRequest) -> HttpResponse:
         return to_json_response(NotFound(OTHER_SERVICE))
     authenticate(request)
     # Not raised, which would take longer than all the rest.
-    return to_json_response(missing_route(request.path_info))
+    return to_json_response(NotFound("This console has no such API route."))
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:

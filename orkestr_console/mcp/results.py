@@ -158,6 +158,15 @@ class ExecResult(Result):
     refused_hosts: list[str] | None = None
 
 
+class CodeRun(Result):
+    """Code that has run. Figures are images beside this."""
+
+    output: str
+    context_id: str
+    duration_ms: int
+    sandbox: str
+
+
 class BackgroundCommand(Result):
     """A command that runs in the background, or did; ``signal`` ended it."""
 

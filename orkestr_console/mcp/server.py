@@ -14,6 +14,7 @@ from orkestr_console.core.errors import NotFound
 from orkestr_console.mcp import (
     command_tools,
     file_tools,
+    interpreter_tools,
     sandbox_tools,
     snapshot_tools,
     template_tools,
@@ -39,6 +40,7 @@ TOOLS: list[ConsoleTool] = [
     *sandbox_tools.TOOLS,
     *command_tools.TOOLS,
     *file_tools.TOOLS,
+    *interpreter_tools.TOOLS,
     *snapshot_tools.TOOLS,
     *volume_tools.TOOLS,
 ]

@@ -155,12 +155,14 @@ def exec_request(sandbox: Sandbox, spec: ExecSpec, quota: Quota) -> Exec:
     )
 
 
-def record_abandoned(actor: Actor, sandbox: Sandbox, reason: str) -> None:
+def record_abandoned(
+    actor: Actor, sandbox: Sandbox, reason: str, action: str = "sandbox.exec"
+) -> None:
     """Record in the audit log that a command was killed because nobody waits for it."""
     persistently(
         lambda: audit.record(
             actor,
-            "sandbox.exec",
+            action,
             kind="sandbox",
             object_id=sandbox.pk,
             name=sandbox.template_name,
@@ -230,6 +232,10 @@ class CommandStream(AsyncGenerator[dict[str, Any]]):
         stream = cls(exec_frames(command))
         stream._frames = recording_abandonment(command, stream._frames, stream)
         return stream
+
+    def error_frame(self, code: str, detail: str) -> dict[str, Any]:
+        """The frame that ends the stream with an error of the service's."""
+        return {"kind": "error", "code": code, "message": detail}
 
     async def asend(self, value: None) -> dict[str, Any]:
         """The next frame."""
