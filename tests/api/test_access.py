@@ -15,6 +15,7 @@ from tests.fakes.host import FakeHost
 TEMPLATE = "/v1/templates/tmpl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SANDBOX = "/v1/sandboxes/sbx_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 COMMAND = f"{SANDBOX}/commands/cmd_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+CONTEXT = f"{SANDBOX}/code/contexts/ctx_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 WEBHOOK = "/v1/sandboxes/webhooks/whk_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 VOLUME = "/v1/sandboxes/volumes/vol_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
@@ -36,6 +37,10 @@ ROUTES = {
     f"{SANDBOX}/commands": ("GET", "POST"),
     COMMAND: ("GET", "DELETE"),
     f"{COMMAND}/logs": ("GET",),
+    f"{SANDBOX}/code": ("POST",),
+    f"{SANDBOX}/code/contexts": ("GET", "POST"),
+    CONTEXT: ("DELETE",),
+    f"{CONTEXT}/restart": ("POST",),
     f"{SANDBOX}/egress": ("GET",),
     f"{SANDBOX}/metrics": ("GET",),
     f"{SANDBOX}/host": ("GET",),
@@ -58,12 +63,6 @@ ROUTES = {
     "/v1/sandboxes/snapshots": ("GET",),
     "/v1/sandboxes/snapshots/snap_01ARZ3NDEKTSV4RRFFQ69G5FAV": ("GET", "DELETE"),
 }
-# Known to clients, and not in this release: no 404, which they take for a sandbox that is gone.
-LATER = {
-    f"{SANDBOX}/code": "POST",
-    f"{SANDBOX}/code/contexts": "GET",
-    f"{SANDBOX}/code/contexts/ctx_1/restart": "POST",
-}
 # By nobody, and never.
 UNKNOWN = ("/v1/nothing", "/v1/", "/v1/sandboxes/a/b/c", f"{SANDBOX}/volumes", f"{SANDBOX}/codex")
 CALLS = [(path, method) for path, methods in ROUTES.items() for method in methods]
@@ -75,7 +74,7 @@ SIGNED = ("transfers/<str:address>",)
 # It is the same for everybody.
 PUBLIC = ("openapi.json",)
 # To cancel takes no body, so none is read.
-BODYLESS = ("cancel", "pause", "resume", "enable", "test")
+BODYLESS = ("cancel", "pause", "resume", "restart", "enable", "test")
 BODIES = [
     path
     for path, methods in ROUTES.items()
@@ -157,15 +156,6 @@ def test_a_body_that_is_no_json_object_is_refused(
 @pytest.mark.parametrize("path", BODIES)
 def test_a_form_is_not_json(api: Client, host: FakeHost, path: str) -> None:
     refusal(api.post(path, {"name": "x"}), 415, "unsupported_media_type")
-
-
-@pytest.mark.parametrize(("path", "method"), LATER.items())
-def test_what_this_server_does_not_offer_is_said(
-    api: Client, anonymous_api: Client, host: FakeHost, path: str, method: str
-) -> None:
-    code = "interpreter_unavailable" if "/code" in path else "unsupported"
-    refusal(call(api, path, method), 400, code)
-    refusal(call(anonymous_api, path, method), 401, "unauthenticated")
 
 
 @pytest.mark.parametrize("path", UNKNOWN)

@@ -45,7 +45,7 @@ def specs(call: Call) -> set[type[BaseModel]]:
 
 
 # Views whose bodies are read by what comes before them.
-FIRST = {"exec_command": ("begin_command",)}
+FIRST = {"exec_command": ("begin_command",), "run_code": ("begin_code",)}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)

@@ -46,6 +46,7 @@ from hostruntime.wire.sandboxes import (
 from tests.fakes.background import FakeBackground
 from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
+from tests.fakes.interpreter import FakeInterpreter
 from tests.fakes.keeping import FakeKeeping
 from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.transfers import FakeTransfers
@@ -78,6 +79,7 @@ class FakeSandbox:
 
 class FakeHost(
     FakeCommands,
+    FakeInterpreter,
     FakeBackground,
     FakeTransfers,
     FakeSnapshots,

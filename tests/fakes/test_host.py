@@ -22,6 +22,7 @@ def test_it_has_all_that_services_call() -> None:
     called |= {"create_snapshot", "snapshots", "delete_snapshot"}
     called |= {"start_command", "background_commands", "command", "kill_command"}
     called |= {"command_output"}
+    called |= {"create_context", "contexts", "restart_context", "remove_context"}
     assert called <= set(SHARED)
 
 
@@ -39,7 +40,7 @@ def test_what_is_streamed_has_the_signature_of_the_async_clients() -> None:
     assert inspect.signature(FakeHost.follow_command) == inspect.signature(
         AsyncHostClient.follow_command
     )
-    for name in ("read_part", "write_stream"):
+    for name in ("read_part", "write_stream", "code_frames"):
         assert inspect.signature(getattr(FakeHost, name)) == inspect.signature(
             getattr(AsyncHostClient, name)
         )

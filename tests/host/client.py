@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
 
 from hostruntime.client import host_client
 from hostruntime.client.async_host_client import with_output_limit
 from hostruntime.client.transport import ExecCollector
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
+from hostruntime.wire.interpreter import CodeFrame, RunCode
 
 
 class HostClient(host_client.HostClient):
@@ -19,6 +21,10 @@ class HostClient(host_client.HostClient):
         for frame in self._lines(ExecFrame, "POST", path, with_output_limit(request)):
             collected.add(frame)
         return collected.result()
+
+    def code_frames(self, sandbox_id: str, request: RunCode) -> Generator[CodeFrame]:
+        """``AsyncHostClient.code_frames`` for tests without an event loop."""
+        yield from self._lines(CodeFrame, "POST", f"/sandboxes/{sandbox_id}/code", request)
 
     def requested_hosts(self, owner: str, *, direct: bool = False) -> Counter[str]:
         """How often each host was requested; with ``direct``, only past the proxy."""

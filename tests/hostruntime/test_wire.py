@@ -51,6 +51,15 @@ from hostruntime.wire.health import (
     Health,
 )
 from hostruntime.wire.images import BaseInfo, Bases, ImageInfo, Images, ImageUsage, Progress
+from hostruntime.wire.interpreter import (
+    CodeError,
+    CodeFrame,
+    CodeResult,
+    ContextInfo,
+    ContextList,
+    CreateContext,
+    RunCode,
+)
 from hostruntime.wire.message import MalformedError, Message, decode, encode, from_fields
 from hostruntime.wire.ports import OpenedPort, OpenPort
 from hostruntime.wire.reconciliation import (
@@ -102,6 +111,10 @@ CLAIM = Claim("i", 7, "mark", "before")
 
 COMMAND = CommandInfo("cmd", "true", 3, running=False, started_at=1.5, code=137, signal=9)
 
+CONTEXT = ContextInfo("ctx", "python", "/workspace", 1.5, 2.5, executions=3, alive=False)
+RESULT = CodeResult("x", "<b>", "<svg/>", "eA==", [1, {"a": None}], {"type": "line"})
+RAISED = CodeError("ValueError", "größe", ("line", "line"))
+
 MESSAGES: list[Message] = [
     Resources(cpu=0.5, memory_mb=64, disk_mb=16),
     CreateSandbox("sbx", "img", cpu=1.5, memory_mb=512, allow_domains=["a.b"], env={"A": "1"}),
@@ -131,6 +144,15 @@ MESSAGES: list[Message] = [
     FollowCommand(5, 1.5),
     CommandFrame("output", b"\xff\x00", 7),
     CommandFrame("ended", offset=9, command=COMMAND),
+    CreateContext("ctx", "c++", cwd="/"),
+    CONTEXT,
+    ContextList((CONTEXT,)),
+    RunCode("1 + größe", "javascript", "ctx", 1.5, Quota("team", 1)),
+    RESULT,
+    RAISED,
+    CodeFrame("started", context_id="ctx", restarted=True),
+    CodeFrame("result", result=RESULT),
+    CodeFrame("done", error=RAISED, execution_count=3, lost="It has.", truncated=("stdout",)),
     SetDeadline(None),
     CreateSnapshot("snap"),
     SANDBOX,

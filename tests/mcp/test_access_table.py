@@ -68,6 +68,7 @@ ROWS = [
     Row("list_commands", reading=True, arguments=SANDBOX),
     Row("read_command", reading=True, arguments={**STARTED, "wait_seconds": 1}),
     Row("stop_command", arguments=STARTED),
+    Row("run_code", arguments={**SANDBOX, "code": "1 + 1"}),
     Row("read_file", reading=True, arguments=FILE),
     Row("write_file", arguments={**FILE, "content": "x"}),
     Row("write_files", arguments={**SANDBOX, "files": [{"path": "/tmp/x", "content": ""}]}),

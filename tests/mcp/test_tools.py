@@ -45,7 +45,7 @@ WRITING = {
     *("exec_background", "write_file", "set_sandbox_timeout", "terminate_sandbox"),
     *("write_files", "edit_file"),
     *("pause_sandbox", "resume_sandbox"),
-    *("snapshot_sandbox", "delete_snapshot", "stop_command", "delete_volume"),
+    *("snapshot_sandbox", "delete_snapshot", "stop_command", "delete_volume", "run_code"),
 }
 
 

@@ -19,6 +19,8 @@ from sandboxes_app.models import Sandbox
 from sandboxes_app.specs import (
     BackgroundSpec,
     BatchSpec,
+    CodeSpec,
+    ContextSpec,
     DirectorySpec,
     ExecSpec,
     FileSpec,
@@ -40,6 +42,8 @@ ON_A_SANDBOX: list[tuple[str, Write]] = [
     ("sandbox.exec", lambda a, s: sandboxes.exec_command(a, s, ExecSpec(command="true"))),
     ("sandbox.exec", lambda a, s: sandboxes.exec_stream(a, s, ExecSpec(command="true"))),
     ("command.start", lambda a, s: sandboxes.start_command(a, s, BackgroundSpec(command="true"))),
+    ("sandbox.run_code", lambda a, s: sandboxes.code_stream(a, s, CodeSpec(code="1"))),
+    ("context.create", lambda a, s: sandboxes.create_context(a, s, ContextSpec())),
     ("sandbox.timeout", lambda a, s: sandboxes.set_timeout(a, s, TimeoutSpec(timeout_seconds=60))),
     ("file.write", lambda a, s: sandboxes.write_file(a, s, FILE)),
     ("file.write", lambda a, s: sandboxes.write_batch(a, s, BatchSpec(files=[FILE]))),

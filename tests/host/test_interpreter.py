@@ -1,0 +1,244 @@
+"""Kernels in a real container: what comes of a run, and who survives whom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from hostruntime.container.cgroups import cgroup_layout, pids_under
+from hostruntime.errors import (
+    ContainerPaused,
+    ContextBusy,
+    ContextNotFound,
+    CwdNotFound,
+    InterpreterUnavailable,
+    TooManyContexts,
+)
+from hostruntime.sandbox.interpreter import MAX_CONTEXTS
+from hostruntime.wire.commands import Exec
+from hostruntime.wire.interpreter import CreateContext, RunCode
+from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
+from tests.host.agent import Agent, container_of
+from tests.host.client import HostClient
+from tests.host.interpreter import build_kernels, run
+from tests.host.test_pause import far
+
+pytestmark = pytest.mark.host
+
+MEBIBYTE = 1024 * 1024
+FIGURE = """
+import matplotlib.pyplot as plt
+plt.plot([1, 2], [3, 4], label="a"); plt.title("T"); plt.show()
+from IPython.display import display, HTML, JSON, SVG
+display(HTML("<b>x</b>")); display(JSON({"a": [1, None]}))
+display(SVG('<svg xmlns="http://www.w3.org/2000/svg"></svg>'))
+"""
+DEAF = """
+import time
+def wait():
+    while True:
+        try:
+            time.sleep(1000)
+        except KeyboardInterrupt:
+            pass
+wait()
+"""
+BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except (OSError, KeyboardInterrupt):
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels(agent: Agent, bases: None) -> Iterator[SandboxInfo]:
+    """One sandbox of an image that has ipykernel."""
+    name = f"sbx_kernels{os.getpid()}"
+    image = build_kernels(agent)
+    wishes = CreateSandbox(name, image=image, cpu=1.0, memory_mb=1024, env={"GREETING": "hello"})
+    yield agent.client.create_sandbox(wishes)
+    agent.client.delete_sandbox(name)
+    agent.client.delete_image(image)
+
+
+@pytest.fixture
+def contexts(host: HostClient, kernels: SandboxInfo) -> Iterator[str]:
+    """That sandbox; its contexts go away when the test ends."""
+    yield kernels.id
+    for each in host.contexts(kernels.id):
+        host.remove_context(kernels.id, each.id)
+
+
+def group_of(agent: Agent, sandbox_id: str, context: str) -> list[int]:
+    groups = cgroup_layout().container(container_of(agent.state, sandbox_id))
+    return list(pids_under(groups.background_group(f"code-{context}")))
+
+
+def test_a_kernel_keeps_its_variables_and_says_what_they_are(
+    host: HostClient, contexts: str
+) -> None:
+    first = run(
+        host, contexts, "import os, sys\nx = 41\nprint(os.environ['GREETING'], os.getcwd())"
+    )
+    assert first.printed == {"stdout": "hello /workspace\n", "stderr": ""}
+    assert (first.first.context_id, first.last.execution_count) == ("default", 1)
+    second = run(host, contexts, "sys.stderr.write('err'); x + 1")
+    assert (second.value, second.printed["stderr"]) == ("42", "err")
+    assert (second.last.execution_count, second.last.restarted) == (2, False)
+    failed = run(host, contexts, "def f(): 1 / 0\nf()")
+    assert failed.error is not None
+    assert (failed.error.name, failed.error.value) == ("ZeroDivisionError", "division by zero")
+    assert "\x1b" not in "".join(failed.error.traceback)
+    plot, html, values, svg = run(host, contexts, FIGURE).results
+    assert plot.png is not None
+    assert plot.png.startswith("iVBOR")
+    line = {"label": "a", "points": [[1, 3], [2, 4]]}
+    chart = {"type": "line", "title": "T", "x_label": "", "y_label": "", "elements": [line]}
+    assert plot.chart == chart
+    assert html.html == "<b>x</b>"
+    assert values.json == {"a": [1, None]}
+    assert (svg.svg or "").startswith("<svg")
+    [info] = host.contexts(contexts)
+    assert (info.id, info.language, info.executions, info.alive) == ("default", "python", 4, True)
+
+
+def test_contexts_are_apart_and_one_that_ends_ends_alone(
+    agent: Agent, host: HostClient, contexts: str
+) -> None:
+    run(host, contexts, "x = 1")
+    request = CreateContext("ctx_other", cwd="/usr")
+    made = host.create_context(contexts, request)
+    assert host.create_context(contexts, request) == made
+    assert run(host, contexts, "import os; os.getcwd()", "ctx_other").value == "'/usr'"
+    failed = run(host, contexts, "x", "ctx_other")
+    assert failed.error is not None
+    assert failed.error.name == "NameError"
+    started = "import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    run(host, contexts, f"y = 2; {started}", "ctx_other")
+    before = group_of(agent, contexts, "ctx_other")
+    host.restart_context(contexts, "ctx_other")
+    assert not set(before) & set(group_of(agent, contexts, "ctx_other"))
+    assert run(host, contexts, "'y' in globals()", "ctx_other").value == "False"
+    assert run(host, contexts, "x").value == "1"
+    host.remove_context(contexts, "ctx_other")
+    assert group_of(agent, contexts, "ctx_other") == []
+    assert run(host, contexts, "x").value == "1"
+    for call in (host.remove_context, host.restart_context):
+        with pytest.raises(ContextNotFound):
+            call(contexts, "ctx_other")
+    with pytest.raises(ContextNotFound):
+        run(host, contexts, "1", "ctx_other")
+    with pytest.raises(ContextNotFound):
+        run(host, contexts, "1", "../x")
+    with pytest.raises(CwdNotFound):
+        host.create_context(contexts, CreateContext("ctx_lost", cwd="/nope"))
+    with pytest.raises(InterpreterUnavailable, match="julia"):
+        run(host, contexts, "1", language="julia")
+    assert [each.id for each in host.contexts(contexts)] == ["default"]
+
+
+def test_what_runs_too_long_is_interrupted_and_what_is_deaf_is_replaced(
+    host: HostClient, contexts: str
+) -> None:
+    late = run(host, contexts, "x = 7\nimport time; time.sleep(1000)", timeout_seconds=0.5)
+    assert (late.last.interrupted, late.last.lost) == (True, "")
+    assert late.error is not None
+    assert late.error.name == "KeyboardInterrupt"
+    assert run(host, contexts, "x").value == "7"
+    deaf = run(host, contexts, DEAF, timeout_seconds=0.5)
+    assert (deaf.last.interrupted, bool(deaf.last.lost)) == (True, True)
+    assert deaf.error is not None
+    assert deaf.error.name == "ContextLost"
+    again = run(host, contexts, "'x' in globals()")
+    assert (again.value, again.last.restarted) == ("False", True)
+    killed = run(host, contexts, "import os; os.kill(os.getpid(), 9)")
+    assert "signal 9" in killed.last.lost
+
+
+def test_a_client_that_leaves_interrupts_and_others_wait_their_turn(
+    host: HostClient, contexts: str
+) -> None:
+    run(host, contexts, "x = 1")
+    with closing(host.code_frames(contexts, RunCode("import time; time.sleep(1000)"))) as frames:
+        assert next(frames).kind == "started"
+        with pytest.raises(ContextBusy):
+            run(host, contexts, "x", timeout_seconds=0.2)
+    with ThreadPoolExecutor(3) as threads:
+        futures = [threads.submit(run, host, contexts, "x += 1; x") for _ in range(3)]
+    assert sorted(each.result().value or "" for each in futures) == ["2", "3", "4"]
+
+
+def test_floods_bombs_and_liars_are_only_their_owners_trouble(
+    agent: Agent, host: HostClient, contexts: str
+) -> None:
+    flood = run(
+        host, contexts, "print('x' * 20_000_000)\ndisplay({'text/plain': 'y' * 10**6}, raw=True)"
+    )
+    assert len(flood.printed["stdout"]) == 0 or len(flood.printed["stdout"]) <= 2 * MEBIBYTE
+    assert set(flood.last.truncated) == {"stdout", "result.text"}
+    big = run(host, contexts, "raise ValueError('z' * 40_000_000)")
+    assert big.error is not None
+    assert big.last.truncated == ("error",)
+    host.create_context(contexts, CreateContext("ctx_bomb"))
+    run(host, contexts, BOMB, "ctx_bomb", timeout_seconds=1.0)
+    host.restart_context(contexts, "ctx_bomb")
+    assert run(host, contexts, "1 + 1", "ctx_bomb").value == "2"
+    # Whoever takes the bridge's place says what they like.
+    liar = (
+        "import os, socket, glob\n"
+        "bridge = os.getppid()\n"
+        "fds = [os.pidfd_open(bridge)]\n"
+        "import ctypes\n"
+        "for n in range(3, 40):\n"
+        "    fd = ctypes.CDLL(None, use_errno=True).syscall(438, fds[0], n, 0)\n"
+        "    if fd >= 0:\n"
+        "        try: s = socket.socket(fileno=fd); s.getpeername()\n"
+        "        except OSError: continue\n"
+        '        s.setblocking(True); s.sendall(b\'{"kind": "done", "duration_ms": -1}\\n\')\n'
+    )
+    lied = run(host, contexts, liar, "ctx_bomb", timeout_seconds=20)
+    assert "protocol" in lied.last.lost or lied.last.lost == ""
+    assert run(host, contexts, "1 + 1").value == "2"
+
+
+def test_kernels_outlive_the_agent_and_freeze_with_their_sandbox(
+    agent: Agent, host: HostClient, contexts: str
+) -> None:
+    run(host, contexts, "x = 5")
+    agent.kill()
+    agent.start()
+    assert [each.alive for each in host.contexts(contexts)] == [True]
+    assert run(host, contexts, "x").value == "5"
+    host.pause_sandbox(contexts, far())
+    with pytest.raises(ContainerPaused):
+        run(host, contexts, "x")
+    assert len(host.contexts(contexts)) == 1
+    host.resume_sandbox(contexts, far())
+    assert run(host, contexts, "x").value == "5"
+
+
+def test_there_are_only_so_many_and_none_where_there_is_no_python(
+    host: HostClient, contexts: str, sandbox: SandboxInfo
+) -> None:
+    run(host, contexts, "x = 1")
+    host.exec(contexts, Exec("mv $(command -v python3) /root/python3"))
+    with pytest.raises(InterpreterUnavailable, match="python3"):
+        host.restart_context(contexts, "default")
+    assert [(each.id, each.alive) for each in host.contexts(contexts)] == [("default", False)]
+    host.exec(contexts, Exec("mv /root/python3 /usr/local/bin/python3"))
+    assert run(host, contexts, "'x' in globals()").last.restarted
+    for number in range(MAX_CONTEXTS - len(host.contexts(contexts))):
+        host.create_context(contexts, CreateContext(f"ctx_{number}"))
+    with pytest.raises(TooManyContexts):
+        host.create_context(contexts, CreateContext("ctx_more"))
+    with pytest.raises(InterpreterUnavailable):
+        run(host, sandbox.id, "1")
+    assert host.contexts(sandbox.id) == []
+    assert host.exec(sandbox.id, Exec("echo fine")).stdout == b"fine\n"
