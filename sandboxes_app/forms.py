@@ -58,6 +58,7 @@ class SandboxForm(Form):
     # What happens when the lifetime is over, and whether a call resumes it while it is paused.
     on_timeout: str = "kill"
     auto_resume: bool = False
+    preview_auth: bool = False
     env: str = ""
     # Host names, separated by spaces, that it may reach in addition to the default list.
     allow_domains: str = ""
@@ -84,6 +85,7 @@ class SandboxForm(Form):
             timeout_seconds=data.get("timeout_seconds", "").strip(),
             on_timeout=data.get("on_timeout", "kill"),
             auto_resume="auto_resume" in data,
+            preview_auth="preview_auth" in data,
             env=unix_lines(data.get("env", "")),
             allow_domains=data.get("allow_domains", "").strip(),
             volume=data.get("volume", "").strip(),
@@ -104,6 +106,7 @@ class SandboxForm(Form):
                 "timeout_seconds": parse_number(self.timeout_seconds),
                 "on_timeout": self.on_timeout,
                 "auto_resume": self.auto_resume,
+                "preview_auth": self.preview_auth,
                 "env": parse_environment(self.env),
                 "allow_domains": self.allowlist(),
                 "volume": self.volume or None,

@@ -17,17 +17,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout
-from hostruntime.container.exec import Frame, shell_argv
+from hostruntime.container.exec import Frame
 from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.errors import ContainerGone, ContainerPaused, InvalidRequest, NotFound
 from hostruntime.host import clock
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.quotas import RunningCommands
-from hostruntime.host.records import BadRecord
 from hostruntime.host.tasks import (
     KeyedLocks,
     cancel_and_wait,
@@ -39,14 +37,13 @@ from hostruntime.host.tasks import (
 )
 from hostruntime.image.environment import (
     Environment,
-    check_environment,
     check_variable_sizes,
     resolve_environment,
 )
 from hostruntime.image.identity import write_identity
 from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy
-from hostruntime.network.slots import Slot
+from hostruntime.sandbox.argv import command_argv
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
 from hostruntime.sandbox.history import Gauges
@@ -56,9 +53,10 @@ from hostruntime.sandbox.record import (
     RECORD_FILE,
     Reason,
     Sandbox,
+    as_running,
     attached_volumes,
     policy_of,
-    read_sandbox,
+    read_records,
 )
 from hostruntime.sandbox.refusals import Refusals, with_refusals
 from hostruntime.sandbox.snapshots import Snapshot, SnapshotManager, Source, image_user
@@ -122,7 +120,7 @@ class SandboxManager:
     async def recover(self) -> None:
         """Load the records; adopt the sandboxes that still run, and record how others ended."""
         await in_thread(self.snapshots.recover)
-        for sandbox in await in_thread(self._load_records):
+        for sandbox in await in_thread(read_records, self.paths.sandboxes, self.store):
             await self._restore(sandbox)
         running = {key: self._sandboxes[key].started_at for key in self.live()}
         attached = attached_volumes(self._sandboxes[key] for key in running)
@@ -131,27 +129,6 @@ class SandboxManager:
         for sandbox_id in running:
             await self.background.recover(sandbox_id)
             await in_thread(self.interpreter.recover, sandbox_id)
-
-    def _load_records(self) -> Sandboxes:
-        """Load the previous agent's records; set damaged ones aside, discard unfinished ones."""
-        records = []
-        for directory in sorted(self.paths.sandboxes.iterdir()):
-            try:
-                sandbox = read_sandbox(directory)
-            except BadRecord as error:
-                # Its container has been stopped: the cleanup at start treats it as unowned, too.
-                self.store.quarantine.add_damaged(directory, "sandbox", error.detail)
-                continue
-            if sandbox is None:
-                # The agent died before it ran.
-                self.store.trash.discard(directory)
-                continue
-            if sandbox.state == "starting":
-                # Earlier agents recorded that, too.  It was never reported to anybody.
-                self.store.trash.discard(directory)
-                continue
-            records.append(sandbox)
-        return records
 
     async def _restore(self, recorded: Sandbox) -> None:
         sandbox = recorded
@@ -246,7 +223,7 @@ class SandboxManager:
             await self.volumes.release(request.volume, request.id)
             await self._drop(request.id, request.image)
             raise
-        await self._save(_as_running(sandbox, running))
+        await self._save(as_running(sandbox, running))
         await self.volumes.keep(request.volume)
         self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
@@ -369,7 +346,7 @@ class SandboxManager:
         See :meth:`ContainerManager.exec`.  Raises TooManyCommands before any frame, InvalidRequest
         for an impossible command or environment.
         """
-        argv = _argv(request)
+        argv = command_argv(request)
         sandbox = self._usable(sandbox_id)
         environment = {**self._environment(sandbox), **request.env}
         check_variable_sizes(environment)
@@ -416,7 +393,7 @@ class SandboxManager:
         If the caller is cancelled, it is started all the same.  Raises like
         :meth:`BackgroundCommands.start`, NotFound.
         """
-        argv = _argv(Exec(request.command, cwd=request.cwd, env=request.env))
+        argv = command_argv(Exec(request.command, cwd=request.cwd, env=request.env))
         return await shielded(self._start_command(sandbox_id, request, argv))
 
     async def _start_command(
@@ -602,28 +579,3 @@ class SandboxManager:
 
     def _directory(self, sandbox_id: str) -> Path:
         return self.paths.sandboxes / sandbox_id
-
-
-def _as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
-    return replace(
-        sandbox,
-        state="running",
-        started_at=running.started_at,
-        boot_ms=running.boot_ms,
-        slot=_slot_record(running.slot),
-        container=running.name,
-    )
-
-
-def _slot_record(slot: Slot) -> dict[str, Any]:
-    return {"index": slot.index, "address": slot.address}
-
-
-def _argv(request: Exec) -> Sequence[str]:
-    """The argv of a command.  Raises InvalidRequest."""
-    command = request.command
-    argv = [command] if isinstance(command, str) else command
-    if any("\0" in text for text in (*argv, request.cwd)):
-        raise InvalidRequest("A command cannot contain a NUL character.")
-    check_environment(request.env)
-    return shell_argv(command) if isinstance(command, str) else argv

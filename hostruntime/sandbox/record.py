@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from hostruntime.container.manager import RunningContainer
 from hostruntime.errors import InvalidRequest
 from hostruntime.host import clock
 from hostruntime.host.paths import Instance
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.image.environment import check_environment
+from hostruntime.image.store import ImageStore
 from hostruntime.network.policy import Policy, PolicyError
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 
@@ -126,3 +128,34 @@ def policy_of(request: CreateSandbox) -> Policy:
         return Policy.parse(request.network, request.allow_domains)
     except PolicyError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def read_records(sandboxes: Path, store: ImageStore) -> list[Sandbox]:
+    """The previous agent's records; damaged ones are set aside, unfinished ones discarded."""
+    records = []
+    for directory in sorted(sandboxes.iterdir()):
+        try:
+            sandbox = read_sandbox(directory)
+        except BadRecord as error:
+            # Its container has been stopped: the cleanup at start treats it as unowned, too.
+            store.quarantine.add_damaged(directory, "sandbox", error.detail)
+            continue
+        # Without a record, the agent died before it ran. Earlier agents recorded "starting", too;
+        # it was never reported to anybody.
+        if sandbox is None or sandbox.state == "starting":
+            store.trash.discard(directory)
+            continue
+        records.append(sandbox)
+    return records
+
+
+def as_running(sandbox: Sandbox, running: RunningContainer) -> Sandbox:
+    """The sandbox, now that its container runs."""
+    return replace(
+        sandbox,
+        state="running",
+        started_at=running.started_at,
+        boot_ms=running.boot_ms,
+        slot={"index": running.slot.index, "address": running.slot.address},
+        container=running.name,
+    )

@@ -267,6 +267,13 @@ class Directory(Result):
     sandbox: str
 
 
+class Preview(Result):
+    """Where a port of a sandbox is seen."""
+
+    url: str
+    sandbox: str
+
+
 class Egress(Result):
     """What a sandbox may reach, and what it tried to."""
 

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from orkestr_console.accounts.actor import READ
+from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.mcp.arguments import Brief, Without
 from orkestr_console.mcp.lists import Row, fitting, live_first
 from orkestr_console.mcp.results import (
     Egress,
     LimitsDetail,
+    Preview,
     Rows,
     SandboxDetail,
     sandbox_detail,
@@ -29,7 +30,7 @@ from templates_app import services as templates
 # What the public API's SDK can send, and this server accepts with its default only.
 SandboxArguments = Annotated[
     SandboxSpec,
-    Without("preview_auth", "region"),
+    Without("region"),
     Brief(
         template="A base or a ready template.",
         snapshot="Instead of template.",
@@ -39,6 +40,7 @@ SandboxArguments = Annotated[
         timeout_seconds="",
         on_timeout="",
         auto_resume="Whether calls resume it while paused.",
+        preview_auth="Whether previews need the token in get_preview_url's address.",
         env="",
         volume="A name: storage at /persist that outlives it.",
         metadata="Labels; 'name' names it.",
@@ -133,6 +135,17 @@ async def terminate_sandbox(ctx: Ctx, sandbox_id: SandboxId) -> SandboxDetail:
         return await now(ctx, use)
 
 
+async def get_preview_url(
+    ctx: Ctx, sandbox_id: SandboxId, port: Annotated[int, Field(description="")]
+) -> Preview:
+    """Get the address at which a server in a sandbox is seen in a browser."""
+    async with using(ctx, sandbox_id) as use:
+        host = await call_service(services.get_preview_host, use.actor, use.id, port)
+        sandbox = await call_service(services.get_sandbox, actor_of(ctx), use.id)
+        url = services.preview_address(sandbox, host, with_token=use.actor.has(WRITE))
+        return Preview(url=url, sandbox=await life_of(sandbox))
+
+
 async def get_egress(ctx: Ctx, sandbox_id: SandboxId) -> Egress:
     """Get a sandbox's network policy and the hosts it contacted, refused ones first."""
     async with using(ctx, sandbox_id) as use:
@@ -196,6 +209,7 @@ TOOLS = [
     write_tool(pause_sandbox),
     write_tool(resume_sandbox),
     write_tool(terminate_sandbox, destructive=True, idempotent=True),
+    read_tool(get_preview_url),
     read_tool(get_egress),
     read_tool(get_sandbox_limits),
 ]

@@ -169,6 +169,8 @@ def own(user: str, busy: Busy) -> dict[str, str | None]:
         "orkestr": {
             str(var / "run/host.sock"): "c",
             str(var / "run/host.sock.ports"): "c",
+            # Audit entries that are not in the database yet.
+            str(var / "run/audit"): None,
             str(var / "run/secret_key"): "rw",
             str(var / "run/token_pepper"): "rw",
             str(var / "run/pg"): "x",

@@ -102,6 +102,7 @@ def test_commands_that_were_answered_are_in_the_audit_log_whoever_dies(
 
         wait_for(lambda: recorded() == commands, 30, stack.explain)
     assert list(stack.layout.audit_spool.glob("*.spool"))
+    wait_for(lambda: answers(stack, sandbox), 30, stack.explain)
 
 
 def answers(stack: Stack, sandbox: Sandbox) -> bool:

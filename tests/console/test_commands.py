@@ -95,9 +95,10 @@ def test_a_sandbox_can_be_paused_at_the_end_and_resume_by_itself(console: Client
     refused = console.post("/sandboxes/new/", {**form, "on_timeout": "sleep"})
     assert refused.status_code == 400
     assert "must be one of" in tight(refused)
-    made = console.post("/sandboxes/new/", {**form, "on_timeout": "pause", "auto_resume": "on"})
+    chosen = {"on_timeout": "pause", "auto_resume": "on", "preview_auth": "on"}
+    made = console.post("/sandboxes/new/", {**form, **chosen})
     sandbox = Sandbox.objects.get()
-    assert (sandbox.on_timeout, sandbox.auto_resume) == ("pause", True)
+    assert (sandbox.on_timeout, sandbox.auto_resume, sandbox.preview_auth) == ("pause", True, True)
     shown = tight(console.get(made["Location"]))
     assert "<dt>At the end</dt>" in shown
     assert "resumes by itself" in shown

@@ -75,6 +75,7 @@ ROWS = [
     Row("edit_file", arguments={**FILE, "old": "x", "new": "y"}),
     Row("get_file_url", reading=True, arguments=FILE),
     Row("get_egress", reading=True, arguments=SANDBOX),
+    Row("get_preview_url", reading=True, arguments={**SANDBOX, "port": 3000}),
     Row("list_files", reading=True, arguments=SANDBOX),
     Row("set_sandbox_timeout", arguments={**SANDBOX, "timeout_seconds": 60}),
     Row("pause_sandbox", arguments=SANDBOX),

@@ -22,7 +22,7 @@ SPECS: dict[str, tuple[type[BaseModel], set[str]]] = {
     "create_template": (TemplateSpec, {"reuse"}),
     "create_sandbox": (
         SandboxSpec,
-        {"preview_auth", "region"},
+        {"region"},
     ),
     "exec": (ExecSpec, {"stream"}),
     "exec_background": (BackgroundSpec, set()),

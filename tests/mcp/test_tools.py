@@ -38,7 +38,7 @@ READ_ONLY = {
     *("wait_for_template", "list_sandboxes", "get_sandbox", "read_file", "list_files"),
     *("get_sandbox_limits", "list_snapshots", "list_commands", "read_command"),
     "list_volumes",
-    *("find_templates", "get_file_url", "get_egress"),
+    *("find_templates", "get_file_url", "get_egress", "get_preview_url"),
 }
 WRITING = {
     *("create_template", "cancel_template", "delete_template", "create_sandbox", "exec"),

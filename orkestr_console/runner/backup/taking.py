@@ -61,14 +61,7 @@ def create_backup(
                 StatePaths(layout.state_dir), contents.images, contents.snapshots
             )
             report("volumes")
-            taken_volumes = volumes.take(
-                StatePaths(layout.state_dir),
-                layout.host_socket,
-                contents.volumes,
-                staged,
-                earlier_volumes(directory),
-                vault.check,
-            )
+            taken_volumes = take_volumes(layout, directory, contents.volumes, vault)
             stored_files.lost += taken_volumes.lost
             name = publish(directory, staged, contents, stored_files, taken_volumes.stored)
             prune(directory, keep, vault)
@@ -81,6 +74,20 @@ def create_backup(
         f"snapshots, {len(stored_files.copied)} new"
     )
     return BackupSummary(name, text, stored_files.lost)
+
+
+def take_volumes(
+    layout: Layout, directory: Path, wanted: list[str], vault: Vault
+) -> volumes.TakenVolumes:
+    """Copy the volumes that are not as in the backup before. Raises HostError, OSError."""
+    return volumes.take(
+        StatePaths(layout.state_dir),
+        layout.host_socket,
+        wanted,
+        directory / manifest.STAGING,
+        earlier_volumes(directory),
+        vault.check,
+    )
 
 
 def earlier_volumes(directory: Path) -> dict[StoredVolume, Path]:
