@@ -102,14 +102,13 @@ async def test_every_tool_says_what_it_does_and_what_it_takes(connect: Connect, 
 
 
 async def test_the_definitions_leave_an_agent_its_context(connect: Connect, key: str) -> None:
-    """Counted as all of ``tools/list``; tools that are still to come have their share."""
+    """Counted as all of ``tools/list``."""
     async with connect(key) as client:
         assert client.server_info is not None
         assert client.server_info.version == __version__
         tools = (await client.list_tools()).tools
     listed = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
-    to_come = 75 * max(0, 40 - len(tools))
-    assert tokens(compact(listed)) + to_come <= MAX_DEFINITIONS_TOKENS
+    assert tokens(compact(listed)) <= MAX_DEFINITIONS_TOKENS
 
 
 async def test_a_token_for_reading_sees_and_calls_the_reading_tools_alone(
@@ -307,7 +306,7 @@ async def test_a_tool_that_there_is_not_is_refused_like_anything_else(
         said = await refused(client, name)
     assert said.startswith("not_found: Unknown tool ")
     assert "create_template" in said
-    assert len(said) < 600
+    assert len(said) < 800
     assert "\x1b" not in said
 
 
