@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hostruntime.host.paths import StatePaths
+from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.image.store import ImageStore
 from hostruntime.sandbox import manager
 from hostruntime.sandbox.manager import SandboxManager
@@ -42,6 +42,8 @@ class Containers:
             self.defects[owner] -= 1
             raise ZeroDivisionError("a defect")
         self.stopped.append(owner)
+
+    instance = Instance(7)
 
     def name_of(self, owner: str) -> str:
         return f"ork15-test-{owner}"
