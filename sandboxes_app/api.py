@@ -293,7 +293,9 @@ def get_metrics(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     return json_response(presenters.metrics_detail(metrics))
 
 
-@describe("Show the host name of a preview", parameters=(PORT,), answer=PreviewHost)
+@describe(
+    "Show the host name of a preview", parameters=(PORT,), answer=PreviewHost, errors=(Conflict,)
+)
 @api(scope=READ, subject=Sandbox)
 def get_host(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``GET …/host?port=``: the host name of a preview."""

@@ -53,9 +53,7 @@ def get_metrics(actor: Actor, sandbox_id: str, since: str | None = None) -> Step
     points: list[MetricsPoint] = []
     now = timezone.now()
     try:
-        if since is not None and (
-            sandbox.state.is_terminal or after < now.timestamp() - WINDOW_SECONDS
-        ):
+        if since and (sandbox.state.is_terminal or after < now.timestamp() - WINDOW_SECONDS):
             points = yield from ask(HostClient.metrics_history, sandbox.pk, after)
         if not sandbox.state.is_terminal:
             measured = yield from ask(HostClient.metrics, sandbox.pk)

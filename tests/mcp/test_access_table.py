@@ -109,7 +109,10 @@ def world(plans: None, team: Team, other_team: Team, host: FakeHost) -> World:
         StartBuild(ready.image_id, base_image="debian-12", recipe=["true"], network="restricted")
     )
     type(ready).objects.filter(pk=ready.pk).update(status="ready")
-    sandbox = sandboxes.create_sandbox(actor, SandboxSpec(template="debian-12"))
+    # With a network, for previews.
+    sandbox = sandboxes.create_sandbox(
+        actor, SandboxSpec(template="debian-12", network="restricted")
+    )
     host.write_file(sandbox.pk, "/workspace/there", b"x")
     snapshot = sandboxes.create_snapshot(actor, sandbox.pk, SnapshotSpec())
     command = sandboxes.start_command(actor, sandbox.pk, BackgroundSpec(command="true"))
