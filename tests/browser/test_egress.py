@@ -46,7 +46,7 @@ def test_a_sandbox_lists_what_it_asked_for(page: Page) -> None:
     page.get_by_role("button", name="Start sandbox").click()
     badge(page, "sandbox", "running")
     run(page, FETCH, "403")
-    page.get_by_role("link", name="Refresh").click()
+    page.locator("#egress").get_by_role("link", name="Refresh").click()
     row = page.locator("#egress").get_by_role("row", name=UNLISTED)
     expect(row).to_contain_text("Refused")
     expect(row).to_contain_text("allow_domains")
