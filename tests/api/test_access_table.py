@@ -26,7 +26,14 @@ from orkestr_console.accounts.services import mint_token
 from orkestr_console.webhooks import services as webhooks
 from orkestr_console.webhooks.specs import WebhookSpec
 from sandboxes_app import services as sandboxes
-from sandboxes_app.specs import BackgroundSpec, PresignSpec, SandboxSpec, SnapshotSpec, VolumeSpec
+from sandboxes_app.specs import (
+    BackgroundSpec,
+    ContextSpec,
+    PresignSpec,
+    SandboxSpec,
+    SnapshotSpec,
+    VolumeSpec,
+)
 from templates_app import services as templates
 from templates_app.specs import TemplateSpec
 from tests.conftest import api_client, make_user
@@ -160,6 +167,11 @@ REST = [
     rest("GET", f"{SANDBOX}/commands/<command>/logs", GONE),
     rest("GET", f"{SANDBOX}/commands/<command>/logs?follow=true", GONE),
     rest("DELETE", f"{SANDBOX}/commands/<command>", GONE),
+    rest("POST", f"{SANDBOX}/code", GONE, code="1 + 1"),
+    rest("POST", f"{SANDBOX}/code/contexts", GONE),
+    rest("GET", f"{SANDBOX}/code/contexts", GONE),
+    rest("POST", f"{SANDBOX}/code/contexts/<context>/restart", GONE),
+    rest("DELETE", f"{SANDBOX}/code/contexts/<context>", GONE),
     rest("GET", f"{SANDBOX}/egress", GONE),
     rest("GET", f"{SANDBOX}/metrics", GONE),
     rest("GET", f"{SANDBOX}/host?port=3000", GONE, 409),
@@ -352,6 +364,7 @@ def world(
             "sandbox": sandbox.pk,
             "snapshot": snapshot.pk,
             "command": command.id,
+            "context": sandboxes.create_context(alices, sandbox.pk, ContextSpec()).id,
             "webhook": webhook.pk,
             "volume": volume.pk,
             "token": token.pk,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from orkestr import OrkestrClient, Sandbox
+from orkestr import OrkestrClient, Sandbox, Volume
 
 from orkestr_console.runner.backup import manifest
 from tests.clients.making import Sandboxes, Templates
@@ -115,6 +115,10 @@ def test_a_backup_serves_again_on_an_empty_installation(
     assert "nothing is reconciled" not in (second.layout.log / "worker.log").read_text()
     # And it can be backed up itself, into the same directory: nothing of it is new.
     assert " 0 new." in manage(second, "backup", str(place))
+    source.terminate()
+    with OrkestrClient(api_key=api_key, base_url=stack.url) as client:
+        [volume] = [one for one in Volume.list(client=client) if one.name == "backed-up"]
+        Volume.delete(volume.id, client=client)
 
 
 def check_what_came_back(client: OrkestrClient, made: str, taken: str, of_base: str) -> None:
