@@ -84,7 +84,8 @@ def preview_address(sandbox: Sandbox, host: str, *, with_token: bool = False) ->
 def read_port(port: str | int | None) -> int:
     """Raises ``InvalidInput``."""
     text = "" if port is None else str(port)
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:6]) <= MAX_PORT:
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_PORT))
+    if not is_number or not 0 < int(text) <= MAX_PORT:
         sentence = f"must be a port number from 1 to {MAX_PORT}."
         raise InvalidInput(f"port: {sentence}", fields={"port": sentence})
     return int(text)

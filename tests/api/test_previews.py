@@ -32,7 +32,11 @@ def test_each_port_has_a_host_of_its_own(api: Client, host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["", "port=", "port=0", "port=65536", "port=x", "port=٣", "port=-1"]
+    "query",
+    [
+        *("", "port=", "port=0", "port=65536", "port=x", "port=٣", "port=-1"),
+        *("port=000080123", f"port=000080{'1' * 4300}"),
+    ],
 )
 def test_a_port_that_is_none(api: Client, host: FakeHost, query: str) -> None:
     told = api.get(f"{URL}/{create(api)['id']}/host?{query}")
