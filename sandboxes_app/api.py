@@ -85,7 +85,7 @@ def create_sandbox(request: ApiRequest) -> Steps[HttpResponse]:
     """``POST /v1/sandboxes``: answers once it is running."""
     spec = read_json(request, SandboxSpec)
     sandbox = yield from services.create_sandbox.steps(request.actor, spec)
-    return json_response(presenters.sandbox_detail(sandbox), status=201)
+    return json_response(presenters.sandbox_detail(sandbox, request.actor), status=201)
 
 
 @describe("List sandboxes", parameters=(STATUS, METADATA, *PAGING), answer=SandboxList)
@@ -99,7 +99,7 @@ def list_sandboxes(request: ApiRequest) -> HttpResponse:
         limit=read_limit(request.GET.get("limit")),
         cursor=request.GET.get("cursor"),
     )
-    listed = [presenters.sandbox_detail(row) for row in rows]
+    listed = [presenters.sandbox_detail(row, request.actor) for row in rows]
     return json_response(SandboxList(sandboxes=listed, next_cursor=cursor))
 
 
@@ -126,7 +126,8 @@ def get_limits(request: ApiRequest) -> HttpResponse:
 @api(scope=READ, subject=Sandbox)
 def get_sandbox(request: ApiRequest, sandbox_id: str) -> HttpResponse:
     """``GET /v1/sandboxes/{id}``."""
-    return json_response(presenters.sandbox_detail(services.get_sandbox(request.actor, sandbox_id)))
+    sandbox = services.get_sandbox(request.actor, sandbox_id)
+    return json_response(presenters.sandbox_detail(sandbox, request.actor))
 
 
 @describe(
@@ -181,7 +182,7 @@ def pause_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
 def resume_sandbox(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST …/resume``: answers once it is running again."""
     sandbox = yield from services.resume_sandbox.steps(request.actor, sandbox_id)
-    return json_response(presenters.sandbox_detail(sandbox))
+    return json_response(presenters.sandbox_detail(sandbox, request.actor))
 
 
 def begin_command(

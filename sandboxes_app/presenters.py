@@ -14,6 +14,7 @@ from hostruntime.wire.background import CommandInfo
 from hostruntime.wire.files import DirectoryListing, FileContent, FilePart, FileStat
 from hostruntime.wire.health import EgressHost
 from hostruntime.wire.interpreter import ContextInfo
+from orkestr_console.accounts.actor import Actor
 from orkestr_console.http.json_api import timestamp
 from orkestr_console.http.ranges import content_range
 from orkestr_console.http.uploads import PREFIX
@@ -51,13 +52,16 @@ from sandboxes_app.services import (
     code_end,
     code_result,
     preview_host_base,
-    preview_token,
+    shown_token,
 )
 from sandboxes_app.specs import SIZES
 
 
-def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
-    """A sandbox, on its own or in a list. Its environment is never shown."""
+def sandbox_detail(sandbox: Sandbox, actor: Actor | None = None) -> SandboxDetail:
+    """A sandbox, on its own or in a list, with its previews' token if the caller may use it.
+
+    Its environment is never shown.
+    """
     return {
         "id": sandbox.pk,
         "status": sandbox.status,
@@ -73,7 +77,7 @@ def sandbox_detail(sandbox: Sandbox) -> SandboxDetail:
         "on_timeout": sandbox.on_timeout,
         "auto_resume": sandbox.auto_resume,
         "preview_auth": sandbox.preview_auth,
-        "preview_auth_token": preview_token(sandbox) if sandbox.preview_auth else None,
+        "preview_auth_token": shown_token(actor, sandbox) if actor else None,
         "paused_expires_at": timestamp(sandbox.expires_at) if sandbox.is_paused else None,
         "node_id": sandbox.node_id,
         "metadata": sandbox.metadata,

@@ -25,7 +25,8 @@ def sandbox_preview(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
         try:
             host = services.get_preview_host(request.actor, sandbox_id, port)
             context["address"] = services.preview_address(sandbox, host)
-            context["link"] = services.preview_address(sandbox, host, with_token=True)
+            token = services.shown_token(request.actor, sandbox)
+            context["link"] = services.preview_address(sandbox, host, token)
         except DomainError as error:
             context["error"] = error.detail
     name = "_preview" if request.htmx else "preview"

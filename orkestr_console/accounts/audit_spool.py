@@ -37,6 +37,8 @@ RETRY_SECONDS = 0.5
 # How long a process that ends waits for the database; the next one writes the rest.
 CLOSE_SECONDS = 2.0
 SUFFIX = ".spool"
+# How much of a line that can't be read is logged.
+MAX_SHOWN = 1000
 
 
 @dataclass
@@ -162,7 +164,8 @@ def recover(directory: Path) -> None:
                 continue
             # A line without an end was never kept: its process was killed as it wrote it.
             lines = file.read().split(b"\n")[:-1]
-            write([entry for entry in map(decode, lines) if not is_written(entry)])
+            entries = [entry for line in lines if (entry := read_back(line)) is not None]
+            write([entry for entry in entries if not is_written(entry)])
             path.unlink(missing_ok=True)
 
 
@@ -206,6 +209,18 @@ def decode(line: bytes) -> AuditEntry:
     """The entry of a line of :func:`encode`."""
     values = json.loads(line)
     return AuditEntry(**values | {"at": datetime.fromisoformat(values["at"])})
+
+
+def read_back(line: bytes) -> AuditEntry | None:
+    """The entry of a line of a file; one that isn't whole is logged, and holds up no other.
+
+    Nothing waits for the disk, so that a machine that lost power can leave zeros instead.
+    """
+    try:
+        return decode(line)
+    except (ValueError, TypeError, KeyError):
+        logger.exception("an audit entry that was left can't be read: %s", line[:MAX_SHOWN])
+        return None
 
 
 _spool: AuditSpool | None = None

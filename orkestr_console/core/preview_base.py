@@ -88,7 +88,8 @@ def preview_port(environment: Mapping[str, str], console_port: int) -> int | Non
         return console_port + 1 if console_port < MAX_PORT else console_port - 1
     if text == OFF:
         return None
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:6]) <= MAX_PORT:
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_PORT))
+    if not is_number or not 0 < int(text) <= MAX_PORT:
         raise ValueError(
             f"{PORT_VARIABLE} is {text!r}: give a number between 1 and 65535, or `off`"
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from orkestr_console.accounts.actor import READ, WRITE
+from orkestr_console.accounts.actor import READ
 from orkestr_console.mcp.arguments import Brief, Without
 from orkestr_console.mcp.lists import Row, fitting, live_first
 from orkestr_console.mcp.results import (
@@ -142,7 +142,8 @@ async def get_preview_url(
     async with using(ctx, sandbox_id) as use:
         host = await call_service(services.get_preview_host, use.actor, use.id, port)
         sandbox = await call_service(services.get_sandbox, actor_of(ctx), use.id)
-        url = services.preview_address(sandbox, host, with_token=use.actor.has(WRITE))
+        token = services.shown_token(use.actor, sandbox)
+        url = services.preview_address(sandbox, host, token)
         return Preview(url=url, sandbox=await life_of(sandbox))
 
 

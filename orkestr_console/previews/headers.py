@@ -137,9 +137,20 @@ def outwards(headers: Headers, base: PreviewBase) -> Headers:
             cookie = host_only(value, own_cookies(base))
             if cookie is not None:
                 kept.append((name, cookie))
-        elif name not in dropped:
+        elif name not in dropped and not clears_cookies(name, value):
             kept.append((name, value))
     return kept
+
+
+def clears_cookies(name: bytes, value: bytes) -> bool:
+    """Whether a header would end sessions of other hosts as well.
+
+    Cookies are cleared for the whole site: those of other sandboxes' previews, and of the console
+    if it is below the same domain (Clear Site Data, 3.1).
+    """
+    return name == b"clear-site-data" and any(
+        kind in value.lower() for kind in (b"cookies", b"*", b"clienthints")
+    )
 
 
 def host_only(value: bytes, own: frozenset[str]) -> bytes | None:

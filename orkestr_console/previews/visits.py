@@ -298,4 +298,7 @@ def is_ambiguous(request: h11.Request, headers: Headers) -> bool:
     # In HTTP/1.0 there are no chunks, and another form of target could name another host.
     chunked_early = request.http_version < b"1.1" and b"transfer-encoding" in names
     whole = request.method == b"OPTIONS" and request.target == b"*"
-    return two_lengths or chunked_early or not (request.target.startswith(b"/") or whole)
+    # Whatever follows it is no HTTP (RFC 9110, 9.3.6).
+    tunnel = request.method == b"CONNECT"
+    named = request.target.startswith(b"/") or whole
+    return two_lengths or chunked_early or tunnel or not named

@@ -54,6 +54,9 @@ class Wire:
             if isinstance(event, h11.Request | h11.Response):
                 require_small(event.headers)
             assert not isinstance(event, type), event
+            if isinstance(event, h11.Data | h11.InformationalResponse):
+                # One read may have brought thousands, and passing one on seldom waits.
+                await asyncio.sleep(0)
             return event
 
     async def send(self, event: h11.Event) -> None:

@@ -74,6 +74,7 @@ from sandboxes_app.services.previews import (
     preview_cookie,
     preview_host_base,
     preview_token,
+    shown_token,
     wake_for_visitor,
 )
 from sandboxes_app.services.ranges import FileRange, edit_file, read_range
@@ -192,6 +193,7 @@ __all__ = [
     "run_command",
     "run_upload",
     "set_timeout",
+    "shown_token",
     "start_command",
     "started_frame",
     "stat",

@@ -69,7 +69,8 @@ def read_since(text: str | None) -> float:
     """Raises ``InvalidInput``."""
     if not text:
         return 0.0
-    if not (text.isascii() and text.isdigit()) or int(text[:20]) > MAX_UNIX_TIME:
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_UNIX_TIME))
+    if not is_number or int(text) > MAX_UNIX_TIME:
         sentence = "must be a Unix time in whole seconds."
         raise InvalidInput(f"since: {sentence}", fields={"since": sentence})
     return float(text)

@@ -16,8 +16,8 @@ from django.conf import settings
 
 from hostruntime import errors as host_errors
 from hostruntime.client.ports import open_port
-from orkestr_console.accounts.actor import READ, Actor, system_actor
-from orkestr_console.core.errors import Conflict, InvalidInput, Unsupported
+from orkestr_console.accounts.actor import READ, WRITE, Actor, system_actor
+from orkestr_console.core.errors import Conflict, Forbidden, InvalidInput, Unsupported
 from orkestr_console.core.hosts import Steps, in_steps, translate_error
 from orkestr_console.core.preview_base import MAX_PORT, PreviewBase
 from orkestr_console.core.rows import fetch
@@ -36,6 +36,20 @@ NO_NETWORK = (
 def preview_token(sandbox: Sandbox) -> str:
     """The token of one sandbox, derived from the installation's pepper, so that none is stored."""
     return derive(f"preview:{sandbox.pk}")
+
+
+def shown_token(actor: Actor, sandbox: Sandbox) -> str | None:
+    """The token for who may use the sandbox; None for others, and for a public preview.
+
+    A preview can do whatever the program in the sandbox lets its visitors do.
+    """
+    if not sandbox.preview_auth or not actor.has(WRITE):
+        return None
+    try:
+        require_allowed(actor, sandbox)
+    except Forbidden:
+        return None
+    return preview_token(sandbox)
 
 
 def preview_cookie(sandbox: Sandbox, port: int) -> str:
@@ -72,19 +86,18 @@ def get_preview_host(actor: Actor, sandbox_id: str, port: str | int | None) -> S
     return base.host(sandbox.pk, number)
 
 
-def preview_address(sandbox: Sandbox, host: str, *, with_token: bool = False) -> str:
-    """The address of a host of a sandbox, for a browser; with the token if it asks for one."""
+def preview_address(sandbox: Sandbox, host: str, token: str | None = None) -> str:
+    """The address of a host of a sandbox, for a browser; with a token if there is one."""
     base: PreviewBase | None = settings.PREVIEW_BASE
     address = f"{'http' if base is None else base.scheme}://{host}/"
-    if with_token and sandbox.preview_auth:
-        return f"{address}?{TOKEN_PARAMETER}={preview_token(sandbox)}"
-    return address
+    return f"{address}?{TOKEN_PARAMETER}={token}" if token else address
 
 
 def read_port(port: str | int | None) -> int:
     """Raises ``InvalidInput``."""
     text = "" if port is None else str(port)
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:6]) <= MAX_PORT:
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_PORT))
+    if not is_number or not 0 < int(text) <= MAX_PORT:
         sentence = f"must be a port number from 1 to {MAX_PORT}."
         raise InvalidInput(f"port: {sentence}", fields={"port": sentence})
     return int(text)

@@ -9,6 +9,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.test import Client
 
+from orkestr_console.accounts.models import Team
 from sandboxes_app import services
 from sandboxes_app.models import Sandbox
 from tests.fakes.host import FakeHost
@@ -32,7 +33,11 @@ def test_each_port_has_a_host_of_its_own(api: Client, host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["", "port=", "port=0", "port=65536", "port=x", "port=٣", "port=-1"]
+    "query",
+    [
+        *("", "port=", "port=0", "port=65536", "port=x", "port=٣", "port=-1"),
+        *("port=000080123", f"port=000080{'1' * 4300}"),
+    ],
 )
 def test_a_port_that_is_none(api: Client, host: FakeHost, query: str) -> None:
     told = api.get(f"{URL}/{create(api)['id']}/host?{query}")
@@ -53,6 +58,25 @@ def test_what_has_no_previews_says_why(api: Client, host: FakeHost, settings: An
     assert box["preview_host_base"] is None
     told = api.get(f"{URL}/{box['id']}/host?port=80")
     assert (told.status_code, told.json()["code"]) == (400, "unsupported")
+
+
+def test_only_who_may_use_a_sandbox_is_shown_its_token(
+    api: Client, read_only_api: Client, host: FakeHost, team: Team
+) -> None:
+    box = create(api, preview_auth=True)
+    assert len(box["preview_auth_token"]) == 64
+
+    def shown(caller: Client) -> set[str | None]:
+        listed = caller.get(URL).json()["sandboxes"]
+        one = caller.get(f"{URL}/{box['id']}").json()
+        return {each["preview_auth_token"] for each in (*listed, one)}
+
+    assert shown(api) == {box["preview_auth_token"]}
+    assert shown(read_only_api) == {None}
+    for restriction in ({"allowed_networks": ["off"]}, {"allowed_templates": ["python-3.12"]}):
+        anything = {"allowed_networks": None, "allowed_templates": None}
+        team.tokens.update(**anything | restriction)
+        assert shown(api) == {None}
 
 
 def test_the_front_finds_what_is_there_with_one_statement(

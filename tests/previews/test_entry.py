@@ -155,12 +155,18 @@ def test_no_cookie_goes_out_that_others_would_be_sent() -> None:
             (b"connection", b"x-hop"),
             (b"x-hop", b"1"),
             (b"x-orkestr-preview", b"ok"),
+            (b"clear-site-data", b'"cache", "Cookies"'),
+            (b"clear-site-data", b'"*"'),
+            (b"clear-site-data", b'"cache"'),
             (b"transfer-encoding", b"chunked"),
             (b"content-length", b"3"),
         ],
         LOCAL,
     )
-    assert sent == [(b"set-cookie", b"a=1; Path=/;HttpOnly")]
+    assert sent == [
+        (b"set-cookie", b"a=1; Path=/;HttpOnly"),
+        (b"clear-site-data", b'"cache"'),
+    ]
 
 
 # The base ----------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import socket
 import tracemalloc
 
 import h11
+import pytest
 
 from orkestr_console.previews import exchange
 from orkestr_console.previews.wire import Wire
-from tests.previews.conftest import HOST, Echo, World, request
+from tests.previews.conftest import HOST, Echo, World, request, says
 
 PIECE = b"x" * 65536
 MIB = 1024 * 1024
@@ -223,3 +224,28 @@ async def test_what_nothing_passes_through_ends(world: World, monkeypatch: objec
     monkeypatch.setattr(exchange, "RESPONSE_SECONDS", 0.05)  # type: ignore[attr-defined]
     monkeypatch.setattr(exchange, "BODY_SECONDS", 0.05)  # type: ignore[attr-defined]
     assert b" 504 " in await world.ask(request())
+
+
+@pytest.mark.parametrize("inwards", [True, False])
+async def test_many_small_chunks_keep_nobody_waiting(world: World, *, inwards: bool) -> None:
+    turns, many = 0, 5000
+    chunks = b"1\r\na\r\n" * many + b"0\r\n\r\n"
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def reads_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    world.program = reads_all if inwards else says(head + chunks)
+    sent = request("Transfer-Encoding: chunked", line="POST / HTTP/1.1") + chunks
+    counting = asyncio.create_task(count_turns())
+    answer = await world.ask(sent if inwards else request())
+    counting.cancel()
+    assert answer.startswith(b"HTTP/1.1 204" if inwards else b"HTTP/1.1 200")
+    assert turns >= many

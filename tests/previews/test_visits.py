@@ -60,6 +60,13 @@ async def test_a_host_that_is_none_of_ours_leads_nowhere(world: World, host: str
     assert world.ports == []
 
 
+async def test_no_tunnel_is_made(world: World) -> None:
+    world.program = says(b"HTTP/1.1 200 OK\r\n\r\nanything")
+    answer = await world.ask(request(line="CONNECT /a HTTP/1.1"))
+    assert status_and_code(answer) == (400, "malformed_request")
+    assert world.ports == []
+
+
 async def test_the_case_of_a_host_means_nothing(world: World) -> None:
     world.program = Echo()
     assert b" 200 " in await world.ask(request(host=HOST.upper()))

@@ -150,6 +150,26 @@ def test_what_a_killed_process_left_is_written_once(
     assert len(written()) == 6
 
 
+@pytest.mark.parametrize(
+    "line", [b"\0" * 4096, b'{"at": "2026-', b"[]", b"{}", b'{"at": "2026-12-01", "colour": 1}']
+)
+def test_a_line_that_cannot_be_read_holds_up_no_other(
+    made: Callable[[int], AuditEntry],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    line: bytes,
+) -> None:
+    left = [encode(made(1)), line + b"\n", encode(made(2))]
+    (tmp_path / f"1-1{audit_spool.SUFFIX}").write_bytes(b"".join(left))
+    following = AuditSpool(tmp_path)
+    following.start()
+    assert following.keep(made(3))
+    following.close()
+    assert written() == ["sbx_1", "sbx_2", "sbx_3"]
+    assert list(tmp_path.iterdir()) == []
+    assert "can't be read" in caplog.text
+
+
 @pytest.mark.parametrize("problem", ["no space", "half of it", "too many"])
 def test_what_cannot_be_kept_is_for_the_caller_to_write(
     spool: AuditSpool,
