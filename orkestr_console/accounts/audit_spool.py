@@ -157,16 +157,22 @@ class AuditSpool:
 def recover(directory: Path) -> None:
     """Write what processes that have ended left, none of it twice."""
     for path in sorted(directory.glob(f"*{SUFFIX}")):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            # A line without an end was never kept: its process was killed as it wrote it.
-            lines = file.read().split(b"\n")[:-1]
-            entries = [entry for line in lines if (entry := read_back(line)) is not None]
-            write([entry for entry in entries if not is_written(entry)])
-            path.unlink(missing_ok=True)
+        try:
+            recover_file(path)
+        except OSError as error:
+            # The next start tries it again; meanwhile nobody else's entries wait for it.
+            logger.error("audit entries cannot be read from %s: %s", path, error)
+
+
+def recover_file(path: Path) -> None:
+    """Write what is in a file that nobody uses any more. Raises ``OSError``."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A line without an end was never kept: its process was killed as it wrote it.
+        lines = file.read().split(b"\n")[:-1]
+        entries = [entry for line in lines if (entry := read_back(line)) is not None]
+        write([entry for entry in entries if not is_written(entry)])
+        path.unlink(missing_ok=True)
 
 
 def write(entries: list[AuditEntry]) -> None:

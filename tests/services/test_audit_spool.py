@@ -194,3 +194,12 @@ def test_what_cannot_be_kept_is_for_the_caller_to_write(
     assert spool.keep(made(3))
     content = spool._current.path.read_bytes()
     assert [b"sbx_1" in line or b"sbx_3" in line for line in content.splitlines()] == [True, True]
+
+
+def test_a_file_that_cannot_be_read_holds_up_no_other(
+    spool: AuditSpool, made: Callable[[int], AuditEntry], tmp_path: Path
+) -> None:
+    (tmp_path / "0-0.spool").mkdir()
+    spool.start()
+    assert spool.keep(made(1))
+    wait_for(lambda: written() == ["sbx_1"], 30)
