@@ -32,6 +32,7 @@ from tests.stack import wait_for
 
 PROCESSES = 2
 CLIENTS = 8
+ATTEMPTS = 4
 STALE_SECONDS = 2
 ESTABLISHED = "01"
 
@@ -95,6 +96,9 @@ class Visitor:
         assert answer.startswith(b"HTTP/1.1 200 "), answer
         self.answered += 1
 
+    def leave(self) -> None:
+        self._connection.close()
+
     def keep_calling(self, stop: threading.Event) -> None:
         try:
             while not stop.is_set():
@@ -156,12 +160,23 @@ def visitors(serving: Serving, key: str, team: Team) -> list[Visitor]:
     return [Visitor(serving, key) for _ in range(CLIENTS)]
 
 
-def test_each_process_gets_its_part_of_the_clients(visitors: list[Visitor]) -> None:
-    """The same, but for those that the other was too busy to accept in time."""
-    held = [each.process for each in visitors]
-    parts = [held.count(pid) for pid in set(held)]
-    assert len(parts) == PROCESSES
-    assert min(parts) >= CLIENTS // PROCESSES // 2
+@pytest.mark.usefixtures("visitors")
+def test_each_process_gets_its_part_of_the_clients(serving: Serving, key: str) -> None:
+    """The same, but for those that the other was too busy to accept in time.
+
+    On a busy machine it can be that for all of them, but not again and again.
+    """
+    least = []
+    for _ in range(ATTEMPTS):
+        others = [Visitor(serving, key) for _ in range(CLIENTS)]
+        held = [each.process for each in others]
+        least.append(min(held.count(pid) for pid in children(serving)))
+        if least[-1] >= CLIENTS // PROCESSES // 2:
+            break
+        for each in others:
+            each.leave()
+    else:
+        pytest.fail(f"one had {least} of {CLIENTS}")
 
 
 def test_a_killed_one_takes_only_its_own_clients_with_it(
