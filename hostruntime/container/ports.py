@@ -15,7 +15,9 @@ import asyncio
 import errno
 import os
 import socket
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from hostruntime.container.cgroups import ContainerGroups, cgroup_layout, pids_under
@@ -30,7 +32,20 @@ from hostruntime.host.tasks import in_thread
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 # A server that accepts nothing has its queue full (listen(2)): the kernel just tries again.
 _CONNECT_SECONDS = 5.0
+# Of all containers: each has two threads.
+_THREADS_AT_ONCE = 16
+# Of one container, whose servers may let everybody wait: it is not to keep others' from theirs, nor
+# to have the descriptors of those who wait use up the agent's.
 _AT_ONCE = 16
+MAX_WAITING = 128
+
+
+@dataclass
+class _Queue:
+    """Those who connect to one container, or wait for their turn."""
+
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+    users: int = 0
 
 
 @dataclass
@@ -38,7 +53,10 @@ class PortService:
     """Connects to ports of containers.  For use on one event loop."""
 
     containers: ContainerManager
-    _turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+    _threads: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(_THREADS_AT_ONCE)
+    )
+    _queues: dict[str, _Queue] = field(default_factory=dict)
 
     async def connect(self, owner: str, port: int) -> socket.socket:
         """A non-blocking socket, connected to ``port`` of a container's loopback.
@@ -46,8 +64,9 @@ class PortService:
         Raises PortClosed, ContainerGone, HostFault.
         """
         running = self.containers.get(owner)
-        async with self._turns:
-            pidfd = await in_thread(_pin, running, cgroup_layout().container(running.name))
+        async with self._turn(owner):
+            async with self._threads:
+                pidfd = await in_thread(_pin, running, cgroup_layout().container(running.name))
             try:
                 connected = await self._connect(pidfd, port)
                 if not self._is_still(running, pidfd):
@@ -56,6 +75,20 @@ class PortService:
                 return connected
             finally:
                 os.close(pidfd)
+
+    @asynccontextmanager
+    async def _turn(self, owner: str) -> AsyncIterator[None]:
+        queue = self._queues.setdefault(owner, _Queue())
+        if queue.users >= MAX_WAITING:
+            raise PortClosed("Too many connections to the sandbox wait for its servers; try again.")
+        queue.users += 1
+        try:
+            async with queue.turns:
+                yield
+        finally:
+            queue.users -= 1
+            if not queue.users:
+                del self._queues[owner]
 
     def _is_still(self, running: RunningContainer, pidfd: int) -> bool:
         """Whether the namespace that was connected to is still that of the owner's container."""
@@ -66,7 +99,8 @@ class PortService:
 
     async def _connect(self, pidfd: int, port: int) -> socket.socket:
         for family, address in _LOOPBACKS:
-            made = await in_thread(socket_inside, pidfd, family)
+            async with self._threads:
+                made = await in_thread(socket_inside, pidfd, family)
             if made is None:
                 continue
             try:

@@ -14,7 +14,7 @@ import pytest
 
 from hostruntime.client.ports import open_port
 from hostruntime.container import ports as container_ports
-from hostruntime.container.ports import PortService
+from hostruntime.container.ports import MAX_WAITING, PortService
 from hostruntime.errors import (
     Conflict,
     ContainerGone,
@@ -177,3 +177,38 @@ async def test_a_port_that_meets_itself_is_closed(server: int) -> None:
         port = made.getsockname()[1]
         with pytest.raises((ConnectionRefusedError, HostError)):
             await container_ports._connect_within(made, "127.0.0.1", port)
+
+
+async def test_who_lets_connections_wait_keeps_nobody_from_another_container(
+    server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose queue is full takes seconds each time (listen(2)), as often as it is asked."""
+    both = {
+        owner: SimpleNamespace(owner=owner, name="ork0-x", init_pid=os.getpid())
+        for owner in ("slow", "sbx")
+    }
+    monkeypatch.setattr(container_ports, "pids_under", lambda _: [os.getpid()])
+    service = PortService(SimpleNamespace(get=both.__getitem__))  # type: ignore[arg-type]
+    connect, never = container_ports._connect_within, asyncio.Event()
+
+    async def wait_or_connect(made: socket.socket, address: str, port: int) -> None:
+        if port == 1:
+            await never.wait()
+        await connect(made, address, port)
+
+    monkeypatch.setattr(container_ports, "_connect_within", wait_or_connect)
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    slow = [asyncio.create_task(service.connect("slow", 1)) for _ in range(MAX_WAITING)]
+    try:
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            (await service.connect("sbx", server)).close()
+            # Nor does it have more of the agent's descriptors than it is worth.
+            with pytest.raises(PortClosed, match="Too many"):
+                await service.connect("slow", 1)
+    finally:
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+    assert not service._queues
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before
