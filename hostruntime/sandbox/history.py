@@ -120,7 +120,14 @@ class Histories:
 
         Most live too shortly for a file.
         """
-        partial = self._partials.pop(sandbox_id, None) or Partial(sandbox_id)
+        ended = [one for one in self._cut if one.id == sandbox_id]
+        if ended:
+            # It was paused just before, or is still.  Written later, they would be taken for those
+            # of a running one, which nobody would ever end.
+            self._cut = [one for one in self._cut if one.id != sandbox_id]
+        if (last := self._partials.pop(sandbox_id, None)) is not None:
+            ended.append(last)
+        partial = _total(sandbox_id, ended)
         self._traffic.pop(sandbox_id, None)
         stored = sandbox_id in self._stored
         self._stored.discard(sandbox_id)
@@ -136,7 +143,8 @@ class Histories:
         """Append these points; a file and what is read of a sandbox for each.  Raises OSError."""
         for partial in partials:
             gauges, before = self.gauges(partial.id), self._traffic.get(partial.id)
-            if gauges.traffic is not None:
+            # It may have ended since it was taken.
+            if gauges.traffic is not None and partial.id in self._stored:
                 self._traffic[partial.id] = gauges.traffic
             self._append(partial.id, _point(partial, gauges, before))
 
@@ -190,6 +198,16 @@ class Histories:
         if size >= MAX_POINTS * _POINT.size:
             points = thinned(list(_parse(path.read_bytes())), point.at)
             write_atomically(path, b"".join(map(_pack, points)), 0o600)
+
+
+def _total(sandbox_id: str, partials: Iterable[Partial]) -> Partial:
+    total = Partial(sandbox_id)
+    for one in partials:
+        total.at = max(total.at, one.at)
+        total.seconds += one.seconds
+        total.cpu_seconds += one.cpu_seconds
+        total.memory_byte_seconds += one.memory_byte_seconds
+    return total
 
 
 def _point(partial: Partial, gauges: Gauges, before: tuple[int, int] | None) -> MetricsPoint:

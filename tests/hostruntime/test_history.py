@@ -196,3 +196,33 @@ async def test_a_paused_sandbox_has_no_points(machine: Machine) -> None:
     await store._sample()
     await store.finish("a")
     assert (await store.points("a", 0.0)).points == (point,)
+
+
+def test_one_that_ends_while_it_is_paused_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    histories = Histories(tmp_path, lambda _: Gauges(None, (1, 1)))
+    for seconds, name in ((12, "a"), (4, "b")):
+        histories.start(name)
+        use(histories, name, NOW, seconds)
+        histories.cut(name)
+    last = histories.end("a")
+    assert last is not None
+    histories.close_file(last)
+    # As short as one that is not paused.
+    assert histories.end("b") is None
+    histories.write(histories.take_due())
+    assert [(one.at, one.seconds) for one in histories.read("a")] == [(NOW, 12.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.points"]
+    assert not histories._stored
+    assert not histories._traffic
+
+
+def test_one_that_ends_while_its_point_is_written_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    def gauges(sandbox_id: str) -> Gauges:
+        histories.end(sandbox_id)
+        return Gauges(None, (1, 1))
+
+    histories = Histories(tmp_path, gauges)
+    histories.start("a")
+    taken(histories, "a", NOW)
+    assert not histories._traffic
+    assert not histories._stored
