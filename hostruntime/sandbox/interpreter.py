@@ -234,13 +234,14 @@ class Interpreter:
         Its kernel is started if it does not run, its context created if it is a default one.
         """
         directory = self._directory(access.id, wanted.id)
-        record = await in_thread(_record, directory)
-        if record is None and wanted.id != default_context(request.language):
-            raise _not_found(wanted.id)
-        if record is not None:
-            with contextlib.suppress(BridgeGone):
-                return record, await stack.enter_async_context(Bridge.connect(directory)), False
+        # Who restarts it removes all that there is of it first.
         async with self._changing(access.id, wanted.id):
+            record = await in_thread(_record, directory)
+            if record is None and wanted.id != default_context(request.language):
+                raise _not_found(wanted.id)
+            if record is not None:
+                with contextlib.suppress(BridgeGone):
+                    return record, await stack.enter_async_context(Bridge.connect(directory)), False
             await self._start(access, record or wanted, known=record is not None)
         try:
             bridge = await stack.enter_async_context(Bridge.connect(directory))

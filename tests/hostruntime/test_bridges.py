@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -17,8 +17,10 @@ from hostruntime.container import inside_bridge
 from hostruntime.container.inside_bridge import Unavailable, kernel_command
 from hostruntime.container.inside_outputs import Outputs
 from hostruntime.sandbox import bridges
+from hostruntime.host.paths import StatePaths
 from hostruntime.sandbox.bridges import Bridge, BridgeGone, listen
-from hostruntime.wire.interpreter import CodeFrame
+from hostruntime.sandbox.interpreter import Access, Interpreter, Record, _write_record
+from hostruntime.wire.interpreter import CodeFrame, RunCode
 
 DONE = b'{"kind": "done", "execution_count": 1, "duration_ms": 3}\n'
 STREAM = b'{"kind": "stream", "text": "x", "x_new": 1}\n'
@@ -231,3 +233,27 @@ def test_a_kernel_specification_is_one_or_is_passed_over(
     good = {"argv": ["node", "{connection_file}"], "language": "JavaScript"}
     (tmp_path / "b" / "kernel.json").write_text(json.dumps(good))
     assert kernel_command("javascript", "file") == (["node", "file"], False)
+
+
+async def test_a_run_waits_for_a_restart_of_its_context(tmp_path: Path) -> None:
+    """All there is of a context is removed first, and a run is not to take it for none."""
+    paths = StatePaths(tmp_path / "state").ensure()
+    interpreter = Interpreter(paths, None)  # type: ignore[arg-type]
+    directory = paths.sandboxes / "sbx" / "contexts" / "mine"
+    directory.parent.mkdir(parents=True)
+    access = Access("sbx", None, lambda: False)  # type: ignore[arg-type]
+
+    async def run() -> list[CodeFrame]:
+        async with aclosing(interpreter.run(access, RunCode("1", context_id="mine"))) as frames:
+            return [frame async for frame in frames]
+
+    async with interpreter._changing("sbx", "mine"):
+        running = asyncio.create_task(run())
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert not running.done()
+        _write_record(directory, Record("mine", "python", "/", 1.0))
+        stack = ExitStack()
+        stack.enter_context(saying(directory, lambda c: c.sendall(DONE)))
+    with stack:
+        assert [frame.kind for frame in await running] == ["started", "done"]
