@@ -223,10 +223,24 @@ class SandboxManager:
             await self.volumes.release(request.volume, request.id)
             await self._drop(request.id, request.image)
             raise
-        await self._save(as_running(sandbox, running))
-        await self.volumes.keep(request.volume)
+        await self._keep(as_running(sandbox, running))
         self.usage.start(request.id, running.started_at)
         return self._sandboxes[request.id]
+
+    async def _keep(self, sandbox: Sandbox) -> None:
+        """Record that a sandbox runs, and its volume; stop it if the host's disk does not take it.
+
+        Who asked for it is told that it did not start, and nobody else knows of it.
+        """
+        try:
+            await self._save(sandbox)
+            await self.volumes.keep(sandbox.request.volume)
+        except Exception:
+            # If that fails, it is still known, and can be deleted.
+            await self.containers.stop(sandbox.request.id)
+            await self.volumes.release(sandbox.request.volume, sandbox.request.id)
+            await self._drop(sandbox.request.id, sandbox.image_id)
+            raise
 
     def _describe(self, request: CreateSandbox, snapshot: Snapshot | None) -> Sandbox:
         """Create the directory of a sandbox that is about to start, and have it use its image.

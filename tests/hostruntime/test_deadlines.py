@@ -173,3 +173,35 @@ async def test_one_that_is_to_be_paused_is_not_lost_to_a_full_disk_of_the_host(
     found = sandboxes.get("sbx_kept")
     assert (found.state, found.paused) == ("running", True)
     assert (containers.paused, containers.stopped) == (["sbx_kept"], [])
+
+
+@pytest.mark.parametrize("failing", ["_save", "volumes.keep"])
+async def test_one_that_cannot_be_recorded_is_not_left_running(
+    sandboxes: SandboxManager,
+    containers: Containers,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    """The disk is full: who asked for it is told so, and would find it running, but unmetered, and
+    with a volume that is discarded at its end."""
+
+    async def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def started(*_: object) -> Any:
+        return None
+
+    request = CreateSandbox("sbx_new", "img_1", cpu=1, memory_mb=512)
+    sandbox = Sandbox(request, "starting", "img_1", "/nowhere", None)
+    monkeypatch.setattr(sandboxes, "_describe", lambda *_: sandbox)
+    monkeypatch.setattr(sandboxes, "_spec", lambda *_: None)
+    monkeypatch.setattr(sandboxes, "_start", started)
+    monkeypatch.setattr(manager, "as_running", lambda *_: replace(sandbox, state="running"))
+    owner = sandboxes.volumes if failing == "volumes.keep" else sandboxes
+    monkeypatch.setattr(owner, failing.rpartition(".")[2], fail)
+    (sandboxes.paths.sandboxes / "sbx_new").mkdir()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        await sandboxes._start_sandbox(request, None, None)  # type: ignore[arg-type]
+    assert containers.stopped == ["sbx_new"]
+    assert sandboxes.list() == []
+    assert not (sandboxes.paths.sandboxes / "sbx_new").exists()
