@@ -105,6 +105,9 @@ def _copy(paths: StatePaths, agent: HostClient, name: str, target: Path, check: 
         return
     try:
         copy_sparse(copy, target, check)
+    except FileNotFoundError:
+        # Deleted meanwhile, or by an agent that was started meanwhile: others are still taken.
+        raise VolumeMissing("Its copy is gone; it or the agent was just removed.") from None
     finally:
         copy.unlink(missing_ok=True)
 

@@ -196,6 +196,8 @@ class VolumeStore:
         if _ID.fullmatch(volume_id) is None:
             return
         image = self._image(volume_id)
+        # Of a backup that died, or did not wait for it.
+        self._copy_of(volume_id).unlink(missing_ok=True)
         if image.exists():
             _log.warning("volume %s is deleted", volume_id)
             self.trash.discard(image)
@@ -228,7 +230,7 @@ class VolumeStore:
         If a sandbox has the volume, its writes to it wait meanwhile.  Raises VolumeMissing,
         HostFull, OSError, and what ``check`` does; then there is none.
         """
-        image, copy = self._image(volume_id), self.paths.volumes / f".{volume_id}.copy"
+        image, copy = self._image(volume_id), self._copy_of(volume_id)
         if _ID.fullmatch(volume_id) is None or not image.exists():
             raise VolumeMissing("The host does not have the volume's data any more.")
         DiskSpace.of(self.paths.root).require(image.stat().st_blocks * 512)
@@ -276,6 +278,9 @@ class VolumeStore:
 
     def _unfinished(self, volume_id: str) -> Path:
         return self.paths.volumes / f".{volume_id}.new"
+
+    def _copy_of(self, volume_id: str) -> Path:
+        return self.paths.volumes / f".{volume_id}.copy"
 
     def _create(self, image: Path, request: AttachVolume) -> None:
         """Make an empty file system, with the root that its users are to find."""

@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hostruntime.backup import volumes
 from hostruntime.backup.vault import PARTIAL, Stored, Vault
-from hostruntime.host.paths import StatePaths
+from hostruntime.errors import VolumeMissing
+from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.image.store import ImageStore, read_image
+from hostruntime.image.trash import Trash
+from hostruntime.image.trees import no_check
 from hostruntime.sandbox.snapshots import Snapshot, read_snapshot
-from hostruntime.volume.store import locked
+from hostruntime.volume.store import VolumeStore, locked
 from tests.hostruntime.test_images import publish
 from tests.trees import tree_digest
 
@@ -308,3 +312,21 @@ def test_volumes_are_copied_with_their_holes_shared_told_and_brought_back(
     assert volumes.damaged(backups[1], again.stored) == [
         "second/volumes/vol_2.ext4: it is not what was put there"
     ]
+
+
+def test_the_copy_of_a_deleted_volume_goes_with_it(paths: StatePaths) -> None:
+    """A backup may die, or not wait any more, before it has taken the copy away."""
+    store = VolumeStore(paths, Instance(7), Trash(paths))
+    (paths.volumes / "vol_1.ext4").write_bytes(b"secret")
+    copy = store.copy("vol_1")
+    assert copy.exists()
+    store.delete("vol_1")
+    assert not any(paths.volumes.iterdir())
+
+
+def test_a_copy_that_is_removed_meanwhile_costs_the_backup_no_other(
+    paths: StatePaths, tmp_path: Path
+) -> None:
+    agent = SimpleNamespace(copy_volume=lambda _: None)
+    with pytest.raises(VolumeMissing):
+        volumes._copy(paths, agent, "vol_1", tmp_path / "to", no_check)  # type: ignore[arg-type]
