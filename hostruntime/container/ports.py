@@ -53,9 +53,7 @@ class PortService:
     """Connects to ports of containers.  For use on one event loop."""
 
     containers: ContainerManager
-    _threads: asyncio.Semaphore = field(
-        default_factory=lambda: asyncio.Semaphore(_THREADS_AT_ONCE)
-    )
+    _threads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_THREADS_AT_ONCE))
     _queues: dict[str, _Queue] = field(default_factory=dict)
 
     async def connect(self, owner: str, port: int) -> socket.socket:

@@ -16,8 +16,8 @@ import pytest
 from hostruntime.container import inside_bridge
 from hostruntime.container.inside_bridge import Unavailable, kernel_command
 from hostruntime.container.inside_outputs import Outputs
-from hostruntime.sandbox import bridges
 from hostruntime.host.paths import StatePaths
+from hostruntime.sandbox import bridges
 from hostruntime.sandbox.bridges import Bridge, BridgeGone, listen
 from hostruntime.sandbox.interpreter import Access, Interpreter, Record, _write_record
 from hostruntime.wire.interpreter import CodeFrame, RunCode
