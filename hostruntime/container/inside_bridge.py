@@ -514,8 +514,10 @@ def main(listener: socket.socket, connection: socket.socket, lines: Any) -> None
     listener = socket.socket(fileno=os.dup(listener.detach()))
     for number in range(3):
         os.dup2(null, number)
+    # Before the connection no longer waits: this is sent separately, and may not be there yet.
+    request = json.loads(lines.readline(_MAX_REQUEST))
     peer = Peer(connection)
-    kernel = start(peer, json.loads(lines.readline(_MAX_REQUEST)))
+    kernel = start(peer, request)
     peer.finish()
     if kernel is None:
         return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
-from socket import socket
+from socket import socket, socketpair
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,3 +259,28 @@ async def test_a_run_waits_for_a_restart_of_its_context(tmp_path: Path) -> None:
         stack.enter_context(saying(directory, lambda c: c.sendall(DONE)))
     with stack:
         assert [frame.kind for frame in await running] == ["started", "done"]
+
+
+def test_a_bridge_waits_for_its_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent sends it after the bridge's text: it may come later than the bridge gets here."""
+    connection, other = socketpair()
+    timeouts, started = [], []
+
+    def readline(_: int) -> bytes:
+        timeouts.append(connection.gettimeout())
+        return b'{"op": "start"}\n'
+
+    def start(_: object, request: object) -> None:
+        started.append(request)
+
+    # The test's own output is not to be closed.
+    monkeypatch.setattr(inside_bridge.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(inside_bridge, "start", start)
+    before = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    with other:
+        inside_bridge.main(socket(), connection, SimpleNamespace(readline=readline))
+    for left in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - before:
+        with suppress(OSError):
+            os.close(left)
+    assert timeouts == [None]
+    assert started == [{"op": "start"}]
