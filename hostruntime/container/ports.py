@@ -63,16 +63,21 @@ class PortService:
         """
         running = self.containers.get(owner)
         async with self._turn(owner):
-            async with self._threads:
-                pidfd = await in_thread(_pin, running, cgroup_layout().container(running.name))
+            # What a thread opens for who leaves meanwhile is closed as well.
+            opened: list[int] = []
+            groups = cgroup_layout().container(running.name)
             try:
+                async with self._threads:
+                    await in_thread(lambda: opened.append(_pin(running, groups)))
+                (pidfd,) = opened
                 connected = await self._connect(pidfd, port)
                 if not self._is_still(running, pidfd):
                     connected.close()
                     raise _gone(owner)
                 return connected
             finally:
-                os.close(pidfd)
+                for descriptor in opened:
+                    os.close(descriptor)
 
     @asynccontextmanager
     async def _turn(self, owner: str) -> AsyncIterator[None]:
