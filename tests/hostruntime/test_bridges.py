@@ -264,7 +264,8 @@ async def test_a_run_waits_for_a_restart_of_its_context(tmp_path: Path) -> None:
 def test_a_bridge_waits_for_its_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent sends it after the bridge's text: it may come later than the bridge gets here."""
     connection, other = socketpair()
-    timeouts, started = [], []
+    timeouts: list[float | None] = []
+    started: list[object] = []
 
     def readline(_: int) -> bytes:
         timeouts.append(connection.gettimeout())
@@ -274,7 +275,7 @@ def test_a_bridge_waits_for_its_first_request(monkeypatch: pytest.MonkeyPatch) -
         started.append(request)
 
     # The test's own output is not to be closed.
-    monkeypatch.setattr(inside_bridge.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(inside_bridge, "start", start)
     before = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
     with other:
