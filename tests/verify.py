@@ -223,6 +223,8 @@ def remove(directory: Path) -> None:
 def conclude(verdicts: Verdicts) -> int:
     """The last lines: what failed, or that nothing did."""
     if verdicts.failed:
+        for line in verdicts.excerpts:
+            report(line)
         report(f"FAILED: {', '.join(verdicts.failed)}")
         return 1
     report("Everything holds.")
