@@ -36,20 +36,23 @@ class Check:
     """A Python command, by default of this interpreter, and its display name.
 
     ``{room}`` in its arguments is its room's directory. It starts when the checks named in
-    ``after`` have finished: they share something outside their rooms.
+    ``after`` have finished: they share something outside their rooms. With ``own_mounts`` nothing
+    that others start meanwhile keeps a copy of what it mounts (mount_namespaces(7)).
     """
 
     name: str
     arguments: Sequence[str]
     python: str = sys.executable
     after: frozenset[str] = frozenset()
+    own_mounts: bool = False
 
     def run(self, room: Room, output: int | None = None) -> int:
         """Run it; its exit status. Output goes to a descriptor, or to ours."""
         directory = str(room.directory)
         words = [word.replace("{room}", directory) for word in self.arguments]
+        within = ["unshare", "--mount", "--propagation", "slave"] if self.own_mounts else []
         result = subprocess.run(
-            [self.python, *words],
+            [*within, self.python, *words],
             cwd=TREE,
             env=room.environment,
             stdin=subprocess.DEVNULL,
