@@ -26,6 +26,10 @@ from ipykernel.kernelbase import Kernel  # type: ignore[import-not-found]
 RUNNER = Path(__file__).with_name("runner.cjs")
 # More characters of a run's output than anybody shows; the rest is read and dropped.
 MAX_STREAM = 3 * 1024 * 1024
+MAX_RESULTS = 100
+# A subscriber misses what is more than a thousand messages ahead of it (ZMQ_SNDHWM), so that what
+# is printed within this time, or as much as this, is one.
+FLUSH_SECONDS, FLUSH_CHARACTERS = 0.02, 64 * 1024
 READ_BYTES = 64 * 1024
 # What Node has printed before an answer is in a pipe, which holds no more than this many reads.
 DRAIN_READS = 32
@@ -72,7 +76,9 @@ def command() -> list[str]:
     node = shutil.which("node")
     if node is None:
         sys.exit("There is no node in PATH.")
-    return [node, "--expose-internals", "--no-warnings", str(RUNNER)]
+    # An older Node needs the second one for import() (https://nodejs.org/api/vm.html).
+    options = ["--expose-internals", "--experimental-vm-modules", "--no-warnings"]
+    return [node, *options, str(RUNNER)]
 
 
 def environment() -> dict[str, str]:
@@ -105,6 +111,10 @@ class JavaScriptKernel(Kernel):  # type: ignore[misc]
         self._attached = False
         self._answers = bytearray()
         self._streamed: dict[str, int] = {}
+        self._results = 0
+        # What was printed and is not sent yet, in its order: streams and texts.
+        self._pending: list[tuple[str, str]] = []
+        self._flushing: asyncio.TimerHandle | None = None
         self._decoders = {
             name: codecs.getincrementaldecoder("utf-8")("replace") for name in STREAMS
         }
@@ -131,7 +141,9 @@ class JavaScriptKernel(Kernel):  # type: ignore[misc]
         """Run code; its outputs are sent as they come."""
         loop = asyncio.get_running_loop()
         self._attach(loop)
-        self._silent, self._error, self._streamed = silent, None, {}
+        # What was printed between two runs belongs to the one before.
+        self._flush()
+        self._silent, self._error, self._streamed, self._results = silent, None, {}, 0
         self._done, self._parent = loop.create_future(), self.get_parent("shell")
         request = {"op": "run", "code": code, "number": self.execution_count}
         # What an earlier run has left behind may keep it from reading.
@@ -175,10 +187,26 @@ class JavaScriptKernel(Kernel):  # type: ignore[misc]
         text = self._decoders[name].decode(data)
         shown = self._streamed.get(name, 0)
         self._streamed[name] = shown + len(text)
-        text = text[: max(MAX_STREAM - shown, 0)]
-        if text:
-            self._publish("stream", {"name": name, "text": text})
+        if text := text[: max(MAX_STREAM - shown, 0)]:
+            self._print(loop, name, text)
         return True
+
+    def _print(self, loop: asyncio.AbstractEventLoop, name: str, text: str) -> None:
+        if self._pending and self._pending[-1][0] == name:
+            text = self._pending.pop()[1] + text
+        self._pending.append((name, text))
+        if len(text) >= FLUSH_CHARACTERS:
+            self._flush()
+        elif self._flushing is None:
+            self._flushing = loop.call_later(FLUSH_SECONDS, self._flush)
+
+    def _flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        pending, self._pending = self._pending, []
+        for name, text in pending:
+            self._publish("stream", {"name": name, "text": text})
 
     def _read_answers(self) -> None:
         try:
@@ -201,6 +229,7 @@ class JavaScriptKernel(Kernel):  # type: ignore[misc]
             for _ in range(DRAIN_READS):
                 if not self._read_stream(loop, name):
                     break
+        self._flush()
 
     def _handle(self, answer: dict[str, Any]) -> None:
         self._drain()
@@ -212,7 +241,8 @@ class JavaScriptKernel(Kernel):  # type: ignore[misc]
             self._error = answer
             content = {"ename": answer["name"], "evalue": answer["value"]}
             self._publish("error", {**content, "traceback": answer["traceback"]})
-        else:
+        elif self._results < MAX_RESULTS:
+            self._results += 1
             content = {"data": answer["data"], "metadata": {}}
             if kind == "result":
                 content["execution_count"] = self.execution_count

@@ -4,8 +4,8 @@
 // with the descriptors of requests and answers, a line of JSON each:
 //   {"op": "run", "code", "number"}  →  any of {"kind": "display" | "result", "data"} and
 //                                       {"kind": "error", …}, then {"kind": "done"}
-// What the code prints goes to descriptors 1 and 2, synchronously (nodejs.org, "A note on process
-// I/O"), so it is complete before "done".  SIGINT interrupts what runs.
+// What the code prints goes to descriptors 1 and 2 and is complete before "done".  SIGINT interrupts
+// what runs.
 //
 // A run is a script in the main context.  Its top-level declarations become global variables, so
 // that later runs see them and may declare them again; with a top-level await, the rest of it is
@@ -323,6 +323,8 @@ for (const [name, value] of Object.entries(provided)) {
   Object.defineProperty(globalThis, name, { value, writable: true, configurable: true });
 }
 
+// Otherwise what a full pipe doesn't take is written once the code has ended, if it ever does.
+for (const stream of [process.stdout, process.stderr]) stream._handle?.setBlocking?.(true);
 process.on("SIGINT", () => stop?.());
 // Of timers and of promises that nobody awaits: they are told, and the variables stay.
 process.on("uncaughtException", (error) => console.error("Uncaught", error));
