@@ -96,7 +96,9 @@ def kernel_command(language: str, file: str) -> tuple[list[str], bool]:
     if language == "python":
         if importlib.util.find_spec("ipykernel") is None:
             raise Unavailable("Its Python has no ipykernel.")
-        return [sys.executable, "-m", "ipykernel_launcher", "-f", file], True
+        # What was run is nobody's history but the caller's: no file, and no disk to wait for.
+        history = "--HistoryManager.hist_file=:memory:"
+        return [sys.executable, "-m", "ipykernel_launcher", "-f", file, history], True
     for directory in _KERNEL_DIRECTORIES:
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(directory))[:100]:  # noqa: PTH208 - by name

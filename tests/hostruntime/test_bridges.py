@@ -267,6 +267,14 @@ def test_a_kernel_specification_is_one_or_is_passed_over(
     assert kernel_command("javascript", "file") == (["node", "file"], False)
 
 
+def test_python_keeps_no_history_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside_bridge.importlib.util, "find_spec", lambda _: object())
+    argv, in_files = kernel_command("python", "file")
+    assert in_files
+    assert argv[1:5] == ["-m", "ipykernel_launcher", "-f", "file"]
+    assert "--HistoryManager.hist_file=:memory:" in argv
+
+
 async def test_a_run_waits_for_a_restart_of_its_context(tmp_path: Path) -> None:
     """All there is of a context is removed first, and a run is not to take it for none."""
     paths = StatePaths(tmp_path / "state").ensure()
