@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import threading
@@ -268,7 +269,7 @@ def test_a_kernel_specification_is_one_or_is_passed_over(
 
 
 def test_python_keeps_no_history_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside_bridge.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     argv, in_files = kernel_command("python", "file")
     assert in_files
     assert argv[1:5] == ["-m", "ipykernel_launcher", "-f", "file"]

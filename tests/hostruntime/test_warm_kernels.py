@@ -410,6 +410,14 @@ async def test_one_that_does_not_do_as_asked_is_replaced(
     assert not place.exists()
 
 
+async def test_one_that_does_not_fit_is_ended(interpreter: Interpreter) -> None:
+    place = waiting(interpreter.paths.sandboxes / "sbx" / "kernel", {"TZ": "UTC"})
+    with pytest.raises(KernelFailed):
+        await first_run(interpreter)
+    assert interpreter.kernels.ended[0] == "default"  # type: ignore[attr-defined]
+    assert not place.exists()
+
+
 async def test_a_context_that_was_being_restarted_stays_one(interpreter: Interpreter) -> None:
     """Its files are removed first, and the agent may be killed at any moment from then on."""
     directory = interpreter.paths.sandboxes / "sbx" / "contexts" / "mine"
