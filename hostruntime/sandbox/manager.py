@@ -113,7 +113,8 @@ class SandboxManager:
         self.background = BackgroundCommands(self.paths, self.containers)
         store = VolumeStore(self.paths, self.containers.instance, self.store.trash)
         self.volumes = VolumeManager(store)
-        self.interpreter = Interpreter(self.paths, self.containers)
+        self.interpreter = Interpreter(self.paths, self.containers, self.warm.note_code)
+        self.warm.end_unused = self.interpreter.end_unused
 
     # Lifecycle of the manager --------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class SandboxManager:
             await self._drop(request.id, request.image)
             raise
         await self._keep(as_running(sandbox, running))
-        self.usage.start(request.id, running.started_at)
+        self.usage.start(request.id, running.started_at, running.cpu_us_before)
         return self._sandboxes[request.id]
 
     async def _keep(self, sandbox: Sandbox) -> None:
@@ -382,9 +383,9 @@ class SandboxManager:
 
     def code_access(self, sandbox_id: str) -> Access:
         """For the interpreter.  Raises NotFound, ContainerGone, ContainerPaused."""
-        self._usable(sandbox_id)
-        usable = partial(self._holding_usable, sandbox_id)
-        return Access(sandbox_id, usable, partial(self._is_paused, sandbox_id))
+        sandbox, paused = self._usable(sandbox_id), partial(self._is_paused, sandbox_id)
+        usable, own = partial(self._holding_usable, sandbox_id), sandbox.request.env
+        return Access(sandbox_id, usable, paused, sandbox.image_env, own)
 
     @contextlib.asynccontextmanager
     async def _holding_usable(self, sandbox_id: str) -> AsyncIterator[Environment]:
