@@ -35,7 +35,12 @@ def command_detail(request: ConsoleRequest, sandbox_id: str, command_id: str) ->
     """One command with the last part of its output; for the script, what changes of it."""
     sandbox = services.get_sandbox(request.actor, sandbox_id)
     logs = services.read_last_logs(request.actor, sandbox_id, command_id, pages.OUTPUT_BYTES)
-    context = {"sandbox": sandbox, "logs": logs, "command": pages.CommandRow(logs.command)}
+    context = {
+        "sandbox": sandbox,
+        "logs": logs,
+        "command": pages.CommandRow(logs.command),
+        "refusal": services.refusal_of(request.actor, logs.command),
+    }
     name = "_command" if request.htmx else "command"
     return render(request, f"sandboxes_app/{name}.html", context)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from django.test import Client
 
+from hostruntime.wire.commands import RefusedRequest
 from sandboxes_app import pages
 from sandboxes_app.models import Sandbox
 from tests.console.markup import tight
@@ -55,8 +56,10 @@ def test_of_long_output_the_last_part_is_shown(
 ) -> None:
     # Two bytes each: the part begins within one of them.
     host.print_more(command, b"first" + "ä".encode() * (pages.OUTPUT_BYTES // 2) + b"last")
-    host.end_command(command, 3)
+    refused = (RefusedRequest("a.test", 443, "not_listed"),)
+    host.end_command(command, 3, refused=refused)
     shown = tight(console.get(f"{page}/commands/{command}/"))
+    assert "While this command ran, the network policy refused its sandbox a.test:443." in shown
     assert "first" not in shown
     assert "älast" in shown
     assert "?ä" not in shown
