@@ -85,6 +85,27 @@ def test_an_ended_sandbox_has_no_commands(console: Client, page: str, command: s
     assert console.get(f"{page}/commands/{command}/").status_code == 409
 
 
+@pytest.mark.parametrize("gone", ["sandbox", "command"])
+def test_what_is_gone_is_not_asked_for_again(
+    console: Client, page: str, command: str, host: FakeHost, gone: str
+) -> None:
+    shown = tight(console.get(f"{page}/commands/{command}/", headers=HTMX))
+    assert shown.count("hx-get") == 1
+    assert 'id="command-poll"' in shown
+    if gone == "sandbox":
+        console.post(f"{page}/terminate/")
+    else:
+        [known] = host.background.values()
+        known.clear()
+    answer = console.get(f"{page}/commands/{command}/", headers=HTMX)
+    assert (answer.status_code, answer["HX-Retarget"]) == (200, "#command-poll")
+    assert answer["HX-Reswap"] == "outerHTML"
+    last = tight(answer)
+    assert ("is terminated" if gone == "sandbox" else "forgotten") in last
+    assert "seeing the command" in last
+    assert "hx-" not in last
+
+
 def test_commands_of_another_teams_sandbox_are_not_there(
     other_console: Client, page: str, command: str
 ) -> None:
