@@ -8,13 +8,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hostruntime.host.paths import StatePaths
+from hostruntime.host.paths import Instance, StatePaths
+from hostruntime.image.store import ImageStore
 from hostruntime.sandbox.background import BackgroundCommands, Launch
+from hostruntime.sandbox.manager import SandboxManager
+from hostruntime.sandbox.record import Sandbox
 from hostruntime.wire.commands import RefusedRequest
 from hostruntime.wire.health import EgressDecision
+from hostruntime.wire.sandboxes import CreateSandbox
 
 SANDBOX, COMMAND = "sbx_1", "cmd_1"
 LAUNCH = Launch(COMMAND, "fetch", ["true"], "/", {})
@@ -56,6 +61,18 @@ def commands(tmp_path: Path, record: Record) -> BackgroundCommands:
         containers,  # type: ignore[arg-type]
         lambda _: record.read if record.restricted else None,
     )
+
+
+def test_only_a_restricted_network_has_a_record_to_look_at(tmp_path: Path, record: Record) -> None:
+    paths = StatePaths(tmp_path / "state").ensure()
+    containers: Any = SimpleNamespace(on_exit=[], instance=Instance(7), launchers=None)
+    sandboxes = SandboxManager(paths, containers, ImageStore(paths), refusals=record.read)
+    for network in ("restricted", "off", "open"):
+        request = CreateSandbox(network, "img_1", cpu=1, memory_mb=512, network=network)
+        sandboxes._sandboxes[network] = Sandbox(request, "running", "img_1", "/nowhere", None)
+    looks = {name: sandboxes.background.refusals_of(name) for name in sandboxes.live()}
+    assert looks == {"restricted": record.read, "off": None, "open": None}
+    assert sandboxes.background.refusals_of("gone") is None
 
 
 def ended(commands: BackgroundCommands, code: int, seconds_ago: float) -> None:
