@@ -37,6 +37,7 @@ CLIENTS = 8
 HELD, LEAST, ATTEMPTS = 48, 71, 5
 # A busy machine lets one that begins wait for some.
 STALE_SECONDS = 5
+MOST_PAGES = 64
 ESTABLISHED, CLOSE_WAIT = "01", "08"
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
@@ -286,9 +287,9 @@ async def test_live_pages_hear_of_changes_on_whichever_process_they_are(
     async with aiohttp.ClientSession(headers=headers) as session:
         address = f"{serving.url}/ws/sandboxes/"
         badges: list[Badge] = []
+        # On a busy machine one may be too slow to accept any of the first ones.
         while len({badge.process for badge in badges}) < PROCESSES:
-            # A busy machine can leave several to the same one.
-            assert len(badges) < 10 * CLIENTS
+            assert len(badges) < MOST_PAGES, serving.log()
             badges.append(Badge(serving, await session.ws_connect(address)))
         first = [await badge.next() for badge in badges]
         assert all(first)
