@@ -174,15 +174,12 @@ def visitors(serving: Serving, key: str, team: Team) -> list[Visitor]:
     return [Visitor(serving, key) for _ in range(CLIENTS)]
 
 
-def test_each_process_gets_its_part_of_the_clients(
-    serving: Serving, key: str, visitors: list[Visitor]
-) -> None:
+@pytest.mark.usefixtures("visitors")
+def test_each_process_gets_its_part_of_the_clients(serving: Serving, key: str) -> None:
     """One whose clients have left gets those who come, up to what the other has; each in turn.
 
     But for those that it was too busy to accept in time.
     """
-    # A first call takes a process longer.
-    assert len({each.process for each in visitors}) == PROCESSES
     shares = []
     for _ in range(ATTEMPTS):
         held = [Visitor(serving, key) for _ in range(PROCESSES * HELD)]
