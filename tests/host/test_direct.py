@@ -449,7 +449,7 @@ def test_a_new_agent_answers_for_the_living_and_nothing_holds_a_namespace(
         assert sorted(one.port for one in records.decisions("off")) == [80, 443]
         second.release("kept")
         second.release("off")
-        assert second.wait_until_idle(30)
+        assert second.wait_until_idle(60)
         assert place(taken["kept"]) not in attended(second)
     finally:
         second.teardown()

@@ -35,8 +35,8 @@ CLIENTS = 8
 # So many that of those who come later, chance sends neither process LEAST in a hundred: one that
 # decides by a coin's flip manages both in one attempt of a hundred thousand.
 HELD, LEAST, ATTEMPTS = 48, 71, 5
-# A busy machine lets one that begins wait for some.
-STALE_SECONDS = 5
+# A busy machine lets one that begins wait for long; who is to be found hanging should not.
+PATIENT, STALE_SECONDS = 60, 10
 MOST_PAGES = 64
 ESTABLISHED, CLOSE_WAIT = "01", "08"
 
@@ -44,13 +44,13 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 
 
 @pytest.fixture
-def serving(django_db_setup: None) -> Iterator[Serving]:
+def serving(request: pytest.FixtureRequest, django_db_setup: None) -> Iterator[Serving]:
     with tempfile.TemporaryDirectory(prefix="orkestr-web-") as var:
         server = Serving(
             Path(var),
             settings.DATABASES["default"],
             ORKESTR_WEB_PROCESSES=str(PROCESSES),
-            ORKESTR_WORKER_STALE=str(STALE_SECONDS),
+            ORKESTR_WORKER_STALE=str(getattr(request, "param", PATIENT)),
             # However busy this machine is, who has fewer clients is quick enough for the next.
             ORKESTR_PATIENCE="30",
         )
@@ -225,6 +225,7 @@ def test_a_killed_one_takes_only_its_own_clients_with_it(
     assert len(failures) <= 1
 
 
+@pytest.mark.parametrize("serving", [STALE_SECONDS], indirect=True)
 def test_one_that_hangs_is_replaced(serving: Serving, visitors: list[Visitor]) -> None:
     victim = visitors[0].process
     os.kill(victim, signal.SIGSTOP)
