@@ -56,7 +56,11 @@ class Serving:
                 stdout=log,
                 stderr=log,
             )
-        wait_for(self._answers, 120, self.log)
+        try:
+            wait_for(self._answers, 120, self.log)
+        except BaseException:
+            self.close()
+            raise
 
     def manage(self, *arguments: str) -> None:
         """Run a management command in the server's environment."""

@@ -54,9 +54,11 @@ def serving(request: pytest.FixtureRequest, django_db_setup: None) -> Iterator[S
             # However busy this machine is, who has fewer clients is quick enough for the next.
             ORKESTR_PATIENCE="30",
         )
-        wait_for(lambda: len(children(server)) == PROCESSES, 60, server.log)
-        yield server
-        server.close()
+        try:
+            wait_for(lambda: len(children(server)) == PROCESSES, 60, server.log)
+            yield server
+        finally:
+            server.close()
 
 
 def children(serving: Serving) -> set[int]:
