@@ -282,7 +282,7 @@ class SlotPool:
     def _record_restricted(self) -> None:
         with self._attempts:
             try:
-                found = firewall.drain_attempts(self.nft, self.instance.nft_table)
+                found = firewall.drain_attempts(self.instance.nft_table)
             except (HostError, OSError) as error:
                 _log.warning("attempts to bypass the proxy cannot be read: %s", error)
                 return
@@ -297,7 +297,7 @@ class SlotPool:
             if slot.netns is None or self._last_owners.get(slot) != owner:
                 return
             try:
-                found = blackhole.drain_attempts(self.nft, slot.netns)
+                found = blackhole.drain_attempts(slot.netns)
             except (HostError, OSError) as error:
                 _log.warning("attempts in slot %d cannot be read: %s", slot.index, error)
                 return

@@ -110,7 +110,7 @@ class SandboxManager:
         )
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
-        self.background = BackgroundCommands(self.paths, self.containers)
+        self.background = BackgroundCommands(self.paths, self.containers, self._refusals_of)
         store = VolumeStore(self.paths, self.containers.instance, self.store.trash)
         self.volumes = VolumeManager(store)
         self.interpreter = Interpreter(self.paths, self.containers, self.warm.note_code)
@@ -372,9 +372,14 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
-        if sandbox.request.network == "restricted":
-            frames = with_refusals(frames, sandbox_id, self.refusals)
+        if (refusals := self._refusals_of(sandbox_id)) is not None:
+            frames = with_refusals(frames, sandbox_id, refusals)
         return self._within_quota(frames, request.quota)
+
+    def _refusals_of(self, sandbox_id: str) -> Refusals | None:
+        """What was refused a sandbox, if it can be."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        return self.refusals if sandbox and sandbox.request.network == "restricted" else None
 
     def run_code(self, sandbox_id: str, request: RunCode) -> AsyncGenerator[CodeFrame, None]:
         """Run code in a kernel (:meth:`Interpreter.run`).  Raises TooManyCommands, too."""
