@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hostruntime.container.rootfs import DEVICES
+from hostruntime.container.figures import TARGETS
+from hostruntime.container.rootfs import DEVICES, FIGURES
 from hostruntime.host.ids import HIGH_IDS, IDS_PER_SLOT
 
 if TYPE_CHECKING:
@@ -126,12 +127,18 @@ class ContainerConfig:
             # These take precedence over LXC's bind mounts of the host's devices.
             *(("lxc.mount.entry", _device(self.devices, name)) for name in DEVICES),
             *(("lxc.mount.entry", entry) for entry in _mask_entries(Path("/"), self.devices)),
+            *(("lxc.mount.entry", _figure(self.figures, name)) for name in TARGETS),
         ]
 
     @property
     def devices(self) -> Path:
         """The container's own device nodes (:mod:`hostruntime.container.rootfs`)."""
         return self.root.parent / "dev"
+
+    @property
+    def figures(self) -> Path:
+        """What it is told of its size (:mod:`hostruntime.container.figure_files`)."""
+        return self.root.parent / FIGURES
 
     def _network(self) -> list[tuple[str, str]]:
         if self.netns is None:
@@ -159,6 +166,12 @@ def _tmpfs(target: str, size_mb: int) -> str:
 
 def _device(devices: Path, name: str) -> str:
     return f"{devices / name} dev/{name} none bind,create=file 0 0"
+
+
+def _figure(directory: Path, name: str) -> str:
+    # A container without a network has no /sys.
+    optional = ",optional" if TARGETS[name].startswith("sys/") else ""
+    return f"{directory / name} {TARGETS[name]} none bind{optional} 0 0"
 
 
 def _mask_entries(host: Path, devices: Path) -> Iterator[str]:

@@ -341,7 +341,10 @@ class Interpreter:
             "command": _command_id(record.id),
             "argv": ["python3", "-c", BOOTSTRAP],
             "cwd": record.cwd,
-            "env": {**self.containers.environment(running.slot.mode), **environment},
+            "env": {
+                **self.containers.environment(running.slot.mode, running.spec.limits.cpu),
+                **environment,
+            },
         }
         answer, answer_in = os.pipe()
         # The log, the status, the answer, and what the bridge listens on.
