@@ -102,7 +102,9 @@ class FigureFiles:
         shown = replace(self._begin(slot, limits, groups), spare=spare)
         with self._lock:
             shutil.rmtree(shown.directory, ignore_errors=True)
-            shown.directory.mkdir(mode=0o755)
+            shown.directory.mkdir()
+            # LXC mounts the files as the container's root, whatever the umask is.
+            shown.directory.chmod(0o755)
             texts = {
                 "cpuinfo": figures.cpuinfo(_host_cpuinfo(), shown.cpus),
                 "online": figures.online(shown.cpus),

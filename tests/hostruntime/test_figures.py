@@ -151,8 +151,16 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     yield made
 
 
-def test_a_container_begins_with_all_files_which_nobody_else_can_write(world: World) -> None:
-    world.create()
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_a_container_begins_with_all_files_which_nobody_else_can_write(
+    world: World, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        world.create()
+    finally:
+        os.umask(before)
+    assert world.files.of(SLOT).stat().st_mode & 0o7777 == 0o755
     found = {path.name: path.stat() for path in world.files.of(SLOT).iterdir()}
     assert found.keys() == TARGETS.keys()
     assert {status.st_mode & 0o7777 for status in found.values()} == {0o444}
