@@ -96,6 +96,7 @@ class Host:
                 await asyncio.to_thread(host.containers.figures.remove_left)
         finally:
             await proxy
+        await host.bases.recover()
         host._periodic_tasks = (
             every(
                 PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be maintained"

@@ -61,7 +61,8 @@ _KEPT_PRINT = 4096
 _OOM_SCORE_ADJ = "600"
 
 _DELIMITER = b"<IDS|MSG>"
-_ALIASES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript"}
+_ALIASES = {"py": "python", "python3": "python", "js": "javascript", "node": "javascript"}
+_ALIASES |= {"nodejs": "javascript", "ts": "typescript"}
 _KERNEL_DIRECTORIES = (
     f"{sys.prefix}/share/jupyter/kernels",
     "/usr/local/share/jupyter/kernels",

@@ -455,8 +455,9 @@ def _not_found(context_id: str) -> ContextNotFound:
 
 def _unavailable(reason: str) -> InterpreterUnavailable:
     return InterpreterUnavailable(
-        f"The sandbox's image cannot run this code: {reason[:1000]} Use a template with Jupyter "
-        "kernels, such as one whose recipe has `pip install ipykernel`."
+        f"The sandbox's image cannot run this code: {reason[:1000]} Use the base code-interpreter, "
+        "which has kernels for Python and JavaScript, or a template on it; for Python, "
+        "`pip install ipykernel` in a recipe is enough."
     )
 
 

@@ -122,6 +122,7 @@ BOX = {"template": "debian-12", "size": "small", "network": "off", "timeout_seco
 FILE = {"path": "/workspace/x", "content": "eA=="}
 
 REST = [
+    rest("GET", "bases", OK),
     rest("GET", "templates", OK),
     rest("POST", "templates", OK, **BUILD),
     rest("GET", TEMPLATE, GONE),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from hostruntime.wire.interpreter import CreateContext, RunCode
 from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 from tests.host.agent import Agent, container_of
 from tests.host.client import HostClient
-from tests.host.interpreter import build_kernels, run
+from tests.host.interpreter import Ran, build_kernels, run
 from tests.host.test_pause import far
 
 pytestmark = pytest.mark.host
@@ -37,6 +38,11 @@ from IPython.display import display, HTML, JSON, SVG
 display(HTML("<b>x</b>")); display(JSON({"a": [1, None]}))
 display(SVG('<svg xmlns="http://www.w3.org/2000/svg"></svg>'))
 """
+SHOWN = """
+display(Buffer.from([0x89, 0x50, 0x4e, 0x47, 1])); display.html("<b>x</b>")
+display({"application/json": {a: 1}}, {raw: true})
+"""
+SLEEPING = "require('child_process').execSync('sleep 1000')"
 DEAF = """
 import time
 def wait():
@@ -222,6 +228,65 @@ def test_kernels_outlive_the_agent_and_freeze_with_their_sandbox(
     assert len(host.contexts(contexts)) == 1
     host.resume_sandbox(contexts, far())
     assert run(host, contexts, "x").value == "5"
+
+
+def js(host: HostClient, sandbox_id: str, code: str, **more: Any) -> Ran:
+    return run(host, sandbox_id, code, language="javascript", **more)
+
+
+def test_javascript_runs_in_node_and_keeps_what_was_declared(
+    host: HostClient, contexts: str
+) -> None:
+    first = js(
+        host, contexts, "const x = 40; let {y, ...z} = {y: 2, z: 3}\nconsole.log('größe', z)"
+    )
+    assert first.first.context_id == "default-javascript"
+    assert (first.error, first.printed["stdout"]) == (None, "größe { z: 3 }\n")
+    # What was declared may be declared again, with an await or without.
+    assert (
+        js(host, contexts, "const x = await new Promise(r => setTimeout(r, 5, 1)); x + y").value
+        == "3"
+    )
+    again = js(host, contexts, "const x = 5; class A {}; function f() { return x }\n[f(), new A()]")
+    assert again.value == "[ 5, A {} ]"
+    both = "console.error('e'); require('child_process').execSync('echo sub', {stdio: 'inherit'})"
+    assert js(host, contexts, f"{both}; 0").printed == {"stdout": "sub\n", "stderr": "e\n"}
+    imported = "import fs, {existsSync as there} from 'fs'\nthere('/') && (await import('os')).EOL"
+    assert js(host, contexts, imported).value == "'\\n'"
+    module = "/workspace/node_modules/p/index.js"
+    host.exec(contexts, Exec(f"mkdir -p $(dirname {module}); echo 'exports.p = 1' >{module}"))
+    called = js(host, contexts, "async function main() { console.log(require('p')) }\nmain()")
+    assert called.printed["stdout"] == "{ p: 1 }\n"
+    png, html, bundle = js(host, contexts, SHOWN).results
+    assert (png.png, html.html, bundle.json) == ("iVBORwE=", "<b>x</b>", {"a": 1})
+
+
+def test_what_goes_wrong_in_javascript_leaves_the_variables(
+    host: HostClient, contexts: str
+) -> None:
+    failed = js(host, contexts, "x = 5; function f() {\n  throw new TypeError('bad')\n}\nf()").error
+    assert failed is not None
+    assert (failed.name, failed.value) == ("TypeError", "bad")
+    assert "  throw new TypeError('bad')" in failed.traceback
+    assert "/workspace/run-1.js:2:9" in "".join(failed.traceback)
+    assert not any("runner.cjs" in line or "node:" in line for line in failed.traceback)
+    wrong = js(host, contexts, "let 5 = 5").error
+    assert wrong is not None
+    assert wrong.name == "SyntaxError"
+    for code in ("while (true) {}", "await new Promise(() => {})", SLEEPING):
+        late = js(host, contexts, code, timeout_seconds=0.5)
+        assert (late.last.interrupted, late.last.lost) == (True, ""), code
+        assert late.error is not None
+        assert late.error.name == "Interrupted"
+    assert js(host, contexts, "x").value == "5"
+    flood = "for (let n = 0; n < 3000; n++) console.log('x'.repeat(1000)); 'y'.repeat(1e6)"
+    flooded = js(host, contexts, flood)
+    assert len(flooded.printed["stdout"]) <= 2 * MEBIBYTE
+    assert set(flooded.last.truncated) == {"stdout", "result.text"}
+    ended = js(host, contexts, "process.exit(3)")
+    assert "status 3" in ended.last.lost
+    again = js(host, contexts, "typeof x")
+    assert (again.value, again.last.restarted) == ("'undefined'", True)
 
 
 def test_there_are_only_so_many_and_none_where_there_is_no_python(

@@ -103,6 +103,7 @@ POINT = MetricsPoint(1.5, 30.0, 7.5, 4096, 8192, 100, 200)
 USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
+MAKING = BaseInfo("code-interpreter", "C", "It.", "building", on_request=True, progress="now")
 HELD = QuarantinedItemInfo("image.img", "image", "img", "unknown", "nobody names it", 1.0)
 DECISION = EgressDecision(1.0, "sbx", "bücher.example", 443, "refused", "not_listed")
 HOST = EgressHost("example.org", 443, 1, 2, "listed", "It is.", 1.0, 10, 20)
@@ -182,7 +183,7 @@ MESSAGES: list[Message] = [
     DirectoryEntries((ENTRY,)),
     Survey("ff00", (("größe",), None)),
     BASE,
-    Bases((BASE,)),
+    Bases((BASE, MAKING)),
     IMAGE,
     Images((IMAGE,)),
     ImageUsage(10, 4, 6, 1),
