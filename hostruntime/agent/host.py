@@ -92,6 +92,8 @@ class Host:
             await host.sandboxes.refreeze_paused()
             host.sandboxes.start_sweeping()
             await host.builds.recover()
+            with log_errors("what a killed agent has left of figures could not be removed"):
+                await asyncio.to_thread(host.containers.figures.remove_left)
         finally:
             await proxy
         await host.bases.recover()

@@ -197,7 +197,7 @@ class Assembly:
         plan = self._plan
         file = read_environment_file(base.tree)
         runtime = read_environment_file(self._host.runtime_tree(plan.policy, base.tree))
-        host = self._host.containers.environment(plan.policy.mode)
+        host = self._host.containers.environment(plan.policy.mode, plan.limits.cpu)
         environment = BuildEnvironment(host, base.manifest.env, f"{file}\n{runtime}", plan.env)
         environment.process_environment(file, 0)
         return environment

@@ -42,6 +42,8 @@ _CPU_PERIOD_US = 100_000
 _CPU_WEIGHT, _CPU_SHARES = 100, 1024
 # Flat keyed files (cgroup-v2.rst) and a process's status are at most a page, and read in one piece.
 _SMALL_FILE_BYTES = 4096
+# memory.stat is less than half a page today, and grows.
+_STAT_BYTES = 65_536
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
 _MIB = 1024 * 1024
 # cgroup v1's limit for socket buffers of all IP protocols, despite its name.
@@ -212,9 +214,12 @@ class ContainerGroups:
 
     def memory_group(self) -> Path:
         """The group where memory is accounted."""
+        return self._controller_group("memory")
+
+    def _controller_group(self, controller: str) -> Path:
         if self.layout.kind == "v2":
             return self.unified
-        return self.layout.v1["memory"] / self.layout.instance_group(self.name) / self.name
+        return self.layout.v1[controller] / self.layout.instance_group(self.name) / self.name
 
     def command_groups(self) -> list[Path]:
         """The container's group in every hierarchy, the unified hierarchy's last."""
@@ -294,6 +299,34 @@ class ContainerGroups:
             return None
         key = "inactive_file" if self.layout.kind == "v2" else "total_inactive_file"
         return max(memory - _flat_value(self.memory_group() / "memory.stat", key), 0)
+
+    def tasks(self) -> int:
+        """The number of processes and threads.  Raises FileNotFoundError."""
+        return int(_read_at_once(self._controller_group("pids") / "pids.current"))
+
+    def throttled_us(self, cpu_stat: Mapping[str, int]) -> int:
+        """How long the CPU limit has kept processes waiting, added up over the machine's CPUs.
+
+        In microseconds; ``cpu_stat`` is cpu.stat of the unified hierarchy, which knows it only if
+        it has the controller.
+        """
+        if self.layout.kind == "v2":
+            return cpu_stat.get("throttled_usec", 0)
+        return _flat_value(self._controller_group("cpu") / "cpu.stat", "throttled_time") // 1000
+
+    def stalled_us(self) -> int:
+        """How long any process has waited for a CPU, in microseconds; 0 if the kernel is not asked.
+
+        The first line of cpu.pressure (Documentation/accounting/psi.rst).
+        """
+        try:
+            return int(_read_at_once(self.unified / "cpu.pressure").split()[4].partition("=")[2])
+        except OSError:
+            return 0
+
+    def memory_stat(self) -> dict[str, int]:
+        """All of memory.stat, whose names are different in v1.  Raises FileNotFoundError."""
+        return flat_values(self.memory_group() / "memory.stat")
 
     def counter_files(self) -> CounterFiles:
         """Where :meth:`cpu_us` and :meth:`memory_bytes` read."""
@@ -435,11 +468,17 @@ def _flat_value(path: Path, key: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
 
 
-def _read_at_once(path: str | Path) -> str:
+def flat_values(path: Path) -> dict[str, int]:
+    """Everything in a flat keyed file (cgroup-v2.rst).  Raises FileNotFoundError."""
+    pairs = (line.split() for line in _read_at_once(path, _STAT_BYTES).splitlines())
+    return {key: int(value) for key, value in pairs}
+
+
+def _read_at_once(path: str | Path, size: int = _SMALL_FILE_BYTES) -> str:
     """Read a small file of the kernel's; a third of what Path.read_text takes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(descriptor, _SMALL_FILE_BYTES).decode(errors="replace")
+        return os.read(descriptor, size).decode(errors="replace")
     finally:
         os.close(descriptor)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hostruntime.container.rootfs import DEVICES
+from hostruntime.container.figures import TARGETS
+from hostruntime.container.rootfs import DEVICES, FIGURES
 from hostruntime.host.ids import HIGH_IDS, IDS_PER_SLOT
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ContainerConfig:
         return items
 
     def _mounts(self) -> list[tuple[str, str]]:
-        devices = str(self.devices)
+        devices, figures = str(self.devices), str(self.figures)
         return [
             # /sys is already mounted: a container that shares a network namespace of the initial
             # user namespace may not mount sysfs itself (sysfs(5)).
@@ -127,12 +128,18 @@ class ContainerConfig:
             # These take precedence over LXC's bind mounts of the host's devices.
             *(("lxc.mount.entry", _device(devices, name)) for name in DEVICES),
             *(("lxc.mount.entry", entry) for entry in _mask_entries(devices)),
+            *(("lxc.mount.entry", _figure(figures, name)) for name in TARGETS),
         ]
 
     @property
     def devices(self) -> Path:
         """The container's own device nodes (:mod:`hostruntime.container.rootfs`)."""
         return self.root.parent / "dev"
+
+    @property
+    def figures(self) -> Path:
+        """What it is told of its size (:mod:`hostruntime.container.figure_files`)."""
+        return self.root.parent / FIGURES
 
     def _network(self) -> list[tuple[str, str]]:
         if self.netns is None:
@@ -160,6 +167,12 @@ def _tmpfs(target: str, size_mb: int) -> str:
 
 def _device(devices: str, name: str) -> str:
     return f"{devices}/{name} dev/{name} none bind,create=file 0 0"
+
+
+def _figure(directory: str, name: str) -> str:
+    # A container without a network has no /sys.
+    optional = ",optional" if TARGETS[name].startswith("sys/") else ""
+    return f"{directory}/{name} {TARGETS[name]} none bind{optional} 0 0"
 
 
 def _mask_entries(devices: str) -> Iterator[str]:

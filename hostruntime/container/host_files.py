@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from hostruntime.container.authorities import certificates
+from hostruntime.container.figures import variables
 from hostruntime.errors import HostUnavailable
 from hostruntime.network.policy import Mode
 from hostruntime.network.registries import Registries
@@ -93,8 +94,8 @@ class LayerFile:
     mode: int = 0o644
 
 
-def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
-    """Return the initial environment of every process in a container of a mode."""
+def container_environment(mode: str, pool: SlotPool, cpu: float | None = None) -> dict[str, str]:
+    """Return the initial environment of every process in a container of a mode and CPU limit."""
     environment = {**_ENVIRONMENT, **dict.fromkeys(_CA_VARIABLES, f"/{CA_BUNDLE}")}
     if mode == "restricted":
         environment |= _proxy_environment(_proxy_url(pool))
@@ -102,6 +103,8 @@ def container_environment(mode: str, pool: SlotPool) -> dict[str, str]:
         environment |= _OFFLINE
     if java := _java_options(mode, pool):
         environment["JAVA_TOOL_OPTIONS"] = " ".join(java)
+    if cpu is not None:
+        environment |= variables(cpu)
     return environment
 
 

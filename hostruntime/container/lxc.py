@@ -252,6 +252,7 @@ def _rootfs_plan(fields: Mapping[str, Any]) -> RootfsPlan:
         sysfs=Path(fields["sysfs"]) if fields.get("sysfs") else None,
         id_base=int(fields["id_base"]),
         volume=Path(fields["volume"]) if fields.get("volume") else None,
+        figures=Path(fields["figures"]) if fields.get("figures") else None,
     )
 
 

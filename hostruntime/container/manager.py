@@ -39,6 +39,7 @@ from hostruntime.container.dismantling import (
     remove_remains,
 )
 from hostruntime.container.exec import ExecRequest, Exited, Frame, run_command
+from hostruntime.container.figure_files import FigureFiles
 from hostruntime.container.files import FileService
 from hostruntime.container.host_files import HOSTNAME, container_environment
 from hostruntime.container.launcher import LauncherLost, LauncherPool
@@ -126,6 +127,7 @@ class ContainerManager:
     capacity: Capacity = field(default_factory=Capacity)
     disks: Disks = field(init=False)
     runtime: RuntimeTrees = field(init=False)
+    figures: FigureFiles = field(init=False)
     on_exit: list[OnExit] = field(default_factory=list)
     # Stops a spare container, if there is one, when there is no slot for another.
     stop_spare: Callable[[], Awaitable[bool]] | None = None
@@ -140,6 +142,7 @@ class ContainerManager:
     def __post_init__(self) -> None:
         self.disks = Disks(self.paths, self.instance)
         self.runtime = RuntimeTrees(self.paths)
+        self.figures = FigureFiles(RunDir.of(self.instance).figures)
 
     @property
     def files(self) -> FileService:
@@ -388,6 +391,7 @@ class ContainerManager:
         if not paused:
             freeze_group(self._groups(running.owner).unified, frozen=False)
         self.capacity.adopt(running.owner, running.spec.limits)
+        self.figures.adopt(running.slot.index, running.spec.limits, self._groups(running.owner))
         self._track(replace(running, init_pid=init_pid))
         return True
 
@@ -420,7 +424,7 @@ class ContainerManager:
         caller closes it.  Raises ContainerGone, CwdNotFound, ExecKilled (the container exited).
         """
         running = self.get(owner)
-        environment = {**self.environment(running.slot.mode), **env}
+        environment = {**self.environment(running.slot.mode, running.spec.limits.cpu), **env}
         request = ExecRequest(argv, cwd, environment, timeout, merge_output, stdin)
         try:
             frames = run_command(self.launchers, self._groups(owner), request)
@@ -439,9 +443,9 @@ class ContainerManager:
         """Look into a container from inside, at one entry into it.  Raises HostError."""
         return await self.files.survey(self.get(owner).name, path, max_bytes, directories)
 
-    def environment(self, mode: str) -> dict[str, str]:
-        """The environment of every process in a container of this network mode."""
-        return container_environment(mode, self.pool)
+    def environment(self, mode: str, cpu: float | None = None) -> dict[str, str]:
+        """The environment of every process in a container of this network mode, and this size."""
+        return container_environment(mode, self.pool, cpu)
 
     def _check_not_stopped(self, running: RunningContainer) -> None:
         if self._running.get(running.owner) is not running:
@@ -472,6 +476,7 @@ class ContainerManager:
         label = apparmor.profile_name(self.instance)
         if label is not None:
             apparmor.ensure_loaded(label)
+        self.figures.create(slot.index, spec.limits, self._groups(spec.owner), spare=spec.spare)
         self.disks.attach(spec.owner, spec.limits.disk_size_mb, spec.saved_disk)
         if spec.saved_disk is not None and self.layer(spec.owner).is_dir():
             self.runtime.refresh(spec.policy, spec.image_tree, self.layer(spec.owner))
@@ -505,6 +510,7 @@ class ContainerManager:
             "sysfs": str(slot.sysfs) if slot.sysfs is not None else None,
             "volume": str(spec.volume) if spec.volume is not None else None,
             "id_base": slot.id_base,
+            "figures": str(self.figures.of(slot.index)),
         }
         items = config.items(cgroup_layout())
         return {
@@ -584,6 +590,8 @@ class ContainerManager:
 
     def _remove_remains(self, owner: str, groups: ContainerGroups) -> None:
         remove_remains(groups, self.roots / groups.name)
+        if (slot := self.pool.slot_of(owner)) is not None:
+            self.figures.remove(slot.index)
         self.pool.release(owner)
 
     def _groups(self, owner: str) -> ContainerGroups:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostruntime.container.rootfs import RootfsPlan, make_directories
+from hostruntime.container.rootfs import FIGURES, RootfsPlan, make_directories
 from hostruntime.host import kernel
 
 _NAMESPACE = "/proc/self/ns/mnt"
@@ -53,8 +53,8 @@ class MountView:
         """Move this process, a launcher's fork, into a namespace to start a container in.
 
         Its disk, its volume, its sysfs and its network namespace are mounted there as on the host,
-        where the sysfs is not needed any more.  The runtime layer is mounted on the host, as that
-        is how it is known to be in use
+        where the sysfs is not needed any more.  Its figures are mounted there only.  The runtime
+        layer is mounted on the host, as that is how it is known to be in use
         (:func:`hostruntime.container.runtime_layer.remove_unused`).  Raises OSError.
         """
         with contextlib.ExitStack() as stack:
@@ -62,6 +62,7 @@ class MountView:
             stack.callback(os.close, own)
             os.setns(self.host, os.CLONE_NEWNS)
             trees = _copies([plan.writable, plan.volume, plan.sysfs, netns], stack)
+            figures = _figures(plan, stack)
             make_directories(plan.mounts, plan.id_base)
             kernel.mount(str(plan.runtime_tree), plan.mounts / "runtime", None, kernel.MS_BIND)
             if plan.sysfs is not None:
@@ -70,6 +71,17 @@ class MountView:
             os.unshare(os.CLONE_NEWNS)
             for path, tree in trees.items():
                 kernel.move_mount(tree, path)
+            if figures is not None:
+                kernel.move_mount(figures, plan.mounts / FIGURES)
+
+
+def _figures(plan: RootfsPlan, stack: contextlib.ExitStack) -> int | None:
+    if plan.figures is None:
+        return None
+    tree = kernel.open_tree(plan.figures)
+    stack.callback(os.close, tree)
+    kernel.mount_setattr(tree, set_flags=kernel.MOUNT_ATTR_RDONLY)
+    return tree
 
 
 def _copies(paths: Iterable[Path | None], stack: contextlib.ExitStack) -> dict[Path, int]:

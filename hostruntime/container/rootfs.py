@@ -18,6 +18,7 @@ else::
     roots/<name>/image      the image, read-only     roots/<name>/runtime   the runtime layer
     roots/<name>/rw         the container's disk, holding upper/ and work/
     roots/<name>/dev        its own device nodes
+    roots/<name>/figures    what it is told of its size, read-only
     roots/<name>/merged     the container's root, with the slot's sysfs on /sys, and on /persist
                             its volume if it has one, idmapped like its disk
 """
@@ -48,6 +49,8 @@ DEVICES = {
 }
 # Where a volume is mounted, from the root.
 PERSIST = "persist"
+# Where what a container is told of its size is mounted, in ``roots/<name>``.
+FIGURES = "figures"
 # What is under the overlay, the topmost first.
 _LAYERS = ("rw", "runtime", "image")
 _DEVICE_OPTIONS = "mode=711,size=4k,nr_inodes=16"
@@ -64,6 +67,7 @@ class RootfsPlan:
     sysfs: Path | None
     id_base: int
     volume: Path | None = None
+    figures: Path | None = None
 
     @property
     def merged(self) -> Path:
@@ -119,7 +123,7 @@ def unmount_rootfs(mounts: Path) -> None:
     if _try_to_remove(mounts):
         return
     # A start has failed.
-    for name in ("merged/persist", "merged/sys", "merged", "dev", *_LAYERS):
+    for name in ("merged/persist", "merged/sys", "merged", "dev", FIGURES, *_LAYERS):
         kernel.umount_all(mounts / name)
     if _try_to_remove(mounts):
         return
@@ -141,7 +145,7 @@ def _try_to_remove(mounts: Path) -> bool:
 
 
 def _remove_directories(mounts: Path) -> None:
-    for name in ("merged", "dev", *_LAYERS, "."):
+    for name in ("merged", "dev", FIGURES, *_LAYERS, "."):
         with contextlib.suppress(FileNotFoundError):
             (mounts / name).rmdir()
 
@@ -150,7 +154,7 @@ def make_directories(mounts: Path, id_base: int) -> None:
     """Create ``roots/<name>`` for a slot's ids, with the mount points in it; idempotent."""
     mounts.mkdir(mode=0o700, exist_ok=True)
     os.chown(mounts, id_base, id_base)
-    for name in ("image", "runtime", "rw", "dev", "merged"):
+    for name in ("image", "runtime", "rw", "dev", FIGURES, "merged"):
         (mounts / name).mkdir(mode=0o755, exist_ok=True)
 
 

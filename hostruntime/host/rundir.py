@@ -11,6 +11,7 @@ Network namespaces and their assignments do not survive a reboot, and neither do
         sysfs/<slot name>/         the sysfs of that namespace
         disks/<owner>/             a container's writable layer, mounted
         volumes/<volume id>/       a volume that a sandbox has, mounted
+        figures/<slot index>/      what a container is told of its size, on a ramfs
         slots/<index>.json         which owner has the slot
         seccomp-<digest>           the profile that LXC confines a container's init with
         egress/                    root:proxy 0750, what the egress proxy may read
@@ -71,6 +72,7 @@ class RunDir:
             ensure_directory(directory, 0o2750, proxy_gid)
         ensure_directory(self.direct, 0o700)
         self._mount_privately()
+        self._mount_figures()
 
     def _mount_privately(self) -> None:
         # Where an earlier version's containers run, their mounts would be covered.
@@ -78,11 +80,18 @@ class RunDir:
             kernel.mount(str(self.root), self.root, None, kernel.MS_BIND)
             kernel.mount("none", self.root, None, kernel.MS_PRIVATE)
 
+    def _mount_figures(self) -> None:
+        ensure_directory(self.figures, 0o700)
+        if not self.figures.is_mount():
+            flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+            kernel.mount("figures", self.figures, "ramfs", flags, "mode=700")
+
     def remove(self) -> None:
         """Remove the directory, in which nothing may be mounted any more; idempotent.
 
         Raises HostFault if something is, OSError.
         """
+        kernel.umount_all(self.figures)
         if mounts := [path for path in kernel.mount_points_under(self.root) if path != self.root]:
             raise HostFault(f"{mounts[0]} is still mounted; unmount it and try again.")
         kernel.umount_all(self.root)
@@ -113,6 +122,11 @@ class RunDir:
     def volumes(self) -> Path:
         """Where volumes in use are mounted."""
         return self.root / "volumes"
+
+    @property
+    def figures(self) -> Path:
+        """What containers are told of their size."""
+        return self.root / "figures"
 
     @property
     def netns(self) -> Path:

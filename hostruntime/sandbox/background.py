@@ -388,7 +388,10 @@ class BackgroundCommands:
             "command": launch.id,
             "argv": list(launch.argv),
             "cwd": launch.cwd,
-            "env": {**self.containers.environment(running.slot.mode), **launch.env},
+            "env": {
+                **self.containers.environment(running.slot.mode, running.spec.limits.cpu),
+                **launch.env,
+            },
         }
         answer, answer_in = os.pipe()
         descriptors.append(answer_in)

@@ -46,8 +46,9 @@ class Kernels:
 
     def environment(self, owner: str, environment: Mapping[str, str]) -> dict[str, str]:
         """What a kernel of this owner's is started with.  Raises ContainerGone."""
-        mode = self.containers.get(owner).slot.mode
-        return {**self.containers.environment(mode), **environment}
+        running = self.containers.get(owner)
+        host = self.containers.environment(running.slot.mode, running.spec.limits.cpu)
+        return {**host, **environment}
 
     async def launch(
         self,

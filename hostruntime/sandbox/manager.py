@@ -42,9 +42,8 @@ from hostruntime.network.policy import Policy
 from hostruntime.sandbox.argv import command_argv
 from hostruntime.sandbox.background import BackgroundCommands, Launch
 from hostruntime.sandbox.changes import Changes
-from hostruntime.sandbox.history import Gauges
 from hostruntime.sandbox.interpreter import Access, Interpreter
-from hostruntime.sandbox.metrics import read_gauges
+from hostruntime.sandbox.metrics import read_gauges, refresh_figures
 from hostruntime.sandbox.record import (
     RECORD_FILE,
     Reason,
@@ -101,7 +100,12 @@ class SandboxManager:
 
     def __post_init__(self) -> None:
         self.usage = UsageStore(
-            self.paths.usage, self._groups, self.store.quarantine, self._gauges, self._is_paused
+            self.paths.usage,
+            self._groups,
+            self.store.quarantine,
+            partial(read_gauges, self.containers),
+            self._is_paused,
+            partial(refresh_figures, self.containers),
         )
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
@@ -425,7 +429,7 @@ class SandboxManager:
         return self._running(sandbox_id).request.id
 
     def _environment(self, sandbox: Sandbox) -> Environment:
-        host = self.containers.environment(sandbox.request.network)
+        host = self.containers.environment(sandbox.request.network, sandbox.request.cpu)
         return {**resolve_environment(host, sandbox.image_env), **sandbox.request.env}
 
     def container_name(self, sandbox_id: str) -> str:
@@ -584,9 +588,6 @@ class SandboxManager:
 
     def _groups(self, sandbox_id: str) -> ContainerGroups:
         return cgroup_layout().container(self.containers.name_of(sandbox_id))
-
-    def _gauges(self, sandbox_id: str) -> Gauges:
-        return read_gauges(self.containers, sandbox_id)
 
     def _is_paused(self, sandbox_id: str) -> bool:
         sandbox = self._sandboxes.get(sandbox_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hostruntime.container.manager import ContainerManager
@@ -55,3 +56,10 @@ def read_gauges(containers: ContainerManager, sandbox_id: str) -> Gauges:
     if slot is not None and (link := containers.pool.link(slot)) is not None:
         traffic = sent_and_received(link.host_end)
     return Gauges(disk, traffic)
+
+
+def refresh_figures(containers: ContainerManager, cpu_us: Mapping[str, int]) -> None:
+    """Refresh what containers are told of their use, given the CPU times of the sandboxes."""
+    slots = {sandbox_id: containers.pool.slot_of(sandbox_id) for sandbox_id in cpu_us}
+    known = {slot.index: cpu_us[each] for each, slot in slots.items() if slot is not None}
+    containers.figures.refresh(known)

@@ -140,7 +140,8 @@ class UsageStore:
 
     ``groups`` returns the control groups of a sandbox by its id; damaged records go to
     ``quarantine``.  ``gauges`` reads what is not in a control group, and blocks; ``is_paused``
-    doesn't.
+    doesn't.  ``on_readings`` is called with the CPU times of each sample, in microseconds, in its
+    thread.
     """
 
     directory: Path
@@ -148,6 +149,7 @@ class UsageStore:
     quarantine: Quarantine
     gauges: Callable[[str], Gauges] = lambda _: Gauges()
     is_paused: Callable[[str], bool] = lambda _: False
+    on_readings: Callable[[Mapping[str, int]], None] = lambda _: None
     history: Histories = field(init=False)
     _meters: dict[str, Meter] = field(default_factory=dict)
     _windows: Windows = field(default_factory=Windows)
@@ -268,7 +270,7 @@ class UsageStore:
 
     async def _sample(self) -> None:
         running = [meter.id for meter in self._running()]
-        self._apply(await asyncio.to_thread(self._readings, running))
+        self._apply(await asyncio.to_thread(self._read_and_tell, running))
         await self._write_points()
         await self._save_old()
         for meter in self._excess_meters():
@@ -286,6 +288,12 @@ class UsageStore:
 
     def _running(self) -> Iterable[Meter]:
         return [meter for meter in self._meters.values() if meter.ended_at is None]
+
+    def _read_and_tell(self, ids: Iterable[str]) -> dict[str, Reading]:
+        readings = self._readings(ids)
+        with log_errors("what sandboxes are told of their use could not be refreshed"):
+            self.on_readings({each: reading.cpu_us for each, reading in readings.items()})
+        return readings
 
     def _readings(self, ids: Iterable[str]) -> dict[str, Reading]:
         readings: dict[str, Reading] = {}

@@ -59,6 +59,7 @@ NUMBERS = [
     r"(?<=/dev/)loop\d+",
     r"master:\d+|shared:\d+",
     r"exec-[\d-]+",
+    r"(?m)(?<=^/)\d+(?=/(cpuinfo|loadavg|meminfo|stat|online) )",
 ]
 
 

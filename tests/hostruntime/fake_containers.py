@@ -94,7 +94,7 @@ class FakeContainers:
         places = [self.layer(owner) / directory.lstrip("/") for directory in directories]
         return Survey(head, tuple(_names(place) for place in places))
 
-    def environment(self, mode: str) -> dict[str, str]:
+    def environment(self, mode: str, _: float | None = None) -> dict[str, str]:
         return {"MODE": mode}
 
     def kill(self, owner: str) -> None:

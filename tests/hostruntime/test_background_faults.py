@@ -37,12 +37,14 @@ class Containers:
     def get(self, owner: str) -> Any:
         if self.gone:
             raise ContainerGone("It has just ended.")
-        return SimpleNamespace(name=self.name_of(owner), slot=SimpleNamespace(mode="off"))
+        spec = SimpleNamespace(limits=SimpleNamespace(cpu=1.0))
+        slot = SimpleNamespace(mode="off")
+        return SimpleNamespace(name=self.name_of(owner), slot=slot, spec=spec)
 
     def name_of(self, owner: str) -> str:
         return f"ork15-test-{owner}"
 
-    def environment(self, _: str) -> dict[str, str]:
+    def environment(self, *_: object) -> dict[str, str]:
         return {}
 
     async def supervise(self, _: object, descriptors: list[int], __: int) -> bytes:

@@ -7,6 +7,7 @@ separated by colons.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import os
 import re
@@ -139,6 +140,24 @@ WRITES = {
 }
 for path, (words, errors) in WRITES.items():
     TABLE.add(f"write {path}", partial(write, path, words), *errors, *absent(path))
+
+# What the host writes while a container has it open.
+TOLD = ("cpuinfo", "loadavg", "meminfo", "stat")
+
+
+def take_lease(path: str) -> None:
+    """Have whoever writes wait until it is given up (fcntl(2))."""
+    own = Path(tempfile.mkdtemp(), "own")
+    own.write_bytes(b"")
+    with own.open("rb") as control:
+        fcntl.fcntl(control, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    with open(path, "rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
+
+for name in TOLD:
+    TABLE.add(f"write /proc/{name}", partial(write, f"/proc/{name}", "1"), "EROFS", "EACCES")
+    TABLE.add(f"take a lease on /proc/{name}", partial(take_lease, f"/proc/{name}"), "EACCES")
 
 
 def read(path: str) -> None:
