@@ -26,6 +26,7 @@ from orkestr_console.http.decorators import ApiRequest, api, revalidate
 from orkestr_console.http.describing import EVENTS, PAGING, Parameter, describe, number
 from orkestr_console.http.json_api import json_response, no_content, read_json, timestamp
 from orkestr_console.http.paging import read_limit
+from orkestr_console.http.steps import to_its_end
 from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import in_thread
 from sandboxes_app import presenters, services
@@ -212,11 +213,15 @@ async def exec_command(
     """``POST …/exec``: buffered, or as server-sent events with ``stream: true``."""
     if isinstance(command, services.CommandStream):
         return await streaming_response(request, command)
-    return await in_thread(command_answer, command, await services.run_command(command))
+    outcome = await services.run_command(command)
+    return await to_its_end(in_thread(command_answer, command, outcome))
 
 
 def command_answer(command: services.Command, outcome: services.Outcome) -> HttpResponse:
-    """What runs in a thread after a command: it is recorded, and its output encoded."""
+    """What runs in a thread after a command, also if the client leaves meanwhile.
+
+    It is recorded, and its output encoded.
+    """
     return json_response(presenters.exec_answer(services.conclude_command(command, outcome)))
 
 

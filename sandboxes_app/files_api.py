@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
@@ -25,6 +26,8 @@ from orkestr_console.http.decorators import ApiRequest, admits_itself, api
 from orkestr_console.http.describing import BYTES, Parameter, describe
 from orkestr_console.http.json_api import json_response, no_content, read_json
 from orkestr_console.http.ranges import EVERYTHING, wanted_part
+from orkestr_console.http.steps import to_its_end
+from orkestr_console.http.straight import outlet
 from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import in_thread
 from orkestr_console.http.uploads import cut_off, request_body
@@ -203,11 +206,11 @@ async def upload(request: HttpRequest, address: str) -> HttpResponse:
         raise LengthRequired
     transfer = await services.begin_upload(address, request.META.get("REMOTE_ADDR"))
     outcome = await services.run_upload(transfer, int(length), request_body(request))
-    return await in_thread(upload_answer, transfer, outcome)
+    return await to_its_end(in_thread(upload_answer, transfer, outcome))
 
 
 def upload_answer(transfer: services.Transfer, outcome: services.UploadOutcome) -> HttpResponse:
-    """What runs in a thread after an upload: it is recorded."""
+    """What runs in a thread after an upload, also if the client leaves meanwhile: the record."""
     written = services.conclude_upload(transfer, outcome)
     return json_response(WrittenFile(path=transfer.address.path, bytes_written=written))
 
@@ -240,9 +243,18 @@ async def download(request: HttpRequest, address: str) -> HttpResponseBase:
 async def file_content(
     request: HttpRequest, file: services.Download, left: int
 ) -> AsyncIterator[bytes]:
-    """The bytes. If there are fewer than promised, the end of the connection says so."""
-    async for piece in file.pieces():
-        yield piece
-        left -= len(piece)
-    if left:
+    """The bytes, but for those that go straight to the client's socket.
+
+    If there are fewer than promised, the end of the connection says so.
+    """
+    sent = 0
+    with outlet(request) as client:
+        async with aclosing(file.pieces()) as pieces:
+            async for piece in pieces:
+                if client is None or not sent:
+                    yield bytes(piece)
+                elif not await client.send(piece):
+                    break
+                sent += len(piece)
+    if sent < left:
         cut_off(request)

@@ -10,6 +10,7 @@ from orkestr_console.core.hosts import Steps
 from orkestr_console.http.decorators import ApiRequest, api
 from orkestr_console.http.describing import EVENTS, describe
 from orkestr_console.http.json_api import json_response, no_content, read_json
+from orkestr_console.http.steps import to_its_end
 from orkestr_console.http.threads import in_thread
 from sandboxes_app import presenters, services
 from sandboxes_app.answers import (
@@ -48,11 +49,15 @@ async def run_code(
     """``POST …/code``: buffered, or as server-sent events with ``stream: true``."""
     if isinstance(run, services.CodeStream):
         return await streaming_response(request, run)
-    return await in_thread(code_answer, run, await services.run_code(run))
+    outcome = await services.run_code(run)
+    return await to_its_end(in_thread(code_answer, run, outcome))
 
 
 def code_answer(run: services.CodeRun, outcome: services.CodeOutcome) -> HttpResponse:
-    """What runs in a thread after a run: it is recorded, and its output encoded."""
+    """What runs in a thread after a run, also if the client leaves meanwhile.
+
+    It is recorded, and its output encoded.
+    """
     return json_response(presenters.code_answer(services.conclude_code(run, outcome)))
 
 

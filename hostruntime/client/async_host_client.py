@@ -12,37 +12,34 @@ import asyncio
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
-from urllib.parse import urlencode
 
 from hostruntime.client import calls
 from hostruntime.client.calls import KERNEL_SECONDS, Call
 from hostruntime.client.connection import AgentConnection, AgentConnections
+from hostruntime.client.transfers import begun
 from hostruntime.client.transport import (
     ExecCollector,
     no_answer,
     parse,
     parse_error,
-    parse_part,
     unreachable,
 )
 from hostruntime.errors import TooManyCommands
 from hostruntime.host.patience import scaled
 from hostruntime.wire.background import CommandFrame, FollowCommand
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
-from hostruntime.wire.files import FilePart, WantedPart, WrittenFile
+from hostruntime.wire.files import FilePart, WantedPart
 from hostruntime.wire.interpreter import CodeFrame, RunCode
 from hostruntime.wire.message import encode
+from hostruntime.wire.transfers import OpenTransfer
 
 DEFAULT_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 # A stream sends something at least every 10 s (a blank line), so silence means a dead agent.
 _CONNECT_SECONDS, _SILENCE_SECONDS = 5.0, 30.0
-# More than the agent gives the process in the container for one step (hostruntime.container.files),
-# so that it is the agent who says what was wrong.
-_TRANSFER_SECONDS = 90.0
 # Less than the agent's own (agent.__main__), so that it never closes one that is about to be used.
 _KEEP_ALIVE_SECONDS = 60.0
 
@@ -149,34 +146,31 @@ class AsyncHostClient:
     @asynccontextmanager
     async def read_part(
         self, sandbox_id: str, path: str, wanted: WantedPart
-    ) -> AsyncIterator[tuple[FilePart, AsyncIterator[bytes]]]:
+    ) -> AsyncIterator[tuple[FilePart, AsyncIterator[memoryview]]]:
         """Open a part of a file: what it is, and its bytes as they come.
 
-        They are fewer than promised if the file is cut meanwhile.  Raises NotFound, ContainerGone,
+        Each piece is valid until the next is asked for.  They are fewer than promised if the file
+        is cut meanwhile, or what reads it ends.  Raises NotFound, ContainerGone,
         FileConflict (not a file), RangeNotSatisfiable, TooManyTransfers.
         """
-        given = {name: value for name, value in asdict(wanted).items() if value is not None}
-        target = transfer_target(sandbox_id, path, **given)
-        async with self._send("GET", target, b"", _TRANSFER_SECONDS) as connection:
-            yield parse_part(path, connection.headers), connection.pieces()
+        with _transport_errors(self.socket):
+            request = OpenTransfer(sandbox_id, path, wanted=wanted)
+            async with begun(self.socket, request) as transfer:
+                assert transfer.part is not None
+                yield transfer.part, transfer.pieces()
 
     async def write_stream(
-        self, sandbox_id: str, path: str, length: int, content: AsyncIterator[bytes]
+        self, sandbox_id: str, path: str, length: int, content: AsyncIterator[bytes | memoryview]
     ) -> int:
         """Write ``length`` bytes as they come to a file of mode 0644, whole or not at all.
 
         Returns the bytes written.  What ``content`` raises is raised here, and leaves the file as
-        it was.  Raises ContainerGone, FileConflict, NoSpace, TooManyTransfers.
+        it was; so does content that is shorter.  Raises ContainerGone, FileConflict, NoSpace,
+        TooManyTransfers, InvalidRequest.
         """
-        target, silence = transfer_target(sandbox_id, path), scaled(_TRANSFER_SECONDS)
-        async with self._connection() as connection:
-            status = await connection.put(target, length, content, silence)
-            answer = await connection.read()
-            # An agent that has answered early still expects the rest.
-            connection.close()
-        if status >= HTTPStatus.BAD_REQUEST:
-            raise parse_error(status, answer)
-        return parse(WrittenFile, answer).size
+        with _transport_errors(self.socket):
+            async with begun(self.socket, OpenTransfer(sandbox_id, path, length)) as transfer:
+                return await transfer.write(content)
 
     @asynccontextmanager
     async def _send(
@@ -197,11 +191,6 @@ class AsyncHostClient:
             finally:
                 # Left before the answer's end, it is closed, and that kills the command.
                 await self._connections.give_back(connection)
-
-
-def transfer_target(sandbox_id: str, path: str, **parameters: int) -> str:
-    """The agent's address for a file's transfer."""
-    return f"/sandboxes/{sandbox_id}/transfer?{urlencode({'path': path, **parameters})}"
 
 
 def with_output_limit(request: Exec) -> Exec:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -29,9 +28,6 @@ class AgentConnection(asyncio.Protocol):
         self._silence = 0.0
         self._lost = False
         self._news = asyncio.Event()
-        # Whether the agent has taken enough of what was sent for more to be sent.
-        self._writable = asyncio.Event()
-        self._writable.set()
         # When it was last free, by the event loop's clock.
         self.idle_since = 0.0
         self._begin()
@@ -39,8 +35,6 @@ class AgentConnection(asyncio.Protocol):
     def _begin(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._body = bytearray()
-        # Of an answer that is passed on as it is: not joined, which would copy it.
-        self._pieces: deque[bytes] | None = None
         self._held = 0
         self._status = 0
         self.headers: dict[str, str] = {}
@@ -66,15 +60,6 @@ class AgentConnection(asyncio.Protocol):
         """It is no more."""
         self._lost = True
         self._news.set()
-        self._writable.set()
-
-    def pause_writing(self) -> None:
-        """The agent takes less than is sent."""
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        """It has taken most of it."""
-        self._writable.set()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header of the answer."""
@@ -86,10 +71,7 @@ class AgentConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """A piece of the answer."""
-        if self._pieces is None:
-            self._body += data
-        else:
-            self._pieces.append(data)
+        self._body += data
         self._held += len(data)
         if self._held > BUFFER_BYTES and not self._paused:
             self._paused = True
@@ -129,62 +111,16 @@ class AgentConnection(asyncio.Protocol):
         self._transport.write(request_head(method, target, len(body)) + body)
         return await self._status_of_answer()
 
-    async def put(
-        self, target: str, length: int, body: AsyncIterator[bytes], silence: float
-    ) -> int:
-        """Send a request with a body of ``length`` bytes, as fast as the agent takes it.
-
-        Returns the answer's status, which may be there before all of the body is.  Whatever
-        ``body`` raises ends the connection, and so does a body that is shorter.  Raises like
-        :meth:`send`.
-        """
-        self._begin_request(silence)
-        self._transport.write(request_head("PUT", target, length))
-        sending = asyncio.ensure_future(self._send_pieces(body))
-        sending.add_done_callback(lambda _: self._news.set())
-        try:
-            # The agent may refuse it, or hang up, while ``body`` waits for its next piece.
-            while not (self._status or self._lost or sending.done()):
-                self._news.clear()
-                await self._news.wait()
-            if sending.done():
-                sending.result()
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-        return await self._status_of_answer()
-
     def _begin_request(self, silence: float) -> None:
         # The end of the answer before may have come while nothing more was read.
         self._resume()
         self._begin()
         self._silence = silence
 
-    async def _send_pieces(self, body: AsyncIterator[bytes]) -> None:
-        async for piece in body:
-            if self._lost:
-                return
-            self._transport.write(piece)
-            if not self._writable.is_set():
-                async with asyncio.timeout(self._silence):
-                    await self._writable.wait()
-
     async def _status_of_answer(self) -> int:
         while not self._status:
             await self._wait()
         return self._status
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The answer's body as it comes.  Raises ConnectionBroken, TimeoutError."""
-        # What came with the head is in one already.
-        pieces = self._pieces = deque([bytes(self._body)] if self._body else [])
-        while pieces or not self._complete:
-            if pieces:
-                piece = pieces.popleft()
-                self._held -= len(piece)
-                yield piece
-            else:
-                await self._wait()
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The lines of the answer as they come.  Raises ConnectionBroken, TimeoutError."""

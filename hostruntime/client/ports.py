@@ -35,14 +35,12 @@ async def open_port(host_socket: Path, sandbox_id: str, port: int) -> socket.soc
 
 def _receive(link: socket.socket) -> socket.socket:
     """The socket of the response. Raises HostError, OSError."""
-    flags = socket.MSG_CMSG_CLOEXEC
-    data, descriptors, _, _ = socket.recv_fds(link, MAX_PORT_MESSAGE_BYTES, 1, flags)
-    opened = [socket.socket(fileno=each) for each in descriptors]
+    data, opened = receive_socket(link, MAX_PORT_MESSAGE_BYTES)
     try:
         if not data:
             raise HostUnavailable("The host agent has just stopped; try again.")
         error = decode(OpenedPort, data).error
-        if error or not opened:
+        if error or opened is None:
             raise HostError.from_wire(error)
     except MalformedError as error:
         _close(opened)
@@ -50,10 +48,22 @@ def _receive(link: socket.socket) -> socket.socket:
     except HostError:
         _close(opened)
         raise
-    opened[0].setblocking(False)  # noqa: FBT003 - positional-only
-    return opened[0]
+    return opened
 
 
-def _close(sockets: list[socket.socket]) -> None:
-    for each in sockets:
-        each.close()
+def receive_socket(link: socket.socket, most: int) -> tuple[bytes, socket.socket | None]:
+    """A datagram of at most so many bytes, and the non-blocking socket that came with it, if any.
+
+    Raises OSError.
+    """
+    data, descriptors, _, _ = socket.recv_fds(link, most, 1, socket.MSG_CMSG_CLOEXEC)
+    if not descriptors:
+        return data, None
+    opened = socket.socket(fileno=descriptors[0])
+    opened.setblocking(False)  # noqa: FBT003 - positional-only
+    return data, opened
+
+
+def _close(opened: socket.socket | None) -> None:
+    if opened is not None:
+        opened.close()

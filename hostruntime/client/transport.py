@@ -17,7 +17,6 @@ from hostruntime.wire.files import (
     DirectoryEntries,
     DirectoryListing,
     FileContent,
-    FilePart,
     FileStat,
 )
 from hostruntime.wire.message import MalformedError, Message, decode
@@ -95,12 +94,6 @@ def parse_content(
     if not stat.is_dir:
         return FileContent(stat, content)
     return DirectoryListing(stat, parse(DirectoryEntries, content).entries)
-
-
-def parse_part(path: str, headers: Mapping[str, str]) -> FilePart:
-    """Parse which part of a file a response has."""
-    first, length = (int(headers[f"x-file-{name}"]) for name in ("first", "length"))
-    return FilePart(parse_stat(path, headers), first, length)
 
 
 def parse_stat(path: str, headers: Mapping[str, str]) -> FileStat:

@@ -12,7 +12,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH, MAX_EDIT_BYTES
@@ -24,10 +24,8 @@ from hostruntime.wire.files import (
     DirectoryEntry,
     EditedFile,
     EditFile,
-    FilePart,
     FileStat,
     Survey,
-    WantedPart,
 )
 from hostruntime.wire.message import MalformedError, Message, from_fields
 
@@ -35,6 +33,13 @@ MAX_PATH_BYTES = 4096
 # How long the process inside may be idle during one step (hostruntime.host.patience).
 _STEP_TIMEOUT_SECONDS = 60.0
 _END_TIMEOUT_SECONDS = 5.0
+# Of socket(7), and what waits in one direction of a stream: twice as much by the kernel's count.
+_SO_SNDBUFFORCE, _STREAM_BYTES = 32, 512 * 1024
+# Of an answer about one file; its path is in it.
+_MAX_ANSWER_BYTES = 64 * 1024
+_NOT_IN_TIME = "The sandbox did not finish the file operation in time."
+_NOT_VALID = "The answer of the sandbox to the file operation is not valid."
+_KILLED = "The file operation was killed inside the sandbox: it is out of memory, or ended."
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,6 @@ class OpenedPath:
 
     stat: FileStat
     entries: tuple[DirectoryEntry, ...] | None
-    content: AsyncIterator[bytes]
-
-
-@dataclass(frozen=True)
-class OpenedPart:
-    """A part of a file, opened for reading; shorter than it says if the file has been cut."""
-
-    part: FilePart
     content: AsyncIterator[bytes]
 
 
@@ -72,23 +69,10 @@ class FileService:
         arguments = {"path": validate_path(path), "max_bytes": max_bytes}
         async with self._operation(name, "read", arguments) as peer:
             header = await peer.header()
-            stat, entries = _parse_answer(FileStat, header.get("stat")), None
+            stat, entries = parse_answer(FileStat, header.get("stat")), None
             if stat.is_dir:
-                entries = _parse_answer(DirectoryEntries, header).entries
+                entries = parse_answer(DirectoryEntries, header).entries
             yield OpenedPath(stat, entries, peer.chunks())
-
-    @asynccontextmanager
-    async def read_part(
-        self, name: str, path: str, wanted: WantedPart
-    ) -> AsyncIterator[OpenedPart]:
-        """Open a part of a file.
-
-        Raises NotFound, FileConflict (not a file), RangeNotSatisfiable, InvalidRequest.
-        """
-        arguments = {"path": validate_path(path), **asdict(wanted)}
-        async with self._operation(name, "read_part", arguments) as peer:
-            part = _parse_answer(FilePart, await peer.header())
-            yield OpenedPart(part, peer.chunks())
 
     async def write(
         self,
@@ -97,15 +81,13 @@ class FileService:
         content: AsyncIterator[bytes],
         *,
         mode: int | None,
-        size: int | None = None,
     ) -> int:
         """Write a file atomically; return its size.
 
-        Missing parents are created; ``mode`` None keeps an existing file's mode, else 0o644.  With
-        the ``size`` to come, in bytes, what cannot fit is refused at once.
+        Missing parents are created; ``mode`` None keeps an existing file's mode, else 0o644.
         Raises FileConflict, NoSpace, InvalidRequest.
         """
-        arguments = {"path": validate_path(path), "mode": mode, "size": size}
+        arguments = {"path": validate_path(path), "mode": mode}
         async with self._operation(name, "write", arguments) as peer:
             return int((await peer.send(content))["size"])
 
@@ -121,7 +103,7 @@ class FileService:
         path = validate_path(request.path)
         arguments = {"path": path, "old": len(old), "count": request.count}
         async with self._operation(name, "edit", arguments) as peer:
-            return _parse_answer(EditedFile, await peer.send(_pieces(old, new)))
+            return parse_answer(EditedFile, await peer.send(_pieces(old, new)))
 
     async def delete(self, name: str, path: str) -> None:
         """Delete a file, a link or a whole directory.  Raises NotFound, FileConflict."""
@@ -138,7 +120,7 @@ class FileService:
 
     async def stat(self, name: str, path: str) -> FileStat:
         """The stat of a path; ``exists`` is false if there is nothing."""
-        return _parse_answer(
+        return parse_answer(
             FileStat, await self._run_simple(name, "stat", {"path": validate_path(path)})
         )
 
@@ -147,7 +129,7 @@ class FileService:
     ) -> Survey:
         """Read up to ``max_bytes`` of a file and list directories, as far as that is possible."""
         arguments = {"path": path, "max_bytes": max_bytes, "directories": list(directories)}
-        return _parse_answer(Survey, await self._run_simple(name, "survey", arguments))
+        return parse_answer(Survey, await self._run_simple(name, "survey", arguments))
 
     async def _run_simple(
         self, name: str, operation: str, arguments: dict[str, Any]
@@ -159,25 +141,112 @@ class FileService:
     async def _operation(
         self, name: str, operation: str, arguments: Mapping[str, Any]
     ) -> AsyncIterator[_Peer]:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                message: dict[str, Any] = {"call": "file", "name": name, "operation": operation}
-                message["arguments"] = dict(arguments)
-                attached = await self.launchers.attach(message, [theirs.fileno()])
-            except BaseException:
-                ours.close()
-                raise
+        ours, attached = await self._enter(name, operation, arguments)
         reader, writer = await asyncio.open_connection(sock=ours, limit=2 * CHUNK_BYTES)
         try:
             yield _Peer(reader, writer, attached)
         finally:
             writer.transport.abort()
-            with contextlib.suppress(TimeoutError, HostError):
-                async with Patience(_END_TIMEOUT_SECONDS, lambda: [attached.pid]):
-                    await asyncio.shield(attached.exit_status)
-            if not attached.exit_status.done():
-                await attached.kill()
+            await _end(attached)
+
+    @asynccontextmanager
+    async def handed_over(
+        self, name: str, operation: str, arguments: Mapping[str, Any]
+    ) -> AsyncIterator[Stream]:
+        """Start an operation whose bytes somebody else passes on; it ends with the block."""
+        ours, attached = await self._enter(name, operation, arguments, large=True)
+        with ours:
+            ours.setblocking(False)  # noqa: FBT003 - positional-only
+            try:
+                yield Stream(ours, attached)
+            finally:
+                # Whoever has a copy of it loses the connection, too.
+                with contextlib.suppress(OSError):
+                    ours.shutdown(socket.SHUT_RDWR)
+                await _end(attached)
+
+    async def _enter(
+        self, name: str, operation: str, arguments: Mapping[str, Any], *, large: bool = False
+    ) -> tuple[socket.socket, Attached]:
+        """Start the process inside; our end of the connection to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                if large:
+                    for end in (ours, theirs):
+                        _enlarge(end)
+                message: dict[str, Any] = {"call": "file", "name": name, "operation": operation}
+                message["arguments"] = dict(arguments)
+                return ours, await self.launchers.attach(message, [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+
+
+def _enlarge(sock: socket.socket) -> None:
+    """Have a socket take several pieces at once, so that its two sides needn't take turns."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _STREAM_BYTES)
+    except PermissionError:
+        # Without CAP_NET_ADMIN, as much as the machine allows anybody.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _STREAM_BYTES)
+
+
+async def _end(attached: Attached) -> None:
+    """Wait for the process inside, which has lost its connection, or kill it."""
+    with contextlib.suppress(TimeoutError, HostError):
+        async with Patience(_END_TIMEOUT_SECONDS, lambda: [attached.pid]):
+            await asyncio.shield(attached.exit_status)
+    if not attached.exit_status.done():
+        await attached.kill()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One end of a stream, and the process inside that has the other."""
+
+    sock: socket.socket
+    process: Attached
+
+    async def header(self) -> dict[str, Any]:
+        """The next answer of the process inside.  Raises HostError."""
+        try:
+            async with Patience(_STEP_TIMEOUT_SECONDS, lambda: [self.process.pid]):
+                return await self.answer()
+        except TimeoutError:
+            raise Exhausted(_NOT_IN_TIME) from None
+
+    async def answer(self) -> dict[str, Any]:
+        """Like :meth:`header`, without a timeout."""
+        try:
+            (length,) = LENGTH.unpack(await self._exactly(LENGTH.size))
+            if length > _MAX_ANSWER_BYTES:
+                raise Exhausted(_NOT_VALID)
+            header = json.loads(await self._exactly(length))
+        except OSError as error:
+            raise Exhausted(_KILLED) from error
+        except ValueError as error:
+            raise Exhausted(_NOT_VALID) from error
+        return _checked(header)
+
+    async def _exactly(self, size: int) -> bytes:
+        """So many bytes and no more: what follows is not ours.  Raises ConnectionError."""
+        loop, data = asyncio.get_running_loop(), b""
+        while len(data) < size:
+            part = await loop.sock_recv(self.sock, size - len(data))
+            if not part:
+                raise ConnectionResetError
+            data += part
+        return data
+
+
+def _checked(header: object) -> dict[str, Any]:
+    """The answer of a process inside.  Raises the HostError that it is."""
+    if not isinstance(header, dict):
+        raise Exhausted(_NOT_VALID)
+    if "code" in header:
+        raise HostError.from_wire(header)
+    return header
 
 
 @dataclass(frozen=True)
@@ -198,20 +267,16 @@ class _Peer:
             async with self.patience():
                 return await self.answer()
         except TimeoutError:
-            raise Exhausted("The sandbox did not finish the file operation in time.") from None
+            raise Exhausted(_NOT_IN_TIME) from None
 
     async def answer(self) -> dict[str, Any]:
         """Like :meth:`header`, without a timeout."""
         try:
             (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
-            header: dict[str, Any] = json.loads(await self.reader.readexactly(length))
+            header = json.loads(await self.reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise Exhausted(
-                "The file operation was killed inside the sandbox: it is out of memory, or ended."
-            ) from error
-        if "code" in header:
-            raise HostError.from_wire(header)
-        return header
+            raise Exhausted(_KILLED) from error
+        return _checked(header)
 
     async def send(self, content: AsyncIterator[bytes]) -> dict[str, Any]:
         """Send the content; the response, which may come before its end."""
@@ -268,12 +333,12 @@ async def _pieces(*content: bytes) -> AsyncIterator[bytes]:
         yield piece
 
 
-def _parse_answer[M: Message](kind: type[M], fields: object) -> M:
+def parse_answer[M: Message](kind: type[M], fields: object) -> M:
     """Parse a response from inside.  Raises Exhausted if it has been tampered with there."""
     try:
         return from_fields(kind, fields)
     except MalformedError as error:
-        raise Exhausted("The answer of the sandbox to the file operation is not valid.") from error
+        raise Exhausted(_NOT_VALID) from error
 
 
 def validate_path(path: str) -> str:

@@ -4,7 +4,8 @@ Runs in a process that a launcher put there, like :mod:`hostruntime.container.in
 path is resolved in the container's namespaces, so nothing a tenant plants in its tree (links,
 mounts, devices) can lead to the host.  The process talks to the agent over one socket: it sends a
 header (a 4-byte length and JSON), then the raw bytes of a file being read; a file being written
-arrives as length-prefixed chunks, of which one of length zero marks the end.
+arrives as length-prefixed chunks, of which one of length zero marks the end, or if its size was
+given, as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hostruntime.container import inside_text
+from hostruntime.container.inside_refusals import TEMPORARY, Refusal, explain
 
 LENGTH = struct.Struct("!I")
 CHUNK_BYTES = 256 * 1024
@@ -35,19 +37,8 @@ MAX_EDIT_BYTES = 2 * 1024 * 1024
 SEND_BYTES = 1024 * 1024
 HOME = "/workspace"
 _DESCRIPTOR, _GATE = 3, 4
-_TEMPORARY = ".ork-"
 # What open(2) says where O_TMPFILE is unknown: to the file system, or to the kernel.
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT})
-
-
-class Refusal(Exception):  # noqa: N818 - an answer, not a defect
-    """The operation is refused; ``code`` is one of :mod:`hostruntime.errors`."""
-
-    def __init__(self, code: str, detail: str, **extra: Any) -> None:
-        super().__init__(detail)
-        self.code = code
-        self.detail = detail
-        self.extra = extra
 
 
 def serve(operation: str, arguments: Mapping[str, Any], descriptor: int, gate: int) -> NoReturn:
@@ -89,7 +80,7 @@ def perform(operation: str, arguments: Mapping[str, Any], peer: socket.socket) -
         _refuse(peer, refusal.code, refusal.detail, **refusal.extra)
     except OSError as error:
         path = str(arguments.get("path") or arguments.get("source"))
-        _refuse(peer, *_explain(error, path))
+        _refuse(peer, *explain(error, path))
     except (ValueError, RuntimeError) as error:
         _refuse(peer, "invalid_request", f"The path is not usable: {error}.")
 
@@ -269,13 +260,18 @@ def _entry(name: os.DirEntry[str]) -> dict[str, Any]:
 
 
 def _write(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
+    """Write a file; with a ``size``, its content comes as it is, after a first answer."""
     path, mode = Path(os.path.realpath(str(arguments["path"]))), arguments.get("mode")
-    existing = _existing_file(path)
+    existing, size = _existing_file(path), arguments.get("size")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.get("size") is not None:
-        _require_space(path.parent, int(arguments["size"]))
+    if size is not None:
+        _require_space(path.parent, size)
     with _new_file(path) as fd:
-        size = _receive_file(peer, fd)
+        if size is None:
+            size = _receive_file(peer, fd)
+        else:
+            _answer(peer, {})
+            _receive_bytes(peer, fd, size)
         if existing is not None:
             os.fchown(fd, existing.st_uid, existing.st_gid)
         current_mode = 0o644 if existing is None else stat.S_IMODE(existing.st_mode)
@@ -383,7 +379,7 @@ def _give_name(fd: int, path: Path) -> None:
 
 
 def _temporary_path(path: Path) -> Path:
-    return path.parent / f"{_TEMPORARY}{os.urandom(6).hex()}"
+    return path.parent / f"{TEMPORARY}{os.urandom(6).hex()}"
 
 
 def _existing_file(path: Path) -> os.stat_result | None:
@@ -397,18 +393,22 @@ def _existing_file(path: Path) -> os.stat_result | None:
 
 
 def _receive_file(peer: socket.socket, fd: int) -> int:
-    total, buffer = 0, memoryview(bytearray(CHUNK_BYTES))
-    while True:
-        (length,) = LENGTH.unpack(_receive_exactly(peer, LENGTH.size))
-        if length == 0:
-            return total
+    total = 0
+    while length := LENGTH.unpack(_receive_exactly(peer, LENGTH.size))[0]:
+        _receive_bytes(peer, fd, length)
         total += length
-        while length:
-            count = peer.recv_into(buffer, min(length, CHUNK_BYTES))
-            if not count:
-                raise Refusal("invalid_request", "The upload ended before all of it had arrived.")
-            length -= count
-            _write_all(fd, buffer[:count])
+    return total
+
+
+def _receive_bytes(peer: socket.socket, fd: int, size: int) -> None:
+    """Write the next so many bytes to a file."""
+    buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
+    while size:
+        count = peer.recv_into(buffer, min(size, CHUNK_BYTES))
+        if not count:
+            raise Refusal("invalid_request", "The upload ended before all of it had arrived.")
+        size -= count
+        _write_all(fd, buffer[:count])
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -568,29 +568,3 @@ def _kind(mode: int) -> str:
         stat.S_ISBLK: "a device",
     }
     return next((name for test, name in names.items() if test(mode)), "not a regular file")
-
-
-_CODES: Mapping[int, tuple[str, str]] = {
-    errno.ENOENT: ("not_found", "{path} does not exist."),
-    errno.ENOTDIR: ("file_conflict", "A part of {path} is a file, not a directory."),
-    errno.EISDIR: ("file_conflict", "{path} is a directory."),
-    errno.EEXIST: ("file_conflict", "{path} already exists."),
-    errno.ENOTEMPTY: ("file_conflict", "{path} is a directory that is not empty."),
-    errno.EBUSY: ("file_conflict", "{path} is in use as a mount point."),
-    errno.ELOOP: ("file_conflict", "{path} is a loop of symbolic links."),
-    errno.EROFS: ("file_conflict", "{path} is on a read-only file system."),
-    errno.EPERM: ("file_conflict", "{path} can't be changed."),
-    errno.EACCES: ("file_conflict", "{path} can't be accessed."),
-    errno.ENXIO: ("file_conflict", "{path} is not a regular file."),
-    errno.EINVAL: ("file_conflict", "{path} can't be used that way."),
-    errno.ENAMETOOLONG: ("invalid_request", "{path} is too long."),
-    errno.ENOSPC: ("no_space", "There is no space left for {path}; delete something first."),
-    errno.EDQUOT: ("no_space", "There is no space left for {path}; delete something first."),
-    errno.EFBIG: ("file_too_large", "{path} would be larger than the file system allows."),
-}
-
-
-def _explain(error: OSError, path: str) -> tuple[str, str]:
-    code, template = _CODES.get(error.errno or 0, ("internal", "{path}: " + str(error.strerror)))
-    error_path = Path(os.fsdecode(error.filename)).as_posix() if error.filename else path
-    return code, template.format(path=path if _TEMPORARY in error_path else error_path)

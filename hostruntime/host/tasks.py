@@ -4,7 +4,8 @@
 * work that completes even if the caller is cancelled: :func:`in_thread` and
   :func:`run_to_completion`, which wait for it, and :func:`shielded`, which does not;
 * :class:`KeyedLocks`, one lock per name;
-* :func:`readable` and :func:`writable`, which wait for a descriptor, and :func:`read_to_end`;
+* :func:`readable` and :func:`writable`, which wait for a descriptor, :func:`read_to_end`,
+  :func:`receive_into` and :func:`send_all`;
 * :func:`every` for periodic work, and :func:`log_errors` for work whose failure only gets logged.
 
 The event loop never waits for a disk: what reads or writes a file, a log or a tree runs in a
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -188,6 +190,35 @@ async def read_to_end(descriptor: int) -> bytes:
         if not part:
             return data
         data += part
+
+
+async def receive_into(sock: socket.socket, buffer: memoryview, seconds: float | None) -> int:
+    """What a non-blocking socket has, which others don't wait for; the bytes, 0 at its end.
+
+    Raises OSError, and TimeoutError if nothing comes for so long.
+    """
+    # Otherwise a peer that is always ready would keep the event loop.
+    await asyncio.sleep(0)
+    while True:
+        try:
+            return sock.recv_into(buffer)
+        except BlockingIOError:
+            async with asyncio.timeout(seconds):
+                await readable(sock.fileno())
+
+
+async def send_all(sock: socket.socket, data: bytes | memoryview, seconds: float) -> None:
+    """Send everything through a non-blocking socket.
+
+    Raises OSError, and TimeoutError if nothing is taken for so long.
+    """
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[sock.send(left) :]
+        except BlockingIOError:
+            async with asyncio.timeout(seconds):
+                await writable(sock.fileno())
 
 
 # Background and periodic work --------------------------------------------------------------------

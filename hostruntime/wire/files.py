@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from hostruntime.wire.message import Message
 
@@ -87,8 +90,8 @@ class FilePart(Message):
     """A part of a file: ``length`` bytes from offset ``first``; all of it has ``stat.size``."""
 
     stat: FileStat
-    first: int
-    length: int
+    first: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)

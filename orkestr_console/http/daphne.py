@@ -57,10 +57,11 @@ from orkestr_console.core.errors import (
     rpc_error,
 )
 from orkestr_console.core.ids import new_id
-from orkestr_console.http import closing, interim, uploads
+from orkestr_console.http import closing, interim, straight, uploads
 from orkestr_console.http.headers import API_HEADERS, REQUEST_ID_HEADER
 from orkestr_console.http.processes import Place
 from orkestr_console.http.sharing import SharedPort
+from orkestr_console.http.straight import STALL_TIMEOUT
 
 reactor: Any = installed_reactor
 begin_logging: Callable[..., None] = globalLogBeginner.beginLoggingTo
@@ -68,7 +69,6 @@ begin_logging: Callable[..., None] = globalLogBeginner.beginLoggingTo
 NO_OBSERVERS: list[Callable[[object], None]] = [lambda _: None]
 logger = logging.getLogger(__name__)
 
-STALL_TIMEOUT = 60.0
 HEARTBEAT_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 # How long requests that were cut off then may take to record that.
@@ -501,6 +501,7 @@ class ConsoleServer(Server):  # type: ignore[misc]
             return super().create_application(protocol, scope)
         scope.setdefault("asgi", {"version": "3.0"})
         scope[uploads.CUT_OFF_KEY] = protocol.cut_off
+        scope[straight.REQUEST_KEY] = protocol
         if protocol.upload is not None:
             scope[uploads.BODY_KEY] = protocol.upload
         # Daphne copies protocol.content into memory next: leave it nothing to copy.

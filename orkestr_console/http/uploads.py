@@ -4,22 +4,31 @@ The body of any other request is complete, and in a file, before its view begins
 (a ``PUT`` below :data:`PREFIX`) begins its view with the headers: the view reads the body from the
 connection, and what it does not take waits in the client's own kernel. So nothing is sent that
 would be refused, and no process and no disk of ours ever holds more than a few pieces of it.
+
+Twisted reads the beginning and the end of a large one, and the view what is between them, from the
+socket into one buffer (:mod:`orkestr_console.http.straight`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from django.http import HttpRequest
+
+from hostruntime.host.tasks import receive_into
+from orkestr_console.http.straight import copied_socket
 
 PREFIX = "/v1/transfers/"
 # More than this is not taken from the connection until the view has read some of it.
 MAX_HELD_BYTES = 256 * 1024
 # A connection's usual 64 KiB would make four times as many pieces of a large file.
 RECEIVE_BYTES = 256 * 1024
+# If more than this is to come, it is read from the socket, but for the last.
+STRAIGHT_BYTES, LAST_BYTES = 1024 * 1024, 4096
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Where the ASGI scope has a request's body, and what ends its connection.
 BODY_KEY, CUT_OFF_KEY = "orkestr.upload", "orkestr.cut_off"
@@ -44,6 +53,8 @@ class UploadBody:
         self._held = 0
         self._paused = False
         self._news = asyncio.Event()
+        # How long the client may send nothing while we wait for it, in seconds.
+        self._patience: float | None = channel.timeOut
         self.complete = False
         channel.transport.bufferSize = RECEIVE_BYTES
 
@@ -53,11 +64,8 @@ class UploadBody:
         """A piece has come."""
         self._pieces.append(data)
         self._held += len(data)
-        if self._held > MAX_HELD_BYTES and not self._paused:
-            self._paused = True
-            # Until the view goes on, it is not the client that is idle.
-            self._channel.setTimeout(None)
-            self._channel.transport.pauseProducing()
+        if self._held > MAX_HELD_BYTES:
+            self._pause()
         self._news.set()
 
     def end(self) -> None:
@@ -67,8 +75,11 @@ class UploadBody:
 
     # The view's side ------------------------------------------------------------------------
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The pieces. If the client leaves before the last, whoever waits for it is cancelled."""
+    async def pieces(self) -> AsyncGenerator[bytes | memoryview]:
+        """The pieces, each valid until the next is asked for.
+
+        If the client leaves before the last, whoever waits for it is cancelled.
+        """
         if self._expects and not self.complete:
             self._expects = False
             self._channel.transport.write(CONTINUE)
@@ -77,28 +88,70 @@ class UploadBody:
                 piece = self._pieces.popleft()
                 self._held -= len(piece)
                 yield piece
+            if not self.complete and self._decoder.contentLength > STRAIGHT_BYTES:
+                async with aclosing(self._straight()) as straight:
+                    async for view in straight:
+                        yield view
             self._resume()
             if self.complete:
                 return
             self._news.clear()
             await self._news.wait()
 
+    async def _straight(self) -> AsyncGenerator[memoryview]:
+        """What is to come but for its last bytes, or the end of the connection."""
+        decoder = self._decoder
+        self._pause()
+        try:
+            with copied_socket(self._channel.transport) as sock:
+                buffer = memoryview(bytearray(RECEIVE_BYTES))
+                while (most := decoder.contentLength - LAST_BYTES) > 0:
+                    count = await receive_into(sock, buffer[:most], self._patience)
+                    if not count:
+                        return
+                    decoder.contentLength -= count
+                    yield buffer[:count]
+        except TimeoutError:
+            self._channel.forceAbortClient()
+        except OSError:
+            # Twisted will learn of it as well, and ends the request.
+            return
+        finally:
+            self._resume()
+
+    @property
+    def _decoder(self) -> Any:
+        """What knows how many bytes of the body Twisted has still to read (``contentLength``)."""
+        return self._channel._transferDecoder
+
+    def _pause(self) -> None:
+        """Have Twisted read no more for now."""
+        if not self._paused:
+            self._paused = True
+            # Until the view goes on, it is not the client that is idle.
+            self._channel.setTimeout(None)
+            self._channel.transport.pauseProducing()
+
     def _resume(self) -> None:
         if self._paused:
             self._paused = False
             if not self.complete:
-                self._channel.setTimeout(self._channel.timeOut)
+                self._channel.setTimeout(self._patience)
             self._channel.transport.resumeProducing()
 
 
-async def request_body(request: HttpRequest) -> AsyncIterator[bytes]:
-    """The body of an upload's request, which is complete already unless our server has it."""
+async def request_body(request: HttpRequest) -> AsyncGenerator[bytes | memoryview]:
+    """The body of an upload's request, which is complete already unless our server has it.
+
+    Each piece is valid until the next is asked for.
+    """
     body = scope_of(request).get(BODY_KEY)
     if body is None:
         yield request.body
         return
-    async for piece in body:
-        yield piece
+    async with aclosing(body.pieces()) as pieces:
+        async for piece in pieces:
+            yield piece
 
 
 def cut_off(request: HttpRequest) -> None:

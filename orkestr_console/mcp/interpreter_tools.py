@@ -7,6 +7,7 @@ from typing import Annotated
 
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 
+from orkestr_console.http.steps import to_its_end
 from orkestr_console.mcp.arguments import Brief, Default, Without
 from orkestr_console.mcp.command_tools import DEFAULT_SECONDS
 from orkestr_console.mcp.output import TruncatedOutput
@@ -32,7 +33,7 @@ async def run_code(ctx: Ctx, sandbox_id: SandboxId, spec: CodeArguments) -> Call
     async with using(ctx, sandbox_id) as use:
         run = await call_service(services.prepare_code, use.actor, use.id, spec)
         outcome = await services.run_code(run)
-        answer = await call_service(services.conclude_code, run, outcome)
+        answer = await to_its_end(call_service(services.conclude_code, run, outcome))
         return code_run(answer, await use.life())
 
 

@@ -33,6 +33,7 @@ from orkestr_console.core.errors import DomainError, Forbidden, MethodNotAllowed
 from orkestr_console.core.hosts import Steps, async_host, in_steps
 from orkestr_console.core.postgres import persistently, unavailable
 from orkestr_console.http.closing import cut_off_reason
+from orkestr_console.http.steps import to_its_end
 from orkestr_console.http.threads import in_thread
 from sandboxes_app.models import Sandbox, UsedUpload
 from sandboxes_app.services.files import file_error, on_volume, required_path, writable_path
@@ -200,21 +201,58 @@ def forget_expired() -> None:
 type UploadOutcome = int | host_errors.HostError | DomainError
 
 
-async def run_upload(transfer: Transfer, length: int, body: AsyncIterator[bytes]) -> UploadOutcome:
+async def run_upload(
+    transfer: Transfer, length: int, body: AsyncGenerator[bytes | memoryview]
+) -> UploadOutcome:
     """Send the ``length`` bytes of a body into the sandbox as they come; the bytes written.
 
-    Returns the host's errors. If it is cancelled, the file stays as it was, and the address can be
-    used again.
+    Returns the host's errors. If it is cancelled before the last byte has come, the file stays as
+    it was, and the address can be used again; afterwards, the file is written and recorded.
     """
-    address = transfer.address
+    whole = asyncio.Event()
+    writing = asyncio.ensure_future(write(transfer, length, body, whole))
     try:
-        async with aclosing(while_allowed(transfer, body)) as content:
-            return await async_host().write_stream(address.sandbox, address.path, length, content)
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        if not whole.is_set():
+            writing.cancel()
+        await to_its_end(record_end(transfer, writing, cut_off_reason()))
+        raise
+
+
+async def write(
+    transfer: Transfer,
+    length: int,
+    body: AsyncGenerator[bytes | memoryview],
+    whole: asyncio.Event,
+) -> UploadOutcome:
+    """Send a body into the sandbox; sets ``whole`` once nothing of it is missing."""
+    address = transfer.address
+
+    async def content() -> AsyncGenerator[bytes | memoryview]:
+        async with aclosing(while_allowed(transfer, body)) as pieces:
+            async for piece in pieces:
+                yield piece
+        whole.set()
+
+    try:
+        async with aclosing(body), aclosing(content()) as pieces:
+            return await async_host().write_stream(address.sandbox, address.path, length, pieces)
     except (host_errors.HostError, DomainError) as error:
         return error
+
+
+async def record_end(
+    transfer: Transfer, writing: asyncio.Future[UploadOutcome], reason: str
+) -> None:
+    """Record an upload whose client has left: what came of it, or that it broke off."""
+    try:
+        outcome = await writing
     except asyncio.CancelledError:
-        await asyncio.shield(in_thread(abandon_upload, transfer, cut_off_reason()))
-        raise
+        await in_thread(abandon_upload, transfer, reason)
+        return
+    with suppress(DomainError):
+        await in_thread(conclude_upload, transfer, outcome)
 
 
 class Download:
@@ -223,7 +261,7 @@ class Download:
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
         self._stack = AsyncExitStack()
-        self._pieces: AsyncIterator[bytes] | None = None
+        self._pieces: AsyncIterator[memoryview] | None = None
 
     @property
     def path(self) -> str:
@@ -242,13 +280,16 @@ class Download:
             raise await in_thread(file_error, sandbox, error) from error
         return part
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The bytes as they come; fewer if the file was cut, or the token revoked, meanwhile."""
+    async def pieces(self) -> AsyncGenerator[memoryview]:
+        """The bytes as they come; fewer if the file was cut, or the token revoked, meanwhile.
+
+        Each piece is valid until the next is asked for.
+        """
         assert self._pieces is not None
         try:
             async for piece in while_allowed(self._transfer, self._pieces):
                 yield piece
-        except (host_errors.HostError, DomainError):
+        except (host_errors.HostError, DomainError, TimeoutError):
             # Part of the response has been sent, so only its end can say that something is wrong.
             return
 
@@ -257,7 +298,9 @@ class Download:
         await self._stack.aclose()
 
 
-async def while_allowed(transfer: Transfer, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+async def while_allowed[Piece](
+    transfer: Transfer, pieces: AsyncIterator[Piece]
+) -> AsyncGenerator[Piece]:
     """The pieces, as long as the transfer's token is valid. Raises ``Forbidden`` once it isn't."""
     trusted_until = monotonic() + RECHECK_SECONDS
     async for piece in pieces:

@@ -22,6 +22,7 @@ from orkestr_console.http import closing
 from orkestr_console.http.daphne import ConsoleServer
 from orkestr_console.http.handler import Handler
 from orkestr_console.http.processes import Place
+from orkestr_console.http.threads import in_thread
 from sandboxes_app import api as views
 from sandboxes_app.models import Sandbox
 from sandboxes_app.services import exec_stream
@@ -498,6 +499,38 @@ async def test_a_client_that_waits_and_goes_away_ends_the_command(
         await asyncio.gather(server, return_exceptions=True)
     entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box)
     assert [entry.data async for entry in entries] == [{"ended": "the client went away"}]
+
+
+async def test_a_client_that_leaves_while_the_end_is_recorded_loses_no_entry(
+    stream_api: AsyncApi, host: FakeHost, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    waits, has_one = asyncio.Event(), asyncio.Event()
+
+    async def late(call: Any, *args: Any) -> Any:
+        """A thread, which the last part of a command has to wait for."""
+        if call is views.command_answer:
+            waits.set()
+            await has_one.wait()
+        return await in_thread(call, *args)
+
+    monkeypatch.setattr(views, "in_thread", late)
+    created = await stream_api.post("/v1/sandboxes", {"template": "debian-12"})
+    box = created.json()["id"]
+    to_server: asyncio.Queue[Any] = asyncio.Queue()
+    body = b'{"command": "make"}'
+    from_server: asyncio.Queue[Any] = asyncio.Queue()
+    scope = exec_scope(box, key, body)
+    server = asyncio.create_task(Handler()(scope, to_server.get, from_server.put))
+    entries = AuditEntry.objects.filter(action="sandbox.exec", object_id=box)
+    async with asyncio.timeout(60):
+        await to_server.put({"type": "http.request", "body": body})
+        await waits.wait()
+        await to_server.put({"type": "http.disconnect"})
+        await asyncio.gather(server, return_exceptions=True)
+        has_one.set()
+        while not await entries.aexists():
+            await asyncio.sleep(0.02)
+    assert "exit_code" in (await entries.aget()).data
 
 
 async def test_a_silent_command_keeps_the_connection_alive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from asgiref.sync import async_to_sync
 from django.core.signing import Signer
 from django.test import Client
 
-from hostruntime.errors import HostFault, NoSpace
+from hostruntime.errors import HostFault, NoSpace, NotFound
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Team
 from orkestr_console.accounts.services import revoke_token
 from orkestr_console.http.threads import in_thread
@@ -372,3 +373,76 @@ def test_a_token_revoked_meanwhile_ends_a_transfer(
     monkeypatch.setattr(host, "write_stream", write_after)
     refusal(send(anybody, made), 403, "address_revoked")
     assert host.read_path(sandbox_of(files), PATH).content == b"old"  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def upload(api: Client, files: str) -> transfers.Transfer:
+    """An upload that may begin."""
+    address = presign(api, files, "upload")["url"].rpartition("/")[2]
+    return async_to_sync(transfers.begin_upload)(address, None)
+
+
+async def pieces_then(wait: asyncio.Event | None = None) -> AsyncGenerator[bytes]:
+    """A body; with ``wait``, one whose last byte comes only then."""
+    yield DATA[:-1]
+    if wait is not None:
+        await wait.wait()
+    yield DATA[-1:]
+
+
+def last_entry() -> dict[str, Any]:
+    entry = AuditEntry.objects.filter(action="file.write").latest("pk")
+    return {"outcome": entry.outcome, "code": entry.code, **entry.data}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_leaves_after_its_last_byte_has_sent_a_file(
+    upload: transfers.Transfer, host: FakeHost, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    write, all_sent, may_end = host.write_stream, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> int:
+        written = await write(*arguments)
+        all_sent.set()
+        await may_end.wait()
+        if fails:
+            raise NoSpace("There is no space left for it; delete something first.")
+        return written
+
+    monkeypatch.setattr(host, "write_stream", slow)
+
+    async def leave() -> None:
+        sending = asyncio.ensure_future(transfers.run_upload(upload, len(DATA), pieces_then()))
+        await all_sent.wait()
+        sending.cancel()
+        await asyncio.sleep(0.01)
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+
+    async_to_sync(leave)()
+    if fails:
+        assert last_entry() == {"outcome": "denied", "code": "no_space"}
+    else:
+        assert last_entry() == {"outcome": "done", "code": "", "path": PATH, "bytes": len(DATA)}
+    # What was written is not written twice.
+    assert UsedUpload.objects.exists() != fails
+
+
+def test_a_client_that_leaves_before_its_last_byte_has_not(
+    upload: transfers.Transfer, host: FakeHost
+) -> None:
+    async def leave() -> None:
+        never = pieces_then(asyncio.Event())
+        sending = asyncio.ensure_future(transfers.run_upload(upload, len(DATA), never))
+        await asyncio.sleep(0.01)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+
+    async_to_sync(leave)()
+    said = {"path": PATH, "ended": "the client went away"}
+    assert last_entry() == {"outcome": "done", "code": "", **said}
+    assert not UsedUpload.objects.exists()
+    with pytest.raises(NotFound):
+        host.read_path(upload.sandbox.pk, PATH)

@@ -24,7 +24,7 @@ class FakeTransfers:
     @asynccontextmanager
     async def read_part(
         self, sandbox_id: str, path: str, wanted: WantedPart
-    ) -> AsyncIterator[tuple[FilePart, AsyncIterator[bytes]]]:
+    ) -> AsyncIterator[tuple[FilePart, AsyncIterator[memoryview]]]:
         """As the client."""
         found = self.read_path(sandbox_id, path, max_bytes=1 << 60)
         if not isinstance(found, FileContent):
@@ -52,16 +52,19 @@ class FakeTransfers:
         data = data[: wanted.most]
         yield FilePart(found.stat, first, len(data)), self.pieces(data)
 
-    async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
-        """The bytes, a piece at a time."""
+    async def pieces(self, data: bytes) -> AsyncIterator[memoryview]:
+        """The bytes, a piece at a time; each is valid until the next is asked for."""
+        buffer = memoryview(bytearray(PIECE_BYTES))
         for start in range(0, len(data), PIECE_BYTES):
-            yield data[start : start + PIECE_BYTES]
+            piece = data[start : start + PIECE_BYTES]
+            buffer[: len(piece)] = piece
+            yield buffer[: len(piece)]
 
     async def write_stream(
-        self, sandbox_id: str, path: str, length: int, content: AsyncIterator[bytes]
+        self, sandbox_id: str, path: str, length: int, content: AsyncIterator[bytes | memoryview]
     ) -> int:
         """As the client."""
-        data = b"".join([piece async for piece in content])
+        data = b"".join([bytes(piece) async for piece in content])
         written: int = self.write_file(sandbox_id, path, data, mode=0o644)
         return written
 

@@ -81,7 +81,7 @@ async def test_lines_come_from_files_of_any_size(
     async def lines(path: str, line: int, count: int | None = None, most: int = 1000) -> str:
         wanted = WantedPart(line=line, lines=count, most=most)
         async with client.read_part(sandbox.id, path, wanted) as (part, pieces):
-            data = b"".join([piece async for piece in pieces])
+            data = b"".join([bytes(piece) async for piece in pieces])
             assert len(data) == part.length
             return data.decode()
 
@@ -98,4 +98,4 @@ async def test_lines_come_from_files_of_any_size(
         await lines(seq, 1_000_002)
     wanted = WantedPart(last=10**12, most=5)
     async with client.read_part(sandbox.id, seq, wanted) as (part, pieces):
-        assert (part.first, b"".join([piece async for piece in pieces])) == (0, b"1\n2\n3")
+        assert (part.first, b"".join([bytes(piece) async for piece in pieces])) == (0, b"1\n2\n3")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -61,7 +63,7 @@ async def read(
     client: AsyncHostClient, sandbox: SandboxInfo, path: str, wanted: WantedPart = ALL
 ) -> tuple[FilePart, bytes]:
     async with client.read_part(sandbox.id, path, wanted) as (part, pieces):
-        return part, b"".join([piece async for piece in pieces])
+        return part, b"".join([bytes(piece) async for piece in pieces])
 
 
 def run(host: HostClient, sandbox: SandboxInfo, command: str) -> str:
@@ -69,7 +71,7 @@ def run(host: HostClient, sandbox: SandboxInfo, command: str) -> str:
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -268,6 +270,31 @@ async def test_the_agent_stays_as_it_was_whatever_passes_through(
         # And this one gives up.
     assert measured(agent.pid)[0] - before[0] < 12 * MIB
     await eventually(lambda: measured(agent.pid)[1] <= before[1])
+    await eventually(lambda: inside(host, sandbox) == 0)
+
+
+async def test_the_agent_has_no_part_in_what_passes(
+    agent: Agent, client: AsyncHostClient, host: HostClient, sandbox: SandboxInfo
+) -> None:
+    def stop(number: int) -> None:
+        if number == 1:
+            os.kill(agent.pid, signal.SIGSTOP)
+
+    content = Content(200, stop)
+    try:
+        sending = asyncio.ensure_future(
+            client.write_stream(sandbox.id, "/workspace/f", content.size, aiter(content))
+        )
+        await eventually(lambda: content.taken == content.pieces)
+        # Only the outcome is the agent's to tell.
+        assert not sending.done()
+        os.kill(agent.pid, signal.SIGCONT)
+        assert await sending == content.size
+        async with client.read_part(sandbox.id, "/workspace/f", ALL) as (_, pieces):
+            os.kill(agent.pid, signal.SIGSTOP)
+            assert sum([len(piece) async for piece in pieces]) == content.size
+    finally:
+        os.kill(agent.pid, signal.SIGCONT)
     await eventually(lambda: inside(host, sandbox) == 0)
 
 

@@ -39,6 +39,7 @@ from hostruntime.wire.files import (
     MakeDirectory,
     MoveFile,
     Survey,
+    WantedPart,
     WrittenFile,
 )
 from hostruntime.wire.health import (
@@ -92,6 +93,7 @@ from hostruntime.wire.sandboxes import (
     Usage,
     UsageInfo,
 )
+from hostruntime.wire.transfers import OpenTransfer, TransferAnswer
 from hostruntime.wire.volumes import AttachVolume, VolumeInfo, Volumes
 from tests.host.client import HostClient
 
@@ -194,6 +196,11 @@ MESSAGES: list[Message] = [
     Progress("done", image=IMAGE),
     Progress("error", error={"code": "host_fault", "detail": "No."}),
     OpenPort("sbx", 65535),
+    OpenTransfer("sbx", "/workspace/a", wanted=WantedPart(0, 9)),
+    OpenTransfer("sbx", "/workspace/a", 0),
+    TransferAnswer(part=FilePart(FileStat("/a", exists=True, size=9), 3, 6)),
+    TransferAnswer({"code": "no_space", "detail": "It is full."}),
+    TransferAnswer(written=5_000_000_000),
     OpenedPort({"code": "port_closed", "detail": "Nothing listens."}),
     CLAIM,
     Agree("i", 7, "mark", known=True),
@@ -450,6 +457,8 @@ def test_a_sandbox_and_a_build_have_the_same_bounds(
         (MakeDirectory, {"path": 1}),
         (OpenPort, {"sandbox": "sbx", "port": 0}),
         (OpenPort, {"sandbox": "sbx", "port": 65536}),
+        (OpenTransfer, {"sandbox": "sbx", "path": "/a", "size": -1}),
+        (FilePart, {"stat": {"path": "/a", "exists": True}, "first": 0, "length": -1}),
     ],
     ids=str,
 )

@@ -2,7 +2,7 @@
 
 ``health`` (and the egress proxy's decisions), ``images`` (and bases), ``builds``, ``sandboxes``
 (with their usage and snapshots), ``volumes``, ``commands``, ``background`` ones, ``interpreter``,
-``files``, ``transfers``, ``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which
+``files``, ``reconciliation``.  Handlers raise :mod:`hostruntime.errors`, which
 :func:`application` turns into responses; once a stream has started, an error can only be a line
 in it.
 """
@@ -25,7 +25,6 @@ from hostruntime.agent.routes import (
     interpreter,
     reconciliation,
     sandboxes,
-    transfers,
     volumes,
 )
 from hostruntime.errors import HostError
@@ -47,7 +46,6 @@ def application(host: Host) -> Starlette:
         *background.routes(host.sandboxes),
         *interpreter.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),
-        *transfers.routes(host.sandboxes, host.containers.files),
         *reconciliation.routes(reconciler),
     ]
     handlers = {
