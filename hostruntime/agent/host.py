@@ -24,7 +24,7 @@ from hostruntime.container.cgroup_migrations import favor_migrations
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.disk import DiskSize
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, lxc_dir
+from hostruntime.container.manager import ContainerManager
 from hostruntime.container.runtime_layer import build_runtime_layers, remove_unused
 from hostruntime.errors import HostError
 from hostruntime.host.disk_space import DiskSpace
@@ -36,6 +36,7 @@ from hostruntime.host.paths import (
     is_claimed,
     release_instance,
 )
+from hostruntime.host.rundir import RunDir
 from hostruntime.host.tasks import cancel_and_wait, create_thread_pool, every, log_errors
 from hostruntime.image.quarantine import retention_days
 from hostruntime.image.store import ImageStore
@@ -235,7 +236,7 @@ def _launchers(paths: StatePaths, instance: Instance, inherited_fds: Sequence[in
     label = apparmor.profile_name(instance)
     if label is not None:
         apparmor.load(label)
-    return LauncherPool(lxc_dir(instance), paths.root / "launcher.log", inherited_fds, label)
+    return LauncherPool(RunDir.of(instance).lxc, paths.root / "launcher.log", inherited_fds, label)
 
 
 def _host(

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.disk import Disks
 from hostruntime.container.dismantling import dismantle, kill_container
-from hostruntime.container.manager import lxc_dir, roots_dir
 from hostruntime.errors import HostError
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.records import BadRecord
+from hostruntime.host.rundir import RunDir
 from hostruntime.image.store import ImageStore
 from hostruntime.image.trash import Trash
 from hostruntime.network.slots import SlotPool
@@ -77,7 +77,7 @@ def remove_instance(
     disks = Disks(paths, instance)
     _release_disks_except(disks, ())
     VolumeStore(paths, instance, trash).recover(())
-    for directory in (roots_dir(instance), lxc_dir(instance), disks.mounts):
+    for directory in (RunDir.of(instance).roots, RunDir.of(instance).lxc, disks.mounts):
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -110,7 +110,7 @@ def _dismantle_except(
     instance: Instance, keep: Collection[str], on_progress: OnProgress = lambda done, of: None
 ) -> None:
     """Dismantle the containers of an instance whose names are not among these."""
-    layout, roots = cgroup_layout(), roots_dir(instance)
+    layout, roots = cgroup_layout(), RunDir.of(instance).roots
     names = set(layout.container_names(instance.prefix))
     with contextlib.suppress(FileNotFoundError):
         names |= {path.name for path in roots.iterdir()}

@@ -106,16 +106,6 @@ class RunningContainer:
     cpu_us_before: int = 0
 
 
-def roots_dir(instance: Instance) -> Path:
-    """Where the roots of an instance's containers are mounted."""
-    return RunDir.of(instance).roots
-
-
-def lxc_dir(instance: Instance) -> Path:
-    """LXC's directory (lxcpath), which a container's root user must be able to enter."""
-    return RunDir.of(instance).lxc
-
-
 @dataclass
 class ContainerManager:
     """Starts containers, runs commands in them and stops them.  One per agent's event loop."""
@@ -152,7 +142,7 @@ class ContainerManager:
     @property
     def roots(self) -> Path:
         """Where the roots of this instance's containers are mounted."""
-        return roots_dir(self.instance)
+        return RunDir.of(self.instance).roots
 
     def running(self) -> dict[str, RunningContainer]:
         """The running containers by owner, without spare ones."""

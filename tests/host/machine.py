@@ -15,9 +15,10 @@ from hostruntime.build.plan import Host, refused_hosts
 from hostruntime.container import delegation
 from hostruntime.container.apparmor import profile_name
 from hostruntime.container.launcher import LauncherPool
-from hostruntime.container.manager import ContainerManager, lxc_dir
+from hostruntime.container.manager import ContainerManager
 from hostruntime.container.runtime_layer import build_runtime_layers
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.rundir import RunDir
 from hostruntime.host.tasks import in_thread
 from hostruntime.image.store import ImageStore
 from hostruntime.network.egress import EgressProxy, host_registries
@@ -53,7 +54,7 @@ async def a_machine(root: Path) -> AsyncIterator[Machine]:
         await in_thread(build_runtime_layers, paths, pool)
         await in_thread(proxy.start)
         launchers = LauncherPool(
-            lxc_dir(instance), root / "launcher.log", apparmor=profile_name(instance)
+            RunDir.of(instance).lxc, root / "launcher.log", apparmor=profile_name(instance)
         )
         stack.push_async_callback(launchers.close)
         await launchers.open()

@@ -18,9 +18,10 @@ from hostruntime.container.cgroups import cgroup_layout
 from hostruntime.container.exec import Chunk, Exited
 from hostruntime.container.launcher import LauncherPool
 from hostruntime.container.limits import Limits
-from hostruntime.container.manager import ContainerManager, ContainerSpec, lxc_dir
+from hostruntime.container.manager import ContainerManager, ContainerSpec
 from hostruntime.container.runtime_layer import build_runtime_layers
 from hostruntime.host.paths import StatePaths, claim_instance, release_instance
+from hostruntime.host.rundir import RunDir
 from hostruntime.network.egress import EgressProxy
 from hostruntime.network.policy import Policy, deny_list
 from hostruntime.network.settings import NetworkSettings
@@ -121,7 +122,7 @@ async def containers(root: Path) -> AsyncIterator[Containers]:
         proxy.start()
         build_runtime_layers(paths, pool)
         launchers = LauncherPool(
-            lxc_dir(instance), root / "launcher.log", apparmor=profile_name(instance)
+            RunDir.of(instance).lxc, root / "launcher.log", apparmor=profile_name(instance)
         )
         stack.push_async_callback(launchers.close)
         await launchers.open()
