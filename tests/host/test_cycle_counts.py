@@ -1,12 +1,18 @@
-"""What the agent does to make a sandbox out of a warm container, delete it, and start the next."""
+"""What the agent does to make a sandbox out of a warm container, delete it, and start the next.
+
+And what it does to take a snapshot of one.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hostruntime.container.cgroups import cgroup_layout, is_frozen
+from hostruntime.wire.commands import Exec
 from hostruntime.wire.sandboxes import CreateSandbox
 from tests.host.agent import Agent, eventually
 from tests.host.conftest import BASE
@@ -18,6 +24,9 @@ pytestmark = pytest.mark.host
 CYCLES = 10
 # For one sandbox.  Beside these there is what happens from time to time.
 MOST = {"uses of threads": 20, "threads started": 3, "programs": 0, "files opened": 60}
+# For one snapshot.  To flush: what is written before and while it stands still, each file of the
+# snapshot and its directory, and the directory above.
+SNAPSHOT = {"programs": 0, "flushes": 8, "uses of threads": 40, "files opened": 60}
 
 
 def test_a_sandbox_takes_so_much_work_and_no_more(agent: Agent, tmp_path: Path) -> None:
@@ -28,8 +37,31 @@ def test_a_sandbox_takes_so_much_work_and_no_more(agent: Agent, tmp_path: Path) 
         for number in range(1, CYCLES + 1):
             use_one(agent, prefix, number)
         counted = numbers()
+        per_snapshot = one_snapshot(agent, numbers)
+    assert {what: n for what, n in per_snapshot.items() if n > SNAPSHOT[what]} == {}, per_snapshot
     per_sandbox = {what: (counted[what] - before[what]) / CYCLES for what in MOST}
     assert {what: n for what, n in per_sandbox.items() if n > MOST[what]} == {}, per_sandbox
+
+
+def one_snapshot(agent: Agent, numbers: Callable[[], Counter[str]]) -> dict[str, float]:
+    """What a snapshot takes of a sandbox that has written a little."""
+    sandbox = CreateSandbox("sbx_kept", image=BASE, cpu=0.5, memory_mb=256, network="off")
+    agent.client.create_sandbox(sandbox)
+    try:
+        assert (
+            agent.client.exec(sandbox.id, Exec("echo x >/root/x; echo x >/workspace/x")).code == 0
+        )
+        names = [f"snap_counted{number}" for number in range(CYCLES + 1)]
+        agent.client.create_snapshot(names[0], sandbox.id)
+        before = numbers()
+        for name in names[1:]:
+            agent.client.create_snapshot(name, sandbox.id)
+        after = numbers()
+        for name in names:
+            agent.client.delete_snapshot(name)
+    finally:
+        agent.client.delete_sandbox(sandbox.id)
+    return {what: (after[what] - before[what]) / CYCLES for what in SNAPSHOT}
 
 
 def use_one(agent: Agent, prefix: str, number: int) -> None:
