@@ -18,6 +18,9 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[1]
 REPORT_SECONDS = 60.0
+# Enough of a failed session of pytest to know what to look for; often only the end is kept.
+EXCERPT_LINES = 12
+EXCERPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,23 @@ class Check:
     """A Python command, by default of this interpreter, and its display name.
 
     ``{room}`` in its arguments is its room's directory. It starts when the checks named in
-    ``after`` have finished: they share something outside their rooms.
+    ``after`` have finished: they share something outside their rooms. With ``own_mounts`` nothing
+    that others start meanwhile keeps a copy of what it mounts (mount_namespaces(7)).
     """
 
     name: str
     arguments: Sequence[str]
     python: str = sys.executable
     after: frozenset[str] = frozenset()
+    own_mounts: bool = False
 
     def run(self, room: Room, output: int | None = None) -> int:
         """Run it; its exit status. Output goes to a descriptor, or to ours."""
         directory = str(room.directory)
         words = [word.replace("{room}", directory) for word in self.arguments]
+        within = ["unshare", "--mount", "--propagation", "slave"] if self.own_mounts else []
         result = subprocess.run(
-            [self.python, *words],
+            [*within, self.python, *words],
             cwd=TREE,
             env=room.environment,
             stdin=subprocess.DEVNULL,
@@ -93,6 +99,8 @@ class Verdicts:
     """The checks that ran, and which failed."""
 
     failed: list[str] = field(default_factory=list)
+    # What pytest said of the failed tests, to be repeated at the end.
+    excerpts: list[str] = field(default_factory=list)
     # The output file of each check that runs in a lane, by name.
     _running: dict[str, Path] = field(default_factory=dict)
 
@@ -138,6 +146,8 @@ class Verdicts:
             report(f"== {check.name}")
             report(text)
             self._record(check, status, started)
+        if status != 0:
+            self.excerpts += excerpt(text)
 
     def _record(self, check: Check, status: int, started: float) -> None:
         if status != 0:
@@ -155,6 +165,12 @@ def report(line: str) -> None:
     with _print_lock:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
+
+
+def excerpt(text: str) -> list[str]:
+    """The lines of a session of pytest that name its failed tests and their errors."""
+    lines = re.findall(r"^(?:FAILED |ERROR |E  ).*$", text, re.MULTILINE)
+    return [line[:EXCERPT_CHARACTERS] for line in lines[-EXCERPT_LINES:]]
 
 
 def _progress(name: str, output: Path) -> str:

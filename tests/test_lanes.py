@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orkestr_console.runner.layout import MAX_PID
-from tests.lanes import TREE, Check, Room, Verdicts
+from tests.lanes import EXCERPT_LINES, TREE, Check, Room, Verdicts
 from tests.runner.test_keeper import LONGEST_VAR
-from tests.verify import RUN_ALONE, SCRATCH_PREFIX, SEPARATE, parts
+from tests.verify import RUN_ALONE, SCRATCH_PREFIX, SEPARATE, conclude, parts
 
 # Says so, and ends when the other one has said so as well.
 MEETING = """
@@ -63,6 +63,26 @@ def test_what_fails_is_said_and_keeps_nothing_else_from_running(
     said = capsys.readouterr().out
     assert "== bad\nit is broken\n-- bad: failed" in said
     assert "== next\nran\n-- next: ok" in said
+
+
+def test_the_end_of_a_run_names_the_tests_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where only the end of what a run said is kept, the cause would be lost."""
+    module = tmp_path / "test_it.py"
+    module.write_text("def test_this():\n    assert 1 + 1 == 3\n\n\ndef test_that():\n    pass\n")
+    session = Check("session", ["-m", "pytest", "-p", "no:cacheprovider", str(module)])
+    many = script("many", "print('E   it is broken\\n' * 1000); raise SystemExit(1)")
+    verdicts = Verdicts()
+    verdicts.run_parallel([session, many], rooms(tmp_path, 1))
+    capsys.readouterr()
+    assert conclude(verdicts) == 1
+    *excerpt, last = capsys.readouterr().out.splitlines()
+    assert last == "FAILED: session, many"
+    assert "E       assert (1 + 1) == 3" in excerpt
+    assert any(line.startswith("FAILED ") and "::test_this" in line for line in excerpt)
+    assert not any("::test_that" in line for line in excerpt)
+    assert excerpt.count("E   it is broken") == EXCERPT_LINES
 
 
 NOTE = """

@@ -81,7 +81,8 @@ def run_all(verdicts: Verdicts, scratch: Path, static: Sequence[Check]) -> None:
         # Most of what the longest two do is to wait.
         rooms = [stack.enter_context(room(scratch, name, **shared)) for name in LANES]
         verdicts.run_parallel([first, *static, *others, *other], rooms)
-        verdicts.run(pytest("tests that run alone", RUN_ALONE), rooms[0])
+        # Some make a disk end; where another installation starts, its namespaces would keep it.
+        verdicts.run(pytest("tests that run alone", RUN_ALONE, own_mounts=True), rooms[0])
 
 
 def pythons(verdicts: Verdicts, scratch: Path) -> None:
@@ -223,6 +224,8 @@ def remove(directory: Path) -> None:
 def conclude(verdicts: Verdicts) -> int:
     """The last lines: what failed, or that nothing did."""
     if verdicts.failed:
+        for line in verdicts.excerpts:
+            report(line)
         report(f"FAILED: {', '.join(verdicts.failed)}")
         return 1
     report("Everything holds.")

@@ -74,7 +74,11 @@ def _add_python(root: Path) -> None:
     extensions = [str(path) for path in (library / "lib-dynload").glob("*.so")]
     listed = run(["ldd", str(binary), *extensions], timeout=30).text
     for needed in set(re.findall(r"(/\S+\.so\S*) \(", listed)):
-        _add(Path(needed).resolve(), root / "usr" / needed.lstrip("/").removeprefix("usr/"))
+        target = root / "usr" / needed.lstrip("/").removeprefix("usr/")
+        # The host's release may be newer than the base's: its C library serves the base's programs
+        # too (symbol versions), and the base's does not serve the host's Python.
+        target.unlink(missing_ok=True)
+        _add(Path(needed).resolve(), target)
 
 
 def _add_programs(root: Path) -> None:

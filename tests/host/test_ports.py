@@ -102,8 +102,9 @@ async def nothing_is_left(agent: Agent, sandbox: SandboxInfo) -> None:
     before = descriptors(agent), threads(agent)
     for _ in range(5):
         await asyncio.gather(*(read(agent, sandbox.id, 8080) for _ in range(10)))
+    # The agent has other things to do, which come and go; a leak would be one of each connection.
     for _ in eventually():
-        if (descriptors(agent), threads(agent)) <= before:
+        if descriptors(agent) < before[0] + 25 and threads(agent) < before[1] + 25:
             return
 
 
@@ -160,14 +161,22 @@ async def test_a_container_that_is_replaced_meanwhile_is_not_connected_to(
         current = new
 
     monkeypatch.setattr(container_ports, "_connect_within", replaced)
-    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
-    with pytest.raises(ContainerGone):
-        await service.connect("sbx", server)
+    before = own_descriptors()
+    for _ in range(10):
+        current = old
+        with pytest.raises(ContainerGone):
+            await service.connect("sbx", server)
     # A pid that is another's by now is not in the container's groups.
     monkeypatch.setattr(container_ports, "pids_under", lambda _: [])
-    with pytest.raises(ContainerGone):
-        await service.connect("sbx", server)
-    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+    for _ in range(10):
+        with pytest.raises(ContainerGone):
+            await service.connect("sbx", server)
+    # What earlier tests left to the garbage collector comes and goes beside it.
+    assert own_descriptors() < before + 10
+
+
+def own_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 async def test_a_port_that_meets_itself_is_closed(server: int) -> None:
@@ -198,7 +207,7 @@ async def test_who_lets_connections_wait_keeps_nobody_from_another_container(
         await connect(made, address, port)
 
     monkeypatch.setattr(container_ports, "_connect_within", wait_or_connect)
-    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    before = own_descriptors()
     slow = [asyncio.create_task(service.connect("slow", 1)) for _ in range(MAX_WAITING)]
     try:
         await asyncio.sleep(0)
@@ -217,6 +226,6 @@ async def test_who_lets_connections_wait_keeps_nobody_from_another_container(
     # A socket made for who has left is closed with its object, and the server closes its own.
     for _ in eventually(20):
         gc.collect()
-        if sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before:
+        if own_descriptors() < before + MAX_WAITING // 2:
             break
         await asyncio.sleep(0.05)

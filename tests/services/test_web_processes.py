@@ -34,6 +34,7 @@ PROCESSES = 2
 CLIENTS = 8
 ATTEMPTS = 4
 STALE_SECONDS = 2
+MOST_PAGES = 64
 ESTABLISHED = "01"
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
@@ -256,8 +257,11 @@ async def test_live_pages_hear_of_changes_on_whichever_process_they_are(
     headers = {"Cookie": f"{name}={cookie}", "Origin": serving.url}
     async with aiohttp.ClientSession(headers=headers) as session:
         address = f"{serving.url}/ws/sandboxes/"
-        badges = [Badge(serving, await session.ws_connect(address)) for _ in range(4)]
-        assert len({badge.process for badge in badges}) == PROCESSES
+        badges: list[Badge] = []
+        # On a busy machine one may be too slow to accept any of the first ones.
+        while len({badge.process for badge in badges}) < PROCESSES:
+            assert len(badges) < MOST_PAGES, serving.log()
+            badges.append(Badge(serving, await session.ws_connect(address)))
         first = [await badge.next() for badge in badges]
         assert all(first)
         await asyncio.to_thread(create, console_actor)
