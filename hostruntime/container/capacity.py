@@ -78,6 +78,9 @@ class Capacity:
     room: Room = field(default_factory=Room.of_machine)
     available: Callable[[], int] = field(default=lambda: memory_bytes("MemAvailable"))
     _promised: dict[str, Limits] = field(default_factory=dict)
+    # Of all of them, and in millionths, so that what is added and taken away again leaves nothing.
+    _memory_mb: int = 0
+    _cpu_millionths: int = 0
 
     def reserve(self, owner: str, limits: Limits) -> None:
         """Promise an owner these limits, until :meth:`release`; idempotent.
@@ -88,37 +91,44 @@ class Capacity:
             return
         if problem := self._problem(limits):
             raise HostFull(f"{problem} Try again when a sandbox or a build has ended.")
-        self._promised[owner] = limits
+        self.adopt(owner, limits)
 
     def adopt(self, owner: str, limits: Limits) -> None:
         """Count what runs already, even beyond what the settings now allow."""
+        self.release(owner)
         self._promised[owner] = limits
+        self._count(limits, 1)
 
     def release(self, owner: str) -> None:
         """End a promise; idempotent."""
-        self._promised.pop(owner, None)
+        limits = self._promised.pop(owner, None)
+        if limits is not None:
+            self._count(limits, -1)
+
+    def _count(self, limits: Limits, times: int) -> None:
+        self._memory_mb += times * limits.memory_mb
+        self._cpu_millionths += times * round(limits.cpu * 1e6)
 
     def status(self) -> CapacityStatus:
         """For the agent's health response."""
-        memory_mb, cpu = self._sums()
         return CapacityStatus(
             containers=len(self._promised),
             max_containers=self.room.containers,
-            memory_mb=memory_mb,
+            memory_mb=self._memory_mb,
             max_memory_mb=self.room.memory_mb,
-            cpu=round(cpu, 3),
+            cpu=round(self._cpu, 3),
             max_cpu=round(self.room.cpu, 3),
             available_mb=self.available() // _MIB,
             min_available_mb=self.room.min_available_mb,
         )
 
-    def _sums(self) -> tuple[int, float]:
-        promised = self._promised.values()
-        return sum(each.memory_mb for each in promised), sum(each.cpu for each in promised)
+    @property
+    def _cpu(self) -> float:
+        return self._cpu_millionths / 1e6
 
     def _problem(self, limits: Limits) -> str:
         """What prevents one more container; empty if nothing does."""
-        room, (memory_mb, cpu) = self.room, self._sums()
+        room, memory_mb, cpu = self.room, self._memory_mb, self._cpu
         if len(self._promised) >= room.containers:
             return f"All {room.containers} sandboxes and builds of this host run ({MAX_SETTING})."
         if memory_mb + limits.memory_mb > room.memory_mb:
@@ -126,7 +136,7 @@ class Capacity:
                 f"Sandboxes and builds may use {memory_mb} MiB of memory, and {limits.memory_mb} "
                 f"more would exceed {room.memory_mb} ({MEMORY_SETTING})."
             )
-        # What has been summed up in another order may differ in the last digits.
+        # A setting such as 0.3 times 3 processors has last digits of its own.
         if cpu + limits.cpu > room.cpu + 1e-6:
             return (
                 f"Sandboxes and builds may use {cpu:g} processors, and {limits.cpu:g} more would "

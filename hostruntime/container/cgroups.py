@@ -297,9 +297,11 @@ class ContainerGroups:
             time.sleep(0.005)
         return True
 
-    def _all_paths(self) -> list[Path]:
+    def _all_paths(self) -> list[str]:
+        # As text: there are up to two dozen for each container that ends.
+        group = self.layout.instance_group(self.name)
         return [
-            hierarchy / self.layout.instance_group(self.name) / name
+            f"{hierarchy}/{group}/{name}"
             for hierarchy in self.layout.hierarchies
             for name in (self.name, f"{MONITOR_PREFIX}{self.name}")
         ]
@@ -399,7 +401,7 @@ def move_survivors(group: Path, parent: Path) -> None:
                 (parent / "cgroup.procs").write_text(str(pid))
 
 
-def _try_to_remove(group: Path) -> bool:
+def _try_to_remove(group: Path | str) -> bool:
     try:
         os.rmdir(group)  # noqa: PTH106 - for each command
     except FileNotFoundError:
@@ -442,11 +444,11 @@ def _entries(directory: Path) -> list[Path]:
         return []
 
 
-def _remove_tree(group: Path) -> bool:
+def _remove_tree(group: Path | str) -> bool:
     # Mostly there is nothing in it, or it is gone already.
     if _try_to_remove(group):
         return True
     for path, _, _ in os.walk(group, topdown=False):
         with contextlib.suppress(OSError):
             Path(path).rmdir()
-    return not group.exists()
+    return not Path(group).exists()

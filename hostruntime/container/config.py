@@ -116,6 +116,7 @@ class ContainerConfig:
         return items
 
     def _mounts(self) -> list[tuple[str, str]]:
+        devices = str(self.devices)
         return [
             # /sys is already mounted: a container that shares a network namespace of the initial
             # user namespace may not mount sysfs itself (sysfs(5)).
@@ -124,8 +125,8 @@ class ContainerConfig:
             ("lxc.mount.entry", _tmpfs("tmp", self.limits.tmp_size_mb)),
             ("lxc.mount.entry", _tmpfs("dev/shm", min(_SHM_MB, self.limits.memory_mb // 4))),
             # These take precedence over LXC's bind mounts of the host's devices.
-            *(("lxc.mount.entry", _device(self.devices, name)) for name in DEVICES),
-            *(("lxc.mount.entry", entry) for entry in _mask_entries(Path("/"), self.devices)),
+            *(("lxc.mount.entry", _device(devices, name)) for name in DEVICES),
+            *(("lxc.mount.entry", entry) for entry in _mask_entries(devices)),
         ]
 
     @property
@@ -157,17 +158,18 @@ def _tmpfs(target: str, size_mb: int) -> str:
     return f"tmpfs {target} tmpfs {options} 0 0"
 
 
-def _device(devices: Path, name: str) -> str:
-    return f"{devices / name} dev/{name} none bind,create=file 0 0"
+def _device(devices: str, name: str) -> str:
+    return f"{devices}/{name} dev/{name} none bind,create=file 0 0"
 
 
-def _mask_entries(host: Path, devices: Path) -> Iterator[str]:
-    """Mounts that hide those of the masked paths that this kernel has."""
+def _mask_entries(devices: str) -> Iterator[str]:
+    """Mounts that hide those of the masked paths that this kernel has now."""
+    # As text: each of these is looked at for each container.
     for name in _MASKED_FILES:
-        if (host / "proc" / name).exists():
-            yield f"{devices / 'null'} proc/{name} none bind,ro 0 0"
+        if os.path.exists(f"/proc/{name}"):  # noqa: PTH110
+            yield f"{devices}/null proc/{name} none bind,ro 0 0"
     for path in _MASKED_DIRECTORIES:
-        if (host / path).is_dir():
+        if os.path.isdir(f"/{path}"):  # noqa: PTH112
             # A container without a network has no /sys.
             optional = ",optional" if path.startswith("sys/") else ""
             options = f"ro,nosuid,nodev,noexec,mode=555,size=4k,nr_inodes=1{optional}"

@@ -25,7 +25,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from hostruntime.host.progress import Progress
@@ -116,24 +116,23 @@ class _Listing:
         new = {
             entry.name: entry for entry in list_entries(tree) if only is None or entry.name in only
         }
-        for name in sorted(old.keys() | new.keys(), key=os.fsencode):
+        for name in _in_order(old.keys() | new.keys()):
             self._check()
-            child = path + b"/" + os.fsencode(name)
-            if name not in new:
-                self.add_record([b"-", child])
-            elif is_directory(new[name]):
+            entry = new.get(name)
+            if entry is None:
+                self.add_record([b"-", _child(path, name)])
+            elif is_directory(entry):
+                child = _child(path, name)
                 self.add_entry(child, name, tree)
                 self._enter(name, tree, base, child, depth + 1)
-            elif name not in old or old[name].inode() != new[name].inode():
-                self.add_entry(child, name, tree)
+            # Most files are the base's own: nothing is made for those.
+            elif name not in old or old[name].inode() != entry.inode():
+                self.add_entry(_child(path, name), name, tree)
 
     def _enter(self, name: str, tree: int, base: int | None, path: bytes, depth: int) -> None:
-        with ExitStack() as stack:
-            inner = stack.enter_context(open_directory(name, tree))
-            below = None
-            if base is not None:
-                below = stack.enter_context(open_if_directory(name, base))
-            self.visit(inner, below, path, depth)
+        below = nullcontext() if base is None else open_if_directory(name, base)
+        with open_directory(name, tree) as inner, below as shown:
+            self.visit(inner, shown, path, depth)
 
     def add_entry(self, path: bytes, name: str, dir_fd: int) -> None:
         found = lstat(name, dir_fd)
@@ -184,6 +183,17 @@ class _Listing:
         finally:
             os.close(descriptor)
         return content.digest()
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    """Names in the order of their bytes, which is that of their characters where all are ASCII."""
+    if all(map(str.isascii, names)):
+        return sorted(names)
+    return sorted(names, key=os.fsencode)
+
+
+def _child(path: bytes, name: str) -> bytes:
+    return path + b"/" + os.fsencode(name)
 
 
 def _attribute_fields(name: str, dir_fd: int) -> list[bytes]:

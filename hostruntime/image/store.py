@@ -474,10 +474,14 @@ class ImageStore:
             return []
         plain = self._paths.images / name
         found = [plain] if plain.is_dir() and not plain.is_symlink() else []
-        return [*found, *self._paths.images.glob(f"{name}@*")]
+        with contextlib.suppress(FileNotFoundError):
+            # Not Path.glob, which takes ten times as long over each image.
+            names = os.listdir(self._paths.images)  # noqa: PTH208
+            found += [plain.with_name(each) for each in names if each.startswith(f"{name}@")]
+        return found
 
     def _remove_if_unused(self, directory: Path) -> None:
-        if any(True for _ in _users(directory)):
+        if _has_users(directory):
             return
         name = directory.name.partition("@")[0]
         retired = "@" in directory.name and self._current(name) != directory
@@ -496,6 +500,16 @@ def check_name(name: str) -> str:
             f"{name[:100]!r} is not a valid id: use letters, digits, dot, dash and underscore."
         )
     return name
+
+
+def _has_users(directory: Path) -> bool:
+    """Whether there are any, at the same cost however many."""
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        os.scandir(directory / "users") as users,
+    ):
+        return next(users, None) is not None
+    return False
 
 
 def _users(directory: Path) -> Iterator[Path]:

@@ -6,7 +6,6 @@ joined path inside a tenant's tree could be made to point anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -66,11 +65,15 @@ def open_directory(name: str | Path, dir_fd: int | None = None) -> Iterator[int]
 @contextmanager
 def open_if_directory(name: str, dir_fd: int) -> Iterator[int | None]:
     """Like :func:`open_directory`, but None if there is no directory of that name."""
-    with contextlib.ExitStack() as stack:
-        descriptor: int | None = None
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            descriptor = stack.enter_context(open_directory(name, dir_fd))
+    try:
+        descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=dir_fd)
+    except (FileNotFoundError, NotADirectoryError):
+        descriptor = None
+    try:
         yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def list_entries(dir_fd: int) -> list[os.DirEntry[str]]:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # While the database is away; whoever comes after that many waits for it.
 MAX_PENDING = 2000
 # What comes within this time is written together.
-GATHER_SECONDS = 0.02
+GATHER_SECONDS = 0.2
 RETRY_SECONDS = 0.5
 # How long a process that ends waits for the database; the next one writes the rest.
 CLOSE_SECONDS = 2.0

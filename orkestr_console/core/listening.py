@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
@@ -113,6 +114,8 @@ class TrustedProxies:
     def apply_forwarded(self, scope: Scope) -> Scope:
         """Set the client to the last address that is not a proxy's: earlier ones can be forged."""
         forwarded = b",".join(v for name, v in scope["headers"] if name == b"x-forwarded-for")
+        if not forwarded:
+            return scope
         for part in reversed(forwarded.decode("latin-1").split(",")):
             address = _address(part.strip())
             if address is None:
@@ -145,7 +148,13 @@ def _strip_forwarded(scope: Scope) -> Scope:
 
 def _peer(scope: Scope) -> Address | None:
     client = scope.get("client")
-    return _address(client[0]) if client else None
+    return _peer_address(client[0]) if client else None
+
+
+# Of connections, which have many requests, and not of headers, which can say anything.
+@lru_cache(maxsize=1000)
+def _peer_address(text: str) -> Address | None:
+    return _address(text)
 
 
 def _address(text: str) -> Address | None:

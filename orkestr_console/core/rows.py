@@ -7,12 +7,14 @@ queries are Django's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from itertools import islice
 from typing import Any
 
 from django.db import connection, models
+
+type Computed = tuple[tuple[str, str], ...]
 
 
 def fetch[M: models.Model](
@@ -37,11 +39,17 @@ def insert(row: models.Model, *, flush: bool = True) -> None:
         cursor.execute(insert_sql(type(row), flush=flush), list(insert_values(row).values()))
 
 
-def insert_values(row: models.Model, prefix: str = "") -> dict[str, Any]:
-    """A new row's values by column, for :func:`insert`'s statement and :func:`insertion_sql`."""
+def insert_values(
+    row: models.Model, prefix: str = "", without: Collection[str] = ()
+) -> dict[str, Any]:
+    """A new row's values by column, for :func:`insert`'s statement and :func:`insertion_sql`.
+
+    ``without`` are columns whose values the statement has from elsewhere.
+    """
     return {
         f"{prefix}{field.column}": field.get_db_prep_save(field.pre_save(row, add=True), connection)
         for field in insertable_fields(type(row))
+        if field.column not in without
     }
 
 
@@ -79,17 +87,17 @@ def insert_sql(model: type[models.Model], *, flush: bool) -> str:
 
 @cache
 def insertion_sql(
-    model: type[models.Model], prefix: str, source: str = "", computed: tuple[str, str] = ("", "")
+    model: type[models.Model], prefix: str, source: str = "", computed: Computed = ()
 ) -> str:
     """An INSERT as a part of a larger statement, with the parameters of :func:`insert_values`.
 
-    One row for each row of ``source``, if that is given; ``computed`` is a column with the SQL of
-    its value, which comes from there.
+    One row for each row of ``source``, if that is given; ``computed`` are columns, each with the
+    SQL of its value.
     """
-    column, value = computed
+    elsewhere = dict(computed)
     names = [str(field.column) for field in insertable_fields(model)]
     columns = ", ".join(quoted(name) for name in names)
-    values = ", ".join(value if name == column else f"%({prefix}{name})s" for name in names)
+    values = ", ".join(elsewhere.get(name, f"%({prefix}{name})s") for name in names)
     rows = f" FROM {source}" if source else ""
     return f"INSERT INTO {quoted(model._meta.db_table)} ({columns}) SELECT {values}{rows}"
 

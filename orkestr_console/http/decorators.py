@@ -174,7 +174,8 @@ def require_scope(request: ApiRequest, scope: str) -> None:
 
 def authenticate(request: HttpRequest, subject: Subject | None = None) -> Actor:
     """The actor of the request's Bearer token, and its ``subject``. Raises ``Unauthenticated``."""
-    header = request.headers.get("Authorization", "")
+    # Not request.headers, which is made of all of them.
+    header = request.META.get("HTTP_AUTHORIZATION", "")
     scheme, _, credentials = header.partition(" ")
     if not header:
         raise Unauthenticated

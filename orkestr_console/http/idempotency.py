@@ -38,7 +38,7 @@ from orkestr_console.http.decorators import authenticate_ahead
 from orkestr_console.http.threads import in_thread
 from orkestr_console.queue.driving import ORPHAN_GRACE_SECONDS, IsDriven, driving
 
-HEADER = "Idempotency-Key"
+HEADER, IN_META = "Idempotency-Key", "HTTP_IDEMPOTENCY_KEY"
 REPLAYED = "Idempotent-Replayed"
 KEPT = timedelta(days=1)
 CREATES = re.compile(
@@ -65,7 +65,8 @@ class Call:
 def is_keyed(request: HttpRequest) -> bool:
     """Whether the call creates something under a key of its client's."""
     return (
-        HEADER in request.headers
+        # Not request.headers, which is made of all of them.
+        IN_META in request.META
         and request.method == "POST"
         and CREATES.fullmatch(request.path_info) is not None
     )
@@ -104,7 +105,7 @@ async def make(
 
 def begin(request: HttpRequest) -> Call | HttpResponse:
     """Claim the key, or the answer that it stands for."""
-    key = request.headers[HEADER]
+    key = request.META[IN_META]
     if not KEY.fullmatch(key):
         raise InvalidInput(f"{HEADER}: must be 1 to 255 printable ASCII characters.")
     token = authenticate_ahead(request).token

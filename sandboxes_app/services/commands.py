@@ -16,7 +16,7 @@ from hostruntime.wire.commands import Exec, ExecFrame, ExecResult, Quota
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import build_envelope, envelope
+from orkestr_console.accounts.limits import envelope, limit_of
 from orkestr_console.core.errors import Asleep, DomainError, ExecKilled, PlanLimit, RateLimited
 from orkestr_console.core.hosts import async_host, run_async
 from orkestr_console.core.postgres import persistently
@@ -131,7 +131,7 @@ def _conclude(actor: Actor, _: str, sandbox: Sandbox, outcome: Outcome) -> ExecA
 
 def command_quota(actor: Actor) -> Quota:
     """The team's limit on concurrent commands, for the host, which counts them."""
-    return Quota(actor.team.pk, build_envelope(actor.team).value("max_concurrent_commands"))
+    return Quota(actor.team.pk, limit_of(actor.team, "max_concurrent_commands"))
 
 
 def too_many_commands(actor: Actor, error: host_errors.TooManyCommands) -> DomainError:

@@ -16,7 +16,7 @@ from hostruntime.wire.sandboxes import SandboxInfo
 from orkestr_console.accounts.models import AuditEntry
 from orkestr_console.core.channel_layer import NOTIFY_SQL
 from orkestr_console.core.postgres import persistently
-from orkestr_console.core.rows import insert_values, insertion_sql, quoted
+from orkestr_console.core.rows import Computed, insert_values, insertion_sql, quoted
 from orkestr_console.webhooks import outbox
 from sandboxes_app.events import change_payloads, notify_many_changed
 from sandboxes_app.models import LIVE, Sandbox, SandboxEvent, SandboxStatus
@@ -40,6 +40,12 @@ ANNOUNCED = ("expires_at", "error_message")
 
 # A new row, and what is written with it.
 ADDITION_SQL = "WITH made AS ({made}), event AS ({event}), entry AS ({entry}) {notify}"
+# What the other two have of the row: psycopg parses a statement anew each time that has more than
+# fifty parameters (psycopg._queries).
+OF_THE_ROW: dict[str, Computed] = {
+    "event": (("sandbox_id", "%(made_id)s"), ("to_status", "%(made_status)s")),
+    "entry": (("team_id", "%(made_team_id)s"), ("object_id", "%(made_id)s")),
+}
 # Locks the row in its old state, from which everything else follows. A statement is atomic, and an
 # UPDATE that had to wait for another one tests the row's new version ("Read Committed Isolation
 # Level" in the PostgreSQL manual).
@@ -120,7 +126,7 @@ def change_sql(names: tuple[str, ...], *, audited: bool, told: bool) -> str:
     return CHANGE_SQL.format(
         table=quoted(Sandbox._meta.db_table),
         assignments=", ".join(f"{quoted(name)} = %(new_{name})s" for name in names),
-        event=insertion_sql(SandboxEvent, "event_", "before", ("from_status", "before.status")),
+        event=insertion_sql(SandboxEvent, "event_", "before", (("from_status", "before.status"),)),
         entry=f", entry AS ({entry})" if audited else "",
         told=f", told AS ({TOLD_SQL})" if told else "",
         count="SELECT count(*) FROM told" if told else "0",
@@ -136,8 +142,8 @@ def add(sandbox: Sandbox, entry: AuditEntry) -> None:
             addition_sql(),
             {
                 **insert_values(sandbox, "made_"),
-                **insert_values(event, "event_"),
-                **insert_values(entry, "entry_"),
+                **insert_values(event, "event_", dict(OF_THE_ROW["event"])),
+                **insert_values(entry, "entry_", dict(OF_THE_ROW["entry"])),
                 "notices": change_payloads(sandbox.pk, sandbox.team_id),
             },
         )
@@ -148,7 +154,10 @@ def add(sandbox: Sandbox, entry: AuditEntry) -> None:
 def addition_sql() -> str:
     """The statement of :func:`add`."""
     parts = {"made": Sandbox, "event": SandboxEvent, "entry": AuditEntry}
-    written = {name: insertion_sql(model, f"{name}_") for name, model in parts.items()}
+    written = {
+        name: insertion_sql(model, f"{name}_", computed=OF_THE_ROW.get(name, ()))
+        for name, model in parts.items()
+    }
     return ADDITION_SQL.format(**written, notify=NOTIFY_SQL)
 
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models.sql.compiler import SQLCompiler
+from django.http.request import HttpHeaders
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from psycopg import _queries
 
 from hostruntime.wire.sandboxes import DailyUsage, ResourceUsage, UsageInfo
 from orkestr_console.accounts import admission, limits
@@ -73,8 +76,49 @@ def test_to_take_a_snapshot_takes_so_many(api: Client, box: str) -> None:
     assert len(found) == 13, found
 
 
-def test_psycopg_remembers_the_statements() -> None:
-    """It parses a statement anew each time that is longer than this (psycopg._queries)."""
+def test_psycopg_remembers_the_statements(
+    api: Client, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It parses one anew each time that is too long, or has too many parameters."""
+    forgotten: list[bytes] = []
+
+    def parse(query: bytes, encoding: str) -> Any:
+        forgotten.append(query)
+        return _queries._query2pg(query, encoding)
+
+    monkeypatch.setattr(_queries, "_query2pg_nocache", parse)
+    made = api.post("/v1/sandboxes", BODY, "application/json").json()["id"]
+    api.post(f"/v1/sandboxes/{made}/exec", {"command": "true"}, "application/json")
+    assert api.delete(f"/v1/sandboxes/{made}").status_code == 204
+    assert forgotten == []
+
+
+def test_nothing_is_made_that_no_call_needs(
+    api: Client, box: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No queries of Django's, and no dictionary of all headers."""
+    made: list[str] = []
+    for kind in (SQLCompiler, HttpHeaders):
+        monkeypatch.setattr(kind, "__init__", noting(made, kind))
+    assert api.post("/v1/sandboxes", BODY, "application/json").status_code == 201
+    api.post(f"/v1/sandboxes/{box}/exec", {"command": "true"}, "application/json")
+    assert api.delete(f"/v1/sandboxes/{box}").status_code == 204
+    assert made == []
+
+
+def noting(made: list[str], kind: type) -> Callable[..., None]:
+    """A constructor that says so."""
+    construct: Any = kind.__init__  # type: ignore[misc]
+
+    def constructing(self: object, *args: Any, **kwargs: Any) -> None:
+        made.append(type(self).__name__)
+        construct(self, *args, **kwargs)
+
+    return constructing
+
+
+def test_the_statements_are_short() -> None:
+    """It does so with those that are longer than this (psycopg._queries)."""
     written = (
         admission.admission_sql(Sandbox),
         limits.hold_sql(),

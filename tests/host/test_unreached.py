@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +62,13 @@ def ways(world: World) -> None:
     run_in_namespace(world.internet, make)
 
 
+def known_ways() -> dict[str, str]:
+    """Squid 6 (Debian 13) has a tunnel answered without TLS carried like any other."""
+    version = re.search(r"Version (\d+)", run(["squid", "-v"], timeout=10).text)
+    assert version is not None
+    return {name: why for name, why in WHY.items() if why != "no_tls" or int(version[1]) < 6}
+
+
 def test_each_way_not_to_be_reached_has_its_name(
     proxy: EgressProxy, pool: SlotPool, slot: Callable[[Policy], Slot]
 ) -> None:
@@ -82,8 +90,9 @@ def test_each_way_not_to_be_reached_has_its_name(
         assert not [one for one in decisions if one.verdict == "refused"]
         return {one.host: one.reason for one in decisions if one.verdict == "unreached"}
 
-    wait_until(lambda: found() == WHY)
+    known = known_ways()
+    wait_until(lambda: found() == known)
     uses = {use.host: use for use in proxy.hosts(owner)}
-    assert {name for name, use in uses.items() if use.unreached} == set(WHY)
+    assert {name for name, use in uses.items() if use.unreached} == set(known)
     assert uses["fine.test"].reason == "allowed"
     assert proxy.hosts(owner)[-1].host == "fine.test"

@@ -102,3 +102,13 @@ def test_an_operator_may_want_two_thousand() -> None:
 def test_a_setting_that_is_no_number_of_its_range_is_named(text: str) -> None:
     with pytest.raises(InvalidRequest, match=f"ORKESTR_MAX_SANDBOXES is {text!r}"):
         Room.of_machine({"ORKESTR_MAX_SANDBOXES": text})
+
+
+def test_what_was_promised_and_ended_leaves_nothing() -> None:
+    full = capacity()
+    empty = full.status()
+    for number in range(1, 100):
+        full.reserve("one", Limits(cpu=number / 100, memory_mb=64 + number))
+        full.adopt("one", Limits(cpu=number / 70, memory_mb=64))
+        full.release("one")
+    assert full.status() == empty

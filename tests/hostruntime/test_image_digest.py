@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hostruntime.host.paths import StatePaths
-from hostruntime.image.digest import image_digest
+from hostruntime.image.digest import _in_order, image_digest
 from hostruntime.image.store import ImageManifest, ImageStore
 from tests.hostruntime.trees_help import grow
 
@@ -143,3 +143,11 @@ def test_an_image_made_without_gets_one_and_keeps_it(tmp_path: Path) -> None:
     assert not tree.exists()
     (image.tree / "etc/conf").write_text("never done to an image")
     assert store.digest(image) == digest
+
+
+def test_names_are_in_the_order_of_their_bytes() -> None:
+    plain = ["b", "a.b", "a", "B", "a-b"]
+    strange = [*plain, "\udcff", "\udc80", "\uffff", "\U0001f600", "é"]
+    for names in (plain, strange):
+        assert _in_order(names) == sorted(names, key=os.fsencode)
+    assert sorted(strange) != sorted(strange, key=os.fsencode)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -315,3 +318,40 @@ def test_discarding_what_is_not_there_is_fine(paths: StatePaths) -> None:
     trash = Trash(paths)
     trash.discard(paths.root / "nothing")
     assert trash.wait()
+
+
+def test_to_begin_and_end_a_use_looks_at_no_other_user_or_image(
+    store: ImageStore, paths: StatePaths
+) -> None:
+    """Counted in calls of Python's and the system's, of which each listed name takes some."""
+    users = publish(store, "debian-12", kind="base").tree.parent / "users"
+    users.mkdir()
+    took = []
+    for number in range(1, 102):
+        (users / f"sbx_{number}").touch()
+        (paths.images / f"img_{number}").mkdir()
+        if number in {1, 101}:
+            took.append(calls(lambda: use_once(store)))
+    # One look at the name of each image.
+    assert took[1] <= took[0] + 150, took
+
+
+def use_once(store: ImageStore) -> None:
+    store.acquire("debian-12", "one.more")
+    store.release("debian-12", "one.more")
+
+
+def calls(work: Callable[[], None]) -> int:
+    """How many functions, Python's own and builtin ones, are called."""
+    count = 0
+
+    def counting(_: FrameType, event: str, __: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(counting)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count

@@ -36,13 +36,14 @@ def application(host: Host) -> Starlette:
     """The agent's ASGI application."""
     used = host.sandboxes
     reconciler = Reconciler(InstallationStore(host.paths), host.store, used.snapshots, used.volumes)
+    # Tried one after the other: first what is called most.
     routes = [
+        *commands.routes(host.sandboxes),
+        *sandboxes.routes(host.sandboxes),
         *health.routes(host),
         *images.routes(host.store, host.bases),
         *builds.routes(host.builds),
-        *sandboxes.routes(host.sandboxes),
         *volumes.routes(host.sandboxes.volumes),
-        *commands.routes(host.sandboxes),
         *background.routes(host.sandboxes),
         *interpreter.routes(host.sandboxes),
         *files.routes(host.sandboxes, host.containers.files),
