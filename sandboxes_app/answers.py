@@ -144,7 +144,7 @@ class StreamEvent(RefusedRequests):
     message: NotRequired[Annotated[str, Field(description="Why it ended, of `error`.")]]
 
 
-class CommandDetail(TypedDict):
+class CommandDetail(RefusedRequests):
     """A background command."""
 
     id: str
@@ -164,8 +164,8 @@ class CommandList(TypedDict):
     commands: list[CommandDetail]
 
 
-class LogPart(TypedDict):
-    """A part of what a background command has printed."""
+class LogPart(RefusedRequests):
+    """A part of what a background command has printed, and at its end what it was refused."""
 
     content: str
     size: Annotated[int, Field(description="Bytes printed so far.")]

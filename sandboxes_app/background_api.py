@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
+from hostruntime.wire.background import CommandInfo
 from orkestr_console.accounts.actor import READ, WRITE
 from orkestr_console.core.errors import Conflict, InvalidInput
 from orkestr_console.core.hosts import Steps
@@ -49,7 +50,7 @@ def start_command(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``POST …/commands``: answers once it runs."""
     spec = read_json(request, BackgroundSpec)
     command = yield from services.start_command.steps(request.actor, sandbox_id, spec)
-    return json_response(presenters.command_detail(command), status=201)
+    return json_response(shown(request, command), status=201)
 
 
 @describe("List background commands", answer=CommandList, errors=(Conflict,))
@@ -57,7 +58,7 @@ def start_command(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
 def list_commands(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
     """``GET …/commands``: all that are known of, the newest first."""
     commands = yield from services.list_commands.steps(request.actor, sandbox_id)
-    listed = [presenters.command_detail(each) for each in commands]
+    listed = [shown(request, each) for each in commands]
     return json_response(CommandList(commands=listed))
 
 
@@ -66,7 +67,12 @@ def list_commands(request: ApiRequest, sandbox_id: str) -> Steps[HttpResponse]:
 def get_command(request: ApiRequest, sandbox_id: str, command_id: str) -> Steps[HttpResponse]:
     """``GET …/commands/{cid}``."""
     command = yield from services.get_command.steps(request.actor, sandbox_id, command_id)
-    return json_response(presenters.command_detail(command))
+    return json_response(shown(request, command))
+
+
+def shown(request: ApiRequest, command: CommandInfo) -> CommandDetail:
+    """A command, with what it was refused in words for the caller's team."""
+    return presenters.command_detail(command, services.refusal_of(request.actor, command))
 
 
 @describe(
@@ -103,7 +109,8 @@ def read_logs(request: ApiRequest, sandbox_id: str, command_id: str) -> Steps[Ht
     seconds = read_number(request, "timeout_seconds", DEFAULT_FOLLOW_SECONDS, bounds)
     if not read_flag(request, "follow"):
         logs = yield from services.read_logs.steps(*address)
-        return json_response(presenters.command_logs(logs))
+        refusal = services.refusal_of(request.actor, logs.command)
+        return json_response(presenters.command_logs(logs, offset, refusal))
     following = yield from services.begin_following.steps(*address, seconds)
     first, frames = services.started_frame(following), services.follow(following)
     return sent_as_events(request, first, frames, READ)

@@ -6,7 +6,7 @@ from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_POST, require_safe
 
-from orkestr_console.core.errors import Conflict, HostUnavailable
+from orkestr_console.core.errors import Conflict, DomainError, HostUnavailable, NotFound
 from orkestr_console.core.text import plain
 from orkestr_console.http.decorators import ConsoleRequest, console_page
 from orkestr_console.ui.downloads import attachment
@@ -34,10 +34,27 @@ def command_list(request: ConsoleRequest, sandbox_id: str) -> HttpResponse:
 def command_detail(request: ConsoleRequest, sandbox_id: str, command_id: str) -> HttpResponse:
     """One command with the last part of its output; for the script, what changes of it."""
     sandbox = services.get_sandbox(request.actor, sandbox_id)
-    logs = services.read_last_logs(request.actor, sandbox_id, command_id, pages.OUTPUT_BYTES)
-    context = {"sandbox": sandbox, "logs": logs, "command": pages.CommandRow(logs.command)}
+    try:
+        logs = services.read_last_logs(request.actor, sandbox_id, command_id, pages.OUTPUT_BYTES)
+    except (Conflict, NotFound) as error:
+        if request.htmx:
+            return last_state(request, error)
+        raise
+    context = {
+        "sandbox": sandbox,
+        "logs": logs,
+        "command": pages.CommandRow(logs.command),
+        "refusal": services.refusal_of(request.actor, logs.command),
+    }
     name = "_command" if request.htmx else "command"
     return render(request, f"sandboxes_app/{name}.html", context)
+
+
+def last_state(request: ConsoleRequest, error: DomainError) -> HttpResponse:
+    """In the place of what asks again and again, why it has nothing more to ask for."""
+    response = render(request, "sandboxes_app/_command_gone.html", {"error": error.detail})
+    response["HX-Retarget"], response["HX-Reswap"] = "#command-poll", "outerHTML"
+    return response
 
 
 @require_safe

@@ -48,6 +48,7 @@ from sandboxes_app.services import (
     ExecAnswer,
     Limits,
     Metrics,
+    Refusal,
     TemplateUse,
     code_end,
     code_result,
@@ -223,8 +224,9 @@ def command_status(command: CommandInfo) -> Literal["running", "killed", "exited
     return "killed" if killed else "exited"
 
 
-def command_detail(command: CommandInfo) -> CommandDetail:
+def command_detail(command: CommandInfo, refusal: Refusal | None = None) -> CommandDetail:
     """A background command."""
+    refused: RefusedRequests = refusal.members if refusal else {}
     status = command_status(command)
     return {
         "id": command.id,
@@ -236,6 +238,7 @@ def command_detail(command: CommandInfo) -> CommandDetail:
         "out_of_memory": command.out_of_memory,
         "duration_ms": command.duration_ms,
         "started_at": unix_timestamp(command.started_at),
+        **refused,
     }
 
 
@@ -264,15 +267,23 @@ def code_answer(answer: CodeAnswer) -> CodeResult:
     }
 
 
-def command_logs(logs: CommandLogs) -> LogPart:
-    """A part of what a background command has printed."""
+def command_logs(logs: CommandLogs, asked: int, refusal: Refusal | None) -> LogPart:
+    """A part of what a background command has printed, from ``asked`` on.
+
+    A line after the last part says what it was refused, as official clients show nothing else. It
+    is past the end of the output, so whoever goes on from there doesn't get it again.
+    """
+    refused: RefusedRequests = refusal.members if refusal else {}
+    is_last = not logs.truncated and asked <= logs.size
+    notice = refusal.notice if refusal and is_last else ""
     return {
-        "content": logs.content,
+        "content": logs.content + notice,
         "size": logs.size,
         "truncated": logs.truncated,
         "offset": logs.offset,
-        "next_offset": logs.next_offset,
+        "next_offset": logs.next_offset + len(notice.encode()),
         "dropped": logs.dropped,
+        **refused,
     }
 
 

@@ -42,7 +42,14 @@ VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 MAX_EXEC_SECONDS = 3600
 
 # What else languages are called.
-LANGUAGES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript"}
+LANGUAGES = {
+    "py": "python",
+    "python3": "python",
+    "js": "javascript",
+    "node": "javascript",
+    "nodejs": "javascript",
+    "ts": "typescript",
+}
 
 Size = Literal["small", "medium", "large"]
 Network = Literal["off", "restricted", "open"]

@@ -11,6 +11,28 @@ from orkestr_console.http.json_api import Timestamp
 from templates_app.models import Network, Reuse, StepStatus, TemplateStatus
 
 
+class BaseDetail(TypedDict):
+    """A built-in base image."""
+
+    id: str
+    title: str
+    description: str
+    state: Annotated[str, one_of(("ready", "missing", "building", "failed"))]
+    on_request: Annotated[
+        bool,
+        Field(description="Whether it is made when a template or sandbox is first made from it."),
+    ]
+    size_bytes: int | None
+    progress: Annotated[str | None, Field(description="What is being done, while it is building.")]
+    error: Annotated[str | None, Field(description="Why it could not be made.")]
+
+
+class BaseList(TypedDict):
+    """The built-in base images."""
+
+    bases: list[BaseDetail]
+
+
 class TemplateSummary(TypedDict):
     """A template in a list."""
 

@@ -32,6 +32,7 @@ from orkestr_console.http.streams import OwningStream
 from orkestr_console.http.threads import in_thread
 from templates_app import presenters, services
 from templates_app.answers import (
+    BaseList,
     BuildEvent,
     ContentsDetail,
     DifferenceDetail,
@@ -86,6 +87,19 @@ def create_template(request: ApiRequest) -> HttpResponse:
     # A recipe of 1 MiB, with room for JSON's escaping of each character.
     spec = read_json(request, TemplateSpec, max_bytes=MAX_TEMPLATE_BODY)
     return detail_answer(services.create_template(request.actor, spec), status=201)
+
+
+@describe(
+    "List base images",
+    notes="What a template or sandbox can start from, beside the team's templates.",
+    answer=BaseList,
+    extension=True,
+)
+@api(scope=READ)
+def list_bases(request: ApiRequest) -> HttpResponse:
+    """``GET /v1/bases``: the built-in ones, each with its state on the host."""
+    bases = services.list_built_in(request.actor)
+    return json_response({"bases": [presenters.base_detail(base) for base in bases]})
 
 
 @describe("List templates", parameters=PAGING, answer=TemplateList)

@@ -151,7 +151,7 @@ def live_context(template: Template, address: str) -> dict[str, Any]:
         "template": template,
         "steps": steps,
         "done": completed_steps,
-        "doing": activity(len(steps), completed_steps, running, phases),
+        "doing": activity(len(steps), completed_steps, running, phases, timing.base_line(events)),
         "refused_steps": [step for step in steps if step.refused_hosts],
         # Looked up only for pages that offer to allow hosts.
         "allowed": envelope(template.team) if template.refused_hosts else None,
@@ -187,7 +187,13 @@ def allow_query(template: Template) -> str:
     return urlencode(query, quote_via=quote)
 
 
-def activity(steps: int, completed_steps: int, running: BuildStep | None, phases: set[str]) -> str:
+def activity(
+    steps: int,
+    completed_steps: int,
+    running: BuildStep | None,
+    phases: set[str],
+    base: str | None,
+) -> str:
     """What a running build is doing now, as the heading of a notice."""
     if running is not None:
         return f"Step {running.number} of {steps} is running"
@@ -195,7 +201,8 @@ def activity(steps: int, completed_steps: int, running: BuildStep | None, phases
         return "Cleaning up and capturing the image"
     if "boot" in phases:
         return "The build container is running"
-    return "Waiting for the build container"
+    # It only waits for that, which others may do as well.
+    return base or "Waiting for the build container"
 
 
 def capture_state(template: Template, completed_steps: int) -> str:

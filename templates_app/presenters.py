@@ -7,6 +7,7 @@ from typing import cast
 
 from orkestr_console.http.json_api import timestamp
 from templates_app.answers import (
+    BaseDetail,
     BuildEvent,
     ContentsDetail,
     DifferenceDetail,
@@ -17,8 +18,22 @@ from templates_app.answers import (
     TemplateSummary,
 )
 from templates_app.models import Template, TemplateStatus
-from templates_app.services import Event, EventPage, QueuePosition, StepOutput
+from templates_app.services import BaseChoice, Event, EventPage, QueuePosition, StepOutput
 from templates_app.services.contents import Contents, Difference, StepSize
+
+
+def base_detail(base: BaseChoice) -> BaseDetail:
+    """A built-in base."""
+    return {
+        "id": base.id,
+        "title": base.title,
+        "description": base.description,
+        "state": base.state,
+        "on_request": base.on_request,
+        "size_bytes": base.size_bytes,
+        "progress": base.progress,
+        "error": base.error,
+    }
 
 
 def template_summary(template: Template) -> TemplateSummary:

@@ -10,6 +10,7 @@ from templates_app import api
 template_path = "templates/<str:template_id>"
 
 urlpatterns = [
+    path("bases", methods(GET=api.list_bases)),
     path("templates", methods(GET=api.list_templates, POST=api.create_template)),
     path(template_path, methods(GET=api.get_template, DELETE=api.delete_template)),
     path(f"{template_path}/cancel", methods(POST=api.cancel_template)),

@@ -56,12 +56,16 @@ class Serving:
                 stdout=log,
                 stderr=log,
             )
-        wait_for(self._answers, 30, self.log)
+        try:
+            wait_for(self._answers, 120, self.log)
+        except BaseException:
+            self.close()
+            raise
 
     def manage(self, *arguments: str) -> None:
         """Run a management command in the server's environment."""
         command = [sys.executable, "manage.py", *arguments]
-        subprocess.run(command, cwd=TREE, env=self.environment, check=True, timeout=60)
+        subprocess.run(command, cwd=TREE, env=self.environment, check=True, timeout=300)
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log()

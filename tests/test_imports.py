@@ -148,7 +148,7 @@ def test_programs_are_started_by_run_and_by_the_runner_alone() -> None:
     }
     known = {"hostruntime.host.run", "hostruntime.container.lxc_start"}
     # What runs in a sandbox, on the Python there.
-    known |= {"hostruntime.container.inside_bridge"}
+    known |= {"hostruntime.container.inside_bridge", "hostruntime.build.bases.javascript.kernel"}
     assert {u for u in users if not within(u, "orkestr_console.runner")} <= known
 
 

@@ -94,6 +94,7 @@ class Host:
             await host.builds.recover()
         finally:
             await proxy
+        await host.bases.recover()
         host._periodic_tasks = (
             every(
                 PROXY_CHECK_SECONDS, host._maintain_network, "the network could not be maintained"

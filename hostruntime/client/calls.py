@@ -92,6 +92,11 @@ def bases() -> Call[list[BaseInfo]]:
     return Call("GET", "/bases", lambda answer: list(parse(Bases, answer.content).bases))
 
 
+def request_base(name: str) -> Call[BaseInfo]:
+    """The call of ``request_base``."""
+    return Call("PUT", f"/bases/{name}", message(BaseInfo))
+
+
 def create_sandbox(request: CreateSandbox) -> Call[SandboxInfo]:
     """The call of ``create_sandbox``."""
     # A volume may have to be checked first.

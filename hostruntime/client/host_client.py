@@ -134,6 +134,10 @@ class HostClient:
                 raise HostError.from_wire(line.error)
             yield line
 
+    def request_base(self, name: str) -> BaseInfo:
+        """Have a base built unless it is ready, without waiting; raises ImageNotFound."""
+        return self._perform(calls.request_base(name))
+
     def images(self) -> list[ImageInfo]:
         """Every image in the store."""
         return list(self._get(Images, "/images").images)

@@ -38,6 +38,8 @@ SLICE = "orkestr.slice"
 CONTROLLERS = ("cpu", "memory", "pids")
 MONITOR_PREFIX = "mon-"
 _CPU_PERIOD_US = 100_000
+# What every group has unless told otherwise.
+_CPU_WEIGHT, _CPU_SHARES = 100, 1024
 # Flat keyed files (cgroup-v2.rst) and a process's status are at most a page, and read in one piece.
 _SMALL_FILE_BYTES = 4096
 _V1_CONTROLLERS = ("memory", "pids", "cpu")
@@ -244,6 +246,20 @@ class ContainerGroups:
         group = f"{self.layout.instance_group(self.name)}/{self.name}"
         v1 = [h / own.get(_names_of(h.name), "") for h in hierarchies if (h / group).is_dir()]
         return [*v1, self.layout.unified / own[_names_of("")]]
+
+    def set_cpu_share(self, share: float) -> None:
+        """Have the container get this share of what another gets of a busy processor.
+
+        cpu.weight in cgroup-v2.rst, cpu.shares in sched-design-CFS.rst.
+        """
+        if self.layout.kind == "v2":
+            file, usual = self.unified / "cpu.weight", _CPU_WEIGHT
+        else:
+            group = f"{self.layout.instance_group(self.name)}/{self.name}"
+            file, usual = self.layout.v1["cpu"] / group / "cpu.shares", _CPU_SHARES
+        # The container may be gone, and is no worse off with what it has.
+        with contextlib.suppress(OSError):
+            _write_at_once(file, b"%d" % round(usual * share))
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for lack of memory."""

@@ -10,6 +10,8 @@ group of its own: whatever becomes of them, no other context notices.
 A connection is one request, a line of JSON, and its answers, a line each:
 
 ``start``   find and start a kernel → ``ready``, ``unavailable`` or ``failed``; the first one only
+``adopt``   give a Python kernel variables and a directory, before its first run → ``ready`` or
+            ``failed``
 ``run``     run code → any of ``stream``, ``result`` and ``error``, then ``done``
 
 If the connection ends early, or the time is over, the kernel is interrupted; what does not stop
@@ -41,7 +43,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hostruntime.container.inside_outputs import Outputs, plain_text
+from hostruntime.container.inside_outputs import Kept, Outputs, plain_text
 
 # What is larger is not even parsed.
 _MAX_CONTENT = 16 * 1024 * 1024
@@ -57,11 +59,13 @@ _AGAIN_SECONDS, _GRACE_SECONDS = 2.0, 4.0
 _REST_SECONDS = 0.5
 _ASK_SECONDS = 0.05
 _TICK_SECONDS = 0.25
+_ADOPT_SECONDS = 4.0
 _KEPT_PRINT = 4096
 _OOM_SCORE_ADJ = "600"
 
 _DELIMITER = b"<IDS|MSG>"
-_ALIASES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript"}
+_ALIASES = {"py": "python", "python3": "python", "js": "javascript", "node": "javascript"}
+_ALIASES |= {"nodejs": "javascript", "ts": "typescript"}
 _KERNEL_DIRECTORIES = (
     f"{sys.prefix}/share/jupyter/kernels",
     "/usr/local/share/jupyter/kernels",
@@ -93,7 +97,9 @@ def kernel_command(language: str, file: str) -> tuple[list[str], bool]:
     if language == "python":
         if importlib.util.find_spec("ipykernel") is None:
             raise Unavailable("Its Python has no ipykernel.")
-        return [sys.executable, "-m", "ipykernel_launcher", "-f", file], True
+        # What was run is nobody's history but the caller's: no file, and no disk to wait for.
+        history = "--HistoryManager.hist_file=:memory:"
+        return [sys.executable, "-m", "ipykernel_launcher", "-f", file, history], True
     for directory in _KERNEL_DIRECTORIES:
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(directory))[:100]:  # noqa: PTH208 - by name
@@ -127,6 +133,7 @@ class Kernel:
         self.key = uuid.uuid4().hex.encode()
         self.session = uuid.uuid4().hex
         self.printed = b""
+        self.kept = Kept()
         connection_file = f"{self.directory}/connection.json"
         argv, in_files = kernel_command(language, connection_file)
         self.endpoints = self._write_connection(connection_file, in_files)
@@ -240,10 +247,12 @@ class Kernel:
         # Kernels greet whoever starts them.
         self.printed = b""
 
-    def discard_output(self) -> None:
-        """Drop what a thread has printed since the last run."""
-        while self.receive(self.iopub) is not None:
-            pass
+    def keep_output(self) -> None:
+        """Keep what threads have printed since the last run, and drop everything else."""
+        while (message := self.receive(self.iopub)) is not None:
+            kind, _, content, whole = message
+            if kind == "stream":
+                self.kept.add(content, whole)
 
     def interrupt(self) -> None:
         """Interrupt what it runs, as Ctrl-C would."""
@@ -353,12 +362,15 @@ class Run:
         self.timed_out = False
         self.answered_at: float | None = None
         self.idle = False
+        self.succeeded = False
         self.count: int | None = None
         self._interrupts = 0
 
     def perform(self) -> None:
         """Run it.  Raises Lost."""
-        self.kernel.discard_output()
+        self.kernel.keep_output()
+        for line in () if self.silent else self.kernel.kept.take(self.outputs):
+            self.peer.send(line)
         content: dict[str, Any] = {"code": self.code, "silent": self.silent}
         content |= {"store_history": not self.silent, "user_expressions": {}}
         # There is never another one behind it to be given up.
@@ -406,9 +418,11 @@ class Run:
     def _read(self) -> None:
         while (message := self.kernel.receive(self.kernel.iopub)) is not None:
             kind, parent, content, whole = message
-            if parent != self.id:
+            if parent != self.id and kind != "stream":
                 continue
-            if kind == "status":
+            if parent != self.id and self.silent:
+                self.kernel.kept.add(content, whole)
+            elif kind == "status":
                 self.idle = self.idle or content.get("execution_state") == "idle"
             elif kind == "execute_input":
                 self._note_count(content)
@@ -423,6 +437,7 @@ class Run:
     def _answered(self, content: dict[str, Any], whole: bool) -> None:
         self.answered_at = time.monotonic()
         self._note_count(content)
+        self.succeeded = content.get("status") == "ok"
         failed = content.get("status") == "error" or not whole
         if failed and self.outputs.error is None and self.idle:
             self.peer.send(self.outputs.failure(content, whole))
@@ -485,24 +500,38 @@ def start(peer: Peer, request: dict[str, Any]) -> Kernel | None:
     return None
 
 
+def adopt(request: dict[str, Any]) -> dict[str, Any]:
+    """The request to run what gives a kernel its variables, and leaves nothing behind there."""
+    environment = {str(name): str(value) for name, value in request["environment"].items()}
+    code = (
+        f"__import__('os').environ.update({environment!r})\n"
+        f"__import__('os').chdir({str(request['cwd'])!r})"
+    )
+    return {"code": code, "seconds": _ADOPT_SECONDS, "silent": True}
+
+
 def serve_one(kernel: Kernel, connection: socket.socket) -> None:
     """Serve the request of one connection.  Raises Lost once the kernel has ended."""
     connection.settimeout(_REQUEST_SECONDS)
     try:
         with connection.makefile("rb") as lines:
             request = json.loads(lines.readline(_MAX_REQUEST))
+        adopting = request.get("op") == "adopt"
         peer = Peer(connection)
-        run = Run(kernel, peer, request)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        run = Run(kernel, peer, adopt(request) if adopting else request)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         connection.close()
         return
+    peer.check()
     try:
-        run.perform()
+        # Who has left meanwhile does not want it run.
+        if not peer.gone:
+            run.perform()
     except Lost as error:
         peer.send(run.done(str(error)))
         raise
     else:
-        peer.send(run.done())
+        peer.send({"kind": "ready" if run.succeeded else "failed"} if adopting else run.done())
     finally:
         peer.finish()
 
@@ -528,7 +557,7 @@ def main(listener: socket.socket, connection: socket.socket, lines: Any) -> None
                 kernel.poller.unregister(listener.fileno())
                 serve_one(kernel, listener.accept()[0])
                 kernel.poller.register(listener.fileno(), kernel.zmq.POLLIN)
-            kernel.discard_output()
+            kernel.keep_output()
     except Lost:
         kernel.kill()
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 # Bounds, in characters or bytes; the host's are a little larger.
 _MAX_STREAM = 2 * 1024 * 1024
+_MAX_KEPT = 64 * 1024
 _MAX_RESULTS = 64
 _MAX_ALL_RESULTS = 8 * 1024 * 1024
 _MAX_REPRESENTATION = {
@@ -121,6 +122,31 @@ class Outputs:
             "traceback": lines,
         }
         return {"kind": "error", "error": self.error}
+
+
+class Kept:
+    """What threads print while nothing runs, which comes with the next run: the end of it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[dict[str, Any], bool]] = []
+        self._size = 0
+        self._cut = False
+
+    def add(self, content: dict[str, Any], whole: bool) -> None:
+        """Keep a message of the kind ``stream``."""
+        self._pieces.append((content, whole))
+        self._size += len(str(content.get("text")))
+        while self._size > _MAX_KEPT:
+            self._size -= len(str(self._pieces.pop(0)[0].get("text")))
+            self._cut = True
+
+    def take(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """The lines of all that was kept."""
+        if self._cut:
+            outputs.cut("stdout")
+        pieces, self._pieces, self._size, self._cut = self._pieces, [], 0, False
+        lines = (outputs.lines("stream", content, whole) for content, whole in pieces)
+        return [line for each in lines for line in each]
 
 
 def _representation(name: str, value: Any) -> Any:

@@ -9,7 +9,6 @@ immediately, and the ``on_exit`` callbacks are called.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -91,7 +90,10 @@ class ContainerSpec:
 
 @dataclass(frozen=True)
 class RunningContainer:
-    """A running container.  Its ``name`` is also that of its control groups."""
+    """A running container.  Its ``name`` is also that of its control groups.
+
+    ``cpu_us_before`` is what it had used before it was its owner's, if that is worth knowing.
+    """
 
     owner: str
     name: str
@@ -100,6 +102,7 @@ class RunningContainer:
     started_at: float
     boot_ms: float
     spec: ContainerSpec
+    cpu_us_before: int = 0
 
 
 def roots_dir(instance: Instance) -> Path:
@@ -254,9 +257,9 @@ class ContainerManager:
             raise ContainerGone(f"The container of {container.owner} has exited.")
         self.pool.reassign(container.owner, spec.owner, spec.policy)
         self.disks.rename(container.owner, spec.owner)
-        # Its log stays open, whatever it is called.
-        with contextlib.suppress(FileNotFoundError):
-            (container.spec.directory / LOG_FILE).rename(spec.directory / LOG_FILE)
+        # Its log stays open, whatever it is called; and there may be a kernel's files.
+        for path in list(container.spec.directory.iterdir()):
+            path.rename(spec.directory / path.name)
         container.spec.directory.rmdir()
 
     def _retrack(self, container: RunningContainer, running: RunningContainer) -> None:

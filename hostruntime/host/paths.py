@@ -118,6 +118,11 @@ class StatePaths:
         return self.root / "quarantine"
 
     @property
+    def wanted_bases(self) -> Path:
+        """An empty file for each base that is being made because somebody asked for it."""
+        return self.root / "wanted-bases"
+
+    @property
     def runtime(self) -> Path:
         """Runtime layers."""
         return self.root / "runtime"
@@ -169,6 +174,7 @@ class StatePaths:
             self.snapshots,
             self.volumes,
             self.quarantine,
+            self.wanted_bases,
             self.runtime,
             self.lxc,
             self.squid,

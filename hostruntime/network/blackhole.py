@@ -70,12 +70,12 @@ def _has_route() -> bool:
     return any(line.split()[1] == "00000000" for line in lines[1:])
 
 
-def drain_attempts(nft: NftProcess, namespace: Path) -> list[Attempt]:
+def drain_attempts(namespace: Path) -> list[Attempt]:
     """Return and remove the recorded attempts; raises OSError or HostError."""
 
     def drain() -> list[Attempt]:
         # Most have never sent anything.
-        return firewall.drain_attempts(nft, TABLE, family="ip") if _has_sent() else []
+        return firewall.drain_attempts(TABLE, family="ip") if _has_sent() else []
 
     return run_in_namespace(namespace, drain)
 

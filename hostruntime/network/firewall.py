@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from socket import IPPROTO_TCP
 
-from hostruntime.errors import HostFault
 from hostruntime.host.ids import MAX_SLOTS
 from hostruntime.host.run import run
-from hostruntime.network.nft_process import NftProcess
 from hostruntime.network.policy import Network
-from hostruntime.network.set_elements import Element, list_elements
+from hostruntime.network.set_elements import Element, delete_elements, list_elements
 from hostruntime.network.squid_config import SOCKETS_PER_CONTAINER
 
 # Not Squid's usual port, which the operator's own Squid may use on every address.
@@ -107,24 +105,18 @@ class Attempt:
     age_seconds: float = 0.0
 
 
-def drain_attempts(nft: NftProcess, table: str, family: str = "inet") -> list[Attempt]:
-    """Return and remove the attempts recorded since the last call; raises HostError, OSError.
+def drain_attempts(table: str, family: str = "inet") -> list[Attempt]:
+    """Return and remove the attempts recorded since the last call; raises OSError.
 
     Looking takes one message to the kernel, and there is mostly nothing to remove. Uses the
     calling thread's network namespace. Only what is returned is removed from the set, so
     concurrent attempts are not lost.
     """
-    attempts = [_attempt(element) for element in list_elements(family, table, ATTEMPTS_SET)]
-    if attempts:
-        keys = ", ".join(
-            f"{attempt.source} . {attempt.protocol} . {attempt.address} . {attempt.port}"
-            for attempt in attempts
-        )
-        text = f"delete element {family} {table} {ATTEMPTS_SET} {{ {keys} }}\n"
-        # If one has timed out since, none is deleted, and they are reported twice.
-        with contextlib.suppress(HostFault):
-            nft.run(text)
-    return attempts
+    found = list_elements(family, table, ATTEMPTS_SET)
+    # Those that time out just now are reported twice, as are those that were to go with them.
+    with contextlib.suppress(FileNotFoundError):
+        delete_elements(family, table, ATTEMPTS_SET, [element.key for element in found])
+    return [_attempt(element) for element in found]
 
 
 def _attempt(element: Element) -> Attempt:

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from hostruntime.errors import HostError
 from hostruntime.host import kernel
+from hostruntime.host.patience import scaled
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir
 from hostruntime.network.rtnetlink import RouteSocket
@@ -32,6 +34,9 @@ _log = logging.getLogger(__name__)
 _TIMEOUT = 20.0
 _SIOCSIFFLAGS = 0x8914  # netdevice(7)
 _IFF_UP_RUNNING = 0x1 | 0x40
+# How long the number of leftover interfaces may stay the same until they are deleted one by one.
+_VANISH_SECONDS = 5.0
+_VANISH_POLL_SECONDS = 0.02
 _SYSFS_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
 # Allow ports below 1024 and ping for everyone: container root lacks the capabilities over the
@@ -114,6 +119,34 @@ def interface_exists(name: str) -> bool:
 def interfaces_with_prefix(prefix: str) -> list[str]:
     """Return the interfaces of the calling thread's namespace with that name prefix."""
     return [name for _, name in socket.if_nameindex() if name.startswith(prefix)]
+
+
+def delete_links_except(prefix: str, keep: set[str]) -> None:
+    """Delete the interfaces with a name prefix, most of which the kernel is deleting already.
+
+    It deletes those of destroyed namespaces together, a hundred in the time that one takes.
+    """
+    previous, deadline = -1, 0.0
+    while leftover := set(interfaces_with_prefix(prefix)) - keep:
+        if len(leftover) != previous:
+            previous, deadline = len(leftover), time.monotonic() + scaled(_VANISH_SECONDS)
+        if time.monotonic() > deadline:
+            run_ip_ignoring_errors([f"link delete {name}" for name in sorted(leftover)])
+            return
+        time.sleep(_VANISH_POLL_SECONDS)
+
+
+def disconnect_link(link: Link) -> None:
+    """Let nothing pass a link until :func:`connect_link`.  Raises OSError."""
+    with RouteSocket() as links:
+        links.set_down(link.host_end)
+
+
+def connect_link(link: Link) -> None:
+    """Have the host's end of a link up, and the way to its address.  Raises OSError."""
+    with RouteSocket() as links:
+        links.set_up(link.host_end)
+        links.replace_route(IPv4Network(link.address), link.host_end)
 
 
 def write_sysctl(key: str, value: str, *, optional: bool = False) -> None:

@@ -64,6 +64,10 @@ class RouteSocket:
         """Bring an interface up."""
         self._request(_RTM_NEWLINK, 0, _INTERFACE.pack(0, 0, _index(name), _IFF_UP, _IFF_UP))
 
+    def set_down(self, name: str) -> None:
+        """Take an interface down: nothing passes it or its peer, and its routes are gone."""
+        self._request(_RTM_NEWLINK, 0, _INTERFACE.pack(0, 0, _index(name), 0, _IFF_UP))
+
     def delete_link(self, name: str) -> None:
         """Delete an interface, and its peer.
 

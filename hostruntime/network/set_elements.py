@@ -1,8 +1,12 @@
-"""Reading the elements of an nftables set over netlink, without starting nft(8).
+"""Reading and deleting the elements of an nftables set over netlink, without nft(8).
 
 What programs tried is read after each command that failed, so it has to be cheap; and nft doesn't
-print times more precisely than in seconds. The messages are those of
-linux/netfilter/nf_tables.h; a set's elements come in as many as are needed (netlink(7), multipart).
+print times more precisely than in seconds. To delete what was read, nft would first read the set
+itself, and its one process would do nothing else meanwhile, however much a tenant has tried.
+
+The messages are those of linux/netfilter/nf_tables.h; a set's elements come in as many as are
+needed (netlink(7), multipart), and a change is a message between two that begin and end a
+transaction (linux/netfilter/nfnetlink.h).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hostruntime.host.patience import scaled
@@ -19,16 +23,24 @@ _RESPONSE_SECONDS = 5.0
 _BUFFER = 1 << 16
 _NETLINK_NETFILTER = 12
 _HEADER, _FAMILY, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBH"), struct.Struct("=HH")
-_NFT_MSG_GETSETELEM = (10 << 8) | 13  # NFNL_SUBSYS_NFTABLES
+_NFNL_SUBSYS_NFTABLES = 10
+_NFT_MSG_GETSETELEM = (_NFNL_SUBSYS_NFTABLES << 8) | 13
+_NFT_MSG_DELSETELEM = (_NFNL_SUBSYS_NFTABLES << 8) | 14
+_NFNL_MSG_BATCH_BEGIN, _NFNL_MSG_BATCH_END = 16, 17
 _NFPROTO = {"inet": 1, "ip": 2}
+# A message of no family, whose resource is the subsystem, in network byte order.
+_BATCH = struct.pack("!BBH", 0, 0, _NFNL_SUBSYS_NFTABLES)
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
 # Without NLA_F_NESTED and NLA_F_NET_BYTEORDER.
-_TYPE_MASK = 0x3FFF
+_TYPE_MASK, _NESTED = 0x3FFF, 0x8000
+_LIST_ITEM = 1
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
 _ELEMENT_KEY, _ELEMENT_EXPIRATION, _DATA_VALUE = 1, 5, 1
 # A change meanwhile interrupts a listing, which is then repeated.
 _TRIES = 3
+# How many are deleted at once. The list of them is one attribute, whose length has 16 bits.
+_MOST_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,49 @@ def list_elements(family: str, table: str, name: str) -> list[Element]:
     attributes = _text(_LIST_TABLE, table) + _text(_LIST_SET, name)
     body = _FAMILY.pack(_NFPROTO[family], 0, 0) + attributes
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
-    request = _HEADER.pack(_HEADER.size + len(body), _NFT_MSG_GETSETELEM, flags, 1, 0) + body
+    request = _message(_NFT_MSG_GETSETELEM, flags, body)
     elements: list[Element] = []
     for _ in range(_TRIES):
         elements, complete = _ask(request)
         if complete:
             break
     return elements
+
+
+def delete_elements(family: str, table: str, name: str, keys: Sequence[bytes]) -> None:
+    """Delete from a set in the calling thread's network namespace.
+
+    Some at a time, and of those all or none.  Raises OSError; FileNotFoundError once all have been
+    tried, if of some one wasn't there any more.
+    """
+    gone: FileNotFoundError | None = None
+    for start in range(0, len(keys), _MOST_AT_ONCE):
+        try:
+            _ask(_deletion(family, table, name, keys[start : start + _MOST_AT_ONCE]))
+        except FileNotFoundError as error:
+            gone = error
+    if gone is not None:
+        raise gone
+
+
+def _deletion(family: str, table: str, name: str, keys: Sequence[bytes]) -> bytes:
+    """A transaction; the kernel answers its one change (NLM_F_ACK)."""
+    items = b"".join(
+        _nest(_LIST_ITEM, _nest(_ELEMENT_KEY, _attribute(_DATA_VALUE, key))) for key in keys
+    )
+    where = _text(_LIST_TABLE, table) + _text(_LIST_SET, name)
+    body = _FAMILY.pack(_NFPROTO[family], 0, 0) + where + _nest(_LIST_ELEMENTS, items)
+    return b"".join(
+        [
+            _message(_NFNL_MSG_BATCH_BEGIN, _NLM_F_REQUEST, _BATCH),
+            _message(_NFT_MSG_DELSETELEM, _NLM_F_REQUEST | _NLM_F_ACK, body),
+            _message(_NFNL_MSG_BATCH_END, _NLM_F_REQUEST, _BATCH),
+        ]
+    )
+
+
+def _message(kind: int, flags: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body
 
 
 def _ask(request: bytes) -> tuple[list[Element], bool]:
@@ -103,6 +151,13 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _text(kind: int, text: str) -> bytes:
-    payload = text.encode() + b"\0"
+    return _attribute(kind, text.encode() + b"\0")
+
+
+def _nest(kind: int, payload: bytes) -> bytes:
+    return _attribute(kind | _NESTED, payload)
+
+
+def _attribute(kind: int, payload: bytes) -> bytes:
     length = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(length, kind) + payload + bytes(-length % 4)

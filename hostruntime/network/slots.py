@@ -43,9 +43,11 @@ from hostruntime.network.direct import QueryRecorder, record_attempt
 from hostruntime.network.firewall_watch import FirewallWatch
 from hostruntime.network.netns import (
     Link,
+    connect_link,
     create_namespace,
+    delete_links_except,
     destroy_namespace,
-    interfaces_with_prefix,
+    disconnect_link,
     namespace_is_mounted,
     run_in_namespace,
     run_ip,
@@ -66,9 +68,6 @@ _SLOTS_PER_OCTET = 128
 _WAIT_FOR_RECYCLING_SECONDS = 3.0
 _PAUSE_AFTER_FAILURE_SECONDS = 1.0
 _RECYCLER_NICE = 10
-# How long the number of leftover interfaces may stay the same until they are deleted one by one.
-_VANISH_SECONDS = 5.0
-_VANISH_POLL_SECONDS = 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -113,6 +112,7 @@ class SlotPool:
         self._attempts = threading.Lock()
         # The current or last owner of each slot that is not mode open and not yet destroyed.
         self._last_owners: dict[Slot, str] = {}
+        self._disconnected: set[Slot] = set()
         self._recycler: threading.Thread | None = None
         self._closing = False
         self._busy = 0
@@ -210,10 +210,27 @@ class SlotPool:
             self._assigned[new_owner] = self._assigned.pop(owner)
         try:
             self._enforce(new_owner, slot, policy)
+            self._connect(slot)
         except BaseException:
             self.release(new_owner)
             raise
         return slot
+
+    def disconnect(self, owner: str) -> None:
+        """Let nothing reach the owner's slot, nor leave it, until reassigned.  Raises OSError."""
+        with self._changed:
+            slot = self._assigned[owner]
+            self._disconnected.add(slot)
+            # Nothing is recorded of it meanwhile.
+            self._last_owners.pop(slot, None)
+        if (link := self.link(slot)) is not None:
+            disconnect_link(link)
+
+    def _connect(self, slot: Slot) -> None:
+        """Undo :meth:`disconnect`."""
+        if slot in self._disconnected and (link := self.link(slot)) is not None:
+            connect_link(link)
+        self._disconnected.discard(slot)
 
     def release(self, owner: str) -> None:
         """Release the owner's slot: removes its policy now, its namespace soon; idempotent."""
@@ -221,6 +238,7 @@ class SlotPool:
             slot = self._assigned.pop(owner, None)
         if slot is None:
             return
+        self._disconnected.discard(slot)
         self._remove_policy(slot)
         with self._changed:
             self._to_destroy.append(slot)
@@ -264,7 +282,7 @@ class SlotPool:
     def _record_restricted(self) -> None:
         with self._attempts:
             try:
-                found = firewall.drain_attempts(self.nft, self.instance.nft_table)
+                found = firewall.drain_attempts(self.instance.nft_table)
             except (HostError, OSError) as error:
                 _log.warning("attempts to bypass the proxy cannot be read: %s", error)
                 return
@@ -279,7 +297,7 @@ class SlotPool:
             if slot.netns is None or self._last_owners.get(slot) != owner:
                 return
             try:
-                found = blackhole.drain_attempts(self.nft, slot.netns)
+                found = blackhole.drain_attempts(slot.netns)
             except (HostError, OSError) as error:
                 _log.warning("attempts in slot %d cannot be read: %s", slot.index, error)
                 return
@@ -495,27 +513,13 @@ class SlotPool:
             if path.name not in names:
                 destroy_namespace(self.run_dir, path.name, None)
         links = {link.host_end for slot in keep if (link := self.link(slot)) is not None}
-        self._delete_links_except(links)
+        delete_links_except(self.instance.prefix, links)
         for path in _listing(self.run_dir.slots):
             if path.stem not in {str(index) for index in indexes}:
                 path.unlink(missing_ok=True)
         for path in _listing(self.run_dir.entries):
             if path.stem not in addresses:
                 path.unlink(missing_ok=True)
-
-    def _delete_links_except(self, keep: set[str]) -> None:
-        """Delete the interfaces that no kept slot has, most of which the kernel is deleting.
-
-        It deletes those of destroyed namespaces together, a hundred in the time that one takes.
-        """
-        previous, deadline = -1, 0.0
-        while leftover := set(interfaces_with_prefix(self.instance.prefix)) - keep:
-            if len(leftover) != previous:
-                previous, deadline = len(leftover), time.monotonic() + scaled(_VANISH_SECONDS)
-            if time.monotonic() > deadline:
-                run_ip_ignoring_errors([f"link delete {name}" for name in sorted(leftover)])
-                return
-            time.sleep(_VANISH_POLL_SECONDS)
 
     # Names and addresses ------------------------------------------------------------------
 

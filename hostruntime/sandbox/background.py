@@ -6,6 +6,8 @@ two places on disk::
     sandboxes/<sandbox>/commands/<command>/   in the state directory
       command.json                            what was started, and whether somebody has killed it
       status                                  how it is, written and locked by its supervisor
+      refused.json                            what the network policy refused while it ran, if that
+                                              can be and it failed: looked up once, when it ended
     commands/<command>                        on the sandbox's own disk: what it has printed
 
 Nothing is kept in memory: agents come and go, and what the files and locks say is the truth.  The
@@ -24,7 +26,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -58,7 +60,9 @@ from hostruntime.host.patience import Patience
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import cancel_and_wait, in_background, in_thread, log_errors
 from hostruntime.host.watching import FileWatch
+from hostruntime.sandbox.refusals import Refusals, refused_between
 from hostruntime.wire.background import CommandFrame, CommandInfo, CommandOutput
+from hostruntime.wire.commands import RefusedRequest
 
 MAX_ACTIVE = 16
 """How many may run in a sandbox at once, or have left something behind that can still print."""
@@ -79,7 +83,9 @@ _STOP_SECONDS = 2.0
 _POLL_SECONDS = 0.01
 _LOCK_SECONDS = 0.5
 _DIRECTORY = "commands"
-_RECORD, _STATUS = "command.json", "status"
+_RECORD, _STATUS, _REFUSED = "command.json", "status", "refused.json"
+# The kernel's clock for files is behind by up to a tick.
+_TICK_SECONDS = 0.05
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -109,8 +115,18 @@ class Status:
     out_of_memory: bool = False
 
 
+@dataclass(frozen=True)
+class Refused:
+    """What was refused while a command ran."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    requests: tuple[RefusedRequest, ...]
+
+
 _RECORDS = TypeAdapter(Record)
 _STATUSES = TypeAdapter(Status)
+_REFUSALS = TypeAdapter(Refused)
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,8 @@ class BackgroundCommands:
 
     paths: StatePaths
     containers: ContainerManager
+    # What tells what a sandbox was refused; None if nothing is.
+    refusals_of: Callable[[str], Refusals | None] = lambda _: None
     watch: FileWatch = field(default_factory=FileWatch)
     _followers: Counter[str] = field(default_factory=Counter)
     # For each command that has a supervisor, in case that is killed and nobody asks.
@@ -181,7 +199,10 @@ class BackgroundCommands:
         status = _read(directory / _STATUS, _STATUSES) or Status()
         if not active:
             _tidy(self._group(sandbox_id, command_id), lost=status.status is None)
-        return _info(record, status, active=active)
+        info = _info(record, status, active=active)
+        if info.running or info.code == 0 or (refusals := self.refusals_of(sandbox_id)) is None:
+            return info
+        return replace(info, refused=_refused_meanwhile(directory, sandbox_id, info, refusals))
 
     async def kill(self, sandbox_id: str, command_id: str) -> CommandInfo:
         """Kill a command with everything it has started; idempotent.
@@ -443,6 +464,26 @@ def _info(record: Record, status: Status, *, active: bool) -> CommandInfo:
         return info
     code = os.waitstatus_to_exitcode(status.status)
     return replace(info, code=128 - code, signal=-code) if code < 0 else replace(info, code=code)
+
+
+def _refused_meanwhile(
+    directory: Path, sandbox_id: str, info: CommandInfo, refusals: Refusals
+) -> tuple[RefusedRequest, ...]:
+    """What was refused while a command ran; from the egress record only the first time."""
+    known = _read(directory / _REFUSED, _REFUSALS)
+    if known is not None:
+        return known.requests
+    ended_at = time.time()
+    if info.code is not None:
+        # Its supervisor wrote to it last when it ended; nobody knows when one ended that was lost.
+        with contextlib.suppress(FileNotFoundError):
+            ended_at = (directory / _STATUS).stat().st_mtime
+    until = ended_at + _TICK_SECONDS
+    found = refused_between(refusals, sandbox_id, info.started_at, until)
+    # It may be forgotten meanwhile, or the host's disk full.
+    with contextlib.suppress(OSError):
+        write_json(directory / _REFUSED, asdict(Refused(found)))
+    return found
 
 
 def _read[T](path: Path, kind: TypeAdapter[T]) -> T | None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hostruntime.host.patience import Patience
 from hostruntime.host.tasks import in_thread
 from hostruntime.wire.interpreter import CodeFrame
 from hostruntime.wire.message import MalformedError, Message, decode
@@ -46,6 +47,8 @@ exec(compile({bridge!r}, "orkestr-interpreter", "exec"))
 MAX_LINE_BYTES = 8 * 1024 * 1024
 MAX_RUN_BYTES = 24 * 1024 * 1024
 _BACKLOG = 16
+# Longer than it may take to interrupt what runs, or to kill the kernel.
+_BUSY_SECONDS, _BUSY_POLL_SECONDS = 10.0, 0.02
 _READ_BYTES = 256 * 1024
 # Reads after which whoever sends little at a time is read less often.
 _FAST_READS, _SLOW_SECONDS = 500, 0.005
@@ -53,7 +56,7 @@ _FAST_READS, _SLOW_SECONDS = 500, 0.005
 _LINES_AT_ONCE = 64
 # Smaller lines are parsed on the event loop.
 _SMALL_BYTES = 16 * 1024
-_SOCKET = "socket"
+SOCKET = "socket"
 
 
 class BridgeGone(Exception):  # noqa: N818 - a state of affairs
@@ -62,7 +65,7 @@ class BridgeGone(Exception):  # noqa: N818 - a state of affairs
 
 @dataclass(frozen=True)
 class Started(Message):
-    """A bridge's answer to ``start``."""
+    """A bridge's answer to ``start`` and ``adopt``."""
 
     kind: Literal["ready", "unavailable", "failed"]
     message: Annotated[str, Field(max_length=4096)] = ""
@@ -76,7 +79,7 @@ def listen(directory: Path) -> socket.socket:
     with _handle(directory) as handle:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            listener.bind(f"/proc/self/fd/{handle}/{_SOCKET}")
+            listener.bind(f"/proc/self/fd/{handle}/{SOCKET}")
             listener.listen(_BACKLOG)
         except BaseException:
             listener.close()
@@ -93,12 +96,29 @@ def _handle(directory: Path) -> Iterator[int]:
         os.close(handle)
 
 
+async def _wait_for(directory: Path) -> socket.socket:
+    """A connection to a bridge, which may be busy with what others have left.  Raises BridgeGone.
+
+    It takes no more connections then (EAGAIN in connect(2)) until it has interrupted that.
+    """
+    patience = Patience(_BUSY_SECONDS)
+    while True:
+        try:
+            return await in_thread(_connect, directory)
+        except BlockingIOError as error:
+            if patience.exhausted():
+                raise BridgeGone("It does not take what it is asked any more.") from error
+        except OSError as error:
+            raise BridgeGone("It does not listen any more.") from error
+        await asyncio.sleep(_BUSY_POLL_SECONDS)
+
+
 def _connect(directory: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(0)
         with _handle(directory) as handle:
-            connection.connect(f"/proc/self/fd/{handle}/{_SOCKET}")
+            connection.connect(f"/proc/self/fd/{handle}/{SOCKET}")
     except BaseException:
         connection.close()
         raise
@@ -129,10 +149,7 @@ class Bridge:
     @asynccontextmanager
     async def connect(cls, directory: Path) -> AsyncGenerator[Bridge, None]:
         """Connect to the bridge of a context's directory.  Raises BridgeGone."""
-        try:
-            connection = await in_thread(_connect, directory)
-        except OSError as error:
-            raise BridgeGone("It does not listen any more.") from error
+        connection = await _wait_for(directory)
         try:
             yield cls(connection)
         finally:
@@ -145,6 +162,11 @@ class Bridge:
         request = {"op": "start", "language": language, "cwd": cwd, "setup": setup}
         await self._send(b"%d\n%s" % (len(text), text))
         await self._send_line(request)
+        return await self._receive(Started)
+
+    async def adopt(self, environment: Mapping[str, str], cwd: str) -> Started:
+        """Have a kernel that has run nothing yet add these variables.  Raises BridgeGone."""
+        await self._send_line({"op": "adopt", "environment": dict(environment), "cwd": cwd})
         return await self._receive(Started)
 
     async def run(

@@ -7,22 +7,25 @@ accounted and ends with the sandbox, and one context ends without the others not
 supervisor and it outlive the agent.  On disk, in the state directory::
 
     sandboxes/<sandbox>/contexts/<context>/
-      context.json      what it is, once its kernel runs
+      context.json      what it is, once its kernel has run
+      starting          there while another kernel is started for it
       status            how its bridge is, written and locked by its supervisor
       socket            what the bridge listens on, created here: nobody inside can reach its name
       use.json          how often it was used, and when last
 
 What ends with its kernel, or does not keep to the protocol, is killed, and replaced when it is
 used the next time, which that run's ``restarted`` says.
+
+The first run of a sandbox may find a kernel that was started while its container waited for it
+(:mod:`hostruntime.sandbox.warm_kernels`), which then is the default context's.  If anything is
+wrong with that one, another is started, and nobody hears of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -36,43 +39,37 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from hostruntime.container.cgroups import cgroup_layout, is_populated, kill_group
-from hostruntime.container.launcher import NO_PROCESS_MESSAGE, close_all
 from hostruntime.container.manager import ContainerManager
 from hostruntime.errors import (
     ContainerGone,
     ContextBusy,
     ContextNotFound,
-    CwdNotFound,
-    Exhausted,
-    InterpreterUnavailable,
     InvalidRequest,
     KernelFailed,
     TooManyContexts,
 )
 from hostruntime.host.paths import StatePaths, write_json
-from hostruntime.host.patience import Patience, scaled
+from hostruntime.host.patience import scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
 from hostruntime.host.tasks import KeyedLocks, in_thread, log_errors
-from hostruntime.sandbox.background import Status, is_locked
-from hostruntime.sandbox.bridges import BOOTSTRAP, Bridge, BridgeGone, Started, listen
+from hostruntime.image.environment import resolve_environment
+from hostruntime.sandbox.background import is_locked
+from hostruntime.sandbox.bridges import Bridge, BridgeGone
+from hostruntime.sandbox.kernels import STATUS, Kernels, remove_files
+from hostruntime.sandbox.warm_kernels import DEFAULT_CONTEXT, WAITING, needs_start, take
 from hostruntime.wire.interpreter import CodeError, CodeFrame, ContextInfo, CreateContext, RunCode
 
 MAX_CONTEXTS = 8
 """How many a sandbox may have."""
 MAX_WAITING = 16
 """How many runs may wait for one context, or be in it."""
-DEFAULT_CONTEXT = "default"
 _PYTHON = "python"
-_START_SECONDS = 90.0
 # After its time, a run is interrupted, and killed if that does not help; the bridge does both.
 _OVERTIME_SECONDS = 15.0
-_END_SECONDS = 3.0
-_POLL_SECONDS = 0.01
-_DIRECTORY, _RECORD, _STATUS, _USE = "contexts", "context.json", "status", "use.json"
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+# A kernel that has waited answers within some milliseconds.
+_ADOPTION_SECONDS = 5.0
+_DIRECTORY, _RECORD, _STARTING, _USE = "contexts", "context.json", "starting", "use.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
-_NOT_FOUND_STATUS = 127
 _PAUSED = "The sandbox was paused while the code ran; it is interrupted when that is resumed."
 
 
@@ -98,7 +95,7 @@ class Use:
     last_used_at: float | None = None
 
 
-_RECORDS, _USES, _STATUSES = TypeAdapter(Record), TypeAdapter(Use), TypeAdapter(Status)
+_RECORDS, _USES = TypeAdapter(Record), TypeAdapter(Use)
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,15 @@ class Access:
     """A sandbox whose contexts are used.
 
     ``usable`` is held while a process is started in it, and gives its environment; it raises
-    ContainerGone and ContainerPaused.  ``is_paused`` says whether its time stands still.
+    ContainerGone and ContainerPaused.  ``is_paused`` says whether its time stands still.  Of its
+    environment, ``baked`` is its image's, and ``own`` is what is the sandbox's alone.
     """
 
     id: str
     usable: Callable[[], AbstractAsyncContextManager[Mapping[str, str]]]
     is_paused: Callable[[], bool]
+    baked: Mapping[str, str] = field(default_factory=dict)
+    own: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,10 +120,16 @@ class Interpreter:
 
     paths: StatePaths
     containers: ContainerManager
+    # Told of the first run of a sandbox, and the environment that others of its image share.
+    note_use: Callable[[str, Mapping[str, str]], None] = lambda _sandbox_id, _environment: None
+    kernels: Kernels = field(init=False)
     # For each context: its start and end, and whose turn it is.
     _changes: KeyedLocks = field(default_factory=KeyedLocks)
     _turns: KeyedLocks = field(default_factory=KeyedLocks)
     _waiting: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.kernels = Kernels(self.containers)
 
     async def create(self, access: Access, request: CreateContext) -> ContextInfo:
         """Start a context, unless that id was started before.
@@ -160,7 +166,7 @@ class Interpreter:
         """End a context, with all that it has started.  Raises ContextNotFound."""
         async with self._changing(sandbox_id, context_id):
             await in_thread(self._require, sandbox_id, context_id)
-            await self._forget(sandbox_id, context_id)
+            await self._clear(sandbox_id, context_id, known=False)
 
     async def run(self, access: Access, request: RunCode) -> AsyncGenerator[CodeFrame, None]:
         """Run code, when it is the context's turn; iterate under ``contextlib.aclosing``.
@@ -195,12 +201,25 @@ class Interpreter:
             yield last
 
     def recover(self, sandbox_id: str) -> None:
-        """Kill what a killed agent was about to start; blocks."""
+        """Kill what a killed agent was about to start, and a kernel that still waits; blocks."""
         for context_id in self._ids(sandbox_id):
             directory = self._directory(sandbox_id, context_id)
             if _record(directory) is None:
                 shutil.rmtree(directory, ignore_errors=True)
-                kill_group(self._group(sandbox_id, context_id))
+            elif (directory / _STARTING).exists():
+                _remove_all_but_record(directory)
+            else:
+                continue
+            self.kernels.kill(sandbox_id, context_id)
+        if (waiting := self._waiting_directory(sandbox_id)).is_dir():
+            shutil.rmtree(waiting, ignore_errors=True)
+            self.kernels.kill(sandbox_id, DEFAULT_CONTEXT)
+
+    async def end_unused(self, sandbox_id: str) -> None:
+        """End the kernel that was started while a sandbox's container waited, if it still does."""
+        async with self._changing(sandbox_id, DEFAULT_CONTEXT):
+            if await in_thread(self._waiting_directory(sandbox_id).is_dir):
+                await self._clear(sandbox_id, DEFAULT_CONTEXT, known=False)
 
     # Running -------------------------------------------------------------------------------
 
@@ -242,7 +261,9 @@ class Interpreter:
             if record is not None:
                 with contextlib.suppress(BridgeGone):
                     return record, await stack.enter_async_context(Bridge.connect(directory)), False
-            await self._start(access, record or wanted, known=record is not None)
+                await self._start(access, record, known=True)
+            else:
+                await self._start_first(access, wanted)
         try:
             bridge = await stack.enter_async_context(Bridge.connect(directory))
         except BridgeGone as error:
@@ -276,7 +297,7 @@ class Interpreter:
     async def _lose(self, sandbox_id: str, context_id: str) -> None:
         """Kill what is left of a context whose kernel has ended; its next run has another."""
         with log_errors(f"what is left of {context_id} of {sandbox_id} could not be killed"):
-            await self._end_group(sandbox_id, context_id)
+            await self.kernels.end(sandbox_id, context_id)
 
     def _count_use(self, sandbox_id: str, context_id: str) -> None:
         path = self._directory(sandbox_id, context_id) / _USE
@@ -298,81 +319,62 @@ class Interpreter:
 
         If that fails, a ``known`` context stays one, whose kernel does not run.
         """
-        await self._forget(access.id, record.id)
+        await self._clear(access.id, record.id, known=known)
         directory = self._directory(access.id, record.id)
         try:
+            if known:
+                await in_thread((directory / _STARTING).touch)
             await self._launch(access, record, directory)
-            answer = await self._start_kernel(record, directory)
-            if answer.kind == "unavailable":
-                raise _unavailable(answer.message)
-            if answer.kind == "failed":
-                raise KernelFailed(f"The kernel could not be started. {answer.message}")
+            await self.kernels.start(directory, record.language, record.cwd)
             await in_thread(_write_record, directory, record)
         except FileNotFoundError as error:
             raise ContainerGone("The sandbox has ended.") from error
         except BaseException:
-            await self._forget(access.id, record.id)
-            if known:
-                with contextlib.suppress(OSError):
-                    await in_thread(_write_record, directory, record)
+            await self._clear(access.id, record.id, known=known)
             raise
 
     async def _launch(self, access: Access, record: Record, directory: Path) -> None:
-        descriptors: list[int] = []
         async with access.usable() as environment:
-            try:
-                # Others of the sandbox are created one after the other.
-                await in_thread(self._require_room, access.id, record.id)
-                await in_thread(_create_files, directory, descriptors)
-                await self._supervise(access.id, record, environment, descriptors)
-            finally:
-                close_all(descriptors)
+            # Others of the sandbox are created one after the other.
+            await in_thread(self._require_room, access.id, record.id)
+            await self.kernels.launch(access.id, record.id, directory, record.cwd, environment)
 
-    async def _supervise(
-        self,
-        sandbox_id: str,
-        record: Record,
-        environment: Mapping[str, str],
-        descriptors: list[int],
-    ) -> None:
-        running = self.containers.get(sandbox_id)
-        message = {
-            "name": running.name,
-            "command": _command_id(record.id),
-            "argv": ["python3", "-c", BOOTSTRAP],
-            "cwd": record.cwd,
-            "env": {**self.containers.environment(running.slot.mode), **environment},
-        }
-        answer, answer_in = os.pipe()
-        # The log, the status, the answer, and what the bridge listens on.
-        descriptors.insert(2, answer_in)
-        try:
-            said = await self.containers.launchers.supervise(message, descriptors, answer)
-        except TimeoutError as error:
-            raise KernelFailed("The kernel did not start in time; try again.") from error
-        finally:
-            os.close(answer)
-        reply = json.loads(said) if said else {"error": "its supervisor died"}
-        if reply.get("code") == CwdNotFound.code:
-            raise CwdNotFound(str(reply["detail"]))
-        if "error" in reply:
-            self.containers.get(sandbox_id)
-            raise Exhausted(NO_PROCESS_MESSAGE)
+    async def _start_first(self, access: Access, record: Record) -> None:
+        """Start a language's own context, or have the kernel that has waited be its."""
+        if record.id != DEFAULT_CONTEXT:
+            await self._start(access, record, known=False)
+            return
+        if not await self._adopt(access, record):
+            await self._start(access, record, known=False)
+        host = self.kernels.environment(access.id, {})
+        shared = resolve_environment(host, access.baked)
+        # The others of its image are none of this one's kind if it needs a kernel of its own.
+        if not needs_start(shared, {**shared, **access.own}):
+            self.note_use(access.id, shared)
 
-    async def _start_kernel(self, record: Record, directory: Path) -> Started:
+    async def _adopt(self, access: Access, record: Record) -> bool:
+        """Have the kernel that waited with the sandbox's container be a context's.
+
+        False if there is none, or something is wrong with it: then another is to be started.
+        """
+        directory = self._directory(access.id, record.id)
         try:
+            async with access.usable() as environment:
+                wanted = self.kernels.environment(access.id, environment)
+                waiting = self._waiting_directory(access.id)
+                changes = await in_thread(take, waiting, directory, wanted)
+            if changes is None:
+                return False
             async with (
-                asyncio.timeout(scaled(_START_SECONDS)),
+                asyncio.timeout(scaled(_ADOPTION_SECONDS)),
                 Bridge.connect(directory) as bridge,
             ):
-                return await bridge.start(record.language, record.cwd)
-        except TimeoutError as error:
-            raise KernelFailed("The kernel did not start in time; try again.") from error
-        except BridgeGone as error:
-            code = await _exit_code(directory)
-            if code == _NOT_FOUND_STATUS:
-                raise _unavailable("It has no python3.") from error
-            raise KernelFailed("The kernel's process ended while it was started.") from error
+                answer = await bridge.adopt(changes, record.cwd)
+            if answer.kind == "ready":
+                await in_thread(_write_record, directory, record)
+            return answer.kind == "ready"
+        except (BridgeGone, OSError):
+            return False
 
     def _require_room(self, sandbox_id: str, context_id: str) -> None:
         others = set(self._ids(sandbox_id)) - {context_id}
@@ -384,29 +386,19 @@ class Interpreter:
 
     # Ending --------------------------------------------------------------------------------
 
-    async def _forget(self, sandbox_id: str, context_id: str) -> None:
-        """Remove all there is of a context, and kill what it has started."""
+    async def _clear(self, sandbox_id: str, context_id: str, *, known: bool) -> None:
+        """Kill what a context has started, and remove its files: of a ``known`` one, not what says
+        that it is one."""
         directory = self._directory(sandbox_id, context_id)
         # First: its supervisor looks whether its files are there before it lets it start.
-        await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
-        await self._end_group(sandbox_id, context_id)
-
-    async def _end_group(self, sandbox_id: str, context_id: str) -> None:
-        group = self._group(sandbox_id, context_id)
-        patience = Patience(_END_SECONDS)
-        while group.is_dir():
-            kill_group(group)
-            if not is_populated(group):
-                with contextlib.suppress(OSError):
-                    group.rmdir()
-                    return
-            if patience.exhausted():
-                return
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _group(self, sandbox_id: str, context_id: str) -> Path:
-        groups = cgroup_layout().container(self.containers.name_of(sandbox_id))
-        return groups.background_group(_command_id(context_id))
+        if known:
+            await in_thread(_remove_all_but_record, directory)
+        else:
+            await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
+        if context_id == DEFAULT_CONTEXT:
+            waiting = self._waiting_directory(sandbox_id)
+            await in_thread(partial(shutil.rmtree, waiting, ignore_errors=True))
+        await self.kernels.end(sandbox_id, context_id)
 
     # Files ---------------------------------------------------------------------------------
 
@@ -419,7 +411,7 @@ class Interpreter:
     def _info(self, sandbox_id: str, context_id: str) -> ContextInfo:
         directory = self._directory(sandbox_id, context_id)
         record, use = self._require(sandbox_id, context_id), _read(directory / _USE, _USES) or Use()
-        alive = is_locked(directory / _STATUS)
+        alive = is_locked(directory / STATUS)
         return ContextInfo(**asdict(record), **asdict(use), alive=alive)
 
     def _ids(self, sandbox_id: str) -> list[str]:
@@ -430,6 +422,9 @@ class Interpreter:
         if _ID.fullmatch(context_id) is None:
             raise _not_found(context_id)
         return self.paths.sandboxes / sandbox_id / _DIRECTORY / context_id
+
+    def _waiting_directory(self, sandbox_id: str) -> Path:
+        return self.paths.sandboxes / sandbox_id / WAITING
 
 
 def default_context(language: str) -> str:
@@ -450,49 +445,20 @@ def _not_found(context_id: str) -> ContextNotFound:
     return ContextNotFound(f"The sandbox has no context {context_id[:80]!r}; create it first.")
 
 
-def _unavailable(reason: str) -> InterpreterUnavailable:
-    return InterpreterUnavailable(
-        f"The sandbox's image cannot run this code: {reason[:1000]} Use a template with Jupyter "
-        "kernels, such as one whose recipe has `pip install ipykernel`."
-    )
-
-
-def _command_id(context_id: str) -> str:
-    """What a context's bridge is called among the commands that run in the background."""
-    return f"code-{context_id}"
-
-
-def _create_files(directory: Path, descriptors: list[int]) -> None:
-    """Create a context's files; add what its bridge is started with, without the answer's pipe."""
-    directory.parent.mkdir(mode=0o700, exist_ok=True)
-    directory.mkdir(mode=0o700)
-    # It prints nothing but what nobody is to read.
-    descriptors.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-    status = os.open(directory / _STATUS, _NEW_FILE, 0o600)
-    descriptors.append(status)
-    fcntl.flock(status, fcntl.LOCK_EX)
-    descriptors.append(listen(directory).detach())
-
-
 def _write_record(directory: Path, record: Record) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
     write_json(directory / _RECORD, asdict(record))
+    (directory / _STARTING).unlink(missing_ok=True)
+
+
+def _remove_all_but_record(directory: Path) -> None:
+    remove_files(directory)
+    for name in (_USE, _STARTING):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _record(directory: Path) -> Record | None:
     return _read(directory / _RECORD, _RECORDS)
-
-
-async def _exit_code(directory: Path) -> int | None:
-    """How a bridge has ended, which its supervisor notices a moment later; None if it has not."""
-    patience = Patience(_END_SECONDS)
-    while True:
-        status = await in_thread(_read, directory / _STATUS, _STATUSES)
-        if status is not None and status.status is not None:
-            return os.waitstatus_to_exitcode(status.status)
-        if patience.exhausted():
-            return None
-        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _read[T](path: Path, kind: TypeAdapter[T]) -> T | None:

@@ -110,10 +110,11 @@ class SandboxManager:
         )
         self.snapshots = SnapshotManager(self.paths, self.containers, self.store)
         self.warm = WarmPool(self.paths, self.containers, self.store.trash)
-        self.background = BackgroundCommands(self.paths, self.containers)
+        self.background = BackgroundCommands(self.paths, self.containers, self._refusals_of)
         store = VolumeStore(self.paths, self.containers.instance, self.store.trash)
         self.volumes = VolumeManager(store)
-        self.interpreter = Interpreter(self.paths, self.containers)
+        self.interpreter = Interpreter(self.paths, self.containers, self.warm.note_code)
+        self.warm.end_unused = self.interpreter.end_unused
 
     # Lifecycle of the manager --------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class SandboxManager:
             await self._drop(request.id, request.image)
             raise
         await self._keep(as_running(sandbox, running))
-        self.usage.start(request.id, running.started_at)
+        self.usage.start(request.id, running.started_at, running.cpu_us_before)
         return self._sandboxes[request.id]
 
     async def _keep(self, sandbox: Sandbox) -> None:
@@ -371,9 +372,14 @@ class SandboxManager:
             env=environment,
             timeout=request.timeout_seconds,
         )
-        if sandbox.request.network == "restricted":
-            frames = with_refusals(frames, sandbox_id, self.refusals)
+        if (refusals := self._refusals_of(sandbox_id)) is not None:
+            frames = with_refusals(frames, sandbox_id, refusals)
         return self._within_quota(frames, request.quota)
+
+    def _refusals_of(self, sandbox_id: str) -> Refusals | None:
+        """What was refused a sandbox, if it can be."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        return self.refusals if sandbox and sandbox.request.network == "restricted" else None
 
     def run_code(self, sandbox_id: str, request: RunCode) -> AsyncGenerator[CodeFrame, None]:
         """Run code in a kernel (:meth:`Interpreter.run`).  Raises TooManyCommands, too."""
@@ -382,9 +388,9 @@ class SandboxManager:
 
     def code_access(self, sandbox_id: str) -> Access:
         """For the interpreter.  Raises NotFound, ContainerGone, ContainerPaused."""
-        self._usable(sandbox_id)
-        usable = partial(self._holding_usable, sandbox_id)
-        return Access(sandbox_id, usable, partial(self._is_paused, sandbox_id))
+        sandbox, paused = self._usable(sandbox_id), partial(self._is_paused, sandbox_id)
+        usable, own = partial(self._holding_usable, sandbox_id), sandbox.request.env
+        return Access(sandbox_id, usable, paused, sandbox.image_env, own)
 
     @contextlib.asynccontextmanager
     async def _holding_usable(self, sandbox_id: str) -> AsyncIterator[Environment]:

@@ -1,5 +1,8 @@
 """Telling with the end of a command that failed what the network policy refused meanwhile.
 
+Of one that somebody waits for with its last frame, of one in the background
+(:mod:`hostruntime.sandbox.background`) from its end on.
+
 What the sandbox was refused between the command's start and its end is in the egress record. Which
 of its processes asked isn't: another command's request at the same time is told as well, and so
 everybody who shows this says "while it ran". Commands that succeed cost no look.
@@ -8,6 +11,7 @@ everybody who shows this says "while it ran". Commands that succeed cost no look
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -35,15 +39,21 @@ async def with_refusals(
     async with aclosing(frames):
         async for frame in frames:
             if isinstance(frame, TimedOut) or (isinstance(frame, Exited) and frame.code != 0):
-                yield replace(frame, refused=await in_thread(_refused, refusals, owner, began))
+                refused = await in_thread(refused_between, refusals, owner, began)
+                yield replace(frame, refused=refused)
             else:
                 yield frame
 
 
-def _refused(refusals: Refusals, owner: str, since: float) -> tuple[RefusedRequest, ...]:
-    """Without repetitions; nothing if it can't be read, which must not fail the command."""
+def refused_between(
+    refusals: Refusals, owner: str, since: float, until: float = math.inf
+) -> tuple[RefusedRequest, ...]:
+    """What was refused between two Unix times, without repetitions; reads files.
+
+    Nothing if it can't be read, which must not fail the command.
+    """
     try:
-        found = refusals(owner, since)
+        found = [one for one in refusals(owner, since) if one.at <= until]
     except OSError as error:
         _log.error("cannot read what %s was refused: %s", owner, error)
         return ()

@@ -197,11 +197,14 @@ class UsageStore:
 
     # Sandbox lifecycle ---------------------------------------------------------------------
 
-    def start(self, sandbox_id: str, started_at: float) -> None:
-        """Start the meter of a sandbox started at ``started_at`` (Unix seconds); no I/O yet."""
+    def start(self, sandbox_id: str, started_at: float, cpu_us: int = 0) -> None:
+        """Start the meter of a sandbox started at ``started_at`` (Unix seconds); no I/O yet.
+
+        ``cpu_us`` is what its container had used before it was the sandbox's.
+        """
         meter = self._meters.setdefault(sandbox_id, Meter(sandbox_id, 0.0))
         meter.read_at = time.monotonic() - max(time.time() - started_at, 0.0)
-        meter.cpu_us, meter.memory_bytes, meter.ended_at = 0, None, None
+        meter.cpu_us, meter.memory_bytes, meter.ended_at = cpu_us, None, None
         meter.saved_at = time.monotonic()
         self._counters.pop(sandbox_id, None)
         self.history.start(sandbox_id)

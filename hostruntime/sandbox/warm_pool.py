@@ -10,6 +10,9 @@ How many there are follows demand: one of each shape requested lately, and as ma
 within a minute.  ``ORKESTR_WARM_CONTAINERS`` limits all of them together; 0 turns this off.  They
 never take anything from sandboxes and builds: they have no record, no meter and no use of their
 image, the oldest is stopped if a slot is missing, and all are while memory or disk space is short.
+
+Where most sandboxes of a shape run code, its containers get a kernel (:mod:`.warm_kernels`), one
+container after the other, and only once there are as many containers as there should be.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,10 +35,26 @@ from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager, ContainerSpec, RunningContainer
 from hostruntime.errors import HostError, HostFull, InvalidRequest
 from hostruntime.host.paths import StatePaths
-from hostruntime.host.tasks import cancel_and_wait, every, in_thread, log_errors
+from hostruntime.host.tasks import (
+    cancel_and_wait,
+    every,
+    in_background,
+    in_thread,
+    log_errors,
+    run_to_completion,
+)
 from hostruntime.image.identity import write_identity
 from hostruntime.image.trash import Trash
 from hostruntime.network.policy import Policy
+from hostruntime.sandbox.warm_kernels import (
+    RETRY_SECONDS,
+    UNUSED_SECONDS,
+    USUAL_BYTES,
+    CodeDemand,
+    Starter,
+    Taken,
+    WarmKernels,
+)
 
 SETTING = "ORKESTR_WARM_CONTAINERS"
 # A sandbox's id contains no dot, so no sandbox has such a name.
@@ -53,6 +72,10 @@ _MAX_DEFAULT, _GIB_PER_CONTAINER = 8, 2
 MAXIMUM = 256
 # Below this share of the machine's memory there are none.
 _MIN_MEMORY_SHARE = 0.1
+# Of whom it is known which shape they have: a first run comes soon after its sandbox.
+_MAX_CLAIMED = 1024
+# An agent that ends is to do so soon.
+_STOPS_AT_ONCE = 4
 _log = logging.getLogger(__name__)
 
 
@@ -92,6 +115,9 @@ class _Demand:
 
     latest: float = 0.0
     recent: deque[float] = field(default_factory=deque)
+    code: CodeDemand = field(default_factory=CodeDemand)
+    # What its last kernel took.
+    kernel_bytes: int = USUAL_BYTES
 
     def record(self, now: float) -> None:
         self.latest = now
@@ -114,12 +140,25 @@ class WarmPool:
     # In seconds, like time.monotonic and asyncio.sleep.
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    kernels: Starter = field(init=False)
+    # Ends a kernel that a sandbox got and has not used; the sandbox may be gone.
+    end_unused: Callable[[str], Awaitable[None]] | None = None
     _ready: dict[Shape, deque[str]] = field(default_factory=dict)
     _demand: dict[Shape, _Demand] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     # Since when there have been fewer than there should be, because some were claimed.
     _behind_since: float | None = None
     _task: asyncio.Task[None] | None = None
+    # The latest sandboxes, and when those that got a kernel, and have not used it, did.
+    _claimed: dict[str, Shape] = field(default_factory=dict)
+    _unused: dict[str, float] = field(default_factory=dict)
+    # Those that wait with a kernel, and what it takes; and the one that is getting one.
+    _kernels: dict[str, Taken] = field(default_factory=dict)
+    _getting_kernel: tuple[Shape, str] | None = None
+    _starting: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.kernels = WarmKernels(self.containers)
 
     # Lifecycle -----------------------------------------------------------------------------
 
@@ -148,19 +187,43 @@ class WarmPool:
             return None
         shape = await in_thread(Shape.of, spec)
         now = self.clock()
-        self._demand.setdefault(shape, _Demand()).record(now)
+        self._note_claim(spec.owner, shape, now)
         self._behind_since = now if self._behind_since is None else self._behind_since
         try:
             while ready := self._ready.get(shape):
                 owner = ready.popleft()
+                kernel = self._kernels.pop(owner, None)
                 try:
-                    return await self.containers.hand_over(owner, spec)
+                    container = await self.containers.hand_over(owner, spec)
+                    if kernel is None:
+                        return container
+                    self._unused[spec.owner] = now
+                    return replace(container, cpu_us_before=kernel.cpu_us)
                 except (HostError, OSError) as error:
                     # It may have been killed for lack of memory, for example.
                     _log.warning("%s could not become %s: %s", owner, spec.owner, error)
                     await self._stop(owner)
             return None
         finally:
+            self._changed.set()
+
+    def _note_claim(self, sandbox: str, shape: Shape, now: float) -> None:
+        demand = self._demand.setdefault(shape, _Demand())
+        demand.record(now)
+        demand.code.note_claim(sandbox)
+        self._claimed[sandbox] = shape
+        if len(self._claimed) > _MAX_CLAIMED:
+            del self._claimed[next(iter(self._claimed))]
+
+    def note_code(self, sandbox: str, environment: Mapping[str, str]) -> None:
+        """Note that a sandbox has run its first code.
+
+        ``environment`` is that of a kernel of its shape, without what is the sandbox's own.
+        """
+        self._unused.pop(sandbox, None)
+        shape = self._claimed.get(sandbox)
+        if shape is not None and shape in self._demand:
+            self._demand[shape].code.note_use(sandbox, environment, self.clock())
             self._changed.set()
 
     def count(self) -> int:
@@ -173,10 +236,13 @@ class WarmPool:
             if self._ready[shape]:
                 await self._stop(self._ready[shape].pop())
                 return True
-        return False
+        return await self._stop_starting()
 
     async def stop_all(self) -> None:
         """Stop all of them; as many as are in demand are started again soon."""
+        await asyncio.gather(*(self._stop_rest() for _ in range(_STOPS_AT_ONCE)))
+
+    async def _stop_rest(self) -> None:
         while await self.stop_one():
             pass
 
@@ -189,6 +255,76 @@ class WarmPool:
                 self._changed.set()
                 return
 
+    # Kernels -------------------------------------------------------------------------------
+
+    def count_kernels(self) -> int:
+        """How many of those that are ready have a kernel."""
+        return len(self._kernels)
+
+    def _start_kernel(self, shapes: Iterable[Shape]) -> None:
+        """Begin to start a kernel in a container that should have one, unless that goes on."""
+        if self._getting_kernel is not None or self.count_kernels() >= self.kernels.maximum:
+            return
+        left = self._kernel_bytes_left()
+        for shape in shapes:
+            demand, ready = self._demand[shape], self._ready.get(shape, deque())
+            worth_it = demand.code.is_worth_it(self.clock(), KEEP_SECONDS)
+            if demand.kernel_bytes > left or not worth_it:
+                continue
+            owner = next((each for each in ready if each not in self._kernels), None)
+            if owner is not None:
+                ready.remove(owner)
+                self._getting_kernel = shape, owner
+                work = self._give_kernel(shape, owner, demand)
+                self._starting = in_background(work, f"no kernel could be started in {owner}")
+                return
+
+    async def _give_kernel(self, shape: Shape, owner: str, demand: _Demand) -> None:
+        """Start a kernel in a container, which is ready again then, or stopped."""
+        place, done = self.paths.warm / owner, False
+        try:
+            taken = await self.kernels.start(owner, place, demand.code.environment)
+            demand.kernel_bytes = taken.memory_bytes
+            wanted = shape in self._demand and await in_thread(shape.is_current)
+            # An image can have it take anything.
+            done = wanted and taken.memory_bytes <= self._kernel_bytes_left()
+            if done:
+                self._kernels[owner] = taken
+                # Before those that have none.
+                self._ready.setdefault(shape, deque()).appendleft(owner)
+        except (HostError, OSError) as error:
+            demand.code.not_before = self.clock() + RETRY_SECONDS
+            _log.info("the warm container %s has no kernel: %s", owner, error)
+        finally:
+            if not done:
+                await run_to_completion(self._stop(owner))
+            self._getting_kernel = None
+            self._changed.set()
+
+    def _kernel_bytes_left(self) -> int:
+        return self.kernels.budget() - sum(each.memory_bytes for each in self._kernels.values())
+
+    async def _stop_starting(self) -> bool:
+        """Stop the container that is getting a kernel; False if there is none."""
+        if self._getting_kernel is None:
+            return False
+        await cancel_and_wait(self._starting)
+        # What is cancelled before it has begun does nothing.
+        if self._getting_kernel is not None:
+            _, owner = self._getting_kernel
+            self._getting_kernel = None
+            await self._stop(owner)
+        return True
+
+    async def _end_unused(self) -> None:
+        """End the kernels that their sandboxes have got long ago, and not used."""
+        oldest = self.clock() - UNUSED_SECONDS
+        for sandbox in [each for each, since in self._unused.items() if since < oldest]:
+            del self._unused[sandbox]
+            if self.end_unused is not None:
+                with log_errors(f"the unused kernel of {sandbox} could not be ended"):
+                    await self.end_unused(sandbox)
+
     # Maintenance ---------------------------------------------------------------------------
 
     async def _maintain(self) -> None:
@@ -196,16 +332,20 @@ class WarmPool:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self._changed.wait()
         await self._forget_old_shapes()
+        await self._end_unused()
         has_room = await in_thread(self._has_room)
         # Last: what was claimed a moment ago must not be replaced at once.
         await self._wait_for_quiet()
         self._changed.clear()
         shares = self._shares() if has_room else {}
+        if not has_room:
+            await self._stop_starting()
         for shape, ready in list(self._ready.items()):
-            while len(ready) > shares.get(shape, 0):
+            while ready and self._number(shape) > shares.get(shape, 0):
                 await self._stop(ready.pop())
         if await self._refill(shares):
             self._behind_since = None
+            self._start_kernel(shape for shape in shares if shape in self._demand)
 
     async def _wait_for_quiet(self) -> None:
         while self._behind_since is not None:
@@ -218,13 +358,18 @@ class WarmPool:
     async def _refill(self, shares: Mapping[Shape, int]) -> bool:
         """Start what is missing, as far as there is room; False if demand changes meanwhile."""
         for shape, share in shares.items():
-            while len(self._ready.setdefault(shape, deque())) < share:
+            while self._number(shape) < share:
                 if not await self._add(shape):
                     return True
                 if self._changed.is_set():
                     # Something else may be in demand by now.
                     return False
         return True
+
+    def _number(self, shape: Shape) -> int:
+        """How many wait, or are going to in a moment."""
+        getting = self._getting_kernel is not None and self._getting_kernel[0] == shape
+        return len(self._ready.setdefault(shape, deque())) + getting
 
     async def _forget_old_shapes(self) -> None:
         oldest = self.clock() - KEEP_SECONDS
@@ -297,6 +442,7 @@ class WarmPool:
         return False
 
     async def _stop(self, owner: str) -> None:
+        self._kernels.pop(owner, None)
         with log_errors(f"the warm container {owner} could not be stopped"):
             await self.containers.stop(owner)
         await in_thread(self.trash.discard, self.paths.warm / owner)

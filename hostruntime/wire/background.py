@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Base64Bytes, Field
 
-from hostruntime.wire.commands import MAX_TIMEOUT_SECONDS
+from hostruntime.wire.commands import MAX_TIMEOUT_SECONDS, RefusedRequest
 from hostruntime.wire.message import Message
 
 
@@ -28,7 +28,8 @@ class CommandInfo(Message):
 
     ``pid`` is that inside the sandbox, None until it is known.  ``code`` is 128 + n if signal n
     killed it, and None if nobody saw how it ended; ``killed`` means that somebody asked for it.
-    ``active`` means that it runs, or that what it has left behind can still print.
+    ``active`` means that it runs, or that what it has left behind can still print.  ``refused`` is
+    what the network policy refused its sandbox while it ran, if it has failed.
     """
 
     id: str
@@ -42,6 +43,7 @@ class CommandInfo(Message):
     signal: int | None = None
     out_of_memory: bool = False
     duration_ms: int | None = None
+    refused: tuple[RefusedRequest, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hostruntime.wire.message import Message
 class BaseInfo(Message):
     """A built-in base image; ``state`` is ready, missing, building or failed.
 
-    ``digest`` is that of its definition, ``error`` is why it failed.
+    ``digest`` is that of its definition, ``error`` is why it failed, ``progress`` what is being
+    done while it is building.  One that is made ``on_request`` stays missing until somebody asks.
     """
 
     name: str
@@ -23,6 +24,8 @@ class BaseInfo(Message):
     size_bytes: int | None = None
     digest: str | None = None
     error: str | None = None
+    on_request: bool = False
+    progress: str | None = None
 
 
 @dataclass(frozen=True)

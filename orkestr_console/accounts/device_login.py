@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Annotated, Literal
 
 from django.db import transaction
+from django.db.models import Count, Min
 from django.utils import timezone
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -48,7 +49,8 @@ TOLERANCE = timedelta(seconds=1)
 # Letters that look like no others and spell no words (RFC 8628, 6.1): 20^8 codes.
 ALPHABET = "BCDFGHJKLMNPQRSTVWXZ"
 CODE_LENGTH = 8
-# Whoever has no token yet may ask for a login: so many from one place, and so many in all.
+# Whoever has no token yet may ask for a login: so many from one place, and so many in all, past
+# which each makes room.
 MAX_OPEN_OF_SOURCE = 30
 MAX_OPEN = 5000
 IPV6_NETWORK = 64
@@ -115,7 +117,7 @@ def start(spec: DeviceStartSpec, address: str) -> StartedLogin:
     now = timezone.now()
     DeviceLogin.objects.filter(expires_at__lte=now).delete()
     source = counted_source(address)
-    require_room(source)
+    make_room(source)
     started = StartedLogin(secrets.token_urlsafe(32), new_user_code())
     DeviceLogin.objects.create(
         device_digest=tokens.digest(started.device_code),
@@ -138,15 +140,28 @@ def counted_source(address: str) -> str:
     return address
 
 
-def require_room(source: str) -> None:
-    """Raise ``RateLimited`` if there are too many logins that nobody has finished."""
+def make_room(source: str) -> None:
+    """Raise ``RateLimited`` if one place has too many logins that nobody has finished.
+
+    If all have too many together, the oldest that nobody has answered goes, of those of the place
+    that has most: whoever fills them up loses their own, and keeps nobody out.
+    """
     unfinished = DeviceLogin.objects.filter(redeemed_at=None)
-    of_source = unfinished.filter(source=source).count() >= MAX_OPEN_OF_SOURCE
-    if of_source or unfinished.count() >= MAX_OPEN:
+    if unfinished.filter(source=source).count() >= MAX_OPEN_OF_SOURCE:
         raise RateLimited(
             "Too many login requests are open; finish one of them, or try again in ten minutes.",
             retry_after=int(LIFETIME.total_seconds()),
         )
+    unanswered = unfinished.filter(answered_at=None)
+    for _ in range(unfinished.count() - MAX_OPEN + 1):
+        sources = unanswered.values("source").annotate(many=Count("pk"), since=Min("created_at"))
+        most = sources.order_by("-many", "since").first()
+        if most is None:
+            return
+        oldest = unanswered.filter(source=most["source"]).order_by("created_at").first()
+        if oldest is not None:
+            # Unless somebody answers it just now.
+            unanswered.filter(pk=oldest.pk).delete()
 
 
 def new_user_code() -> str:

@@ -105,10 +105,20 @@ def require_admin(user: User, team: Team) -> None:
 
 
 def require_room(actor: Actor) -> None:
-    """Raise ``Conflict`` if the caller's person has too many tokens already."""
+    """Raise ``Conflict`` if the caller's person has too many tokens already.
+
+    Without a person, if all tokens of the team that have none have made too many: each could make
+    others that make more.
+    """
+    rows, who = own_tokens(actor), "You have"
+    if actor.user is None:
+        rows = ApiToken.objects.filter(
+            team=actor.team, created_by=None, origin__issuer__isnull=False
+        )
+        who = f"The tokens of {actor.team.name} that are nobody's have made"
     expired = Q(expires_at__lte=timezone.now())
-    if own_tokens(actor).filter(revoked_at=None).exclude(expired).count() >= MAX_LIVE:
-        raise Conflict(f"You have {MAX_LIVE} API tokens; revoke some that you no longer need.")
+    if rows.filter(revoked_at=None).exclude(expired).count() >= MAX_LIVE:
+        raise Conflict(f"{who} {MAX_LIVE} API tokens; revoke some that you no longer need.")
 
 
 def expiry(issuer: ApiToken, days: int | None) -> datetime | None:

@@ -57,6 +57,11 @@ class PreviewBase:
         """Whether only browsers on this machine reach it."""
         return self.name == LOCAL or self.name.endswith(f".{LOCAL}")
 
+    @property
+    def is_told_of_pages(self) -> bool:
+        """Whether browsers say whose page made a request (Fetch Metadata, 2: trustworthy URLs)."""
+        return self.is_secure or self.is_local
+
     def suffix(self, sandbox_id: str) -> str:
         """The host of a sandbox without its port: ``<ulid>.<base>``."""
         return f"{sandbox_id.removeprefix('sbx_').lower()}.{self.authority}"

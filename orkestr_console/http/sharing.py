@@ -11,10 +11,11 @@ from typing import Any
 
 from twisted.internet import main, tcp
 
+from hostruntime.host.patience import scaled
 from orkestr_console.http.processes import Load
 
-# How long the others have to take a connection.
-HEAD_START_SECONDS = 0.002
+# How long the others have to take a connection; on a busy machine they are woken later.
+HEAD_START_SECONDS = scaled(0.002)
 
 
 class CountedTransport(tcp.Server):

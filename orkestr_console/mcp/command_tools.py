@@ -116,7 +116,7 @@ async def exec_background(
     """Start a shell command that keeps running, and return at once. Then use read_command."""
     async with using(ctx, sandbox_id) as use:
         command = await call_service(services.start_command, use.actor, use.id, spec)
-        return detail(command, await use.life())
+        return await detail(use, command)
 
 
 async def list_commands(
@@ -149,7 +149,7 @@ async def read_command(
             await wait_for_end(use.actor, use.id, command_id, wait_seconds)
         logs = await call_service(services.read_logs, use.actor, use.id, command_id, offset, limit)
         return CommandOutput(
-            **detail(logs.command, await use.life(changed=bool(wait_seconds))).model_dump(),
+            **(await detail(use, logs.command, changed=bool(wait_seconds))).model_dump(),
             output=logs.content,
             next_offset=logs.next_offset,
             more=logs.truncated,
@@ -172,7 +172,7 @@ async def stop_command(ctx: Ctx, sandbox_id: SandboxId, command_id: CommandId) -
     """Stop a background command and all it started: SIGTERM, after 2 seconds SIGKILL."""
     async with using(ctx, sandbox_id) as use:
         command = await call_service(services.kill_command, use.actor, use.id, command_id)
-        return detail(command, await use.life())
+        return await detail(use, command)
 
 
 def summary(command: CommandInfo) -> BackgroundCommand:
@@ -184,9 +184,15 @@ def summary(command: CommandInfo) -> BackgroundCommand:
     return BackgroundCommand(command_id=command.id, command=short, **known)
 
 
-def detail(command: CommandInfo, life: str) -> BackgroundDetail:
-    """The same, and how its sandbox is."""
-    return BackgroundDetail(**summary(command).model_dump(), sandbox=life)
+async def detail(use: Use, command: CommandInfo, *, changed: bool = False) -> BackgroundDetail:
+    """The same, how its sandbox is, and what that was refused while it ran."""
+    shown = BackgroundDetail(
+        **summary(command).model_dump(), sandbox=await use.life(changed=changed)
+    )
+    if command.refused:
+        refusal = await call_service(services.refusal_of, use.actor, command)
+        shown = shown.model_copy(update=dict(refusal.members) if refusal else {})
+    return shown
 
 
 TOOLS = [

@@ -180,9 +180,12 @@ class BackgroundCommand(Result):
 
 
 class BackgroundDetail(BackgroundCommand):
-    """The same, and how its sandbox is."""
+    """The same, how its sandbox is, and what that was refused while it ran."""
 
     sandbox: str
+    error_code: str | None = None
+    error_message: str | None = None
+    refused_hosts: list[str] | None = None
 
 
 class CommandOutput(BackgroundDetail):

@@ -82,10 +82,18 @@ async def list_base_templates(ctx: Ctx) -> Rows:
 
 
 def base_row(base: services.BaseChoice) -> dict[str, Any]:
-    """What can be started from; ``available`` is only said if it isn't yet."""
-    row = {"id": base.id, "title": base.title, "description": base.description}
-    kind = "builtin" if base.group == "builtin" else "template"
-    return {**row, "kind": kind} if base.available else {**row, "kind": kind, "available": False}
+    """What can be started from; ``available`` and its state are only said if it isn't ready."""
+    row: dict[str, Any] = {
+        "id": base.id,
+        "title": base.title,
+        "description": base.description,
+        "kind": "builtin" if base.group == "builtin" else "template",
+    }
+    if not base.available:
+        row["available"] = False
+    if state := base.on_request and base.state_text:
+        row["state"] = state
+    return row
 
 
 async def create_template(

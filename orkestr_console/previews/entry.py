@@ -7,6 +7,9 @@ once sent on from, with a cookie instead.
 The cookie proves who visits, not what made their browser send the request. A page of another
 sandbox is *same-site* and so could have it sent (RFC 6265bis, 5.2), which is why it counts only for
 requests that our own page makes, or that a person makes by going to an address (Fetch Metadata).
+
+Browsers say that only to a base with TLS, or on their own machine. Elsewhere a page can keep quiet
+about itself in all that it loads, but not make that look like going somewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from orkestr_console.previews.wire import Headers
 SAFE = frozenset({b"GET", b"HEAD"})
 # A person has typed it or chosen a bookmark, or the page is of this very host.
 OWN_SITES = frozenset({b"same-origin", b"none"})
+# What every browser calls itself; no page can change it (Fetch, 2.2.2) without asking first.
+BROWSER = b"Mozilla/"
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,7 @@ def cookie_counts(visit: Visit, base: PreviewBase) -> bool:
         return False
     site = first(visit.headers, b"sec-fetch-site")
     if site is None:
-        # Browsers that say neither are old, and clients that are none have no other pages.
-        return origin is not None or refers_to_itself(visit, base)
+        return origin is not None or is_unprompted(visit, base)
     return site in OWN_SITES or is_navigation(visit)
 
 
@@ -103,11 +107,23 @@ def is_navigation(visit: Visit) -> bool:
     )
 
 
-def refers_to_itself(visit: Visit, base: PreviewBase) -> bool:
-    """Whether the page that a request names, if any, is of the same host."""
+def is_unprompted(visit: Visit, base: PreviewBase) -> bool:
+    """Whether a request without Fetch Metadata and origin is no other host's page's doing.
+
+    The page may name none (Referrer Policy, 3). But what it then has a browser load is no
+    navigation, which says so (Upgrade Insecure Requests, 3.2.1). Clients that are no browsers have
+    no other pages.
+    """
     referer = first(visit.headers, b"referer")
-    if referer is None:
-        return True
+    if referer is not None:
+        return refers_to_itself(referer, visit, base)
+    is_browser = BROWSER in (first(visit.headers, b"user-agent") or b"")
+    goes_there = first(visit.headers, b"upgrade-insecure-requests") is not None
+    return not is_browser or (goes_there and visit.method in SAFE)
+
+
+def refers_to_itself(referer: bytes, visit: Visit, base: PreviewBase) -> bool:
+    """Whether the page that a request names is of the same host."""
     try:
         parts = urlsplit(referer.decode("latin-1"))
     except ValueError:

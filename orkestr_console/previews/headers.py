@@ -1,12 +1,14 @@
 """What is passed on of a visitor's request, and of a program's response.
 
 Inwards nothing goes that is a secret of ours or the visitor's claim about where they are: no token,
-no cookie of the front or the console, no forwarding header but our own. Outwards no cookie goes
-that another sandbox or the console would be sent.
+no cookie of the front or the console, no forwarding header but our own, however a name is spelled:
+programs take ``_`` for ``-`` (RFC 3875, 4.1.18). Outwards no cookie goes that another sandbox or
+the console would be sent.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -38,7 +40,11 @@ FORWARDING = frozenset(
     }
 )
 FORWARDING_PREFIX = b"x-forwarded-"
+INWARD_DROPPED = HOP_BY_HOP | FORWARDING | {TOKEN_HEADER}
 WEBSOCKET = b"websocket"
+# What CGI's successors make one character of.
+_OTHER = re.compile(rb"[^a-z0-9]")
+_NO_REFERRER = b"no-referrer"
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,10 @@ def connection_options(headers: Headers) -> set[bytes]:
 
 def inwards(headers: Headers, origin: Origin, base: PreviewBase, *, websocket: bool) -> Headers:
     """A request's headers for a program. How long its body is stays as the visitor said."""
-    dropped = (HOP_BY_HOP | FORWARDING | connection_options(headers)) - {b"host", b"content-length"}
+    dropped = connection_options(headers) - {b"host", b"content-length"}
     kept: Headers = []
     for name, value in headers:
-        if name in dropped or name.startswith(FORWARDING_PREFIX) or name == TOKEN_HEADER:
+        if name in dropped or is_ours_to_say(name):
             continue
         if name == b"cookie":
             value = other_cookies(value, own_cookies(base))
@@ -100,6 +106,12 @@ def inwards(headers: Headers, origin: Origin, base: PreviewBase, *, websocket: b
     if websocket:
         return [*kept, (b"connection", b"upgrade"), (b"upgrade", WEBSOCKET)]
     return [*kept, (b"connection", b"close")]
+
+
+def is_ours_to_say(name: bytes) -> bool:
+    """Whether a program could take a header for one that the front sends, or keeps."""
+    read = _OTHER.sub(b"-", name)
+    return read in INWARD_DROPPED or read.startswith(FORWARDING_PREFIX)
 
 
 def other_cookies(value: bytes, own: frozenset[str]) -> bytes:
@@ -137,9 +149,20 @@ def outwards(headers: Headers, base: PreviewBase) -> Headers:
             cookie = host_only(value, own_cookies(base))
             if cookie is not None:
                 kept.append((name, cookie))
+        elif name == b"referrer-policy" and not base.is_told_of_pages:
+            kept.append((name, naming_itself(value)))
         elif name not in dropped and not clears_cookies(name, value):
             kept.append((name, value))
     return kept
+
+
+def naming_itself(policy: bytes) -> bytes:
+    """A ``Referrer-Policy`` by which a page names itself to its own host, and to no other.
+
+    Where that is all that tells its requests from another page's.
+    """
+    names = (each.strip() for each in policy.split(b","))
+    return b", ".join(b"same-origin" if each.lower() == _NO_REFERRER else each for each in names)
 
 
 def clears_cookies(name: bytes, value: bytes) -> bool:

@@ -227,11 +227,12 @@ class Console:
         with HostClient(socket) as host:
             bases = host.bases()
             for base in bases:
-                if base.state != "ready" and not self._stopping:
+                # Those on request are made when somebody wants them, which the agent remembers.
+                if base.state != "ready" and not base.on_request and not self._stopping:
                     self._create_base(host, base)
             for note in host.health().notes:
                 self._display.warn(note)
-        self._report_bases([base for base in bases if base.state == "ready"])
+        self._report_bases(bases)
 
     def _create_base(self, host: HostClient, base: BaseInfo) -> None:
         label = f"base {base.name}"
@@ -250,10 +251,14 @@ class Console:
                     f"until then: {error}"
                 )
 
-    def _report_bases(self, ready: list[BaseInfo]) -> None:
-        if ready:
+    def _report_bases(self, bases: list[BaseInfo]) -> None:
+        """Say which were there, and which are made on request."""
+        ready = [base.name for base in bases if base.state == "ready"]
+        later = [base.name for base in bases if base.state != "ready" and base.on_request]
+        if ready or later:
             with self._display.step("base images") as step:
-                step.detail = ", ".join(base.name for base in ready)
+                on_request = f"on request: {', '.join(later)}" if later else ""
+                step.detail = "; ".join(filter(None, [", ".join(ready), on_request]))
 
     def _check(self, credentials: Credentials) -> None:
         check = SelfCheck(

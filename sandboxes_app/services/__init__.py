@@ -78,6 +78,7 @@ from sandboxes_app.services.previews import (
     wake_for_visitor,
 )
 from sandboxes_app.services.ranges import FileRange, edit_file, read_range
+from sandboxes_app.services.refusals import Refusal, refusal_of
 from sandboxes_app.services.snapshots import (
     create_snapshot,
     delete_snapshot,
@@ -128,6 +129,7 @@ __all__ = [
     "Limits",
     "Metrics",
     "Outcome",
+    "Refusal",
     "TemplateUse",
     "Transfer",
     "Unreached",
@@ -187,6 +189,7 @@ __all__ = [
     "read_logs",
     "read_path",
     "read_range",
+    "refusal_of",
     "remove_context",
     "restart_context",
     "resume_sandbox",

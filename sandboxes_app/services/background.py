@@ -25,6 +25,7 @@ from orkestr_console.accounts.audit import audited
 from orkestr_console.core.errors import Conflict, NotFound
 from orkestr_console.core.hosts import Steps, ask, async_host, in_steps, translate_error
 from orkestr_console.core.ids import is_id, new_id
+from orkestr_console.http.threads import in_thread
 from sandboxes_app.models import Sandbox, SandboxStatus
 from sandboxes_app.services.commands import (
     CommandStream,
@@ -38,6 +39,7 @@ from sandboxes_app.services.lifecycle import (
     require_running,
     settle_if_missing,
 )
+from sandboxes_app.services.refusals import Refusal, refusal_of
 from sandboxes_app.services.waking import find_awake, translate_paused
 from sandboxes_app.specs import BackgroundSpec
 
@@ -203,8 +205,9 @@ codecs.register_error(ONE_EACH, one_question_mark_each)
 
 @dataclass(frozen=True)
 class Following:
-    """A command whose output may be followed: where, from where on, and for how long."""
+    """A command whose output may be followed: by whom, from where on, and for how long."""
 
+    actor: Actor
     sandbox: Sandbox
     command: CommandInfo
     offset: int
@@ -222,7 +225,7 @@ def begin_following(
     actor.require(READ)
     sandbox = yield from find_existing(actor, sandbox_id, command_id)
     command = yield from answer(sandbox, ask(HostClient.command, sandbox.pk, command_id))
-    return Following(sandbox, command, offset, seconds)
+    return Following(actor, sandbox, command, offset, seconds)
 
 
 def started_frame(following: Following) -> dict[str, Any]:
@@ -250,7 +253,10 @@ async def follow_frames(following: Following) -> AsyncGenerator[dict[str, Any]]:
             async with aclosing(host_frames(following, offset, remaining)) as frames:
                 async for frame in frames:
                     patient_until = 0.0
-                    for wire_frame in to_wire(frame, offset, boundaries):
+                    refusal = None
+                    if frame.command is not None and frame.command.refused:
+                        refusal = await in_thread(refusal_of, following.actor, frame.command)
+                    for wire_frame in to_wire(frame, offset, boundaries, refusal):
                         yield wire_frame
                     offset = frame.offset + len(frame.data)
                     if frame.kind != "output":
@@ -277,7 +283,7 @@ def host_frames(following: Following, offset: int, seconds: float) -> AsyncGener
 
 
 def to_wire(
-    frame: CommandFrame, expected: int, boundaries: Utf8Boundaries
+    frame: CommandFrame, expected: int, boundaries: Utf8Boundaries, refusal: Refusal | None = None
 ) -> Iterator[dict[str, Any]]:
     """A host's frame as in the wire contract; ``expected`` is the offset that it should have."""
     if frame.kind == "output":
@@ -294,7 +300,14 @@ def to_wire(
             f"again from offset {frame.offset}.",
         )
     else:
-        yield ended_frame(frame.command)
+        ended = ended_frame(frame.command)
+        if refusal is not None:
+            ended |= refusal.members
+            if ended["kind"] == "error":
+                ended["message"] = f"{ended['message']} {refusal.message}"
+            else:
+                yield from output_frames("stderr", refusal.notice.encode())
+        yield ended
 
 
 def ended_frame(command: CommandInfo | None) -> dict[str, Any]:

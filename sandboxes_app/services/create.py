@@ -6,11 +6,11 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from django.conf import settings
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import Count
 from django.utils import timezone
 
@@ -117,9 +117,21 @@ def boot_or_discard(
 
 
 def withdraw(sandbox: Sandbox, claim: volumes.Claim | None) -> None:
-    """Leave nothing of a sandbox that the host has nothing of."""
-    persistently(sandbox.delete)
-    volumes.give_up(claim)
+    """Leave nothing of a sandbox that the host has nothing of, nor of a volume made for it."""
+    persistently(partial(remove_rows, sandbox, claim))
+
+
+def remove_rows(sandbox: Sandbox, claim: volumes.Claim | None) -> None:
+    """All of it or, if somebody else has a part of it, after them."""
+    rows = Sandbox.objects.filter(pk=sandbox.pk)
+    with transaction.atomic():
+        if claim is not None and claim.made:
+            # With the team's lock, others find the volume: not one whose sandbox is just gone.
+            Team.objects.select_for_update().filter(pk=sandbox.team_id).first()
+        # With its own, who ends it adds an event (:func:`state.transition`).
+        rows.select_for_update().first()
+        rows.delete()
+        volumes.give_up(claim)
 
 
 def resolve_source(team: Team, name: str) -> Steps[Source]:

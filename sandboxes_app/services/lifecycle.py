@@ -148,6 +148,9 @@ def terminate_sandbox(actor: Actor, sandbox_id: str) -> Steps[Sandbox]:
         with sharing("end") as driver:
             if mark_terminated(actor, sandbox, driver):
                 yield from release_driven(sandbox, driver)
+                return sandbox
+        # It has just ended, or the host has just refused to start it.
+        sandbox = yield from find.steps(actor, sandbox_id)
     return sandbox
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hostruntime.wire.background import CommandInfo
 from hostruntime.wire.commands import RefusedRequest
+from orkestr_console.accounts.actor import Actor
 from orkestr_console.accounts.limits import Envelope, build_envelope
 from orkestr_console.accounts.models import Team
 from sandboxes_app.answers import RefusedRequests
@@ -52,6 +54,11 @@ def describe_refusal(team: Team, refused: Sequence[RefusedRequest]) -> Refusal |
         f"{_remedy(build_envelope(team), refused)}"
     )
     return Refusal(message, listable)
+
+
+def refusal_of(actor: Actor, command: CommandInfo) -> Refusal | None:
+    """The same of a background command."""
+    return describe_refusal(actor.team, command.refused)
 
 
 def _name(request: RefusedRequest) -> str:

@@ -315,10 +315,12 @@ def refused(claim: Claim, error: host_errors.HostError) -> DomainError | None:
 
 
 def give_up(claim: Claim | None) -> None:
-    """Its sandbox never was: a volume that was created for it goes too, if nobody else has it."""
+    """Its sandbox never was: a volume that was created for it goes too, if nobody else has it.
+
+    In a transaction with the team's lock.
+    """
     if claim is not None and claim.made:
-        rows = Volume.objects.filter(pk=claim.volume.pk, stored=False, sandboxes=None)
-        persistently(rows.delete)
+        Volume.objects.filter(pk=claim.volume.pk, stored=False, sandboxes=None).delete()
 
 
 # Every minute ------------------------------------------------------------------------------------

@@ -3,12 +3,16 @@
 The first part of a call finds out (:func:`find_awake`), before anything has happened. It raises
 ``Asleep``, and whoever answers the call awaits what that brings along and calls again. However many
 calls find a sandbox asleep, it is resumed once: those of one process wait for the same attempt, and
-the status, changed by compare-and-set, decides between processes.
+the status, changed by compare-and-set, decides between processes. Nobody fails for whom they wait
+with: an attempt that another person's share of the plan has refused is made again with one's own.
+One that has run out of time fails nobody: those who still find it asleep begin another
+(:mod:`orkestr_console.http.waking`).
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -16,7 +20,7 @@ from hostruntime import errors as host_errors
 from hostruntime.host.patience import scaled
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import Actor
-from orkestr_console.core.errors import Asleep, Conflict, DomainError, NotFound
+from orkestr_console.core.errors import Asleep, Conflict, DomainError, NotFound, PlanLimit
 from orkestr_console.core.hosts import Steps, in_steps
 from orkestr_console.http.steps import run_in_threads
 from orkestr_console.queue.driving import sharing
@@ -30,8 +34,19 @@ ON_THE_WAY = (SandboxStatus.PAUSING, SandboxStatus.RESUMING)
 WAIT_SECONDS = scaled(20.0)
 FIRST_DELAY, LONGEST_DELAY = 0.02, 0.5
 
-# The attempts under way, by event loop and sandbox.
-_attempts: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[None]] = {}
+type Key = tuple[asyncio.AbstractEventLoop, str]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One that is under way, and whose share of the plan it takes; nobody's if that is None."""
+
+    task: asyncio.Task[None]
+    user: int | None
+
+
+# By event loop and sandbox.
+_attempts: dict[Key, Attempt] = {}
 
 
 @in_steps
@@ -73,14 +88,22 @@ async def wake(actor: Actor, sandbox_id: str) -> None:
     An attempt goes on if the call that began it is cancelled: others may wait for it.
     """
     key = (asyncio.get_running_loop(), sandbox_id)
-    attempt = _attempts.get(key)
-    if attempt is None:
-        attempt = _attempts[key] = asyncio.create_task(resume_or_wait(actor, sandbox_id))
-        attempt.add_done_callback(partial(forget, key))
-    await asyncio.shield(attempt)
+    user = actor.user.pk if actor.user else None
+    while True:
+        attempt = _attempts.get(key)
+        if attempt is None:
+            task = asyncio.create_task(resume_or_wait(actor, sandbox_id))
+            attempt = _attempts[key] = Attempt(task, user)
+            # Before those who wait for it hear of its end.
+            task.add_done_callback(partial(forget, key))
+        try:
+            return await asyncio.shield(attempt.task)
+        except PlanLimit:
+            if attempt.user == user:
+                raise
 
 
-def forget(key: tuple[asyncio.AbstractEventLoop, str], attempt: asyncio.Task[None]) -> None:
+def forget(key: Key, attempt: asyncio.Task[None]) -> None:
     """Drop an attempt that is over. Its error is nobody's if all who waited for it have left."""
     _attempts.pop(key, None)
     if not attempt.cancelled():

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from templates_app.services.bases import BaseChoice, Source, list_bases, reclaimable_bytes, resolve
+from templates_app.services.bases import (
+    BaseChoice,
+    Source,
+    list_bases,
+    list_built_in,
+    reclaimable_bytes,
+    resolve,
+)
 from templates_app.services.direct import advice as direct_advice
 from templates_app.services.events import (
     Event,
@@ -51,6 +58,7 @@ __all__ = [
     "get_template",
     "hand_off",
     "list_bases",
+    "list_built_in",
     "list_steps",
     "list_templates",
     "log_text",

@@ -27,6 +27,8 @@ from orkestr_console.core.hosts import host
 from orkestr_console.queue.driving import driving
 from templates_app.models import Reuse, Template, TemplateStatus
 from templates_app.services import queue
+from templates_app.services.bases import sentence_end
+from templates_app.services.preparing import BaseFailed, prepare_base
 from templates_app.services.record import Superseded, fail_build, record
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ NO_ROOM = (
 )
 BASE_MISSING = (
     "The base image of this template is gone, so it cannot be built. Choose another base."
+)
+BASE_FAILED = (
+    "The base image {}, which is made when it is first used, could not be made: {} Build the "
+    "template again to have it tried again."
 )
 
 
@@ -132,6 +138,10 @@ def follow(template: Template, driver: str) -> None:
                     discard_if_finished(template)
                 if event.kind in {"published", "failed"}:
                     return
+        except BaseFailed as error:
+            why = BASE_FAILED.format(template.base_image, sentence_end(str(error)))
+            give_up(template, driver, "base_failed", why)
+            return
         except host_errors.HostFull:
             failing_since = failing_since or time.monotonic()
             if give_up_after(
@@ -162,6 +172,7 @@ def ensure_started(template: Template, driver: str) -> None:
     if template.handed_over:
         host().build(template.image_id)
         return
+    prepare_base(host(), template, driver)
     allowed = envelope(template.team)
     step, build = template.step_timeout_seconds, template.build_timeout_seconds
     host().start_build(

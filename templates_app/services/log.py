@@ -8,12 +8,14 @@ from orkestr_console.core.text import plain
 from orkestr_console.http.json_api import timestamp
 from orkestr_console.http.threads import in_thread
 from templates_app.models import BuildStep, StepStatus, Template
-from templates_app.services.record import output_from_events
+from templates_app.services.record import BASE_EVENT, output_from_events
 
 
 async def log_text(template: Template) -> AsyncGenerator[bytes]:
     """The steps with all their output, without colours, one step at a time."""
     yield log_header(template).encode()
+    for line in await in_thread(base_lines, template):
+        yield f"# {plain(line)}\n".encode()
     # Each call returns its connection; Django's own asynchronous queries keep theirs.
     for step in await in_thread(steps_without_output, template):
         yield f"\n$ {step.command}\n".encode()
@@ -22,6 +24,12 @@ async def log_text(template: Template) -> AsyncGenerator[bytes]:
         yield f"# {outcome_text(step)}\n".encode()
     if template.error_message:
         yield f"\n{plain(template.error_message)}\n".encode()
+
+
+def base_lines(template: Template) -> list[str]:
+    """What was told of the base that the build waited for."""
+    events = template.events.filter(kind=BASE_EVENT)
+    return [str(text) for text in events.values_list("payload__message", flat=True)]
 
 
 def steps_without_output(template: Template) -> list[BuildStep]:

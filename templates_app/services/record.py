@@ -6,7 +6,8 @@ and the event's row is in the same transaction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,22 +29,32 @@ MAX_MESSAGE_CHARS = 16 * 1024
 MAX_REFUSED_HOSTS = 40
 # The part of a failure's message that webhooks are told: the template has the rest.
 MAX_TOLD_CHARS = 2000
+# Of this side's own: a line about a base that is made on request.
+BASE_EVENT = "base"
+MAX_BASE_CHARS = 500
 
 
 class Superseded(Exception):  # noqa: N818 - not an error
     """Another driver follows this build now, or the template was deleted."""
 
 
+@contextmanager
+def driving_row(template: Template, driver: str) -> Iterator[None]:
+    """A transaction with the row locked. Raises :class:`Superseded` if it is another's."""
+    with transaction.atomic():
+        # Locked first, so that nobody else settles or deletes the template meanwhile.
+        locked = Template.objects.select_for_update().filter(
+            pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
+        )
+        if not locked.exists():
+            raise Superseded
+        yield
+
+
 def record(template: Template, driver: str, event: HostEvent) -> None:
     """Store one event and apply its effects. Raises :class:`Superseded`."""
     try:
-        with transaction.atomic():
-            # Locked first, so that nobody else settles or deletes the template meanwhile.
-            locked = Template.objects.select_for_update().filter(
-                pk=template.pk, driver=driver, status=TemplateStatus.BUILDING
-            )
-            if not locked.exists():
-                raise Superseded
+        with driving_row(template, driver):
             if event.kind == "published" and (reason := why_no_room(template.team)):
                 fail_build(template, "plan_limit", reason)
                 return
@@ -51,6 +62,22 @@ def record(template: Template, driver: str, event: HostEvent) -> None:
             HANDLERS.get(event.kind, ignore)(template, event)
     except IntegrityError as error:
         raise Superseded from error
+
+
+def record_base(template: Template, driver: str, message: str) -> None:
+    """Store how far the base is that the build waits for. Raises :class:`Superseded`."""
+    with driving_row(template, driver):
+        append_event(template, BASE_EVENT, {"message": message[:MAX_BASE_CHARS]})
+        notify_progress(template.pk)
+
+
+def record_waited(template: Template, driver: str) -> None:
+    """Have a build start now that its base is ready: it did nothing while it waited for that.
+
+    Raises :class:`Superseded`.
+    """
+    with driving_row(template, driver):
+        Template.objects.filter(pk=template.pk).update(started_at=timezone.now())
 
 
 def store_event(template: Template, event: HostEvent) -> None:

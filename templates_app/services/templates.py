@@ -122,7 +122,8 @@ def insert(actor: Actor, team: Team, spec: TemplateSpec, source: Source) -> Temp
 def resolve_base(team: Team, name: str) -> Source:
     """The base's image. Another team's template is as unknown as one that never existed."""
     try:
-        return resolve(team, name, field="base_template")
+        # Its build waits for a base that is made on request.
+        return resolve(team, name, field="base_template", can_wait=True)
     except NotFound as error:
         sentence = f"{error.detail} A base image's name, such as 'python-3.12', works too."
         raise InvalidInput(

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from templates_app.models import BuildEvent, BuildStep, Template, TemplateStatus
+from templates_app.services.record import BASE_EVENT
 
 MILLISECOND = timedelta(milliseconds=1)
 # Too large or too many to be read again with every change, and the page doesn't need them.
@@ -77,6 +78,14 @@ def parts(
         ("other", "Other", other),
     ]
     return [Part(name, label, round(ms)) for name, label, ms in all_parts if ms and ms >= 0.5]
+
+
+def base_line(events: Iterable[BuildEvent]) -> str | None:
+    """The last that was told of a base that the build waited for; None if it did not."""
+    lines = [str(event.payload.get("message", "")) for event in events if event.kind == BASE_EVENT]
+    if not lines:
+        return None
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
 def listing_ms(template: Template) -> float | None:

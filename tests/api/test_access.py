@@ -20,6 +20,7 @@ WEBHOOK = "/v1/sandboxes/webhooks/whk_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 VOLUME = "/v1/sandboxes/volumes/vol_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
 ROUTES = {
+    "/v1/bases": ("GET",),
     "/v1/templates": ("GET", "POST"),
     TEMPLATE: ("GET", "DELETE"),
     f"{TEMPLATE}/cancel": ("POST",),

@@ -123,6 +123,7 @@ FORK = {"network": "off", "timeout_seconds": "60"}
 FILE = {"path": "/workspace/x", "content": "eA=="}
 
 REST = [
+    rest("GET", "bases", OK),
     rest("GET", "templates", OK),
     rest("POST", "templates", OK, **BUILD),
     rest("GET", TEMPLATE, GONE),

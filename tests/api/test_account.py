@@ -9,6 +9,7 @@ import pytest
 from django.test import Client
 from django.utils import timezone
 
+from orkestr_console.accounts import own_tokens
 from orkestr_console.accounts.actor import EVERYTHING, READ, WRITE
 from orkestr_console.accounts.models import ApiToken, AuditEntry, Membership, Role, Team, User
 from orkestr_console.accounts.own_tokens import MAX_LIVE
@@ -161,6 +162,24 @@ def test_there_is_a_most_of_tokens(alice: User, team: Team) -> None:
     refused = create(client)
     assert refused.status_code == 409
     assert "revoke" in refused.json()["detail"]
+
+
+def test_tokens_that_are_nobodys_make_no_more_than_that_by_others_that_they_made(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_tokens, "MAX_LIVE", 4)
+    client, _ = client_of(None, team)
+    for _ in range(2):
+        assert create(client).status_code == 201
+        made = create(client)
+        assert made.status_code == 201
+        client = api_client(made.json()["token"])
+    refused = create(client)
+    assert refused.status_code == 409
+    assert refused.json()["detail"].startswith("The tokens of Acme that are nobody's have made 4")
+    # One less makes room.
+    ApiToken.objects.filter(origin__issuer__isnull=False).first().delete()  # type: ignore[union-attr]
+    assert create(client_of(None, team)[0]).status_code == 201
 
 
 @pytest.mark.parametrize("address", ["/api/", "/api", "/api/v1/projects", "/api/auth/oauth/x"])

@@ -15,6 +15,7 @@ from django.db import connection, connections
 from django.test import AsyncClient, Client
 
 from hostruntime.errors import CwdNotFound, Held, HostUnavailable, NoSpace, TooManyCommands
+from hostruntime.wire.commands import RefusedRequest
 from orkestr_console.accounts.models import Team
 from orkestr_console.accounts.services import mint_token
 from sandboxes_app.models import Sandbox
@@ -24,6 +25,7 @@ from tests.conftest import api_client
 from tests.fakes.host import FakeHost
 
 FOLLOWERS = 200
+REFUSED = (RefusedRequest("a.test", 443, "not_listed"),)
 
 
 @pytest.fixture
@@ -69,6 +71,25 @@ def test_how_it_ended_is_kept(
     host.end_command(name, code, signal)
     said = api.get(f"{box}/commands/{name}").json()
     assert (said["status"], said["exit_code"], said["signal"]) == (status, exit_code, signal)
+
+
+def test_what_the_network_policy_refused_is_named_wherever_its_end_is(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    name = begin(api, box)["id"]
+    host.print_more(name, b"no way\n")
+    host.end_command(name, 7, refused=REFUSED)
+    found = [api.get(f"{box}/commands/{name}").json(), api.get(f"{box}/commands").json()]
+    logs = api.get(f"{box}/commands/{name}/logs").json()
+    for said in (found[0], found[1]["commands"][0], logs):
+        assert (said["error_code"], said["refused_hosts"]) == ("network_policy_blocked", ["a.test"])
+        assert "While this command ran" in said["error_message"]
+    # The official clients show nothing else; whoever goes on from there does not get it again.
+    notice = f"\n[network_policy_blocked: {logs['error_message']}]\n"
+    assert (logs["content"], logs["size"]) == (f"no way\n{notice}", 7)
+    assert logs["next_offset"] == 7 + len(notice.encode())
+    for offset, content in ((7, notice), (8, ""), (logs["next_offset"], "")):
+        assert api.get(f"{box}/commands/{name}/logs?offset={offset}").json()["content"] == content
 
 
 def test_killing_is_idempotent_and_keeps_it(api: Client, host: FakeHost, box: str) -> None:
@@ -310,6 +331,23 @@ async def test_followed_they_are_the_frames_of_exec(followed: Followed) -> None:
         {"kind": "exec_chunk", "stream": "stdout", "data": base64.b64encode(b"two\n").decode()},
         {"kind": "exec_exited", "code": 3, "duration_ms": 12},
     ]
+
+
+async def test_followed_its_end_names_what_was_refused(followed: Followed) -> None:
+    followed.host.end_command(followed.name, 7, refused=REFUSED)
+    _, notice, last = await followed.frames()
+    assert (last["kind"], last["code"], last["refused_hosts"]) == ("exec_exited", 7, ["a.test"])
+    assert notice["stream"] == "stderr"
+    said = base64.b64decode(notice["data"]).decode()
+    assert said == f"\n[network_policy_blocked: {last['error_message']}]\n"
+    followed.host.end_command(followed.name, 139, 11, refused=REFUSED)
+    _, last = await followed.frames()
+    assert (last["kind"], last["code"], last["refused_hosts"]) == (
+        "error",
+        "exec_killed",
+        ["a.test"],
+    )
+    assert last["message"].endswith(last["error_message"])
 
 
 async def test_followed_past_its_time_it_says_so_and_goes_on(followed: Followed) -> None:

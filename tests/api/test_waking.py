@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from orkestr_console.accounts import turns
 from orkestr_console.accounts.actor import READ, Actor
 from orkestr_console.accounts.models import AuditEntry, Plan, Team
 from orkestr_console.accounts.services import authenticate_token
+from orkestr_console.core.errors import PlanLimit
 from orkestr_console.core.hosts import Steps, in_steps
 from sandboxes_app.models import MAX_PAUSE, Sandbox, SandboxEvent, SandboxStatus
 from sandboxes_app.services import lifecycle, waking
@@ -258,9 +261,35 @@ async def test_nobody_waits_for_ever_for_another_process(
 
     monkeypatch.setattr(waking, "resume_if_paused", still_resuming)
     monkeypatch.setattr(waking, "WAIT_SECONDS", 0.1)
-    actor: Any = None
+    actor: Any = SimpleNamespace(user=None)
     await waking.wake(actor, "sbx")
     assert len(seen) > 1
+
+
+async def test_nobody_fails_for_the_share_of_who_came_first(
+    transactional_db: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for the same attempt; a share of the plan is one person's."""
+    asked: list[int | None] = []
+
+    @in_steps
+    def resume(actor: Actor, sandbox_id: str) -> Steps[str]:
+        user = actor.user.pk if actor.user else None
+        asked.append(user)
+        yield from ()
+        if user == 1:
+            raise PlanLimit("It is all that you may have.")
+        return SandboxStatus.RUNNING
+
+    monkeypatch.setattr(waking, "resume_if_paused", resume)
+    people: list[Any] = [SimpleNamespace(user=SimpleNamespace(pk=pk)) for pk in (1, 1, 2, 2)]
+    people.append(SimpleNamespace(user=None))
+    came = [waking.wake(person, "sbx") for person in people]
+    first, second, *others = await asyncio.gather(*came, return_exceptions=True)
+    assert isinstance(first, PlanLimit)
+    assert isinstance(second, PlanLimit)
+    assert others == [None, None, None]
+    assert asked == [1, 2]
 
 
 def test_who_comes_second_resumes_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from orkestr import BackgroundCommand
 from orkestr.errors import NetworkPolicyError, OrkestrError
 
 from tests.clients.making import Sandboxes, Templates
@@ -60,6 +61,10 @@ def test_a_sandbox_shows_what_it_asked_for(stack: Stack, sandboxes: Sandboxes) -
     # Beside the exit status, in what every client shows: only if it failed, and in its own time.
     assert "network_policy_blocked: While this command ran" in done.stderr
     assert f"{UNLISTED}:443" in done.stderr
+    begun = sandbox.exec(FETCH, background=True)
+    assert isinstance(begun, BackgroundCommand)
+    assert begun.wait(poll_seconds=0.1, timeout=60) == 1
+    assert f"refused its sandbox {UNLISTED}:443." in begun.logs().content
     assert sandbox.exec(f"{FETCH} || true").stderr.count("policy_blocked") == 0
     fetched = sandbox.exec("cd /tmp && pip download --no-deps --quiet six", timeout_seconds=120)
     assert fetched.exit_code == 0, fetched.stderr

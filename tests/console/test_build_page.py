@@ -55,6 +55,17 @@ def failed(template: Template, output: str = "", **changes: Any) -> Template:
 NUMBERED = "".join(f"\x1b[32mline\x1b[0m {n} of many\n" for n in range(1, 5001))
 
 
+def test_a_build_that_waits_for_its_base_says_what_that_does(
+    console: Client, building: Template
+) -> None:
+    Template.objects.filter(pk=building.pk).update(started_at=timezone.now())
+    tell(building, "base", message="Preparing base code-interpreter…")
+    assert "Preparing base code-interpreter…" in text(console.get(f"/templates/{building.pk}/"))
+    tell(building, "base", message="Step 1 of 3: pip install pandas")
+    page = text(console.get(f"/templates/{building.pk}/"))
+    assert "Preparing base code-interpreter… Step 1 of 3: pip install pandas" in page
+
+
 # Logs ----------------------------------------------------------------------------------------
 
 

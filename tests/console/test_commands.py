@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from django.test import Client
 
+from hostruntime.wire.commands import RefusedRequest
 from sandboxes_app import pages
 from sandboxes_app.models import Sandbox
 from tests.console.markup import tight
@@ -55,8 +56,10 @@ def test_of_long_output_the_last_part_is_shown(
 ) -> None:
     # Two bytes each: the part begins within one of them.
     host.print_more(command, b"first" + "ä".encode() * (pages.OUTPUT_BYTES // 2) + b"last")
-    host.end_command(command, 3)
+    refused = (RefusedRequest("a.test", 443, "not_listed"),)
+    host.end_command(command, 3, refused=refused)
     shown = tight(console.get(f"{page}/commands/{command}/"))
+    assert "While this command ran, the network policy refused its sandbox a.test:443." in shown
     assert "first" not in shown
     assert "älast" in shown
     assert "?ä" not in shown
@@ -80,6 +83,27 @@ def test_an_ended_sandbox_has_no_commands(console: Client, page: str, command: s
     assert 'id="commands"' not in tight(console.get(f"{page}/"))
     assert "is terminated" in tight(console.get(f"{page}/commands/"))
     assert console.get(f"{page}/commands/{command}/").status_code == 409
+
+
+@pytest.mark.parametrize("gone", ["sandbox", "command"])
+def test_what_is_gone_is_not_asked_for_again(
+    console: Client, page: str, command: str, host: FakeHost, gone: str
+) -> None:
+    shown = tight(console.get(f"{page}/commands/{command}/", headers=HTMX))
+    assert shown.count("hx-get") == 1
+    assert 'id="command-poll"' in shown
+    if gone == "sandbox":
+        console.post(f"{page}/terminate/")
+    else:
+        [known] = host.background.values()
+        known.clear()
+    answer = console.get(f"{page}/commands/{command}/", headers=HTMX)
+    assert (answer.status_code, answer["HX-Retarget"]) == (200, "#command-poll")
+    assert answer["HX-Reswap"] == "outerHTML"
+    last = tight(answer)
+    assert ("is terminated" if gone == "sandbox" else "forgotten") in last
+    assert "seeing the command" in last
+    assert "hx-" not in last
 
 
 def test_commands_of_another_teams_sandbox_are_not_there(

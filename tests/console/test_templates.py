@@ -87,6 +87,20 @@ def test_a_full_plan_is_said_before_and_after(console: Client, team: Team) -> No
     assert 'value="another"' in text(answer)
 
 
+def test_a_base_that_is_made_on_request_can_be_chosen(console: Client, host: FakeHost) -> None:
+    host.base_states |= {"code-interpreter": "missing", "debian-12": "building"}
+    host.on_request = {"code-interpreter"}
+    page = text(console.get("/templates/new/"))
+    offered = page.partition('value="code-interpreter"')[2].partition("</option>")[0]
+    assert "made when it is first used" in offered
+    assert "disabled" not in offered
+    withheld = page.partition('value="debian-12"')[2].partition("</option>")[0]
+    assert "disabled" in withheld
+    chosen = text(console.get("/sandboxes/new/"))
+    assert "made when it is first used" in chosen
+    assert 'value="debian-12"' not in chosen
+
+
 def test_the_form_stays_when_the_host_is_away(console: Client, host: FakeHost) -> None:
     host.down = True
     assert "isn't responding" in text(console.get("/templates/new/"))

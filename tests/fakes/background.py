@@ -18,6 +18,7 @@ from hostruntime.wire.background import (
     FollowCommand,
     StartCommand,
 )
+from hostruntime.wire.commands import RefusedRequest
 from hostruntime.wire.sandboxes import SandboxInfo
 
 if TYPE_CHECKING:
@@ -53,10 +54,17 @@ class FakeBackground:
         """A command prints something."""
         self._of(command_id).printed += text
 
-    def end_command(self, command_id: str, code: int = 0, signal: int | None = None) -> None:
+    def end_command(
+        self,
+        command_id: str,
+        code: int = 0,
+        signal: int | None = None,
+        refused: tuple[RefusedRequest, ...] = (),
+    ) -> None:
         """A command ends by itself, or by a signal."""
         command = self._of(command_id)
         ended = replace(command.info, running=False, active=False, code=code, duration_ms=12)
+        ended = replace(ended, refused=refused)
         command.info = replace(ended, signal=signal)
 
     def _of(self, command_id: str) -> FakeCommand:

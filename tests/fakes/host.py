@@ -33,7 +33,7 @@ from hostruntime.wire.builds import BuildEvent, BuildInfo, StartBuild
 from hostruntime.wire.commands import Exec, ExecFrame, ExecResult
 from hostruntime.wire.files import DirectoryEntry, DirectoryListing, FileContent, FileStat
 from hostruntime.wire.health import EgressHost
-from hostruntime.wire.images import BaseInfo, ImageInfo, ImageUsage
+from hostruntime.wire.images import ImageInfo, ImageUsage
 from hostruntime.wire.sandboxes import (
     CreateSandbox,
     MetricsPoint,
@@ -44,6 +44,7 @@ from hostruntime.wire.sandboxes import (
     UsageInfo,
 )
 from tests.fakes.background import FakeBackground
+from tests.fakes.bases import FakeBases
 from tests.fakes.changes import FakeChanges
 from tests.fakes.commands import FakeCommands, Ran
 from tests.fakes.interpreter import FakeInterpreter
@@ -54,7 +55,6 @@ from tests.fakes.volumes import FakeVolumes
 
 TERMINAL = frozenset({"published", "failed"})
 ENDED_IN = {"published": "published", "failed": "failed"}
-BASES = ("debian-12", "python-3.12-bare", "python-3.12", "node-22")
 
 
 @dataclass
@@ -78,6 +78,7 @@ class FakeSandbox:
 
 
 class FakeHost(
+    FakeBases,
     FakeCommands,
     FakeInterpreter,
     FakeBackground,
@@ -95,7 +96,6 @@ class FakeHost(
         self.down = False
         self.full = False
         self.by_itself = True
-        self.base_states = dict.fromkeys(BASES, "ready")
         self.stored: dict[str, ImageInfo] = {}
         self.built: dict[str, FakeBuild] = {}
         self.booted: dict[str, FakeSandbox] = {}
@@ -195,14 +195,6 @@ class FakeHost(
 
     # Bases and images ---------------------------------------------------------------------
 
-    def bases(self) -> list[BaseInfo]:
-        """As the client."""
-        self._up()
-        return [
-            BaseInfo(name, name.title(), f"What {name} is.", state, 1)
-            for name, state in self.base_states.items()
-        ]
-
     def default_domains(self) -> list[str]:
         """As the client."""
         self._up()
@@ -247,7 +239,7 @@ class FakeHost(
         self._up()
         if self.full:
             raise HostFull("There is no room.")
-        if request.base_image not in self.base_states and request.base_image not in self.stored:
+        if not self.is_bootable(request.base_image) and request.base_image not in self.stored:
             raise ImageNotFound(f"There is no image {request.base_image}.")
         with self.lock:
             known = self.built.get(request.id)
@@ -339,7 +331,7 @@ class FakeHost(
         image = request.image
         if request.snapshot is not None:
             image = self.image_of(request.snapshot)
-        elif image not in self.base_states and image not in self.stored:
+        elif not self.is_bootable(image) and image not in self.stored:
             raise ImageNotFound(f"There is no image {image}.")
         with self.lock:
             if request.id not in self.booted:

@@ -22,6 +22,7 @@ def test_it_has_all_that_services_call() -> None:
     called |= {"create_snapshot", "snapshots", "delete_snapshot"}
     called |= {"start_command", "background_commands", "command", "kill_command"}
     called |= {"command_output"}
+    called |= {"request_base", "ensure_base"}
     called |= {"create_context", "contexts", "restart_context", "remove_context"}
     assert called <= set(SHARED)
 

@@ -11,12 +11,13 @@ from hostruntime.wire.builds import StartBuild
 from hostruntime.wire.interpreter import CodeError, CodeFrame, CodeResult, RunCode
 from tests.host.agent import Agent
 from tests.host.client import HostClient
+from tests.kernels import IPYKERNEL, JAVASCRIPT
 
 
 def build_kernels(agent: Agent) -> str:
-    """Make an image that has ipykernel and matplotlib; its name."""
+    """Make an image that has ipykernel, matplotlib, and the kernel for JavaScript; its name."""
     name = f"img_kernels{time.time_ns():x}"
-    recipe = ("pip install --no-cache-dir ipykernel matplotlib",)
+    recipe = (f"{IPYKERNEL} matplotlib", *JAVASCRIPT)
     options: dict[str, Any] = {"base_image": "python-3.12-bare", "network": "restricted"}
     agent.client.start_build(StartBuild(name, recipe=recipe, disk_mb=2048, **options))
     *_, last = agent.client.build_events(name)

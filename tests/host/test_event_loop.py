@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hostruntime.client.async_host_client import AsyncHostClient
-from hostruntime.errors import CwdNotFound, ExecTimeout
+from hostruntime.errors import CwdNotFound, ExecTimeout, HostError
 from hostruntime.host.paths import StatePaths
 from hostruntime.wire.builds import Cache, StartBuild
 from hostruntime.wire.commands import Exec
@@ -176,7 +176,10 @@ def test_a_disk_that_stands_still_keeps_only_those_who_wait_for_it(disk: Path) -
         agent.stop()
         agent.log_path = disk.with_name("agent.log")
         agent.start()
-        try_while_it_stands(agent, disk)
+        try:
+            try_while_it_stands(agent, disk)
+        except HostError as error:
+            raise AssertionError(agent.log()[-3000:]) from error
 
 
 def try_while_it_stands(agent: Agent, disk: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 from hostruntime.container import inside_bridge
 from hostruntime.container.inside_bridge import Unavailable, kernel_command
-from hostruntime.container.inside_outputs import Outputs
+from hostruntime.container.inside_outputs import Kept, Outputs
 from hostruntime.host.paths import StatePaths
 from hostruntime.sandbox import bridges
 from hostruntime.sandbox.bridges import Bridge, BridgeGone, listen
@@ -135,6 +136,24 @@ async def test_without_a_bridge_there_is_nobody(tmp_path: Path) -> None:
         await frames_of(tmp_path)
 
 
+async def test_one_that_is_busy_is_waited_for(tmp_path: Path) -> None:
+    """Those who left wait in its queue: it is not to be taken for one that has ended."""
+    listener = listen(tmp_path)
+    with ExitStack() as others:
+        others.enter_context(listener)
+        while True:
+            with suppress(BlockingIOError):
+                others.enter_context(bridges._connect(tmp_path))
+                continue
+            break
+        connecting = asyncio.create_task(bridges._wait_for(tmp_path))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert not connecting.done()
+        others.enter_context(listener.accept()[0])
+        (await connecting).close()
+
+
 def test_the_name_of_the_socket_says_nothing_of_the_host(tmp_path: Path) -> None:
     with listen(tmp_path) as listener:
         assert str(tmp_path) not in listener.getsockname()
@@ -165,6 +184,18 @@ def test_what_is_too_much_is_cut_and_said() -> None:
     many = [outputs.lines(*result(text="r")) for _ in range(100)]
     assert sum(map(len, many)) == 63
     assert "results" in outputs.truncated
+
+
+def test_what_is_printed_between_runs_is_kept_within_bounds() -> None:
+    kept, outputs = Kept(), Outputs()
+    assert kept.take(outputs) == []
+    for number in range(100):
+        kept.add({"name": "stderr", "text": f"{number:02}" * 512}, whole=True)
+    lines = kept.take(outputs)
+    assert [line["text"][:2] for line in lines] == [str(number) for number in range(36, 100)]
+    assert {line["stream"] for line in lines} == {"stderr"}
+    assert outputs.truncated == ["stdout"]
+    assert kept.take(Outputs()) == []
 
 
 def test_an_exception_is_plain_text_within_bounds() -> None:
@@ -235,6 +266,14 @@ def test_a_kernel_specification_is_one_or_is_passed_over(
     good = {"argv": ["node", "{connection_file}"], "language": "JavaScript"}
     (tmp_path / "b" / "kernel.json").write_text(json.dumps(good))
     assert kernel_command("javascript", "file") == (["node", "file"], False)
+
+
+def test_python_keeps_no_history_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    argv, in_files = kernel_command("python", "file")
+    assert in_files
+    assert argv[1:5] == ["-m", "ipykernel_launcher", "-f", "file"]
+    assert "--HistoryManager.hist_file=:memory:" in argv
 
 
 async def test_a_run_waits_for_a_restart_of_its_context(tmp_path: Path) -> None:

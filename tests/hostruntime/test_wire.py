@@ -103,13 +103,17 @@ POINT = MetricsPoint(1.5, 30.0, 7.5, 4096, 8192, 100, 200)
 USED = UsageInfo("sbx", ended=False, before=ResourceUsage(0.5), days=(DAY,))
 IMAGE = ImageInfo("img", "template", "debian-12", 1.0, 2, 3, 4, "sha256:x")
 BASE = BaseInfo("node-22", "Node 22", "What it is.", "failed", None, "x", "no mirror")
+MAKING = BaseInfo("code-interpreter", "C", "It.", "building", on_request=True, progress="now")
 HELD = QuarantinedItemInfo("image.img", "image", "img", "unknown", "nobody names it", 1.0)
 DECISION = EgressDecision(1.0, "sbx", "bücher.example", 443, "refused", "not_listed")
 HOST = EgressHost("example.org", 443, 1, 2, "listed", "It is.", 1.0, 10, 20)
 ENTRY = DirectoryEntry("grüße\n", is_dir=False, size=5, mode=0o4755, modified_at=1.5)
 CLAIM = Claim("i", 7, "mark", "before")
 
-COMMAND = CommandInfo("cmd", "true", 3, running=False, started_at=1.5, code=137, signal=9)
+UNLISTED = RefusedRequest("example.org", 443, "not_listed")
+COMMAND = CommandInfo(
+    "cmd", "true", 3, running=False, started_at=1.5, code=137, signal=9, refused=(UNLISTED,)
+)
 
 CONTEXT = ContextInfo("ctx", "python", "/workspace", 1.5, 2.5, executions=3, alive=False)
 RESULT = CodeResult("x", "<b>", "<svg/>", "eA==", [1, {"a": None}], {"type": "line"})
@@ -135,7 +139,7 @@ MESSAGES: list[Message] = [
     ExecFrame("exited", code=137, signal=9, duration_ms=3, out_of_memory=True, truncated=True),
     ExecFrame("error", error_code="exec_timeout", message="Late.", duration_ms=5),
     RefusedRequest("192.0.2.1", 22, "past_proxy", direct=True),
-    ExecFrame("exited", code=7, refused=(RefusedRequest("example.org", 443, "not_listed"),)),
+    ExecFrame("exited", code=7, refused=(UNLISTED,)),
     RunningCommands({"team": 2}),
     StartCommand("cmd", "echo größe", cwd="/", env={"A": "1"}),
     COMMAND,
@@ -182,7 +186,7 @@ MESSAGES: list[Message] = [
     DirectoryEntries((ENTRY,)),
     Survey("ff00", (("größe",), None)),
     BASE,
-    Bases((BASE,)),
+    Bases((BASE, MAKING)),
     IMAGE,
     Images((IMAGE,)),
     ImageUsage(10, 4, 6, 1),

@@ -78,6 +78,14 @@ async def test_templates_that_can_be_used_come_before_failed_ones(
         assert [one["id"] for one in rows] == [ids[1], ids[0], ids[2]]
         bases = await done(client, "list_base_templates")
         assert "debian-12" in [base["id"] for base in bases["bases"]]
+        host.base_states["code-interpreter"] = "missing"
+        host.on_request = {"code-interpreter"}
+        [made] = [
+            base
+            for base in (await done(client, "list_base_templates"))["bases"]
+            if base["id"] == "code-interpreter"
+        ]
+        assert made["state"] == "made when it is first used"
 
 
 async def test_a_name_stands_for_a_sandbox(connect: Connect, key: str) -> None:

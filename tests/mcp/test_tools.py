@@ -238,9 +238,14 @@ async def test_what_the_network_policy_refused_is_named_after_a_command(
     async with connect(key) as client:
         box = (await done(client, "create_sandbox", template="debian-12"))["id"]
         ran = await done(client, "exec", sandbox_id=box, command="fetch")
+        begun = await done(client, "exec_background", sandbox_id=box, command="serve")
+        host.end_command(begun["command_id"], 1, refused=(unlisted,))
+        read = await done(client, "read_command", sandbox_id=box, command_id=begun["command_id"])
     assert (ran["exit_code"], ran["error_code"]) == (1, "network_policy_blocked")
     assert ran["refused_hosts"] == ["a.test"]
     assert "allow_domains" in ran["stderr"]
+    assert (read["error_code"], read["refused_hosts"]) == ("network_policy_blocked", ["a.test"])
+    assert "allow_domains" in read["error_message"]
 
 
 @pytest.mark.parametrize(

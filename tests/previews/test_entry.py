@@ -89,6 +89,28 @@ def test_no_other_origin_uses_it_either(origin: bytes) -> None:
     assert enters(COOKIE, (b"referer", OWN + b"/"))
 
 
+def test_a_page_that_names_itself_nowhere_has_nothing_loaded_with_it() -> None:
+    """Without TLS, a browser says neither whose page made it ask, nor what for."""
+    agent = (b"user-agent", b"Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/140.0")
+    goes = (b"upgrade-insecure-requests", b"1")
+    assert not enters(COOKIE, agent, (b"accept", b"text/html"))
+    assert not enters(COOKIE, agent, goes, (b"referer", SIBLING + b"/"))
+    assert not enters(COOKIE, agent, goes, method=b"POST")
+    assert enters(COOKIE, agent, goes)
+    assert enters(COOKIE, agent, (b"referer", OWN + b"/"))
+    assert enters(COOKIE, (b"user-agent", b"curl/8.14.1"))
+
+
+@pytest.mark.parametrize(
+    ("base", "kept"),
+    [("lan.example:8001", b"origin, same-origin"), ("localhost:8001", b"origin,No-Referrer")],
+)
+def test_a_page_is_made_to_name_itself_to_its_own_host(base: str, kept: bytes) -> None:
+    """Where browsers say nothing else of it."""
+    sent = outwards([(b"referrer-policy", b"origin,No-Referrer")], PreviewBase("http", base))
+    assert sent == [(b"referrer-policy", kept)]
+
+
 def test_with_tls_the_cookie_is_bound_to_its_host() -> None:
     host = PUBLIC.host(SANDBOX, 80)
     for name, opens in ((b"__Host-ork_preview", True), (b"ork_preview", False)):
@@ -121,6 +143,11 @@ SECRET_HEADERS = [
     (b"referer", b"http://x/?ork%5Fpreview_token=t"),
     (b"x-forwarded-for", b"198.51.100.1"),
     (b"x-forwarded-port", b"1"),
+    (b"x_forwarded_for", b"198.51.100.1"),
+    (b"x-forwarded_proto", b"https"),
+    (b"x.forwarded.host", b"evil"),
+    (b"x_real_ip", b"198.51.100.1"),
+    (b"x_orkestr_preview_token", b"t"),
     (b"forwarded", b"for=198.51.100.1"),
     (b"x-real-ip", b"198.51.100.1"),
     (b"proxy-authorization", b"Basic x"),

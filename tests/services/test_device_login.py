@@ -194,9 +194,23 @@ def test_one_place_starts_only_so_many() -> None:
     start("192.0.2.1")
 
 
-def test_there_is_a_most_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_past_the_most_of_all_those_who_have_most_lose_their_oldest(
+    console_actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_login, "MAX_OPEN", 5)
+    mine, approved = start("192.0.2.1"), start("192.0.2.9")
+    approve(console_actor, approved)
+    flood = [start("192.0.2.9") for _ in range(9)]
+    assert DeviceLogin.objects.count() == 5
+    assert [poll(each) for each in flood[:6]] == ["expired_token"] * 6
+    assert {poll(each) for each in (mine, *flood[6:])} == {"authorization_pending"}
+    assert isinstance(poll(approved), SignedIn)
+
+
+def test_past_the_most_of_all_from_everywhere_the_oldest_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(device_login, "MAX_OPEN", 3)
-    for number in range(3):
-        start(f"192.0.2.{number}")
-    with pytest.raises(RateLimited):
-        start("192.0.2.9")
+    first, *others = [start(f"192.0.2.{number}") for number in range(4)]
+    assert poll(first) == "expired_token"
+    assert {poll(each) for each in others} == {"authorization_pending"}

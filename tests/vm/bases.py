@@ -36,6 +36,8 @@ def base_images(places: Places, commit: str, say: Callable[[str], None]) -> Path
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _checkout(state, commit) as tree, _agent(tree, state) as host:
             for base in host.bases():
+                if base.on_request:
+                    continue
                 say(f"making base {base.name}")
                 for event in host.ensure_base(base.name):
                     if event.kind == "progress":

@@ -37,9 +37,13 @@ def _base_routes(bases: BaseBuilder) -> list[Route]:
             )
         return StreamingResponse(_progress(bases, name), media_type=NDJSON)
 
+    async def request_base(request: Request) -> Response:
+        return respond(await bases.request(path_parameter(request, "name")))
+
     return [
         Route("/bases", list_bases, methods=["GET"]),
         Route("/bases/{name}", ensure_base, methods=["POST"]),
+        Route("/bases/{name}", request_base, methods=["PUT"]),
     ]
 
 

@@ -5,7 +5,9 @@ base has its definition's digest in its manifest; if the definition changes, the
 and the old image stays as long as something runs on it.
 
 A failed build is retried automatically, after a minute and then at growing intervals; bases that
-depend on a failed one are built as soon as it succeeds.
+depend on a failed one are built as soon as it succeeds. A base ``on_request`` is built when it is
+first asked for. If that fails, it is tried again when it is asked for again; if the agent ends, the
+next one continues, because a file in :attr:`StatePaths.wanted_bases` says that it is wanted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hostruntime.build.assembly import Assembly
-from hostruntime.build.bases import cpython
+from hostruntime.build.bases import cpython, provided
 from hostruntime.build.bases.debian import bootstrap
 from hostruntime.build.bases.definitions import (
     BASES,
@@ -109,20 +111,26 @@ class BaseBuilder:
         Concurrent calls share one build, which continues if the callers are cancelled.
         Raises ImageNotFound for an unknown name, HostError if the build fails.
         """
-        base = BASES.get(ALIASES.get(name, name))
-        if base is None:
-            known = ", ".join(BASES)
-            raise ImageNotFound(f"There is no built-in base {name!r}. There are: {known}.")
-        async with self._locks.holding(base.name):
-            # One caller at a time checks whether the base exists, and starts the build if not.
-            build = self._building.get(base.name)
-            if build is None:
-                ready = await in_thread(self._ready, base)
-                if ready is not None:
-                    return ready
-                build = self._building.get(base.name) or self._start(base)
-        with _subscribed(build, progress):
-            return await asyncio.shield(build.task)
+        found = await self._find_or_start(_definition(name))
+        if not isinstance(found, _BaseBuild):
+            return found
+        with _subscribed(found, progress):
+            return await asyncio.shield(found.task)
+
+    async def request(self, name: str) -> BaseInfo:
+        """Have a base built unless it is ready, and return its state without waiting for it.
+
+        Raises ImageNotFound for an unknown name.
+        """
+        base = _definition(name)
+        found = await self._find_or_start(base)
+        return self._status(base, None if isinstance(found, _BaseBuild) else found)
+
+    async def recover(self) -> None:
+        """Continue what was asked for before the agent ended, and replace what is outdated."""
+        for base in BASES.values():
+            if base.on_request and await in_thread(self._is_wanted, base):
+                await self._find_or_start(base)
 
     async def close(self) -> None:
         """Stop building bases, and remove partial results."""
@@ -136,11 +144,30 @@ class BaseBuilder:
 
     # Inside -------------------------------------------------------------------------------
 
+    async def _find_or_start(self, base: BaseDefinition) -> Image | _BaseBuild:
+        """The base's image, or the build that makes it."""
+        async with self._locks.holding(base.name):
+            # One caller at a time checks whether the base exists, and starts the build if not.
+            build = self._building.get(base.name)
+            if build is None:
+                ready = await in_thread(self._ready, base)
+                if ready is not None:
+                    return ready
+                build = self._building.get(base.name) or self._start(base)
+            return build
+
+    def _is_wanted(self, base: BaseDefinition) -> bool:
+        return self._marker(base).exists() or self._host.store.exists(base.name)
+
+    def _marker(self, base: BaseDefinition) -> Path:
+        return self._paths.wanted_bases / base.name
+
     def _status(self, base: BaseDefinition, image: Image | None) -> BaseInfo:
         state = "missing"
+        build = self._building.get(base.name) if image is None else None
         if image is not None:
             state = "ready"
-        elif base.name in self._building:
+        elif build is not None:
             state = "building"
         elif base.name in self._failed:
             state = "failed"
@@ -152,6 +179,8 @@ class BaseBuilder:
             size_bytes=image.manifest.size_bytes if image else None,
             digest=definition_digest(base),
             error=self._failed.get(base.name) if image is None else None,
+            on_request=base.on_request,
+            progress=build.messages[-1] if build is not None and build.messages else None,
         )
 
     def _ready(self, base: BaseDefinition) -> Image | None:
@@ -178,11 +207,15 @@ class BaseBuilder:
         if error is None:
             self._failures.pop(base.name, None)
             for child in BASES.values():
-                if child.parent == base.name and child.name in self._failed:
+                waits = child.parent == base.name and child.name in self._failed
+                if waits and not child.on_request:
                     self._start(child)
             return
         _log.error("the base %s could not be built", base.name, exc_info=error)
         self._failed[base.name] = error.detail if isinstance(error, HostError) else str(error)
+        if base.on_request:
+            # Whoever asked is told, and may ask again.
+            return
         self._background = {task for task in self._background if not task.done()}
         self._background.add(
             in_background(self._retry_if_parent_ready(base), f"{base.name} is not tried again")
@@ -202,9 +235,24 @@ class BaseBuilder:
         self._retries[base.name] = loop.call_later(seconds, self._start, base)
 
     async def _build(self, base: BaseDefinition) -> Image:
+        if not base.on_request:
+            return await self._make(base)
+        marker = self._marker(base)
+        await in_thread(marker.touch, 0o600)
+        try:
+            image = await self._make(base)
+        except Exception:
+            await in_thread(partial(marker.unlink, missing_ok=True))
+            raise
+        # Not if it is cancelled, as the agent ends then.
+        await in_thread(partial(marker.unlink, missing_ok=True))
+        return image
+
+    async def _make(self, base: BaseDefinition) -> Image:
         report = self._building[base.name].report
-        if base.parent is not None:
-            await self.ensure(base.parent, report)
+        for needed in (base.parent, base.node_from):
+            if needed is not None:
+                await self.ensure(needed, report)
         report(f"Building {base.title}")
         if base.provider == "debian":
             return await self._build_from_debian(base, report)
@@ -298,6 +346,7 @@ class BaseBuilder:
     ) -> Image:
         assert base.parent is not None
         details = {"python": str(python.prefix)} if python else {}
+        provide = partial(cpython.install, python) if python else self._provider(base)
         plan = Plan(
             image_id=base.name,
             kind="base",
@@ -308,7 +357,7 @@ class BaseBuilder:
             step_timeout=scaled(_STEP_TIMEOUT),
             build_timeout=scaled(_BUILD_TIMEOUT),
             directory=self._paths.builds / base.name,
-            provide=partial(cpython.install, python) if python else None,
+            provide=provide,
             definition=definition_digest(base),
             details=details,
         )
@@ -318,6 +367,32 @@ class BaseBuilder:
             await in_thread(self._host.store.trash.discard, plan.directory)
         report(_ready_message(image))
         return image
+
+    def _provider(self, base: BaseDefinition) -> Callable[[Path], None] | None:
+        """What writes a base's own files, and other bases' programs, to a layer."""
+        if base.node_from is None and not base.files:
+            return None
+
+        def provide(layer: Path) -> None:
+            store, user = self._host.store, base.name
+            if base.node_from is not None:
+                node = store.acquire(base.node_from, user)
+                try:
+                    provided.copy_node(node.tree, layer)
+                finally:
+                    store.release(base.node_from, user)
+            provided.write_files(base.files, layer)
+
+        return provide
+
+
+def _definition(name: str) -> BaseDefinition:
+    """The definition of a base, by its name or alias.  Raises ImageNotFound."""
+    base = BASES.get(ALIASES.get(name, name))
+    if base is None:
+        known = ", ".join(BASES)
+        raise ImageNotFound(f"There is no built-in base {name!r}. There are: {known}.")
+    return base
 
 
 @contextlib.contextmanager
@@ -358,7 +433,7 @@ def _manifest(base: BaseDefinition, size: TreeSize, details: dict[str, Any]) -> 
 def _report_event(report: Progress, kind: str, /, **fields: Any) -> None:
     """Report an assembly's events as text."""
     if kind == "step_started":
-        command = str(fields["command"])
+        command = str(fields["command"]).partition("\n")[0]
         short = command[:_COMMAND_CHARACTERS] + ("…" if len(command) > _COMMAND_CHARACTERS else "")
         report(f"Step {fields['step']} of {fields['total']}: {short}")
     elif kind == "capture":

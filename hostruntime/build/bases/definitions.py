@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 DEBIAN_SUITE = "bookworm"
@@ -21,9 +22,12 @@ class BaseDefinition:
     """One base. ``provider`` selects the code that supplies what a recipe cannot download.
 
     ``packages`` are Debian packages, installed by mmdebstrap with ``dpkg_options`` (dpkg.cfg(5))
-    and the answers ``debconf`` (debconf-set-selections(1)); then ``directories`` are created and
-    ``files`` written (path, mode, text). In recipe steps, ``{packages}`` is replaced by the
-    packages that the provider requires.
+    and the answers ``debconf`` (debconf-set-selections(1)); then ``directories`` are created.
+    Before the recipe, ``files`` are written (path, mode, text), and Node.js with npm is copied from
+    the base ``node_from``. In recipe steps, ``{packages}`` is replaced by the packages that the
+    provider requires.
+
+    A base ``on_request`` is not made when the installation starts, but when somebody first asks.
     """
 
     name: str
@@ -37,6 +41,8 @@ class BaseDefinition:
     directories: tuple[str, ...] = ()
     files: tuple[tuple[str, int, str], ...] = ()
     recipe: tuple[str, ...] = ()
+    node_from: str | None = None
+    on_request: bool = False
 
 
 _APT_INSTALL = "apt-get update && apt-get install -y --no-install-recommends"
@@ -82,6 +88,23 @@ _LOAD_EVERY_MODULE = (
     '[importlib.import_module(path.name.partition(".")[0]) for path in built]; '
     "import bz2, ctypes, hashlib, lzma, readline, sqlite3, ssl, uuid, zlib"
 )
+
+_KERNEL_DIRECTORY = "usr/local/share/jupyter/kernels/javascript"
+_KERNEL_FILES = ("kernel.json", "kernel.py", "runner.cjs")
+_KERNEL_SOURCES = Path(__file__).with_name("javascript")
+
+# Where matplotlib keeps the list of fonts, whose making takes it seconds.
+_FONTS = "/usr/local/share/matplotlib"
+_RUN_EACH_KERNEL = """HOME=/tmp python - <<'EOF'
+import jupyter_client, sys
+for name, code, value in (("python3", "6 * 7", "42"), ("javascript", "await 6 * 7", "42")):
+    with jupyter_client.run_kernel(kernel_name=name) as client:
+        found = []
+        client.execute_interactive(code, output_hook=found.append, timeout=120)
+        values = [each["content"].get("data", {}).get("text/plain") for each in found]
+        if value not in values:
+            sys.exit(f"{name} gave {values}")
+EOF"""
 
 _DEFINITIONS = (
     BaseDefinition(
@@ -145,6 +168,27 @@ _DEFINITIONS = (
             'test /usr/local = "$(npm prefix --global)" && node --version && npm --version',
         ),
     ),
+    BaseDefinition(
+        name="code-interpreter",
+        title="Code interpreter",
+        description="Jupyter kernels for Python 3.12 (numpy, pandas, matplotlib, pillow, scipy, "
+        "scikit-learn) and JavaScript (Node.js 22).",
+        parent="python-3.12",
+        node_from="node-22",
+        # It is large, takes minutes, and many installations never use it.
+        on_request=True,
+        files=tuple(
+            (f"{_KERNEL_DIRECTORY}/{name}", 0o644, (_KERNEL_SOURCES / name).read_text())
+            for name in _KERNEL_FILES
+        ),
+        recipe=(
+            "pip install ipykernel numpy pandas matplotlib pillow scipy scikit-learn",
+            f"mkdir -p {_FONTS} && echo MPLCONFIGDIR={_FONTS} >>/etc/environment && "
+            f"MPLCONFIGDIR={_FONTS} python -c 'import matplotlib.pyplot, numpy, pandas, PIL, "
+            "scipy.stats, sklearn.linear_model'",
+            _RUN_EACH_KERNEL,
+        ),
+    ),
 )
 
 # For a host without npm: ask Debian's npm for its default registry.
@@ -158,5 +202,13 @@ def definition_digest(base: BaseDefinition) -> str:
     """Return a digest (hexadecimal) of a base's definition and those of all bases below it."""
     parent = BASES[base.parent] if base.parent is not None else None
     below = definition_digest(parent) if parent is not None else DEBIAN_SUITE
-    record = json.dumps([below, asdict(base)], sort_keys=True)
+    fields = asdict(base)
+    # When it is made changes nothing in it; and what was made before there was any other base to
+    # copy from is still what its definition says.
+    del fields["on_request"]
+    if base.node_from is None:
+        del fields["node_from"]
+    else:
+        fields["node_from"] = definition_digest(BASES[base.node_from])
+    record = json.dumps([below, fields], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()
