@@ -35,11 +35,7 @@ from hostruntime.host.tasks import (
     log_errors,
     shielded,
 )
-from hostruntime.image.environment import (
-    Environment,
-    check_variable_sizes,
-    resolve_environment,
-)
+from hostruntime.image.environment import Environment, check_variable_sizes, resolve_environment
 from hostruntime.image.identity import write_identity
 from hostruntime.image.store import Image, ImageStore
 from hostruntime.network.policy import Policy
@@ -72,7 +68,6 @@ from hostruntime.wire.sandboxes import CreateSandbox, SandboxInfo
 SWEEP_SECONDS = 0.5
 KEEP_RECORD_SECONDS = 86_400.0
 _log = logging.getLogger(__name__)
-
 
 Sandboxes = list[Sandbox]
 
