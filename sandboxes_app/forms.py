@@ -1,10 +1,10 @@
-"""The forms of a new sandbox and of a command."""
+"""The forms of a new sandbox, a snapshot and a command."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from django.http import QueryDict
 
@@ -14,8 +14,8 @@ from orkestr_console.core.environment import parse_environment
 from orkestr_console.core.errors import Conflict, DomainError, InvalidInput, NotFound
 from orkestr_console.core.script import unix_lines
 from orkestr_console.http.validation import parse_spec
-from orkestr_console.ui.forms import Form
-from sandboxes_app.specs import SIZES, BackgroundSpec, ExecSpec, SandboxSpec
+from orkestr_console.ui.forms import FORM_ERROR, Form
+from sandboxes_app.specs import SIZES, BackgroundSpec, ExecSpec, SandboxSpec, SnapshotSpec
 
 LIFETIMES = (300, 600, 1800, 3600, 6 * 3600, 12 * 3600, 24 * 3600)
 COMMAND_SECONDS = "60"
@@ -64,6 +64,8 @@ class SandboxForm(Form):
     allow_domains: str = ""
     volume: str = ""
 
+    # The field with the error of what it starts from.
+    origin_field: ClassVar[str] = "template"
     labels: ClassVar[Mapping[str, str]] = {
         "template": "The template",
         "size": "The size",
@@ -76,7 +78,7 @@ class SandboxForm(Form):
     }
 
     @classmethod
-    def from_post(cls, data: QueryDict) -> SandboxForm:
+    def from_post(cls, data: QueryDict) -> Self:
         """A form from posted data. Browsers end lines with CR LF."""
         return cls(
             template=data.get("template", ""),
@@ -94,14 +96,10 @@ class SandboxForm(Form):
     def spec(self) -> SandboxSpec:
         """The validated request. Raises ``InvalidInput`` with a sentence per field."""
         self.reject_unusable()
-        if not self.template:
-            sentence = "Choose what to start from."
-            raise InvalidInput(sentence, fields={"template": sentence})
         return parse_spec(
             SandboxSpec,
             {
-                "template": self.template,
-                "size": self.size,
+                **self.origin(),
                 "network": self.network,
                 "timeout_seconds": parse_number(self.timeout_seconds),
                 "on_timeout": self.on_timeout,
@@ -113,6 +111,13 @@ class SandboxForm(Form):
             },
         )
 
+    def origin(self) -> dict[str, str]:
+        """What it starts from, as fields of the request. Raises ``InvalidInput``."""
+        if not self.template:
+            sentence = "Choose what to start from."
+            raise InvalidInput(sentence, fields={"template": sentence})
+        return {"template": self.template, "size": self.size}
+
     def allowlist(self) -> list[str] | None:
         """The allowlist that the typed names stand for; None on other networks."""
         return extend_default(self.allow_domains) if self.network == "restricted" else None
@@ -122,7 +127,38 @@ class SandboxForm(Form):
         super().add_error(error)
         if isinstance(error, (NotFound, Conflict)):
             of_volume = error.fields or error.code.startswith("volume_")
-            self.errors = {"volume" if of_volume else "template": error.detail}
+            self.errors = {"volume" if of_volume else self.origin_field: error.detail}
+
+
+@dataclass
+class ForkForm(SandboxForm):
+    """The form on a snapshot's page. Size and image are the snapshot's."""
+
+    snapshot: str = ""
+    origin_field: ClassVar[str] = FORM_ERROR
+
+    def origin(self) -> dict[str, str]:
+        """The snapshot."""
+        return {"snapshot": self.snapshot}
+
+
+@dataclass
+class SnapshotForm(Form):
+    """The form for a snapshot of a sandbox."""
+
+    name: str = ""
+
+    labels: ClassVar[Mapping[str, str]] = {"name": "The name"}
+
+    @classmethod
+    def from_post(cls, data: QueryDict) -> SnapshotForm:
+        """A form from posted data."""
+        return cls(name=data.get("name", "").strip())
+
+    def spec(self) -> SnapshotSpec:
+        """The validated request. Raises ``InvalidInput``."""
+        self.reject_unusable()
+        return parse_spec(SnapshotSpec, {"name": self.name or None})
 
 
 @dataclass

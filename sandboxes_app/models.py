@@ -296,6 +296,11 @@ class SnapshotStatus(models.TextChoices):
     READY = "ready", "Ready"
     FAILED = "failed", "Failed"
 
+    @property
+    def tone(self) -> str:
+        """The badge's colour: ``busy``, ``good`` or ``bad``."""
+        return {"ready": "good", "failed": "bad"}.get(self.value, "busy")
+
 
 class SnapshotQuerySet(models.QuerySet["Snapshot"]):
     """Snapshots, filtered."""
@@ -369,6 +374,26 @@ class Snapshot(models.Model):
 
     def __str__(self) -> str:
         return self.id
+
+    @property
+    def title(self) -> str:
+        """Its name; without one, that of what its sandbox was started from."""
+        return self.name or self.template_name
+
+    @property
+    def state(self) -> SnapshotStatus:
+        """The status as the enumeration, with its tone."""
+        return SnapshotStatus(self.status)
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether it is still being taken."""
+        return self.status == SnapshotStatus.CAPTURING
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether sandboxes can be started from it."""
+        return self.status == SnapshotStatus.READY
 
 
 class UsedUpload(models.Model):

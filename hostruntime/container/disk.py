@@ -15,8 +15,8 @@ There is no journal and nothing is flushed: a disk does not outlive its containe
 image is captured from the page cache.  Only for saving a copy (:meth:`Disks.save`) is it made
 read-only for a moment, which leaves a clean file system in the file; if programs keep files open
 (:meth:`Disks.save_frozen`, :meth:`Disks.save_unwritten`), it, or whoever could write to it, is
-frozen instead, and the copy is repaired.  The loop device is
-freed with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves
+frozen instead, and the copy is finished (:mod:`hostruntime.container.saved_disk`).  The loop device
+is freed with the last user of the mount (LO_FLAGS_AUTOCLEAR in loop(4)), so a killed agent leaves
 none behind.
 """
 
@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hostruntime.container.saved_disk import device_writes, write_out
 from hostruntime.errors import HostError, HostFault
 from hostruntime.host import kernel
 from hostruntime.host.disk_space import DiskSpace
@@ -69,9 +70,6 @@ _SHUTDOWN_NO_FLUSH = 2
 _QUICKLY_WRITTEN_BYTES = MIB
 FIFREEZE = 0xC0045877
 FITHAW = 0xC0045878
-_FSCK_SECONDS = 300.0
-# e2fsck(8): no errors; errors corrected.
-_FSCK_SUCCESS = frozenset({0, 1})
 
 
 class DiskStuckError(HostFault):
@@ -209,30 +207,35 @@ class Disks:
         finally:
             _make_writable(mounted)
 
-    def save_unwritten(self, owner: str, target: Path, check: Check = no_check) -> None:
+    def save_unwritten(self, owner: str, target: Path, check: Check = no_check) -> bool:
         """Like :meth:`save_frozen`, for a disk that nobody can write to during the copy.
 
         That is so while every process that could is frozen. A freeze of the file system as well
         would take 30 ms: it waits until three sets of other processors' readers have ended
-        (percpu_down_write in freeze_super of fs/super.c).
+        (percpu_down_write in freeze_super of fs/super.c).  Returns whether nothing was written
+        indeed: a frozen process can still be killed for want of memory, and what it had open
+        then changes.
         """
-        kernel.syncfs(self.path(owner))
+        mounted = self.path(owner)
+        before = write_out(mounted)
         with _copy_of(self._image(owner), target, check):
             pass
+        return before is not None and device_writes(mounted) == before
 
-    def save_frozen(self, owner: str, target: Path, check: Check = no_check) -> None:
+    def save_frozen(self, owner: str, target: Path, check: Check = no_check) -> bool:
         """Like :meth:`save`, but files may be open for writing; writes wait during the copy.
 
         Freeze processes first: a process that is blocked in a write cannot be frozen later.  The
-        copy is like the disk of a machine that lost power after all data had been written; repair
-        it with :func:`repair`.  Raises OSError, and what ``check`` raises.
+        copy is like the disk of a machine that lost power after all data had been written; finish
+        it with :func:`hostruntime.container.saved_disk.finish`.  Returns True: nothing was written
+        meanwhile.  Raises OSError, and what ``check`` raises.
         """
         mounted = os.open(self.path(owner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.ioctl(mounted, FIFREEZE, 0)
             try:
                 with _copy_of(self._image(owner), target, check):
-                    pass
+                    return True
             finally:
                 fcntl.ioctl(mounted, FITHAW, 0)
         finally:
@@ -294,16 +297,6 @@ class Disks:
             if not path.exists():
                 _create_filesystem(path, size_mb)
         return path
-
-
-def repair(saved: Path) -> None:
-    """Repair the file system that :meth:`Disks.save_frozen` copied.
-
-    There is no journal, and files that were deleted while open remain.  Raises HostFault.
-    """
-    result = run(["e2fsck", "-f", "-p", str(saved)], timeout=_FSCK_SECONDS, check=False)
-    if result.returncode not in _FSCK_SUCCESS:
-        raise HostFault(f"{saved} cannot be repaired: {result.text.strip()[-500:]}")
 
 
 def mount_anonymous(directory: Path, target: Path, size_mb: int) -> None:

@@ -44,9 +44,10 @@ from hostruntime.container.cgroups import (
     is_frozen,
     pids_under,
 )
-from hostruntime.container.disk import Disks, repair
+from hostruntime.container.disk import Disks
 from hostruntime.container.limits import Limits
 from hostruntime.container.manager import ContainerManager
+from hostruntime.container.saved_disk import finish
 from hostruntime.container.tmpfs import TAR_FILES_CHANGED, restore_tmpfs, save_tmpfs
 from hostruntime.errors import Conflict, HostFault, HostFull, InvalidRequest, NotFound
 from hostruntime.host import kernel
@@ -102,6 +103,14 @@ class Snapshot:
         """The snapshot as the agent's API returns it."""
         fields = asdict(self) | {"frozen_ms": round(self.frozen_ms, 2)}
         return SnapshotInfo(image=fields.pop("image_id"), **fields)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A copy of a disk: how long its sandbox was frozen, and whether nothing wrote meanwhile."""
+
+    frozen_ms: float
+    consistent: bool
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)
@@ -298,10 +307,8 @@ class SnapshotManager:
                 await asyncio.to_thread(self.containers.flush_disk, source.sandbox)
                 async with lock:
                     require_running()
-                    frozen_ms = await self._copy(directory / DISK_FILE, source.sandbox, stop)
-                await in_thread(repair, directory / DISK_FILE)
-                stop.check()
-                return await in_thread(self._publish, directory, snapshot_id, source, frozen_ms)
+                    copied = await self._copy(directory / DISK_FILE, source.sandbox, stop)
+                return await in_thread(self._publish, directory, snapshot_id, source, copied, stop)
         except BaseException:
             await in_thread(self.store.trash.discard, directory)
             await in_thread(self.store.release, source.image_id, image_user(snapshot_id))
@@ -333,8 +340,8 @@ class SnapshotManager:
                 f"{'took too long' if status is None else f'exited with status {status}'}."
             )
 
-    async def _copy(self, target: Path, sandbox: str, stop: Stop) -> float:
-        """Copy the disk of a sandbox, frozen meanwhile; return for how many milliseconds."""
+    async def _copy(self, target: Path, sandbox: str, stop: Stop) -> _Copied:
+        """Copy the disk of a sandbox, frozen meanwhile."""
         name = self.containers.name_of(sandbox)
         self.frozen.add(sandbox)
         try:
@@ -343,18 +350,20 @@ class SnapshotManager:
         finally:
             self.frozen.discard(sandbox)
 
-    def _copy_frozen(self, target: Path, sandbox: str, stop: Stop) -> float:
+    def _copy_frozen(self, target: Path, sandbox: str, stop: Stop) -> _Copied:
         start = time.monotonic()
         groups, disks = self._groups(sandbox), self.containers.disks
         with frozen(groups.unified):
             # Who keeps what background commands print is not frozen. None can be started now.
             save = disks.save_frozen if groups.has_supervisors() else disks.save_unwritten
-            save(sandbox, target, stop.check)
-        return (time.monotonic() - start) * 1000
+            consistent = save(sandbox, target, stop.check)
+        return _Copied((time.monotonic() - start) * 1000, consistent)
 
     def _publish(
-        self, directory: Path, snapshot_id: str, source: Source, frozen_ms: float
+        self, directory: Path, snapshot_id: str, source: Source, copied: _Copied, stop: Stop
     ) -> Snapshot:
+        finish(directory / DISK_FILE, consistent=copied.consistent)
+        stop.check()
         (directory / _SOURCE).unlink()
         size = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
         snapshot = Snapshot(
@@ -364,7 +373,7 @@ class SnapshotManager:
             disk_mb=source.limits.disk_size_mb,
             size_bytes=size,
             created_at=time.time(),
-            frozen_ms=frozen_ms,
+            frozen_ms=copied.frozen_ms,
         )
         write_json(directory / _RECORD, asdict(snapshot))
         _fsync_together([*directory.iterdir(), directory])

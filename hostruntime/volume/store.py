@@ -51,6 +51,7 @@ from hostruntime.container.disk import (
 )
 from hostruntime.errors import (
     HostError,
+    HostFault,
     InvalidRequest,
     VolumeDamaged,
     VolumeInUse,
@@ -61,6 +62,7 @@ from hostruntime.host.disk_space import DiskSpace
 from hostruntime.host.paths import Instance, StatePaths
 from hostruntime.host.run import run
 from hostruntime.host.rundir import RunDir, ensure_directory
+from hostruntime.host.tasks import log_errors
 from hostruntime.image.sparse import clone_or_copy
 from hostruntime.image.trash import Trash
 from hostruntime.image.trees import Check, no_check
@@ -83,6 +85,13 @@ _FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOATIME
 _ROOT_MODE = 0o1777
 # e2fsck(8): no errors; errors corrected.
 _FSCK_SUCCESS = frozenset({0, 1})
+# What it exits with has these bits alone if it got to an end: errors corrected, reboot wanted,
+# errors left.  Others tell that it did not (no memory, an I/O error, killed), which is a negative
+# number here.
+_FSCK_FOUND = 1 | 2 | 4
+# s_magic of the superblock ("Data Structures and Algorithms" in the kernel's
+# Documentation/filesystems/ext4).
+_MAGIC_OFFSET, _MAGIC = 1024 + 0x38, b"\x53\xef"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _log = logging.getLogger(__name__)
 
@@ -90,6 +99,10 @@ _IN_USE = "The volume is still in use by a sandbox; try again when that has ende
 _DAMAGED = (
     "The volume's file system is damaged, and could not be repaired without a decision. Nothing of "
     "it was changed: ask your operator to check it, or to restore it from a backup."
+)
+_UNCHECKED = (
+    "The volume's file system could not be checked, and nothing of it was changed. Try again; if "
+    "it keeps failing, tell your operator."
 )
 
 Ids = list[str]
@@ -206,12 +219,16 @@ class VolumeStore:
     def recover(self, attached: Collection[str]) -> None:
         """Unmount what a killed agent left, but these; thaw those; remove what never was a volume.
 
-        Raises OSError.
+        One that cannot be unmounted stays mounted: its next sandbox gets the same device.  Raises
+        OSError.
         """
-        with contextlib.suppress(FileNotFoundError):
-            for point in self._mounts.iterdir():
-                _thaw(point)
-                if point.name not in attached:
+        points = sorted(self._mounts.iterdir()) if self._mounts.exists() else []
+        # All of them first: whoever writes to one waits until it is thawed.
+        for point in points:
+            _thaw(point)
+        for point in points:
+            if point.name not in attached:
+                with log_errors(f"volume {point.name} could not be unmounted"):
                     self.detach(point.name)
         for copy in self.paths.volumes.glob(".*.copy"):
             copy.unlink()
@@ -400,12 +417,27 @@ def _make_filesystem(image: Path, size_mb: int) -> None:
 
 
 def _repair(image: Path) -> None:
-    """Replay the journal, and check what ext4 has marked as wrong.  Raises VolumeDamaged."""
+    """Replay the journal, and check what ext4 has marked as wrong.
+
+    Raises VolumeDamaged, HostFault (it could not be checked: nothing is known of it).
+    """
     try:
         result = run(["e2fsck", "-p", str(image)], timeout=_FSCK_SECONDS, check=False)
     except HostError as error:
         _log.error("volume %s could not be checked: %s", image.stem, error)
-        raise VolumeDamaged(_DAMAGED) from error
-    if result.returncode not in _FSCK_SUCCESS:
-        _log.error("volume %s is damaged: %s", image.stem, result.text.strip()[-500:])
-        raise VolumeDamaged(_DAMAGED)
+        raise HostFault(_UNCHECKED) from error
+    if result.returncode in _FSCK_SUCCESS:
+        return
+    said = (result.stdout + result.stderr).decode("utf-8", "replace").strip()[-500:]
+    if result.returncode & ~_FSCK_FOUND and _has_superblock(image):
+        _log.error("volume %s could not be checked: %s", image.stem, said)
+        raise HostFault(_UNCHECKED)
+    _log.error("volume %s is damaged: %s", image.stem, said)
+    raise VolumeDamaged(_DAMAGED)
+
+
+def _has_superblock(image: Path) -> bool:
+    """Whether there is a file system at all: without one e2fsck(8) exits as if it had failed."""
+    with image.open("rb") as file:
+        file.seek(_MAGIC_OFFSET)
+        return file.read(len(_MAGIC)) == _MAGIC

@@ -98,6 +98,10 @@ LEFT JOIN {membership} membership
 WHERE team.id = %(team)s FOR UPDATE OF team
 """
 
+SETTLE_SQL = "SELECT pg_advisory_xact_lock(hashtextextended(%s, %s))"
+# Separates these locks from others': the bytes of "limit".
+SETTLE_SEED = 0x6C696D6974
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -369,6 +373,20 @@ def held_in_turn(team: Team, user: User | None = None) -> Iterator[Envelope]:
     """The same as :func:`held` for who has waited for its turn, and does it at once."""
     with taken(team.pk), transaction.atomic():
         yield hold(team, user)
+
+
+@contextmanager
+def settling(team: Team, name: str) -> Iterator[Envelope]:
+    """A transaction in which nobody else settles what counts against one of the team's limits.
+
+    For what has a size only once it has been made: several that were made at the same time are
+    counted one after the other. Unlike :func:`hold`, it locks no row, so the caller may have locked
+    others; what deletes one waits for the team's row with that one locked.
+    """
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute(SETTLE_SQL, [f"{name} of {team.pk}", SETTLE_SEED])
+        yield envelope(team)
 
 
 def build_envelope(team: Team, user: User | None = None) -> Envelope:

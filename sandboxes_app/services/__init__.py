@@ -85,6 +85,7 @@ from sandboxes_app.services.snapshots import (
     get_snapshot,
     list_snapshots,
 )
+from sandboxes_app.services.snapshots import usage_counts as snapshot_counts
 from sandboxes_app.services.template_use import TemplateUse, template_use
 from sandboxes_app.services.transfers import (
     Address,
@@ -197,6 +198,7 @@ __all__ = [
     "run_upload",
     "set_timeout",
     "shown_token",
+    "snapshot_counts",
     "start_command",
     "started_frame",
     "stat",

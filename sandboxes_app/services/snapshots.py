@@ -17,7 +17,7 @@ from hostruntime.wire.sandboxes import SnapshotInfo
 from orkestr_console.accounts import audit
 from orkestr_console.accounts.actor import READ, WRITE, Actor
 from orkestr_console.accounts.audit import audited
-from orkestr_console.accounts.limits import held_in_turn, wait_for_turn
+from orkestr_console.accounts.limits import held_in_turn, settling, wait_for_turn
 from orkestr_console.accounts.models import Team
 from orkestr_console.core.errors import (
     Conflict,
@@ -67,7 +67,12 @@ def capture(snapshot: Snapshot, sandbox: Sandbox) -> Steps[None]:
         info = yield from ask(HostClient.create_snapshot, snapshot.pk, sandbox.pk)
     except host_errors.HostError as error:
         raise (yield from discard(snapshot, sandbox, error)) from error
-    if not mark_ready(snapshot, info):
+    try:
+        is_ready = mark_ready(snapshot, info)
+    except Conflict:
+        yield from release.steps(snapshot.pk)
+        raise
+    if not is_ready:
         yield from release.steps(snapshot.pk)
         raise Conflict("The snapshot was deleted while it was taken.", code="snapshot_not_ready")
 
@@ -80,8 +85,7 @@ def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) 
             for name, used in usage_counts([limits.team])[limits.team.pk].items():
                 limits.require_room(name, used)
         except PlanLimit as error:
-            code = "snapshot_cap_reached"
-            raise Conflict(error.detail, code=code, extra=error.extra) from None
+            raise cap_reached(error) from None
         snapshot = Snapshot.objects.create(
             team=limits.team,
             created_by=actor.user,
@@ -110,6 +114,11 @@ def insert_row(actor: Actor, sandbox: Sandbox, spec: SnapshotSpec, driver: str) 
     return snapshot
 
 
+def cap_reached(error: PlanLimit) -> Conflict:
+    """A plan's limit in the contract's words for snapshots."""
+    return Conflict(error.detail, code="snapshot_cap_reached", extra=error.extra)
+
+
 def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
     """Each team's usage of the limits on snapshots: how many are stored, and their megabytes."""
     rows = (
@@ -127,20 +136,52 @@ def usage_counts(teams: Collection[Team]) -> dict[str, dict[str, int]]:
 
 
 def mark_ready(snapshot: Snapshot, info: SnapshotInfo) -> bool:
-    """Mark it as ready, unless it was deleted or abandoned meanwhile; whether it is ready."""
-    rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
+    """Mark it as ready, unless it was deleted or abandoned meanwhile; whether it is ready.
+
+    Raises ``Conflict`` (``snapshot_cap_reached``) if others that were taken at the same time have
+    used the team's disk space; it has failed then.
+    """
     size_mb = -(-info.size_bytes // MEGABYTE)
-    ready = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
-    persistently(lambda: rows.update(**ready))
-    persistently(snapshot.refresh_from_db)
+    refused = persistently(lambda: settle_captured(snapshot, size_mb))
+    if refused is not None:
+        raise refused
     # A deletion or failure meanwhile shows in the status or ``deleted_at``.
     return snapshot.status == SnapshotStatus.READY and snapshot.deleted_at is None
+
+
+def settle_captured(snapshot: Snapshot, size_mb: int) -> Conflict | None:
+    """Make a captured one ready, or failed if the team has no disk space left; returns why.
+
+    Its size is known only now. So the limit counts as if it had been asked for now: as always, it
+    may be exceeded by one snapshot, but not by all that were asked for at the same time.
+    """
+    rows = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING, deleted_at=None)
+    with settling(snapshot.team, "snapshot_disk_mb") as limits:
+        used = usage_counts([limits.team])[limits.team.pk]["snapshot_disk_mb"]
+        refused: Conflict | None = None
+        settled = {"status": SnapshotStatus.READY, "size_mb": size_mb, "ready_at": timezone.now()}
+        try:
+            limits.require_room("snapshot_disk_mb", used)
+        except PlanLimit as error:
+            refused, settled = cap_reached(error), failure(error.detail)
+        if not rows.update(**settled):
+            # Deleted or settled before; or it is repeated, as the answer to its commit was lost.
+            snapshot.refresh_from_db()
+            return None
+    for name, value in settled.items():
+        setattr(snapshot, name, value)
+    return refused
 
 
 def mark_failed(snapshot: Snapshot, message: str) -> None:
     """Mark it as failed or lost."""
     rows = Snapshot.objects.filter(pk=snapshot.pk)
-    persistently(lambda: rows.update(status=SnapshotStatus.FAILED, error_message=message))
+    persistently(lambda: rows.update(**failure(message)))
+
+
+def failure(message: str) -> dict[str, Any]:
+    """The columns of one that failed."""
+    return {"status": SnapshotStatus.FAILED, "error_message": message}
 
 
 def settle_orphans(snapshot_ids: Collection[str]) -> None:
@@ -154,7 +195,10 @@ def settle_orphans(snapshot_ids: Collection[str]) -> None:
     present = {info.id: info for info in host().snapshots()}
     for snapshot in rows:
         if snapshot.pk in present and snapshot.deleted_at is None:
-            mark_ready(snapshot, present[snapshot.pk])
+            try:
+                mark_ready(snapshot, present[snapshot.pk])
+            except Conflict:
+                release(snapshot.pk)
             continue
         capturing = Snapshot.objects.filter(pk=snapshot.pk, status=SnapshotStatus.CAPTURING)
         if capturing.update(status=SnapshotStatus.FAILED, error_message=CUT_OFF):

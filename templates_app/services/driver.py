@@ -133,6 +133,9 @@ def follow(template: Template, driver: str) -> None:
             for event in events_from_host(template):
                 record(template, driver, event)
                 delay = 0.1
+                if event.kind == "published":
+                    # It has failed if the team's disk space was used up meanwhile.
+                    discard_if_finished(template)
                 if event.kind in {"published", "failed"}:
                     return
         except BaseFailed as error:

@@ -23,6 +23,7 @@ from templates_app.events import notify_changed, notify_progress
 from templates_app.models import BuildEvent, BuildStep, StepStatus, Template, TemplateStatus
 from templates_app.services.direct import bypass_advice
 from templates_app.services.metering import count_build, note_image_bytes
+from templates_app.services.space import why_no_room
 
 MAX_MESSAGE_CHARS = 16 * 1024
 MAX_REFUSED_HOSTS = 40
@@ -54,6 +55,9 @@ def record(template: Template, driver: str, event: HostEvent) -> None:
     """Store one event and apply its effects. Raises :class:`Superseded`."""
     try:
         with driving_row(template, driver):
+            if event.kind == "published" and (reason := why_no_room(template.team)):
+                fail_build(template, "plan_limit", reason)
+                return
             store_event(template, event)
             HANDLERS.get(event.kind, ignore)(template, event)
     except IntegrityError as error:

@@ -29,12 +29,12 @@ from templates_app.services import queue
 from templates_app.services.bases import ALIASES, TEMPLATE_ID_PREFIX, Source, resolve
 from templates_app.services.metering import count_build
 from templates_app.services.record import append_event, fail_build
+from templates_app.services.space import LIMIT, MEGABYTE, disk_mb
 from templates_app.specs import TemplateSpec
 
 NOT_FOUND = "There is no such template in your team; check the id."
 # How much of each step's output a template includes, in characters: a hundred steps stay small.
 OUTPUT_TAIL_CHARS = 16 * 1024
-MEGABYTE = 10**6
 # Writing it for every sandbox would make sandboxes that start together wait for each other.
 LAST_USED_INTERVAL = timedelta(minutes=1)
 FORGET = "templates_app.tasks.forget_image"
@@ -146,7 +146,7 @@ def check_limits(actor: Actor, limits: Envelope, spec: TemplateSpec) -> None:
     limits.require_room("max_templates", existing.count(), mine)
     # However many builds run, another can be queued, unless the limit is 0.
     limits.require_room("max_concurrent_builds", 0)
-    limits.require_room("template_disk_mb", disk_mb(limits.team))
+    limits.require_room(LIMIT, disk_mb(limits.team))
     limits.require_network(spec.network)
     if spec.allow_domains is not None:
         limits.require_allowlist()
@@ -160,16 +160,6 @@ def check_timeouts(limits: Envelope, spec: TemplateSpec) -> None:
         requested: int | None = getattr(spec, name)
         if requested is not None:
             limits.require_at_most(name, requested, name)
-
-
-def disk_mb(team: Team) -> int:
-    """The disk space of the team's images, without what they share with their bases."""
-    sums = (
-        Template.objects.for_team(team)
-        .ready()
-        .aggregate(size=Sum("size_bytes"), shared=Sum("shared_bytes"))
-    )
-    return int((sums["size"] or 0) - (sums["shared"] or 0)) // MEGABYTE
 
 
 def get_template(actor: Actor, template_id: str) -> Template:
@@ -311,12 +301,12 @@ def usage_counts(teams: Iterable[Team]) -> dict[str, dict[str, int]]:
             shared=Coalesce(Sum("shared_bytes", filter=ready), 0),
         )
     )
-    zero = {"max_templates": 0, "max_concurrent_builds": 0, "template_disk_mb": 0}
+    zero = {"max_templates": 0, "max_concurrent_builds": 0, LIMIT: 0}
     used = {
         row["team"]: {
             "max_templates": row["kept"],
             "max_concurrent_builds": row["building"],
-            "template_disk_mb": (row["size"] - row["shared"]) // MEGABYTE,
+            LIMIT: (row["size"] - row["shared"]) // MEGABYTE,
         }
         for row in rows
     }

@@ -119,6 +119,7 @@ def page(
 TEMPLATE, SANDBOX = "templates/<template>", "sandboxes/<sandbox>"
 BUILD: dict[str, Any] = {"name": "made", "base_template": "debian-12", "recipe": ["true"]}
 BOX = {"template": "debian-12", "size": "small", "network": "off", "timeout_seconds": "60"}
+FORK = {"network": "off", "timeout_seconds": "60"}
 FILE = {"path": "/workspace/x", "content": "eA=="}
 
 REST = [
@@ -233,6 +234,11 @@ CONSOLE = [
     page("GET", "sandboxes/new/"),
     page("GET", "sandboxes/of-template/<template>/", **THEIRS),
     page("POST", "sandboxes/new/", **BOX),
+    page("GET", "sandboxes/snapshots/"),
+    page("GET", "sandboxes/snapshots/<snapshot>/", **THEIRS),
+    page("POST", "sandboxes/snapshots/<snapshot>/start/", **THEIRS, **FORK),
+    page("GET", "sandboxes/snapshots/<snapshot>/delete/", **THEIRS),
+    page("POST", "sandboxes/snapshots/<snapshot>/delete/", **THEIRS),
     page("GET", "sandboxes/volumes/"),
     page("GET", "sandboxes/volumes/<volume>/delete/", **THEIRS),
     page("POST", "sandboxes/volumes/<volume>/delete/", **THEIRS),
@@ -247,6 +253,8 @@ CONSOLE = [
     page("GET", "sandboxes/<sandbox>/use/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/pause/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/resume/", member=409, admin=409, owner=409, **THEIRS),
+    page("GET", "sandboxes/<sandbox>/snapshot/", **THEIRS),
+    page("POST", "sandboxes/<sandbox>/snapshot/", **THEIRS, name="kept"),
     page("GET", "sandboxes/<sandbox>/terminate/", **THEIRS),
     page("POST", "sandboxes/<sandbox>/terminate/", **THEIRS),
     page("GET", "teams/"),

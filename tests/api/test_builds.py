@@ -13,6 +13,7 @@ from hostruntime.wire.builds import StartBuild
 from orkestr_console.accounts.models import Plan, Team
 from templates_app.models import Template
 from templates_app.services import queue
+from templates_app.services.driver import follow
 from tests.api.asking import post, refusal
 from tests.fakes.fixtures import MakeTemplate, queued, run_queue
 from tests.fakes.host import FakeHost
@@ -54,9 +55,34 @@ def test_a_cancelled_build_is_failed_at_once(
     assert host.built[building.image_id].state == "cancelled"
 
 
+def test_the_last_of_the_disk_space_is_taken_once(
+    api: Client, building: Template, host: FakeHost, team: Team
+) -> None:
+    """Each had room when it was asked for: how much an image takes is known when it is built."""
+    other = {"base_template": "debian-12", "base_image": "debian-12", "recipe": ["true"]}
+    sizes = {"size_bytes": 5_000_000, "shared_bytes": 1_000_000}
+    Template.objects.create(team=team, name="other", status="ready", **other, **sizes)
+    Plan.objects.filter(pk="team").update(template_disk_mb=4)
+    host.finish(building.image_id)
+    follow(building, "drv_test")
+    said = api.get(f"{URL}/{building.pk}").json()
+    assert (said["status"], said["error_code"]) == ("failed", "plan_limit")
+    assert "is using 4 of the 4 megabytes of templates" in said["error_message"]
+    assert building.image_id not in host.stored
+
+
+def test_one_with_room_left_may_be_the_one_that_takes_too_much(
+    api: Client, building: Template, host: FakeHost
+) -> None:
+    Plan.objects.filter(pk="team").update(template_disk_mb=1)
+    host.finish(building.image_id)
+    follow(building, "drv_test")
+    assert api.get(f"{URL}/{building.pk}").json()["status"] == "ready"
+    assert building.image_id in host.stored
+
+
 def test_it_cannot_be_published_any_more(api: Client, building: Template, host: FakeHost) -> None:
     """Whatever its driver still hears from a host that was quicker."""
-    from templates_app.services.driver import follow
     from templates_app.services.record import Superseded
 
     building.refresh_from_db()

@@ -21,6 +21,7 @@ from sandboxes_app.services import create, metering, state
 from tests.fakes.host import FakeHost
 
 pytestmark = pytest.mark.usefixtures("used")
+JSON = "application/json"
 BODY = {"template": "debian-12", "network": "off"}
 
 
@@ -65,6 +66,14 @@ def test_to_end_takes_three(api: Client, box: str) -> None:
 def test_to_read_takes_one(api: Client, box: str, path: str) -> None:
     found = statements(lambda: api.get(f"/v1/sandboxes/{box}{path}"), 200)
     assert len(found) == 1, found
+
+
+def test_to_take_a_snapshot_takes_so_many(api: Client, box: str) -> None:
+    """Admission with the row; the lock, what there is, the row and its entry in the audit log; a
+    lock, the limits, what there is now, and that it is ready.  Two transactions."""
+    found = statements(lambda: api.post(f"/v1/sandboxes/{box}/snapshots", {}, JSON), 201)
+    assert sum("SAVEPOINT" in each for each in found) == 4, found
+    assert len(found) == 13, found
 
 
 def test_psycopg_remembers_the_statements(

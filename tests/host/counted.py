@@ -1,7 +1,7 @@
 """``python -m tests.host.counted``: the host agent, which counts what it does.
 
 When it gets SIGUSR1 it writes how often it has used a thread of its pool, started a thread or a
-program, and opened or renamed a file, into the file that ``COUNTS`` names, as JSON.
+program, opened or renamed a file, and flushed one, into the file that ``COUNTS`` names, as JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hostruntime.agent.__main__ import main
+from hostruntime.host import kernel
 from tests.host.agent import Agent, eventually
 
 VARIABLE = "COUNTS"
@@ -52,7 +54,7 @@ def _restart(agent: Agent, environment: dict[str, str], command: list[str]) -> N
     agent.start()
 
 
-def _count_calls(owner: type, method: str, what: str) -> None:
+def _count_calls(owner: type | ModuleType, method: str, what: str) -> None:
     real: Callable[..., Any] = getattr(owner, method)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -78,6 +80,8 @@ def _write(*_: object) -> None:
 if __name__ == "__main__":
     _count_calls(ThreadPoolExecutor, "submit", "uses of threads")
     _count_calls(threading.Thread, "start", "threads started")
+    for wait in ("fsync", "syncfs"):
+        _count_calls(kernel, wait, "flushes")
     sys.addaudithook(_heard)
     signal.signal(signal.SIGUSR1, _write)
     sys.exit(main())
