@@ -270,6 +270,9 @@ def test_javascript_runs_in_node_and_keeps_what_was_declared(
     assert js(host, contexts, f"{both}; 0").printed == {"stdout": "sub\n", "stderr": "e\n"}
     imported = "import fs, {existsSync as there} from 'fs'\nthere('/') && (await import('os')).EOL"
     assert js(host, contexts, imported).value == "'\\n'"
+    # Without semicolons, and with parentheses around what it gives back.
+    bare = "let a = [x]\nconst {length: b} = await a\nimport {sep} from 'path'\n(await [a, b, sep])"
+    assert js(host, contexts, bare).value == "[ [ 5 ], 1, '/' ]"
     module = "/workspace/node_modules/p/index.js"
     host.exec(contexts, Exec(f"mkdir -p $(dirname {module}); echo 'exports.p = 1' >{module}"))
     called = js(host, contexts, "async function main() { console.log(require('p')) }\nmain()")

@@ -105,8 +105,10 @@ class Preparation {
     this.prologue = "";
     for (const node of this.body) this.prepare(node);
     if (this.isAsync && this.hasValue) {
-      this.replace(last.expression.start, last.expression.start, "return { value: (");
-      this.replace(last.expression.end, last.end, ") };");
+      // The statement's ends: its expression's are inside of parentheses around it.
+      const end = code[last.end - 1] === ";" ? last.end - 1 : last.end;
+      this.replace(last.start, last.start, "return { value: (");
+      this.replace(end, last.end, ") };");
     }
   }
 
@@ -121,7 +123,8 @@ class Preparation {
     }
     if (node.type === "ImportDeclaration") {
       for (const each of node.specifiers) this.names.add(each.local.name);
-      this.replace(node.start, node.end, importing(node));
+      // What is before it may have no semicolon.
+      this.replace(node.start, node.end, `;${importing(node)}`);
     } else if (node.type === "ClassDeclaration") {
       this.names.add(node.id.name);
       this.replace(node.start, node.start, this.isAsync ? `${node.id.name} = ` : `var ${node.id.name} = `);
@@ -140,14 +143,17 @@ class Preparation {
       // As many characters, for the positions in tracebacks.  `let x;` sets it, unlike `var x;`.
       this.replace(node.start, keyword, "var".padEnd(node.kind.length));
     } else {
-      this.replace(node.start, keyword, "");
+      // What is before it, or after it, may have no semicolon, and would go on at a parenthesis.
+      this.replace(node.start, keyword, ";");
     }
-    for (const { id, init, start, end } of node.declarations) {
+    const last = node.declarations[node.declarations.length - 1];
+    for (const each of node.declarations) {
+      const { id, init, start, end } = each;
       for (const name of namesIn(id)) this.names.add(name);
       const unset = init || node.kind === "var" ? "" : " = undefined";
       if (this.isAsync) this.replace(start, start, "(");
       if (unset) this.replace(end, end, unset);
-      if (this.isAsync) this.replace(end, end, ")");
+      if (this.isAsync) this.replace(end, end, each === last ? ");" : ")");
     }
   }
 
