@@ -77,7 +77,10 @@ class HostError(Exception):
         if cls is None:
             cls = _BY_STATUS.get(status, HostFault)
             extra["host_code"] = code
-        return cls(detail, **extra)
+        error = cls(detail)
+        # Not as arguments: a peer can be hostile, and name one of them "self".
+        error.extra |= extra
+        return error
 
 
 class InvalidRequest(HostError):

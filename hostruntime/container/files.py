@@ -35,8 +35,9 @@ _STEP_TIMEOUT_SECONDS = 60.0
 _END_TIMEOUT_SECONDS = 5.0
 # Of socket(7), and what waits in one direction of a stream: twice as much by the kernel's count.
 _SO_SNDBUFFORCE, _STREAM_BYTES = 32, 512 * 1024
-# Of an answer about one file; its path is in it.
-_MAX_ANSWER_BYTES = 64 * 1024
+# Of an answer about one file, whose path is in it; and of a directory's names, each of which JSON
+# may take 1.5 KiB for.
+_MAX_ANSWER_BYTES, _MAX_LISTING_BYTES = 64 * 1024, 128 * 1024 * 1024
 _NOT_IN_TIME = "The sandbox did not finish the file operation in time."
 _NOT_VALID = "The answer of the sandbox to the file operation is not valid."
 _KILLED = "The file operation was killed inside the sandbox: it is out of memory, or ended."
@@ -219,15 +220,11 @@ class Stream:
     async def answer(self) -> dict[str, Any]:
         """Like :meth:`header`, without a timeout."""
         try:
-            (length,) = LENGTH.unpack(await self._exactly(LENGTH.size))
-            if length > _MAX_ANSWER_BYTES:
-                raise Exhausted(_NOT_VALID)
-            header = json.loads(await self._exactly(length))
+            length = _length(await self._exactly(LENGTH.size), _MAX_ANSWER_BYTES)
+            answer = await self._exactly(length)
         except OSError as error:
             raise Exhausted(_KILLED) from error
-        except ValueError as error:
-            raise Exhausted(_NOT_VALID) from error
-        return _checked(header)
+        return _parsed(answer)
 
     async def _exactly(self, size: int) -> bytes:
         """So many bytes and no more: what follows is not ours.  Raises ConnectionError."""
@@ -240,8 +237,20 @@ class Stream:
         return data
 
 
-def _checked(header: object) -> dict[str, Any]:
+def _length(prefix: bytes, most: int) -> int:
+    """The length of an answer.  Raises Exhausted if none of ours is as long."""
+    (length,) = LENGTH.unpack(prefix)
+    if length > most:
+        raise Exhausted(_NOT_VALID)
+    return int(length)
+
+
+def _parsed(answer: bytes) -> dict[str, Any]:
     """The answer of a process inside.  Raises the HostError that it is."""
+    try:
+        header = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise Exhausted(_NOT_VALID) from error
     if not isinstance(header, dict):
         raise Exhausted(_NOT_VALID)
     if "code" in header:
@@ -272,11 +281,11 @@ class _Peer:
     async def answer(self) -> dict[str, Any]:
         """Like :meth:`header`, without a timeout."""
         try:
-            (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
-            header = json.loads(await self.reader.readexactly(length))
+            length = _length(await self.reader.readexactly(LENGTH.size), _MAX_LISTING_BYTES)
+            answer = await self.reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise Exhausted(_KILLED) from error
-        return _checked(header)
+        return _parsed(answer)
 
     async def send(self, content: AsyncIterator[bytes]) -> dict[str, Any]:
         """Send the content; the response, which may come before its end."""
