@@ -292,14 +292,18 @@ class WarmPool:
                 self._kernels[owner] = taken
                 # Before those that have none.
                 self._ready.setdefault(shape, deque()).appendleft(owner)
-        except (HostError, OSError) as error:
+        except Exception as error:
             demand.code.not_before = self.clock() + RETRY_SECONDS
+            if not isinstance(error, HostError | OSError):
+                raise
             _log.info("the warm container %s has no kernel: %s", owner, error)
         finally:
-            if not done:
-                await run_to_completion(self._stop(owner))
-            self._getting_kernel = None
-            self._changed.set()
+            try:
+                if not done:
+                    await run_to_completion(self._stop(owner))
+            finally:
+                self._getting_kernel = None
+                self._changed.set()
 
     def _kernel_bytes_left(self) -> int:
         return self.kernels.budget() - sum(each.memory_bytes for each in self._kernels.values())
@@ -445,7 +449,9 @@ class WarmPool:
         self._kernels.pop(owner, None)
         with log_errors(f"the warm container {owner} could not be stopped"):
             await self.containers.stop(owner)
-        await in_thread(self.trash.discard, self.paths.warm / owner)
+        # Whoever stops several goes on with the next.
+        with log_errors(f"the directory of the warm container {owner} could not be removed"):
+            await in_thread(self.trash.discard, self.paths.warm / owner)
 
 
 def configured_maximum(environment: Mapping[str, str] = os.environ) -> int:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -45,7 +46,7 @@ class Starter:
         self.environments: list[Mapping[str, str]] = []
         self.going = asyncio.Event()
         self.going.set()
-        self.failing = False
+        self.failure: Exception | None = None
         self.takes = 100 * MEBIBYTE
 
     def budget(self) -> int:
@@ -56,8 +57,8 @@ class Starter:
         self.started.append(owner)
         self.environments.append(environment)
         await self.going.wait()
-        if self.failing:
-            raise KernelFailed("The kernel could not be started.")
+        if self.failure is not None:
+            raise self.failure
         return Taken(self.takes, 1_500_000)
 
 
@@ -212,10 +213,17 @@ async def test_one_that_is_stopped_before_it_has_begun_is_stopped(
     assert containers.waiting() == Counter()
 
 
+@pytest.mark.parametrize(
+    "failure", [KernelFailed("The kernel could not be started."), KeyError("its slot is gone")]
+)
 async def test_a_failure_costs_one_container_and_is_not_repeated_soon(
-    tmp_path: Path, pool: WarmPool, starter: Starter, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    pool: WarmPool,
+    starter: Starter,
+    caplog: pytest.LogCaptureFixture,
+    failure: Exception,
 ) -> None:
-    starter.failing = True
+    starter.failure = failure
     pool.start()
     await use(pool, tmp_path, "first")
     await until(lambda: len(starter.started) == 1 and pool.count() == 1)
@@ -223,8 +231,28 @@ async def test_a_failure_costs_one_container_and_is_not_repeated_soon(
         assert await use(pool, tmp_path, f"next{number}")
         await until(lambda: pool.count() >= 1)
     assert len(starter.started) == 1
-    assert "could not be started in" not in caplog.text
+    # Only what nobody expected is an error.
+    assert ("no kernel could be started" in caplog.text) is isinstance(failure, KeyError)
     await pool.close()
+
+
+async def test_a_disk_that_removes_nothing_stops_only_that(
+    tmp_path: Path, pool: WarmPool, starter: Starter, containers: Containers
+) -> None:
+    starter.failure = KernelFailed("The kernel could not be started.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.trash, "discard", MagicMock(side_effect=OSError("The disk is broken.")))
+        pool.start()
+        await use(pool, tmp_path, "first")
+        await until(lambda: len(starter.started) == 1)
+        # It is replaced, and counted no more.
+        await until(lambda: pool.count() == 1 and pool._getting_kernel is None)
+        await use(pool, tmp_path, "other", code=False)
+        await until(lambda: pool.count() == 2)
+        await pool.stop_all()
+    assert pool.count() == 0
+    await pool.close()
+    assert containers.waiting() == Counter()
 
 
 async def test_what_a_sandbox_does_not_use_is_ended(
