@@ -483,6 +483,9 @@ def _refused_meanwhile(
             ended_at = (directory / _STATUS).stat().st_mtime
     until = ended_at + _TICK_SECONDS
     found = refused_between(refusals, sandbox_id, info.started_at, until)
+    if found is None:
+        # Whoever asks next may learn it.
+        return ()
     # It may be forgotten meanwhile, or the host's disk full.
     with contextlib.suppress(OSError):
         write_json(directory / _REFUSED, asdict(Refused(found)))

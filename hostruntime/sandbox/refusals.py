@@ -40,22 +40,22 @@ async def with_refusals(
         async for frame in frames:
             if isinstance(frame, TimedOut) or (isinstance(frame, Exited) and frame.code != 0):
                 refused = await in_thread(refused_between, refusals, owner, began)
-                yield replace(frame, refused=refused)
+                yield replace(frame, refused=refused or ())
             else:
                 yield frame
 
 
 def refused_between(
     refusals: Refusals, owner: str, since: float, until: float = math.inf
-) -> tuple[RefusedRequest, ...]:
+) -> tuple[RefusedRequest, ...] | None:
     """What was refused between two Unix times, without repetitions; reads files.
 
-    Nothing if it can't be read, which must not fail the command.
+    None if it can't be read, which must not fail the command.
     """
     try:
         found = [one for one in refusals(owner, since) if one.at <= until]
     except OSError as error:
         _log.error("cannot read what %s was refused: %s", owner, error)
-        return ()
+        return None
     requests = (RefusedRequest(one.host, one.port, one.reason, one.direct) for one in found)
     return tuple(dict.fromkeys(requests))[:MAX_REFUSED]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -103,6 +104,18 @@ def test_it_names_what_was_refused_between_its_start_and_its_end(
     record.decisions.clear()
     assert [each.refused for each in commands.list_all(SANDBOX)] == [mine]
     assert record.looks == 1
+
+
+def test_what_could_not_be_read_is_looked_up_again(
+    commands: BackgroundCommands, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.refuse("mine", 8)
+    ended(commands, code=7, seconds_ago=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "read", MagicMock(side_effect=OSError(24, "Too many open files")))
+        assert commands.get(SANDBOX, COMMAND).refused == ()
+    mine = (RefusedRequest("mine", 443, "not_listed"),)
+    assert commands.get(SANDBOX, COMMAND).refused == mine
 
 
 @pytest.mark.parametrize(("code", "restricted"), [(0, True), (7, False)])
