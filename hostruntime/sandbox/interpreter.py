@@ -51,7 +51,7 @@ from hostruntime.errors import (
 from hostruntime.host.paths import StatePaths, write_json
 from hostruntime.host.patience import scaled
 from hostruntime.host.records import STRICT, BadRecord, read_record
-from hostruntime.host.tasks import KeyedLocks, in_thread, log_errors
+from hostruntime.host.tasks import KeyedLocks, in_thread, log_errors, run_to_completion
 from hostruntime.image.environment import resolve_environment
 from hostruntime.sandbox.background import is_locked
 from hostruntime.sandbox.bridges import Bridge, BridgeGone
@@ -365,6 +365,19 @@ class Interpreter:
                 changes = await in_thread(take, waiting, directory, wanted)
             if changes is None:
                 return False
+            return await self._give_variables(access.id, record, changes)
+        except (BridgeGone, OSError):
+            return False
+
+    async def _give_variables(
+        self, sandbox_id: str, record: Record, changes: Mapping[str, str]
+    ) -> bool:
+        """Have a kernel that has waited be a context's.  Raises BridgeGone, OSError.
+
+        If whoever wanted it leaves meanwhile, it is ended: nobody would know of it.
+        """
+        directory = self._directory(sandbox_id, record.id)
+        try:
             async with (
                 asyncio.timeout(scaled(_ADOPTION_SECONDS)),
                 Bridge.connect(directory) as bridge,
@@ -373,8 +386,9 @@ class Interpreter:
             if answer.kind == "ready":
                 await in_thread(_write_record, directory, record)
             return answer.kind == "ready"
-        except (BridgeGone, OSError):
-            return False
+        except asyncio.CancelledError:
+            await run_to_completion(self._clear(sandbox_id, record.id, known=False))
+            raise
 
     def _require_room(self, sandbox_id: str, context_id: str) -> None:
         others = set(self._ids(sandbox_id)) - {context_id}

@@ -7,7 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -464,3 +464,18 @@ async def test_a_context_that_was_being_restarted_stays_one(interpreter: Interpr
     assert [each.id for each in interpreter.list_all("sbx")] == ["mine"]
     assert [path.name for path in directory.iterdir()] == ["context.json"]
     assert [path.name for path in (directory.parents[1]).iterdir()] == ["contexts"]
+
+
+async def test_one_whose_caller_leaves_before_it_has_its_variables_is_ended(
+    interpreter: Interpreter,
+) -> None:
+    place = waiting(interpreter.paths.sandboxes / "sbx" / "kernel", {"HOST": "1"})
+    with closing(listen(place)) as listener:
+        listener.setblocking(False)  # noqa: FBT003 - positional-only
+        running = asyncio.create_task(first_run(interpreter))
+        with closing((await asyncio.get_running_loop().sock_accept(listener))[0]):
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+    assert interpreter.kernels.ended == ["default"]  # type: ignore[attr-defined]
+    assert not (interpreter.paths.sandboxes / "sbx" / "contexts" / "default").exists()
