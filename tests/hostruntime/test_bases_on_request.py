@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -128,3 +129,14 @@ async def test_what_was_asked_for_is_continued_by_the_next_agent(
     assert await second.ensure(NAME, lambda _: None) == NAME
     assert second.attempts == [NAME]
     assert not marker.exists()
+
+
+async def test_a_disk_that_cannot_be_read_keeps_no_agent_from_starting(
+    tmp_path: Path, made: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker(tmp_path, made)
+    with monkeypatch.context() as patch:
+        patch.setattr(maker, "_is_wanted", MagicMock(side_effect=OSError(5, "I/O error")))
+        await maker.recover()
+    assert (await state_of(maker)).state == "missing"
+    await maker.close()

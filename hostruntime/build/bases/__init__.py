@@ -39,7 +39,7 @@ from hostruntime.container.limits import Limits
 from hostruntime.errors import BuildFailed, HostError, HostUnavailable, ImageNotFound
 from hostruntime.host.paths import StatePaths
 from hostruntime.host.patience import scaled
-from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, in_background, in_thread
+from hostruntime.host.tasks import KeyedLocks, cancel_and_wait, in_background, in_thread, log_errors
 from hostruntime.image.capture import capture
 from hostruntime.image.digest import image_digest
 from hostruntime.image.scrub import scrub
@@ -127,10 +127,14 @@ class BaseBuilder:
         return self._status(base, None if isinstance(found, _BaseBuild) else found)
 
     async def recover(self) -> None:
-        """Continue what was asked for before the agent ended, and replace what is outdated."""
+        """Continue what was asked for before the agent ended, and replace what is outdated.
+
+        What cannot be looked at is logged: an agent without a base is worth more than none.
+        """
         for base in BASES.values():
-            if base.on_request and await in_thread(self._is_wanted, base):
-                await self._find_or_start(base)
+            with log_errors(f"the base {base.name} could not be continued"):
+                if base.on_request and await in_thread(self._is_wanted, base):
+                    await self._find_or_start(base)
 
     async def close(self) -> None:
         """Stop building bases, and remove partial results."""
