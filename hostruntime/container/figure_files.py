@@ -121,7 +121,9 @@ class FigureFiles:
         Those of an earlier version have none.
         """
         shown = self._begin(slot, limits, groups)
-        with self._lock, contextlib.suppress(FileNotFoundError):
+        # Stale ones are no reason for an agent not to start.
+        failed = log_errors(f"the figures of slot {slot} stay as they are")
+        with self._lock, failed, contextlib.suppress(FileNotFoundError):
             idle = figures.idle_of((shown.directory / "stat").read_text())
             loads = figures.loads_of((shown.directory / "loadavg").read_text())
             counters = Counters.read(groups)
@@ -134,8 +136,13 @@ class FigureFiles:
             directory = self.of(slot)
             for name in TARGETS:
                 (directory / name).unlink(missing_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 directory.rmdir()
+            except FileNotFoundError:
+                return
+            except OSError:
+                # Another version has written files of other names.
+                shutil.rmtree(directory, ignore_errors=True)
 
     def remove_left(self) -> None:
         """Remove what a killed agent has left, once all that still runs is adopted."""

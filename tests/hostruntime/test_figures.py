@@ -276,6 +276,16 @@ def test_one_that_ends_meanwhile_or_fails_stops_no_other(
     assert list(world.files.directory.iterdir()) == []
 
 
+def test_neither_an_agent_nor_an_end_fails_for_what_another_version_left(world: World) -> None:
+    world.create()
+    (world.files.of(SLOT) / "stat").write_text("cpu 1 2 3 x\n")
+    (world.files.of(SLOT) / "swaps").touch()
+    world.files = FigureFiles(world.files.directory)
+    world.files.adopt(SLOT, world.limits, world.groups)
+    world.files.remove(SLOT)
+    assert list(world.files.directory.iterdir()) == []
+
+
 def test_the_next_container_of_a_slot_has_files_of_its_own(world: World) -> None:
     """Even if nobody has removed the last one's: it may still be mounted."""
     world.create()
