@@ -65,7 +65,8 @@ def list_elements(family: str, table: str, name: str) -> list[Element]:
         elements, complete = _ask(request)
         if complete:
             break
-    return elements
+    # The kernel may list one twice while the set grows (rhashtable_walk_next).
+    return list({element.key: element for element in elements}.values())
 
 
 def delete_elements(family: str, table: str, name: str, keys: Sequence[bytes]) -> None:
@@ -75,9 +76,11 @@ def delete_elements(family: str, table: str, name: str, keys: Sequence[bytes]) -
     tried, if of some one wasn't there any more.
     """
     gone: FileNotFoundError | None = None
-    for start in range(0, len(keys), _MOST_AT_ONCE):
+    # A second time, one isn't there any more.
+    unique = list(dict.fromkeys(keys))
+    for start in range(0, len(unique), _MOST_AT_ONCE):
         try:
-            _ask(_deletion(family, table, name, keys[start : start + _MOST_AT_ONCE]))
+            _ask(_deletion(family, table, name, unique[start : start + _MOST_AT_ONCE]))
         except FileNotFoundError as error:
             gone = error
     if gone is not None:

@@ -77,6 +77,18 @@ def test_what_has_gone_meanwhile_keeps_back_only_those_beside_it() -> None:
     elsewhere(delete)
 
 
+def test_one_that_was_listed_twice_keeps_none_back() -> None:
+    """As the kernel may do while the set grows (rhashtable_walk_next)."""
+
+    def delete() -> None:
+        fill("inet", range(1, 11))
+        keys = [element.key for element in list_elements("inet", TABLE, ATTEMPTS_SET)]
+        delete_elements("inet", TABLE, ATTEMPTS_SET, [*keys, keys[0]])
+        assert ports_left("inet") == set()
+
+    elsewhere(delete)
+
+
 def test_a_set_that_is_not_there_is_an_error() -> None:
     def drain() -> None:
         with pytest.raises(OSError, match="nftables"):
