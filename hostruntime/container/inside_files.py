@@ -112,7 +112,15 @@ def _read(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
                 "file_too_large", f"{path} has {status.st_size} bytes; at most {cap} can be read."
             )
         _answer(peer, {"stat": _describe(path, status)})
-        _send_file(peer, fd, cap)
+        with _cut_short():
+            _send_file(peer, fd, cap)
+
+
+@contextlib.contextmanager
+def _cut_short() -> Iterator[None]:
+    """Send no more of a file that can't be read on: an answer would be taken for its content."""
+    with contextlib.suppress(OSError):
+        yield
 
 
 def _send_file(peer: socket.socket, fd: int, cap: int | None) -> None:
@@ -139,7 +147,8 @@ def _read_part(peer: socket.socket, arguments: Mapping[str, Any]) -> None:
         described = {**_describe(path, status), "size": size}
         _answer(peer, {"stat": described, "first": first, "length": length})
         if content is None:
-            _send_bytes(peer, fd, first, length)
+            with _cut_short():
+                _send_bytes(peer, fd, first, length)
         else:
             peer.sendall(content[first : first + length])
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from hostruntime.container import files
-from hostruntime.container.inside_files import LENGTH
+from hostruntime.container import files, inside_files
+from hostruntime.container.inside_files import CHUNK_BYTES, LENGTH
 from hostruntime.errors import Exhausted, HostError, NoSpace
 
 PROCESS = cast("Any", SimpleNamespace(pid=1))
@@ -72,3 +75,29 @@ async def test_a_refusal_is_what_it_says_with_whatever_else_it_has(answered: Ans
                 await answered(ours)
     assert isinstance(raised.value, NoSpace)
     assert raised.value.to_wire() == refusal
+
+
+@pytest.mark.parametrize(("operation", "sender"), [("read", "read"), ("read_part", "sendfile")])
+def test_a_file_that_cannot_be_read_on_is_cut_short_and_nothing_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, sender: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(3 * CHUNK_BYTES))
+    real, calls = getattr(os, sender), iter(range(9))
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments[:-1], 1000)
+
+    monkeypatch.setattr(os, sender, failing)
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            # Whoever refuses waits until that is read.
+            ours.shutdown(socket.SHUT_WR)
+            inside_files.perform(operation, {"path": str(file)}, theirs)
+        with ours.makefile("rb") as answer:
+            (length,) = LENGTH.unpack(answer.read(LENGTH.size))
+            assert "stat" in json.loads(answer.read(length))
+            assert answer.read() == bytes(1000)
