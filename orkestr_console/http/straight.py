@@ -70,11 +70,11 @@ def outlet(request: HttpRequest) -> Iterator[Outlet | None]:
         yield None
         return
     transport = server_request.channel.transport
-    usual = transport.bufferSize
-    # With any more unsent, Twisted has the sender wait until there is nothing.
-    transport.bufferSize = 1
+    usual = transport.unsent_bytes
+    # With any unsent, Twisted has the sender wait until there is nothing.
+    transport.unsent_bytes = 0
     try:
         with copied_socket(transport) as sock:
             yield Outlet(server_request, sock)
     finally:
-        transport.bufferSize = usual
+        transport.unsent_bytes = usual

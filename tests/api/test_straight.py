@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from orkestr_console.http import straight, uploads
+from orkestr_console.http.sharing import CountedTransport
 from orkestr_console.http.straight import REQUEST_KEY, outlet
 from orkestr_console.http.uploads import LAST_BYTES, RECEIVE_BYTES, UploadBody
 
@@ -29,7 +30,7 @@ class Channel:
         self._transferDecoder = SimpleNamespace(contentLength=length)
         self.transport = self
         self.timeOut: float | None = idle_seconds
-        self.bufferSize = 65536
+        self.bufferSize = self.unsent_bytes = 65536
         self.reads, self.aborted = True, asyncio.Event()
         self.fileno = self.server.fileno
 
@@ -191,10 +192,9 @@ async def test_a_body_that_is_not_wanted_is_twisteds_again(connect: Connect) -> 
     assert channel.reads
 
 
-def request_over(channel: Channel) -> Any:
+def request_over(channel: Any) -> Any:
     """A request on it; it can be cut off."""
-    cut_off = channel.aborted.set
-    server_request = SimpleNamespace(channel=channel, cut_off=cut_off)
+    server_request = SimpleNamespace(channel=channel, cut_off=lambda: channel.aborted.set())
     return SimpleNamespace(scope={REQUEST_KEY: server_request})
 
 
@@ -211,13 +211,33 @@ async def test_a_response_goes_out_by_the_socket(connect: Connect) -> None:
     with outlet(request_over(channel)) as client:
         assert client is not None
         # Twisted now says when everything has left.
-        assert channel.bufferSize == 1
+        assert channel.unsent_bytes == 0
         for start in range(0, len(CONTENT), MIB):
             assert await client.send(memoryview(CONTENT)[start : start + MIB])
     async with asyncio.timeout(60):
         await reading
     assert got == CONTENT
-    assert channel.bufferSize == 65536
+    assert channel.unsent_bytes == 65536
+
+
+def test_what_a_client_sends_meanwhile_is_read_as_usual() -> None:
+    """Twisted adds up anew, with each piece that it reads, all that came before its turn."""
+    pieces: list[bytes] = []
+    transport: Any = CountedTransport.__new__(CountedTransport)
+    transport.socket, client = socket.socketpair()
+    transport.connected, transport._tempDataLen = True, 0
+    transport.fileno = transport.socket.fileno
+    transport.protocol = SimpleNamespace(dataReceived=pieces.append)
+    with client, transport.socket:
+        client.sendall(b"GET / HTTP/1.1")
+        with outlet(request_over(SimpleNamespace(transport=transport))) as straight_out:
+            assert straight_out is not None
+            assert not transport._isSendBufferFull()
+            transport._tempDataLen = 1
+            assert transport._isSendBufferFull()
+            transport.doRead()
+        assert not transport._isSendBufferFull()
+    assert pieces == [b"GET / HTTP/1.1"]
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(
