@@ -12,6 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.web import http
 
 from orkestr_console.http import straight, uploads
 from orkestr_console.http.sharing import CountedTransport
@@ -265,3 +268,32 @@ def test_a_response_of_another_server_has_no_socket() -> None:
     for request in (SimpleNamespace(), SimpleNamespace(scope={}), gone):
         with outlet(request) as client:  # type: ignore[arg-type]
             assert client is None
+
+
+class Received(http.Request):  # type: ignore[misc]
+    """A request with an upload's body."""
+
+    body: UploadBody
+
+    def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
+        self.body = UploadBody(self.channel, expects=False)
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        self.body.feed(data)
+
+    def requestReceived(self, *_: bytes) -> None:  # noqa: N802 - Twisted's name
+        self.body.end()
+
+
+async def test_a_connection_is_closed_that_is_idle_after_a_body_nobody_read_yet() -> None:
+    channel = http.HTTPChannel()
+    channel.requestFactory, channel.timeOut = Received, 60.0
+    channel.callLater = Clock().callLater
+    channel.makeConnection(StringTransport())
+    # More than is taken before the view reads, in its last piece.
+    length = uploads.MAX_HELD_BYTES + 1
+    channel.dataReceived(b"PUT / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % length + bytes(length))
+    [request] = channel.requests
+    assert [len(piece) async for piece in request.body.pieces()] == [length]
+    channel.requestDone(request)
+    assert channel.timeOut == 60.0
