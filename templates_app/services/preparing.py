@@ -10,7 +10,12 @@ from hostruntime import errors as host_errors
 from hostruntime.client.host_client import HostClient
 from hostruntime.wire.images import BaseInfo
 from templates_app.models import Template
-from templates_app.services.record import BASE_EVENT, record_base, record_waited
+from templates_app.services.record import (
+    BASE_EVENT,
+    record_base,
+    record_waited,
+    require_driver,
+)
 
 # More steps than any base has; what else it says is not worth an event for each build.
 MAX_MESSAGES = 50
@@ -42,6 +47,8 @@ def prepare_base(client: HostClient, template: Template, driver: str) -> None:
         for line in client.ensure_base(name):
             if line.message:
                 tell(line.message)
+            else:
+                require_driver(template, driver)
     except host_errors.HostError as error:
         # Its failure, or the connection's?
         base = find_base(client, name)

@@ -98,6 +98,26 @@ def test_whoever_cancels_waits_no_more(api: Client, host: FakeHost) -> None:
     assert all(not made.starts for made in host.built.values())
 
 
+def test_whoever_cancels_waits_no_more_although_nothing_new_is_told(
+    api: Client, host: FakeHost
+) -> None:
+    """Or each build that is cancelled during a long step would keep a worker's thread till then."""
+    answer = post(api, "/v1/templates", TEMPLATE).json()
+    told_nothing = 0
+
+    def cancel() -> None:
+        nonlocal told_nothing
+        told_nothing += 1
+        if told_nothing == 2:
+            assert post(api, f"/v1/templates/{answer['id']}/cancel", {}).status_code == 200
+
+    host.base_messages = ["Step 1 of 1: pip install it", *[""] * 9]
+    host.between_messages = cancel
+    run_queue()
+    assert Template.objects.get(pk=answer["id"]).error_code == "build_cancelled"
+    assert told_nothing == 2
+
+
 def test_a_sandbox_has_it_made_and_is_told_to_come_again(api: Client, host: FakeHost) -> None:
     answer = post(api, "/v1/sandboxes", {"template": NAME})
     said = refusal(answer, 503, "fleet_full_retry")
