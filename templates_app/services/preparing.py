@@ -6,6 +6,8 @@ worker, or loses the host, is followed by one that joins in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hostruntime import errors as host_errors
 from hostruntime.client.host_client import HostClient
 from hostruntime.wire.images import BaseInfo
@@ -25,8 +27,12 @@ class BaseFailed(Exception):  # noqa: N818 - not an error of this program
     """The base could not be made; the text says why."""
 
 
-def prepare_base(client: HostClient, template: Template, driver: str) -> None:
+def prepare_base(
+    client: HostClient, template: Template, driver: str, heard: Callable[[], None]
+) -> None:
     """Wait for a build's base, if that is made on request and is not there yet.
+
+    Calls ``heard`` whenever the host says something meanwhile.
 
     Raises :class:`BaseFailed`, :class:`~templates_app.services.record.Superseded` and
     ``HostUnavailable``, after which it can be called again.
@@ -45,6 +51,7 @@ def prepare_base(client: HostClient, template: Template, driver: str) -> None:
     tell(f"Preparing base {name}…")
     try:
         for line in client.ensure_base(name):
+            heard()
             if line.message:
                 tell(line.message)
             else:

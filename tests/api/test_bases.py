@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from django.test import Client
 
@@ -87,6 +89,21 @@ def test_a_host_that_restarts_meanwhile_is_waited_for(
     template = build(api)
     assert template.status == "ready"
     assert told(template) == [f"Preparing base {NAME}…", *host.base_messages]
+
+
+def test_the_patience_with_a_host_begins_anew_once_it_has_answered(
+    api: Client, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def takes_long() -> None:
+        nonlocal now
+        now += 2 * driver.PATIENCE_SECONDS
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(driver, "time", clock)
+    host.between_messages, host.killed_while_making = takes_long, 2
+    assert build(api).status == "ready"
 
 
 def test_whoever_cancels_waits_no_more(api: Client, host: FakeHost) -> None:
