@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from twisted.internet.task import Clock
@@ -252,6 +254,17 @@ async def test_a_client_that_reads_nothing_is_cut_off(
         assert client is not None
         assert not await client.send(memoryview(CONTENT))
         assert channel.aborted.is_set()
+
+
+def test_without_another_descriptor_a_response_is_sent_as_any_other(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = connect(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(straight.os, "dup", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+        with outlet(request_over(channel)) as client:
+            assert client is None
+            assert channel.unsent_bytes == 65536
 
 
 async def test_a_client_that_has_left_gets_no_more(connect: Connect) -> None:
