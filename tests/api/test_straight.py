@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -261,7 +262,7 @@ def test_without_another_descriptor_a_response_is_sent_as_any_other(
 ) -> None:
     channel = connect(0)
     with monkeypatch.context() as patched:
-        patched.setattr(straight.os, "dup", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+        patched.setattr(os, "dup", Mock(side_effect=OSError(errno.EMFILE, "too many")))
         with outlet(request_over(channel)) as client:
             assert client is None
             assert channel.unsent_bytes == 65536
@@ -283,7 +284,7 @@ def test_a_response_of_another_server_has_no_socket() -> None:
             assert client is None
 
 
-class Received(http.Request):  # type: ignore[misc]
+class Received(http.Request):
     """A request with an upload's body."""
 
     body: UploadBody
@@ -299,10 +300,12 @@ class Received(http.Request):  # type: ignore[misc]
 
 
 async def test_a_connection_is_closed_that_is_idle_after_a_body_nobody_read_yet() -> None:
-    channel = http.HTTPChannel()
+    # Twisted's are not typed.
+    kinds: Any = SimpleNamespace(channel=http.HTTPChannel, transport=StringTransport)
+    channel = kinds.channel()
     channel.requestFactory, channel.timeOut = Received, 60.0
     channel.callLater = Clock().callLater
-    channel.makeConnection(StringTransport())
+    channel.makeConnection(kinds.transport())
     # More than is taken before the view reads, in its last piece.
     length = uploads.MAX_HELD_BYTES + 1
     channel.dataReceived(b"PUT / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % length + bytes(length))
