@@ -29,7 +29,11 @@ class Group:
 GROUPS = tuple(
     Group(name, about, re.compile(addresses))
     for name, about, addresses in (
-        ("Templates", "Images that sandboxes start from, and their builds.", r"/v1/templates.*"),
+        (
+            "Templates",
+            "Images that sandboxes start from, and their builds.",
+            r"/v1/(?:templates.*|bases)",
+        ),
         (
             "Sandboxes",
             "Containers that people use until a deadline.",

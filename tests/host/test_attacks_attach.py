@@ -188,6 +188,8 @@ def test_a_commands_environment_is_what_it_was_given_and_nothing_of_the_hosts(
         *("GIT_SSL_CAINFO", "YARN_ENABLE_TELEMETRY", "UV_OFFLINE", "COREPACK_ENABLE_NETWORK"),
         *("CARGO_NET_OFFLINE", "CONDA_OFFLINE", "HF_HUB_OFFLINE"),
         *("DENO_NO_UPDATE_CHECK", "NEXT_TELEMETRY_DISABLED"),
+        # The size of the sandbox, not that of the host.
+        *("OMP_NUM_THREADS", "GOMAXPROCS", "PYTHON_CPU_COUNT"),
     }
 
 

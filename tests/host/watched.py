@@ -1,14 +1,15 @@
 """``python -m tests.host.watched``: the host agent, which tells what its event loop waits for.
 
 Whatever the loop's own thread does with a file is a line in the file that ``TOUCHED`` names: what
-was done, with what, and which lines of ours did it.  Control groups, devices and proc(5) are the
-kernel's memory, and not looked at.
+was done, with what, and which lines of ours did it.  Control groups, devices, proc(5) and the ramfs
+of containers' figures are the kernel's memory, and not looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tests.host.agent import REPO, Agent
 
 VARIABLE = "TOUCHED"
 _OF_THE_KERNEL = ("/proc/", "/sys/", "/dev/")
+_FIGURES = re.compile(r"/run/orkestr/\d+/figures/")
 # Code, which is read once.
 _CODE = (f"{sys.prefix}/", f"{sys.base_prefix}/lib")
 # Of what sys.addaudithook() hears; and what it does not.
@@ -80,8 +82,8 @@ class _Watch:
         except RuntimeError:
             return
         named = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
-        looked_at = named and not named.startswith(_OF_THE_KERNEL + _CODE)
-        if whatever or looked_at:
+        in_memory = named.startswith(_OF_THE_KERNEL + _CODE) or _FIGURES.match(named)
+        if whatever or (named and not in_memory):
             os.write(self._out, f"{what} {named} by {_ours(sys._getframe())}\n".encode())
 
 

@@ -176,7 +176,7 @@ def visitors(serving: Serving, key: str, team: Team) -> list[Visitor]:
     return [Visitor(serving, key) for _ in range(CLIENTS)]
 
 
-@pytest.mark.usefixtures("visitors")
+@pytest.mark.usefixtures("plans", "visitors")
 def test_each_process_gets_its_part_of_the_clients(serving: Serving, key: str) -> None:
     """One whose clients have left gets those who come, up to what the other has; each in turn.
 

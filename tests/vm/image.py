@@ -205,7 +205,7 @@ class Disks:
         ):
             directory.chmod(mode)
         # A base is a link and what it leads to (hostruntime.image.store).
-        links = [images / name for name in BASES]
+        links = [images / name for name, base in BASES.items() if not base.on_request]
         names = [str(path) for link in links for path in (link.name, link.readlink())]
         packing = ["tar", "-C", str(images), "--xattrs", "--exclude=*@*/users", "-cf", "-", *names]
         unpacking = ["tar", "-C", str(target), "--xattrs", "--numeric-owner", "-xpf", "-"]
