@@ -271,17 +271,20 @@ def command_logs(logs: CommandLogs, asked: int, refusal: Refusal | None) -> LogP
     """A part of what a background command has printed, from ``asked`` on.
 
     A line after the last part says what it was refused, as official clients show nothing else. It
-    is past the end of the output, so whoever goes on from there doesn't get it again.
+    is past the end of the output, so whoever goes on from there doesn't get it again. Where
+    more may be printed, by what the command has left behind, there is no such line, as whoever goes
+    on after it would miss as much of that.
     """
     refused: RefusedRequests = refusal.members if refusal else {}
-    is_last = not logs.truncated and asked <= logs.size
-    notice = refusal.notice if refusal and is_last else ""
+    is_end = not logs.truncated and not logs.command.active
+    notice = refusal.notice if refusal and is_end and asked <= logs.size else ""
+    next_offset = logs.next_offset + len(notice.encode())
     return {
         "content": logs.content + notice,
         "size": logs.size,
         "truncated": logs.truncated,
         "offset": logs.offset,
-        "next_offset": logs.next_offset + len(notice.encode()),
+        "next_offset": max(next_offset, asked) if is_end and refusal else next_offset,
         "dropped": logs.dropped,
         **refused,
     }

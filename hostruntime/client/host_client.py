@@ -127,9 +127,10 @@ class HostClient:
     def ensure_base(self, name: str) -> Iterator[Progress]:
         """Build a base unless it is ready, yielding progress; ends with a ``done`` line.
 
-        Raises the failure as HostError.
+        One without a message says, every ten seconds, that there is nothing new: whoever no longer
+        wants to know can leave.  Raises the failure as HostError.
         """
-        for line in self._lines(Progress, "POST", f"/bases/{name}"):
+        for line in self._lines(Progress, "POST", f"/bases/{name}", idle=Progress("progress")):
             if line.error is not None:
                 raise HostError.from_wire(line.error)
             yield line
@@ -467,7 +468,9 @@ class HostClient:
         request: Message | None = None,
         *,
         params: Mapping[str, Any] | None = None,
+        idle: M | None = None,
     ) -> Iterator[M]:
+        """The lines of an answer; ``idle`` for each that only keeps the connection alive."""
         body = None if request is None else encode(request)
         with (
             transport_errors(self.socket),
@@ -481,6 +484,8 @@ class HostClient:
             for line in response.iter_lines():
                 if line.strip():
                     yield parse(kind, line)
+                elif idle is not None:
+                    yield idle
 
 
 def _empty_tls_context() -> ssl.SSLContext:

@@ -23,11 +23,17 @@ class CountedTransport(tcp.Server):
 
     # At most so much is sent in one system call: a whole piece of a stream.
     SEND_LIMIT = 256 * 1024
+    # With more unsent, whoever sends has to wait. Twisted goes by bufferSize, which is also how
+    # much it reads at once.
+    unsent_bytes = 64 * 1024
 
     def __init__(self, sock: Any, protocol: Any, client: Any, server: Any, *rest: Any) -> None:
         super().__init__(sock, protocol, client, server, *rest)
         self._count = server.count
         self._count(1)
+
+    def _isSendBufferFull(self) -> bool:  # noqa: N802 - Twisted's name
+        return len(self.dataBuffer) + self._tempDataLen > self.unsent_bytes
 
     def doRead(self) -> Any:  # noqa: N802 - Twisted's name
         """There is something to read, or the client has gone.

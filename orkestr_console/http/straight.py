@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from django.http import HttpRequest
@@ -61,7 +61,7 @@ class Outlet:
 
 @contextmanager
 def outlet(request: HttpRequest) -> Iterator[Outlet | None]:
-    """For a response that has not begun; None if it is not our server's.
+    """For a response that has not begun; None if it has to be sent as any other.
 
     The first piece must be sent as usual, and has left when the second is asked for.
     """
@@ -70,11 +70,16 @@ def outlet(request: HttpRequest) -> Iterator[Outlet | None]:
         yield None
         return
     transport = server_request.channel.transport
-    usual = transport.bufferSize
-    # With any more unsent, Twisted has the sender wait until there is nothing.
-    transport.bufferSize = 1
-    try:
-        with copied_socket(transport) as sock:
-            yield Outlet(server_request, sock)
-    finally:
-        transport.bufferSize = usual
+    with ExitStack() as stack:
+        try:
+            sock = stack.enter_context(copied_socket(transport))
+        except OSError as error:
+            # No descriptor is left; Twisted has its own.
+            logger.warning("a response is not sent past Twisted: %s", error)
+            client = None
+        else:
+            client = Outlet(server_request, sock)
+            stack.callback(setattr, transport, "unsent_bytes", transport.unsent_bytes)
+            # With any unsent, Twisted has the sender wait until there is nothing.
+            transport.unsent_bytes = 0
+        yield client

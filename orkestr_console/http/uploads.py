@@ -71,6 +71,8 @@ class UploadBody:
     def end(self) -> None:
         """All of it has come."""
         self.complete = True
+        # What Twisted sets once it is answered; it found none if the last piece was too much.
+        self._channel._savedTimeOut = self._patience
         self._news.set()
 
     # The view's side ------------------------------------------------------------------------

@@ -239,7 +239,7 @@ class Console:
         try:
             with self._display.step(label) as step:
                 for event in host.ensure_base(base.name):
-                    if event.kind == "progress":
+                    if event.message:
                         self._display.progress(label, event.message)
                     elif event.image:
                         step.detail = f"{event.image.size_bytes / MEBIBYTE:.0f} MiB"

@@ -126,10 +126,15 @@ def follow(template: Template, driver: str) -> None:
     """
     failing_since: float | None = None
     delay = 0.1
+
+    def heard() -> None:
+        nonlocal failing_since
+        failing_since = None
+
     while True:
         try:
-            ensure_started(template, driver)
-            failing_since = None
+            ensure_started(template, driver, heard)
+            heard()
             for event in events_from_host(template):
                 record(template, driver, event)
                 delay = 0.1
@@ -167,12 +172,15 @@ def events_from_host(template: Template) -> Iterator[HostEvent]:
     yield from host().build_events(template.image_id, after=last)
 
 
-def ensure_started(template: Template, driver: str) -> None:
-    """Start the build on the host once; the row records that it was."""
+def ensure_started(template: Template, driver: str, heard: Callable[[], None]) -> None:
+    """Start the build on the host once; the row records that it was.
+
+    Calls ``heard`` while the host answers, which may make the build's base first.
+    """
     if template.handed_over:
         host().build(template.image_id)
         return
-    prepare_base(host(), template, driver)
+    prepare_base(host(), template, driver, heard)
     allowed = envelope(template.team)
     step, build = template.step_timeout_seconds, template.build_timeout_seconds
     host().start_build(

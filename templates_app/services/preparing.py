@@ -6,11 +6,18 @@ worker, or loses the host, is followed by one that joins in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hostruntime import errors as host_errors
 from hostruntime.client.host_client import HostClient
 from hostruntime.wire.images import BaseInfo
 from templates_app.models import Template
-from templates_app.services.record import BASE_EVENT, record_base, record_waited
+from templates_app.services.record import (
+    BASE_EVENT,
+    record_base,
+    record_waited,
+    require_driver,
+)
 
 # More steps than any base has; what else it says is not worth an event for each build.
 MAX_MESSAGES = 50
@@ -20,8 +27,12 @@ class BaseFailed(Exception):  # noqa: N818 - not an error of this program
     """The base could not be made; the text says why."""
 
 
-def prepare_base(client: HostClient, template: Template, driver: str) -> None:
+def prepare_base(
+    client: HostClient, template: Template, driver: str, heard: Callable[[], None]
+) -> None:
     """Wait for a build's base, if that is made on request and is not there yet.
+
+    Calls ``heard`` whenever the host says something meanwhile.
 
     Raises :class:`BaseFailed`, :class:`~templates_app.services.record.Superseded` and
     ``HostUnavailable``, after which it can be called again.
@@ -40,8 +51,11 @@ def prepare_base(client: HostClient, template: Template, driver: str) -> None:
     tell(f"Preparing base {name}…")
     try:
         for line in client.ensure_base(name):
+            heard()
             if line.message:
                 tell(line.message)
+            else:
+                require_driver(template, driver)
     except host_errors.HostError as error:
         # Its failure, or the connection's?
         base = find_base(client, name)

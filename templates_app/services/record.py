@@ -51,6 +51,12 @@ def driving_row(template: Template, driver: str) -> Iterator[None]:
         yield
 
 
+def require_driver(template: Template, driver: str) -> None:
+    """Raise :class:`Superseded` unless the build is still this driver's."""
+    with driving_row(template, driver):
+        pass
+
+
 def record(template: Template, driver: str, event: HostEvent) -> None:
     """Store one event and apply its effects. Raises :class:`Superseded`."""
     try:

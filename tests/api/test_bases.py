@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from django.test import Client
 
@@ -89,6 +91,21 @@ def test_a_host_that_restarts_meanwhile_is_waited_for(
     assert told(template) == [f"Preparing base {NAME}…", *host.base_messages]
 
 
+def test_the_patience_with_a_host_begins_anew_once_it_has_answered(
+    api: Client, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def takes_long() -> None:
+        nonlocal now
+        now += 2 * driver.PATIENCE_SECONDS
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(driver, "time", clock)
+    host.between_messages, host.killed_while_making = takes_long, 2
+    assert build(api).status == "ready"
+
+
 def test_whoever_cancels_waits_no_more(api: Client, host: FakeHost) -> None:
     answer = post(api, "/v1/templates", TEMPLATE).json()
     host.between_messages = lambda: post(api, f"/v1/templates/{answer['id']}/cancel", {})
@@ -96,6 +113,26 @@ def test_whoever_cancels_waits_no_more(api: Client, host: FakeHost) -> None:
     template = Template.objects.get(pk=answer["id"])
     assert (template.status, template.error_code) == ("failed", "build_cancelled")
     assert all(not made.starts for made in host.built.values())
+
+
+def test_whoever_cancels_waits_no_more_although_nothing_new_is_told(
+    api: Client, host: FakeHost
+) -> None:
+    """Or each build that is cancelled during a long step would keep a worker's thread till then."""
+    answer = post(api, "/v1/templates", TEMPLATE).json()
+    told_nothing = 0
+
+    def cancel() -> None:
+        nonlocal told_nothing
+        told_nothing += 1
+        if told_nothing == 2:
+            assert post(api, f"/v1/templates/{answer['id']}/cancel", {}).status_code == 200
+
+    host.base_messages = ["Step 1 of 1: pip install it", *[""] * 9]
+    host.between_messages = cancel
+    run_queue()
+    assert Template.objects.get(pk=answer["id"]).error_code == "build_cancelled"
+    assert told_nothing == 2
 
 
 def test_a_sandbox_has_it_made_and_is_told_to_come_again(api: Client, host: FakeHost) -> None:

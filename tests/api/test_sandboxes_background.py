@@ -89,7 +89,25 @@ def test_what_the_network_policy_refused_is_named_wherever_its_end_is(
     assert (logs["content"], logs["size"]) == (f"no way\n{notice}", 7)
     assert logs["next_offset"] == 7 + len(notice.encode())
     for offset, content in ((7, notice), (8, ""), (logs["next_offset"], "")):
-        assert api.get(f"{box}/commands/{name}/logs?offset={offset}").json()["content"] == content
+        said = api.get(f"{box}/commands/{name}/logs?offset={offset}").json()
+        assert said["content"] == content
+        # Nor whoever asks once more than there is to ask for.
+        assert said["next_offset"] >= offset
+
+
+def test_what_is_printed_after_a_refused_command_has_ended_is_not_left_out(
+    api: Client, host: FakeHost, box: str
+) -> None:
+    name = begin(api, box)["id"]
+    host.print_more(name, b"no way\n")
+    host.end_command(name, 7, refused=REFUSED, active=True)
+    logs = api.get(f"{box}/commands/{name}/logs").json()
+    assert logs["error_code"] == "network_policy_blocked"
+    host.print_more(name, b"by what it left\n")
+    host.end_command(name, 7, refused=REFUSED)
+    rest = api.get(f"{box}/commands/{name}/logs?offset={logs['next_offset']}").json()
+    assert logs["content"] + rest["content"].partition("\n[")[0] == "no way\nby what it left\n"
+    assert "network_policy_blocked" in rest["content"]
 
 
 def test_killing_is_idempotent_and_keeps_it(api: Client, host: FakeHost, box: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -10,10 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.web import http
 
 from orkestr_console.http import straight, uploads
+from orkestr_console.http.sharing import CountedTransport
 from orkestr_console.http.straight import REQUEST_KEY, outlet
 from orkestr_console.http.uploads import LAST_BYTES, RECEIVE_BYTES, UploadBody
 
@@ -29,7 +36,7 @@ class Channel:
         self._transferDecoder = SimpleNamespace(contentLength=length)
         self.transport = self
         self.timeOut: float | None = idle_seconds
-        self.bufferSize = 65536
+        self.bufferSize = self.unsent_bytes = 65536
         self.reads, self.aborted = True, asyncio.Event()
         self.fileno = self.server.fileno
 
@@ -191,10 +198,9 @@ async def test_a_body_that_is_not_wanted_is_twisteds_again(connect: Connect) -> 
     assert channel.reads
 
 
-def request_over(channel: Channel) -> Any:
+def request_over(channel: Any) -> Any:
     """A request on it; it can be cut off."""
-    cut_off = channel.aborted.set
-    server_request = SimpleNamespace(channel=channel, cut_off=cut_off)
+    server_request = SimpleNamespace(channel=channel, cut_off=lambda: channel.aborted.set())
     return SimpleNamespace(scope={REQUEST_KEY: server_request})
 
 
@@ -211,13 +217,33 @@ async def test_a_response_goes_out_by_the_socket(connect: Connect) -> None:
     with outlet(request_over(channel)) as client:
         assert client is not None
         # Twisted now says when everything has left.
-        assert channel.bufferSize == 1
+        assert channel.unsent_bytes == 0
         for start in range(0, len(CONTENT), MIB):
             assert await client.send(memoryview(CONTENT)[start : start + MIB])
     async with asyncio.timeout(60):
         await reading
     assert got == CONTENT
-    assert channel.bufferSize == 65536
+    assert channel.unsent_bytes == 65536
+
+
+def test_what_a_client_sends_meanwhile_is_read_as_usual() -> None:
+    """Twisted adds up anew, with each piece that it reads, all that came before its turn."""
+    pieces: list[bytes] = []
+    transport: Any = CountedTransport.__new__(CountedTransport)
+    transport.socket, client = socket.socketpair()
+    transport.connected, transport._tempDataLen = True, 0
+    transport.fileno = transport.socket.fileno
+    transport.protocol = SimpleNamespace(dataReceived=pieces.append)
+    with client, transport.socket:
+        client.sendall(b"GET / HTTP/1.1")
+        with outlet(request_over(SimpleNamespace(transport=transport))) as straight_out:
+            assert straight_out is not None
+            assert not transport._isSendBufferFull()
+            transport._tempDataLen = 1
+            assert transport._isSendBufferFull()
+            transport.doRead()
+        assert not transport._isSendBufferFull()
+    assert pieces == [b"GET / HTTP/1.1"]
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(
@@ -229,6 +255,17 @@ async def test_a_client_that_reads_nothing_is_cut_off(
         assert client is not None
         assert not await client.send(memoryview(CONTENT))
         assert channel.aborted.is_set()
+
+
+def test_without_another_descriptor_a_response_is_sent_as_any_other(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = connect(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+        with outlet(request_over(channel)) as client:
+            assert client is None
+            assert channel.unsent_bytes == 65536
 
 
 async def test_a_client_that_has_left_gets_no_more(connect: Connect) -> None:
@@ -245,3 +282,34 @@ def test_a_response_of_another_server_has_no_socket() -> None:
     for request in (SimpleNamespace(), SimpleNamespace(scope={}), gone):
         with outlet(request) as client:  # type: ignore[arg-type]
             assert client is None
+
+
+class Received(http.Request):
+    """A request with an upload's body."""
+
+    body: UploadBody
+
+    def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
+        self.body = UploadBody(self.channel, expects=False)
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        self.body.feed(data)
+
+    def requestReceived(self, *_: bytes) -> None:  # noqa: N802 - Twisted's name
+        self.body.end()
+
+
+async def test_a_connection_is_closed_that_is_idle_after_a_body_nobody_read_yet() -> None:
+    # Twisted's are not typed.
+    kinds: Any = SimpleNamespace(channel=http.HTTPChannel, transport=StringTransport)
+    channel = kinds.channel()
+    channel.requestFactory, channel.timeOut = Received, 60.0
+    channel.callLater = Clock().callLater
+    channel.makeConnection(kinds.transport())
+    # More than is taken before the view reads, in its last piece.
+    length = uploads.MAX_HELD_BYTES + 1
+    channel.dataReceived(b"PUT / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % length + bytes(length))
+    [request] = channel.requests
+    assert [len(piece) async for piece in request.body.pieces()] == [length]
+    channel.requestDone(request)
+    assert channel.timeOut == 60.0

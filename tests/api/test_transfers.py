@@ -153,6 +153,13 @@ def test_a_range_that_may_be_ignored_is(anybody: Client, stored: str, wanted: st
     assert (answer.status_code, content(answer)) == (200, DATA)
 
 
+def test_a_part_of_what_it_was_before_is_not_given_of_what_it_is(
+    anybody: Client, stored: str
+) -> None:
+    answer = anybody.get(stored, headers={"Range": "bytes=0-9", "If-Range": '"an earlier one"'})
+    assert (answer.status_code, content(answer)) == (200, DATA)
+
+
 def test_a_range_outside_of_the_file_says_its_size(anybody: Client, stored: str) -> None:
     answer = anybody.get(stored, headers={"Range": "bytes=5120-"})
     refusal(answer, 416, "range_not_satisfiable")

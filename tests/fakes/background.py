@@ -60,10 +60,11 @@ class FakeBackground:
         code: int = 0,
         signal: int | None = None,
         refused: tuple[RefusedRequest, ...] = (),
+        active: bool = False,
     ) -> None:
-        """A command ends by itself, or by a signal."""
+        """A command ends by itself, or by a signal; ``active`` if it leaves something behind."""
         command = self._of(command_id)
-        ended = replace(command.info, running=False, active=False, code=code, duration_ms=12)
+        ended = replace(command.info, running=False, active=active, code=code, duration_ms=12)
         ended = replace(ended, refused=refused)
         command.info = replace(ended, signal=signal)
 

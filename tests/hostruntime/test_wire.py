@@ -351,6 +351,15 @@ def test_the_failure_of_a_base_comes_as_what_it_was(answering: Answering) -> Non
         list(answering(line).ensure_base("node-22"))
 
 
+def test_whoever_waits_for_a_base_hears_that_there_is_nothing_new(tmp_path: Path) -> None:
+    done = encode(Progress("done", image=IMAGE))
+    client = HostClient(tmp_path / "host.sock")
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=b"\n" + done + b"\n"))
+    client._http = httpx.Client(transport=transport, base_url="http://host")
+    lines = list(client.ensure_base("node-22"))
+    assert lines == [Progress("progress"), Progress("done", image=IMAGE)]
+
+
 async def test_a_command_that_is_killed_says_by_what(agent: MagicMock) -> None:
     """What happens once a command runs can only be said in its stream."""
 

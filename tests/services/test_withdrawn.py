@@ -16,9 +16,14 @@ from sandboxes_app import services
 from sandboxes_app.models import Sandbox, SandboxEvent, Volume
 from sandboxes_app.specs import SandboxSpec
 from tests.fakes.host import FakeHost
+from tests.stack import wait_for
 
-# The other waits for a lock, or is done long before.
-MEANWHILE_SECONDS = 2
+# The other is done, or waits for a lock of this one's.
+MEANWHILE_SECONDS = 60
+WAITING_SQL = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("plans")]
 
@@ -34,7 +39,7 @@ class Meanwhile:
     def __call__(self, execute: Callable[..., Any], sql: str, *rest: Any) -> Any:
         if sql.startswith(self._statement) and self._thread.ident is None:
             self._thread.start()
-            self._thread.join(MEANWHILE_SECONDS)
+            wait_for(lambda: not self._thread.is_alive() or is_waited_for(), MEANWHILE_SECONDS)
         return execute(sql, *rest)
 
     def _run(self) -> None:
@@ -49,6 +54,14 @@ class Meanwhile:
         with connection.execute_wrapper(self):
             call()
         self._thread.join(60)
+
+
+def is_waited_for() -> bool:
+    with connection.cursor() as cursor:
+        # Within a transaction, it would show those that there were at first.
+        cursor.execute("SELECT pg_stat_clear_snapshot()")
+        cursor.execute(WAITING_SQL)
+        return bool(cursor.fetchone()[0])
 
 
 @pytest.fixture

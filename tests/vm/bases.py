@@ -40,7 +40,7 @@ def base_images(places: Places, commit: str, say: Callable[[str], None]) -> Path
                     continue
                 say(f"making base {base.name}")
                 for event in host.ensure_base(base.name):
-                    if event.kind == "progress":
+                    if event.message:
                         say(event.message)
         complete.touch()
         _forget_others(places, state)

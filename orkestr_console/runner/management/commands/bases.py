@@ -46,8 +46,8 @@ class Command(BaseCommand):
     def _make(self, host: HostClient, name: str) -> None:
         """If this is interrupted, the agent goes on."""
         for line in host.ensure_base(name):
-            if line.kind == "progress":
-                self.stdout.write(f"{line.message}")
+            if line.message:
+                self.stdout.write(line.message)
                 self.stdout.flush()
         self.stdout.write(f"{name} is ready.")
 
