@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = scaled(120.0)
 # How long a build waits for room on the host before it fails.
 ROOM_WAIT_SECONDS = 1800.0
-MAX_BACKOFF = 2.0
+FIRST_BACKOFF, MAX_BACKOFF = 0.1, 2.0
 # The delay before a build whose driver failed is handed to another.
 RETRY_SECONDS = 1.0
 
@@ -125,7 +125,7 @@ def follow(template: Template, driver: str) -> None:
     Raises :class:`Superseded` when another driver has it.
     """
     failing_since: float | None = None
-    delay = 0.1
+    delay = FIRST_BACKOFF
 
     def heard() -> None:
         nonlocal failing_since
@@ -135,13 +135,9 @@ def follow(template: Template, driver: str) -> None:
         try:
             ensure_started(template, driver, heard)
             heard()
-            for event in events_from_host(template):
-                record(template, driver, event)
-                delay = 0.1
-                if event.kind == "published":
-                    # It has failed if the team's disk space was used up meanwhile.
-                    discard_if_finished(template)
-                if event.kind in {"published", "failed"}:
+            for ended in stored_events(template, driver):
+                delay = FIRST_BACKOFF
+                if ended:
                     return
         except BaseFailed as error:
             why = BASE_FAILED.format(template.base_image, sentence_end(str(error)))
@@ -164,6 +160,16 @@ def follow(template: Template, driver: str) -> None:
             return
         time.sleep(delay)
         delay = min(delay * 2, MAX_BACKOFF)
+
+
+def stored_events(template: Template, driver: str) -> Iterator[bool]:
+    """Store the events of a build; for each, whether it was the last."""
+    for event in events_from_host(template):
+        record(template, driver, event)
+        if event.kind == "published":
+            # It has failed if the team's disk space was used up meanwhile.
+            discard_if_finished(template)
+        yield event.kind in {"published", "failed"}
 
 
 def events_from_host(template: Template) -> Iterator[HostEvent]:
