@@ -140,8 +140,7 @@ def follow(template: Template, driver: str) -> None:
                 if ended:
                     return
         except BaseFailed as error:
-            why = BASE_FAILED.format(template.base_image, sentence_end(str(error)))
-            give_up(template, driver, "base_failed", why)
+            give_up(template, driver, "base_failed", why_without_base(template, error))
             return
         except host_errors.HostFull:
             failing_since = failing_since or time.monotonic()
@@ -160,6 +159,11 @@ def follow(template: Template, driver: str) -> None:
             return
         time.sleep(delay)
         delay = min(delay * 2, MAX_BACKOFF)
+
+
+def why_without_base(template: Template, error: BaseFailed) -> str:
+    """What a person is told whose build has no base to start from."""
+    return BASE_FAILED.format(template.base_image, sentence_end(str(error)))
 
 
 def stored_events(template: Template, driver: str) -> Iterator[bool]:
