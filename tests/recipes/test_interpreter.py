@@ -38,7 +38,7 @@ def test_it_is_made_when_it_is_first_used_and_runs_both_languages(
 
 def python_works(sandbox: Sandbox) -> None:
     [plot] = sandbox.run_code(FIGURE).results
-    assert plot.type == "image_png"
+    assert (plot.type, bool(plot.png), bool(plot.chart)) == ("chart", True, True)
     [table] = sandbox.run_code("import pandas; pandas.DataFrame({'a': [1]})").results
     assert "<table" in (table.html or "")
 
